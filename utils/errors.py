@@ -1,0 +1,38 @@
+"""The two errors that a user may cause, and how a script ends with them: one line on stderr, no traceback."""
+
+import difflib
+import sys
+from typing import Callable, Iterable, Optional
+
+
+class UserError(ValueError):
+    """Something the user gave cannot work. The message is one line that names the flag, file or key and the way out."""
+
+
+class UsageError(UserError):
+    """The command line or a configuration is wrong (exit status 2; every other `UserError` ends with 1)."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the known name closest to `name`, or an empty string."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return " Did you mean '{}'?".format(matches[0]) if matches else ""
+
+
+def run_main(main: Callable[[], Optional[int]]) -> None:
+    """Run a script's `main` and exit: 0 (or what it returns), 2 after `UsageError`, 1 after any other `UserError`, 130 after Ctrl-C.
+
+    Any other exception is a defect of ours and keeps its traceback.
+    """
+    try:
+        status = main()
+    except UserError as error:
+        # One line whatever the message held: a file name or prompt may contain line breaks.
+        sys.stderr.write("error: " + " ".join(str(error).split()) + "\n")
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+    sys.exit(status or 0)
