@@ -1,0 +1,339 @@
+"""VQGAN: images to a grid of discrete codes and back, with the parameter names of taming-transformers.
+
+Letters: B images, D embed_dim, K num_codes, g codes along one side, N = g*g codes per image, S image height and width.
+"""
+
+import contextlib
+import logging
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.vqgan_config import VqganConfig
+from models.vqgan_layers import Decoder, Encoder
+from utils.errors import UserError, nearest
+from utils.files import PathLike, sha256_file
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["PUBLISHED", "VQGAN", "VqganConfig", "VqganOutput", "default_vqgan", "load_vqgan", "load_vqgan_state"]
+
+
+class VqganOutput(NamedTuple):
+    """What a training pass returns."""
+
+    reconstruction: Tensor
+    """(B, out_ch, S, S), on the scale of [0, 1] but not clamped."""
+    codebook_loss: Tensor
+    """Scalar: codebook plus commitment loss (vq) or weighted KL to the uniform distribution (gumbel)."""
+    codes: Tensor
+    """(B, N) integers."""
+
+
+class VectorQuantizer(nn.Module):
+    """The nearest codebook entry for each feature vector (van den Oord et al. 2017)."""
+
+    def __init__(self, config: VqganConfig, commitment: float = 0.25) -> None:
+        super().__init__()
+        self.commitment = commitment
+        self.embedding = nn.Embedding(config.num_codes, config.embed_dim)
+        nn.init.uniform_(self.embedding.weight, -1.0 / config.num_codes, 1.0 / config.num_codes)
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codebook (K, D)."""
+        return self.embedding.weight
+
+    def codes(self, z: Tensor) -> Tensor:
+        """Features (B, D, g, g) -> codes (B, N)."""
+        flat = z.flatten(2).transpose(1, 2)  # (B, N, D)
+        # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every entry: one matrix product decides.
+        bias = -0.5 * self.codebook.float().pow(2).sum(dim=1)  # (K,)
+        return torch.argmax(F.linear(flat, self.codebook, bias.to(flat.dtype)), dim=-1)
+
+    def forward(self, z: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """Features (B, D, g, g) -> quantised features (straight-through gradient), loss, codes (B, N)."""
+        with torch.no_grad():
+            codes = self.codes(z)
+        batch, dim, height, width = z.shape
+        quantised = F.embedding(codes, self.codebook).transpose(1, 2).reshape(batch, dim, height, width)
+        loss = F.mse_loss(quantised, z.detach()) + self.commitment * F.mse_loss(z, quantised.detach())
+        return z + (quantised - z).detach(), loss, codes
+
+
+class GumbelQuantizer(nn.Module):
+    """The entry with the largest logit of a 1x1 projection, relaxed by Gumbel noise in training (Jang et al. 2017).
+
+    Codes of an image are the plain argmax: the published code adds noise here too, which makes an image's codes random.
+    """
+
+    def __init__(self, config: VqganConfig, kl_weight: float = 1e-8) -> None:
+        super().__init__()
+        self.kl_weight = kl_weight
+        self.temperature = 1.0
+        self.proj = nn.Conv2d(config.z_channels, config.num_codes, 1)
+        self.embed = nn.Embedding(config.num_codes, config.embed_dim)
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codebook (K, D)."""
+        return self.embed.weight
+
+    def codes(self, z: Tensor) -> Tensor:
+        """Features (B, D, g, g) -> codes (B, N)."""
+        return torch.argmax(self.proj(z), dim=1).flatten(1)
+
+    def forward(self, z: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """Features (B, D, g, g) -> quantised features, loss, codes (B, N); hard samples, soft gradients."""
+        logits = self.proj(z)  # (B, K, g, g)
+        one_hot = F.gumbel_softmax(logits, tau=self.temperature, hard=True, dim=1)  # (B, K, g, g)
+        quantised = torch.einsum("bkhw,kd->bdhw", one_hot, self.codebook)
+        probabilities = torch.softmax(logits, dim=1)
+        divergence = probabilities * torch.log(probabilities * logits.shape[1] + 1e-10)
+        return quantised, self.kl_weight * divergence.sum(dim=1).mean(), torch.argmax(one_hot, dim=1).flatten(1)
+
+
+class VQGAN(nn.Module):
+    """Encoder, quantiser and decoder. `encode` and `decode` speak pixels in [0, 1]; inside they are in [-1, 1].
+
+    Quantisation compares distances: do not call `encode` under bf16 or fp16 autocast, where near ties change codes.
+    """
+
+    def __init__(self, config: VqganConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.identity: Optional[str] = None
+        """sha256 of the weights file it was loaded from, if any."""
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize: Union[VectorQuantizer, GumbelQuantizer]
+        self.quantize = VectorQuantizer(config) if config.variant == "vq" else GumbelQuantizer(config)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
+
+    @property
+    def grid(self) -> int:
+        """Codes along one side of an image."""
+        return self.config.grid
+
+    @property
+    def num_codes(self) -> int:
+        """Entries in the codebook."""
+        return self.config.num_codes
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of an image in pixels."""
+        return self.config.resolution
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, S, S) in [0, 1] -> features before quantisation (B, D, g, g)."""
+        return self.quant_conv(self.encoder(pixels * 2.0 - 1.0))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, S, S) in [0, 1] -> codes (B, N), row by row from the top left."""
+        return self.quantize.codes(self.features(pixels))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, N) -> pixels (B, 3, S, S) in [0, 1]."""
+        grid = self.grid if codes.shape[1] == self.grid**2 else int(round(codes.shape[1] ** 0.5))
+        if grid * grid != codes.shape[1]:
+            raise ValueError("{} codes per image do not form a square grid".format(codes.shape[1]))
+        z = F.embedding(codes, self.quantize.codebook)  # (B, N, D)
+        z = z.transpose(1, 2).reshape(codes.shape[0], self.config.embed_dim, grid, grid)  # (B, D, g, g)
+        return self._pixels(z).clamp(0.0, 1.0)
+
+    def forward(self, pixels: Tensor) -> VqganOutput:
+        """Training pass over pixels (B, 3, S, S) in [0, 1]."""
+        quantised, loss, codes = self.quantize(self.features(pixels))
+        return VqganOutput(self._pixels(quantised), loss, codes)
+
+    def _pixels(self, z: Tensor) -> Tensor:
+        return (self.decoder(self.post_quant_conv(z)) + 1.0) * 0.5
+
+
+# ---- weights files
+
+# Classes that old Lightning checkpoints name as keys of their "callbacks" entry. Placeholders take their place; nothing of theirs runs.
+_LIGHTNING_CLASSES = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "pytorch_lightning.callbacks.lr_monitor.LearningRateMonitor",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+)
+
+
+@contextlib.contextmanager
+def _placeholders_allowed() -> Iterator[None]:
+    """Let `torch.load(weights_only=True)` see empty placeholder classes under Lightning's names."""
+    placeholders: List[Any] = []
+    for name in _LIGHTNING_CLASSES:
+        module, _, qualname = name.rpartition(".")
+        placeholders.append(type(qualname, (), {"__module__": module, "__qualname__": qualname}))
+    if hasattr(torch.serialization, "safe_globals"):
+        with torch.serialization.safe_globals(placeholders):
+            yield
+        return
+    # Before torch 2.5 the allow-list is one cached dictionary.
+    from torch import _weights_only_unpickler
+
+    allowed = _weights_only_unpickler._get_allowed_globals()
+    try:
+        allowed.update(zip(_LIGHTNING_CLASSES, placeholders))
+        yield
+    finally:
+        for name in _LIGHTNING_CLASSES:
+            allowed.pop(name, None)
+
+
+def _read_file(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(str(path))
+        except SafetensorError as error:
+            raise UserError("VQGAN weights {} are not a readable safetensors file: {}".format(path, error)) from None
+    try:
+        with _placeholders_allowed():
+            return torch.load(str(path), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0][:200]
+        raise UserError(
+            "VQGAN weights {} hold more than tensors and were not opened ({}); save the 'state_dict' alone, for example as safetensors".format(
+                path, reason
+            )
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError("VQGAN weights {} cannot be read: {}".format(path, str(error).split("\n")[0])) from None
+
+
+def load_vqgan_state(path: PathLike) -> Dict[str, Tensor]:
+    """Read a VQGAN's tensors from a taming-transformers `.ckpt` or a `.safetensors` file, without its training losses.
+
+    Returns float32 tensors on the CPU (a file may hold half precision). Raises UserError naming the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError("VQGAN weights {} do not exist; check --vqgan_model_path".format(path))
+    document = _read_file(path)
+    state = document.get("state_dict", document) if isinstance(document, dict) else None
+    if not isinstance(state, dict):
+        raise UserError("VQGAN weights {} hold no 'state_dict'".format(path))
+    tensors = {}
+    for name, value in state.items():
+        if isinstance(name, str) and isinstance(value, Tensor) and not name.startswith("loss."):
+            tensors[name] = value.float() if value.is_floating_point() else value
+    if not tensors:
+        raise UserError("VQGAN weights {} hold no tensors".format(path))
+    return tensors
+
+
+def _check_state(state: Dict[str, Tensor], model: VQGAN, weights: PathLike, config: PathLike) -> None:
+    """Raise UserError for the first missing, unknown or misshapen tensor."""
+    expected = model.state_dict()
+    problems = ["'{}' is missing".format(name) for name in expected if name not in state]
+    problems += ["'{}' is unknown".format(name) for name in state if name not in expected]
+    problems += [
+        "'{}' has shape {} instead of {}".format(name, tuple(state[name].shape), tuple(value.shape))
+        for name, value in expected.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    if problems:
+        more = " (and {} more)".format(len(problems) - 3) if len(problems) > 3 else ""
+        raise UserError("VQGAN weights {} do not fit {}: {}{}".format(weights, config, ", ".join(problems[:3]), more))
+
+
+def load_vqgan(
+    weights_path: PathLike, config_path: PathLike, device: Union[str, torch.device] = "cpu", channels_last: bool = True
+) -> VQGAN:
+    """Load a frozen VQGAN in eval mode, float32, with `identity` set to the sha256 of its weights file.
+
+    `weights_path`: `.ckpt` (taming-transformers) or `.safetensors`; `config_path`: its YAML. `channels_last` stores
+    convolutions the way CPUs and GPUs compute them fastest. Raises UserError when file and configuration do not fit.
+    """
+    config = VqganConfig.from_yaml(config_path)
+    state = load_vqgan_state(weights_path)
+    with torch.device("meta"):
+        model = VQGAN(config)
+    _check_state(state, model, weights_path, config_path)
+    model = model.to_empty(device="cpu")
+    model.load_state_dict(state)
+    model.identity = sha256_file(weights_path)
+    model = model.to(device)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return model.eval().requires_grad_(False)
+
+
+# ---- published models
+
+@dataclass(frozen=True)
+class PublishedVqgan:
+    """Where the authors of taming-transformers publish a model, and the file names it is cached under."""
+
+    weights_url: str
+    config_url: str
+    weights_name: str
+    config_name: str
+    config: VqganConfig
+
+
+_SHARE = "https://heibox.uni-heidelberg.de/f/{}/?dl=1"
+PUBLISHED: Dict[str, PublishedVqgan] = {
+    "f16-1024": PublishedVqgan(
+        _SHARE.format("140747ba53464f49b476"),
+        _SHARE.format("6ecf2af6c658432c8298"),
+        "vqgan.1024.model.ckpt",
+        "vqgan.1024.config.yml",
+        VqganConfig(),
+    ),
+    "f16-16384": PublishedVqgan(
+        _SHARE.format("867b05fc8c4841768640"),
+        _SHARE.format("274fb24ed38341bfa753"),
+        "vqgan.16384.model.ckpt",
+        "vqgan.16384.config.yml",
+        VqganConfig(num_codes=16384),
+    ),
+    "gumbel-f8-8192": PublishedVqgan(
+        _SHARE.format("34a747d5765840b5a99d"),
+        _SHARE.format("b24d14998a8d4f19a34f"),
+        "vqgan.gumbel.8192.model.ckpt",
+        "vqgan.gumbel.8192.config.yml",
+        VqganConfig(variant="gumbel", num_codes=8192, ch_mult=(1, 1, 2, 4), attn_resolutions=(32,)),
+    ),
+}
+
+
+def default_vqgan(cache_dir: Optional[PathLike] = None, name: str = "f16-1024") -> Tuple[Path, Path]:
+    """Return (weights, YAML) of a published model, downloading what `cache_dir` (default ~/.cache/dalle) lacks.
+
+    Raises UserError that says what to fetch by hand and where to put it when a download fails.
+    """
+    if name not in PUBLISHED:
+        raise UserError("no published VQGAN is called '{}'; known: {}.{}".format(name, ", ".join(PUBLISHED), nearest(name, PUBLISHED)))
+    published = PUBLISHED[name]
+    folder = Path(cache_dir) if cache_dir else Path(os.path.expanduser("~/.cache/dalle"))
+    weights, config = folder / published.weights_name, folder / published.config_name
+    for url, path in ((published.config_url, config), (published.weights_url, weights)):
+        if path.is_file():
+            continue
+        from utils.downloads import download
+
+        logger.info("Downloading the VQGAN %s: %s", name, path)
+        try:
+            download(url, path)
+        except (OSError, UserError) as error:
+            raise UserError(
+                "the published VQGAN {} could not be downloaded ({}); fetch {} by hand and save it as {}, and {} as {}, "
+                "or give --vqgan_model_path and --vqgan_config_path".format(
+                    name, error, published.weights_url, weights, published.config_url, config
+                )
+            ) from None
+    return weights, config

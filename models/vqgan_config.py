@@ -1,0 +1,163 @@
+"""What a VQGAN is made of, read from and written to the YAML layout of taming-transformers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Mapping, Optional, Tuple
+
+import yaml
+
+from utils.errors import UserError, nearest
+from utils.files import PathLike, atomic_write
+
+# The YAML names a class to import. Nothing is ever imported on a file's word: only how the name ends is looked at.
+_VARIANT_OF_TARGET = {"VQModel": "vq", "GumbelVQ": "gumbel"}
+_TARGET_OF_VARIANT = {variant: "taming.models.vqgan." + name for name, variant in _VARIANT_OF_TARGET.items()}
+
+
+@dataclass(frozen=True)
+class VqganConfig:
+    """Architecture of one VQGAN; the defaults are those of the published f16 model with 1024 codes."""
+
+    variant: str = "vq"
+    """How features become codes: "vq" (nearest codebook entry) or "gumbel" (largest logit of a projection)."""
+    num_codes: int = 1024
+    """Entries in the codebook (`n_embed`)."""
+    embed_dim: int = 256
+    """Length of a codebook entry."""
+    resolution: int = 256
+    """Height and width of the images it was made for, in pixels."""
+    z_channels: int = 256
+    """Channels of the encoder's output and the decoder's input."""
+    ch: int = 128
+    """Channels at full resolution, before the multipliers."""
+    ch_mult: Tuple[int, ...] = (1, 1, 2, 2, 4)
+    """Channel multiplier for each resolution, full resolution first; each further level halves height and width."""
+    num_res_blocks: int = 2
+    """Residual blocks per level of the encoder; the decoder has one more."""
+    attn_resolutions: Tuple[int, ...] = (16,)
+    """Feature-map heights at which every residual block is followed by self-attention."""
+    in_channels: int = 3
+    """Channels of the input image."""
+    out_ch: int = 3
+    """Channels of the output image."""
+    dropout: float = 0.0
+    """Dropout probability inside residual blocks (training only)."""
+    num_groups: int = 32
+    """Groups of every GroupNorm. Published models all have 32 and do not write it down; small models may need fewer."""
+
+    def __post_init__(self) -> None:
+        if self.variant not in _TARGET_OF_VARIANT:
+            raise UserError("VQGAN configuration: variant '{}' is not one of vq, gumbel".format(self.variant))
+        for name in ("num_codes", "embed_dim", "resolution", "z_channels", "ch", "num_res_blocks", "in_channels", "out_ch", "num_groups"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError("VQGAN configuration: {} must be a positive whole number, not {!r}".format(name, value))
+        for name in ("ch_mult", "attn_resolutions"):
+            if not all(isinstance(value, int) and value > 0 for value in getattr(self, name)):
+                raise UserError("VQGAN configuration: {} must list positive whole numbers".format(name))
+        if not self.ch_mult:
+            raise UserError("VQGAN configuration: ch_mult must name at least one level")
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise UserError("VQGAN configuration: dropout must be in [0, 1), not {!r}".format(self.dropout))
+        if self.resolution % self.downsampling:
+            raise UserError(
+                "VQGAN configuration: resolution {} is not a multiple of {} (ch_mult has {} levels)".format(
+                    self.resolution, self.downsampling, len(self.ch_mult)
+                )
+            )
+        for multiplier in (1,) + self.ch_mult:
+            if self.ch * multiplier % self.num_groups:
+                raise UserError(
+                    "VQGAN configuration: {} channels (ch * ch_mult) do not split into {} GroupNorm groups; set ddconfig.num_groups".format(
+                        self.ch * multiplier, self.num_groups
+                    )
+                )
+        if self.variant == "gumbel" and self.embed_dim != self.z_channels:
+            raise UserError("VQGAN configuration: the gumbel variant needs embed_dim equal to z_channels")
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per code along one side (8 for an f8 model, 16 for f16)."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+    @property
+    def grid(self) -> int:
+        """Codes along one side of an image of `resolution` pixels."""
+        return self.resolution // self.downsampling
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any], source: str = "VQGAN configuration") -> "VqganConfig":
+        """Build the configuration from a parsed taming-transformers document `{"model": {"target", "params"}}`.
+
+        Keys that describe training or data are ignored. Raises UserError naming `source` and the key.
+        """
+        model = _mapping(document, "model", source)
+        target = str(model.get("target", ""))
+        variant = next((v for name, v in _VARIANT_OF_TARGET.items() if target.split(".")[-1] == name), None)
+        if variant is None:
+            raise UserError("{}: model.target '{}' ends in neither VQModel nor GumbelVQ".format(source, target))
+        params = _mapping(model, "params", source + ": model")
+        network = _mapping(params, "ddconfig", source + ": model.params")
+        if network.get("double_z"):
+            raise UserError("{}: model.params.ddconfig.double_z is true; that is an autoencoder without codes".format(source))
+        values: Dict[str, Any] = {"variant": variant}
+        for name, key, where in (("num_codes", "n_embed", params), ("embed_dim", "embed_dim", params)):
+            values[name] = _required(where, key, source + ": model.params")
+        for key in ("resolution", "z_channels", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "in_channels", "out_ch"):
+            values[key] = _required(network, key, source + ": model.params.ddconfig")
+        for key in ("dropout", "num_groups"):
+            if network.get(key) is not None:
+                values[key] = network[key]
+        for key in ("ch_mult", "attn_resolutions"):
+            if not isinstance(values[key], (list, tuple)):
+                raise UserError("{}: model.params.ddconfig.{} must be a list".format(source, key))
+            values[key] = tuple(values[key])
+        try:
+            return cls(**values)
+        except UserError as error:
+            raise UserError("{}: {}".format(source, error)) from None
+
+    @classmethod
+    def from_yaml(cls, path: PathLike) -> "VqganConfig":
+        """Read a taming-transformers YAML file. Raises UserError when it is missing, malformed or incomplete."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError("VQGAN configuration {} cannot be read: {}".format(path, error)) from None
+        try:
+            document = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError("VQGAN configuration {} is not valid YAML: {}".format(path, error)) from None
+        if not isinstance(document, dict):
+            raise UserError("VQGAN configuration {} holds no mapping with a 'model' key".format(path))
+        return cls.from_dict(document, str(path))
+
+    def to_dict(self) -> Dict[str, Any]:
+        """Return the taming-transformers document that `from_dict` reads back to an equal configuration."""
+        network: Dict[str, Any] = {"double_z": False}
+        for key in ("z_channels", "resolution", "in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "dropout"):
+            value = getattr(self, key)
+            network[key] = list(value) if isinstance(value, tuple) else value
+        if self.num_groups != 32:
+            network["num_groups"] = self.num_groups
+        params = {"embed_dim": self.embed_dim, "n_embed": self.num_codes, "ddconfig": network}
+        return {"model": {"target": _TARGET_OF_VARIANT[self.variant], "params": params}}
+
+    def to_yaml(self, path: PathLike) -> None:
+        """Write the configuration for `from_yaml`, atomically."""
+        with atomic_write(path) as file:
+            yaml.safe_dump(self.to_dict(), file, sort_keys=False, default_flow_style=None)
+
+
+def _mapping(document: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any]:
+    value = document.get(key)
+    if not isinstance(value, dict):
+        raise UserError("{}: the mapping '{}' is missing.{}".format(source, key, nearest(key, map(str, document))))
+    return value
+
+
+def _required(document: Mapping[str, Any], key: str, source: str) -> Any:
+    value: Optional[Any] = document.get(key)
+    if value is None:
+        raise UserError("{}: the key '{}' is missing.{}".format(source, key, nearest(key, map(str, document))))
+    return value
