@@ -1,0 +1,219 @@
+"""One attention for every pattern: a boolean mask says who sees whom, and two implementations compute the same product.
+
+Letters: B batch, P positions of the text part, G side of the code grid, L positions, D width, H heads, K width of a head.
+"""
+
+from typing import List, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.config import DalleConfig
+
+#: Window of the conv patterns: side in codes, and distance between neighbours (the published applications' constants).
+CONV_KERNEL_SIZE = 5
+CONV_DILATION = 1
+
+
+def build_mask(pattern: str, text_len: int, grid: int) -> Tensor:
+    """Return the (L, L) boolean mask of an attention pattern, True where a row's position may attend to a column's.
+
+    Every pattern is causal, and every image position sees the whole text part. Among the image positions
+      full         sees all earlier ones,
+      axial_row    the earlier ones of its own row,
+      axial_col    the earlier ones of its own column,
+      conv_like    the earlier ones of the 5x5 window centred on it (Mini DALL-E, DALLE-pytorch before 1.2),
+      conv_causal  the 5x5 window that ends at it: up to 4 rows up and 4 columns to the left (DALLE-pytorch 1.6).
+    L = text_len + grid * grid - 1: the last image token is predicted but never attended from.
+    """
+    num_codes = grid * grid
+    row = torch.arange(num_codes).div(grid, rounding_mode="floor")
+    column = torch.arange(num_codes) % grid
+    down = row[:, None] - row[None, :]  # (N, N), > 0: the key lies above the query
+    right = column[:, None] - column[None, :]
+    if pattern == "full":
+        allowed = torch.ones(num_codes, num_codes, dtype=torch.bool)
+    elif pattern == "axial_row":
+        allowed = down == 0
+    elif pattern == "axial_col":
+        allowed = right == 0
+    elif pattern == "conv_like":
+        reach = CONV_KERNEL_SIZE // 2 * CONV_DILATION
+        allowed = (down.abs() <= reach) & (right.abs() <= reach) & (down % CONV_DILATION == 0) & (right % CONV_DILATION == 0)
+    elif pattern == "conv_causal":
+        reach = (CONV_KERNEL_SIZE - 1) * CONV_DILATION
+        allowed = (down >= 0) & (down <= reach) & (right >= 0) & (right <= reach)
+        allowed &= (down % CONV_DILATION == 0) & (right % CONV_DILATION == 0)
+    else:
+        raise ValueError("unknown attention pattern {!r}".format(pattern))
+    mask = torch.ones(text_len + num_codes, text_len + num_codes, dtype=torch.bool)
+    mask[text_len:, text_len:] = allowed
+    return mask.tril()[:-1, :-1].contiguous()
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, causal: bool) -> Tensor:
+    """Fused softmax(q k^T / sqrt(K)) v under `mask`. (B, H, L, K) each -> (B, H, L, K).
+
+    `causal` says that `mask` is the plain lower triangle, for which kernels exist that read no mask.
+    """
+    if causal:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, causal: bool) -> Tensor:
+    """The same product from matmul and softmax alone, for devices without a fused kernel (IPU)."""
+    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))  # (B, H, L, L)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return torch.matmul(torch.softmax(scores, dim=-1), value)
+
+
+IMPLEMENTATIONS = {"sdpa": sdpa, "explicit": explicit}
+
+
+def rotary_angles(text_len: int, grid: int, dim_head: int) -> Tensor:
+    """Return DALLE-pytorch's rotary angles (P + N, R) for R = 3 * 2 * ((dim_head // 3) // 2) leading channels of a head.
+
+    A third turns with the text position (image: a far-away position 8192), a third each with image row and column in
+    [-1, 1] (text: -10). Frequencies as in rotary-embedding-torch: 10000 ** -(2i / n) for text, linear from pi to 5 pi for
+    pixels; each angle serves two neighbouring channels.
+    """
+    third = dim_head // 3
+    text_freqs = 10000.0 ** -(torch.arange(0, third, 2)[: third // 2].float() / third)
+    pixel_freqs = torch.linspace(1.0, 5.0, third // 2) * torch.pi
+
+    def angles(positions: Tensor, freqs: Tensor) -> Tensor:
+        return (positions.float()[:, None] * freqs).repeat_interleave(2, dim=-1)
+
+    num_codes = grid * grid
+    axis = torch.linspace(-1.0, 1.0, grid)
+    rows, columns = axis.repeat_interleave(grid), axis.repeat(grid)
+    text = torch.cat([torch.arange(text_len), torch.full((num_codes,), 8192)])
+    outside = torch.full((text_len,), -10.0)
+    return torch.cat([
+        angles(text, text_freqs),
+        angles(torch.cat([outside, rows]), pixel_freqs),
+        angles(torch.cat([outside, columns]), pixel_freqs),
+    ], dim=-1)
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate the leading channel pairs of x (..., L, K) by angles (L, R)."""
+    width = angles.shape[-1]
+    turned, rest = x[..., :width], x[..., width:]
+    pairs = turned.unflatten(-1, (-1, 2))
+    quarter = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
+    return torch.cat([turned * angles.cos() + quarter * angles.sin(), rest], dim=-1).to(x.dtype)
+
+
+class LayerCache:
+    """Keys and values of one layer while sampling.
+
+    The text part is stored once for each prompt and shared by all images drawn from it; the image part is laid out on the
+    code grid, so that a row or a column is a view and sparse patterns read only what they may see.
+      text_key, text_value    (prompts, H, P, K)
+      image_key, image_value  (B, H, G, G, K) with B = prompts * images per prompt
+      history                 (B, G * G, D) inputs of the two sub-layers, only with shift_tokens
+    """
+
+    def __init__(self, config: DalleConfig, prompts: int, images: int, device: torch.device, dtype: torch.dtype) -> None:
+        heads, width, grid = config.heads, config.dim_head, config.grid
+        self.text_len, self.grid = config.text_len, grid
+        self.text_key = torch.zeros(prompts, heads, config.text_len, width, device=device, dtype=dtype)
+        self.text_value = torch.zeros_like(self.text_key)
+        self.image_key = torch.zeros(prompts * images, heads, grid, grid, width, device=device, dtype=dtype)
+        self.image_value = torch.zeros_like(self.image_key)
+        self.history: List[Optional[Tensor]] = [None, None]
+        if config.shift_tokens:
+            self.history = [torch.zeros(prompts * images, grid * grid, config.dim, device=device, dtype=dtype) for _ in range(2)]
+
+
+class Attention(nn.Module):
+    """Multi-head attention over [text part | image part] under a fixed mask.
+
+    Scale K ** -0.5; dropout acts on the output, as in the published code (not on the attention weights).
+    """
+
+    def __init__(self, config: DalleConfig, pattern: str, implementation: str = "sdpa") -> None:
+        super().__init__()
+        inner = config.heads * config.dim_head
+        self.heads, self.dim_head, self.pattern = config.heads, config.dim_head, pattern
+        self.implementation = implementation
+        self.qkv = nn.Linear(config.dim, 3 * inner, bias=config.qkv_bias)
+        self.out = nn.Linear(inner, config.dim, bias=config.out_bias)
+        self.dropout = nn.Dropout(config.attn_dropout)
+
+    def project(self, x: Tensor, angles: Optional[Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
+        """(B, L, D) -> query, key, value, each (B, H, L, K)."""
+        batch, length, _ = x.shape
+        query, key, value = self.qkv(x).view(batch, length, 3, self.heads, self.dim_head).permute(2, 0, 3, 1, 4).unbind(0)
+        if angles is not None:  # DALLE-pytorch turns the values too
+            query, key, value = (rotate(tensor, angles) for tensor in (query, key, value))
+        return query, key, value
+
+    def merge(self, heads: Tensor) -> Tensor:
+        """(B, H, L, K) -> (B, L, D)."""
+        return self.dropout(self.out(heads.transpose(1, 2).flatten(2)))
+
+    def forward(self, x: Tensor, mask: Tensor, angles: Optional[Tensor] = None) -> Tensor:
+        """Attend within x (B, L, D) under mask (L, L); angles (L, R) with rotary embedding. Returns (B, L, D)."""
+        query, key, value = self.project(x, angles)
+        attend = IMPLEMENTATIONS[self.implementation]
+        return self.merge(attend(query, key, value, mask, self.pattern == "full"))
+
+    def extend_text(self, x: Tensor, start: int, cache: LayerCache, angles: Optional[Tensor] = None) -> Tensor:
+        """Attend from the text positions start.. of x (prompts, n, D), writing them to the cache. Returns (prompts, n, D)."""
+        query, key, value = self.project(x, angles)
+        end = start + x.shape[1]
+        cache.text_key[:, :, start:end] = key
+        cache.text_value[:, :, start:end] = value
+        mask = torch.ones(end, end, dtype=torch.bool, device=x.device).tril()[start:]
+        attended = sdpa(query, cache.text_key[:, :, :end], cache.text_value[:, :, :end], mask, causal=False)
+        return self.merge(attended)
+
+    def extend_image(self, x: Tensor, start: int, cache: LayerCache, mask: Tensor, angles: Optional[Tensor] = None) -> Tensor:
+        """Attend from image positions start.. (counted from 0) of x (B, n, D), writing them to the cache. Returns (B, n, D)."""
+        query, key, value = self.project(x, angles)
+        end = start + x.shape[1]
+        cache.image_key.flatten(2, 3)[:, :, start:end] = key
+        cache.image_value.flatten(2, 3)[:, :, start:end] = value
+        if x.shape[1] == 1:
+            return self.merge(self._attend_from(query, start, cache, mask))
+        images = x.shape[0] // cache.text_key.shape[0]
+        keys, values = (
+            torch.cat([text.repeat_interleave(images, 0), image.flatten(2, 3)[:, :, :end]], dim=2)
+            for text, image in ((cache.text_key, cache.image_key), (cache.text_value, cache.image_value))
+        )
+        first, total = cache.text_len + start, cache.text_len + end
+        return self.merge(sdpa(query, keys, values, mask[first:total, :total], causal=False))
+
+    def _visible(self, position: int, cache: LayerCache, mask: Tensor) -> Tuple[Tensor, Tensor]:
+        """Keys and values (B, H, n, K) of the image positions that `position` sees: views where the pattern allows it."""
+        row, column = divmod(position, cache.grid)
+        if self.pattern == "full":
+            return tuple(t.flatten(2, 3)[:, :, : position + 1] for t in (cache.image_key, cache.image_value))
+        if self.pattern == "axial_row":
+            return tuple(t[:, :, row, : column + 1] for t in (cache.image_key, cache.image_value))
+        if self.pattern == "axial_col":
+            return tuple(t[:, :, : row + 1, column] for t in (cache.image_key, cache.image_value))
+        first = cache.text_len
+        seen = mask[first + position, first : first + position + 1].nonzero()[:, 0]
+        return tuple(t.flatten(2, 3).index_select(2, seen) for t in (cache.image_key, cache.image_value))
+
+    def _attend_from(self, query: Tensor, position: int, cache: LayerCache, mask: Tensor) -> Tensor:
+        """One query of each image (B, H, 1, K) against text and visible image keys. Returns (B, H, 1, K)."""
+        batch, heads, _, width = query.shape
+        prompts = cache.text_key.shape[0]
+        query = query * width ** -0.5
+        image_key, image_value = self._visible(position, cache, mask)
+        # All images of a prompt read the same text keys: one matrix product for them, (prompts, H, images, K).
+        grouped = query.view(prompts, batch // prompts, heads, width).transpose(1, 2)
+        text_scores = torch.matmul(grouped, cache.text_key.transpose(-1, -2))  # (prompts, H, images, P)
+        text_scores = text_scores.transpose(1, 2).reshape(batch, heads, 1, -1)
+        image_scores = torch.matmul(query, image_key.transpose(-1, -2))  # (B, H, 1, n)
+        weights = torch.softmax(torch.cat([text_scores, image_scores], dim=-1), dim=-1)
+        text_weights, image_weights = weights.split([text_scores.shape[-1], image_scores.shape[-1]], dim=-1)
+        grouped = text_weights.reshape(prompts, batch // prompts, heads, -1).transpose(1, 2)
+        from_text = torch.matmul(grouped, cache.text_value).transpose(1, 2).reshape(batch, heads, 1, width)
+        return from_text + torch.matmul(image_weights, image_value)

@@ -1,0 +1,142 @@
+"""What a DALL-E is, as data: everything needed to build one again, and nothing about how it is trained or where it runs."""
+
+import dataclasses
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Any, Dict, Mapping, Optional, Tuple
+
+from utils.errors import UserError, nearest
+
+#: Which image positions an image position may attend to; the text part is always visible to it (see attention.py).
+ATTENTION_PATTERNS = ("full", "axial_row", "axial_col", "conv_like", "conv_causal")
+
+
+@dataclass(frozen=True)
+class DalleConfig:
+    """Shape and options of a DALL-E. The defaults are those of Mini DALL-E.
+
+    Letters used throughout models/: B batch, T text tokens, P positions of the text part (T + 1 with <bos>), G side of the
+    code grid, N = G * G image tokens, L = P + N - 1 positions the transformer sees, D width, H heads, K width of a head,
+    V text vocabulary, C codebook size.
+    """
+
+    num_text_tokens: int
+    """V: entries of the text vocabulary, without the pad ids that `unique_pads` adds."""
+    num_image_tokens: int
+    """C: entries of the VQGAN's codebook."""
+    text_seq_len: int
+    """T: text tokens a caption is padded or truncated to."""
+    grid: int
+    """G: codes on a side of the image."""
+    dim: int
+    """D: width of the residual stream."""
+    depth: int
+    """Number of transformer layers."""
+    heads: int
+    """H: attention heads of a layer."""
+    dim_head: int
+    """K: width of one head; the attention's inner width is H * K."""
+    attn_types: Tuple[str, ...] = ("full",)
+    """Attention pattern of each layer, repeated in turn when shorter than `depth`."""
+    loss_img_weight: float = 7.0
+    """w in loss = (text + w * image) / (w + 1)."""
+    attn_dropout: float = 0.0
+    """Dropout on an attention layer's output."""
+    ff_dropout: float = 0.0
+    """Dropout inside the feed-forward layer, after its activation."""
+    sandwich_norm: bool = False
+    """A second LayerNorm on each residual branch's output (CogView, arXiv 2105.13290, section 2.4)."""
+    layer_scale: bool = True
+    """A learned per-channel factor on each residual branch (CaiT, arXiv 2103.17239)."""
+    activation: str = "geglu"
+    """Feed-forward kind: geglu (arXiv 2002.05202), gelu (exact), or quick_gelu (x * sigmoid(1.702 x))."""
+    ff_mult: int = 4
+    """Hidden width of the feed-forward layer, as a multiple of `dim`."""
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections."""
+    out_bias: bool = True
+    """Bias on the attention's output projection."""
+    ff_bias: bool = True
+    """Biases in the feed-forward layer."""
+    head_bias: bool = True
+    """Biases on the two heads."""
+    bos: bool = True
+    """A <bos> token with id 0 in front of the text."""
+    unique_pads: bool = True
+    """A pad (id 0) at text position p is embedded and predicted as id V + p."""
+    text_positions: bool = True
+    """Learned positions for the text part."""
+    image_positions: str = "axial"
+    """Image positions: axial (row vector + column vector), learned (one vector each), or none."""
+    rotary: bool = False
+    """Rotary position embedding of DALLE-pytorch (on queries, keys and values; text and both image axes)."""
+    shift_tokens: bool = False
+    """Half of the text channels come from the token before, a quarter of the image channels each from above and the left."""
+    stable: bool = False
+    """Embedding gradients scaled by 0.1 and the last hidden state divided by its largest element (CogView)."""
+    tie_embeddings: bool = False
+    """The token tables are the head's rows."""
+    shared_attn_ids: Optional[Tuple[int, ...]] = None
+    """Layers with the same id share one attention; repeated in turn. None: nothing is shared."""
+    shared_ff_ids: Optional[Tuple[int, ...]] = None
+    """Layers with the same id share one feed-forward layer; repeated in turn. None: nothing is shared."""
+    init_std: float = 0.0
+    """Standard deviation of normal initialisation with zero biases (minDALL-E: 0.02); 0: PyTorch's own initialisation."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_text_tokens", "num_image_tokens", "text_seq_len", "grid", "dim", "depth", "heads", "dim_head"):
+            if getattr(self, name) < 1:
+                raise UserError("model option {} must be at least 1, not {!r}".format(name, getattr(self, name)))
+        if not self.attn_types:
+            raise UserError("model option attn_types names no attention pattern; give at least one of " + ", ".join(ATTENTION_PATTERNS))
+        for pattern in self.attn_types:
+            if pattern not in ATTENTION_PATTERNS:
+                raise UserError("unknown attention pattern {!r} in attn_types.{} Known: {}".format(
+                    pattern, nearest(pattern, ATTENTION_PATTERNS), ", ".join(ATTENTION_PATTERNS)))
+        if self.activation not in ("geglu", "gelu", "quick_gelu"):
+            raise UserError("unknown activation {!r}; known: geglu, gelu, quick_gelu".format(self.activation))
+        if self.image_positions not in ("axial", "learned", "none"):
+            raise UserError("unknown image_positions {!r}; known: axial, learned, none".format(self.image_positions))
+        if self.shift_tokens and self.dim % 4:
+            raise UserError("shift_tokens needs a width (dim) divisible by 4, not {}".format(self.dim))
+
+    @property
+    def text_len(self) -> int:
+        """P: positions of the text part."""
+        return self.text_seq_len + int(self.bos)
+
+    @property
+    def image_seq_len(self) -> int:
+        """N: image tokens."""
+        return self.grid * self.grid
+
+    @property
+    def seq_len(self) -> int:
+        """L: positions the transformer sees in training (the last image token is only predicted)."""
+        return self.text_len + self.image_seq_len - 1
+
+    @property
+    def text_table_size(self) -> int:
+        """Rows of the text table and of the text head."""
+        return self.num_text_tokens + (self.text_seq_len if self.unique_pads else 0)
+
+    @property
+    def layer_patterns(self) -> Tuple[str, ...]:
+        """The attention pattern of each layer, `depth` of them."""
+        return tuple(islice(cycle(self.attn_types), self.depth))
+
+    def to_dict(self) -> Dict[str, Any]:
+        """Return the configuration as plain values (tuples as lists), for a checkpoint or JSON."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "DalleConfig":
+        """Build from `to_dict`'s result. Raises UserError on an unknown or a missing key."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise UserError("unknown model option {!r}.{}".format(key, nearest(key, known)))
+        try:
+            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        except TypeError as error:
+            raise UserError("incomplete model options: {}".format(error)) from error

@@ -1,0 +1,174 @@
+"""DALL-E: one transformer that reads a caption and predicts the VQGAN codes of its image (arXiv 2102.12092).
+
+Letters: B batch, T text tokens, P positions of the text part, N image tokens, L = P + N - 1 positions, D width, V text
+vocabulary, C codebook size.
+"""
+
+from typing import NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.config import DalleConfig
+from models.transformer import Transformer
+
+
+class Losses(NamedTuple):
+    """Mean cross-entropies in nats: of the step (weighted), of the text tokens, of the image tokens."""
+
+    total: Tensor
+    text: Tensor
+    image: Tensor
+
+
+class AxialPositions(nn.Module):
+    """Image positions as a row vector plus a column vector: 2 * G vectors instead of G * G."""
+
+    def __init__(self, grid: int, dim: int) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(grid, 1, dim))
+        self.columns = nn.Parameter(torch.randn(1, grid, dim))
+
+    def table(self) -> Tensor:
+        """Return the (N, D) table of all positions, row by row."""
+        return (self.rows + self.columns).flatten(0, 1)
+
+
+class LearnedPositions(nn.Module):
+    """One learned vector for each image position."""
+
+    def __init__(self, grid: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(grid * grid, dim))
+
+    def table(self) -> Tensor:
+        """Return the (N, D) table of all positions."""
+        return self.weight
+
+
+class DALLE(nn.Module):
+    """Caption and codes in, next-token logits out.
+
+    A text position can only predict text and an image position only codes, so each part has its own head; the published
+    model computes one head over V + T + C rows and masks two thirds of it away. Results are equal.
+    """
+
+    def __init__(self, config: DalleConfig, implementation: str = "sdpa") -> None:
+        super().__init__()
+        self.config = config
+        self.text_emb = nn.Embedding(config.text_table_size, config.dim)
+        self.image_emb = nn.Embedding(config.num_image_tokens, config.dim)
+        self.text_pos_emb = nn.Embedding(config.text_len, config.dim) if config.text_positions else None
+        positions = {"axial": AxialPositions, "learned": LearnedPositions}.get(config.image_positions)
+        self.image_pos_emb = positions(config.grid, config.dim) if positions else None
+        self.transformer = Transformer(config, implementation)
+        self.norm = nn.LayerNorm(config.dim)
+        self.text_head = nn.Linear(config.dim, config.text_table_size, bias=config.head_bias)
+        self.image_head = nn.Linear(config.dim, config.num_image_tokens, bias=config.head_bias)
+        if config.init_std:
+            self.apply(self._init_normal)
+        if config.tie_embeddings:
+            self.text_emb.weight = self.text_head.weight
+            self.image_emb.weight = self.image_head.weight
+
+    def _init_normal(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.init_std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, (AxialPositions, LearnedPositions)):
+            for parameter in module.parameters():
+                nn.init.normal_(parameter, std=self.config.init_std)
+
+    def text_targets(self, text: Tensor) -> Tensor:
+        """Give each pad its position's own id. (B, T) with 0 for pads -> (B, T)."""
+        if not self.config.unique_pads:
+            return text
+        pads = torch.arange(text.shape[1], device=text.device) + self.config.num_text_tokens
+        return torch.where(text == 0, pads, text)
+
+    def embed_text(self, text: Tensor, start: int = 0) -> Tensor:
+        """Embed text positions from `start` on. `text` (B, n) are the ids *at* these positions, after text_targets and <bos>."""
+        x = self.text_emb(text)  # (B, n, D)
+        if self.text_pos_emb is not None:
+            x = x + self.text_pos_emb.weight[start : start + text.shape[1]]
+        return x
+
+    def text_part(self, text: Tensor) -> Tensor:
+        """Return the ids of the whole text part: <bos> in front, pads with their own ids. (B, T) -> (B, P)."""
+        text = self.text_targets(text)
+        return F.pad(text, (1, 0), value=0) if self.config.bos else text
+
+    def embed_codes(self, codes: Tensor, start: int = 0) -> Tensor:
+        """Embed image tokens at image positions from `start` on. (B, n) -> (B, n, D)."""
+        x = self.image_emb(codes)
+        if self.image_pos_emb is not None:
+            x = x + self.image_pos_emb.table()[start : start + codes.shape[1]]
+        return x
+
+    def _damp(self, x: Tensor) -> Tensor:
+        """With `stable`: pass a tenth of the gradient on to the embeddings (CogView's trick), the same value."""
+        return x * 0.1 + x.detach() * 0.9 if self.config.stable else x
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The head's input: transformer output (B, n, D), normalised."""
+        if self.config.stable:
+            x = x / x.amax(dim=-1, keepdim=True).detach()
+        return self.norm(x)
+
+    def forward(self, text: Tensor, codes: Tensor) -> Tuple[Tensor, Tensor]:
+        """Return the logits of the text tokens and of the codes.
+
+        text (B, T) token ids, 0 = pad; codes (B, N). Returns (B, P - 1, V or V + T) and (B, N, C): row i of the first
+        predicts the text part's id at position i + 1, row i of the second predicts code i.
+        """
+        x = torch.cat([self.embed_text(self.text_part(text)), self.embed_codes(codes[:, :-1])], dim=1)  # (B, L, D)
+        x = self.hidden(self.transformer(self._damp(x)))
+        last = self.config.text_len - 1  # the last text position predicts the first code
+        return self.text_head(x[:, :last]), self.image_head(x[:, last:])
+
+    def loss(self, text_logits: Tensor, image_logits: Tensor, text: Tensor, codes: Tensor) -> Losses:
+        """Return (CE_text + w * CE_image) / (w + 1) and its parts, each a mean over its positions (scalars, nats)."""
+        targets = self.text_part(text)[:, 1:]
+        text_loss = F.cross_entropy(text_logits.flatten(0, 1).float(), targets.flatten())
+        image_loss = F.cross_entropy(image_logits.flatten(0, 1).float(), codes.flatten())
+        weight = self.config.loss_img_weight
+        return Losses((text_loss + weight * image_loss) / (weight + 1), text_loss, image_loss)
+
+
+class TextToImage(nn.Module):
+    """A DALL-E over a frozen VQGAN: takes raw images or their codes. This is what an engine trains.
+
+    The VQGAN holds no trainable parameter, stays in eval mode, and may be absent when codes are given.
+    """
+
+    def __init__(self, dalle: DALLE, vqgan: Optional[nn.Module] = None) -> None:
+        super().__init__()
+        self.dalle = dalle
+        self.vqgan = vqgan
+        if vqgan is not None:
+            vqgan.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "TextToImage":
+        super().train(mode)
+        if self.vqgan is not None:
+            self.vqgan.eval()
+        return self
+
+    def codes(self, images: Tensor) -> Tensor:
+        """Return the codes (B, N) of images: (B, 3, S, S) as uint8 or floats in [0, 1], or codes (B, N) already."""
+        if images.dim() == 2:
+            return images
+        if self.vqgan is None:
+            raise ValueError("images were given, but this model has no VQGAN: pass codes instead")
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        with torch.no_grad():
+            return self.vqgan.encode(images)
+
+    def forward(self, text: Tensor, images: Tensor) -> Losses:
+        """Return the losses of captions (B, T) and images or codes (see `codes`)."""
+        codes = self.codes(images)
+        text_logits, image_logits = self.dalle(text, codes)
+        return self.dalle.loss(text_logits, image_logits, text, codes)

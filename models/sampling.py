@@ -1,0 +1,172 @@
+"""Drawing images from a caption: small functions over logits, and the loop that applies them with a key/value cache.
+
+Letters: B images, N image tokens, P positions of the text part, C codebook size.
+"""
+
+from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from models.attention import LayerCache
+from models.dalle import DALLE
+
+
+class SamplingOptions(NamedTuple):
+    """How a token is drawn from its logits."""
+
+    top_k: Optional[int] = None
+    """Keep the k likeliest tokens, and those that tie with the k-th. None: all."""
+    top_p: Optional[float] = None
+    """Keep the likeliest tokens up to and including the one that crosses this probability. None: all."""
+    temperature: float = 1.0
+    """Logits are divided by it; 0 takes the likeliest token."""
+    cond_scale: float = 1.0
+    """Classifier-free guidance: null + scale * (conditional - null). 1: none."""
+
+
+class Drawn(NamedTuple):
+    """Codes (B, N) and the log-likelihood in nats (B,) the unfiltered model gives to those that were drawn."""
+
+    codes: Tensor
+    log_likelihood: Tensor
+
+
+def top_k_count(top_k: float, vocabulary: int) -> Optional[int]:
+    """Read the seed's --top_k: below 1 a fraction of the vocabulary to drop, max(int((1 - t) * n), 1); else a count; 0: None."""
+    if top_k == 0:
+        return None
+    return max(int((1 - top_k) * vocabulary), 1) if top_k < 1 else min(int(top_k), vocabulary)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Set all but the k largest logits (and ties with the k-th) to -inf. (..., C) -> (..., C)."""
+    threshold = logits.topk(k, dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < threshold, float("-inf"))
+
+
+def keep_top_p(probabilities: Tensor, p: float) -> Tensor:
+    """Zero the tokens after the one that crosses cumulative probability p, and renormalise. (..., C) -> (..., C)."""
+    ordered, order = probabilities.sort(dim=-1, descending=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    ordered = ordered.masked_fill(before >= p, 0.0)
+    kept = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+    return kept / kept.sum(dim=-1, keepdim=True)
+
+
+def draw(logits: Tensor, uniform: Tensor, options: SamplingOptions) -> Tensor:
+    """Draw one token a row by inverting the cumulative distribution at `uniform`. (B, C), (B,) in [0, 1) -> (B,).
+
+    The random number comes from outside, so that an image's draws do not depend on the batch it is drawn in.
+    """
+    if options.temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / options.temperature
+    if options.top_k is not None:
+        logits = keep_top_k(logits, options.top_k)
+    probabilities = torch.softmax(logits, dim=-1)
+    if options.top_p is not None and options.top_p < 1:
+        probabilities = keep_top_p(probabilities, options.top_p)
+    # Scaled by the true sum: rounding must never leave a gap behind the last token that has any probability.
+    cumulative = probabilities.double().cumsum(dim=-1)
+    threshold = uniform.double()[:, None] * cumulative[:, -1:]
+    return (cumulative <= threshold).sum(dim=-1).clamp(max=logits.shape[-1] - 1)
+
+
+def uniforms(seeds: Sequence[int], length: int) -> Tensor:
+    """Return (len(seeds), length) uniform numbers in [0, 1): row i depends on seeds[i] alone, on every device."""
+    rows = [torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
+    return torch.stack(rows)
+
+
+def guided(logits: Tensor, cond_scale: float) -> Tensor:
+    """Apply guidance to logits whose second half of rows is unconditional. (2B, C) -> (B, C); scale 1: unchanged."""
+    if cond_scale == 1:
+        return logits
+    conditional, null = logits.chunk(2, dim=0)
+    return null + (conditional - null) * cond_scale
+
+
+def prefill(model: DALLE, text: Tensor, images: int) -> Tuple[Tensor, List[LayerCache]]:
+    """Run the text part of each prompt once. text (prompts, T) -> hidden state at the last text position (prompts, D), caches."""
+    ids = model.text_part(text)
+    dtype = model.text_emb.weight.dtype
+    caches = model.transformer.make_cache(text.shape[0], images, text.device, dtype)
+    x = model.transformer.extend_text(model.embed_text(ids), 0, caches)
+    return model.hidden(x[:, -1:])[:, 0], caches
+
+
+def decode_codes(model: DALLE, codes: Tensor, start: int, caches: List[LayerCache]) -> Tensor:
+    """Feed the codes (B, n) at image positions start .. and return the hidden state after the last of them (B, D)."""
+    x = model.transformer.extend_image(model.embed_codes(codes, start), start, caches)
+    return model.hidden(x[:, -1:])[:, 0]
+
+
+@torch.no_grad()
+def draw_codes(
+    model: DALLE,
+    text: Tensor,
+    seeds: Sequence[int],
+    options: SamplingOptions = SamplingOptions(),
+    given: Optional[Tensor] = None,
+    on_token: Optional[Callable[[], None]] = None,
+) -> Drawn:
+    """Draw the codes of len(seeds) images of one caption.
+
+    text (T,) or (1, T) token ids; seeds: one for each image. given (N,): codes to keep, -1 where the model shall draw
+    (image completion, priming). on_token is called after each code. Returns codes (B, N) on the model's device.
+    """
+    device = model.text_emb.weight.device
+    batch, num_codes = len(seeds), model.config.image_seq_len
+    text = text.view(1, -1).to(device)
+    guidance = options.cond_scale != 1
+    prompts = torch.cat([text, torch.zeros_like(text)]) if guidance else text
+    noise = uniforms(seeds, num_codes).to(device)
+    codes = torch.zeros(batch, num_codes, dtype=torch.long, device=device)
+    kept = [-1] * num_codes if given is None else given.tolist()
+    prefix = next((i for i, code in enumerate(kept) if code < 0), num_codes)
+    log_likelihood = torch.zeros(batch, device=device)
+
+    hidden, caches = prefill(model, prompts, batch)
+    hidden = hidden.repeat_interleave(batch, dim=0)  # (B or 2B, D)
+    if prefix:
+        codes[:, :prefix] = torch.tensor(kept[:prefix], device=device)
+        if prefix < num_codes:
+            hidden = decode_codes(model, codes[:, :prefix].repeat(len(prompts), 1), 0, caches)
+    for position in range(prefix, num_codes):
+        if kept[position] >= 0:
+            codes[:, position] = kept[position]
+        else:
+            logits = guided(model.image_head(hidden), options.cond_scale).float()
+            token = draw(logits, noise[:, position], options)
+            codes[:, position] = token
+            log_likelihood += torch.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]
+        if position + 1 < num_codes:
+            hidden = decode_codes(model, codes[:, position : position + 1].repeat(len(prompts), 1), position, caches)
+        if on_token is not None:
+            on_token()
+    return Drawn(codes, log_likelihood)
+
+
+@torch.no_grad()
+def complete_text(model: DALLE, ids: Sequence[int], seed: int, options: SamplingOptions = SamplingOptions()) -> List[int]:
+    """Go on writing a caption after the token ids until the model predicts a pad or T tokens are reached. Returns all ids."""
+    config, device = model.config, model.text_emb.weight.device
+    ids = list(ids)[: config.text_seq_len]
+    noise = uniforms([seed], config.text_seq_len).to(device)
+    if not ids and not config.bos:
+        raise ValueError("a model without <bos> needs at least one text token to go on from")
+    caches = model.transformer.make_cache(1, 1, device, model.text_emb.weight.dtype)
+    done = 0
+    while len(ids) < config.text_seq_len:
+        part = ([0] if config.bos else []) + ids
+        # Token shift mixes neighbouring positions, so it takes the whole part again; otherwise only what is new.
+        done = 0 if config.shift_tokens else done
+        new = torch.tensor([part[done:]], device=device)
+        hidden = model.hidden(model.transformer.extend_text(model.embed_text(new, done), done, caches)[:, -1:])[:, 0]
+        done = len(part)
+        token = int(draw(model.text_head(hidden).float(), noise[:, len(ids)], options))
+        if token == 0 or token >= config.num_text_tokens:
+            break
+        ids.append(token)
+    return ids

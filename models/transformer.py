@@ -1,0 +1,187 @@
+"""The transformer of both seeds: its block is described by the config, and it can be run whole or step by step.
+
+Letters: B batch, P positions of the text part, N image tokens, L = P + N - 1 positions, D width.
+"""
+
+from typing import Dict, List, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import Attention, LayerCache, build_mask, rotary_angles
+from models.config import DalleConfig
+
+
+class FeedForward(nn.Module):
+    """(B, L, D) -> (B, L, D) through `ff_mult * D` hidden channels; geglu gates one half of 2 * ff_mult * D with the other."""
+
+    def __init__(self, config: DalleConfig) -> None:
+        super().__init__()
+        hidden = config.ff_mult * config.dim
+        self.activation = config.activation
+        self.up = nn.Linear(config.dim, 2 * hidden if config.activation == "geglu" else hidden, bias=config.ff_bias)
+        self.dropout = nn.Dropout(config.ff_dropout)
+        self.down = nn.Linear(hidden, config.dim, bias=config.ff_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        if self.activation == "geglu":
+            x, gate = x.chunk(2, dim=-1)
+            x = x * F.gelu(gate)
+        elif self.activation == "gelu":
+            x = F.gelu(x)
+        else:
+            x = x * torch.sigmoid(1.702 * x)
+        return self.down(self.dropout(x))
+
+
+def layer_scale_init(layer: int) -> float:
+    """Start value of LayerScale in layer 0, 1, ...: 0.1 for the first 18, then 1e-5, from the 25th 1e-6 (CaiT, table 4)."""
+    if layer < 18:
+        return 0.1
+    return 1e-5 if layer < 24 else 1e-6
+
+
+class Residual(nn.Module):
+    """A residual branch: x + scale * norm_out(fn(norm(x))). `scale` and `norm_out` only where the config asks for them."""
+
+    def __init__(self, config: DalleConfig, layer: int, fn: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.dim)
+        self.fn = fn
+        self.norm_out = nn.LayerNorm(config.dim) if config.sandwich_norm else None
+        self.scale = nn.Parameter(torch.full((1, 1, config.dim), layer_scale_init(layer))) if config.layer_scale else None
+
+    def add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Return x plus the branch's output, normalised and scaled as configured. All (B, L, D)."""
+        if self.norm_out is not None:
+            branch = self.norm_out(branch)
+        if self.scale is not None:
+            branch = branch * self.scale
+        return x + branch
+
+
+def shift_text(x: Tensor) -> Tensor:
+    """Take the first half of the channels from the position before (zeros at the first). (B, P, D) -> (B, P, D)."""
+    shifted, kept = x.chunk(2, dim=-1)
+    return torch.cat([F.pad(shifted, (0, 0, 1, 0))[:, :-1], kept], dim=-1)
+
+
+def shift_image(x: Tensor, grid: int, start: int = 0) -> Tensor:
+    """Take a quarter of the channels from the code above, a quarter from the code to the left (zeros at the borders).
+
+    x (B, n, D) holds image positions 0 .. n-1; returns those from `start` on, (B, n - start, D).
+    """
+    above, left, kept = x.split([x.shape[-1] // 4, x.shape[-1] // 4, x.shape[-1] // 2], dim=-1)
+    above = F.pad(above, (0, 0, grid, 0))[:, start : x.shape[1]]
+    left = F.pad(left, (0, 0, 1, 0))[:, start : x.shape[1]]
+    inside = (torch.arange(start, x.shape[1], device=x.device) % grid != 0)[:, None]
+    return torch.cat([above, left * inside, kept[:, start:]], dim=-1)
+
+
+class Block(nn.Module):
+    """One layer: an attention branch, then a feed-forward branch."""
+
+    def __init__(self, config: DalleConfig, layer: int, attention: Attention, feed_forward: FeedForward) -> None:
+        super().__init__()
+        self.text_len, self.grid, self.shifts = config.text_len, config.grid, config.shift_tokens
+        self.attention = Residual(config, layer, attention)
+        self.feed_forward = Residual(config, layer, feed_forward)
+
+    def _shift(self, x: Tensor) -> Tensor:
+        if not self.shifts:
+            return x
+        return torch.cat([shift_text(x[:, : self.text_len]), shift_image(x[:, self.text_len :], self.grid)], dim=1)
+
+    def forward(self, x: Tensor, mask: Tensor, angles: Optional[Tensor] = None) -> Tensor:
+        """Run the whole sequence. x (B, L, D), mask (L, L), angles (L, R) or None -> (B, L, D)."""
+        branch = self.attention
+        x = branch.add(x, branch.fn(self._shift(branch.norm(x)), mask, angles))
+        branch = self.feed_forward
+        return branch.add(x, branch.fn(self._shift(branch.norm(x))))
+
+    def extend_text(self, x: Tensor, start: int, cache: LayerCache, angles: Optional[Tensor]) -> Tensor:
+        """Run text positions start .. start + n - 1, x (prompts, n, D); with shift_tokens the whole text part at once."""
+        branch = self.attention
+        normed = branch.norm(x)
+        x = branch.add(x, branch.fn.extend_text(shift_text(normed) if self.shifts else normed, start, cache, angles))
+        branch = self.feed_forward
+        normed = branch.norm(x)
+        return branch.add(x, branch.fn(shift_text(normed) if self.shifts else normed))
+
+    def extend_image(self, x: Tensor, start: int, cache: LayerCache, mask: Tensor, angles: Optional[Tensor]) -> Tensor:
+        """Run image positions start .. start + n - 1, x (B, n, D)."""
+        branch = self.attention
+        normed = self._shift_cached(branch.norm(x), start, cache.history[0])
+        x = branch.add(x, branch.fn.extend_image(normed, start, cache, mask, angles))
+        branch = self.feed_forward
+        return branch.add(x, branch.fn(self._shift_cached(branch.norm(x), start, cache.history[1])))
+
+    def _shift_cached(self, x: Tensor, start: int, history: Optional[Tensor]) -> Tensor:
+        if history is None:
+            return x
+        end = start + x.shape[1]
+        history[:, start:end] = x
+        # Only the last row of codes can matter: positions before start - grid are never looked at.
+        first = max(0, start - self.grid) // self.grid * self.grid
+        return shift_image(history[:, first:end], self.grid, start - first)
+
+
+class Transformer(nn.Module):
+    """A stack of blocks over [text part | image part], with one mask for each attention pattern in use."""
+
+    def __init__(self, config: DalleConfig, implementation: str = "sdpa") -> None:
+        super().__init__()
+        self.config = config
+        attentions: Dict[int, Attention] = {}
+        feed_forwards: Dict[int, FeedForward] = {}
+        self.layers = nn.ModuleList()
+        for layer, pattern in enumerate(config.layer_patterns):
+            attention_id = config.shared_attn_ids[layer % len(config.shared_attn_ids)] if config.shared_attn_ids else layer
+            ff_id = config.shared_ff_ids[layer % len(config.shared_ff_ids)] if config.shared_ff_ids else layer
+            if attention_id not in attentions:
+                attentions[attention_id] = Attention(config, pattern, implementation)
+            if ff_id not in feed_forwards:
+                feed_forwards[ff_id] = FeedForward(config)
+            if attentions[attention_id].pattern != pattern:
+                raise ValueError("layers that share attention {} have different attn_types".format(attention_id))
+            self.layers.append(Block(config, layer, attentions[attention_id], feed_forwards[ff_id]))
+        for pattern in sorted(set(config.layer_patterns)):
+            mask = build_mask(pattern, config.text_len, config.grid)
+            self.register_buffer("mask_" + pattern, mask, persistent=False)
+        angles = rotary_angles(config.text_len, config.grid, config.dim_head) if config.rotary else None
+        self.register_buffer("angles", angles, persistent=False)
+
+    def mask(self, layer: int) -> Tensor:
+        """The (L, L) mask of a layer."""
+        return getattr(self, "mask_" + self.config.layer_patterns[layer])
+
+    def _angles(self, start: int, end: int) -> Optional[Tensor]:
+        return None if self.angles is None else self.angles[start:end]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        angles = self._angles(0, x.shape[1])
+        for index, layer in enumerate(self.layers):
+            x = layer(x, self.mask(index), angles)
+        return x
+
+    def make_cache(self, prompts: int, images: int, device: torch.device, dtype: torch.dtype) -> List[LayerCache]:
+        """Return empty caches, one for each layer, for `images` images of each of `prompts` prompts."""
+        return [LayerCache(self.config, prompts, images, device, dtype) for _ in self.layers]
+
+    def extend_text(self, x: Tensor, start: int, caches: List[LayerCache]) -> Tensor:
+        """Run text positions from `start` on. x (prompts, n, D) -> (prompts, n, D)."""
+        angles = self._angles(start, start + x.shape[1])
+        for layer, cache in zip(self.layers, caches):
+            x = layer.extend_text(x, start, cache, angles)
+        return x
+
+    def extend_image(self, x: Tensor, start: int, caches: List[LayerCache]) -> Tensor:
+        """Run image positions from `start` on (0 is the first code). x (B, n, D) -> (B, n, D)."""
+        first = self.config.text_len + start
+        angles = self._angles(first, first + x.shape[1])
+        for index, (layer, cache) in enumerate(zip(self.layers, caches)):
+            x = layer.extend_image(x, start, cache, self.mask(index), angles)
+        return x
