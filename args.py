@@ -59,7 +59,7 @@ class ExecutionConfig(Section):
     epochs: int = option(1, "passes over the training data", ge=1)
     max_steps: int = option(0, "stop after so many optimizer steps in all; 0: no limit", ge=0)
     max_minutes: float = option(0.0, "stop after so many minutes of training; 0: no limit", ge=0)
-    precision: str = option("auto", "arithmetic of the transformer; auto: as --fp16 says (fp16 on cuda and ipu, fp32 on "
+    precision: str = option("auto", "arithmetic of the transformer; auto: as --fp16 says (fp16 on cuda or ipu, fp32 on "
                                     "cpu), any other value wins over --fp16", choices=("auto", "fp32", "bf16", "fp16"))
     fp16: bool = option(False, "train in half precision where the device can")
     compile: bool = option(False, "compile the training step with torch.compile")
