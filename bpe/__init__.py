@@ -1,0 +1,31 @@
+"""Text tokenizers: YouTokenToMe and CLIP vocabularies behind one interface (see `bpe.tokenizer`)."""
+
+import gzip
+from typing import Optional
+
+from utils.errors import UserError
+
+from .clip import CLIP_VOCABULARY, ClipTokenizer, is_clip_header
+from .tokenizer import Tokenizer, read_vocabulary_bytes
+from .yttm import YttmTokenizer
+
+__all__ = ["Tokenizer", "load_tokenizer"]
+
+
+def load_tokenizer(bpe_path: Optional[str] = None) -> Tokenizer:
+    """Return the tokenizer of a vocabulary file.
+
+    None means the shipped CLIP vocabulary. A path is either a YouTokenToMe vocabulary (text) or a CLIP vocabulary
+    (`bpe_simple_vocab_16e6.txt`, plain or gzip); which of the two, the content tells.
+    Raises `UserError` when the file is missing or is neither.
+    """
+    path = CLIP_VOCABULARY if bpe_path is None else str(bpe_path)
+    content = read_vocabulary_bytes(path)
+    if content[:2] == b"\x1f\x8b":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, ValueError) as error:
+            raise UserError("--bpe-path {}: damaged gzip file ({}); fetch it again".format(path, error)) from error
+    if is_clip_header(content):
+        return ClipTokenizer(content, path)
+    return YttmTokenizer(content, path)

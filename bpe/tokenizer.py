@@ -1,0 +1,138 @@
+"""What every tokenizer can do: text to ids, ids to text, and captions to one padded tensor.
+
+Both vocabularies of this project split a text into words and merge each word by ranked pairs (byte pair encoding), a
+word never depending on its neighbours. So the merging itself is left to the `BPE` model of HF `tokenizers`, and its
+results are remembered per word: captions use few different words, which makes a look-up the common case.
+"""
+
+import abc
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Sequence, Union
+
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+PAD_ID = 0  # in every vocabulary: the model turns each 0 of a text into the pad id of its position
+
+# Bounds of the memory of merged words: about 20 MB when full.
+_MAX_KNOWN_WORDS = 1 << 16
+_MAX_KNOWN_WORD_LEN = 64
+
+_MAX_VOCABULARY_BYTES = 1 << 28  # far above any vocabulary; keeps a video given by mistake out of memory
+
+
+def read_vocabulary_bytes(path: str) -> bytes:
+    """Return the content of a vocabulary file. Raises `UserError` when it cannot be read or is absurdly large."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_MAX_VOCABULARY_BYTES + 1)
+    except FileNotFoundError as error:
+        raise UserError(
+            "--bpe-path {}: no such file; learn a vocabulary with `python -m bpe.train` or use "
+            "bpe/bpe_yttm_vocab.txt".format(path)
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError("--bpe-path {}: cannot be read ({})".format(path, error)) from error
+    if len(content) > _MAX_VOCABULARY_BYTES:
+        raise UserError("--bpe-path {}: too large to be a vocabulary file".format(path))
+    return content
+
+
+class Tokenizer(abc.ABC):
+    """Text to ids and back. Objects can be pickled (for loader workers); a copy rebuilds its tables on first use.
+
+    Attributes: `vocab_size`, the number of ids, all of them in [0, vocab_size); `pad_id`, always 0.
+    """
+
+    pad_id: int = PAD_ID
+    vocab_size: int
+
+    def __init__(self, vocab_size: int, sha256: str) -> None:
+        self.vocab_size = vocab_size
+        self._sha256 = sha256
+        self._forget_tables()
+
+    def _forget_tables(self) -> None:
+        self._known_words: Dict[str, List[int]] = {}
+        self._model: Any = None  # tokenizers.models.BPE, built when the first word is merged
+
+    def __getstate__(self) -> Dict[str, Any]:
+        state = self.__dict__.copy()
+        del state["_known_words"], state["_model"]
+        return state
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget_tables()
+
+    @property
+    @abc.abstractmethod
+    def identity(self) -> Dict[str, str]:
+        """What a checkpoint stores to recognise its tokenizer: "type" and "sha256" of the vocabulary's content."""
+
+    @abc.abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of `ids`. Pads (0) and ids outside [0, vocab_size) are left out."""
+
+    @abc.abstractmethod
+    def _split(self, text: str) -> Iterable[str]:
+        """Return the words of `text`, in order."""
+
+    @abc.abstractmethod
+    def _build_model(self) -> Any:
+        """Return the `tokenizers.models.BPE` of the vocabulary."""
+
+    @abc.abstractmethod
+    def _model_word(self, word: str) -> str:
+        """Return `word` in the characters of `_model`'s vocabulary."""
+
+    def _merge(self, word: str) -> List[int]:
+        """Return the ids of one word."""
+        if self._model is None:
+            self._model = self._build_model()
+        try:
+            tokens = self._model.tokenize(self._model_word(word))
+        except UnicodeEncodeError:
+            # A lone surrogate (undecodable bytes of a command line) is no character: U+FFFD stands for it.
+            repaired = word.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            tokens = self._model.tokenize(self._model_word(repaired))
+        ids = [token.id for token in tokens]
+        if len(self._known_words) < _MAX_KNOWN_WORDS and len(word) <= _MAX_KNOWN_WORD_LEN:
+            self._known_words[word] = ids
+        return ids
+
+    def encode(self, text: str) -> List[int]:
+        """Return the ids of `text`, without <bos>, <eos> or pads; an empty text has none."""
+        known_words = self._known_words
+        ids: List[int] = []
+        for word in self._split(text):
+            word_ids = known_words.get(word)
+            ids += self._merge(word) if word_ids is None else word_ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> List[List[int]]:
+        """Return `encode(text)` for each text."""
+        return [self.encode(text) for text in texts]
+
+    def tokenize(
+        self, texts: Union[str, Sequence[str]], text_seq_len: int, truncate: bool = False
+    ) -> "torch.LongTensor":
+        """Return the ids of B texts (one text counts as B = 1) as a LongTensor (B, text_seq_len), right-padded with 0.
+
+        Raises `UserError` when a text has more than `text_seq_len` tokens, unless `truncate` cuts it there.
+        """
+        import torch  # here, so that learning a vocabulary does not wait for it
+
+        if isinstance(texts, str):
+            texts = [texts]
+        rows = []
+        for text, ids in zip(texts, self.encode_batch(texts)):
+            if len(ids) > text_seq_len and not truncate:
+                shown = text if len(text) <= 200 else text[:200] + "..."
+                raise UserError(
+                    "caption {!r} has {} tokens, more than --text-seq-len {}: pass --truncate-captions to cut it, or "
+                    "raise --text-seq-len".format(shown, len(ids), text_seq_len)
+                )
+            rows.append(ids[:text_seq_len] + [PAD_ID] * (text_seq_len - len(ids)))
+        return torch.tensor(rows, dtype=torch.long).view(len(rows), text_seq_len)

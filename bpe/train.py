@@ -1,0 +1,283 @@
+"""Learn a vocabulary from captions and write it in the YouTokenToMe format.
+
+    python -m bpe.train --captions captions_train2017.json --vocab-size 8192 --output bpe/my_vocab.txt
+
+Captions come from COCO caption files (.json), folders of text files (.txt, searched at every depth) and single text
+files; text files hold one caption per line. The ids 0-3 are pad, unknown, begin and end; the word start U+2581 is 4, then come
+the characters, the most frequent first, then the merges. Equal captions give an equal file on every machine and version.
+"""
+
+import argparse
+import collections
+import heapq
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Counter, Dict, Iterable, Iterator, List, Sequence, Set, Tuple
+
+from tqdm import tqdm
+
+from utils.errors import UsageError, UserError, run_main
+from utils.files import atomic_write, sha256_file
+
+from .yttm import WORD_START, YttmVocabulary, format_vocabulary, split_words
+
+logger = logging.getLogger(__name__)
+
+SPECIALS = {"unk": 1, "pad": 0, "bos": 2, "eos": 3}
+
+Pair = Tuple[int, int]
+
+
+def read_captions(paths: Sequence[str]) -> Iterator[str]:
+    """Yield the captions of COCO files, folders and text files. Raises `UserError` for what is none of these."""
+    for name in paths:
+        path = Path(name)
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*.txt") if file.is_file())
+            if not files:
+                raise UserError("--captions {}: no .txt file in this folder".format(name))
+            for file in tqdm(files, desc="Reading captions", unit=" files", disable=None, leave=False):
+                yield from _read_lines(file)
+        elif path.suffix.lower() == ".json":
+            yield from _read_coco(path)
+        else:
+            yield from _read_lines(path)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError("--captions {}: no such file or folder".format(path)) from error
+    except UnicodeDecodeError as error:
+        raise UserError("--captions {}: not a text file in UTF-8 ({})".format(path, error.reason)) from error
+    except (OSError, ValueError) as error:
+        raise UserError("--captions {}: cannot be read ({})".format(path, error)) from error
+
+
+def _read_lines(path: Path) -> Iterator[str]:
+    return iter(_read_text(path).split("\n"))
+
+
+def _read_coco(path: Path) -> Iterator[str]:
+    try:
+        content = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError("--captions {}: not valid JSON ({})".format(path, error)) from error
+    annotations = content.get("annotations") if isinstance(content, dict) else None
+    if not isinstance(annotations, list):
+        raise UserError("--captions {}: no list 'annotations', so not a COCO caption file".format(path))
+    for number, annotation in enumerate(annotations):
+        caption = annotation.get("caption") if isinstance(annotation, dict) else None
+        if not isinstance(caption, str):
+            raise UserError(
+                "--captions {}: annotation {} has no text 'caption'; give the captions_*.json file".format(path, number)
+            )
+        yield caption
+
+
+def count_words(captions: Iterable[str]) -> Counter[str]:
+    """Return how often each word occurs. A blank before a full stop goes, as when captions are prepared for training."""
+    words: Counter[str] = collections.Counter()
+    for caption in captions:
+        words.update(split_words(" ".join(caption.split()).replace(" .", ".")))
+    return words
+
+
+def choose_alphabet(words: Counter[str], coverage: float) -> List[str]:
+    """Return the characters to keep, most frequent first: the fewest that make up `coverage` (0-1] of all characters."""
+    counts: Counter[str] = collections.Counter()
+    for word, count in words.items():
+        for char in word:
+            counts[char] += count
+    needed = coverage * sum(counts.values())
+    alphabet: List[str] = []
+    covered = 0
+    for char, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        if covered >= needed:
+            break
+        alphabet.append(char)
+        covered += count
+    return alphabet
+
+
+def _segments(words: Counter[str], ids: Dict[str, int]) -> Tuple[List[List[int]], List[int]]:
+    """Return the ids of each stretch of known characters in the words, and how often it occurs.
+
+    An unknown character separates stretches, because nothing merges across it when text is encoded.
+    """
+    stretches: Counter[Tuple[int, ...]] = collections.Counter()
+    for word, count in words.items():
+        current: List[int] = [ids[WORD_START]]
+        for char in word:
+            if char in ids:
+                current.append(ids[char])
+            else:
+                stretches[tuple(current)] += count
+                current = []
+        stretches[tuple(current)] += count
+    # Sorted, so that the order in which captions are read changes nothing.
+    ordered = sorted((stretch, count) for stretch, count in stretches.items() if len(stretch) > 1)
+    return [list(stretch) for stretch, _ in ordered], [count for _, count in ordered]
+
+
+def _pairs(tokens: List[int]) -> Iterator[Pair]:
+    """Yield the adjacent pairs that could merge at the same time: "aaa" holds "aa" once."""
+    last_overlaps = False
+    for left, right, before in zip(tokens, tokens[1:], [-1] + tokens):
+        last_overlaps = left == right == before and not last_overlaps
+        if not last_overlaps:
+            yield left, right
+
+
+def _merged(tokens: List[int], pair: Pair, result: int) -> List[int]:
+    """Return `tokens` with each occurrence of `pair`, from the left, replaced by `result`."""
+    merged = []
+    position = 0
+    while position < len(tokens):
+        if position + 1 < len(tokens) and (tokens[position], tokens[position + 1]) == pair:
+            merged.append(result)
+            position += 2
+        else:
+            merged.append(tokens[position])
+            position += 1
+    return merged
+
+
+def learn_merges(
+    tokens: List[List[int]], counts: List[int], first_id: int, num_merges: int
+) -> List[Tuple[int, int, int]]:
+    """Return up to `num_merges` merges (left, right, result), each of the pair that is the most frequent by then.
+
+    `tokens` holds the ids of each word and is changed in place; `counts` how often each word occurs. Results are numbered from
+    `first_id`. Of equally frequent pairs, the one of older tokens goes first. Fewer merges come back when every word has
+    become one token.
+    """
+    totals: Dict[Pair, int] = collections.defaultdict(int)
+    places: Dict[Pair, Set[int]] = collections.defaultdict(set)
+    for word, word_tokens in enumerate(tokens):
+        for pair in _pairs(word_tokens):
+            totals[pair] += counts[word]
+            places[pair].add(word)
+
+    def entry(pair: Pair) -> Tuple[int, int, Pair]:
+        return -totals[pair], max(pair), pair
+
+    queue = [entry(pair) for pair in totals]
+    heapq.heapify(queue)
+    merges: List[Tuple[int, int, int]] = []
+    progress = tqdm(total=num_merges, desc="Learning merges", unit=" merges", disable=None, leave=False)
+    while queue and len(merges) < num_merges:
+        negative_total, _, pair = heapq.heappop(queue)
+        if -negative_total != totals.get(pair, 0):
+            continue  # an entry from before the count changed; the present count has its own entry
+        result = first_id + len(merges)
+        merges.append((pair[0], pair[1], result))
+        progress.update()
+        changed: Set[Pair] = set()
+        for word in places[pair]:
+            before = tokens[word]
+            after = _merged(before, pair, result)
+            if len(after) == len(before):
+                continue  # other merges have broken the pair up here
+            for old in _pairs(before):
+                totals[old] -= counts[word]
+                changed.add(old)
+            for new in _pairs(after):
+                totals[new] += counts[word]
+                places[new].add(word)
+                changed.add(new)
+            tokens[word] = after
+        del totals[pair], places[pair]
+        changed.discard(pair)
+        for other in changed:
+            if totals[other] > 0:
+                heapq.heappush(queue, entry(other))
+            else:
+                del totals[other], places[other]
+    progress.close()
+    return merges
+
+
+def learn_vocabulary(captions: Iterable[str], vocab_size: int, coverage: float = 1.0) -> YttmVocabulary:
+    """Learn a vocabulary of `vocab_size` ids; of fewer, with a warning, when the captions do not hold that many tokens.
+
+    `coverage` in (0, 1] is the share of all characters that the vocabulary must know; the rarest beyond it become <UNK>.
+    Raises `UserError` when there are no captions or `vocab_size` is too small for the characters alone.
+    """
+    words = count_words(captions)
+    if not words:
+        raise UserError("--captions: no caption in them")
+    alphabet = [WORD_START] + choose_alphabet(words, coverage)
+    first_char_id = len(SPECIALS)
+    ids = {char: first_char_id + place for place, char in enumerate(alphabet)}
+    first_merge_id = first_char_id + len(alphabet)
+    logger.info("%d words, %d of them different; %d characters", sum(words.values()), len(words), len(alphabet))
+    if vocab_size < first_merge_id:
+        raise UserError(
+            "--vocab-size {} cannot hold the {} characters of these captions; give at least {} or lower --coverage".format(
+                vocab_size, len(alphabet), first_merge_id
+            )
+        )
+    tokens, counts = _segments(words, ids)
+    merges = learn_merges(tokens, counts, first_merge_id, vocab_size - first_merge_id)
+    vocabulary = YttmVocabulary(list(ids.items()), merges, dict(SPECIALS))
+    if vocabulary.size < vocab_size:
+        logger.warning(
+            "These captions hold only %d different tokens, so the vocabulary has %d instead of --vocab-size %d",
+            vocabulary.size,
+            vocabulary.size,
+            vocab_size,
+        )
+    return vocabulary
+
+
+def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bpe.train", description="Learn a YouTokenToMe vocabulary from captions."
+    )
+    parser.add_argument(
+        "--captions",
+        nargs="+",
+        required=True,
+        metavar="FILE_OR_DIR",
+        help="COCO captions (.json), folders of .txt files, or text files with one caption per line",
+    )
+    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="number of ids (8192 for L16)")
+    parser.add_argument("--output", required=True, metavar="PATH", help="where to write the vocabulary")
+    parser.add_argument(
+        "--coverage",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="share of all characters to know, in (0, 1]; rarer ones become <UNK> (default: 1.0)",
+    )
+    options = parser.parse_args(arguments)
+    if options.vocab_size < 1:
+        raise UsageError("--vocab-size {} is not a positive number".format(options.vocab_size))
+    if not 0 < options.coverage <= 1:
+        raise UsageError("--coverage {} is not in (0, 1]".format(options.coverage))
+    if Path(options.output).is_dir():
+        raise UsageError("--output {} is a folder; give the path of a file".format(options.output))
+    return options
+
+
+def main() -> None:
+    """Run the command of the module's documentation."""
+    options = _parse_arguments(sys.argv[1:])
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    vocabulary = learn_vocabulary(read_captions(options.captions), options.vocab_size, options.coverage)
+    try:
+        with atomic_write(options.output) as file:
+            file.write(format_vocabulary(vocabulary))
+    except OSError as error:
+        raise UserError("--output {}: cannot be written ({})".format(options.output, error)) from error
+    logger.info("Wrote %s: %d ids, sha256 %s", options.output, vocabulary.size, sha256_file(options.output))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,190 @@
+"""YouTokenToMe vocabularies, read and written as their text format, encoding exactly as youtokentome 1.0.6 does.
+
+The format, all of it decimal numbers:
+    num_chars num_merges
+    code_point id                  num_chars times
+    left_id right_id result_id     num_merges times, best rank first
+    unk_id pad_id bos_id eos_id
+Encoding: the text is cut into words at white space, each word gets a U+2581 in front, and adjacent tokens merge, best
+rank and then leftmost first. White space is tab, line feed, vertical tab, form feed, carriage return, blank and U+2581
+itself, and nothing else: a no-break space is a character like any other. A run of characters that the vocabulary lacks
+becomes one <UNK>. Nothing is lower-cased or normalised.
+"""
+
+import hashlib
+import re
+from typing import Any, Dict, Iterable, List, NamedTuple, Tuple
+
+from utils.errors import UserError
+
+from .tokenizer import PAD_ID, Tokenizer
+
+WORD_START = "\u2581"
+_SPACES = "\t-\r " + WORD_START
+_WORD = re.compile("[^{}]+".format(_SPACES))
+_IS_SPACE = re.compile("[{}]".format(_SPACES))
+
+# Names of <UNK> inside the merging model and of specials in decoded text. The first holds a blank, which no word can,
+# so that it never equals the text of a token.
+_UNK_KEY = "unknown characters"
+_SPECIAL_TEXTS = {"unk": "<UNK>", "bos": "<BOS>", "eos": "<EOS>"}
+
+
+class YttmVocabulary(NamedTuple):
+    """The content of a vocabulary file."""
+
+    chars: List[Tuple[str, int]]
+    """(character, id)."""
+    merges: List[Tuple[int, int, int]]
+    """(left id, right id, result id), best rank first."""
+    specials: Dict[str, int]
+    """Ids of "unk", "pad", "bos", "eos"; -1 for one that the vocabulary does not have (never unk or pad)."""
+
+    @property
+    def size(self) -> int:
+        """Number of ids."""
+        return len(self.chars) + len(self.merges) + sum(id_ >= 0 for id_ in self.specials.values())
+
+
+def split_words(text: str) -> List[str]:
+    """Return the words of `text` as youtokentome cuts them, without U+2581 in front."""
+    return _WORD.findall(text)
+
+
+def format_vocabulary(vocabulary: YttmVocabulary) -> str:
+    """Return the text of a vocabulary file."""
+    lines = ["{} {}".format(len(vocabulary.chars), len(vocabulary.merges))]
+    lines += ["{} {}".format(ord(char), id_) for char, id_ in vocabulary.chars]
+    lines += ["{} {} {}".format(*merge) for merge in vocabulary.merges]
+    lines.append(" ".join(str(vocabulary.specials[name]) for name in ("unk", "pad", "bos", "eos")))
+    return "\n".join(lines) + "\n"
+
+
+def parse_vocabulary(content: bytes, path: str) -> YttmVocabulary:
+    """Read the content of a vocabulary file; `path` is for messages. Raises `UserError` when it is not one."""
+
+    def wrong(what: str) -> UserError:
+        return UserError(
+            "--bpe-path {}: {}; give a YouTokenToMe vocabulary, such as `python -m bpe.train` writes".format(path, what)
+        )
+
+    if not content.strip():
+        raise wrong("the file is empty")
+    if not re.fullmatch(rb"[-0-9\s]*", content):
+        raise wrong("not a vocabulary file (it holds other things than numbers)")
+    try:
+        numbers = [int(number) for number in content.split()]
+    except ValueError as error:
+        raise wrong("not a vocabulary file ({})".format(str(error)[:100])) from error
+    if len(numbers) < 2 or numbers[0] < 1 or numbers[1] < 0:
+        raise wrong("not a vocabulary file (its first line is not 'num_chars num_merges')")
+    num_chars, num_merges = numbers[:2]
+    expected = 2 + 2 * num_chars + 3 * num_merges + 4
+    if len(numbers) != expected:
+        raise wrong(
+            "{} numbers where its first line, {} characters and {} merges, asks for {} (truncated or damaged)".format(
+                len(numbers), num_chars, num_merges, expected
+            )
+        )
+    end = 2 + 2 * num_chars
+    code_points = numbers[2:end:2]
+    for code_point in code_points:
+        valid = 0 <= code_point < 0xD800 or 0xDFFF < code_point < 0x110000
+        if not valid or (_IS_SPACE.match(chr(code_point)) and chr(code_point) != WORD_START):
+            raise wrong("{} is not the code point of a character".format(code_point))
+    if len(set(code_points)) != num_chars:
+        raise wrong("the same character twice")
+    if ord(WORD_START) not in code_points:
+        raise wrong("the word start U+2581 ({}) is not among its characters".format(ord(WORD_START)))
+    chars = list(zip(map(chr, code_points), numbers[3:end:2]))
+    merges = list(zip(numbers[end:-4:3], numbers[end + 1 : -4 : 3], numbers[end + 2 : -4 : 3]))
+    specials = dict(zip(("unk", "pad", "bos", "eos"), numbers[-4:]))
+    vocabulary = YttmVocabulary(chars, merges, specials)
+    _check_ids(vocabulary, wrong)
+    return vocabulary
+
+
+def _check_ids(vocabulary: YttmVocabulary, wrong: Any) -> None:
+    """Raise what `wrong` makes of a message unless the ids are exactly 0 .. size - 1 and each merge joins known tokens."""
+    specials = vocabulary.specials
+    if specials["pad"] != PAD_ID:
+        raise wrong("its pad id is {}, the model needs {}".format(specials["pad"], PAD_ID))
+    if specials["unk"] < 0:
+        raise wrong("it has no id for unknown characters")
+    seen = set()
+    present = [id_ for id_ in specials.values() if id_ != -1]
+    for id_ in present + [id_ for _, id_ in vocabulary.chars] + [merge[2] for merge in vocabulary.merges]:
+        if not 0 <= id_ < vocabulary.size:
+            raise wrong("id {} is not in [0, {})".format(id_, vocabulary.size))
+        if id_ in seen:
+            raise wrong("id {} is used twice".format(id_))
+        seen.add(id_)
+    texts = {id_: char for char, id_ in vocabulary.chars}
+    seen_texts = set()
+    for left, right, result in vocabulary.merges:
+        if left not in texts or right not in texts:
+            raise wrong("merge {} {} {} joins a token that no earlier line makes".format(left, right, result))
+        texts[result] = texts[left] + texts[right]
+        # Learning by merging never makes one text in two ways, and the merging model tells tokens apart by their text.
+        if texts[result] in seen_texts:
+            raise wrong("two tokens stand for {!r}".format(texts[result]))
+        seen_texts.add(texts[result])
+
+
+class YttmTokenizer(Tokenizer):
+    """A YouTokenToMe vocabulary (see the module). `content` is a file's, `path` is for messages."""
+
+    def __init__(self, content: bytes, path: str) -> None:
+        self._vocabulary = parse_vocabulary(content, path)
+        super().__init__(self._vocabulary.size, hashlib.sha256(content).hexdigest())
+
+    @property
+    def identity(self) -> Dict[str, str]:
+        return {"type": "yttm", "sha256": self._sha256}
+
+    def _forget_tables(self) -> None:
+        super()._forget_tables()
+        self._texts: Dict[int, str] = {}
+
+    def __getstate__(self) -> Dict[str, Any]:
+        state = super().__getstate__()
+        del state["_texts"]
+        return state
+
+    def _token_texts(self) -> Dict[int, str]:
+        """Return the text of each id that has one."""
+        if not self._texts:
+            texts = {id_: char for char, id_ in self._vocabulary.chars}
+            for left, right, result in self._vocabulary.merges:
+                texts[result] = texts[left] + texts[right]
+            self._texts = texts
+        return self._texts
+
+    def _build_model(self) -> Any:
+        from tokenizers import models
+
+        texts = self._token_texts()
+        keys = {text: id_ for id_, text in texts.items()}
+        keys[_UNK_KEY] = self._vocabulary.specials["unk"]
+        merges = [(texts[left], texts[right]) for left, right, _ in self._vocabulary.merges]
+        return models.BPE(vocab=keys, merges=merges, unk_token=_UNK_KEY, fuse_unk=True)
+
+    def _split(self, text: str) -> Iterable[str]:
+        return split_words(text)
+
+    def _model_word(self, word: str) -> str:
+        return WORD_START + word
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of `ids`, words separated by one blank; unknown characters appear as <UNK>."""
+        texts = self._token_texts()
+        specials = {self._vocabulary.specials[name]: text for name, text in _SPECIAL_TEXTS.items()}
+        pieces = []
+        for id_ in ids:
+            id_ = int(id_)
+            if id_ == PAD_ID or not 0 <= id_ < self.vocab_size:
+                continue
+            piece = specials[id_] if id_ in specials else texts[id_]
+            pieces.append(" " + piece[1:] if piece.startswith(WORD_START) else piece)
+        text = "".join(pieces)
+        return text[1:] if text.startswith(" ") else text
