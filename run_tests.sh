@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Run the tests. Sets up all it needs.
+#
+#   bash run_tests.sh                    the fast suite, and the style and type checks
+#   bash run_tests.sh --slow             adds the long one
+#   bash run_tests.sh tests/test_bpe.py  anything else goes to pytest
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+. "$root/utils/setup_env.sh"
+set_up "$root" "$root/requirements.txt" "$root/requirements-dev.txt"
+cd "$root"
+# The peer pins packages that no longer install; the tests need its code alone.
+"$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("dalle_pytorch") is None)' ||
+    "$python" -m pip install --quiet --no-deps dalle-pytorch==1.6.6 axial-positional-embedding rotary-embedding-torch
+if [ $# -eq 0 ]; then
+    "$python" -m ruff check .
+    "$python" -m mypy
+fi
+exec "$python" -m pytest -q "$@"

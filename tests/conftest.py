@@ -1,0 +1,33 @@
+"""What all tests share: the --slow switch, single-threaded PyTorch, and the real photos and captions where they are."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_configure(config):
+    # The models are tiny: one thread is faster than sharing them out, and results do not depend on the machine's cores.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        skip = pytest.mark.skip(reason="takes minutes; run with --slow")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """Folder with real COCO photos and captions; tests that need it skip where it is absent."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("../shared/data (real COCO photos and captions) is not on this machine")
+    return SHARED_DATA
