@@ -1,0 +1,67 @@
+"""Learning-rate schedules as plain functions of how far training has come, and the one that looks at the loss."""
+
+import math
+from typing import Any, Dict
+
+import torch
+
+#: Share of the epochs (or steps) that warm up where nothing else is said (the published application's constant).
+WARMUP_FRACTION = 0.2
+
+
+def epoch_factor(name: str, epoch: int, epochs: int) -> float:
+    """Return the factor on the base learning rate in `epoch` (0-based) of `epochs`, for the schedules that step by epochs.
+
+    constant    linear warm-up (1 + e) / (1 + w) over the first fifth of the epochs, w of them, then 1
+    multi_step  the same, then 0.1 for the last half of what remains
+    """
+    warmup = int(epochs * WARMUP_FRACTION)
+    if epoch < warmup:
+        return (1 + epoch) / (1 + warmup)
+    if name == "multi_step" and epoch >= warmup + (epochs - warmup) // 2 and epochs - warmup > 1:
+        return 0.1
+    return 1.0
+
+
+def cosine_factor(progress: float, warmup: float, floor: float = 0.01) -> float:
+    """Return the factor at `progress` in [0, 1]: linear over the share `warmup`, then half a cosine from 1 down to `floor`."""
+    if progress < warmup:
+        return max(progress / warmup, 1e-3)
+    done = min((progress - warmup) / max(1.0 - warmup, 1e-9), 1.0)
+    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+class Plateau:
+    """ReduceLROnPlateau with the published constants, over PyTorch's own scheduler and detached from any optimizer.
+
+    Halves the learning rate after 10 epochs without improvement, then waits 10 epochs; never below 1e-6.
+    """
+
+    def __init__(self, learning_rate: float) -> None:
+        # PyTorch's scheduler reads and writes an optimizer's learning rate; this one has nothing else to it, because the
+        # real optimizer may live on a device that only takes finished rates (engine.set_learning_rate).
+        self._holder = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)
+        self._scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self._holder, factor=0.5, patience=10, cooldown=10, min_lr=1e-6)
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate to use now."""
+        return float(self._holder.param_groups[0]["lr"])
+
+    def step(self, loss: float) -> None:
+        """Take note of an epoch's loss."""
+        self._scheduler.step(loss)
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Plain values that `load_state_dict` takes."""
+        kept = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
+        return dict({key: getattr(self._scheduler, key) for key in kept}, learning_rate=self.learning_rate)
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Go on from a state_dict."""
+        for key, value in state.items():
+            if key == "learning_rate":
+                self._holder.param_groups[0]["lr"] = value
+            else:
+                setattr(self._scheduler, key, value)
