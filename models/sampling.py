@@ -111,28 +111,32 @@ def draw_codes(
     given: Optional[Tensor] = None,
     on_token: Optional[Callable[[], None]] = None,
 ) -> Drawn:
-    """Draw the codes of len(seeds) images of one caption.
+    """Draw the codes of len(seeds) images: all of one caption, or equally many of each of several.
 
-    text (T,) or (1, T) token ids; seeds: one for each image. given (N,): codes to keep, -1 where the model shall draw
-    (image completion, priming). on_token is called after each code. Returns codes (B, N) on the model's device.
+    text (T,) or (prompts, T) token ids; seeds: one for each image, those of the first caption first. given (N,): codes to
+    keep in every image, -1 where the model shall draw (image completion, priming). on_token is called after each code.
+    Returns codes (B, N) on the model's device, images of one caption next to each other.
     """
     device = model.text_emb.weight.device
+    text = text.reshape(-1, text.shape[-1]).to(device)  # (prompts, T)
     batch, num_codes = len(seeds), model.config.image_seq_len
-    text = text.view(1, -1).to(device)
-    guidance = options.cond_scale != 1
-    prompts = torch.cat([text, torch.zeros_like(text)]) if guidance else text
+    if batch == 0 or batch % len(text):
+        raise ValueError("{} seeds cannot be shared equally by {} captions".format(batch, len(text)))
+    images = batch // len(text)
+    branches = 2 if options.cond_scale != 1 else 1  # with guidance each image is also drawn without its caption
+    prompts = torch.cat([text, torch.zeros_like(text)]) if branches == 2 else text
     noise = uniforms(seeds, num_codes).to(device)
     codes = torch.zeros(batch, num_codes, dtype=torch.long, device=device)
     kept = [-1] * num_codes if given is None else given.tolist()
     prefix = next((i for i, code in enumerate(kept) if code < 0), num_codes)
     log_likelihood = torch.zeros(batch, device=device)
 
-    hidden, caches = prefill(model, prompts, batch)
-    hidden = hidden.repeat_interleave(batch, dim=0)  # (B or 2B, D)
+    hidden, caches = prefill(model, prompts, images)
+    hidden = hidden.repeat_interleave(images, dim=0)  # (B or 2B, D)
     if prefix:
         codes[:, :prefix] = torch.tensor(kept[:prefix], device=device)
         if prefix < num_codes:
-            hidden = decode_codes(model, codes[:, :prefix].repeat(len(prompts), 1), 0, caches)
+            hidden = decode_codes(model, codes[:, :prefix].repeat(branches, 1), 0, caches)
     for position in range(prefix, num_codes):
         if kept[position] >= 0:
             codes[:, position] = kept[position]
@@ -142,7 +146,7 @@ def draw_codes(
             codes[:, position] = token
             log_likelihood += torch.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]
         if position + 1 < num_codes:
-            hidden = decode_codes(model, codes[:, position : position + 1].repeat(len(prompts), 1), position, caches)
+            hidden = decode_codes(model, codes[:, position : position + 1].repeat(branches, 1), position, caches)
         if on_token is not None:
             on_token()
     return Drawn(codes, log_likelihood)
