@@ -1,0 +1,363 @@
+"""The published layouts of a DALL-E, as pure functions over dictionaries: nothing here reads a file or builds a model.
+
+Inside the application a model has the parameter names of `models.dalle.DALLE` ("internal names") and the options of
+`models.config.DalleConfig` as a plain dictionary. Published are
+  Mini DALL-E       names with `model.` in front, options in `hparams` (what the application itself writes),
+  DALLE-pytorch     nearly the same names, more options, wrappers (`.fn.`) in the names that come and go with them.
+(minDALL-E has names of its own: see checkpoint_mindalle.py.) UserErrors name the weight or the option; the caller puts
+the file's name in front.
+"""
+
+import re
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from utils.checkpoint_shapes import complete_config, is_number, text_table_size
+from utils.errors import UserError
+
+Weights = Dict[str, Tensor]
+
+#: Since this version DALLE-pytorch's "conv_like" is the window that ends at a code; before, the one centred on it.
+CAUSAL_CONV_VERSION = (1, 5)
+
+
+class StoredModel(NamedTuple):
+    """A model in internal terms."""
+
+    config: Dict[str, Any]
+    """Options for DalleConfig.from_dict, every one of them."""
+    weights: Weights
+    """Internal names, in the stored precision; may be views of the stored tensors."""
+    vqgan: Optional[Weights]
+    """The VQGAN's weights under taming-transformers' names, where the file holds them."""
+
+
+#: Last part of a published name -> internal name inside a layer, for the attention (0) and the feed-forward branch (1).
+_BRANCH_NAMES = (
+    {"scale": "scale", "norm": "norm", "norm_out": "norm_out", "to_qkv": "fn.qkv", "to_out.0": "fn.out"},
+    {"scale": "scale", "norm": "norm", "norm_out": "norm_out", "net.0": "fn.up", "net.3": "fn.down"},
+)
+_BRANCHES = ("attention", "feed_forward")
+_OUTSIDE_NAMES = {
+    "text_emb.weight": "text_emb.weight",
+    "image_emb.weight": "image_emb.weight",
+    "text_pos_emb.weight": "text_pos_emb.weight",
+    "image_pos_emb.weight": "image_pos_emb.weight",  # learned positions: ours only
+    "to_logits.0.weight": "norm.weight",
+    "to_logits.0.bias": "norm.bias",
+}
+_AXIAL_NAMES = {"weights_0": "rows", "weights_1": "columns", "weights.0": "rows", "weights.1": "columns"}
+_LAYER_NAME = re.compile(r"transformer\.layers\.(?:layers\.)?(\d{1,6})\.([01])\.(?:fn\.)*(.+)")
+
+#: Options of `hparams` that say where parts run or how fast, not what the model computes.
+_RUNTIME_OPTIONS = frozenset(
+    (
+        "embedding_ipu_id",
+        "embedding_serialization_factor",
+        "layers_per_ipu",
+        "cls_ipu_id",
+        "fp16",
+        "byteio",
+        "optimize_for_inference",
+    )
+)
+_MODEL_OPTIONS = frozenset(
+    (
+        "num_text_tokens",
+        "text_seq_len",
+        "dim",
+        "depth",
+        "heads",
+        "dim_head",
+        "loss_img_weight",
+        "attn_types",
+        "sandwich_norm",
+        "ff_dropout",
+        "attn_dropout",
+        "stable",
+        "shift_tokens",
+        "rotary_emb",
+        "shared_attn_ids",
+        "shared_ff_ids",
+        "share_input_output_emb",
+    )
+)
+
+
+def to_published(weights: Mapping[str, Tensor]) -> Weights:
+    """Rename internal weights to Mini DALL-E's names, `model.` in front. The two heads become one (a copy)."""
+    published = {}
+    for name, tensor in weights.items():
+        match = re.match(r"transformer\.layers\.(\d+)\.(attention|feed_forward)\.(.+)", name)
+        if match:
+            layer, branch, rest = match.groups()
+            published[
+                "transformer.layers.{}.{}.{}".format(layer, _BRANCHES.index(branch), _published_rest(branch, rest))
+            ] = tensor
+        elif name == "image_pos_emb.rows":
+            published["image_pos_emb.weights_0"] = tensor[None]
+        elif name == "image_pos_emb.columns":
+            published["image_pos_emb.weights_1"] = tensor[None]
+        elif not name.startswith(("text_head.", "image_head.")):
+            published[{"norm.weight": "to_logits.0.weight", "norm.bias": "to_logits.0.bias"}.get(name, name)] = tensor
+    for kind in ("weight", "bias"):
+        if "text_head." + kind in weights:
+            published["to_logits.1." + kind] = torch.cat([weights["text_head." + kind], weights["image_head." + kind]])
+    return {"model." + name: tensor for name, tensor in published.items()}
+
+
+def _published_rest(branch: str, rest: str) -> str:
+    if rest == "scale":
+        return rest
+    stem, kind = rest.rsplit(".", 1)
+    for published, internal in _BRANCH_NAMES[_BRANCHES.index(branch)].items():
+        if internal == stem:
+            return "{}{}.{}".format("fn.fn." if stem.startswith("fn.") else "fn.", published, kind)
+    raise ValueError("weight '{}.{}' has no published name".format(branch, rest))
+
+
+def _rename(weights: Mapping[str, Tensor]) -> Tuple[Weights, Weights]:
+    """Published names without `model.` -> (internal names, but `to_logits.1.*` as it is; what was set aside)."""
+    renamed: Weights = {}
+    aside: Weights = {}
+    parts: List[Tuple[int, Tensor]] = []
+    for name, tensor in weights.items():
+        layer = _LAYER_NAME.fullmatch(name)
+        part = re.fullmatch(r"text_emb\.split_embeddings\.(\d{1,6})\.weight", name)
+        if layer:
+            renamed[_internal_name(name, int(layer.group(1)), int(layer.group(2)), layer.group(3))] = tensor
+        elif part:
+            parts.append((int(part.group(1)), tensor))
+        elif name in _OUTSIDE_NAMES:
+            renamed[_OUTSIDE_NAMES[name]] = tensor
+        elif name.startswith("image_pos_emb.") and name[len("image_pos_emb.") :] in _AXIAL_NAMES:
+            if tensor.dim() != 4 or tensor.shape[0] != 1:
+                raise UserError(
+                    "weight '{}' has shape {} instead of (1, g, 1, d) or (1, 1, g, d)".format(name, tuple(tensor.shape))
+                )
+            renamed["image_pos_emb." + _AXIAL_NAMES[name[len("image_pos_emb.") :]]] = tensor[0]
+        elif name in ("to_logits.1.weight", "to_logits.1.bias"):
+            renamed[name] = tensor
+        elif (
+            name.startswith("vae.")
+            or name == "transformer.pos_emb"
+            or re.fullmatch(r"(text|image)_emb\.linear\.(weight|bias)", name)
+        ):
+            aside[name] = tensor
+        elif name.startswith("transformer.layers.blocks."):
+            raise UserError(
+                "option 'reversible' (weight '{}') is not supported: train the model without it".format(name)
+            )
+        else:
+            raise UserError(
+                "weight '{}' belongs to no known layout (Mini DALL-E, DALLE-pytorch, minDALL-E)".format(name)
+            )
+    if parts:
+        pieces = [tensor for _, tensor in sorted(parts, key=lambda item: item[0])]
+        if any(piece.dim() != 2 or piece.shape[1] != pieces[0].shape[1] for piece in pieces):
+            raise UserError("weights 'text_emb.split_embeddings.*' do not have the same width")
+        renamed["text_emb.weight"] = torch.cat(pieces)
+    return renamed, aside
+
+
+def _internal_name(name: str, layer: int, branch: int, rest: str) -> str:
+    stem, _, kind = rest.rpartition(".")
+    internal = _BRANCH_NAMES[branch].get(stem or rest)
+    if internal is None or (kind not in ("weight", "bias")) != (internal == "scale"):
+        raise UserError("weight '{}' belongs to no known layout of a layer".format(name))
+    return "transformer.layers.{}.{}.{}{}".format(layer, _BRANCHES[branch], internal, "." + kind if stem else "")
+
+
+def from_published(
+    weights: Mapping[str, Tensor],
+    hparams: Mapping[str, Any],
+    version: Optional[str] = None,
+    config: Optional[Mapping[str, Any]] = None,
+) -> StoredModel:
+    """Read the weights of Mini DALL-E (names start with `model.`) or DALLE-pytorch (they do not).
+
+    `hparams` and `version` are those of the file; `config`, which only our own files have, takes their place.
+    Raises UserError on names that are unknown and on options that have no counterpart.
+    """
+    mini = any(name.startswith("model.") for name in weights)
+    # The wrapped model of an IPU run may hold weights outside `model.`; they would be unknown, and are named as such.
+    stripped = {
+        name[len("model.") :] if mini and name.startswith("model.") else name: tensor
+        for name, tensor in weights.items()
+    }
+    renamed, aside = _rename(stripped)
+    if config is not None:
+        config = complete_config(config)
+    else:
+        shift = any(re.match(r"transformer\.layers\.layers\.\d+\.1\.(fn\.){3,}net", name) for name in stripped)
+        config = config_from_hparams(hparams, renamed, aside, None if mini else version or "0", shift)
+    _split_head(renamed, text_table_size(config))
+    if config["tie_embeddings"]:
+        for part in ("text", "image"):
+            if part + "_head.weight" in renamed:
+                renamed.setdefault(part + "_emb.weight", renamed[part + "_head.weight"])
+    prefix = "vae.model."
+    vqgan = {name[len(prefix) :]: tensor for name, tensor in aside.items() if name.startswith(prefix)}
+    return StoredModel(config, renamed, vqgan or None)
+
+
+def _split_head(weights: Weights, text_rows: int) -> None:
+    for kind in ("weight", "bias"):
+        head = weights.pop("to_logits.1." + kind, None)
+        if head is None:
+            continue
+        if head.dim() == 0 or head.shape[0] <= text_rows:
+            raise UserError(
+                "weight 'to_logits.1.{}' has shape {}, too few rows for {} text tokens".format(
+                    kind, tuple(head.shape), text_rows
+                )
+            )
+        weights["text_head." + kind], weights["image_head." + kind] = head[:text_rows], head[text_rows:]
+
+
+def _whole(hparams: Mapping[str, Any], name: str, default: Optional[int] = None) -> int:
+    value = hparams.get(name, default)
+    if value is None or isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError("'hparams' must hold a whole number of at least 1 as '{}', not {!r}".format(name, value))
+    return value
+
+
+def _number(hparams: Mapping[str, Any], name: str, default: float) -> float:
+    value = hparams.get(name, default)
+    if not is_number(value):
+        raise UserError("'hparams' must hold a number from 0 on as '{}', not {!r}".format(name, value))
+    return float(value)
+
+
+def _patterns(hparams: Mapping[str, Any], causal_conv: bool) -> List[str]:
+    value = hparams.get("attn_types") or ("full",)
+    value = value.split(",") if isinstance(value, str) else value
+    if not isinstance(value, (list, tuple)) or not all(isinstance(pattern, str) for pattern in value):
+        raise UserError("option 'attn_types' has the impossible value {!r}".format(value))
+    patterns = [pattern.strip() for pattern in value]
+    for pattern in patterns:
+        if pattern not in ("full", "axial_row", "axial_col", "conv_like"):
+            raise UserError(
+                "option 'attn_types' names '{}', which is not supported{}".format(
+                    pattern, ": it needs DeepSpeed's sparse attention" if pattern == "sparse" else ""
+                )
+            )
+    return ["conv_causal" if pattern == "conv_like" and causal_conv else pattern for pattern in patterns]
+
+
+def _shared_ids(value: Any, name: str) -> Optional[List[int]]:
+    """Number shared layers by first appearance: DALLE-pytorch's trainer stores the ids as strings."""
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(item, (int, str)) for item in value):
+        raise UserError("option '{}' has the impossible value {!r}".format(name, value))
+    seen: Dict[Any, int] = {}
+    return [seen.setdefault(item, len(seen)) for item in value]
+
+
+def _is_newer(version: str) -> bool:
+    numbers = [int(number) for number in re.findall(r"\d{1,6}", str(version))[:2]]
+    return tuple(numbers + [0, 0])[:2] >= CAUSAL_CONV_VERSION
+
+
+def _rows_and_grid(
+    renamed: Mapping[str, Tensor], aside: Mapping[str, Tensor], text_rows: int, text_len: int
+) -> Tuple[int, int]:
+    """Return (codebook size, side of the code grid), which no option holds: they are read off the weights' shapes."""
+    if "to_logits.1.weight" not in renamed:
+        raise UserError("weight 'to_logits.1.weight' is missing")
+    codes = renamed["to_logits.1.weight"].shape[0] - text_rows
+    if codes < 1:
+        raise UserError(
+            "'to_logits.1.weight' has {} rows, too few for num_text_tokens + text_seq_len = {}".format(
+                codes + text_rows, text_rows
+            )
+        )
+    if "image_pos_emb.rows" in renamed:
+        return codes, renamed["image_pos_emb.rows"].shape[0]
+    if "transformer.pos_emb" in aside and aside["transformer.pos_emb"].dim() >= 2:
+        positions = aside["transformer.pos_emb"].shape[-2] - text_len
+        grid = int(round(max(positions, 0) ** 0.5))
+        if grid and grid * grid == positions:
+            return codes, grid
+    raise UserError(
+        "neither 'image_pos_emb.weights_0' nor 'transformer.pos_emb' is there to tell the size of the code grid"
+    )
+
+
+def config_from_hparams(
+    hparams: Mapping[str, Any],
+    renamed: Mapping[str, Tensor],
+    aside: Mapping[str, Tensor],
+    version: Optional[str],
+    shift: bool,
+) -> Dict[str, Any]:
+    """Turn published options into a complete configuration.
+
+    `renamed` and `aside` are the weights (for what only their shapes or names tell), `version` that of DALLE-pytorch or
+    None for Mini DALL-E, `shift` what to take for an absent shift_tokens.
+    Raises UserError naming an option without counterpart.
+    """
+    if not isinstance(hparams, Mapping):
+        raise UserError("'hparams' is no table of options")
+    for name, value in hparams.items():
+        if name in ("reversible", "sparse_attn", "noncausal_attn_len") and value not in (None, False, 0):
+            raise UserError("option '{}' is not supported: train the model without it".format(name))
+        if name not in _MODEL_OPTIONS | _RUNTIME_OPTIONS and value not in (None, False, 0):
+            raise UserError(
+                "unknown option '{}' (value {!r}): what it does to the model is not known".format(name, value)
+            )
+    text_tokens, text_seq_len = _whole(hparams, "num_text_tokens"), _whole(hparams, "text_seq_len")
+    codes, grid = _rows_and_grid(renamed, aside, text_tokens + text_seq_len, text_seq_len + 1)
+    rotary = bool(hparams.get("rotary_emb", "transformer.pos_emb" in aside))
+    tied = bool(hparams.get("share_input_output_emb", "text_emb.linear.weight" in aside))
+    sandwich = "transformer.layers.0.attention.norm_out.weight" in renamed
+    return complete_config(
+        {
+            "num_text_tokens": text_tokens,
+            "num_image_tokens": codes,
+            "text_seq_len": text_seq_len,
+            "grid": grid,
+            "dim": _whole(hparams, "dim"),
+            "depth": _whole(hparams, "depth"),
+            "heads": _whole(hparams, "heads", 8),
+            "dim_head": _whole(hparams, "dim_head", 64),
+            "attn_types": _patterns(hparams, version is not None and _is_newer(version)),
+            "loss_img_weight": _number(hparams, "loss_img_weight", 7),
+            "attn_dropout": _number(hparams, "attn_dropout", 0),
+            "ff_dropout": _number(hparams, "ff_dropout", 0),
+            "sandwich_norm": bool(hparams.get("sandwich_norm", sandwich)),
+            "layer_scale": "transformer.layers.0.attention.scale" in renamed,
+            "rotary": rotary,
+            "text_positions": not rotary,
+            "image_positions": "none" if rotary else "axial",
+            "shift_tokens": bool(hparams.get("shift_tokens", shift)),
+            "stable": bool(hparams.get("stable", False)),
+            "tie_embeddings": tied,
+            "shared_attn_ids": _shared_ids(hparams.get("shared_attn_ids"), "shared_attn_ids"),
+            "shared_ff_ids": _shared_ids(hparams.get("shared_ff_ids"), "shared_ff_ids"),
+        }
+    )
+
+
+def hparams_from_config(config: Mapping[str, Any], extra: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return Mini DALL-E's `hparams` for a configuration; `extra` holds the options about IPUs and precision."""
+    names = (
+        "num_text_tokens",
+        "text_seq_len",
+        "dim",
+        "depth",
+        "heads",
+        "dim_head",
+        "loss_img_weight",
+        "attn_types",
+        "sandwich_norm",
+        "ff_dropout",
+        "attn_dropout",
+    )
+    hparams = {name: config[name] for name in names}
+    hparams["attn_types"] = tuple(config["attn_types"])
+    hparams.update(extra)
+    return hparams

@@ -1,0 +1,127 @@
+"""minDALL-E's stage-2 layout, as pure functions over dictionaries: its weight names and its config.yaml.
+
+A fully causal GPT over text and codes: no <bos>, no padding ids of its own, learned positions, biases on q, k and v.
+"""
+
+import re
+from typing import Any, Dict, Mapping
+
+import torch
+from torch import Tensor
+
+from utils.checkpoint_formats import StoredModel, Weights
+from utils.checkpoint_shapes import complete_config
+from utils.errors import UserError
+
+#: What an absent key of config.yaml stands for: the published 1.3B model.
+DEFAULTS = {
+    "vocab_size_txt": 16384,
+    "vocab_size_img": 16384,
+    "embed_dim": 1536,
+    "n_layers": 42,
+    "n_heads": 24,
+    "ctx_len_img": 256,
+    "ctx_len_txt": 64,
+    "gelu_use_approx": False,
+}
+_OUTSIDE_NAMES = {
+    "tok_emb_txt": "text_emb",
+    "tok_emb_img": "image_emb",
+    "pos_emb_txt": "text_pos_emb",
+    "pos_emb_img": "image_pos_emb",
+    "ln_f": "norm",
+    "head_txt": "text_head",
+    "head_img": "image_head",
+}
+_LAYER_NAMES = {
+    "ln1": "attention.norm",
+    "ln2": "feed_forward.norm",
+    "attn.proj": "attention.fn.out",
+    "mlp.0": "feed_forward.fn.up",
+    "mlp.2": "feed_forward.fn.down",
+}
+_PROJECTIONS = ("query", "key", "value")
+
+
+def is_mindalle(weights: Mapping[str, Any]) -> bool:
+    """Whether these weights have minDALL-E's names."""
+    return "tok_emb_txt.weight" in weights
+
+
+def from_mindalle(weights: Mapping[str, Tensor], options: Mapping[str, Any]) -> StoredModel:
+    """Read minDALL-E's stage-2 weights; `options` is its config.yaml as a dictionary (may be empty).
+
+    Dropout is left at 0 whatever the file says: it is a choice of the training, and the published model has none.
+    Raises UserError on an unknown weight or an option without counterpart.
+    """
+    renamed: Weights = {}
+    projections: Dict[str, Dict[str, Tensor]] = {}
+    for name, tensor in weights.items():
+        stem, _, kind = name.rpartition(".")
+        layer = re.fullmatch(r"blocks\.(\d{1,6})\.(.+)", stem)
+        if stem in _OUTSIDE_NAMES and kind in ("weight", "bias"):
+            renamed["{}.{}".format(_OUTSIDE_NAMES[stem], kind)] = tensor
+        elif layer and layer.group(2) in _LAYER_NAMES:
+            renamed["transformer.layers.{}.{}.{}".format(int(layer.group(1)), _LAYER_NAMES[layer.group(2)], kind)] = (
+                tensor
+            )
+        elif layer and layer.group(2) in tuple("attn." + projection for projection in _PROJECTIONS):
+            fused = "transformer.layers.{}.attention.fn.qkv.{}".format(int(layer.group(1)), kind)
+            projections.setdefault(fused, {})[layer.group(2)[len("attn.") :]] = tensor
+        elif not name.endswith("attn.mask"):  # a buffer: the causal mask
+            raise UserError("weight '{}' belongs to no known layout of minDALL-E".format(name))
+    for fused, parts in projections.items():
+        for projection in _PROJECTIONS:
+            if projection not in parts:
+                raise UserError(
+                    "weight '{}' has no counterpart for the {}".format(fused.replace("fn.qkv", "*"), projection)
+                )
+        renamed[fused] = torch.cat([parts[projection] for projection in _PROJECTIONS])
+    return StoredModel(config_from_yaml(options, renamed), renamed, None)
+
+
+def config_from_yaml(options: Mapping[str, Any], renamed: Mapping[str, Tensor]) -> Dict[str, Any]:
+    """Turn minDALL-E's config.yaml (as a dictionary) into a complete configuration; the weights tell of biases."""
+    stage = options.get("stage2") or {}
+    hparams = stage.get("hparams") if isinstance(stage, Mapping) else None
+    hparams = hparams or {}
+    if not isinstance(stage, Mapping) or not isinstance(hparams, Mapping):
+        raise UserError("config.yaml: stage2 and its hparams must be tables of options")
+    if stage.get("type", "transformer1d") != "transformer1d":
+        raise UserError("config.yaml: stage2.type '{}' is not supported; known: transformer1d".format(stage["type"]))
+    value = {name: hparams.get(name, stage.get(name, default)) for name, default in DEFAULTS.items()}
+    for name, number in value.items():
+        if name != "gelu_use_approx" and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            raise UserError(
+                "config.yaml: stage2 option {} must be a whole number of at least 1, not {!r}".format(name, number)
+            )
+    if hparams.get("n_dense_layers", value["n_layers"]) != value["n_layers"]:
+        raise UserError("config.yaml: n_dense_layers other than n_layers is not supported")
+    if value["embed_dim"] % value["n_heads"]:
+        raise UserError("config.yaml: embed_dim {embed_dim} does not divide into n_heads {n_heads}".format(**value))
+    grid = int(round(value["ctx_len_img"] ** 0.5))
+    if grid * grid != value["ctx_len_img"]:
+        raise UserError("config.yaml: ctx_len_img {} is no square grid of codes".format(value["ctx_len_img"]))
+    first = "transformer.layers.0."
+    return complete_config(
+        {
+            "num_text_tokens": value["vocab_size_txt"],
+            "num_image_tokens": value["vocab_size_img"],
+            "text_seq_len": value["ctx_len_txt"],
+            "grid": grid,
+            "dim": value["embed_dim"],
+            "depth": value["n_layers"],
+            "heads": value["n_heads"],
+            "dim_head": value["embed_dim"] // value["n_heads"],
+            "bos": False,
+            "unique_pads": False,
+            "layer_scale": False,
+            "image_positions": "learned",
+            "init_std": 0.02,
+            "activation": "quick_gelu" if value["gelu_use_approx"] else "gelu",
+            "qkv_bias": first + "attention.fn.qkv.bias" in renamed,
+            "out_bias": first + "attention.fn.out.bias" in renamed,
+            "ff_bias": first + "feed_forward.fn.up.bias" in renamed,
+            "head_bias": "text_head.bias" in renamed,
+        }
+    )
