@@ -1,0 +1,331 @@
+"""Reading checkpoints that come from anywhere: nothing in them is run, nothing is built unchecked."""
+
+import hashlib
+import json
+import logging
+import zipfile
+from pathlib import Path
+from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from utils.checkpoint_formats import StoredModel, Weights, from_published
+from utils.checkpoint_mindalle import from_mindalle, is_mindalle
+from utils.checkpoint_shapes import aliases, complete_config, expected_shapes, num_layers
+from utils.errors import UserError
+from utils.files import PathLike
+
+logger = logging.getLogger(__name__)
+
+SAFETENSORS_FORMAT = "mini-dalle"
+_ZIP_MAGIC = b"PK\x03\x04"
+_MAX_YAML_BYTES = 1 << 20
+
+
+class DalleCheckpoint(NamedTuple):
+    """A DALL-E read from a file, whatever its layout."""
+
+    config: Dict[str, Any]
+    """Options for `DalleConfig.from_dict`, every one of them."""
+    weights: Weights
+    """Parameters under the names of `models.dalle.DALLE`, on the CPU, in the stored precision."""
+    format: str
+    """"ours", "mini-dalle", "dalle-pytorch", "mindalle" or "safetensors"."""
+    hparams: Dict[str, Any]
+    """The file's own options, as they are."""
+    epoch: int
+    """Complete epochs of training (0 where the file does not say)."""
+    vqgan_weights: Optional[Weights]
+    """The VQGAN inside the file under taming-transformers' names, if there is one."""
+    identity: Dict[str, Any]
+    """What the model was trained with: {"tokenizer": ..., "vqgan": ...}; empty where the file does not say."""
+    opt_state: Optional[Dict[str, Any]]
+    """The optimizer's state; only in our own checkpoints."""
+    scheduler_state: Optional[Dict[str, Any]]
+    """The learning-rate schedule's state; only in our own checkpoints."""
+    training: Optional[Dict[str, Any]]
+    """What the engine needs to go on at the next step; only in our own checkpoints."""
+
+
+# ---- checking
+
+
+def check_state(expected: Mapping[str, Sequence[int]], weights: Mapping[str, Tensor], path: PathLike) -> None:
+    """Compare weights with the expected shapes, strictly. Raises UserError naming the file and a few differences."""
+    problems = ["'{}' is missing".format(name) for name in expected if name not in weights]
+    problems += ["'{}' is unexpected".format(name) for name in weights if name not in expected]
+    problems += [
+        "'{}' has shape {} instead of {}".format(name, tuple(weights[name].shape), tuple(shape))
+        for name, shape in expected.items()
+        if name in weights and tuple(weights[name].shape) != tuple(shape)
+    ]
+    if problems:
+        more = " and {} more".format(len(problems) - 3) if len(problems) > 3 else ""
+        raise UserError(
+            "{}: the weights do not fit the model's options: {}{}".format(path, ", ".join(problems[:3]), more)
+        )
+
+
+def _check_tensors(weights: Any) -> None:
+    """Refuse what is no plain floating-point weight, and tensors that claim more elements than the file holds."""
+    if not isinstance(weights, Mapping) or not weights:
+        raise UserError("its weights are no table of tensors")
+    for name, tensor in weights.items():
+        if (
+            not isinstance(name, str)
+            or not isinstance(tensor, Tensor)
+            or tensor.layout != torch.strided
+            or tensor.is_meta
+        ):
+            raise UserError("weight {!r} is no plain tensor".format(name))
+        if tensor.is_quantized or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UserError("weight '{}' of shape {} claims more than the file holds".format(name, tuple(tensor.shape)))
+
+
+def _check_model(model: StoredModel, path: Path) -> None:
+    """Check a model's weights against its options, before anything is built from them."""
+    depth = model.config["depth"]
+    if depth != num_layers(model.weights):
+        raise UserError(
+            "{}: option 'depth' is {}, but there are weights for {} layers".format(
+                path, depth, num_layers(model.weights)
+            )
+        )
+    check_state(expected_shapes(model.config), model.weights, path)
+    same = aliases(model.config)
+    own = [tensor for name, tensor in model.weights.items() if name not in same]
+    for name, tensor in model.weights.items():
+        if not tensor.is_floating_point():
+            raise UserError(
+                "{}: weight '{}' holds {} instead of floating-point numbers".format(path, name, tensor.dtype)
+            )
+    # Many weights may be views of one small tensor, which the model would then store one by one.
+    if sum(tensor.numel() * tensor.element_size() for tensor in own) > path.stat().st_size:
+        raise UserError("{}: the file is smaller than the weights it claims to hold".format(path))
+
+
+def verify(path: PathLike) -> None:
+    """Check that a checkpoint file is complete and undamaged. Raises UserError naming it when not.
+
+    For a torch file every entry's CRC is compared, for safetensors the header with the size, and the content with the
+    sha256 that our own exports carry.
+    """
+    _verify(Path(path))
+
+
+def _verify(path: Path) -> str:
+    """`verify`, returning "torch" or "safetensors"."""
+    if not path.is_file():
+        raise UserError(
+            "checkpoint {} {}".format(path, "is a folder, not a file" if path.is_dir() else "does not exist")
+        )
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise UserError("checkpoint {} cannot be read: {}".format(path, error.strerror)) from error
+    if start[:4] == _ZIP_MAGIC:
+        _verify_zip(path)
+        return "torch"
+    if start[8:9] == b"{" or path.suffix == ".safetensors":
+        _verify_safetensors(path)
+        return "safetensors"
+    raise UserError(
+        "{} is no checkpoint: neither written by torch.save (1.6 or newer) nor a safetensors file{}".format(
+            path, "; it is empty" if not start else ""
+        )
+    )
+
+
+def _verify_zip(path: Path) -> None:
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(str(path)) as archive:
+            entries = archive.infolist()
+            # torch.save compresses nothing, so a file never unpacks to more than itself.
+            bomb = (
+                any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+                or sum(e.file_size for e in entries) > size
+            )
+            bad = None if bomb else archive.testzip()
+    except Exception as error:  # a damaged archive raises almost anything: BadZipFile, EOFError, struct.error, ...
+        raise UserError(
+            "checkpoint {} is damaged or incomplete ({}); use another one, or copy it again".format(path, error)
+        ) from error
+    if bomb:
+        raise UserError("{} is a compressed archive, which torch.save does not write; it was not opened".format(path))
+    if bad is not None:
+        raise UserError(
+            "checkpoint {} is damaged (checksum of '{}'); use another one, or copy it again".format(path, bad)
+        )
+
+
+def _verify_safetensors(path: Path) -> None:
+    metadata, tensors = _read_safetensors(path)
+    if "sha256" in metadata and metadata["sha256"] != tensors_digest(tensors):
+        raise UserError(
+            "checkpoint {} is damaged (sha256 of its weights); use another one, or copy it again".format(path)
+        )
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names and contents, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode("utf-8") + b"\0")
+        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# ---- reading
+
+
+def _load_torch(path: Path) -> Dict[str, Any]:
+    try:
+        document = torch.load(str(path), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a stranger's pickle makes the restricted unpickler raise; none of it ran
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(
+            "{} holds more than tensors and plain values and was not opened ({}: {}); "
+            "keep only its weights and options, saved with torch.save".format(path, type(error).__name__, reason)
+        ) from error
+    if not isinstance(document, Mapping):
+        raise UserError("{} is no checkpoint of a DALL-E: it holds a {}".format(path, type(document).__name__))
+    return dict(document)
+
+
+def _read_safetensors(path: Path) -> Tuple[Dict[str, str], Weights]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            "checkpoint {} is damaged or incomplete ({}); use another one, or copy it again".format(path, error)
+        ) from error
+
+
+def read_dalle(path: PathLike) -> DalleCheckpoint:
+    """Read a DALL-E: our own checkpoints and exports, Mini DALL-E, DALLE-pytorch, minDALL-E (the folder or its file).
+
+    Only tensors and plain values are read, never code. Raises UserError naming the file and the key for anything that
+    is damaged, unknown, or does not fit its own options, before any memory beyond the file's size is taken.
+    """
+    path = Path(path)
+    if path.is_dir() and (path / "stage2_last.ckpt").is_file():
+        path = path / "stage2_last.ckpt"
+    kind = _verify(path)
+    try:
+        checkpoint = _from_safetensors(path) if kind == "safetensors" else _from_torch(path)
+    except UserError as error:
+        raise error if str(path) in str(error) else UserError("{}: {}".format(path, error)) from error
+    _check_model(StoredModel(checkpoint.config, checkpoint.weights, None), path)
+    return checkpoint
+
+
+def _optional_table(document: Mapping[str, Any], name: str) -> Optional[Dict[str, Any]]:
+    value = document.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise UserError("'{}' is no table".format(name))
+    return value
+
+
+def _epoch(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise UserError("'epoch' must be a whole number, not {!r}".format(value))
+    return value
+
+
+def _from_torch(path: Path) -> DalleCheckpoint:
+    document = _load_torch(path)
+    if "weights" not in document:
+        return _from_mindalle(path, document.get("state_dict", document))
+    if isinstance(document["weights"], str):  # left by DeepSpeed runs of DALLE-pytorch beside the real weights
+        raise UserError("it holds no weights, only a note of a DeepSpeed run; consolidate that run's checkpoint first")
+    _check_tensors(document["weights"])
+    hparams, config = _optional_table(document, "hparams"), _optional_table(document, "config")
+    if hparams is None and config is None:
+        raise UserError("neither 'hparams' nor 'config' is there to tell the model's options")
+    model = from_published(document["weights"], hparams or {}, document.get("version"), config)
+    if config is not None:
+        kind = "ours"
+    else:
+        kind = "mini-dalle" if any(name.startswith("model.") for name in document["weights"]) else "dalle-pytorch"
+    if document.get("vae_class_name", "VQGanVAE") != "VQGanVAE":
+        logger.warning(
+            "%s was trained on codes of a %s: this application's VQGAN cannot turn its codes into pictures",
+            path,
+            document["vae_class_name"],
+        )
+    training = _optional_table(document, "training") if kind == "ours" else None
+    vqgan = {name: tensor for name, tensor in (model.vqgan or {}).items() if not name.startswith("loss.")}
+    return DalleCheckpoint(
+        model.config,
+        model.weights,
+        kind,
+        hparams or {},
+        _epoch(document.get("epoch") or 0),
+        vqgan or None,
+        _optional_table(training or {}, "identity") or {},
+        _optional_table(document, "opt_state") if kind == "ours" else None,
+        _optional_table(document, "scheduler_state") if kind == "ours" else None,
+        training,
+    )
+
+
+def _from_mindalle(path: Path, weights: Any) -> DalleCheckpoint:
+    if not isinstance(weights, Mapping) or not is_mindalle(weights):
+        raise UserError(
+            "it holds neither 'weights' (Mini DALL-E, DALLE-pytorch) nor the weights of a minDALL-E stage 2"
+        )
+    _check_tensors(weights)
+    options: Any = {}
+    config_path = path.parent / "config.yaml"
+    if config_path.is_file():
+        import yaml
+
+        try:
+            text = config_path.read_bytes()
+            options = yaml.safe_load(text) if len(text) <= _MAX_YAML_BYTES else None
+        except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+            raise UserError("{} cannot be read: {}".format(config_path, str(error).split("\n")[0])) from error
+        if not isinstance(options, Mapping):
+            raise UserError("{} is no minDALL-E configuration".format(config_path))
+    model = from_mindalle(weights, options)
+    return DalleCheckpoint(model.config, model.weights, "mindalle", dict(options), 0, None, {}, None, None, None)
+
+
+def _from_safetensors(path: Path) -> DalleCheckpoint:
+    metadata, weights = _read_safetensors(path)
+    if metadata.get("format") != SAFETENSORS_FORMAT or "config" not in metadata:
+        raise UserError(
+            "it carries no options of a DALL-E; only files made by 'python -m utils.checkpoints export' can be read"
+        )
+    values: Dict[str, Any] = {}
+    for name, default in (("config", {}), ("hparams", {}), ("identity", {}), ("epoch", 0)):
+        try:
+            values[name] = json.loads(metadata.get(name, json.dumps(default)))
+        except (ValueError, RecursionError) as error:
+            raise UserError("its header's '{}' is no JSON".format(name)) from error
+    config = complete_config(values["config"])
+    if config["depth"] != num_layers(weights):
+        raise UserError(
+            "option 'depth' is {}, but there are weights for {} layers".format(config["depth"], num_layers(weights))
+        )
+    for name, source in aliases(config).items():
+        if source in weights:
+            weights.setdefault(name, weights[source])
+    return DalleCheckpoint(
+        config,
+        weights,
+        "safetensors",
+        _optional_table(values, "hparams") or {},
+        _epoch(values["epoch"]),
+        None,
+        _optional_table(values, "identity") or {},
+        None,
+        None,
+        None,
+    )

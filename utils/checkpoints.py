@@ -1,0 +1,247 @@
+"""Checkpoints of a run: written whole or not at all, listed, pruned, exported; reading is in checkpoint_reading.py.
+
+A run writes `dalle_{epoch}.pt` when `epoch` epochs are complete, and `dalle_{epoch}_{step}.pt` inside the next one,
+after `step` optimizer steps since the start of the training. In both, the file's "epoch" counts complete epochs.
+
+    python -m utils.checkpoints export dalle_20.pt model.safetensors --half
+    python -m utils.checkpoints verify dalle_20.pt
+"""
+
+import argparse
+import json
+import logging
+import re
+import sys
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from utils.checkpoint_formats import hparams_from_config, to_published
+from utils.checkpoint_reading import (
+    SAFETENSORS_FORMAT,
+    DalleCheckpoint,
+    check_state,
+    read_dalle,
+    tensors_digest,
+    verify,
+)
+from utils.checkpoint_shapes import aliases, complete_config, expected_shapes
+from utils.errors import UserError, run_main
+from utils.files import PathLike, atomic_write
+
+__all__ = [
+    "DalleCheckpoint",
+    "check_state",
+    "checkpoint_name",
+    "dalle_checkpoint",
+    "export_safetensors",
+    "list_checkpoints",
+    "newest_checkpoint",
+    "prune_checkpoints",
+    "read_dalle",
+    "save_checkpoint",
+    "verify",
+]
+
+logger = logging.getLogger(__name__)
+
+_FILE_NAME = re.compile(r"dalle_(\d{1,9})(?:_(\d{1,12}))?\.pt")
+_LEFTOVER = re.compile(r"\.dalle_\d+(?:_\d+)?\.pt\..*\.tmp")  # what atomic_write leaves behind when it is killed
+
+
+# ---- writing
+
+
+def _require_plain(value: Any, where: str) -> None:
+    """Raise TypeError for what `torch.load(weights_only=True)` would refuse: found when writing, not when resuming."""
+    if type(value) is dict:
+        for key, item in value.items():
+            _require_plain(key, where + " key")
+            _require_plain(item, "{}[{!r}]".format(where, key))
+    elif type(value) in (list, tuple):
+        for index, item in enumerate(value):
+            _require_plain(item, "{}[{}]".format(where, index))
+    elif value is not None and type(value) not in (str, int, float, bool, Tensor, torch.nn.Parameter):
+        raise TypeError(
+            "{} is a {}: only tensors and plain values can be read back".format(where, type(value).__name__)
+        )
+
+
+def _write_reason(error: BaseException) -> str:
+    """What the operating system said: torch.save wraps a failed write in a RuntimeError that does not."""
+    cause: Optional[BaseException] = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause.strerror or str(cause)
+        cause = cause.__cause__ or cause.__context__
+    return str(error).split("\n")[0]
+
+
+def save_checkpoint(path: PathLike, checkpoint: Dict[str, Any]) -> None:
+    """Write a checkpoint atomically, so that `torch.load(path, weights_only=True)` reads it.
+
+    Raises TypeError on values that could not be read back, UserError when the file cannot be written (any older file of
+    that name is then still there).
+    """
+    _require_plain(checkpoint, "checkpoint")
+    try:
+        with atomic_write(path, "wb") as file:
+            torch.save(checkpoint, file)
+    except (OSError, RuntimeError) as error:
+        raise UserError("cannot write the checkpoint {}: {}".format(path, _write_reason(error))) from error
+
+
+def dalle_checkpoint(
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    epoch: int,
+    opt_state: Optional[Dict[str, Any]] = None,
+    scheduler_state: Optional[Dict[str, Any]] = None,
+    hparams_extra: Optional[Mapping[str, Any]] = None,
+    training: Optional[Dict[str, Any]] = None,
+) -> Dict[str, Any]:
+    """Return a checkpoint in Mini DALL-E's published layout, with `config` and `training` added.
+
+    config: `DalleConfig.to_dict()`; state: `DALLE.state_dict()`; epoch: complete epochs; hparams_extra: options about
+    IPUs and precision that the published `hparams` also hold; training: whatever the engine needs for an exact resume.
+    Known in `training` are "identity" ({"tokenizer": ..., "vqgan": ...}) and "ema" (averaged weights under the names of
+    `state`).
+    The VQGAN is frozen and not stored: its identity says which one it was.
+    """
+    config = complete_config(config)
+    state = {name: tensor.detach().cpu() for name, tensor in state.items()}
+    check_state(expected_shapes(config), state, "the model to be saved")
+    return {
+        "hparams": hparams_from_config(config, hparams_extra or {}),
+        "vae_params": None,
+        "epoch": epoch,
+        "weights": to_published(state),
+        "opt_state": opt_state,
+        "scheduler_state": scheduler_state,
+        "config": config,
+        "training": dict(training or {}),
+    }
+
+
+# ---- export
+
+
+def export_safetensors(
+    checkpoint: DalleCheckpoint, path: PathLike, dtype: Optional[torch.dtype] = None, ema: bool = True
+) -> None:
+    """Write a model's weights and options, and nothing of its training, as safetensors.
+
+    dtype: None keeps the stored precision. ema: take the averaged weights (`training["ema"]`) where there are some.
+    Raises UserError when a weight has no place in `dtype` or the file cannot be written.
+    """
+    from safetensors.torch import save
+
+    averaged = (checkpoint.training or {}).get("ema") if ema else None
+    weights = averaged or checkpoint.weights
+    check_state(expected_shapes(checkpoint.config), weights, path)
+    same = aliases(checkpoint.config)
+    tensors = {}
+    for name, tensor in weights.items():
+        if name in same:
+            continue
+        # A copy: safetensors refuses tensors that share memory, as the two heads of a published checkpoint do.
+        tensors[name] = tensor.detach().cpu().to(dtype or tensor.dtype, copy=True).contiguous()
+        if not torch.isfinite(tensors[name]).all():
+            raise UserError(
+                "weight '{}' does not fit {} (or is not finite); export without --half".format(
+                    name, tensors[name].dtype
+                )
+            )
+    metadata = {
+        "format": SAFETENSORS_FORMAT,
+        "config": json.dumps(checkpoint.config),
+        "hparams": json.dumps(checkpoint.hparams),
+        "identity": json.dumps(checkpoint.identity),
+        "epoch": json.dumps(checkpoint.epoch),
+        "sha256": tensors_digest(tensors),
+    }
+    try:
+        with atomic_write(path, "wb") as file:
+            file.write(save(tensors, metadata=metadata))
+    except OSError as error:
+        raise UserError("cannot write {}: {}".format(path, _write_reason(error))) from error
+
+
+# ---- the checkpoints of a run
+
+
+def checkpoint_name(epoch: int, step: Optional[int] = None) -> str:
+    """Return the file name after `epoch` complete epochs; with `step`, for that optimizer step inside the next one."""
+    return "dalle_{}.pt".format(epoch) if step is None else "dalle_{}_{}.pt".format(epoch, step)
+
+
+def list_checkpoints(folder: PathLike) -> List[Path]:
+    """Return a run's checkpoints, complete or not, in the order of training, the newest last."""
+    found: List[Tuple[int, int, Path]] = []
+    for path in Path(folder).glob("dalle_*.pt"):
+        match = _FILE_NAME.fullmatch(path.name)
+        if match and path.is_file():
+            found.append((int(match.group(1)), int(match.group(2) or 0), path))
+    return [path for _, _, path in sorted(found)]
+
+
+def newest_checkpoint(folder: PathLike) -> Optional[Path]:
+    """Return the newest undamaged checkpoint of a run, or None. Damaged ones are named in a warning and passed over."""
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            verify(path)
+            return path
+        except UserError as error:
+            logger.warning("Passing over a checkpoint: %s", error)
+    return None
+
+
+def prune_checkpoints(folder: PathLike, keep: int) -> List[Path]:
+    """Delete all but the newest `keep` checkpoints of a run (0: keep all) and half-written ones of a killed process.
+
+    Returns what was deleted. To be called by the one process that writes, after its write. A file that cannot be
+    deleted is named in a warning.
+    """
+    if keep < 0:
+        raise ValueError("keep must be at least 0, not {}".format(keep))
+    old: Iterable[Path] = list_checkpoints(folder)[:-keep] if keep else []
+    leftovers = [path for path in Path(folder).glob(".dalle_*.tmp") if _LEFTOVER.fullmatch(path.name)]
+    deleted = []
+    for path in [*old, *leftovers]:
+        try:
+            path.unlink()
+            deleted.append(path)
+        except OSError as error:
+            logger.warning("Cannot delete the old checkpoint %s: %s", path, error.strerror)
+    return deleted
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> None:
+    """Export or verify a checkpoint from the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m utils.checkpoints", description="Export or verify a DALL-E checkpoint."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    export = commands.add_parser("export", help="write weights and options, without the training state, as safetensors")
+    export.add_argument("checkpoint", help="any checkpoint that can be read (.pt, .ckpt, .safetensors)")
+    export.add_argument("out", help="file to write (.safetensors)")
+    export.add_argument("--half", action="store_true", help="store in half precision")
+    export.add_argument(
+        "--no-ema", action="store_true", help="take the plain weights even where averaged ones are stored"
+    )
+    check = commands.add_parser("verify", help="check that a file is complete and undamaged")
+    check.add_argument("checkpoint")
+    options = parser.parse_args(arguments)
+    if options.command == "verify":
+        verify(options.checkpoint)
+        sys.stdout.write("{} is complete\n".format(options.checkpoint))
+        return
+    checkpoint = read_dalle(options.checkpoint)
+    export_safetensors(checkpoint, options.out, torch.float16 if options.half else None, ema=not options.no_ema)
+    sys.stdout.write("wrote {} ({:.1f} MB)\n".format(options.out, Path(options.out).stat().st_size / 1e6))
+
+
+if __name__ == "__main__":
+    run_main(main)
