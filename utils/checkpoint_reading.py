@@ -26,6 +26,8 @@ _MAX_YAML_BYTES = 1 << 20
 class DalleCheckpoint(NamedTuple):
     """A DALL-E read from a file, whatever its layout."""
 
+    path: Path
+    """The file it was read from."""
     config: Dict[str, Any]
     """Options for `DalleConfig.from_dict`, every one of them."""
     weights: Weights
@@ -39,7 +41,9 @@ class DalleCheckpoint(NamedTuple):
     vqgan_weights: Optional[Weights]
     """The VQGAN inside the file under taming-transformers' names, if there is one."""
     identity: Dict[str, Any]
-    """What the model was trained with: {"tokenizer": ..., "vqgan": ...}; empty where the file does not say."""
+    """What the model was trained with, {"tokenizer": {...}, "vqgan": {...}}; empty where the file does not say."""
+    ema: Optional[Weights]
+    """Averaged weights under the names of `weights`, where the training kept some."""
     opt_state: Optional[Dict[str, Any]]
     """The optimizer's state; only in our own checkpoints."""
     scheduler_state: Optional[Dict[str, Any]]
@@ -174,7 +178,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode("utf-8") + b"\0")
-        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -222,6 +226,8 @@ def read_dalle(path: PathLike) -> DalleCheckpoint:
     except UserError as error:
         raise error if str(path) in str(error) else UserError("{}: {}".format(path, error)) from error
     _check_model(StoredModel(checkpoint.config, checkpoint.weights, None), path)
+    if checkpoint.ema is not None:
+        check_state(expected_shapes(checkpoint.config), checkpoint.ema, path)
     return checkpoint
 
 
@@ -236,6 +242,15 @@ def _epoch(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise UserError("'epoch' must be a whole number, not {!r}".format(value))
     return value
+
+
+def _ema(training: Optional[Mapping[str, Any]]) -> Optional[Weights]:
+    """The averaged weights that the native engine keeps in its state."""
+    engine = _optional_table(training or {}, "engine") or {}
+    weights = _optional_table(engine, "ema")
+    if weights is not None:
+        _check_tensors(weights)
+    return weights
 
 
 def _from_torch(path: Path) -> DalleCheckpoint:
@@ -262,13 +277,15 @@ def _from_torch(path: Path) -> DalleCheckpoint:
     training = _optional_table(document, "training") if kind == "ours" else None
     vqgan = {name: tensor for name, tensor in (model.vqgan or {}).items() if not name.startswith("loss.")}
     return DalleCheckpoint(
+        path,
         model.config,
         model.weights,
         kind,
         hparams or {},
         _epoch(document.get("epoch") or 0),
         vqgan or None,
-        _optional_table(training or {}, "identity") or {},
+        {name: value for name, value in (training or {}).items() if name in ("tokenizer", "vqgan")},
+        _ema(training),
         _optional_table(document, "opt_state") if kind == "ours" else None,
         _optional_table(document, "scheduler_state") if kind == "ours" else None,
         training,
@@ -294,7 +311,9 @@ def _from_mindalle(path: Path, weights: Any) -> DalleCheckpoint:
         if not isinstance(options, Mapping):
             raise UserError("{} is no minDALL-E configuration".format(config_path))
     model = from_mindalle(weights, options)
-    return DalleCheckpoint(model.config, model.weights, "mindalle", dict(options), 0, None, {}, None, None, None)
+    return DalleCheckpoint(
+        path, model.config, model.weights, "mindalle", dict(options), 0, None, {}, None, None, None, None
+    )
 
 
 def _from_safetensors(path: Path) -> DalleCheckpoint:
@@ -318,6 +337,7 @@ def _from_safetensors(path: Path) -> DalleCheckpoint:
         if source in weights:
             weights.setdefault(name, weights[source])
     return DalleCheckpoint(
+        path,
         config,
         weights,
         "safetensors",
@@ -325,6 +345,7 @@ def _from_safetensors(path: Path) -> DalleCheckpoint:
         _epoch(values["epoch"]),
         None,
         _optional_table(values, "identity") or {},
+        None,
         None,
         None,
         None,

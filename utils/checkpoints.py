@@ -106,8 +106,7 @@ def dalle_checkpoint(
 
     config: `DalleConfig.to_dict()`; state: `DALLE.state_dict()`; epoch: complete epochs; hparams_extra: options about
     IPUs and precision that the published `hparams` also hold; training: whatever the engine needs for an exact resume.
-    Known in `training` are "identity" ({"tokenizer": ..., "vqgan": ...}) and "ema" (averaged weights under the names of
-    `state`).
+    `training` has "tokenizer" and "vqgan" (their identities) and, in "engine", "ema" (averaged weights or None).
     The VQGAN is frozen and not stored: its identity says which one it was.
     """
     config = complete_config(config)
@@ -133,14 +132,12 @@ def export_safetensors(
 ) -> None:
     """Write a model's weights and options, and nothing of its training, as safetensors.
 
-    dtype: None keeps the stored precision. ema: take the averaged weights (`training["ema"]`) where there are some.
+    dtype: None keeps the stored precision. ema: take the averaged weights where there are some.
     Raises UserError when a weight has no place in `dtype` or the file cannot be written.
     """
     from safetensors.torch import save
 
-    averaged = (checkpoint.training or {}).get("ema") if ema else None
-    weights = averaged or checkpoint.weights
-    check_state(expected_shapes(checkpoint.config), weights, path)
+    weights = checkpoint.ema if ema and checkpoint.ema is not None else checkpoint.weights
     same = aliases(checkpoint.config)
     tensors = {}
     for name, tensor in weights.items():
