@@ -47,7 +47,7 @@ class Section:
 
 @dataclass(frozen=True)
 class ExecutionConfig(Section):
-    """execution"""
+    """Where, how much and for how long to train."""
 
     device: str = option("auto", "where to train; auto: cuda if there is one, else cpu",
                          choices=("auto", "cpu", "cuda", "ipu"))
@@ -87,7 +87,7 @@ class ExecutionConfig(Section):
 
 @dataclass(frozen=True)
 class IpuConfig(Section):
-    """IPU"""
+    """Placement, memory and transfers on IPUs; other devices ignore them."""
 
     ipus_per_replica: int = option(1, "IPUs that one replica is spread over", ge=1)
     layers_per_ipu: Tuple[int, ...] = option((16,), "transformer layers on each IPU; they add up to "
@@ -110,7 +110,7 @@ class IpuConfig(Section):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Section):
-    """optimizer"""
+    """The optimizer, its schedule and what keeps it stable."""
 
     optimizer: str = option("Adam", "optimizer", choices=("Adam", "AdamW"))
     learning_rate: float = option(3.0e-4, "peak learning rate", gt=0)
@@ -131,7 +131,7 @@ class OptimizerConfig(Section):
 
 @dataclass(frozen=True)
 class ModelConfig(Section):
-    """model"""
+    """The transformer and the VQGAN it works on."""
 
     hidden_size: int = option(512, "width of the transformer", ge=1)
     num_hidden_layers: int = option(16, "transformer layers", ge=1)
@@ -157,7 +157,7 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True)
 class DataConfig(Section):
-    """data"""
+    """Images, captions and vocabulary."""
 
     input_folder: Optional[str] = option(None, "folder of images and captions, or 'demo' for the built-in set",
                                          path="find")
@@ -173,7 +173,7 @@ class DataConfig(Section):
 
 @dataclass(frozen=True)
 class CheckpointsConfig(Section):
-    """checkpoints"""
+    """What is saved, and what training starts from."""
 
     checkpoint_output_dir: str = option("./output/ckpt", "folder of the checkpoints", path=True)
     checkpoint_save_steps: int = option(1000, "optimizer steps from one checkpoint to the next; 0: only at the end of "
@@ -185,7 +185,7 @@ class CheckpointsConfig(Section):
 
 @dataclass(frozen=True)
 class MiscConfig(Section):
-    """misc"""
+    """Logs and metrics."""
 
     log_dir: Optional[str] = option(None, "folder of log file, metrics and loss.png; none: the one that holds "
                                           "--checkpoint-output-dir", path=True)
@@ -318,7 +318,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+        raise UsageError(message[len("argument "):] if message.startswith("argument ") else message)
 
     def known_flags(self) -> List[str]:
         """Every flag, as it is documented."""
@@ -336,8 +336,8 @@ def make_parser(default_config: str = "unit_test") -> Parser:
                         help="configuration to use (default: {})".format(default_config))
     parser.add_argument("--config-file", default=argparse.SUPPRESS, metavar="PATH",
                         help="file of named configurations (default: {})".format(DEFAULT_CONFIG_FILE.name))
-    for section in SECTIONS.values():
-        group = parser.add_argument_group(str(section.__doc__))
+    for attribute, section in SECTIONS.items():
+        group = parser.add_argument_group("IPU" if attribute == "ipu" else attribute)
         for spec in _options(section):
             settings: Dict[str, Any] = {"metavar": _metavar(spec)}
             if spec.type is bool:
@@ -480,8 +480,10 @@ def _checked_item(spec: Any, value: Any, where: str, is_text: bool) -> Any:
     if ("ge" in limits and value < limits["ge"] or "gt" in limits and value <= limits["gt"]
             or "le" in limits and value > limits["le"] or "lt" in limits and value >= limits["lt"]):
         raise UsageError("{}: must be {}, got {}".format(where, " and ".join(_bounds(spec)), _quoted(value)))
-    if limits.get("path") and (not value or "\0" in value):
-        raise UsageError("{}: {} is not a path".format(where, _quoted(value)))
+    if limits.get("path"):
+        if not value or "\0" in value:
+            raise UsageError("{}: {} is not a path".format(where, _quoted(value)))
+        return os.path.expanduser(value)
     return value
 
 
@@ -544,7 +546,8 @@ def load_configuration(config_file: Path, name: str) -> Dict[str, Any]:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = "{}, line {}".format(config_file, mark.line + 1) if mark else str(config_file)
-        raise UsageError("{}: {}".format(where, getattr(error, "problem", None) or error)) from None
+        problem = str(getattr(error, "problem", None) or error)
+        raise UsageError("{}: {}".format(where, " ".join(problem.split()))) from None
     if not isinstance(configurations, dict):
         raise UsageError("{}: expected a mapping of configuration names".format(config_file))
     names = [key for key in configurations if isinstance(key, str) and not key.startswith(".") and key != "defaults"]
@@ -558,7 +561,7 @@ def load_configuration(config_file: Path, name: str) -> Dict[str, Any]:
 
 def _find(path: str, folder: Path) -> str:
     """A relative path that is not in the working directory but beside the configuration file becomes that one."""
-    if path != BUILT_IN_SET and not os.path.exists(path) and (folder / path).exists():
+    if path != BUILT_IN_SET and not os.path.exists(path) and os.path.exists(str(folder / path)):
         return str(folder / path)
     return path
 

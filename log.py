@@ -347,6 +347,14 @@ def _plain(value: Any) -> Union[None, bool, int, float, str]:
     return number if math.isfinite(number) else None
 
 
+def _import(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError("--{0} needs a package that cannot be imported ({1}): pip install {0}".format(
+            package, error)) from None
+
+
 class _JsonLines:
     def __init__(self, path: Path) -> None:
         self._file: TextIO = open(str(path), "a", encoding="utf-8")
@@ -362,10 +370,7 @@ class _JsonLines:
 
 class _TensorBoard:
     def __init__(self, folder: Path, resume_step: Optional[int]) -> None:
-        try:
-            module = importlib.import_module("torch.utils.tensorboard")
-        except ImportError:
-            raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard") from None
+        module = _import("torch.utils.tensorboard", "tensorboard")
         self._writer = module.SummaryWriter(str(folder), purge_step=None if resume_step is None else resume_step + 1)
 
     def write(self, event: str, step: int, values: Mapping[str, Any]) -> None:
@@ -379,21 +384,17 @@ class _TensorBoard:
 class _Wandb:
     def __init__(self, folder: Path, project: str, name: Optional[str], config: Optional[Mapping[str, Any]],
                  resume_step: Optional[int]) -> None:
-        try:
-            wandb = importlib.import_module("wandb")
-        except ImportError:
-            raise UserError("--wandb needs a package that is not installed: pip install wandb") from None
+        wandb = _import("wandb", "wandb")
         folder.mkdir(parents=True, exist_ok=True)
         id_file = folder / "wandb_run_id.txt"
         resumed = resume_step is not None and id_file.exists()
         run_id = id_file.read_text(encoding="utf-8").strip() if resumed else uuid.uuid4().hex[:8]
         try:
             self._run = wandb.init(project=project, name=name, config=dict(config or {}), dir=str(folder), id=run_id,
-                                   resume="allow" if resumed else None)
+                                   resume="allow" if resumed else None, settings=wandb.Settings(console="off"))
         except Exception as error:
             # No account, no network, a refused project: all are wandb's own errors.
-            raise UserError("--wandb: {}: {}; log in with `wandb login`, or set WANDB_MODE=offline".format(
-                type(error).__name__, error)) from None
+            raise UserError("--wandb: {} Without an account, set WANDB_MODE=offline".format(error)) from None
         with atomic_write(id_file) as file:
             file.write(run_id + "\n")
 
@@ -425,12 +426,19 @@ def read_metrics(path: PathLike) -> List[Dict[str, Any]]:
 # Curve ---------------------------------------------------------------------------------------------------------------
 
 
-def smoothed(values: Sequence[float], weight: float) -> List[float]:
-    """Exponential moving average, corrected for its start (no zeros are mixed in)."""
-    result, average = [], 0.0
-    for index, value in enumerate(values):
-        average = weight * average + (1 - weight) * value
-        result.append(average / (1 - weight ** (index + 1)))
+def smoothed(values: Sequence[float], half_window: int) -> List[float]:
+    """Centred moving average over 2 * half_window + 1 values, fewer at the ends.
+
+    Unlike an exponential average it does not lag, so that a falling training loss is not drawn above the validation
+    loss that it really is below.
+    """
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    result = []
+    for index in range(len(values)):
+        start, end = max(0, index - half_window), min(len(values), index + half_window + 1)
+        result.append((sums[end] - sums[start]) / (end - start))
     return result
 
 
@@ -454,28 +462,32 @@ def plot_losses(jsonl_path: PathLike, png_path: PathLike) -> bool:
     figure = Figure(figsize=(9, 5.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    weight = 1 - min(1.0, 30 / len(train[0]))  # a window of about a thirtieth of the run
+    half = len(train[0]) // 60  # a window of about a thirtieth of the run
+    marker = "." if len(train[0]) < 30 else ""  # a short run's curve is hardly a line
     important: List[float] = []
-    for key, label, colour in (("text_loss", "text", "tab:green"), ("image_loss", "image", "tab:orange")):
+    axes.plot(*train, color="tab:blue", alpha=0.25, linewidth=0.8)
+    for key, label, colour, width in (("loss", "train", "tab:blue", 2.0),
+                                      ("image_loss", "train: image", "tab:orange", 1.2),
+                                      ("text_loss", "train: text", "tab:green", 1.2)):
         steps, values = _curve(events, "train", key)
         if steps:
-            important += smoothed(values, weight)
-            axes.plot(steps, smoothed(values, weight), color=colour, linewidth=1.2, label="train, {}".format(label))
-    axes.plot(*train, color="tab:blue", alpha=0.25, linewidth=0.8, label="train, each step")
-    important += smoothed(train[1], weight)
-    axes.plot(train[0], smoothed(train[1], weight), color="tab:blue", linewidth=2, label="train, smoothed")
+            values = smoothed(values, half)
+            important += values
+            axes.plot(steps, values, color=colour, linewidth=width, marker=marker,
+                      label="{} {:.3f}".format(label, values[-1]))
     steps, values = _curve(events, "validation", "loss")
     if steps:
         important += values
         axes.plot(steps, values, color="tab:red", linewidth=1.6, marker="o", markersize=4,
-                  label="validation (last {:.3f})".format(values[-1]))
+                  label="validation {:.3f}".format(values[-1]))
     # Single spikes must not flatten the curves.
     low, high = min(important), max(important)
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     axes.set_ylim(low - margin, high + margin)
     axes.set_xlabel("optimizer step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title("train {:.3f} (smoothed) after {:,} steps".format(smoothed(train[1], weight)[-1], train[0][-1]))
+    axes.set_title("Loss after {:,} steps (smoothed; pale: each step)".format(train[0][-1]))
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right")
     with atomic_write(png_path, "wb") as file:

@@ -1,0 +1,309 @@
+"""Options: precedence, types, ranges, names, inheritance and the shipped configurations."""
+
+import dataclasses
+import re
+
+import pytest
+
+import args
+from args import Config, ExecutionConfig, parse
+from utils.errors import UsageError
+
+PUBLISHED = ["L16", "L16_POD16", "L16_POD64", "L16_CLIP_vocab"]
+SHIPPED = PUBLISHED + ["unit_test", "demo"]
+SMALL = """
+base: &base
+  input_folder: demo
+  batch_size: 3
+  learning_rate: 1.0e-2
+child:
+  <<: *base
+  batch_size: 5
+"""
+
+
+def write(folder, text):
+    path = folder / "my.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def error_of(argv):
+    with pytest.raises(UsageError) as caught:
+        parse(argv)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_default_then_yaml_then_flag(tmp_path):
+    file = write(tmp_path, SMALL)
+    config = parse(["--config-file", file, "--config", "base"])
+    assert (config.name, config.execution.batch_size, config.execution.epochs) == ("base", 3, 1)
+    config = parse(["--config-file", file, "--config", "base", "--batch-size", "7"])
+    assert (config.execution.batch_size, config.optimizer.learning_rate) == (7, 0.01)
+
+
+def test_yaml_merge_inherits_and_overrides(tmp_path):
+    config = parse(["--config-file", write(tmp_path, SMALL), "--config", "child"])
+    assert (config.execution.batch_size, config.optimizer.learning_rate) == (5, 0.01)
+
+
+def test_the_default_configuration_of_train_is_unit_test():
+    assert parse([]).name == "unit_test"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_configuration_fits_an_ipu_system(name):
+    config = parse(["--config", name])
+    ipu = config.ipu
+    assert sum(ipu.layers_per_ipu) == config.model.num_hidden_layers
+    assert len(ipu.layers_per_ipu) == ipu.ipus_per_replica
+    assert ipu.embedding_ipu_id < ipu.ipus_per_replica
+    assert len(ipu.matmul_proportion) in (1, ipu.ipus_per_replica)
+    # A pipeline of n stages needs at least 2n - 1 micro-batches.
+    assert config.execution.gradient_accumulation >= 2 * ipu.ipus_per_replica - 1
+    assert config.execution.native_precision("cpu") == "fp32"
+
+
+def test_shipped_names_are_all_tested():
+    with pytest.raises(UsageError, match=re.escape(", ".join(SHIPPED)) + "$"):
+        parse(["--config", "nothing like it"])
+
+
+@pytest.mark.parametrize("name, batch, accumulation, replicas, scaling", [
+    ("L16", 2, 8192, 1, 32768), ("L16_POD16", 2, 2048, 4, 32768), ("L16_POD64", 2, 512, 16, 16384),
+    ("L16_CLIP_vocab", 1, 15, 1, 16384)])
+def test_published_numbers(name, batch, accumulation, replicas, scaling):
+    config = parse(["--config", name])
+    run, model, optimizer = config.execution, config.model, config.optimizer
+    assert (run.batch_size, run.gradient_accumulation, run.replication_factor) == (batch, accumulation, replicas)
+    assert config.global_batch == batch * accumulation * replicas
+    assert optimizer.loss_scaling == scaling
+    assert (model.hidden_size, model.num_hidden_layers, model.num_attention_heads, model.dim_head) == (512, 16, 16, 64)
+    row, column = "axial_row", "axial_col"
+    assert model.attn_types == ((row, row, column, row) * 2 + (row, row, column, "full", row, row, column, "full"))
+    assert config.checkpoints.checkpoint_save_steps == 5000
+    assert config.data.truncate_captions and model.text_seq_len == 80 and model.loss_img_weight == 7
+    clip = name == "L16_CLIP_vocab"
+    assert (config.data.bpe_path is None) == clip and model.sandwich_norm == clip
+    assert optimizer.learning_rate == (3e-4 if clip else 5e-3)
+    assert optimizer.lr_scheduler == ("ReduceLROnPlateau" if clip else "multi_step")
+    assert config.ipu.layers_per_ipu == ((0, 7, 7, 2) if clip else (0, 6, 6, 4))
+    assert config.ipu.enable_rts == (replicas > 1)
+
+
+def test_both_spellings_of_a_flag():
+    assert parse(["--vqgan_model_path", "a", "--vqgan-config-path=b"]).model.vqgan_model_path == "a"
+    assert parse(["--batch_size=2"]).execution.batch_size == 2
+    assert parse(["--wandb-run-name", "a_b"]).misc.wandb_run_name == "a_b"
+
+
+@pytest.mark.parametrize("words, value", [(["--fp16"], True), (["--fp16", "true"], True), (["--fp16", "False"], False),
+                                          (["--fp16=0"], False), ([], True)])
+def test_boolean_flags_stand_alone_or_take_a_value(words, value):
+    assert parse(["--config", "L16"] + words).execution.fp16 is value
+
+
+def test_tuples_with_blanks_and_commas():
+    assert parse(["--layers-per-ipu", "0", "6", "6", "4"]).ipu.layers_per_ipu == (0, 6, 6, 4)
+    assert parse(["--layers-per-ipu", "0,6, 6", "4"]).ipu.layers_per_ipu == (0, 6, 6, 4)
+    assert parse(["--attn-types", "full,axial_row"]).model.attn_types == ("full", "axial_row")
+
+
+def test_tuples_in_yaml(tmp_path):
+    text = "a: {input_folder: demo, attn_types: 'full,conv_like', matmul_proportion: 0.2, layers_per_ipu: [1, 2]}"
+    config = parse(["--config-file", write(tmp_path, text), "--config", "a"])
+    assert config.model.attn_types == ("full", "conv_like")
+    assert (config.ipu.matmul_proportion, config.ipu.layers_per_ipu) == ((0.2,), (1, 2))
+
+
+def test_a_float_may_be_written_as_yaml_text_or_whole_number(tmp_path):
+    config = parse(["--config-file", write(tmp_path, "a: {input_folder: demo, learning_rate: 3e-4, loss_scaling: 8}"),
+                    "--config", "a"])
+    assert config.optimizer.learning_rate == 3e-4
+    assert config.optimizer.loss_scaling == 8.0 and isinstance(config.optimizer.loss_scaling, float)
+
+
+def test_none_empties_an_option_that_may_be_empty():
+    assert parse(["--config", "L16", "--bpe-path", "none"]).data.bpe_path is None
+    assert parse(["--cls-ipu-id", "none"]).ipu.cls_ipu_id is None
+    assert "--batch-size: expected a whole number" in error_of(["--batch-size", "none"])
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["--batch-size", "two"], "--batch-size: expected a whole number, got 'two'"),
+    (["--batch-size", "1.5"], "--batch-size: expected a whole number"),
+    (["--batch-size", "0"], "--batch-size: must be at least 1, got 0"),
+    (["--learning-rate", "abc"], "--learning-rate: expected a number"),
+    (["--learning-rate", "nan"], "--learning-rate: expected a number"),
+    (["--learning-rate", "0"], "--learning-rate: must be above 0"),
+    (["--weight-decay", "-1"], "--weight-decay: must be at least 0, got -1.0"),
+    (["--validation-fraction", "0.6"], "--validation-fraction: must be at least 0 and at most 0.5, got 0.6"),
+    (["--matmul-proportion", "0.2", "1.2"], "--matmul-proportion: must be above 0 and at most 1, got 1.2"),
+    (["--ema-decay", "1"], "--ema-decay: must be at least 0 and below 1"),
+    (["--fp16", "maybe"], "--fp16: expected true or false, got 'maybe'"),
+    (["--device", "gpu"], "--device: expected one of auto, cpu, cuda, ipu, got 'gpu'."),
+    (["--attn-types", "full,axial_rows"], "got 'axial_rows'. Did you mean 'axial_row'?"),
+    (["--attn-types", "full,"], "--attn-types: expected one of full"),
+    (["--optimizer", "adam"], "--optimizer: expected one of Adam, AdamW, got 'adam'. Did you mean 'Adam'?"),
+    (["--bpe-path", "a\0b"], "--bpe-path: "),
+    (["--input-folder", ""], "--input-folder"),
+    (["--batch-size"], "--batch-size: expected one argument"),
+    (["--batch-size", "9" * 5000], "--batch-size: "),
+])
+def test_wrong_values_of_flags(words, expected):
+    message = error_of(words)
+    assert expected in message and len(message) < 300
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["--bach-size", "2"], "unknown flag '--bach-size'. Did you mean '--batch-size'?"),
+    (["--num_hiden_layers=2"], "unknown flag '--num_hiden_layers'. Did you mean '--num-hidden-layers'?"),
+    (["--batch", "2"], "unknown flag '--batch'."),  # no abbreviations
+    (["-x"], "unknown flag '-x'."),
+    (["L16"], "unexpected argument 'L16'"),
+    (["--config", "L61"], "no configuration 'L61'. Did you mean 'L16'?"),
+    (["--config", "defaults"], "no configuration 'defaults'"),
+    (["--config", ".transformer"], "no configuration '.transformer'"),
+    (["--config-file", "nowhere.yaml"], "--config-file: cannot read nowhere.yaml: No such file"),
+])
+def test_unknown_names(words, expected):
+    assert expected in error_of(words)
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("a: {bach_size: 1}", "my.yaml, configuration 'a': unknown key 'bach_size'. Did you mean 'batch_size'?"),
+    ("a: {1: 1}", "unknown key '1'"),
+    ("a: {batch_size: '3'}", "my.yaml, configuration 'a': batch_size: expected a whole number, got '3'"),
+    ("a: {batch_size: true}", "batch_size: expected a whole number, got True"),
+    ("a: {batch_size: 2.0}", "batch_size: expected a whole number"),
+    ("a: {batch_size: null}", "batch_size: expected a whole number, got None"),
+    ("a: {batch_size: [1]}", "batch_size: expected a whole number"),
+    ("a: {batch_size: 0}", "batch_size: must be at least 1"),
+    ("a: {fp16: 1}", "fp16: expected true or false, got 1"),
+    ("a: {fp16: 'true'}", "fp16: expected true or false"),
+    ("a: {learning_rate: fast}", "learning_rate: expected a number, got 'fast'"),
+    ("a: {learning_rate: .inf}", "learning_rate: expected a number"),
+    ("a: {wandb_run_name: 2020-01-01}", "wandb_run_name: expected text"),
+    ("a: {layers_per_ipu: []}", "layers_per_ipu: needs at least one value"),
+    ("a: {layers_per_ipu: [1, x]}", "layers_per_ipu: expected a whole number, got 'x'"),
+    ("a: {layers_per_ipu: [1, [2]]}", "layers_per_ipu: expected a whole number, got [2]"),
+    ("a: {epochs: 1, epochs: 2}", "key 'epochs' is given twice"),
+    ("a: {epochs: 1}\na: {epochs: 2}", "line 2: key 'a' is given twice"),
+    ("a: [1]", "configuration 'a' must be a mapping"),
+    ("[1]", "expected a mapping of configuration names"),
+    ("a: {epochs: 1", "line 1"),
+    ("a: !!python/object/apply:os.system ['true']", "my.yaml"),
+    ("a: {? [1] : 2}", "my.yaml"),
+    ("\x00", "my.yaml"),
+    ("[" * 1000, "my.yaml"),
+])
+def test_wrong_yaml(tmp_path, text, expected):
+    assert expected in error_of(["--config-file", write(tmp_path, text), "--config", "a"])
+
+
+def test_a_key_inherited_and_given_is_no_duplicate(tmp_path):
+    # PyYAML copies merged keys into a node before it is built: those copies must not count as duplicates.
+    text = SMALL + "grandchild: &g {<<: *base, epochs: 2}\nlast: {<<: [*g, *base], epochs: 3}\n"
+    config = parse(["--config-file", write(tmp_path, text), "--config", "last"])
+    assert (config.execution.epochs, config.execution.batch_size) == (3, 3)
+
+
+@pytest.mark.parametrize("words, names", [
+    (["--config", "L16", "--vqgan-model-path", "x"], ["--vqgan-model-path", "--vqgan-config-path"]),
+    (["--vae_path", "x"], ["--vae-path", "--vqgan-model-path"]),
+    (["--generated-data", "--synthetic-data"], ["--generated-data", "--synthetic-data"]),
+    (["--input-folder", "none"], ["--input-folder", "--generated-data"]),
+    (["--resume", "--pretrained-checkpoint", "x"], ["--resume", "--pretrained-checkpoint"]),
+    (["--device", "cpu", "--precision", "fp16"], ["--precision", "bf16"]),
+    (["--device", "ipu", "--precision", "bf16"], ["--precision", "fp16"]),
+])
+def test_contradictions_name_the_flags(words, names):
+    message = error_of(words)
+    assert all(name in message for name in names)
+
+
+def test_precision_of_the_native_engine():
+    half = ExecutionConfig(fp16=True)
+    assert (half.native_precision("cpu"), half.native_precision("cuda")) == ("fp32", "fp16")
+    assert ExecutionConfig().native_precision("cuda") == "fp32"
+    assert ExecutionConfig(fp16=True, precision="bf16").native_precision("cpu") == "bf16"
+    with pytest.raises(UsageError, match="--precision"):
+        ExecutionConfig(precision="fp16").native_precision("cpu")
+
+
+def test_paths_are_looked_for_beside_the_configuration_file(tmp_path, monkeypatch):
+    folder = tmp_path / "configurations"
+    elsewhere = tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    (folder / "vocab.txt").write_text("x")
+    (folder / "demo").mkdir()
+    monkeypatch.chdir(elsewhere)
+    file = write(folder, "a: {input_folder: demo, bpe_path: vocab.txt, log_dir: logs}")
+    words = ["--config-file", file, "--config", "a"]
+    config = parse(words)
+    assert config.data.bpe_path == str(folder / "vocab.txt")
+    assert config.data.input_folder == "demo"  # the built-in set, whatever lies around
+    assert config.misc.log_dir == "logs"  # what is written goes to the working directory
+    (elsewhere / "vocab.txt").write_text("y")
+    assert parse(words).data.bpe_path == "vocab.txt"
+    assert parse(words + ["--bpe-path", "absent.txt"]).data.bpe_path == "absent.txt"
+
+
+def test_log_folder_is_beside_the_checkpoints_unless_given():
+    assert str(parse(["--config", "L16"]).log_dir) == "output"
+    assert str(parse(["--config", "L16", "--log-dir", "x"]).log_dir) == "x"
+
+
+def test_configurations_are_frozen_checked_and_survive_a_dict():
+    config = parse(["--config", "demo", "--attn-types", "full,axial_row"])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.execution.batch_size = 3
+    with pytest.raises(UsageError, match="--batch-size: must be at least 1"):
+        dataclasses.replace(config.execution, batch_size=0)
+    flat = config.to_dict()
+    assert flat["config"] == "demo" and flat["attn_types"] == ["full", "axial_row"]
+    assert Config.from_dict(flat) == config
+    assert config.replace(hidden_size=8).model.hidden_size == 8 and config.model.hidden_size != 8
+    with pytest.raises(UsageError, match="Did you mean 'hidden_size'"):
+        config.replace(hiden_size=8)
+
+
+def test_option_names_are_unique():
+    names = args.option_names()
+    assert len(names) == len(set(names)) > 70
+    assert not {"config", "config_file"} & set(names)
+
+
+def test_describe_names_the_global_batch_and_what_was_changed():
+    text = parse(["--config", "L16_POD16"]).describe()
+    assert "global batch 16384 = 2 (batch_size) x 2048 (gradient_accumulation) x 4 (replication_factor)" in text
+    assert "enable_rts=true" in text and "dim_head" not in text
+    assert max(len(line) for line in text.splitlines()) <= 120
+
+
+def test_help_has_the_groups_and_every_flag(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    positions = [text.index("\n{}:\n".format(title)) for title in
+                 ("execution", "IPU", "optimizer", "model", "data", "checkpoints", "misc")]
+    assert positions == sorted(positions)
+    for name in args.option_names():
+        assert re.search(r"^  {}\b".format(args.flag_name(name)), text, re.MULTILINE), name
+    seed_flags = """
+        config batch-size epochs device-iterations replication-factor gradient-accumulation stochastic-rounding
+        embedding-serialization-factor enable-half-partials enable-rts optimizer-state-offchip ipus-per-replica
+        layers-per-ipu cls-ipu-id embedding-ipu-id matmul-proportion async-dataloader random-seed fp16 optimizer
+        learning-rate lr-scheduler loss-scaling enable-als weight-decay enable-half-first-order-momentum
+        hidden-size text-seq-len num-hidden-layers num-attention-heads dim-head ff-dropout attn-dropout
+        sandwich-norm loss-img-weight attn-types bpe-path truncate-captions byteio input-folder generated-data
+        synthetic-data checkpoint-output-dir checkpoint-save-steps pretrained-checkpoint vae-path
+        vqgan-model-path vqgan-config-path dataloader-workers wandb wandb-project-name wandb-run-name
+        compile-only executable-cache-dir profile-dir
+    """
+    for flag in seed_flags.split():
+        assert "--{} ".format(flag) in text, flag
