@@ -22,7 +22,16 @@ from utils.files import PathLike, sha256_file
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["PUBLISHED", "VQGAN", "VqganConfig", "VqganOutput", "default_vqgan", "load_vqgan", "load_vqgan_state"]
+__all__ = [
+    "PUBLISHED",
+    "VQGAN",
+    "VqganConfig",
+    "VqganOutput",
+    "default_vqgan",
+    "load_vqgan",
+    "load_vqgan_state",
+    "read_tensors",
+]
 
 
 class VqganOutput(NamedTuple):
@@ -147,20 +156,22 @@ class VQGAN(nn.Module):
             raise ValueError("{} codes per image do not form a square grid".format(codes.shape[1]))
         z = F.embedding(codes, self.quantize.codebook)  # (B, N, D)
         z = z.transpose(1, 2).reshape(codes.shape[0], self.config.embed_dim, grid, grid)  # (B, D, g, g)
-        return self._pixels(z).clamp(0.0, 1.0)
+        return self.pixels(z).clamp(0.0, 1.0)
 
     def forward(self, pixels: Tensor) -> VqganOutput:
         """Training pass over pixels (B, 3, S, S) in [0, 1]."""
         quantised, loss, codes = self.quantize(self.features(pixels))
-        return VqganOutput(self._pixels(quantised), loss, codes)
+        return VqganOutput(self.pixels(quantised), loss, codes)
 
-    def _pixels(self, z: Tensor) -> Tensor:
+    def pixels(self, z: Tensor) -> Tensor:
+        """Quantised features (B, D, g, g) -> pixels (B, out_ch, S, S) on the scale of [0, 1], not clamped."""
         return (self.decoder(self.post_quant_conv(z)) + 1.0) * 0.5
 
 
 # ---- weights files
 
-# Classes that old Lightning checkpoints name as keys of their "callbacks" entry. Placeholders take their place; nothing of theirs runs.
+# Classes that old Lightning checkpoints name as keys of their "callbacks" entry. Placeholders take their place:
+# nothing of theirs runs.
 _LIGHTNING_CLASSES = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "pytorch_lightning.callbacks.lr_monitor.LearningRateMonitor",
@@ -191,7 +202,7 @@ def _placeholders_allowed() -> Iterator[None]:
             allowed.pop(name, None)
 
 
-def _read_file(path: Path) -> Any:
+def _read_file(path: Path, flag: str) -> Any:
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -199,40 +210,45 @@ def _read_file(path: Path) -> Any:
         try:
             return load_file(str(path))
         except SafetensorError as error:
-            raise UserError("VQGAN weights {} are not a readable safetensors file: {}".format(path, error)) from None
+            raise UserError("{} {} is not a readable safetensors file: {}".format(flag, path, error)) from None
     try:
         with _placeholders_allowed():
             return torch.load(str(path), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0][:200]
         raise UserError(
-            "VQGAN weights {} hold more than tensors and were not opened ({}); save the 'state_dict' alone, for example as safetensors".format(
-                path, reason
-            )
+            "{} {} holds more than tensors and was not opened ({}); save its 'state_dict' alone, for example as "
+            "safetensors".format(flag, path, reason)
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError("VQGAN weights {} cannot be read: {}".format(path, str(error).split("\n")[0])) from None
+        raise UserError("{} {} cannot be read: {}".format(flag, path, str(error).split("\n")[0])) from None
 
 
-def load_vqgan_state(path: PathLike) -> Dict[str, Tensor]:
-    """Read a VQGAN's tensors from a taming-transformers `.ckpt` or a `.safetensors` file, without its training losses.
+def read_tensors(path: PathLike, flag: str) -> Dict[str, Tensor]:
+    """Read the named tensors of a `.safetensors` file or of a torch file (its "state_dict" entry if there is one).
 
-    Returns float32 tensors on the CPU (a file may hold half precision). Raises UserError naming the file.
+    Returns float32 tensors on the CPU (a file may hold half precision). Nothing but tensors and plain containers is
+    unpickled. Raises UserError naming `flag` and the file.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError("VQGAN weights {} do not exist; check --vqgan_model_path".format(path))
-    document = _read_file(path)
+        raise UserError("{} {}: there is no such file".format(flag, path))
+    document = _read_file(path, flag)
     state = document.get("state_dict", document) if isinstance(document, dict) else None
-    if not isinstance(state, dict):
-        raise UserError("VQGAN weights {} hold no 'state_dict'".format(path))
     tensors = {}
-    for name, value in state.items():
-        if isinstance(name, str) and isinstance(value, Tensor) and not name.startswith("loss."):
+    for name, value in state.items() if isinstance(state, dict) else ():
+        if isinstance(name, str) and isinstance(value, Tensor):
             tensors[name] = value.float() if value.is_floating_point() else value
     if not tensors:
-        raise UserError("VQGAN weights {} hold no tensors".format(path))
+        raise UserError("{} {} holds no named tensors".format(flag, path))
     return tensors
+
+
+def load_vqgan_state(path: PathLike) -> Dict[str, Tensor]:
+    """Read a VQGAN's float32 tensors from a `.ckpt` or `.safetensors` file, without its training losses (`loss.*`)."""
+    return {
+        name: value for name, value in read_tensors(path, "--vqgan_model_path").items() if not name.startswith("loss.")
+    }
 
 
 def _check_state(state: Dict[str, Tensor], model: VQGAN, weights: PathLike, config: PathLike) -> None:
@@ -247,7 +263,9 @@ def _check_state(state: Dict[str, Tensor], model: VQGAN, weights: PathLike, conf
     ]
     if problems:
         more = " (and {} more)".format(len(problems) - 3) if len(problems) > 3 else ""
-        raise UserError("VQGAN weights {} do not fit {}: {}{}".format(weights, config, ", ".join(problems[:3]), more))
+        raise UserError(
+            "--vqgan_model_path {} does not fit {}: {}{}".format(weights, config, ", ".join(problems[:3]), more)
+        )
 
 
 def load_vqgan(
@@ -260,10 +278,8 @@ def load_vqgan(
     """
     config = VqganConfig.from_yaml(config_path)
     state = load_vqgan_state(weights_path)
-    with torch.device("meta"):
-        model = VQGAN(config)
+    model = VQGAN(config)
     _check_state(state, model, weights_path, config_path)
-    model = model.to_empty(device="cpu")
     model.load_state_dict(state)
     model.identity = sha256_file(weights_path)
     model = model.to(device)
@@ -273,6 +289,7 @@ def load_vqgan(
 
 
 # ---- published models
+
 
 @dataclass(frozen=True)
 class PublishedVqgan:
@@ -317,7 +334,11 @@ def default_vqgan(cache_dir: Optional[PathLike] = None, name: str = "f16-1024") 
     Raises UserError that says what to fetch by hand and where to put it when a download fails.
     """
     if name not in PUBLISHED:
-        raise UserError("no published VQGAN is called '{}'; known: {}.{}".format(name, ", ".join(PUBLISHED), nearest(name, PUBLISHED)))
+        raise UserError(
+            "no published VQGAN is called '{}'; known: {}.{}".format(
+                name, ", ".join(PUBLISHED), nearest(name, PUBLISHED)
+            )
+        )
     published = PUBLISHED[name]
     folder = Path(cache_dir) if cache_dir else Path(os.path.expanduser("~/.cache/dalle"))
     weights, config = folder / published.weights_name, folder / published.config_name
@@ -331,8 +352,8 @@ def default_vqgan(cache_dir: Optional[PathLike] = None, name: str = "f16-1024") 
             download(url, path)
         except (OSError, UserError) as error:
             raise UserError(
-                "the published VQGAN {} could not be downloaded ({}); fetch {} by hand and save it as {}, and {} as {}, "
-                "or give --vqgan_model_path and --vqgan_config_path".format(
+                "the published VQGAN {} could not be downloaded ({}); fetch {} by hand and save it as {}, and {} as "
+                "{}, or give --vqgan_model_path and --vqgan_config_path".format(
                     name, error, published.weights_url, weights, published.config_url, config
                 )
             ) from None

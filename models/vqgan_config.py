@@ -44,11 +44,25 @@ class VqganConfig:
     """Dropout probability inside residual blocks (training only)."""
     num_groups: int = 32
     """Groups of every GroupNorm. Published models all have 32 and do not write it down; small models may need fewer."""
+    patch_size: int = 1
+    """Side of the pixel squares folded into channels before the first convolution, and back after the last; published
+    models have 1. With 2 no layer runs at full resolution, where a small model spends most of its time."""
 
     def __post_init__(self) -> None:
         if self.variant not in _TARGET_OF_VARIANT:
             raise UserError("VQGAN configuration: variant '{}' is not one of vq, gumbel".format(self.variant))
-        for name in ("num_codes", "embed_dim", "resolution", "z_channels", "ch", "num_res_blocks", "in_channels", "out_ch", "num_groups"):
+        for name in (
+            "num_codes",
+            "embed_dim",
+            "resolution",
+            "z_channels",
+            "ch",
+            "num_res_blocks",
+            "in_channels",
+            "out_ch",
+            "num_groups",
+            "patch_size",
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError("VQGAN configuration: {} must be a positive whole number, not {!r}".format(name, value))
@@ -61,16 +75,14 @@ class VqganConfig:
             raise UserError("VQGAN configuration: dropout must be in [0, 1), not {!r}".format(self.dropout))
         if self.resolution % self.downsampling:
             raise UserError(
-                "VQGAN configuration: resolution {} is not a multiple of {} (ch_mult has {} levels)".format(
-                    self.resolution, self.downsampling, len(self.ch_mult)
-                )
+                "VQGAN configuration: resolution {} is not a multiple of {}, the pixels that ch_mult and "
+                "patch_size give a code along one side".format(self.resolution, self.downsampling)
             )
         for multiplier in (1,) + self.ch_mult:
             if self.ch * multiplier % self.num_groups:
                 raise UserError(
-                    "VQGAN configuration: {} channels (ch * ch_mult) do not split into {} GroupNorm groups; set ddconfig.num_groups".format(
-                        self.ch * multiplier, self.num_groups
-                    )
+                    "VQGAN configuration: {} channels (ch * ch_mult) do not split into {} GroupNorm groups; "
+                    "set ddconfig.num_groups".format(self.ch * multiplier, self.num_groups)
                 )
         if self.variant == "gumbel" and self.embed_dim != self.z_channels:
             raise UserError("VQGAN configuration: the gumbel variant needs embed_dim equal to z_channels")
@@ -78,7 +90,11 @@ class VqganConfig:
     @property
     def downsampling(self) -> int:
         """Pixels per code along one side (8 for an f8 model, 16 for f16)."""
-        return 2 ** (len(self.ch_mult) - 1)
+        return self.patch_size * 2 ** (len(self.ch_mult) - 1)
+
+    def height(self, level: int) -> int:
+        """Height of the feature maps of a level (0 is the finest)."""
+        return self.resolution // self.patch_size // 2**level
 
     @property
     def grid(self) -> int:
@@ -99,13 +115,24 @@ class VqganConfig:
         params = _mapping(model, "params", source + ": model")
         network = _mapping(params, "ddconfig", source + ": model.params")
         if network.get("double_z"):
-            raise UserError("{}: model.params.ddconfig.double_z is true; that is an autoencoder without codes".format(source))
+            raise UserError(
+                "{}: model.params.ddconfig.double_z is true; that is an autoencoder without codes".format(source)
+            )
         values: Dict[str, Any] = {"variant": variant}
         for name, key, where in (("num_codes", "n_embed", params), ("embed_dim", "embed_dim", params)):
             values[name] = _required(where, key, source + ": model.params")
-        for key in ("resolution", "z_channels", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "in_channels", "out_ch"):
+        for key in (
+            "resolution",
+            "z_channels",
+            "ch",
+            "ch_mult",
+            "num_res_blocks",
+            "attn_resolutions",
+            "in_channels",
+            "out_ch",
+        ):
             values[key] = _required(network, key, source + ": model.params.ddconfig")
-        for key in ("dropout", "num_groups"):
+        for key in ("dropout", "num_groups", "patch_size"):
             if network.get(key) is not None:
                 values[key] = network[key]
         for key in ("ch_mult", "attn_resolutions"):
@@ -135,11 +162,23 @@ class VqganConfig:
     def to_dict(self) -> Dict[str, Any]:
         """Return the taming-transformers document that `from_dict` reads back to an equal configuration."""
         network: Dict[str, Any] = {"double_z": False}
-        for key in ("z_channels", "resolution", "in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "dropout"):
+        for key in (
+            "z_channels",
+            "resolution",
+            "in_channels",
+            "out_ch",
+            "ch",
+            "ch_mult",
+            "num_res_blocks",
+            "attn_resolutions",
+            "dropout",
+        ):
             value = getattr(self, key)
             network[key] = list(value) if isinstance(value, tuple) else value
-        if self.num_groups != 32:
-            network["num_groups"] = self.num_groups
+        # The keys that only we know are left out where they say what every published model does.
+        for key, usual in (("num_groups", 32), ("patch_size", 1)):
+            if getattr(self, key) != usual:
+                network[key] = getattr(self, key)
         params = {"embed_dim": self.embed_dim, "n_embed": self.num_codes, "ddconfig": network}
         return {"model": {"target": _TARGET_OF_VARIANT[self.variant], "params": params}}
 

@@ -17,6 +17,13 @@ def _norm(channels: int, config: VqganConfig) -> nn.GroupNorm:
     return nn.GroupNorm(config.num_groups, channels, eps=_NORM_EPS)
 
 
+def fold_patches(x: Tensor, size: int) -> Tensor:
+    """(B, C, H, W) -> (B, C * size^2, H/size, W/size): `F.pixel_unshuffle` in operators that every compiler knows."""
+    batch, channels, height, width = x.shape
+    x = x.reshape(batch, channels, height // size, size, width // size, size).permute(0, 1, 3, 5, 2, 4)
+    return x.reshape(batch, channels * size * size, height // size, width // size)
+
+
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions, each after GroupNorm and swish, added to the input (through 1x1 when widths differ)."""
 
@@ -98,7 +105,9 @@ class Middle(nn.Module):
 class Level(nn.Module):
     """One resolution: residual blocks, each followed by attention where the configuration asks for it."""
 
-    def __init__(self, in_channels: int, out_channels: int, num_blocks: int, attention: bool, config: VqganConfig) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, num_blocks: int, attention: bool, config: VqganConfig
+    ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * (num_blocks - 1)
         self.block = nn.ModuleList(ResidualBlock(width, out_channels, config) for width in widths)
@@ -117,11 +126,12 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VqganConfig) -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
+        self.patch_size = config.patch_size
+        self.conv_in = nn.Conv2d(config.in_channels * config.patch_size**2, config.ch, 3, padding=1)
         self.down = nn.ModuleList()
         width = config.ch
         for i, multiplier in enumerate(config.ch_mult):
-            attention = config.resolution // 2**i in config.attn_resolutions
+            attention = config.height(i) in config.attn_resolutions
             level = Level(width, config.ch * multiplier, config.num_res_blocks, attention, config)
             width = config.ch * multiplier
             if i != len(config.ch_mult) - 1:
@@ -132,6 +142,8 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(width, config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.patch_size > 1:
+            x = fold_patches(x, self.patch_size)  # (B, in_channels * patch^2, H/patch, W/patch)
         h = self.conv_in(x)  # (B, ch, H, W)
         for level in self.down:
             h = level(h)
@@ -151,7 +163,7 @@ class Decoder(nn.Module):
         self.mid = Middle(width, config)
         levels = []
         for i in reversed(range(len(config.ch_mult))):
-            attention = config.resolution // 2**i in config.attn_resolutions
+            attention = config.height(i) in config.attn_resolutions
             level = Level(width, config.ch * config.ch_mult[i], config.num_res_blocks + 1, attention, config)
             width = config.ch * config.ch_mult[i]
             if i != 0:
@@ -160,7 +172,8 @@ class Decoder(nn.Module):
         # Published names count levels from full resolution; the forward pass runs the other way.
         self.up = nn.ModuleList(reversed(levels))
         self.norm_out = _norm(width, config)
-        self.conv_out = nn.Conv2d(width, config.out_ch, 3, padding=1)
+        self.patch_size = config.patch_size
+        self.conv_out = nn.Conv2d(width, config.out_ch * config.patch_size**2, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))  # (B, C, H/f, W/f)
@@ -168,4 +181,5 @@ class Decoder(nn.Module):
             h = self.up[i](h)
             if i != 0:
                 h = self.up[i].upsample(h)  # (B, C, 2H, 2W)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        x = self.conv_out(F.silu(self.norm_out(h)))
+        return F.pixel_shuffle(x, self.patch_size) if self.patch_size > 1 else x

@@ -1,0 +1,65 @@
+"""A patch discriminator and its share of the stage-1 loss (Isola et al. 2017; Esser et al. 2021, section 3.1).
+
+Letters: B images, S image height and width, h and w height and width of the map of patch scores.
+"""
+
+from typing import List
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PatchDiscriminator(nn.Sequential):
+    """Images (B, C, S, S) in [0, 1] -> one score for each overlapping patch (B, 1, h, w); high means real."""
+
+    def __init__(self, channels: int = 3, width: int = 64, num_layers: int = 3) -> None:
+        layers: List[nn.Module] = [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        widths = [width * min(2**i, 8) for i in range(num_layers + 1)]
+        for i in range(1, num_layers + 1):
+            stride = 2 if i < num_layers else 1
+            layers += [
+                nn.Conv2d(widths[i - 1], widths[i], 4, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(widths[i]),
+                nn.LeakyReLU(0.2),
+            ]
+        layers.append(nn.Conv2d(widths[-1], 1, 4, stride=1, padding=1))
+        super().__init__(*layers)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+
+
+class Adversary:
+    """The discriminator with its own optimizer, and the two losses of the game."""
+
+    def __init__(self, channels: int, learning_rate: float, weight: float, device: torch.device) -> None:
+        self.model = PatchDiscriminator(channels).to(device)
+        self.weight = weight
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=learning_rate, betas=(0.5, 0.9))
+
+    def generator_loss(self, images: Tensor, reconstruction_loss: Tensor, last_weight: Tensor) -> Tensor:
+        """Weighted loss that rises when reconstructions (B, C, S, S) look unreal.
+
+        The weight balances its gradient at the decoder's last layer against the reconstruction's (Esser et al., eq. 7),
+        so that neither term drowns the other.
+        """
+        self.model.requires_grad_(False)
+        loss = -self.model(images * 2.0 - 1.0).mean()
+        ours = torch.autograd.grad(loss, last_weight, retain_graph=True)[0].norm()
+        theirs = torch.autograd.grad(reconstruction_loss, last_weight, retain_graph=True)[0].norm()
+        balance = (theirs / (ours + 1e-4)).clamp(0.0, 1e4).detach()
+        return self.weight * balance * loss
+
+    def step(self, real: Tensor, fake: Tensor, learning_rate: float) -> Tensor:
+        """One hinge-loss step on real images and reconstructions (both (B, C, S, S)); returns the loss."""
+        self.model.requires_grad_(True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss = 0.5 * (
+            F.relu(1.0 - self.model(real * 2.0 - 1.0)).mean() + F.relu(1.0 + self.model(fake * 2.0 - 1.0)).mean()
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()

@@ -1,0 +1,90 @@
+"""Perceptual distance on VGG-16 features (Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features").
+
+The weights are the user's: torchvision's `vgg16` state dict (keys `features.N.weight`), and optionally the linear
+weights of LPIPS 0.1 (keys `linN.model.1.weight`); without the latter all channels weigh the same.
+Letters: B images, C channels, H and W height and width of a feature map.
+"""
+
+from typing import Dict, List, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.vqgan import read_tensors
+from utils.errors import UserError
+from utils.files import PathLike
+
+# Configuration D of Simonyan and Zisserman 2014: output channels of each convolution; a pooling layer between stages.
+_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+# Mean and deviation of LPIPS, for pixels in [-1, 1].
+_SHIFT = (-0.030, -0.088, -0.188)
+_SCALE = (0.458, 0.448, 0.450)
+
+
+class PerceptualDistance(nn.Module):
+    """Mean distance of two batches of images (B, 3, S, S) in [0, 1]; a scalar, frozen, differentiable in its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.tensor(_SHIFT).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor(_SCALE).view(1, 3, 1, 1))
+        self.features = nn.ModuleDict()
+        index, width = 0, 3
+        self.stages: List[List[str]] = []
+        for stage in _STAGES:
+            names = []
+            for channels in stage:
+                # torchvision numbers every layer: a convolution and its ReLU are two, a pooling layer is one.
+                self.features[str(index)] = nn.Conv2d(width, channels, 3, padding=1)
+                names.append(str(index))
+                index, width = index + 2, channels
+            self.stages.append(names)
+            index += 1
+        for i, stage in enumerate(_STAGES):
+            self.register_buffer("lin{}".format(i), torch.full((1, stage[-1], 1, 1), 1.0 / stage[-1]))
+
+    def maps(self, images: Tensor) -> List[Tensor]:
+        """The last ReLU output of each stage, each (B, C, H, W), with unit-length channel vectors."""
+        x = (images * 2.0 - 1.0 - self.shift) / self.scale
+        maps = []
+        for i, names in enumerate(self.stages):
+            if i > 0:
+                x = F.max_pool2d(x, 2)
+            for name in names:
+                x = F.relu(self.features[name](x))
+            maps.append(x / (x.pow(2).sum(dim=1, keepdim=True).sqrt() + 1e-10))
+        return maps
+
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        total = images.new_zeros(())
+        with torch.no_grad():
+            wanted = self.maps(targets)
+        for i, (ours, theirs) in enumerate(zip(self.maps(images), wanted)):
+            weight = getattr(self, "lin{}".format(i))  # (1, C, 1, 1)
+            total = total + ((ours - theirs).pow(2) * weight).sum(dim=1).mean()
+        return total
+
+
+def load_perceptual(paths: Sequence[PathLike]) -> PerceptualDistance:
+    """Load VGG-16 (first file) and LPIPS linear weights (second file, if given). Raises UserError naming the key."""
+    if not 1 <= len(paths) <= 2:
+        raise UserError("--perceptual-weights takes one or two files (VGG-16, LPIPS), not {}".format(len(paths)))
+    model = PerceptualDistance()
+    wanted: Dict[str, Tensor] = {n: v for n, v in model.state_dict().items() if n.startswith("features.")}
+    _fill(wanted, read_tensors(paths[0], "--perceptual-weights"), "{}", paths[0])
+    if len(paths) == 2:
+        wanted = {n: v for n, v in model.state_dict().items() if n.startswith("lin")}
+        _fill(wanted, read_tensors(paths[1], "--perceptual-weights"), "{}.model.1.weight", paths[1])
+    return model.eval().requires_grad_(False)
+
+
+def _fill(wanted: Dict[str, Tensor], found: Dict[str, Tensor], pattern: str, path: PathLike) -> None:
+    for name, value in wanted.items():
+        key = pattern.format(name)
+        if key not in found or found[key].shape != value.shape:
+            raise UserError(
+                "--perceptual-weights {}: '{}' with shape {} is missing".format(path, key, tuple(value.shape))
+            )
+        with torch.no_grad():
+            value.copy_(found[key])

@@ -1,0 +1,494 @@
+"""The VQGAN: published names and shapes, the arithmetic, and what its files may and may not hold."""
+
+import os
+import pickle
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+from models import vqgan as vqgan_module
+from models.vqgan import PUBLISHED, VQGAN, VqganConfig, default_vqgan, load_vqgan
+from models.vqgan_codebook import CodebookUpkeep
+from models.vqgan_layers import Downsample, ResidualBlock, SpatialAttention, Upsample, fold_patches
+from utils.errors import UserError
+from utils.files import sha256_file
+
+TINY = VqganConfig(
+    num_codes=16,
+    embed_dim=8,
+    resolution=32,
+    z_channels=8,
+    ch=8,
+    ch_mult=(1, 2),
+    num_res_blocks=1,
+    attn_resolutions=(16,),
+    num_groups=4,
+)
+TINY_GUMBEL = VqganConfig(
+    variant="gumbel",
+    num_codes=16,
+    embed_dim=8,
+    resolution=32,
+    z_channels=8,
+    ch=8,
+    ch_mult=(1, 1, 2),
+    num_res_blocks=1,
+    attn_resolutions=(),
+    num_groups=4,
+)
+
+
+def tiny(config=TINY, seed=0):
+    torch.manual_seed(seed)
+    model = VQGAN(config).eval()
+    with torch.no_grad():  # codes far apart, so that rounding decides nothing
+        model.quantize.codebook.normal_()
+    return model
+
+
+def meta_state(config):
+    with torch.device("meta"):
+        return VQGAN(config).state_dict()
+
+
+@pytest.mark.parametrize(
+    "name, tensors, parameters",
+    [("f16-1024", 343, 72141699), ("f16-16384", 343, 76073859), ("gumbel-f8-8192", None, None)],
+)
+def test_published_sizes(name, tensors, parameters):
+    state = meta_state(PUBLISHED[name].config)
+    if tensors:
+        assert (len(state), sum(value.numel() for value in state.values())) == (tensors, parameters)
+    else:
+        assert state["quantize.proj.weight"].shape == (8192, 256, 1, 1)
+        assert state["quantize.proj.bias"].shape == (8192,)
+        assert state["quantize.embed.weight"].shape == (8192, 256)
+        assert "quantize.embedding.weight" not in state
+
+
+def test_published_names_and_shapes_of_f16():
+    state = {name: tuple(value.shape) for name, value in meta_state(PUBLISHED["f16-1024"].config).items()}
+    expected = {
+        "encoder.conv_in.weight": (128, 3, 3, 3),
+        "encoder.down.0.block.0.norm1.weight": (128,),
+        "encoder.down.0.downsample.conv.weight": (128, 128, 3, 3),
+        "encoder.down.2.block.0.nin_shortcut.weight": (256, 128, 1, 1),
+        "encoder.down.4.block.0.conv1.weight": (512, 256, 3, 3),
+        "encoder.down.4.attn.1.proj_out.bias": (512,),
+        "encoder.mid.block_1.conv2.weight": (512, 512, 3, 3),
+        "encoder.mid.attn_1.q.weight": (512, 512, 1, 1),
+        "encoder.norm_out.weight": (512,),
+        "encoder.conv_out.weight": (256, 512, 3, 3),
+        "decoder.conv_in.weight": (512, 256, 3, 3),
+        "decoder.up.4.attn.2.norm.weight": (512,),
+        "decoder.up.4.upsample.conv.weight": (512, 512, 3, 3),
+        "decoder.up.0.block.2.conv2.bias": (128,),
+        "decoder.norm_out.bias": (128,),
+        "decoder.conv_out.weight": (3, 128, 3, 3),
+        "quantize.embedding.weight": (1024, 256),
+        "quant_conv.weight": (256, 256, 1, 1),
+        "post_quant_conv.bias": (256,),
+    }
+    assert {name: state.get(name) for name in expected} == expected
+    for absent in (
+        "encoder.down.4.downsample.conv.weight",
+        "decoder.up.0.upsample.conv.weight",
+        "encoder.down.3.attn.0.q.weight",
+    ):
+        assert absent not in state
+
+
+def test_published_grids():
+    assert {name: (p.config.downsampling, p.config.grid) for name, p in PUBLISHED.items()} == {
+        "f16-1024": (16, 16),
+        "f16-16384": (16, 16),
+        "gumbel-f8-8192": (8, 32),
+    }
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_GUMBEL])
+def test_encode_and_decode_shapes(config):
+    model = tiny(config)
+    codes = model.encode(torch.rand(2, 3, 32, 32))
+    assert codes.shape == (2, config.grid**2) and codes.dtype == torch.int64
+    assert 0 <= int(codes.min()) and int(codes.max()) < config.num_codes
+    pixels = model.decode(codes)
+    assert pixels.shape == (2, 3, 32, 32)
+    assert float(pixels.detach().min()) >= 0.0 and float(pixels.detach().max()) <= 1.0
+    assert (model.grid, model.num_codes, model.image_size) == (config.grid, 16, 32)
+
+
+def test_codes_are_the_nearest_entries_in_row_order():
+    model = tiny()
+    pixels = torch.rand(2, 3, 32, 32)
+    z = model.features(pixels)  # (2, D, g, g)
+    vectors = z.permute(0, 2, 3, 1).reshape(2, -1, z.shape[1])
+    distances = (vectors[:, :, None] - model.quantize.codebook).pow(2).sum(dim=-1)
+    assert torch.equal(model.encode(pixels), distances.argmin(dim=-1))
+
+
+def test_gumbel_codes_are_the_largest_logits_without_noise():
+    model = tiny(TINY_GUMBEL)
+    pixels = torch.rand(1, 3, 32, 32)
+    z = model.features(pixels)[0]  # (D, g, g)
+    logits = torch.einsum("kd,dhw->hwk", model.quantize.proj.weight[:, :, 0, 0], z) + model.quantize.proj.bias
+    assert torch.equal(model.encode(pixels)[0], logits.argmax(dim=-1).flatten())
+    assert torch.equal(model.encode(pixels), model.encode(pixels))
+
+
+def test_decode_reads_the_codebook():
+    model = tiny()
+    codes = torch.randint(16, (1, 256))
+    z = model.quantize.codebook[codes[0]].t().reshape(1, 8, 16, 16)
+    by_hand = ((model.decoder(model.post_quant_conv(z)) + 1) / 2).clamp(0, 1)
+    assert torch.equal(model.decode(codes), by_hand)
+    with pytest.raises(ValueError, match="square"):
+        model.decode(codes[:, :255])
+
+
+def test_attention_block_equals_its_formula():
+    torch.manual_seed(1)
+    block = SpatialAttention(8, TINY)
+    x = torch.randn(2, 8, 3, 5)
+    h = F.group_norm(x, 4, eps=1e-6)
+    q, k, v = (F.conv2d(h, getattr(block, n).weight, getattr(block, n).bias).reshape(2, 8, 15) for n in "qkv")
+    out = torch.empty_like(v)
+    for b in range(2):
+        for i in range(15):
+            weights = torch.softmax((k[b] * q[b][:, i : i + 1]).sum(dim=0) * 8**-0.5, dim=0)
+            out[b, :, i] = (v[b] * weights).sum(dim=1)
+    expected = x + F.conv2d(out.reshape(2, 8, 3, 5), block.proj_out.weight, block.proj_out.bias)
+    assert torch.allclose(block(x), expected, atol=1e-5)
+
+
+def test_residual_block_equals_its_formula():
+    torch.manual_seed(2)
+    block = ResidualBlock(8, 16, TINY)
+    x = torch.randn(1, 8, 6, 6)
+
+    def swish(t):
+        return t * torch.sigmoid(t)
+
+    h = F.conv2d(swish(F.group_norm(x, 4, eps=1e-6)), block.conv1.weight, block.conv1.bias, padding=1)
+    h = F.conv2d(swish(F.group_norm(h, 4, eps=1e-6)), block.conv2.weight, block.conv2.bias, padding=1)
+    expected = F.conv2d(x, block.nin_shortcut.weight, block.nin_shortcut.bias) + h
+    assert torch.allclose(block(x), expected, atol=1e-5)
+
+
+def test_downsampling_pads_below_and_right_only():
+    layer = Downsample(1)
+    with torch.no_grad():
+        layer.conv.weight.fill_(1.0)
+        layer.conv.bias.zero_()
+    x = torch.arange(16.0).reshape(1, 1, 4, 4)
+    # Windows start at rows and columns 0 and 2; the last ones hang over the edge by one zero.
+    assert layer(x).flatten().tolist() == [
+        0 + 1 + 2 + 4 + 5 + 6 + 8 + 9 + 10,
+        2 + 3 + 6 + 7 + 10 + 11,
+        8 + 9 + 10 + 12 + 13 + 14,
+        10 + 11 + 14 + 15,
+    ]
+
+
+def test_upsampling_repeats_before_it_convolves():
+    layer = Upsample(1)
+    with torch.no_grad():
+        layer.conv.weight.zero_()
+        layer.conv.weight[0, 0, 1, 1] = 1.0
+        layer.conv.bias.zero_()
+    assert layer(torch.tensor([[[[1.0, 2.0]]]])).tolist() == [[[[1, 1, 2, 2], [1, 1, 2, 2]]]]
+
+
+def test_fold_patches_is_pixel_unshuffle():
+    x = torch.randn(2, 3, 8, 12)
+    assert torch.equal(fold_patches(x, 4), F.pixel_unshuffle(x, 4))
+
+
+def test_patch_size_keeps_the_grid_contract():
+    config = VqganConfig(
+        num_codes=16,
+        embed_dim=8,
+        resolution=32,
+        z_channels=8,
+        ch=8,
+        ch_mult=(1, 2),
+        num_res_blocks=1,
+        attn_resolutions=(),
+        num_groups=4,
+        patch_size=4,
+    )
+    model = tiny(config)
+    assert (config.downsampling, model.grid) == (8, 4)
+    assert model.decode(model.encode(torch.rand(1, 3, 32, 32))).shape == (1, 3, 32, 32)
+
+
+def test_straight_through_gradient():
+    model = tiny().train()
+    z = model.features(torch.rand(2, 3, 32, 32)).detach().requires_grad_()
+    quantised, loss, codes = model.quantize(z)
+    entries = model.quantize.codebook[codes].transpose(1, 2).reshape(z.shape)
+    assert torch.allclose(quantised, entries, atol=1e-6)
+    upstream = torch.randn_like(z)
+    (gradient,) = torch.autograd.grad((quantised * upstream).sum(), z)
+    assert torch.equal(gradient, upstream)
+    # Codebook loss moves entries (weight 1), commitment moves features (weight 0.25).
+    to_features, to_entries = torch.autograd.grad(model.quantize(z)[1], [z, model.quantize.codebook])
+    assert torch.allclose(to_features, 0.25 * 2 * (z - entries).detach() / z.numel(), atol=1e-7)
+    assert to_entries.abs().sum().item() > 0
+    assert loss.item() == pytest.approx(1.25 * (z - entries).pow(2).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_GUMBEL])
+def test_training_pass_reaches_every_parameter(config):
+    model = tiny(config).train()
+    output = model(torch.rand(2, 3, 32, 32))
+    (output.reconstruction.pow(2).mean() + output.codebook_loss).backward()
+    # A constant added to every key changes no softmax: that bias has a gradient of zero, but it has one.
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert output.codes.shape == (2, config.grid**2)
+
+
+# ---- files
+
+
+def write(folder, model, document=None, suffix=".ckpt"):
+    weights, config = folder / ("w" + suffix), folder / "c.yaml"
+    if suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file(model.state_dict(), str(weights))
+    else:
+        torch.save({"state_dict": model.state_dict()} if document is None else document, str(weights))
+    model.config.to_yaml(config)
+    return weights, config
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+@pytest.mark.parametrize("config", [TINY, TINY_GUMBEL])
+def test_round_trip(tmp_path, config, suffix):
+    model = tiny(config)
+    weights, yaml_path = write(tmp_path, model, suffix=suffix)
+    loaded = load_vqgan(weights, yaml_path)
+    pixels = torch.rand(2, 3, 32, 32)
+    assert torch.equal(loaded.encode(pixels), model.encode(pixels))
+    codes = torch.randint(16, (2, config.grid**2))
+    assert torch.allclose(loaded.decode(codes), model.decode(codes), atol=1e-5)
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    assert loaded.identity == sha256_file(weights)
+
+
+def test_lightning_checkpoint_with_losses_and_callbacks(tmp_path):
+    model = tiny()
+    # Lightning 1.0 keys its callbacks by class; a reader without Lightning must get past that.
+    module = "pytorch_lightning.callbacks.model_checkpoint"
+    callback = type("ModelCheckpoint", (), {"__module__": module})
+    state = dict(
+        model.state_dict(), **{"loss.discriminator.main.0.weight": torch.zeros(3), "loss.logvar": torch.zeros(())}
+    )
+    document = {
+        "epoch": 3,
+        "global_step": 100,
+        "pytorch-lightning_version": "1.0.8",
+        "callbacks": {callback: {"best_model_score": torch.tensor(1.0)}},
+        "optimizer_states": [{"state": {0: {"step": 1}}, "param_groups": []}],
+        "state_dict": state,
+    }
+    parents = ["pytorch_lightning", "pytorch_lightning.callbacks", module]
+    stand_in = type(sys)(module)
+    stand_in.ModelCheckpoint = callback
+    saved = {name: sys.modules.get(name) for name in parents}
+    sys.modules.update({parents[0]: type(sys)(parents[0]), parents[1]: type(sys)(parents[1]), module: stand_in})
+    try:
+        weights, config = write(tmp_path, model, document)
+    finally:
+        for name, previous in saved.items():
+            sys.modules.pop(name) if previous is None else sys.modules.update({name: previous})
+    assert b"pytorch_lightning" in weights.read_bytes()
+    assert torch.equal(load_vqgan(weights, config).quantize.codebook, model.quantize.codebook)
+
+
+class Payload:
+    """Unpickled freely, it would make a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_malicious_pickle_is_refused_and_does_nothing(tmp_path):
+    trap = tmp_path / "trap"
+    document = {"state_dict": tiny().state_dict(), "callbacks": Payload(trap)}
+    weights, config = write(tmp_path, tiny(), document)
+    with pytest.raises(UserError, match=r"w\.ckpt holds more than tensors"):
+        load_vqgan(weights, config)
+    weights.write_bytes(pickle.dumps(Payload(trap)))
+    with pytest.raises(UserError, match=r"w\.ckpt"):
+        load_vqgan(weights, config)
+    assert not trap.exists()
+
+
+def test_target_is_never_imported(tmp_path):
+    (tmp_path / "evil_module.py").write_text("raise SystemExit('imported')\n")
+    document = TINY.to_dict()
+    document["model"]["target"] = "evil_module.VQModel"
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(document))
+    sys.path.insert(0, str(tmp_path))
+    try:
+        assert VqganConfig.from_yaml(path) == TINY
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert "evil_module" not in sys.modules
+    path.write_text("model: !!python/object/apply:os.mkdir ['{}']\n".format(tmp_path / "trap"))
+    with pytest.raises(UserError, match="not valid YAML"):
+        VqganConfig.from_yaml(path)
+    assert not (tmp_path / "trap").exists()
+
+
+@pytest.mark.parametrize("config", list(p.config for p in PUBLISHED.values()) + [TINY, TINY_GUMBEL])
+def test_configuration_round_trip(tmp_path, config):
+    config.to_yaml(tmp_path / "c.yaml")
+    assert VqganConfig.from_yaml(tmp_path / "c.yaml") == config
+
+
+def test_published_yaml_is_read():
+    text = """
+model:
+  base_learning_rate: 4.5e-06
+  target: taming.models.vqgan.VQModel
+  params:
+    embed_dim: 256
+    n_embed: 1024
+    ddconfig: {double_z: false, z_channels: 256, resolution: 256, in_channels: 3, out_ch: 3, ch: 128,
+      ch_mult: [1, 1, 2, 2, 4], num_res_blocks: 2, attn_resolutions: [16], dropout: 0.0}
+    lossconfig: {target: taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator, params: {disc_start: 0}}
+"""
+    assert VqganConfig.from_dict(yaml.safe_load(text)) == PUBLISHED["f16-1024"].config
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda d: d["model"].update(target="some.AutoencoderKL"), "AutoencoderKL"),
+        (lambda d: d["model"]["params"].pop("n_embed"), "n_embed"),
+        (lambda d: d["model"]["params"]["ddconfig"].pop("ch_mult"), "ch_mult"),
+        (lambda d: d["model"]["params"]["ddconfig"].update(ch_mult=3), "ch_mult"),
+        (lambda d: d["model"]["params"]["ddconfig"].update(ch="wide"), "ch must be"),
+        (lambda d: d["model"]["params"]["ddconfig"].update(resolution=33), "resolution 33"),
+        (lambda d: d["model"]["params"]["ddconfig"].update(num_groups=3), "num_groups"),
+        (lambda d: d["model"]["params"]["ddconfig"].update(double_z=True), "double_z"),
+        (lambda d: d["model"].pop("params"), "params"),
+    ],
+)
+def test_bad_configurations_are_named(change, words):
+    document = TINY.to_dict()
+    change(document)
+    with pytest.raises(UserError, match=words) as caught:
+        VqganConfig.from_dict(document, "c.yaml")
+    assert "c.yaml" in str(caught.value)
+
+
+def test_files_that_do_not_fit_are_named(tmp_path):
+    model = tiny()
+    state = model.state_dict()
+    missing = {name: value for name, value in state.items() if name != "quant_conv.bias"}
+    for document, words in (
+        (missing, "'quant_conv.bias' is missing"),
+        (dict(state, extra=torch.zeros(1)), "'extra' is unknown"),
+        (dict(state, **{"quant_conv.bias": torch.zeros(9)}), "'quant_conv.bias' has shape"),
+        ({"epoch": 1}, "no named tensors"),
+        ([1, 2], "no named tensors"),
+    ):
+        weights, config = write(tmp_path, model, document)
+        with pytest.raises(UserError, match=words) as caught:
+            load_vqgan(weights, config)
+        assert str(weights) in str(caught.value)
+    for suffix in (".ckpt", ".safetensors"):
+        broken = tmp_path / ("broken" + suffix)
+        broken.write_bytes(b"PK\x03\x04 not a file")
+        with pytest.raises(UserError, match="broken"):
+            load_vqgan(broken, config)
+    with pytest.raises(UserError, match="no such file"):
+        load_vqgan(tmp_path / "absent.ckpt", config)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_vqgan(weights, tmp_path / "absent.yaml")
+
+
+def test_half_precision_file_loads_as_float(tmp_path):
+    model = tiny().half()
+    weights, config = write(tmp_path, model)
+    loaded = load_vqgan(weights, config)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert torch.equal(loaded.quantize.codebook, model.quantize.codebook.float())
+
+
+def test_failed_download_says_what_to_fetch(tmp_path, monkeypatch):
+    downloads = type(sys)("utils.downloads")
+
+    def download(url, path, **_):
+        raise OSError("no route to host")
+
+    downloads.download = download
+    monkeypatch.setitem(sys.modules, "utils.downloads", downloads)
+    monkeypatch.setattr("utils.downloads", downloads, raising=False)
+    with pytest.raises(UserError) as caught:
+        default_vqgan(tmp_path)
+    published = PUBLISHED["f16-1024"]
+    for words in (
+        published.weights_url,
+        published.config_url,
+        str(tmp_path / published.weights_name),
+        "--vqgan_model_path",
+        "no route",
+    ):
+        assert words in str(caught.value)
+    (tmp_path / published.weights_name).write_bytes(b"x")
+    (tmp_path / published.config_name).write_bytes(b"x")
+    assert default_vqgan(tmp_path) == (tmp_path / published.weights_name, tmp_path / published.config_name)
+    with pytest.raises(UserError, match="f16-1024"):
+        default_vqgan(tmp_path, "f16-1025")
+
+
+# ---- codebook upkeep
+
+
+def test_codebook_averages_follow_their_features():
+    model = tiny()
+    upkeep = CodebookUpkeep(model, decay=0.5)
+    centres = torch.randn(4, 8) * 5
+    features = centres.repeat(8, 1)
+    upkeep.initialise(features)
+    for _ in range(30):
+        distances = torch.cdist(features, model.quantize.codebook)
+        upkeep.update(features, distances.argmin(dim=1))
+    used = torch.unique(torch.cdist(features, model.quantize.codebook).argmin(dim=1))
+    assert torch.cdist(centres, model.quantize.codebook[used]).min(dim=1).values.max() < 1e-3
+
+
+def test_unused_codes_are_revived():
+    model = tiny()
+    upkeep = CodebookUpkeep(model, decay=None, usage_decay=0.5)
+    features = torch.randn(64, 8)
+    for _ in range(10):
+        upkeep.update(features, torch.zeros(64, dtype=torch.long))
+    before = model.quantize.codebook.detach().clone()
+    moved = upkeep.revive(features)
+    assert sorted(moved.tolist()) == list(range(1, 16))
+    assert torch.equal(model.quantize.codebook[0], before[0])
+    is_feature = (model.quantize.codebook[moved][:, None] == features[None]).all(dim=-1).any(dim=1)
+    assert is_feature.all()
+    assert len(upkeep.revive(features)) == 0
+
+
+def test_upkeep_is_for_the_vq_variant():
+    with pytest.raises(ValueError, match="vq variant"):
+        CodebookUpkeep(tiny(TINY_GUMBEL))
+
+
+def test_module_lists_its_api():
+    assert all(hasattr(vqgan_module, name) for name in vqgan_module.__all__)
