@@ -1,0 +1,7 @@
+"""Entry point: python3 -m examples_utils benchmark --spec benchmarks.yml [--benchmark NAME ...] [flags]"""
+
+from examples_utils.cli import main
+from utils.errors import run_main
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,756 @@
+"""The benchmark runner: spec format, commands, metrics, processes, skipping, result files, exit status."""
+
+import csv
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+import args as train_args
+import log
+from examples_utils import chart, cli, metrics, process, report
+from examples_utils.command import build_command
+from examples_utils.machine import Machine, why_skipped
+from examples_utils.runner import folder_name
+from examples_utils.spec import Derived, load_entries, make_benchmark, select, variants
+from utils.errors import UsageError, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN = """
+import sys
+for step in range(1, 4):
+    print("step {} loss: {:.4f} throughput: {:.2f} samples/sec".format(step, 4.0 - step, 10.0 * step))
+print("seen", sys.argv[1:], file=sys.stderr)
+"""
+METRICS = r"""
+common_options: &common_options
+  data:
+    throughput: {reduction_type: final, regexp: 'throughput: *(.*?) samples/sec'}
+    loss: {reduction_type: final, regexp: 'loss: *(\d*\.\d*)'}
+  output: [[samples/sec, throughput]]
+"""
+
+
+@pytest.fixture
+def app(tmp_path, monkeypatch):
+    """A folder with a train.py; app(spec text) writes benchmarks.yml and returns its path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("POPLAR_SDK_ENABLED", raising=False)
+    monkeypatch.delenv("DATASETS_DIR", raising=False)
+    (tmp_path / "train.py").write_text(TRAIN)
+
+    def write(spec):
+        path = tmp_path / "benchmarks.yml"
+        path.write_text(METRICS + spec)
+        return path
+
+    return write
+
+
+def benchmark(entry, name="x_gen", path="/app/benchmarks.yml"):
+    return make_benchmark(name, Path(path), entry)
+
+
+def command(cmd, name="x_gen", env=None, params=None, **flags):
+    entry = {"cmd": cmd}
+    if params:
+        entry["parameters"] = [list(params), list(params.values())]
+    return build_command(variants(benchmark(entry, name))[0], env or {}, **flags)
+
+
+# Spec ----------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_parameters_are_variants_with_sorted_keys_in_their_names():
+    entry = {"cmd": "python3 t.py", "parameters": [["size", "batch"], [8, 1], ["a", 2.5]]}
+    found = variants(benchmark(entry))
+    assert [variant.name for variant in found] == ["x_gen_batch_1_size_8", "x_gen_batch_2.5_size_a"]
+    assert found[0].params == {"size": "8", "batch": "1"}
+
+
+def test_a_mapping_of_parameters_is_their_product_with_the_first_key_fastest():
+    found = variants(benchmark({"cmd": "python3 t.py", "parameters": {"a": "1, 2", "b": "x,y"}}))
+    assert [variant.name for variant in found] == ["x_gen_a_1_b_x", "x_gen_a_2_b_x", "x_gen_a_1_b_y", "x_gen_a_2_b_y"]
+    assert [v.params for v in variants(benchmark({"cmd": "python3 t.py", "parameters": {"a": 3}}))] == [{"a": "3"}]
+
+
+def test_options_are_no_benchmarks_and_convergence_runs_only_when_asked_for(app):
+    entries = load_entries([str(app("a_gen: {cmd: python3 t.py}\nb_gen_conv: {cmd: python3 t.py}\n"))])
+    assert [item.name for item in select(entries, None)] == ["a_gen"]
+    assert [item.name for item in select(entries, None, include_convergence=True)] == ["a_gen", "b_gen_conv"]
+    assert [item.name for item in select(entries, ["b_gen_conv", "a_gen", "a_gen"])] == ["b_gen_conv", "a_gen"]
+    with pytest.raises(UserError, match="no 'a_gne'.*Did you mean 'a_gen'"):
+        select(entries, ["a_gne"])
+    with pytest.raises(UserError, match="holds options"):
+        select(entries, ["common_options"])
+
+
+@pytest.mark.parametrize("name, entry, needed", [
+    ("real", {}, True), ("train_gen", {}, False), ("synth", {}, False),
+    ("real", {"generated": True}, False), ("real", {"synthetic": True}, False), ("real", {"generated": False}, True)])
+def test_real_data_is_needed_unless_name_or_entry_says_otherwise(name, entry, needed):
+    assert benchmark(dict(entry, cmd="python3 t.py"), name).needs_dataset is needed
+
+
+@pytest.mark.parametrize("entry, message", [
+    ([], "must be a mapping"), ({}, "has no cmd"), ({"notebook": "a.ipynb"}, "notebooks are not run"),
+    ({"cmd": ["python3"]}, "cmd must be text"),
+    ({"cmd": "python3 t.py", "timeout": "soon"}, "timeout must be a number"),
+    ({"cmd": "python3 t.py", "timeout": -1}, "timeout must be more than 0"),
+    ({"cmd": "python3 t.py", "data": {"t": {}}}, "data.t must be a mapping with the key regexp"),
+    ({"cmd": "python3 t.py", "data": {"t": {"regexp": "("}}}, "data.t.regexp"),
+    ({"cmd": "python3 t.py", "data": {"t": {"regexp": "(a)(b)"}}}, "has 2 groups"),
+    ({"cmd": "python3 t.py", "data": {"t": {"regexp": "(a)", "reduction_type": "finl"}}}, "Did you mean 'final'"),
+    ({"cmd": "python3 t.py", "data": {"t": {"regexp": "(a)", "skip": -1}}}, "skip must be 0 or more"),
+    ({"cmd": "python3 t.py", "derived": {"t": "1"}}, "derived.t must be a mapping with the key expr"),
+    ({"cmd": "python3 t.py", "parameters": "a"}, "parameters must be"),
+    ({"cmd": "python3 t.py", "parameters": [["a", "b"], [1]]}, "does not fit the header"),
+    ({"cmd": "python3 t.py", "env": {"A": True}}, "env.A must be text or a number"),
+    ({"cmd": "python3 t.py", "requires": ["tpu"]}, "'tpu' is none of"),
+])
+def test_wrong_entries_are_refused_with_file_name_and_key(entry, message):
+    with pytest.raises(UserError, match="benchmarks.yml: 'x_gen'.*" + message):
+        benchmark(entry)
+
+
+@pytest.mark.parametrize("text, message", [("a: [1", "is not a YAML file"), ("- a", "must be a YAML mapping")])
+def test_files_that_are_no_spec_are_refused(tmp_path, text, message):
+    (tmp_path / "s.yml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_entries([str(tmp_path / "s.yml")])
+    with pytest.raises(UserError, match="cannot read .*other.yml: No such file"):
+        load_entries([str(tmp_path / "other.yml")])
+
+
+# Commands ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_script_becomes_absolute_unless_it_is_a_module():
+    assert command("python3 train.py\n  --text 'a b'").words == ("python3", "/app/train.py", "--text", "a b")
+    assert command("poprun -v python train.py").text == "poprun -v python /app/train.py"
+    assert command("python3 -m torch.distributed.run train.py").words[1:] == ("-m", "torch.distributed.run", "train.py")
+    located = benchmark({"cmd": "python3 t.py", "location": "sub"})
+    assert build_command(variants(located)[0], {}).text == "python3 /app/sub/t.py"
+
+
+def test_parameters_and_environment_are_filled_in():
+    made = command('python3 t.py --n {n} --in "$DATA/coco" ${{MORE}} $NONE', params={"n": 8},
+                   env={"DATA": "/my data", "MORE": "--a --b"})
+    assert made.words == ("python3", "/app/t.py", "--n", "8", "--in", "/my data/coco", "--a", "--b", "$NONE")
+    assert made.unset == ("NONE",)
+    assert made.text == 'python3 /app/t.py --n 8 --in "$DATA/coco" ${MORE} $NONE'  # results show no one's folders
+
+
+def test_wandb_flags_are_stripped_unless_allowed():
+    cmd = "python3 t.py --wandb --wandb-project-name p --epochs 2 --wandb-run-name=r --text 'a b'"
+    assert command(cmd).words == ("python3", "/app/t.py", "--epochs", "2", "--text", "a b")
+    assert "--wandb-project-name" in command(cmd, allow_wandb=True).words
+    allowed = benchmark({"cmd": cmd, "allow_wandb": True})
+    assert "--wandb" in build_command(variants(allowed)[0], {}).words
+
+
+def test_compile_only_is_appended_and_strips_wandb_and_vipu():
+    made = command("poprun --vipu-partition=p --vipu-server-host h --num-replicas 4 python3 t.py --wandb",
+                   allow_wandb=True, compile_only=True)
+    assert made.words == ("poprun", "--num-replicas", "4", "python3", "/app/t.py", "--compile-only")
+
+
+def test_mpirun_gives_the_factor_of_throughput():
+    assert command("mpirun --np 4 python3 t.py --np 9").num_processes == 4
+    assert command("mpirun --tag-output --np 4 python3 t.py").num_processes == 4
+    assert command("mpirun --np=2 python3 t.py").num_processes == 2
+    assert command("python3 t.py --np 4").num_processes == 1
+
+
+@pytest.mark.parametrize("cmd, message", [
+    ("bash run.sh", "must call `python3 SCRIPT`"), ("python3", "must call"), ("python3 t.py {size}", "names {size}"),
+    ("python3 t.py {", "literal brace"), ("python3 t.py 'a", "no closing quotation")])
+def test_commands_that_cannot_be_built_are_refused(cmd, message):
+    with pytest.raises(UserError, match="'x_gen': cmd.*" + message):
+        command(cmd)
+
+
+# Metrics -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def logs(tmp_path):
+    def write(stdout, stderr=""):
+        (tmp_path / "stdout").write_text(stdout)
+        (tmp_path / "stderr").write_text(stderr)
+        return tmp_path / "stdout", tmp_path / "stderr"
+
+    return write
+
+
+def metric(name="m", **settings):
+    return benchmark({"cmd": "python3 t.py", "data": {name: dict({"regexp": "m=(.*?);"}, **settings)}}).metrics[0]
+
+
+@pytest.mark.parametrize("name, settings, value", [
+    ("m", {}, 2.5), ("m", {"skip": 1}, 3.0), ("latency", {"skip": 1}, 2.0), ("m", {"reduction_type": "final"}, 3.0),
+    ("m", {"reduction_type": "min"}, 1.0), ("m", {"reduction_type": "value"}, 4.0),
+    ("m", {"reduction_type": "value", "skip": 3}, 4.0)])
+def test_reductions_over_stdout_then_stderr(logs, name, settings, value):
+    item = metric(name, **settings)
+    results, problems = metrics.extract([item], *logs("m=4;\nm=2; m=1;\n", "old\rm=3;\r\n"))
+    assert (results, problems) == ({name: {item.reduction: value}}, [])
+
+
+@pytest.mark.parametrize("stdout, settings, problem", [
+    ("nothing", {}, "m: no line matches 'm=(.*?);'"),
+    ("m=1;m=2;", {"skip": 2}, "m: 2 matches, which skip: 2 leaves out"),
+    ("m=fast;", {}, "m: 'fast' is no number"), ("m=1;m=nan;", {}, "m is not finite in the log"),
+    ("m=1\n;", {}, "m: no line matches 'm=(.*?);'")])
+def test_a_metric_without_a_value_says_why(logs, stdout, settings, problem):
+    results, problems = metrics.extract([metric(**settings)], *logs(stdout))
+    assert results == {"m": {"mean": None}} and problems == [problem]
+
+
+def test_only_throughput_is_multiplied_by_the_processes(logs):
+    results, _ = metrics.extract([metric("throughput"), metric("m")], *logs("m=3;"), num_processes=4)
+    assert results == {"throughput": {"mean": 12.0}, "m": {"mean": 3.0}}
+
+
+def test_derived_metrics_use_metrics_parameters_and_earlier_ones():
+    results = {"throughput": {"final": 8.0}, "loss": {"mean": None}}
+    items = [Derived("each", "{throughput} / {n}"), Derived("twice", "2 * each - -1"), Derived("bad", "{loss} + 1"),
+             Derived("typo", "{lost}")]
+    problems = metrics.derive(items, results, {"n": "4"})
+    assert results["each"] == {"mean": 2.0} and results["twice"] == {"mean": 5.0} and results["bad"] == {"mean": None}
+    assert problems == ["bad: 'loss' is no number but None", "typo: no metric or parameter is called 'lost'"]
+
+
+@pytest.mark.parametrize("expression, value", [
+    ("1 + 2 * 3", 7), ("(1 + 2) * 3", 9), ("-2 ** 2", -4), ("{a} ** 2", 9), ("7 // 2 + 7 % 2", 4), ("1e3 / 4", 250)])
+def test_arithmetic(expression, value):
+    assert metrics.evaluate(expression, {"a": -3.0}) == value
+
+
+@pytest.mark.parametrize("expression", [
+    "__import__('os').system('true')", "open('/etc/passwd')", "(1).__class__", "[1][0]", "a if 1 else 2", "lambda: 1",
+    "'a' * 3", "True", "9 ** 9 ** 9 ** 9", "1 / 0", "(-1) ** 0.5", "1 +", "", "x := 1", "1e999", "(" * 300 + ")" * 300])
+def test_nothing_but_finite_arithmetic_is_evaluated(expression):
+    with pytest.raises(UserError):
+        metrics.evaluate(expression, {"a": 1.0})
+
+
+def test_compile_time_from_poplar_or_from_the_application(logs):
+    poplar = ("2024-01-02T10:00:00.000000Z PL:POPLIN 1 I: Poplar version: 3.4\n"
+              "2024-01-02T10:00:10.500000Z PO:ENGINE 1 I: Starting compilation\n"
+              "2024-01-02T10:01:30.250000Z PO:ENGINE 1 I: Graph compiled\n")
+    assert metrics.compile_seconds(*logs("Compiled model in 3.5 secs", poplar)) == 90.25
+    assert metrics.compile_seconds(*logs("Compiled model in 3.5 secs")) == 3.5
+    assert metrics.compile_seconds(*logs("step 1")) is None
+
+
+# Processes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """run(Python source, ...) -> (Outcome, stdout, stderr, both)."""
+    monkeypatch.setattr(process, "GRACE", 0.3)
+
+    def call(source, **settings):
+        with open(str(tmp_path / "both"), "wb") as combined:
+            outcome = process.run([sys.executable, "-c", source], tmp_path, dict(os.environ, PYTHONUNBUFFERED="1"),
+                                  tmp_path / "out", tmp_path / "err", process.Output(combined), **settings)
+        return (outcome,) + tuple((tmp_path / name).read_text() for name in ("out", "err", "both"))
+
+    return call
+
+
+def gone(pid):
+    """Whether a process has ended within a second (it may be a zombie of a foreign parent)."""
+    for _ in range(100):
+        if not process._stat(pid) or process._stat(pid)[0] == "Z":
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_both_streams_go_to_their_files_and_to_the_shared_one(run):
+    outcome, out, err, both = run("import sys; print('a'); sys.stderr.write('b'); sys.exit(3)")
+    assert (outcome.exitcode, out, err) == (3, "a\n", "b") and sorted(both) == ["\n", "a", "b"]
+
+
+def test_output_is_in_the_files_while_the_command_runs(run, tmp_path):
+    seen = []
+
+    def on_progress(seconds, line):
+        seen.append(((tmp_path / "out").read_bytes(), line))
+        if line:
+            (tmp_path / "go").touch()
+
+    source = "import os, time\nprint('50%\\r60%', end='')\nwhile not os.path.exists('go'): time.sleep(0.01)"
+    outcome = run(source, period=0.05, timeout=60, on_progress=on_progress)[0]
+    assert outcome.exitcode == 0 and seen[-1] == (b"50%\r60%", "60%")
+
+
+ESCAPE = """
+import os, signal, sys, time
+if os.fork() == 0:
+    os.setsid()                       # out of the session ...
+    if os.fork() == 0:                # ... and away from the parent
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print(os.getpid())
+        time.sleep(60)
+    os._exit(0)
+{}
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds runaway processes by /proc")
+def test_the_time_limit_ends_the_whole_tree_even_a_daemon_that_ignores_sigterm(run):
+    begin = time.monotonic()
+    outcome, out, err, both = run(ESCAPE.format("time.sleep(60)"), timeout=0.5)
+    assert outcome.exitcode == process.TIMED_OUT and "time limit of 0.5 seconds" in outcome.problem
+    assert time.monotonic() - begin < 10 and gone(int(out))
+    assert err == "\nTimeout (0.5)\n" and "Timeout" in both
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds runaway processes by /proc")
+def test_a_daemon_left_behind_is_ended_and_does_not_hold_up_the_runner(run):
+    outcome, out, _, _ = run(ESCAPE.format("time.sleep(0.3)"))
+    assert outcome.exitcode == 0 and outcome.seconds < 5 and gone(int(out))
+
+
+def test_a_command_that_cannot_start_is_an_outcome(tmp_path):
+    with open(str(tmp_path / "both"), "wb") as combined:
+        files = tmp_path / "out", tmp_path / "err"
+        missing = process.run(["no-such-program"], tmp_path, os.environ, *files, process.Output(combined))
+        elsewhere = process.run([sys.executable], tmp_path / "no", os.environ, *files, process.Output(combined))
+    assert missing.exitcode == 127 and "cannot start no-such-program" in missing.problem
+    assert elsewhere.exitcode == 127 and (tmp_path / "err").read_text().startswith("cannot start")
+
+
+# What is skipped -----------------------------------------------------------------------------------------------------
+
+
+class FakeMachine(Machine):
+    """A machine with what the test says, asked through the public questions only."""
+
+    def __init__(self, packages=(), programs=(), gpus=0, ipus=0):
+        super().__init__({})
+        self.packages, self.programs, self.gpus, self.ipus = packages, programs, gpus, ipus
+
+    def has_package(self, name):
+        return name in self.packages
+
+    def has_program(self, name):
+        return name in self.programs
+
+    def num_gpus(self):
+        return self.gpus
+
+    def has_ipus(self, number):
+        return number <= self.ipus
+
+
+SDK = {"POPLAR_SDK_ENABLED": "/opt/sdk/poplar"}
+IPU_BOX = FakeMachine(["torch", "poptorch"], ["poprun"], ipus=16)
+GPU_BOX = FakeMachine(["torch"], gpus=1)
+BARE = FakeMachine()
+
+
+@pytest.mark.parametrize("machine, env, entry, name, reason", [
+    (BARE, {}, {"cmd": "python3 t.py --device cpu"}, "x_gen", None),
+    (BARE, {}, {"cmd": "python3 t.py --device ipu"}, "x_gen", "Poplar SDK is not active"),
+    (BARE, SDK, {"cmd": "python3 t.py --device=ipu"}, "x_gen", "package poptorch is not installed"),
+    (BARE, {}, {"cmd": "python3 t.py"}, "train_gen_pod16", "Poplar SDK is not active"),
+    (BARE, {}, {"cmd": "python3 t.py", "requires": ["ipu:4"]}, "x_gen", "Poplar SDK is not active"),
+    (IPU_BOX, SDK, {"cmd": "python3 t.py"}, "train_gen_pod16", None),
+    (IPU_BOX, SDK, {"cmd": "python3 t.py"}, "train_gen_pod64", "no 64 IPUs are here"),
+    (IPU_BOX, SDK, {"cmd": "poprun python3 t.py"}, "train_gen_pod64", None),  # poprun makes the partition itself
+    (FakeMachine(["poptorch"]), SDK, {"cmd": "poprun python3 t.py"}, "x_gen", "poprun of the Poplar SDK is not on"),
+    (BARE, {}, {"cmd": "python3 t.py --device cuda"}, "x_gen", "package torch is not installed"),
+    (IPU_BOX, {}, {"cmd": "python3 t.py --device cuda:0"}, "x_gen", "PyTorch sees no CUDA GPU here; one is needed"),
+    (GPU_BOX, {}, {"cmd": "python3 t.py --device cuda"}, "x_gen", None),
+    (GPU_BOX, {}, {"cmd": "python3 -m torch.distributed.run --nproc_per_node=2 t.py --device cuda"}, "x_gen",
+     "PyTorch sees only 1 CUDA GPU here; 2 are needed"),
+    (GPU_BOX, {}, {"cmd": "python3 t.py", "requires": "cuda:8"}, "x_gen", "8 are needed"),
+    (BARE, {}, {"cmd": "python3 t.py", "requires": ["package:wandb"]}, "x_gen", "package wandb is not installed"),
+    (BARE, {}, {"cmd": "python3 t.py", "requires": ["program:aws"]}, "x_gen", "program aws is not on the PATH"),
+    (BARE, {}, {"cmd": "python3 t.py", "requires": ["file:vqgan.ckpt"]}, "x_gen", "/app/vqgan.ckpt does not exist"),
+    (BARE, {}, {"cmd": "python3 t.py"}, "real", "set DATASETS_DIR"),
+    (BARE, {"DATASETS_DIR": "/no/such"}, {"cmd": "python3 t.py"}, "real", "DATASETS_DIR: /no/such is no folder"),
+    (BARE, {"DATASETS_DIR": "/"}, {"cmd": 'python3 t.py --in "$DATASETS_DIR/coco-x"'}, "real", "/coco-x does not"),
+    (BARE, {"DATASETS_DIR": "/"}, {"cmd": "python3 t.py --in '${{DATASETS_DIR}}/coco-x'"}, "real", "/coco-x does not"),
+    (BARE, {"DATASETS_DIR": "/"}, {"cmd": "python3 t.py --in '$DATASETS_DIR/{{0..9}}.tar'"}, "real", None),
+    (BARE, {"DATASETS_DIR": "/"}, {"cmd": "python3 t.py --in $DATASETS_DIR"}, "real", None),
+    (BARE, {}, {"cmd": "python3 t.py --host $HOSTS"}, "x_gen", "environment variable HOSTS is not set"),
+])
+def test_what_is_missing_is_the_reason_to_skip(machine, env, entry, name, reason):
+    item = benchmark(entry, name)
+    found = why_skipped(item, build_command(variants(item)[0], env), env, machine)
+    assert found is None if reason is None else reason in found
+
+
+def test_compile_only_needs_no_ipu_and_skips_what_cannot_compile():
+    item = benchmark({"cmd": "python3 t.py"}, "train_gen_pod64")
+    made = build_command(variants(item)[0], SDK, compile_only=True)
+    assert why_skipped(item, made, SDK, IPU_BOX, compile_only=True) is None
+    item = benchmark({"cmd": "python3 generate.py", "compile_only": False})
+    assert "no --compile-only mode" in why_skipped(item, made, {}, BARE, compile_only=True)
+
+
+def test_the_machine_is_asked_once_and_in_another_process(tmp_path):
+    (tmp_path / "torch.py").write_text(
+        "import os\nopen('asked', 'a').write('x')\n"
+        "class cuda:\n    is_available = staticmethod(lambda: True)\n    device_count = staticmethod(lambda: 3)\n")
+    before = os.getcwd()
+    os.chdir(str(tmp_path))
+    try:
+        machine = Machine(dict(os.environ, PYTHONPATH=str(tmp_path)))
+        assert machine.num_gpus() == machine.num_gpus() == 3
+        assert Path("asked").read_text() == "x"
+    finally:
+        os.chdir(before)
+    assert not machine.has_ipus(1) and machine.has_package("json") and not machine.has_package("no_such.package")
+
+
+# The whole runner ----------------------------------------------------------------------------------------------------
+
+
+def bench(spec, *flags):
+    """Run the command line; returns (exit status, log folder)."""
+    folder = spec.parent / "logs"
+    return cli.main(["benchmark", "--spec", str(spec), "--log-dir", str(folder)] + list(flags)), folder
+
+
+def read_json(folder):
+    return json.loads((folder / "benchmark_results.json").read_text())
+
+
+def read_csv(folder):
+    with open(str(folder / "benchmark_results.csv"), newline="") as file:
+        return list(csv.reader(file))
+
+
+MIXED = """
+good_gen:
+  <<: *common_options
+  parameters: {n: "1,2"}
+  cmd: python3 train.py --n {n}
+broken_gen:
+  <<: *common_options
+  cmd: python3 -c "import sys; print('loss. 1.5'); sys.exit('no memory')"
+silent_gen:
+  <<: *common_options
+  cmd: python3 -c "print('throughput 5')"
+train_gen_pod4:
+  <<: *common_options
+  cmd: python3 train.py
+"""
+
+
+def test_a_run_writes_the_files_of_the_reference_and_fails_when_one_failed(app, capsys):
+    status, folder = bench(app(MIXED))
+    assert status == 1
+    results = read_json(folder)
+    good = results["good_gen"][1]
+    assert set(good) == {
+        "benchmark_path", "benchmark_name", "variant_name", "params", "command", "results", "start_time", "end_time",
+        "compilation_end_time", "test_duration", "exitcode", "log_paths", "latest_checkpoint_path", "sdk_path",
+        "sdk_version", "status", "reason"}
+    assert good["variant_name"] == "good_gen_n_2" and good["params"] == {"n": "2"} and good["exitcode"] == 0
+    assert good["results"] == {"throughput": {"final": 30.0}, "loss": {"final": 1.0},
+                               "total_compiling_time": {"mean": None}}
+    assert good["command"] == "python3 {} --n 2".format(folder.parent / "train.py")
+    assert json.loads((folder / "good_gen_n_2" / "variant_result.json").read_text()) == good
+    assert Path(good["log_paths"]["err"]).read_text() == "seen ['--n', '2']\n"
+    assert Path(good["log_paths"]["out"]).read_text().count("samples/sec") == 3
+
+    broken, silent, ipu = results["broken_gen"][0], results["silent_gen"][0], results["train_gen_pod4"][0]
+    assert broken["exitcode"] == 1 and broken["reason"] == "ended with exit status 1"
+    assert broken["results"]["loss"] == {"final": None}
+    assert silent["exitcode"] == 1 and "throughput: no line matches" in silent["reason"]
+    assert ipu["exitcode"] is None and ipu["status"] == "skipped" and "Poplar SDK" in ipu["reason"]
+
+    assert read_csv(folder) == [
+        ["benchmark name", "Variant name", "throughput", "latency", "total_compiling_time"],
+        ["good_gen", "good_gen_n_1", "30.0", "", ""], ["good_gen", "good_gen_n_2", "30.0", "", ""],
+        ["broken_gen", "broken_gen", "", "", ""], ["silent_gen", "silent_gen", "", "", ""],
+        ["train_gen_pod4", "train_gen_pod4", "", "", ""]]
+    suite = ElementTree.parse(str(folder / "benchmark_results.xml")).getroot().find("testsuite")
+    assert [[child.tag for child in case] for case in suite] == [[], [], ["failure"], ["failure"], ["skipped"]]
+    assert suite.attrib["failures"] == "2" and suite[3][0].attrib["message"] == silent["reason"]
+
+    assert "no memory" in (folder / "output.log").read_text() and "seen" in (folder / "output.log").read_text()
+    printed = capsys.readouterr()
+    assert "2 passed, 2 failed, 1 skipped" in printed.out and "30 samples/sec" in printed.out
+    assert "no memory" in printed.err  # the end of the log of what failed
+    console = (folder / "console.log").read_text()
+    assert "2 passed, 2 failed, 1 skipped" in console and "last lines of" in console
+    assert (folder / "benchmark_results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_skipping_alone_is_no_failure_but_is_said(app, capsys):
+    status, folder = bench(app(MIXED), "--benchmark", "train_gen_pod4")
+    assert status == 0 and "nothing was run" in capsys.readouterr().out
+    assert not (folder / "benchmark_results.png").exists()
+
+
+def test_csv_columns_and_metrics_of_the_user(app):
+    (app("").parent / "mine.py").write_text(
+        "from examples_utils import register_custom_metric\n"
+        "register_custom_metric('lines', lambda out, err, status: {'sum': len(out.splitlines())})\n"
+        "register_custom_metric('bad', lambda out, err, status: 1 / 0)\n")
+    status, folder = bench(app("a_gen: {<<: *common_options, cmd: python3 train.py, env: {LEVEL: 3}}"),
+                           "--additional-metrics", "--csv-metrics", "lines", "--custom-metrics-files", "mine.py")
+    header, row = read_csv(folder)
+    assert header[2:] == ["throughput", "latency", "total_compiling_time", "test_duration", "loss", "result", "cmd",
+                          "env", "git_commit_hash", "lines"]
+    found = dict(zip(header, row))
+    assert status == 0 and found["lines"] == "3" and found["result"] == "True" and found["env"] == "LEVEL=3 "
+    assert found["cmd"].endswith("train.py") and 0 < float(found["test_duration"]) < 60
+
+
+def test_stop_on_error_leaves_the_rest(app):
+    status, folder = bench(app("a_gen: {cmd: python3 nothing.py}\nb_gen: {cmd: python3 train.py}"), "--stop-on-error")
+    result = read_json(folder)["b_gen"][0]
+    assert status == 1 and result["status"] == "skipped" and "a_gen failed" in result["reason"]
+
+
+def test_compile_only_passes_the_flag_and_reads_no_metrics(app):
+    status, folder = bench(app("a_gen: {<<: *common_options, cmd: python3 train.py --wandb}"), "--compile-only")
+    assert status == 0 and "['--compile-only']" in (folder / "a_gen" / "stderr").read_text()
+    assert read_json(folder)["a_gen"][0]["results"] == {"total_compiling_time": {"mean": None}}
+
+
+def test_the_smaller_time_limit_counts(app, monkeypatch):
+    monkeypatch.setattr(process, "GRACE", 0.3)
+    status, folder = bench(app("a_gen: {cmd: python3 -c 'import time; time.sleep(60)', timeout: 50}"), "--timeout", "1")
+    result = read_json(folder)["a_gen"][0]
+    assert status == 1 and result["exitcode"] == 124 and "time limit of 1 seconds" in result["reason"]
+    assert float(result["test_duration"]) < 10
+
+
+def test_the_newest_checkpoint_of_the_run_is_found(app):
+    source = "import pathlib; pathlib.Path('ckpt').mkdir(exist_ok=True); pathlib.Path('ckpt/dalle_1.pt').touch()"
+    spec = app("a_gen:\n  cmd: python3 -c \"{}\" --checkpoint-output-dir ckpt\n".format(source))
+    _, folder = bench(spec)
+    assert read_json(folder)["a_gen"][0]["latest_checkpoint_path"] == str(spec.parent / "ckpt" / "dalle_1.pt")
+
+
+def test_entries_run_in_their_location_with_their_environment_and_this_python(app):
+    source = "import os, sys; print(os.getcwd(), os.environ['WHO'], sys.executable)"
+    spec = app("a_gen:\n  location: sub\n  env: {{WHO: me}}\n  cmd: python3 -c \"{}\"\n".format(source))
+    (spec.parent / "sub").mkdir()
+    status, folder = bench(spec)
+    assert status == 0
+    assert (folder / "a_gen" / "stdout").read_text().split() == [str(spec.parent / "sub"), "me", sys.executable]
+
+
+def test_ipu_flags_reach_ipu_entries(app, monkeypatch):
+    """--profile and --logging become Poplar's variables, gc-monitor is recorded; hardware and program are pretended."""
+    monkeypatch.setenv("POPLAR_SDK_ENABLED", "/opt/poplar_sdk-3.4/poplar")
+    monkeypatch.setattr(Machine, "has_package", lambda self, name: True)
+    monkeypatch.setattr(Machine, "has_ipus", lambda self, number: True)
+    source = "import os; print(os.environ['POPLAR_ENGINE_OPTIONS'], os.environ['POPLAR_LOG_LEVEL'])"
+    spec = app("a_gen_pod4:\n  cmd: python3 -c \"{}\"\n".format(source))
+    tool = spec.parent / "gc-monitor"
+    tool.write_text("#!/bin/sh\necho '{\"cards\": 1}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(spec.parent) + os.pathsep + os.environ["PATH"])
+    status, folder = bench(spec, "--profile", "--gc-monitor", "--logging", "DEBUG")
+    assert status == 0
+    printed = (folder / "a_gen_pod4" / "stdout").read_text()
+    assert json.loads(printed.rpartition(" ")[0])["autoReport.directory"] == str(spec.parent / "a_gen_pod4_profile")
+    assert printed.split()[-1] == "DEBUG"
+    recorded = [json.loads(line) for line in (folder / "a_gen_pod4" / "ipu-monitor.jsonl").read_text().splitlines()]
+    assert recorded and recorded[0]["cards"] == 1 and "timestamp" in recorded[0]
+    result = read_json(folder)["a_gen_pod4"][0]
+    assert (result["sdk_path"], result["sdk_version"]) == ("/opt/poplar_sdk-3.4", "poplar_sdk-3.4")
+
+
+@pytest.mark.parametrize("status", [0, 5])
+def test_requirements_are_installed_first_and_failing_that_the_entry_fails(app, status):
+    spec = app("a_gen: {cmd: python3 train.py, requirements_file: more.txt}")
+    # A pip of our own: `python -m` looks in the working directory first.
+    (spec.parent / "pip.py").write_text("import sys\nprint('pip', *sys.argv[1:], file=sys.stderr)\nsys.exit({})"
+                                        .format(status))
+    assert bench(spec)[0] == (1 if status else 0)
+    found = read_json(spec.parent / "logs")["a_gen"][0]
+    if status:
+        assert "pip could not install more.txt" in found["reason"] and found["exitcode"] == 5
+    log_file = "stderr" if status else "requirements_stderr"
+    assert (spec.parent / "logs" / "a_gen" / log_file).read_text() == "pip install -r more.txt\n"
+
+
+def test_ctrl_c_ends_the_command_and_keeps_the_results(app):
+    spec = app("a_gen: {cmd: python3 train.py}\n"
+               "b_gen: {cmd: python3 wait.py}\n"
+               "c_gen: {cmd: python3 train.py}\n")
+    (spec.parent / "wait.py").write_text(
+        "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)")
+    words = [sys.executable, "-m", "examples_utils", "benchmark", "--spec", str(spec), "--log-dir", "logs"]
+    runner = subprocess.Popen(words, cwd=str(spec.parent), env=dict(os.environ, PYTHONPATH=str(ROOT)),
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    pid = spec.parent / "pid"
+    try:
+        for _ in range(1200):
+            if pid.exists() and pid.read_text():
+                break
+            time.sleep(0.05)
+        runner.send_signal(signal.SIGTERM)
+        _, err = runner.communicate(timeout=30)
+    finally:
+        runner.kill()
+    assert runner.returncode == 130 and err.endswith("interrupted\n") and "Traceback" not in err
+    assert gone(int(pid.read_text()))
+    results = read_json(spec.parent / "logs")
+    assert [results[name][0]["status"] for name in ("a_gen", "b_gen", "c_gen")] == ["passed", "failed", "skipped"]
+    assert results["b_gen"][0]["reason"] == "interrupted"
+
+
+@pytest.mark.parametrize("words, message", [
+    ([], "name a command"), (["bench"], "invalid choice"), (["benchmark", "--timout", "3"], "Did you mean '--timeout'"),
+    (["benchmark", "--timeout", "x"], "invalid number value: 'x'"),
+    (["benchmark", "--timeout", "0"], "is not more than 0"),
+    (["benchmark", "--logging", "LOUD"], "invalid choice"), (["benchmark", "--spec"], "expected at least one argument"),
+    (["benchmark", "--upload-checkpoints", "s3"], "copy the file that latest_checkpoint_path"),
+    (["benchmark", "--upload-checkpoints", "wandb"], "--allow-wandb")])
+def test_wrong_flags_are_usage_errors_of_one_line(words, message):
+    with pytest.raises(UsageError, match=message):
+        cli.parse(words)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--benchmark", "b"], "no 'b' in the spec"), (["--custom-metrics-files", "no.py"], "no.py is no Python file"),
+    (["--gc-monitor"], "gc-monitor is not on the PATH"), (["--requirements-file", "no.txt"], "no.txt does not exist"),
+    (["--log-dir", "train.py"], "--log-dir: cannot make")])
+def test_what_cannot_work_is_said_before_anything_runs(app, monkeypatch, flags, message):
+    spec = app("a_gen: {cmd: python3 train.py}")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match=message):
+        cli.main(["benchmark", "--spec", str(spec)] + flags)
+    assert not list(spec.parent.glob("**/stdout"))
+
+
+def test_the_module_ends_with_one_line_and_status_2_for_wrong_flags():
+    done = subprocess.run([sys.executable, "-m", "examples_utils", "benchmark", "--sepc", "x"], cwd=str(ROOT),
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: unknown flag '--sepc'. Did you mean '--spec'?")
+    assert done.stderr.count("\n") == 1
+
+
+def test_flags_without_effect_say_so(app, capsys):
+    status, _ = bench(app("a_gen: {cmd: python3 train.py}"), "--no-code-sync", "--remove-dirs-after", "--profile")
+    err = capsys.readouterr().err
+    assert status == 0 and "--no-code-sync has no effect" in err and "--remove-dirs-after has no effect" in err
+    assert "--profile: a_gen uses no IPU" in err
+
+
+# Table, chart, folders -----------------------------------------------------------------------------------------------
+
+
+def result(name="a_gen", status=report.PASSED, reason="", output=None, **values):
+    item = variants(benchmark({"cmd": "python3 t.py", "output": output or [["samples/sec", "throughput"]]}, name))[0]
+    return report.VariantResult(item, status, reason=reason, seconds=75.0, log_folder=Path("/logs"),
+                                results={key: {"final": value} for key, value in values.items()})
+
+
+def test_the_table_lines_up_and_puts_reasons_in_place_of_figures():
+    results = [result(throughput=0.94321, loss=3.5), result("long_name_gen", throughput=12345.6, loss=12.0),
+               result("c_gen", report.FAILED, "ended with exit status 1", throughput=None, loss=None)]
+    assert report.table(results, 100).splitlines() == [
+        "benchmark      result  time          throughput  loss",
+        "-------------  ------  ----  ------------------  ----",
+        "a_gen          passed  1:15  0.9432 samples/sec   3.5",
+        "long_name_gen  passed  1:15   12346 samples/sec    12",
+        "c_gen          failed  1:15  ended with exit status 1"]
+
+
+def test_a_narrow_terminal_loses_metrics_and_breaks_reasons_but_no_line_is_too_long():
+    results = [result("a_gen", throughput=1.0, loss=3.5, other=1.0),
+               result("b_gen", report.FAILED, "no reason is so long that it may leave the terminal " * 3)]
+    text = report.table(results, 50)
+    assert "loss" in text and "other" not in text and max(map(len, text.splitlines())) <= 50
+    assert max(map(len, report.table(results, 40).splitlines()[3:])) <= 40
+    assert " ".join(report.table(results, 40).split()).endswith(" ".join(results[1].reason.split()))
+
+
+@pytest.mark.parametrize("seconds, text", [(0.04, "0.0 s"), (59.9, "59.9 s"), (75.4, "1:15"), (3723, "1:02:03")])
+def test_durations(seconds, text):
+    assert report.duration(seconds) == text
+
+
+def test_the_chart_has_a_panel_for_each_unit_and_needs_matplotlib(tmp_path, monkeypatch, caplog):
+    results = [result(throughput=1.0), result("b_gen", throughput=200.0),
+               result("c_gen", output=[["images/sec", "throughput"]], throughput=3.0), result("d_gen", throughput=None)]
+    drawn = []
+    from matplotlib.figure import Figure
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **settings: drawn.append(self))
+    assert chart.draw_chart(tmp_path / "c.png", results) == tmp_path / "c.png"
+    first, second = drawn[0].axes
+    assert [label.get_text() for label in first.get_yticklabels()] == ["a_gen", "b_gen"]
+    assert (first.get_xscale(), first.get_xlabel()) == ("log", "samples/sec (logarithmic)")
+    assert [bar.get_width() for bar in second.patches] == [3.0] and second.get_xlabel() == "images/sec"
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert chart.draw_chart(tmp_path / "c.png", results) is None and "matplotlib is not installed" in caplog.text
+
+
+def test_variant_names_become_folder_names_that_differ():
+    assert folder_name("a_gen_size_2.5") == "a_gen_size_2.5"
+    assert "/" not in folder_name("../x/y") and folder_name("x/y") != folder_name("x:y")
+    assert len(folder_name("n" * 300)) < 200 and folder_name("n" * 300) != folder_name("n" * 301)
+
+
+# The shipped benchmarks.yml ------------------------------------------------------------------------------------------
+
+
+def shipped():
+    return select(load_entries([str(ROOT / "benchmarks.yml")]), None, include_convergence=True)
+
+
+def test_the_shipped_spec_has_the_published_entries_and_reads_our_log_lines(tmp_path):
+    entries = {item.name: item for item in shipped()}
+    published = ["pytorch_minidalle_train_{}_pod{}".format(*pair)
+                 for pair in itertools.product(("real", "gen"), (4, 16, 64))]
+    assert set(published + ["pytorch_minidalle_train_real_pod64_conv"]) <= set(entries)
+    assert all(entries[name].needs_dataset == ("_real_" in name) for name in published)
+    lines = [log.step_line(3, 9, 1, 2.5, 2.0, 2.6, 1e-3, 10.0), log.validation_line(3, 1, 9.0, 9.0, 9.0),
+             log.throughput_line(85.3), log.compiled_line(12.34)]
+    (tmp_path / "o").write_text("\n".join(lines))
+    (tmp_path / "e").touch()
+    for name in published + ["dalle_train_cpu_gen"]:
+        found, problems = metrics.extract(entries[name].metrics, tmp_path / "o", tmp_path / "e")
+        assert problems == [] and found["throughput"] == {"final": 85.3} and found["loss"] == {"final": 2.5}
+    assert metrics.extract(entries[published[0]].metrics, tmp_path / "o", tmp_path / "e")[0]["compile_time"] == {
+        "mean": 12.3}
+
+
+def takes_no_checkpoint_folder():
+    """Whether train.py knows the published way to save no checkpoints."""
+    try:
+        train_args.parse(["--generated-data", "--checkpoint-output-dir", ""])
+    except UsageError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", [item.name for item in shipped()])
+def test_train_takes_the_flags_of_every_shipped_entry(name, tmp_path):
+    """So that a renamed flag or configuration is noticed here and not on a machine with 64 IPUs."""
+    (tmp_path / "coco").mkdir()
+    env = {"DATASETS_DIR": str(tmp_path)}
+    item = next(entry for entry in shipped() if entry.name == name)
+    for variant in variants(item):
+        words = [Path(word).name if word.endswith(".py") else word for word in build_command(variant, env).words]
+        if "train.py" in words:
+            if "" in words and not takes_no_checkpoint_folder():
+                pytest.skip("train.py takes no empty --checkpoint-output-dir")
+            config = train_args.parse(words[words.index("train.py") + 1:])
+            assert config.execution.device in ("cpu", "cuda", "ipu")
+        else:
+            assert "generate.py" in words and "--dalle_path" in words
