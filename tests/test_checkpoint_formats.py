@@ -1,0 +1,392 @@
+"""Others' checkpoints: every layout reads as the model it is, and what cannot be expressed is refused by name."""
+
+import dataclasses
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.config import DalleConfig
+from models.dalle import DALLE
+from utils.checkpoints import read_dalle
+from utils.errors import UserError
+
+TINY = DalleConfig(
+    num_text_tokens=11,
+    num_image_tokens=6,
+    text_seq_len=3,
+    grid=2,
+    dim=8,
+    depth=3,
+    heads=2,
+    dim_head=6,
+    attn_types=("full", "axial_row"),
+)
+
+
+def random_model(**options):
+    """A tiny DALL-E in which no two weights are equal, not even biases and norms."""
+    torch.manual_seed(3)
+    model = DALLE(dataclasses.replace(TINY, **options)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def logits(model):
+    """Text and image logits of a fixed batch, as one vector."""
+    text = torch.tensor([[4, 7, 0], [1, 0, 0]])
+    codes = torch.tensor([[5, 0, 3, 1], [2, 2, 4, 0]])
+    with torch.no_grad():
+        return torch.cat([part.flatten() for part in model(text, codes)])
+
+
+def rebuilt(checkpoint):
+    """The model that a checkpoint describes, in fp32."""
+    model = DALLE(DalleConfig.from_dict(checkpoint.config)).eval()
+    model.load_state_dict(checkpoint.weights)
+    return model
+
+
+# ---- files of others
+
+
+def published_names(model, wrappers="fn.fn.", layers="transformer.layers."):
+    """The weights of a model under published names, written down here independently of the application's own map."""
+    names = {
+        "attention.fn.qkv": "0.{}to_qkv",
+        "attention.fn.out": "0.{}to_out.0",
+        "feed_forward.fn.up": "1.{}net.0",
+        "feed_forward.fn.down": "1.{}net.3",
+        "attention.norm": "0.fn.norm",
+        "feed_forward.norm": "1.fn.norm",
+        "attention.scale": "0.scale",
+        "feed_forward.scale": "1.scale",
+    }
+    state = model.state_dict()
+    published = {
+        "to_logits.0.weight": state["norm.weight"],
+        "to_logits.0.bias": state["norm.bias"],
+        "image_pos_emb.weights_0": state["image_pos_emb.rows"].reshape(1, TINY.grid, 1, TINY.dim),
+        "image_pos_emb.weights_1": state["image_pos_emb.columns"].reshape(1, 1, TINY.grid, TINY.dim),
+    }
+    for kind in ("weight", "bias"):
+        published["to_logits.1." + kind] = torch.cat([state["text_head." + kind], state["image_head." + kind]])
+    for name in ("text_emb.weight", "image_emb.weight", "text_pos_emb.weight"):
+        published[name] = state[name]
+    for name, tensor in state.items():
+        if name.startswith("transformer.layers."):
+            layer, rest = name[len("transformer.layers.") :].split(".", 1)
+            for ours_, theirs in names.items():
+                if rest == ours_ or rest.startswith(ours_ + "."):
+                    published[layers + layer + "." + theirs.format(wrappers) + rest[len(ours_) :]] = tensor
+    return published
+
+
+def mini_dalle(model):
+    hparams = {
+        "num_text_tokens": 11,
+        "text_seq_len": 3,
+        "dim": 8,
+        "depth": 3,
+        "heads": 2,
+        "dim_head": 6,
+        "loss_img_weight": 7,
+        "attn_types": ("full", "axial_row"),
+        "sandwich_norm": False,
+        "ff_dropout": 0.0,
+        "attn_dropout": 0.1,
+        "embedding_ipu_id": 0,
+        "embedding_serialization_factor": 2,
+        "layers_per_ipu": [0, 3],
+        "cls_ipu_id": None,
+        "fp16": True,
+        "byteio": False,
+    }
+    weights = {"model." + name: tensor for name, tensor in published_names(model).items()}
+    return {
+        "hparams": hparams,
+        "vae_params": None,
+        "epoch": 4,
+        "weights": weights,
+        "opt_state": {"state": {}},
+        "scheduler_state": None,
+    }
+
+
+def saved(tmp_path, document, name="dalle.pt"):
+    torch.save(document, tmp_path / name)
+    return tmp_path / name
+
+
+def test_reads_mini_dalle(tmp_path):
+    model = random_model()
+    document = mini_dalle(model)
+    document["weights"]["model.vae.model.encoder.conv_in.weight"] = torch.ones(2, 3, 3, 3)
+    document["weights"]["model.vae.model.loss.discriminator.weight"] = torch.ones(1)
+    checkpoint = read_dalle(saved(tmp_path, document))
+    assert checkpoint.format == "mini-dalle" and checkpoint.epoch == 4
+    assert checkpoint.training is None and checkpoint.opt_state is None
+    assert DalleConfig.from_dict(checkpoint.config) == dataclasses.replace(TINY, attn_dropout=0.1)
+    assert list(checkpoint.vqgan_weights) == ["encoder.conv_in.weight"]
+    assert torch.equal(logits(rebuilt(checkpoint)), logits(model))
+
+
+def test_reads_half_precision_split_embeddings_and_newer_position_names(tmp_path):
+    model = random_model()
+    document = mini_dalle(model)
+    weights = document["weights"]
+    # Twelve pieces: sorted as text, piece 10 would come before piece 2.
+    pieces = torch.tensor_split(weights.pop("model.text_emb.weight"), 12)
+    for index, piece in reversed(list(enumerate(pieces))):
+        weights["model.text_emb.split_embeddings.{}.weight".format(index)] = piece.clone()
+    for axis in "01":
+        weights["model.image_pos_emb.weights." + axis] = weights.pop("model.image_pos_emb.weights_" + axis)
+    document["weights"] = {name: tensor.half() for name, tensor in weights.items()}
+    checkpoint = read_dalle(saved(tmp_path, document))
+    assert all(tensor.dtype == torch.float16 for tensor in checkpoint.weights.values())
+    expected = random_model()
+    expected.load_state_dict({name: tensor.half().float() for name, tensor in model.state_dict().items()})
+    assert torch.equal(logits(rebuilt(checkpoint)), logits(expected))
+
+
+@pytest.mark.parametrize(
+    "version, pattern",
+    [("1.6.6", "conv_causal"), ("1.5.0", "conv_causal"), ("1.4.2", "conv_like"), (None, "conv_like")],
+)
+def test_conv_like_means_what_it_meant_in_that_version_of_dalle_pytorch(tmp_path, version, pattern):
+    document = mini_dalle(random_model())
+    document["weights"] = published_names(random_model(), "fn.fn.fn.", "transformer.layers.layers.")
+    document["hparams"]["attn_types"] = ("conv_like",)
+    if version:
+        document["version"] = version
+    checkpoint = read_dalle(saved(tmp_path, document))
+    assert checkpoint.format == "dalle-pytorch" and checkpoint.config["attn_types"] == [pattern]
+
+
+def mindalle_weights(width=8, layers=2, texts=9, codes=7, text_len=3, image_len=4):
+    """Random weights under minDALL-E's names."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = {
+        "tok_emb_txt.weight": (texts, width),
+        "tok_emb_img.weight": (codes, width),
+        "pos_emb_txt.weight": (text_len, width),
+        "pos_emb_img.weight": (image_len, width),
+        "ln_f.weight": (width,),
+        "ln_f.bias": (width,),
+        "head_txt.weight": (texts, width),
+        "head_img.weight": (codes, width),
+    }
+    for layer in range(layers):
+        block = "blocks.{}.".format(layer)
+        for name, size in (
+            ("ln1", (width,)),
+            ("ln2", (width,)),
+            ("attn.key", (width, width)),
+            ("attn.query", (width, width)),
+            ("attn.value", (width, width)),
+            ("attn.proj", (width, width)),
+            ("mlp.0", (4 * width, width)),
+            ("mlp.2", (width, 4 * width)),
+        ):
+            shapes[block + name + ".weight"], shapes[block + name + ".bias"] = size, size[:1]
+    return {name: torch.randn(shape, generator=generator) * 0.5 for name, shape in shapes.items()}
+
+
+def mindalle_logits(w, text, codes, heads, quick):
+    """minDALL-E's forward pass over its own names: the reference for the reader."""
+
+    def linear(x, name):
+        return F.linear(x, w[name + ".weight"], w.get(name + ".bias"))
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], w[name + ".weight"], w[name + ".bias"], 1e-5)
+
+    x = torch.cat(
+        [
+            w["tok_emb_txt.weight"][text] + w["pos_emb_txt.weight"],
+            w["tok_emb_img.weight"][codes] + w["pos_emb_img.weight"][: codes.shape[1]],
+        ],
+        1,
+    )
+    for layer in range(2):
+        block = "blocks.{}.".format(layer)
+        normed = norm(x, block + "ln1")
+        q, k, v = (
+            linear(normed, block + "attn." + name).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for name in ("query", "key", "value")
+        )
+        scores = (q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5
+        scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), float("-inf"))
+        x = x + linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), block + "attn.proj")
+        hidden = linear(norm(x, block + "ln2"), block + "mlp.0")
+        x = x + linear(hidden * torch.sigmoid(1.702 * hidden) if quick else F.gelu(hidden), block + "mlp.2")
+    x = norm(x, "ln_f")
+    last = text.shape[1] - 1
+    return linear(x[:, :last], "head_txt"), linear(x[:, last:], "head_img")
+
+
+@pytest.mark.parametrize("quick", [False, True], ids=["gelu", "gelu_use_approx"])
+def test_reads_mindalle(tmp_path, quick):
+    weights = mindalle_weights()
+    saved(tmp_path, {"state_dict": weights}, "stage2_last.ckpt")
+    (tmp_path / "config.yaml").write_text(
+        "stage2:\n  type: transformer1d\n  vocab_size_txt: 9\n  vocab_size_img: 7\n"
+        "  hparams: {{embed_dim: 8, n_layers: 2, n_dense_layers: 2, n_heads: 4, ctx_len_img: 4, ctx_len_txt: 3, "
+        "gelu_use_approx: {}}}\n".format(str(quick).lower())
+    )
+    checkpoint = read_dalle(tmp_path)  # the folder
+    assert checkpoint.format == "mindalle" and checkpoint.path.name == "stage2_last.ckpt"
+    text, codes = torch.tensor([[4, 0, 0], [8, 2, 5]]), torch.tensor([[6, 1, 0, 3], [2, 2, 4, 5]])
+    for actual, expected in zip(
+        rebuilt(checkpoint)(text, codes), mindalle_logits(weights, text, codes[:, :-1], 4, quick)
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_mindalle_without_its_yaml_takes_the_published_size(tmp_path):
+    path = saved(tmp_path, {"state_dict": mindalle_weights()}, "stage2_last.ckpt")
+    with pytest.raises(UserError, match=r"stage2_last.ckpt: option 'depth' is 42, but there are weights for 2 layers"):
+        read_dalle(path)
+
+
+# ---- what is refused
+
+
+def change(**values):
+    """An edit of a checkpoint's hparams."""
+    return lambda document: document["hparams"].update(values)
+
+
+def rename(old, new):
+    """An edit that renames a weight."""
+
+    def edit(document):
+        document["weights"][new] = document["weights"].pop(old)
+
+    return edit
+
+
+def replace(name, tensor):
+    """An edit that replaces a weight."""
+    return lambda document: document["weights"].update({name: tensor})
+
+
+QKV = "model.transformer.layers.0.0.fn.fn.to_qkv.weight"
+REFUSED = {
+    "reversible": (change(reversible=True), "option 'reversible' is not supported"),
+    "reversible names": (
+        rename(QKV, "model.transformer.layers.blocks.0.f.net.fn.fn.to_qkv.weight"),
+        "option 'reversible'",
+    ),
+    "sparse pattern": (change(attn_types=("full", "sparse")), "option 'attn_types' names 'sparse'"),
+    "unknown pattern": (change(attn_types=("axial_diagonal",)), "option 'attn_types' names 'axial_diagonal'"),
+    "pattern of wrong type": (change(attn_types=7), "'attn_types' has the impossible value 7"),
+    "sparse_attn": (change(sparse_attn=True), "option 'sparse_attn'"),
+    "unknown option": (change(mixture_of_experts=8), "unknown option 'mixture_of_experts'"),
+    "missing option": (lambda document: document["hparams"].pop("heads") and document["hparams"].pop("dim"), "'dim'"),
+    "wrong type": (change(dim="wide"), "as 'dim', not 'wide'"),
+    "true is no number": (change(depth=True), "as 'depth', not True"),
+    "negative": (change(text_seq_len=-1), "as 'text_seq_len', not -1"),
+    "nan": (change(loss_img_weight=float("nan")), "as 'loss_img_weight', not nan"),
+    "dropout": (change(ff_dropout=1.5), "'ff_dropout' is a probability"),
+    "too wide": (change(dim=10**12), r"'text_emb.weight' has shape \(14, 8\) instead of \(14, 1000000000000\)"),
+    "too deep": (change(depth=10**9), "option 'depth' is 1000000000, but there are weights for 3 layers"),
+    "too many heads": (change(heads=5), "to_qkv|attention.fn.qkv.weight"),
+    "too long": (change(text_seq_len=10**9), "'to_logits.1.weight' has 20 rows"),
+    "shared ids": (change(shared_attn_ids=[]), "'shared_attn_ids' has the impossible value"),
+    "no options": (lambda document: document.pop("hparams"), "neither 'hparams' nor 'config'"),
+    "options of wrong kind": (lambda document: document.update(hparams=[1]), "'hparams' is no table"),
+    "epoch": (lambda document: document.update(epoch="last"), "'epoch' must be a whole number"),
+    "no weights": (lambda document: document.pop("weights"), "neither 'weights'"),
+    "deepspeed note": (
+        lambda document: document.update(weights="To get a working standard checkpoint, ..."),
+        "DeepSpeed",
+    ),
+    "empty weights": (lambda document: document.update(weights={}), "no table of tensors"),
+    "no tensor": (replace(QKV, 3), "is no plain tensor"),
+    "integer name": (replace(3, torch.ones(1)), "weight 3 is no plain tensor"),
+    "sparse tensor": (replace(QKV, torch.eye(36, 8).to_sparse()), "is no plain tensor"),
+    "integers": (replace(QKV, torch.zeros(36, 8, dtype=torch.long)), "instead of floating-point numbers"),
+    "misshapen": (
+        replace(QKV, torch.zeros(36, 9)),
+        r"attention.fn.qkv.weight' has shape \(36, 9\) instead of \(36, 8\)",
+    ),
+    "missing weight": (lambda document: document["weights"].pop(QKV), "attention.fn.qkv.weight' is missing"),
+    "unknown weight": (
+        replace("model.extra.weight", torch.zeros(1)),
+        "weight 'extra.weight' belongs to no known layout",
+    ),
+    "unknown layer part": (
+        replace("model.transformer.layers.0.0.fn.fn.to_qkv.scale", torch.zeros(1)),
+        "to_qkv.scale' belongs to no known layout",
+    ),
+    "flat positions": (
+        replace("model.image_pos_emb.weights_0", torch.zeros(2, 8)),
+        r"'image_pos_emb.weights_0' has shape \(2, 8\)",
+    ),
+    "no positions": (
+        lambda document: document["weights"].pop("model.image_pos_emb.weights_0"),
+        "to tell the size of the code grid",
+    ),
+    "no head": (
+        lambda document: document["weights"].pop("model.to_logits.1.weight"),
+        "'to_logits.1.weight' is missing",
+    ),
+    "expanded": (replace("model.text_emb.weight", torch.zeros(1, 1).expand(14, 8)), "claims more than the file holds"),
+    "unfitting pieces": (
+        lambda document: document["weights"].update(
+            {
+                "model.text_emb.split_embeddings.0.weight": torch.zeros(7, 8),
+                "model.text_emb.split_embeddings.1.weight": torch.zeros(7, 9),
+            }
+        ),
+        "'text_emb.split_embeddings.",
+    ),
+}
+
+
+@pytest.mark.parametrize("edit, message", REFUSED.values(), ids=REFUSED)
+def test_refused_with_file_and_key(tmp_path, edit, message):
+    document = mini_dalle(random_model())
+    edit(document)
+    path = saved(tmp_path, document)
+    with pytest.raises(UserError, match=message) as caught:
+        read_dalle(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+class Payload:
+    """Unpickling it creates a file: what a hostile checkpoint would do with its reader's rights."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (open, (str(self.marker), "w"))
+
+
+@pytest.mark.parametrize("wrap", ["bare", "weights", "hparams", "legacy", "pickle", "safetensors name"])
+def test_code_in_a_file_never_runs(tmp_path, wrap):
+    marker, path = tmp_path / "owned", tmp_path / "dalle.pt"
+    payload = Payload(marker)
+    document = mini_dalle(random_model())
+    if wrap == "pickle":
+        path.write_bytes(pickle.dumps(dict(document, epoch=payload)))
+    elif wrap == "safetensors name":
+        path = tmp_path / "dalle.safetensors"
+        path.write_bytes(pickle.dumps(payload))
+    elif wrap == "legacy":
+        torch.save(dict(document, epoch=payload), path, _use_new_zipfile_serialization=False)
+    elif wrap == "bare":
+        torch.save(payload, path)
+    else:
+        document[wrap]["model.x"] = payload
+        torch.save(document, path)
+    with pytest.raises(UserError, match=str(path)) as caught:
+        read_dalle(path)
+    assert not marker.exists() and "\n" not in str(caught.value)
+    if wrap in ("bare", "weights"):  # proof that the payload works where a file is trusted
+        torch.load(path, weights_only=False)
+        assert marker.exists()

@@ -1,0 +1,491 @@
+"""This application's checkpoints: exact round trips, damage, refused options, export, and the files of a run."""
+
+import dataclasses
+import errno
+import json
+import logging
+import sys
+import zipfile
+
+import pytest
+import torch
+
+from models.config import DalleConfig
+from models.dalle import DALLE
+from utils import checkpoints
+from utils.checkpoint_shapes import DEFAULTS, MAX_SEQ_LEN, REQUIRED, aliases, complete_config, expected_shapes
+from utils.checkpoints import (
+    check_state,
+    checkpoint_name,
+    dalle_checkpoint,
+    export_safetensors,
+    list_checkpoints,
+    newest_checkpoint,
+    prune_checkpoints,
+    read_dalle,
+    save_checkpoint,
+    verify,
+)
+from utils.errors import UserError, run_main
+
+TINY = DalleConfig(
+    num_text_tokens=11,
+    num_image_tokens=6,
+    text_seq_len=3,
+    grid=2,
+    dim=8,
+    depth=3,
+    heads=2,
+    dim_head=6,
+    attn_types=("full", "axial_row"),
+)
+OPTIONS = {
+    "plain": {},
+    "sandwich": {"sandwich_norm": True},
+    "rotary": {"rotary": True, "shift_tokens": True, "text_positions": False, "image_positions": "none"},
+    "stable tied": {"stable": True, "tie_embeddings": True},
+    "shared": {"attn_types": ("full",), "shared_attn_ids": (0, 1), "shared_ff_ids": (4, 4, 2)},
+    "mindalle": {
+        "bos": False,
+        "unique_pads": False,
+        "layer_scale": False,
+        "activation": "gelu",
+        "image_positions": "learned",
+        "qkv_bias": True,
+        "head_bias": False,
+        "init_std": 0.02,
+    },
+    "unusual": {"ff_mult": 2, "out_bias": False, "ff_bias": False, "activation": "quick_gelu", "attn_dropout": 0.25},
+}
+
+
+def random_model(**options):
+    """A tiny DALL-E in which no two weights are equal, not even biases and norms."""
+    torch.manual_seed(3)
+    model = DALLE(dataclasses.replace(TINY, **options)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def logits(model):
+    """Text and image logits of a fixed batch, as one vector."""
+    text = torch.tensor([[4, 7, 0], [1, 0, 0]])
+    codes = torch.tensor([[5, 0, 3, 1], [2, 2, 4, 0]])
+    with torch.no_grad():
+        return torch.cat([part.flatten() for part in model(text, codes)])
+
+
+def rebuilt(checkpoint):
+    """The model that a checkpoint describes, in fp32."""
+    model = DALLE(DalleConfig.from_dict(checkpoint.config)).eval()
+    model.load_state_dict(checkpoint.weights)
+    return model
+
+
+def ours(model=None, **parts):
+    """A checkpoint of this application."""
+    model = model or random_model()
+    return dalle_checkpoint(model.config.to_dict(), model.state_dict(), parts.pop("epoch", 2), **parts)
+
+
+# ---- our own files
+
+
+def test_defaults_are_those_of_the_model_config():
+    fields = {field.name: field for field in dataclasses.fields(DalleConfig)}
+    assert set(fields) == set(REQUIRED) | set(DEFAULTS)
+    ones = DalleConfig(**dict.fromkeys(REQUIRED, 1))
+    assert ones.to_dict() == complete_config(dict.fromkeys(REQUIRED, 1))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_expected_shapes_are_those_of_the_model(options):
+    model = random_model(**options)
+    config = model.config.to_dict()
+    assert expected_shapes(config) == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    by_storage = {}
+    for name, tensor in model.state_dict().items():
+        by_storage.setdefault(tensor.data_ptr(), set()).add(name)
+    same = {frozenset(names) for names in by_storage.values() if len(names) > 1}
+    groups = {}
+    for name, source in aliases(config).items():
+        groups.setdefault(source, {source}).add(name)
+    assert {frozenset(names) for names in groups.values()} == same
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("export", [False, True], ids=["pt", "safetensors"])
+def test_round_trip_is_exact(tmp_path, options, export):
+    model = random_model(**options)
+    path = tmp_path / "dalle_2.pt"
+    save_checkpoint(path, ours(model))
+    if export:
+        export_safetensors(read_dalle(path), tmp_path / "model.safetensors")
+        path = tmp_path / "model.safetensors"
+    checkpoint = read_dalle(path)
+    assert checkpoint.path == path and checkpoint.format == ("safetensors" if export else "ours")
+    assert DalleConfig.from_dict(checkpoint.config) == model.config
+    assert set(checkpoint.weights) == set(model.state_dict())
+    assert all(torch.equal(checkpoint.weights[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(logits(rebuilt(checkpoint)), logits(model))
+
+
+def test_training_state_comes_back(tmp_path):
+    model = random_model()
+    optimizer = torch.optim.Adam(model.parameters())
+    sum(parameter.sum() for parameter in model.parameters()).backward()
+    optimizer.step()
+    ema = {name: tensor * 0.5 for name, tensor in model.state_dict().items()}
+    training = {
+        "engine": {"ema": ema, "random_states": [{"cpu": torch.get_rng_state()}]},
+        "position": {"step": 7},
+        "tokenizer": {"type": "yttm", "sha256": "ab"},
+        "vqgan": {"sha256": "cd"},
+    }
+    path = tmp_path / "dalle_2.pt"
+    save_checkpoint(
+        path, ours(model, opt_state=optimizer.state_dict(), scheduler_state={"last": 0.5}, training=training)
+    )
+    checkpoint = read_dalle(path)
+    assert checkpoint.epoch == 2 and checkpoint.training["position"] == {"step": 7}
+    assert checkpoint.scheduler_state == {"last": 0.5}
+    assert checkpoint.identity == {"tokenizer": {"type": "yttm", "sha256": "ab"}, "vqgan": {"sha256": "cd"}}
+    assert torch.equal(checkpoint.training["engine"]["random_states"][0]["cpu"], torch.get_rng_state())
+    assert all(torch.equal(checkpoint.ema[name], ema[name]) for name in ema)
+    restored = torch.optim.Adam(rebuilt(checkpoint).parameters())
+    restored.load_state_dict(checkpoint.opt_state)
+    for key, values in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(restored.state_dict()["state"][key][name], value) for name, value in values.items())
+
+
+def test_published_layout(tmp_path):
+    """The file holds exactly the names that the published application knows, with its shapes."""
+    extra = {
+        "layers_per_ipu": [0, 1],
+        "embedding_ipu_id": 0,
+        "embedding_serialization_factor": 4,
+        "cls_ipu_id": None,
+        "fp16": True,
+        "byteio": False,
+    }
+    save_checkpoint(
+        tmp_path / "dalle_5.pt", ours(random_model(depth=1, sandwich_norm=True), epoch=5, hparams_extra=extra)
+    )
+    document = torch.load(tmp_path / "dalle_5.pt", weights_only=True)
+    assert {"hparams", "vae_params", "epoch", "weights", "opt_state", "scheduler_state"} <= set(document)
+    assert document["vae_params"] is None and document["epoch"] == 5
+    assert document["hparams"] == dict(
+        extra,
+        num_text_tokens=11,
+        text_seq_len=3,
+        dim=8,
+        depth=1,
+        heads=2,
+        dim_head=6,
+        loss_img_weight=7.0,
+        attn_types=("full", "axial_row"),
+        sandwich_norm=True,
+        ff_dropout=0.0,
+        attn_dropout=0.0,
+    )
+    layer = "model.transformer.layers.0."
+    assert {name: tuple(tensor.shape) for name, tensor in document["weights"].items()} == {
+        "model.text_emb.weight": (14, 8),
+        "model.image_emb.weight": (6, 8),
+        "model.text_pos_emb.weight": (4, 8),
+        "model.image_pos_emb.weights_0": (1, 2, 1, 8),
+        "model.image_pos_emb.weights_1": (1, 1, 2, 8),
+        layer + "0.scale": (1, 1, 8),
+        layer + "0.fn.norm.weight": (8,),
+        layer + "0.fn.norm.bias": (8,),
+        layer + "0.fn.norm_out.weight": (8,),
+        layer + "0.fn.norm_out.bias": (8,),
+        layer + "0.fn.fn.to_qkv.weight": (36, 8),
+        layer + "0.fn.fn.to_out.0.weight": (8, 12),
+        layer + "0.fn.fn.to_out.0.bias": (8,),
+        layer + "1.scale": (1, 1, 8),
+        layer + "1.fn.norm.weight": (8,),
+        layer + "1.fn.norm.bias": (8,),
+        layer + "1.fn.norm_out.weight": (8,),
+        layer + "1.fn.norm_out.bias": (8,),
+        layer + "1.fn.fn.net.0.weight": (64, 8),
+        layer + "1.fn.fn.net.0.bias": (64,),
+        layer + "1.fn.fn.net.3.weight": (8, 32),
+        layer + "1.fn.fn.net.3.bias": (8,),
+        "model.to_logits.0.weight": (8,),
+        "model.to_logits.0.bias": (8,),
+        "model.to_logits.1.weight": (20, 8),
+        "model.to_logits.1.bias": (20,),
+    }
+
+
+def test_only_a_whole_model_is_saved():
+    state = random_model().state_dict()
+    del state["norm.bias"]
+    with pytest.raises(UserError, match=r"'norm.bias' is missing"):
+        dalle_checkpoint(TINY.to_dict(), state, 0)
+
+
+def test_values_that_could_not_be_read_back_are_refused_when_writing(tmp_path):
+    with pytest.raises(TypeError, match=r"checkpoint\['training'\]\['seen'\]\[1\] is a set"):
+        save_checkpoint(tmp_path / "dalle_1.pt", ours(training={"seen": [1, {2}]}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "dalle_1.pt"
+    save_checkpoint(path, ours())
+    before = path.read_bytes()
+
+    def full_disk(checkpoint, file):
+        file.write(b"PK")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(UserError, match=r"dalle_1.pt: No space left on device"):
+        save_checkpoint(path, ours())
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write the checkpoint .*dalle_1.pt"):
+        save_checkpoint(tmp_path / "file" / "dalle_1.pt", ours())
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"dim": 64.0}, "'dim' has the impossible value 64.0"),
+        ({"text_seq_len": MAX_SEQ_LEN, "unique_pads": False, "text_positions": False}, "positions; at most"),
+        ({"attn_types": []}, "'attn_types' has the impossible value"),
+        ({"layer_scale": "yes"}, "'layer_scale' has the impossible value 'yes'"),
+        ({"depht": 3}, "unknown model option 'depht'. Did you mean 'depth'"),
+        ({"shared_ff_ids": ["a"]}, "'shared_ff_ids' has the impossible value"),
+    ],
+)
+def test_refused_options_of_our_own_files(tmp_path, values, message):
+    document = ours()
+    document["config"].update(values)
+    path = tmp_path / "dalle_2.pt"
+    save_checkpoint(path, document)
+    with pytest.raises(UserError, match=message):
+        read_dalle(path)
+
+
+def test_many_views_of_one_small_tensor_are_refused(tmp_path):
+    """Shapes may be honest one by one and still add up to far more memory than the file has bytes."""
+    model = random_model(depth=40, attn_types=("full",), dim=32)
+    document = ours(model)
+    largest = torch.zeros(64 * 1024)
+    document["weights"] = {
+        name: largest[: tensor.numel()].view(tensor.shape) for name, tensor in document["weights"].items()
+    }
+    path = tmp_path / "dalle_2.pt"
+    save_checkpoint(path, document)
+    with pytest.raises(UserError, match="smaller than the weights it claims to hold"):
+        read_dalle(path)
+
+
+def test_check_state_names_a_few_of_many():
+    weights = {"a": torch.zeros(2), "stray": torch.zeros(1)}
+    with pytest.raises(UserError, match=r"model.pt: .*'b' is missing, 'c' is missing, 'd' is missing and 2 more"):
+        check_state({"a": (3,), "b": (1,), "c": (1,), "d": (1,)}, weights, "model.pt")
+    check_state({"a": (2,)}, {"a": torch.zeros(2)}, "model.pt")
+
+
+# ---- damage
+
+
+@pytest.mark.parametrize("name", ["dalle_1.pt", "model.safetensors"])
+def test_cut_off_and_empty_files(tmp_path, name):
+    path = tmp_path / name
+    save_checkpoint(tmp_path / "dalle_1.pt", ours())
+    export_safetensors(read_dalle(tmp_path / "dalle_1.pt"), tmp_path / "model.safetensors")
+    verify(path)
+    content = path.read_bytes()
+    for length in (0, 1, 7, 8, 9, 100, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        for read in (verify, read_dalle):
+            with pytest.raises(UserError, match=name):
+                read(path)
+
+
+@pytest.mark.parametrize("name", ["dalle_1.pt", "model.safetensors"])
+def test_a_flipped_bit_is_found_or_harmless(tmp_path, name):
+    """Wherever one bit flips, the file is refused or still reads as what it was (alignment bytes carry nothing)."""
+    model = random_model(depth=1)
+    save_checkpoint(tmp_path / "dalle_1.pt", ours(model))
+    export_safetensors(read_dalle(tmp_path / "dalle_1.pt"), tmp_path / "model.safetensors")
+    path = tmp_path / name
+    content = path.read_bytes()
+    generator = torch.Generator().manual_seed(1)
+    refused = 0
+    for position in torch.randint(len(content), (150,), generator=generator).tolist():
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(bytes(damaged))
+        try:
+            checkpoint = read_dalle(path)
+        except UserError as error:
+            assert name in str(error)
+            refused += 1
+            continue
+        assert DalleConfig.from_dict(checkpoint.config) == model.config
+        assert all(torch.equal(checkpoint.weights[key], tensor) for key, tensor in model.state_dict().items())
+    assert refused > 50
+
+
+def test_every_flip_in_a_weight_is_found(tmp_path):
+    path = tmp_path / "dalle_1.pt"
+    model = random_model(depth=1)
+    save_checkpoint(path, ours(model))
+    content = path.read_bytes()
+    needle = model.transformer.layers[0].attention.fn.qkv.weight.detach().numpy().tobytes()
+    start = content.index(needle)
+    for offset in range(0, len(needle), 97):
+        damaged = bytearray(content)
+        damaged[start + offset] ^= 0x10
+        path.write_bytes(bytes(damaged))
+        with pytest.raises(UserError, match=r"dalle_1.pt is damaged \(checksum of"):
+            verify(path)
+
+
+def test_compressed_archives_are_not_unpacked(tmp_path):
+    path = tmp_path / "dalle.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\0" * (1 << 20))
+    with pytest.raises(UserError, match="compressed archive"):
+        read_dalle(path)
+
+
+def test_paths_that_are_no_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        verify(tmp_path / "none.pt")
+    with pytest.raises(UserError, match="is a folder"):
+        read_dalle(tmp_path)
+    (tmp_path / "page.pt").write_text("<html>Not found</html>")
+    with pytest.raises(UserError, match="page.pt is no checkpoint"):
+        read_dalle(tmp_path / "page.pt")
+
+
+# ---- export
+
+
+def test_half_precision_export(tmp_path):
+    model = random_model()
+    save_checkpoint(tmp_path / "dalle_2.pt", ours(model, training={"tokenizer": {"sha256": "ab"}}))
+    export_safetensors(read_dalle(tmp_path / "dalle_2.pt"), tmp_path / "half.safetensors", torch.float16)
+    checkpoint = read_dalle(tmp_path / "half.safetensors")
+    assert all(torch.equal(checkpoint.weights[name], tensor.half()) for name, tensor in model.state_dict().items())
+    assert (
+        checkpoint.identity == {"tokenizer": {"sha256": "ab"}} and checkpoint.epoch == 2 and checkpoint.training is None
+    )
+    assert checkpoint.hparams["num_text_tokens"] == 11
+
+
+def test_export_takes_averaged_weights_unless_told_not_to(tmp_path):
+    model = random_model()
+    ema = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    save_checkpoint(tmp_path / "dalle_2.pt", ours(model, training={"engine": {"ema": ema}}))
+    for flags, expected in (([], ema), (["--no-ema"], model.state_dict())):
+        checkpoints.main(["export", str(tmp_path / "dalle_2.pt"), str(tmp_path / "out.safetensors"), *flags])
+        weights = read_dalle(tmp_path / "out.safetensors").weights
+        assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
+def test_shared_weights_are_exported_once(tmp_path):
+    save_checkpoint(
+        tmp_path / "dalle_2.pt", ours(random_model(tie_embeddings=True, attn_types=("full",), shared_attn_ids=(0,)))
+    )
+    export_safetensors(read_dalle(tmp_path / "dalle_2.pt"), tmp_path / "out.safetensors")
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    assert "text_head.weight" in names and "text_emb.weight" not in names
+    assert (
+        "transformer.layers.0.attention.fn.qkv.weight" in names
+        and "transformer.layers.1.attention.fn.qkv.weight" not in names
+    )
+
+
+def test_weights_beyond_half_precision_are_not_exported_as_infinity(tmp_path):
+    model = random_model()
+    with torch.no_grad():
+        model.norm.weight[0] = 1e6
+    save_checkpoint(tmp_path / "dalle_2.pt", ours(model))
+    with pytest.raises(UserError, match=r"'norm.weight' does not fit torch.float16"):
+        export_safetensors(read_dalle(tmp_path / "dalle_2.pt"), tmp_path / "half.safetensors", torch.float16)
+    assert not (tmp_path / "half.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "metadata, message",
+    [
+        (None, "carries no options"),
+        ({"format": "pt"}, "carries no options"),
+        ({"format": "mini-dalle", "config": "{"}, "'config' is no JSON"),
+        ({"format": "mini-dalle", "config": "[]"}, "'config' is no table"),
+        ({"format": "mini-dalle", "config": "{}"}, "'num_text_tokens' is missing"),
+        ({"format": "mini-dalle", "config": json.dumps(dict(TINY.to_dict(), depth=10**9))}, "option 'depth'"),
+        ({"format": "mini-dalle", "config": json.dumps(TINY.to_dict()), "epoch": "-1"}, "'epoch' must be"),
+        ({"format": "mini-dalle", "config": json.dumps(TINY.to_dict()), "sha256": "00"}, r"damaged \(sha256"),
+    ],
+)
+def test_refused_safetensors(tmp_path, metadata, message):
+    from safetensors.torch import save_file
+
+    save_file(random_model().state_dict(), tmp_path / "x.safetensors", metadata)
+    with pytest.raises(UserError, match=message) as caught:
+        read_dalle(tmp_path / "x.safetensors")
+    assert "x.safetensors" in str(caught.value)
+
+
+def test_command_line_ends_with_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["checkpoints", "verify", str(tmp_path / "no.pt")])
+    with pytest.raises(SystemExit) as exit_:
+        run_main(checkpoints.main)
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err == "error: checkpoint {} does not exist\n".format(tmp_path / "no.pt")
+
+
+# ---- the checkpoints of a run
+
+
+def test_order_of_a_runs_checkpoints(tmp_path):
+    names = ["dalle_0_5.pt", "dalle_1.pt", "dalle_1_9.pt", "dalle_1_10.pt", "dalle_2.pt", "dalle_10.pt"]
+    for name in reversed(names):
+        (tmp_path / name).write_bytes(b"")
+    for name in ("dalle.pt", "dalle_x.pt", "dalle_3.pt.tmp", "vqgan_4.pt", "dalle_1_2_3.pt"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "dalle_99.pt").mkdir()
+    assert [path.name for path in list_checkpoints(tmp_path)] == names
+    assert list_checkpoints(tmp_path / "none") == [] and newest_checkpoint(tmp_path / "none") is None
+    assert checkpoint_name(3) == "dalle_3.pt" and checkpoint_name(3, 120) == "dalle_3_120.pt"
+
+
+def test_newest_passes_over_damaged_ones_and_names_them(tmp_path, caplog):
+    for name in ("dalle_1.pt", "dalle_1_30.pt", "dalle_2.pt"):
+        save_checkpoint(tmp_path / name, ours())
+    assert newest_checkpoint(tmp_path).name == "dalle_2.pt"
+    (tmp_path / "dalle_2.pt").write_bytes((tmp_path / "dalle_2.pt").read_bytes()[:-200])
+    with caplog.at_level(logging.WARNING):
+        assert newest_checkpoint(tmp_path).name == "dalle_1_30.pt"
+    assert "dalle_2.pt" in caplog.text and "dalle_1_30" not in caplog.text
+
+
+def test_pruning_keeps_the_newest(tmp_path):
+    names = ["dalle_1.pt", "dalle_1_30.pt", "dalle_2.pt"]
+    kept = ["dalle.pt", "notes.txt", ".dalle_other.tmp"]
+    leftover = ".dalle_3.pt.abc123.tmp"
+    for name in [*names, *kept, leftover]:
+        (tmp_path / name).write_bytes(b"")
+    assert [path.name for path in prune_checkpoints(tmp_path, 0)] == [leftover]
+    assert [path.name for path in prune_checkpoints(tmp_path, 2)] == ["dalle_1.pt"]
+    assert prune_checkpoints(tmp_path, 5) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[1:], *kept])
