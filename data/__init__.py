@@ -1,1 +1,19 @@
-"""Pairs of text and image: the built-in demo set, COCO-style folders, and what turns them into tensors."""
+"""Pairs of text and image: COCO-style folders, the built-in demo set, and what turns them into tensors."""
+
+from data.create import DEMO, create_dataset, create_datasets
+from data.datasets import CodesDataset, DemoDataset, GeneratedDataset, ImageTextFolder, PairDataset, TextSettings
+from data.order import epoch_order, split_holdout
+
+__all__ = [
+    "DEMO",
+    "CodesDataset",
+    "DemoDataset",
+    "GeneratedDataset",
+    "ImageTextFolder",
+    "PairDataset",
+    "TextSettings",
+    "create_dataset",
+    "create_datasets",
+    "epoch_order",
+    "split_holdout",
+]

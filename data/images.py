@@ -1,10 +1,78 @@
-"""Pictures as tensors: one file -> RGB, square, resized, uint8 (3, S, S).
+"""Pictures as tensors: one file -> RGB, centre square, resized, uint8 (3, S, S).
 
-The pipeline is deterministic, so the image tokens of a photo are the same in every epoch.
+The pipeline is deterministic, so the image tokens of a photo are the same in every epoch. It equals, byte for byte, the
+published one (a random resized crop with scale 1 and ratio 1, which always falls back to the centre square, then
+torchvision's resize of a PIL picture: bilinear with antialiasing), with three additions for pictures outside COCO: a
+photo is turned upright by its EXIF orientation, as every viewer shows it; transparency becomes white; 16-bit grey keeps
+its upper 8 bits.
 """
+
+import struct
+import zlib
+from typing import Tuple, Type
 
 import torch
 from PIL import Image
+
+IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg", ".bmp")
+
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
+"""Formats that are read, whatever the file is called: large collections hold misnamed files.
+
+Pillow knows more, but some of them start other programs (EPS: Ghostscript).
+"""
+
+BROKEN_IMAGE_ERRORS: Tuple[Type[Exception], ...] = (
+    OSError,  # missing, cut off, not an image
+    SyntaxError,  # how Pillow's PNG reader reports broken chunks
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,  # more pixels than Pillow takes for honest
+)
+"""What Pillow raises for files that it cannot decode."""
+
+_EXIF_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def load_image(path: str, image_size: int) -> torch.Tensor:
+    """Read a picture as uint8 (3, image_size, image_size). Raises one of BROKEN_IMAGE_ERRORS where that fails."""
+    with Image.open(path, formats=_FORMATS) as image:
+        return image_to_tensor(prepare_image(image, image_size))
+
+
+def prepare_image(image: Image.Image, image_size: int) -> Image.Image:
+    """Return the centre square of a picture as RGB, upright, image_size pixels high and wide."""
+    image = to_rgb(_upright(image))
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    if image.size != (side, side):
+        image = image.crop((left, top, left + side, top + side))
+    if side != image_size:
+        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return the picture as RGB: transparency becomes white, 16-bit grey is scaled to 8 bits."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):  # 16-bit grey; convert("RGB") would clip nearly all of it to white
+        return image.convert("I").point(lambda value: value * (1 / 256)).convert("L").convert("RGB")
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        return flatten_on_white(image)
+    return image.convert("RGB")
 
 
 def flatten_on_white(image: Image.Image) -> Image.Image:
@@ -19,3 +87,14 @@ def image_to_tensor(image: Image.Image) -> torch.Tensor:
     """Return an RGB picture of width W and height H as a uint8 tensor (3, H, W) that owns its memory."""
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)  # (H * W * 3,)
     return flat.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()  # (3, H, W)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn a photo as its EXIF orientation says. Broken EXIF data is no reason to lose the photo: it stays as it is."""
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION)
+    except BROKEN_IMAGE_ERRORS + (TypeError, KeyError, AttributeError):
+        return image
+    # Not ImageOps.exif_transpose, which also writes the metadata anew and can fail at that.
+    turn = _TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)

@@ -1,0 +1,96 @@
+"""From the data options to data sets: a folder, the built-in demo set or random data, split for validation."""
+
+import logging
+from typing import TYPE_CHECKING, Optional, Tuple, Union
+
+from data.datasets import DemoDataset, GeneratedDataset, ImageTextFolder, PairDataset, TextSettings
+from data.demo import demo_records
+from data.folder import list_pairs
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from bpe import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+DEMO = "demo"
+"""The name that stands for the built-in set wherever a folder is expected; a folder of this name is "./demo"."""
+
+
+def create_dataset(
+    *,
+    input_folder: Optional[str],
+    tokenizer: "Tokenizer",
+    text_seq_len: int,
+    image_size: int,
+    truncate_captions: bool = False,
+    seed: int = 42,
+    null_cond_prob: float = 0.0,
+    demo_split: str = "all",
+    num_generated: int = 0,
+) -> PairDataset:
+    """Return one data set and log what is in it.
+
+    input_folder: a folder, or "demo" for the built-in set (of which `demo_split` takes "train", "heldout" or "all").
+    num_generated: more than 0 makes so many random pairs instead; `input_folder` is then not read.
+    The other arguments are those of `TextSettings`; image_size is in pixels.
+
+    Raises UserError for a missing or empty folder, and for captions that are too long and not to be truncated.
+    """
+    settings = TextSettings(tokenizer, text_seq_len, truncate_captions, seed, null_cond_prob)
+    dataset: PairDataset
+    if num_generated:
+        dataset = GeneratedDataset(num_generated, settings, image_size)
+    elif input_folder is None:
+        raise UserError("--input-folder: give a folder of images and captions, or 'demo' for the built-in set")
+    elif input_folder == DEMO:
+        dataset = DemoDataset(demo_records(demo_split), settings, image_size)
+    else:
+        dataset = ImageTextFolder(list_pairs(input_folder), settings, image_size)
+    logger.info("%s", dataset.report())
+    dataset.check_captions()
+    return dataset
+
+
+def create_datasets(
+    *,
+    input_folder: Optional[str],
+    tokenizer: "Tokenizer",
+    text_seq_len: int,
+    image_size: int,
+    truncate_captions: bool = False,
+    seed: int = 42,
+    null_cond_prob: float = 0.0,
+    validation_folder: Optional[str] = None,
+    validation_holdout: Union[int, float] = 0.01,
+    num_generated: int = 0,
+) -> Tuple[PairDataset, Optional[PairDataset]]:
+    """Return (training set, validation set or None); arguments as in `create_dataset`.
+
+    The validation set is `validation_folder` where given, else the held-out records of the demo set, else the share
+    (float) or number (int) `validation_holdout` of the pairs, drawn by seed; 0 means none. (The demo set's held-out
+    records are never trained on, whatever that number.) No caption of it is left out, and in epoch 0, at which it stays
+    as long as nobody moves it, its captions are always the same.
+    """
+
+    def create(
+        folder: Optional[str], null_cond_prob: float = 0.0, demo_split: str = "all", generated: int = 0
+    ) -> PairDataset:
+        return create_dataset(
+            input_folder=folder,
+            tokenizer=tokenizer,
+            text_seq_len=text_seq_len,
+            image_size=image_size,
+            truncate_captions=truncate_captions,
+            seed=seed,
+            null_cond_prob=null_cond_prob,
+            demo_split=demo_split,
+            num_generated=generated,
+        )
+
+    train = create(input_folder, null_cond_prob, "train", num_generated)
+    if validation_folder is not None:
+        return train, create(validation_folder, demo_split="heldout")
+    if isinstance(train, DemoDataset):
+        return train, create(DEMO, demo_split="heldout") if validation_holdout else None
+    return train.split(validation_holdout)

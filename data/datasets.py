@@ -1,0 +1,286 @@
+"""Map-style data sets of (text, image): folders of photos, the built-in demo set, random data, and cached image codes.
+
+Every data set here gives, for an index,
+
+    text   LongTensor (T,)          token ids, right-padded with 0; all 0 when the caption was left out on purpose
+    image  uint8 (3, S, S)          or, from CodesDataset, the image's codes as LongTensor (N,)
+
+Which of an image's captions that is, and whether it is left out, depends only on (seed, epoch, index). The epoch is set
+with `set_epoch`, also while loader processes are alive: it lies in shared memory.
+"""
+
+import copy
+import logging
+from typing import TYPE_CHECKING, Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
+
+import torch
+
+from data.demo import DemoRecord, demo_images
+from data.folder import FolderPairs
+from data.images import BROKEN_IMAGE_ERRORS, load_image
+from data.order import draw, draw_below, draw_unit, split_holdout
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from bpe import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+MAX_REPLACEMENTS = 16
+"""An unreadable image is replaced by another one; so many unreadable ones in a row are an error."""
+
+_TOKENIZE_BATCH = 1024
+
+Item = Tuple[torch.Tensor, torch.Tensor]
+Self = TypeVar("Self", bound="PairDataset")
+
+
+class TextSettings(NamedTuple):
+    """How captions become the `text` of an item."""
+
+    tokenizer: "Tokenizer"
+    text_seq_len: int
+    """Tokens of a caption, T."""
+    truncate_captions: bool = False
+    """Cut captions of more than T tokens instead of raising UserError."""
+    seed: int = 0
+    null_cond_prob: float = 0.0
+    """Share of captions left out (all pads), drawn per (seed, epoch, index)."""
+
+
+class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Pairs numbered 0 .. num_pairs - 1; a subclass says what their captions and images are.
+
+    Can be pickled for loader processes of any start method, which then see later calls of `set_epoch` too.
+    """
+
+    def __init__(self, num_pairs: int, settings: TextSettings) -> None:
+        self.num_pairs = num_pairs
+        self.settings = settings
+        self._indices: Optional[torch.Tensor] = None  # of the pairs in a subset; None: all
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return self.num_pairs if self._indices is None else len(self._indices)
+
+    def __getitem__(self, index: int) -> Item:
+        return self._pair(self._pair_at(index))
+
+    def text_at(self, index: int) -> torch.Tensor:
+        """Return the text of `self[index]` without reading its image."""
+        return self._text(self._pair_at(index))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw captions for this epoch from now on."""
+        self._epoch.fill_(epoch)
+
+    def subset(self: Self, indices: torch.Tensor) -> Self:
+        """Return the data set of these pairs only. Captions stay what they are: they are drawn by the pair's number.
+
+        indices: LongTensor (n,) of positions in this data set. Epochs of the two are independent.
+        """
+        part = copy.copy(self)
+        part._indices = indices.clone() if self._indices is None else self._indices[indices]
+        part._epoch = self._epoch.clone().share_memory_()
+        return part
+
+    def split(self: Self, holdout: Union[int, float]) -> Tuple[Self, Optional[Self]]:
+        """Return (training set, validation set), by seed; the validation set is None when `holdout` is 0.
+
+        holdout: number or (as float) share of the pairs to hold out. No caption of the validation set is left out.
+        """
+        train, held_out = split_holdout(len(self), holdout, self.settings.seed)
+        if not len(held_out):
+            return self, None
+        return self.subset(train), self.subset(held_out).without_null_captions()
+
+    def without_null_captions(self: Self) -> Self:
+        """Return the same pairs with every caption kept, for validation."""
+        clean = copy.copy(self)
+        clean.settings = self.settings._replace(null_cond_prob=0.0)
+        return clean
+
+    def check_captions(self) -> None:
+        """Raise UserError now, rather than hours into training, if a caption is too long to be taken whole."""
+        if self.settings.truncate_captions:
+            return
+        batch: List[str] = []
+        for caption in self._all_captions():
+            batch.append(caption)
+            if len(batch) == _TOKENIZE_BATCH:
+                self.settings.tokenizer.tokenize(batch, self.settings.text_seq_len)
+                batch = []
+        if batch:
+            self.settings.tokenizer.tokenize(batch, self.settings.text_seq_len)
+
+    def report(self) -> str:
+        """Return one line on the data found and on what was left out so far."""
+        return "{} pairs of image and captions".format(len(self))
+
+    def captions(self, pair: int) -> Sequence[str]:
+        """Return the captions of a pair."""
+        raise NotImplementedError
+
+    def image(self, pair: int) -> torch.Tensor:
+        """Return the image of a pair, uint8 (3, S, S)."""
+        raise NotImplementedError
+
+    def _pair_at(self, index: int) -> int:
+        """Return the number of the pair at a position in this (sub)set."""
+        if not 0 <= index < len(self):
+            raise IndexError("index {} of {} pairs".format(index, len(self)))
+        return index if self._indices is None else int(self._indices[index])
+
+    def _pair(self, pair: int) -> Item:
+        return self._text(pair), self.image(pair)
+
+    def _text(self, pair: int) -> torch.Tensor:
+        """Return the token ids of a pair's caption in this epoch, LongTensor (T,)."""
+        settings = self.settings
+        epoch = int(self._epoch)
+        if settings.null_cond_prob and draw_unit("null", settings.seed, epoch, pair) < settings.null_cond_prob:
+            return torch.zeros(settings.text_seq_len, dtype=torch.int64)
+        captions = self.captions(pair)
+        caption = captions[draw_below(len(captions), "caption", settings.seed, epoch, pair)]
+        return settings.tokenizer.tokenize(caption, settings.text_seq_len, settings.truncate_captions)[0]
+
+    def _all_captions(self) -> Iterator[str]:
+        pairs = range(self.num_pairs) if self._indices is None else self._indices.tolist()
+        for pair in pairs:
+            for caption in self.captions(pair):
+                yield caption
+
+
+class ImageTextFolder(PairDataset):
+    """Photos and their captions below a folder, see data/folder.py for the layout and data/images.py for the pixels.
+
+    An image that turns out to be unreadable is replaced by another pair, the same one every time, and counted.
+    """
+
+    def __init__(self, pairs: FolderPairs, settings: TextSettings, image_size: int) -> None:
+        super().__init__(len(pairs.images), settings)
+        self.pairs = pairs
+        self.image_size = image_size
+        # One flag per pair rather than a counter: loader processes share it, and setting a flag needs no lock.
+        self._unreadable = torch.zeros(self.num_pairs, dtype=torch.bool).share_memory_()
+
+    @property
+    def num_unreadable(self) -> int:
+        """Images that could not be read so far, in all loader processes."""
+        return int(self._unreadable.sum())
+
+    def captions(self, pair: int) -> List[str]:
+        return self.pairs.captions[pair].split("\n")
+
+    def image(self, pair: int) -> torch.Tensor:
+        return load_image(self.pairs.images[pair], self.image_size)
+
+    def report(self) -> str:
+        line = self.pairs.report()
+        if len(self) != self.num_pairs:
+            line += "; {} of them used here".format(len(self))
+        num_unreadable = self.num_unreadable
+        if num_unreadable:
+            example = self.pairs.images[int(self._unreadable.nonzero()[0])]
+            line += "; replaced {} unreadable images (such as {})".format(num_unreadable, example)
+        return line
+
+    def _pair(self, pair: int) -> Item:
+        for attempt in range(MAX_REPLACEMENTS):
+            source = pair if attempt == 0 else self._replacement(pair, attempt)
+            if self._unreadable[source]:
+                continue
+            try:
+                return self._text(source), self.image(source)
+            except UserError:
+                raise  # a caption that is too long: UserError is a ValueError, but the image has no part in it
+            except BROKEN_IMAGE_ERRORS as error:
+                # The first one is worth a line at once, the others are in report().
+                level = logging.DEBUG if self._unreadable.any() else logging.WARNING
+                self._unreadable[source] = True
+                logger.log(level, "cannot read %s (%s); using another pair", self.pairs.images[source], error)
+        raise UserError(
+            "{}: {} images drawn in a row cannot be read, such as {}; check --input-folder".format(
+                self.pairs.folder, MAX_REPLACEMENTS, self.pairs.images[pair]
+            )
+        )
+
+    def _replacement(self, pair: int, attempt: int) -> int:
+        """Return another pair of this (sub)set: a validation set never borrows from the training set."""
+        return self._pair_at(draw_below(len(self), "replacement", self.settings.seed, pair, attempt))
+
+
+class DemoDataset(PairDataset):
+    """The built-in demo set, with all its images in memory (48 MB at 64x64)."""
+
+    def __init__(self, records: Sequence[DemoRecord], settings: TextSettings, image_size: int = 64) -> None:
+        super().__init__(len(records), settings)
+        self.records = list(records)
+        self.images = demo_images(records, image_size)  # (n, 3, S, S)
+
+    def captions(self, pair: int) -> List[str]:
+        return [self.records[pair].caption]
+
+    def image(self, pair: int) -> torch.Tensor:
+        return self.images[pair].clone()  # a view would carry the whole set along to another process
+
+    def report(self) -> str:
+        return "demo set: {} pictures with captions".format(len(self))
+
+
+class GeneratedDataset(PairDataset):
+    """Random ids and pixels made on the host, the same for the same seed: for measuring speed without data."""
+
+    def __init__(self, num_pairs: int, settings: TextSettings, image_size: int) -> None:
+        super().__init__(num_pairs, settings)
+        self.image_size = image_size
+
+    def image(self, pair: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(draw("image", self.settings.seed, pair) >> 1)
+        shape = (3, self.image_size, self.image_size)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+    def report(self) -> str:
+        return "generated data: {} random pairs".format(len(self))
+
+    def check_captions(self) -> None:
+        """Nothing to check: the texts are ids already."""
+
+    def _text(self, pair: int) -> torch.Tensor:
+        settings = self.settings
+        generator = torch.Generator().manual_seed(draw("text", settings.seed, pair) >> 1)
+        text = torch.randint(1, settings.tokenizer.vocab_size, (settings.text_seq_len,), generator=generator)
+        length = 1 + draw_below(settings.text_seq_len, "length", settings.seed, pair)
+        text[length:] = 0
+        return text
+
+
+class CodesDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """The pairs of another data set with their images already encoded: items are (text, codes LongTensor (N,)).
+
+    codes: integers (n, N), a tensor or a NumPy array (also memory-mapped), one row for each pair of `pairs` in order.
+    """
+
+    def __init__(self, pairs: PairDataset, codes: Any) -> None:
+        if len(codes) != len(pairs):
+            message = "{} rows of image codes for {} pairs: the data changed, encode the images again"
+            raise UserError(message.format(len(codes), len(pairs)))
+        self.pairs = pairs
+        self.codes = codes
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Item:
+        row = self.codes[index]
+        if not isinstance(row, torch.Tensor):
+            row = torch.from_numpy(row.astype("int64"))  # here, for PyTorch reads no unsigned 16-bit arrays
+        return self.pairs.text_at(index), row.to(torch.int64)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw captions for this epoch from now on."""
+        self.pairs.set_epoch(epoch)
+
+    def report(self) -> str:
+        """Return one line on the data found."""
+        return self.pairs.report() + ", images already encoded"

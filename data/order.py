@@ -1,0 +1,90 @@
+"""Random choices that depend on nothing but seed, epoch and index: the order of an epoch, captions, what is held out.
+
+No generator has a state here. Every choice is a hash (SplitMix64) of what it is for, so it is the same in any process,
+in any order of access, after any interruption and under any version of PyTorch.
+"""
+
+import zlib
+from typing import Tuple, Union
+
+import torch
+
+from utils.errors import UserError
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def splitmix64(value: int) -> int:
+    """Return 64 well-mixed bits of a 64-bit value (Steele, Lea, Flood 2014: one step of SplitMix64)."""
+    value = (value + _GOLDEN) & _MASK
+    value = ((value ^ (value >> 30)) * _MIX_1) & _MASK
+    value = ((value ^ (value >> 27)) * _MIX_2) & _MASK
+    return value ^ (value >> 31)
+
+
+def draw(purpose: str, *numbers: int) -> int:
+    """Return 64 random bits for a purpose ("caption", say) and integers such as seed, epoch and index."""
+    state = zlib.crc32(purpose.encode("utf-8"))
+    for number in numbers:
+        state = splitmix64(state ^ (number & _MASK))
+    return state
+
+
+def draw_below(limit: int, purpose: str, *numbers: int) -> int:
+    """Return a random integer in [0, limit)."""
+    return (draw(purpose, *numbers) * limit) >> 64
+
+
+def draw_unit(purpose: str, *numbers: int) -> float:
+    """Return a random number in [0, 1)."""
+    return (draw(purpose, *numbers) >> 11) * 2.0**-53
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int) -> torch.Tensor:
+    """Return the order in which an epoch visits the samples: a permutation of range(num_samples) as LongTensor (n,)."""
+    return _permutation(num_samples, draw("order", seed, epoch))
+
+
+def split_holdout(num_samples: int, holdout: Union[int, float], seed: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Split range(num_samples) at random, by seed alone, into (training, held out): ascending LongTensors.
+
+    holdout: a count, or as a float in [0, 1) a share of the samples (rounded, but at least one sample unless it is 0).
+    Raises UserError when nothing would be left to train on.
+    """
+    count = holdout
+    if isinstance(holdout, float):
+        if not 0 <= holdout < 1:
+            raise UserError("the share of pairs to hold out must be at least 0 and below 1, not {}".format(holdout))
+        count = max(round(holdout * num_samples), 1) if holdout else 0
+    if count < 0 or count >= max(num_samples, 1):
+        raise UserError(
+            "cannot hold out {} of {} pairs for validation: none would be left to train on; "
+            "give --validation-fraction 0 or more pairs".format(count, num_samples)
+        )
+    order = _permutation(num_samples, draw("holdout", seed))
+    return order[count:].sort().values, order[:count].sort().values
+
+
+def _permutation(num_samples: int, key: int) -> torch.Tensor:
+    """Sort range(num_samples) by a hash of (key, index)."""
+    hashes = _splitmix64_tensor(torch.arange(num_samples, dtype=torch.int64) ^ _signed(key))
+    return torch.argsort(hashes, stable=True)
+
+
+def _splitmix64_tensor(values: torch.Tensor) -> torch.Tensor:
+    """`splitmix64` of each element, the 64 bits held in int64 (whose arithmetic wraps around as needed)."""
+    values = values + _signed(_GOLDEN)
+    values = (values ^ _shift_right(values, 30)) * _signed(_MIX_1)
+    values = (values ^ _shift_right(values, 27)) * _signed(_MIX_2)
+    return values ^ _shift_right(values, 31)
+
+
+def _shift_right(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical shift: >> of int64 repeats the sign bit, which the mask takes away again."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
