@@ -140,12 +140,14 @@ class ModelConfig(Section):
     text_seq_len: int = option(80, "text tokens of a caption", ge=1)
     image_size: int = option(256, "height and width of the images in pixels", ge=8)
     attn_types: Tuple[str, ...] = option(("full",), "attention pattern of each layer; a shorter list is repeated",
-                                         choices=("full", "axial_row", "axial_col", "conv_like"))
+                                         choices=("full", "axial_row", "axial_col", "conv_like", "conv_causal"))
     attention_impl: str = option("auto", "how attention is computed; auto: the fused one where it exists",
                                  choices=("auto", "sdpa", "explicit"))
     ff_dropout: float = option(0.0, "dropout in the feed-forward layers", ge=0, lt=1)
     attn_dropout: float = option(0.0, "dropout of the attention output", ge=0, lt=1)
     sandwich_norm: bool = option(False, "a second LayerNorm after each sub-layer")
+    layer_scale: bool = option(True, "a learned factor for each channel of each residual branch")
+    init_std: float = option(0.0, "standard deviation of the first weights; 0: PyTorch's own initialisation", ge=0)
     loss_img_weight: float = option(7.0, "weight of the image loss beside the text loss", ge=0)
     null_cond_prob: float = option(0.0, "share of captions left out in training, for guidance when generating",
                                    ge=0, le=1)

@@ -23,12 +23,9 @@ def epoch_factor(name: str, epoch: int, epochs: int) -> float:
     return 1.0
 
 
-def cosine_factor(progress: float, warmup: float, floor: float = 0.01) -> float:
-    """Return the factor at `progress` in [0, 1]: linear over the share `warmup`, then half a cosine from 1 down to `floor`."""
-    if progress < warmup:
-        return max(progress / warmup, 1e-3)
-    done = min((progress - warmup) / max(1.0 - warmup, 1e-9), 1.0)
-    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
+def cosine_factor(progress: float, floor: float = 0.01) -> float:
+    """Return the factor at `progress` in [0, 1]: half a cosine from 1 down to `floor`."""
+    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
 
 
 class Plateau:

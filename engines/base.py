@@ -1,0 +1,78 @@
+"""What train.py may ask of a device: the seam between the loop and the engines is one optimizer step."""
+
+from typing import Any, Dict, Iterator, NamedTuple, Optional
+
+from torch import Tensor, nn
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step reports: scalars, still on the device so that reading them is the caller's choice."""
+
+    loss: Tensor
+    """Mean loss of the samples this process saw, nats."""
+    text_loss: Optional[Tensor] = None
+    """Its text part."""
+    image_loss: Optional[Tensor] = None
+    """Its image part."""
+    grad_norm: Optional[Tensor] = None
+    """Euclidean norm of the whole gradient before clipping; None where the device keeps it to itself."""
+
+
+class Engine:
+    """One kind of device. Exactly one optimizer step happens per `step` (per device iteration, on an IPU)."""
+
+    name: str
+    is_main: bool
+    """This process logs and saves; exactly one does."""
+    world_size: int
+    """Processes that train together."""
+
+    def describe(self) -> str:
+        """One line on how the configuration's global batch is reached on this device."""
+        raise NotImplementedError
+
+    def steps_per_epoch(self, num_samples: int) -> int:
+        """Optimizer steps in an epoch (incomplete global batches are left out). Raises UserError when there is none."""
+        raise NotImplementedError
+
+    def loader(self, dataset: Any, epoch: int, start: int = 0) -> Iterator[Any]:
+        """Yield one batch for each optimizer step of `epoch`, from step `start` on; order and content depend only on seed and epoch."""
+        raise NotImplementedError
+
+    def prepare(self, model: nn.Module, total_samples: int = 0) -> None:
+        """Wrap, place and compile `model` (a TextToImage) and build its optimizer; logs "Compiled model in X secs"."""
+        raise NotImplementedError
+
+    def step(self, batch: Any) -> StepResult:
+        """Train on one batch of `loader`."""
+        raise NotImplementedError
+
+    def evaluate(self, dataset: Any) -> Dict[str, float]:
+        """Return mean loss, text_loss and image_loss (nats) over a whole dataset, without training."""
+        raise NotImplementedError
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Use this rate from the next step on."""
+        raise NotImplementedError
+
+    def mean(self, value: Tensor) -> float:
+        """Average a scalar over all processes."""
+        raise NotImplementedError
+
+    def model_state(self) -> Dict[str, Tensor]:
+        """Weights of the DALL-E under its own module names, on the CPU. Every process must call it."""
+        raise NotImplementedError
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Everything else that exact resume needs: optimizer, loss scale, averaged weights, random states."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Go on from `state_dict`'s result."""
+        raise NotImplementedError
+
+    def barrier(self) -> None:
+        """Wait until every process has come here."""
+
+    def close(self) -> None:
+        """Release the device and leave the process group."""

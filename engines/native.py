@@ -1,0 +1,302 @@
+"""Plain PyTorch on CPU or CUDA: one process, or several under torchrun (DistributedDataParallel over gloo or nccl)."""
+
+import contextlib
+import functools
+import logging
+import os
+import time
+from itertools import islice
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+
+from args import Config
+from data import epoch_order
+from engines.base import Engine, StepResult
+from models.dalle import TextToImage
+from utils.errors import UsageError, UserError
+
+logger = logging.getLogger(__name__)
+
+
+class Batching(NamedTuple):
+    """How one process takes its share of the global batch: `accumulation` micro-batches of `micro` samples."""
+
+    micro: int
+    accumulation: int
+    world_size: int
+
+    @property
+    def per_rank(self) -> int:
+        """Samples of one process in one optimizer step."""
+        return self.micro * self.accumulation
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of all processes in one optimizer step."""
+        return self.per_rank * self.world_size
+
+
+def share_batch(global_batch: int, batch_size: int, world_size: int) -> Batching:
+    """Split a global batch over processes, in micro-batches of at most `batch_size` samples, all of one size.
+
+    Equal sizes keep the mean of means equal to the mean over all samples, so the result does not depend on the split.
+    """
+    if global_batch % world_size:
+        raise UsageError(
+            "the global batch of {} (--batch-size x --gradient-accumulation x --replication-factor) cannot be shared equally "
+            "by {} processes; change --gradient-accumulation or torchrun's --nproc-per-node".format(global_batch, world_size))
+    per_rank = global_batch // world_size
+    micro = next(size for size in range(min(batch_size, per_rank), 0, -1) if per_rank % size == 0)
+    return Batching(micro, per_rank // micro, world_size)
+
+
+def pick_device(wanted: str, local_rank: int) -> torch.device:
+    """Return the torch device for --device auto, cpu or cuda. Raises UsageError when it is not there."""
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError("--device cuda: PyTorch {} sees no CUDA GPU here; use --device cpu or auto".format(torch.__version__))
+        if local_rank >= torch.cuda.device_count():
+            raise UsageError("torchrun started more processes than the {} GPUs of this machine; lower --nproc-per-node".format(
+                torch.cuda.device_count()))
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    return torch.device(wanted)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> List[Dict[str, Any]]:
+    """Split trainable parameters into those with weight decay and vectors (biases, norms, LayerScale) without."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if p.numel() != max(p.shape)]
+    vectors = [p for p in trainable if p.numel() == max(p.shape)]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+class NativeEngine(Engine):
+    """The model on one device for each process."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        execution = config.execution
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.device = pick_device(execution.device, int(os.environ.get("LOCAL_RANK", "0")))
+        self.name = self.device.type
+        self.is_main = self.rank == 0
+        self.batching = share_batch(config.global_batch, execution.batch_size, self.world_size)
+        if execution.threads:
+            torch.set_num_threads(execution.threads)
+        if self.world_size > 1:
+            dist.init_process_group("nccl" if self.name == "cuda" else "gloo")
+        precision = execution.native_precision(self.name)
+        self.autocast_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.precision = precision
+        self.scaler = torch.amp.GradScaler(
+            self.name, enabled=precision == "fp16", init_scale=float(config.optimizer.loss_scaling))
+        if self.name == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = True
+            torch.backends.cudnn.allow_tf32 = True
+        self.model: Optional[TextToImage] = None
+        self.averaged: Optional[Dict[str, Tensor]] = None
+        self.num_updates = 0
+
+    def describe(self) -> str:
+        batching = self.batching
+        return ("{}, {}: global batch {} = {} process{} x {} micro-batch{} x {} sample{}".format(
+            self.device, self.precision, batching.global_batch,
+            batching.world_size, "es" if batching.world_size > 1 else "",
+            batching.accumulation, "es" if batching.accumulation > 1 else "",
+            batching.micro, "s" if batching.micro > 1 else ""))
+
+    # Data
+
+    def steps_per_epoch(self, num_samples: int) -> int:
+        steps = num_samples // self.batching.global_batch
+        if steps == 0:
+            raise UserError(
+                "{} training samples do not fill one global batch of {} (--batch-size x --gradient-accumulation x "
+                "--replication-factor); lower --gradient-accumulation or give more data".format(num_samples, self.batching.global_batch))
+        return steps
+
+    def loader(self, dataset: Any, epoch: int, start: int = 0) -> Iterator[Any]:
+        dataset.set_epoch(epoch)
+        order = epoch_order(len(dataset), self.config.execution.random_seed, epoch)
+        batching, steps = self.batching, self.steps_per_epoch(len(dataset))
+        # (steps, processes, micro-batches, samples): every process takes its own part of each step's global batch.
+        shares = order[: steps * batching.global_batch].view(steps, batching.world_size, batching.accumulation, batching.micro)
+        micro_batches = shares[start:, self.rank].flatten(0, 1).tolist()
+        source = iter(self._data_loader(dataset, micro_batches))
+        for _ in range(start, steps):
+            yield islice(source, batching.accumulation)
+
+    def _data_loader(self, dataset: Any, batches: List[List[int]]) -> DataLoader:
+        workers = self.config.data.dataloader_workers
+        return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=self.name == "cuda",
+                          prefetch_factor=4 if workers else None)
+
+    def _to_device(self, batch: Any) -> List[Tensor]:
+        return [tensor.to(self.device, non_blocking=True) for tensor in batch]
+
+    # Model
+
+    def prepare(self, model: TextToImage, total_samples: int = 0) -> None:
+        begin = time.perf_counter()
+        execution, options = self.config.execution, self.config.optimizer
+        self.model = model.to(self.device)
+        if execution.activation_checkpointing:
+            for block in self.model.dalle.transformer.layers:
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[options.optimizer]
+        self.optimizer = kind(
+            parameter_groups(self.model, options.weight_decay), lr=options.learning_rate, betas=(options.beta1, options.beta2),
+            eps=options.eps, fused=True)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if options.ema_decay:
+            self.averaged = {key: value.detach().clone() for key, value in self.model.dalle.state_dict().items()}
+        self.module: nn.Module = self.model
+        if self.world_size > 1:
+            self.module = DistributedDataParallel(
+                self.model, device_ids=[self.device.index] if self.name == "cuda" else None, broadcast_buffers=False,
+                gradient_as_bucket_view=True)
+        if execution.compile:
+            self.module = torch.compile(self.module)
+            self._warm_up()
+        logger.info("Compiled model in %.2f secs", time.perf_counter() - begin)
+
+    def _warm_up(self) -> None:
+        """Run one micro-batch of zeros forward and backward, so that compilation happens here and not in the first step."""
+        config = self.model.dalle.config
+        text = torch.zeros(self.batching.micro, config.text_seq_len, dtype=torch.long, device=self.device)
+        codes = torch.zeros(self.batching.micro, config.image_seq_len, dtype=torch.long, device=self.device)
+        with torch.random.fork_rng(devices=[self.device] if self.name == "cuda" else []):
+            self.module.train()
+            self._losses(text, codes).total.backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _losses(self, text: Tensor, images: Tensor) -> Any:
+        # The codes are looked up outside autocast: they must not depend on the precision of the transformer.
+        codes = self.model.codes(images)
+        with torch.autocast(self.name, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            return self.module(text, codes)
+
+    def step(self, batch: Any) -> StepResult:
+        self.module.train()
+        accumulation = self.batching.accumulation
+        sums = torch.zeros(3, device=self.device)
+        for index, micro_batch in enumerate(batch):
+            text, images = self._to_device(micro_batch)
+            last = index == accumulation - 1
+            with contextlib.nullcontext() if last or self.world_size == 1 else self.module.no_sync():
+                losses = self._losses(text, images)
+                self.scaler.scale(losses.total / accumulation).backward()
+            sums += torch.stack([losses.total.detach(), losses.text.detach(), losses.image.detach()]).float()
+        self.scaler.unscale_(self.optimizer)
+        clip = self.config.optimizer.clip_grad_norm or float("inf")
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.num_updates += 1
+        self._update_average()
+        sums /= accumulation
+        return StepResult(sums[0], sums[1], sums[2], grad_norm.detach())
+
+    def _update_average(self) -> None:
+        if self.averaged is None:
+            return
+        # A short history must not be dominated by the random start: the decay grows towards its final value.
+        decay = min(self.config.optimizer.ema_decay, (1 + self.num_updates) / (10 + self.num_updates))
+        state = self.model.dalle.state_dict()
+        torch._foreach_lerp_(list(self.averaged.values()), [state[key] for key in self.averaged], 1.0 - decay)
+
+    @contextlib.contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """Within the context the model holds the averaged weights, where there are any."""
+        if self.averaged is None:
+            yield
+            return
+        own = {key: value.detach().clone() for key, value in self.model.dalle.state_dict().items()}
+        self.model.dalle.load_state_dict(self.averaged)
+        try:
+            yield
+        finally:
+            self.model.dalle.load_state_dict(own)
+
+    def evaluate(self, dataset: Any) -> Dict[str, float]:
+        dataset.set_epoch(0)
+        mine = list(range(self.rank, len(dataset), self.world_size))
+        size = max(self.batching.micro, 8)
+        batches = [mine[first : first + size] for first in range(0, len(mine), size)]
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        self.model.eval()
+        with torch.no_grad(), self._averaged_weights():
+            for batch in self._data_loader(dataset, batches):
+                text, images = self._to_device(batch)
+                with torch.autocast(self.name, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+                    losses = self.model(text, self.model.codes(images))
+                sums += torch.stack([*losses, torch.ones_like(losses.total)]).double() * len(text)
+        if self.world_size > 1:
+            dist.all_reduce(sums)
+        total, text_loss, image_loss = (sums[:3] / sums[3].clamp(min=1)).tolist()
+        return {"loss": total, "text_loss": text_loss, "image_loss": image_loss}
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def mean(self, value: Tensor) -> float:
+        value = value.detach().clone().double()
+        if self.world_size > 1:
+            dist.all_reduce(value)
+            value /= self.world_size
+        return float(value)
+
+    # State
+
+    def model_state(self) -> Dict[str, Tensor]:
+        return {key: value.detach().cpu().clone() for key, value in self.model.dalle.state_dict().items()}
+
+    def state_dict(self) -> Dict[str, Any]:
+        random_state = {"cpu": torch.get_rng_state()}
+        if self.name == "cuda":
+            random_state["cuda"] = torch.cuda.get_rng_state(self.device)
+        states = [random_state]
+        if self.world_size > 1:
+            states = [{} for _ in range(self.world_size)]
+            dist.all_gather_object(states, random_state)
+        average = None if self.averaged is None else {key: value.cpu().clone() for key, value in self.averaged.items()}
+        return {"engine": "native", "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "ema": average,
+                "num_updates": self.num_updates, "random_states": states}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        if state.get("engine") != "native":
+            logger.warning("the checkpoint's optimizer state is of another engine (%s): it is dropped", state.get("engine"))
+            return
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        self.num_updates = state["num_updates"]
+        if self.averaged is not None and state["ema"] is not None:
+            self.averaged = {key: value.to(self.device) for key, value in state["ema"].items()}
+        states = state["random_states"]
+        if len(states) != self.world_size:
+            logger.warning("the checkpoint was written by %d processes, now there are %d: random states are new", len(states), self.world_size)
+            return
+        torch.set_rng_state(states[self.rank]["cpu"])
+        if "cuda" in states[self.rank] and self.name == "cuda":
+            torch.cuda.set_rng_state(states[self.rank]["cuda"], self.device)
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,388 @@
+"""Train a DALL-E on pairs of image and caption.
+
+    python train.py --config demo                                   # the built-in pictures, a quarter of an hour
+    python train.py --config L16 --input-folder data/COCO           # the published model on COCO
+    torchrun --nproc-per-node 8 train.py --config L16_POD16 --input-folder data/COCO
+    python train.py --config L16 --input-folder data/COCO --resume  # go on at the very next step
+
+The loop never asks which device it has: engines/ does.
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, NamedTuple, Optional, Tuple
+
+import torch
+
+import args
+import data
+import engines
+import log
+from args import Config
+from bpe import Tokenizer, load_tokenizer
+from engines import Engine
+from models.config import DalleConfig
+from models.dalle import DALLE, TextToImage
+from models.vqgan import VQGAN, default_vqgan, load_vqgan
+from utils import checkpoints, schedules
+from utils.errors import UserError, run_main
+
+logger = logging.getLogger(__name__)
+
+#: Samples of a --generated-data epoch, unless two global batches need more.
+GENERATED_SAMPLES = 1024
+
+
+@dataclass
+class Position:
+    """How far a run has come. Saved with every checkpoint; a resumed run starts at the very next step."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+    """Optimizer steps in all."""
+    seconds: float = 0.0
+    """Time spent in training steps so far, for --max-minutes."""
+
+
+class Parts(NamedTuple):
+    """What a run is made of."""
+
+    tokenizer: Tokenizer
+    vqgan_paths: Tuple[Path, Path]
+    vqgan: VQGAN
+    train_set: Any
+    validation_set: Optional[Any]
+
+
+class Start(NamedTuple):
+    """A checkpoint to begin from, and its file's name."""
+
+    path: Path
+    checkpoint: checkpoints.DalleCheckpoint
+
+
+def main() -> None:
+    """Run training as the command line says."""
+    config = args.parse()
+    engine = engines.create(config)
+    try:
+        log.setup(config.log_dir, engine.is_main)
+        logger.info("%s", config.describe())
+        logger.info("%s", engine.describe())
+        train(config, engine)
+    finally:
+        engine.close()
+
+
+def train(config: Config, engine: Engine) -> None:
+    """Build everything, then train: one checkpoint, validation and line of metrics after each epoch."""
+    torch.manual_seed(config.execution.random_seed)
+    folder = Path(config.checkpoints.checkpoint_output_dir)
+    start = find_start(config, folder)
+    resuming = config.checkpoints.resume and start is not None
+    parts = build_parts(config)
+    model = build_model(config, parts, start)
+    steps_per_epoch = engine.steps_per_epoch(len(parts.train_set))
+    engine.prepare(model)
+    schedule = Schedule(config, steps_per_epoch)
+    position = Position()
+    if resuming:
+        position = restore(start, engine, schedule, parts)
+        logger.info("resumed %s: epoch %d, step %d", start.path, position.epoch, position.step)
+    saver = Saver(config, engine, schedule, parts, folder, model.dalle.config, resuming)
+    metrics = log.Metrics(
+        config.log_dir, engine.is_main, config.misc.tensorboard, config.misc.wandb, config.misc.wandb_project_name,
+        config.misc.wandb_run_name, config.to_dict(), resume_step=position.step if resuming else None)
+    progress = log.progress(schedule.total_steps, "training", position.step, is_main=engine.is_main, plain=False,
+                            max_seconds=max(0.0, schedule.max_seconds - position.seconds) if schedule.max_seconds else 0.0)
+    with metrics, progress:
+        run(config, engine, parts, schedule, position, saver, metrics, progress)
+        finish(config, engine, progress)
+
+
+def run(config: Config, engine: Engine, parts: Parts, schedule: "Schedule", position: Position, saver: "Saver",
+        metrics: log.Metrics, progress: log.Progress) -> None:
+    """The loop over epochs and steps, from `position` to the end; `position` moves along."""
+    global_batch, every = config.global_batch, config.misc.log_every
+    while position.epoch < config.execution.epochs:
+        for batch in engine.loader(parts.train_set, position.epoch, position.step_in_epoch):
+            begin = time.perf_counter()
+            learning_rate = schedule.learning_rate(position)
+            engine.set_learning_rate(learning_rate)
+            result = engine.step(batch)
+            position.step += 1
+            position.step_in_epoch += 1
+            # Reading the loss waits for the device, so it is only done when it is shown.
+            due = position.step % every == 0 or position.step == schedule.total_steps or position.step == 1
+            if due:
+                losses = {"loss": engine.mean(result.loss)}
+                if result.image_loss is not None:
+                    losses.update(text_loss=engine.mean(result.text_loss), image_loss=engine.mean(result.image_loss))
+                schedule.note_loss(losses["loss"])
+            position.seconds += engine.mean(torch.tensor(time.perf_counter() - begin)) if schedule.max_seconds else 0.0
+            progress.update(1, global_batch, **({"loss": losses["loss"]} if due else {}))
+            if due:
+                report_step(position, schedule, losses, result.grad_norm, learning_rate, metrics, progress)
+            if schedule.finished(position):
+                break
+            if config.checkpoints.checkpoint_save_steps and position.step % config.checkpoints.checkpoint_save_steps == 0:
+                with progress.paused():
+                    saver.save(position, "dalle_{}_{}.pt".format(position.epoch, position.step))
+        with progress.paused():
+            end_epoch(engine, parts, schedule, position, saver, metrics)
+        if schedule.finished(position):
+            return
+
+
+def report_step(position: Position, schedule: "Schedule", losses: Dict[str, float], grad_norm: Optional[torch.Tensor],
+                learning_rate: float, metrics: log.Metrics, progress: log.Progress) -> None:
+    """Log a step's losses to console, file and metrics."""
+    norm = None if grad_norm is None else float(grad_norm)
+    logger.info("%s", log.step_line(
+        position.step, schedule.total_steps, position.epoch, losses["loss"], losses.get("text_loss", float("nan")),
+        losses.get("image_loss", float("nan")), learning_rate, progress.samples_per_second), extra=log.DETAIL)
+    metrics.log("train", position.step, epoch=position.epoch, learning_rate=learning_rate, grad_norm=norm,
+                samples_per_second=progress.samples_per_second, **losses)
+
+
+def end_epoch(engine: Engine, parts: Parts, schedule: "Schedule", position: Position, saver: "Saver",
+              metrics: log.Metrics) -> None:
+    """Validate, tell the schedule, move to the next epoch and save."""
+    epoch, complete = position.epoch, position.step_in_epoch == schedule.steps_per_epoch
+    if parts.validation_set is not None:
+        losses = engine.evaluate(parts.validation_set)
+        logger.info("%s", log.validation_line(position.step, epoch, **losses))
+        metrics.log("validation", position.step, epoch=epoch, **losses)
+        schedule.end_epoch(losses["loss"])
+    else:
+        schedule.end_epoch(None)
+    if complete:
+        position.epoch, position.step_in_epoch = epoch + 1, 0
+    saver.save(position, "dalle_{}.pt".format(epoch) if complete else "dalle_{}_{}.pt".format(epoch, position.step))
+
+
+def finish(config: Config, engine: Engine, progress: log.Progress) -> None:
+    """Draw loss.png and say where everything is."""
+    if not engine.is_main:
+        return
+    logger.info("%s", log.throughput_line(progress.overall_samples_per_second))
+    curve = config.log_dir / "loss.png"
+    if log.plot_losses(config.log_dir / "metrics.jsonl", curve):
+        logger.info("losses: %s and %s", config.log_dir / "metrics.jsonl", curve)
+
+
+# Building ---------------------------------------------------------------------------------------------------------------
+
+
+def build_parts(config: Config) -> Parts:
+    """Open tokenizer, VQGAN, data sets and the checkpoint to start from."""
+    tokenizer = load_tokenizer(config.data.bpe_path)
+    paths = vqgan_paths(config)
+    vqgan = load_vqgan(*paths)
+    options, generated = config.data, config.data.generated_data or config.data.synthetic_data
+    train_set, validation_set = data.create_datasets(
+        input_folder=options.input_folder, tokenizer=tokenizer, text_seq_len=config.model.text_seq_len,
+        image_size=config.model.image_size, truncate_captions=options.truncate_captions,
+        seed=config.execution.random_seed, null_cond_prob=config.model.null_cond_prob,
+        validation_folder=options.validation_folder, validation_holdout=0.0 if generated else options.validation_fraction,
+        num_generated=max(GENERATED_SAMPLES, 2 * config.global_batch) if generated else 0)
+    if isinstance(train_set, data.DemoDataset):
+        train_set, validation_set = encoded(train_set, vqgan), validation_set and encoded(validation_set, vqgan)
+    return Parts(tokenizer, paths, vqgan, train_set, validation_set)
+
+
+@torch.no_grad()
+def encoded(dataset: data.PairDataset, vqgan: VQGAN) -> data.CodesDataset:
+    """Encode a small data set once, in memory, instead of each image again in every epoch."""
+    batches = [range(first, min(first + 32, len(dataset))) for first in range(0, len(dataset), 32)]
+    codes = [vqgan.encode(torch.stack([dataset.image(index) for index in batch]).float() / 255) for batch in batches]
+    return data.CodesDataset(dataset, torch.cat(codes))
+
+
+def vqgan_paths(config: Config) -> Tuple[Path, Path]:
+    """Weights and YAML of the VQGAN: those given, or the published f16-1024 model (downloaded once)."""
+    model = config.model
+    if model.vqgan_model_path is None:
+        return default_vqgan()
+    return Path(model.vqgan_model_path), Path(model.vqgan_config_path)
+
+
+def dalle_config(config: Config, tokenizer: Tokenizer, vqgan: VQGAN) -> DalleConfig:
+    """The model that a configuration, a vocabulary and a VQGAN describe."""
+    options = config.model
+    return DalleConfig(
+        num_text_tokens=tokenizer.vocab_size, num_image_tokens=vqgan.num_codes, text_seq_len=options.text_seq_len,
+        grid=options.image_size // vqgan.config.downsampling, dim=options.hidden_size, depth=options.num_hidden_layers,
+        heads=options.num_attention_heads, dim_head=options.dim_head, attn_types=options.attn_types,
+        loss_img_weight=options.loss_img_weight, attn_dropout=options.attn_dropout, ff_dropout=options.ff_dropout,
+        sandwich_norm=options.sandwich_norm, layer_scale=options.layer_scale, init_std=options.init_std)
+
+
+def build_model(config: Config, parts: Parts, start: Optional[Start]) -> TextToImage:
+    """A new model, or the one of a checkpoint."""
+    wanted = dalle_config(config, parts.tokenizer, parts.vqgan)
+    if start is not None:
+        own = DalleConfig.from_dict(start.checkpoint.config)
+        for name in ("num_text_tokens", "num_image_tokens", "text_seq_len", "grid"):
+            if getattr(own, name) != getattr(wanted, name):
+                raise UserError("{} has {} = {}, but the configuration, vocabulary and VQGAN given here make it {}".format(
+                    start.path, name, getattr(own, name), getattr(wanted, name)))
+        wanted = own
+    implementation = "explicit" if config.model.attention_impl == "explicit" else "sdpa"
+    dalle = DALLE(wanted, implementation)
+    if start is not None:
+        dalle.load_state_dict(start.checkpoint.weights)
+    logger.info("DALL-E: %.2f M parameters, %d text + %d image tokens", sum(p.numel() for p in dalle.parameters()) / 1e6,
+                wanted.text_seq_len, wanted.image_seq_len)
+    return TextToImage(dalle, parts.vqgan)
+
+
+class Schedule:
+    """When training ends and which learning rate each step takes."""
+
+    def __init__(self, config: Config, steps_per_epoch: int) -> None:
+        execution = config.execution
+        self.options, self.epochs, self.steps_per_epoch = config.optimizer, execution.epochs, steps_per_epoch
+        self.total_steps = min(filter(None, (execution.epochs * steps_per_epoch, execution.max_steps)))
+        self.max_seconds = 60.0 * execution.max_minutes
+        self.plateau = schedules.Plateau(self.options.learning_rate)
+        self.losses = [0.0, 0]  # sum and number of the training losses seen in this epoch
+
+    def finished(self, position: Position) -> bool:
+        """Whether the step or time limit is reached."""
+        return position.step >= self.total_steps or bool(self.max_seconds and position.seconds >= self.max_seconds)
+
+    def learning_rate(self, position: Position) -> float:
+        """The rate of the next step."""
+        name, base = self.options.lr_scheduler, self.options.learning_rate
+        if name == "ReduceLROnPlateau":
+            return self.plateau.learning_rate
+        if name == "cosine":
+            progress = position.step / self.total_steps
+            if self.max_seconds:  # whichever limit comes first ends the cosine
+                progress = max(progress, position.seconds / self.max_seconds)
+            ramp = min(1.0, (position.step + 1) / (self.options.warmup_steps + 1))
+            return base * ramp * schedules.cosine_factor(progress)
+        return base * schedules.epoch_factor(name, position.epoch, self.epochs)
+
+    def note_loss(self, loss: float) -> None:
+        """Remember a training loss for the plateau."""
+        self.losses = [self.losses[0] + loss, self.losses[1] + 1]
+
+    def end_epoch(self, validation_loss: Optional[float]) -> None:
+        """Tell the plateau the epoch's loss: of validation, or the mean training loss where there is none."""
+        mean = self.losses[0] / self.losses[1] if self.losses[1] else float("inf")
+        self.plateau.step(mean if validation_loss is None else validation_loss)
+        self.losses = [0.0, 0]
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Plain values that `load_state_dict` takes."""
+        return {"plateau": self.plateau.state_dict(), "losses": list(self.losses)}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Go on from a state_dict."""
+        self.plateau.load_state_dict(state["plateau"])
+        self.losses = list(state["losses"])
+
+
+# Checkpoints ------------------------------------------------------------------------------------------------------------
+
+
+class Saver:
+    """Writes checkpoints: the published layout, plus what exact resume needs."""
+
+    def __init__(self, config: Config, engine: Engine, schedule: Schedule, parts: Parts, folder: Path,
+                 model_config: DalleConfig, resuming: bool) -> None:
+        self.config, self.engine, self.schedule, self.parts, self.folder = config, engine, schedule, parts, folder
+        self.model_config = model_config
+        self.saved_step = -1  # step of the newest checkpoint
+        self.fresh = not resuming  # whether the folder may hold another run's checkpoints
+
+    def save(self, position: Position, name: str) -> None:
+        """Save to `name` in the checkpoint folder, unless this very step is saved already; drop old ones as configured."""
+        if self.saved_step == position.step or not self.config.checkpoints.checkpoint_output_dir:
+            return
+        weights, state = self.engine.model_state(), self.engine.state_dict()  # every process takes part
+        if self.engine.is_main:
+            if self.fresh:
+                move_aside(self.folder)
+                self.fresh = False
+            begin = time.perf_counter()
+            checkpoints.save_checkpoint(self.folder / name, checkpoints.dalle_checkpoint(
+                self.model_config.to_dict(), weights, position.epoch, state.pop("optimizer"), self.schedule.state_dict(),
+                published_hparams(self.config), self.training_state(position, state)))
+            logger.info("saved %s in %.1f s", self.folder / name, time.perf_counter() - begin, extra=log.DETAIL)
+            checkpoints.prune_checkpoints(self.folder, self.config.checkpoints.keep_checkpoints)
+        self.saved_step = position.step
+        self.engine.barrier()
+
+    def training_state(self, position: Position, engine_state: Dict[str, Any]) -> Dict[str, Any]:
+        """What exact resume needs besides weights, optimizer and schedule."""
+        weights, config = self.parts.vqgan_paths
+        tokenizer = dict(self.parts.tokenizer.identity, path=self.config.data.bpe_path or "")
+        vqgan = {"sha256": self.parts.vqgan.identity, "weights": str(weights), "config": str(config)}
+        return {
+            "position": dict(vars(position)), "ema": engine_state.pop("ema", None), "engine": engine_state,
+            "identity": {"tokenizer": tokenizer, "vqgan": vqgan}, "num_samples": len(self.parts.train_set),
+            "config": self.config.to_dict(),
+        }
+
+
+def move_aside(folder: Path) -> None:
+    """Rename a folder that holds an earlier run's checkpoints to the first free of folder.1, folder.2, ..."""
+    if not checkpoints.list_checkpoints(folder):
+        return
+    number = 1
+    while folder.with_name("{}.{}".format(folder.name, number)).exists():
+        number += 1
+    earlier = folder.with_name("{}.{}".format(folder.name, number))
+    folder.rename(earlier)
+    logger.info("the checkpoints of an earlier run are now in %s (--resume would have gone on from them)", earlier)
+
+
+def published_hparams(config: Config) -> Dict[str, Any]:
+    """The hparams of the published layout that say nothing about the model but where its parts lay."""
+    ipu = config.ipu
+    return {"embedding_ipu_id": ipu.embedding_ipu_id, "embedding_serialization_factor": ipu.embedding_serialization_factor,
+            "layers_per_ipu": list(ipu.layers_per_ipu), "cls_ipu_id": ipu.cls_ipu_id, "fp16": config.execution.fp16,
+            "byteio": ipu.byteio}
+
+
+def find_start(config: Config, folder: Path) -> Optional[Start]:
+    """The checkpoint to begin from: the newest complete one with --resume, or --pretrained-checkpoint; else None."""
+    if config.checkpoints.pretrained_checkpoint:
+        path = Path(config.checkpoints.pretrained_checkpoint)
+        return Start(path, checkpoints.read_dalle(path))
+    if not config.checkpoints.resume:
+        return None
+    newest = checkpoints.newest_checkpoint(folder)
+    if newest is None:
+        logger.info("--resume: no complete checkpoint in %s, starting from the beginning", folder)
+        return None
+    checkpoint = checkpoints.read_dalle(newest)
+    if checkpoint.training is None:
+        raise UserError("--resume: {} holds no training state; start from it with --pretrained-checkpoint".format(newest))
+    return Start(newest, checkpoint)
+
+
+def restore(start: Start, engine: Engine, schedule: Schedule, parts: Parts) -> Position:
+    """Give engine and schedule their states back and return the position to go on from."""
+    training, identity = start.checkpoint.training, start.checkpoint.identity
+    for what, flag, own in (("tokenizer", "--bpe-path", parts.tokenizer.identity["sha256"]),
+                            ("vqgan", "--vqgan-model-path", parts.vqgan.identity)):
+        if identity[what]["sha256"] != own:
+            raise UserError("--resume: {} was trained with another file ({}) than {} names now".format(
+                start.path, identity[what].get("path") or identity[what].get("weights") or "CLIP vocabulary", flag))
+    if training["num_samples"] != len(parts.train_set):
+        logger.warning("the training set has %d samples, it had %d when %s was written: their order is a new one",
+                       len(parts.train_set), training["num_samples"], start.path)
+    engine.load_state_dict(dict(training["engine"], optimizer=start.checkpoint.opt_state, ema=training["ema"]))
+    schedule.load_state_dict(start.checkpoint.scheduler_state)
+    return Position(**training["position"])
+
+
+if __name__ == "__main__":
+    run_main(main)
