@@ -1,6 +1,6 @@
 """What train.py may ask of a device: the seam between the loop and the engines is one optimizer step."""
 
-from typing import Any, Dict, Iterator, NamedTuple, Optional
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
 from torch import Tensor, nn
 
@@ -16,6 +16,14 @@ class StepResult(NamedTuple):
     """Its image part."""
     grad_norm: Optional[Tensor] = None
     """Euclidean norm of the whole gradient before clipping; None where the device keeps it to itself."""
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> List[Dict[str, Any]]:
+    """Split trainable parameters into those with weight decay and vectors (biases, norms, LayerScale) without."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if p.numel() != max(p.shape)]
+    vectors = [p for p in trainable if p.numel() == max(p.shape)]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
 class Engine:
@@ -39,8 +47,12 @@ class Engine:
         """Yield one batch for each optimizer step of `epoch`, from step `start` on; order and content depend only on seed and epoch."""
         raise NotImplementedError
 
-    def prepare(self, model: nn.Module, total_samples: int = 0) -> None:
-        """Wrap, place and compile `model` (a TextToImage) and build its optimizer; logs "Compiled model in X secs"."""
+    def prepare(self, model: nn.Module, dataset: Any = None) -> None:
+        """Wrap, place and compile `model` (a TextToImage) and build its optimizer; logs "Compiled model in X secs".
+
+        dataset: what will be trained on. One of its items tells a compiler whether images or their codes are coming; without
+        it, images are if the model has a VQGAN.
+        """
         raise NotImplementedError
 
     def step(self, batch: Any) -> StepResult:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from args import Config
 from data import epoch_order
-from engines.base import Engine, StepResult
+from engines.base import Engine, StepResult, parameter_groups
 from models.dalle import TextToImage
 from utils.errors import UsageError, UserError
 
@@ -69,14 +69,6 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     return torch.device(wanted)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> List[Dict[str, Any]]:
-    """Split trainable parameters into those with weight decay and vectors (biases, norms, LayerScale) without."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trainable if p.numel() != max(p.shape)]
-    vectors = [p for p in trainable if p.numel() == max(p.shape)]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
 class NativeEngine(Engine):
@@ -146,7 +138,7 @@ class NativeEngine(Engine):
 
     # Model
 
-    def prepare(self, model: TextToImage, total_samples: int = 0) -> None:
+    def prepare(self, model: TextToImage, dataset: Any = None) -> None:
         begin = time.perf_counter()
         execution, options = self.config.execution, self.config.optimizer
         self.model = model.to(self.device)
