@@ -3,8 +3,8 @@
     python -m bpe.train --captions captions_train2017.json --vocab-size 8192 --output bpe/my_vocab.txt
 
 Captions come from COCO caption files (.json), folders of text files (.txt, searched at every depth) and single text
-files; text files hold one caption per line. The ids 0-3 are pad, unknown, begin and end; the word start U+2581 is 4, then come
-the characters, the most frequent first, then the merges. Equal captions give an equal file on every machine and version.
+files; text files hold one caption per line. The ids 0-3 are pad, unknown, begin and end; the word start U+2581 is 4,
+then come the characters, the most frequent first, then the merges. Equal captions give an equal file on every machine.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def _read_coco(path: Path) -> Iterator[str]:
 
 
 def count_words(captions: Iterable[str]) -> Counter[str]:
-    """Return how often each word occurs. A blank before a full stop goes, as when captions are prepared for training."""
+    """Return how often each word occurs. A blank before a full stop goes, as when captions are prepared."""
     words: Counter[str] = collections.Counter()
     for caption in captions:
         words.update(split_words(" ".join(caption.split()).replace(" .", ".")))
@@ -89,7 +89,7 @@ def count_words(captions: Iterable[str]) -> Counter[str]:
 
 
 def choose_alphabet(words: Counter[str], coverage: float) -> List[str]:
-    """Return the characters to keep, most frequent first: the fewest that make up `coverage` (0-1] of all characters."""
+    """Return the most frequent characters, in order: the fewest that make up `coverage` (0-1] of all of them."""
     counts: Counter[str] = collections.Counter()
     for word, count in words.items():
         for char in word:
@@ -153,9 +153,9 @@ def learn_merges(
 ) -> List[Tuple[int, int, int]]:
     """Return up to `num_merges` merges (left, right, result), each of the pair that is the most frequent by then.
 
-    `tokens` holds the ids of each word and is changed in place; `counts` how often each word occurs. Results are numbered from
-    `first_id`. Of equally frequent pairs, the one of older tokens goes first. Fewer merges come back when every word has
-    become one token.
+    `tokens` holds the ids of each word and is changed in place; `counts` how often each word occurs. Results are
+    numbered from `first_id`. Of equally frequent pairs, the one of older tokens goes first. Fewer merges come back when
+    every word has become one token.
     """
     totals: Dict[Pair, int] = collections.defaultdict(int)
     places: Dict[Pair, Set[int]] = collections.defaultdict(set)
@@ -206,7 +206,7 @@ def learn_merges(
 def learn_vocabulary(captions: Iterable[str], vocab_size: int, coverage: float = 1.0) -> YttmVocabulary:
     """Learn a vocabulary of `vocab_size` ids; of fewer, with a warning, when the captions do not hold that many tokens.
 
-    `coverage` in (0, 1] is the share of all characters that the vocabulary must know; the rarest beyond it become <UNK>.
+    `coverage` in (0, 1] is the share of all characters that the vocabulary must know; rarer ones become <UNK>.
     Raises `UserError` when there are no captions or `vocab_size` is too small for the characters alone.
     """
     words = count_words(captions)
@@ -219,9 +219,8 @@ def learn_vocabulary(captions: Iterable[str], vocab_size: int, coverage: float =
     logger.info("%d words, %d of them different; %d characters", sum(words.values()), len(words), len(alphabet))
     if vocab_size < first_merge_id:
         raise UserError(
-            "--vocab-size {} cannot hold the {} characters of these captions; give at least {} or lower --coverage".format(
-                vocab_size, len(alphabet), first_merge_id
-            )
+            "--vocab-size {} cannot hold the {} characters of these captions: give at least {} or lower "
+            "--coverage".format(vocab_size, len(alphabet), first_merge_id)
         )
     tokens, counts = _segments(words, ids)
     merges = learn_merges(tokens, counts, first_merge_id, vocab_size - first_merge_id)

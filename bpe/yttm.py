@@ -105,7 +105,7 @@ def parse_vocabulary(content: bytes, path: str) -> YttmVocabulary:
 
 
 def _check_ids(vocabulary: YttmVocabulary, wrong: Any) -> None:
-    """Raise what `wrong` makes of a message unless the ids are exactly 0 .. size - 1 and each merge joins known tokens."""
+    """Raise what `wrong` makes unless the ids are 0 to size - 1, once each, and merges join known tokens."""
     specials = vocabulary.specials
     if specials["pad"] != PAD_ID:
         raise wrong("its pad id is {}, the model needs {}".format(specials["pad"], PAD_ID))
