@@ -27,6 +27,7 @@ def draw_chart(path: Path, results: Sequence[VariantResult]) -> Optional[Path]:
         # The object interface: pyplot would look for a display and keep the figure.
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter
     except ImportError as error:
         logger.warning("no chart: matplotlib is not installed (%s): pip install -r requirements.txt", error)
         return None
@@ -47,16 +48,17 @@ def draw_chart(path: Path, results: Sequence[VariantResult]) -> Optional[Path]:
         if logarithmic:
             axes.set_xscale("log")
             axes.set_xlim(min(values) / 2, max(values) * 2.5)
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: "{:g}".format(value)))
         else:
             axes.set_xlim(0, max(values) * 1.15)
         axes.set_xlabel(unit + (" (logarithmic)" if logarithmic else ""), fontsize=9)
         axes.tick_params(axis="x", labelsize=8)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    figure.savefig(str(path), dpi=120)
+    figure.savefig(str(path), dpi=120, bbox_inches="tight", pad_inches=0.15)
     return path
 
 
-def _short(name: str, length: int = 48) -> str:
+def _short(name: str, length: int = 56) -> str:
     """Long names keep their end, where the parameters are."""
     return name if len(name) <= length else name[:16] + "..." + name[-(length - 19):]

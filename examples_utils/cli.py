@@ -125,7 +125,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def _show(results: Sequence[VariantResult], folder: Path, seconds: float) -> None:
     """The chart, and the table on stdout and in console.log."""
-    chart = draw_chart(folder / "benchmark_results.png", results)
+    picture = folder / "benchmark_results.png"
+    if picture.exists():  # of an earlier run into this folder
+        picture.unlink()
+    chart = draw_chart(picture, results)
     text = "\n{}\n\n{} in {}; results: {}\n".format(
         table(results, shutil.get_terminal_size((120, 24)).columns), summary(results), duration(seconds),
         folder / "benchmark_results.{json,csv,xml,png}" if chart else folder / "benchmark_results.{json,csv,xml}")

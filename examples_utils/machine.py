@@ -66,7 +66,7 @@ def why_skipped(benchmark: Benchmark, command: Command, env: Mapping[str, str], 
                 compile_only: bool = False) -> Optional[str]:
     """The reason not to run the command here, or None when nothing it is known to need is missing."""
     if compile_only and not benchmark.compile_only:
-        return "it has no --compile-only mode"
+        return "has no --compile-only mode"
     ipus, gpus = hardware(benchmark, command)
     reason = _without_ipus(ipus, command, env, machine, compile_only) if ipus else None
     if not reason and gpus:
@@ -102,7 +102,7 @@ def hardware(benchmark: Benchmark, command: Command) -> Tuple[int, int]:
 def _without_ipus(number: int, command: Command, env: Mapping[str, str], machine: Machine,
                   compile_only: bool) -> Optional[str]:
     if not env.get(POPLAR):
-        return "the Poplar SDK is not active ({} is not set)".format(POPLAR)
+        return "no Poplar SDK ({} is not set)".format(POPLAR)
     if not machine.has_package("poptorch"):
         return "the Python package poptorch is not installed: install the wheel of the Poplar SDK"
     launched = "poprun" in command.words
@@ -140,7 +140,7 @@ def _without_requirement(benchmark: Benchmark, machine: Machine) -> Optional[str
 def _without_dataset(command: Command, env: Mapping[str, str]) -> Optional[str]:
     folder = env.get("DATASETS_DIR")
     if not folder:
-        return "it reads real data: set DATASETS_DIR to the folder that holds the data sets"
+        return "needs real data: set DATASETS_DIR to the folder of the data sets"
     if not Path(folder).is_dir():
         return "DATASETS_DIR: {} is no folder".format(folder)
     for name in _dataset_paths(command.text):

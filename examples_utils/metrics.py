@@ -199,7 +199,7 @@ def load_custom_metrics(files: Sequence[str]) -> Dict[str, MetricFunction]:
             raise UserError("--custom-metrics-files: {} is no Python file".format(path))
         try:
             spec.loader.exec_module(importlib.util.module_from_spec(spec))
-        except Exception as error:  # noqa: BLE001 - the file is the user's: whatever it raises is for him to see
+        except Exception as error:  # the file is the user's: whatever it raises is for him to see
             raise UserError("--custom-metrics-files: {}: {}: {}".format(path, type(error).__name__, error)) from error
     return dict(_registered)
 
@@ -213,5 +213,5 @@ def apply_custom_metrics(functions: Mapping[str, MetricFunction], results: Resul
     for name, function in functions.items():
         try:
             results[name] = function(texts[0], texts[1], exitcode)
-        except Exception as error:  # noqa: BLE001 - the function is the user's
+        except Exception as error:  # the function is the user's
             logger.error("custom metric '%s' failed: %s: %s", name, type(error).__name__, error)

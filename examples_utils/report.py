@@ -145,7 +145,7 @@ def table(results: Sequence[VariantResult], width: int = 120) -> str:
         if result.status == PASSED:
             lines.append(_row(row, columns))
         else:
-            lines += _with_reason(row, columns, result.reason, width)
+            lines += _with_reason(row, columns, 2 if result.log_folder is None else 3, result.reason, width)
     return "\n".join(lines)
 
 
@@ -156,9 +156,9 @@ def _row(cells: Sequence[str], columns: Sequence[int]) -> str:
     return "  ".join(parts).rstrip()
 
 
-def _with_reason(row: Sequence[str], columns: Sequence[int], reason: str, width: int) -> List[str]:
-    """Name, status and time, then the reason over the rest of the line, or below where that is too narrow."""
-    begin = _row(row[:3], columns[:3]).ljust(sum(columns[:3]) + 4) + "  "
+def _with_reason(row: Sequence[str], columns: Sequence[int], num_cells: int, reason: str, width: int) -> List[str]:
+    """Name, status and (of what ran) time, then the reason over the rest of the line, or below where that is narrow."""
+    begin = _row(row[:num_cells], columns[:num_cells]).ljust(sum(columns[:num_cells]) + 2 * (num_cells - 1)) + "  "
     indent = len(begin)
     if width - indent < 30:
         return [begin.rstrip()] + textwrap.wrap(reason, max(width, 20), initial_indent="    ", subsequent_indent="    ")

@@ -24,6 +24,7 @@ from utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = re.compile(r".+\.(?:pt|pth|h5)")
+ERROR_LINE = re.compile(r"\s*(?:\[[^\]]*\]:?)*\s*(?:error|[\w.]*(?:Error|Exception|Interrupt)):? ", re.ASCII)
 TAIL_LINES = 20
 
 
@@ -128,7 +129,7 @@ def _run(job: _Job, options: RunOptions, combined: IO[bytes]) -> VariantResult:
     result.exitcode = outcome.exitcode
     result.reason = outcome.problem or ""
     if outcome.exitcode and not outcome.problem:
-        result.reason = "ended with exit status {}".format(outcome.exitcode)
+        result.reason = "exit status {}{}".format(outcome.exitcode, _last_words(folder / "stderr"))
     _collect(job, result, folder, options)
     if result.exitcode == 0 and result.reason:
         result.exitcode = 1
@@ -227,6 +228,16 @@ def _checkpoints(folder: Path) -> Iterator[Path]:
             yield path
         elif path.is_dir() and any(CHECKPOINT.fullmatch(inner.name) for inner in path.iterdir()):
             yield path
+
+
+def _last_words(stderr: Path) -> str:
+    """`: ` and the last line that names an error, else the last line with a word in it; nothing if there is none."""
+    last = named = ""
+    for line in metrics.lines(stderr):
+        last = line.strip() if re.search(r"[^\W\d_]", line) else last
+        named = line.strip() if ERROR_LINE.match(line) else named
+    words = " ".join((named or last).split())
+    return ": " + (words if len(words) <= 200 else words[:197] + "...") if words else ""
 
 
 def _log_result(result: VariantResult, folder: Path) -> None:

@@ -15,10 +15,9 @@ import pytest
 
 import args as train_args
 import log
-from examples_utils import chart, cli, metrics, process, report
+from examples_utils import chart, cli, metrics, process, report, runner
 from examples_utils.command import build_command
 from examples_utils.machine import Machine, why_skipped
-from examples_utils.runner import folder_name
 from examples_utils.spec import Derived, load_entries, make_benchmark, select, variants
 from utils.errors import UsageError, UserError
 
@@ -302,25 +301,27 @@ if os.fork() == 0:
     if os.fork() == 0:                # ... and away from the parent
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         print(os.getpid())
+        open('ready', 'w').close()
         time.sleep(60)
     os._exit(0)
+while not os.path.exists('ready'): time.sleep(0.01)
 {}
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds runaway processes by /proc")
-def test_the_time_limit_ends_the_whole_tree_even_a_daemon_that_ignores_sigterm(run):
-    begin = time.monotonic()
-    outcome, out, err, both = run(ESCAPE.format("time.sleep(60)"), timeout=0.5)
-    assert outcome.exitcode == process.TIMED_OUT and "time limit of 0.5 seconds" in outcome.problem
-    assert time.monotonic() - begin < 10 and gone(int(out))
-    assert err == "\nTimeout (0.5)\n" and "Timeout" in both
+def test_the_time_limit_ends_the_whole_tree_even_a_daemon_that_ignores_sigterm(run, tmp_path, monkeypatch):
+    real = time.monotonic  # a clock that jumps once the daemon is there, so that on no machine the limit comes before
+    monkeypatch.setattr(process.time, "monotonic", lambda: real() + (1000 if (tmp_path / "ready").exists() else 0))
+    outcome, out, err, both = run(ESCAPE.format("time.sleep(60)"), timeout=500, period=0.05)
+    assert outcome.exitcode == process.TIMED_OUT and "time limit of 500 seconds" in outcome.problem
+    assert gone(int(out)) and err == "\nTimeout (500)\n" and "Timeout" in both
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds runaway processes by /proc")
 def test_a_daemon_left_behind_is_ended_and_does_not_hold_up_the_runner(run):
-    outcome, out, _, _ = run(ESCAPE.format("time.sleep(0.3)"))
-    assert outcome.exitcode == 0 and outcome.seconds < 5 and gone(int(out))
+    outcome, out, _, _ = run(ESCAPE.format(""))
+    assert outcome.exitcode == 0 and outcome.seconds < 50 and gone(int(out))
 
 
 def test_a_command_that_cannot_start_is_an_outcome(tmp_path):
@@ -363,10 +364,10 @@ BARE = FakeMachine()
 
 @pytest.mark.parametrize("machine, env, entry, name, reason", [
     (BARE, {}, {"cmd": "python3 t.py --device cpu"}, "x_gen", None),
-    (BARE, {}, {"cmd": "python3 t.py --device ipu"}, "x_gen", "Poplar SDK is not active"),
+    (BARE, {}, {"cmd": "python3 t.py --device ipu"}, "x_gen", "no Poplar SDK"),
     (BARE, SDK, {"cmd": "python3 t.py --device=ipu"}, "x_gen", "package poptorch is not installed"),
-    (BARE, {}, {"cmd": "python3 t.py"}, "train_gen_pod16", "Poplar SDK is not active"),
-    (BARE, {}, {"cmd": "python3 t.py", "requires": ["ipu:4"]}, "x_gen", "Poplar SDK is not active"),
+    (BARE, {}, {"cmd": "python3 t.py"}, "train_gen_pod16", "no Poplar SDK"),
+    (BARE, {}, {"cmd": "python3 t.py", "requires": ["ipu:4"]}, "x_gen", "no Poplar SDK"),
     (IPU_BOX, SDK, {"cmd": "python3 t.py"}, "train_gen_pod16", None),
     (IPU_BOX, SDK, {"cmd": "python3 t.py"}, "train_gen_pod64", "no 64 IPUs are here"),
     (IPU_BOX, SDK, {"cmd": "poprun python3 t.py"}, "train_gen_pod64", None),  # poprun makes the partition itself
@@ -399,7 +400,7 @@ def test_compile_only_needs_no_ipu_and_skips_what_cannot_compile():
     made = build_command(variants(item)[0], SDK, compile_only=True)
     assert why_skipped(item, made, SDK, IPU_BOX, compile_only=True) is None
     item = benchmark({"cmd": "python3 generate.py", "compile_only": False})
-    assert "no --compile-only mode" in why_skipped(item, made, {}, BARE, compile_only=True)
+    assert "has no --compile-only mode" in why_skipped(item, made, {}, BARE, compile_only=True)
 
 
 def test_the_machine_is_asked_once_and_in_another_process(tmp_path):
@@ -470,7 +471,7 @@ def test_a_run_writes_the_files_of_the_reference_and_fails_when_one_failed(app, 
     assert Path(good["log_paths"]["out"]).read_text().count("samples/sec") == 3
 
     broken, silent, ipu = results["broken_gen"][0], results["silent_gen"][0], results["train_gen_pod4"][0]
-    assert broken["exitcode"] == 1 and broken["reason"] == "ended with exit status 1"
+    assert broken["exitcode"] == 1 and broken["reason"] == "exit status 1: no memory"
     assert broken["results"]["loss"] == {"final": None}
     assert silent["exitcode"] == 1 and "throughput: no line matches" in silent["reason"]
     assert ipu["exitcode"] is None and ipu["status"] == "skipped" and "Poplar SDK" in ipu["reason"]
@@ -494,9 +495,12 @@ def test_a_run_writes_the_files_of_the_reference_and_fails_when_one_failed(app, 
 
 
 def test_skipping_alone_is_no_failure_but_is_said(app, capsys):
-    status, folder = bench(app(MIXED), "--benchmark", "train_gen_pod4")
+    spec = app(MIXED)
+    (spec.parent / "logs").mkdir()
+    (spec.parent / "logs" / "benchmark_results.png").touch()
+    status, folder = bench(spec, "--benchmark", "train_gen_pod4")
     assert status == 0 and "nothing was run" in capsys.readouterr().out
-    assert not (folder / "benchmark_results.png").exists()
+    assert not (folder / "benchmark_results.png").exists()  # also the one of an earlier run into this folder has gone
 
 
 def test_csv_columns_and_metrics_of_the_user(app):
@@ -512,6 +516,16 @@ def test_csv_columns_and_metrics_of_the_user(app):
     found = dict(zip(header, row))
     assert status == 0 and found["lines"] == "3" and found["result"] == "True" and found["env"] == "LEVEL=3 "
     assert found["cmd"].endswith("train.py") and 0 < float(found["test_duration"]) < 60
+
+
+@pytest.mark.parametrize("stderr, words", [
+    ("step 1\nValueError: no such file\n", ": ValueError: no such file"),
+    ("Killed by hand\n=====\n", ": Killed by hand"),
+    ("[rank0]: torch.OutOfMemoryError: CUDA out of memory.\nexitcode : 1\n=====\n",
+     ": [rank0]: torch.OutOfMemoryError: CUDA out of memory."), ("", ""), ("====\n", "")])
+def test_the_reason_of_a_failure_quotes_the_error(tmp_path, stderr, words):
+    (tmp_path / "stderr").write_text(stderr)
+    assert runner._last_words(tmp_path / "stderr") == words
 
 
 def test_stop_on_error_leaves_the_rest(app):
@@ -531,7 +545,7 @@ def test_the_smaller_time_limit_counts(app, monkeypatch):
     status, folder = bench(app("a_gen: {cmd: python3 -c 'import time; time.sleep(60)', timeout: 50}"), "--timeout", "1")
     result = read_json(folder)["a_gen"][0]
     assert status == 1 and result["exitcode"] == 124 and "time limit of 1 seconds" in result["reason"]
-    assert float(result["test_duration"]) < 10
+    assert float(result["test_duration"]) < 50
 
 
 def test_the_newest_checkpoint_of_the_run_is_found(app):
@@ -593,7 +607,7 @@ def test_ctrl_c_ends_the_command_and_keeps_the_results(app):
     (spec.parent / "wait.py").write_text(
         "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)")
     words = [sys.executable, "-m", "examples_utils", "benchmark", "--spec", str(spec), "--log-dir", "logs"]
-    runner = subprocess.Popen(words, cwd=str(spec.parent), env=dict(os.environ, PYTHONPATH=str(ROOT)),
+    running = subprocess.Popen(words, cwd=str(spec.parent), env=dict(os.environ, PYTHONPATH=str(ROOT)),
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
     pid = spec.parent / "pid"
     try:
@@ -601,11 +615,11 @@ def test_ctrl_c_ends_the_command_and_keeps_the_results(app):
             if pid.exists() and pid.read_text():
                 break
             time.sleep(0.05)
-        runner.send_signal(signal.SIGTERM)
-        _, err = runner.communicate(timeout=30)
+        running.send_signal(signal.SIGTERM)
+        _, err = running.communicate(timeout=30)
     finally:
-        runner.kill()
-    assert runner.returncode == 130 and err.endswith("interrupted\n") and "Traceback" not in err
+        running.kill()
+    assert running.returncode == 130 and err.endswith("interrupted\n") and "Traceback" not in err
     assert gone(int(pid.read_text()))
     results = read_json(spec.parent / "logs")
     assert [results[name][0]["status"] for name in ("a_gen", "b_gen", "c_gen")] == ["passed", "failed", "skipped"]
@@ -662,13 +676,13 @@ def result(name="a_gen", status=report.PASSED, reason="", output=None, **values)
 
 def test_the_table_lines_up_and_puts_reasons_in_place_of_figures():
     results = [result(throughput=0.94321, loss=3.5), result("long_name_gen", throughput=12345.6, loss=12.0),
-               result("c_gen", report.FAILED, "ended with exit status 1", throughput=None, loss=None)]
+               result("c_gen", report.FAILED, "exit status 1: no memory", throughput=None, loss=None)]
     assert report.table(results, 100).splitlines() == [
         "benchmark      result  time          throughput  loss",
         "-------------  ------  ----  ------------------  ----",
         "a_gen          passed  1:15  0.9432 samples/sec   3.5",
         "long_name_gen  passed  1:15   12346 samples/sec    12",
-        "c_gen          failed  1:15  ended with exit status 1"]
+        "c_gen          failed  1:15  exit status 1: no memory"]
 
 
 def test_a_narrow_terminal_loses_metrics_and_breaks_reasons_but_no_line_is_too_long():
@@ -701,9 +715,9 @@ def test_the_chart_has_a_panel_for_each_unit_and_needs_matplotlib(tmp_path, monk
 
 
 def test_variant_names_become_folder_names_that_differ():
-    assert folder_name("a_gen_size_2.5") == "a_gen_size_2.5"
-    assert "/" not in folder_name("../x/y") and folder_name("x/y") != folder_name("x:y")
-    assert len(folder_name("n" * 300)) < 200 and folder_name("n" * 300) != folder_name("n" * 301)
+    assert runner.folder_name("a_gen_size_2.5") == "a_gen_size_2.5"
+    assert "/" not in runner.folder_name("../x/y") and runner.folder_name("x/y") != runner.folder_name("x:y")
+    assert len(runner.folder_name("n" * 300)) < 200 and runner.folder_name("n" * 300) != runner.folder_name("n" * 301)
 
 
 # The shipped benchmarks.yml ------------------------------------------------------------------------------------------
