@@ -9,7 +9,7 @@ its upper 8 bits.
 
 import struct
 import zlib
-from typing import Tuple, Type
+from typing import Any, Tuple, Type
 
 import torch
 from PIL import Image
@@ -92,7 +92,7 @@ def image_to_tensor(image: Image.Image) -> torch.Tensor:
 def _upright(image: Image.Image) -> Image.Image:
     """Turn a photo as its EXIF orientation says. Broken EXIF data is no reason to lose the photo: it stays as it is."""
     try:
-        orientation = image.getexif().get(_EXIF_ORIENTATION)
+        orientation: Any = image.getexif().get(_EXIF_ORIENTATION)
     except BROKEN_IMAGE_ERRORS + (TypeError, KeyError, AttributeError):
         return image
     # Not ImageOps.exif_transpose, which also writes the metadata anew and can fail at that.

@@ -1,0 +1,11 @@
+"""COCO's caption file as one text file per image: the short name of data/process_trainset.py.
+
+python process_captions.py
+"""
+
+import runpy
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Run as a file: importing it as data.process_trainset would import PyTorch first.
+    runpy.run_path(str(Path(__file__).resolve().parent / "data" / "process_trainset.py"), run_name="__main__")

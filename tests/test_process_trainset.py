@@ -1,0 +1,210 @@
+"""COCO's caption JSON to text files: the clean-up rules, repetition, every wrong file, and the three commands."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.process_trainset import clean_caption, main, process_captions
+from utils.errors import UsageError, UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+
+
+def annotation(image_id, caption, id=None):
+    entry = {"image_id": image_id, "caption": caption}
+    return entry if id is None else dict(entry, id=id)
+
+
+def write_json(path, annotations, images=None, **others):
+    content = dict({"info": {"year": 2017}, "licenses": [{"id": 1}], "annotations": annotations}, **others)
+    if images is not None:
+        content["images"] = images
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "caption, expected",
+    [
+        ("A cat .", "A cat."),
+        (" A  cat\n\n sits \t. ", "A cat sits."),
+        ("one\r\ntwo\u2028three\u00a0four", "one two three four"),
+        ("A cat . A dog .", "A cat. A dog."),
+        ("\n \t", ""),
+        ("3 .5 apples", "3.5 apples"),
+        ("half \ud83d of a pair", "half ? of a pair"),
+    ],
+)
+def test_clean_caption(caption, expected):
+    assert clean_caption(caption) == expected
+
+
+def test_one_file_per_image_named_as_the_image(tmp_path):
+    images = [
+        {"id": 9, "file_name": "000000000009.jpg"},
+        {"id": 25, "file_name": "train/odd name.jpg"},
+        {"id": 3, "file_name": "c.jpg"},
+    ]
+    annotations = [
+        annotation(9, "First .", 1),
+        annotation(25, "Tüte 漢", 2),
+        annotation(9, " \n ", 3),
+        annotation(9, "Second\nline", 4),
+        annotation(9, "First .", 5),
+        annotation(9, "Second\nline", 4),
+        annotation(77, "of an image that is not listed", 6),
+    ]
+    counts = process_captions(write_json(tmp_path / "c.json", annotations, images), tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000000000009.txt", "odd name.txt"]
+    assert (tmp_path / "out" / "000000000009.txt").read_bytes() == b"First.\nSecond line\nFirst.\n"
+    assert (tmp_path / "out" / "odd name.txt").read_text(encoding="utf-8") == "Tüte 漢\n"
+    assert (counts.images, counts.captions, counts.written) == (2, 4, 2)
+    assert (counts.empty, counts.repeated, counts.unknown, counts.without) == (1, 1, 1, 1)
+    text = str(counts)
+    assert "4 captions of 2 images; 2 text files written, 0 unchanged" in text
+    assert "1 empty captions" in text and "1 captions of images that the file does not list" in text
+
+
+def test_without_a_list_of_images_names_come_from_ids(tmp_path):
+    source = write_json(
+        tmp_path / "c.json", [annotation(9, "a"), annotation("named", "b"), annotation("../../up", "c")]
+    )
+    process_captions(source, tmp_path / "deep" / "out")
+    names = sorted(path.name for path in (tmp_path / "deep" / "out").iterdir())
+    assert names == ["000000000009.txt", "named.txt", "up.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.json", "deep"]
+
+
+def test_names_cannot_lead_out_of_the_folder(tmp_path):
+    images = [
+        {"id": 1, "file_name": "../../../evil.jpg"},
+        {"id": 2, "file_name": "..\\evil2.jpg"},
+        {"id": 3, "file_name": ".."},
+    ]
+    process_captions(
+        write_json(tmp_path / "c.json", [annotation(i, "x") for i in (1, 2, 3)], images), tmp_path / "a" / "b"
+    )
+    assert sorted(path.name for path in tmp_path.rglob("*.txt")) == ["000000000003.txt", "evil.txt", "evil2.txt"]
+    assert len(list((tmp_path / "a" / "b").iterdir())) == 3
+
+
+def test_a_second_run_writes_only_what_changed(tmp_path):
+    source = write_json(tmp_path / "c.json", [annotation(number, "caption") for number in range(4)])
+    out = tmp_path / "out"
+    assert process_captions(source, out).written == 4
+    (out / "000000000001.txt").write_text("half a cap")
+    (out / "000000000002.txt").unlink()
+    (out / "unrelated.txt").write_text("kept")
+    for path in out.iterdir():
+        os.utime(str(path), (1, 1))
+    assert process_captions(source, out).written == 2
+    assert (out / "000000000001.txt").read_text() == "caption\n" and (out / "unrelated.txt").read_text() == "kept"
+    assert (out / "000000000000.txt").stat().st_mtime == 1
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+WRONG = {
+    "": "cut off",
+    '{"annotations": [{"image_id": 1, "caption": "a': "cut off",
+    '{"annotations": [{"image_id": 1,': "cut off",
+    "<html>not found</html>": "not a JSON file",
+    "[1, 2]": "no list 'annotations'",
+    '{"images": []}': "no list 'annotations'",
+    '{"annotations": {"image_id": 1}}': "no list 'annotations'",
+    '{"annotations": []}': "no caption in it",
+    '{"annotations": [{"image_id": 1, "caption": " "}]}': "no caption in it",
+    '{"annotations": [7]}': "annotation 0 has no 'image_id'",
+    '{"annotations": [{"image_id": 1, "caption": "a"}, {"caption": "b"}]}': "annotation 1 has no 'image_id'",
+    '{"annotations": [{"image_id": 1.5, "caption": "a"}]}': "neither a whole number nor a text: 1.5",
+    '{"annotations": [{"image_id": true, "caption": "a"}]}': "neither a whole number nor a text: True",
+    '{"annotations": [{"image_id": 1, "bbox": [1, 2]}]}': "not instances_",
+    '{"annotations": [{"image_id": 1, "caption": ["a"]}]}': "'caption' that is no text",
+    '{"annotations": [{"image_id": 1, "caption": "a", "id": [1]}]}': "annotation 0 has an 'id'",
+    '{"annotations": [{"image_id": 1, "caption": "a"}], "images": 3}': "'images' must be a list",
+    '{"annotations": [{"image_id": 1, "caption": "a"}], "images": [{"id": 1}]}': "image 0 lacks",
+    '{"annotations": [{"image_id": 1, "caption": "a"}], "images": [{"id": 2, "file_name": "2"}]}': "1 of images that",
+    '{"annotations": [{"image_id": 1, "caption": "a"}, {"image_id": 2, "caption": "b"}], "images": '
+    '[{"id": 1, "file_name": "a/1.jpg"}, {"id": 2, "file_name": "b/1.jpg"}]}': "same name '1'",
+    '{"annotations": [], "images": [{"id": 1, "file_name": "1"}, {"id": 1, "file_name": "2"}]}': "has two files",
+    "[" * 100000: "nested too deeply",
+}
+
+
+@pytest.mark.parametrize("content", sorted(WRONG), ids=range(len(WRONG)))
+def test_wrong_files_end_in_one_line_that_names_the_file(tmp_path, content):
+    source = tmp_path / "captions.json"
+    source.write_text(content)
+    with pytest.raises(UserError) as raised:
+        process_captions(source, tmp_path / "out")
+    message = str(raised.value)
+    assert WRONG[content] in message and "--captions {}".format(source) in message and "\n" not in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_and_binary_files(tmp_path):
+    with pytest.raises(UserError, match="no such file.*download_coco_dataset.sh"):
+        process_captions(tmp_path / "missing.json", tmp_path / "out")
+    (tmp_path / "archive.zip").write_bytes(b"PK\x03\x04\xff\xfe")
+    with pytest.raises(UserError, match="not UTF-8"):
+        process_captions(tmp_path / "archive.zip", tmp_path / "out")
+    with pytest.raises(UserError, match="cannot be read"):
+        process_captions(tmp_path, tmp_path / "out")
+
+
+def test_unwritable_folder_is_one_line(tmp_path):
+    source = write_json(tmp_path / "c.json", [annotation(1, "a")])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--out-dir .*cannot write"):
+        process_captions(source, tmp_path / "file")
+    long_name = write_json(tmp_path / "long.json", [annotation("n" * 300, "a")])
+    with pytest.raises(UserError, match="--out-dir .*cannot write"):
+        process_captions(long_name, tmp_path / "out")
+
+
+def test_unknown_flags_are_usage_errors(tmp_path):
+    with pytest.raises(UsageError, match="unrecognized arguments: --out"):
+        main(["--out", "x"])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["data/process_trainset.py"], ["process_captions.py"], ["-m", "data.process_trainset"]],
+    ids=lambda c: c[-1],
+)
+def test_the_commands(tmp_path, command):
+    source = write_json(tmp_path / "c.json", [annotation(139, "A room .")])
+    flags = ["--captions", str(source), "--out-dir", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable] + command + flags, cwd=str(ROOT), stderr=subprocess.PIPE, timeout=120)
+    assert done.returncode == 0 and b"1 captions of 1 images; 1 text files written" in done.stderr
+    assert (tmp_path / "out" / "000000000139.txt").read_bytes() == b"A room.\n"
+
+
+def test_the_short_name_fails_in_one_line_from_any_folder(tmp_path):
+    (tmp_path / "c.json").write_text("{")
+    command = [sys.executable, str(ROOT / "process_captions.py"), "--captions", "c.json", "--out-dir", "out"]
+    done = subprocess.run(command, cwd=str(tmp_path), stderr=subprocess.PIPE, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.decode().strip() == "error: --captions c.json: the file is cut off; fetch it again"
+
+
+@pytest.mark.skipif(
+    not (SHARED / "captions_val2017.json").is_file(), reason="needs ../shared/data/captions_val2017.json"
+)
+def test_all_validation_captions_of_coco(tmp_path):
+    counts = process_captions(SHARED / "captions_val2017.json", tmp_path)
+    assert (counts.images, counts.captions, counts.written) == (5000, 25014, 5000)
+    with open(str(SHARED / "captions_val2017.json"), encoding="utf-8") as file:
+        content = json.load(file)
+    expected = {}
+    for entry in content["annotations"]:
+        text = entry["caption"].replace("\n", " ").strip()
+        while "  " in text:
+            text = text.replace("  ", " ")
+        expected.setdefault("{:012d}.txt".format(entry["image_id"]), []).append(text.replace(" .", "."))
+    found = {path.name: path.read_text(encoding="utf-8").splitlines() for path in tmp_path.iterdir()}
+    assert found == expected
