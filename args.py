@@ -112,7 +112,8 @@ class IpuConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer, its schedule and what keeps it stable."""
 
-    optimizer: str = option("Adam", "optimizer", choices=("Adam", "AdamW"))
+    optimizer: str = option("Adam", "optimizer; Muon: for the blocks' matrices, with AdamW for the rest",
+                           choices=("Adam", "AdamW", "Muon"))
     learning_rate: float = option(3.0e-4, "peak learning rate", gt=0)
     lr_scheduler: str = option("constant", "schedule; constant and multi_step warm up over the first fifth of the "
                                            "epochs, cosine over --warmup-steps",

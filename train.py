@@ -130,7 +130,7 @@ def run(config: Config, engine: Engine, parts: Parts, schedule: "Schedule", posi
                 break
             if config.checkpoints.checkpoint_save_steps and position.step % config.checkpoints.checkpoint_save_steps == 0:
                 with progress.paused():
-                    saver.save(position, "dalle_{}_{}.pt".format(position.epoch, position.step))
+                    saver.save(position, checkpoints.checkpoint_name(position.epoch, position.step))
         with progress.paused():
             end_epoch(engine, parts, schedule, position, saver, metrics)
         if schedule.finished(position):
@@ -156,12 +156,10 @@ def end_epoch(engine: Engine, parts: Parts, schedule: "Schedule", position: Posi
         losses = engine.evaluate(parts.validation_set)
         logger.info("%s", log.validation_line(position.step, epoch, **losses))
         metrics.log("validation", position.step, epoch=epoch, **losses)
-        schedule.end_epoch(losses["loss"])
-    else:
-        schedule.end_epoch(None)
     if complete:
+        schedule.end_epoch(None if parts.validation_set is None else losses["loss"])
         position.epoch, position.step_in_epoch = epoch + 1, 0
-    saver.save(position, "dalle_{}.pt".format(epoch) if complete else "dalle_{}_{}.pt".format(epoch, position.step))
+    saver.save(position, checkpoints.checkpoint_name(epoch, None if complete else position.step))
 
 
 def finish(config: Config, engine: Engine, progress: log.Progress) -> None:
@@ -325,9 +323,8 @@ class Saver:
         tokenizer = dict(self.parts.tokenizer.identity, path=self.config.data.bpe_path or "")
         vqgan = {"sha256": self.parts.vqgan.identity, "weights": str(weights), "config": str(config)}
         return {
-            "position": dict(vars(position)), "ema": engine_state.pop("ema", None), "engine": engine_state,
-            "identity": {"tokenizer": tokenizer, "vqgan": vqgan}, "num_samples": len(self.parts.train_set),
-            "config": self.config.to_dict(),
+            "position": dict(vars(position)), "engine": engine_state, "tokenizer": tokenizer, "vqgan": vqgan,
+            "num_samples": len(self.parts.train_set), "config": self.config.to_dict(),
         }
 
 
@@ -379,7 +376,7 @@ def restore(start: Start, engine: Engine, schedule: Schedule, parts: Parts) -> P
     if training["num_samples"] != len(parts.train_set):
         logger.warning("the training set has %d samples, it had %d when %s was written: their order is a new one",
                        len(parts.train_set), training["num_samples"], start.path)
-    engine.load_state_dict(dict(training["engine"], optimizer=start.checkpoint.opt_state, ema=training["ema"]))
+    engine.load_state_dict(dict(training["engine"], optimizer=start.checkpoint.opt_state))
     schedule.load_state_dict(start.checkpoint.scheduler_state)
     return Position(**training["position"])
 

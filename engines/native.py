@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from args import Config
+from args import Config, OptimizerConfig
 from data import epoch_order
 from engines.base import Engine, StepResult, parameter_groups
 from models.dalle import TextToImage
@@ -69,6 +69,27 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     return torch.device(wanted)
+
+
+def make_optimizers(model: TextToImage, options: OptimizerConfig) -> List[torch.optim.Optimizer]:
+    """Return the optimizer of all trainable parameters, or two with Muon: it is for the blocks' matrices, AdamW for the rest.
+
+    Muon (Jordan et al. 2024) makes each matrix's update orthogonal; scaled to the size of an AdamW update (Moonlight,
+    arXiv 2502.16982, section 2.2) both take the same learning rate.
+    """
+    betas, common = (options.beta1, options.beta2), {"lr": options.learning_rate}
+    if options.optimizer != "Muon":
+        kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[options.optimizer]
+        return [kind(parameter_groups(model, options.weight_decay), betas=betas, eps=options.eps, fused=True, **common)]
+    if not hasattr(torch.optim, "Muon"):
+        raise UsageError("--optimizer Muon needs PyTorch 2.9 or newer, this is {}; use AdamW".format(torch.__version__))
+    matrices = [p for p in model.dalle.transformer.parameters() if p.dim() == 2]
+    known = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    return [
+        torch.optim.Muon(matrices, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw", **common),
+        torch.optim.AdamW(rest, weight_decay=0.0, betas=betas, eps=options.eps, fused=True, **common),
+    ]
 
 
 class NativeEngine(Engine):
@@ -130,8 +151,9 @@ class NativeEngine(Engine):
 
     def _data_loader(self, dataset: Any, batches: List[List[int]]) -> DataLoader:
         workers = self.config.data.dataloader_workers
+        # With a generator of its own: opening a loader must not move the random state that dropout draws from.
         return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=self.name == "cuda",
-                          prefetch_factor=4 if workers else None)
+                          prefetch_factor=4 if workers else None, generator=torch.Generator())
 
     def _to_device(self, batch: Any) -> List[Tensor]:
         return [tensor.to(self.device, non_blocking=True) for tensor in batch]
@@ -145,11 +167,8 @@ class NativeEngine(Engine):
         if execution.activation_checkpointing:
             for block in self.model.dalle.transformer.layers:
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[options.optimizer]
-        self.optimizer = kind(
-            parameter_groups(self.model, options.weight_decay), lr=options.learning_rate, betas=(options.beta1, options.beta2),
-            eps=options.eps, fused=True)
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.optimizers = make_optimizers(self.model, options)
+        self.parameters = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
         if options.ema_decay:
             self.averaged = {key: value.detach().clone() for key, value in self.model.dalle.state_dict().items()}
         self.module: nn.Module = self.model
@@ -170,7 +189,11 @@ class NativeEngine(Engine):
         with torch.random.fork_rng(devices=[self.device] if self.name == "cuda" else []):
             self.module.train()
             self._losses(text, codes).total.backward()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._zero_grad()
+
+    def _zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def _losses(self, text: Tensor, images: Tensor) -> Any:
         # The codes are looked up outside autocast: they must not depend on the precision of the transformer.
@@ -189,12 +212,14 @@ class NativeEngine(Engine):
                 losses = self._losses(text, images)
                 self.scaler.scale(losses.total / accumulation).backward()
             sums += torch.stack([losses.total.detach(), losses.text.detach(), losses.image.detach()]).float()
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         clip = self.config.optimizer.clip_grad_norm or float("inf")
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip)
-        self.scaler.step(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._zero_grad()
         self.num_updates += 1
         self._update_average()
         sums /= accumulation
@@ -240,8 +265,9 @@ class NativeEngine(Engine):
         return {"loss": total, "text_loss": text_loss, "image_loss": image_loss}
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
 
     def mean(self, value: Tensor) -> float:
         value = value.detach().clone().double()
@@ -264,14 +290,16 @@ class NativeEngine(Engine):
             states = [{} for _ in range(self.world_size)]
             dist.all_gather_object(states, random_state)
         average = None if self.averaged is None else {key: value.cpu().clone() for key, value in self.averaged.items()}
-        return {"engine": "native", "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "ema": average,
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        return {"engine": "native", "optimizer": optimizers[0] if len(optimizers) == 1 else {"parts": optimizers}, "scaler": self.scaler.state_dict(), "ema": average,
                 "num_updates": self.num_updates, "random_states": states}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         if state.get("engine") != "native":
             logger.warning("the checkpoint's optimizer state is of another engine (%s): it is dropped", state.get("engine"))
             return
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, own in zip(self.optimizers, state["optimizer"].get("parts", [state["optimizer"]])):
+            optimizer.load_state_dict(own)
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.num_updates = state["num_updates"]

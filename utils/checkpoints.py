@@ -1,7 +1,8 @@
 """Checkpoints of a run: written whole or not at all, listed, pruned, exported; reading is in checkpoint_reading.py.
 
-A run writes `dalle_{epoch}.pt` when `epoch` epochs are complete, and `dalle_{epoch}_{step}.pt` inside the next one,
-after `step` optimizer steps since the start of the training. In both, the file's "epoch" counts complete epochs.
+A run writes `dalle_{epoch}.pt` at the end of each epoch, counted from 0 as the published application does (800 epochs end
+with dalle_799.pt), and `dalle_{epoch}_{step}.pt` inside one, after `step` optimizer steps since the start of the training.
+In both, the file's "epoch" counts complete epochs.
 
     python -m utils.checkpoints export dalle_20.pt model.safetensors --half
     python -m utils.checkpoints verify dalle_20.pt
@@ -170,17 +171,17 @@ def export_safetensors(
 
 
 def checkpoint_name(epoch: int, step: Optional[int] = None) -> str:
-    """Return the file name after `epoch` complete epochs; with `step`, for that optimizer step inside the next one."""
+    """Return the file name at the end of `epoch` (from 0); with `step`, for that optimizer step inside it."""
     return "dalle_{}.pt".format(epoch) if step is None else "dalle_{}_{}.pt".format(epoch, step)
 
 
 def list_checkpoints(folder: PathLike) -> List[Path]:
     """Return a run's checkpoints, complete or not, in the order of training, the newest last."""
-    found: List[Tuple[int, int, Path]] = []
+    found: List[Tuple[int, float, Path]] = []
     for path in Path(folder).glob("dalle_*.pt"):
         match = _FILE_NAME.fullmatch(path.name)
         if match and path.is_file():
-            found.append((int(match.group(1)), int(match.group(2) or 0), path))
+            found.append((int(match.group(1)), float(match.group(2) or "inf"), path))  # the end of an epoch comes last
     return [path for _, _, path in sorted(found)]
 
 
