@@ -1,0 +1,176 @@
+"""Who sees whom: masks against their definition position by position, and two implementations of one product."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from models.attention import CONV_KERNEL_SIZE, IMPLEMENTATIONS, build_mask, explicit, rotary_angles, rotate, sdpa
+from models.config import ATTENTION_PATTERNS, DalleConfig
+from models.dalle import DALLE
+from models.transformer import Transformer
+
+TINY = DalleConfig(
+    num_text_tokens=9,
+    num_image_tokens=7,
+    text_seq_len=4,
+    grid=3,
+    dim=16,
+    depth=2,
+    heads=2,
+    dim_head=12,
+    attn_types=("full",),
+)
+OPTIONS = {
+    "plain": {},
+    "rotary and shift": {"rotary": True, "shift_tokens": True, "text_positions": False, "image_positions": "none"},
+    "stable sandwich": {"stable": True, "sandwich_norm": True},
+    "without bos": {"bos": False, "unique_pads": False, "layer_scale": False, "image_positions": "learned"},
+}
+
+
+def sees(pattern, text_len, grid, query, key):
+    """The patterns in words of one pair of positions."""
+    if key > query:
+        return False
+    if query < text_len or key < text_len:
+        return True
+    query_row, query_column = divmod(query - text_len, grid)
+    row, column = divmod(key - text_len, grid)
+    return {
+        "full": True,
+        "axial_row": row == query_row,
+        "axial_col": column == query_column,
+        "conv_like": row >= query_row - 2 and query_column - 2 <= column <= query_column + 2,
+        "conv_causal": row >= query_row - 4 and query_column - 4 <= column <= query_column,
+    }[pattern]
+
+
+def random_(module, seed=0):
+    """Give every parameter random values, so that no term of the computation vanishes."""
+    torch.manual_seed(seed)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return module.eval()
+
+
+@pytest.mark.parametrize("text_len, grid", [(1, 1), (1, 2), (5, 3), (3, 8)])
+@pytest.mark.parametrize("pattern", ATTENTION_PATTERNS)
+def test_mask_is_its_definition(pattern, text_len, grid):
+    length = text_len + grid * grid - 1
+    expected = [[sees(pattern, text_len, grid, query, key) for key in range(length)] for query in range(length)]
+    mask = build_mask(pattern, text_len, grid)
+    assert mask.dtype == torch.bool and mask.tolist() == expected
+    assert bool(mask.diagonal().all())  # nobody sees nothing: a row without any key has no softmax
+
+
+def test_patterns_differ_on_a_grid_larger_than_their_window():
+    assert CONV_KERNEL_SIZE == 5
+    masks = {pattern: build_mask(pattern, 3, 8) for pattern in ATTENTION_PATTERNS}
+    assert len({mask.numpy().tobytes() for mask in masks.values()}) == len(ATTENTION_PATTERNS)
+    with pytest.raises(ValueError, match="diagonal"):
+        build_mask("diagonal", 3, 8)
+
+
+@pytest.mark.parametrize("pattern", ATTENTION_PATTERNS)
+def test_implementations_agree(pattern):
+    torch.manual_seed(4)
+    mask = build_mask(pattern, 4, 6)
+    query, key, value = (torch.randn(2, 3, len(mask), 8, requires_grad=True) for _ in range(3))
+    weight = torch.randn(2, 3, len(mask), 8)
+    results = []
+    for attend in (sdpa, explicit):
+        output = attend(query, key, value, mask, pattern == "full")
+        results.append((output, *torch.autograd.grad((output * weight).sum(), (query, key, value))))
+    for fused, plain in zip(*results):
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
+
+    # Against the formula itself, one query at a time, in double precision.
+    for position in (0, len(mask) // 2, len(mask) - 1):
+        keys = [other for other in range(len(mask)) if sees(pattern, 4, 6, position, other)]
+        scores = (key.double()[:, :, keys] @ query.double()[:, :, position, :, None])[..., 0] / 8**0.5
+        expected = (scores.softmax(-1)[..., None] * value.double()[:, :, keys]).sum(-2)
+        torch.testing.assert_close(results[0][0][:, :, position].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("pattern", ATTENTION_PATTERNS)
+def test_a_layer_sees_exactly_what_its_mask_allows(pattern, implementation):
+    """One layer's output at a position depends on an input exactly where the mask says so."""
+    config = dataclasses.replace(TINY, depth=1, grid=6, attn_types=(pattern,))
+    transformer = random_(Transformer(config, implementation)).double()
+    x = torch.randn(1, config.seq_len, config.dim, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(config.dim, dtype=torch.float64)
+    # The jacobian of one number at each position: (L, L, D).
+    rows = torch.autograd.functional.jacobian(lambda inputs: (transformer(inputs)[0] * weight).sum(-1), x)[:, 0]
+    influence = rows.abs().sum(-1) > 0
+    assert torch.equal(influence, build_mask(pattern, config.text_len, config.grid))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("pattern", ATTENTION_PATTERNS)
+def test_the_future_never_changes_the_past(pattern, options):
+    config = dataclasses.replace(TINY, attn_types=(pattern,), **options)
+    model = random_(DALLE(config)).double()
+    text = torch.tensor([[3, 8, 1, 5]])
+    codes = torch.tensor([[4, 0, 6, 1, 1, 2, 5, 3, 0]])
+
+    def rows(text, codes):
+        """Logits by sequence position: row i is what position i predicts."""
+        text_logits, image_logits = model(text, codes)
+        return list(text_logits[0]) + list(image_logits[0])
+
+    with torch.no_grad():
+        before = rows(text, codes)
+        assert len(before) == config.seq_len
+        first_text = int(config.bos)  # position of the first text token
+        for index in range(4 + 9):
+            changed_text, changed_codes = text.clone(), codes.clone()
+            if index < 4:
+                changed_text[0, index] = 7
+            else:
+                changed_codes[0, index - 4] = (codes[0, index - 4] + 3) % 7
+            after = rows(changed_text, changed_codes)
+            position = (
+                first_text + index
+            )  # of the changed token; the last code is at the end, where nothing is predicted
+            same = [torch.equal(old, new) for old, new in zip(before, after)]
+            assert all(same[:position])
+            assert position >= len(before) or not same[position]
+
+
+def test_patterns_are_dealt_to_layers_in_turn():
+    config = dataclasses.replace(TINY, depth=5, attn_types=("full", "axial_row"))
+    transformer = Transformer(config)
+    assert [layer.attention.fn.pattern for layer in transformer.layers] == [
+        "full",
+        "axial_row",
+        "full",
+        "axial_row",
+        "full",
+    ]
+    assert torch.equal(transformer.mask(3), build_mask("axial_row", config.text_len, config.grid))
+    assert not any("mask" in name for name in transformer.state_dict())  # masks are no part of a checkpoint
+
+
+def test_rotation_is_that_of_complex_numbers():
+    torch.manual_seed(1)
+    x, angles = torch.randn(2, 5, 12, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    expected = torch.view_as_complex(x[..., :8].unflatten(-1, (4, 2))) * torch.polar(torch.ones_like(angles), angles)
+    turned = rotate(x, angles.repeat_interleave(2, dim=-1))
+    torch.testing.assert_close(turned[..., :8], torch.view_as_real(expected).flatten(-2))
+    assert torch.equal(turned[..., 8:], x[..., 8:])  # the channels without an angle stay as they are
+
+
+def test_rotary_angles_of_text_and_image():
+    angles = rotary_angles(text_len=3, grid=3, dim_head=24)  # thirds of 8 channels: 4 frequencies each
+    assert angles.shape == (3 + 9, 24)
+    assert torch.equal(angles[:, 0::2], angles[:, 1::2])  # one angle for a pair of channels
+    text, rows, columns = angles[:, ::2].double().split(4, dim=-1)
+    frequencies = torch.tensor([10000.0 ** (-2 * i / 8) for i in range(4)], dtype=torch.float64)
+    pixel = torch.tensor([1.0, 1 + 4 / 3, 1 + 8 / 3, 5.0], dtype=torch.float64) * torch.pi
+    torch.testing.assert_close(text[2], 2 * frequencies, rtol=1e-6, atol=0)
+    torch.testing.assert_close(text[7], 8192 * frequencies, rtol=1e-6, atol=0)
+    torch.testing.assert_close(rows[1], -10 * pixel, rtol=1e-6, atol=0)
+    torch.testing.assert_close(rows[3 + 5], 0 * pixel, rtol=0, atol=1e-6)  # code 5: row 1 of 0..2, column 2
+    torch.testing.assert_close(columns[3 + 5], 1 * pixel, rtol=1e-6, atol=0)

@@ -1,0 +1,274 @@
+"""The DALL-E: its loss by hand, its heads in parts, its options, and the frozen VQGAN in front of it."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.config import DalleConfig
+from models.dalle import DALLE, TextToImage
+from models.transformer import Transformer, layer_scale_init
+from utils.errors import UserError
+
+TINY = DalleConfig(
+    num_text_tokens=9,
+    num_image_tokens=7,
+    text_seq_len=4,
+    grid=2,
+    dim=16,
+    depth=2,
+    heads=2,
+    dim_head=8,
+    attn_types=("full", "axial_row"),
+)
+TEXT = torch.tensor([[3, 8, 0, 0], [1, 5, 7, 2], [0, 0, 0, 0]])
+CODES = torch.tensor([[4, 0, 6, 1], [1, 2, 5, 3], [0, 0, 6, 6]])
+
+
+def random_model(**options):
+    """A tiny DALL-E in which every parameter matters."""
+    torch.manual_seed(7)
+    model = DALLE(dataclasses.replace(TINY, **options)).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+# ---- tokens, logits, loss
+
+
+def test_lengths():
+    assert (TINY.text_len, TINY.image_seq_len, TINY.seq_len, TINY.text_table_size) == (5, 4, 8, 13)
+    bare = dataclasses.replace(TINY, bos=False, unique_pads=False)
+    assert (bare.text_len, bare.seq_len, bare.text_table_size) == (4, 7, 9)
+
+
+def test_each_pad_has_its_positions_id_and_bos_comes_first():
+    model = random_model()
+    assert model.text_part(TEXT).tolist() == [[0, 3, 8, 11, 12], [0, 1, 5, 7, 2], [0, 9, 10, 11, 12]]
+    bare = random_model(bos=False, unique_pads=False)
+    assert torch.equal(bare.text_part(TEXT), TEXT)
+
+
+@pytest.mark.parametrize("options", [{}, {"bos": False, "unique_pads": False}, {"loss_img_weight": 0.5}], ids=str)
+def test_loss_by_hand(options):
+    """Cross-entropies added up in Python, token by token."""
+    model = random_model(**options)
+    config = model.config
+    text_logits, image_logits = model(TEXT, CODES)
+    assert text_logits.shape == (3, config.text_len - 1, config.text_table_size) and image_logits.shape == (3, 4, 7)
+    losses = model.loss(text_logits, image_logits, TEXT, CODES)
+
+    def nats(row, target):
+        row = row.tolist()
+        return math.log(sum(math.exp(value) for value in row)) - row[target]
+
+    text_sum = image_sum = 0.0
+    for sample in range(3):
+        targets = TEXT[sample].tolist()
+        if config.unique_pads:
+            targets = [token or 9 + position for position, token in enumerate(targets)]
+        targets = targets if config.bos else targets[1:]  # without <bos> nothing predicts the first token
+        assert len(targets) == text_logits.shape[1]
+        text_sum += sum(nats(text_logits[sample, i], target) for i, target in enumerate(targets))
+        image_sum += sum(nats(image_logits[sample, i], code) for i, code in enumerate(CODES[sample].tolist()))
+    text_mean, image_mean = text_sum / (3 * text_logits.shape[1]), image_sum / 12
+    weight = config.loss_img_weight
+    assert losses.text.item() == pytest.approx(text_mean, rel=1e-5)
+    assert losses.image.item() == pytest.approx(image_mean, rel=1e-5)
+    assert losses.total.item() == pytest.approx((text_mean + weight * image_mean) / (weight + 1), rel=1e-5)
+
+
+def test_heads_in_parts_equal_one_masked_head():
+    """One head over both vocabularies with the other part masked away gives the same losses and gradients."""
+    model = random_model().double()
+    losses = model.loss(*model(TEXT, CODES), TEXT, CODES)
+    gradients = torch.autograd.grad(losses.total, list(model.parameters()))
+
+    x = torch.cat([model.embed_text(model.text_part(TEXT)), model.embed_codes(CODES[:, :-1])], dim=1)
+    hidden = model.hidden(model.transformer(x))
+    weight = torch.cat([model.text_head.weight, model.image_head.weight])
+    logits = F.linear(hidden, weight, torch.cat([model.text_head.bias, model.image_head.bias]))  # (B, L, V + T + C)
+    is_text_position = torch.arange(TINY.seq_len)[:, None] < TINY.text_seq_len
+    is_text_id = torch.arange(len(weight)) < TINY.text_table_size
+    logits = logits.masked_fill(is_text_position != is_text_id, torch.finfo(logits.dtype).min)
+    targets = torch.cat([model.text_part(TEXT)[:, 1:], CODES + TINY.text_table_size], dim=1)
+    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    text, image = nats[:, : TINY.text_seq_len].mean(), nats[:, TINY.text_seq_len :].mean()
+    total = (text + TINY.loss_img_weight * image) / (TINY.loss_img_weight + 1)
+
+    for actual, expected in zip(losses, (total, text, image)):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=1e-6)
+    for actual, expected in zip(gradients, torch.autograd.grad(total, list(model.parameters()))):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_loss_of_half_precision_logits_is_taken_in_single():
+    model = random_model()
+    text_logits, image_logits = (logits * 20 for logits in model(TEXT, CODES))
+    exact = model.loss(text_logits.bfloat16().float(), image_logits.bfloat16().float(), TEXT, CODES)
+    losses = model.loss(text_logits.bfloat16(), image_logits.bfloat16(), TEXT, CODES)
+    assert losses.total.dtype == torch.float32 and torch.equal(losses.total, exact.total)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rotary": True, "dim_head": 12}, {"sandwich_norm": True, "stable": True}, {"shift_tokens": True}],
+    ids=str,
+)
+def test_both_attentions_give_the_same_model(options):
+    model = random_model(**options)
+    other = DALLE(model.config, "explicit").eval()
+    other.load_state_dict(model.state_dict())
+    for actual, expected in zip(other(TEXT, CODES), model(TEXT, CODES)):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- options
+
+
+def test_layer_scale_starts_where_its_paper_says():
+    assert [layer_scale_init(layer) for layer in (0, 17, 18, 23, 24, 60)] == [0.1, 0.1, 1e-5, 1e-5, 1e-6, 1e-6]
+    model = DALLE(dataclasses.replace(TINY, depth=19))
+    scales = [model.transformer.layers[layer].attention.scale.detach() for layer in (17, 18)]
+    assert [float(scale.mean()) for scale in scales] == pytest.approx([0.1, 1e-5])
+
+
+def test_image_positions():
+    axial = random_model().image_pos_emb
+    for position in range(4):
+        row, column = divmod(position, 2)
+        assert torch.equal(axial.table()[position], axial.rows[row, 0] + axial.columns[0, column])
+    learned = random_model(image_positions="learned").image_pos_emb
+    assert learned.table().shape == (4, 16)
+    bare = random_model(image_positions="none", text_positions=False)
+    assert bare.image_pos_emb is None and bare.text_pos_emb is None
+    assert torch.equal(bare.embed_codes(CODES), bare.image_emb(CODES))
+
+
+def test_tied_tables_are_the_heads_rows():
+    model = random_model(tie_embeddings=True)
+    model.load_state_dict(random_model(tie_embeddings=True).state_dict())
+    assert model.text_emb.weight is model.text_head.weight and model.image_emb.weight is model.image_head.weight
+
+
+def test_layers_with_one_id_are_one_layer():
+    model = random_model(depth=4, attn_types=("full",), shared_attn_ids=(5, 6), shared_ff_ids=(0,))
+    layers = model.transformer.layers
+    assert layers[0].attention.fn is layers[2].attention.fn and layers[1].attention.fn is layers[3].attention.fn
+    assert layers[0].attention.fn is not layers[1].attention.fn
+    assert len({id(layer.feed_forward.fn) for layer in layers}) == 1
+    assert len({id(layer.attention.norm) for layer in layers}) == 4  # norms and scales stay apart
+    with pytest.raises(ValueError, match="share attention 0"):
+        Transformer(dataclasses.replace(TINY, shared_attn_ids=(0,)))
+
+
+def test_normal_initialisation():
+    torch.manual_seed(0)
+    model = DALLE(dataclasses.replace(TINY, dim=64, init_std=0.02, image_positions="learned", qkv_bias=True))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif "norm" not in name and "scale" not in name:
+            assert 0.015 < parameter.std().item() < 0.025, name
+
+
+def test_dropout_acts_in_training_only():
+    model = random_model(attn_dropout=0.5, ff_dropout=0.5)
+    plain = random_model()
+    assert torch.equal(model(TEXT, CODES)[1], plain(TEXT, CODES)[1])
+    model.train()
+    assert not torch.equal(model(TEXT, CODES)[1], model(TEXT, CODES)[1])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"attn_types": ("conv_causal", "axial_col"), "shared_attn_ids": (0, 1), "rotary": True}], ids=str
+)
+def test_config_survives_a_round_trip(options):
+    config = dataclasses.replace(TINY, **options)
+    assert DalleConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"depth": 0}, "depth must be at least 1, not 0"),
+        ({"attn_types": ()}, "attn_types names no attention pattern"),
+        ({"attn_types": ("axial_rows",)}, "'axial_rows' in attn_types. Did you mean 'axial_row'"),
+        ({"activation": "relu"}, "activation 'relu'"),
+        ({"image_positions": "polar"}, "image_positions 'polar'"),
+        ({"shift_tokens": True, "dim": 18}, "divisible by 4, not 18"),
+        ({"dept": 3}, "unknown model option 'dept'. Did you mean 'depth'"),
+    ],
+)
+def test_impossible_configurations_are_named(values, message):
+    with pytest.raises(UserError) as caught:
+        DalleConfig.from_dict(dict(TINY.to_dict(), **values))
+    assert message in str(caught.value)
+
+
+def test_missing_options_are_named():
+    values = TINY.to_dict()
+    del values["heads"]
+    with pytest.raises(UserError, match="heads"):
+        DalleConfig.from_dict(values)
+
+
+# ---- with the VQGAN in front
+
+
+class Brightness(nn.Module):
+    """Stands in for a VQGAN: the code of a quadrant is how bright it is. Notes whether it was run in training mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(6.0))
+        self.dropout = nn.Dropout(0.5)
+
+    def encode(self, pixels):
+        assert pixels.dtype == torch.float32 and 0 <= float(pixels.min()) and float(pixels.max()) <= 1
+        means = F.adaptive_avg_pool2d(pixels.mean(1, keepdim=True), 2).flatten(1)
+        return (self.dropout(means) * self.gain).round().long()
+
+
+def images():
+    torch.manual_seed(2)
+    return (
+        torch.randint(0, 256, (3, 1, 2, 2), dtype=torch.uint8)
+        .repeat_interleave(4, 2)
+        .repeat_interleave(4, 3)
+        .repeat(1, 3, 1, 1)
+    )
+
+
+def test_images_and_their_codes_train_alike():
+    model = TextToImage(random_model(), Brightness()).train()
+    pixels = images()
+    codes = model.codes(pixels)
+    assert codes.shape == (3, 4) and len(codes.unique()) > 3
+    expected = (pixels[:, 0, ::4, ::4].flatten(1).float() / 255 * 6).round().long()
+    assert torch.equal(codes, expected)
+    losses = [model(TEXT, given) for given in (pixels, pixels.float() / 255, codes)]
+    assert all(torch.equal(losses[0].total, other.total) for other in losses[1:])
+    assert torch.equal(losses[0].total, model.dalle.loss(*model.dalle(TEXT, codes), TEXT, codes).total)
+
+
+def test_the_vqgan_is_frozen_and_stays_in_eval_mode():
+    vqgan = Brightness()
+    model = TextToImage(random_model(), vqgan)
+    for module in (model.train(), model.eval(), model.train(True)):
+        assert module is model and not vqgan.training and not vqgan.dropout.training
+    assert model.dalle.training and not vqgan.gain.requires_grad
+    model(TEXT, images()).total.backward()
+    assert vqgan.gain.grad is None
+    assert all(parameter.grad is not None for parameter in model.dalle.parameters())
+
+
+def test_codes_need_no_vqgan_and_images_do():
+    model = TextToImage(random_model())
+    assert torch.isfinite(model(TEXT, CODES).total)
+    with pytest.raises(ValueError, match="no VQGAN"):
+        model(TEXT, images())

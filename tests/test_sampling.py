@@ -1,0 +1,363 @@
+"""Drawing: cached logits are those of the whole pass, filters keep what they promise, draws follow the distribution."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from models.config import DalleConfig
+from models.dalle import DALLE
+from models.sampling import (
+    SamplingOptions,
+    complete_text,
+    decode_codes,
+    draw,
+    draw_codes,
+    guided,
+    keep_top_k,
+    keep_top_p,
+    prefill,
+    top_k_count,
+    uniforms,
+)
+
+TINY = DalleConfig(
+    num_text_tokens=12,
+    num_image_tokens=20,
+    text_seq_len=5,
+    grid=6,
+    dim=16,
+    depth=2,
+    heads=2,
+    dim_head=12,
+    attn_types=("full",),
+)
+ALL_PATTERNS = ("full", "axial_row", "axial_col", "conv_like", "conv_causal")
+OPTIONS = {pattern: {"attn_types": (pattern,)} for pattern in ALL_PATTERNS}
+OPTIONS["all patterns"] = {"attn_types": ALL_PATTERNS, "depth": 5}
+OPTIONS["rotary"] = dict(OPTIONS["all patterns"], rotary=True, text_positions=False, image_positions="none")
+OPTIONS["shift"] = {"shift_tokens": True, "attn_types": ("full", "conv_causal")}
+OPTIONS["rotary and shift"] = {"rotary": True, "shift_tokens": True, "attn_types": ("axial_row", "axial_col")}
+OPTIONS["stable sandwich tied"] = {"stable": True, "sandwich_norm": True, "tie_embeddings": True}
+OPTIONS["shared"] = {"depth": 4, "shared_attn_ids": (0, 1), "shared_ff_ids": (0,)}
+OPTIONS["mindalle"] = {
+    "bos": False,
+    "unique_pads": False,
+    "layer_scale": False,
+    "activation": "gelu",
+    "image_positions": "learned",
+    "qkv_bias": True,
+}
+TEXT = torch.tensor([[3, 8, 1, 0, 0], [11, 2, 2, 9, 4]])
+GREEDY = SamplingOptions(temperature=0)
+
+
+def random_model(**options):
+    """A tiny DALL-E, in double precision, with weights large enough that its likeliest codes vary over the picture."""
+    torch.manual_seed(5)
+    model = DALLE(dataclasses.replace(TINY, **options)).double().eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            continue  # as they are: random ones make one code the likeliest everywhere
+        torch.nn.init.normal_(parameter, std=1.0 if "emb" in name or "scale" in name else 0.3)
+    return model
+
+
+def random_codes(batch):
+    return torch.randint(20, (batch, 36), generator=torch.Generator().manual_seed(8))
+
+
+def conditional_logits(model, text, codes, cond_scale=1.0):
+    """Image logits of the whole pass, without any cache. text (T,), codes (B, N) -> (B, N, C)."""
+    text = text.expand(len(codes), -1)
+    logits = model(text, codes)[1]
+    if cond_scale == 1:
+        return logits
+    null = model(torch.zeros_like(text), codes)[1]
+    return null + cond_scale * (logits - null)
+
+
+# ---- the cache
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "pieces", [[1] * 35, [35], [4, 1, 5, 6, 1, 13, 2, 3]], ids=["one by one", "at once", "in pieces"]
+)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_cached_logits_are_those_of_the_whole_pass(options, pieces):
+    """Two prompts with three images each, the codes fed in any portions; nothing follows the last code."""
+    model = random_model(**options)
+    codes = random_codes(6)
+    expected = model(TEXT.repeat_interleave(3, 0), codes)[1]
+    hidden, caches = prefill(model, TEXT, images=3)
+    torch.testing.assert_close(model.image_head(hidden).repeat_interleave(3, 0), expected[:, 0], rtol=1e-9, atol=1e-9)
+    start = 0
+    for piece in pieces:
+        hidden = decode_codes(model, codes[:, start : start + piece], start, caches)
+        start += piece
+        torch.testing.assert_close(model.image_head(hidden), expected[:, start], rtol=1e-9, atol=1e-9)
+    assert start == 35
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_greedy_codes_are_the_likeliest_of_the_whole_pass(options):
+    model = random_model(**options)
+    drawn = draw_codes(model, TEXT[0], [1, 2], GREEDY)
+    logits = conditional_logits(model, TEXT[0], drawn.codes)
+    assert torch.equal(drawn.codes, logits.argmax(-1))
+    assert torch.equal(drawn.codes[0], drawn.codes[1]) and len(drawn.codes.unique()) > 1
+
+
+def test_log_likelihood_is_that_of_the_unfiltered_model():
+    model = random_model(attn_types=ALL_PATTERNS, depth=5)
+    drawn = draw_codes(model, TEXT[0], [1, 2, 3], SamplingOptions(top_k=3, temperature=0.5))
+    scores = (
+        conditional_logits(model, TEXT[0], drawn.codes).log_softmax(-1).gather(-1, drawn.codes[..., None]).sum((1, 2))
+    )
+    torch.testing.assert_close(drawn.log_likelihood.double(), scores, rtol=1e-5, atol=1e-3)
+
+
+# ---- independence of images
+
+
+def test_an_image_does_not_depend_on_the_batch_it_is_drawn_in():
+    model = random_model(attn_types=("full", "axial_row"))
+    options = SamplingOptions(top_k=10, temperature=1.3, cond_scale=1.5)
+    together = draw_codes(model, TEXT[0], [11, 12, 13, 14], options)
+    for index, seed in enumerate((11, 12, 13, 14)):
+        alone = draw_codes(model, TEXT[0], [seed], options)
+        assert torch.equal(alone.codes[0], together.codes[index])
+    assert len({tuple(codes) for codes in together.codes.tolist()}) == 4
+    backwards = draw_codes(model, TEXT[0], [14, 13, 12, 11], options)
+    assert torch.equal(backwards.codes.flip(0), together.codes)
+
+
+def test_several_captions_in_one_batch_are_drawn_like_each_alone():
+    model = random_model(attn_types=("full", "conv_like"), shift_tokens=True)
+    for options in (SamplingOptions(), SamplingOptions(cond_scale=2.0)):
+        together = draw_codes(model, TEXT, [1, 2, 3, 4, 5, 6], options)
+        for index, seeds in enumerate(([1, 2, 3], [4, 5, 6])):
+            alone = draw_codes(model, TEXT[index], seeds, options)
+            assert torch.equal(together.codes[3 * index : 3 * index + 3], alone.codes)
+            torch.testing.assert_close(together.log_likelihood[3 * index : 3 * index + 3], alone.log_likelihood)
+    for seeds in ([], [1, 2, 3]):
+        with pytest.raises(ValueError, match="{} seeds".format(len(seeds))):
+            draw_codes(model, TEXT, seeds)
+
+
+def test_numbers_of_a_row_depend_on_its_seed_alone():
+    rows = uniforms([7, 8, 7], 50)
+    assert rows.shape == (3, 50) and torch.equal(rows[0], rows[2]) and not torch.equal(rows[0], rows[1])
+    assert torch.equal(uniforms([8], 20)[0], rows[1, :20])
+    assert 0 <= float(rows.min()) and float(rows.max()) < 1
+
+
+def test_drawing_leaves_the_global_generator_alone():
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    draw_codes(random_model(), TEXT[0], [1])
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+# ---- filters
+
+
+def test_top_k_keeps_ties_with_the_last():
+    logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0], [5.0, 5.0, 5.0, 4.0, 5.0]])
+    kept = torch.isfinite(keep_top_k(logits, 2))
+    assert kept.tolist() == [[False, True, True, True, False], [True, True, True, False, True]]
+    assert torch.equal(keep_top_k(logits, 5), logits)
+    assert torch.equal(keep_top_k(logits, 2)[kept], logits[kept])
+
+
+def test_top_p_keeps_the_token_that_crosses():
+    probabilities = torch.tensor([[0.125, 0.5, 0.25, 0.125]])
+    for p, expected in (
+        (0.5, [0, 1, 0, 0]),  # exactly reached by the first
+        (0.51, [0, 2 / 3, 1 / 3, 0]),
+        (0.75, [0, 2 / 3, 1 / 3, 0]),
+        (0.01, [0, 1, 0, 0]),  # never empty
+        (1.0, [0.125, 0.5, 0.25, 0.125]),
+    ):
+        torch.testing.assert_close(keep_top_p(probabilities, p), torch.tensor([expected], dtype=torch.float32))
+
+
+def test_top_k_as_fraction_or_count():
+    assert top_k_count(0.99, 1024) == 10 and top_k_count(0.9, 8192) == 819  # max(int((1 - t) * n), 1)
+    assert top_k_count(0.999, 100) == 1 and top_k_count(1, 100) == 1
+    assert top_k_count(256, 1024) == 256 and top_k_count(4096, 1024) == 1024
+    assert top_k_count(0, 1024) is None
+
+
+# ---- draws
+
+
+def expected_distribution(logits, options):
+    """The options in words: the likeliest k, of these the likeliest until p is reached, in proportion."""
+    weights = [math.exp(logit / options.temperature) for logit in logits]
+    order = sorted(range(len(weights)), key=lambda token: -weights[token])[: options.top_k]
+    total, kept, reached = sum(weights[token] for token in order), [], 0.0
+    for token in order:
+        if options.top_p is None or reached < options.top_p:
+            kept.append(token)
+        reached += weights[token] / total
+    shares = [weight if token in kept else 0.0 for token, weight in enumerate(weights)]
+    return torch.tensor(shares, dtype=torch.float64) / sum(shares)
+
+
+def chi_square(counts, expected):
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        SamplingOptions(),
+        SamplingOptions(temperature=0.5),
+        SamplingOptions(temperature=3.0),
+        SamplingOptions(top_k=4),
+        SamplingOptions(top_p=0.8),
+        SamplingOptions(top_k=5, top_p=0.9, temperature=1.5),
+    ],
+    ids=str,
+)
+def test_draws_follow_the_distribution(options):
+    """Pearson's test on 40,000 draws; the limit is passed once in a million times by a correct sampler."""
+    logits = torch.tensor([0.3, -1.0, 2.0, 1.5, -0.5, 0.0, 1.0, -2.0])
+    probabilities = expected_distribution(logits.tolist(), options)
+    count = 40_000
+    uniform = torch.rand(count, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    counts = draw(logits.expand(count, -1), uniform, options).bincount(minlength=8).double()
+    possible = probabilities > 0
+    assert not counts[~possible].any()
+    degrees = int(possible.sum()) - 1
+    limit = {7: 42.0, 3: 31.0, 4: 34.0, 2: 28.0, 5: 37.0}[degrees]  # the 1 - 1e-6 quantiles, rounded up
+    assert chi_square(counts[possible], count * probabilities[possible]) < limit
+
+
+def test_extreme_numbers_never_draw_a_token_that_was_filtered_away():
+    logits = torch.full((1, 1000), 0.1)
+    logits[0, 400:600] = torch.linspace(1, 3, 200)
+    options = SamplingOptions(top_k=200)
+    assert int(draw(logits, torch.tensor([0.0], dtype=torch.float64), options)) == 400
+    assert int(draw(logits, torch.tensor([1 - 2.0**-53], dtype=torch.float64), options)) == 599
+
+
+def test_temperature_zero_takes_the_likeliest():
+    logits = torch.tensor([[0.0, 2.0, 1.0], [4.0, 1.0, 3.0]])
+    assert draw(logits, torch.tensor([0.999, 0.999]), GREEDY).tolist() == [1, 0]
+    assert draw(logits, torch.tensor([0.999, 0.999]), SamplingOptions(top_k=1)).tolist() == [1, 0]
+
+
+# ---- guidance
+
+
+def test_guidance_goes_from_the_unconditional_logits_through_the_conditional():
+    both = torch.tensor([[1.0, 2.0], [0.0, 4.0]])
+    assert guided(both, 3.0).tolist() == [[3.0, -2.0]]
+    assert guided(both, 0.0).tolist() == [[0.0, 4.0]]
+    assert guided(both, 1.0) is both  # no guidance: there is no unconditional half
+
+
+@pytest.mark.parametrize("cond_scale", [0.0, 2.5])
+def test_guided_codes_are_the_likeliest_under_guided_logits(cond_scale):
+    model = random_model(attn_types=("full", "axial_col"))
+    drawn = draw_codes(model, TEXT[0], [1, 2], SamplingOptions(temperature=0, cond_scale=cond_scale))
+    logits = conditional_logits(model, TEXT[0], drawn.codes, cond_scale)
+    assert torch.equal(drawn.codes, logits.argmax(-1))
+    scores = logits.log_softmax(-1).gather(-1, drawn.codes[..., None]).sum((1, 2))
+    torch.testing.assert_close(drawn.log_likelihood.double(), scores, rtol=1e-5, atol=1e-3)
+    assert not torch.equal(drawn.codes, draw_codes(model, TEXT[0], [1, 2], GREEDY).codes)
+
+
+def test_scale_zero_forgets_the_caption():
+    model = random_model()
+    nothing = draw_codes(model, torch.zeros(5, dtype=torch.long), [4], SamplingOptions())
+    assert torch.equal(draw_codes(model, TEXT[0], [4], SamplingOptions(cond_scale=0.0)).codes, nothing.codes)
+
+
+# ---- given codes
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"shift_tokens": True, "attn_types": ALL_PATTERNS, "depth": 5}], ids=["full", "shift"]
+)
+@pytest.mark.parametrize("hidden", [range(36), range(14, 36), range(9, 20), [0, 7, 8, 35], [35], []], ids=str)
+def test_given_codes_are_kept_and_the_rest_is_drawn_from_the_model(hidden, options):
+    model = random_model(**options)
+    given = random_codes(1)[0]
+    given[list(hidden)] = -1
+    steps = []
+    drawn = draw_codes(
+        model, TEXT[0], [1, 2], SamplingOptions(temperature=0), given=given, on_token=lambda: steps.append(1)
+    )
+    kept = given >= 0
+    assert torch.equal(drawn.codes[:, kept], given[kept].expand(2, -1))
+    log_probabilities = conditional_logits(model, TEXT[0], drawn.codes).log_softmax(-1)
+    assert torch.equal(drawn.codes[:, ~kept], log_probabilities.argmax(-1)[:, ~kept])
+    scores = log_probabilities.gather(-1, drawn.codes[..., None])[:, ~kept].sum((1, 2))  # of the drawn codes alone
+    torch.testing.assert_close(drawn.log_likelihood.double(), scores, rtol=1e-5, atol=1e-4)
+    assert len(steps) == (36 - min(hidden) if len(hidden) else 0)
+
+
+def test_priming_works_with_guidance_and_several_captions():
+    model = random_model()
+    given = random_codes(1)[0]
+    given[12:] = -1
+    options = SamplingOptions(temperature=0, cond_scale=2.0)
+    drawn = draw_codes(model, TEXT, [1, 2], options, given=given)
+    for index in range(2):
+        logits = conditional_logits(model, TEXT[index], drawn.codes[index : index + 1], 2.0)[0]
+        assert torch.equal(drawn.codes[index, :12], given[:12])
+        assert torch.equal(drawn.codes[index, 12:], logits.argmax(-1)[12:])
+
+
+# ---- completing the text
+
+
+def greedy_text(model, ids):
+    """Complete a caption with whole passes over everything so far."""
+    ids = list(ids)
+    while len(ids) < 5:
+        text = torch.tensor([ids + [1] * (5 - len(ids))])  # what follows does not matter
+        row = len(ids) - (0 if model.config.bos else 1)
+        token = int(model(text, random_codes(1))[0][0, row].argmax())
+        if token == 0 or token >= 12:
+            break
+        ids.append(token)
+    return ids
+
+
+@pytest.mark.parametrize(
+    "options", [OPTIONS[name] for name in ("all patterns", "rotary and shift", "mindalle", "shift", "rotary")], ids=str
+)
+def test_completed_text_is_the_likeliest_of_the_whole_pass(options):
+    model = random_model(**options)
+    for ids in ([4], [1, 2], [11, 7, 3, 6]):
+        completed = complete_text(model, ids, 1, GREEDY)
+        assert completed == greedy_text(model, ids) and completed[: len(ids)] == ids
+
+
+def test_text_ends_at_a_pad_or_when_it_is_full():
+    model = random_model()
+    with torch.no_grad():
+        model.text_head.bias[12:] = 100.0  # every pad
+    assert complete_text(model, [4], 1) == [4]
+    with torch.no_grad():
+        model.text_head.bias[12:] = -100.0
+        model.text_head.bias[0] = -100.0  # id 0 is no word either: unknown to the decoder
+    assert len(complete_text(model, [4], 1)) == 5
+    assert all(0 < token < 12 for token in complete_text(model, [], 3))
+    assert complete_text(model, [1, 2, 3, 4, 5, 6, 7], 1) == [1, 2, 3, 4, 5]
+    assert complete_text(model, [4], 1) == complete_text(model, [4], 1)
+    assert len({tuple(complete_text(model, [4], seed, SamplingOptions(temperature=3.0))) for seed in range(8)}) > 1
+
+
+def test_without_bos_there_must_be_a_word_to_start_from():
+    model = random_model(bos=False, unique_pads=False)
+    with pytest.raises(ValueError, match="without <bos>"):
+        complete_text(model, [], 1)
