@@ -4,13 +4,14 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Dict, Iterator, List, Mapping, Optional, Sequence
+from typing import IO, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from examples_utils import metrics
 from examples_utils.command import Command, build_command, option_value, python_index
@@ -159,18 +160,32 @@ def _install_requirements(job: _Job, folder: Path, combined: IO[bytes]) -> Optio
 
 def _execute(job: _Job, folder: Path, options: RunOptions, combined: IO[bytes]) -> Outcome:
     benchmark = job.variant.benchmark
-    # The Python of this runner runs the benchmarks too: the first python3 of the PATH may have none of our packages.
-    words = list(job.command.words)
-    words[python_index(words)] = sys.executable
+    words, env = _with_this_python(job.command.words, job.env)
     limits = [limit for limit in (options.timeout, benchmark.timeout) if limit is not None]
     # Unbuffered, or a command that is ended at its time limit would take what it printed with it.
-    env = dict({"PYTHONUNBUFFERED": "1"}, **job.env)
+    env.setdefault("PYTHONUNBUFFERED", "1")
     with contextlib.ExitStack() as stack:
         if options.gc_monitor:
             stack.enter_context(ipu_monitor(folder / "ipu-monitor.jsonl"))
         progress = stack.enter_context(Progress(job.variant.name, options.progress_period))
         return run(words, benchmark.folder, env, folder / "stdout", folder / "stderr", Output(combined),
                    timeout=min(limits) if limits else None, period=progress.period, on_progress=progress)
+
+
+def _with_this_python(words: Sequence[str], env: Mapping[str, str]) -> Tuple[List[str], Dict[str, str]]:
+    """Let `python3` mean the Python of this runner: the first one of the PATH may have none of our packages.
+
+    Its folder goes to the front of the PATH; where that holds another python3, the word is replaced.
+    """
+    words, env = list(words), dict(env)
+    folder = os.path.dirname(sys.executable)
+    named = os.path.join(folder, words[python_index(words)])
+    if os.path.realpath(named) == os.path.realpath(sys.executable):
+        env["PATH"] = os.pathsep.join([folder] + [path for path in env.get("PATH", os.defpath).split(os.pathsep)
+                                                  if path != folder])
+    else:
+        words[python_index(words)] = sys.executable
+    return words, env
 
 
 def _collect(job: _Job, result: VariantResult, folder: Path, options: RunOptions) -> None:

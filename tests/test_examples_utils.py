@@ -556,12 +556,25 @@ def test_the_newest_checkpoint_of_the_run_is_found(app):
 
 
 def test_entries_run_in_their_location_with_their_environment_and_this_python(app):
-    source = "import os, sys; print(os.getcwd(), os.environ['WHO'], sys.executable)"
+    source = "import os, sys; print(os.getcwd(), os.environ['WHO'], sys.prefix)"
     spec = app("a_gen:\n  location: sub\n  env: {{WHO: me}}\n  cmd: python3 -c \"{}\"\n".format(source))
     (spec.parent / "sub").mkdir()
     status, folder = bench(spec)
     assert status == 0
-    assert (folder / "a_gen" / "stdout").read_text().split() == [str(spec.parent / "sub"), "me", sys.executable]
+    assert (folder / "a_gen" / "stdout").read_text().split() == [str(spec.parent / "sub"), "me", sys.prefix]
+
+
+def test_python3_means_the_python_of_the_runner(tmp_path, monkeypatch):
+    (tmp_path / "venv").mkdir()
+    for name in ("python3.8", "python3"):
+        (tmp_path / "venv" / name).touch()
+    (tmp_path / "venv" / "python").symlink_to("python3")
+    env = {"PATH": "/usr/bin:{0}/venv:/bin".format(tmp_path)}
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "python"))
+    words, changed = runner._with_this_python(["poprun", "python3", "t.py"], env)
+    assert words == ["poprun", "python3", "t.py"] and changed["PATH"] == "{}/venv:/usr/bin:/bin".format(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "python3.8"))  # python3 beside it is another one
+    assert runner._with_this_python(["python3", "t.py"], env) == ([sys.executable, "t.py"], env)
 
 
 def test_ipu_flags_reach_ipu_entries(app, monkeypatch):
