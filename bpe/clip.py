@@ -85,9 +85,13 @@ class ClipTokenizer(Tokenizer):
 
     def __init__(self, content: bytes, path: str) -> None:
         self._merges = parse_merges(content, path)
-        if len(set(self._token_texts())) != 512 + _NUM_MERGES + 2:
-            raise UserError("--bpe-path {}: a damaged CLIP vocabulary (a token twice); fetch it again".format(path))
-        super().__init__(512 + _NUM_MERGES + 2, hashlib.sha256(content).hexdigest())
+        texts = self._token_texts()
+        known = set(texts)
+        if len(known) != len(texts) or not all(left in known and right in known for left, right in self._merges):
+            raise UserError(
+                "--bpe-path {}: a damaged CLIP vocabulary (a token twice or missing); fetch it again".format(path)
+            )
+        super().__init__(len(texts), hashlib.sha256(content).hexdigest())
 
     @property
     def identity(self) -> Dict[str, str]:

@@ -1,0 +1,450 @@
+"""Tokenizers and the command that learns a vocabulary.
+
+What youtokentome 1.0.6 and dalle-pytorch 1.6.6 say is in assets/bpe_golden.json (made by assets/bpe_make_golden.py),
+so that equality with them is tested without installing them.
+"""
+
+import collections
+import gzip
+import hashlib
+import json
+import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bpe
+import bpe.train
+from bpe import load_tokenizer
+from bpe.clip import CLIP_VOCABULARY
+from bpe.yttm import parse_vocabulary
+from utils.errors import UserError, run_main
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "bpe" / "bpe_yttm_vocab.txt"
+REFERENCE = ROOT / "tests" / "assets" / "bpe_youtokentome_vocab.txt"
+CAPTIONS = ROOT.parent / "shared" / "data" / "captions_val2017.json"
+PATHS = {"shipped": str(SHIPPED), "reference": str(REFERENCE), "clip": None}
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return json.loads((ROOT / "tests" / "assets" / "bpe_golden.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    return {name: load_tokenizer(path) for name, path in PATHS.items()}
+
+
+@pytest.fixture(scope="module")
+def coco_captions():
+    if not CAPTIONS.exists():
+        pytest.skip("needs ../shared/data/captions_val2017.json, which is not here")
+    return [annotation["caption"] for annotation in json.loads(CAPTIONS.read_text())["annotations"]]
+
+
+def digest(values):
+    return hashlib.sha256(json.dumps(values, separators=(",", ":")).encode()).hexdigest()
+
+
+# Equality with the references
+
+
+@pytest.mark.parametrize("name", list(PATHS))
+def test_awkward_texts_and_some_captions_equal_the_reference(name, golden, tokenizers):
+    texts, expected = golden["texts"], golden[name]["ids"]
+    assert len(texts) == len(expected) > 400
+    wrong = [
+        (text, ids, reference)
+        for text, ids, reference in zip(texts, tokenizers[name].encode_batch(texts), expected)
+        if ids != reference
+    ]
+    assert wrong == []
+    assert tokenizers[name].vocab_size == golden[name]["vocab_size"]
+
+
+@pytest.mark.parametrize("name", list(PATHS))
+def test_decoded_text_equals_the_reference(name, golden, tokenizers):
+    assert digest([tokenizers[name].decode(ids) for ids in golden[name]["ids"]]) == golden[name]["decoded_sha256"]
+
+
+@pytest.mark.parametrize("name", list(PATHS))
+def test_every_caption_of_coco_val2017_equals_the_reference(name, golden, tokenizers, coco_captions):
+    assert len(coco_captions) == golden["num_captions"] == 25014
+    assert digest(tokenizers[name].encode_batch(coco_captions)) == golden[name]["captions_sha256"]
+
+
+@pytest.mark.parametrize("name", ["shipped", "reference"])
+def test_the_golden_results_belong_to_these_files(name, golden, tokenizers):
+    sha256 = hashlib.sha256(Path(PATHS[name]).read_bytes()).hexdigest()
+    assert golden[name]["vocab_sha256"] == sha256
+    assert tokenizers[name].identity == {"type": "yttm", "sha256": sha256}
+
+
+def merge_by_definition(ids, merges):
+    """Byte pair encoding as it is defined: again and again the best rank, at its leftmost place."""
+    ranks = {(left, right): (rank, result) for rank, (left, right, result) in enumerate(merges)}
+    while True:
+        candidates = [(ranks[pair][0], at) for at, pair in enumerate(zip(ids, ids[1:])) if pair in ranks]
+        if not candidates:
+            return ids
+        _, at = min(candidates)
+        ids = ids[:at] + [ranks[ids[at], ids[at + 1]][1]] + ids[at + 2 :]
+
+
+def test_encoding_follows_the_definition_on_words_of_few_letters():
+    draw = random.Random(0)
+    lines = ["".join(draw.choice("aaab  c") for _ in range(40)) for _ in range(60)]
+    vocabulary = bpe.train.learn_vocabulary(lines, 60)
+    tokenizer = bpe.YttmTokenizer(bpe.yttm.format_vocabulary(vocabulary).encode(), "test")
+    ids = dict(vocabulary.chars)
+    for _ in range(300):
+        word = "".join(draw.choice("aabc") for _ in range(draw.randrange(1, 30)))
+        expected = merge_by_definition([ids[char] for char in "\u2581" + word], vocabulary.merges)
+        assert tokenizer.encode(word) == expected
+        assert tokenizer.decode(expected) == word
+
+
+# The interface
+
+
+@pytest.mark.parametrize("name", list(PATHS))
+def test_tokenize_pads_truncates_and_names_the_caption_that_is_too_long(name, tokenizers):
+    tokenizer = tokenizers[name]
+    texts = ["A cat", "", "two dogs sit on a bench and look at the sea"]
+    tensor = tokenizer.tokenize(texts, 32)
+    assert tensor.shape == (3, 32) and tensor.dtype == torch.int64
+    for row, text in zip(tensor.tolist(), texts):
+        ids = tokenizer.encode(text)
+        assert row == ids + [0] * (32 - len(ids))
+    assert torch.equal(tokenizer.tokenize(texts[0], 32), tensor[:1])
+    assert torch.equal(tokenizer.tokenize(texts, 3, truncate=True), tensor[:, :3])
+    assert tokenizer.tokenize([], 5).shape == (0, 5)
+    exact = len(tokenizer.encode(texts[2]))
+    assert tokenizer.tokenize(texts, exact).shape == (3, exact)
+    with pytest.raises(UserError, match="two dogs sit on a bench.*--truncate-captions"):
+        tokenizer.tokenize(texts, exact - 1)
+
+
+@pytest.mark.parametrize("name", list(PATHS))
+def test_a_tokenizer_survives_pickling_without_its_tables(name, tokenizers):
+    fresh = load_tokenizer(PATHS[name])
+    unused = pickle.dumps(fresh)
+    ids = fresh.encode("A photo of two caf\u00e9s")
+    text = fresh.decode(ids)
+    assert len(pickle.dumps(fresh)) == len(unused)
+    copy = pickle.loads(pickle.dumps(fresh))
+    assert copy.encode("A photo of two caf\u00e9s") == ids and copy.decode(ids) == text
+    assert copy.identity == fresh.identity and copy.vocab_size == fresh.vocab_size
+
+
+@pytest.mark.parametrize("name", list(PATHS))
+def test_decode_leaves_out_pads_and_ids_beyond_the_vocabulary(name, tokenizers):
+    tokenizer = tokenizers[name]
+    ids = tokenizer.encode("a dog on a beach")
+    size = tokenizer.vocab_size
+    noisy = [0, size, *ids[:2], 0, size + 7, *ids[2:], 0, 0]
+    assert (
+        tokenizer.decode(noisy) == tokenizer.decode(torch.tensor(noisy)) == tokenizer.decode(ids) == "a dog on a beach"
+    )
+    assert tokenizer.decode([]) == ""
+
+
+@pytest.mark.parametrize("name", list(PATHS))
+def test_undecodable_bytes_of_a_command_line_are_unknown_characters(name, tokenizers):
+    assert tokenizers[name].encode("a\udcffb") == tokenizers[name].encode("a\ufffdb")
+
+
+def test_remembered_words_are_bounded(monkeypatch, tokenizers):
+    monkeypatch.setattr(bpe.tokenizer, "_MAX_KNOWN_WORDS", 10)
+    tokenizer = load_tokenizer(str(SHIPPED))
+    texts = ["word{} {}".format(number, "x" * number) for number in range(100)]
+    assert tokenizer.encode_batch(texts) == tokenizers["shipped"].encode_batch(texts)
+    assert len(tokenizer._known_words) == 10
+    assert all(len(word) <= 64 for word in tokenizers["shipped"]._known_words)
+
+
+def test_the_plain_clip_file_is_the_same_vocabulary(tmp_path, tokenizers):
+    plain = tmp_path / "bpe_simple_vocab_16e6.txt"
+    plain.write_bytes(gzip.decompress(Path(CLIP_VOCABULARY).read_bytes()))
+    tokenizer = load_tokenizer(str(plain))
+    assert tokenizer.identity == tokenizers["clip"].identity
+    assert tokenizer.identity["type"] == "clip"
+    assert tokenizer.encode("Two cats") == tokenizers["clip"].encode("Two cats")
+
+
+def test_shipped_files_are_those_of_source_md():
+    listed = (ROOT / "bpe" / "SOURCE.md").read_text()
+    for file in (SHIPPED, Path(CLIP_VOCABULARY)):
+        assert file.name in listed
+        assert hashlib.sha256(file.read_bytes()).hexdigest() in listed
+
+
+def test_learning_needs_no_torch():
+    code = "import sys, bpe.train; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=str(ROOT)).returncode == 0
+
+
+# Files that are no vocabulary
+
+GOOD = "3 1\n9601 4\n97 5\n98 6\n5 6 7\n1 0 2 3\n"
+
+
+def test_the_smallest_file_is_read(tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_text(GOOD)
+    tokenizer = load_tokenizer(str(path))
+    assert tokenizer.vocab_size == 8
+    assert tokenizer.encode("ab ba ?b") == [4, 7, 4, 6, 5, 4, 1, 6]
+    assert tokenizer.decode([4, 7, 4, 1]) == "ab <UNK>"
+
+
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        (b"", "empty"),
+        (b" \n\n", "empty"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00", "not a vocabulary"),
+        (b'{"model": {"type": "BPE"}}', "not a vocabulary"),
+        (b"a cat\n", "not a vocabulary"),
+        (b"7", "first line"),
+        (b"1-2 3", "not a vocabulary"),
+        (b"-3 1 " + GOOD[4:].encode(), "first line"),
+        (GOOD.replace("3 1", "3 2").encode(), "20 numbers|asks for 18"),
+        (GOOD.replace("3 1", "4 1").encode(), "asks for 17"),
+        (GOOD.replace("3 1", "99999999999999999999 1").encode(), "asks for"),
+        (GOOD.encode() + b"9", "16 numbers"),
+        (GOOD.replace("98 6", "98 8").encode(), "id 8 is not in"),
+        (GOOD.replace("98 6", "98 -2").encode(), "id -2 is not in"),
+        (GOOD.replace("98 6", "98 5").encode(), "id 5 is used twice"),
+        (GOOD.replace("98 6", "98 2").encode(), "id 2 is used twice"),
+        (GOOD.replace("5 6 7", "5 7 7").encode(), "joins a token"),
+        (GOOD.replace("5 6 7", "1 6 7").encode(), "joins a token"),
+        (GOOD.replace("98 6", "97 6").encode(), "same character twice"),
+        (GOOD.replace("98 6", "55296 6").encode(), "55296 is not the code point"),
+        (GOOD.replace("98 6", "1114112 6").encode(), "1114112 is not the code point"),
+        (GOOD.replace("98 6", "32 6").encode(), "32 is not the code point"),
+        (GOOD.replace("9601", "99").encode(), "U\\+2581"),
+        (GOOD.replace("1 0 2 3", "0 1 2 3").encode(), "pad id is 1"),
+        (GOOD.replace("1 0 2 3", "-1 0 2 3").encode(), "unknown characters"),
+        (b"3 3\n9601 4\n97 5\n98 6\n5 6 7\n7 5 8\n6 5 9\n1 0 2 3\n".replace(b"6 5 9", b"5 6 9"), "two tokens stand"),
+        (b"\x1f\x8b\x08\x00broken", "damaged gzip"),
+        (gzip.compress(b"holiday"), "not a vocabulary"),
+        (b'"bpe_simple_vocab_16e6.txt#version: 0.2\ni n\nt h\n', "damaged CLIP"),
+    ],
+)
+def test_what_is_no_vocabulary_is_refused_in_one_line(content, complaint, tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=complaint) as caught:
+        load_tokenizer(str(path))
+    assert str(path) in str(caught.value) and "--bpe-path" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [1, 10, 1000, 30000, -1, -2, -4, -6, -8])
+def test_a_truncated_vocabulary_is_refused(kept, tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_bytes(SHIPPED.read_bytes()[:kept])
+    if kept == -1:  # only the last line break is gone: nothing is lost
+        assert load_tokenizer(str(path)).vocab_size == 8192
+    else:
+        with pytest.raises(UserError, match="--bpe-path"):
+            load_tokenizer(str(path))
+
+
+def test_a_damaged_clip_vocabulary_is_refused(tmp_path):
+    path = tmp_path / "bpe_simple_vocab_16e6.txt.gz"
+    content = Path(CLIP_VOCABULARY).read_bytes()
+    path.write_bytes(content[:-50000])
+    with pytest.raises(UserError, match="damaged gzip"):
+        load_tokenizer(str(path))
+    lines = gzip.decompress(content).decode().split("\n")
+    for damage in (["onlyone"], ["qqq zzz</w>"], [lines[1]], []):
+        path.write_bytes("\n".join(lines[:500] + damage + lines[501:48894]).encode())
+        with pytest.raises(UserError, match="damaged CLIP"):
+            load_tokenizer(str(path))
+
+
+def test_missing_files_and_folders_are_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere.txt: no such file.*bpe.train"):
+        load_tokenizer(str(tmp_path / "nowhere.txt"))
+    with pytest.raises(UserError, match="cannot be read"):
+        load_tokenizer(str(tmp_path))
+
+
+# Learning a vocabulary
+
+
+def learn_by_definition(words, num_merges, ids):
+    """Recount everything before each merge; of equal counts the pair of older tokens wins."""
+    tokens = {word: [ids[char] for char in "\u2581" + word] for word in words}
+    merges = []
+    for result in range(4 + len(ids), 4 + len(ids) + num_merges):
+        totals = collections.Counter()
+        for word, count in words.items():
+            at = 0
+            while at + 1 < len(tokens[word]):
+                pair = tuple(tokens[word][at : at + 2])
+                totals[pair] += count
+                # Of "aaa" only one pair can merge.
+                at += 2 if tokens[word][at : at + 3] == [pair[0]] * 3 else 1
+        if not totals:
+            break
+        best = min(totals, key=lambda pair: (-totals[pair], max(pair), pair))
+        merges.append((*best, result))
+        tokens = {word: merge_by_definition(word_ids, [(*best, result)]) for word, word_ids in tokens.items()}
+    return merges
+
+
+@pytest.mark.parametrize("seed, letters", [(0, "abc"), (1, "aaaab"), (2, "abcdefgh"), (3, "a")])
+def test_merges_are_those_of_the_definition(seed, letters):
+    draw = random.Random(seed)
+    lines = [
+        " ".join(letters[: 1 + n % 3] * draw.randrange(1, 4) + draw.choice(letters) for n in range(9)) for _ in range(9)
+    ]
+    lines += ["".join(draw.choice(letters + " ") for _ in range(60)) for _ in range(5)]
+    vocabulary = bpe.train.learn_vocabulary(lines, 60)
+    words = collections.Counter(word for line in lines for word in line.split())
+    ids = dict(vocabulary.chars)
+    assert vocabulary.merges == learn_by_definition(words, 60 - 4 - len(ids), ids)
+
+
+def test_ids_and_counts_of_a_learned_file():
+    vocabulary = bpe.train.learn_vocabulary(["bb ba .", "ba"], 9)
+    assert vocabulary.specials == {"unk": 1, "pad": 0, "bos": 2, "eos": 3}
+    # U+2581, then by frequency: b 4, a 2, the full stop 1 (attached to its word, as when captions are prepared)
+    assert vocabulary.chars == [("\u2581", 4), ("b", 5), ("a", 6), (".", 7)]
+    assert vocabulary.merges == [(4, 5, 8)]
+    assert parse_vocabulary(bpe.yttm.format_vocabulary(vocabulary).encode(), "test") == vocabulary
+
+
+def test_coverage_leaves_out_the_rarest_characters():
+    lines = ["aaaa bbb a\u2603b \U0001f389"]
+    assert [char for char, _ in bpe.train.learn_vocabulary(lines, 20).chars] == [
+        "\u2581",
+        "a",
+        "b",
+        "\u2603",
+        "\U0001f389",
+    ]
+    vocabulary = bpe.train.learn_vocabulary(lines, 20, coverage=0.8)
+    assert [char for char, _ in vocabulary.chars] == ["\u2581", "a", "b"]
+    tokenizer = bpe.YttmTokenizer(bpe.yttm.format_vocabulary(vocabulary).encode(), "test")
+    assert tokenizer.decode(tokenizer.encode(lines[0])) == "aaaa bbb a<UNK>b <UNK>"
+
+
+def test_the_shipped_vocabulary_is_what_the_command_makes(coco_captions):
+    vocabulary = bpe.train.learn_vocabulary(coco_captions, 8192)
+    assert bpe.yttm.format_vocabulary(vocabulary).encode() == SHIPPED.read_bytes()
+
+
+def run_command(monkeypatch, capsys, *arguments):
+    """Run `python -m bpe.train` in this process; return its exit status and what it wrote to stderr."""
+    monkeypatch.setattr(sys, "argv", ["bpe.train", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        run_main(bpe.train.main)
+    return caught.value.code, capsys.readouterr().err
+
+
+TEXT = ["A cat sits on a mat .", "Two  cats\nsit", "a m\u00e4t"]
+
+
+def write_sources(folder):
+    """Write the same captions as COCO JSON, as a folder with depth, and as one text file."""
+    (folder / "captions.json").write_text(json.dumps({"annotations": [{"caption": text} for text in TEXT]}))
+    (folder / "captions" / "deep").mkdir(parents=True)
+    (folder / "captions" / "1.txt").write_text(TEXT[0] + "\n")
+    (folder / "captions" / "deep" / "2.TXT.txt").write_text("Two cats sit\na m\u00e4t\n", encoding="utf-8")
+    (folder / "captions" / "3.jpg").write_bytes(b"\xff\xd8")
+    (folder / "lines.txt").write_text("A cat sits on a mat.\r\nTwo cats\r\nsit\r\n\r\na m\u00e4t", encoding="utf-8-sig")
+
+
+def test_every_kind_of_input_gives_the_same_file(tmp_path, monkeypatch, capsys):
+    write_sources(tmp_path)
+    contents = []
+    for source in ("captions.json", "captions", "lines.txt"):
+        output = tmp_path / "made" / (source + ".vocab")
+        arguments = ["--captions", tmp_path / source, "--vocab-size", 30, "--output", output]
+        status, _ = run_command(monkeypatch, capsys, *arguments)
+        assert status == 0
+        contents.append(output.read_text())
+    assert contents[0] == contents[1] == contents[2]
+    assert load_tokenizer(str(output)).decode(load_tokenizer(str(output)).encode(TEXT[2])) == TEXT[2]
+    assert [file.name for file in output.parent.iterdir() if file.suffix != ".vocab"] == []
+
+
+def test_several_inputs_add_up_and_the_command_runs_as_a_module(tmp_path):
+    write_sources(tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "bpe.train",
+        "--captions",
+        str(tmp_path / "captions.json"),
+        str(tmp_path / "lines.txt"),
+    ]
+    command += ["--vocab-size", "500", "--output", str(tmp_path / "vocab.txt")]
+    result = subprocess.run(command, cwd=str(ROOT), stderr=subprocess.PIPE, universal_newlines=True)
+    assert result.returncode == 0
+    assert "22 words, 10 of them different" in result.stderr
+    # Fewer tokens than asked for is worth a warning, and the file is whole.
+    size = load_tokenizer(str(tmp_path / "vocab.txt")).vocab_size
+    assert "the vocabulary has {} instead of --vocab-size 500".format(size) in result.stderr
+    assert load_tokenizer(str(tmp_path / "vocab.txt")).encode("A cat") != []
+
+
+@pytest.mark.parametrize(
+    "source, content, complaint",
+    [
+        ("missing.txt", None, "no such file"),
+        ("missing.json", None, "no such file"),
+        ("image.jpg", b"\xff\xd8\xff\xe0", "not a text file"),
+        ("binary.json", b"\xff\xd8\xff\xe0", "not a text file"),
+        ("broken.json", b'{"annotations": [', "not valid JSON"),
+        ("list.json", b"[1]", "no list 'annotations'"),
+        ("instances.json", b'{"annotations": [{"bbox": []}]}', "annotation 0 has no text 'caption'"),
+        ("empty.txt", b"\n \n", "no caption"),
+        ("empty.json", b'{"annotations": []}', "no caption"),
+    ],
+)
+def test_bad_input_ends_with_one_line_and_leaves_the_old_file(
+    source, content, complaint, tmp_path, monkeypatch, capsys
+):
+    if content is not None:
+        (tmp_path / source).write_bytes(content)
+    (tmp_path / "vocab.txt").write_text("old")
+    arguments = ["--captions", tmp_path / source, "--vocab-size", 30, "--output", tmp_path / "vocab.txt"]
+    status, errors = run_command(monkeypatch, capsys, *arguments)
+    assert status == 1
+    assert errors.count("\n") == 1 and errors.startswith("error: --captions") and complaint in errors
+    assert (tmp_path / "vocab.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    "changes, expected_status, complaint",
+    [
+        ({"--vocab-size": "0"}, 2, "--vocab-size 0"),
+        ({"--vocab-size": "x"}, 2, "--vocab-size"),
+        ({"--coverage": "0"}, 2, "--coverage 0"),
+        ({"--coverage": "nan"}, 2, "--coverage nan"),
+        ({"--output": "."}, 2, "--output"),
+        ({"--vocab-size": "9"}, 1, "at least 18"),
+        ({"--output": "lines.txt/vocab"}, 1, "cannot be written"),
+        ({"--captions": "empty"}, 1, "no .txt file in this folder"),
+    ],
+)
+def test_wrong_flags_are_explained(changes, expected_status, complaint, tmp_path, monkeypatch, capsys):
+    write_sources(tmp_path)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    flags = {"--captions": "lines.txt", "--vocab-size": "30", "--output": "vocab.txt"}
+    flags.update(changes)
+    status, errors = run_command(monkeypatch, capsys, *(part for flag in flags.items() for part in flag))
+    assert status == expected_status
+    assert complaint in errors and "Traceback" not in errors
+    assert not (tmp_path / "vocab.txt").exists()
