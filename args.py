@@ -150,6 +150,8 @@ class ModelConfig(Section):
     layer_scale: bool = option(True, "a learned factor for each channel of each residual branch")
     init_std: float = option(0.0, "standard deviation of the first weights; 0: PyTorch's own initialisation", ge=0)
     loss_img_weight: float = option(7.0, "weight of the image loss beside the text loss", ge=0)
+    code_noise: float = option(0.0, "share of the codes that the model reads as random others while training",
+                               ge=0, lt=1)
     null_cond_prob: float = option(0.0, "share of captions left out in training, for guidance when generating",
                                    ge=0, le=1)
     vqgan_model_path: Optional[str] = option(None, "weights of the VQGAN (.ckpt or .safetensors); none: the published "

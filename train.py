@@ -235,7 +235,7 @@ def build_model(config: Config, parts: Parts, start: Optional[Start]) -> TextToI
         dalle.load_state_dict(start.checkpoint.weights)
     logger.info("DALL-E: %.2f M parameters, %d text + %d image tokens", sum(p.numel() for p in dalle.parameters()) / 1e6,
                 wanted.text_seq_len, wanted.image_seq_len)
-    return TextToImage(dalle, parts.vqgan)
+    return TextToImage(dalle, parts.vqgan, config.model.code_noise)
 
 
 class Schedule:

@@ -171,6 +171,7 @@ class NativeEngine(Engine):
         self.parameters = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
         if options.ema_decay:
             self.averaged = {key: value.detach().clone() for key, value in self.model.dalle.state_dict().items()}
+        torch.manual_seed(self.config.execution.random_seed + self.rank)  # dropout and noise differ between processes
         self.module: nn.Module = self.model
         if self.world_size > 1:
             self.module = DistributedDataParallel(

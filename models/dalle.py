@@ -141,12 +141,15 @@ class TextToImage(nn.Module):
     """A DALL-E over a frozen VQGAN: takes raw images or their codes. This is what an engine trains.
 
     The VQGAN holds no trainable parameter, stays in eval mode, and may be absent when codes are given.
+    code_noise: share of the codes that the model reads as random others while training. What it must predict stays as it
+    is, so it learns to trust the caption more than codes that may be wrong, as its own are when it draws.
     """
 
-    def __init__(self, dalle: DALLE, vqgan: Optional[nn.Module] = None) -> None:
+    def __init__(self, dalle: DALLE, vqgan: Optional[nn.Module] = None, code_noise: float = 0.0) -> None:
         super().__init__()
         self.dalle = dalle
         self.vqgan = vqgan
+        self.code_noise = code_noise
         if vqgan is not None:
             vqgan.requires_grad_(False).eval()
 
@@ -167,8 +170,14 @@ class TextToImage(nn.Module):
         with torch.no_grad():
             return self.vqgan.encode(images)
 
+    def _disturbed(self, codes: Tensor) -> Tensor:
+        if not (self.training and self.code_noise):
+            return codes
+        wrong = torch.rand(codes.shape, device=codes.device) < self.code_noise
+        return torch.where(wrong, torch.randint_like(codes, self.dalle.config.num_image_tokens), codes)
+
     def forward(self, text: Tensor, images: Tensor) -> Losses:
         """Return the losses of captions (B, T) and images or codes (see `codes`)."""
         codes = self.codes(images)
-        text_logits, image_logits = self.dalle(text, codes)
+        text_logits, image_logits = self.dalle(text, self._disturbed(codes))
         return self.dalle.loss(text_logits, image_logits, text, codes)
