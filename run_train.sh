@@ -19,4 +19,30 @@ if [ "${NPROC:-1}" -gt 1 ]; then
 else
     "$python" "$root/train.py" --config "$config" "$@"
 fi
-exec "$python" "$root/utils/show_run.py" --config "$config" "$@"
+
+# The newest checkpoint's path, the log folder and the input folder, one a line; nothing where none was saved.
+found=$(PYTHONPATH="$root" "$python" -c '
+import sys, args
+from utils.checkpoints import newest_checkpoint
+config = args.parse(sys.argv[1:])
+newest = newest_checkpoint(config.checkpoints.checkpoint_output_dir)
+if newest: print(newest, config.log_dir, config.data.input_folder, sep="\n")' --config "$config" "$@")
+if [ -z "$found" ]; then
+    exit 0
+fi
+{ read -r newest; read -r log_dir; read -r input_folder; } <<< "$found"
+if [ "$input_folder" = demo ]; then
+    "$python" "$root/evaluate.py" --dalle_path "$newest" --json "$log_dir/evaluation.json" --sheet "$log_dir/samples.png"
+    echo
+    echo "pictures drawn from captions, beside the real ones:  $log_dir/samples.png"
+    example="woman astronaut: medium-dark skin tone"
+else
+    example="A plate of food has potatoes and fruit."
+    "$python" "$root/generate.py" --dalle_path "$newest" --outputs_dir "$log_dir/samples" --num_images 4 \
+        --text "$example|A man riding a wave on top of a surfboard.|Two dogs are playing in the snow."
+    echo
+    echo "pictures drawn from captions:  $log_dir/samples/*/grid.png"
+fi
+echo "losses:                        $log_dir/loss.png"
+echo "checkpoint:                    $newest"
+echo "draw more:                     $python $root/generate.py --dalle_path $newest --text \"$example\""
