@@ -1,0 +1,162 @@
+"""The house keeps its order: imports point one way, device packages stay in engines/, configurations run, docs name real files."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import args
+import engines.native
+import train
+from bpe import load_tokenizer
+from models.config import DalleConfig
+from models.dalle import DALLE
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = {"args", "bpe", "dalle", "data", "engines", "examples_utils", "log", "models", "utils", "train", "generate", "evaluate",
+        "train_vqgan"}
+
+#: What each part may import of ours. Scripts may import everything but each other.
+ARROWS = {
+    "utils": set(), "log": {"utils"}, "bpe": {"utils"}, "models": {"utils"}, "data": {"bpe", "utils"},
+    "args": {"models", "data", "utils"}, "dalle": {"models", "bpe", "utils"},
+    "engines": {"args", "data", "models", "utils", "log"},
+    "examples_utils": {"args", "bpe", "dalle", "data", "engines", "log", "models", "utils"},
+}
+DEVICE_PACKAGES = {"poptorch", "popdist", "popart", "horovod"}
+
+
+def sources():
+    """(part, path) of every Python file of the project outside tests/."""
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    files = [ROOT / name for name in tracked] or [
+        path for path in ROOT.rglob("*.py") if not set(path.relative_to(ROOT).parts[:-1]) & {".venv", "output", "outputs"}]
+    for path in files:
+        parts = path.relative_to(ROOT).parts
+        if parts[0] != "tests" and path.is_file():
+            yield (parts[0][:-3] if len(parts) == 1 else parts[0]), path
+
+
+def imported(path):
+    """Top-level names of the modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.split(".")[0]
+
+
+def test_imports_point_one_way():
+    wrong = []
+    for part, path in sources():
+        allowed = ARROWS.get(part, OURS - {"train", "generate", "evaluate", "train_vqgan"}) | {part}
+        wrong += ["{} imports {}".format(path.relative_to(ROOT), name) for name in imported(path)
+                  if name in OURS and name not in allowed]
+    assert not wrong
+
+
+def test_device_packages_are_imported_by_engines_alone():
+    wrong = [str(path.relative_to(ROOT)) for part, path in sources() if part != "engines" and DEVICE_PACKAGES & set(imported(path))]
+    assert not wrong
+
+
+def test_every_source_parses_on_the_python_of_the_poplar_sdk():
+    for _, path in sources():
+        ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 8))
+
+
+def configurations():
+    import yaml
+
+    names = yaml.safe_load((ROOT / "configs.yaml").read_text())
+    return [name for name in names if not name.startswith(".") and name != "defaults"]
+
+
+def test_the_published_configurations_are_there():
+    assert {"L16", "L16_POD16", "L16_POD64", "L16_CLIP_vocab", "unit_test", "demo"} <= set(configurations())
+
+
+@pytest.mark.parametrize("name", configurations())
+def test_every_shipped_configuration_instantiates(name):
+    """At full size, without memory: on the meta device, with its own vocabulary and the codebook it is meant for."""
+    config = args.parse(["--config", name, "--generated-data"])
+    tokenizer = load_tokenizer(config.data.bpe_path)
+    options = config.model
+    downsampling = 8 if options.vqgan_model_path else 16
+    wanted = DalleConfig(
+        num_text_tokens=tokenizer.vocab_size, num_image_tokens=1024, text_seq_len=options.text_seq_len,
+        grid=options.image_size // downsampling, dim=options.hidden_size, depth=options.num_hidden_layers,
+        heads=options.num_attention_heads, dim_head=options.dim_head, attn_types=options.attn_types,
+        sandwich_norm=options.sandwich_norm)
+    with torch.device("meta"):
+        dalle = DALLE(wanted)
+    if name.startswith("L16"):
+        expected = 93.6e6 if name != "L16_CLIP_vocab" else 136e6
+        assert sum(p.numel() for p in dalle.parameters()) == pytest.approx(expected, rel=0.02)
+    assert sum(config.ipu.layers_per_ipu) == config.model.num_hidden_layers
+    schedule = train.Schedule(config, 10)
+    assert schedule.learning_rate(train.Position()) > 0
+    for world_size in (1, 2):
+        if config.global_batch % world_size == 0:
+            batching = engines.native.share_batch(config.global_batch, config.execution.batch_size, world_size)
+            assert batching.global_batch == config.global_batch
+
+
+def test_documents_name_files_that_exist():
+    missing = []
+    for name in ("README.md", "CONTRIBUTING.md", "docs/architecture.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", text):
+            if not ((ROOT / name).parent / target).exists():
+                missing.append("{}: {}".format(name, target))
+    assert not missing
+
+
+def commands():
+    """Every `python SCRIPT ...` line in the README's bash blocks."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```bash\n(.*?)```", text, flags=re.S):
+        for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+            line = line.split("  #")[0].strip()
+            if re.match(r"(torchrun .*|python3?) ", line):
+                yield line
+
+
+def test_the_readme_has_commands():
+    assert len(list(commands())) >= 10
+
+
+@pytest.mark.parametrize("command", sorted(set(commands())) if (ROOT / "README.md").exists() else [])
+def test_every_readme_command_has_a_script_and_flags_that_exist(command):
+    """The script is there, and each of its flags appears in its own --help."""
+    words = command.split()
+    if words[0] == "torchrun":
+        words = words[next(i for i, word in enumerate(words) if word.endswith(".py")) - 1:]
+    if words[1] == "-m":
+        module, rest = words[2], words[3:]
+        if module in ("pip", "venv", "tensorboard"):
+            return
+        script = ["-m", module]
+    else:
+        script, rest = [words[1]], words[2:]
+        assert (ROOT / words[1]).is_file(), command
+    sub = [word for word in rest[:1] if re.fullmatch("[a-z]+", word) and script[0] == "-m"]
+    help_text = _help(tuple(script + sub))
+    for flag in re.findall(r"(?<=\s)(--[A-Za-z][\w-]*)", command[command.index(script[-1]):]):
+        assert re.search(re.escape(flag) + r"\b", help_text) or re.search(
+            re.escape("--" + flag[2:].replace("_", "-")) + r"\b", help_text), (flag, command)
+
+
+_HELP = {}
+
+
+def _help(script):
+    if script not in _HELP:
+        result = subprocess.run([sys.executable, *script, "--help"], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        _HELP[script] = result.stdout
+    return _HELP[script]
