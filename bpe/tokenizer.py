@@ -115,9 +115,7 @@ class Tokenizer(abc.ABC):
         """Return `encode(text)` for each text."""
         return [self.encode(text) for text in texts]
 
-    def tokenize(
-        self, texts: Union[str, Sequence[str]], text_seq_len: int, truncate: bool = False
-    ) -> "torch.Tensor":
+    def tokenize(self, texts: Union[str, Sequence[str]], text_seq_len: int, truncate: bool = False) -> "torch.Tensor":
         """Return the ids of B texts (one text counts as B = 1) as a LongTensor (B, text_seq_len), right-padded with 0.
 
         Raises `UserError` when a text has more than `text_seq_len` tokens, unless `truncate` cuts it there.
