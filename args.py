@@ -180,7 +180,8 @@ class DataConfig(Section):
 class CheckpointsConfig(Section):
     """What is saved, and what training starts from."""
 
-    checkpoint_output_dir: str = option("./output/ckpt", "folder of the checkpoints", path=True)
+    checkpoint_output_dir: str = option("./output/ckpt", "folder of the checkpoints; '': none are saved", path=True,
+                                        empty=True)
     checkpoint_save_steps: int = option(1000, "optimizer steps from one checkpoint to the next; 0: only at the end of "
                                               "each epoch", ge=0)
     keep_checkpoints: int = option(0, "keep the newest so many; 0: all", ge=0)
@@ -225,7 +226,8 @@ class Config:
     @property
     def log_dir(self) -> Path:
         """Folder of log file, metrics and loss.png."""
-        return Path(self.misc.log_dir) if self.misc.log_dir else Path(self.checkpoints.checkpoint_output_dir).parent
+        folder = self.checkpoints.checkpoint_output_dir or "./output/ckpt"
+        return Path(self.misc.log_dir) if self.misc.log_dir else Path(folder).parent
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Config":
@@ -486,6 +488,8 @@ def _checked_item(spec: Any, value: Any, where: str, is_text: bool) -> Any:
             or "le" in limits and value > limits["le"] or "lt" in limits and value >= limits["lt"]):
         raise UsageError("{}: must be {}, got {}".format(where, " and ".join(_bounds(spec)), _quoted(value)))
     if limits.get("path"):
+        if not value and limits.get("empty"):
+            return value
         if not value or "\0" in value:
             raise UsageError("{}: {} is not a path".format(where, _quoted(value)))
         return os.path.expanduser(value)

@@ -25,7 +25,7 @@ from bpe import Tokenizer, load_tokenizer
 from engines import Engine
 from models.config import DalleConfig
 from models.dalle import DALLE, TextToImage
-from models.vqgan import VQGAN, default_vqgan, load_vqgan
+from models.vqgan import VQGAN, VqganConfig, default_vqgan, load_vqgan
 from utils import checkpoints, schedules
 from utils.errors import UserError, run_main
 
@@ -178,9 +178,15 @@ def finish(config: Config, engine: Engine, progress: log.Progress) -> None:
 def build_parts(config: Config) -> Parts:
     """Open tokenizer, VQGAN, data sets and the checkpoint to start from."""
     tokenizer = load_tokenizer(config.data.bpe_path)
-    paths = vqgan_paths(config)
-    vqgan = load_vqgan(*paths)
     options, generated = config.data, config.data.generated_data or config.data.synthetic_data
+    if generated and config.model.vqgan_model_path is None:
+        # Random pictures need no trained VQGAN: one of the published shape does the same work, without a download.
+        logger.info("generated data: a VQGAN of the published f16-1024 shape with random weights")
+        vqgan, paths = VQGAN(VqganConfig()), (Path("random"), Path("random"))
+        vqgan.identity = "random"
+    else:
+        paths = vqgan_paths(config)
+        vqgan = load_vqgan(*paths)
     train_set, validation_set = data.create_datasets(
         input_folder=options.input_folder, tokenizer=tokenizer, text_seq_len=config.model.text_seq_len,
         image_size=config.model.image_size, truncate_captions=options.truncate_captions,
