@@ -1,0 +1,258 @@
+"""Everything needed to draw, from the path of a checkpoint: the DALL-E, its tokenizer and its VQGAN.
+
+loaded = load("demo")                        # the model that comes with this repository
+loaded = load("output/ckpt/dalle_799.pt")    # tokenizer and VQGAN: those it was trained with, if they are still there
+"""
+
+import logging
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+
+import torch
+from torch import Tensor
+
+from bpe import Tokenizer, load_tokenizer
+from models.config import DalleConfig
+from models.dalle import DALLE
+from models.vqgan import PUBLISHED, VQGAN, VqganConfig, default_vqgan, load_vqgan
+from utils.checkpoints import DalleCheckpoint, read_dalle
+from utils.errors import UsageError, UserError
+from utils.files import PathLike, sha256_file
+
+logger = logging.getLogger(__name__)
+
+DEMO = "demo"
+"""The --dalle_path that stands for the shipped model; a file of this name is "./demo"."""
+
+ROOT = Path(__file__).resolve().parent.parent
+_DEMO_DALLE = ROOT / "models" / "demo" / "dalle.safetensors"
+_DEMO_VQGAN = ROOT / "models" / "demo" / "vqgan.safetensors"
+_DEMO_VQGAN_CONFIG = ROOT / "models" / "demo" / "vqgan.yaml"
+_DEMO_VOCABULARY = ROOT / "bpe" / "demo_vocab.txt"
+
+
+class Loaded(NamedTuple):
+    """A model ready to draw: everything on one device, in eval mode, float32, without gradients."""
+
+    dalle: DALLE
+    vqgan: VQGAN
+    tokenizer: Tokenizer
+    checkpoint: DalleCheckpoint
+    """What the checkpoint says of itself; its tensors are left out."""
+
+    @property
+    def config(self) -> DalleConfig:
+        """Shape and options of the DALL-E."""
+        return self.dalle.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.dalle.text_emb.weight.device
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of its images in pixels. The grid may differ from the one the VQGAN was made for."""
+        return self.config.grid * self.vqgan.config.downsampling
+
+
+def load(
+    dalle_path: PathLike,
+    bpe_path: Optional[PathLike] = None,
+    vqgan_model_path: Optional[PathLike] = None,
+    vqgan_config_path: Optional[PathLike] = None,
+    device: Union[str, torch.device] = "cpu",
+) -> Loaded:
+    """Load a checkpoint in any layout that utils.checkpoints reads, or "demo", the shipped model.
+
+    bpe_path None: the vocabulary the model was trained with, where it is still to be found (as recorded, in this
+    repository or beside the checkpoint; known by its sha256), else the CLIP vocabulary. vqgan_model_path and
+    vqgan_config_path None: in the same way the VQGAN it was trained with, or the one inside the checkpoint, else the
+    published f16-1024 model, which is downloaded. What is given wins; when it is not what the model was trained with, a
+    warning says so. Where a checkpoint of ours holds averaged weights (EMA), they are the ones that draw.
+
+    Raises UserError naming the flag when something is missing or does not fit.
+    """
+    if str(dalle_path) == DEMO:
+        _check_demo()
+        dalle_path, bpe_path = _DEMO_DALLE, bpe_path or _DEMO_VOCABULARY
+        if vqgan_model_path is None and vqgan_config_path is None:
+            vqgan_model_path, vqgan_config_path = _DEMO_VQGAN, _DEMO_VQGAN_CONFIG
+    if not Path(dalle_path).exists():
+        raise UserError(
+            "--dalle_path {}: there is no such file; 'demo' stands for the shipped model".format(dalle_path)
+        )
+    checkpoint = read_dalle(dalle_path)
+    path = checkpoint.path
+    config = DalleConfig.from_dict(checkpoint.config)
+    tokenizer = _open_tokenizer(bpe_path, checkpoint)
+    if tokenizer.vocab_size != config.num_text_tokens:
+        raise UserError(
+            "--bpe_path {}: this vocabulary has {} entries, but the model of --dalle_path {} was trained with {}; give "
+            "the vocabulary it was trained with".format(
+                bpe_path or "(the CLIP vocabulary, by default)", tokenizer.vocab_size, path, config.num_text_tokens
+            )
+        )
+    vqgan = _open_vqgan(vqgan_model_path, vqgan_config_path, checkpoint)
+    if vqgan.num_codes != config.num_image_tokens:
+        raise UserError(
+            "--vqgan_model_path {}: this VQGAN has {} codes, but the model of --dalle_path {} was trained with {}; "
+            "give the VQGAN it was trained with".format(
+                vqgan_model_path or "(by default)", vqgan.num_codes, path, config.num_image_tokens
+            )
+        )
+    if vqgan.grid != config.grid:
+        logger.info(
+            "the VQGAN was made for %dx%d codes and is used with %dx%d",
+            vqgan.grid,
+            vqgan.grid,
+            config.grid,
+            config.grid,
+        )
+    dalle = DALLE(config)
+    dalle.load_state_dict(checkpoint.weights if checkpoint.ema is None else checkpoint.ema)
+    dalle.to(device).eval().requires_grad_(False)
+    about = checkpoint._replace(
+        weights={}, vqgan_weights=None, ema=None, opt_state=None, scheduler_state=None, training=None
+    )
+    return Loaded(dalle, vqgan.to(device), tokenizer, about)
+
+
+def _check_demo() -> None:
+    for path in (_DEMO_DALLE, _DEMO_VQGAN, _DEMO_VQGAN_CONFIG, _DEMO_VOCABULARY):
+        if not path.is_file():
+            raise UserError(
+                "--dalle_path demo: {} is missing, which comes with the repository; get a complete copy, or train "
+                "a model with `bash run_train.sh` and give its checkpoint".format(path.relative_to(ROOT))
+            )
+
+
+def _recorded(checkpoint: DalleCheckpoint, part: str) -> Dict[str, str]:
+    """What the checkpoint notes of its "tokenizer" or "vqgan": sha256 and paths. Only text: files may say anything."""
+    table: Any = checkpoint.identity.get(part)
+    return (
+        {key: value for key, value in table.items() if isinstance(value, str) and value}
+        if isinstance(table, dict)
+        else {}
+    )
+
+
+def _places(recorded: str, checkpoint_path: Path) -> Iterator[Path]:
+    """Where a recorded file may be now: as it was given, in this repository, beside the checkpoint."""
+    yield Path(recorded).expanduser()
+    yield ROOT / recorded
+    yield checkpoint_path.parent / Path(recorded).name
+
+
+# Tokenizer -----------------------------------------------------------------------------------------------------------
+
+
+def _open_tokenizer(given: Optional[PathLike], checkpoint: DalleCheckpoint) -> Tokenizer:
+    path = checkpoint.path
+    recorded = _recorded(checkpoint, "tokenizer")
+    sha256 = recorded.get("sha256")
+    if given is not None:
+        tokenizer = load_tokenizer(str(given))
+        if sha256 and tokenizer.identity["sha256"] != sha256:
+            logger.warning(
+                "--bpe_path %s is not the vocabulary that %s was trained with: its ids may mean other words to it",
+                given,
+                path,
+            )
+        return tokenizer
+    candidates: List[Path] = []
+    if sha256:
+        candidates += _places(recorded["path"], path) if recorded.get("path") else ()
+        candidates += sorted((ROOT / "bpe").glob("*.txt"))
+    for candidate in candidates:
+        try:
+            tokenizer = load_tokenizer(str(candidate)) if candidate.is_file() else None
+        except UserError:
+            continue  # something else lies there by now
+        if tokenizer is not None and tokenizer.identity["sha256"] == sha256:
+            logger.info("vocabulary: %s", candidate)
+            return tokenizer
+    tokenizer = load_tokenizer(None)
+    if sha256 and tokenizer.identity["sha256"] != sha256:
+        raise UserError(
+            "the vocabulary that {} was trained with ({}) is not to be found: give it with --bpe_path".format(
+                path, recorded.get("path") or "sha256 " + sha256[:80]
+            )
+        )
+    return tokenizer
+
+
+# VQGAN ---------------------------------------------------------------------------------------------------------------
+
+
+def _open_vqgan(weights: Optional[PathLike], config: Optional[PathLike], checkpoint: DalleCheckpoint) -> VQGAN:
+    path = checkpoint.path
+    recorded = _recorded(checkpoint, "vqgan")
+    sha256 = recorded.get("sha256")
+    if weights is not None:
+        if config is None:
+            raise UsageError("--vqgan_model_path needs --vqgan_config_path, the YAML file that belongs to it")
+        vqgan = load_vqgan(weights, config)
+        if sha256 and vqgan.identity != sha256:
+            logger.warning(
+                "--vqgan_model_path %s is not the VQGAN that %s was trained with: its codes may mean other pictures",
+                weights,
+                path,
+            )
+        return vqgan
+    if checkpoint.vqgan_weights is not None:
+        return _stored_vqgan(checkpoint.vqgan_weights, config, path)
+    if config is not None:
+        raise UsageError("--vqgan_config_path needs --vqgan_model_path, the weights that belong to it")
+    if sha256:
+        for place, place_config in _vqgan_places(recorded, path):
+            if place.is_file() and place_config.is_file() and sha256_file(place) == sha256:
+                logger.info("VQGAN: %s", place)
+                return load_vqgan(place, place_config)
+        # Trained with the published model, it was downloaded to a cache; elsewhere its file has to be given.
+        if Path(recorded.get("weights", "")).name not in [""] + [
+            published.weights_name for published in PUBLISHED.values()
+        ]:
+            raise UserError(
+                "the VQGAN that {} was trained with ({}) is not to be found: give it with --vqgan_model_path and "
+                "--vqgan_config_path".format(path, recorded["weights"])
+            )
+    vqgan = load_vqgan(*default_vqgan(name=_published_name(recorded)))
+    if sha256 and vqgan.identity != sha256:
+        logger.warning(
+            "the published VQGAN is not the one that %s was trained with; give that one with --vqgan_model_path",
+            path,
+        )
+    return vqgan
+
+
+def _vqgan_places(recorded: Dict[str, str], path: Path) -> Iterator[Tuple[Path, Path]]:
+    if recorded.get("weights") and recorded.get("config"):
+        for weights, config in zip(_places(recorded["weights"], path), _places(recorded["config"], path)):
+            yield weights, config
+    yield _DEMO_VQGAN, _DEMO_VQGAN_CONFIG
+
+
+def _published_name(recorded: Dict[str, str]) -> str:
+    """The published model a recorded path speaks of, else f16-1024, the application's default."""
+    file_name = Path(recorded.get("weights", "")).name
+    return next((name for name, published in PUBLISHED.items() if published.weights_name == file_name), "f16-1024")
+
+
+def _stored_vqgan(weights: Dict[str, Tensor], config_path: Optional[PathLike], path: Path) -> VQGAN:
+    """Build the VQGAN inside the checkpoint: as the YAML says, else as the published model whose shapes it has."""
+    configs = (
+        [VqganConfig.from_yaml(config_path)] if config_path is not None else [p.config for p in PUBLISHED.values()]
+    )
+    for config in configs:
+        with torch.device("meta"):
+            vqgan = VQGAN(config)
+        expected = {name: tuple(tensor.shape) for name, tensor in vqgan.state_dict().items()}
+        if expected == {name: tuple(tensor.shape) for name, tensor in weights.items()}:
+            vqgan = vqgan.to_empty(device="cpu")
+            vqgan.load_state_dict(weights)
+            vqgan = vqgan.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            return vqgan.eval().requires_grad_(False)
+    if config_path is not None:
+        raise UserError("--vqgan_config_path {} does not describe the VQGAN inside {}".format(config_path, path))
+    raise UserError("the VQGAN inside {} is no published one: give its YAML file with --vqgan_config_path".format(path))

@@ -1,0 +1,196 @@
+"""Where the images of a prompt go: a folder that no prompt can place outside the outputs folder, and its files.
+
+    <outputs folder>/<prompt with _ for blanks, 100 characters at most>/
+        0.jpg, 1.jpg, ..., caption.txt, grid.png, generation.json
+
+A prompt that was drawn before replaces its earlier images, all of them: what the earlier generation.json lists is
+deleted when the first new image is there. Files that it does not list are never deleted, only reported.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import re
+import unicodedata
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set
+
+from torch import Tensor
+
+from dalle.pictures import FORMATS, GRID_LIMIT, make_grid, save_picture, to_pil
+from utils.errors import UserError
+from utils.files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+MAX_NAME_LEN = 100
+"""Characters of a folder's name."""
+_MAX_NAME_BYTES = 240  # file systems allow 255 bytes, and a letter may have four
+_IMAGE_NAME = re.compile(r"[0-9]{1,9}\.(?:%s)" % "|".join(FORMATS))
+# Names that some systems or tools take for something else, whatever their ending.
+_RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
+_REPORT = "generation.json"
+
+
+def folder_name(prompt: str) -> str:
+    """The name of a prompt's folder: blanks become _, cut after 100 characters.
+
+    That is all for an ordinary prompt. One that holds what has no place in a name (slashes, control characters, a
+    leading dot or dash, ...) has these replaced by _, and ends in a digest of the prompt, which keeps it apart.
+    """
+    plain = prompt[:MAX_NAME_LEN].replace(" ", "_")
+    safe = "".join("_" if _is_unsafe(character) else character for character in plain)
+    if safe[:1] in ("-", ".", "~"):
+        safe = "_" + safe[1:]
+    if not safe or _RESERVED.fullmatch(safe):
+        safe = "_" + safe
+    if safe != plain:
+        return with_digest(safe, prompt)
+    return safe if len(safe.encode("utf-8")) <= _MAX_NAME_BYTES else _cut(safe, MAX_NAME_LEN, _MAX_NAME_BYTES)
+
+
+def with_digest(name: str, prompt: str, length: int = 8) -> str:
+    """Return the name, cut where needed, with `length` digits of a digest of the whole prompt behind it."""
+    digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:length]
+    return _cut(name, MAX_NAME_LEN - length - 1, _MAX_NAME_BYTES - length - 1) + "-" + digest
+
+
+def _is_unsafe(character: str) -> bool:
+    """Separators, and what cannot be seen: control characters, line ends, lone surrogates, direction marks."""
+    if character in "/\\":
+        return True
+    if character == "\u200d":  # joins the parts of one emoji
+        return False
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") or (
+        character.isspace() and character != " "
+    )
+
+
+def _cut(name: str, characters: int, size: int) -> str:
+    return name[:characters].encode("utf-8")[:size].decode("utf-8", "ignore")
+
+
+class PromptFolder:
+    """The files of one prompt. After each `add` they agree with each other: an interrupted run leaves what it drew."""
+
+    def __init__(
+        self, outputs_dir: Path, prompt: str, taken: Set[str], image_format: str, about: Dict[str, Any]
+    ) -> None:
+        """Make the folder. Raises UserError where that is impossible.
+
+        taken: names of this run's folders; the new one is added. about: what generation.json says beside the images.
+        """
+        self.prompt, self.format, self.about = prompt, image_format, about
+        self.path = outputs_dir / _free_name(outputs_dir, prompt, taken)
+        taken.add(self.path.name)
+        self._images: List[Dict[str, Any]] = []
+        self._grid: List[Tensor] = []
+        self._started = False
+        with _written(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    def add(self, pictures: Tensor, seeds: Sequence[int], codes: Tensor, log_likelihood: Tensor) -> None:
+        """Write images (B, 3, S, S) uint8, numbered on from the last one, and list their seeds and codes (B, N)."""
+        if not self._started:
+            self._start()
+        with _written(self.path):
+            for picture, seed, row, likelihood in zip(pictures, seeds, codes.tolist(), log_likelihood.tolist()):
+                name = "{}.{}".format(len(self._images), self.format)
+                save_picture(to_pil(picture), self.path / name)
+                if len(self._grid) < GRID_LIMIT:
+                    self._grid.append(picture)
+                self._images.append(
+                    {
+                        "file": name,
+                        "seed": seed,
+                        "codes": row,
+                        "log_likelihood": likelihood if math.isfinite(likelihood) else None,
+                    }
+                )
+            self._write_report(complete=False)
+
+    def finish(self, **about: Any) -> None:
+        """Write the grid, and note in generation.json that the run is complete, with `about` added."""
+        self.about.update(about)
+        with _written(self.path):
+            save_picture(make_grid(self._grid), self.path / "grid.png")
+            self._write_report(complete=True)
+
+    def _start(self) -> None:
+        """Clear what an earlier run left, now that there is something new to show, and write the caption."""
+        with _written(self.path):
+            for name in _listed(self.path):
+                with contextlib.suppress(FileNotFoundError):
+                    (self.path / name).unlink()
+            unlisted = sorted(path.name for path in self.path.iterdir() if _IMAGE_NAME.fullmatch(path.name))
+            if unlisted:
+                logger.warning(
+                    "%s already holds %s, which no %s lists: left there unless a new image has the name",
+                    self.path,
+                    unlisted[0] if len(unlisted) == 1 else "{} images".format(len(unlisted)),
+                    _REPORT,
+                )
+            with atomic_write(self.path / "caption.txt") as file:
+                file.write(self.about.get("caption", self.prompt) + "\n")
+        self._started = True
+
+    def _write_report(self, complete: bool) -> None:
+        head = dict({"prompt": self.prompt, "complete": complete}, **self.about)
+        # One line for a key and for an image: indenting would give each code a line of its own.
+        lines = [
+            "  {}: {}".format(json.dumps(key), json.dumps(value, ensure_ascii=False)) for key, value in head.items()
+        ]
+        rows = ["    " + json.dumps(image) for image in self._images]
+        with atomic_write(self.path / _REPORT) as file:
+            file.write('{{\n{},\n  "images": [\n{}\n  ]\n}}\n'.format(",\n".join(lines), ",\n".join(rows)))
+
+
+def _free_name(outputs_dir: Path, prompt: str, taken: Set[str]) -> str:
+    """The prompt's folder name, with a digest when another prompt of this run or of an earlier one has it."""
+    name = folder_name(prompt)
+    for candidate in (name, with_digest(name, prompt), with_digest(name, prompt, 64)):
+        if candidate not in taken and _owner(outputs_dir / candidate) in (None, prompt):
+            return candidate
+    raise UserError(
+        "--outputs_dir {}: the folder {} belongs to another prompt; delete it or choose another --outputs_dir".format(
+            outputs_dir, candidate
+        )
+    )
+
+
+def _report(folder: Path) -> Dict[str, Any]:
+    """An earlier run's generation.json; empty when there is none, or it is none of ours."""
+    try:
+        with open(str(folder / _REPORT), encoding="utf-8") as file:
+            report = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return report if isinstance(report, dict) else {}
+
+
+def _owner(folder: Path) -> Optional[str]:
+    """The prompt that an existing folder belongs to, if it says so."""
+    prompt = _report(folder).get("prompt")
+    return prompt if isinstance(prompt, str) else None
+
+
+def _listed(folder: Path) -> Iterator[str]:
+    """Files of an earlier run that a new one replaces."""
+    images = _report(folder).get("images")
+    for image in images if isinstance(images, list) else ():
+        name = image.get("file") if isinstance(image, dict) else None
+        if isinstance(name, str) and _IMAGE_NAME.fullmatch(name):
+            yield name
+    if images is not None:
+        yield "grid.png"
+        yield _REPORT
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError("--outputs_dir: cannot write {}: {}".format(path, error.strerror or error)) from error

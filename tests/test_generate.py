@@ -1,0 +1,714 @@
+"""generate.py and the part of dalle/ that it stands on: loading, drawing, folders of prompts, files."""
+
+import json
+import logging
+import re
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import generate
+from bpe import load_tokenizer
+from dalle import loading
+from dalle.drawing import decode, image_seed, prime_rows, shares, to_uint8
+from dalle.loading import load
+from dalle.outputs import MAX_NAME_LEN, PromptFolder, folder_name, with_digest
+from dalle.pictures import make_grid
+from data.images import load_image
+from models.config import DalleConfig
+from models.dalle import DALLE
+from models.sampling import SamplingOptions, draw_codes
+from models.vqgan import VQGAN, VqganConfig, load_vqgan
+from utils.checkpoints import dalle_checkpoint, save_checkpoint
+from utils.errors import UsageError, UserError
+from utils.files import sha256_file
+
+ROOT = Path(__file__).resolve().parents[1]
+LETTERS = "abcdefghijklmnopqrstuvwxyz\u2581"
+VQGAN_CONFIG = VqganConfig(
+    num_codes=24,
+    embed_dim=4,
+    resolution=16,
+    z_channels=4,
+    ch=8,
+    ch_mult=(1, 2, 2),
+    num_res_blocks=1,
+    attn_resolutions=(),
+    num_groups=4,
+)
+
+
+class Files:
+    """A tiny model on disk: checkpoint, vocabulary of letters, VQGAN of 24 codes on a 4x4 grid of a 16x16 image."""
+
+    def __init__(self, folder: Path) -> None:
+        torch.manual_seed(0)
+        self.folder = folder
+        self.vocabulary = folder / "letters.txt"
+        chars = ["{} {}".format(ord(letter), 4 + index) for index, letter in enumerate(LETTERS)]
+        self.vocabulary.write_text("\n".join(["{} 0".format(len(chars)), *chars, "1 0 2 3"]) + "\n", encoding="utf-8")
+        self.tokenizer = load_tokenizer(str(self.vocabulary))
+        self.vqgan_model, self.vqgan_config = folder / "vqgan.ckpt", folder / "vqgan.yaml"
+        vqgan = VQGAN(VQGAN_CONFIG)
+        torch.nn.init.normal_(vqgan.quantize.embedding.weight)
+        VQGAN_CONFIG.to_yaml(self.vqgan_config)
+        torch.save({"state_dict": vqgan.state_dict()}, self.vqgan_model)
+        self.model = DALLE(
+            DalleConfig(self.tokenizer.vocab_size, 24, 10, 4, 24, 2, 2, 12, attn_types=("full", "axial_row"))
+        )
+        for name, parameter in self.model.named_parameters():  # a new model is nearly indifferent: give it opinions
+            if name.endswith(".scale"):
+                parameter.data.fill_(2.0)
+            elif name.startswith("image_head."):
+                parameter.data *= 6
+            elif name == "text_head.bias":
+                parameter.data[
+                    [0, *range(self.tokenizer.vocab_size, len(parameter))]
+                ] = -50.0  # pads: captions never end
+        self.identity = {
+            "tokenizer": dict(self.tokenizer.identity, path=str(self.vocabulary)),
+            "vqgan": {
+                "sha256": sha256_file(self.vqgan_model),
+                "weights": str(self.vqgan_model),
+                "config": str(self.vqgan_config),
+            },
+        }
+        self.dalle = self.save("dalle_3.pt", self.identity)
+
+    def save(self, name, training, weights=None, config=None):
+        path = self.folder / name
+        config = config or self.model.config
+        save_checkpoint(
+            path, dalle_checkpoint(config.to_dict(), weights or self.model.state_dict(), 3, training=training)
+        )
+        return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return Files(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def loaded(files):
+    return load(files.dalle)
+
+
+@pytest.fixture
+def run(files, tmp_path):
+    """Run generate.py in this process; returns {folder name: its generation.json}."""
+
+    def run(text, *flags):
+        argv = ["--dalle_path", str(files.dalle), "--outputs_dir", str(tmp_path / "out"), "--device", "cpu", *flags]
+        generate.main(argv if text is None else argv + ["--text", text])
+        return {
+            path.parent.name: json.loads(path.read_text(encoding="utf-8"))
+            for path in (tmp_path / "out").glob("*/generation.json")
+        }
+
+    return run
+
+
+def codes_of(report):
+    return [image["codes"] for image in report["images"]]
+
+
+# Output --------------------------------------------------------------------------------------------------------------
+
+
+def test_writes_the_published_layout_and_a_report(files, run, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    report = run("a plate of food.", "--num_images", "5", "--batch_size", "2", "--seed", "7")["a_plate_of_food."]
+    folder = tmp_path / "out" / "a_plate_of_food."
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        ["0.jpg", "1.jpg", "2.jpg", "3.jpg", "4.jpg", "caption.txt", "grid.png", "generation.json"]
+    )
+    assert (folder / "caption.txt").read_text() == "a plate of food.\n"
+    assert report["prompt"] == report["caption"] == "a plate of food." and report["complete"] is True
+    assert report["settings"]["top_k"] == 0.99 and report["settings"]["num_images"] == 5
+    assert report["checkpoint"]["sha256"] == sha256_file(files.dalle) and report["vqgan"]["sha256"] == sha256_file(
+        files.vqgan_model
+    )
+    assert report["tokenizer"] == files.tokenizer.identity
+    assert report["text_tokens"] == files.tokenizer.encode("a plate of food.")[:10]
+    assert [image["file"] for image in report["images"]] == ["{}.jpg".format(index) for index in range(5)]
+    assert [image["seed"] for image in report["images"]] == [image_seed(7, index) for index in range(5)]
+    with Image.open(folder / "0.jpg") as image:
+        assert image.format == "JPEG" and image.size == (16, 16)
+    with Image.open(folder / "grid.png") as grid:
+        assert grid.size == (3 * 20 + 4, 2 * 20 + 4)
+    throughput = [record.getMessage() for record in caplog.records][-1]
+    assert float(re.search("throughput: *(.*?) images/sec", throughput).group(1)) > 0
+
+
+def test_pixels_are_the_decoded_codes_without_stretching(loaded, run, tmp_path):
+    report = run("a", "--num_images", "3", "--format", "png")["a"]
+    pictures = decode(loaded, torch.tensor(codes_of(report)))
+    for index, picture in enumerate(pictures):
+        assert torch.equal(load_image(str(tmp_path / "out" / "a" / "{}.png".format(index)), 16), picture)
+    assert to_uint8(torch.tensor([-1.0, 0.0, 0.25, 0.5, 1.0, 2.0])).tolist() == [0, 0, 64, 128, 255, 255]
+
+
+def test_codes_and_likelihoods_are_those_of_the_model(loaded, run, files):
+    report = run("a cat", "--num_images", "3", "--top_k", "0")["a_cat"]
+    text = files.tokenizer.tokenize("a cat", 10)
+    with torch.no_grad():
+        _, logits = loaded.dalle(text.expand(3, -1), torch.tensor(codes_of(report)))
+    expected = torch.log_softmax(logits, -1).gather(-1, torch.tensor(codes_of(report))[..., None]).sum((1, 2))
+    assert torch.allclose(torch.tensor([image["log_likelihood"] for image in report["images"]]), expected, atol=1e-3)
+
+
+def test_grid_is_nearly_square_and_limited():
+    images = [torch.full((3, 8, 8), index, dtype=torch.uint8) for index in range(70)]
+    assert make_grid(images[:1]).size == (16, 16)
+    assert make_grid(images[:12]).size == (4 * 12 + 4, 3 * 12 + 4)
+    grid = make_grid(images)
+    assert grid.size == (8 * 12 + 4, 8 * 12 + 4) and grid.getpixel((99, 99)) == (255, 255, 255)
+    assert grid.getpixel((4, 4)) == (0, 0, 0) and grid.getpixel((95, 95)) == (63, 63, 63)
+
+
+# The same image whatever is drawn beside it --------------------------------------------------------------------------
+
+
+def test_an_image_depends_on_seed_and_index_alone(run):
+    flags = ("--num_images", "5", "--top_k", "0", "--seed", "3")
+    alone = codes_of(run("a cat", *flags, "--batch_size", "5")["a_cat"])
+    assert len(set(map(tuple, alone))) == 5
+    for batch_size in ("1", "2", "64"):
+        reports = run("a dog|a cat|x", *flags, "--batch_size", batch_size)
+        assert codes_of(reports["a_cat"]) == alone
+        assert codes_of(reports["a_dog"]) != alone
+    assert codes_of(run("a cat", "--num_images", "2", "--top_k", "0", "--seed", "3")["a_cat"]) == alone[:2]
+    assert codes_of(run("a cat", "--num_images", "5", "--top_k", "0", "--seed", "4")["a_cat"])[0] not in alone
+
+
+def test_neighbouring_seeds_share_no_image():
+    seeds = [image_seed(seed, index) for seed in range(50) for index in range(-1, 50)]
+    assert len(set(seeds)) == len(seeds) and max(seeds) < 2**48
+
+
+@settings(deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 20))
+def test_batches_cover_every_image_once(num_prompts, num_images, batch_size):
+    drawn = []
+    for share in shares(num_prompts, num_images, batch_size):
+        assert 0 < share.num_images <= batch_size
+        drawn += [
+            (prompt, image)
+            for prompt in range(share.first_prompt, share.end_prompt)
+            for image in range(share.first_image, share.end_image)
+        ]
+    assert sorted(drawn) == [(prompt, image) for prompt in range(num_prompts) for image in range(num_images)]
+    # A prompt's images come in their order, so that they can be written as they come.
+    assert all(
+        [image for prompt, image in drawn if prompt == wanted] == list(range(num_images))
+        for wanted in range(num_prompts)
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"shift_tokens": True, "rotary": True}])
+@pytest.mark.parametrize("cond_scale", [1.0, 2.5])
+@pytest.mark.parametrize("kept", [0, 5])
+def test_several_captions_in_a_batch_draw_what_each_draws_alone(options, cond_scale, kept):
+    torch.manual_seed(1)
+    model = DALLE(
+        DalleConfig(50, 32, 6, 4, 32, 4, 2, 12, attn_types=("full", "axial_row", "axial_col", "conv_like"), **options)
+    ).eval()
+    text = torch.randint(0, 50, (3, 6))
+    codes = torch.full((16,), -1)
+    codes[:kept] = torch.arange(kept)
+    codes[9] = 3
+    sampling = SamplingOptions(top_k=8, cond_scale=cond_scale)
+    together = draw_codes(model, text, range(6), sampling, codes)
+    for prompt in range(3):
+        part = slice(2 * prompt, 2 * prompt + 2)
+        alone = draw_codes(model, text[prompt], range(6)[part], sampling, codes)
+        assert torch.equal(alone.codes, together.codes[part])
+        assert torch.allclose(alone.log_likelihood, together.log_likelihood[part], atol=1e-4)
+    with pytest.raises(ValueError, match="4 seeds cannot be shared equally by 3 captions"):
+        draw_codes(model, text, range(4))
+
+
+# Flags ---------------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_top_k_top_p_and_temperature(run):
+    greedy = codes_of(run("a", "--num_images", "3", "--temperature", "0")["a"])
+    assert greedy[0] == greedy[1] == greedy[2]
+    assert codes_of(run("a", "--num_images", "1", "--top_k", "1")["a"]) == greedy[:1]
+    assert codes_of(run("a", "--num_images", "1", "--top_p", "0.000001")["a"]) == greedy[:1]
+    assert codes_of(run("a", "--num_images", "1", "--top_k", "0.99")["a"]) == greedy[:1]  # a hundredth of 24 codes: one
+    free = codes_of(run("a", "--num_images", "3", "--top_k", "0")["a"])
+    assert free[0] != greedy[0]
+    assert codes_of(run("a", "--num_images", "3", "--top_k", "24")["a"]) == free
+    assert codes_of(run("a", "--num_images", "3", "--top_k", "0", "--temperature", "0.5")["a"]) != free
+    # Half of 24 codes, as a share and as a count.
+    assert codes_of(run("a", "--num_images", "2", "--top_k", "0.5")["a"]) == codes_of(
+        run("a", "--num_images", "2", "--top_k", "12")["a"]
+    )
+
+
+def test_guidance_changes_the_image_and_scale_0_ignores_the_caption(run):
+    plain = codes_of(run("a cat", "--num_images", "1", "--temperature", "0")["a_cat"])
+    assert codes_of(run("a cat", "--num_images", "1", "--temperature", "0", "--cond_scale", "8")["a_cat"]) != plain
+    reports = run("zebra|apple", "--num_images", "1", "--temperature", "0", "--cond_scale", "0")
+    assert codes_of(reports["zebra"]) == codes_of(reports["apple"])
+
+
+def test_priming_keeps_the_upper_rows(loaded, run, tmp_path):
+    picture = Image.effect_noise((40, 24), 90).convert("RGB")
+    picture.save(tmp_path / "prime.png")
+    with torch.no_grad():
+        own = loaded.vqgan.encode(load_image(str(tmp_path / "prime.png"), 16)[None].float() / 255)[0].tolist()
+    report = run(
+        "a", "--num_images", "3", "--top_k", "0", "--prime_image", str(tmp_path / "prime.png"), "--prime_rows", "3"
+    )["a"]
+    assert all(codes[:12] == own[:12] for codes in codes_of(report))
+    assert len({tuple(codes[12:]) for codes in codes_of(report)}) > 1
+    report = run("a", "--num_images", "1", "--prime_image", str(tmp_path / "prime.png"))["a"]
+    assert codes_of(report)[0][:4] == own[:4] and report["settings"]["prime_rows"] == 1
+    assert [prime_rows(grid) for grid in (1, 4, 8, 16, 32)] == [1, 1, 3, 7, 14]
+
+
+def test_gentxt_draws_from_the_completed_caption(run, files, tmp_path):
+    report = run("ab", "--num_images", "1", "--gentxt", "--top_k", "0")["ab"]
+    assert report["prompt"] == "ab" and report["caption"].startswith("ab") and len(report["caption"]) > 2
+    assert report["text_tokens"][:3] == files.tokenizer.encode("ab")
+    assert (tmp_path / "out" / "ab" / "caption.txt").read_text(encoding="utf-8") == report["caption"] + "\n"
+    assert codes_of(run("ab", "--num_images", "1", "--top_k", "0")["ab"]) != codes_of(report)
+
+
+def test_prompts_of_a_file_and_of_text(run, tmp_path, caplog):
+    (tmp_path / "prompts.txt").write_bytes("\ufefffirst line\n\n  b|c \r\nfirst line\n".encode("utf-8"))
+    reports = run(None, "--prompts_file", str(tmp_path / "prompts.txt"), "--num_images", "1")
+    assert set(reports) == {"first_line", "b|c"}
+    assert "1 of the captions are given more than once" in caplog.text
+    assert set(run("x| y ||", "--prompts_file", str(tmp_path / "prompts.txt"), "--num_images", "1")) == {
+        "first_line",
+        "b|c",
+        "x",
+        "y",
+    }
+
+
+def test_both_spellings_of_flags_and_values_with_a_dash(files, tmp_path):
+    generate.main(
+        [
+            "--dalle-path",
+            str(files.dalle),
+            "--text",
+            "-rf",
+            "--num-images=1",
+            "--batch-size",
+            "1",
+            "--outputs-dir",
+            str(tmp_path),
+        ]
+    )
+    assert json.loads((tmp_path / folder_name("-rf") / "generation.json").read_text())["prompt"] == "-rf"
+
+
+def test_a_long_caption_is_cut_with_a_warning(run, files, caplog):
+    report = run("abcdefghijklmnop", "--num_images", "1")["abcdefghijklmnop"]
+    assert report["text_tokens"] == files.tokenizer.encode("abcdefghijklmnop")[:10]
+    assert (
+        "the model reads 10 tokens of a caption, the end of 'abcdefghijklmnop' (17 tokens) is left out" in caplog.text
+    )
+
+
+def test_ten_megabytes_of_text(run, files, tmp_path):
+    (tmp_path / "long.txt").write_text("word " * 2_000_000, encoding="utf-8")
+    ((name, report),) = run(None, "--prompts_file", str(tmp_path / "long.txt"), "--num_images", "1").items()
+    assert name == ("word_" * 20) and report["text_tokens"] == files.tokenizer.encode("word word word")[:10]
+
+
+# Folders -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_ordinary_name_is_the_published_one():
+    for prompt in (
+        "A plate of food has potatoes and fruit.",
+        "woman astronaut: medium-dark skin tone",
+        "été à la plage",
+        "一只猫",
+        "two  blanks",
+        "a" * 150,
+        "🧑🏽\u200d🚀 in space",
+        "what?!",
+        "50% *off*",
+        "a_b",
+    ):
+        assert folder_name(prompt) == prompt.replace(" ", "_")[:100]
+
+
+hostile = st.text(alphabet=st.sampled_from("./\\-~ \0\n\r\t\u2028\u202eaé猫🧑\u200d\ud800:|_"), max_size=120) | st.text(
+    max_size=300
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(hostile)
+@example("../../etc/passwd")
+@example("/etc/passwd")
+@example("..")
+@example(".")
+@example("\\\\server\\share")
+@example("-rf")
+@example("~root")
+@example("CON")
+@example("nul.txt")
+@example("\0")
+@example("🧑" * 100)
+def test_no_prompt_leaves_its_folder(prompt):
+    name = folder_name(prompt)
+    assert 0 < len(name) <= MAX_NAME_LEN and len(name.encode("utf-8")) <= 255
+    assert not set(name) & set("/\\\0\n\r ") and name[0] not in "-.~"
+    assert not {unicodedata.category(character) for character in name.replace("\u200d", "")} & {
+        "Cc",
+        "Cf",
+        "Cs",
+        "Zl",
+        "Zp",
+        "Zs",
+    }
+    assert (Path("/outputs") / name).parent == Path("/outputs") and name not in (".", "..", "CON", "nul.txt")
+    assert folder_name(prompt) == name and len(with_digest(name, prompt).encode("utf-8")) <= 255
+
+
+@settings(max_examples=20, deadline=None)
+@given(prompts=st.lists(hostile, min_size=2, max_size=6, unique=True))
+def test_prompts_never_share_a_folder(tmp_path_factory, prompts):
+    outputs, taken = tmp_path_factory.mktemp("outputs"), set()
+    folders = [PromptFolder(outputs, prompt, taken, "png", {}).path for prompt in prompts]
+    assert len(set(folders)) == len(folders)
+    assert sorted(folders) == sorted(outputs.iterdir())
+
+
+def test_prompts_with_the_same_name_keep_apart_over_runs(run):
+    reports = run("a b|a_b", "--num_images", "1")
+    names = {report["prompt"]: name for name, report in reports.items()}
+    assert names["a b"] == "a_b" and names["a_b"] == with_digest("a_b", "a_b")
+    again = run("a_b", "--num_images", "2")
+    assert again["a_b"] == reports["a_b"] and len(again[names["a_b"]]["images"]) == 2
+
+
+def test_a_new_run_replaces_the_old_one_whole(run, tmp_path, caplog):
+    run("a", "--num_images", "4", "--format", "png")
+    folder = tmp_path / "out" / "a"
+    (folder / "notes.txt").write_text("mine")
+    run("a", "--num_images", "2")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "0.jpg",
+        "1.jpg",
+        "caption.txt",
+        "generation.json",
+        "grid.png",
+        "notes.txt",
+    ]
+    (folder / "7.jpg").write_bytes(b"from somewhere else")
+    assert "already holds" not in caplog.text
+    run("a", "--num_images", "1")
+    assert (folder / "7.jpg").exists() and not (folder / "1.jpg").exists()
+    assert "already holds 7.jpg, which no generation.json lists" in caplog.text
+
+
+def test_an_old_report_cannot_name_other_files(run, tmp_path):
+    folder = tmp_path / "out" / "a"
+    folder.mkdir(parents=True)
+    for name in ("../keep.jpg", "caption.jpg", "0.txt"):
+        (folder / name).write_text("keep")
+    for images in (
+        [{"file": name} for name in ("../keep.jpg", "caption.jpg", "0.txt", "/etc/passwd", 5, None)] + [7],
+        "x",
+        {"a": 1},
+    ):
+        (folder / "generation.json").write_text(json.dumps({"prompt": "a", "images": images}))
+        run("a", "--num_images", "1")
+        assert all((folder / name).exists() for name in ("../keep.jpg", "caption.jpg", "0.txt"))
+    (folder / "generation.json").write_text("[" * 100_000)
+    assert run("a", "--num_images", "1")["a"]["complete"]
+
+
+def test_an_interrupted_run_leaves_a_report_of_what_is_there(run, tmp_path, monkeypatch):
+    run("a", "--num_images", "6", "--seed", "1")
+    add, calls = PromptFolder.add, []
+
+    def interrupted(self, *arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        add(self, *arguments)
+
+    monkeypatch.setattr(PromptFolder, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("a", "--num_images", "6", "--batch_size", "2", "--seed", "2")
+    folder = tmp_path / "out" / "a"
+    report = json.loads((folder / "generation.json").read_text())
+    assert report["complete"] is False and report["settings"]["seed"] == 2
+    assert (
+        [image["file"] for image in report["images"]]
+        == sorted(path.name for path in folder.glob("*.jpg"))
+        == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
+    )
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    folder = PromptFolder(tmp_path, "a", set(), "png", {})
+    folder.add(
+        torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
+        [1],
+        torch.zeros(1, 2, dtype=torch.long),
+        torch.tensor([float("nan")]),
+    )
+    folder.finish()
+    assert json.loads((tmp_path / "a" / "generation.json").read_text())["images"][0]["log_likelihood"] is None
+
+
+# Loading -------------------------------------------------------------------------------------------------------------
+
+
+def test_parts_are_found_where_the_training_left_them(loaded, files):
+    assert loaded.tokenizer.identity == files.tokenizer.identity
+    assert loaded.vqgan.identity == sha256_file(files.vqgan_model)
+    assert loaded.image_size == 16 and not loaded.dalle.training and loaded.checkpoint.epoch == 3
+    assert torch.equal(loaded.dalle.state_dict()["image_head.weight"], files.model.state_dict()["image_head.weight"])
+
+
+def test_parts_are_found_beside_a_checkpoint_that_moved(files, tmp_path):
+    identity = {
+        "tokenizer": dict(files.identity["tokenizer"], path="/gone/letters.txt"),
+        "vqgan": dict(files.identity["vqgan"], weights="/gone/vqgan.ckpt", config="/gone/vqgan.yaml"),
+    }
+    assert load(files.save("moved.pt", identity)).vqgan.identity == sha256_file(files.vqgan_model)
+    alone = tmp_path / "moved.pt"
+    alone.write_bytes((files.folder / "moved.pt").read_bytes())
+    with pytest.raises(
+        UserError, match=r"the vocabulary .* \(/gone/letters.txt\) is not to be found: give it with --bpe_path"
+    ):
+        load(alone)
+    with pytest.raises(
+        UserError, match=r"the VQGAN .* \(/gone/vqgan.ckpt\) is not to be found: give it with --vqgan_model_path"
+    ):
+        load(alone, bpe_path=files.vocabulary)
+    assert load(alone, files.vocabulary, files.vqgan_model, files.vqgan_config).image_size == 16
+
+
+def test_a_file_that_changed_since_training_is_not_taken(files, tmp_path):
+    (tmp_path / "letters.txt").write_text(
+        files.vocabulary.read_text(encoding="utf-8").replace("97 4", "65 4"), encoding="utf-8"
+    )
+    identity = dict(files.identity, tokenizer=dict(files.identity["tokenizer"], path=str(tmp_path / "letters.txt")))
+    assert load(files.save("changed.pt", identity)).tokenizer.encode("a") == files.tokenizer.encode(
+        "a"
+    )  # the one beside it
+
+
+def test_other_parts_than_in_training_are_taken_with_a_warning(files, tmp_path, caplog):
+    (tmp_path / "other.txt").write_text(
+        files.vocabulary.read_text(encoding="utf-8").replace("97 4", "65 4"), encoding="utf-8"
+    )
+    vqgan = VQGAN(VQGAN_CONFIG)
+    torch.save(vqgan.state_dict(), tmp_path / "other.ckpt")
+    load(files.dalle, tmp_path / "other.txt", tmp_path / "other.ckpt", files.vqgan_config)
+    assert "--bpe_path {} is not the vocabulary that".format(tmp_path / "other.txt") in caplog.text
+    assert "--vqgan_model_path {} is not the VQGAN that".format(tmp_path / "other.ckpt") in caplog.text
+
+
+def test_parts_that_do_not_fit_are_refused(files, tmp_path):
+    with pytest.raises(
+        UserError, match=r"--bpe_path .*8192 entries, but the model of --dalle_path .* was trained with 31"
+    ):
+        load(files.dalle, ROOT / "bpe" / "bpe_yttm_vocab.txt")
+    config = VqganConfig(**dict(vars(VQGAN_CONFIG), num_codes=12))
+    config.to_yaml(tmp_path / "small.yaml")
+    torch.save(VQGAN(config).state_dict(), tmp_path / "small.ckpt")
+    with pytest.raises(
+        UserError, match=r"--vqgan_model_path .*12 codes, but the model of --dalle_path .* was trained with 24"
+    ):
+        load(files.dalle, None, tmp_path / "small.ckpt", tmp_path / "small.yaml")
+    with pytest.raises(UsageError, match="--vqgan_model_path needs --vqgan_config_path"):
+        load(files.dalle, None, tmp_path / "small.ckpt")
+    with pytest.raises(UsageError, match="--vqgan_config_path needs --vqgan_model_path"):
+        load(files.dalle, None, None, tmp_path / "small.yaml")
+
+
+def test_without_any_note_the_defaults_are_taken(files, monkeypatch):
+    monkeypatch.setattr(
+        loading, "default_vqgan", lambda name: (files.vqgan_model, files.vqgan_config) if name == "f16-1024" else None
+    )
+    unknown = files.save("unknown.pt", {})
+    with pytest.raises(
+        UserError, match=r"--bpe_path \(the CLIP vocabulary, by default\): this vocabulary has 49408 entries"
+    ):
+        load(unknown)
+    assert load(unknown, bpe_path=files.vocabulary).vqgan.identity == sha256_file(files.vqgan_model)
+    hostile = files.save("hostile.pt", {"tokenizer": {"sha256": 5, "path": ["x"]}, "vqgan": "none"})
+    assert load(hostile, bpe_path=files.vocabulary).image_size == 16
+
+
+def test_the_vqgan_inside_a_published_checkpoint_is_used(files, tmp_path):
+    vqgan = load_vqgan(files.vqgan_model, files.vqgan_config)
+    checkpoint = dalle_checkpoint(files.model.config.to_dict(), files.model.state_dict(), 3)
+    del checkpoint["config"], checkpoint["training"]
+    checkpoint["weights"].update({"model.vae.model." + name: tensor for name, tensor in vqgan.state_dict().items()})
+    save_checkpoint(tmp_path / "published.pt", checkpoint)
+    stored = load(tmp_path / "published.pt", files.vocabulary, None, files.vqgan_config)
+    codes = torch.arange(16)[None]
+    assert stored.checkpoint.format == "mini-dalle" and torch.equal(stored.vqgan.decode(codes), vqgan.decode(codes))
+    with pytest.raises(UserError, match="is no published one: give its YAML file with --vqgan_config_path"):
+        load(tmp_path / "published.pt", files.vocabulary)
+
+
+def test_averaged_weights_draw(files):
+    averaged = {name: tensor + 1 for name, tensor in files.model.state_dict().items()}
+    path = files.save("ema.pt", dict(files.identity, engine={"ema": averaged}))
+    assert torch.equal(load(path).dalle.state_dict()["norm.bias"], averaged["norm.bias"])
+
+
+def test_half_precision_weights_draw_in_float32(files):
+    path = files.save(
+        "half.pt", files.identity, {name: tensor.half() for name, tensor in files.model.state_dict().items()}
+    )
+    assert load(path).dalle.image_head.weight.dtype == torch.float32
+
+
+def test_a_grid_other_than_the_vqgans_own(files, tmp_path):
+    """Convolutions take any size: a model trained at 24x24 pixels with a VQGAN made for 16x16 draws 24x24."""
+    config = DalleConfig(files.tokenizer.vocab_size, 24, 10, 6, 24, 1, 2, 12)
+    path = files.save("wide.pt", files.identity, DALLE(config).state_dict(), config)
+    generate.main(
+        [
+            "--dalle_path",
+            str(path),
+            "--text",
+            "a",
+            "--num_images",
+            "1",
+            "--outputs_dir",
+            str(tmp_path),
+            "--format",
+            "png",
+        ]
+    )
+    with Image.open(tmp_path / "a" / "0.png") as image:
+        assert image.size == (24, 24)
+
+
+def test_demo_means_the_shipped_files(files, monkeypatch, tmp_path):
+    for name, path in (
+        ("_DEMO_DALLE", files.dalle),
+        ("_DEMO_VQGAN", files.vqgan_model),
+        ("_DEMO_VQGAN_CONFIG", files.vqgan_config),
+        ("_DEMO_VOCABULARY", files.vocabulary),
+    ):
+        monkeypatch.setattr(loading, name, path)
+    assert load("demo").checkpoint.path == files.dalle
+    monkeypatch.setattr(loading, "_DEMO_DALLE", ROOT / "models" / "demo" / "absent.safetensors")
+    with pytest.raises(UserError, match="--dalle_path demo: models/demo/absent.safetensors is missing"):
+        load("demo")
+
+
+# Errors --------------------------------------------------------------------------------------------------------------
+
+
+def _touch(path: Path, content: bytes = b"") -> str:
+    path.write_bytes(content)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "--text: give a caption to draw, or a file of captions with --prompts_file"),
+        (["--text", " | "], "--text: there is no caption in it"),
+        (["--text", "a", "--num_images", "0"], "--num_images: must be at least 1 and at most"),
+        (["--text", "a", "--num_images", "many"], "--num_images: expected a whole number, got 'many'"),
+        (["--text", "a", "--batch_size", "-1"], "--batch_size: must be at least 1"),
+        (["--text", "a", "--top_k", "-0.1"], "--top_k: must be at least 0, got -0.1"),
+        (["--text", "a", "--top_k", "1.5"], "--top_k: a share below 1 or a whole number"),
+        (["--text", "a", "--top_p", "0"], "--top_p: must be above 0 and at most 1"),
+        (["--text", "a", "--top_p", "1.1"], "--top_p: must be above 0 and at most 1"),
+        (["--text", "a", "--temperature", "nan"], "--temperature: must be at least 0, got nan"),
+        (["--text", "a", "--cond_scale", "inf"], "--cond_scale: must be at least 0, got inf"),
+        (["--text", "a", "--seed", "1e3"], "--seed: expected a whole number"),
+        (["--text", "a", "--format", "gif"], "--format: invalid choice: 'gif'"),
+        (["--text", "a", "--device", "ipu"], "--device: invalid choice: 'ipu'"),
+        (["--text", "a", "--topk", "5"], "unknown flag '--topk'. Did you mean '--top_k'?"),
+        (["--text", "a cat", "on", "a mat"], "unexpected argument 'on': put a value of several words in quotes"),
+        (["--text"], "--text: expected one argument"),
+        (["--text", "a", "--prime_rows", "2"], "--prime_rows needs --prime_image"),
+        (["--text", "a", "--prompts_file", ""], "--prompts_file: '' is not a path"),
+    ],
+)
+def test_usage_errors(files, tmp_path, flags, message):
+    with pytest.raises(UsageError) as error:
+        generate.main(["--dalle_path", str(files.dalle), "--outputs_dir", str(tmp_path / "out"), *flags])
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_user_errors(files, tmp_path):
+    def fails(message, *flags, text="a"):
+        with pytest.raises(UserError) as error:
+            generate.main(
+                [
+                    "--dalle_path",
+                    str(files.dalle),
+                    "--text",
+                    text,
+                    "--num_images",
+                    "1",
+                    "--outputs_dir",
+                    str(tmp_path / "out"),
+                    *flags,
+                ]
+            )
+        assert message in str(error.value)
+
+    fails(
+        "--dalle_path /nowhere.pt: there is no such file; 'demo' stands for the shipped model",
+        "--dalle_path",
+        "/nowhere.pt",
+    )
+    fails("is no checkpoint", "--dalle_path", _touch(tmp_path / "bad.pt", b"text"))
+    fails("--prompts_file /nowhere.txt: No such file or directory", "--prompts_file", "/nowhere.txt")
+    fails("is no UTF-8 text (byte 1)", "--prompts_file", _touch(tmp_path / "latin.txt", b"a\xe9"))
+    fails("--outputs_dir {}: File exists".format(tmp_path / "bad.pt"), "--outputs_dir", str(tmp_path / "bad.pt"))
+    fails("--prime_image /nowhere.png cannot be read: No such file", "--prime_image", "/nowhere.png")
+    fails("--prime_image {} cannot be read".format(tmp_path / "bad.pt"), "--prime_image", str(tmp_path / "bad.pt"))
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    fails(
+        "--prime_rows: the model draws 4 rows of codes, so at most 3 can be given, not 4",
+        "--prime_image",
+        str(tmp_path / "image.png"),
+        "--prime_rows",
+        "4",
+    )
+    _touch(tmp_path / "out" / "a")
+    fails("--outputs_dir: cannot write {}: File exists".format(tmp_path / "out" / "a"))
+    if not torch.cuda.is_available():
+        fails("--device cuda", "--device", "cuda")
+
+
+def test_too_large_a_batch_is_one_line(run, monkeypatch):
+    def full(*_, **__):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+
+    monkeypatch.setattr("dalle.drawing.draw_codes", full)
+    with pytest.raises(UserError, match="not enough memory for a batch of this size: lower --batch_size"):
+        run("a", "--num_images", "1")
+
+
+def test_as_a_script_errors_are_one_line_on_stderr():
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "generate.py"), "--dalle_path", "x.pt"], capture_output=True, text=True, timeout=300
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: --text: give a caption to draw, or a file of captions with --prompts_file\n"

@@ -1,0 +1,132 @@
+"""Command-line flags of scripts without a configuration file: both spellings, ranges, errors of one line.
+
+parser = args.Parser(...); parser.add_argument("--num_images", type=whole(1), default=128)
+options = parse_flags(parser, argv)
+"""
+
+import argparse
+import math
+import os
+import sys
+from typing import Callable, Dict, List, Optional, Sequence
+
+from utils.errors import UsageError, nearest
+
+
+def whole(low: int, high: Optional[int] = None) -> Callable[[str], int]:
+    """Return an argparse type: a whole number from `low` to `high` (None: no limit)."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError("expected a whole number, got {!r}".format(text[:80])) from None
+        if value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError("must be {}, got {}".format(_range(low, high), text[:80]))
+        return value
+
+    return convert
+
+
+def number(low: float, high: Optional[float] = None, above: bool = False) -> Callable[[str], float]:
+    """Return an argparse type: a finite number from `low` (with `above`: larger than it) to `high` (None: no limit)."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError("expected a number, got {!r}".format(text[:80])) from None
+        inside = value > low if above else value >= low
+        if not (inside and math.isfinite(value) and (high is None or value <= high)):
+            raise argparse.ArgumentTypeError("must be {}, got {}".format(_range(low, high, above), text[:80]))
+        return value
+
+    return convert
+
+
+def path(text: str) -> str:
+    """An argparse type: a path, `~` expanded; not empty."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("{!r} is not a path".format(text[:80]))
+    return os.path.expanduser(text)
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which model to load and where to compute: arguments of `dalle.loading.load`."""
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--dalle_path",
+        type=path,
+        required=True,
+        metavar="FILE",
+        help="checkpoint of the model; demo: the one that comes with this repository",
+    )
+    model.add_argument(
+        "--bpe_path",
+        type=path,
+        metavar="FILE",
+        help="vocabulary (default: the one the model was trained with, where it is found, else CLIP's)",
+    )
+    model.add_argument(
+        "--vqgan_model_path",
+        type=path,
+        metavar="FILE",
+        help="weights of the VQGAN (default: the one the model was trained with, where it is found, else the published "
+        "f16-1024 model, which is downloaded)",
+    )
+    model.add_argument("--vqgan_config_path", type=path, metavar="FILE", help="YAML file of the VQGAN")
+    model.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to compute; auto (default): cuda if there is one, else cpu",
+    )
+
+
+def parse_flags(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Parse `argv` (default: the process's arguments); flags may be spelled with - or _.
+
+    A value may start with a single dash (`--text -rf`). Raises UsageError for unknown flags, naming the nearest one,
+    where `parser.error` does (see args.Parser) for everything else.
+    """
+    # argparse has no public list of its flags.
+    takes_value = {flag: action.nargs != 0 for action in parser._actions for flag in action.option_strings}
+    known = {flag.replace("-", "_"): flag for flag in takes_value if flag.startswith("--")}
+    words = _canonical_words(list(sys.argv[1:] if argv is None else argv), known, takes_value)
+    options, rest = parser.parse_known_args(words)
+    if rest:
+        word = rest[0].partition("=")[0]
+        if not word.startswith("-"):
+            raise UsageError(
+                "unexpected argument '{}': put a value of several words in quotes; --help lists the flags".format(word)
+            )
+        raise UsageError(
+            "unknown flag '{}'.{} --help lists the flags".format(
+                word, nearest(word.replace("-", "_"), known).replace("'__", "'--")
+            )
+        )
+    return options
+
+
+def _canonical_words(argv: List[str], known: Dict[str, str], takes_value: Dict[str, bool]) -> List[str]:
+    """Spell known flags as the parser does, and tie values that look like short flags to theirs (`--text=-rf`)."""
+    words: List[str] = []
+    tie = False  # the word before is a flag that waits for its value
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        flag = known.get(flag.replace("-", "_"), flag) if flag.startswith("--") else flag
+        if tie and word.startswith("-") and not word.startswith("--"):
+            words[-1] += "=" + word
+            tie = False
+        elif flag in takes_value:
+            words.append(flag + equals + value)
+            tie = takes_value[flag] and not equals
+        else:
+            words.append(word)
+            tie = False
+    return words
+
+
+def _range(low: float, high: Optional[float], above: bool = False) -> str:
+    text = "above {:g}".format(low) if above else "at least {:g}".format(low)
+    return text if high is None else text + " and at most {:g}".format(high)
