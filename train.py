@@ -94,17 +94,38 @@ def train(config: Config, engine: Engine) -> None:
         logger.info("resumed %s: epoch %d, step %d", start.path, position.epoch, position.step)
     saver = Saver(config, engine, schedule, parts, folder, model.dalle.config, resuming)
     metrics = log.Metrics(
-        config.log_dir, engine.is_main, config.misc.tensorboard, config.misc.wandb, config.misc.wandb_project_name,
-        config.misc.wandb_run_name, config.to_dict(), resume_step=position.step if resuming else None)
-    progress = log.progress(schedule.total_steps, "training", position.step, is_main=engine.is_main, plain=False,
-                            max_seconds=max(0.0, schedule.max_seconds - position.seconds) if schedule.max_seconds else 0.0)
+        config.log_dir,
+        engine.is_main,
+        config.misc.tensorboard,
+        config.misc.wandb,
+        config.misc.wandb_project_name,
+        config.misc.wandb_run_name,
+        config.to_dict(),
+        resume_step=position.step if resuming else None,
+    )
+    progress = log.progress(
+        schedule.total_steps,
+        "training",
+        position.step,
+        is_main=engine.is_main,
+        plain=False,
+        max_seconds=max(0.0, schedule.max_seconds - position.seconds) if schedule.max_seconds else 0.0,
+    )
     with metrics, progress:
         run(config, engine, parts, schedule, position, saver, metrics, progress)
         finish(config, engine, progress)
 
 
-def run(config: Config, engine: Engine, parts: Parts, schedule: "Schedule", position: Position, saver: "Saver",
-        metrics: log.Metrics, progress: log.Progress) -> None:
+def run(
+    config: Config,
+    engine: Engine,
+    parts: Parts,
+    schedule: "Schedule",
+    position: Position,
+    saver: "Saver",
+    metrics: log.Metrics,
+    progress: log.Progress,
+) -> None:
     """The loop over epochs and steps, from `position` to the end; `position` moves along."""
     global_batch, every = config.global_batch, config.misc.log_every
     while position.epoch < config.execution.epochs:
@@ -128,7 +149,10 @@ def run(config: Config, engine: Engine, parts: Parts, schedule: "Schedule", posi
                 report_step(position, schedule, losses, result.grad_norm, learning_rate, metrics, progress)
             if schedule.finished(position):
                 break
-            if config.checkpoints.checkpoint_save_steps and position.step % config.checkpoints.checkpoint_save_steps == 0:
+            if (
+                config.checkpoints.checkpoint_save_steps
+                and position.step % config.checkpoints.checkpoint_save_steps == 0
+            ):
                 with progress.paused():
                     saver.save(position, checkpoints.checkpoint_name(position.epoch, position.step))
         with progress.paused():
@@ -137,19 +161,45 @@ def run(config: Config, engine: Engine, parts: Parts, schedule: "Schedule", posi
             return
 
 
-def report_step(position: Position, schedule: "Schedule", losses: Dict[str, float], grad_norm: Optional[torch.Tensor],
-                learning_rate: float, metrics: log.Metrics, progress: log.Progress) -> None:
+def report_step(
+    position: Position,
+    schedule: "Schedule",
+    losses: Dict[str, float],
+    grad_norm: Optional[torch.Tensor],
+    learning_rate: float,
+    metrics: log.Metrics,
+    progress: log.Progress,
+) -> None:
     """Log a step's losses to console, file and metrics."""
     norm = None if grad_norm is None else float(grad_norm)
-    logger.info("%s", log.step_line(
-        position.step, schedule.total_steps, position.epoch, losses["loss"], losses.get("text_loss", float("nan")),
-        losses.get("image_loss", float("nan")), learning_rate, progress.samples_per_second), extra=log.DETAIL)
-    metrics.log("train", position.step, epoch=position.epoch, learning_rate=learning_rate, grad_norm=norm,
-                samples_per_second=progress.samples_per_second, **losses)
+    logger.info(
+        "%s",
+        log.step_line(
+            position.step,
+            schedule.total_steps,
+            position.epoch,
+            losses["loss"],
+            losses.get("text_loss", float("nan")),
+            losses.get("image_loss", float("nan")),
+            learning_rate,
+            progress.samples_per_second,
+        ),
+        extra=log.DETAIL,
+    )
+    metrics.log(
+        "train",
+        position.step,
+        epoch=position.epoch,
+        learning_rate=learning_rate,
+        grad_norm=norm,
+        samples_per_second=progress.samples_per_second,
+        **losses,
+    )
 
 
-def end_epoch(engine: Engine, parts: Parts, schedule: "Schedule", position: Position, saver: "Saver",
-              metrics: log.Metrics) -> None:
+def end_epoch(
+    engine: Engine, parts: Parts, schedule: "Schedule", position: Position, saver: "Saver", metrics: log.Metrics
+) -> None:
     """Validate, tell the schedule, move to the next epoch and save."""
     epoch, complete = position.epoch, position.step_in_epoch == schedule.steps_per_epoch
     if parts.validation_set is not None:
@@ -172,7 +222,7 @@ def finish(config: Config, engine: Engine, progress: log.Progress) -> None:
         logger.info("losses: %s and %s", config.log_dir / "metrics.jsonl", curve)
 
 
-# Building ---------------------------------------------------------------------------------------------------------------
+# Building -------------------------------------------------------------------------------------------------------------
 
 
 def build_parts(config: Config) -> Parts:
@@ -188,11 +238,17 @@ def build_parts(config: Config) -> Parts:
         paths = vqgan_paths(config)
         vqgan = load_vqgan(*paths)
     train_set, validation_set = data.create_datasets(
-        input_folder=options.input_folder, tokenizer=tokenizer, text_seq_len=config.model.text_seq_len,
-        image_size=config.model.image_size, truncate_captions=options.truncate_captions,
-        seed=config.execution.random_seed, null_cond_prob=config.model.null_cond_prob,
-        validation_folder=options.validation_folder, validation_holdout=0.0 if generated else options.validation_fraction,
-        num_generated=max(GENERATED_SAMPLES, 2 * config.global_batch) if generated else 0)
+        input_folder=options.input_folder,
+        tokenizer=tokenizer,
+        text_seq_len=config.model.text_seq_len,
+        image_size=config.model.image_size,
+        truncate_captions=options.truncate_captions,
+        seed=config.execution.random_seed,
+        null_cond_prob=config.model.null_cond_prob,
+        validation_folder=options.validation_folder,
+        validation_holdout=0.0 if generated else options.validation_fraction,
+        num_generated=max(GENERATED_SAMPLES, 2 * config.global_batch) if generated else 0,
+    )
     if isinstance(train_set, data.DemoDataset):
         train_set, validation_set = encoded(train_set, vqgan), validation_set and encoded(validation_set, vqgan)
     return Parts(tokenizer, paths, vqgan, train_set, validation_set)
@@ -218,11 +274,22 @@ def dalle_config(config: Config, tokenizer: Tokenizer, vqgan: VQGAN) -> DalleCon
     """The model that a configuration, a vocabulary and a VQGAN describe."""
     options = config.model
     return DalleConfig(
-        num_text_tokens=tokenizer.vocab_size, num_image_tokens=vqgan.num_codes, text_seq_len=options.text_seq_len,
-        grid=options.image_size // vqgan.config.downsampling, dim=options.hidden_size, depth=options.num_hidden_layers,
-        heads=options.num_attention_heads, dim_head=options.dim_head, attn_types=options.attn_types,
-        loss_img_weight=options.loss_img_weight, attn_dropout=options.attn_dropout, ff_dropout=options.ff_dropout,
-        sandwich_norm=options.sandwich_norm, layer_scale=options.layer_scale, init_std=options.init_std)
+        num_text_tokens=tokenizer.vocab_size,
+        num_image_tokens=vqgan.num_codes,
+        text_seq_len=options.text_seq_len,
+        grid=options.image_size // vqgan.config.downsampling,
+        dim=options.hidden_size,
+        depth=options.num_hidden_layers,
+        heads=options.num_attention_heads,
+        dim_head=options.dim_head,
+        attn_types=options.attn_types,
+        loss_img_weight=options.loss_img_weight,
+        attn_dropout=options.attn_dropout,
+        ff_dropout=options.ff_dropout,
+        sandwich_norm=options.sandwich_norm,
+        layer_scale=options.layer_scale,
+        init_std=options.init_std,
+    )
 
 
 def build_model(config: Config, parts: Parts, start: Optional[Start]) -> TextToImage:
@@ -232,15 +299,22 @@ def build_model(config: Config, parts: Parts, start: Optional[Start]) -> TextToI
         own = DalleConfig.from_dict(start.checkpoint.config)
         for name in ("num_text_tokens", "num_image_tokens", "text_seq_len", "grid"):
             if getattr(own, name) != getattr(wanted, name):
-                raise UserError("{} has {} = {}, but the configuration, vocabulary and VQGAN given here make it {}".format(
-                    start.path, name, getattr(own, name), getattr(wanted, name)))
+                raise UserError(
+                    "{} has {} = {}, but the configuration, vocabulary and VQGAN given here make it {}".format(
+                        start.path, name, getattr(own, name), getattr(wanted, name)
+                    )
+                )
         wanted = own
     implementation = "explicit" if config.model.attention_impl == "explicit" else "sdpa"
     dalle = DALLE(wanted, implementation)
     if start is not None:
         dalle.load_state_dict(start.checkpoint.weights)
-    logger.info("DALL-E: %.2f M parameters, %d text + %d image tokens", sum(p.numel() for p in dalle.parameters()) / 1e6,
-                wanted.text_seq_len, wanted.image_seq_len)
+    logger.info(
+        "DALL-E: %.2f M parameters, %d text + %d image tokens",
+        sum(p.numel() for p in dalle.parameters()) / 1e6,
+        wanted.text_seq_len,
+        wanted.image_seq_len,
+    )
     return TextToImage(dalle, parts.vqgan, config.model.code_noise)
 
 
@@ -292,21 +366,29 @@ class Schedule:
         self.losses = list(state["losses"])
 
 
-# Checkpoints ------------------------------------------------------------------------------------------------------------
+# Checkpoints ----------------------------------------------------------------------------------------------------------
 
 
 class Saver:
     """Writes checkpoints: the published layout, plus what exact resume needs."""
 
-    def __init__(self, config: Config, engine: Engine, schedule: Schedule, parts: Parts, folder: Path,
-                 model_config: DalleConfig, resuming: bool) -> None:
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        schedule: Schedule,
+        parts: Parts,
+        folder: Path,
+        model_config: DalleConfig,
+        resuming: bool,
+    ) -> None:
         self.config, self.engine, self.schedule, self.parts, self.folder = config, engine, schedule, parts, folder
         self.model_config = model_config
         self.saved_step = -1  # step of the newest checkpoint
         self.fresh = not resuming  # whether the folder may hold another run's checkpoints
 
     def save(self, position: Position, name: str) -> None:
-        """Save to `name` in the checkpoint folder, unless this very step is saved already; drop old ones as configured."""
+        """Save to `name` in the checkpoint folder, unless this step is saved already; drop old ones as configured."""
         if self.saved_step == position.step or not self.config.checkpoints.checkpoint_output_dir:
             return
         weights, state = self.engine.model_state(), self.engine.state_dict()  # every process takes part
@@ -315,9 +397,18 @@ class Saver:
                 move_aside(self.folder)
                 self.fresh = False
             begin = time.perf_counter()
-            checkpoints.save_checkpoint(self.folder / name, checkpoints.dalle_checkpoint(
-                self.model_config.to_dict(), weights, position.epoch, state.pop("optimizer"), self.schedule.state_dict(),
-                published_hparams(self.config), self.training_state(position, state)))
+            checkpoints.save_checkpoint(
+                self.folder / name,
+                checkpoints.dalle_checkpoint(
+                    self.model_config.to_dict(),
+                    weights,
+                    position.epoch,
+                    state.pop("optimizer"),
+                    self.schedule.state_dict(),
+                    published_hparams(self.config),
+                    self.training_state(position, state),
+                ),
+            )
             logger.info("saved %s in %.1f s", self.folder / name, time.perf_counter() - begin, extra=log.DETAIL)
             checkpoints.prune_checkpoints(self.folder, self.config.checkpoints.keep_checkpoints)
         self.saved_step = position.step
@@ -329,8 +420,12 @@ class Saver:
         tokenizer = dict(self.parts.tokenizer.identity, path=self.config.data.bpe_path or "")
         vqgan = {"sha256": self.parts.vqgan.identity, "weights": str(weights), "config": str(config)}
         return {
-            "position": dict(vars(position)), "engine": engine_state, "tokenizer": tokenizer, "vqgan": vqgan,
-            "num_samples": len(self.parts.train_set), "config": self.config.to_dict(),
+            "position": dict(vars(position)),
+            "engine": engine_state,
+            "tokenizer": tokenizer,
+            "vqgan": vqgan,
+            "num_samples": len(self.parts.train_set),
+            "config": self.config.to_dict(),
         }
 
 
@@ -349,9 +444,14 @@ def move_aside(folder: Path) -> None:
 def published_hparams(config: Config) -> Dict[str, Any]:
     """The hparams of the published layout that say nothing about the model but where its parts lay."""
     ipu = config.ipu
-    return {"embedding_ipu_id": ipu.embedding_ipu_id, "embedding_serialization_factor": ipu.embedding_serialization_factor,
-            "layers_per_ipu": list(ipu.layers_per_ipu), "cls_ipu_id": ipu.cls_ipu_id, "fp16": config.execution.fp16,
-            "byteio": ipu.byteio}
+    return {
+        "embedding_ipu_id": ipu.embedding_ipu_id,
+        "embedding_serialization_factor": ipu.embedding_serialization_factor,
+        "layers_per_ipu": list(ipu.layers_per_ipu),
+        "cls_ipu_id": ipu.cls_ipu_id,
+        "fp16": config.execution.fp16,
+        "byteio": ipu.byteio,
+    }
 
 
 def find_start(config: Config, folder: Path) -> Optional[Start]:
@@ -367,21 +467,32 @@ def find_start(config: Config, folder: Path) -> Optional[Start]:
         return None
     checkpoint = checkpoints.read_dalle(newest)
     if checkpoint.training is None:
-        raise UserError("--resume: {} holds no training state; start from it with --pretrained-checkpoint".format(newest))
+        raise UserError(
+            "--resume: {} holds no training state; start from it with --pretrained-checkpoint".format(newest)
+        )
     return Start(newest, checkpoint)
 
 
 def restore(start: Start, engine: Engine, schedule: Schedule, parts: Parts) -> Position:
     """Give engine and schedule their states back and return the position to go on from."""
     training, identity = start.checkpoint.training, start.checkpoint.identity
-    for what, flag, own in (("tokenizer", "--bpe-path", parts.tokenizer.identity["sha256"]),
-                            ("vqgan", "--vqgan-model-path", parts.vqgan.identity)):
+    for what, flag, own in (
+        ("tokenizer", "--bpe-path", parts.tokenizer.identity["sha256"]),
+        ("vqgan", "--vqgan-model-path", parts.vqgan.identity),
+    ):
         if identity[what]["sha256"] != own:
-            raise UserError("--resume: {} was trained with another file ({}) than {} names now".format(
-                start.path, identity[what].get("path") or identity[what].get("weights") or "CLIP vocabulary", flag))
+            raise UserError(
+                "--resume: {} was trained with another file ({}) than {} names now".format(
+                    start.path, identity[what].get("path") or identity[what].get("weights") or "CLIP vocabulary", flag
+                )
+            )
     if training["num_samples"] != len(parts.train_set):
-        logger.warning("the training set has %d samples, it had %d when %s was written: their order is a new one",
-                       len(parts.train_set), training["num_samples"], start.path)
+        logger.warning(
+            "the training set has %d samples, it had %d when %s was written: their order is a new one",
+            len(parts.train_set),
+            training["num_samples"],
+            start.path,
+        )
     engine.load_state_dict(dict(training["engine"], optimizer=start.checkpoint.opt_state))
     schedule.load_state_dict(start.checkpoint.scheduler_state)
     return Position(**training["position"])

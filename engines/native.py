@@ -49,8 +49,11 @@ def share_batch(global_batch: int, batch_size: int, world_size: int) -> Batching
     """
     if global_batch % world_size:
         raise UsageError(
-            "the global batch of {} (--batch-size x --gradient-accumulation x --replication-factor) cannot be shared equally "
-            "by {} processes; change --gradient-accumulation or torchrun's --nproc-per-node".format(global_batch, world_size))
+            "the global batch of {} (--batch-size x --gradient-accumulation x --replication-factor) cannot be shared "
+            "equally by {} processes; change --gradient-accumulation or torchrun's --nproc-per-node".format(
+                global_batch, world_size
+            )
+        )
     per_rank = global_batch // world_size
     micro = next(size for size in range(min(batch_size, per_rank), 0, -1) if per_rank % size == 0)
     return Batching(micro, per_rank // micro, world_size)
@@ -62,17 +65,22 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda":
         if not torch.cuda.is_available():
-            raise UsageError("--device cuda: PyTorch {} sees no CUDA GPU here; use --device cpu or auto".format(torch.__version__))
+            raise UsageError(
+                "--device cuda: PyTorch {} sees no CUDA GPU here; use --device cpu or auto".format(torch.__version__)
+            )
         if local_rank >= torch.cuda.device_count():
-            raise UsageError("torchrun started more processes than the {} GPUs of this machine; lower --nproc-per-node".format(
-                torch.cuda.device_count()))
+            raise UsageError(
+                "torchrun started more processes than the {} GPUs of this machine; lower --nproc-per-node".format(
+                    torch.cuda.device_count()
+                )
+            )
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     return torch.device(wanted)
 
 
 def make_optimizers(model: TextToImage, options: OptimizerConfig) -> List[torch.optim.Optimizer]:
-    """Return the optimizer of all trainable parameters, or two with Muon: it is for the blocks' matrices, AdamW for the rest.
+    """Return the optimizer of all trainable parameters; with Muon two: it for the blocks' matrices, AdamW for the rest.
 
     Muon (Jordan et al. 2024) makes each matrix's update orthogonal; scaled to the size of an AdamW update (Moonlight,
     arXiv 2502.16982, section 2.2) both take the same learning rate.
@@ -112,7 +120,8 @@ class NativeEngine(Engine):
         self.autocast_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.precision = precision
         self.scaler = torch.amp.GradScaler(
-            self.name, enabled=precision == "fp16", init_scale=float(config.optimizer.loss_scaling))
+            self.name, enabled=precision == "fp16", init_scale=float(config.optimizer.loss_scaling)
+        )
         if self.name == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
@@ -122,11 +131,17 @@ class NativeEngine(Engine):
 
     def describe(self) -> str:
         batching = self.batching
-        return ("{}, {}: global batch {} = {} process{} x {} micro-batch{} x {} sample{}".format(
-            self.device, self.precision, batching.global_batch,
-            batching.world_size, "es" if batching.world_size > 1 else "",
-            batching.accumulation, "es" if batching.accumulation > 1 else "",
-            batching.micro, "s" if batching.micro > 1 else ""))
+        return "{}, {}: global batch {} = {} process{} x {} micro-batch{} x {} sample{}".format(
+            self.device,
+            self.precision,
+            batching.global_batch,
+            batching.world_size,
+            "es" if batching.world_size > 1 else "",
+            batching.accumulation,
+            "es" if batching.accumulation > 1 else "",
+            batching.micro,
+            "s" if batching.micro > 1 else "",
+        )
 
     # Data
 
@@ -135,7 +150,10 @@ class NativeEngine(Engine):
         if steps == 0:
             raise UserError(
                 "{} training samples do not fill one global batch of {} (--batch-size x --gradient-accumulation x "
-                "--replication-factor); lower --gradient-accumulation or give more data".format(num_samples, self.batching.global_batch))
+                "--replication-factor); lower --gradient-accumulation or give more data".format(
+                    num_samples, self.batching.global_batch
+                )
+            )
         return steps
 
     def loader(self, dataset: Any, epoch: int, start: int = 0) -> Iterator[Any]:
@@ -143,7 +161,9 @@ class NativeEngine(Engine):
         order = epoch_order(len(dataset), self.config.execution.random_seed, epoch)
         batching, steps = self.batching, self.steps_per_epoch(len(dataset))
         # (steps, processes, micro-batches, samples): every process takes its own part of each step's global batch.
-        shares = order[: steps * batching.global_batch].view(steps, batching.world_size, batching.accumulation, batching.micro)
+        shares = order[: steps * batching.global_batch].view(
+            steps, batching.world_size, batching.accumulation, batching.micro
+        )
         micro_batches = shares[start:, self.rank].flatten(0, 1).tolist()
         source = iter(self._data_loader(dataset, micro_batches))
         for _ in range(start, steps):
@@ -152,8 +172,14 @@ class NativeEngine(Engine):
     def _data_loader(self, dataset: Any, batches: List[List[int]]) -> DataLoader:
         workers = self.config.data.dataloader_workers
         # With a generator of its own: opening a loader must not move the random state that dropout draws from.
-        return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=self.name == "cuda",
-                          prefetch_factor=4 if workers else None, generator=torch.Generator())
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            pin_memory=self.name == "cuda",
+            prefetch_factor=4 if workers else None,
+            generator=torch.Generator(),
+        )
 
     def _to_device(self, batch: Any) -> List[Tensor]:
         return [tensor.to(self.device, non_blocking=True) for tensor in batch]
@@ -168,22 +194,27 @@ class NativeEngine(Engine):
             for block in self.model.dalle.transformer.layers:
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         self.optimizers = make_optimizers(self.model, options)
-        self.parameters = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+        self.parameters = [
+            p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]
+        ]
         if options.ema_decay:
             self.averaged = {key: value.detach().clone() for key, value in self.model.dalle.state_dict().items()}
         torch.manual_seed(self.config.execution.random_seed + self.rank)  # dropout and noise differ between processes
         self.module: nn.Module = self.model
         if self.world_size > 1:
             self.module = DistributedDataParallel(
-                self.model, device_ids=[self.device.index] if self.name == "cuda" else None, broadcast_buffers=False,
-                gradient_as_bucket_view=True)
+                self.model,
+                device_ids=[self.device.index] if self.name == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
         if execution.compile:
             self.module = torch.compile(self.module)
             self._warm_up()
         logger.info("Compiled model in %.2f secs", time.perf_counter() - begin)
 
     def _warm_up(self) -> None:
-        """Run one micro-batch of zeros forward and backward, so that compilation happens here and not in the first step."""
+        """Run a micro-batch of zeros forward and backward, so that compilation happens here, not in the first step."""
         config = self.model.dalle.config
         text = torch.zeros(self.batching.micro, config.text_seq_len, dtype=torch.long, device=self.device)
         codes = torch.zeros(self.batching.micro, config.image_seq_len, dtype=torch.long, device=self.device)
@@ -292,12 +323,20 @@ class NativeEngine(Engine):
             dist.all_gather_object(states, random_state)
         average = None if self.averaged is None else {key: value.cpu().clone() for key, value in self.averaged.items()}
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-        return {"engine": "native", "optimizer": optimizers[0] if len(optimizers) == 1 else {"parts": optimizers}, "scaler": self.scaler.state_dict(), "ema": average,
-                "num_updates": self.num_updates, "random_states": states}
+        return {
+            "engine": "native",
+            "optimizer": optimizers[0] if len(optimizers) == 1 else {"parts": optimizers},
+            "scaler": self.scaler.state_dict(),
+            "ema": average,
+            "num_updates": self.num_updates,
+            "random_states": states,
+        }
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         if state.get("engine") != "native":
-            logger.warning("the checkpoint's optimizer state is of another engine (%s): it is dropped", state.get("engine"))
+            logger.warning(
+                "the checkpoint's optimizer state is of another engine (%s): it is dropped", state.get("engine")
+            )
             return
         for optimizer, own in zip(self.optimizers, state["optimizer"].get("parts", [state["optimizer"]])):
             optimizer.load_state_dict(own)
@@ -308,7 +347,11 @@ class NativeEngine(Engine):
             self.averaged = {key: value.to(self.device) for key, value in state["ema"].items()}
         states = state["random_states"]
         if len(states) != self.world_size:
-            logger.warning("the checkpoint was written by %d processes, now there are %d: random states are new", len(states), self.world_size)
+            logger.warning(
+                "the checkpoint was written by %d processes, now there are %d: random states are new",
+                len(states),
+                self.world_size,
+            )
             return
         torch.set_rng_state(states[self.rank]["cpu"])
         if "cuda" in states[self.rank] and self.name == "cuda":

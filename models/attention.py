@@ -1,6 +1,6 @@
 """One attention for every pattern: a boolean mask says who sees whom, and two implementations compute the same product.
 
-Letters: B batch, P positions of the text part, G side of the code grid, L positions, D width, H heads, K width of a head.
+Letters: B batch, P positions of the text part, G side of the code grid, L positions, D width, H heads, K head width.
 """
 
 from typing import List, Optional, Tuple
@@ -40,7 +40,9 @@ def build_mask(pattern: str, text_len: int, grid: int) -> Tensor:
         allowed = right == 0
     elif pattern == "conv_like":
         reach = CONV_KERNEL_SIZE // 2 * CONV_DILATION
-        allowed = (down.abs() <= reach) & (right.abs() <= reach) & (down % CONV_DILATION == 0) & (right % CONV_DILATION == 0)
+        allowed = (
+            (down.abs() <= reach) & (right.abs() <= reach) & (down % CONV_DILATION == 0) & (right % CONV_DILATION == 0)
+        )
     elif pattern == "conv_causal":
         reach = (CONV_KERNEL_SIZE - 1) * CONV_DILATION
         allowed = (down >= 0) & (down <= reach) & (right >= 0) & (right <= reach)
@@ -73,11 +75,11 @@ IMPLEMENTATIONS = {"sdpa": sdpa, "explicit": explicit}
 
 
 def rotary_angles(text_len: int, grid: int, dim_head: int) -> Tensor:
-    """Return DALLE-pytorch's rotary angles (P + N, R) for R = 3 * 2 * ((dim_head // 3) // 2) leading channels of a head.
+    """Return DALLE-pytorch's rotary angles (P + N, R) for a head's first R = 3 * 2 * ((dim_head // 3) // 2) channels.
 
     A third turns with the text position (image: a far-away position 8192), a third each with image row and column in
-    [-1, 1] (text: -10). Frequencies as in rotary-embedding-torch: 10000 ** -(2i / n) for text, linear from pi to 5 pi for
-    pixels; each angle serves two neighbouring channels.
+    [-1, 1] (text: -10). Frequencies as in rotary-embedding-torch: 10000 ** -(2i / n) for text, linear from pi to 5 pi
+    for pixels; each angle serves two neighbouring channels.
     """
     third = dim_head // 3
     text_freqs = 10000.0 ** -(torch.arange(0, third, 2)[: third // 2].float() / third)
@@ -91,11 +93,14 @@ def rotary_angles(text_len: int, grid: int, dim_head: int) -> Tensor:
     rows, columns = axis.repeat_interleave(grid), axis.repeat(grid)
     text = torch.cat([torch.arange(text_len), torch.full((num_codes,), 8192)])
     outside = torch.full((text_len,), -10.0)
-    return torch.cat([
-        angles(text, text_freqs),
-        angles(torch.cat([outside, rows]), pixel_freqs),
-        angles(torch.cat([outside, columns]), pixel_freqs),
-    ], dim=-1)
+    return torch.cat(
+        [
+            angles(text, text_freqs),
+            angles(torch.cat([outside, rows]), pixel_freqs),
+            angles(torch.cat([outside, columns]), pixel_freqs),
+        ],
+        dim=-1,
+    )
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
@@ -110,14 +115,16 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 class LayerCache:
     """Keys and values of one layer while sampling.
 
-    The text part is stored once for each prompt and shared by all images drawn from it; the image part is laid out on the
-    code grid, so that a row or a column is a view and sparse patterns read only what they may see.
+    The text part is stored once for each prompt and shared by all images drawn from it; the image part is laid out on
+    the code grid, so that a row or a column is a view and sparse patterns read only what they may see.
       text_key, text_value    (prompts, H, P, K)
       image_key, image_value  (B, H, G, G, K) with B = prompts * images per prompt
       history                 (B, G * G, D) inputs of the two sub-layers, only with shift_tokens
     """
 
-    def __init__(self, config: DalleConfig, prompts: int, images: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: DalleConfig, prompts: int, images: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
         heads, width, grid = config.heads, config.dim_head, config.grid
         self.text_len, self.grid = config.text_len, grid
         self.text_key = torch.zeros(prompts, heads, config.text_len, width, device=device, dtype=dtype)
@@ -126,7 +133,9 @@ class LayerCache:
         self.image_value = torch.zeros_like(self.image_key)
         self.history: List[Optional[Tensor]] = [None, None]
         if config.shift_tokens:
-            self.history = [torch.zeros(prompts * images, grid * grid, config.dim, device=device, dtype=dtype) for _ in range(2)]
+            self.history = [
+                torch.zeros(prompts * images, grid * grid, config.dim, device=device, dtype=dtype) for _ in range(2)
+            ]
 
 
 class Attention(nn.Module):
@@ -147,7 +156,9 @@ class Attention(nn.Module):
     def project(self, x: Tensor, angles: Optional[Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
         """(B, L, D) -> query, key, value, each (B, H, L, K)."""
         batch, length, _ = x.shape
-        query, key, value = self.qkv(x).view(batch, length, 3, self.heads, self.dim_head).permute(2, 0, 3, 1, 4).unbind(0)
+        query, key, value = (
+            self.qkv(x).view(batch, length, 3, self.heads, self.dim_head).permute(2, 0, 3, 1, 4).unbind(0)
+        )
         if angles is not None:  # DALLE-pytorch turns the values too
             query, key, value = (rotate(tensor, angles) for tensor in (query, key, value))
         return query, key, value
@@ -163,7 +174,7 @@ class Attention(nn.Module):
         return self.merge(attend(query, key, value, mask, self.pattern == "full"))
 
     def extend_text(self, x: Tensor, start: int, cache: LayerCache, angles: Optional[Tensor] = None) -> Tensor:
-        """Attend from the text positions start.. of x (prompts, n, D), writing them to the cache. Returns (prompts, n, D)."""
+        """Attend from text positions `start` on, x (prompts, n, D), and add them to the cache. (prompts, n, D)."""
         query, key, value = self.project(x, angles)
         end = start + x.shape[1]
         cache.text_key[:, :, start:end] = key
@@ -172,8 +183,10 @@ class Attention(nn.Module):
         attended = sdpa(query, cache.text_key[:, :, :end], cache.text_value[:, :, :end], mask, causal=False)
         return self.merge(attended)
 
-    def extend_image(self, x: Tensor, start: int, cache: LayerCache, mask: Tensor, angles: Optional[Tensor] = None) -> Tensor:
-        """Attend from image positions start.. (counted from 0) of x (B, n, D), writing them to the cache. Returns (B, n, D)."""
+    def extend_image(
+        self, x: Tensor, start: int, cache: LayerCache, mask: Tensor, angles: Optional[Tensor] = None
+    ) -> Tensor:
+        """Attend from image positions `start` on (0: first code), x (B, n, D), and add them to the cache. (B, n, D)."""
         query, key, value = self.project(x, angles)
         end = start + x.shape[1]
         cache.image_key.flatten(2, 3)[:, :, start:end] = key
@@ -189,7 +202,7 @@ class Attention(nn.Module):
         return self.merge(sdpa(query, keys, values, mask[first:total, :total], causal=False))
 
     def _visible(self, position: int, cache: LayerCache, mask: Tensor) -> Tuple[Tensor, Tensor]:
-        """Keys and values (B, H, n, K) of the image positions that `position` sees: views where the pattern allows it."""
+        """Keys and values (B, H, n, K) of the image positions that `position` sees: views where the pattern allows."""
         row, column = divmod(position, cache.grid)
         if self.pattern == "full":
             return tuple(t.flatten(2, 3)[:, :, : position + 1] for t in (cache.image_key, cache.image_value))
@@ -205,7 +218,7 @@ class Attention(nn.Module):
         """One query of each image (B, H, 1, K) against text and visible image keys. Returns (B, H, 1, K)."""
         batch, heads, _, width = query.shape
         prompts = cache.text_key.shape[0]
-        query = query * width ** -0.5
+        query = query * width**-0.5
         image_key, image_value = self._visible(position, cache, mask)
         # All images of a prompt read the same text keys: one matrix product for them, (prompts, H, images, K).
         grouped = query.view(prompts, batch // prompts, heads, width).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""What a DALL-E is, as data: everything needed to build one again, and nothing about how it is trained or where it runs."""
+"""What a DALL-E is, as data: all that is needed to build one again, nothing about how or where it is trained."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ ATTENTION_PATTERNS = ("full", "axial_row", "axial_col", "conv_like", "conv_causa
 class DalleConfig:
     """Shape and options of a DALL-E. The defaults are those of Mini DALL-E.
 
-    Letters used throughout models/: B batch, T text tokens, P positions of the text part (T + 1 with <bos>), G side of the
-    code grid, N = G * G image tokens, L = P + N - 1 positions the transformer sees, D width, H heads, K width of a head,
+    Letters used throughout models/: B batch, T text tokens, P positions of the text part (T + 1 with <bos>), G side of
+    the code grid, N = G * G image tokens, L = P + N - 1 positions the transformer sees, D width, H heads, K head width,
     V text vocabulary, C codebook size.
     """
 
@@ -71,7 +71,7 @@ class DalleConfig:
     rotary: bool = False
     """Rotary position embedding of DALLE-pytorch (on queries, keys and values; text and both image axes)."""
     shift_tokens: bool = False
-    """Half of the text channels come from the token before, a quarter of the image channels each from above and the left."""
+    """Half of the text channels come from the token before, a quarter of the image's each from above and left."""
     stable: bool = False
     """Embedding gradients scaled by 0.1 and the last hidden state divided by its largest element (CogView)."""
     tie_embeddings: bool = False
@@ -81,18 +81,33 @@ class DalleConfig:
     shared_ff_ids: Optional[Tuple[int, ...]] = None
     """Layers with the same id share one feed-forward layer; repeated in turn. None: nothing is shared."""
     init_std: float = 0.0
-    """Standard deviation of normal initialisation with zero biases (minDALL-E: 0.02); 0: PyTorch's own initialisation."""
+    """Standard deviation of normal initialisation with zero biases (minDALL-E: 0.02); 0: PyTorch's own."""
 
     def __post_init__(self) -> None:
-        for name in ("num_text_tokens", "num_image_tokens", "text_seq_len", "grid", "dim", "depth", "heads", "dim_head"):
+        for name in (
+            "num_text_tokens",
+            "num_image_tokens",
+            "text_seq_len",
+            "grid",
+            "dim",
+            "depth",
+            "heads",
+            "dim_head",
+        ):
             if getattr(self, name) < 1:
                 raise UserError("model option {} must be at least 1, not {!r}".format(name, getattr(self, name)))
         if not self.attn_types:
-            raise UserError("model option attn_types names no attention pattern; give at least one of " + ", ".join(ATTENTION_PATTERNS))
+            raise UserError(
+                "model option attn_types names no attention pattern; give at least one of "
+                + ", ".join(ATTENTION_PATTERNS)
+            )
         for pattern in self.attn_types:
             if pattern not in ATTENTION_PATTERNS:
-                raise UserError("unknown attention pattern {!r} in attn_types.{} Known: {}".format(
-                    pattern, nearest(pattern, ATTENTION_PATTERNS), ", ".join(ATTENTION_PATTERNS)))
+                raise UserError(
+                    "unknown attention pattern {!r} in attn_types.{} Known: {}".format(
+                        pattern, nearest(pattern, ATTENTION_PATTERNS), ", ".join(ATTENTION_PATTERNS)
+                    )
+                )
         if self.activation not in ("geglu", "gelu", "quick_gelu"):
             raise UserError("unknown activation {!r}; known: geglu, gelu, quick_gelu".format(self.activation))
         if self.image_positions not in ("axial", "learned", "none"):
@@ -127,7 +142,9 @@ class DalleConfig:
 
     def to_dict(self) -> Dict[str, Any]:
         """Return the configuration as plain values (tuples as lists), for a checkpoint or JSON."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()}
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DalleConfig":

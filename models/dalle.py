@@ -89,7 +89,7 @@ class DALLE(nn.Module):
         return torch.where(text == 0, pads, text)
 
     def embed_text(self, text: Tensor, start: int = 0) -> Tensor:
-        """Embed text positions from `start` on. `text` (B, n) are the ids *at* these positions, after text_targets and <bos>."""
+        """Embed text positions from `start` on. `text` (B, n): the ids at these positions, from `text_part`."""
         x = self.text_emb(text)  # (B, n, D)
         if self.text_pos_emb is not None:
             x = x + self.text_pos_emb.weight[start : start + text.shape[1]]
@@ -141,8 +141,8 @@ class TextToImage(nn.Module):
     """A DALL-E over a frozen VQGAN: takes raw images or their codes. This is what an engine trains.
 
     The VQGAN holds no trainable parameter, stays in eval mode, and may be absent when codes are given.
-    code_noise: share of the codes that the model reads as random others while training. What it must predict stays as it
-    is, so it learns to trust the caption more than codes that may be wrong, as its own are when it draws.
+    code_noise: share of the codes that the model reads as random others while training. What it must predict stays as
+    it is, so it learns to trust the caption more than codes that may be wrong, as its own are when it draws.
     """
 
     def __init__(self, dalle: DALLE, vqgan: Optional[nn.Module] = None, code_noise: float = 0.0) -> None:

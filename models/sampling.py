@@ -25,6 +25,9 @@ class SamplingOptions(NamedTuple):
     """Classifier-free guidance: null + scale * (conditional - null). 1: none."""
 
 
+DEFAULT_OPTIONS = SamplingOptions()
+
+
 class Drawn(NamedTuple):
     """Codes (B, N) and the log-likelihood in nats (B,) the unfiltered model gives to those that were drawn."""
 
@@ -33,7 +36,7 @@ class Drawn(NamedTuple):
 
 
 def top_k_count(top_k: float, vocabulary: int) -> Optional[int]:
-    """Read the seed's --top_k: below 1 a fraction of the vocabulary to drop, max(int((1 - t) * n), 1); else a count; 0: None."""
+    """Read --top_k: below 1 a share of the vocabulary to drop, max(int((1 - t) * n), 1) stay; else a count; 0: None."""
     if top_k == 0:
         return None
     return max(int((1 - top_k) * vocabulary), 1) if top_k < 1 else min(int(top_k), vocabulary)
@@ -88,7 +91,7 @@ def guided(logits: Tensor, cond_scale: float) -> Tensor:
 
 
 def prefill(model: DALLE, text: Tensor, images: int) -> Tuple[Tensor, List[LayerCache]]:
-    """Run the text part of each prompt once. text (prompts, T) -> hidden state at the last text position (prompts, D), caches."""
+    """Run each prompt's text part once. text (prompts, T) -> hidden state at its last position (prompts, D), caches."""
     ids = model.text_part(text)
     dtype = model.text_emb.weight.dtype
     caches = model.transformer.make_cache(text.shape[0], images, text.device, dtype)
@@ -107,13 +110,13 @@ def draw_codes(
     model: DALLE,
     text: Tensor,
     seeds: Sequence[int],
-    options: SamplingOptions = SamplingOptions(),
+    options: SamplingOptions = DEFAULT_OPTIONS,
     given: Optional[Tensor] = None,
     on_token: Optional[Callable[[], None]] = None,
 ) -> Drawn:
     """Draw the codes of len(seeds) images: all of one caption, or equally many of each of several.
 
-    text (T,) or (prompts, T) token ids; seeds: one for each image, those of the first caption first. given (N,): codes to
+    text (T,) or (prompts, T) token ids; seeds: one for each image, the first caption's first. given (N,): codes to
     keep in every image, -1 where the model shall draw (image completion, priming). on_token is called after each code.
     Returns codes (B, N) on the model's device, images of one caption next to each other.
     """
@@ -153,8 +156,10 @@ def draw_codes(
 
 
 @torch.no_grad()
-def complete_text(model: DALLE, ids: Sequence[int], seed: int, options: SamplingOptions = SamplingOptions()) -> List[int]:
-    """Go on writing a caption after the token ids until the model predicts a pad or T tokens are reached. Returns all ids."""
+def complete_text(
+    model: DALLE, ids: Sequence[int], seed: int, options: SamplingOptions = DEFAULT_OPTIONS
+) -> List[int]:
+    """Go on writing a caption after `ids` until the model predicts a pad or T tokens are reached. Returns all ids."""
     config, device = model.config, model.text_emb.weight.device
     ids = list(ids)[: config.text_seq_len]
     noise = uniforms([seed], config.text_seq_len).to(device)

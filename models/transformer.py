@@ -14,7 +14,7 @@ from models.config import DalleConfig
 
 
 class FeedForward(nn.Module):
-    """(B, L, D) -> (B, L, D) through `ff_mult * D` hidden channels; geglu gates one half of 2 * ff_mult * D with the other."""
+    """(B, L, D) -> (B, L, D) through ff_mult * D hidden channels; geglu computes twice as many, half gates half."""
 
     def __init__(self, config: DalleConfig) -> None:
         super().__init__()
@@ -37,21 +37,23 @@ class FeedForward(nn.Module):
 
 
 def layer_scale_init(layer: int) -> float:
-    """Start value of LayerScale in layer 0, 1, ...: 0.1 for the first 18, then 1e-5, from the 25th 1e-6 (CaiT, table 4)."""
+    """Start value of LayerScale in layer 0, 1, ...: 0.1 for the first 18, then 1e-5, from the 25th 1e-6 (CaiT)."""
     if layer < 18:
         return 0.1
     return 1e-5 if layer < 24 else 1e-6
 
 
 class Residual(nn.Module):
-    """A residual branch: x + scale * norm_out(fn(norm(x))). `scale` and `norm_out` only where the config asks for them."""
+    """A residual branch: x + scale * norm_out(fn(norm(x))); `scale` and `norm_out` where the config asks for them."""
 
     def __init__(self, config: DalleConfig, layer: int, fn: nn.Module) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(config.dim)
         self.fn = fn
         self.norm_out = nn.LayerNorm(config.dim) if config.sandwich_norm else None
-        self.scale = nn.Parameter(torch.full((1, 1, config.dim), layer_scale_init(layer))) if config.layer_scale else None
+        self.scale = (
+            nn.Parameter(torch.full((1, 1, config.dim), layer_scale_init(layer))) if config.layer_scale else None
+        )
 
     def add(self, x: Tensor, branch: Tensor) -> Tensor:
         """Return x plus the branch's output, normalised and scaled as configured. All (B, L, D)."""
@@ -102,7 +104,7 @@ class Block(nn.Module):
         return branch.add(x, branch.fn(self._shift(branch.norm(x))))
 
     def extend_text(self, x: Tensor, start: int, cache: LayerCache, angles: Optional[Tensor]) -> Tensor:
-        """Run text positions start .. start + n - 1, x (prompts, n, D); with shift_tokens the whole text part at once."""
+        """Run text positions from `start` on, x (prompts, n, D); with shift_tokens the whole text part at once."""
         branch = self.attention
         normed = branch.norm(x)
         x = branch.add(x, branch.fn.extend_text(shift_text(normed) if self.shifts else normed, start, cache, angles))
@@ -138,7 +140,9 @@ class Transformer(nn.Module):
         feed_forwards: Dict[int, FeedForward] = {}
         self.layers = nn.ModuleList()
         for layer, pattern in enumerate(config.layer_patterns):
-            attention_id = config.shared_attn_ids[layer % len(config.shared_attn_ids)] if config.shared_attn_ids else layer
+            attention_id = (
+                config.shared_attn_ids[layer % len(config.shared_attn_ids)] if config.shared_attn_ids else layer
+            )
             ff_id = config.shared_ff_ids[layer % len(config.shared_ff_ids)] if config.shared_ff_ids else layer
             if attention_id not in attentions:
                 attentions[attention_id] = Attention(config, pattern, implementation)

@@ -1,4 +1,4 @@
-"""The house keeps its order: imports point one way, device packages stay in engines/, configurations run, docs name real files."""
+"""The house keeps its order: imports point one way, configurations instantiate, documents name what exists."""
 
 import ast
 import re
@@ -17,13 +17,31 @@ from models.config import DalleConfig
 from models.dalle import DALLE
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = {"args", "bpe", "dalle", "data", "engines", "examples_utils", "log", "models", "utils", "train", "generate", "evaluate",
-        "train_vqgan"}
+OURS = {
+    "args",
+    "bpe",
+    "dalle",
+    "data",
+    "engines",
+    "examples_utils",
+    "log",
+    "models",
+    "utils",
+    "train",
+    "generate",
+    "evaluate",
+    "train_vqgan",
+}
 
 #: What each part may import of ours. Scripts may import everything but each other.
 ARROWS = {
-    "utils": set(), "log": {"utils"}, "bpe": {"utils"}, "models": {"utils"}, "data": {"bpe", "utils"},
-    "args": {"models", "data", "utils"}, "dalle": {"models", "bpe", "utils"},
+    "utils": set(),
+    "log": {"utils"},
+    "bpe": {"utils"},
+    "models": {"utils"},
+    "data": {"bpe", "utils"},
+    "args": {"models", "data", "utils"},
+    "dalle": {"models", "bpe", "utils"},
     "engines": {"args", "data", "models", "utils", "log"},
     "examples_utils": {"args", "bpe", "dalle", "data", "engines", "log", "models", "utils"},
 }
@@ -34,7 +52,10 @@ def sources():
     """(part, path) of every Python file of the project outside tests/."""
     tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     files = [ROOT / name for name in tracked] or [
-        path for path in ROOT.rglob("*.py") if not set(path.relative_to(ROOT).parts[:-1]) & {".venv", "output", "outputs"}]
+        path
+        for path in ROOT.rglob("*.py")
+        if not set(path.relative_to(ROOT).parts[:-1]) & {".venv", "output", "outputs"}
+    ]
     for path in files:
         parts = path.relative_to(ROOT).parts
         if parts[0] != "tests" and path.is_file():
@@ -54,13 +75,20 @@ def test_imports_point_one_way():
     wrong = []
     for part, path in sources():
         allowed = ARROWS.get(part, OURS - {"train", "generate", "evaluate", "train_vqgan"}) | {part}
-        wrong += ["{} imports {}".format(path.relative_to(ROOT), name) for name in imported(path)
-                  if name in OURS and name not in allowed]
+        wrong += [
+            "{} imports {}".format(path.relative_to(ROOT), name)
+            for name in imported(path)
+            if name in OURS and name not in allowed
+        ]
     assert not wrong
 
 
 def test_device_packages_are_imported_by_engines_alone():
-    wrong = [str(path.relative_to(ROOT)) for part, path in sources() if part != "engines" and DEVICE_PACKAGES & set(imported(path))]
+    wrong = [
+        str(path.relative_to(ROOT))
+        for part, path in sources()
+        if part != "engines" and DEVICE_PACKAGES & set(imported(path))
+    ]
     assert not wrong
 
 
@@ -88,10 +116,17 @@ def test_every_shipped_configuration_instantiates(name):
     options = config.model
     downsampling = 8 if options.vqgan_model_path else 16
     wanted = DalleConfig(
-        num_text_tokens=tokenizer.vocab_size, num_image_tokens=1024, text_seq_len=options.text_seq_len,
-        grid=options.image_size // downsampling, dim=options.hidden_size, depth=options.num_hidden_layers,
-        heads=options.num_attention_heads, dim_head=options.dim_head, attn_types=options.attn_types,
-        sandwich_norm=options.sandwich_norm)
+        num_text_tokens=tokenizer.vocab_size,
+        num_image_tokens=1024,
+        text_seq_len=options.text_seq_len,
+        grid=options.image_size // downsampling,
+        dim=options.hidden_size,
+        depth=options.num_hidden_layers,
+        heads=options.num_attention_heads,
+        dim_head=options.dim_head,
+        attn_types=options.attn_types,
+        sandwich_norm=options.sandwich_norm,
+    )
     with torch.device("meta"):
         dalle = DALLE(wanted)
     if name.startswith("L16"):
@@ -135,7 +170,7 @@ def test_every_readme_command_has_a_script_and_flags_that_exist(command):
     """The script is there, and each of its flags appears in its own --help."""
     words = command.split()
     if words[0] == "torchrun":
-        words = words[next(i for i, word in enumerate(words) if word.endswith(".py")) - 1:]
+        words = words[next(i for i, word in enumerate(words) if word.endswith(".py")) - 1 :]
     if words[1] == "-m":
         module, rest = words[2], words[3:]
         if module in ("pip", "venv", "tensorboard"):
@@ -146,9 +181,10 @@ def test_every_readme_command_has_a_script_and_flags_that_exist(command):
         assert (ROOT / words[1]).is_file(), command
     sub = [word for word in rest[:1] if re.fullmatch("[a-z]+", word) and script[0] == "-m"]
     help_text = _help(tuple(script + sub))
-    for flag in re.findall(r"(?<=\s)(--[A-Za-z][\w-]*)", command[command.index(script[-1]):]):
+    for flag in re.findall(r"(?<=\s)(--[A-Za-z][\w-]*)", command[command.index(script[-1]) :]):
         assert re.search(re.escape(flag) + r"\b", help_text) or re.search(
-            re.escape("--" + flag[2:].replace("_", "-")) + r"\b", help_text), (flag, command)
+            re.escape("--" + flag[2:].replace("_", "-")) + r"\b", help_text
+        ), (flag, command)
 
 
 _HELP = {}

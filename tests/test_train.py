@@ -31,8 +31,19 @@ ROOT = Path(__file__).resolve().parents[1]
 def folder(tmp_path_factory):
     """A tiny VQGAN (16x16 pixels to 4x4 codes) and 24 pictures with two captions each."""
     folder = tmp_path_factory.mktemp("training")
-    config = VqganConfig(embed_dim=8, num_codes=16, z_channels=8, resolution=16, in_channels=3, out_ch=3, ch=8, ch_mult=(1, 1, 1),
-                         num_res_blocks=1, attn_resolutions=(), num_groups=4)
+    config = VqganConfig(
+        embed_dim=8,
+        num_codes=16,
+        z_channels=8,
+        resolution=16,
+        in_channels=3,
+        out_ch=3,
+        ch=8,
+        ch_mult=(1, 1, 1),
+        num_res_blocks=1,
+        attn_resolutions=(),
+        num_groups=4,
+    )
     torch.manual_seed(0)
     save_file(VQGAN(config).state_dict(), str(folder / "vqgan.safetensors"))
     config.to_yaml(folder / "vqgan.yaml")
@@ -46,11 +57,41 @@ def folder(tmp_path_factory):
 
 
 def flags(folder, out, *more):
-    return ["--config", "unit_test", "--input-folder", str(folder / "pairs"), "--image-size", "16", "--batch-size", "2",
-            "--gradient-accumulation", "2", "--epochs", "2", "--max-steps", "0", "--text-seq-len", "8",
-            "--hidden-size", "16", "--dim-head", "8", "--validation-fraction", "0.17", "--device", "cpu",
-            "--vqgan-model-path", str(folder / "vqgan.safetensors"), "--vqgan-config-path", str(folder / "vqgan.yaml"),
-            "--checkpoint-output-dir", str(out / "ckpt"), "--log-every", "1", *more]
+    return [
+        "--config",
+        "unit_test",
+        "--input-folder",
+        str(folder / "pairs"),
+        "--image-size",
+        "16",
+        "--batch-size",
+        "2",
+        "--gradient-accumulation",
+        "2",
+        "--epochs",
+        "2",
+        "--max-steps",
+        "0",
+        "--text-seq-len",
+        "8",
+        "--hidden-size",
+        "16",
+        "--dim-head",
+        "8",
+        "--validation-fraction",
+        "0.17",
+        "--device",
+        "cpu",
+        "--vqgan-model-path",
+        str(folder / "vqgan.safetensors"),
+        "--vqgan-config-path",
+        str(folder / "vqgan.yaml"),
+        "--checkpoint-output-dir",
+        str(out / "ckpt"),
+        "--log-every",
+        "1",
+        *more,
+    ]
 
 
 def run(folder, out, *more):
@@ -74,9 +115,17 @@ def assert_same(first, second):
 # Batch arithmetic
 
 
-@pytest.mark.parametrize("global_batch,batch_size,world,expected", [
-    (16384, 2, 1, (2, 8192)), (16384, 2, 8, (2, 1024)), (15, 1, 3, (1, 5)), (12, 8, 1, (6, 2)), (6, 4, 3, (2, 1)), (7, 4, 1, (1, 7)),
-])
+@pytest.mark.parametrize(
+    "global_batch,batch_size,world,expected",
+    [
+        (16384, 2, 1, (2, 8192)),
+        (16384, 2, 8, (2, 1024)),
+        (15, 1, 3, (1, 5)),
+        (12, 8, 1, (6, 2)),
+        (6, 4, 3, (2, 1)),
+        (7, 4, 1, (1, 7)),
+    ],
+)
 def test_a_global_batch_is_shared_in_equal_micro_batches(global_batch, batch_size, world, expected):
     batching = share_batch(global_batch, batch_size, world)
     assert (batching.micro, batching.accumulation) == expected
@@ -94,7 +143,9 @@ def test_too_few_samples_for_one_step_is_an_error(folder, tmp_path):
 
 
 def test_weight_decay_leaves_vectors_alone():
-    model = DALLE(DalleConfig(num_text_tokens=8, num_image_tokens=8, text_seq_len=4, grid=2, dim=8, depth=1, heads=1, dim_head=4))
+    model = DALLE(
+        DalleConfig(num_text_tokens=8, num_image_tokens=8, text_seq_len=4, grid=2, dim=8, depth=1, heads=1, dim_head=4)
+    )
     decayed, kept = parameter_groups(model, 0.1)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0.0
@@ -111,7 +162,9 @@ def test_epoch_schedules_follow_the_published_constants():
     assert [epoch_factor("constant", e, 10) for e in (0, 1, 2, 9)] == [1 / 3, 2 / 3, 1.0, 1.0]
     assert [epoch_factor("multi_step", e, 10) for e in (1, 2, 5, 6, 9)] == [2 / 3, 1.0, 1.0, 0.1, 0.1]
     assert epoch_factor("multi_step", 0, 1) == 1.0
-    assert cosine_factor(0) == 1.0 and cosine_factor(1) == pytest.approx(0.01) and cosine_factor(2) == pytest.approx(0.01)
+    assert (
+        cosine_factor(0) == 1.0 and cosine_factor(1) == pytest.approx(0.01) and cosine_factor(2) == pytest.approx(0.01)
+    )
 
 
 def test_the_plateau_halves_after_ten_bad_epochs_and_resumes():
@@ -150,9 +203,14 @@ def test_accumulation_equals_one_large_batch(folder, tmp_path):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("more", [
-    (), ("--ema-decay", "0.9", "--ff-dropout", "0.1", "--lr-scheduler", "ReduceLROnPlateau", "--weight-decay", "0.1"),
-], ids=["plain", "all states"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("--ema-decay", "0.9", "--ff-dropout", "0.1", "--lr-scheduler", "ReduceLROnPlateau", "--weight-decay", "0.1"),
+    ],
+    ids=["plain", "all states"],
+)
 @pytest.mark.parametrize("stop", [3, 5])
 def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(folder, tmp_path, more, stop):
     run(folder, tmp_path / "whole", *more)
@@ -211,8 +269,16 @@ def test_two_processes_equal_one(folder, tmp_path):
         port = probe.getsockname()[1]
     environment = dict(os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2")
     command = [sys.executable, str(ROOT / "train.py"), *flags(folder, tmp_path / "two")]
-    processes = [subprocess.Popen(command, env=dict(environment, RANK=str(rank), LOCAL_RANK=str(rank)), cwd=ROOT,
-                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for rank in range(2)]
+    processes = [
+        subprocess.Popen(
+            command,
+            env=dict(environment, RANK=str(rank), LOCAL_RANK=str(rank)),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
     for process in processes:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors.decode()
@@ -224,13 +290,19 @@ def test_two_processes_equal_one(folder, tmp_path):
 
 def test_command_line_errors_are_one_line(folder, tmp_path):
     for wrong, status, hint in [
-        (["--config", "L17"], 2, "L16"), (["--batchsize", "3"], 2, "--batch-size"), (["--device", "cuda"], 2, "--device"),
+        (["--config", "L17"], 2, "L16"),
+        (["--batchsize", "3"], 2, "--batch-size"),
+        (["--device", "cuda"], 2, "--device"),
         (["--input-folder", str(tmp_path)], 1, "--input-folder"),
     ]:
         if "cuda" in wrong and torch.cuda.is_available():
             continue
-        result = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags(folder, tmp_path), *wrong], capture_output=True,
-                                text=True, cwd=ROOT)
+        result = subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), *flags(folder, tmp_path), *wrong],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
         assert result.returncode == status, result.stderr
         last = result.stderr.strip().splitlines()[-1]
         assert last.startswith("error: ") and hint in last

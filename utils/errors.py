@@ -20,7 +20,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def run_main(main: Callable[[], Optional[int]]) -> None:
-    """Run a script's `main` and exit: 0 (or what it returns), 2 after `UsageError`, 1 after any other `UserError`, 130 after Ctrl-C.
+    """Run a script's `main` and exit with what it returns (None: 0), 2 after `UsageError`, 1 after another `UserError`.
 
     Any other exception is a defect of ours and keeps its traceback.
     """

@@ -10,7 +10,7 @@ WARMUP_FRACTION = 0.2
 
 
 def epoch_factor(name: str, epoch: int, epochs: int) -> float:
-    """Return the factor on the base learning rate in `epoch` (0-based) of `epochs`, for the schedules that step by epochs.
+    """Return the factor on the base learning rate in `epoch` (0-based) of `epochs`, for schedules that step by epochs.
 
     constant    linear warm-up (1 + e) / (1 + w) over the first fifth of the epochs, w of them, then 1
     multi_step  the same, then 0.1 for the last half of what remains
@@ -35,11 +35,12 @@ class Plateau:
     """
 
     def __init__(self, learning_rate: float) -> None:
-        # PyTorch's scheduler reads and writes an optimizer's learning rate; this one has nothing else to it, because the
+        # PyTorch's scheduler reads and writes an optimizer's learning rate; this one has nothing else to it: the
         # real optimizer may live on a device that only takes finished rates (engine.set_learning_rate).
         self._holder = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)
         self._scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self._holder, factor=0.5, patience=10, cooldown=10, min_lr=1e-6)
+            self._holder, factor=0.5, patience=10, cooldown=10, min_lr=1e-6
+        )
 
     @property
     def learning_rate(self) -> float:
