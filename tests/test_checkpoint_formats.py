@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import random
 
 import pytest
 import torch
@@ -84,7 +85,8 @@ def published_names(model, wrappers="fn.fn.", layers="transformer.layers."):
     return published
 
 
-def mini_dalle(model):
+def mini_dalle(model=None):
+    model = model or random_model()
     hparams = {
         "num_text_tokens": 11,
         "text_seq_len": 3,
@@ -113,6 +115,16 @@ def mini_dalle(model):
         "opt_state": {"state": {}},
         "scheduler_state": None,
     }
+
+
+def dalle_pytorch():
+    model = random_model()
+    document = dict(mini_dalle(model), version="1.6.6", vae_class_name="VQGanVAE")
+    return dict(document, weights=published_names(model, "fn.fn.fn.", "transformer.layers.layers."))
+
+
+def mindalle():
+    return {"state_dict": mindalle_weights()}
 
 
 def saved(tmp_path, document, name="dalle.pt"):
@@ -390,3 +402,77 @@ def test_code_in_a_file_never_runs(tmp_path, wrap):
     if wrap in ("bare", "weights"):  # proof that the payload works where a file is trusted
         torch.load(path, weights_only=False)
         assert marker.exists()
+
+
+def test_endlessly_nested_values_are_not_printed(tmp_path):
+    """Forty lists that each hold the next one twice print as a million million brackets."""
+    bomb = []
+    for _ in range(40):
+        bomb = [bomb, bomb]
+    for edit in (
+        change(dim=bomb),
+        change(attn_types=bomb),
+        change(odd=bomb),
+        lambda document: document.update(epoch=bomb),
+    ):
+        document = mini_dalle(random_model())
+        edit(document)
+        with pytest.raises(UserError) as caught:
+            read_dalle(saved(tmp_path, document))
+        assert len(str(caught.value)) < 500
+
+
+def test_whatever_a_file_holds_it_is_read_or_refused(tmp_path):
+    """Random edits of a checkpoint's entries, options and weights: the outcome is a model or a UserError."""
+    odd = [
+        None,
+        True,
+        0,
+        -1,
+        7,
+        10**40,
+        0.5,
+        float("nan"),
+        float("inf"),
+        "",
+        "full",
+        "1.6.6",
+        [],
+        [1],
+        ["full"],
+        ("0", "1"),
+        {},
+        {"a": 1},
+    ]
+    odd += [
+        [[]],
+        torch.zeros(()),
+        torch.zeros(3),
+        torch.zeros(2, 2, dtype=torch.long),
+        torch.zeros(0),
+        torch.ones(1).expand(9),
+    ]
+    generator = random.Random(4)
+    outcomes = {"read": 0, "refused": 0}
+    for _ in range(300):
+        document = generator.choice([mini_dalle, dalle_pytorch, mindalle])()
+        for _ in range(generator.randint(1, 3)):
+            table = generator.choice([document, *(value for value in document.values() if isinstance(value, dict))])
+            name = generator.choice(
+                [*table, "rotary_emb", "stable", "version", "config", "training", "shared_ff_ids", "state_dict"]
+            )
+            action = generator.choice(["replace", "remove", "swap"])
+            if action == "remove":
+                table.pop(name, None)
+            elif action == "swap" and table:
+                table[name] = table[generator.choice(list(table))]
+            else:
+                table[name] = generator.choice(odd)
+        try:
+            checkpoint = read_dalle(saved(tmp_path, document))
+            logits(rebuilt(checkpoint))
+            outcomes["read"] += 1
+        except UserError as error:
+            assert "dalle.pt" in str(error) and len(str(error)) < 1000
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 20, outcomes

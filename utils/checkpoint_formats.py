@@ -9,12 +9,12 @@ the file's name in front.
 """
 
 import re
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from utils.checkpoint_shapes import complete_config, is_number, text_table_size
+from utils.checkpoint_shapes import complete_config, is_number, shown, text_table_size
 from utils.errors import UserError
 
 Weights = Dict[str, Tensor]
@@ -148,25 +148,38 @@ def _rename(weights: Mapping[str, Tensor]) -> Tuple[Weights, Weights]:
             aside[name] = tensor
         elif name.startswith("transformer.layers.blocks."):
             raise UserError(
-                "option 'reversible' (weight '{}') is not supported: train the model without it".format(name)
+                "option 'reversible' (weight {}) is not supported: train the model without it".format(shown(name))
             )
         else:
             raise UserError(
-                "weight '{}' belongs to no known layout (Mini DALL-E, DALLE-pytorch, minDALL-E)".format(name)
+                "weight {} belongs to no known layout (Mini DALL-E, DALLE-pytorch, minDALL-E)".format(shown(name))
             )
     if parts:
         pieces = [tensor for _, tensor in sorted(parts, key=lambda item: item[0])]
         if any(piece.dim() != 2 or piece.shape[1] != pieces[0].shape[1] for piece in pieces):
             raise UserError("weights 'text_emb.split_embeddings.*' do not have the same width")
+        if overlap(pieces):
+            raise UserError("weights 'text_emb.split_embeddings.*' are stored as one and the same")
         renamed["text_emb.weight"] = torch.cat(pieces)
     return renamed, aside
+
+
+def overlap(tensors: Iterable[Tensor]) -> bool:
+    """Whether tensors share so much storage that copying them takes more memory than their file did."""
+    held: Dict[int, int] = {}
+    claimed = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        claimed += tensor.numel() * tensor.element_size()
+    return claimed > sum(held.values())
 
 
 def _internal_name(name: str, layer: int, branch: int, rest: str) -> str:
     stem, _, kind = rest.rpartition(".")
     internal = _BRANCH_NAMES[branch].get(stem or rest)
     if internal is None or (kind not in ("weight", "bias")) != (internal == "scale"):
-        raise UserError("weight '{}' belongs to no known layout of a layer".format(name))
+        raise UserError("weight {} belongs to no known layout of a layer".format(shown(name)))
     return "transformer.layers.{}.{}.{}{}".format(layer, _BRANCHES[branch], internal, "." + kind if stem else "")
 
 
@@ -220,14 +233,14 @@ def _split_head(weights: Weights, text_rows: int) -> None:
 def _whole(hparams: Mapping[str, Any], name: str, default: Optional[int] = None) -> int:
     value = hparams.get(name, default)
     if value is None or isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError("'hparams' must hold a whole number of at least 1 as '{}', not {!r}".format(name, value))
+        raise UserError("'hparams' must hold a whole number of at least 1 as '{}', not {}".format(name, shown(value)))
     return value
 
 
 def _number(hparams: Mapping[str, Any], name: str, default: float) -> float:
     value = hparams.get(name, default)
     if not is_number(value):
-        raise UserError("'hparams' must hold a number from 0 on as '{}', not {!r}".format(name, value))
+        raise UserError("'hparams' must hold a number from 0 on as '{}', not {}".format(name, shown(value)))
     return float(value)
 
 
@@ -235,13 +248,13 @@ def _patterns(hparams: Mapping[str, Any], causal_conv: bool) -> List[str]:
     value = hparams.get("attn_types") or ("full",)
     value = value.split(",") if isinstance(value, str) else value
     if not isinstance(value, (list, tuple)) or not all(isinstance(pattern, str) for pattern in value):
-        raise UserError("option 'attn_types' has the impossible value {!r}".format(value))
+        raise UserError("option 'attn_types' has the impossible value {}".format(shown(value)))
     patterns = [pattern.strip() for pattern in value]
     for pattern in patterns:
         if pattern not in ("full", "axial_row", "axial_col", "conv_like"):
             raise UserError(
-                "option 'attn_types' names '{}', which is not supported{}".format(
-                    pattern, ": it needs DeepSpeed's sparse attention" if pattern == "sparse" else ""
+                "option 'attn_types' names {}, which is not supported{}".format(
+                    shown(pattern), ": it needs DeepSpeed's sparse attention" if pattern == "sparse" else ""
                 )
             )
     return ["conv_causal" if pattern == "conv_like" and causal_conv else pattern for pattern in patterns]
@@ -252,13 +265,13 @@ def _shared_ids(value: Any, name: str) -> Optional[List[int]]:
     if value is None:
         return None
     if not isinstance(value, (list, tuple)) or not value or not all(isinstance(item, (int, str)) for item in value):
-        raise UserError("option '{}' has the impossible value {!r}".format(name, value))
+        raise UserError("option '{}' has the impossible value {}".format(name, shown(value)))
     seen: Dict[Any, int] = {}
     return [seen.setdefault(item, len(seen)) for item in value]
 
 
 def _is_newer(version: str) -> bool:
-    numbers = [int(number) for number in re.findall(r"\d{1,6}", str(version))[:2]]
+    numbers = [int(number) for number in re.findall(r"\d{1,6}", version)[:2]]
     return tuple(numbers + [0, 0])[:2] >= CAUSAL_CONV_VERSION
 
 
@@ -266,8 +279,8 @@ def _rows_and_grid(
     renamed: Mapping[str, Tensor], aside: Mapping[str, Tensor], text_rows: int, text_len: int
 ) -> Tuple[int, int]:
     """Return (codebook size, side of the code grid), which no option holds: they are read off the weights' shapes."""
-    if "to_logits.1.weight" not in renamed:
-        raise UserError("weight 'to_logits.1.weight' is missing")
+    if "to_logits.1.weight" not in renamed or renamed["to_logits.1.weight"].dim() != 2:
+        raise UserError("weight 'to_logits.1.weight' is missing or no matrix")
     codes = renamed["to_logits.1.weight"].shape[0] - text_rows
     if codes < 1:
         raise UserError(
@@ -303,11 +316,13 @@ def config_from_hparams(
     if not isinstance(hparams, Mapping):
         raise UserError("'hparams' is no table of options")
     for name, value in hparams.items():
+        if not isinstance(name, str) or not isinstance(value, (str, int, float, list, tuple, type(None))):
+            raise UserError("option {} has the impossible value {}".format(shown(name), shown(value)))
         if name in ("reversible", "sparse_attn", "noncausal_attn_len") and value not in (None, False, 0):
             raise UserError("option '{}' is not supported: train the model without it".format(name))
         if name not in _MODEL_OPTIONS | _RUNTIME_OPTIONS and value not in (None, False, 0):
             raise UserError(
-                "unknown option '{}' (value {!r}): what it does to the model is not known".format(name, value)
+                "unknown option {} (value {}): what it does to the model is not known".format(shown(name), shown(value))
             )
     text_tokens, text_seq_len = _whole(hparams, "num_text_tokens"), _whole(hparams, "text_seq_len")
     codes, grid = _rows_and_grid(renamed, aside, text_tokens + text_seq_len, text_seq_len + 1)

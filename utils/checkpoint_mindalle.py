@@ -9,8 +9,8 @@ from typing import Any, Dict, Mapping
 import torch
 from torch import Tensor
 
-from utils.checkpoint_formats import StoredModel, Weights
-from utils.checkpoint_shapes import complete_config
+from utils.checkpoint_formats import StoredModel, Weights, overlap
+from utils.checkpoint_shapes import complete_config, shown
 from utils.errors import UserError
 
 #: What an absent key of config.yaml stands for: the published 1.3B model.
@@ -69,13 +69,17 @@ def from_mindalle(weights: Mapping[str, Tensor], options: Mapping[str, Any]) -> 
             fused = "transformer.layers.{}.attention.fn.qkv.{}".format(int(layer.group(1)), kind)
             projections.setdefault(fused, {})[layer.group(2)[len("attn.") :]] = tensor
         elif not name.endswith("attn.mask"):  # a buffer: the causal mask
-            raise UserError("weight '{}' belongs to no known layout of minDALL-E".format(name))
+            raise UserError("weight {} belongs to no known layout of minDALL-E".format(shown(name)))
+    if overlap(weights.values()):
+        raise UserError("several weights are stored as one and the same")
     for fused, parts in projections.items():
         for projection in _PROJECTIONS:
             if projection not in parts:
                 raise UserError(
                     "weight '{}' has no counterpart for the {}".format(fused.replace("fn.qkv", "*"), projection)
                 )
+        if len({part.shape for part in parts.values()}) > 1 or parts["key"].dim() == 0:
+            raise UserError("weights '{}' differ in shape".format(fused.replace("fn.qkv", "*")))
         renamed[fused] = torch.cat([parts[projection] for projection in _PROJECTIONS])
     return StoredModel(config_from_yaml(options, renamed), renamed, None)
 
@@ -88,12 +92,14 @@ def config_from_yaml(options: Mapping[str, Any], renamed: Mapping[str, Tensor]) 
     if not isinstance(stage, Mapping) or not isinstance(hparams, Mapping):
         raise UserError("config.yaml: stage2 and its hparams must be tables of options")
     if stage.get("type", "transformer1d") != "transformer1d":
-        raise UserError("config.yaml: stage2.type '{}' is not supported; known: transformer1d".format(stage["type"]))
+        raise UserError(
+            "config.yaml: stage2.type {} is not supported; known: transformer1d".format(shown(stage["type"]))
+        )
     value = {name: hparams.get(name, stage.get(name, default)) for name, default in DEFAULTS.items()}
     for name, number in value.items():
         if name != "gelu_use_approx" and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
             raise UserError(
-                "config.yaml: stage2 option {} must be a whole number of at least 1, not {!r}".format(name, number)
+                "config.yaml: stage2 option {} must be a whole number of at least 1, not {}".format(name, shown(number))
             )
     if hparams.get("n_dense_layers", value["n_layers"]) != value["n_layers"]:
         raise UserError("config.yaml: n_dense_layers other than n_layers is not supported")

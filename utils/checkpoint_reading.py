@@ -10,9 +10,9 @@ from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from utils.checkpoint_formats import StoredModel, Weights, from_published
+from utils.checkpoint_formats import StoredModel, Weights, from_published, overlap
 from utils.checkpoint_mindalle import from_mindalle, is_mindalle
-from utils.checkpoint_shapes import aliases, complete_config, expected_shapes, num_layers
+from utils.checkpoint_shapes import aliases, complete_config, expected_shapes, num_layers, shown
 from utils.errors import UserError
 from utils.files import PathLike
 
@@ -58,7 +58,7 @@ class DalleCheckpoint(NamedTuple):
 def check_state(expected: Mapping[str, Sequence[int]], weights: Mapping[str, Tensor], path: PathLike) -> None:
     """Compare weights with the expected shapes, strictly. Raises UserError naming the file and a few differences."""
     problems = ["'{}' is missing".format(name) for name in expected if name not in weights]
-    problems += ["'{}' is unexpected".format(name) for name in weights if name not in expected]
+    problems += ["{} is unexpected".format(shown(name)) for name in weights if name not in expected]
     problems += [
         "'{}' has shape {} instead of {}".format(name, tuple(weights[name].shape), tuple(shape))
         for name, shape in expected.items()
@@ -82,9 +82,11 @@ def _check_tensors(weights: Any) -> None:
             or tensor.layout != torch.strided
             or tensor.is_meta
         ):
-            raise UserError("weight {!r} is no plain tensor".format(name))
+            raise UserError("weight {} is no plain tensor".format(shown(name)))
         if tensor.is_quantized or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise UserError("weight '{}' of shape {} claims more than the file holds".format(name, tuple(tensor.shape)))
+            raise UserError(
+                "weight {} of shape {} claims more than the file holds".format(shown(name), tuple(tensor.shape))
+            )
 
 
 def _check_model(model: StoredModel, path: Path) -> None:
@@ -105,8 +107,8 @@ def _check_model(model: StoredModel, path: Path) -> None:
                 "{}: weight '{}' holds {} instead of floating-point numbers".format(path, name, tensor.dtype)
             )
     # Many weights may be views of one small tensor, which the model would then store one by one.
-    if sum(tensor.numel() * tensor.element_size() for tensor in own) > path.stat().st_size:
-        raise UserError("{}: the file is smaller than the weights it claims to hold".format(path))
+    if overlap(own):
+        raise UserError("{}: the weights claim more memory than the file holds".format(path))
 
 
 def verify(path: PathLike) -> None:
@@ -161,7 +163,7 @@ def _verify_zip(path: Path) -> None:
         raise UserError("{} is a compressed archive, which torch.save does not write; it was not opened".format(path))
     if bad is not None:
         raise UserError(
-            "checkpoint {} is damaged (checksum of '{}'); use another one, or copy it again".format(path, bad)
+            "checkpoint {} is damaged (checksum of {}); use another one, or copy it again".format(path, shown(bad))
         )
 
 
@@ -239,8 +241,10 @@ def _optional_table(document: Mapping[str, Any], name: str) -> Optional[Dict[str
 
 
 def _epoch(value: Any) -> int:
+    if value is None:
+        return 0
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise UserError("'epoch' must be a whole number, not {!r}".format(value))
+        raise UserError("'epoch' must be a whole number, not {}".format(shown(value)))
     return value
 
 
@@ -263,16 +267,20 @@ def _from_torch(path: Path) -> DalleCheckpoint:
     hparams, config = _optional_table(document, "hparams"), _optional_table(document, "config")
     if hparams is None and config is None:
         raise UserError("neither 'hparams' nor 'config' is there to tell the model's options")
-    model = from_published(document["weights"], hparams or {}, document.get("version"), config)
+    version = document.get("version")
+    if not isinstance(version, (str, type(None))):
+        raise UserError("'version' has the impossible value {}".format(shown(version)))
+    model = from_published(document["weights"], hparams or {}, version, config)
     if config is not None:
         kind = "ours"
     else:
         kind = "mini-dalle" if any(name.startswith("model.") for name in document["weights"]) else "dalle-pytorch"
-    if document.get("vae_class_name", "VQGanVAE") != "VQGanVAE":
+    vae_class = document.get("vae_class_name")
+    if isinstance(vae_class, str) and vae_class != "VQGanVAE":
         logger.warning(
             "%s was trained on codes of a %s: this application's VQGAN cannot turn its codes into pictures",
             path,
-            document["vae_class_name"],
+            shown(vae_class),
         )
     training = _optional_table(document, "training") if kind == "ours" else None
     vqgan = {name: tensor for name, tensor in (model.vqgan or {}).items() if not name.startswith("loss.")}
@@ -282,7 +290,7 @@ def _from_torch(path: Path) -> DalleCheckpoint:
         model.weights,
         kind,
         hparams or {},
-        _epoch(document.get("epoch") or 0),
+        _epoch(document.get("epoch")),
         vqgan or None,
         {name: value for name, value in (training or {}).items() if name in ("tokenizer", "vqgan")},
         _ema(training),

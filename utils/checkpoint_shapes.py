@@ -5,6 +5,7 @@ memory is taken on their word. Names and options are those of `models.dalle.DALL
 """
 
 import re
+import reprlib
 from typing import Any, Dict, Mapping, Tuple
 
 from utils.errors import UserError, nearest
@@ -43,6 +44,16 @@ DEFAULTS: Dict[str, Any] = {
 MAX_SEQ_LEN = 32768
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 120
+_SHORT.maxlevel = 2
+
+
+def shown(value: Any) -> str:
+    """A value or name from a stranger's file, cut short for a message: nested references could print without end."""
+    return _SHORT.repr(value)
+
+
 def is_number(value: Any) -> bool:
     """Whether an option's value is a plain number of a reasonable size (not NaN, not infinite, not negative)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e9
@@ -68,7 +79,9 @@ def complete_config(values: Any) -> Dict[str, Any]:
     known = set(REQUIRED) | set(DEFAULTS)
     for name in values:
         if name not in known:
-            raise UserError("unknown model option {!r}.{}".format(name, nearest(str(name), known)))
+            raise UserError(
+                "unknown model option {}.{}".format(shown(name), nearest(name, known) if isinstance(name, str) else "")
+            )
     config = {}
     for name in REQUIRED:
         if name not in values:
@@ -78,9 +91,9 @@ def complete_config(values: Any) -> Dict[str, Any]:
     for name, value in config.items():
         default = 1 if name in REQUIRED else DEFAULTS[name]
         if not (value is None and default is None) and not _fits(value, default):
-            raise UserError("model option '{}' has the impossible value {!r}".format(name, value))
+            raise UserError("model option '{}' has the impossible value {}".format(name, shown(value)))
         if name.endswith("_dropout") and value > 1:
-            raise UserError("model option '{}' is a probability, not {!r}".format(name, value))
+            raise UserError("model option '{}' is a probability, not {}".format(name, shown(value)))
         config[name] = list(value) if isinstance(value, (list, tuple)) else value
     length = config["text_seq_len"] + config["grid"] ** 2
     if length > MAX_SEQ_LEN:

@@ -1,8 +1,8 @@
 """Checkpoints of a run: written whole or not at all, listed, pruned, exported; reading is in checkpoint_reading.py.
 
-A run writes `dalle_{epoch}.pt` at the end of each epoch, counted from 0 as the published application does (800 epochs end
-with dalle_799.pt), and `dalle_{epoch}_{step}.pt` inside one, after `step` optimizer steps since the start of the training.
-In both, the file's "epoch" counts complete epochs.
+A run writes `dalle_{epoch}.pt` at the end of each epoch, counted from 0 as the published application does (800 epochs
+end with dalle_799.pt), and `dalle_{epoch}_{step}.pt` inside one, after `step` optimizer steps since the start of the
+training. In both, the file's "epoch" counts complete epochs.
 
     python -m utils.checkpoints export dalle_20.pt model.safetensors --half
     python -m utils.checkpoints verify dalle_20.pt
