@@ -1,0 +1,437 @@
+"""Downloads from a server in this process: resumed, verified, atomic, honest about failures; COCO's script too."""
+
+import concurrent.futures
+import hashlib
+import http.server
+import io
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from utils import archives, downloads
+from utils.downloads import download
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+CONTENT = bytes(range(256)) * 1200  # 307,200 bytes
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `files` {path: bytes}; a test sets how well it behaves. `requests` are the (path, Range) it got."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files = {"/file.bin": CONTENT}
+        self.requests = []
+        self.ranges, self.etag, self.content_type = True, '"v1"', "application/octet-stream"
+        self.cut_after = []  # bytes of each next body after which the connection ends
+        self.statuses = []  # of the next answers, instead of a file
+        self.redirect = None
+        self.send_length = True
+        self.url = "http://127.0.0.1:{}".format(self.server_address[1])
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        server, asked = self.server, self.headers.get("Range")
+        server.requests.append((self.path, asked))
+        if server.statuses:
+            return self.send_error(server.statuses.pop(0))
+        if server.redirect:
+            self.send_response(302)
+            self.send_header("Location", server.redirect)
+            return self.end_headers()
+        if self.path not in server.files:
+            return self.send_error(404)
+        body, start = server.files[self.path], 0
+        if asked and server.ranges and self.headers.get("If-Range", server.etag) == server.etag:
+            start = int(asked[len("bytes=") : -1])
+            if start >= len(body):
+                self.send_response(416)
+                self.send_header("Content-Range", "bytes */{}".format(len(body)))
+                return self.end_headers()
+            self.send_response(206)
+            self.send_header("Content-Range", "bytes {}-{}/{}".format(start, len(body) - 1, len(body)))
+        else:
+            self.send_response(200)
+        if server.etag:
+            self.send_header("ETag", server.etag)
+        if server.send_length:
+            self.send_header("Content-Length", str(len(body) - start))
+        self.send_header("Content-Type", server.content_type)
+        self.end_headers()
+        body = body[start:]
+        self.wfile.write(body[: server.cut_after.pop(0)] if server.cut_after else body)
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def pauses(monkeypatch):
+    """Do not sleep; return the pauses that were asked for."""
+    pauses = []
+    monkeypatch.setattr(downloads.time, "sleep", pauses.append)
+    return pauses
+
+
+def fetch(server, path, **options):
+    return download(server.url + "/file.bin", path, progress=False, **options)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_download_is_complete_and_leaves_nothing_else(server, tmp_path):
+    path = tmp_path / "deep" / "model.ckpt"
+    assert fetch(server, path, sha256=SHA256.upper(), md5=hashlib.md5(CONTENT).hexdigest()) == path
+    assert path.read_bytes() == CONTENT and names(path.parent) == ["model.ckpt"]
+    fetch(server, path)
+    fetch(server, path, sha256=SHA256)
+    assert len(server.requests) == 1  # what is there is not fetched again
+
+
+def test_cut_connections_are_resumed(server, tmp_path, pauses):
+    server.cut_after = [100000, 50000, 0, 1]
+    fetch(server, tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == CONTENT and names(tmp_path) == ["x"]
+    assert [asked for _, asked in server.requests] == [None] + [
+        "bytes={}-".format(n) for n in (100000, 150000, 150000, 150001)
+    ]
+    assert pauses == [1, 1, 2, 1]  # longer when nothing was gained
+
+
+def test_a_later_process_goes_on_from_the_part(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(downloads, "ATTEMPTS", 1)
+    server.cut_after = [100000, 0]
+    with pytest.raises(UserError, match="connection ended after 100000 of 307200 bytes"):
+        fetch(server, tmp_path / "x")
+    assert (tmp_path / "x.part").stat().st_size == 100000 and not (tmp_path / "x").exists()
+    fetch(server, tmp_path / "x")
+    assert server.requests[-1][1] == "bytes=100000-" and (tmp_path / "x").read_bytes() == CONTENT
+
+
+def test_a_part_of_another_version_is_never_continued(server, tmp_path):
+    (tmp_path / "x.part").write_bytes(b"old" * 1000)
+    (tmp_path / "x.part.json").write_text('{"url": "%s/file.bin", "validator": "\\"v0\\""}' % server.url)
+    fetch(server, tmp_path / "x")  # the server answers If-Range: "v0" with the whole file
+    assert (tmp_path / "x").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    "notes", ['{"url": "https://elsewhere/file.bin", "validator": "\\"v1\\""}', "not json", "[]", None]
+)
+def test_a_part_of_unknown_origin_starts_again(server, tmp_path, notes):
+    (tmp_path / "x.part").write_bytes(b"?" * 1000)
+    if notes:
+        (tmp_path / "x.part.json").write_text(notes)
+    fetch(server, tmp_path / "x")
+    assert server.requests == [("/file.bin", None)] and (tmp_path / "x").read_bytes() == CONTENT
+
+
+def test_with_a_checksum_any_part_is_tried_and_a_wrong_one_is_dropped(server, tmp_path):
+    server.etag = None
+    (tmp_path / "x.part").write_bytes(CONTENT[:1000])
+    fetch(server, tmp_path / "x", sha256=SHA256)
+    assert server.requests == [("/file.bin", "bytes=1000-")]
+    (tmp_path / "y.part").write_bytes(b"?" * 1000)
+    fetch(server, tmp_path / "y", sha256=SHA256)
+    assert (tmp_path / "y").read_bytes() == CONTENT and names(tmp_path) == ["x", "y"]
+
+
+def test_a_part_that_is_complete_needs_only_its_name(server, tmp_path):
+    (tmp_path / "x.part").write_bytes(CONTENT)
+    (tmp_path / "x.part.json").write_text('{"url": "%s/file.bin", "validator": "\\"v1\\""}' % server.url)
+    fetch(server, tmp_path / "x")
+    assert server.requests == [("/file.bin", "bytes=307200-")] and (tmp_path / "x").read_bytes() == CONTENT
+    (tmp_path / "y.part").write_bytes(CONTENT + b"more")
+    fetch(server, tmp_path / "y", sha256=SHA256)
+    assert (tmp_path / "y").read_bytes() == CONTENT and names(tmp_path) == ["x", "y"]
+
+
+def test_a_server_without_ranges_starts_again_and_is_given_up_in_the_end(server, tmp_path, pauses):
+    server.ranges = False
+    server.cut_after = [200000]
+    fetch(server, tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == CONTENT
+    server.cut_after = [1000] * 50
+    with pytest.raises(UserError, match="connection ended after 1000 of 307200 bytes"):
+        fetch(server, tmp_path / "y")
+    assert len(server.requests) == 2 + 1 + downloads.ATTEMPTS and not (tmp_path / "y").exists()
+
+
+def test_busy_servers_are_asked_again_up_to_a_limit(server, tmp_path, pauses):
+    server.statuses = [503, 429, 500]
+    fetch(server, tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == CONTENT and pauses == [2, 4, 8]
+    server.statuses = [503] * 50
+    with pytest.raises(UserError, match="HTTP status 503"):
+        fetch(server, tmp_path / "y")
+    assert len(server.requests) == 4 + downloads.ATTEMPTS
+
+
+def test_a_missing_file_says_what_to_do_by_hand(server, tmp_path, pauses):
+    with pytest.raises(UserError) as raised:
+        download(server.url + "/gone.zip", tmp_path / "gone.zip", progress=False)
+    message = str(raised.value)
+    assert "{}/gone.zip".format(server.url) in message and "HTTP status 404" in message
+    assert "fetch it by hand and save it as {}".format(tmp_path / "gone.zip") in message and "\n" not in message
+    assert pauses == [] and len(server.requests) == 1
+
+
+def test_no_server_at_all(tmp_path, pauses):
+    with pytest.raises(UserError, match="fetch it by hand"):
+        download("http://127.0.0.1:9/file.bin", tmp_path / "x", progress=False)
+    assert len(pauses) == downloads.ATTEMPTS - 1
+
+
+def test_a_wrong_checksum_leaves_no_file(server, tmp_path):
+    with pytest.raises(UserError, match="its sha256 is {}, not 00".format(SHA256)):
+        fetch(server, tmp_path / "x", sha256="00" * 32)
+    with pytest.raises(UserError, match="its md5 is"):
+        fetch(server, tmp_path / "x", sha256=SHA256, md5="00" * 16)
+    assert not [name for name in names(tmp_path) if not name.endswith(".lock")]
+    (tmp_path / "x").write_bytes(b"an old file")
+    fetch(server, tmp_path / "x", sha256=SHA256)
+    assert (tmp_path / "x").read_bytes() == CONTENT
+
+
+def test_size_limits(server, tmp_path):
+    fetch(server, tmp_path / "x", size_limit=len(CONTENT))
+    for server.send_length in (True, False):
+        with pytest.raises(UserError, match="more than the"):
+            fetch(server, tmp_path / "y", size_limit=len(CONTENT) - 1)
+        assert not (tmp_path / "y").exists()
+
+
+def test_a_web_page_is_not_the_file(server, tmp_path):
+    server.content_type = "text/html; charset=utf-8"
+    with pytest.raises(UserError, match="a web page instead of the file"):
+        fetch(server, tmp_path / "model.ckpt")
+
+
+def test_a_full_disk_is_noticed_first(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(downloads.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    with pytest.raises(UserError, match="needs 0.0 GB of space.*free"):
+        fetch(server, tmp_path / "x")
+
+
+def test_a_folder_that_cannot_be_written(server, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot save"):
+        fetch(server, tmp_path / "file" / "x")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://example.org/x", "ftp://example.org/x", "file:///etc/passwd", "x", "http://[bad/x"]
+)
+def test_only_https_without_a_checksum(tmp_path, url):
+    with pytest.raises(UserError, match="no https address"):
+        download(url, tmp_path / "x", progress=False)
+    if not url.startswith("http://e"):
+        with pytest.raises(UserError, match="no https address"):
+            download(url, tmp_path / "x", sha256=SHA256, progress=False)
+
+
+def test_redirects_are_followed_but_not_out_of_https(server, tmp_path):
+    server.redirect = "http://example.org/file.bin"
+    with pytest.raises(UserError, match="http://example.org/file.bin is no https address"):
+        fetch(server, tmp_path / "x")
+    other = Server()
+    threading.Thread(target=other.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    server.redirect = other.url + "/file.bin"
+    other.cut_after = [1000]
+    fetch(server, tmp_path / "x")
+    other.shutdown()
+    other.server_close()
+    assert (tmp_path / "x").read_bytes() == CONTENT and other.requests[1] == ("/file.bin", "bytes=1000-")
+
+
+def test_two_downloads_of_one_file_become_one(server, tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(4) as executor:
+        tasks = [executor.submit(fetch, server, tmp_path / "x") for _ in range(4)]
+    assert [task.result() for task in tasks] == [tmp_path / "x"] * 4
+    assert len(server.requests) == 1 and names(tmp_path) == ["x"]
+
+
+# Archives ------------------------------------------------------------------------------------------------------------
+
+
+def zip_of(files):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+FILES = {"photos/{:012d}.jpg".format(number): bytes([number]) * 20000 for number in range(30)}
+
+
+def unpacked(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_unpack_adds_what_is_missing_and_deletes_the_archive(tmp_path):
+    (tmp_path / "a.zip").write_bytes(zip_of(FILES))
+    out = tmp_path / "out"
+    (out / "photos").mkdir(parents=True)
+    (out / "photos" / "000000000003.jpg").write_bytes(FILES["photos/000000000003.jpg"])
+    (out / "photos" / "000000000004.jpg").write_bytes(b"cut off")
+    assert archives.unpack(tmp_path / "a.zip", out, progress=False) == 29
+    assert unpacked(out) == FILES and names(tmp_path) == ["out"]
+
+
+def test_little_space_and_an_interruption(server, tmp_path, monkeypatch):
+    """The archive shrinks while it is unpacked; after an interruption only what was cut off is fetched again."""
+    content = zip_of(FILES)
+    server.files["/file.bin"] = content
+    digest = hashlib.sha256(content).hexdigest()
+    out = tmp_path / "out"
+    monkeypatch.setattr(archives.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    monkeypatch.setattr(archives, "_space", lambda members: 10**7)
+    monkeypatch.setattr(archives, "_CUT_BYTES", 50000)
+    original, left = archives._unpack_member, [20]
+
+    def interrupted(*arguments):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        original(*arguments)
+
+    monkeypatch.setattr(archives, "_unpack_member", interrupted)
+    fetch(server, tmp_path / "a.zip", sha256=digest)
+    with pytest.raises(KeyboardInterrupt):
+        archives.unpack(tmp_path / "a.zip", out, progress=False)
+    rest = (tmp_path / "a.zip.part").stat().st_size
+    assert rest < len(content) / 2 and len(unpacked(out)) == 20 and not (tmp_path / "a.zip").exists()
+    monkeypatch.setattr(archives, "_unpack_member", original)
+    fetch(server, tmp_path / "a.zip", sha256=digest)
+    assert server.requests[-1][1] == "bytes={}-".format(rest)
+    assert archives.unpack(tmp_path / "a.zip", out, progress=False) == 10
+    assert unpacked(out) == FILES and names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("name", ["../evil.txt", "/evil.txt", "a/../../evil.txt", "..\\evil.txt", "C:evil.txt"])
+def test_unsafe_names_are_refused(tmp_path, name):
+    (tmp_path / "a.zip").write_bytes(zip_of({"good.txt": b"", name: b""}))
+    with pytest.raises(UserError, match="unsafe name"):
+        archives.unpack(tmp_path / "a.zip", tmp_path / "in" / "out", progress=False)
+    assert names(tmp_path) == ["a.zip"]
+
+
+def test_damaged_archives(tmp_path):
+    (tmp_path / "a.zip").write_bytes(zip_of(FILES).replace(bytes([7]) * 5000, bytes([8]) * 5000))
+    with pytest.raises(UserError, match="damaged.*CRC"):
+        archives.unpack(tmp_path / "a.zip", tmp_path / "out", progress=False)
+    assert "photos/000000000007.jpg" not in unpacked(tmp_path / "out") and (tmp_path / "a.zip").exists()
+    (tmp_path / "a.zip").write_bytes(b"PK but no archive")
+    with pytest.raises(UserError, match="damaged"):
+        archives.unpack(tmp_path / "a.zip", tmp_path / "out", progress=False)
+    with pytest.raises(UserError, match="cannot unpack"):
+        archives.unpack(tmp_path / "none.zip", tmp_path / "out", progress=False)
+
+
+# COCO ----------------------------------------------------------------------------------------------------------------
+
+
+COCO = {
+    "annotations/annotations_trainval2017.zip": (
+        {"annotations/captions_train2017.json": b"{}", "annotations/captions_val2017.json": b"{}"},
+        ("annotations", "captions_*2017.json", 2),
+    ),
+    "zips/val2017.zip": ({"val2017/{:012d}.jpg".format(n): b"v" * 3000 for n in range(5)}, ("val2017", "*.jpg", 5)),
+    "zips/train2017.zip": (
+        {"train2017/{:012d}.jpg".format(n): b"t" * 3000 for n in range(9)},
+        ("train2017", "*.jpg", 9),
+    ),
+}
+
+
+@pytest.fixture
+def coco(server, tmp_path):
+    """Run the script against the server, with small archives in the place of COCO's."""
+    lines = []
+    for path, (files, (folder, pattern, number)) in COCO.items():
+        content = zip_of(files)
+        server.files["/" + path] = content
+        digest = hashlib.sha256(content).hexdigest()
+        lines.append("|".join([folder, path, str(len(content)), digest, pattern, str(number), "0"]))
+    (tmp_path / "archives").write_text("\n".join(lines) + "\n")
+
+    def run(*flags, **environment):
+        settings = dict(
+            os.environ, COCO_URL=server.url, COCO_ARCHIVES=str(tmp_path / "archives"), PYTHON=sys.executable
+        )
+        settings.update(environment)
+        script = str(ROOT / "utils" / "download_coco_dataset.sh")
+        return subprocess.run(
+            ["bash", script] + list(flags), cwd=str(tmp_path), env=settings, timeout=120,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+class TestCocoScript:
+    def test_fetches_what_is_missing_and_names_the_next_command(self, server, tmp_path, coco):
+        done = coco("--dir", "my disk/COCO", "--val-only")
+        folder = tmp_path / "my disk" / "COCO"
+        assert done.returncode == 0, done.stderr
+        assert names(folder) == ["annotations", "val2017"] and len(names(folder / "val2017")) == 5
+        assert "captions_val2017.json" in done.stdout.splitlines()[-1] and "my\\ disk" in done.stdout.splitlines()[-1]
+        (folder / "val2017" / "000000000002.jpg").unlink()
+        server.requests.clear()
+        done = coco("--dir=my disk/COCO")
+        assert done.returncode == 0, done.stderr
+        assert [path for path, _ in server.requests] == ["/zips/val2017.zip", "/zips/train2017.zip"]
+        assert unpacked(folder) == {name: content for files, _ in COCO.values() for name, content in files.items()}
+        assert "annotations is complete" in done.stdout and "26 GB" in done.stdout
+        server.requests.clear()
+        assert coco("--dir", "my disk/COCO").returncode == 0 and server.requests == []
+
+    def test_an_archive_fetched_by_hand_is_used(self, server, tmp_path, coco):
+        (tmp_path / "COCO").mkdir()
+        for path in COCO:
+            (tmp_path / "COCO" / Path(path).name).write_bytes(server.files["/" + path])
+        assert coco("--dir", "COCO").returncode == 0 and server.requests == []
+        assert names(tmp_path / "COCO") == ["annotations", "train2017", "val2017"]
+
+    def test_failures_are_one_line(self, server, tmp_path, coco):
+        server.files["/zips/val2017.zip"] = b"x" * len(server.files["/zips/val2017.zip"])
+        done = coco("--dir", "COCO", "--val-only")
+        assert done.returncode == 1 and "its sha256 is" in done.stderr and "Traceback" not in done.stderr
+        assert not (tmp_path / "COCO" / "val2017").exists() and (tmp_path / "COCO" / "annotations").exists()
+        assert coco("--what").returncode == 2 and coco("--dir").returncode == 2
+        (tmp_path / "archives").write_text((tmp_path / "archives").read_text().replace("|0\n", "|999999999\n"))
+        done = coco("--dir", "COCO")
+        assert done.returncode == 1 and "not enough space" in done.stderr
+
+
+def test_the_script_is_what_shellcheck_likes():
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    script = str(ROOT / "utils" / "download_coco_dataset.sh")
+    done = subprocess.run(["shellcheck", script], stdout=subprocess.PIPE, universal_newlines=True)
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,121 @@
+"""Zip archives from the web: downloaded, verified, unpacked, also where the disk has little room to spare.
+
+python -m utils.archives --sha256 HEX --unpack data/COCO URL FILE.zip
+"""
+
+import argparse
+import contextlib
+import logging
+import os
+import shutil
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
+from typing import NoReturn, Optional, Sequence
+
+from utils.downloads import download, forget_part, progress_bar
+from utils.errors import UsageError, UserError, run_main
+from utils.files import PathLike
+
+logger = logging.getLogger(__name__)
+
+_BLOCK = 1 << 20
+_CUT_BYTES = 256 * _BLOCK
+"""An archive that is shortened while it is unpacked is cut whenever so much of its end is no longer needed."""
+
+
+def unpack(archive: PathLike, folder: PathLike, progress: bool = True) -> int:
+    """Unpack a zip archive into `folder` and delete the archive; return the number of files that were missing.
+
+    Files that are there with the right size are kept. Where the disk cannot hold archive and content side by side, the
+    archive is cut down from its end as its files are unpacked; should that be interrupted, what is left of it becomes a
+    partial download, which `download` completes.
+
+    Raises UserError for a damaged archive, for names that lead out of `folder`, and when writing fails.
+    """
+    archive, folder = Path(archive), Path(folder)
+    part = archive.with_name(archive.name + ".part")
+    try:
+        with open(str(archive), "r+b") as file, zipfile.ZipFile(file) as content:
+            members = [member for member in content.infolist() if not member.is_dir()]
+            for member in members:
+                _check_member(archive, member.filename)
+            missing = [member for member in members if not _has_size(folder / member.filename, member.file_size)]
+            short = shutil.disk_usage(str(archive.parent)).free < _space(missing)
+            if short:
+                logger.info("%s: little space is left; shortening the archive while it is unpacked", archive)
+                os.replace(str(archive), str(part))
+            # From the end, so that what is unpacked can be cut off.
+            missing.sort(key=lambda member: member.header_offset, reverse=True)
+            with progress_bar(len(missing), archive.name, "files", progress) as bar:
+                for member in missing:
+                    _unpack_member(content, member, folder)
+                    bar.update(1)
+                    if short and file.seek(0, os.SEEK_END) - member.header_offset > _CUT_BYTES:
+                        file.truncate(member.header_offset)
+        if not short:
+            archive.unlink()
+        forget_part(part)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        raise UserError("{} is damaged ({}); delete it and fetch it again".format(archive, error)) from error
+    except OSError as error:
+        raise UserError("cannot unpack {} into {}: {}".format(archive, folder, error)) from error
+    return len(missing)
+
+
+def _check_member(archive: Path, name: str) -> None:
+    """Raise UserError for a file that would land outside of the folder."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name:
+        raise UserError("{} holds a file with the unsafe name {!r}; it is not unpacked".format(archive, name))
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _space(members: Sequence[zipfile.ZipInfo]) -> int:
+    """Return the bytes that unpacked files take, in whole blocks of a file system, and some to spare."""
+    return sum(-(-member.file_size // 4096) * 4096 for member in members) + _CUT_BYTES
+
+
+def _unpack_member(content: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path) -> None:
+    """Unpack one file whole or not at all; reading to its end checks its CRC."""
+    target = folder / member.filename
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(".{}.tmp".format(target.name))
+    try:
+        with content.open(member) as source, open(str(temporary), "wb") as file:
+            shutil.copyfileobj(source, file, _BLOCK)
+        os.replace(str(temporary), str(target))
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that reports mistakes the way the whole project does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError("{} (see --help)".format(message))
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Read the flags, download, unpack."""
+    parser = _Parser(description="Download a file, and unpack it.", prog="utils.archives", allow_abbrev=False)
+    parser.add_argument("url")
+    parser.add_argument("path")
+    parser.add_argument("--sha256", help="expected checksum")
+    parser.add_argument("--size-limit", type=int, help="largest size to accept, in bytes")
+    parser.add_argument("--unpack", metavar="DIR", help="unpack the zip archive here and delete it")
+    flags = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    path = download(flags.url, flags.path, sha256=flags.sha256, size_limit=flags.size_limit)
+    if flags.unpack:
+        num_files = unpack(path, flags.unpack)
+        logger.info("%s: %d files unpacked into %s", path.name, num_files, flags.unpack)
+
+
+if __name__ == "__main__":
+    run_main(main)
