@@ -1,0 +1,215 @@
+"""Which IPU holds which part of the model, and whether a configuration can train on IPUs. Needs no SDK.
+
+Letters: S pipeline stages, M micro-batches of one optimizer step (gradient accumulation).
+"""
+
+from itertools import accumulate
+from typing import List, NamedTuple, Optional
+
+from args import Config, IpuConfig
+from models.config import DalleConfig
+from utils.errors import UsageError
+
+#: Path of a transformer layer, but for its number.
+LAYER = "dalle.transformer.layers."
+
+#: What follows the last layer; the loss is computed with it.
+HEAD = ("dalle.norm", "dalle.text_head", "dalle.image_head")
+
+#: Parts of the embedding that are read, not called: they lie where the tables before them lie.
+POSITIONS = ("dalle.text_pos_emb", "dalle.image_pos_emb")
+
+
+class Placement(NamedTuple):
+    """A module of a TextToImage and the IPU (of its replica) that holds its weights and runs it."""
+
+    path: str
+    ipu: int
+
+
+def layer_ipus(ipu: IpuConfig) -> List[int]:
+    """Return the IPU of each transformer layer, in order."""
+    return [index for index, count in enumerate(ipu.layers_per_ipu) for _ in range(count)]
+
+
+def head_ipu(ipu: IpuConfig) -> int:
+    """Return the IPU of the last norm, the heads and the loss."""
+    return ipu.ipus_per_replica - 1 if ipu.cls_ipu_id is None else ipu.cls_ipu_id
+
+
+def pipeline_plan(config: Config, encodes_images: bool = True) -> List[Placement]:
+    """Return every part of the model with its IPU, in the order in which a forward pass comes to them.
+
+    encodes_images: the VQGAN runs on the IPU, in front of the embeddings; False when the data are image codes already.
+    """
+    ipu = config.ipu
+    first = ["vqgan"] if encodes_images else []
+    first += ["dalle.text_emb", "dalle.image_emb", *POSITIONS]
+    plan = [Placement(path, ipu.embedding_ipu_id) for path in first]
+    plan += [Placement(LAYER + str(layer), index) for layer, index in enumerate(layer_ipus(ipu))]
+    plan += [Placement(path, head_ipu(ipu)) for path in HEAD]
+    return plan
+
+
+def block_starts(plan: List[Placement]) -> List[Placement]:
+    """Return the modules at which another IPU takes over.
+
+    What runs before the first of them is on IPU 0. Each start is one pipeline stage more, also a return to an IPU.
+    """
+    before = [0] + [placement.ipu for placement in plan]
+    return [placement for placement, previous in zip(plan, before) if placement.ipu != previous]
+
+
+def num_stages(plan: List[Placement]) -> int:
+    """Return S, the stages of the forward pipeline."""
+    return 1 + len(block_starts(plan))
+
+
+def stage_of(plan: List[Placement]) -> List[int]:
+    """Return the pipeline stage (0, 1, ...) of each entry of a plan."""
+    starts = {placement.path for placement in block_starts(plan)}
+    return list(accumulate(int(placement.path in starts) for placement in plan))
+
+
+def min_accumulation(stages: int) -> int:
+    """Return the smallest M that fills a training pipeline: S stages forward and S - 1 backward (the last has both)."""
+    return 2 * stages - 1
+
+
+def bubble(stages: int, accumulation: int) -> float:
+    """Return the share of an optimizer step that an IPU waits, since the pipeline fills and drains once in M cycles."""
+    return (2 * stages - 2) / (accumulation + 2 * stages - 2)
+
+
+# Checks ------------------------------------------------------------------------------------------------------------
+
+
+def check(config: Config, model: Optional[DalleConfig] = None) -> None:
+    """Raise UsageError for the first thing that keeps a configuration (and a model, if known) from training on IPUs."""
+    found = problems(config, model)
+    if found:
+        raise UsageError(found[0])
+
+
+def problems(config: Config, model: Optional[DalleConfig] = None) -> List[str]:
+    """Return what keeps a configuration from training on IPUs, a line each: the flag, what is wrong, the way out."""
+    found = _layout_problems(config.ipu, model.depth if model else config.model.num_hidden_layers)
+    if not found:  # the rest needs a plan that can be drawn
+        found += _pipeline_problems(config)
+        if model is not None:
+            found += _model_problems(config, model)
+    return found + _option_problems(config)
+
+
+def _power_of_two(number: int) -> bool:
+    return number & (number - 1) == 0
+
+
+def _layout_problems(ipu: IpuConfig, depth: int) -> List[str]:
+    found = []
+    ipus, layers = ipu.ipus_per_replica, " ".join(map(str, ipu.layers_per_ipu))
+    if not _power_of_two(ipus):
+        found.append(
+            "--ipus-per-replica {}: IPUs come in powers of two; give the next one, and 0 in --layers-per-ipu "
+            "for IPUs that are to stay empty".format(ipus)
+        )
+    if len(ipu.layers_per_ipu) != ipus:
+        found.append(
+            "--layers-per-ipu {}: {} numbers for --ipus-per-replica {}; give one for each IPU".format(
+                layers, len(ipu.layers_per_ipu), ipus
+            )
+        )
+    if sum(ipu.layers_per_ipu) != depth:
+        found.append(
+            "--layers-per-ipu {}: adds up to {}, but the model has {} layers (--num-hidden-layers); "
+            "--plan auto proposes a division".format(layers, sum(ipu.layers_per_ipu), depth)
+        )
+    for flag, index in (("--cls-ipu-id", head_ipu(ipu)), ("--embedding-ipu-id", ipu.embedding_ipu_id)):
+        if index >= ipus:
+            found.append("{} {}: --ipus-per-replica {} has IPUs 0 to {}".format(flag, index, ipus, ipus - 1))
+    if len(ipu.matmul_proportion) not in (1, ipus):
+        found.append(
+            "--matmul-proportion: {} numbers for {} IPUs; give one for all or one for each".format(
+                len(ipu.matmul_proportion), ipus
+            )
+        )
+    return found
+
+
+def _pipeline_problems(config: Config) -> List[str]:
+    stages = num_stages(pipeline_plan(config))
+    accumulation = config.execution.gradient_accumulation
+    if stages > 1 and accumulation < min_accumulation(stages):
+        return [
+            "--gradient-accumulation {}: a pipeline of {} stages needs at least {} (2 x stages - 1)".format(
+                accumulation, stages, min_accumulation(stages)
+            )
+        ]
+    return []
+
+
+def _model_problems(config: Config, model: DalleConfig) -> List[str]:
+    found = []
+    ipu, rows = config.ipu, model.text_table_size
+    factor = ipu.embedding_serialization_factor
+    if rows % factor:
+        nearest = max(divisor for divisor in range(1, factor) if rows % divisor == 0)
+        found.append(
+            "--embedding-serialization-factor {}: does not divide the {} rows of the text table; {} does".format(
+                factor, rows, nearest
+            )
+        )
+    if model.tie_embeddings and (factor > 1 or head_ipu(ipu) != ipu.embedding_ipu_id):
+        found.append(
+            "this model's embeddings and heads share weights, which must lie on one IPU, in one piece: give "
+            "--cls-ipu-id {} and --embedding-serialization-factor 1".format(ipu.embedding_ipu_id)
+        )
+    ipus = layer_ipus(ipu)
+    for shared in (model.shared_attn_ids, model.shared_ff_ids):
+        where = {}
+        for layer, index in enumerate(ipus if shared else []):
+            if where.setdefault(shared[layer % len(shared)], index) != index:
+                found.append(
+                    "--layers-per-ipu: layer {} shares weights with a layer on IPU {}, so it must lie there too".format(
+                        layer, where[shared[layer % len(shared)]]
+                    )
+                )
+                break
+    return found
+
+
+def _option_problems(config: Config) -> List[str]:
+    run, ipu, optimizer = config.execution, config.ipu, config.optimizer
+    found = []
+    if not _power_of_two(run.replication_factor):
+        found.append(
+            "--replication-factor {}: IPUs come in powers of two; give 1, 2, 4, ...".format(run.replication_factor)
+        )
+    if ipu.enable_rts and run.replication_factor == 1:
+        found.append(
+            "--enable-rts shards the optimizer state over replicas, but --replication-factor is 1; leave it out"
+        )
+    if ipu.async_dataloader and run.global_batch * run.device_iterations == 1:
+        found.append(
+            "--async-dataloader needs more than one sample for each call of the device; give "
+            "--async-dataloader false or a larger --batch-size"
+        )
+    if optimizer.enable_als and not uses_half(config):
+        found.append("--enable-als scales losses for half precision; add --fp16, or leave it out")
+    if optimizer.ema_decay:
+        found.append(
+            "--ema-decay {:g}: weights are not averaged on IPUs; give --ema-decay 0".format(optimizer.ema_decay)
+        )
+    if config.model.attention_impl == "sdpa":
+        found.append("--attention-impl sdpa: IPUs have no fused attention; give explicit or auto")
+    if run.compile:
+        found.append(
+            "--compile is torch.compile, which is not for IPUs: their programs are always compiled; leave it out"
+        )
+    return found
+
+
+def uses_half(config: Config) -> bool:
+    """Whether the transformer computes in half precision on an IPU (--fp16, unless --precision says otherwise)."""
+    run = config.execution
+    return run.fp16 if run.precision == "auto" else run.precision == "fp16"
