@@ -4,6 +4,8 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
 from torch import Tensor, nn
 
+from models.dalle import TextToImage
+
 
 class StepResult(NamedTuple):
     """What one optimizer step reports: scalars, still on the device so that reading them is the caller's choice."""
@@ -27,13 +29,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> List[Dict[str, An
 
 
 class Engine:
-    """One kind of device. Exactly one optimizer step happens per `step` (per device iteration, on an IPU)."""
+    """One kind of device. Exactly `steps_per_call` optimizer steps happen per `step`."""
 
     name: str
     is_main: bool
     """This process logs and saves; exactly one does."""
     world_size: int
     """Processes that train together."""
+    steps_per_call: int = 1
+    """Optimizer steps of one call of `step`, and so of one batch of `loader`: --device-iterations, on an IPU."""
 
     def describe(self) -> str:
         """One line on how the configuration's global batch is reached on this device."""
@@ -44,14 +48,17 @@ class Engine:
         raise NotImplementedError
 
     def loader(self, dataset: Any, epoch: int, start: int = 0) -> Iterator[Any]:
-        """Yield one batch for each optimizer step of `epoch`, from step `start` on; order and content depend only on seed and epoch."""
+        """Yield one batch for each call of `step` in `epoch`, from optimizer step `start` on.
+
+        Order and content depend only on seed and epoch.
+        """
         raise NotImplementedError
 
-    def prepare(self, model: nn.Module, dataset: Any = None) -> None:
-        """Wrap, place and compile `model` (a TextToImage) and build its optimizer; logs "Compiled model in X secs".
+    def prepare(self, model: TextToImage, dataset: Any = None) -> None:
+        """Wrap, place and compile `model` and build its optimizer; logs "Compiled model in X secs".
 
-        dataset: what will be trained on. One of its items tells a compiler whether images or their codes are coming; without
-        it, images are if the model has a VQGAN.
+        dataset: what will be trained on. One of its items tells a compiler whether images or their codes are coming;
+        without it, images are if the model has a VQGAN.
         """
         raise NotImplementedError
 

@@ -1,0 +1,5 @@
+"""Training on Graphcore IPUs through PopTorch. Nothing outside this package imports poptorch, popdist or horovod."""
+
+from engines.ipu.engine import IpuEngine
+
+__all__ = ["IpuEngine"]

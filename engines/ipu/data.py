@@ -1,0 +1,132 @@
+"""Samples in the order in which the replicas take them, and PopTorch's data loader over it."""
+
+import copy
+from typing import Any, Dict, List, Tuple
+
+import torch
+from torch import Tensor
+
+from args import Config
+from data import epoch_order
+
+#: Samples that a worker hands over at once (--async-dataloader), where a call of the device takes more than that.
+WORKER_BATCH = 128
+
+
+def own_epoch(dataset: Any) -> Any:
+    """Return the data set with an epoch of its own: copies of one in several processes share theirs otherwise."""
+    if hasattr(dataset, "subset"):
+        return dataset.subset(torch.arange(len(dataset)))
+    if hasattr(dataset, "pairs"):  # codes over the captions of another set
+        dataset = copy.copy(dataset)
+        dataset.pairs = own_epoch(dataset.pairs)
+    return dataset
+
+
+class Stream(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """The samples of one process from a step of an epoch to the end of the last epoch, in training order.
+
+    It goes over the ends of epochs, so that the loader's workers stay and work ahead. A step of the native engine takes
+    the same samples: step k of an epoch owns order[k * global : (k + 1) * global], process j the j-th part of it.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        seed: int,
+        position: Tuple[int, int],
+        epochs: int,
+        steps_per_epoch: int,
+        shares: Tuple[int, int, int],
+        dtype: Any,
+    ) -> None:
+        """position: (epoch, step) to start from. epochs: where to end. shares: (samples of this process in a step, its
+        number, number of processes). dtype: element type of images that are scaled here; None: bytes stay bytes.
+        """
+        self.dataset, self.seed, self.dtype = dataset, seed, dtype
+        self.steps_per_epoch = steps_per_epoch
+        self.share, self.process, self.processes = shares
+        self.first = position[0] * steps_per_epoch + position[1]
+        self.steps = max(epochs, position[0] + 1) * steps_per_epoch - self.first
+        self._epoch = -1
+        self._own: Any = None
+        self._order: List[int] = []
+
+    def __getstate__(self) -> Any:
+        return dict(vars(self), _epoch=-1, _own=None, _order=[])  # every worker finds its own epoch
+
+    def __len__(self) -> int:
+        return self.steps * self.share
+
+    def __getitem__(self, index: int) -> Tuple[Tensor, Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError("sample {} of {}".format(index, len(self)))
+        step, within = divmod(index, self.share)
+        epoch, step = divmod(self.first + step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._own = own_epoch(self.dataset) if self._own is None else self._own
+            self._own.set_epoch(epoch)
+            self._order = epoch_order(len(self.dataset), self.seed, epoch).tolist()
+            self._epoch = epoch
+        text, image = self._own[self._order[(step * self.processes + self.process) * self.share + within]]
+        return text, prepare_image(image, self.dtype)
+
+
+class Padded(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """One process's part of a data set for evaluation, filled up to whole calls of the device, as many in each process.
+
+    Items are (text, image, counts): the last is 1.0, or 0.0 for what only fills.
+    """
+
+    def __init__(self, dataset: Any, process: int, processes: int, multiple: int, dtype: Any) -> None:
+        self.dataset, self.dtype = dataset, dtype
+        self.process, self.processes = process, processes
+        each = -(-len(dataset) // processes)
+        self.filled = -(-each // multiple) * multiple
+
+    def __len__(self) -> int:
+        return self.filled
+
+    def __getitem__(self, index: int) -> Tuple[Tensor, Tensor, Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError("sample {} of {}".format(index, len(self)))
+        source = self.process + index * self.processes
+        counts = source < len(self.dataset)
+        text, image = self.dataset[source if counts else 0]
+        return text, prepare_image(image, self.dtype), torch.tensor(float(counts))
+
+
+def prepare_image(image: Tensor, dtype: Any) -> Tensor:
+    """Return codes as they are, and pixels scaled to [0, 1]; bytes, for the device to scale, when dtype is None."""
+    if image.dtype != torch.uint8 or dtype is None:
+        return image
+    return (image.float() / 255).to(dtype)
+
+
+def make_loader(poptorch: Any, options: Any, config: Config, samples: Any, ahead: bool) -> Any:
+    """Return PopTorch's loader over samples that are in their final order already, for one pass over them.
+
+    ahead: load the next batches while the device works, in a process of its own.
+    """
+    workers = config.data.dataloader_workers
+    settings: Dict[str, Any] = {}
+    if ahead:
+        run = config.execution
+        combined = run.batch_size * options.device_iterations * options.replication_factor
+        combined *= options.Training.gradient_accumulation
+        settings = {
+            "mode": poptorch.DataLoaderMode.AsyncRebatched,
+            "rebatched_worker_size": min(combined, WORKER_BATCH),
+            "async_options": {"early_preload": True, "load_indefinitely": False},
+        }
+    return poptorch.DataLoader(
+        options,
+        samples,
+        batch_size=config.execution.batch_size,
+        shuffle=False,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        auto_distributed_partitioning=False,
+        **settings,
+    )

@@ -1,0 +1,103 @@
+"""The processes of one training run: a single one, or those that `poprun` started (popdist), joined by horovod.
+
+Gradients never pass here: the devices reduce them. The hosts share the first weights, the seed and what is logged.
+"""
+
+import importlib
+from typing import Any, Dict
+
+import torch
+from torch import Tensor
+
+from utils.errors import UsageError
+
+NO_POPTORCH = (
+    "--device ipu: PopTorch cannot be imported ({}); install the PopTorch wheel of Poplar SDK 3.4 and "
+    "source the SDK's enable script, or use --device cpu"
+)
+NO_HOROVOD = (
+    "poprun: horovod cannot be imported ({}); install the horovod wheel of the Poplar SDK, or start train.py "
+    "without poprun"
+)
+
+
+def import_poptorch() -> Any:
+    """Return the module `poptorch`. Raises UsageError where it is missing or its SDK is not enabled."""
+    try:
+        return importlib.import_module("poptorch")
+    except (ImportError, AssertionError, OSError) as error:  # AssertionError: it found another version of PyTorch
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(NO_POPTORCH.format(reason)) from None
+
+
+class Hosts:
+    """One process that drives all replicas."""
+
+    index = 0
+    """Number of this process; 0 logs and saves."""
+    count = 1
+
+    def __init__(self, replicas: int) -> None:
+        self.replicas = self.local_replicas = replicas
+
+    def options(self, poptorch: Any, ipus_per_replica: int) -> Any:
+        """Return new PopTorch options with the number of replicas set."""
+        return poptorch.Options().replicationFactor(self.local_replicas)
+
+    def broadcast_seed(self, seed: int) -> int:
+        """Return the seed of process 0."""
+        return seed
+
+    def broadcast_weights(self, weights: Dict[str, Tensor]) -> None:
+        """Overwrite the weights with those of process 0."""
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Return the mean of a value over all processes."""
+        return value
+
+    def barrier(self) -> None:
+        """Wait until every process has come here."""
+
+
+class PoprunHosts(Hosts):
+    """This process is one of several instances, each of which drives some of the replicas."""
+
+    def __init__(self, popdist: Any, replicas: int) -> None:
+        super().__init__(int(popdist.getNumTotalReplicas()))
+        if self.replicas != replicas:
+            raise UsageError(
+                "--replication-factor {}: poprun has started {} replicas; give both the same number "
+                "(poprun --num-replicas)".format(replicas, self.replicas)
+            )
+        self.local_replicas = int(popdist.getNumLocalReplicas())
+        self.count, self.index = int(popdist.getNumInstances()), int(popdist.getInstanceIndex())
+        try:
+            self.horovod = importlib.import_module("horovod.torch")
+        except ImportError as error:
+            raise UsageError(NO_HOROVOD.format(error)) from None
+        self.horovod.init()
+
+    def options(self, poptorch: Any, ipus_per_replica: int) -> Any:
+        # These options know the replicas from poprun and refuse to be told.
+        return importlib.import_module("popdist.poptorch").Options(ipus_per_replica=ipus_per_replica)
+
+    def broadcast_seed(self, seed: int) -> int:
+        return int(self.horovod.broadcast(torch.tensor([seed], dtype=torch.int64), root_rank=0))
+
+    def broadcast_weights(self, weights: Dict[str, Tensor]) -> None:
+        self.horovod.broadcast_parameters(weights, root_rank=0)
+
+    def mean(self, value: Tensor) -> Tensor:
+        return self.horovod.allreduce(value)
+
+    def barrier(self) -> None:
+        self.horovod.allreduce(torch.zeros(1))
+
+
+def find_hosts(replicas: int) -> Hosts:
+    """Return the processes of this run. replicas: --replication-factor, the replicas of all processes together."""
+    try:
+        popdist = importlib.import_module("popdist")
+    except ImportError:
+        return Hosts(replicas)
+    return PoprunHosts(popdist, replicas) if popdist.isPopdistEnvSet() else Hosts(replicas)

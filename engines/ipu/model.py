@@ -1,0 +1,195 @@
+"""What an IPU needs of a built model, added from outside: blocks, checkpoints, serialized tables, the marked loss.
+
+`poptorch` is imported where a forward pass calls it: modules stay copyable, and importing this file needs no SDK.
+Letters as in models/: B batch, T text tokens, N image tokens, D width, V rows of the text table.
+"""
+
+import copy
+from typing import Any, Dict, List, Optional, Set, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engines.plan import LAYER, Placement, block_starts
+from models.attention import Attention
+from models.dalle import TextToImage
+from models.vqgan import VQGAN
+
+
+class ImageEncoder(nn.Module):
+    """The encoder half of a frozen VQGAN, as a module of its own: a block begins where a *module* is called."""
+
+    def __init__(self, vqgan: VQGAN) -> None:
+        super().__init__()
+        vqgan = copy.deepcopy(vqgan)  # the caller's keeps its decoder, precision and memory format
+        del vqgan.decoder, vqgan.post_quant_conv
+        for parameter in vqgan.parameters():
+            # Weights are copied to the device as they lie in memory; `load_vqgan` lays them out channels-last.
+            parameter.data = parameter.data.contiguous()
+        self.vqgan = vqgan.requires_grad_(False).eval()
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, S, S) in [0, 1] -> codes (B, N): what TextToImage calls."""
+        return self(pixels)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, S, S) in [0, 1] -> codes (B, N)."""
+        import poptorch
+
+        codes = self.vqgan.encode(pixels.to(next(self.vqgan.parameters()).dtype))
+        # Kept, so that the backward pass of the embeddings does not run the whole encoder a second time.
+        return poptorch.recomputationCheckpoint(codes)
+
+
+class SerializedEmbedding(nn.Module):
+    """An embedding table in several parts, looked up one after the other: gradients need no copy of the whole table."""
+
+    def __init__(self, embedding: nn.Embedding, factor: int) -> None:
+        super().__init__()
+        self.rows = embedding.num_embeddings // factor
+        self.parts = nn.ModuleList()
+        for weight in embedding.weight.data.split(self.rows):
+            part = nn.Embedding(self.rows, embedding.embedding_dim, _weight=weight.clone())
+            part.weight.requires_grad_(embedding.weight.requires_grad)
+            self.parts.append(part)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids (B, n) -> (B, n, D): each id is found in exactly one part, the others add zeros."""
+        found: List[Tensor] = []
+        for index, part in enumerate(self.parts):
+            local = ids - index * self.rows
+            inside = (local >= 0) & (local < self.rows)
+            x = part(local.masked_fill(~inside, 0))  # (B, n, D)
+            found.append(x * inside.unsqueeze(-1).to(x.dtype))
+        return sum(found[1:], found[0])
+
+
+class SerializedLinear(nn.Module):
+    """A linear layer whose product is computed in `factor` parts of its outputs; weight and bias are the given ones."""
+
+    def __init__(self, linear: nn.Linear, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, n, D) -> (B, n, V)."""
+        import poptorch
+
+        mode = poptorch.MatMulSerializationMode.OutputChannels
+        out = poptorch.serializedMatMul(x.flatten(0, 1), self.weight.t(), mode, self.factor)  # (B * n, V)
+        out = out.view(x.shape[0], x.shape[1], out.shape[-1])
+        return out if self.bias is None else out + self.bias
+
+
+class IpuStep(nn.Module):
+    """The module that runs on the IPU: a TextToImage and its loss, for one micro-batch.
+
+    Training returns (total, text, image) losses, scalars, the first one marked as the loss to differentiate.
+    Evaluation returns the sums of text and image losses of the samples that count.
+    """
+
+    def __init__(self, model: TextToImage) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, text: Tensor, images: Tensor, counts: Optional[Tensor] = None) -> Tuple[Tensor, ...]:
+        """text (B, T); images as TextToImage takes them; counts (B,), 1.0 or 0.0, for evaluation."""
+        import poptorch
+
+        if counts is not None:
+            return self.loss_sums(text, images, counts)
+        losses = self.model(text, images)
+        # The loss has two cross-entropies in it: without the mark PopTorch finds "multiple independent losses".
+        return poptorch.identity_loss(losses.total, reduction="none"), losses.text, losses.image
+
+    def loss_sums(self, text: Tensor, images: Tensor, counts: Tensor) -> Tuple[Tensor, Tensor]:
+        """Return the sums over samples of each one's mean text loss and mean image loss, times what it counts."""
+        dalle = self.model.dalle
+        codes = self.model.codes(images)
+        text_logits, image_logits = dalle(text, codes)
+
+        def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+            return (loss.view(targets.shape[0], targets.shape[1]).mean(dim=1) * counts).sum()
+
+        return loss_sum(text_logits, dalle.text_part(text)[:, 1:]), loss_sum(image_logits, codes)
+
+
+def adapt(model: TextToImage, half: bool, serialization_factor: int, encodes_images: bool) -> TextToImage:
+    """Change a built model for an IPU, in place: explicit attention, serialized tables, encoder alone, precision."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.implementation = "explicit"
+    dalle = model.dalle
+    if serialization_factor > 1:
+        dalle.text_emb = SerializedEmbedding(dalle.text_emb, serialization_factor)
+        dalle.text_head = SerializedLinear(dalle.text_head, serialization_factor)
+    model.vqgan = ImageEncoder(model.vqgan) if encodes_images else None
+    to_dtype(model, torch.float16 if half else torch.float32)
+    return model
+
+
+def to_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give all parameters this type. Buffers keep theirs: masks are boolean, rotary angles need float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def place(model: TextToImage, plan: List[Placement]) -> Set[str]:
+    """Begin a block at each change of IPU and keep each layer's result for the backward pass.
+
+    Returns a set that takes in the path of each block that begins, so that one that never does can be told.
+    """
+    import poptorch
+
+    begun: Set[str] = set()
+    for placement in block_starts(plan):
+        module = model.get_submodule(placement.path)
+        module.register_forward_pre_hook(_Note(begun, placement.path))
+        poptorch.BeginBlock(module, user_id=placement.path, ipu_id=placement.ipu)
+    for placement in plan:
+        if placement.path.startswith(LAYER):
+            model.get_submodule(placement.path).register_forward_hook(_checkpoint)
+    return begun
+
+
+class _Note:
+    """A hook that notes that a module was called."""
+
+    def __init__(self, calls: Set[str], path: str) -> None:
+        self.calls, self.path = calls, path
+
+    def __call__(self, *_: Any) -> None:
+        self.calls.add(self.path)
+
+    def __deepcopy__(self, memo: Any) -> "_Note":
+        return self  # a copy of the model reports to the same set
+
+
+def _checkpoint(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    import poptorch
+
+    return poptorch.recomputationCheckpoint(output)
+
+
+def canonical_state(dalle: nn.Module) -> Dict[str, Tensor]:
+    """Return a DALL-E's weights under the names it had before `adapt`, as plain float32 tensors of their own."""
+    state: Dict[str, Tensor] = {}
+    parts: Dict[str, List[Tensor]] = {}
+    for key, value in dalle.state_dict().items():
+        value = plain(value).float()
+        module, _, rest = key.partition(".parts.")
+        if rest:
+            parts.setdefault(module + ".weight", []).append(value)
+            state[module + ".weight"] = value  # keeps its place among the keys
+        else:
+            state[key] = value
+    state.update((key, torch.cat(values)) for key, values in parts.items())
+    return state
+
+
+def plain(value: Union[Tensor, nn.Parameter]) -> Tensor:
+    """Return a copy on the host as a bare Tensor: PopTorch gives a model's parameters a class of its own."""
+    return value.detach().cpu().clone().as_subclass(torch.Tensor)
