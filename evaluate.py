@@ -142,7 +142,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         result["retrieval"], groups = measure_retrieval(loaded, options)
     elif options.sheet is not None:
         groups = [(options.input_folder, sample_pairs(loaded, dataset, options))]
-    sys.stdout.write(report(result) + "\n")
+    encoding = sys.stdout.encoding or "utf-8"  # which may not hold every file name
+    sys.stdout.write(report(result).encode(encoding, "backslashreplace").decode(encoding) + "\n")
     if options.json is not None:
         with written("--json", options.json), atomic_write(options.json) as file:
             file.write(json.dumps(finite(result), indent=2, allow_nan=False) + "\n")

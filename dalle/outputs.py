@@ -133,7 +133,7 @@ class PromptFolder:
                     _REPORT,
                 )
             with atomic_write(self.path / "caption.txt") as file:
-                file.write(self.about.get("caption", self.prompt) + "\n")
+                file.write(_writable(self.about.get("caption", self.prompt)) + "\n")
         self._started = True
 
     def _write_report(self, complete: bool) -> None:
@@ -144,7 +144,13 @@ class PromptFolder:
         ]
         rows = ["    " + json.dumps(image) for image in self._images]
         with atomic_write(self.path / _REPORT) as file:
-            file.write('{{\n{},\n  "images": [\n{}\n  ]\n}}\n'.format(",\n".join(lines), ",\n".join(rows)))
+            text = '{{\n{},\n  "images": [\n{}\n  ]\n}}\n'.format(",\n".join(lines), ",\n".join(rows))
+            file.write(_writable(text))
+
+
+def _writable(text: str) -> str:
+    """Escape lone surrogates (bytes of a path that are no text), which UTF-8 cannot hold, as JSON does: \\udcff."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _free_name(outputs_dir: Path, prompt: str, taken: Set[str]) -> str:

@@ -13,9 +13,8 @@ GRID_LIMIT = 64
 """Images of a grid at most: more would make a picture too large to look at."""
 
 _SHEET_SIDE = 128  # pictures of a contact sheet are at most so wide
-_LEGEND = (
-    "From left to right: real picture, reconstruction, drawn from the caption (green frame: found, red: not found)"
-)
+_LEGEND = "From left to right: real picture, reconstruction, drawn from the caption"
+_FRAMES = " (green frame: found by retrieval, red: not found)"
 _WHITE = (255, 255, 255)
 _INK = (32, 32, 32)
 _GOOD, _BAD = (46, 139, 87), (200, 60, 50)
@@ -74,7 +73,8 @@ def make_sheet(groups: Sequence[Tuple[str, Sequence[Sample]]]) -> Image.Image:
     heights = [font_size + 5 + 3 * gap + math.ceil(len(samples) / columns) * cell_height for _, samples in groups]
     sheet = Image.new("RGB", (columns * (cell_width + 3 * gap) + 3 * gap, sum(heights) + line + 3 * gap), _WHITE)
     draw = ImageDraw.Draw(sheet)
-    draw.text((3 * gap, gap), _LEGEND, fill=_INK, font=font)
+    framed = any(sample.found is not None for _, samples in groups for sample in samples)
+    draw.text((3 * gap, gap), _LEGEND + (_FRAMES if framed else ""), fill=_INK, font=font)
     top = line + 2 * gap
     for (heading, samples), height in zip(groups, heights):
         draw.text((3 * gap, top), heading, fill=_INK, font=bold)

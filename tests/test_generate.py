@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -457,6 +458,16 @@ def test_an_interrupted_run_leaves_a_report_of_what_is_there(run, tmp_path, monk
         == sorted(path.name for path in folder.glob("*.jpg"))
         == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
     )
+
+
+def test_paths_whose_bytes_are_no_text(run, files, tmp_path):
+    name = os.fsdecode(b"model-\xff.pt")
+    try:
+        (tmp_path / name).write_bytes(files.dalle.read_bytes())
+    except OSError:
+        pytest.skip("this file system takes text alone")
+    report = run("a", "--num_images", "1", "--dalle_path", str(tmp_path / name))["a"]
+    assert report["checkpoint"]["name"] == str(tmp_path / name)
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):
