@@ -30,8 +30,9 @@ BUILT_IN_SET = "demo"  # the one value of --input-folder that is a name, not a f
 def option(default: Any, help: str, **limits: Any) -> Any:
     """Declare an option.
 
-    limits: ge, gt, le, lt (bounds of numbers); choices (allowed words); path (True: the value is a path; "find": it is
-    something that exists, looked for in the working directory and then beside the configuration file).
+    limits: ge, gt, le, lt (bounds of numbers); choices (allowed words); bare (the word that the flag alone stands for);
+    path (True: the value is a path; "find": it is something that exists, looked for in the working directory and then
+    beside the configuration file).
     """
     return field(default=default, metadata=dict(limits, help=help))
 
@@ -106,6 +107,8 @@ class IpuConfig(Section):
     compile_only: bool = option(False, "compile for an offline device and stop")
     executable_cache_dir: Optional[str] = option(None, "folder where compiled programs are kept", path=True)
     profile_dir: Optional[str] = option(None, "folder for profiles of the device", path=True)
+    plan: Optional[str] = option(None, "show what would lie on each IPU and stop, without IPU, SDK or data; auto: "
+                                       "propose --layers-per-ipu too", choices=("show", "auto"), bare="show")
 
 
 @dataclass(frozen=True)
@@ -309,7 +312,8 @@ def parse(argv: Optional[Sequence[str]] = None, default_config: str = "unit_test
         if specs[key].metadata.get("path") == "find" and value is not None:
             values[key] = _find(value, config_file.parent)
     config = Config.from_dict(dict(values, config=name))
-    if config.data.input_folder is None and not (config.data.generated_data or config.data.synthetic_data):
+    needs_data = not (config.data.generated_data or config.data.synthetic_data or config.ipu.plan)
+    if config.data.input_folder is None and needs_data:
         raise UsageError("--input-folder: give a folder of images and captions, 'demo' for the built-in set, "
                          "or --generated-data")
     return config
@@ -349,6 +353,8 @@ def make_parser(default_config: str = "unit_test") -> Parser:
             settings: Dict[str, Any] = {"metavar": _metavar(spec)}
             if spec.type is bool:
                 settings.update(nargs="?", const="true")
+            elif "bare" in spec.metadata:
+                settings.update(nargs="?", const=spec.metadata["bare"])
             elif _is_tuple(spec.type):
                 settings.update(nargs="+")
             # Absent flags must not hide the configuration's values, so argparse is given no defaults and no types.

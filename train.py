@@ -9,6 +9,7 @@ The loop never asks which device it has: engines/ does.
 """
 
 import logging
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ import engines
 import log
 from args import Config
 from bpe import Tokenizer, load_tokenizer
-from engines import Engine
+from engines import Engine, plan_report
 from models.config import DalleConfig
 from models.dalle import DALLE, TextToImage
 from models.vqgan import VQGAN, VqganConfig, default_vqgan, load_vqgan
@@ -67,6 +68,8 @@ class Start(NamedTuple):
 def main() -> None:
     """Run training as the command line says."""
     config = args.parse()
+    if config.ipu.plan:
+        return show_plan(config)
     engine = engines.create(config)
     try:
         log.setup(config.log_dir, engine.is_main)
@@ -220,6 +223,20 @@ def finish(config: Config, engine: Engine, progress: log.Progress) -> None:
     curve = config.log_dir / "loss.png"
     if log.plot_losses(config.log_dir / "metrics.jsonl", curve):
         logger.info("losses: %s and %s", config.log_dir / "metrics.jsonl", curve)
+
+
+def show_plan(config: Config) -> None:
+    """--plan: what would lie on each IPU, as text and as plan.png. Reads the vocabulary and a VQGAN's YAML, no data."""
+    options = config.model
+    vqgan = VqganConfig.from_yaml(options.vqgan_config_path) if options.vqgan_config_path else VqganConfig()
+    with torch.device("meta"):
+        model = dalle_config(config, load_tokenizer(config.data.bpe_path), VQGAN(vqgan))
+    found = plan_report.divisions(config, model, vqgan)
+    sys.stdout.write(plan_report.describe(config, model, found) + "\n")
+    if found:
+        picture = config.log_dir / "plan.png"
+        plan_report.draw(found, picture)
+        sys.stdout.write("picture: {}\n".format(picture))
 
 
 # Building -------------------------------------------------------------------------------------------------------------

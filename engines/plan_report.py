@@ -1,0 +1,223 @@
+"""--plan: what would lie on each IPU, as a table and as a picture, without IPU, SDK, data or weights.
+
+python train.py --config L16 --plan          # what the configuration says
+python train.py --config L16 --plan auto     # and the best division of the layers
+"""
+
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Tuple
+
+import torch
+
+from args import Config
+from engines import plan, plan_costs
+from engines.plan import LAYER, Placement
+from engines.plan_costs import IPU_MEMORY, IpuCost, PartCost
+from models.config import DalleConfig
+from models.dalle import DALLE, TextToImage
+from models.vqgan import VQGAN
+from models.vqgan_config import VqganConfig
+
+#: The parts of an IPU's memory, in the order in which table and picture stack them.
+MEMORY = ("weights", "gradients", "optimizer", "stored", "working")
+NOTE = """\
+Estimates, in MB of 10^6 bytes for one micro-batch; FLOPs for one sample: multiplications and additions of matrix
+products and convolutions, forward, backward, and forward again where activations are not kept. stored: activations kept
+until the backward pass; working: those alive while the largest part is computed. Not in it: program code, exchange
+buffers, scratch memory of operators (--matmul-proportion); leave a third of the {:.0f} MB free for them."""
+
+
+class Division(NamedTuple):
+    """One way to divide the layers, and what it costs."""
+
+    name: str
+    config: Config
+    placements: List[Placement]
+    ipus: List[IpuCost]
+
+
+def divisions(config: Config, model: DalleConfig, vqgan: VqganConfig) -> List[Division]:
+    """Return the configuration's division unless it is impossible, and with --plan auto the best one."""
+    ipus, depth = config.ipu.ipus_per_replica, model.depth
+    given = config
+    possible = len(config.ipu.layers_per_ipu) == ipus and sum(config.ipu.layers_per_ipu) == depth
+    if not possible:  # any will do to find out what the parts cost
+        given = config.replace(layers_per_ipu=[depth] + [0] * (ipus - 1))
+    parts = measured(given, model, vqgan)
+    found = (
+        [
+            Division(
+                "layers_per_ipu as configured",
+                given,
+                [part.placement for part in parts],
+                plan_costs.ipu_costs(given, parts),
+            )
+        ]
+        if possible
+        else []
+    )
+    if config.ipu.plan == "auto":
+        best = given.replace(layers_per_ipu=list(plan_costs.divide(given, parts)))
+        parts = plan_costs.moved(parts, best)
+        found.append(
+            Division(
+                "layers_per_ipu, best division",
+                best,
+                [part.placement for part in parts],
+                plan_costs.ipu_costs(best, parts),
+            )
+        )
+    return found
+
+
+def measured(config: Config, model: DalleConfig, vqgan: VqganConfig) -> List[PartCost]:
+    """Build the model on the meta device as the IPU engine would run it, and return what its parts cost."""
+    with torch.device("meta"):
+        encoder = VQGAN(vqgan)
+        built = TextToImage(DALLE(model, "explicit"), encoder)
+    del encoder.decoder, encoder.post_quant_conv  # training only encodes
+    if plan.uses_half(config):
+        for parameter in built.parameters():
+            parameter.data = parameter.data.half()
+    return plan_costs.measure(built, plan.pipeline_plan(config), config.model.image_size)
+
+
+def describe(config: Config, model: DalleConfig, found: List[Division]) -> str:
+    """Return the text of --plan: a table for each division, what it means, and what keeps it from training."""
+    run, ipu = config.execution, config.ipu
+    lines = [
+        "{}: {} layers on {} IPU{} of {:.0f} MB, {} replica{}, micro-batch {}, {}".format(
+            config.name,
+            model.depth,
+            ipu.ipus_per_replica,
+            "s" * (ipu.ipus_per_replica > 1),
+            IPU_MEMORY / 1e6,
+            run.replication_factor,
+            "s" * (run.replication_factor > 1),
+            run.batch_size,
+            "fp16" if plan.uses_half(config) else "fp32",
+        )
+    ]
+    for division in found:
+        lines += ["", "{}: {}".format(division.name, list(division.config.ipu.layers_per_ipu)), ""]
+        lines += table(division) + ["", summary(division)]
+        lines += ["problem: " + problem for problem in plan.problems(division.config, model)]
+    if not found:
+        lines += ["problem: " + problem for problem in plan.problems(config, model)]
+    return "\n".join(lines + ["", NOTE.format(IPU_MEMORY / 1e6)])
+
+
+def table(division: Division) -> List[str]:
+    """Return the lines of a division's table: one IPU each, and their heading."""
+    total = sum(ipu.flops for ipu in division.ipus)
+    rows: List[Tuple[str, ...]] = [
+        ("IPU", "stage", "modules", "M params", *MEMORY, "total", "of IPU", "GFLOPs", "share")
+    ]
+    for ipu in division.ipus:
+        rows.append(
+            (
+                str(ipu.ipu),
+                ",".join(map(str, ipu.stages)) or "-",
+                modules(ipu.parts),
+                "{:.1f}".format(ipu.parameters / 1e6),
+                *["{:.1f}".format(value / 1e6) for value in memory(ipu)],
+                "{:.1f}".format(ipu.memory / 1e6),
+                "{:.0f}%".format(100 * ipu.memory / IPU_MEMORY),
+                "{:.1f}".format(ipu.flops / 1e9),
+                "{:.0f}%".format(100 * ipu.flops / total),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    # Words are read from the left, numbers compared from the right.
+    return [
+        "  ".join(
+            cell.ljust(width) if column == 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def memory(ipu: IpuCost) -> Tuple[float, ...]:
+    """Return the bytes of an IPU's parts of memory, in the order of MEMORY."""
+    return tuple(getattr(ipu, name) for name in MEMORY)
+
+
+def modules(paths: Tuple[str, ...]) -> str:
+    """Shorten the paths on an IPU: runs of layers become one word, positions go with their embedding."""
+    words: List[str] = []
+    layers = [int(path[len(LAYER) :]) for path in paths if path.startswith(LAYER)]
+    for path in paths:
+        if not path.startswith(LAYER):
+            words += [] if path in plan.POSITIONS else [path.replace("dalle.", "")]
+        elif int(path[len(LAYER) :]) == layers[0]:
+            words.append(
+                "layers {}-{}".format(layers[0], layers[-1]) if len(layers) > 1 else "layer {}".format(layers[0])
+            )
+    return " ".join(words) or "(empty)"
+
+
+def summary(division: Division) -> str:
+    """Return one line on the pipeline: its stages, the balance of the IPUs, the time lost to filling and draining."""
+    stages, accumulation = plan.num_stages(division.placements), division.config.execution.gradient_accumulation
+    busy, idle = plan_costs.balance(division.ipus), plan.bubble(stages, accumulation)
+    fullest = max(division.ipus, key=lambda ipu: ipu.memory)
+    return (
+        "pipeline: {} stage{}, {} micro-batch{} for each optimizer step; bubble {:.2%}, balance {:.0%} (mean / "
+        "busiest), so the IPUs compute {:.0%} of the time; fullest IPU: {} with {:.0%}{}".format(
+            stages,
+            "s" * (stages > 1),
+            accumulation,
+            "es" * (accumulation > 1),
+            idle,
+            busy,
+            busy * (1 - idle),
+            fullest.ipu,
+            fullest.memory / IPU_MEMORY,
+            "" if fullest.memory <= IPU_MEMORY else ": IT DOES NOT FIT",
+        )
+    )
+
+
+def draw(found: List[Division], path: Path) -> None:
+    """Write a picture of the divisions: a row each, memory on the left, arithmetic on the right."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from utils.files import atomic_write
+
+    bars = max(len(division.ipus) for division in found)
+    figure = Figure(figsize=(max(9.0, 3.0 + 1.1 * bars), 3.6 * len(found)), constrained_layout=True)
+    axes = figure.subplots(len(found), 2, squeeze=False)
+    colours: Dict[str, str] = dict(zip(MEMORY, ("#3b6ea8", "#7aa6d6", "#c9dcf0", "#e08e45", "#f4cda5")))
+    top = max([IPU_MEMORY] + [ipu.memory for division in found for ipu in division.ipus]) / 1e6
+    most = max(ipu.flops for division in found for ipu in division.ipus) / 1e9
+    for (left, right), division in zip(axes, found):
+        labels = [
+            "IPU {}\n{}".format(ipu.ipu, "{} layers".format(ipu.layers) if ipu.layers else "") for ipu in division.ipus
+        ]
+        places = range(len(labels))
+        base = [0.0] * len(labels)
+        for name in MEMORY:
+            heights = [getattr(ipu, name) / 1e6 for ipu in division.ipus]
+            left.bar(places, heights, bottom=base, color=colours[name], label=name, width=0.7)
+            base = [below + height for below, height in zip(base, heights)]
+        left.axhline(IPU_MEMORY / 1e6, color="#a03030", linestyle="--", linewidth=1)
+        left.set_ylim(0, top * 1.08)
+        left.set_ylabel("MB (dashed: one IPU)")
+        left.set_title("{}: {}".format(division.config.name, list(division.config.ipu.layers_per_ipu)), loc="left")
+        values = [ipu.flops / 1e9 for ipu in division.ipus]
+        right.bar(places, values, color="#5b8c5a", width=0.7)
+        right.axhline(sum(values) / len(values), color="#555555", linestyle="--", linewidth=1)
+        right.set_ylim(0, most * 1.08)
+        right.set_ylabel("GFLOPs of a sample (dashed: mean)")
+        right.set_title(division.name + ", balance {:.0%}".format(plan_costs.balance(division.ipus)), loc="left")
+        for axis in (left, right):
+            axis.set_xticks(places)
+            axis.set_xticklabels(labels)
+            for side in ("top", "right"):
+                axis.spines[side].set_visible(False)
+    axes[0][0].legend(frameon=False, fontsize="small", ncol=3, loc="upper center", bbox_to_anchor=(0.5, 0.93))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, "wb") as file:
+        FigureCanvasAgg(figure).print_png(file)
