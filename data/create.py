@@ -28,11 +28,13 @@ def create_dataset(
     null_cond_prob: float = 0.0,
     demo_split: str = "all",
     num_generated: int = 0,
+    flip: bool = False,
 ) -> PairDataset:
     """Return one data set and log what is in it.
 
     input_folder: a folder, or "demo" for the built-in set (of which `demo_split` takes "train", "heldout" or "all").
     num_generated: more than 0 makes so many random pairs instead; `input_folder` is then not read.
+    flip: mirror every other image, see `PairDataset`.
     The other arguments are those of `TextSettings`; image_size is in pixels.
 
     Raises UserError for a missing or empty folder, and for captions that are too long and not to be truncated.
@@ -47,6 +49,7 @@ def create_dataset(
         dataset = DemoDataset(demo_records(demo_split), settings, image_size)
     else:
         dataset = ImageTextFolder(list_pairs(input_folder), settings, image_size)
+    dataset.flip = flip
     logger.info("%s", dataset.report())
     dataset.check_captions()
     return dataset
@@ -64,17 +67,22 @@ def create_datasets(
     validation_folder: Optional[str] = None,
     validation_holdout: Union[int, float] = 0.01,
     num_generated: int = 0,
+    flip: bool = False,
 ) -> Tuple[PairDataset, Optional[PairDataset]]:
     """Return (training set, validation set or None); arguments as in `create_dataset`.
 
     The validation set is `validation_folder` where given, else the held-out records of the demo set, else the share
     (float) or number (int) `validation_holdout` of the pairs, drawn by seed; 0 means none. (The demo set's held-out
-    records are never trained on, whatever that number.) No caption of it is left out, and in epoch 0, at which it stays
-    as long as nobody moves it, its captions are always the same.
+    records are never trained on, whatever that number.) No caption of it is left out, no image of it is mirrored, and in
+    epoch 0, at which it stays as long as nobody moves it, its captions are always the same.
     """
 
     def create(
-        folder: Optional[str], null_cond_prob: float = 0.0, demo_split: str = "all", generated: int = 0
+        folder: Optional[str],
+        null_cond_prob: float = 0.0,
+        demo_split: str = "all",
+        generated: int = 0,
+        flip: bool = False,
     ) -> PairDataset:
         return create_dataset(
             input_folder=folder,
@@ -86,9 +94,10 @@ def create_datasets(
             null_cond_prob=null_cond_prob,
             demo_split=demo_split,
             num_generated=generated,
+            flip=flip,
         )
 
-    train = create(input_folder, null_cond_prob, "train", num_generated)
+    train = create(input_folder, null_cond_prob, "train", num_generated, flip)
     if validation_folder is not None:
         return train, create(validation_folder, demo_split="heldout")
     if isinstance(train, DemoDataset):

@@ -5,12 +5,13 @@ Every data set here gives, for an index,
     text   LongTensor (T,)          token ids, right-padded with 0; all 0 when the caption was left out on purpose
     image  uint8 (3, S, S)          or, from CodesDataset, the image's codes as LongTensor (N,)
 
-Which of an image's captions that is, and whether it is left out, depends only on (seed, epoch, index). The epoch is set
-with `set_epoch`, also while loader processes are alive: it lies in shared memory.
+Which of an image's captions that is, whether it is left out, and whether the image is mirrored, depends only on (seed,
+epoch, index). The epoch is set with `set_epoch`, also while loader processes are alive: it lies in shared memory.
 """
 
 import copy
 import logging
+import os
 from typing import TYPE_CHECKING, Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
 
 import torch
@@ -54,6 +55,9 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
     Can be pickled for loader processes of any start method, which then see later calls of `set_epoch` too.
     """
 
+    flip = False
+    """Mirror every other image, left to right; which ones, changes with the epoch."""
+
     def __init__(self, num_pairs: int, settings: TextSettings) -> None:
         self.num_pairs = num_pairs
         self.settings = settings
@@ -64,11 +68,11 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return self.num_pairs if self._indices is None else len(self._indices)
 
     def __getitem__(self, index: int) -> Item:
-        return self._pair(self._pair_at(index))
+        return self._pair(self.pair_at(index))
 
     def text_at(self, index: int) -> torch.Tensor:
         """Return the text of `self[index]` without reading its image."""
-        return self._text(self._pair_at(index))
+        return self._text(self.source(self.pair_at(index)))
 
     def set_epoch(self, epoch: int) -> None:
         """Draw captions for this epoch from now on."""
@@ -95,9 +99,10 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return self.subset(train), self.subset(held_out).without_null_captions()
 
     def without_null_captions(self: Self) -> Self:
-        """Return the same pairs with every caption kept, for validation."""
+        """Return the same pairs with every caption kept and no image mirrored, for validation."""
         clean = copy.copy(self)
         clean.settings = self.settings._replace(null_cond_prob=0.0)
+        clean.flip = False
         return clean
 
     def check_captions(self) -> None:
@@ -125,14 +130,44 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         """Return the image of a pair, uint8 (3, S, S)."""
         raise NotImplementedError
 
-    def _pair_at(self, index: int) -> int:
+    def origin(self) -> str:
+        """Return where the images come from: a folder's absolute path, or a name."""
+        raise NotImplementedError
+
+    def image_identity(self, pair: int) -> str:
+        """Return what tells whether the image of a pair is still the same one, without reading it."""
+        raise NotImplementedError
+
+    def source(self, pair: int) -> int:
+        """Return the pair whose text and image stand at the place of `pair`: itself, unless its image is unreadable."""
+        return pair
+
+    def mark_unreadable(self, pair: int, reason: Any) -> None:
+        """Note that the image of a pair cannot be read, and why, so that `source` gives another one."""
+        raise UserError("the image of pair {} of {} cannot be read: {}".format(pair, self.origin(), reason))
+
+    @property
+    def num_variants(self) -> int:
+        """Forms that one image comes in: 2 with `flip`, else 1."""
+        return 2 if self.flip else 1
+
+    def variant(self, pair: int) -> int:
+        """Return the form of a pair's image in this epoch: 0 as it is, 1 mirrored."""
+        return draw_below(2, "flip", self.settings.seed, int(self._epoch), pair) if self.flip else 0
+
+    def image_variant(self, pair: int, variant: int) -> torch.Tensor:
+        """Return the image of a pair in one of its forms, uint8 (3, S, S)."""
+        image = self.image(pair)
+        return image.flip(-1) if variant else image
+
+    def pair_at(self, index: int) -> int:
         """Return the number of the pair at a position in this (sub)set."""
         if not 0 <= index < len(self):
             raise IndexError("index {} of {} pairs".format(index, len(self)))
         return index if self._indices is None else int(self._indices[index])
 
     def _pair(self, pair: int) -> Item:
-        return self._text(pair), self.image(pair)
+        return self._text(pair), self.image_variant(pair, self.variant(pair))
 
     def _text(self, pair: int) -> torch.Tensor:
         """Return the token ids of a pair's caption in this epoch, LongTensor (T,)."""
@@ -185,44 +220,70 @@ class ImageTextFolder(PairDataset):
             line += "; replaced {} unreadable images (such as {})".format(num_unreadable, example)
         return line
 
-    def _pair(self, pair: int) -> Item:
+    def origin(self) -> str:
+        return os.path.realpath(self.pairs.folder)
+
+    def image_identity(self, pair: int) -> str:
+        path = self.pairs.images[pair]
+        try:
+            found = os.stat(path)
+        except OSError:
+            return path[len(self.pairs.folder) :]
+        return "{} {} {}".format(path[len(self.pairs.folder) :], found.st_size, found.st_mtime_ns)
+
+    def source(self, pair: int) -> int:
         for attempt in range(MAX_REPLACEMENTS):
             source = pair if attempt == 0 else self._replacement(pair, attempt)
-            if self._unreadable[source]:
-                continue
-            try:
-                return self._text(source), self.image(source)
-            except UserError:
-                raise  # a caption that is too long: UserError is a ValueError, but the image has no part in it
-            except BROKEN_IMAGE_ERRORS as error:
-                # The first one is worth a line at once, the others are in report().
-                level = logging.DEBUG if self._unreadable.any() else logging.WARNING
-                self._unreadable[source] = True
-                logger.log(level, "cannot read %s (%s); using another pair", self.pairs.images[source], error)
+            if not self._unreadable[source]:
+                return source
         raise UserError(
             "{}: {} images drawn in a row cannot be read, such as {}; check --input-folder".format(
                 self.pairs.folder, MAX_REPLACEMENTS, self.pairs.images[pair]
             )
         )
 
+    def mark_unreadable(self, pair: int, reason: Any) -> None:
+        # The first one is worth a line at once, the others are in report().
+        level = logging.DEBUG if self._unreadable.any() else logging.WARNING
+        self._unreadable[pair] = True
+        logger.log(level, "cannot read %s (%s); using another pair", self.pairs.images[pair], reason)
+
+    def _pair(self, pair: int) -> Item:
+        while True:
+            source = self.source(pair)
+            try:
+                return super()._pair(source)
+            except UserError:
+                raise  # a caption that is too long: UserError is a ValueError, but the image has no part in it
+            except BROKEN_IMAGE_ERRORS as error:
+                self.mark_unreadable(source, error)
+
     def _replacement(self, pair: int, attempt: int) -> int:
         """Return another pair of this (sub)set: a validation set never borrows from the training set."""
-        return self._pair_at(draw_below(len(self), "replacement", self.settings.seed, pair, attempt))
+        return self.pair_at(draw_below(len(self), "replacement", self.settings.seed, pair, attempt))
 
 
 class DemoDataset(PairDataset):
-    """The built-in demo set, with all its images in memory (48 MB at 64x64)."""
+    """The built-in demo set."""
 
     def __init__(self, records: Sequence[DemoRecord], settings: TextSettings, image_size: int = 64) -> None:
         super().__init__(len(records), settings)
         self.records = list(records)
-        self.images = demo_images(records, image_size)  # (n, 3, S, S)
+        self.image_size = image_size
 
     def captions(self, pair: int) -> List[str]:
         return [self.records[pair].caption]
 
     def image(self, pair: int) -> torch.Tensor:
-        return self.images[pair].clone()  # a view would carry the whole set along to another process
+        return demo_images([self.records[pair]], self.image_size)[0]
+
+    def origin(self) -> str:
+        return "demo"
+
+    def image_identity(self, pair: int) -> str:
+        path = self.records[pair].path
+        found = os.stat(str(path))
+        return "{} {} {}".format(path.name, found.st_size, found.st_mtime_ns)
 
     def report(self) -> str:
         return "demo set: {} pictures with captions".format(len(self))
@@ -239,6 +300,12 @@ class GeneratedDataset(PairDataset):
         generator = torch.Generator().manual_seed(draw("image", self.settings.seed, pair) >> 1)
         shape = (3, self.image_size, self.image_size)
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+    def origin(self) -> str:
+        return "generated"
+
+    def image_identity(self, pair: int) -> str:
+        return "{} {}".format(self.settings.seed, pair)
 
     def report(self) -> str:
         return "generated data: {} random pairs".format(len(self))
@@ -258,13 +325,14 @@ class GeneratedDataset(PairDataset):
 class CodesDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
     """The pairs of another data set with their images already encoded: items are (text, codes LongTensor (N,)).
 
-    codes: integers (n, N), a tensor or a NumPy array (also memory-mapped), one row for each pair of `pairs` in order.
+    codes: integers (n, N), a tensor, a NumPy array (also memory-mapped) or whatever gives such rows: for each pair that
+    `pairs` is a (sub)set of, in order, one row for each form of its image (see `PairDataset.variant`).
     """
 
     def __init__(self, pairs: PairDataset, codes: Any) -> None:
-        if len(codes) != len(pairs):
+        if len(codes) != pairs.num_pairs * pairs.num_variants:
             message = "{} rows of image codes for {} pairs: the data changed, encode the images again"
-            raise UserError(message.format(len(codes), len(pairs)))
+            raise UserError(message.format(len(codes), pairs.num_pairs))
         self.pairs = pairs
         self.codes = codes
 
@@ -272,7 +340,8 @@ class CodesDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Item:
-        row = self.codes[index]
+        pair = self.pairs.source(self.pairs.pair_at(index))
+        row = self.codes[pair * self.pairs.num_variants + self.pairs.variant(pair)]
         if not isinstance(row, torch.Tensor):
             row = torch.from_numpy(row.astype("int64"))  # here, for PyTorch reads no unsigned 16-bit arrays
         return self.pairs.text_at(index), row.to(torch.int64)
