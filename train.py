@@ -89,7 +89,9 @@ def train(config: Config, engine: Engine) -> None:
     parts = build_parts(config)
     model = build_model(config, parts, start)
     steps_per_epoch = engine.steps_per_epoch(len(parts.train_set))
-    engine.prepare(model)
+    engine.prepare(model, parts.train_set)
+    if config.ipu.compile_only:
+        return  # the compiled program is in --executable-cache-dir
     schedule = Schedule(config, steps_per_epoch)
     position = Position()
     if resuming:
@@ -130,31 +132,31 @@ def run(
     progress: log.Progress,
 ) -> None:
     """The loop over epochs and steps, from `position` to the end; `position` moves along."""
-    global_batch, every = config.global_batch, config.misc.log_every
+    per_call, every = engine.steps_per_call, config.misc.log_every
     while position.epoch < config.execution.epochs:
         for batch in engine.loader(parts.train_set, position.epoch, position.step_in_epoch):
             begin = time.perf_counter()
             learning_rate = schedule.learning_rate(position)
             engine.set_learning_rate(learning_rate)
             result = engine.step(batch)
-            position.step += 1
-            position.step_in_epoch += 1
+            position.step += per_call
+            position.step_in_epoch += per_call
             # Reading the loss waits for the device, so it is only done when it is shown.
-            due = position.step % every == 0 or position.step == schedule.total_steps or position.step == 1
+            due = position.step % every < per_call or position.step >= schedule.total_steps or position.step == per_call
             if due:
                 losses = {"loss": engine.mean(result.loss)}
                 if result.image_loss is not None:
                     losses.update(text_loss=engine.mean(result.text_loss), image_loss=engine.mean(result.image_loss))
                 schedule.note_loss(losses["loss"])
             position.seconds += engine.mean(torch.tensor(time.perf_counter() - begin)) if schedule.max_seconds else 0.0
-            progress.update(1, global_batch, **({"loss": losses["loss"]} if due else {}))
+            progress.update(per_call, per_call * config.global_batch, **({"loss": losses["loss"]} if due else {}))
             if due:
                 report_step(position, schedule, losses, result.grad_norm, learning_rate, metrics, progress)
             if schedule.finished(position):
                 break
             if (
                 config.checkpoints.checkpoint_save_steps
-                and position.step % config.checkpoints.checkpoint_save_steps == 0
+                and position.step % config.checkpoints.checkpoint_save_steps < per_call
             ):
                 with progress.paused():
                     saver.save(position, checkpoints.checkpoint_name(position.epoch, position.step))
@@ -204,7 +206,7 @@ def end_epoch(
     engine: Engine, parts: Parts, schedule: "Schedule", position: Position, saver: "Saver", metrics: log.Metrics
 ) -> None:
     """Validate, tell the schedule, move to the next epoch and save."""
-    epoch, complete = position.epoch, position.step_in_epoch == schedule.steps_per_epoch
+    epoch, complete = position.epoch, position.step_in_epoch >= schedule.steps_per_epoch
     if parts.validation_set is not None:
         losses = engine.evaluate(parts.validation_set)
         logger.info("%s", log.validation_line(position.step, epoch, **losses))
