@@ -194,6 +194,8 @@ def _option_problems(config: Config) -> List[str]:
             "--async-dataloader needs more than one sample for each call of the device; give "
             "--async-dataloader false or a larger --batch-size"
         )
+    if optimizer.optimizer not in ("Adam", "AdamW"):
+        found.append("--optimizer {}: IPUs have Adam and AdamW; give one of them".format(optimizer.optimizer))
     if optimizer.enable_als and not uses_half(config):
         found.append("--enable-als scales losses for half precision; add --fp16, or leave it out")
     if optimizer.ema_decay:
