@@ -5,6 +5,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 from torch import Tensor, nn
 
 from models.dalle import TextToImage
+from models.vqgan import image_codes
 
 
 class StepResult(NamedTuple):
@@ -34,6 +35,8 @@ class Engine:
     name: str
     is_main: bool
     """This process logs and saves; exactly one does."""
+    rank: int = 0
+    """Number of this process."""
     world_size: int
     """Processes that train together."""
     steps_per_call: int = 1
@@ -61,6 +64,13 @@ class Engine:
         without it, images are if the model has a VQGAN.
         """
         raise NotImplementedError
+
+    def encode(self, vqgan: nn.Module, images: Tensor) -> Tensor:
+        """Return the codes LongTensor (B, N), on the CPU, of images uint8 (B, 3, S, S): those that `step` would make.
+
+        Encodes where the engine can before anything is compiled; moves the VQGAN there.
+        """
+        return image_codes(vqgan, images)
 
     def step(self, batch: Any) -> StepResult:
         """Train on one batch of `loader`."""

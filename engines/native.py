@@ -19,6 +19,7 @@ from args import Config, OptimizerConfig
 from data import epoch_order
 from engines.base import Engine, StepResult, parameter_groups
 from models.dalle import TextToImage
+from models.vqgan import image_codes
 from utils.errors import UsageError, UserError
 
 logger = logging.getLogger(__name__)
@@ -227,9 +228,16 @@ class NativeEngine(Engine):
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
+    def encode(self, vqgan: nn.Module, images: Tensor) -> Tensor:
+        return image_codes(vqgan.to(self.device), images.to(self.device)).cpu()
+
+    def _codes(self, images: Tensor) -> Tensor:
+        """Return codes as they are, and of images (B, 3, S, S) the same codes that `encode` makes."""
+        return images if images.dim() == 2 else image_codes(self.model.vqgan, images)
+
     def _losses(self, text: Tensor, images: Tensor) -> Any:
         # The codes are looked up outside autocast: they must not depend on the precision of the transformer.
-        codes = self.model.codes(images)
+        codes = self._codes(images)
         with torch.autocast(self.name, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
             return self.module(text, codes)
 
@@ -288,8 +296,9 @@ class NativeEngine(Engine):
         with torch.no_grad(), self._averaged_weights():
             for batch in self._data_loader(dataset, batches):
                 text, images = self._to_device(batch)
+                codes = self._codes(images)
                 with torch.autocast(self.name, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
-                    losses = self.model(text, self.model.codes(images))
+                    losses = self.model(text, codes)
                 sums += torch.stack([*losses, torch.ones_like(losses.total)]).double() * len(text)
         if self.world_size > 1:
             dist.all_reduce(sums)
@@ -302,7 +311,7 @@ class NativeEngine(Engine):
                 group["lr"] = learning_rate
 
     def mean(self, value: Tensor) -> float:
-        value = value.detach().clone().double()
+        value = value.detach().to(self.device, torch.float64, copy=True)
         if self.world_size > 1:
             dist.all_reduce(value)
             value /= self.world_size

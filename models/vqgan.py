@@ -28,6 +28,7 @@ __all__ = [
     "VqganConfig",
     "VqganOutput",
     "default_vqgan",
+    "image_codes",
     "load_vqgan",
     "load_vqgan_state",
     "read_tensors",
@@ -166,6 +167,19 @@ class VQGAN(nn.Module):
     def pixels(self, z: Tensor) -> Tensor:
         """Quantised features (B, D, g, g) -> pixels (B, out_ch, S, S) on the scale of [0, 1], not clamped."""
         return (self.decoder(self.post_quant_conv(z)) + 1.0) * 0.5
+
+
+@torch.no_grad()
+def image_codes(vqgan: nn.Module, images: Tensor) -> Tensor:
+    """Images (B, 3, S, S), uint8 or floats in [0, 1] -> codes (B, N), each image encoded by itself.
+
+    How many images a convolution takes at a time decides which kernel runs, and with it the last bits of features; a
+    code that is nearly a tie can come out differently. One at a time, an image has the same codes in whatever batch it
+    comes, and so encoding beforehand gives exactly what encoding in a training step gives.
+    """
+    # Pixels of their own for each image: also where an image starts in memory may decide which kernel runs.
+    pixels = [image.float() / 255 if image.dtype == torch.uint8 else image.clone() for image in images.split(1)]
+    return torch.cat([vqgan.encode(image) for image in pixels])
 
 
 # ---- weights files

@@ -36,7 +36,8 @@ class IpuEngine(Engine):
         self.config = config
         self.poptorch = import_poptorch()
         self.hosts = find_hosts(config.execution.replication_factor)
-        self.is_main = self.hosts.index == 0
+        self.rank = self.hosts.index
+        self.is_main = self.rank == 0
         self.world_size = self.hosts.count
         self.seed = self.hosts.broadcast_seed(config.execution.random_seed)
         self.options = build_options(self.poptorch, config, self.hosts, self.seed)
