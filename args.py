@@ -177,6 +177,11 @@ class DataConfig(Section):
     generated_data: bool = option(False, "train on random data made on the host")
     synthetic_data: bool = option(False, "train on random data made on the device (IPU; elsewhere as --generated-data)")
     dataloader_workers: int = option(0, "processes that read data", ge=0)
+    cache_codes: str = option("auto", "folder where the codes of images are kept, each encoded once; auto: "
+                                      "~/.cache/dalle/codes, except for generated data; off: images are encoded in "
+                                      "every step", path=True)
+    augment: str = option("none", "flip: mirror every other training image, other ones in each epoch",
+                          choices=("none", "flip"))
 
 
 @dataclass(frozen=True)

@@ -209,7 +209,8 @@ class Progress:
         """`loss 2.3651, 85.1 samples/s, 3m20s left`"""
         parts = ["{} {:.4f}".format(name, value) for name, value in self._shown.items()]
         if self._samples:
-            parts.append("{:.{}f} samples/s".format(self.samples_per_second, 1 if self.samples_per_second < 100 else 0))
+            rate, name = self.samples_per_second, "samples" if self.unit == "step" else self.unit + "s"
+            parts.append("{:.{}f} {}/s".format(rate, 1 if rate < 100 else 0, name))
         if math.isfinite(self.seconds_left):
             parts.append("{} left".format(duration(self.seconds_left)))
         return ", ".join(parts)

@@ -8,6 +8,8 @@
 The loop never asks which device it has: engines/ does.
 """
 
+import dataclasses
+import functools
 import logging
 import sys
 import time
@@ -86,7 +88,7 @@ def train(config: Config, engine: Engine) -> None:
     folder = Path(config.checkpoints.checkpoint_output_dir)
     start = find_start(config, folder)
     resuming = config.checkpoints.resume and start is not None
-    parts = build_parts(config)
+    parts = encode_images(config, engine, build_parts(config))
     model = build_model(config, parts, start)
     steps_per_epoch = engine.steps_per_epoch(len(parts.train_set))
     engine.prepare(model, parts.train_set)
@@ -267,18 +269,43 @@ def build_parts(config: Config) -> Parts:
         validation_folder=options.validation_folder,
         validation_holdout=0.0 if generated else options.validation_fraction,
         num_generated=max(GENERATED_SAMPLES, 2 * config.global_batch) if generated else 0,
+        flip=options.augment == "flip",
     )
-    if isinstance(train_set, data.DemoDataset):
-        train_set, validation_set = encoded(train_set, vqgan), validation_set and encoded(validation_set, vqgan)
     return Parts(tokenizer, paths, vqgan, train_set, validation_set)
 
 
-@torch.no_grad()
-def encoded(dataset: data.PairDataset, vqgan: VQGAN) -> data.CodesDataset:
-    """Encode a small data set once, in memory, instead of each image again in every epoch."""
-    batches = [range(first, min(first + 32, len(dataset))) for first in range(0, len(dataset), 32)]
-    codes = [vqgan.encode(torch.stack([dataset.image(index) for index in batch]).float() / 255) for batch in batches]
-    return data.CodesDataset(dataset, torch.cat(codes))
+def encode_images(config: Config, engine: Engine, parts: Parts) -> Parts:
+    """Turn images into their codes, each once for all epochs and runs (--cache-codes), and let the VQGAN's weights go.
+
+    auto leaves random images alone: they are there to measure the whole step.
+    """
+    options, vqgan = config.data, parts.vqgan
+    generated = options.generated_data or options.synthetic_data
+    if options.cache_codes == "off" or (options.cache_codes == "auto" and generated):
+        return parts
+    identity = vqgan.identity
+    if identity == "random":
+        identity = "random, seed {}, PyTorch {}".format(config.execution.random_seed, torch.__version__)
+    cache = data.CodeCache(
+        data.default_folder() if options.cache_codes == "auto" else options.cache_codes,
+        made_with={"vqgan": identity, "vqgan_config": dataclasses.asdict(vqgan.config)},
+        image_size=config.model.image_size,
+        num_codes=vqgan.num_codes,
+        codes_per_image=(config.model.image_size // vqgan.config.downsampling) ** 2,
+        encode=functools.partial(engine.encode, vqgan),
+        team=data.Team(engine.rank, engine.world_size, engine.mean),
+        workers=options.dataloader_workers,
+        progress=functools.partial(log.progress, unit="image", is_main=engine.is_main),
+    )
+    # A short run does not come to all images: those that it leaves out need not be encoded.
+    calls = -(-config.execution.max_steps // engine.steps_per_call)
+    samples, order = calls * engine.steps_per_call * config.global_batch, None
+    if 0 < samples < len(parts.train_set):
+        order = data.epoch_order(len(parts.train_set), config.execution.random_seed, 0)[:samples]
+    train_set, validation_set = cache.encoded(parts.train_set, parts.validation_set, order)
+    if train_set is parts.train_set:
+        return parts
+    return parts._replace(train_set=train_set, validation_set=validation_set, vqgan=vqgan.to("meta"))
 
 
 def vqgan_paths(config: Config) -> Tuple[Path, Path]:
@@ -334,7 +361,8 @@ def build_model(config: Config, parts: Parts, start: Optional[Start]) -> TextToI
         wanted.text_seq_len,
         wanted.image_seq_len,
     )
-    return TextToImage(dalle, parts.vqgan, config.model.code_noise)
+    encoded = isinstance(parts.train_set, data.CodesDataset)
+    return TextToImage(dalle, None if encoded else parts.vqgan, config.model.code_noise)
 
 
 class Schedule:

@@ -73,8 +73,8 @@ def create_datasets(
 
     The validation set is `validation_folder` where given, else the held-out records of the demo set, else the share
     (float) or number (int) `validation_holdout` of the pairs, drawn by seed; 0 means none. (The demo set's held-out
-    records are never trained on, whatever that number.) No caption of it is left out, no image of it is mirrored, and in
-    epoch 0, at which it stays as long as nobody moves it, its captions are always the same.
+    records are never trained on, whatever that number.) None of its captions is left out, none of its images mirrored,
+    and in epoch 0, at which it stays as long as nobody moves it, its captions are always the same.
     """
 
     def create(

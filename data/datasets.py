@@ -225,11 +225,7 @@ class ImageTextFolder(PairDataset):
 
     def image_identity(self, pair: int) -> str:
         path = self.pairs.images[pair]
-        try:
-            found = os.stat(path)
-        except OSError:
-            return path[len(self.pairs.folder) :]
-        return "{} {} {}".format(path[len(self.pairs.folder) :], found.st_size, found.st_mtime_ns)
+        return _file_identity(path[len(self.pairs.folder) :], path)
 
     def source(self, pair: int) -> int:
         for attempt in range(MAX_REPLACEMENTS):
@@ -263,6 +259,15 @@ class ImageTextFolder(PairDataset):
         return self.pair_at(draw_below(len(self), "replacement", self.settings.seed, pair, attempt))
 
 
+def _file_identity(name: str, path: str) -> str:
+    """Return name, size and time of change of a file; the name alone where it has vanished."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return name
+    return "{} {} {}".format(name, found.st_size, found.st_mtime_ns)
+
+
 class DemoDataset(PairDataset):
     """The built-in demo set."""
 
@@ -282,8 +287,7 @@ class DemoDataset(PairDataset):
 
     def image_identity(self, pair: int) -> str:
         path = self.records[pair].path
-        found = os.stat(str(path))
-        return "{} {} {}".format(path.name, found.st_size, found.st_mtime_ns)
+        return _file_identity(path.name, str(path))
 
     def report(self) -> str:
         return "demo set: {} pictures with captions".format(len(self))

@@ -1,5 +1,8 @@
 """What all tests share: the --slow switch, single-threaded PyTorch, and the real photos and captions where they are."""
 
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,14 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     # The models are tiny: one thread is faster than sharing them out, and results do not depend on the machine's cores.
     torch.set_num_threads(1)
+    # Image codes go to a folder of this session, matplotlib's slow font cache stays where it is.
+    cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    os.environ.setdefault("MPLCONFIGDIR", os.path.join(cache, "matplotlib"))
+    config.own_cache = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="test_cache_")
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(getattr(config, "own_cache", ""), ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):

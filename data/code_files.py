@@ -1,0 +1,236 @@
+"""Files of image codes: a manifest, records that check themselves, and a lock.
+
+    cache/COCO-0123456789ab/
+        manifest.json    what the codes were made of and with; where that is not what it should be, nothing is trusted
+        *.codes          records of equal length; every process that encodes appends to a file of its own
+        lock             held by the run that encodes
+
+A record holds the identity of an image, its codes and a checksum over both. A record that a crash, a full disk or a bad
+sector cut off or changed therefore counts as absent, and no file needs to say how far another one was written.
+"""
+
+import bisect
+import contextlib
+import errno
+import json
+import logging
+import os
+import socket
+import uuid
+import zlib
+from pathlib import Path
+from typing import IO, Any, Dict, Iterator, List, Optional, Sequence
+
+import numpy
+
+from utils.files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+_RECORDS_AT_ONCE = 4096
+
+
+def record_type(num_codes: int, codes_per_image: int) -> numpy.dtype:
+    """Return the layout of a record: 16-bit codes where the codebook allows."""
+    kind = "<u2" if num_codes <= 1 << 16 else "<i4"
+    return numpy.dtype([("image", "<u8"), ("readable", "u1"), ("codes", kind, (codes_per_image,)), ("check", "<u4")])
+
+
+def sign(records: numpy.ndarray) -> numpy.ndarray:
+    """Fill in the checksums of records, in place, and return them."""
+    records["check"] = _checks(records.tobytes(), records.dtype.itemsize)
+    return records
+
+
+class Records:
+    """The whole records in some files, counted through all of them. Codes are read from mapped memory.
+
+    A file is never changed but at its end, so numbers stay good. A copy for another process takes along the names of
+    the files, not their content.
+    """
+
+    def __init__(self, paths: Sequence[Path], dtype: numpy.dtype) -> None:
+        """dtype: of `record_type`. Raises OSError."""
+        self.dtype = dtype
+        self.paths = [str(path) for path in paths]
+        self.starts = [0]
+        images, readable, whole = [], [], []
+        for path in self.paths:
+            for block in _blocks(path, dtype.itemsize):
+                records = numpy.frombuffer(block, dtype=dtype)
+                images.append(records["image"].copy())
+                readable.append(records["readable"] == 1)
+                whole.append(records["check"] == _checks(block, dtype.itemsize))
+            self.starts.append(sum(map(len, images)))
+        self.readable = numpy.concatenate(readable or [numpy.zeros(0, dtype=bool)])
+        """Of each record, whether its image could be read, (n,)."""
+        self.whole = numpy.concatenate(whole or [numpy.zeros(0, dtype=bool)])
+        """Of each record, whether its checksum is right, (n,)."""
+        good = numpy.nonzero(self.whole)[0]
+        identities = numpy.concatenate(images or [numpy.zeros(0, dtype="<u8")])[good]
+        # Of several records of one image, those with codes come first.
+        order = numpy.lexsort((~self.readable[good], identities))
+        self._numbers, self._identities = good[order], identities[order]
+        self._maps: Dict[int, numpy.ndarray] = {}
+        for file in range(len(self.paths)):
+            self._mapped(file)
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return dict(vars(self), _maps={})
+
+    def find(self, identities: numpy.ndarray) -> numpy.ndarray:
+        """Return the number of the record of each of these images (n,), or -1."""
+        if not len(self._identities):
+            return numpy.full(len(identities), -1, dtype=numpy.int64)
+        at = numpy.searchsorted(self._identities, identities).clip(max=len(self._identities) - 1)
+        return numpy.where(self._identities[at] == identities, self._numbers[at], -1)
+
+    def codes(self, number: int) -> numpy.ndarray:
+        """Return the codes of a record, (N,)."""
+        file = bisect.bisect_right(self.starts, number) - 1
+        row: numpy.ndarray = self._mapped(file)["codes"][number - self.starts[file]]
+        return row
+
+    def content(self, file: int) -> bytes:
+        """Return the whole records of a file."""
+        start, end = self.starts[file : file + 2]
+        return bytes(self._mapped(file)[self.whole[start:end]].tobytes())
+
+    def _mapped(self, file: int) -> numpy.ndarray:
+        if file not in self._maps:
+            length = self.starts[file + 1] - self.starts[file]
+            if length == 0:  # cannot be mapped
+                return numpy.zeros(0, dtype=self.dtype)
+            self._maps[file] = numpy.memmap(self.paths[file], dtype=self.dtype, mode="r", shape=(length,))
+        return self._maps[file]
+
+
+class CodeRows:
+    """The rows that a CodesDataset reads: `where[row]` is the number of a record, or -1 for codes that are all -1."""
+
+    def __init__(self, records: Records, where: numpy.ndarray) -> None:
+        self.records, self.where = records, where
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+    def __getitem__(self, row: int) -> numpy.ndarray:
+        if self.where[row] < 0:
+            return numpy.full(self.records.dtype["codes"].shape, -1, dtype=numpy.int64)
+        return self.records.codes(int(self.where[row]))
+
+
+class Place:
+    """A folder of records, their manifest and lock. It need not exist yet."""
+
+    def __init__(self, folder: Path, manifest: Dict[str, Any], dtype: numpy.dtype) -> None:
+        """manifest: what the records here must have been made of and with, as JSON gives it back."""
+        self.folder, self.manifest, self.dtype = folder, manifest, dtype
+
+    def trusted(self) -> bool:
+        """Whether the manifest says that the records are what is wanted here."""
+        try:
+            return bool(json.loads((self.folder / "manifest.json").read_text(encoding="utf-8")) == self.manifest)
+        except (OSError, ValueError):
+            return False
+
+    def read(self) -> Records:
+        """Return the records. Raises OSError."""
+        return Records(self._paths() if self.trusted() else [], self.dtype)
+
+    def prepare(self) -> None:
+        """Make the place ready for writing, while nobody else does: drop what is damaged or not trusted."""
+        if not self.trusted():
+            for path in self._paths():
+                logger.warning("%s was made of or with something else, or nobody knows: built anew", path)
+                path.unlink()
+            with atomic_write(self.folder / "manifest.json") as file:
+                json.dump(self.manifest, file, indent=1, sort_keys=True)
+        records = self.read()
+        for number, name in enumerate(records.paths):
+            if not records.whole[slice(*records.starts[number : number + 2])].all():
+                logger.warning("%s holds damaged records: their images are encoded again", name)
+                with atomic_write(self._new_path(), "wb") as file:
+                    file.write(records.content(number))
+                os.unlink(name)  # a run that is reading it keeps it to its end
+
+    def writer(self) -> "Writer":
+        """Return what appends records to a new file."""
+        return Writer(self._new_path())
+
+    def lock(self) -> Optional[IO[str]]:
+        """Return the lock, or None if another process holds it. Raises OSError.
+
+        It lasts until it is closed or this process ends, in whatever way: no lock is ever left over.
+        """
+        import fcntl  # not on Windows
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = open(str(self.folder / "lock"), "a+", encoding="utf-8")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                lock.close()
+                return None
+            # Two runs at once then do the same work twice, no harm else: each writes files of its own.
+            logger.warning("%s: this file system has no locks (%s)", lock.name, error)
+        lock.truncate(0)
+        lock.write("process {} on {}".format(os.getpid(), socket.gethostname()))
+        lock.flush()
+        return lock
+
+    def lock_holder(self) -> str:
+        """Return who holds the lock, in words."""
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            return (self.folder / "lock").read_text(encoding="utf-8") or "another run"
+        return "another run"
+
+    def _paths(self) -> List[Path]:
+        return sorted(self.folder.glob("*.codes"))
+
+    def _new_path(self) -> Path:
+        return self.folder / "{}.codes".format(uuid.uuid4().hex[:16])
+
+
+class Writer:
+    """Appends records to a file, which begins to exist with the first of them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: Optional[Any] = None
+
+    def write(self, records: numpy.ndarray) -> None:
+        """Append records. Raises OSError; what was written until then stays good."""
+        rest = memoryview(records.tobytes())
+        while rest:
+            if self._file is None:
+                self._file = open(str(self.path), "xb", buffering=0)
+            rest = rest[self._file.write(rest) :]
+
+    def sync(self) -> None:
+        """Wait until all is on the disk. Raises OSError."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def _blocks(path: str, size: int) -> Iterator[bytes]:
+    """Yield the records of a file, many at a time. Not from mapped memory, where a bad disk would end the process."""
+    with contextlib.suppress(FileNotFoundError):  # another run has just replaced it
+        with open(path, "rb") as file:
+            while True:
+                block = file.read(_RECORDS_AT_ONCE * size)
+                if len(block) < size:
+                    return
+                yield block[: len(block) // size * size]
+
+
+def _checks(block: bytes, size: int) -> List[int]:
+    """Return the checksum that each record in a block should hold in its last 4 bytes."""
+    view = memoryview(block)
+    return [zlib.crc32(view[start : start + size - 4]) for start in range(0, len(block), size)]
