@@ -1,10 +1,12 @@
-"""Text tokenizers: YouTokenToMe and CLIP vocabularies behind one interface (see `bpe.tokenizer`)."""
+"""Text tokenizers: YouTokenToMe, CLIP and character BPE vocabularies behind one interface (see `bpe.tokenizer`)."""
 
 import gzip
+from pathlib import Path
 from typing import Optional
 
 from utils.errors import UserError
 
+from .char_bpe import CharBpeTokenizer
 from .clip import CLIP_VOCABULARY, ClipTokenizer, is_clip_header
 from .tokenizer import Tokenizer, read_vocabulary_bytes
 from .yttm import YttmTokenizer
@@ -16,10 +18,13 @@ def load_tokenizer(bpe_path: Optional[str] = None) -> Tokenizer:
     """Return the tokenizer of a vocabulary file.
 
     None means the shipped CLIP vocabulary. A path is either a YouTokenToMe vocabulary (text) or a CLIP vocabulary
-    (`bpe_simple_vocab_16e6.txt`, plain or gzip); which of the two, the content tells.
-    Raises `UserError` when the file is missing or is neither.
+    (`bpe_simple_vocab_16e6.txt`, plain or gzip); which of the two, the content tells. A folder holds a character BPE
+    vocabulary: `*-vocab.json` and `*-merges.txt`, as in minDALL-E's `tokenizer` folder.
+    Raises `UserError` when the file is missing or is none of these.
     """
     path = CLIP_VOCABULARY if bpe_path is None else str(bpe_path)
+    if any(Path(path).glob("*vocab.json")):
+        return CharBpeTokenizer(path)
     content = read_vocabulary_bytes(path)
     if content[:2] == b"\x1f\x8b":
         try:

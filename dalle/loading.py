@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from bpe import Tokenizer, load_tokenizer
+from dalle import published
 from models.config import DalleConfig
 from models.dalle import DALLE
-from models.vqgan import PUBLISHED, VQGAN, VqganConfig, default_vqgan, load_vqgan
+from models.vqgan import PUBLISHED, VQGAN, VqganConfig, default_vqgan, load_vqgan, load_vqgan_state
 from utils.checkpoints import DalleCheckpoint, read_dalle
 from utils.errors import UsageError, UserError
 from utils.files import PathLike, sha256_file
@@ -65,11 +66,12 @@ def load(
 ) -> Loaded:
     """Load a checkpoint in any layout that utils.checkpoints reads, or "demo", the shipped model.
 
-    bpe_path None: the vocabulary the model was trained with, where it is still to be found (as recorded, in this
-    repository or beside the checkpoint; known by its sha256), else the CLIP vocabulary. vqgan_model_path and
-    vqgan_config_path None: in the same way the VQGAN it was trained with, or the one inside the checkpoint, else the
-    published f16-1024 model, which is downloaded. What is given wins; when it is not what the model was trained with, a
-    warning says so. Where a checkpoint of ours holds averaged weights (EMA), they are the ones that draw.
+    "minDALL-E/1.3B" stands for that published model, which is downloaded; a folder in its layout holds its own
+    vocabulary and VQGAN. Otherwise, bpe_path None: the vocabulary the model was trained with, where it is still to be
+    found (as recorded, in this repository or beside the checkpoint; known by its sha256), else the CLIP vocabulary.
+    vqgan_model_path and vqgan_config_path None: in the same way the VQGAN it was trained with, or the one inside the
+    checkpoint, else the published f16-1024 model, which is downloaded. What is given wins; when it is not what the
+    model was trained with, a warning says so. Where a checkpoint of ours holds averaged weights (EMA), they draw.
 
     Raises UserError naming the flag when something is missing or does not fit.
     """
@@ -78,6 +80,7 @@ def load(
         dalle_path, bpe_path = _DEMO_DALLE, bpe_path or _DEMO_VOCABULARY
         if vqgan_model_path is None and vqgan_config_path is None:
             vqgan_model_path, vqgan_config_path = _DEMO_VQGAN, _DEMO_VQGAN_CONFIG
+    dalle_path = published.resolve(dalle_path)
     if not Path(dalle_path).exists():
         raise UserError(
             "--dalle_path {}: there is no such file; 'demo' stands for the shipped model".format(dalle_path)
@@ -86,7 +89,9 @@ def load(
     path = checkpoint.path
     config = DalleConfig.from_dict(checkpoint.config)
     tokenizer = _open_tokenizer(bpe_path, checkpoint)
-    if tokenizer.vocab_size != config.num_text_tokens:
+    # minDALL-E's table has a round size, which its vocabulary need not fill.
+    spare = 0 if checkpoint.format != "mindalle" else max(config.num_text_tokens - tokenizer.vocab_size, 0)
+    if tokenizer.vocab_size + spare != config.num_text_tokens:
         raise UserError(
             "--bpe_path {}: this vocabulary has {} entries, but the model of --dalle_path {} was trained with {}; give "
             "the vocabulary it was trained with".format(
@@ -160,6 +165,8 @@ def _open_tokenizer(given: Optional[PathLike], checkpoint: DalleCheckpoint) -> T
                 path,
             )
         return tokenizer
+    if checkpoint.format == "mindalle" and (path.parent / published.TOKENIZER).is_dir():
+        return load_tokenizer(str(path.parent / published.TOKENIZER))
     candidates: List[Path] = []
     if sha256:
         candidates += _places(recorded["path"], path) if recorded.get("path") else ()
@@ -204,6 +211,13 @@ def _open_vqgan(weights: Optional[PathLike], config: Optional[PathLike], checkpo
         return _stored_vqgan(checkpoint.vqgan_weights, config, path)
     if config is not None:
         raise UsageError("--vqgan_config_path needs --vqgan_model_path, the weights that belong to it")
+    if checkpoint.format == "mindalle" and (path.parent / published.STAGE1).is_file():
+        stage1 = path.parent / published.STAGE1
+        vqgan = _build_vqgan(published.read_stage1_config(path.parent), load_vqgan_state(stage1))
+        if vqgan is None:
+            raise UserError("{} does not fit stage1 of {}".format(stage1, path.parent / "config.yaml"))
+        vqgan.identity = sha256_file(stage1)
+        return vqgan
     if sha256:
         for place, place_config in _vqgan_places(recorded, path):
             if place.is_file() and place_config.is_file() and sha256_file(place) == sha256:
@@ -245,14 +259,22 @@ def _stored_vqgan(weights: Dict[str, Tensor], config_path: Optional[PathLike], p
         [VqganConfig.from_yaml(config_path)] if config_path is not None else [p.config for p in PUBLISHED.values()]
     )
     for config in configs:
-        with torch.device("meta"):
-            vqgan = VQGAN(config)
-        expected = {name: tuple(tensor.shape) for name, tensor in vqgan.state_dict().items()}
-        if expected == {name: tuple(tensor.shape) for name, tensor in weights.items()}:
-            vqgan = vqgan.to_empty(device="cpu")
-            vqgan.load_state_dict(weights)
-            vqgan = vqgan.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            return vqgan.eval().requires_grad_(False)
+        vqgan = _build_vqgan(config, weights)
+        if vqgan is not None:
+            return vqgan
     if config_path is not None:
         raise UserError("--vqgan_config_path {} does not describe the VQGAN inside {}".format(config_path, path))
     raise UserError("the VQGAN inside {} is no published one: give its YAML file with --vqgan_config_path".format(path))
+
+
+def _build_vqgan(config: VqganConfig, weights: Dict[str, Tensor]) -> Optional[VQGAN]:
+    """Build a frozen VQGAN around weights; None when they have other names or shapes than the options say."""
+    with torch.device("meta"):
+        vqgan = VQGAN(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in vqgan.state_dict().items()}
+    if expected != {name: tuple(tensor.shape) for name, tensor in weights.items()}:
+        return None
+    vqgan = vqgan.to_empty(device="cpu")
+    vqgan.load_state_dict(weights)
+    vqgan = vqgan.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return vqgan.eval().requires_grad_(False)

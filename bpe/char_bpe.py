@@ -1,0 +1,136 @@
+"""Character BPE vocabularies of HF `tokenizers`, as minDALL-E publishes one: lower-cased, `</w>` ends a word.
+
+A folder holds two files: `*-vocab.json`, {"token": id}, and `*-merges.txt`, a merge of two tokens on each line, best
+first. Text is cleaned as BERT cleans it (control characters go, every white space becomes a blank, Chinese characters
+stand alone, accents stay), lower-cased, and cut at white space and around punctuation. A character that the
+vocabulary lacks is [UNK] (1), and [PAD] is 0. Both names mean their ids inside a text, too. This equals
+`CharBPETokenizer(..., unk_token="[UNK]", lowercase=True)` with the special token [PAD].
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Tuple
+
+from utils.errors import UserError
+
+from .tokenizer import PAD_ID, Tokenizer, read_vocabulary_bytes
+
+_PAD, _UNK = "[PAD]", "[UNK]"
+_SPECIAL = re.compile(r"(\[PAD\]|\[UNK\])")
+_WORD_END = "</w>"
+
+
+def _only_file(folder: Path, pattern: str) -> str:
+    """The one file of this kind; Raises `UserError` when there is none, or more than one."""
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        raise UserError(
+            "--bpe-path {}: a folder must hold one file {} (a character BPE vocabulary), not {}".format(
+                folder, pattern, len(found)
+            )
+        )
+    return str(found[0])
+
+
+def parse_vocabulary(content: bytes, path: str) -> Dict[str, int]:
+    """Return {token: id} of a vocabulary file; `path` is for messages. Raises `UserError` if it is none."""
+    try:
+        vocabulary = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError("--bpe-path {}: no JSON ({})".format(path, error)) from error
+    if not isinstance(vocabulary, dict) or not vocabulary:
+        raise UserError("--bpe-path {}: no table of tokens".format(path))
+    ids = list(vocabulary.values())
+    if any(isinstance(id_, bool) or not isinstance(id_, int) or not 0 <= id_ < 1 << 24 for id_ in ids):
+        raise UserError("--bpe-path {}: its ids are no whole numbers from 0 on".format(path))
+    if len(set(ids)) != len(ids):
+        raise UserError("--bpe-path {}: two tokens have the same id".format(path))
+    if vocabulary.get(_PAD) != PAD_ID or _UNK not in vocabulary:
+        raise UserError("--bpe-path {}: it needs the tokens {} with id 0 and {}".format(path, _PAD, _UNK))
+    return vocabulary
+
+
+def parse_merges(content: bytes, vocabulary: Dict[str, int], path: str) -> List[Tuple[str, str]]:
+    """Return the merges of a file, best first; `path` is for messages. Raises `UserError` if damaged."""
+    try:
+        lines = content.decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError("--bpe-path {}: no UTF-8 text (byte {})".format(path, error.start)) from error
+    merges = []
+    for number, line in enumerate(lines, 1):
+        line = line.rstrip("\r")
+        if not line or line.startswith("#version"):
+            continue
+        left, _, right = line.partition(" ")
+        if not left or not right or " " in right:
+            raise UserError("--bpe-path {}: line {} is no merge of two tokens".format(path, number))
+        if not {left, right, left + right} <= vocabulary.keys():
+            raise UserError("--bpe-path {}: line {} merges tokens that the vocabulary lacks".format(path, number))
+        merges.append((left, right))
+    return merges
+
+
+class CharBpeTokenizer(Tokenizer):
+    """The vocabulary of a folder (see the module)."""
+
+    def __init__(self, folder: str) -> None:
+        vocabulary_path = _only_file(Path(folder), "*vocab.json")
+        merges_path = _only_file(Path(folder), "*merges.txt")
+        content, merges = read_vocabulary_bytes(vocabulary_path), read_vocabulary_bytes(merges_path)
+        self._vocabulary = parse_vocabulary(content, vocabulary_path)
+        self._merges = parse_merges(merges, self._vocabulary, merges_path)
+        self._texts = {id_: text for text, id_ in self._vocabulary.items()}
+        super().__init__(max(self._texts) + 1, hashlib.sha256(content + b"\0" + merges).hexdigest())
+
+    @property
+    def identity(self) -> Dict[str, str]:
+        return {"type": "char_bpe", "sha256": self._sha256}
+
+    def _forget_tables(self) -> None:
+        super()._forget_tables()
+        self._normalizer: Any = None
+        self._splitter: Any = None
+
+    def __getstate__(self) -> Dict[str, Any]:
+        state = super().__getstate__()
+        del state["_normalizer"], state["_splitter"]
+        return state
+
+    def _build_model(self) -> Any:
+        from tokenizers import models
+
+        return models.BPE(vocab=self._vocabulary, merges=self._merges, unk_token=_UNK, end_of_word_suffix=_WORD_END)
+
+    def _split(self, text: str) -> Iterable[str]:
+        if self._normalizer is None:
+            from tokenizers import normalizers, pre_tokenizers
+
+            self._normalizer = normalizers.Sequence(
+                [normalizers.BertNormalizer(lowercase=False), normalizers.Lowercase()]
+            )
+            self._splitter = pre_tokenizers.BertPreTokenizer()
+        # Lone surrogates (undecodable bytes of a command line) are no characters: U+FFFD stands for them, and goes.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        words: List[str] = []
+        for piece in _SPECIAL.split(text):
+            if piece in (_PAD, _UNK):
+                words.append(piece)
+            elif piece:
+                normalized = self._normalizer.normalize_str(piece)
+                words += [word for word, _ in self._splitter.pre_tokenize_str(normalized)]
+        return words
+
+    def _merge(self, word: str) -> List[int]:
+        if word in (_PAD, _UNK):  # no other word holds a bracket beside a letter
+            return [self._vocabulary[word]]
+        return super()._merge(word)
+
+    def _model_word(self, word: str) -> str:
+        return word
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of `ids`, words separated by blanks, without [PAD] and [UNK]."""
+        texts = [self._texts.get(int(id_), _PAD) for id_ in ids]
+        return "".join(text for text in texts if text not in (_PAD, _UNK)).replace(_WORD_END, " ").rstrip(" ")

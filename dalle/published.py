@@ -1,0 +1,95 @@
+"""minDALL-E's published model: fetched once, and the parts of a folder in its layout.
+
+    <folder>/config.yaml, stage1_last.ckpt (the VQGAN), stage2_last.ckpt (the transformer),
+    <folder>/tokenizer/bpe-16k-vocab.json, bpe-16k-merges.txt
+
+The published weights are licensed CC-BY-NC-SA 4.0: not for commercial use.
+"""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, Dict, Mapping, Optional
+
+import yaml
+
+from models.vqgan_config import VqganConfig
+from utils.downloads import download
+from utils.errors import UserError
+from utils.files import PathLike
+from utils.tarballs import unpack_tar
+
+logger = logging.getLogger(__name__)
+
+STAGE1, STAGE2, TOKENIZER = "stage1_last.ckpt", "stage2_last.ckpt", "tokenizer"
+
+#: Address of each published model; the part before the file's name is the archive's md5.
+PUBLISHED_MODELS = {
+    "minDALL-E/1.3B": "https://arena.kakaocdn.net/brainrepo/models/minDALL-E/57b008f02ceaa02b779c8b7463143315/"
+    "1.3B.tar.gz"
+}
+_MAX_ARCHIVE_BYTES = 8 << 30  # of the published 5 GB, and of what they unpack to
+_MAX_YAML_BYTES = 1 << 20
+
+#: What absent keys of config.yaml's stage1 stand for: the published VQGAN.
+_STAGE1_DEFAULTS: Dict[str, Any] = {
+    "z_channels": 256,
+    "resolution": 256,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 128,
+    "ch_mult": [1, 1, 2, 2, 4],
+    "num_res_blocks": 2,
+    "attn_resolutions": [16],
+}
+
+
+def resolve(path_or_name: PathLike, cache_dir: Optional[PathLike] = None) -> Path:
+    """Return the folder of a published model's name, fetched if need be; any other path as it is.
+
+    The archive goes to `cache_dir` (default ~/.cache/minDALL-E), is resumed when interrupted, checked against its md5,
+    unpacked beside its final place and deleted. Raises UserError when it cannot be had.
+    """
+    name = str(path_or_name)
+    if name not in PUBLISHED_MODELS:
+        return Path(path_or_name)
+    url = PUBLISHED_MODELS[name]
+    root = Path(cache_dir) if cache_dir else Path(os.path.expanduser("~/.cache/minDALL-E"))
+    folder = root / name.rpartition("/")[2]
+    if not folder.is_dir():
+        logger.info("%s (about 5 GB, CC-BY-NC-SA 4.0: not for commercial use) -> %s", name, folder)
+        archive = download(url, root / url.rpartition("/")[2], md5=url.split("/")[-2], size_limit=_MAX_ARCHIVE_BYTES)
+        unpack_tar(archive, folder, _MAX_ARCHIVE_BYTES)
+    return folder
+
+
+def stage1_config(document: Mapping[str, Any], source: str) -> VqganConfig:
+    """Read the VQGAN's options from config.yaml (as a dictionary). Raises UserError naming `source` and the key."""
+    stage = document.get("stage1") or {}
+    hparams = (stage.get("hparams") or {}) if isinstance(stage, Mapping) else None
+    if not isinstance(stage, Mapping) or not isinstance(hparams, Mapping):
+        raise UserError("{}: stage1 and its hparams must be tables of options".format(source))
+    if stage.get("type", "vqgan") != "vqgan":
+        raise UserError("{}: stage1.type {!r} is not supported; known: vqgan".format(source, stage["type"]))
+    network = dict(_STAGE1_DEFAULTS, **{str(key): value for key, value in hparams.items() if key != "pdrop"})
+    params = {
+        "embed_dim": stage.get("embed_dim", 256),
+        "n_embed": stage.get("n_embed", 16384),
+        "ddconfig": network,
+    }
+    return VqganConfig.from_dict({"model": {"target": "VQModel", "params": params}}, source + ": stage1")
+
+
+def read_stage1_config(folder: Path) -> VqganConfig:
+    """Read stage1 of a folder's config.yaml; without that file, the published VQGAN's options."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return stage1_config({}, str(path))
+    try:
+        content = path.read_bytes()
+        document = yaml.safe_load(content) if len(content) <= _MAX_YAML_BYTES else None
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError("{} cannot be read: {}".format(path, str(error).split("\n")[0])) from error
+    if not isinstance(document, dict):
+        raise UserError("{} is no minDALL-E configuration".format(path))
+    return stage1_config(document, str(path))
