@@ -1,5 +1,8 @@
 """The public Python API: load a model with its tokenizer and its VQGAN, and draw with it.
 
-from dalle.loading import load
+from dalle.models import Dalle          # minDALL-E's names: from_pretrained, to, sampling
+images = Dalle.from_pretrained("demo").sampling("red apple", num_candidates=8)
+
+from dalle.loading import load          # the parts
 loaded = load("demo")
 """

@@ -1,0 +1,138 @@
+"""Image completion: which codes of a given picture stay, and which ones the model draws.
+
+A mask says what to draw: white (or nonzero, or True) is drawn, black stays. A code covers a square of pixels and is
+drawn when the mask touches it anywhere, so nothing that was marked survives. Whatever surrounds the gap is visible to
+a code only as far as it lies before it in reading order: the model draws from the top left to the bottom right.
+
+Letters: G side of the code grid, N = G * G codes, S image height and width.
+"""
+
+import re
+from typing import Any, Optional, Tuple, Union
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from dalle.drawing import encode
+from dalle.loading import Loaded
+from utils.errors import UserError
+
+Picture = Union[Image.Image, Tensor, np.ndarray]
+Box = Tuple[float, float, float, float]
+
+
+def parse_box(text: str) -> Optional[Box]:
+    """Read "left,top,right,bottom", fractions of the picture's sides; None when the text is something else.
+
+    Raises UserError for a box of this form that holds nothing or leaves the picture.
+    """
+    parts = text.split(",")
+    if len(parts) != 4 or not all(re.fullmatch(r"\s*[0-9]*\.?[0-9]+\s*", part) for part in parts):
+        return None
+    left, top, right, bottom = map(float, parts)
+    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+        raise UserError(
+            "mask {}: a box is left,top,right,bottom with 0 <= left < right <= 1 and 0 <= top < bottom <= 1".format(
+                text
+            )
+        )
+    return left, top, right, bottom
+
+
+def open_picture(path: str) -> Image.Image:
+    """Read a picture file whole. Raises what Pillow raises for files that it cannot decode."""
+    # The formats that training reads: Pillow knows some, such as EPS, for which it starts other programs.
+    with Image.open(path, formats=("JPEG", "PNG", "BMP", "GIF", "WEBP")) as picture:
+        picture.load()
+        return picture.copy()
+
+
+def square(picture: Image.Image, mode: str, size: int) -> Image.Image:
+    """The upright centre square of a picture, `size` pixels high and wide, in Pillow's `mode`; white shows through."""
+    picture = ImageOps.exif_transpose(picture)
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (255, 255, 255, 255)), picture)
+    return ImageOps.fit(picture.convert(mode), (size, size), Image.Resampling.BILINEAR)
+
+
+def picture_pixels(picture: Picture, size: int) -> Tensor:
+    """A picture as uint8 (3, size, size).
+
+    A PIL picture is cut to its centre square and resized; an array (S, S, 3) or tensor (3, S, S), uint8 or floats in
+    [0, 1], must have the size already. Raises UserError when it has another one.
+    """
+    if isinstance(picture, Image.Image):
+        picture = np.array(square(picture, "RGB", size))
+    if isinstance(picture, np.ndarray):
+        pixels = torch.tensor(picture)
+        pixels = pixels.permute(2, 0, 1) if pixels.dim() == 3 else pixels
+    else:
+        pixels = picture.cpu()
+    if tuple(pixels.shape) != (3, size, size):
+        raise UserError("image: expected 3 x {0} x {0} pixels, got {1}".format(size, tuple(pixels.shape)))
+    if pixels.is_floating_point():
+        pixels = (pixels * 255.0 + 0.5).clamp(0, 255)
+    return pixels.to(torch.uint8)
+
+
+def mask_cells(mask: Any, grid: int, size: int) -> Tensor:
+    """Which codes a mask marks for drawing: (N,) bool.
+
+    mask: a PIL picture (bright is drawn), a box of fractions (left, top, right, bottom), or an array or tensor of
+    numbers or bools, (G, G), (N,) or (S, S). Raises UserError for another shape, and for a mask that marks nothing.
+    """
+    if isinstance(mask, tuple) and len(mask) == 4 and all(isinstance(side, (int, float)) for side in mask):
+        cells = _box_cells(mask, grid)
+    elif isinstance(mask, Image.Image):
+        cells = _pixel_cells(torch.as_tensor(np.array(square(mask, "L", size))) > 127, grid)
+    else:
+        marked = torch.as_tensor(mask) != 0
+        if marked.shape in ((grid, grid), (grid * grid,)):
+            cells = marked.reshape(-1)
+        elif marked.shape == (size, size):
+            cells = _pixel_cells(marked, grid)
+        else:
+            raise UserError(
+                "mask: expected {0} x {0} codes or {1} x {1} pixels, got {2}".format(grid, size, tuple(marked.shape))
+            )
+    if not cells.any():
+        raise UserError("mask: nothing is marked for drawing; white parts are drawn, black parts stay")
+    return cells
+
+
+def _pixel_cells(marked: Tensor, grid: int) -> Tensor:
+    """(S, S) bool -> (N,) bool: the codes of which any pixel is marked."""
+    return F.max_pool2d(marked[None, None].float(), marked.shape[0] // grid)[0, 0].flatten() > 0
+
+
+def _box_cells(box: Box, grid: int) -> Tensor:
+    """The codes that a box touches: (N,) bool. Cells that it reaches by less than a millionth do not count."""
+    left, top, right, bottom = box
+    start, end = torch.arange(grid) / grid + 1e-6, (torch.arange(grid) + 1) / grid - 1e-6
+    columns, rows = (start < right) & (end > left), (start < bottom) & (end > top)
+    return (rows[:, None] & columns[None]).flatten()
+
+
+def transparent_mask(picture: Image.Image) -> Optional[Image.Image]:
+    """A mask that marks the transparent parts of a picture; None when it has none."""
+    if not ("A" in picture.getbands() or "transparency" in picture.info):
+        return None
+    alpha = ImageOps.exif_transpose(picture).convert("RGBA").getchannel("A")
+    return ImageOps.invert(alpha) if alpha.getextrema()[0] < 128 else None
+
+
+def completion_codes(loaded: Loaded, picture: Picture, mask: Any) -> Tensor:
+    """The codes (N,) of a picture, -1 where the mask says that the model draws. See `mask_cells` for what a mask is."""
+    size = loaded.image_size
+    codes = encode(loaded, picture_pixels(picture, size)[None])[0]
+    return codes.masked_fill(mask_cells(mask, loaded.config.grid, size), -1)
+
+
+def first_drawn(codes: Tensor) -> int:
+    """The first position (of N) that the model draws; N when it draws none."""
+    drawn = (codes < 0).nonzero()
+    return int(drawn[0]) if len(drawn) else len(codes)

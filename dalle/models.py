@@ -1,0 +1,244 @@
+"""minDALL-E's Python API, on this project's models.
+
+from dalle.models import Dalle
+model = Dalle.from_pretrained("minDALL-E/1.3B").to("cuda:0")      # or a folder, a checkpoint file, "demo"
+images = model.sampling("a painting of a tree on the ocean", num_candidates=16)   # (16, 3, 256, 256) in [0, 1]
+"""
+
+import contextlib
+import logging
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Union
+
+import torch
+from torch import Tensor, nn
+
+from dalle.completion import Picture, completion_codes, first_drawn
+from dalle.drawing import image_seed
+from dalle.loading import Loaded, load
+from models.sampling import SamplingOptions, draw_codes
+from utils.downloads import progress_bar
+from utils.errors import UserError
+from utils.files import PathLike
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Called with (codes drawn so far, codes to draw)."""
+
+_DECODE_BATCH = 16  # the VQGAN's feature maps at 256 x 256 pixels take some 200 MB for each image
+
+
+class Candidates(NamedTuple):
+    """Images drawn for one prompt, on the model's device."""
+
+    images: Tensor
+    """(N, 3, S, S) in [0, 1]"""
+    codes: Tensor
+    """(N, codes of an image)"""
+    log_likelihood: Tensor
+    """(N,) nats, of the codes that were drawn, by the model without temperature and cut-offs."""
+
+    def best(self, num: int) -> "Candidates":
+        """The `num` likeliest ones, the likeliest first."""
+        order = torch.argsort(self.log_likelihood, descending=True)[:num]
+        return Candidates(self.images[order], self.codes[order], self.log_likelihood[order])
+
+
+class Dalle(nn.Module):
+    """A model that draws: `stage1` the VQGAN, `stage2` the DALL-E, `tokenizer` its vocabulary."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        super().__init__()
+        self.stage1, self.stage2, self.tokenizer = loaded.vqgan, loaded.dalle, loaded.tokenizer
+        self._checkpoint = loaded.checkpoint
+        self.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: PathLike,
+        bpe_path: Optional[PathLike] = None,
+        vqgan_model_path: Optional[PathLike] = None,
+        vqgan_config_path: Optional[PathLike] = None,
+    ) -> "Dalle":
+        """Load "minDALL-E/1.3B" (downloaded once, 5 GB), a folder in its layout, "demo", or any checkpoint we read.
+
+        Vocabulary and VQGAN are found beside the weights, or given. Raises UserError when something is missing.
+        """
+        return cls(load(path, bpe_path, vqgan_model_path, vqgan_config_path))
+
+    @property
+    def loaded(self) -> Loaded:
+        """The parts as the rest of `dalle` takes them."""
+        return Loaded(self.stage2, self.stage1, self.tokenizer, self._checkpoint)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.loaded.device
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of its images in pixels."""
+        return self.loaded.image_size
+
+    def sampling(
+        self,
+        prompt: str,
+        top_k: Optional[int] = 256,
+        top_p: Optional[float] = None,
+        softmax_temperature: float = 1.0,
+        num_candidates: int = 96,
+        device: Union[None, str, torch.device] = None,
+        use_fp16: bool = True,
+        **options: Any,
+    ) -> Tensor:
+        """Draw images of a prompt: floats (num_candidates, 3, S, S) in [0, 1]. See `draw` for all options."""
+        return self.draw(prompt, top_k, top_p, softmax_temperature, num_candidates, device, use_fp16, **options).images
+
+    @torch.no_grad()
+    def draw(
+        self,
+        prompt: str,
+        top_k: Optional[int] = 256,
+        top_p: Optional[float] = None,
+        softmax_temperature: float = 1.0,
+        num_candidates: int = 96,
+        device: Union[None, str, torch.device] = None,
+        use_fp16: bool = True,
+        seed: Optional[int] = None,
+        cond_scale: float = 1.0,
+        batch_size: Optional[int] = None,
+        progress: Union[bool, Progress] = True,
+        image: Optional[Picture] = None,
+        mask: Any = None,
+    ) -> Candidates:
+        """Draw candidates for a prompt, which is cut after the tokens that the model reads.
+
+        top_k: likeliest codes to draw from, with those that tie (None: all); top_p: of these, the likeliest up to and
+        including the one that crosses this probability (None: all). softmax_temperature: 0 takes the likeliest.
+        device: moves the model there first. use_fp16: half precision in the transformer, on CUDA only.
+        seed: candidate i depends on it and i alone, whatever the batch size; None: from torch's generator (`set_seed`).
+        cond_scale: classifier-free guidance, for models trained with it (1: none).
+        batch_size: candidates drawn at the same time; None: as many as fit. progress: a bar, none, or a function.
+        image, mask: keep this picture where the mask is black (see dalle.completion), and draw what is white.
+
+        Raises UserError for values that cannot be.
+        """
+        _check_draw(top_k, top_p, softmax_temperature, cond_scale, num_candidates, batch_size, prompt)
+        if device is not None:
+            self.to(device)
+        config = self.stage2.config
+        if (image is None) != (mask is None):
+            raise UserError("image and mask belong together: the mask says which part of the image to draw")
+        given = None if image is None else completion_codes(self.loaded, image, mask)
+        text = self.tokenizer.tokenize(prompt, config.text_seq_len, truncate=True)[0]
+        sampling = SamplingOptions(
+            None if top_k is None else min(top_k, config.num_image_tokens), top_p, softmax_temperature, cond_scale
+        )
+        if seed is None:
+            seed = int(torch.randint(2**31 - 1, ()))
+        seeds = [image_seed(seed, index) for index in range(num_candidates)]
+        codes, likelihoods = [], []
+        steps = config.image_seq_len - (0 if given is None else first_drawn(given))
+        with _Counter(progress, num_candidates, steps) as counter:
+            for batch in self._batches(text, seeds, sampling, given, use_fp16, batch_size, counter):
+                codes.append(batch.codes)
+                likelihoods.append(batch.log_likelihood)
+        all_codes = torch.cat(codes)
+        # In full precision, whatever the transformer computed in, and a few at a time.
+        images = torch.cat([self.stage1.decode(part) for part in all_codes.split(_DECODE_BATCH)])
+        return Candidates(images, all_codes, torch.cat(likelihoods))
+
+    def _batches(
+        self,
+        text: Tensor,
+        seeds: Sequence[int],
+        sampling: SamplingOptions,
+        given: Optional[Tensor],
+        use_fp16: bool,
+        batch_size: Optional[int],
+        counter: "_Counter",
+    ) -> Any:
+        """Yield what `draw_codes` returns, batch by batch. Without a batch size, halve it until a batch fits."""
+        size, done = min(batch_size or self._likely_batch(len(seeds)), len(seeds)), 0
+        on_cuda = use_fp16 and self.device.type == "cuda"
+        while done < len(seeds):
+            part = seeds[done : done + size]
+            counter.begin(done, len(part))
+            try:
+                with torch.autocast("cuda", torch.float16) if on_cuda else contextlib.nullcontext():
+                    drawn = draw_codes(self.stage2, text, part, sampling, given, counter.step)
+            except torch.cuda.OutOfMemoryError:
+                drawn = None  # outside of the handler, which would keep the failed batch's memory alive
+            if drawn is not None:
+                done += len(part)
+                yield drawn
+                continue
+            torch.cuda.empty_cache()
+            if batch_size is not None or size == 1:
+                raise UserError("not enough memory for batch_size {}: lower it".format(size))
+            size = (size + 1) // 2
+            logger.info("not enough memory for %d images at the same time: going on with %d", len(part), size)
+
+    def _likely_batch(self, num: int) -> int:
+        """How many images to try at the same time: all on CUDA, where too many are noticed; few on the CPU."""
+        return num if self.device.type == "cuda" else min(num, 16)
+
+
+def _check_draw(
+    top_k: Optional[int],
+    top_p: Optional[float],
+    temperature: float,
+    cond_scale: float,
+    num_candidates: int,
+    batch_size: Optional[int],
+    prompt: str,
+) -> None:
+    problems: List[str] = []
+    if not isinstance(prompt, str):
+        problems.append("prompt must be a text, not {!r}".format(type(prompt).__name__))
+    if top_k is not None and top_k < 1:
+        problems.append("top_k must be at least 1, or None for all codes")
+    if top_p is not None and not 0 < top_p <= 1:
+        problems.append("top_p must be above 0 and at most 1, or None")
+    if not 0 <= temperature < float("inf"):
+        problems.append("softmax_temperature must be at least 0")
+    if not 0 <= cond_scale < float("inf"):
+        problems.append("cond_scale must be at least 0")
+    if num_candidates < 1:
+        problems.append("num_candidates must be at least 1")
+    if batch_size is not None and batch_size < 1:
+        problems.append("batch_size must be at least 1, or None for as many as fit")
+    if problems:
+        raise UserError(problems[0])
+
+
+class _Counter:
+    """Counts codes over batches, for a bar or for the caller's function; a batch that is tried again counts anew."""
+
+    def __init__(self, progress: Union[bool, Progress], num_images: int, steps: int) -> None:
+        self._report = progress if callable(progress) else None
+        self._total, self._steps = num_images * steps, steps
+        self._bar = progress_bar(self._total, "drawing", "token", progress is True)
+        self._done = self._shown = self._images = 0
+
+    def __enter__(self) -> "_Counter":
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.__exit__(*error)
+
+    def begin(self, images_before: int, images: int) -> None:
+        """A batch of `images` starts after `images_before` complete ones."""
+        self._done, self._images = images_before * self._steps, images
+
+    def step(self) -> None:
+        """A code of each image of the batch is drawn."""
+        self._done += self._images
+        if self._done > self._shown:
+            self._bar.update(self._done - self._shown)
+            self._shown = self._done
+            if self._report is not None:
+                self._report(self._shown, self._total)

@@ -1,0 +1,139 @@
+"""Seeds, and the order of images by how well they fit a prompt, under minDALL-E's names.
+
+from dalle.utils.utils import clip_score, set_seed
+"""
+
+import random
+from typing import Any, Callable, Optional, Sequence, Union
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from utils.errors import UserError
+
+_BATCH = 64  # images that CLIP sees at the same time
+
+
+def set_seed(seed: int) -> None:
+    """Seed Python's, NumPy's and PyTorch's generators, those of all GPUs too."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # NumPy takes no more
+    torch.manual_seed(seed)
+    torch.cuda.manual_seed_all(seed)
+
+
+def clip_score(
+    prompt: str,
+    images: np.ndarray,
+    model_clip: Any,
+    preprocess_clip: Any = None,
+    device: Union[None, str, torch.device] = None,
+    tokenizer: Optional[Callable[..., Any]] = None,
+) -> np.ndarray:
+    """Return the images' indices (N,), the one that fits the prompt best first. See `clip_similarity`."""
+    scores = clip_similarity(prompt, images, model_clip, preprocess_clip, device, tokenizer)
+    return torch.argsort(scores, descending=True).cpu().numpy()
+
+
+@torch.no_grad()
+def clip_similarity(
+    prompt: str,
+    images: np.ndarray,
+    model_clip: Any,
+    preprocess_clip: Any = None,
+    device: Union[None, str, torch.device] = None,
+    tokenizer: Optional[Callable[..., Any]] = None,
+) -> Tensor:
+    """Return the cosine similarity (N,) of each image with the prompt. images: (N, H, W, 3) floats in [0, 1].
+
+    model_clip, preprocess_clip: one of
+      - a `dalle.reranking.ClipRanker`, alone;
+      - what OpenAI's `clip.load` returns;
+      - model and preprocessing of `open_clip.create_model_and_transforms`, with `tokenizer` (by default CLIP's own);
+      - a CLIPModel and a CLIPProcessor of `transformers`.
+    Raises UserError for objects of another kind, and for images of another shape.
+    """
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise UserError("images: expected an array (N, H, W, 3), got {}".format(images.shape))
+    if images.dtype != np.uint8:
+        images = (np.clip(images, 0.0, 1.0) * 255).astype(np.uint8)  # cut off, as the published code does
+    pictures = [Image.fromarray(image) for image in images]
+    if hasattr(model_clip, "similarity"):
+        return model_clip.similarity(prompt, pictures)
+    device = _device(model_clip) if device is None else device
+    if hasattr(model_clip, "encode_image"):
+        return _encode_style(prompt, pictures, model_clip, preprocess_clip, device, tokenizer)
+    if hasattr(model_clip, "get_image_features"):
+        return _transformers_style(prompt, pictures, model_clip, preprocess_clip, device)
+    raise UserError(
+        "model_clip is a {}: expected a model of clip, open_clip or transformers, or a ClipRanker".format(
+            type(model_clip).__name__
+        )
+    )
+
+
+def _device(model: torch.nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _encode_style(
+    prompt: str, pictures: Sequence[Image.Image], model: Any, preprocess: Any, device: Any, tokenizer: Any
+) -> Tensor:
+    """OpenAI's clip and open_clip: both have encode_image and encode_text, and differ in the tokenizer."""
+    if not callable(preprocess):
+        raise UserError("preprocess_clip must be the function that clip.load or open_clip returns beside the model")
+    tokens = (tokenizer or _clip_tokenizer(model))([prompt]).to(device)
+    text = model.encode_text(tokens)
+    return torch.cat(
+        [
+            F.cosine_similarity(model.encode_image(torch.stack([preprocess(p) for p in part]).to(device)), text)
+            for part in _parts(pictures)
+        ]
+    )
+
+
+def _clip_tokenizer(model: Any) -> Callable[..., Any]:
+    """The tokenizer that belongs to a model: of the package its class is from."""
+    package = type(model).__module__.partition(".")[0]
+    try:
+        if package == "open_clip":
+            import open_clip
+
+            return open_clip.tokenize
+        import clip
+
+        return clip.tokenize
+    except ImportError as error:
+        raise UserError("give clip_score the model's tokenizer: {}".format(error)) from error
+
+
+def _transformers_style(
+    prompt: str, pictures: Sequence[Image.Image], model: Any, processor: Any, device: Any
+) -> Tensor:
+    if not callable(processor):
+        raise UserError("preprocess_clip must be the CLIPProcessor that belongs to the model")
+    text = features(model.get_text_features, processor(text=[prompt], return_tensors="pt", truncation=True), device)
+    return torch.cat(
+        [
+            F.cosine_similarity(features(model.get_image_features, _pixels(processor, part), device), text)
+            for part in _parts(pictures)
+        ]
+    )
+
+
+def _pixels(processor: Any, pictures: Sequence[Image.Image]) -> Any:
+    return processor(images=list(pictures), return_tensors="pt")
+
+
+def features(encode: Callable[..., Any], inputs: Any, device: Any) -> Tensor:
+    """Call a `transformers` encoder. Before version 5 it returns the features, since then an object that holds them."""
+    output = encode(**{name: value.to(device) for name, value in inputs.items()})
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def _parts(pictures: Sequence[Image.Image]) -> Sequence[Sequence[Image.Image]]:
+    return [pictures[start : start + _BATCH] for start in range(0, len(pictures), _BATCH)]

@@ -1,0 +1,155 @@
+"""A tiny model in minDALL-E's published layout: weights from a formula, so that they are the same everywhere."""
+
+import json
+import math
+
+import torch
+import yaml
+
+WIDTH, LAYERS, HEADS, TEXT_LEN, GRID, CODES = 16, 2, 4, 8, 4, 24
+STAGE1 = {
+    "double_z": False,
+    "z_channels": 32,
+    "resolution": 16,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 32,
+    "ch_mult": [1, 1, 2],
+    "num_res_blocks": 1,
+    "attn_resolutions": [4],
+    "pdrop": 0.0,
+}
+STAGE2 = {
+    "embed_dim": WIDTH,
+    "n_layers": LAYERS,
+    "n_heads": HEADS,
+    "n_dense_layers": LAYERS,
+    "ctx_len_img": GRID * GRID,
+    "ctx_len_txt": TEXT_LEN,
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "mlp_bias": True,
+    "attn_bias": True,
+    "gelu_use_approx": False,
+}
+CAPTIONS = [
+    "A painting of a monkey with sunglasses in the frame",
+    "The cat's CAFÉ, on the beach!",
+    "two cats on a red sofa; the other cat is on the floor",
+    "un château à l'île, 中文 text",
+    "a painting of the sea",
+]
+
+
+def merges_and_vocabulary():
+    """A small character BPE, learned from CAPTIONS the simple way: the most frequent pair first, ties by name."""
+    words = {}
+    for caption in CAPTIONS:
+        for word in "".join(c if c.isalnum() else " {} ".format(c) for c in caption.lower()).split():
+            symbols = tuple(word[:-1]) + (word[-1] + "</w>",)
+            words[symbols] = words.get(symbols, 0) + 1
+    alphabet = sorted({symbol for word in words for symbol in word} | set("abcdefghijklmnopqrstuvwxyz"))
+    merges = []
+    for _ in range(60):
+        pairs = {}
+        for word, count in words.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] = pairs.get(pair, 0) + count
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        merged = {}
+        for word, count in words.items():
+            symbols, index = [], 0
+            while index < len(word):
+                if word[index : index + 2] == best:
+                    symbols.append("".join(best))
+                    index += 2
+                else:
+                    symbols.append(word[index])
+                    index += 1
+            merged[tuple(symbols)] = merged.get(tuple(symbols), 0) + count
+        words = merged
+    tokens = ["[PAD]", "[UNK]"] + alphabet + ["".join(merge) for merge in merges]
+    return merges, {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+
+
+def wave(name, shape):
+    """Weights without a random number generator: a sine over the elements whose phase the name gives."""
+    size = math.prod(shape)
+    phase = sum(ord(c) * (i + 1) for i, c in enumerate(name)) % 1009
+    values = torch.sin(torch.arange(size, dtype=torch.float64) * (1.7 + phase / 911) + phase)
+    if len(shape) == 1:
+        scale, centre = 0.1, 1.0 if "norm" in name or ".ln" in name or name.startswith("ln") else 0.0
+        centre = centre if name.endswith("weight") else 0.0
+    else:
+        scale, centre = 1.5 / math.sqrt(max(math.prod(shape[1:]), 1)), 0.0
+        scale = 1.0 if "emb" in name else scale * (4 if name.startswith("head") else 1)
+    return (centre + scale * values).float().reshape(shape)
+
+
+def stage2_shapes(texts):
+    """Names and shapes of the transformer's weights."""
+    shapes = {
+        "tok_emb_txt.weight": (texts, WIDTH),
+        "tok_emb_img.weight": (CODES, WIDTH),
+        "pos_emb_txt.weight": (TEXT_LEN, WIDTH),
+        "pos_emb_img.weight": (GRID * GRID, WIDTH),
+        "ln_f.weight": (WIDTH,),
+        "ln_f.bias": (WIDTH,),
+        "head_txt.weight": (texts, WIDTH),
+        "head_img.weight": (CODES, WIDTH),
+    }
+    for layer in range(LAYERS):
+        for name, rows, columns in (
+            ("ln1", WIDTH, 0),
+            ("ln2", WIDTH, 0),
+            ("attn.key", WIDTH, WIDTH),
+            ("attn.query", WIDTH, WIDTH),
+            ("attn.value", WIDTH, WIDTH),
+            ("attn.proj", WIDTH, WIDTH),
+            ("mlp.0", 4 * WIDTH, WIDTH),
+            ("mlp.2", WIDTH, 4 * WIDTH),
+        ):
+            stem = "blocks.{}.{}.".format(layer, name)
+            shapes[stem + "weight"] = (rows, columns) if columns else (rows,)
+            shapes[stem + "bias"] = (rows,)
+    return shapes
+
+
+def stage1_shapes():
+    """Names and shapes of the VQGAN's weights (taming-transformers' names)."""
+    from models.vqgan import VQGAN, VqganConfig
+
+    network = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in STAGE1.items() if key not in ("double_z", "pdrop")
+    }
+    with torch.device("meta"):
+        vqgan = VQGAN(VqganConfig(num_codes=CODES, embed_dim=32, **network))
+    return {name: tuple(tensor.shape) for name, tensor in vqgan.state_dict().items()}
+
+
+def make_folder(folder):
+    """Write the model and return its folder."""
+    merges, vocabulary = merges_and_vocabulary()
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "tokenizer" / "bpe-16k-vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    lines = ["#version: 0.2"] + ["{} {}".format(*merge) for merge in merges]
+    (folder / "tokenizer" / "bpe-16k-merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    texts = len(vocabulary) + 3  # the published table need not be full
+    config = {
+        "dataset": {"context_length": TEXT_LEN},
+        "stage1": {"type": "vqgan", "embed_dim": 32, "n_embed": CODES, "hparams": STAGE1},
+        "stage2": {
+            "type": "transformer1d",
+            "vocab_size_txt": texts,
+            "vocab_size_img": CODES,
+            "hparams": STAGE2,
+        },
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    for name, shapes in (("stage1_last.ckpt", stage1_shapes()), ("stage2_last.ckpt", stage2_shapes(texts))):
+        torch.save({"state_dict": {key: wave(key, shape) for key, shape in shapes.items()}}, folder / name)
+    return folder
