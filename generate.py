@@ -3,6 +3,9 @@
     python generate.py --dalle_path demo --text "woman astronaut: medium-dark skin tone" --num_images 16
     python generate.py --dalle_path output/ckpt/dalle_799.pt --text "a plate of food|a cat on a sofa" --batch_size 16
 
+    python generate.py --dalle_path demo --text "woman astronaut" --num_images 64 --clip_path CLIP_FOLDER --keep 8
+    python generate.py --dalle_path demo --text "a red ball" --image ball.png --mask 0,0.5,1,1 --num_images 8
+
 Images go to <outputs_dir>/<prompt with _ for blanks>/: 0.jpg, 1.jpg, ..., caption.txt, grid.png and generation.json.
 """
 
@@ -15,14 +18,17 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 import log
 from args import Parser
+from dalle.completion import completion_codes, first_drawn, open_picture, parse_box, transparent_mask
 from dalle.drawing import Batch, Share, complete_caption, draw_images, given_codes, prime_rows
 from dalle.loading import Loaded, load
 from dalle.outputs import PromptFolder
-from dalle.pictures import FORMATS
+from dalle.pictures import FORMATS, to_pil
+from dalle.reranking import Best, Candidate, ClipRanker
 from data.images import BROKEN_IMAGE_ERRORS, load_image
 from engines.native import pick_device
 from models.sampling import SamplingOptions, top_k_count
@@ -74,6 +80,15 @@ def make_parser() -> Parser:
         metavar="N",
         help="rows of codes taken from --prime_image (default: 0.4375 of them)",
     )
+    prompts.add_argument(
+        "--image", type=path, metavar="FILE", help="picture of which the images keep all but the masked part"
+    )
+    prompts.add_argument(
+        "--mask",
+        metavar="FILE|BOX",
+        help="part of --image to draw anew: a picture in which it is white, or left,top,right,bottom as fractions, "
+        "such as 0,0.5,1,1 for the lower half (default: where --image is transparent)",
+    )
     drawing = parser.add_argument_group("drawing")
     drawing.add_argument(
         "--num_images", type=whole(1, 10**6), default=128, metavar="N", help="images of each caption (default: 128)"
@@ -118,6 +133,18 @@ def make_parser() -> Parser:
         metavar="N",
         help="image i is the same for the same seed, whatever the batch size (default: 42)",
     )
+    drawing.add_argument(
+        "--clip_path",
+        type=path,
+        metavar="DIR|NAME",
+        help="order the images by how well they fit their caption: folder or name of a CLIP model of transformers",
+    )
+    drawing.add_argument(
+        "--keep",
+        type=whole(1),
+        metavar="N",
+        help="write only the best N of --num_images: by --clip_path, else the likeliest (default: all)",
+    )
     output = parser.add_argument_group("output")
     output.add_argument(
         "--outputs_dir",
@@ -144,9 +171,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         options.vqgan_config_path,
         pick_device(options.device, 0),
     )
-    given = read_prime(options, loaded)
+    given = read_prime(options, loaded) if options.image is None else read_completion(options, loaded)
+    ranker = None if options.clip_path is None else ClipRanker(options.clip_path, loaded.device)
     captions = [read_caption(prompt, loaded, options) for prompt in prompts]
-    draw_captions(captions, loaded, options, given)
+    draw_captions(captions, loaded, options, given, ranker)
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -157,6 +185,14 @@ def check_options(options: argparse.Namespace) -> None:
         raise UsageError("--top_k: a share below 1 or a whole number, not {:g}".format(options.top_k))
     if options.prime_rows is not None and options.prime_image is None:
         raise UsageError("--prime_rows needs --prime_image, the picture the rows are taken from")
+    if options.mask is not None and options.image is None:
+        raise UsageError("--mask needs --image, the picture whose other parts are kept")
+    if options.image is not None and options.prime_image is not None:
+        raise UsageError("--image and --prime_image exclude each other: --mask can mark the lower rows, too")
+    if options.keep is not None and options.keep > options.num_images:
+        raise UsageError(
+            "--keep {}: only --num_images {} are drawn of each caption".format(options.keep, options.num_images)
+        )
 
 
 def make_folder(folder: str) -> None:
@@ -212,6 +248,28 @@ def read_prime(options: argparse.Namespace, loaded: Loaded) -> Optional[Tensor]:
         raise UserError("--prime_image {} cannot be read: {}".format(options.prime_image, reason)) from error
 
 
+def read_completion(options: argparse.Namespace, loaded: Loaded) -> Tensor:
+    """The codes (N,) that --image gives, -1 where --mask lets the model draw."""
+    picture = _read_picture("--image", options.image)
+    mask: Any = transparent_mask(picture)
+    if options.mask is not None:
+        mask = parse_box(options.mask) or _read_picture("--mask", os.path.expanduser(options.mask))
+    if mask is None:
+        raise UsageError(
+            "--image needs --mask, which says what to draw anew: {} is not transparent".format(options.image)
+        )
+    return completion_codes(loaded, picture, mask)
+
+
+def _read_picture(flag: str, file: str) -> Image.Image:
+    try:
+        return open_picture(file)
+    except BROKEN_IMAGE_ERRORS as error:
+        raise UserError(
+            "{} {} cannot be read: {}".format(flag, file, getattr(error, "strerror", None) or error)
+        ) from error
+
+
 def read_caption(prompt: str, loaded: Loaded, options: argparse.Namespace) -> Caption:
     """Turn a prompt into token ids: cut to what the model reads, with a warning, or completed with --gentxt."""
     config, limit = loaded.config, _CHARACTERS_PER_TOKEN * loaded.config.text_seq_len
@@ -246,11 +304,18 @@ def sampling_options(options: argparse.Namespace, vocabulary: int) -> SamplingOp
 
 
 class Writer:
-    """Hands the images of each batch to the folders of their captions."""
+    """Hands the images of each batch to the folders of their captions: at once, or the best ones in their order."""
 
-    def __init__(self, captions: Sequence[Caption], options: argparse.Namespace, about: Dict[str, Any]) -> None:
-        self.captions, self.options, self.about = captions, options, about
+    def __init__(
+        self,
+        captions: Sequence[Caption],
+        options: argparse.Namespace,
+        about: Dict[str, Any],
+        ranker: Optional[ClipRanker] = None,
+    ) -> None:
+        self.captions, self.options, self.about, self.ranker = captions, options, about, ranker
         self.folders: Dict[int, PromptFolder] = {}  # of captions that are not complete yet
+        self.best: Dict[int, Best] = {}  # the same, when images are ranked
         self.taken: Set[str] = set()
 
     def write(self, batch: Batch, images_per_second: float) -> None:
@@ -260,22 +325,66 @@ class Writer:
         for place, index in enumerate(range(share.first_prompt, share.end_prompt)):
             own = slice(place * images, (place + 1) * images)
             folder = self.folders.get(index) or self._open(index)
-            folder.add(batch.pixels[own], batch.seeds[own], batch.codes[own], batch.log_likelihood[own])
+            if index in self.best:
+                self._rank(index, batch, own)
+            else:
+                folder.add(batch.pixels[own], batch.seeds[own], batch.codes[own], batch.log_likelihood[own])
             if share.end_image == options.num_images:
-                folder.finish(images_per_second=round(images_per_second, 4))
-                del self.folders[index]
-                logger.info("%s: %d image%s", folder.path, options.num_images, "s" if options.num_images > 1 else "")
+                self._finish(index, folder, images_per_second)
+
+    def _rank(self, index: int, batch: Batch, own: slice) -> None:
+        """Note how good the images of a caption are."""
+        pixels, likelihood = batch.pixels[own], batch.log_likelihood[own]
+        scores = likelihood
+        if self.ranker is not None:
+            scores = self.ranker.similarity(self.captions[index].text, [to_pil(image) for image in pixels])
+        first = batch.share.first_image
+        for place, score in enumerate(scores.tolist()):
+            self.best[index].add(
+                Candidate(
+                    score,
+                    first + place,
+                    batch.seeds[own][place],
+                    batch.codes[own][place],
+                    likelihood[place],
+                    pixels[place],
+                )
+            )
+
+    def _finish(self, index: int, folder: PromptFolder, images_per_second: float) -> None:
+        ranked = self.best.pop(index).ordered() if index in self.best else []
+        for candidate in ranked:
+            note: Dict[str, Any] = {"candidate": candidate.index}
+            if self.ranker is not None:
+                note["clip_score"] = candidate.score
+            folder.add(
+                candidate.pixels[None],
+                [candidate.seed],
+                candidate.codes[None],
+                candidate.log_likelihood[None],
+                [note],
+            )
+        folder.finish(images_per_second=round(images_per_second, 4))
+        del self.folders[index]
+        num = len(ranked) or self.options.num_images
+        logger.info("%s: %d image%s", folder.path, num, "s" if num > 1 else "")
 
     def _open(self, index: int) -> PromptFolder:
         caption = self.captions[index]
         about = dict(caption=caption.text, text_tokens=caption.ids, **self.about)
         folder = PromptFolder(Path(self.options.outputs_dir), caption.prompt, self.taken, self.options.format, about)
         self.folders[index] = folder
+        if self.ranker is not None or self.options.keep is not None:
+            self.best[index] = Best(self.options.keep or self.options.num_images)
         return folder
 
 
 def draw_captions(
-    captions: Sequence[Caption], loaded: Loaded, options: argparse.Namespace, given: Optional[Tensor]
+    captions: Sequence[Caption],
+    loaded: Loaded,
+    options: argparse.Namespace,
+    given: Optional[Tensor],
+    ranker: Optional[ClipRanker] = None,
 ) -> None:
     """Draw and write the images of all captions."""
     config = loaded.config
@@ -283,8 +392,8 @@ def draw_captions(
     for row, caption in zip(text, captions):
         row[: len(caption.ids)] = torch.tensor(caption.ids, dtype=torch.long)
     sampling = sampling_options(options, config.num_image_tokens)
-    writer = Writer(captions, options, describe_run(loaded, options))
-    tokens = config.image_seq_len if given is None else int((given < 0).sum())  # drawn for one image
+    writer = Writer(captions, options, describe_run(loaded, options), ranker)
+    tokens = config.image_seq_len - (0 if given is None else first_drawn(given))  # steps of one image
     begin = time.perf_counter()
 
     def images_per_second() -> float:
@@ -316,6 +425,10 @@ def describe_run(loaded: Loaded, options: argparse.Namespace) -> Dict[str, Any]:
             "gentxt",
             "prime_image",
             "prime_rows",
+            "image",
+            "mask",
+            "clip_path",
+            "keep",
             "format",
         )
     }

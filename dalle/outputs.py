@@ -91,23 +91,35 @@ class PromptFolder:
         with _written(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
 
-    def add(self, pictures: Tensor, seeds: Sequence[int], codes: Tensor, log_likelihood: Tensor) -> None:
-        """Write images (B, 3, S, S) uint8, numbered on from the last one, and list their seeds and codes (B, N)."""
+    def add(
+        self,
+        pictures: Tensor,
+        seeds: Sequence[int],
+        codes: Tensor,
+        log_likelihood: Tensor,
+        notes: Optional[Sequence[Dict[str, Any]]] = None,
+    ) -> None:
+        """Write images (B, 3, S, S) uint8, numbered on from the last one, and list their seeds and codes (B, N).
+
+        notes: for each image, what its entry says beside that.
+        """
         if not self._started:
             self._start()
         with _written(self.path):
-            for picture, seed, row, likelihood in zip(pictures, seeds, codes.tolist(), log_likelihood.tolist()):
+            rows = zip(pictures, seeds, codes.tolist(), log_likelihood.tolist(), notes or [{}] * len(seeds))
+            for picture, seed, row, likelihood, note in rows:
                 name = "{}.{}".format(len(self._images), self.format)
                 save_picture(to_pil(picture), self.path / name)
                 if len(self._grid) < GRID_LIMIT:
                     self._grid.append(picture)
                 self._images.append(
-                    {
-                        "file": name,
-                        "seed": seed,
-                        "codes": row,
-                        "log_likelihood": likelihood if math.isfinite(likelihood) else None,
-                    }
+                    dict(
+                        note,
+                        file=name,
+                        seed=seed,
+                        codes=row,
+                        log_likelihood=likelihood if math.isfinite(likelihood) else None,
+                    )
                 )
             self._write_report(complete=False)
 

@@ -1,0 +1,138 @@
+"""Images ordered by CLIP (arXiv 2103.00020): how well each one fits its prompt, by a local `transformers` CLIP.
+
+ranker = ClipRanker("clip-vit-base-patch32")            # a folder with config.json, weights, tokenizer
+scores = ranker.similarity("a cat", pictures)           # (N,) cosine similarities
+"""
+
+import contextlib
+import json
+import logging
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from dalle.utils.utils import features
+from utils.errors import UserError
+from utils.files import PathLike
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 64
+_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training pictures
+_FILE = "preprocessor_config.json"
+
+
+class Candidate(NamedTuple):
+    """One image that may be kept, on the CPU."""
+
+    score: float
+    """The higher the better; one that is not a number comes last."""
+    index: int
+    """Its number among all images of the prompt; of equal scores the first one wins."""
+    seed: int
+    codes: Tensor
+    """(N,)"""
+    log_likelihood: Tensor
+    """() nats"""
+    pixels: Tensor
+    """(3, S, S) uint8"""
+
+
+class Best:
+    """The best `keep` images of those that were added; holds no more than these."""
+
+    def __init__(self, keep: int) -> None:
+        self._keep = keep
+        self._best: List[Candidate] = []
+
+    def add(self, candidate: Candidate) -> None:
+        """Take an image into account."""
+        self._best.append(candidate)
+        self._best.sort(key=_rank)
+        del self._best[self._keep :]
+
+    def ordered(self) -> List[Candidate]:
+        """The images that are left, the best first."""
+        return list(self._best)
+
+
+def _rank(candidate: Candidate) -> Tuple[float, int]:
+    return (-candidate.score if candidate.score == candidate.score else float("inf"), candidate.index)
+
+
+class ClipRanker:
+    """A CLIP model with its tokenizer and its preparation of pictures, on one device, in float32."""
+
+    def __init__(self, path: PathLike, device: Union[str, torch.device] = "cpu") -> None:
+        """Load a folder, or a name that `transformers` downloads. Raises UserError where that is impossible."""
+        self.path, self.device = str(path), torch.device(device)
+        try:
+            from transformers import AutoTokenizer, CLIPModel
+        except ImportError as error:
+            raise UserError(
+                "--clip_path needs the package transformers: python -m pip install transformers ({})".format(error)
+            ) from error
+        local = Path(self.path).expanduser()
+        if local.exists() and not (local / "config.json").is_file():
+            raise UserError("--clip_path {}: no folder of a CLIP model (it lacks config.json)".format(path))
+        name = str(local) if local.exists() else self.path
+        only_local = local.exists()
+        with _load_errors(self.path, only_local):
+            # Weights that come as pickles are read without running what they hold; safetensors files hold no code.
+            self.model = CLIPModel.from_pretrained(name, local_files_only=only_local).float().eval().to(self.device)
+            self.tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=only_local)
+            self._size, self._mean, self._std = self._preparation(name, only_local)
+
+    def _preparation(self, name: str, only_local: bool) -> Tuple[int, Tensor, Tensor]:
+        """Side of the pictures, mean and deviation of each channel (3, 1, 1): from the model's file, else CLIP's."""
+        table: Dict[str, Any] = {}
+        file = Path(name) / _FILE
+        if only_local and file.is_file():
+            table = json.loads(file.read_text(encoding="utf-8"))
+        mean, std = table.get("image_mean", _MEAN), table.get("image_std", _STD)
+        size = self.model.config.vision_config.image_size
+        return size, torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+
+    def pixels(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Prepare square-cut pictures as CLIP does: (N, 3, size, size), bicubic, normalised."""
+        rows = []
+        for picture in pictures:
+            picture = picture.convert("RGB")
+            scale = self._size / min(picture.size)
+            width, height = (max(self._size, int(side * scale)) for side in picture.size)
+            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+            left, top = (width - self._size) // 2, (height - self._size) // 2
+            picture = picture.crop((left, top, left + self._size, top + self._size))
+            flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+            rows.append(flat.view(self._size, self._size, 3).permute(2, 0, 1).float() / 255)
+        return (torch.stack(rows) - self._mean) / self._std
+
+    @torch.no_grad()
+    def similarity(self, prompt: str, pictures: Sequence[Image.Image]) -> Tensor:
+        """Return the cosine similarity (N,) of each picture with the prompt, on the CPU."""
+        limit = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer([prompt], truncation=True, max_length=limit, return_tensors="pt")
+        tokens = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+        text = features(self.model.get_text_features, tokens, self.device)
+        scores = []
+        for start in range(0, len(pictures), _BATCH):
+            pixels = {"pixel_values": self.pixels(pictures[start : start + _BATCH])}
+            scores.append(F.cosine_similarity(features(self.model.get_image_features, pixels, self.device), text))
+        return torch.cat(scores).float().cpu()
+
+
+@contextlib.contextmanager
+def _load_errors(path: str, only_local: bool) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            "--clip_path {}: cannot be {} as a CLIP model: {}".format(
+                path, "read" if only_local else "found here or downloaded", reason
+            )
+        ) from error

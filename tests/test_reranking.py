@@ -1,0 +1,276 @@
+"""Images ordered by CLIP or likelihood, and completion, in generate.py, the API and the sampling example."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mindalle_folder import make_folder
+from PIL import Image
+
+import generate
+from dalle.completion import completion_codes
+from dalle.loading import load
+from dalle.reranking import Best, Candidate, ClipRanker
+from dalle.utils.utils import clip_score, clip_similarity
+from utils.errors import UsageError, UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("mindalle") / "tiny")
+
+
+@pytest.fixture
+def run(folder, tmp_path):
+    """Run generate.py in this process; returns {folder name: its generation.json}."""
+
+    def run(text, *flags):
+        base = ["--dalle_path", str(folder), "--outputs_dir", str(tmp_path / "out"), "--device", "cpu"]
+        generate.main([*base, "--text", text, "--format", "png", "--top_k", "0", *flags])
+        return {
+            path.parent.name: json.loads(path.read_text(encoding="utf-8"))
+            for path in (tmp_path / "out").glob("*/generation.json")
+        }
+
+    return run
+
+
+class Brightness:
+    """Stands in for CLIP: a bright picture fits "white", a dark one any other prompt."""
+
+    def __init__(self, path="", device="cpu"):
+        self.prompts = []
+
+    def similarity(self, prompt, pictures):
+        self.prompts.append(prompt)
+        values = torch.tensor([float(np.asarray(picture).mean()) for picture in pictures]) / 255
+        return values if prompt == "white" else -values
+
+
+class Encoders(torch.nn.Module):
+    """An object like those of `clip` and `open_clip`: features are the mean colour, and the prompt's three numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.eye(3))
+
+    def encode_image(self, pixels):
+        return pixels.mean((2, 3)) @ self.weight
+
+    def encode_text(self, tokens):
+        return tokens.float() @ self.weight
+
+
+COLOURS = {"red": [1, 0, 0], "green": [0, 1, 0], "blue": [0, 0, 1]}
+
+
+def tokenize(texts):
+    return torch.tensor([COLOURS[text] for text in texts])
+
+
+def to_pixels(picture):
+    return torch.tensor(np.array(picture)).permute(2, 0, 1).float() / 255
+
+
+@pytest.fixture
+def images():
+    """Red, green, blue, and a dark red that is nearer to red than the others are."""
+    rows = np.array([[1, 0.1, 0.2], [0.2, 1, 0.1], [0.1, 0.2, 1], [0.5, 0.2, 0.2]], dtype=np.float32)
+    return np.broadcast_to(rows[:, None, None], (4, 8, 8, 3))
+
+
+# clip_score ----------------------------------------------------------------------------------------------------------
+
+
+def test_clip_score_orders_by_cosine(images):
+    model = Encoders()
+    assert clip_score("red", images, model, to_pixels, "cpu", tokenizer=tokenize).tolist() == [0, 3, 1, 2]
+    assert clip_score("blue", images, model, to_pixels, "cpu", tokenizer=tokenize).tolist()[0] == 2
+    scores = clip_similarity("green", images, model, to_pixels, tokenizer=tokenize)
+    pixels = np.floor(images[:, 0, 0] * 255)
+    assert np.allclose(scores, pixels[:, 1] / np.linalg.norm(pixels, axis=1), atol=1e-5)
+
+
+def test_clip_score_takes_the_tokenizer_of_the_models_package(images, monkeypatch):
+    module = type(sys)("clip")
+    module.tokenize = tokenize
+    monkeypatch.setitem(sys.modules, "clip", module)
+    assert clip_score("green", images, Encoders(), to_pixels, "cpu").tolist()[0] == 1
+    monkeypatch.setitem(sys.modules, "clip", None)
+    with pytest.raises(UserError, match="give clip_score the model's tokenizer"):
+        clip_score("green", images, Encoders(), to_pixels, "cpu")
+
+
+def test_clip_score_names_what_it_cannot_use(images):
+    with pytest.raises(UserError, match=r"expected an array \(N, H, W, 3\), got \(8, 8, 3\)"):
+        clip_score("red", images[0], Encoders(), to_pixels)
+    with pytest.raises(UserError, match="model_clip is a Linear"):
+        clip_score("red", images, torch.nn.Linear(1, 1), to_pixels)
+    with pytest.raises(UserError, match="preprocess_clip must be"):
+        clip_score("red", images, Encoders())
+
+
+def test_a_ranker_alone_is_enough(images):
+    assert clip_score("white", images, Brightness()).tolist()[-1] == 3
+    assert clip_score("black", images, Brightness()).tolist()[0] == 3
+
+
+# generate.py ---------------------------------------------------------------------------------------------------------
+
+
+def test_clip_orders_the_images_and_keep_cuts(run, monkeypatch, tmp_path):
+    plain = run("white", "--num_images", "5")["white"]["images"]
+    means = [float(np.asarray(Image.open(tmp_path / "out" / "white" / image["file"])).mean()) for image in plain]
+    order = sorted(range(5), key=lambda index: -means[index])
+    monkeypatch.setattr(generate, "ClipRanker", Brightness)
+    for flags, kept in (((), 5), (("--keep", "2", "--batch_size", "2"), 2)):
+        images = run("white", "--num_images", "5", "--clip_path", "x", *flags)["white"]["images"]
+        assert [image["candidate"] for image in images] == order[:kept]
+        assert [image["codes"] for image in images] == [plain[index]["codes"] for index in order[:kept]]
+        assert [image["seed"] for image in images] == [plain[index]["seed"] for index in order[:kept]]
+        assert np.allclose([image["clip_score"] for image in images], np.array(means)[order[:kept]] / 255, atol=1e-6)
+        assert [image["file"] for image in images] == ["{}.png".format(index) for index in range(kept)]
+    assert len(list((tmp_path / "out" / "white").glob("[0-9].png"))) == 2
+    dark = run("other|white", "--num_images", "3", "--clip_path", "x", "--batch_size", "64")["other"]["images"]
+    assert [image["clip_score"] for image in dark] == sorted((image["clip_score"] for image in dark), reverse=True)
+    assert dark[0]["clip_score"] < 0
+
+
+def test_without_clip_the_likeliest_are_kept(run):
+    plain = run("a cat", "--num_images", "6")["a_cat"]["images"]
+    kept = run("a cat", "--num_images", "6", "--keep", "3")["a_cat"]
+    likelihoods = sorted((image["log_likelihood"] for image in plain), reverse=True)[:3]
+    assert np.allclose([image["log_likelihood"] for image in kept["images"]], likelihoods, atol=1e-3)
+    assert "clip_score" not in kept["images"][0] and kept["settings"]["keep"] == 3
+
+
+def test_best_holds_no_more_than_it_keeps():
+    best, nothing = Best(2), torch.zeros(1)
+    for index, score in enumerate([0.1, float("nan"), 0.5, 0.5, 0.2]):
+        best.add(Candidate(score, index, index, nothing, nothing[0], nothing))
+        assert len(best.ordered()) <= 2
+    assert [candidate.index for candidate in best.ordered()] == [2, 3]
+
+
+def test_completion_keeps_what_the_mask_leaves(run, folder, tmp_path):
+    picture = Image.effect_noise((16, 16), 90).convert("RGB")
+    picture.save(tmp_path / "given.png")
+    mask = Image.new("L", (16, 16), 0)
+    mask.paste(255, (8, 0, 16, 8))
+    mask.save(tmp_path / "mask.png")
+    expected = completion_codes(load(folder), picture, mask)
+    kept = expected >= 0
+    assert kept.sum() == 12
+    holed = picture.convert("RGBA")
+    holed.paste((0, 0, 0, 0), (8, 0, 16, 8))
+    given = ["--image", str(tmp_path / "given.png"), "--mask"]
+    drawn = []
+    for flags in ([*given, str(tmp_path / "mask.png")], [*given, "0.5,0,1,0.5"]):
+        report = run("a cat", "--num_images", "4", *flags)["a_cat"]
+        codes = torch.tensor([image["codes"] for image in report["images"]])
+        assert torch.equal(codes[:, kept], expected[kept].expand(4, -1))
+        assert report["settings"]["mask"] == flags[-1]
+        drawn.append(codes)
+    assert torch.equal(*drawn) and len(drawn[0].unique(dim=0)) > 1
+    holed.save(tmp_path / "holed.png")
+    run("a cat", "--num_images", "1", "--image", str(tmp_path / "holed.png"))
+    with pytest.raises(UsageError, match="--image needs --mask"):
+        run("a cat", "--image", str(tmp_path / "given.png"))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--mask", "0,0,1,1"], "--mask needs --image"),
+        (["--image", "a.png", "--prime_image", "b.png"], "--image and --prime_image exclude each other"),
+        (["--image", "/nowhere.png", "--mask", "0,0,1,1"], "--image /nowhere.png cannot be read: No such file"),
+        (["--keep", "9", "--num_images", "8"], "--keep 9: only --num_images 8 are drawn"),
+        (["--keep", "0"], "--keep: must be at least 1"),
+    ],
+)
+def test_flags_that_cannot_be_are_named(run, flags, message):
+    with pytest.raises(UserError, match=message):
+        run("a", *flags)
+
+
+# The example ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_sampling_example_saves_the_best(folder, tmp_path, monkeypatch, caplog):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("sampling_ex", ROOT / "examples" / "sampling_ex.py")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(sys.modules, "clip", None)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    caplog.set_level(logging.INFO)
+    flags = ["--model", str(folder), "-n", "5", "--prompt", "a/cat", "--keep", "3", "--seed", "4", "--device", "cpu"]
+    example.main([*flags, "--result-path", str(tmp_path / "a")])
+    assert len(list((tmp_path / "a").glob("*_[012].png"))) == 3 and "ordered by their likelihood" in caplog.text
+    monkeypatch.setattr(example, "ClipRanker", Brightness)
+    example.main([*flags, "--result-path", str(tmp_path / "b"), "--clip-path", "x", "--softmax_temperature", "1.5"])
+    means = [np.asarray(Image.open(path)).mean() for path in sorted((tmp_path / "b").iterdir())]
+    assert len(means) == 3 and means == sorted(means)
+
+
+# A CLIP of transformers ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """A tiny CLIP model with random weights in the layout of transformers."""
+    transformers = pytest.importorskip("transformers")
+    path = tmp_path_factory.mktemp("clip")
+    letters = [chr(code) for code in range(97, 123)]
+    words = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    (path / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (path / "merges.txt").write_text("#version: 0.2\n")
+    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer"}))
+    (path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"bos_token_id": 52, "eos_token_id": 53, "pad_token_id": 53}
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(
+        text_config=dict(size, vocab_size=54, max_position_embeddings=12, **ends),
+        vision_config=dict(size, image_size=16, patch_size=8),
+        projection_dim=8,
+    )
+    transformers.CLIPModel(config).save_pretrained(path)
+    return path
+
+
+def test_a_local_clip_scores_without_network(clip_folder, monkeypatch, images):
+    import socket
+
+    def refuse(*_, **__):
+        raise AssertionError("no network is needed")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    ranker = ClipRanker(clip_folder)
+    pictures = [Image.fromarray((image * 255).astype(np.uint8)).resize((20, 24)) for image in images]
+    scores = ranker.similarity("red cat", pictures)
+    tokens = ranker.tokenizer(["red cat"], return_tensors="pt")
+    pixels = ranker.pixels(pictures)
+    assert pixels.shape == (4, 3, 16, 16)
+    assert torch.allclose(pixels[0, :, 8, 8], (torch.tensor([255.0, 25, 51]) / 255 - 0.5) / 0.25, atol=1e-5)
+    with torch.no_grad():
+        expected = ranker.model(pixel_values=pixels, **tokens).logits_per_text[0] / ranker.model.logit_scale.exp()
+    assert torch.allclose(scores, expected, atol=1e-5) and scores.unique().numel() > 1
+    assert len(ranker.similarity("word " * 50, pictures)) == 4
+    assert torch.allclose(clip_similarity("red cat", images, ranker), ranker.similarity("red cat", pictures), atol=0.2)
+
+
+def test_a_wrong_clip_path_is_named(tmp_path):
+    pytest.importorskip("transformers")
+    with pytest.raises(UserError, match=r"--clip_path .*: no folder of a CLIP model \(it lacks config.json\)"):
+        ClipRanker(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="--clip_path .*cannot be read as a CLIP model"):
+        ClipRanker(tmp_path)
