@@ -151,6 +151,12 @@ def test_documents_name_files_that_exist():
     assert not missing
 
 
+def test_the_readme_lists_every_flag_of_training():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [name for name in map(args.flag_name, args.option_names()) if "`{}`".format(name) not in text]
+    assert not missing
+
+
 def commands():
     """Every `python SCRIPT ...` line in the README's bash blocks."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
