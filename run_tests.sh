@@ -11,7 +11,8 @@ set_up "$root" "$root/requirements.txt" "$root/requirements-dev.txt"
 cd "$root"
 # The peer pins packages that no longer install; the tests need its code alone.
 "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("dalle_pytorch") is None)' ||
-    "$python" -m pip install --quiet --no-deps dalle-pytorch==1.6.6 axial-positional-embedding rotary-embedding-torch
+    "$python" -m pip install --quiet --no-deps dalle-pytorch==1.6.6 axial-positional-embedding==0.3.12 \
+        rotary-embedding-torch==0.9.1
 if [ $# -eq 0 ]; then
     "$python" -m ruff check .
     "$python" -m mypy

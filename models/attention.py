@@ -23,8 +23,8 @@ def build_mask(pattern: str, text_len: int, grid: int) -> Tensor:
       full         sees all earlier ones,
       axial_row    the earlier ones of its own row,
       axial_col    the earlier ones of its own column,
-      conv_like    the earlier ones of the 5x5 window centred on it (Mini DALL-E, DALLE-pytorch before 1.2),
-      conv_causal  the 5x5 window that ends at it: up to 4 rows up and 4 columns to the left (DALLE-pytorch 1.6).
+      conv_like    the earlier ones of the 5x5 window centred on it (Mini DALL-E, DALLE-pytorch before 1.5),
+      conv_causal  the 5x5 window that ends at it: up to 4 rows up and 4 columns to the left (DALLE-pytorch from 1.5).
     L = text_len + grid * grid - 1: the last image token is predicted but never attended from.
     """
     num_codes = grid * grid

@@ -100,7 +100,10 @@ def prefill(model: DALLE, text: Tensor, images: int) -> Tuple[Tensor, List[Layer
 
 
 def decode_codes(model: DALLE, codes: Tensor, start: int, caches: List[LayerCache]) -> Tensor:
-    """Feed the codes (B, n) at image positions start .. and return the hidden state after the last of them (B, D)."""
+    """Feed the codes (B, n) at image positions from `start` on; return the hidden state after the last of them (B, D).
+
+    The very last code of an image is never fed: nothing follows it.
+    """
     x = model.transformer.extend_image(model.embed_codes(codes, start), start, caches)
     return model.hidden(x[:, -1:])[:, 0]
 

@@ -29,7 +29,7 @@ def test_the_vocabulary_is_what_its_command_makes(tmp_path):
 
 @pytest.mark.parametrize("split,at_least", [("heldout", 18), ("train", 26)])
 def test_the_shipped_model_draws_the_picture_of_a_caption(split, at_least):
-    """Of 32 pictures, the nearest of all real ones is the caption's own for most (the README has the figures for all)."""
+    """Of 32 pictures, the nearest of all real ones is the caption's own for most (the README has all figures)."""
     loaded = load("demo", device=torch.device("cpu"))
     everything = demo_records("all")
     real = demo_images(everything, 64).flatten(1).float() / 255
