@@ -1,0 +1,353 @@
+"""A stand-in for PopTorch 3.4, so that the IPU engine can be tested without the Poplar SDK. It is not PopTorch.
+
+It has only the names that engines/ipu uses; any other raises AttributeError. It is strict where PopTorch is (types of
+options, freezing, batch sizes, stages, losses, one owner of the IPUs) and stricter where it can be: weights come back to
+the host only when asked for. Capture runs the model on the `meta` device, where reading a value or mixing in a tensor
+made on the CPU fails; execution runs it on the CPU in float32 (poptorch_stand_in_device.py). It says nothing about what
+the compiler does: lowering, memory, half precision, stochastic rounding, sharded state, speed.
+"""
+
+import copy
+import enum
+import pickle
+import sys
+import types
+
+import poptorch_stand_in_device as device
+import torch
+
+Error = device.Error
+
+
+class OutputMode(enum.IntEnum):
+    Final, EveryN, All, Sum, Default = range(5)
+
+
+class ReductionType(enum.IntEnum):
+    Sum, Mean, NoReduction = range(3)
+
+
+class DataLoaderMode(enum.IntEnum):
+    Sync, Async, AsyncRebatched = range(3)
+
+
+class AutoStage(enum.IntEnum):
+    SameAsIpu, AutoIncrement = range(2)
+
+
+class MatMulSerializationMode(enum.Enum):
+    InputChannels, ReducingDim, OutputChannels, Disabled = "input_channels", "reducing_dim", "output_channels", "none"
+
+
+# Options -------------------------------------------------------------------------------------------------------------
+
+
+class _Settings:
+    """Values of one group of options: declared in the constructor, typed, and frozen with the whole."""
+
+    def __init__(self, owner=None, **values):
+        object.__setattr__(self, "_owner", owner or self)
+        object.__setattr__(self, "_frozen", False)
+        object.__setattr__(self, "_values", values)
+
+    def _set(self, key, value, kind):
+        if self._owner._frozen:
+            raise AttributeError("Can't modify frozen Options")
+        assert type(value) is kind, "Unexpected type {} for option {}. Expected {}".format(type(value), key, kind)
+        self._values[key] = value
+        return self
+
+    def __setattr__(self, name, value):
+        raise AttributeError("{}: set options through their methods".format(name))
+
+    def __getattr__(self, name):
+        values = object.__getattribute__(self, "__dict__").get("_values", {})
+        if name not in values:
+            raise AttributeError("Invalid attribute {}.".format(name))
+        return values[name]
+
+    def __deepcopy__(self, memo):
+        other = object.__new__(type(self))
+        memo[id(self)] = other
+        for key, value in vars(self).items():
+            object.__setattr__(other, key, False if key == "_frozen" else copy.deepcopy(value, memo))
+        return other
+
+
+class _Training(_Settings):
+    def gradientAccumulation(self, value):
+        return self._set("gradient_accumulation", value, int)
+
+    def accumulationAndReplicationReductionType(self, value):
+        assert value in (ReductionType.Sum, ReductionType.Mean)
+        return self._set("reduction", value, ReductionType)
+
+    def setAutomaticLossScaling(self, value):
+        return self._set("automatic_loss_scaling", value, bool)
+
+
+class _Precision(_Settings):
+    def enableStochasticRounding(self, value):
+        return self._set("stochastic_rounding", value, bool)
+
+    def setPartialsType(self, value):
+        assert value in (torch.float16, torch.float32)
+        return self._set("partials_type", value, torch.dtype)
+
+
+class TensorLocationSettings(_Settings):
+    def useOnChipStorage(self, value):
+        return self._set("on_chip", value, bool)
+
+    def useReplicatedTensorSharding(self, value):
+        return self._set("sharded", value, bool)
+
+
+class _TensorLocations(_Settings):
+    def setOptimizerLocation(self, value):
+        return self._set("optimizer", value, TensorLocationSettings)
+
+
+class _Popart(_Settings):
+    def set(self, key, value):
+        return self._set(key, value, type(value))
+
+
+class PipelinedExecution:
+    def __init__(self, auto_stage):
+        assert isinstance(auto_stage, AutoStage)
+        self.auto_stage = auto_stage
+
+
+class Options(_Settings):
+    def __init__(self):
+        super().__init__(
+            device_iterations=1,
+            replication_factor=1,
+            output_mode=OutputMode.Default,
+            auto_round_num_ipus=False,
+            offline=False,
+            synthetic=False,
+            strategy=PipelinedExecution(AutoStage.SameAsIpu),
+            memory={},
+            cache=None,
+            relaxed=False,
+        )
+        for name, settings in (
+            (
+                "Training",
+                _Training(self, gradient_accumulation=1, reduction=ReductionType.Mean, automatic_loss_scaling=False),
+            ),
+            ("Precision", _Precision(self, stochastic_rounding=False)),
+            ("TensorLocations", _TensorLocations(self)),
+            ("_Popart", _Popart(self)),
+        ):
+            object.__setattr__(self, name, settings)
+
+    def deviceIterations(self, value):
+        return self._set("device_iterations", value, int)
+
+    def replicationFactor(self, value):
+        return self._set("replication_factor", value, int)
+
+    def autoRoundNumIPUs(self, value):
+        return self._set("auto_round_num_ipus", value, bool)
+
+    def outputMode(self, value):
+        assert isinstance(value, OutputMode)
+        return self._set("output_mode", value, OutputMode)
+
+    def randomSeed(self, value):
+        assert isinstance(value, int)
+        torch.manual_seed(value)
+        return self._set("random_seed", value, int)
+
+    def setAvailableMemoryProportion(self, value):
+        assert all(key.startswith("IPU") and key[3:].isdigit() for key in value)
+        return self._set("memory", value, dict)
+
+    def setExecutionStrategy(self, value):
+        return self._set("strategy", value, PipelinedExecution)
+
+    def enableExecutableCaching(self, value):
+        return self._set("cache", value, str)
+
+    def useOfflineIpuTarget(self):
+        return self._set("offline", True, bool)
+
+    def enableSyntheticData(self, value):
+        return self._set("synthetic", value, bool)
+
+    def relaxOptimizerAttributesChecks(self):
+        return self._set("relaxed", True, bool)
+
+    def clone(self):
+        return copy.deepcopy(self)
+
+
+def freeze(options):
+    assert isinstance(options, Options)
+    object.__setattr__(options, "_frozen", True)
+
+
+# Model functions -----------------------------------------------------------------------------------------------------
+
+
+class _BlockHook:
+    def __init__(self, user_id, ipu_id):
+        self.user_id, self.ipu_id = user_id, ipu_id
+
+    def __call__(self, module, inputs):
+        if device.CAPTURES:
+            device.CAPTURES[-1].begin_block(self.user_id, self.ipu_id)
+
+
+def BeginBlock(layer_to_call, user_id=None, ipu_id=None):
+    assert isinstance(layer_to_call, torch.nn.Module)
+    if any(isinstance(hook, _BlockHook) for hook in layer_to_call._forward_pre_hooks.values()):
+        raise Error("module has already been assigned to a block.")
+    layer_to_call.register_forward_pre_hook(_BlockHook(user_id, ipu_id))
+    return layer_to_call
+
+
+def recomputationCheckpoint(*tensors):
+    assert all(isinstance(tensor, torch.Tensor) for tensor in tensors)
+    if device.CAPTURES:
+        device.CAPTURES[-1].checkpoints += len(tensors)
+    return tensors[0] if len(tensors) == 1 else tensors
+
+
+def serializedMatMul(lhs, rhs, mode, factor=0, keep_precision=False):
+    assert isinstance(mode, MatMulSerializationMode) and type(factor) is int and type(keep_precision) is bool
+    if mode is MatMulSerializationMode.OutputChannels and rhs.shape[-1] % factor:
+        raise Error("serialization factor {} does not divide {} output channels".format(factor, rhs.shape[-1]))
+    if device.CAPTURES:
+        device.CAPTURES[-1].serialized.append(factor)
+    return torch.matmul(lhs, rhs)
+
+
+def identity_loss(x, reduction):
+    assert reduction in ("none", "mean", "sum"), "Unsupported reduction type!"
+    x = {"none": lambda: x, "mean": x.mean, "sum": x.sum}[reduction]()
+    return device.mark_loss(x)
+
+
+def trainingModel(model, options=None, optimizer=None):
+    assert isinstance(options, Options) and isinstance(optimizer, torch.optim.Optimizer)
+    if hasattr(type(model), "poptorch_executor"):
+        raise RuntimeError("Model has already been wrapped in 'poptorch.trainingModel'. Call model.destroy() first.")
+    freeze(options)
+    options = options.clone()
+    if options.output_mode == OutputMode.Default:
+        options.outputMode(OutputMode.Final)
+    freeze(options)
+    return device.Executor(model, options, optimizer)
+
+
+def inferenceModel(model, options=None):
+    assert isinstance(options, Options)
+    if options.Training.gradient_accumulation != 1:
+        raise Error(
+            "You must set poptorch.Options().Training.gradientAccumulation to 1 when running an inferenceModel()."
+        )
+    freeze(options)
+    options = options.clone()
+    if options.output_mode == OutputMode.Default:
+        options.outputMode(OutputMode.All)
+    freeze(options)
+    return device.Executor(model, options, None)
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+
+class DataLoader(torch.utils.data.DataLoader):
+    """Batches of batch_size * device iterations * accumulation * local replicas samples, made in this process."""
+
+    def __init__(
+        self,
+        options,
+        dataset,
+        batch_size=1,
+        shuffle=False,
+        num_workers=0,
+        drop_last=True,
+        persistent_workers=None,
+        auto_distributed_partitioning=True,
+        mode=DataLoaderMode.Sync,
+        async_options=None,
+        rebatched_worker_size=None,
+    ):
+        freeze(options)
+        assert isinstance(mode, DataLoaderMode)
+        assert not persistent_workers or num_workers > 0, "persistent_workers option needs num_workers > 0"
+        assert auto_distributed_partitioning is False, "the engine shares the data out itself"
+        combined = (
+            batch_size * options.device_iterations * options.replication_factor * options.Training.gradient_accumulation
+        )
+        self.rebatched = 0
+        if mode == DataLoaderMode.AsyncRebatched:
+            assert combined > 1, "rebatched_size must be None or greater than 1"
+            assert rebatched_worker_size <= combined, "rebatched_worker_size must be <= to the combined batch size"
+            assert set(async_options) <= {"early_preload", "load_indefinitely"}
+            self.rebatched = combined
+        if mode != DataLoaderMode.Sync:
+            dataset = pickle.loads(pickle.dumps(dataset))  # it is loaded in another process
+        self.closed = False
+        # Worker processes would cost the tests seconds and change nothing in what is loaded.
+        super().__init__(
+            dataset,
+            batch_size=rebatched_worker_size if self.rebatched else combined,
+            shuffle=shuffle,
+            drop_last=drop_last and not self.rebatched,
+        )
+
+    def __iter__(self):
+        assert not self.closed, "the loader has been terminated"
+        if not self.rebatched:
+            yield from super().__iter__()
+            return
+        waiting = []
+        for batch in super().__iter__():
+            waiting = [torch.cat(pair) for pair in zip(waiting, batch)] if waiting else batch
+            while len(waiting[0]) >= self.rebatched:
+                yield [tensor[: self.rebatched] for tensor in waiting]
+                waiting = [tensor[self.rebatched :] for tensor in waiting]
+
+    def terminate(self):
+        self.closed = True
+
+
+# The module ----------------------------------------------------------------------------------------------------------
+
+_PUBLIC = (
+    Error,
+    OutputMode,
+    ReductionType,
+    DataLoaderMode,
+    AutoStage,
+    MatMulSerializationMode,
+    TensorLocationSettings,
+    PipelinedExecution,
+    Options,
+    BeginBlock,
+    recomputationCheckpoint,
+    serializedMatMul,
+    identity_loss,
+    trainingModel,
+    inferenceModel,
+    DataLoader,
+)
+
+
+def install(monkeypatch):
+    """Let `import poptorch` find the stand-in for the length of a test, and popdist nothing. Returns the module."""
+    module = types.ModuleType("poptorch", __doc__)
+    for item in _PUBLIC:
+        setattr(module, item.__name__, item)
+    module.optim = types.ModuleType("poptorch.optim")
+    module.optim.Adam, module.optim.AdamW = device.Adam, device.AdamW
+    monkeypatch.setitem(sys.modules, "poptorch", module)
+    monkeypatch.setitem(sys.modules, "popdist", None)
+    monkeypatch.setattr(device, "ATTACHED", [])
+    return module

@@ -1,0 +1,496 @@
+"""The stand-in's "device": capture on PyTorch's meta device, execution on the CPU. See poptorch_stand_in.py."""
+
+import copy
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+NAMED_OPS = set((Path(__file__).parent / "assets" / "poptorch_named_ops.txt").read_text().split())
+#: Operators as PyTorch's dispatcher calls them, under the names by which the list of PopTorch's operators has them.
+SYNONYMS = {
+    "_to_copy": "to",
+    "empty_like": "empty",
+    "_unsafe_index": "index",
+    "new_empty": "empty",
+    "native_dropout": "dropout",
+    "scalar_tensor": "full",
+    "lift_fresh": "alias",
+    "lift_fresh_copy": "clone",
+}
+
+CAPTURES = []  # the capture that is running, if any
+RUNS = []  # losses marked in the micro-batch that is running, if any
+ATTACHED = []  # the executor that holds the IPUs, if any
+
+
+class Error(RuntimeError):
+    """What PopTorch raises."""
+
+
+def mark_loss(x):
+    if CAPTURES:
+        CAPTURES[-1].losses += 1
+    if RUNS:
+        RUNS[-1].append(x)
+    return x
+
+
+def op_name(func):
+    name = func.overloadpacket.__name__
+    return SYNONYMS.get(name, name)
+
+
+class Capture(TorchDispatchMode):
+    """One pass of the model on the meta device: operators, stages, weights of each IPU, losses."""
+
+    def __init__(self, parameters, auto_increment):
+        super().__init__()
+        self.owners = {id(parameter): name for name, parameter in parameters}
+        self.auto_increment = auto_increment
+        self.ipu, self.stage, self.switches, self.blocks = 0, 0, 0, []
+        self.used_ipus, self.weights, self.ops = {0}, {}, set()
+        self.losses = self.cross_entropies = self.checkpoints = 0
+        self.serialized = []
+
+    def begin_block(self, user_id, ipu_id):
+        assert isinstance(user_id, str) and isinstance(ipu_id, int) and ipu_id >= 0
+        stage = self.stage + 1 if self.auto_increment and user_id not in self.blocks else ipu_id
+        if stage < self.stage:
+            raise Error("block {} is in stage {}, after stage {}".format(user_id, stage, self.stage))
+        self.switches += ipu_id != self.ipu
+        self.blocks.append(user_id)
+        self.ipu, self.stage = ipu_id, stage
+        self.used_ipus.add(ipu_id)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = op_name(func)
+        if name not in NAMED_OPS:
+            raise Error("No shape inference handler for aten::{}".format(name))
+        self.ops.add(name)
+        self.cross_entropies += name in ("nll_loss_forward", "cross_entropy_loss")
+        for value in _tensors(args):
+            if value.device.type != "meta" and value.dim():
+                raise Error("aten::{} takes a tensor on the {}: give it device=x.device".format(name, value.device))
+            if id(value) in self.owners:
+                self.weights.setdefault(self.owners[id(value)], set()).add(self.ipu)
+        result = func(*args, **(kwargs or {}))
+        if any(value.device.type != "meta" for value in _tensors([result])):
+            raise Error("aten::{} makes a tensor on the CPU: give it device=x.device".format(name))
+        return result
+
+
+def _tensors(values):
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            for inner in _tensors(value):
+                yield inner
+
+
+# Optimizers ----------------------------------------------------------------------------------------------------------
+
+
+class VariableAttributes:
+    def __init__(self, variable, allowed):
+        self.variable, self.allowed = set(variable), set(allowed)
+
+    def markAsConstant(self, name):
+        assert name in self.allowed, "Unknown attribute {}".format(name)
+        self.variable.discard(name)
+
+
+class _Optimizer:
+    """Hyper-parameters and a place for the state; the arithmetic is the device's."""
+
+    def _finish(self, given, loss_scaling, accum_type, first, second, max_grad_norm):
+        for kind in (accum_type, first, second):
+            assert kind in (torch.float16, torch.float32), "Accumulation types must be torch.float32 or torch.float16"
+        self.loss_scaling, self.max_grad_norm = loss_scaling, max_grad_norm
+        self.accum_type, self.first_order_momentum_accum_type, self.second_order_momentum_accum_type = (
+            accum_type,
+            first,
+            second,
+        )
+        self.variable_attrs = VariableAttributes(given, list(self.defaults) + ["loss_scaling"])
+        self.ipu_state = {"ipu_state": None, "ipu_param": None}
+        self.executor = None
+        self.to_device = False
+        if any(group["amsgrad"] for group in self.param_groups):
+            raise ValueError("Only non-amsgrad Adam/AdamW optimizers are supported.")
+
+    def state_dict(self):
+        if self.executor is not None and not self.to_device:
+            self.ipu_state = self.executor.read_optimizer_state()
+        return dict(self.ipu_state, **torch.optim.Optimizer.state_dict(self))
+
+    def load_state_dict(self, state):
+        torch.optim.Optimizer.load_state_dict(self, {key: state[key] for key in ("state", "param_groups")})
+        if "ipu_state" not in state or "ipu_param" not in state:
+            raise RuntimeError("Only IPU optimizer states can be loaded onto the IPU.")
+        self.ipu_state = {key: state[key] for key in ("ipu_state", "ipu_param")}
+        self.to_device = True
+
+
+class Adam(_Optimizer, torch.optim.Adam):
+    def __init__(
+        self,
+        params,
+        lr=None,
+        betas=None,
+        eps=None,
+        weight_decay=None,
+        amsgrad=None,
+        loss_scaling=1.0,
+        accum_type=torch.float32,
+        first_order_momentum_accum_type=torch.float32,
+        second_order_momentum_accum_type=torch.float32,
+        max_grad_norm=float("inf"),
+    ):
+        given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
+        given = {key: value for key, value in given.items() if value is not None}
+        torch.optim.Adam.__init__(self, params, **given)
+        self._finish(
+            given,
+            loss_scaling,
+            accum_type,
+            first_order_momentum_accum_type,
+            second_order_momentum_accum_type,
+            max_grad_norm,
+        )
+
+
+class AdamW(_Optimizer, torch.optim.AdamW):
+    def __init__(
+        self,
+        params,
+        lr=None,
+        betas=None,
+        eps=None,
+        weight_decay=None,
+        amsgrad=None,
+        loss_scaling=1.0,
+        bias_correction=True,
+        accum_type=torch.float32,
+        first_order_momentum_accum_type=torch.float32,
+        second_order_momentum_accum_type=torch.float32,
+        max_grad_norm=float("inf"),
+    ):
+        given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
+        given = {key: value for key, value in given.items() if value is not None}
+        torch.optim.AdamW.__init__(self, params, **given)
+        assert bias_correction is True, "the stand-in's arithmetic is PyTorch's, which always corrects"
+        self._finish(
+            given,
+            loss_scaling,
+            accum_type,
+            first_order_momentum_accum_type,
+            second_order_momentum_accum_type,
+            max_grad_norm,
+        )
+
+
+# Programs ------------------------------------------------------------------------------------------------------------
+
+
+class WrappedParameter(torch.nn.Parameter):
+    """PopTorch gives a wrapped model's parameters a class of its own."""
+
+
+class Executor:
+    """A compiled program and its weights on the "device", which are not those of the host's model."""
+
+    def __init__(self, model, options, optimizer):
+        self._user_model, self.options, self._optimizer = model, options, optimizer
+        self.capture = None
+        self._device_model = None
+        self._dirty = False
+        self._cached_rng_state = [options.random_seed] if hasattr(options, "random_seed") else None
+        if optimizer is None:
+            return
+        self._training_flag = model.training
+        self._class, self._parameter_classes = type(model), [(p, type(p)) for p in model.parameters()]
+        executor = self
+
+        class Wrapped(type(model)):
+            poptorch_executor = True
+
+            def copyWeightsToHostIfNeeded(self):
+                return executor.copyWeightsToHostIfNeeded()
+
+            def state_dict(self, *args, **kwargs):
+                executor.copyWeightsToHostIfNeeded()
+                return OrderedDict(
+                    (key, value.as_subclass(torch.Tensor)) for key, value in super().state_dict(*args, **kwargs).items()
+                )
+
+        model.__class__ = Wrapped
+        for parameter in model.parameters():
+            parameter.__class__ = WrappedParameter
+        optimizer.executor = self
+
+    # Compilation
+
+    def isCompiled(self):
+        return self._device_model is not None
+
+    @property
+    def _micro_batches(self):
+        return (
+            self.options.device_iterations,
+            self.options.Training.gradient_accumulation,
+            self.options.replication_factor,
+        )
+
+    def compile(self, *inputs):
+        assert not self.isCompiled()
+        self._signature = [(tensor.shape, tensor.dtype) for tensor in inputs]
+        iterations, accumulation, replicas = self._micro_batches
+        count = iterations * accumulation * replicas
+        for tensor in inputs:
+            assert tensor.shape[0] % count == 0, (
+                "Invalid batch dimension: In the input {}, the batch dimension ({}) must be a multiple of {}".format(
+                    tuple(tensor.shape), tensor.shape[0], count
+                )
+            )
+        assert all(p.is_contiguous() for p in self._user_model.parameters()), "weights are copied as they lie in memory"
+        self._capture([tensor[: tensor.shape[0] // count] for tensor in inputs])
+        self._device_model = copy.deepcopy(self._user_model)
+        for parameter in self._device_model.parameters():
+            parameter.__class__ = torch.nn.Parameter
+        if self._optimizer is not None:
+            self._make_device_optimizer()
+        if not self.options.offline:
+            self.attachToDevice()
+
+    def _capture(self, inputs):
+        host = dict(self._user_model.named_parameters())
+        model = copy.deepcopy(self._user_model).to("meta")
+        names = list(model.named_parameters(remove_duplicate=False))
+        self.capture = Capture(names, self.options.strategy.auto_stage == 1)
+        before = [id(value) for _, value in names] + [id(value) for value in model.buffers()]
+        inputs = [tensor.to("meta") for tensor in inputs]
+        CAPTURES.append(self.capture)
+        try:
+            with self.capture:
+                model(*inputs)
+        finally:
+            CAPTURES.pop()
+        after = [id(value) for value in model.parameters(recurse=True)]
+        assert set(after) <= set(before), "parameters were replaced while the graph was captured"
+        self._check_capture(host)
+
+    def _check_capture(self, host):
+        capture, stages = self.capture, self.capture.switches + 1
+        ipus = max(capture.used_ipus) + 1
+        if ipus & (ipus - 1) and not self.options.auto_round_num_ipus:
+            raise Error("the model uses {} IPUs; they are reserved in powers of 2".format(ipus))
+        shared = {}
+        for name, used_on in capture.weights.items():
+            shared.setdefault(id(host.get(name)) if name in host else name, set()).update(used_on)
+        if any(len(used_on) > 1 for used_on in shared.values()):
+            raise Error("a weight is used on more than one IPU: {}".format(capture.weights))
+        iterations, accumulation, _ = self._micro_batches
+        if self._optimizer is None:
+            if stages > 1 and iterations < stages:
+                raise Error(
+                    "deviceIterations must be greater than or equal to the number of pipeline stages ({})".format(
+                        stages
+                    )
+                )
+            return
+        if capture.losses == 0 and capture.cross_entropies == 0:
+            raise Error("Couldn't find a loss in graph!")
+        if capture.losses > 1 or (capture.losses == 0 and capture.cross_entropies > 1):
+            raise Error("Multiple independent losses found in graph")
+        if stages > 1 and accumulation < 2 * stages - 1:
+            raise Error(
+                "gradientAccumulation must be greater than or equal to the number of pipeline stages ({})".format(
+                    2 * stages - 1
+                )
+            )
+
+    def _make_device_optimizer(self):
+        host, own = self._optimizer, dict(self._device_model.named_parameters())
+        names = {id(parameter): name for name, parameter in self._user_model.named_parameters()}
+        groups = [dict(group, params=[own[names[id(p)]] for p in group["params"]]) for group in host.param_groups]
+        kind = torch.optim.AdamW if isinstance(host, torch.optim.AdamW) else torch.optim.Adam
+        self._device_optimizer = kind(groups)
+        self._names = {id(parameter): name for name, parameter in own.items()}
+
+    # Device
+
+    def isAttachedToDevice(self):
+        return self in ATTACHED
+
+    def attachToDevice(self):
+        if self.isAttachedToDevice():
+            raise Error("Device is already attached")
+        if ATTACHED:
+            raise Error("Failed to acquire an IPU: another program holds them")
+        ATTACHED.append(self)
+        self.copyWeightsToDevice()
+
+    def detachFromDevice(self):
+        if not self.isAttachedToDevice():
+            raise Error("Device is not attached")
+        self.copyWeightsToHostIfNeeded()
+        if self._optimizer is not None:
+            self._optimizer.state_dict()
+        ATTACHED.remove(self)
+
+    def destroy(self):
+        if not self.isCompiled():
+            return
+        if self._optimizer is not None:
+            self.copyWeightsToHostIfNeeded()
+            self._user_model.__class__ = self._class
+            for parameter, kind in self._parameter_classes:
+                parameter.__class__ = kind
+            self._optimizer.executor = None
+        if self.isAttachedToDevice():
+            ATTACHED.remove(self)
+        self._device_model = None
+
+    def copyWeightsToDevice(self):
+        if self._optimizer is None and hasattr(self._user_model, "copyWeightsToHostIfNeeded"):
+            self._user_model.copyWeightsToHostIfNeeded()
+        self._dirty = False
+        with torch.no_grad():
+            for own, host in zip(self._device_model.parameters(), self._user_model.parameters()):
+                own.copy_(host.as_subclass(torch.Tensor))
+
+    def copyWeightsToHostIfNeeded(self):
+        if not self._dirty:
+            return False
+        self._dirty = False
+        with torch.no_grad():
+            for own, host in zip(self._device_model.parameters(), self._user_model.parameters()):
+                host.as_subclass(torch.Tensor).copy_(own)
+        return True
+
+    @property
+    def rng_state(self):
+        if not self.isCompiled():
+            raise Error("Model has not been compiled or has been destroyed.")
+        return self._cached_rng_state
+
+    @rng_state.setter
+    def rng_state(self, state):
+        if not self.isCompiled():
+            raise Error("Model has not been compiled or has been destroyed.")
+        self._cached_rng_state = state.copy()
+
+    # Optimizer
+
+    def setOptimizer(self, optimizer):
+        """The device learns of changed attributes only here, and only of variable ones."""
+        assert optimizer is self._optimizer
+        for own, host in zip(self._device_optimizer.param_groups, optimizer.param_groups):
+            own.update((key, host[key]) for key in optimizer.variable_attrs.variable if key in host)
+
+    def read_optimizer_state(self):
+        if not self.isCompiled():
+            raise Error("Model has not been compiled or has been destroyed.")
+        return {
+            "ipu_state": {
+                self._names[id(p)]: {key: torch.as_tensor(value).clone() for key, value in state.items()}
+                for p, state in self._device_optimizer.state.items()
+            },
+            "ipu_param": {},
+        }
+
+    def _write_optimizer_state(self):
+        own = {name: p for p in self._device_optimizer_parameters() for name in [self._names[id(p)]]}
+        for name, state in self._optimizer.ipu_state["ipu_state"].items():
+            assert state["exp_avg"].shape == own[name].shape
+            self._device_optimizer.state[own[name]] = {
+                key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in state.items()
+            }
+        self._optimizer.to_device = False
+
+    def _device_optimizer_parameters(self):
+        return [parameter for group in self._device_optimizer.param_groups for parameter in group["params"]]
+
+    # Execution
+
+    def __call__(self, *inputs):
+        assert not self.options.offline, (
+            "Trying to run a model on an offline device (ConnectionType.Never): use model.compile(inputs) instead of "
+            "model(inputs)"
+        )
+        if not self.isCompiled():
+            self.compile(*inputs)
+        if not self.isAttachedToDevice():
+            self.attachToDevice()
+        signature = [(tensor.shape, tensor.dtype) for tensor in inputs]
+        if signature != self._signature:
+            raise Error("expected inputs {}, got {}".format(self._signature, signature))
+        if self._optimizer is not None and self._optimizer.to_device:
+            self._write_optimizer_state()
+        iterations, accumulation, replicas = self._micro_batches
+        results = []
+        micro = inputs[0].shape[0] // (iterations * accumulation * replicas)
+        chunks = list(zip(*[tensor.split(micro) for tensor in inputs]))
+        for iteration in range(iterations):
+            results.append(
+                [
+                    [
+                        self._micro_batch(chunks[(iteration * accumulation + step) * replicas + replica])
+                        for replica in range(replicas)
+                    ]
+                    for step in range(accumulation)
+                ]
+            )
+            if self._optimizer is not None:
+                self._update()
+        self._dirty = self._optimizer is not None
+        if self._cached_rng_state is not None:
+            self._cached_rng_state = [self._cached_rng_state[0], sum(self._cached_rng_state[1:]) + 1]
+        return tuple(
+            self._output([[[outputs[index] for outputs in replica] for replica in step] for step in results])
+            for index in range(len(results[0][0][0]))
+        )
+
+    def _micro_batch(self, inputs):
+        RUNS.append([])
+        try:
+            with torch.set_grad_enabled(self._optimizer is not None):
+                outputs = self._device_model(*inputs)
+        finally:
+            marked = RUNS.pop()
+        if self._optimizer is not None:
+            _, accumulation, replicas = self._micro_batches
+            mean = accumulation * replicas if self.options.Training.reduction == 1 else 1
+            (marked[0] * (self._optimizer.loss_scaling / mean)).backward()
+        narrow = {torch.int64: torch.int32, torch.float64: torch.float32}
+        return [output.detach().to(narrow.get(output.dtype, output.dtype)) for output in outputs]
+
+    def _update(self):
+        parameters = self._device_optimizer_parameters()
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad /= self._optimizer.loss_scaling
+        if self._optimizer.max_grad_norm != float("inf"):
+            torch.nn.utils.clip_grad_norm_(parameters, self._optimizer.max_grad_norm)
+        self._device_optimizer.step()
+        self._device_optimizer.zero_grad()
+
+    def _output(self, values):
+        """values[iteration][accumulation][replica] -> as the output mode says; scalars of n replicas become (n,)."""
+        mode = int(self.options.output_mode)
+        replicas = len(values[0][0])
+        if mode == 2:  # All
+            flat = [value for iteration in values for step in iteration for value in step]
+            return torch.stack(flat) if flat[0].dim() == 0 else torch.cat(flat)
+        if mode == 0:  # Final
+            kept = values[-1][-1]
+        elif mode == 3:  # Sum
+            kept = [sum(step[replica] for iteration in values for step in iteration) for replica in range(replicas)]
+        else:
+            raise Error("output mode {} is not part of the stand-in".format(mode))
+        if replicas == 1:
+            return kept[0]
+        return torch.stack(kept) if kept[0].dim() == 0 else torch.cat(kept)

@@ -1,0 +1,546 @@
+"""The IPU engine over a stand-in for PopTorch (see poptorch_stand_in.py): equal to the native engine, step by step."""
+
+import logging
+import sys
+import types
+
+import poptorch_stand_in
+import pytest
+import torch
+from ipu_helpers import Pairs, largest_difference, make_config, make_model, train_plainly, train_with
+
+import engines
+from data import CodesDataset
+from engines.ipu import IpuEngine
+from engines.ipu.data import Padded, Stream
+from engines.ipu.model import SerializedEmbedding, SerializedLinear
+from engines.plan import Placement
+from models.config import DalleConfig
+from models.dalle import DALLE
+from utils.errors import UsageError, UserError
+
+HAS_NATIVE = hasattr(torch.amp, "GradScaler")  # PyTorch 2.0.1 of the Poplar SDK is too old for the native engine
+
+
+@pytest.fixture(autouse=True)
+def poptorch(monkeypatch):
+    return poptorch_stand_in.install(monkeypatch)
+
+
+def native_losses(config, model, dataset, rates=None):
+    """Losses and weights of the native engine on the CPU; of plain PyTorch, where that engine cannot run."""
+    if not HAS_NATIVE:
+        losses, trained = train_plainly(config, model, dataset, rates)
+        return losses, trained.dalle.state_dict()
+    # The same global batch in a single micro-batch: the mean of means must be the mean.
+    whole = {"batch_size": config.global_batch, "gradient_accumulation": 1, "replication_factor": 1}
+    native = engines.create(config.replace(device="cpu", **whole))
+    losses = train_with(native, config, model, dataset, rates)
+    return losses, native.model_state()
+
+
+def samples_for(config, calls=2):
+    return calls * config.global_batch * config.execution.device_iterations + 1
+
+
+def grouped(losses, size):
+    return [sum(losses[first : first + size]) / size for first in range(0, len(losses), size)]
+
+
+# Equality ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize("factor", [1, 2])
+@pytest.mark.parametrize("iterations, replicas", [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_equals_the_native_engine(stages, factor, iterations, replicas):
+    config = make_config(
+        stages,
+        embedding_serialization_factor=factor,
+        device_iterations=iterations,
+        replication_factor=replicas,
+        epochs=1,
+    )
+    dataset = Pairs(samples_for(config, calls=4 // iterations))
+    engine = IpuEngine(config)
+    losses = train_with(engine, config, make_model(), dataset)
+    expected, weights = native_losses(config, make_model(), dataset)
+    assert len(expected) == 4 and len(losses) == 4 // iterations
+    assert losses == pytest.approx(grouped(expected, iterations), abs=1e-6)
+    assert largest_difference(engine.model_state(), weights) < 2e-6
+    assert engine.executor.capture.switches == stages - 1
+
+
+@pytest.mark.parametrize("byteio", [False, True])
+def test_images_are_encoded_on_the_ipu(byteio):
+    config = make_config(4, byteio=byteio, embedding_serialization_factor=2)
+    dataset = Pairs(samples_for(config), images=True)
+    engine = IpuEngine(config)
+    losses = train_with(engine, config, make_model(with_vqgan=True), dataset)
+    expected, weights = native_losses(config, make_model(with_vqgan=True), dataset)
+    assert losses == pytest.approx(expected, abs=1e-6)
+    assert largest_difference(engine.model_state(), weights) < 2e-6
+    assert engine.executor._signature[1][1] == (torch.uint8 if byteio else torch.float32)
+
+
+def test_adamw_with_decay_and_clipping_under_a_changing_rate():
+    config = make_config(2, optimizer="AdamW", weight_decay=0.1, clip_grad_norm=0.05, loss_scaling=1024.0)
+    dataset, rates = Pairs(samples_for(config)), [1e-2, 1e-2, 1e-1, 1e-3]
+    engine = IpuEngine(config)
+    losses = train_with(engine, config, make_model(), dataset, rates)
+    expected, weights = native_losses(config, make_model(), dataset, rates)
+    assert losses == pytest.approx(expected, abs=1e-6)
+    assert largest_difference(engine.model_state(), weights) < 2e-6
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="the native engine needs a newer PyTorch")
+def test_the_native_engine_equals_plain_pytorch():
+    """So that the reference of the tests above is the same everywhere."""
+    config = make_config(2, optimizer="AdamW", weight_decay=0.1, clip_grad_norm=0.05)
+    dataset = Pairs(samples_for(config))
+    losses, weights = native_losses(config, make_model(), dataset)
+    expected, model = train_plainly(config, make_model(), dataset)
+    assert losses == pytest.approx(expected, abs=1e-6)
+    assert largest_difference(weights, model.dalle.state_dict()) < 2e-6
+
+
+@pytest.mark.parametrize("stages, replicas", [(1, 1), (4, 2)])
+def test_evaluation_equals_the_mean_over_all_pairs_and_leaves_training_alone(stages, replicas):
+    config = make_config(stages, replication_factor=replicas, ff_dropout=0.5)
+    dataset, held_out = Pairs(samples_for(config)), Pairs(11)
+    engine = IpuEngine(config)
+    engine.prepare(make_model(), dataset)
+    batch = next(iter(engine.loader(dataset, 0)))
+    engine.step(batch)
+    model = make_model()
+    model.dalle.load_state_dict(engine.model_state())
+    text, codes = (torch.stack(tensors) for tensors in zip(*[held_out[index] for index in range(11)]))
+    with torch.no_grad():
+        expected = model.eval()(text, codes)
+    for _ in range(2):  # the second time the program is there already
+        losses = engine.evaluate(held_out)
+        assert losses["loss"] == pytest.approx(float(expected.total), abs=1e-6)
+        assert losses["text_loss"] == pytest.approx(float(expected.text), abs=1e-6)
+        assert losses["image_loss"] == pytest.approx(float(expected.image), abs=1e-6)
+    undisturbed = IpuEngine(config)
+    engine_losses = [float(engine.step(batch).loss) for _ in range(2)]
+    engine.close()
+    undisturbed.prepare(make_model(), dataset)
+    assert engine_losses == [float(undisturbed.step(batch).loss) for _ in range(3)][1:]
+    undisturbed.close()
+
+
+def test_evaluation_sees_the_weights_of_the_latest_step():
+    config = make_config(1)
+    dataset = Pairs(samples_for(config))
+    engine = IpuEngine(config)
+    engine.prepare(make_model(), dataset)
+    batch = next(iter(engine.loader(dataset, 0)))
+    seen = []
+    for _ in range(3):
+        engine.step(batch)
+        seen.append(engine.evaluate(dataset)["loss"])
+    assert seen[0] > seen[1] > seen[2]
+
+
+# Checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+def test_weights_have_the_names_and_shapes_of_every_other_engine():
+    config = make_config(2, embedding_serialization_factor=7)
+    engine = IpuEngine(config)
+    engine.prepare(make_model(), Pairs(samples_for(config)))
+    assert isinstance(engine.model.dalle.text_emb, SerializedEmbedding)
+    state = engine.model_state()
+    plain = DALLE(DalleConfig(**dict(vars(make_model().dalle.config))))
+    assert list(state) == list(plain.state_dict())
+    assert {type(value) for value in state.values()} == {torch.Tensor}
+    plain.load_state_dict(state)
+    assert largest_difference(plain.state_dict(), make_model().dalle.state_dict()) == 0
+
+
+def test_resuming_continues_as_if_nothing_had_happened():
+    config = make_config(2, embedding_serialization_factor=2)
+    dataset = Pairs(samples_for(config))
+    engine = IpuEngine(config)
+    engine.prepare(make_model(), dataset)
+    batches = list(engine.loader(dataset, 0))
+    engine.step(batches[0])
+    weights, state = engine.model_state(), engine.state_dict()
+    expected = [float(engine.step(batch).loss) for batch in batches]
+    engine.close()
+    again, model = IpuEngine(config), make_model()
+    model.dalle.load_state_dict(weights)
+    again.prepare(model, dataset)
+    again.load_state_dict(state)
+    assert again.state_dict()["random_state"] == state["random_state"]
+    assert [float(again.step(batch).loss) for batch in batches] == expected
+
+
+def test_a_saved_learning_rate_does_not_outlive_the_resumed_schedule():
+    config = make_config(1)
+    dataset = Pairs(samples_for(config))
+    engine = IpuEngine(config)
+    engine.prepare(make_model(), dataset)
+    engine.set_learning_rate(0.5)
+    engine.step(next(iter(engine.loader(dataset, 0))))
+    state = engine.state_dict()
+    engine.close()
+    again = IpuEngine(config)
+    again.prepare(make_model(), dataset)
+    again.load_state_dict(state)
+    again.set_learning_rate(0.5)  # the saved rate: the device, which has the configured one, must still be told
+    assert again.executor._device_optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_optimizer_states_do_not_cross_engines_or_layouts(caplog):
+    config = make_config(1)
+    dataset = Pairs(samples_for(config))
+    engine = IpuEngine(config)
+    engine.prepare(make_model(), dataset)
+    engine.step(next(iter(engine.loader(dataset, 0))))
+    state = engine.state_dict()
+    engine.close()
+    with caplog.at_level(logging.WARNING):
+        other = IpuEngine(config.replace(embedding_serialization_factor=2))
+        other.prepare(make_model(), dataset)
+        other.load_state_dict(state)
+        other.load_state_dict({"engine": "native", "optimizer": {}})
+    assert [record.message.startswith("the checkpoint's optimizer state is dropped") for record in caplog.records] == [
+        True,
+        True,
+    ]
+    assert other.state_dict()["optimizer"]["ipu_state"] == {}
+    if HAS_NATIVE:
+        native = engines.create(config.replace(device="cpu"))
+        native.prepare(make_model())
+        native.load_state_dict(state)
+        assert "dropped" in caplog.records[-1].message
+        assert native.state_dict()["optimizer"]
+
+
+# Placement and the captured graph ------------------------------------------------------------------------------------
+
+
+def test_blocks_begin_where_the_plan_says_and_weights_lie_there():
+    config = make_config(4)
+    engine = IpuEngine(config)
+    engine.prepare(make_model(with_vqgan=True), Pairs(samples_for(config), images=True))
+    capture = engine.executor.capture
+    assert capture.blocks == ["dalle.transformer.layers.{}".format(layer) for layer in range(3)]
+    ipus = {name.replace("model.", "", 1): used for name, used in capture.weights.items()}
+    planned = {placement.path: placement.ipu for placement in engine.plan}
+    for name, used in ipus.items():
+        assert used == {next(ipu for path, ipu in planned.items() if name.startswith(path + "."))}, name
+    trained = {name for name, parameter in engine.model.named_parameters() if parameter.requires_grad}
+    assert trained <= set(ipus)
+    assert capture.checkpoints == 3 + 1  # every layer, and the codes
+    assert not [name for name, _ in engine.model.named_parameters() if "decoder" in name]
+
+
+def test_head_and_embedding_go_where_their_flags_say():
+    config = make_config(4, cls_ipu_id=0, embedding_ipu_id=0, gradient_accumulation=9)
+    engine = IpuEngine(config)
+    engine.prepare(make_model(), Pairs(samples_for(config)))
+    assert engine.executor.capture.blocks[-1] == "dalle.norm"
+    assert engine.executor.capture.weights["model.dalle.text_head.weight"] == {0}
+    assert engine.executor.capture.switches == 4
+
+
+def test_a_block_that_never_begins_is_found_out(monkeypatch):
+    """`text_pos_emb` is read but never called, so nothing could begin there."""
+    config = make_config(1)
+    engine = IpuEngine(config)
+    for module in ("engines.ipu.model", "engines.ipu.engine"):
+        monkeypatch.setattr(sys.modules[module], "block_starts", lambda plan: [Placement("dalle.text_pos_emb", 0)])
+    with pytest.raises(RuntimeError, match="text_pos_emb were planned but never began"):
+        engine.prepare(make_model(), Pairs(samples_for(config)))
+
+
+def test_half_precision_is_captured_with_losses_in_full():
+    config = make_config(4, fp16=True, compile_only=True, enable_half_first_order_momentum=True, loss_scaling=512.0)
+    engine = IpuEngine(config)
+    engine.prepare(make_model(with_vqgan=True, rotary=True, dim_head=12), Pairs(samples_for(config), images=True))
+    assert {parameter.dtype for parameter in engine.model.parameters()} == {torch.float16}
+    assert engine.model.dalle.transformer.angles.dtype == torch.float32
+    assert engine.executor._signature[1][1] == torch.float16
+    optimizer = engine.optimizer
+    assert (optimizer.accum_type, optimizer.first_order_momentum_accum_type) == (torch.float16, torch.float16)
+    assert (optimizer.second_order_momentum_accum_type, optimizer.loss_scaling) == (torch.float32, 512.0)
+    with pytest.raises(AssertionError, match="offline"):
+        engine.step(engine._example(True))
+
+
+def test_serialized_modules_equal_the_ones_they_replace():
+    torch.manual_seed(0)
+    embedding, linear = torch.nn.Embedding(12, 4), torch.nn.Linear(4, 12)
+    ids, x = torch.randint(0, 12, (3, 5)), torch.randn(3, 5, 4, requires_grad=True)
+    parts = SerializedEmbedding(embedding, 3)
+    assert torch.equal(parts(ids), embedding(ids))
+    parts(ids).square().sum().backward()
+    embedding(ids).square().sum().backward()
+    assert torch.equal(torch.cat([part.weight.grad for part in parts.parts]), embedding.weight.grad)
+    assert torch.allclose(SerializedLinear(linear, 4)(x), linear(x), atol=1e-6)
+    assert list(SerializedLinear(linear, 4).state_dict()) == list(linear.state_dict())
+
+
+# Options -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_execution_flag_reaches_poptorch(tmp_path, poptorch):
+    config = make_config(
+        4,
+        batch_size=3,
+        gradient_accumulation=10,
+        replication_factor=2,
+        device_iterations=5,
+        stochastic_rounding=True,
+        enable_half_partials=True,
+        enable_rts=True,
+        optimizer_state_offchip=True,
+        matmul_proportion=[0.1, 0.2, 0.3, 0.4],
+        executable_cache_dir=str(tmp_path / "cache"),
+        profile_dir=str(tmp_path / "profile"),
+        synthetic_data=True,
+        random_seed=7,
+        enable_als=True,
+        fp16=True,
+    )
+    options = IpuEngine(config).options
+    assert (options.device_iterations, options.replication_factor, options.random_seed) == (5, 2, 7)
+    assert options.Training.gradient_accumulation == 10
+    assert options.Training.reduction is poptorch.ReductionType.Mean
+    assert options.Training.automatic_loss_scaling is True
+    assert options.Precision.stochastic_rounding is True and options.Precision.partials_type is torch.float16
+    location = options.TensorLocations.optimizer
+    assert (location.on_chip, location.sharded) == (False, True)
+    assert options.memory == {"IPU0": 0.1, "IPU1": 0.2, "IPU2": 0.3, "IPU3": 0.4}
+    assert options.strategy.auto_stage is poptorch.AutoStage.AutoIncrement
+    assert options.cache == str(tmp_path / "cache") and options.synthetic is True and options.offline is False
+    assert options.auto_round_num_ipus is True
+    engine_options = options._Popart.engineOptions
+    assert (
+        engine_options["autoReport.directory"] == str(tmp_path / "profile")
+        and engine_options["autoReport.all"] == "true"
+    )
+    assert engine_options["debug.allowOutOfMemory"] == "true" and engine_options["opt.useAutoloader"] == "true"
+    assert options._Popart.outlineThreshold == 10.0 and options._Popart.disableGradAccumulationTensorStreams is True
+    plain = IpuEngine(make_config(2, compile_only=True)).options
+    assert plain.offline is True and plain.cache is None and plain.Precision.partials_type is torch.float32
+    assert plain.memory == {"IPU0": 0.6, "IPU1": 0.6} and "autoReport.all" not in plain._Popart.engineOptions
+
+
+def test_the_optimizer_gets_what_the_flags_say():
+    config = make_config(1, optimizer="AdamW", beta1=0.8, beta2=0.95, eps=1e-5, weight_decay=0.25, clip_grad_norm=2.0)
+    engine = IpuEngine(config)
+    engine.prepare(make_model(), Pairs(samples_for(config)))
+    matrices, vectors = engine.optimizer.param_groups
+    assert (matrices["betas"], matrices["eps"], matrices["weight_decay"]) == ((0.8, 0.95), 1e-5, 0.25)
+    assert vectors["weight_decay"] == 0 and engine.optimizer.max_grad_norm == 2.0
+    assert engine.optimizer.loss_scaling == 1.0  # nothing to scale in single precision
+    assert (
+        "weight_decay" not in engine.optimizer.variable_attrs.variable
+        and "lr" in engine.optimizer.variable_attrs.variable
+    )
+
+
+def test_what_cannot_work_is_told_before_poptorch_is_asked(monkeypatch):
+    monkeypatch.setitem(sys.modules, "poptorch", None)
+    with pytest.raises(UsageError, match="--gradient-accumulation 2: a pipeline of 4 stages needs at least 7"):
+        IpuEngine(make_config(4, gradient_accumulation=2))
+    with pytest.raises(UsageError, match="wheel of Poplar SDK 3.4.*--device cpu"):
+        IpuEngine(make_config(4))
+
+
+def test_the_models_own_options_are_checked_before_compiling():
+    engine = IpuEngine(make_config(1, embedding_serialization_factor=4))
+    with pytest.raises(UsageError, match="--embedding-serialization-factor 4: does not divide the 14 rows.* 2 does"):
+        engine.prepare(make_model(), Pairs(64))
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_asynchronous_loader_gives_the_same_batches():
+    config = make_config(1)
+    dataset = Pairs(samples_for(config, 3))
+    batches = []
+    for ahead in (False, True):
+        engine = IpuEngine(config.replace(async_dataloader=ahead))
+        batches.append([batch for epoch in range(2) for batch in engine.loader(dataset, epoch)])
+        engine.close()
+    assert len(batches[0]) == len(batches[1]) == 6
+    for one, other in zip(*batches):
+        assert all(torch.equal(a, b) for a, b in zip(one, other))
+
+
+def test_the_loader_goes_on_over_epochs_and_starts_anywhere():
+    config = make_config(1)
+    dataset = Pairs(samples_for(config, 3))
+    engine = IpuEngine(config)
+    everything = [list(engine.loader(dataset, epoch)) for epoch in range(2)]
+    engine.close()
+    engine = IpuEngine(config)
+    first = list(engine.loader(dataset, 0, start=1))
+    loader = engine._loader
+    second = list(engine.loader(dataset, 1))
+    assert engine._loader is loader and len(first) == 2 and len(second) == 3
+    for batch, expected in zip(first + second, everything[0][1:] + everything[1]):
+        assert all(torch.equal(a, b) for a, b in zip(batch, expected))
+    other = Pairs(samples_for(config, 3))
+    next(iter(engine.loader(other, 1)))
+    assert engine._loader is not loader and loader.closed
+    assert not torch.equal(everything[0][0][0], everything[1][0][0])
+
+
+def test_a_start_inside_a_call_is_moved_to_its_beginning(caplog):
+    config = make_config(1, device_iterations=2)
+    dataset = Pairs(samples_for(config, 2))
+    engine = IpuEngine(config)
+    assert engine.steps_per_epoch(len(dataset)) == 4 and engine.steps_per_call == 2
+    assert len(list(engine.loader(dataset, 0, start=3))) == 1
+    assert "run again" in caplog.text
+
+
+def test_too_few_samples():
+    engine = IpuEngine(make_config(1, device_iterations=4))
+    with pytest.raises(UserError, match="15 training samples do not fill one call of the device, which takes 16"):
+        engine.steps_per_epoch(15)
+
+
+def test_codes_of_other_pairs_keep_their_own_epochs():
+    codes = torch.arange(8).repeat(16, 1).t().contiguous()
+    dataset = CodesDataset(Pairs(8), codes)
+    stream = Stream(dataset, 0, (0, 0), 3, 2, (4, 0, 1), torch.float32)
+    assert len(stream) == 24
+    dataset.set_epoch(99)  # somebody else's business
+    texts = {int(image[0]): text for text, image in (stream[index] for index in range(8, 16))}
+    dataset.set_epoch(1)
+    assert all(torch.equal(text, dataset[pair][0]) for pair, text in texts.items()) and len(texts) == 8
+    with pytest.raises(IndexError):
+        stream[24]
+
+
+def test_processes_share_every_sample_out_once():
+    dataset = Pairs(24)
+    dataset._text = torch.tensor
+    seen = []
+    for process in range(3):
+        stream = Stream(dataset, 5, (0, 0), 1, 2, (4, process, 3), None)
+        stream._own, stream._epoch = None, -1
+        seen.append([int(stream[index][0]) for index in range(len(stream))])
+    assert sorted(sum(seen, [])) == list(range(24))
+    from data import epoch_order
+
+    order = epoch_order(24, 5, 0).tolist()
+    assert sorted(seen[0][:4] + seen[1][:4] + seen[2][:4]) == sorted(order[:12])
+    padded = [Padded(dataset, process, 3, 4, None) for process in range(3)]
+    counted = [int(item[0]) for part in padded for item in (part[index] for index in range(len(part))) if item[2]]
+    assert sorted(counted) == list(range(24)) and {len(part) for part in padded} == {8}
+
+
+def test_synthetic_data_costs_the_host_nothing():
+    config = make_config(1, synthetic_data=True)
+    engine = IpuEngine(config)
+    dataset = Pairs(samples_for(config, 3))
+    engine.prepare(make_model(), dataset)
+    batches = list(engine.loader(dataset, 0))
+    assert len(batches) == 3 and batches[0] is batches[2]
+    engine.step(batches[0])
+
+
+# poprun --------------------------------------------------------------------------------------------------------------
+
+
+class Horovod(types.ModuleType):
+    """Two processes of which this is the second: the other one sends what is in `root`, and holds 3.0 of everything."""
+
+    def __init__(self):
+        super().__init__("horovod.torch")
+        self.started, self.root = False, 1234
+
+    def init(self):
+        self.started = True
+
+    def broadcast(self, tensor, root_rank):
+        assert self.started and root_rank == 0
+        return torch.full_like(tensor, self.root)
+
+    def broadcast_parameters(self, parameters, root_rank):
+        assert self.started and root_rank == 0
+        for value in parameters.values():
+            value.zero_()
+
+    def allreduce(self, tensor):
+        assert self.started
+        return (tensor + 3.0) / 2
+
+
+@pytest.fixture
+def poprun(monkeypatch):
+    """`poprun --num-replicas 4 --num-instances 2`, seen from the second instance."""
+    popdist = types.ModuleType("popdist")
+    for name, value in (
+        ("isPopdistEnvSet", True),
+        ("getNumTotalReplicas", 4),
+        ("getNumLocalReplicas", 2),
+        ("getNumInstances", 2),
+        ("getInstanceIndex", 1),
+    ):
+        setattr(popdist, name, lambda value=value: value)
+
+    class Options(poptorch_stand_in.Options):
+        def __init__(self, ipus_per_replica):
+            super().__init__()
+            self._values["replication_factor"] = 2
+            assert ipus_per_replica == 2
+
+        def replicationFactor(self, value):
+            raise RuntimeError("popdist sets the replication factor")
+
+    popdist.poptorch = types.ModuleType("popdist.poptorch")
+    popdist.poptorch.Options = Options
+    horovod = Horovod()
+    for name, module in (
+        ("popdist", popdist),
+        ("popdist.poptorch", popdist.poptorch),
+        ("horovod", types.ModuleType("horovod")),
+        ("horovod.torch", horovod),
+    ):
+        monkeypatch.setitem(sys.modules, name, module)
+    return horovod
+
+
+def test_poprun_shares_seed_weights_and_metrics(poprun):
+    config = make_config(2, replication_factor=4)
+    engine = IpuEngine(config)
+    assert (engine.world_size, engine.is_main, engine.seed, engine.options.random_seed) == (2, False, 1234, 1234)
+    assert config.global_batch == 2 * 3 * 4 and engine.share == 2 * 3 * 2
+    assert "4 replicas" in engine.describe() and "2 processes" in engine.describe()
+    dataset = Pairs(samples_for(config))
+    engine.prepare(make_model(), dataset)
+    assert all(not value.any() for value in engine.model_state().values())  # what process 0 has
+    batch = next(iter(engine.loader(dataset, 0)))
+    from data import epoch_order
+
+    dataset.set_epoch(0)
+    mine = epoch_order(len(dataset), 1234, 0)[12:24].tolist()  # of the order that the broadcast seed gives
+    assert torch.equal(batch[0], torch.stack([dataset[index][0] for index in mine]))
+    loss = engine.step(batch).loss
+    assert loss.shape == () and engine.mean(torch.tensor(1.0)) == 2.0
+    assert engine.state_dict()["random_state"] == []
+    engine.barrier()
+
+
+def test_poprun_and_the_configuration_must_agree(poprun, monkeypatch):
+    with pytest.raises(UsageError, match="--replication-factor 8: poprun has started 4 replicas"):
+        IpuEngine(make_config(2, replication_factor=8))
+    monkeypatch.setitem(sys.modules, "horovod.torch", None)
+    with pytest.raises(UsageError, match="horovod"):
+        IpuEngine(make_config(2, replication_factor=4))
+
+
+def test_popdist_without_poprun_is_a_single_process(poprun, monkeypatch):
+    monkeypatch.setattr(sys.modules["popdist"], "isPopdistEnvSet", lambda: False)
+    engine = IpuEngine(make_config(2, replication_factor=4))
+    assert engine.is_main and engine.hosts.local_replicas == 4 and engine.mean(torch.tensor(1.5)) == 1.5
