@@ -1,10 +1,10 @@
 """A stand-in for PopTorch 3.4, so that the IPU engine can be tested without the Poplar SDK. It is not PopTorch.
 
 It has only the names that engines/ipu uses; any other raises AttributeError. It is strict where PopTorch is (types of
-options, freezing, batch sizes, stages, losses, one owner of the IPUs) and stricter where it can be: weights come back to
-the host only when asked for. Capture runs the model on the `meta` device, where reading a value or mixing in a tensor
-made on the CPU fails; execution runs it on the CPU in float32 (poptorch_stand_in_device.py). It says nothing about what
-the compiler does: lowering, memory, half precision, stochastic rounding, sharded state, speed.
+options, freezing, batch sizes, stages, losses, one owner of the IPUs) and stricter where it can be: weights come back
+to the host only when asked for. Capture runs the model on the `meta` device, where reading a value or mixing in a
+tensor made on the CPU fails; execution runs it on the CPU in float32 (poptorch_stand_in_device.py). It says nothing
+about what the compiler does: lowering, memory, half precision, stochastic rounding, sharded state, speed.
 """
 
 import copy
