@@ -289,7 +289,7 @@ class DataLoader(torch.utils.data.DataLoader):
         if mode == DataLoaderMode.AsyncRebatched:
             assert combined > 1, "rebatched_size must be None or greater than 1"
             assert rebatched_worker_size <= combined, "rebatched_worker_size must be <= to the combined batch size"
-            assert set(async_options) <= {"early_preload", "load_indefinitely"}
+            assert set(async_options) <= {"early_preload", "load_indefinitely"}, "unknown async_options"
             self.rebatched = combined
         if mode != DataLoaderMode.Sync:
             dataset = pickle.loads(pickle.dumps(dataset))  # it is loaded in another process

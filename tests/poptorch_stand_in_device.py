@@ -8,17 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 NAMED_OPS = set((Path(__file__).parent / "assets" / "poptorch_named_ops.txt").read_text().split())
-#: Operators as PyTorch's dispatcher calls them, under the names by which the list of PopTorch's operators has them.
-SYNONYMS = {
-    "_to_copy": "to",
-    "empty_like": "empty",
-    "_unsafe_index": "index",
-    "new_empty": "empty",
-    "native_dropout": "dropout",
-    "scalar_tensor": "full",
-    "lift_fresh": "alias",
-    "lift_fresh_copy": "clone",
-}
+#: How PyTorch breaks up operators that PopTorch takes whole: a change of type, and dropout.
+SYNONYMS = {"_to_copy": "to", "empty_like": "empty"}
 
 CAPTURES = []  # the capture that is running, if any
 RUNS = []  # losses marked in the micro-batch that is running, if any
@@ -39,6 +30,8 @@ def mark_loss(x):
 
 def op_name(func):
     name = func.overloadpacket.__name__
+    if name.endswith("_") and name not in NAMED_OPS:
+        name = name[:-1]  # in place, which PopTorch takes as well
     return SYNONYMS.get(name, name)
 
 
