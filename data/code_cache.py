@@ -10,6 +10,7 @@ encoded, nothing else; so an interrupted run goes on where it stopped.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -152,6 +153,7 @@ class CodeCache:
             return self._visible(place, identities)
         with self._alone(place):
             self._together(place.prepare if self.team.rank == 0 else None)
+            self._wait_for(place.trusted)
             # Once more: another run may have encoded them while this one waited.
             pending = self._pending(self._together(place.read), pairs, rows[share], identities[share])
             total = self.team.total(len(pending))
@@ -203,25 +205,35 @@ class CodeCache:
 
     def _together(self, work: Optional[Callable[[], Any]]) -> Any:
         """Do something that may fail for want of space or rights; if it fails in one process, raise in all."""
-        result, problem = None, ""
+        result, problem = None, 0
         try:
             result = work() if work is not None else None
         except OSError as error:
-            problem = error.strerror or str(error) or type(error).__name__
-        if self.team.total(bool(problem)):
-            raise _CacheError(problem or "another process failed")
+            problem = error.errno or errno.EIO
+        failed = self.team.total(bool(problem))
+        if failed:
+            # Numbers are all that processes exchange; where several failed, they most likely failed alike.
+            raise _CacheError(os.strerror(self.team.total(problem) // failed))
         return result
 
     def _visible(self, place: Place, identities: numpy.ndarray) -> Records:
         """Return the records as soon as every process sees all of them."""
+        records: List[Records] = []
+
+        def all_there() -> bool:
+            records[:] = [self._together(place.read)]
+            return not (records[0].find(identities) < 0).any()
+
+        self._wait_for(all_there)
+        return records[0]
+
+    def _wait_for(self, seen: Callable[[], bool]) -> None:
+        """Return as soon as every process sees what another one wrote."""
         deadline = time.monotonic() + _SECONDS_TO_APPEAR
-        while True:
-            records: Records = self._together(place.read)
-            if not self.team.total(int((records.find(identities) < 0).sum())):
-                return records
+        while self.team.total(not seen()):
             if self.team.total(time.monotonic() > deadline):
                 raise _CacheError("the processes do not see each other's files; all machines must share this folder")
-            time.sleep(0.5)
+            time.sleep(0.2)
 
     @contextlib.contextmanager
     def _alone(self, place: Place) -> Iterator[None]:

@@ -1,0 +1,601 @@
+"""The code cache: equal to encoding in every step, and never trusting what changed, broke off or was damaged."""
+
+import copy
+import json
+import logging
+import os
+import pickle
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import args
+import engines
+import train
+from data import CodeCache, DemoDataset, ImageTextFolder, Team, TextSettings, code_cache, code_files
+from data.demo import DemoRecord
+from data.folder import list_pairs
+from models.vqgan import VQGAN, VqganConfig, image_codes
+from utils import checkpoints
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZE, CODES = 8, 4
+RECORD = 8 + 1 + 2 * CODES + 4  # bytes
+
+
+class Letters:
+    """A tokenizer of one id per character; knows what the data sets ask of one."""
+
+    vocab_size = 300
+
+    def tokenize(self, texts, text_seq_len, truncate=False):
+        texts = [texts] if isinstance(texts, str) else texts
+        rows = torch.zeros(len(texts), text_seq_len, dtype=torch.int64)
+        for row, text in zip(rows, texts):
+            row[: len(text)] = torch.tensor([ord(character) for character in text])
+        return rows
+
+
+class Encoder:
+    """Codes that depend on every pixel of an image and its place, and a count of the images they were made of."""
+
+    def __init__(self, stop_after=None):
+        self.count, self.stop_after = 0, stop_after
+
+    def __call__(self, images):
+        if self.stop_after is not None and self.count + len(images) > self.stop_after:
+            raise KeyboardInterrupt
+        self.count += len(images)
+        weights = torch.arange(1, 3 * SIZE * SIZE + 1)
+        sums = (images.flatten(1).long() * weights).sum(dim=1, keepdim=True)
+        return (sums // torch.tensor([1, 7, 31, 101])) % 1024
+
+
+def write_photos(folder, count=20):
+    folder.mkdir(exist_ok=True)
+    generator = torch.Generator().manual_seed(3)
+    for index in range(count):
+        pixels = torch.randint(0, 256, (SIZE, SIZE + 4, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / "{:02}.png".format(index))
+        (folder / "{:02}.txt".format(index)).write_text("p{0}a\np{0}b\np{0}c\n".format(index))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    write_photos(tmp_path / "photos")
+    return tmp_path / "photos"
+
+
+def photo_set(folder, **settings):
+    return ImageTextFolder(list_pairs(str(folder)), TextSettings(Letters(), 8, **settings), SIZE)
+
+
+def cache_in(folder, encoder, num_codes=1024, **more):
+    more.setdefault("made_with", {"vqgan": "0123"})
+    return CodeCache(folder, image_size=SIZE, num_codes=num_codes, codes_per_image=CODES, encode=encoder, **more)
+
+
+def encoded(photos, folder, encoder=None, **more):
+    """The photos as codes, and how many images that took."""
+    encoder = encoder or Encoder()
+    dataset, _ = cache_in(folder, encoder, **more).encoded(photo_set(photos), None)
+    return dataset, encoder.count
+
+
+def break_image(path):
+    path.write_bytes(path.read_bytes()[:60])
+
+
+def assert_same_items(codes, images):
+    """Both data sets give the same texts, and the codes of the images."""
+    assert len(codes) == len(images)
+    for epoch in range(3):
+        codes.set_epoch(epoch)
+        images.set_epoch(epoch)
+        for index in range(len(images)):
+            (text, row), (own_text, image) = codes[index], images[index]
+            assert torch.equal(text, own_text)
+            assert row.dtype == torch.int64 and torch.equal(row, Encoder()(image[None])[0])
+
+
+# What is read
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("broken", [(), (3, 4, 11)])
+def test_items_are_those_of_the_images(photos, tmp_path, broken, flip):
+    for index in broken:
+        break_image(photos / "{:02}.png".format(index))
+    sets = []
+    for _ in range(2):
+        images = photo_set(photos, seed=5, null_cond_prob=0.2)
+        images.flip = flip
+        sets += images.split(6)
+    train_set, validation_set = cache_in(tmp_path / "codes", Encoder()).encoded(sets[0], sets[1])
+    assert_same_items(train_set, sets[2])
+    assert_same_items(validation_set, sets[3])
+    again = Encoder()
+    train_set, validation_set = cache_in(tmp_path / "codes", again).encoded(sets[0], sets[1])
+    assert again.count == 0
+    assert_same_items(train_set, sets[2])
+
+
+def test_mirrored_images_are_others_in_each_epoch(photos):
+    plain, mirrored = photo_set(photos), photo_set(photos)
+    mirrored.flip = True
+    changes = []
+    for epoch in range(2):
+        mirrored.set_epoch(epoch)
+        flips = [not torch.equal(plain[index][1], mirrored[index][1]) for index in range(20)]
+        assert all(torch.equal(mirrored[i][1], plain[i][1].flip(-1)) for i in range(20) if flips[i])
+        assert 3 < sum(flips) < 17
+        changes.append(flips)
+    assert changes[0] != changes[1]
+    assert not mirrored.split(4)[1].flip
+
+
+@pytest.mark.parametrize("num_codes,kind,size", [(65536, "<u2", 2), (65537, "<i4", 4)])
+def test_codes_take_two_bytes_where_the_codebook_allows(photos, tmp_path, num_codes, kind, size):
+    largest = num_codes - 1
+    dataset, _ = cache_in(
+        tmp_path, lambda images: torch.full((len(images), CODES), largest), num_codes=num_codes
+    ).encoded(photo_set(photos), None)
+    assert dataset[7][1].tolist() == [largest] * CODES
+    (path,) = tmp_path.glob("*/*.codes")
+    assert path.stat().st_size == 20 * (8 + 1 + CODES * size + 4)
+
+
+def test_a_copy_for_a_spawned_process_reads_the_same(photos, tmp_path):
+    dataset, _ = encoded(photos, tmp_path)
+    rows = pickle.dumps(dataset.codes)
+    assert len(rows) < 20 * 200  # the names of the files, not what is in them
+    copied = pickle.loads(rows)
+    assert all(numpy.array_equal(copied[row], dataset.codes[row]) for row in range(20))
+
+
+def test_only_what_a_short_run_uses_is_encoded(photos, tmp_path):
+    break_image(photos / "02.png")
+    used = torch.tensor([7, 2, 0])
+    encoder = Encoder()
+    dataset, _ = cache_in(tmp_path, encoder).encoded(photo_set(photos), None, used)
+    assert encoder.count == 3  # 7, 0 and what stands in for 2
+    images = photo_set(photos)
+    for index in used.tolist():
+        text, image = images[index]
+        assert torch.equal(dataset[index][0], text) and torch.equal(dataset[index][1], Encoder()(image[None])[0])
+    left_out = [index for index in range(20) if int(dataset[index][1][0]) < 0]
+    assert len(left_out) >= 16
+    with pytest.raises(IndexError):
+        torch.nn.functional.embedding(dataset[left_out[0]][1], torch.zeros(1024, 2))
+    assert encoded(photos, tmp_path)[1] == 16
+
+
+def test_the_demo_and_random_images_have_identities_of_their_own(photos, tmp_path):
+    records = [DemoRecord("{:02}".format(i), "c", photos / "{:02}.png".format(i)) for i in range(20)]
+    encoder = Encoder()
+    for part, expected in ((records[:12], 12), (records[12:], 20), (records, 20)):
+        dataset, _ = cache_in(tmp_path, encoder).encoded(DemoDataset(part, TextSettings(Letters(), 8), SIZE), None)
+        assert encoder.count == expected and len(dataset) == len(part)
+
+
+# What is encoded again
+
+
+def test_an_image_that_changed_is_encoded_again_and_no_other(photos, tmp_path):
+    assert encoded(photos, tmp_path)[1] == 20
+    assert encoded(photos, tmp_path)[1] == 0
+    os.utime(photos / "01.png", (1e9, 1e9))
+    assert encoded(photos, tmp_path)[1] == 1
+    for name in ("02.png", "03.png"):
+        Image.new("RGB", (9, 9), (1, 2, 3)).save(photos / name)
+    dataset, count = encoded(photos, tmp_path)
+    assert count == 2
+    assert_same_items(dataset, photo_set(photos))
+    (photos / "04.png").unlink()
+    write_photos(photos, 1)
+    (photos / "00a.png").write_bytes((photos / "05.png").read_bytes())
+    (photos / "00a.txt").write_text("new")
+    dataset, count = encoded(photos, tmp_path)
+    assert count == 2 and len(dataset) == 20
+    assert_same_items(dataset, photo_set(photos))
+
+
+def test_another_vqgan_size_or_rule_for_pixels_encodes_all(photos, tmp_path, monkeypatch):
+    assert encoded(photos, tmp_path)[1] == 20
+    assert encoded(photos, tmp_path, made_with={"vqgan": "4567"})[1] == 20
+    monkeypatch.setattr(code_cache, "PIXEL_RULES", "other")
+    assert encoded(photos, tmp_path)[1] == 20
+    assert len(list(tmp_path.glob("photos-*"))) == 3
+    monkeypatch.undo()
+    assert encoded(photos, tmp_path)[1] == 0
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff{"])
+def test_records_without_their_manifest_are_not_trusted(photos, tmp_path, content, caplog):
+    encoded(photos, tmp_path)
+    (manifest,) = tmp_path.glob("*/manifest.json")
+    right = manifest.read_bytes()
+    manifest.unlink() if content is None else manifest.write_bytes(content)
+    assert encoded(photos, tmp_path)[1] == 20
+    assert "built anew" in caplog.text and manifest.read_bytes() == right
+    assert len(list(manifest.parent.glob("*.codes"))) == 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_damaged_records_are_encoded_again(photos, tmp_path, seed, caplog):
+    dataset, _ = encoded(photos, tmp_path)
+    (path,) = tmp_path.glob("*/*.codes")
+    content, chance = bytearray(path.read_bytes()), random.Random(seed)
+    size = len(content) // 20
+    hit = {position // size for position in (chance.randrange(len(content)) for _ in range(3))}
+    for record in hit:
+        content[record * size + chance.randrange(size)] ^= 1 << chance.randrange(8)
+    path.write_bytes(content)
+    dataset, count = encoded(photos, tmp_path)
+    assert count == len(hit) and "damaged" in caplog.text
+    assert_same_items(dataset, photo_set(photos))
+    caplog.clear()
+    assert encoded(photos, tmp_path)[1] == 0 and not caplog.text
+
+
+def test_mending_a_file_does_not_disturb_who_reads_it(photos, tmp_path):
+    reader, _ = encoded(photos, tmp_path)
+    expected = [reader[index][1].clone() for index in range(20)]
+    (path,) = tmp_path.glob("*/*.codes")
+    with open(path, "r+b") as file:
+        file.write(b"\1" * 30)  # the first two records
+    encoded(photos, tmp_path)
+    assert not path.exists()
+    assert all(torch.equal(reader[index][1], expected[index]) for index in range(3, 20))
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 5, 8, 13, 18])
+def test_an_interrupted_run_goes_on_where_it_stopped(photos, tmp_path, stop_after, monkeypatch):
+    monkeypatch.setattr(code_cache, "_BATCH", 3)
+    break_image(photos / "00.png")
+    with pytest.raises(KeyboardInterrupt):
+        encoded(photos, tmp_path, Encoder(stop_after))
+    written = sum(path.stat().st_size for path in tmp_path.glob("*/*.codes")) // RECORD
+    done = max(written - 1, 0)  # without the unreadable image, which comes first
+    assert stop_after - 3 < done <= stop_after
+    dataset, count = encoded(photos, tmp_path)
+    assert count == 19 - done
+    assert_same_items(dataset, photo_set(photos))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_file_cut_off_anywhere_loses_only_its_end(photos, tmp_path, seed):
+    encoded(photos, tmp_path)
+    (path,) = tmp_path.glob("*/*.codes")
+    size = path.stat().st_size // 20
+    length = random.Random(seed).randrange(20 * size)
+    os.truncate(path, length)
+    dataset, count = encoded(photos, tmp_path)
+    assert count == 20 - length // size
+    assert_same_items(dataset, photo_set(photos))
+
+
+def test_an_unreadable_image_is_tried_again_by_the_next_run(photos, tmp_path, caplog):
+    good = (photos / "06.png").read_bytes()
+    (photos / "06.png").write_bytes(b"x" * len(good))
+    os.utime(photos / "06.png", (1e9, 1e9))
+    assert encoded(photos, tmp_path)[1] == 19
+    assert "cannot read {}".format(photos / "06.png") in caplog.text
+    assert encoded(photos, tmp_path)[1] == 0
+    (photos / "06.png").write_bytes(good)
+    os.utime(photos / "06.png", (1e9, 1e9))
+    dataset, count = encoded(photos, tmp_path)
+    assert count == 1
+    assert_same_items(dataset, photo_set(photos))
+
+
+# Several processes and runs
+
+
+class Shared:
+    """The average over two threads that play two processes."""
+
+    def __init__(self):
+        self.values, self.barrier = [0.0, 0.0], threading.Barrier(2, timeout=60)
+
+    def team(self, rank):
+        def mean(value):
+            self.values[rank] = float(value)
+            self.barrier.wait()
+            result = sum(self.values) / 2
+            self.barrier.wait()
+            return result
+
+        return Team(rank, 2, mean)
+
+
+def in_threads(*works):
+    """Run functions at the same time and return their results."""
+    results = [None] * len(works)
+
+    def run(number):
+        results[number] = works[number]()
+
+    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(len(works))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    return results
+
+
+def test_two_processes_share_the_work(photos, tmp_path):
+    break_image(photos / "01.png")
+    shared = Shared()
+    encoders = Encoder(), Encoder()
+    results = in_threads(
+        *(lambda rank=rank: encoded(photos, tmp_path, encoders[rank], team=shared.team(rank)) for rank in range(2))
+    )
+    assert (encoders[0].count, encoders[1].count) == (10, 9)
+    for dataset, _ in results:
+        assert_same_items(dataset, photo_set(photos))
+    assert len(list(tmp_path.glob("*/*.codes"))) == 2
+
+
+def test_a_failure_in_one_process_ends_the_cache_in_all(photos, tmp_path, monkeypatch, caplog):
+    shared, write = Shared(), code_files.Writer.write
+
+    def fail(writer, records):
+        if threading.current_thread().name == "full":
+            raise OSError(28, "No space left on device")
+        write(writer, records)
+
+    def run(rank):
+        threading.current_thread().name = "full" if rank else "good"
+        return encoded(photos, tmp_path, team=shared.team(rank))[0]
+
+    monkeypatch.setattr(code_files.Writer, "write", fail)
+    results = in_threads(lambda: run(0), lambda: run(1))
+    assert all(isinstance(result, ImageTextFolder) for result in results)
+    assert caplog.text.count("No space left on device") == 2
+
+
+def test_processes_that_do_not_see_each_others_files_train_without(photos, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(code_cache, "_SECONDS_TO_APPEAR", 0.1)
+    shared = Shared()
+    results = in_threads(
+        *(lambda rank=rank: encoded(photos, tmp_path / str(rank), team=shared.team(rank))[0] for rank in range(2))
+    )
+    assert all(isinstance(result, ImageTextFolder) for result in results)
+    assert "share this folder" in caplog.text
+
+
+def test_a_second_run_waits_and_takes_what_the_first_one_made(photos, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(Encoder):
+        def __call__(self, images):
+            begun.set()
+            assert go_on.wait(60)
+            return super().__call__(images)
+
+    def second():
+        assert begun.wait(60)
+        return encoded(photos, tmp_path)
+
+    def watch():
+        deadline = time.monotonic() + 60
+        while "waiting for process {}".format(os.getpid()) not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+        go_on.set()
+        return "waiting for" in caplog.text
+
+    (_, first), (dataset, count), waited = in_threads(lambda: encoded(photos, tmp_path, Slow()), second, watch)
+    assert (first, count, waited) == (20, 0, True)
+    assert_same_items(dataset, photo_set(photos))
+
+
+def test_the_lock_of_a_killed_process_is_free(photos, tmp_path):
+    place = cache_in(tmp_path, Encoder()).place(photo_set(photos))
+    ready, child_says = os.pipe()
+    child = os.fork()
+    if child == 0:
+        lock = place.lock()
+        os.write(child_says, b"y" if lock else b"n")
+        time.sleep(60)
+        os._exit(0)
+    assert os.read(ready, 1) == b"y"
+    assert place.lock() is None and place.lock_holder().startswith("process {} on".format(child))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    lock = place.lock()
+    assert lock is not None
+    lock.close()
+
+
+# Where codes cannot be kept
+
+
+def test_a_full_disk_ends_the_cache_not_the_run(tmp_path, caplog):
+    """A real short write: files may not grow beyond 1000 bytes, which is in the middle of a record."""
+    photos = tmp_path / "photos"
+    write_photos(photos, 60)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        dataset, _ = encoded(photos, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert isinstance(dataset, ImageTextFolder)
+    assert "training goes on without" in caplog.text and "--cache-codes DIR" in caplog.text
+    (path,) = tmp_path.glob("*/*.codes")
+    assert path.stat().st_size == 1000
+    dataset, count = encoded(photos, tmp_path)
+    assert count == 60 - 1000 // RECORD
+    assert_same_items(dataset, photo_set(photos))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_ends_the_cache_not_the_run(photos, tmp_path, caplog):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    assert isinstance(encoded(photos, tmp_path / "closed")[0], ImageTextFolder)
+    assert "Permission denied" in caplog.text
+
+
+def test_a_file_for_a_folder_is_an_error(photos, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--cache-codes .*file: this is no folder"):
+        encoded(photos, tmp_path / "file")
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A tiny VQGAN (8x8 pixels to 2x2 codes) and 20 pictures, two of them broken."""
+    folder = tmp_path_factory.mktemp("training")
+    config = VqganConfig(
+        embed_dim=8,
+        num_codes=16,
+        z_channels=8,
+        resolution=SIZE,
+        in_channels=3,
+        out_ch=3,
+        ch=8,
+        ch_mult=(1, 1, 1),
+        num_res_blocks=1,
+        attn_resolutions=(),
+        num_groups=4,
+    )
+    torch.manual_seed(0)
+    save_file(VQGAN(config).state_dict(), str(folder / "vqgan.safetensors"))
+    config.to_yaml(folder / "vqgan.yaml")
+    write_photos(folder / "photos")
+    break_image(folder / "photos" / "05.png")
+    break_image(folder / "photos" / "12.png")
+    return folder
+
+
+def flags(material, out, *more):
+    return [
+        *("--config", "unit_test", "--input-folder", str(material / "photos"), "--image-size", str(SIZE)),
+        *("--batch-size", "2", "--gradient-accumulation", "2", "--epochs", "2", "--max-steps", "0"),
+        *("--text-seq-len", "8", "--hidden-size", "16", "--dim-head", "8", "--validation-fraction", "0.2"),
+        *("--device", "cpu", "--log-every", "1", "--ff-dropout", "0.1", "--checkpoint-output-dir", str(out / "ckpt")),
+        *("--vqgan-model-path", str(material / "vqgan.safetensors")),
+        *("--vqgan-config-path", str(material / "vqgan.yaml")),
+        *more,
+    ]
+
+
+def trained(material, out, *more):
+    """Train in this process and return the losses of all steps and validations."""
+    config = args.parse(flags(material, out, *more))
+    engine = engines.create(config)
+    train.train(config, engine)
+    return losses(out)
+
+
+def losses(out):
+    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(event["event"], event["step"], event["loss"], event["image_loss"]) for event in events]
+
+
+def final_weights(out):
+    return checkpoints.read_dalle(checkpoints.newest_checkpoint(out / "ckpt")).weights
+
+
+@pytest.mark.parametrize("more", [(), ("--augment", "flip", "--precision", "bf16")], ids=["plain", "mirrored"])
+def test_training_is_the_same_with_and_without(material, tmp_path, more, monkeypatch):
+    """Also with a VQGAN whose codes depend on how many images it gets at once, far more than a real one's do."""
+    encode = VQGAN.encode
+    monkeypatch.setattr(VQGAN, "encode", lambda self, x: (encode(self, x) + 5 * len(x)) % self.num_codes)
+    cache = ("--cache-codes", str(tmp_path / "codes"))
+    without = trained(material, tmp_path / "without", "--cache-codes", "off", *more)
+    first = trained(material, tmp_path / "first", *cache, *more)
+    monkeypatch.setattr(VQGAN, "encode", None)  # from now on whoever encodes fails
+    second = trained(material, tmp_path / "second", *cache, *more)
+    assert without == first == second and len(without) == 2 * 4 + 2
+    weights = [final_weights(tmp_path / name) for name in ("without", "first", "second")]
+    assert all(torch.equal(weights[0][key], other[key]) for other in weights[1:] for key in weights[0])
+
+
+def test_a_short_run_encodes_only_its_own_images(material, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    more = ("--max-steps", "2", "--validation-fraction", "0")
+    cached = trained(material, tmp_path / "cached", "--cache-codes", str(tmp_path / "codes"), *more)
+    assert "encoding 8 of 8 images" in caplog.text
+    assert cached == trained(material, tmp_path / "without", "--cache-codes", "off", *more)
+
+
+def test_random_images_are_encoded_in_the_step_unless_a_folder_is_given(material, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    more = ("--generated-data", "--max-steps", "1")
+    without = trained(material, tmp_path / "auto", *more)
+    assert "encoding" not in caplog.text
+    assert trained(material, tmp_path / "given", "--cache-codes", str(tmp_path / "codes"), *more) == without
+    assert "encoding 4 of 4 images" in caplog.text
+
+
+def test_training_goes_on_when_codes_cannot_be_written(material, tmp_path, monkeypatch, caplog):
+    def fail(self, records):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(code_files.Writer, "write", fail)
+    more = ("--max-steps", "2", "--validation-fraction", "0")
+    cached = trained(material, tmp_path / "cached", "--cache-codes", str(tmp_path / "codes"), *more)
+    warning = [record.message for record in caplog.records if "cannot keep image codes" in record.message]
+    assert len(warning) == 1 and "No space left on device" in warning[0]
+    assert cached == trained(material, tmp_path / "without", "--cache-codes", "off", *more)
+
+
+def test_an_images_codes_do_not_depend_on_its_batch(material):
+    from models.vqgan import load_vqgan
+
+    vqgan = load_vqgan(material / "vqgan.safetensors", material / "vqgan.yaml")
+    images = torch.randint(0, 256, (7, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    features = []
+    vqgan.quantize.codes = lambda z: features.append(copy.deepcopy(z)) or torch.zeros(len(z), 4, dtype=torch.int64)
+    image_codes(vqgan, images)
+    image_codes(vqgan, images[2:5])
+    image_codes(vqgan, images[4:5])
+    assert [len(z) for z in features] == [1] * 11
+    assert torch.equal(torch.cat(features[2:5]), torch.cat(features[7:10]))
+    assert torch.equal(features[4], features[10])
+
+
+def test_two_processes_train_as_one_does_without(material, tmp_path):
+    without = trained(material, tmp_path / "one", "--cache-codes", "off", "--ff-dropout", "0")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = dict(os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2")
+    more = ("--cache-codes", str(tmp_path / "codes"), "--ff-dropout", "0")
+    command = [sys.executable, str(ROOT / "train.py"), *flags(material, tmp_path / "two", *more)]
+    processes = [
+        subprocess.Popen(
+            command,
+            env=dict(environment, RANK=str(rank), LOCAL_RANK=str(rank)),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=300)[1].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert "encoding 16 of 16 images" in errors[0] and "encoding images 16/16 (100%) images" in errors[0]
+    assert len(list((tmp_path / "codes").glob("*/*.codes"))) == 4  # of each process, for training and validation
+    for (_, _, loss, _), (_, _, expected, _) in zip(losses(tmp_path / "two"), without):
+        assert loss == pytest.approx(expected, rel=1e-4)
