@@ -354,7 +354,7 @@ class Writer:
     def _finish(self, index: int, folder: PromptFolder, images_per_second: float) -> None:
         ranked = self.best.pop(index).ordered() if index in self.best else []
         for candidate in ranked:
-            note: Dict[str, Any] = {"candidate": candidate.index}
+            note: Dict[str, Any] = {"candidate": candidate.number}
             if self.ranker is not None:
                 note["clip_score"] = candidate.score
             folder.add(

@@ -122,7 +122,7 @@ def transparent_mask(picture: Image.Image) -> Optional[Image.Image]:
     if not ("A" in picture.getbands() or "transparency" in picture.info):
         return None
     alpha = ImageOps.exif_transpose(picture).convert("RGBA").getchannel("A")
-    return ImageOps.invert(alpha) if alpha.getextrema()[0] < 128 else None
+    return ImageOps.invert(alpha) if np.array(alpha).min() < 128 else None
 
 
 def completion_codes(loaded: Loaded, picture: Picture, mask: Any) -> Tensor:

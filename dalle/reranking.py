@@ -31,8 +31,8 @@ class Candidate(NamedTuple):
 
     score: float
     """The higher the better; one that is not a number comes last."""
-    index: int
-    """Its number among all images of the prompt; of equal scores the first one wins."""
+    number: int
+    """Its place among all images of the prompt; of equal scores the first one wins."""
     seed: int
     codes: Tensor
     """(N,)"""
@@ -61,7 +61,7 @@ class Best:
 
 
 def _rank(candidate: Candidate) -> Tuple[float, int]:
-    return (-candidate.score if candidate.score == candidate.score else float("inf"), candidate.index)
+    return (-candidate.score if candidate.score == candidate.score else float("inf"), candidate.number)
 
 
 class ClipRanker:

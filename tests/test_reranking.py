@@ -155,7 +155,7 @@ def test_best_holds_no_more_than_it_keeps():
     for index, score in enumerate([0.1, float("nan"), 0.5, 0.5, 0.2]):
         best.add(Candidate(score, index, index, nothing, nothing[0], nothing))
         assert len(best.ordered()) <= 2
-    assert [candidate.index for candidate in best.ordered()] == [2, 3]
+    assert [candidate.number for candidate in best.ordered()] == [2, 3]
 
 
 def test_completion_keeps_what_the_mask_leaves(run, folder, tmp_path):
