@@ -120,7 +120,7 @@ def train(config: Config, engine: Engine) -> None:
     )
     with metrics, progress:
         run(config, engine, parts, schedule, position, saver, metrics, progress)
-        finish(config, engine, progress)
+        finish(config, engine, parts, progress)
 
 
 def run(
@@ -219,10 +219,12 @@ def end_epoch(
     saver.save(position, checkpoints.checkpoint_name(epoch, None if complete else position.step))
 
 
-def finish(config: Config, engine: Engine, progress: log.Progress) -> None:
-    """Draw loss.png and say where everything is."""
+def finish(config: Config, engine: Engine, parts: Parts, progress: log.Progress) -> None:
+    """Draw loss.png, report what was unreadable, and say where everything is."""
     if not engine.is_main:
         return
+    if getattr(parts.train_set, "num_unreadable", 0):
+        logger.warning("%s", parts.train_set.report())
     logger.info("%s", log.throughput_line(progress.overall_samples_per_second))
     curve = config.log_dir / "loss.png"
     if log.plot_losses(config.log_dir / "metrics.jsonl", curve):

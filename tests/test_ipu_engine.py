@@ -206,10 +206,9 @@ def test_optimizer_states_do_not_cross_engines_or_layouts(caplog):
         other.prepare(make_model(), dataset)
         other.load_state_dict(state)
         other.load_state_dict({"engine": "native", "optimizer": {}})
-    assert [record.message.startswith("the checkpoint's optimizer state is dropped") for record in caplog.records] == [
-        True,
-        True,
-    ]
+    warnings = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 2
+    assert all(message.startswith("the checkpoint's optimizer state is dropped") for message in warnings)
     assert other.state_dict()["optimizer"]["ipu_state"] == {}
     if HAS_NATIVE:
         native = engines.create(config.replace(device="cpu"))
