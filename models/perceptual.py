@@ -25,6 +25,9 @@ _SCALE = (0.458, 0.448, 0.450)
 class PerceptualDistance(nn.Module):
     """Mean distance of two batches of images (B, 3, S, S) in [0, 1]; a scalar, frozen, differentiable in its inputs."""
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("shift", torch.tensor(_SHIFT).view(1, 3, 1, 1))

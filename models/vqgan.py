@@ -170,7 +170,7 @@ class VQGAN(nn.Module):
 
 
 @torch.no_grad()
-def image_codes(vqgan: nn.Module, images: Tensor) -> Tensor:
+def image_codes(vqgan: Any, images: Tensor) -> Tensor:
     """Images (B, 3, S, S), uint8 or floats in [0, 1] -> codes (B, N), each image encoded by itself.
 
     How many images a convolution takes at a time decides which kernel runs, and with it the last bits of features; a
@@ -298,7 +298,7 @@ def load_vqgan(
     model.identity = sha256_file(weights_path)
     model = model.to(device)
     if channels_last:
-        model = model.to(memory_format=torch.channels_last)
+        nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
     return model.eval().requires_grad_(False)
 
 

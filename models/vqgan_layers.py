@@ -4,6 +4,8 @@ Module names follow the published checkpoints, so that their state dicts load as
 Letters: B images, C channels, H and W height and width in pixels or features, P = H*W positions.
 """
 
+from typing import Iterable, Sequence, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -105,6 +107,9 @@ class Middle(nn.Module):
 class Level(nn.Module):
     """One resolution: residual blocks, each followed by attention where the configuration asks for it."""
 
+    downsample: Downsample
+    upsample: Upsample
+
     def __init__(
         self, in_channels: int, out_channels: int, num_blocks: int, attention: bool, config: VqganConfig
     ) -> None:
@@ -145,7 +150,7 @@ class Encoder(nn.Module):
         if self.patch_size > 1:
             x = fold_patches(x, self.patch_size)  # (B, in_channels * patch^2, H/patch, W/patch)
         h = self.conv_in(x)  # (B, ch, H, W)
-        for level in self.down:
+        for level in cast(Iterable[Level], self.down):
             h = level(h)
             if hasattr(level, "downsample"):
                 h = level.downsample(h)  # (B, C, H/2, W/2)
@@ -177,9 +182,10 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))  # (B, C, H/f, W/f)
-        for i in reversed(range(len(self.up))):
-            h = self.up[i](h)
+        levels = cast(Sequence[Level], self.up)
+        for i in reversed(range(len(levels))):
+            h = levels[i](h)
             if i != 0:
-                h = self.up[i].upsample(h)  # (B, C, 2H, 2W)
+                h = levels[i].upsample(h)  # (B, C, 2H, 2W)
         x = self.conv_out(F.silu(self.norm_out(h)))
         return F.pixel_shuffle(x, self.patch_size) if self.patch_size > 1 else x
