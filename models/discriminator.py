@@ -3,7 +3,7 @@
 Letters: B images, S image height and width, h and w height and width of the map of patch scores.
 """
 
-from typing import List
+from typing import Any, Dict, List
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +33,10 @@ class PatchDiscriminator(nn.Sequential):
 class Adversary:
     """The discriminator with its own optimizer, and the two losses of the game."""
 
-    def __init__(self, channels: int, learning_rate: float, weight: float, device: torch.device) -> None:
-        self.model = PatchDiscriminator(channels).to(device)
+    def __init__(
+        self, channels: int, learning_rate: float, weight: float, device: torch.device, width: int = 64
+    ) -> None:
+        self.model = PatchDiscriminator(channels, width).to(device)
         self.weight = weight
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=learning_rate, betas=(0.5, 0.9))
 
@@ -63,3 +65,12 @@ class Adversary:
         loss.backward()
         self.optimizer.step()
         return loss.detach()
+
+    def state_dict(self) -> Dict[str, Any]:
+        """What `load_state_dict` takes to go on."""
+        return {"model": dict(self.model.state_dict()), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Take the state that `state_dict` returned."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])

@@ -3,7 +3,7 @@
 Letters: B images, D embed_dim, K num_codes, M feature vectors of a batch.
 """
 
-from typing import Optional
+from typing import Any, Dict, Optional
 
 import torch
 from torch import Tensor
@@ -78,3 +78,13 @@ class CodebookUpkeep:
             self.count[dead] = 1.0
             self.total[dead] = chosen
         return dead
+
+    def state_dict(self) -> Dict[str, Any]:
+        """What `load_state_dict` takes to go on; the codebook itself belongs to the model."""
+        return {"usage": self.usage, "count": self.count, "total": self.total}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Take the state that `state_dict` returned."""
+        for name in ("usage", "count", "total"):
+            getattr(self, name).copy_(state[name])

@@ -1,6 +1,6 @@
 """What a VQGAN is made of, read from and written to the YAML layout of taming-transformers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Tuple
 
@@ -186,6 +186,25 @@ class VqganConfig:
         """Write the configuration for `from_yaml`, atomically."""
         with atomic_write(path) as file:
             yaml.safe_dump(self.to_dict(), file, sort_keys=False, default_flow_style=None)
+
+
+_SMALL = VqganConfig(
+    num_codes=512,
+    embed_dim=32,
+    resolution=64,
+    z_channels=32,
+    ch=16,
+    ch_mult=(2, 4),
+    num_res_blocks=1,
+    attn_resolutions=(),
+    num_groups=8,
+    patch_size=4,
+)
+DEMO_CONFIGS: Dict[str, VqganConfig] = {
+    "f8_demo": _SMALL,
+    "f16_demo": replace(_SMALL, num_codes=2048, ch_mult=(3, 4, 5)),
+}
+"""Small models for 64x64 images on a CPU: patches of 4x4 pixels, so that no layer runs above 16x16."""
 
 
 def _mapping(document: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any]:

