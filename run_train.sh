@@ -14,6 +14,7 @@ if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
     config=$1
     shift
 fi
+case " $* " in *" --help "*|*" -h "*) exec "$python" "$root/train.py" --help;; esac
 if [ "${NPROC:-1}" -gt 1 ]; then
     "$python" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" "$root/train.py" --config "$config" "$@"
 else
@@ -25,7 +26,9 @@ found=$(PYTHONPATH="$root" "$python" -c '
 import sys, args
 from utils.checkpoints import newest_checkpoint
 config = args.parse(sys.argv[1:])
-newest = newest_checkpoint(config.checkpoints.checkpoint_output_dir)
+ipu, data, folder = config.ipu, config.data, config.checkpoints.checkpoint_output_dir
+if ipu.plan or ipu.compile_only or data.generated_data or data.synthetic_data or not folder: sys.exit()
+newest = newest_checkpoint(folder)
 if newest: print(newest, config.log_dir, config.data.input_folder, sep="\n")' --config "$config" "$@")
 if [ -z "$found" ]; then
     exit 0

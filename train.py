@@ -11,6 +11,7 @@ The loop never asks which device it has: engines/ does.
 import dataclasses
 import functools
 import logging
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ from utils import checkpoints, schedules
 from utils.errors import UserError, run_main
 
 logger = logging.getLogger(__name__)
+
+#: Fields of DalleConfig that say how a model is trained, not what it is.
+TRAINING_OPTIONS = ("loss_img_weight", "attn_dropout", "ff_dropout")
 
 #: Samples of a --generated-data epoch, unless two global batches need more.
 GENERATED_SAMPLES = 1024
@@ -86,6 +90,8 @@ def train(config: Config, engine: Engine) -> None:
     """Build everything, then train: one checkpoint, validation and line of metrics after each epoch."""
     torch.manual_seed(config.execution.random_seed)
     folder = Path(config.checkpoints.checkpoint_output_dir)
+    if engine.is_main and config.checkpoints.checkpoint_output_dir:
+        check_writable(folder)
     start = find_start(config, folder)
     resuming = config.checkpoints.resume and start is not None
     parts = encode_images(config, engine, build_parts(config))
@@ -135,6 +141,9 @@ def run(
 ) -> None:
     """The loop over epochs and steps, from `position` to the end; `position` moves along."""
     per_call, every = engine.steps_per_call, config.misc.log_every
+    if schedule.finished(position):
+        logger.info("nothing left to train: the run ended at step %d; raise its limits to go on", position.step)
+        return
     while position.epoch < config.execution.epochs:
         for batch in engine.loader(parts.train_set, position.epoch, position.step_in_epoch):
             begin = time.perf_counter()
@@ -352,11 +361,19 @@ def build_model(config: Config, parts: Parts, start: Optional[Start]) -> TextToI
                         start.path, name, getattr(own, name), getattr(wanted, name)
                     )
                 )
-        wanted = own
+        differing = [
+            field.name
+            for field in dataclasses.fields(own)
+            if field.name not in TRAINING_OPTIONS and getattr(own, field.name) != getattr(wanted, field.name)
+        ]
+        if differing:
+            logger.warning("%s decides on %s, not the configuration", start.path, ", ".join(differing))
+        wanted = dataclasses.replace(own, **{name: getattr(wanted, name) for name in TRAINING_OPTIONS})
     implementation = "explicit" if config.model.attention_impl == "explicit" else "sdpa"
     dalle = DALLE(wanted, implementation)
     if start is not None:
-        dalle.load_state_dict(start.checkpoint.weights)
+        averaged = None if config.checkpoints.resume else start.checkpoint.ema  # the better ones to start anew from
+        dalle.load_state_dict(start.checkpoint.weights if averaged is None else averaged)
     logger.info(
         "DALL-E: %.2f M parameters, %d text + %d image tokens",
         sum(p.numel() for p in dalle.parameters()) / 1e6,
@@ -478,15 +495,29 @@ class Saver:
         }
 
 
+def check_writable(folder: Path) -> None:
+    """Raise UserError when checkpoints cannot be written: before training, not after hours of it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError("--checkpoint-output-dir {}: {}".format(folder, error.strerror or error)) from None
+    if not os.access(str(folder), os.W_OK | os.X_OK):
+        raise UserError("--checkpoint-output-dir {}: no permission to write there".format(folder))
+
+
 def move_aside(folder: Path) -> None:
-    """Rename a folder that holds an earlier run's checkpoints to the first free of folder.1, folder.2, ..."""
-    if not checkpoints.list_checkpoints(folder):
+    """Move an earlier run's checkpoints to the first free of folder/earlier.1, folder/earlier.2, ..."""
+    old = checkpoints.list_checkpoints(folder)
+    if not old:
         return
     number = 1
-    while folder.with_name("{}.{}".format(folder.name, number)).exists():
+    while (folder / "earlier.{}".format(number)).exists():
         number += 1
-    earlier = folder.with_name("{}.{}".format(folder.name, number))
-    folder.rename(earlier)
+    earlier = folder / "earlier.{}".format(number)
+    # Inside the folder, for that is what is known to be writable: it may be a mount point.
+    earlier.mkdir()
+    for path in old:
+        path.rename(earlier / path.name)
     logger.info("the checkpoints of an earlier run are now in %s (--resume would have gone on from them)", earlier)
 
 

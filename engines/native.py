@@ -86,18 +86,24 @@ def make_optimizers(model: TextToImage, options: OptimizerConfig) -> List[torch.
     Muon (Jordan et al. 2024) makes each matrix's update orthogonal; scaled to the size of an AdamW update (Moonlight,
     arXiv 2502.16982, section 2.2) both take the same learning rate.
     """
-    betas, common = (options.beta1, options.beta2), {"lr": options.learning_rate}
-    if options.optimizer != "Muon":
-        kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[options.optimizer]
-        return [kind(parameter_groups(model, options.weight_decay), betas=betas, eps=options.eps, fused=True, **common)]
-    if not hasattr(torch.optim, "Muon"):
-        raise UsageError("--optimizer Muon needs PyTorch 2.9 or newer, this is {}; use AdamW".format(torch.__version__))
+    betas, name = (options.beta1, options.beta2), options.optimizer
+    common: Dict[str, Any] = {"lr": options.learning_rate}
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    on_gpu = all(p.is_cuda for p in model.dalle.parameters())
+    fused = on_gpu or version >= (2, 4)  # on the CPU only newer versions have fused kernels
+    if name == "Muon" and not hasattr(torch.optim, "Muon"):
+        logger.warning("PyTorch %s has no Muon (2.9 and newer have): AdamW takes its place", torch.__version__)
+        name = "AdamW"
+    if name != "Muon":
+        kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[name]
+        groups = parameter_groups(model, options.weight_decay)
+        return [kind(groups, betas=betas, eps=options.eps, fused=fused, **common)]
     matrices = [p for p in model.dalle.transformer.parameters() if p.dim() == 2]
     known = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     return [
         torch.optim.Muon(matrices, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw", **common),
-        torch.optim.AdamW(rest, weight_decay=0.0, betas=betas, eps=options.eps, fused=True, **common),
+        torch.optim.AdamW(rest, weight_decay=0.0, betas=betas, eps=options.eps, fused=fused, **common),
     ]
 
 
@@ -120,8 +126,12 @@ class NativeEngine(Engine):
         precision = execution.native_precision(self.name)
         self.autocast_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.precision = precision
-        self.scaler = torch.amp.GradScaler(
-            self.name, enabled=precision == "fp16", init_scale=float(config.optimizer.loss_scaling)
+        scale = {"enabled": precision == "fp16", "init_scale": float(config.optimizer.loss_scaling)}
+        # Before PyTorch 2.3 there was one for CUDA only; disabled it does nothing, on any device.
+        self.scaler: Any = (
+            torch.amp.GradScaler(self.name, **scale)  # type: ignore[arg-type]
+            if hasattr(torch.amp, "GradScaler")
+            else torch.cuda.amp.GradScaler(**scale)  # type: ignore[arg-type]
         )
         if self.name == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True
@@ -347,8 +357,19 @@ class NativeEngine(Engine):
                 "the checkpoint's optimizer state is of another engine (%s): it is dropped", state.get("engine")
             )
             return
-        for optimizer, own in zip(self.optimizers, state["optimizer"].get("parts", [state["optimizer"]])):
-            optimizer.load_state_dict(own)
+        parts = state["optimizer"].get("parts", [state["optimizer"]])
+        groups = [[len(group["params"]) for group in part["param_groups"]] for part in parts]
+        if groups != [[len(group["params"]) for group in optimizer.param_groups] for optimizer in self.optimizers]:
+            raise UserError(
+                "--resume: the checkpoint's optimizer is another one than --optimizer {}; resume with the one it was "
+                "trained with, or start from it with --pretrained-checkpoint".format(self.config.optimizer.optimizer)
+            )
+        for optimizer, part in zip(self.optimizers, parts):
+            # Moments come from the checkpoint, options (weight decay, betas, ...) from this run.
+            options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            optimizer.load_state_dict(part)
+            for group, own in zip(optimizer.param_groups, options):
+                group.update(own)
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.num_updates = state["num_updates"]

@@ -226,8 +226,31 @@ def test_a_second_run_moves_the_first_ones_checkpoints_aside(folder, tmp_path):
     run(folder, tmp_path, "--epochs", "1")
     first = weights(tmp_path / "ckpt/dalle_0.pt")
     run(folder, tmp_path, "--epochs", "1", "--random-seed", "7")
-    assert_same(first, weights(tmp_path / "ckpt.1/dalle_0.pt"))
+    assert_same(first, weights(tmp_path / "ckpt/earlier.1/dalle_0.pt"))
     assert not torch.equal(first["image_emb.weight"], weights(tmp_path / "ckpt/dalle_0.pt")["image_emb.weight"])
+
+
+def test_a_finished_run_is_left_as_it_is(folder, tmp_path):
+    run(folder, tmp_path, "--max-steps", "3")
+    saved = sorted((path.name, path.read_bytes()) for path in (tmp_path / "ckpt").glob("*.pt"))
+    run(folder, tmp_path, "--max-steps", "3", "--resume")
+    assert sorted((path.name, path.read_bytes()) for path in (tmp_path / "ckpt").glob("*.pt")) == saved
+
+
+def test_resume_takes_moments_from_the_file_and_options_from_the_run(folder, tmp_path):
+    run(folder, tmp_path, "--max-steps", "2", "--optimizer", "AdamW")
+    run(folder, tmp_path, "--max-steps", "3", "--optimizer", "AdamW", "--weight-decay", "0.5", "--resume")
+    state = checkpoints.read_dalle(tmp_path / "ckpt/dalle_0_3.pt").opt_state
+    assert [group["weight_decay"] for group in state["param_groups"]] == [0.5, 0.0]
+    assert float(state["state"][0]["step"]) == 3
+    with pytest.raises(UserError, match="--optimizer Muon"):
+        run(folder, tmp_path, "--max-steps", "4", "--optimizer", "Muon", "--resume")
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_training(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--checkpoint-output-dir"):
+        run(folder, tmp_path, "--checkpoint-output-dir", str(tmp_path / "file" / "ckpt"))
 
 
 def test_old_checkpoints_are_dropped_as_configured(folder, tmp_path):
