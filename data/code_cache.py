@@ -150,6 +150,7 @@ class CodeCache:
         share = slice(self.team.rank, None, self.team.size)
         pending = self._pending(self._together(place.read), pairs, rows[share], identities[share])
         if not self.team.total(len(pending)):
+            logger.info("codes of all %d images are in %s", len(rows), place.folder)
             return self._visible(place, identities)
         with self._alone(place):
             self._together(place.prepare if self.team.rank == 0 else None)
@@ -157,7 +158,7 @@ class CodeCache:
             # Once more: another run may have encoded them while this one waited.
             pending = self._pending(self._together(place.read), pairs, rows[share], identities[share])
             total = self.team.total(len(pending))
-            logger.info("encoding %d of %d images, once for all runs, into %s", total, len(rows), place.folder)
+            logger.info("encoding %d of %d images, once for all runs: %s", total, len(rows), place.folder)
             self._encode(place, pairs, rows[share][pending], identities[share][pending], total)
             return self._visible(place, identities)
 
