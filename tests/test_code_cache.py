@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy
+import poptorch_stand_in
 import pytest
 import torch
 from PIL import Image
@@ -573,6 +574,22 @@ def test_an_images_codes_do_not_depend_on_its_batch(material):
     assert [len(z) for z in features] == [1] * 11
     assert torch.equal(torch.cat(features[2:5]), torch.cat(features[7:10]))
     assert torch.equal(features[4], features[10])
+
+
+def test_ipus_get_codes_and_no_vqgan(material, tmp_path, monkeypatch):
+    poptorch_stand_in.install(monkeypatch)
+    words = "--device ipu --batch-size 1 --gradient-accumulation 7 --num-hidden-layers 3 --ipus-per-replica 4 "
+    words += "--layers-per-ipu 0 1 1 1 --lr-scheduler ReduceLROnPlateau --ff-dropout 0 --epochs 1"
+    engines_used = {}
+    for name in ("off", "cached"):
+        cache = ("--cache-codes", "off" if name == "off" else str(tmp_path / "codes"))
+        config = args.parse(flags(material, tmp_path / name, *words.split(), *cache))
+        engines_used[name] = engines.create(config)
+        train.train(config, engines_used[name])
+        engines_used[name].close()
+    assert engines_used["off"].model.vqgan is not None and engines_used["cached"].model.vqgan is None
+    for (*what, loss, _), (*expected_what, expected, _) in zip(losses(tmp_path / "cached"), losses(tmp_path / "off")):
+        assert what == expected_what and loss == pytest.approx(expected, abs=1e-5)
 
 
 def test_two_processes_train_as_one_does_without(material, tmp_path):
