@@ -44,29 +44,17 @@ def divisions(config: Config, model: DalleConfig, vqgan: VqganConfig) -> List[Di
     if not possible:  # any will do to find out what the parts cost
         given = config.replace(layers_per_ipu=[depth] + [0] * (ipus - 1))
     parts = measured(given, model, vqgan)
-    found = (
-        [
-            Division(
-                "layers_per_ipu as configured",
-                given,
-                [part.placement for part in parts],
-                plan_costs.ipu_costs(given, parts),
-            )
-        ]
-        if possible
-        else []
-    )
+    found = []
+    if possible:
+        ipus = plan_costs.ipu_costs(given, parts)
+        found.append(Division("layers_per_ipu as configured", given, [part.placement for part in parts], ipus))
     if config.ipu.plan == "auto":
         best = given.replace(layers_per_ipu=list(plan_costs.divide(given, parts)))
+        if found and best.ipu.layers_per_ipu == given.ipu.layers_per_ipu:
+            return [found[0]._replace(name=found[0].name + ", the best division")]
         parts = plan_costs.moved(parts, best)
-        found.append(
-            Division(
-                "layers_per_ipu, best division",
-                best,
-                [part.placement for part in parts],
-                plan_costs.ipu_costs(best, parts),
-            )
-        )
+        ipus = plan_costs.ipu_costs(best, parts)
+        found.append(Division("layers_per_ipu, best division", best, [part.placement for part in parts], ipus))
     return found
 
 

@@ -306,6 +306,9 @@ def test_the_proposal_comes_beside_the_given_division_or_alone():
     text, found = report(ipus_per_replica=2, layers_per_ipu=[3, 0], plan="auto")
     assert [division.config.ipu.layers_per_ipu[0] for division in found][0] == 3 and len(found) == 2
     assert plan_costs.balance(found[1].ipus) >= plan_costs.balance(found[0].ipus)
+    best = list(found[1].config.ipu.layers_per_ipu)
+    text, found = report(ipus_per_replica=2, layers_per_ipu=best, plan="auto")
+    assert len(found) == 1 and "as configured, the best division" in text
     text, found = report(ipus_per_replica=2, layers_per_ipu=[3], plan="auto")
     assert len(found) == 1 and sum(found[0].config.ipu.layers_per_ipu) == 3 and "problem" not in text
     text, found = report(ipus_per_replica=2, layers_per_ipu=[3], plan="show")
@@ -324,7 +327,7 @@ def test_problems_and_overflow_are_shown(monkeypatch):
 def test_the_picture(tmp_path):
     from PIL import Image
 
-    _, found = report(ipus_per_replica=2, layers_per_ipu=[1, 2], plan="auto")
+    _, found = report(ipus_per_replica=2, layers_per_ipu=[3, 0], plan="auto")
     plan_report.draw(found, tmp_path / "made" / "plan.png")
     with Image.open(tmp_path / "made" / "plan.png") as image:
         assert image.width > 600 and image.height > 600

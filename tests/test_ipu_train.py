@@ -176,5 +176,10 @@ def test_plan_needs_neither_data_nor_poptorch(tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "layers 12-15 norm text_head image_head" in text and "4 stages, 8192 micro-batches" in text
     assert "layers_per_ipu, best division: [0, " in text
+    words = words.replace(" auto", "")
+    monkeypatch.setattr("sys.argv", [*words.split(), str(tmp_path)])
+    train.main()
+    alone = capsys.readouterr().out
+    assert "layers_per_ipu as configured: [0, 6, 6, 4]" in alone and "best division" not in alone
     with Image.open(tmp_path / "plan.png") as image:
         assert image.width > 600
