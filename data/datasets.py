@@ -354,6 +354,11 @@ class CodesDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         """Draw captions for this epoch from now on."""
         self.pairs.set_epoch(epoch)
 
+    @property
+    def num_unreadable(self) -> int:
+        """Images that could not be read when they were to be encoded."""
+        return int(getattr(self.pairs, "num_unreadable", 0))
+
     def report(self) -> str:
         """Return one line on the data found."""
-        return self.pairs.report() + ", images already encoded"
+        return self.pairs.report()
