@@ -166,10 +166,11 @@ class IpuEngine(Engine):
         if self.executor.isAttachedToDevice():
             self.executor.detachFromDevice()
         self.module.eval()
-        stages = num_stages(self.plan)
-        options = build_evaluation_options(self.poptorch, self.config, self.hosts, self.seed, stages)
         if self.evaluator is None:
+            stages = num_stages(self.plan)
+            options = build_evaluation_options(self.poptorch, self.config, self.hosts, self.seed, stages)
             self.evaluator = self.poptorch.inferenceModel(self.module, options=options)
+        options = self.evaluator.options
         per_call = self.config.execution.batch_size * options.device_iterations * self.hosts.local_replicas
         samples = Padded(dataset, self.hosts.index, self.hosts.count, per_call, self.image_dtype)
         sums = torch.zeros(3, dtype=torch.float64)
