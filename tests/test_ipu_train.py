@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import args
 import engines
+import log
 import train
 from models.dalle import DALLE, DalleConfig
 from models.vqgan import VQGAN, VqganConfig
@@ -23,6 +24,11 @@ HAS_NATIVE = hasattr(torch.amp, "GradScaler")
 
 @pytest.fixture(autouse=True)
 def poptorch(monkeypatch):
+    return install(monkeypatch)
+
+
+def install(monkeypatch):
+    monkeypatch.setattr(log, "plot_losses", lambda *_: False)  # half of a tiny run's time
     return poptorch_stand_in.install(monkeypatch)
 
 
@@ -93,7 +99,7 @@ def whole(folder, tmp_path_factory):
     """An uninterrupted run on the IPU."""
     out = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        poptorch_stand_in.install(monkeypatch)
+        install(monkeypatch)
         return out, run(folder, out)
 
 
