@@ -36,7 +36,7 @@ PIXEL_RULES = "upright, on white, centre square, bilinear (demo: Lanczos); 1"
 """How data/images.py and data/demo.py make pixels of a file. Change this with them, so that old codes are not used."""
 
 _FORMAT = 1
-_BATCH = 32
+_BATCH = 16
 """Images read, encoded and written at a time: what a killed process loses at most."""
 
 _SECONDS_TO_APPEAR = 60.0

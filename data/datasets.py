@@ -225,7 +225,7 @@ class ImageTextFolder(PairDataset):
 
     def image_identity(self, pair: int) -> str:
         path = self.pairs.images[pair]
-        return _file_identity(path[len(self.pairs.folder) :], path)
+        return _file_identity(path[len(self.pairs.folder) :].lstrip(os.sep), path)
 
     def source(self, pair: int) -> int:
         for attempt in range(MAX_REPLACEMENTS):

@@ -68,7 +68,7 @@ class Engine:
     def encode(self, vqgan: nn.Module, images: Tensor) -> Tensor:
         """Return the codes LongTensor (B, N), on the CPU, of images uint8 (B, 3, S, S): those that `step` would make.
 
-        Encodes where the engine can before anything is compiled; moves the VQGAN there.
+        Nothing needs to be prepared for it. Moves the VQGAN to where it computes; for IPUs the host does.
         """
         return image_codes(vqgan, images)
 
