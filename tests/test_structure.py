@@ -143,7 +143,7 @@ def test_every_shipped_configuration_instantiates(name):
 
 def test_documents_name_files_that_exist():
     missing = []
-    for name in ("README.md", "CONTRIBUTING.md", "docs/architecture.md"):
+    for name in ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/reliability.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", text):
             if not ((ROOT / name).parent / target).exists():
