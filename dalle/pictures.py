@@ -67,7 +67,7 @@ def make_sheet(groups: Sequence[Tuple[str, Sequence[Sample]]]) -> Image.Image:
     gap, font_size = 6, 13
     cell_width = max(3 * side + 2 * gap, 200)
     columns = max(1, min(6, 1600 // (cell_width + 3 * gap)))
-    font, bold = _font(font_size), _font(font_size + 5)
+    font, bold = label_font(font_size), label_font(font_size + 5)
     line = font_size + 3
     cell_height = side + 2 * line + 3 * gap
     heights = [font_size + 5 + 3 * gap + math.ceil(len(samples) / columns) * cell_height for _, samples in groups]
@@ -127,7 +127,7 @@ def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> List[str]:
     return lines
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def label_font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which comes with Matplotlib: Pillow's own font has no letters beyond Latin-1."""
     import matplotlib
 

@@ -1,0 +1,161 @@
+"""What the sampling notebook shows: controls, a progress bar, and the drawn images ordered by rank.
+
+    gallery = Gallery(Dalle.from_pretrained("demo"))
+    gallery.panel                 # in a notebook: the controls; a click on the button draws
+    gallery.draw()                # the same from code: the sheet as a picture
+
+Needs ipywidgets (python -m pip install ipywidgets notebook).
+"""
+
+import io
+import math
+from typing import Any, Dict, List, NamedTuple, Optional
+
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from dalle.drawing import to_uint8
+from dalle.models import Candidates, Dalle
+from dalle.pictures import label_font, to_pil
+from dalle.reranking import ClipRanker
+from utils.errors import UserError
+from utils.files import PathLike
+
+MAX_CANDIDATES = 96
+"""As many as minDALL-E draws by default."""
+
+_MIN_SIDE, _GAP, _FONT_SIZE = 128, 8, 13  # pixels
+_WHITE, _INK = (255, 255, 255), (32, 32, 32)
+
+
+class Ranking(NamedTuple):
+    """The order of images, the best first."""
+
+    order: List[int]
+    labels: List[str]
+    """What stands below each image, in that order."""
+    by: str
+    """What decided."""
+
+
+def rank(prompt: str, drawn: Candidates, ranker: Optional[ClipRanker] = None) -> Ranking:
+    """Order candidates by CLIP's similarity to the prompt, without a ranker by the model's own likelihood."""
+    if ranker is None:
+        # Per code, so that the number means the same for any size of image.
+        scores, by, label = drawn.log_likelihood / drawn.codes.shape[1], "likelihood (nats a code)", "{}. {:.2f}"
+    else:
+        pictures = [to_pil(image) for image in to_uint8(drawn.images).cpu()]
+        scores, by, label = ranker.similarity(prompt, pictures), "CLIP similarity", "{}. {:.3f}"
+    order = scores.argsort(descending=True, stable=True).tolist()
+    return Ranking(order, [label.format(place + 1, float(scores[index])) for place, index in enumerate(order)], by)
+
+
+def ranked_sheet(images: Tensor, ranking: Ranking, columns: int = 0) -> Image.Image:
+    """Put images (N, 3, S, S) in [0, 1] side by side, the best first, each with its rank and score below.
+
+    Small images are enlarged. columns 0: about as wide as high.
+    """
+    pictures = [to_pil(image) for image in to_uint8(images).cpu()]
+    size = max(_MIN_SIDE, pictures[0].width)
+    columns = columns or math.ceil(math.sqrt(len(pictures)))
+    step, line = size + _GAP, _FONT_SIZE + 5
+    rows = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (columns * step + _GAP, rows * (step + line) + _GAP), _WHITE)
+    pen, font = ImageDraw.Draw(sheet), label_font(_FONT_SIZE)
+    for place, (index, label) in enumerate(zip(ranking.order, ranking.labels)):
+        left, top = _GAP + place % columns * step, _GAP + place // columns * (step + line)
+        sheet.paste(pictures[index].resize((size, size), Image.Resampling.BICUBIC), (left, top))
+        pen.text((left, top + size + 2), label, fill=_INK, font=font)
+    return sheet
+
+
+def to_png(picture: Image.Image) -> bytes:
+    """Return a picture as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+class Gallery:
+    """Controls for what to draw, and the images that were drawn, in one panel.
+
+    Attributes: `panel`, the widget to show; `controls`, name -> widget; `button`, `bar`, `status` and `picture`, the
+    other widgets; `drawn` and `ranking`, the newest result (None before the first).
+    """
+
+    def __init__(
+        self,
+        model: Dalle,
+        clip: Optional[PathLike] = None,
+        prompt: str = "grinning cat",
+        num_candidates: int = 16,
+    ) -> None:
+        """Build the panel. clip: folder or name of a CLIP of `transformers`, which then decides on the order.
+
+        Raises UserError where ipywidgets or the CLIP model is missing.
+        """
+        self.model = model
+        self.ranker = None if clip is None else ClipRanker(clip, model.device)
+        self.drawn: Optional[Candidates] = None
+        self.ranking: Optional[Ranking] = None
+        widgets = _widgets()
+        style, wide = {"description_width": "110px"}, widgets.Layout(width="420px")
+
+        def control(kind: Any, name: str, value: Any, **limits: Any) -> Any:
+            return kind(value=value, description=name, style=style, layout=wide, **limits)
+
+        num_codes = model.stage2.config.num_image_tokens
+        self.controls = {
+            "prompt": control(widgets.Text, "prompt", prompt, continuous_update=False),
+            "num_candidates": control(widgets.IntSlider, "candidates", num_candidates, min=1, max=MAX_CANDIDATES),
+            "top_k": control(widgets.IntSlider, "top-k (0: all)", min(256, num_codes), min=0, max=num_codes),
+            "top_p": control(widgets.FloatSlider, "top-p", 1.0, min=0.05, max=1.0, step=0.05),
+            "softmax_temperature": control(widgets.FloatSlider, "temperature", 1.0, min=0.0, max=3.0, step=0.05),
+            "seed": control(widgets.BoundedIntText, "seed", 0, min=0, max=2**31 - 1),
+            "cond_scale": control(widgets.FloatSlider, "guidance", 1.0, min=0.0, max=10.0, step=0.25),
+        }
+        self.button = widgets.Button(description="Draw", button_style="primary")
+        self.bar = widgets.IntProgress(value=0, min=0, max=1, layout=wide)
+        self.status = widgets.Label("guidance: for models trained with captions left out")
+        self.picture = widgets.Image(format="png", layout=widgets.Layout(display="none"))
+        self.button.on_click(self._clicked)
+        row = widgets.HBox([self.button, self.bar])
+        self.panel = widgets.VBox([*self.controls.values(), row, self.status, self.picture])
+
+    def settings(self) -> Dict[str, Any]:
+        """What the controls say, as arguments of `Dalle.draw`."""
+        values = {name: widget.value for name, widget in self.controls.items()}
+        return dict(values, top_k=values["top_k"] or None)
+
+    def draw(self) -> Image.Image:
+        """Draw what the controls say and return the sheet, which the panel shows too. Raises UserError."""
+        settings = self.settings()
+        self.bar.value = 0
+        self.drawn = self.model.draw(**settings, progress=self._progress)
+        self.ranking = rank(settings["prompt"], self.drawn, self.ranker)
+        sheet = ranked_sheet(self.drawn.images, self.ranking)
+        self.picture.value, self.picture.layout.display = to_png(sheet), None
+        self.status.value = "{} images, ordered by {}, the best first".format(len(self.ranking.order), self.ranking.by)
+        return sheet
+
+    def _progress(self, done: int, total: int) -> None:
+        self.bar.max, self.bar.value = total, done
+
+    def _clicked(self, _: Any) -> None:
+        self.button.disabled, self.status.value = True, "drawing"
+        try:
+            self.draw()
+        except UserError as error:  # there is no console to show it on
+            self.status.value = "error: {}".format(error)
+        except KeyboardInterrupt:
+            self.status.value = "interrupted"
+        finally:
+            self.button.disabled = False
+
+
+def _widgets() -> Any:
+    try:
+        import ipywidgets
+    except ImportError as error:
+        raise UserError("the notebook's controls need ipywidgets: python -m pip install ipywidgets") from error
+    return ipywidgets

@@ -1,0 +1,164 @@
+"""The sampling notebook: its controls and ranking in this process, and the notebook itself in a kernel, clicked."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from mindalle_folder import make_folder
+from PIL import Image
+
+from dalle import notebook
+from dalle.models import Candidates, Dalle
+from dalle.notebook import Gallery, Ranking, rank, ranked_sheet
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = ROOT / "examples" / "sampling_interactive_demo.ipynb"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return Dalle.from_pretrained(make_folder(tmp_path_factory.mktemp("mindalle") / "tiny"))
+
+
+@pytest.fixture
+def gallery(model):
+    pytest.importorskip("ipywidgets", reason="the notebook's controls need ipywidgets")
+    return Gallery(model, prompt="red apple", num_candidates=3)
+
+
+class Reddest:
+    """Stands in for CLIP: the redder a picture, the better it fits."""
+
+    def __init__(self, path, device):
+        self.path = path
+
+    def similarity(self, prompt, pictures):
+        return torch.tensor([float(sum(picture.resize((1, 1)).getpixel((0, 0))[:1])) for picture in pictures])
+
+
+def candidates():
+    """Four images of one colour each, the redder the less likely."""
+    images = torch.zeros(4, 3, 8, 8)
+    images[:, 0] = torch.tensor([0.2, 0.9, 0.4, 0.6])[:, None, None]
+    return Candidates(images, torch.zeros(4, 10, dtype=torch.long), torch.tensor([-10.0, -90.0, -20.0, -55.0]))
+
+
+def test_likelihood_or_clip_orders_the_images():
+    ranking = rank("red", candidates())
+    assert ranking.order == [0, 2, 3, 1]
+    assert ranking.labels == ["1. -1.00", "2. -2.00", "3. -5.50", "4. -9.00"] and "likelihood" in ranking.by
+    ranking = rank("red", candidates(), Reddest("x", "cpu"))
+    assert ranking.order == [1, 3, 2, 0] and "CLIP" in ranking.by
+    assert ranking.labels[0] == "1. 230.000"
+
+
+@pytest.mark.parametrize("columns, places", [(0, (2, 2)), (4, (4, 1)), (3, (3, 2))])
+def test_the_sheet_shows_the_best_first(columns, places):
+    ranking = rank("red", candidates())
+    sheet = ranked_sheet(candidates().images, ranking, columns)
+    across, down = sheet.width / places[0], sheet.height / places[1]
+    for place, index in enumerate(ranking.order):
+        middle = (int((place % places[0] + 0.5) * across), int((place // places[0] + 0.4) * down))
+        assert sheet.getpixel(middle) == (int([0.2, 0.9, 0.4, 0.6][index] * 255 + 0.5), 0, 0)
+
+
+def test_large_images_keep_their_size():
+    sheet = ranked_sheet(torch.rand(1, 3, 200, 200), Ranking([0], ["1. x"], "x"))
+    assert 200 <= sheet.width < 230 and 200 <= sheet.height < 250
+
+
+def test_a_click_draws_what_the_controls_say(gallery, model):
+    values = {"num_candidates": 2, "top_k": 0, "top_p": 0.9, "softmax_temperature": 0.7, "seed": 5, "cond_scale": 1.5}
+    for name, value in values.items():
+        gallery.controls[name].value = value
+    fractions, busy = [], []
+    gallery.bar.observe(lambda change: fractions.append(gallery.bar.value / gallery.bar.max), "value")
+    gallery.button.observe(lambda change: busy.append(change["new"]), "disabled")
+    assert gallery.picture.layout.display == "none"
+    gallery.button.click()
+    assert busy == [True, False] and gallery.picture.layout.display is None
+    assert fractions == sorted(fractions) and fractions[-1] == 1.0 and len(fractions) == 16
+    expected = model.draw("red apple", **dict(values, top_k=None), progress=False)
+    assert torch.equal(gallery.drawn.codes, expected.codes)
+    shown = Image.open(io.BytesIO(gallery.picture.value))
+    assert shown.convert("RGB").tobytes() == ranked_sheet(expected.images, rank("red apple", expected)).tobytes()
+    assert gallery.status.value == "2 images, ordered by likelihood (nats a code), the best first"
+
+
+def test_the_controls_keep_to_what_the_model_takes(gallery, model):
+    """Every value that a control can be set to is one that `draw` accepts."""
+    for name, widget in gallery.controls.items():
+        for limit in {getattr(widget, "min", None), getattr(widget, "max", None)} - {None}:
+            settings = dict(gallery.settings(), num_candidates=1, **({} if name == "num_candidates" else {name: limit}))
+            settings["top_k"] = settings["top_k"] or None
+            model.draw(**settings, progress=False)
+
+
+def test_an_error_is_shown_and_the_button_works_again(gallery, monkeypatch):
+    def fail(*_, **__):
+        raise UserError("not enough memory")
+
+    monkeypatch.setattr(type(gallery.model), "draw", fail)
+    gallery.button.click()
+    assert gallery.status.value == "error: not enough memory" and not gallery.button.disabled
+    assert gallery.drawn is None
+
+
+def test_clip_orders_where_it_is_given(model, monkeypatch):
+    pytest.importorskip("ipywidgets", reason="the notebook's controls need ipywidgets")
+    monkeypatch.setattr(notebook, "ClipRanker", Reddest)
+    gallery = Gallery(model, clip="some/folder", prompt="red apple", num_candidates=3)
+    gallery.draw()
+    assert gallery.ranker.path == "some/folder" and "CLIP" in gallery.status.value
+
+
+def test_missing_ipywidgets_are_named(model, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    with pytest.raises(UserError, match="python -m pip install ipywidgets"):
+        Gallery(model)
+
+
+# The notebook itself -------------------------------------------------------------------------------------------------
+
+
+def test_the_notebook_is_small_and_shows_a_gallery():
+    assert NOTEBOOK.stat().st_size < 300_000
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    pictures = [kind for cell in cells for output in cell.get("outputs", ()) for kind in output.get("data", {})]
+    assert "image/jpeg" in pictures or "image/png" in pictures
+    assert not any("/home/" in line or "Error" in line for line in NOTEBOOK.read_text(encoding="utf-8").splitlines())
+
+
+def test_the_notebook_runs_and_its_button_draws():
+    """From a fresh kernel in the notebook's own folder, as a user has it, with fewer candidates."""
+    nbformat = pytest.importorskip("nbformat", reason="needs nbformat, nbclient and ipykernel (requirements-dev.txt)")
+    nbclient = pytest.importorskip("nbclient", reason="needs nbformat, nbclient and ipykernel (requirements-dev.txt)")
+    for package in ("ipykernel", "ipywidgets"):
+        pytest.importorskip(package, reason="needs {} (requirements-dev.txt)".format(package))
+    document = nbformat.read(str(NOTEBOOK), as_version=4)
+    first = next(cell for cell in document.cells if cell.cell_type == "code")
+    assert "num_candidates=16" in first.source
+    first.source = first.source.replace("num_candidates=16", "num_candidates=2")
+    click = """
+import json
+gallery.controls["seed"].value = 7
+before, moves = gallery.picture.value, []
+gallery.bar.observe(lambda change: moves.append(gallery.bar.value), "value")
+gallery.button.click()
+print(json.dumps([len(moves), before != gallery.picture.value, gallery.status.value, len(gallery.picture.value)]))
+"""
+    document.cells.append(nbformat.v4.new_code_cell(click))
+    for cell in document.cells:
+        cell.pop("outputs", None) if cell.cell_type != "code" else cell.update(outputs=[])
+    resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
+    nbclient.NotebookClient(document, timeout=120, kernel_name="python3", resources=resources).execute()
+    panel, sheet, best, clicked = [cell.outputs for cell in document.cells if cell.cell_type == "code"]
+    assert "application/vnd.jupyter.widget-view+json" in panel[-1]["data"]
+    assert "image/png" in sheet[-1]["data"] and "image/png" in best[-1]["data"]
+    moves, changed, status, size = json.loads("".join(output["text"] for output in clicked))
+    assert moves >= 64 and changed and status.startswith("2 images, ordered by likelihood") and size > 1000
