@@ -127,6 +127,8 @@ class OptimizerConfig(Section):
     beta2: float = option(0.999, "decay of Adam's second moment", ge=0, lt=1)
     eps: float = option(1.0e-6, "term that keeps Adam's division finite", gt=0)
     clip_grad_norm: float = option(0.0, "largest norm of the gradient; 0: no clipping", ge=0)
+    max_bad_steps: int = option(20, "stop after so many steps in a row whose loss or gradient is not finite; single "
+                                    "ones are left out; 0: never", ge=0)
     loss_scaling: float = option(16384.0, "(first) factor on the loss in half precision; a power of two", gt=0)
     enable_als: bool = option(False, "automatic loss scaling on IPUs (always on for fp16 on cuda)")
     enable_half_first_order_momentum: bool = option(False, "half-precision first moment on IPUs")

@@ -11,6 +11,7 @@ The loop never asks which device it has: engines/ does.
 import dataclasses
 import functools
 import logging
+import math
 import os
 import sys
 import time
@@ -26,7 +27,7 @@ import engines
 import log
 from args import Config
 from bpe import Tokenizer, load_tokenizer
-from engines import Engine, plan_report
+from engines import Engine, StepResult, plan_report
 from models.config import DalleConfig
 from models.dalle import DALLE, TextToImage
 from models.vqgan import VQGAN, VqganConfig, default_vqgan, load_vqgan
@@ -105,7 +106,7 @@ def train(config: Config, engine: Engine) -> None:
     if resuming:
         position = restore(start, engine, schedule, parts)
         logger.info("resumed %s: epoch %d, step %d", start.path, position.epoch, position.step)
-    saver = Saver(config, engine, schedule, parts, folder, model.dalle.config, resuming)
+    saver = Saver(config, engine, schedule, parts, folder, model.dalle.config, start.path if resuming else None)
     metrics = log.Metrics(
         config.log_dir,
         engine.is_main,
@@ -141,6 +142,7 @@ def run(
 ) -> None:
     """The loop over epochs and steps, from `position` to the end; `position` moves along."""
     per_call, every = engine.steps_per_call, config.misc.log_every
+    bad_steps = BadSteps(config.optimizer.max_bad_steps, position, saver)
     if schedule.finished(position):
         logger.info("nothing left to train: the run ended at step %d; raise its limits to go on", position.step)
         return
@@ -154,14 +156,17 @@ def run(
             position.step_in_epoch += per_call
             # Reading the loss waits for the device, so it is only done when it is shown.
             due = position.step % every < per_call or position.step >= schedule.total_steps or position.step == per_call
-            if due:
+            if due or bad_steps.due(position, per_call):
                 losses = {"loss": engine.mean(result.loss)}
+                bad_steps.look(position, result, losses["loss"])
+            if due:
                 if result.image_loss is not None:
                     losses.update(text_loss=engine.mean(result.text_loss), image_loss=engine.mean(result.image_loss))
                 schedule.note_loss(losses["loss"])
             position.seconds += engine.mean(torch.tensor(time.perf_counter() - begin)) if schedule.max_seconds else 0.0
             progress.update(per_call, per_call * config.global_batch, **({"loss": losses["loss"]} if due else {}))
             if due:
+                losses["bad_steps"] = bad_steps.total
                 report_step(position, schedule, losses, result.grad_norm, learning_rate, metrics, progress)
             if schedule.finished(position):
                 break
@@ -384,6 +389,44 @@ def build_model(config: Config, parts: Parts, start: Optional[Start]) -> TextToI
     return TextToImage(dalle, None if encoded else parts.vqgan, config.model.code_noise)
 
 
+class BadSteps:
+    """Watches for losses and gradients that are not finite, and ends a run that does not recover from them."""
+
+    def __init__(self, limit: int, position: Position, saver: "Saver") -> None:
+        self.limit, self.saver = limit, saver
+        self.total = self.row = 0  # steps, in all and in a row
+        self.looked_at, self.told = position.step, 0
+
+    def due(self, position: Position, per_call: int) -> bool:
+        """Whether to look after this step, logged or not: often enough to notice `limit` bad steps in a row."""
+        return bool(self.limit) and position.step % self.limit < per_call
+
+    def look(self, position: Position, result: StepResult, loss: float) -> None:
+        """Note how many bad steps there were, up to this one. Raises UserError when there were too many in a row."""
+        if result.bad_steps is not None:
+            self.total, self.row = map(int, result.bad_steps.tolist())
+        else:
+            # The engine has no say in what the device does: a bad loss stands for all steps since the last one seen.
+            bad = 0 if math.isfinite(loss) else position.step - self.looked_at
+            self.total, self.row = self.total + bad, self.row + bad if bad else 0
+        self.looked_at = position.step
+        if self.row and self.total > self.told:
+            logger.warning(
+                "step %d: loss or gradient not finite for %d step(s), %d in all since the training began%s",
+                position.step,
+                self.row,
+                self.total,
+                "" if result.bad_steps is None else "; such steps are left out",
+            )
+            self.told = self.total
+        if self.limit and self.row >= self.limit:
+            raise UserError(
+                "step {}: loss or gradient not finite {} times in a row (--max-bad-steps {}); the last good checkpoint "
+                "is {}: go on from it with --resume and a lower --learning-rate, --clip-grad-norm 1 or --precision "
+                "bf16 or fp32".format(position.step, self.row, self.limit, self.saver.newest or "none")
+            )
+
+
 class Schedule:
     """When training ends and which learning rate each step takes."""
 
@@ -413,8 +456,9 @@ class Schedule:
         return base * schedules.epoch_factor(name, position.epoch, self.epochs)
 
     def note_loss(self, loss: float) -> None:
-        """Remember a training loss for the plateau."""
-        self.losses = [self.losses[0] + loss, self.losses[1] + 1]
+        """Remember a training loss for the plateau; one that is not finite says nothing."""
+        if math.isfinite(loss):
+            self.losses = [self.losses[0] + loss, self.losses[1] + 1]
 
     def end_epoch(self, validation_loss: Optional[float]) -> None:
         """Tell the plateau the epoch's loss: of validation, or the mean training loss where there is none."""
@@ -446,18 +490,25 @@ class Saver:
         parts: Parts,
         folder: Path,
         model_config: DalleConfig,
-        resuming: bool,
+        resumed: Optional[Path],
     ) -> None:
         self.config, self.engine, self.schedule, self.parts, self.folder = config, engine, schedule, parts, folder
         self.model_config = model_config
         self.saved_step = -1  # step of the newest checkpoint
-        self.fresh = not resuming  # whether the folder may hold another run's checkpoints
+        self.newest = resumed  # the newest checkpoint of this run
+        self.fresh = resumed is None  # whether the folder may hold another run's checkpoints
 
     def save(self, position: Position, name: str) -> None:
         """Save to `name` in the checkpoint folder, unless this step is saved already; drop old ones as configured."""
         if self.saved_step == position.step or not self.config.checkpoints.checkpoint_output_dir:
             return
         weights, state = self.engine.model_state(), self.engine.state_dict()  # every process takes part
+        bad = [key for key, value in weights.items() if not torch.isfinite(value).all()]
+        if bad:
+            raise UserError(
+                "step {}: weights are not finite ({}) and were not saved; the last good checkpoint is {}: go on from "
+                "it with --resume and a lower --learning-rate".format(position.step, bad[0], self.newest or "none")
+            )
         if self.engine.is_main:
             if self.fresh:
                 move_aside(self.folder)
@@ -477,7 +528,7 @@ class Saver:
             )
             logger.info("saved %s in %.1f s", self.folder / name, time.perf_counter() - begin, extra=log.DETAIL)
             checkpoints.prune_checkpoints(self.folder, self.config.checkpoints.keep_checkpoints)
-        self.saved_step = position.step
+        self.saved_step, self.newest = position.step, self.folder / name
         self.engine.barrier()
 
     def training_state(self, position: Position, engine_state: Dict[str, Any]) -> Dict[str, Any]:

@@ -19,6 +19,9 @@ class StepResult(NamedTuple):
     """Its image part."""
     grad_norm: Optional[Tensor] = None
     """Euclidean norm of the whole gradient before clipping; None where the device keeps it to itself."""
+    bad_steps: Optional[Tensor] = None
+    """Steps left out because their gradient was not finite, (2,): since the training began, and in a row up to now. The
+    same in every process; None where the device takes such steps all the same."""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> List[Dict[str, Any]]:

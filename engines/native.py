@@ -139,6 +139,7 @@ class NativeEngine(Engine):
         self.model: Optional[TextToImage] = None
         self.averaged: Optional[Dict[str, Tensor]] = None
         self.num_updates = 0
+        self.bad_steps = torch.zeros(2, device=self.device)  # left out: in all, in a row
 
     def describe(self) -> str:
         batching = self.batching
@@ -265,15 +266,30 @@ class NativeEngine(Engine):
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         clip = self.config.optimizer.clip_grad_norm or float("inf")
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip)
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
-        self.scaler.update()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip).detach()
+        self._update_weights(~torch.isfinite(grad_norm))
         self._zero_grad()
         self.num_updates += 1
         self._update_average()
         sums /= accumulation
-        return StepResult(sums[0], sums[1], sums[2], grad_norm.detach())
+        return StepResult(sums[0], sums[1], sums[2], grad_norm, self.bad_steps.clone())
+
+    def _update_weights(self, bad: Tensor) -> None:
+        """Let the optimizers take their step, unless it is `bad` (bool, 0-d): then no state of theirs changes.
+
+        Processes have summed their gradients, so that they all come to the same decision without asking each other.
+        """
+        # (total, row) -> (total + bad, row + 1 or 0)
+        self.bad_steps = torch.stack([self.bad_steps[0] + bad, (self.bad_steps[1] + 1) * bad])
+        if all(getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in self.optimizers):
+            # Fused kernels decide on the device, as they do for GradScaler: the host need not wait to know.
+            for optimizer in self.optimizers:
+                optimizer.grad_scale, optimizer.found_inf = None, bad.float()
+                optimizer.step()
+        elif not bad:
+            for optimizer in self.optimizers:
+                optimizer.step()
+        self.scaler.update()  # in half precision: a smaller scale after a bad step
 
     def _update_average(self) -> None:
         if self.averaged is None:
@@ -348,6 +364,7 @@ class NativeEngine(Engine):
             "scaler": self.scaler.state_dict(),
             "ema": average,
             "num_updates": self.num_updates,
+            "bad_steps": [int(count) for count in self.bad_steps.tolist()],
             "random_states": states,
         }
 
@@ -373,6 +390,7 @@ class NativeEngine(Engine):
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.num_updates = state["num_updates"]
+        self.bad_steps = torch.tensor(state.get("bad_steps", [0, 0]), dtype=torch.float32, device=self.device)
         if self.averaged is not None and state["ema"] is not None:
             self.averaged = {key: value.to(self.device) for key, value in state["ema"].items()}
         states = state["random_states"]

@@ -1,0 +1,170 @@
+"""Losses and gradients that are not finite: such steps are left out and counted, too many in a row end the run."""
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_train import ROOT, assert_same, flags, folder, weights  # noqa: F401 (a fixture)
+
+import args
+import engines
+import train
+from engines.native import NativeEngine
+from models.dalle import TextToImage
+from utils.errors import UserError
+
+BAD = {"nan": float("nan"), "infinite": float("inf")}
+
+
+def poison(monkeypatch, steps, value=float("nan"), rank=None):
+    """Multiply the loss of some steps, counted from 1 in each process, by a number that is not finite."""
+    count, forward, step = [0], TextToImage.forward, NativeEngine.step
+
+    def counted_step(self, batch):
+        count[0] += 1
+        return step(self, batch)
+
+    def poisoned(self, *inputs):
+        losses = forward(self, *inputs)
+        if not self.training or count[0] not in steps or rank not in (None, os.environ.get("RANK")):
+            return losses
+        return losses._replace(total=losses.total * value)
+
+    monkeypatch.setattr(NativeEngine, "step", counted_step)
+    monkeypatch.setattr(TextToImage, "forward", poisoned)
+
+
+def run(folder, out, *more):  # noqa: F811
+    """Train in this process; returns the engine and the lines of training."""
+    config = args.parse(flags(folder, out, "--epochs", "1", *more))
+    engine = engines.create(config)
+    train.train(config, engine)
+    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return engine, [event for event in events if event["event"] == "train"]
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "Muon"])  # decided by the fused kernel, and on the host
+@pytest.mark.parametrize("value", BAD.values(), ids=BAD)
+def test_a_bad_step_changes_nothing_and_is_counted(folder, tmp_path, monkeypatch, caplog, optimizer, value):  # noqa: F811
+    if optimizer == "Muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("this PyTorch has no Muon")
+    options = ("--optimizer", optimizer, "--clip-grad-norm", "1")
+    engine, _ = run(folder, tmp_path / "two", "--max-steps", "2", *options)
+    expected = engine.state_dict()
+    poison(monkeypatch, {3}, value)
+    with caplog.at_level(logging.WARNING):
+        engine, events = run(folder, tmp_path / "three", "--max-steps", "3", *options)
+    assert_same(weights(tmp_path / "two/ckpt/dalle_0_2.pt"), weights(tmp_path / "three/ckpt/dalle_0_3.pt"))
+    state = engine.state_dict()
+    assert flat(state["optimizer"]) == flat(expected["optimizer"]) and state["bad_steps"] == [1, 1]
+    assert [event["bad_steps"] for event in events] == [0, 0, 1]
+    assert events[1]["grad_norm"] > 0 and events[2]["grad_norm"] is None and events[2]["loss"] is None
+    assert "step 3: loss or gradient not finite for 1 step(s), 1 in all" in caplog.text
+
+
+def flat(state):
+    if isinstance(state, dict):
+        return {key: flat(value) for key, value in state.items() if key != "lr"}
+    if isinstance(state, list):
+        return [flat(value) for value in state]
+    return state.tolist() if isinstance(state, torch.Tensor) else state
+
+
+def test_training_goes_on_after_a_bad_step_and_resumes_the_count(folder, tmp_path, monkeypatch):  # noqa: F811
+    poison(monkeypatch, {2})
+    _, whole = run(folder, tmp_path / "whole")
+    assert [event["bad_steps"] for event in whole] == [0, 1, 1, 1, 1] and whole[-1]["loss"] > 0
+    monkeypatch.undo()
+    poison(monkeypatch, {2})
+    run(folder, tmp_path / "parts", "--max-steps", "3")
+    _, events = run(folder, tmp_path / "parts", "--resume")
+    assert [(event["loss"], event["bad_steps"]) for event in events] == [
+        (event["loss"], event["bad_steps"]) for event in whole
+    ]
+    assert_same(weights(tmp_path / "whole/ckpt/dalle_0.pt"), weights(tmp_path / "parts/ckpt/dalle_0.pt"))
+
+
+def test_too_many_in_a_row_end_the_run_with_the_last_good_checkpoint(folder, tmp_path, monkeypatch):  # noqa: F811
+    poison(monkeypatch, {2, 4, 5})
+    options = ("--max-bad-steps", "2", "--checkpoint-save-steps", "3")
+    with pytest.raises(UserError, match=r"--max-bad-steps 2\); the last good checkpoint is .*dalle_0_3.pt"):
+        run(folder, tmp_path, *options)
+    good = weights(tmp_path / "ckpt/dalle_0_3.pt")
+    assert all(torch.isfinite(value).all() for value in good.values())
+
+
+def test_an_engine_that_cannot_leave_steps_out_is_watched_by_its_loss(tmp_path):
+    class Saver:
+        newest = tmp_path / "dalle_3.pt"
+
+    def result(loss):
+        return engines.StepResult(torch.tensor(loss))
+
+    watch = train.BadSteps(20, train.Position(), Saver)
+    nan = float("nan")
+    for step, loss in [(10, 1.0), (20, nan), (30, 1.0), (40, nan)]:
+        watch.look(train.Position(step=step), result(loss), loss)
+    assert (watch.total, watch.row) == (20, 10)
+    with pytest.raises(UserError, match="dalle_3.pt"):
+        watch.look(train.Position(step=50), result(nan), nan)
+
+
+def test_weights_that_are_not_finite_are_never_saved(folder, tmp_path, monkeypatch):  # noqa: F811
+    state = NativeEngine.model_state
+
+    def damaged(self):
+        return {key: value * float("nan") if self.num_updates > 2 else value for key, value in state(self).items()}
+
+    monkeypatch.setattr(NativeEngine, "model_state", damaged)
+    with pytest.raises(UserError, match="step 4: weights are not finite .*dalle_0_2.pt"):
+        run(folder, tmp_path, "--checkpoint-save-steps", "2")
+    assert [path.name for path in (tmp_path / "ckpt").glob("*.pt")] == ["dalle_0_2.pt"]
+
+
+def test_the_loss_scale_falls_after_a_bad_step(folder, tmp_path, monkeypatch):  # noqa: F811
+    """GradScaler with fp16 autocast, which the command line allows on GPUs alone, here on the CPU."""
+    if not hasattr(torch.amp, "GradScaler"):
+        pytest.skip("before PyTorch 2.3 there is a GradScaler for CUDA only")
+    config = args.parse(flags(folder, tmp_path, "--max-steps", "3", "--loss-scaling", "1024"))
+    engine = engines.create(config)
+    engine.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    poison(monkeypatch, {2})
+    scales, update = [], engine.scaler.update
+    monkeypatch.setattr(engine.scaler, "update", lambda: (update(), scales.append(engine.scaler.get_scale())))
+    train.train(config, engine)
+    assert scales == [1024.0, 512.0, 512.0] and engine.state_dict()["bad_steps"] == [1, 0]
+
+
+WORKER = """
+import pytest, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+import test_numerics, train
+from utils.errors import run_main
+test_numerics.poison(pytest.MonkeyPatch(), {{2}}, rank="1")
+run_main(train.main)
+"""
+
+
+def test_two_processes_agree_on_a_step_that_is_bad_in_one(folder, tmp_path):  # noqa: F811
+    (tmp_path / "worker.py").write_text(WORKER.format(tests=str(ROOT / "tests"), root=str(ROOT)))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = dict(os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2")
+    command = [sys.executable, str(tmp_path / "worker.py"), *flags(folder, tmp_path, "--max-steps", "3")]
+    processes = [
+        subprocess.Popen(
+            command, env=dict(environment, RANK=str(rank), LOCAL_RANK="0"), cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["bad_steps"] for line in lines if line["event"] == "train"] == [0, 1, 1]
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "ckpt/dalle_0_3.pt").values())
