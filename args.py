@@ -147,8 +147,8 @@ class ModelConfig(Section):
     image_size: int = option(256, "height and width of the images in pixels", ge=8)
     attn_types: Tuple[str, ...] = option(("full",), "attention pattern of each layer; a shorter list is repeated",
                                          choices=("full", "axial_row", "axial_col", "conv_like", "conv_causal"))
-    attention_impl: str = option("auto", "how attention is computed; auto: the fused one where it exists",
-                                 choices=("auto", "sdpa", "explicit"))
+    attention_impl: str = option("auto", "how attention is computed; auto: what is fastest on the device",
+                                 choices=("auto", "sdpa", "local", "explicit"))
     ff_dropout: float = option(0.0, "dropout in the feed-forward layers", ge=0, lt=1)
     attn_dropout: float = option(0.0, "dropout of the attention output", ge=0, lt=1)
     sandwich_norm: bool = option(False, "a second LayerNorm after each sub-layer")

@@ -374,8 +374,7 @@ def build_model(config: Config, parts: Parts, start: Optional[Start]) -> TextToI
         if differing:
             logger.warning("%s decides on %s, not the configuration", start.path, ", ".join(differing))
         wanted = dataclasses.replace(own, **{name: getattr(wanted, name) for name in TRAINING_OPTIONS})
-    implementation = "explicit" if config.model.attention_impl == "explicit" else "sdpa"
-    dalle = DALLE(wanted, implementation)
+    dalle = DALLE(wanted, config.model.attention_impl)
     if start is not None:
         averaged = None if config.checkpoints.resume else start.checkpoint.ema  # the better ones to start anew from
         dalle.load_state_dict(start.checkpoint.weights if averaged is None else averaged)

@@ -202,8 +202,12 @@ def _option_problems(config: Config) -> List[str]:
         found.append(
             "--ema-decay {:g}: weights are not averaged on IPUs; give --ema-decay 0".format(optimizer.ema_decay)
         )
-    if config.model.attention_impl == "sdpa":
-        found.append("--attention-impl sdpa: IPUs have no fused attention; give explicit or auto")
+    if config.model.attention_impl in ("sdpa", "local"):
+        found.append(
+            "--attention-impl {}: IPUs take the explicit product; give explicit or auto".format(
+                config.model.attention_impl
+            )
+        )
     if run.compile:
         found.append(
             "--compile is torch.compile, which is not for IPUs: their programs are always compiled; leave it out"

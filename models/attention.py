@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import DalleConfig
+from models.local_attention import local_attention, window_bias, window_rows
 
 #: Window of the conv patterns: side in codes, and distance between neighbours (the published applications' constants).
 CONV_KERNEL_SIZE = 5
@@ -27,6 +28,14 @@ def build_mask(pattern: str, text_len: int, grid: int) -> Tensor:
       conv_causal  the 5x5 window that ends at it: up to 4 rows up and 4 columns to the left (DALLE-pytorch from 1.5).
     L = text_len + grid * grid - 1: the last image token is predicted but never attended from.
     """
+    num_codes = grid * grid
+    mask = torch.ones(text_len + num_codes, text_len + num_codes, dtype=torch.bool)
+    mask[text_len:, text_len:] = allowed_codes(pattern, grid)
+    return mask.tril()[:-1, :-1].contiguous()
+
+
+def allowed_codes(pattern: str, grid: int) -> Tensor:
+    """Return a pattern's causal (N, N) boolean matrix among the image positions, N = grid * grid (see `build_mask`)."""
     num_codes = grid * grid
     row = torch.arange(num_codes).div(grid, rounding_mode="floor")
     column = torch.arange(num_codes) % grid
@@ -49,9 +58,7 @@ def build_mask(pattern: str, text_len: int, grid: int) -> Tensor:
         allowed &= (down % CONV_DILATION == 0) & (right % CONV_DILATION == 0)
     else:
         raise ValueError("unknown attention pattern {!r}".format(pattern))
-    mask = torch.ones(text_len + num_codes, text_len + num_codes, dtype=torch.bool)
-    mask[text_len:, text_len:] = allowed
-    return mask.tril()[:-1, :-1].contiguous()
+    return allowed.tril()
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, causal: bool) -> Tensor:
@@ -72,6 +79,11 @@ def explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, causal: bo
 
 
 IMPLEMENTATIONS = {"sdpa": sdpa, "explicit": explicit}
+"""By name. Besides, "local" computes sparse patterns by window (see local_attention.py) and the dense one by sdpa, and
+"auto" takes it where it pays."""
+
+#: Positions up to which a GPU takes one fused kernel under a mask. An estimate: no GPU was measured.
+_DENSE_ON_GPU = 512
 
 
 def rotary_angles(text_len: int, grid: int, dim_head: int) -> Tensor:
@@ -144,11 +156,15 @@ class Attention(nn.Module):
     Scale K ** -0.5; dropout acts on the output, as in the published code (not on the attention weights).
     """
 
-    def __init__(self, config: DalleConfig, pattern: str, implementation: str = "sdpa") -> None:
+    def __init__(self, config: DalleConfig, pattern: str, implementation: str = "auto") -> None:
         super().__init__()
         inner = config.heads * config.dim_head
         self.heads, self.dim_head, self.pattern = config.heads, config.dim_head, pattern
         self.implementation = implementation
+        bias = None
+        if window_rows(pattern):
+            bias = window_bias(pattern, allowed_codes(pattern, config.grid), config.grid)
+        self.register_buffer("window_bias", bias, persistent=False)
         self.qkv = nn.Linear(config.dim, 3 * inner, bias=config.qkv_bias)
         self.out = nn.Linear(inner, config.dim, bias=config.out_bias)
         self.dropout = nn.Dropout(config.attn_dropout)
@@ -170,8 +186,20 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor, angles: Optional[Tensor] = None) -> Tensor:
         """Attend within x (B, L, D) under mask (L, L); angles (L, R) with rotary embedding. Returns (B, L, D)."""
         query, key, value = self.project(x, angles)
-        attend = IMPLEMENTATIONS[self.implementation]
+        if self._windowed(x):
+            return self.merge(local_attention(query, key, value, self.window_bias, self.pattern))
+        attend = IMPLEMENTATIONS.get(self.implementation, sdpa)
         return self.merge(attend(query, key, value, mask, self.pattern == "full"))
+
+    def _windowed(self, x: Tensor) -> bool:
+        """Whether to compute only what the pattern shows: always on a CPU, on a GPU when that is much less."""
+        if self.implementation == "local":
+            return self.window_bias is not None
+        return (
+            self.implementation == "auto"
+            and self.window_bias is not None
+            and (x.device.type == "cpu" or x.shape[1] > _DENSE_ON_GPU)
+        )
 
     def extend_text(self, x: Tensor, start: int, cache: LayerCache, angles: Optional[Tensor] = None) -> Tensor:
         """Attend from text positions `start` on, x (prompts, n, D), and add them to the cache. (prompts, n, D)."""

@@ -54,7 +54,7 @@ class DALLE(nn.Module):
     model computes one head over V + T + C rows and masks two thirds of it away. Results are equal.
     """
 
-    def __init__(self, config: DalleConfig, implementation: str = "sdpa") -> None:
+    def __init__(self, config: DalleConfig, implementation: str = "auto") -> None:
         super().__init__()
         self.config = config
         self.text_emb = nn.Embedding(config.text_table_size, config.dim)

@@ -3,7 +3,7 @@
 Letters: B batch, P positions of the text part, N image tokens, L = P + N - 1 positions, D width.
 """
 
-from typing import Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,29 @@ from models.attention import Attention, LayerCache, build_mask, rotary_angles
 from models.config import DalleConfig
 
 
+class _Geglu(torch.autograd.Function):
+    """x * gelu(gate) of a tensor [x | gate] that keeps only its input for the gradient and writes that in place.
+
+    Autograd by itself keeps gelu(gate) too and joins the two halves of the gradient in a copy.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        x, gate = both.chunk(2, dim=-1)
+        return F.gelu(gate).mul_(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (both,) = ctx.saved_tensors
+        x, gate = both.chunk(2, dim=-1)
+        result = torch.empty_like(both)
+        for_x, for_gate = result.chunk(2, dim=-1)
+        torch.mul(gradient, F.gelu(gate), out=for_x)
+        torch.ops.aten.gelu_backward.grad_input(gradient * x, gate, grad_input=for_gate)
+        return result
+
+
 class FeedForward(nn.Module):
     """(B, L, D) -> (B, L, D) through ff_mult * D hidden channels; geglu computes twice as many, half gates half."""
 
@@ -20,6 +43,8 @@ class FeedForward(nn.Module):
         super().__init__()
         hidden = config.ff_mult * config.dim
         self.activation = config.activation
+        self.fused = True
+        """Whether an autograd function of our own may be used: PopTorch has no such thing."""
         self.up = nn.Linear(config.dim, 2 * hidden if config.activation == "geglu" else hidden, bias=config.ff_bias)
         self.dropout = nn.Dropout(config.ff_dropout)
         self.down = nn.Linear(hidden, config.dim, bias=config.ff_bias)
@@ -27,8 +52,11 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
         if self.activation == "geglu":
-            x, gate = x.chunk(2, dim=-1)
-            x = x * F.gelu(gate)
+            if self.fused and torch.is_grad_enabled():
+                x = _Geglu.apply(x)
+            else:
+                x, gate = x.chunk(2, dim=-1)
+                x = x * F.gelu(gate)
         elif self.activation == "gelu":
             x = F.gelu(x)
         else:
@@ -60,7 +88,7 @@ class Residual(nn.Module):
         if self.norm_out is not None:
             branch = self.norm_out(branch)
         if self.scale is not None:
-            branch = branch * self.scale
+            return torch.addcmul(x, branch, self.scale)
         return x + branch
 
 
@@ -133,7 +161,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks over [text part | image part], with one mask for each attention pattern in use."""
 
-    def __init__(self, config: DalleConfig, implementation: str = "sdpa") -> None:
+    def __init__(self, config: DalleConfig, implementation: str = "auto") -> None:
         super().__init__()
         self.config = config
         attentions: Dict[int, Attention] = {}

@@ -5,10 +5,20 @@ import dataclasses
 import pytest
 import torch
 
-from models.attention import CONV_KERNEL_SIZE, IMPLEMENTATIONS, build_mask, explicit, rotary_angles, rotate, sdpa
+from models.attention import (
+    CONV_KERNEL_SIZE,
+    IMPLEMENTATIONS,
+    allowed_codes,
+    build_mask,
+    explicit,
+    rotary_angles,
+    rotate,
+    sdpa,
+)
 from models.config import ATTENTION_PATTERNS, DalleConfig
 from models.dalle import DALLE
-from models.transformer import Transformer
+from models.local_attention import local_attention, window_bias
+from models.transformer import FeedForward, Transformer
 
 TINY = DalleConfig(
     num_text_tokens=9,
@@ -93,7 +103,38 @@ def test_implementations_agree(pattern):
         torch.testing.assert_close(results[0][0][:, :, position].double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_gate_with_its_own_gradient_is_the_plain_one():
+    torch.manual_seed(7)
+    layer = FeedForward(TINY).double()
+    x = torch.randn(2, 3, TINY.dim, dtype=torch.float64, requires_grad=True)
+    results = []
+    for fused in (True, False):
+        layer.fused = fused
+        output = layer(x)
+        results.append((output, *torch.autograd.grad(output.square().sum(), (x, *layer.parameters()))))
+    for own, plain in zip(*results):
+        torch.testing.assert_close(own, plain)
+    layer.fused = True
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), results[1][0])
+
+
+@pytest.mark.parametrize("grid", [1, 2, 5, 7])
+@pytest.mark.parametrize("pattern", [pattern for pattern in ATTENTION_PATTERNS if pattern != "full"])
+def test_a_window_holds_all_that_a_sparse_pattern_shows(pattern, grid):
+    torch.manual_seed(5)
+    mask = build_mask(pattern, 3, grid)
+    bias = window_bias(pattern, allowed_codes(pattern, grid), grid)
+    query, key, value = (torch.randn(2, 3, len(mask), 4, requires_grad=True) for _ in range(3))
+    weight = torch.randn(2, 3, len(mask), 4)
+    results = []
+    for output in (local_attention(query, key, value, bias, pattern), explicit(query, key, value, mask, False)):
+        results.append((output, *torch.autograd.grad((output * weight).sum(), (query, key, value))))
+    for local, dense in zip(*results):
+        torch.testing.assert_close(local, dense, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "local"])
 @pytest.mark.parametrize("pattern", ATTENTION_PATTERNS)
 def test_a_layer_sees_exactly_what_its_mask_allows(pattern, implementation):
     """One layer's output at a position depends on an input exactly where the mask says so."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from engines.plan import LAYER, Placement, block_starts
 from models.attention import Attention
 from models.dalle import TextToImage
+from models.transformer import FeedForward
 from models.vqgan import VQGAN
 
 
@@ -122,6 +123,9 @@ def adapt(model: TextToImage, half: bool, serialization_factor: int, encodes_ima
     for module in model.modules():
         if isinstance(module, Attention):
             module.implementation = "explicit"
+            module.window_bias = None
+        elif isinstance(module, FeedForward):
+            module.fused = False  # PopTorch knows no autograd functions written in Python
     dalle = model.dalle
     if serialization_factor > 1:
         dalle.text_emb = SerializedEmbedding(dalle.text_emb, serialization_factor)
