@@ -139,6 +139,9 @@ class OptimizerConfig(Section):
 class ModelConfig(Section):
     """The transformer and the VQGAN it works on."""
 
+    architecture: str = option("mini-dalle", "kind of transformer; mindalle: minDALL-E's (GELU, learned positions, no "
+                                             "<bos>, no pads of their own, no LayerScale), by default over the "
+                                             "published f16-16384 VQGAN", choices=("mini-dalle", "mindalle"))
     hidden_size: int = option(512, "width of the transformer", ge=1)
     num_hidden_layers: int = option(16, "transformer layers", ge=1)
     num_attention_heads: int = option(16, "attention heads", ge=1)
@@ -152,7 +155,7 @@ class ModelConfig(Section):
     ff_dropout: float = option(0.0, "dropout in the feed-forward layers", ge=0, lt=1)
     attn_dropout: float = option(0.0, "dropout of the attention output", ge=0, lt=1)
     sandwich_norm: bool = option(False, "a second LayerNorm after each sub-layer")
-    layer_scale: bool = option(True, "a learned factor for each channel of each residual branch")
+    layer_scale: bool = option(True, "a learned factor for each channel of each residual branch (mini-dalle only)")
     init_std: float = option(0.0, "standard deviation of the first weights; 0: PyTorch's own initialisation", ge=0)
     loss_img_weight: float = option(7.0, "weight of the image loss beside the text loss", ge=0)
     code_noise: float = option(0.0, "share of the codes that the model reads as random others while training",
@@ -160,7 +163,7 @@ class ModelConfig(Section):
     null_cond_prob: float = option(0.0, "share of captions left out in training, for guidance when generating",
                                    ge=0, le=1)
     vqgan_model_path: Optional[str] = option(None, "weights of the VQGAN (.ckpt or .safetensors); none: the published "
-                                                   "f16-1024 model is downloaded", path="find")
+                                                   "f16-1024 model (see --architecture) is downloaded", path="find")
     vqgan_config_path: Optional[str] = option(None, "YAML file of the VQGAN", path="find")
     vae_path: Optional[str] = option(None, "refused: discrete VAEs are not read, see --vqgan-model-path", path="find")
 
@@ -581,6 +584,18 @@ def load_configuration(config_file: Path, name: str) -> Dict[str, Any]:
     return configurations[name]
 
 
+def _check_mindalle(model: ModelConfig) -> None:
+    """minDALL-E's layout has no place for what its architecture does not know."""
+    if model.sandwich_norm:
+        raise UsageError("--sandwich-norm: --architecture mindalle has one LayerNorm for each branch; leave it out")
+    if set(model.attn_types) != {"full"}:
+        raise UsageError("--attn-types: every layer of --architecture mindalle attends to all before it; give full")
+    if model.num_attention_heads * model.dim_head != model.hidden_size:
+        raise UsageError("--dim-head {}: the heads of --architecture mindalle share its width, so "
+                         "--num-attention-heads x --dim-head must be --hidden-size {}".format(
+                             model.dim_head, model.hidden_size))
+
+
 def _find(path: str, folder: Path) -> str:
     """A relative path that is not in the working directory but beside the configuration file becomes that one."""
     if path != BUILT_IN_SET and not os.path.exists(path) and os.path.exists(str(folder / path)):
@@ -597,6 +612,8 @@ def _check_together(config: Config) -> None:
     if model.vae_path is not None:
         raise UsageError("--vae-path: discrete VAEs are not read; give a VQGAN with --vqgan-model-path and "
                          "--vqgan-config-path")
+    if model.architecture == "mindalle":
+        _check_mindalle(model)
     if data.generated_data and data.synthetic_data:
         raise UsageError("--generated-data and --synthetic-data exclude each other: give one of them")
     if config.checkpoints.resume and config.checkpoints.pretrained_checkpoint is not None:

@@ -28,9 +28,9 @@ import log
 from args import Config
 from bpe import Tokenizer, load_tokenizer
 from engines import Engine, StepResult, plan_report
-from models.config import DalleConfig
+from models.config import ARCHITECTURES, DalleConfig
 from models.dalle import DALLE, TextToImage
-from models.vqgan import VQGAN, VqganConfig, default_vqgan, load_vqgan
+from models.vqgan import PUBLISHED, VQGAN, VqganConfig, default_vqgan, load_vqgan
 from utils import checkpoints, schedules
 from utils.errors import UserError, run_main
 
@@ -248,7 +248,9 @@ def finish(config: Config, engine: Engine, parts: Parts, progress: log.Progress)
 def show_plan(config: Config) -> None:
     """--plan: what would lie on each IPU, as text and as plan.png. Reads the vocabulary and a VQGAN's YAML, no data."""
     options = config.model
-    vqgan = VqganConfig.from_yaml(options.vqgan_config_path) if options.vqgan_config_path else VqganConfig()
+    vqgan = PUBLISHED[published_vqgan(config)].config
+    if options.vqgan_config_path:
+        vqgan = VqganConfig.from_yaml(options.vqgan_config_path)
     with torch.device("meta"):
         model = dalle_config(config, load_tokenizer(config.data.bpe_path), VQGAN(vqgan))
     found = plan_report.divisions(config, model, vqgan)
@@ -268,8 +270,9 @@ def build_parts(config: Config) -> Parts:
     options, generated = config.data, config.data.generated_data or config.data.synthetic_data
     if generated and config.model.vqgan_model_path is None:
         # Random pictures need no trained VQGAN: one of the published shape does the same work, without a download.
-        logger.info("generated data: a VQGAN of the published f16-1024 shape with random weights")
-        vqgan, paths = VQGAN(VqganConfig()), (Path("random"), Path("random"))
+        name = published_vqgan(config)
+        logger.info("generated data: a VQGAN of the published %s shape with random weights", name)
+        vqgan, paths = VQGAN(PUBLISHED[name].config), (Path("random"), Path("random"))
         vqgan.identity = "random"
     else:
         paths = vqgan_paths(config)
@@ -324,18 +327,23 @@ def encode_images(config: Config, engine: Engine, parts: Parts) -> Parts:
     return parts._replace(train_set=train_set, validation_set=validation_set, vqgan=vqgan.to("meta"))
 
 
+def published_vqgan(config: Config) -> str:
+    """The published VQGAN that a configuration takes where none is given: that of its architecture's authors."""
+    return "f16-16384" if config.model.architecture == "mindalle" else "f16-1024"
+
+
 def vqgan_paths(config: Config) -> Tuple[Path, Path]:
-    """Weights and YAML of the VQGAN: those given, or the published f16-1024 model (downloaded once)."""
+    """Weights and YAML of the VQGAN: those given, or the published model (downloaded once)."""
     model = config.model
     if model.vqgan_model_path is None:
-        return default_vqgan()
+        return default_vqgan(name=published_vqgan(config))
     return Path(model.vqgan_model_path), Path(model.vqgan_config_path)
 
 
 def dalle_config(config: Config, tokenizer: Tokenizer, vqgan: VQGAN) -> DalleConfig:
     """The model that a configuration, a vocabulary and a VQGAN describe."""
     options = config.model
-    return DalleConfig(
+    values: Dict[str, Any] = dict(
         num_text_tokens=tokenizer.vocab_size,
         num_image_tokens=vqgan.num_codes,
         text_seq_len=options.text_seq_len,
@@ -352,6 +360,7 @@ def dalle_config(config: Config, tokenizer: Tokenizer, vqgan: VQGAN) -> DalleCon
         layer_scale=options.layer_scale,
         init_std=options.init_std,
     )
+    return DalleConfig(**dict(values, **ARCHITECTURES[options.architecture]))
 
 
 def build_model(config: Config, parts: Parts, start: Optional[Start]) -> TextToImage:

@@ -10,6 +10,20 @@ from utils.errors import UserError, nearest
 #: Which image positions an image position may attend to; the text part is always visible to it (see attention.py).
 ATTENTION_PATTERNS = ("full", "axial_row", "axial_col", "conv_like", "conv_causal")
 
+#: The options of DalleConfig that make an architecture (--architecture); what they leave out is size and training.
+ARCHITECTURES: Dict[str, Dict[str, Any]] = {
+    "mini-dalle": {},
+    "mindalle": {
+        "bos": False,
+        "unique_pads": False,
+        "layer_scale": False,
+        "image_positions": "learned",
+        "activation": "gelu",
+        "qkv_bias": True,
+        "head_bias": False,
+    },
+}
+
 
 @dataclass(frozen=True)
 class DalleConfig:
@@ -114,6 +128,18 @@ class DalleConfig:
             raise UserError("unknown image_positions {!r}; known: axial, learned, none".format(self.image_positions))
         if self.shift_tokens and self.dim % 4:
             raise UserError("shift_tokens needs a width (dim) divisible by 4, not {}".format(self.dim))
+        self._check_shared_attention()
+
+    def _check_shared_attention(self) -> None:
+        """Layers that share an attention have one pattern: the attention is one module, with one mask."""
+        patterns: Dict[int, str] = {}
+        for layer, pattern in enumerate(self.layer_patterns if self.shared_attn_ids else ()):
+            shared = self.shared_attn_ids[layer % len(self.shared_attn_ids)]
+            if patterns.setdefault(shared, pattern) != pattern:
+                raise UserError(
+                    "layers that share attention {} (shared_attn_ids) have different patterns in attn_types: {} and "
+                    "{}".format(shared, patterns[shared], pattern)
+                )
 
     @property
     def text_len(self) -> int:

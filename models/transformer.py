@@ -176,8 +176,6 @@ class Transformer(nn.Module):
                 attentions[attention_id] = Attention(config, pattern, implementation)
             if ff_id not in feed_forwards:
                 feed_forwards[ff_id] = FeedForward(config)
-            if attentions[attention_id].pattern != pattern:
-                raise ValueError("layers that share attention {} have different attn_types".format(attention_id))
             self.layers.append(Block(config, layer, attentions[attention_id], feed_forwards[ff_id]))
         for pattern in sorted(set(config.layer_patterns)):
             mask = build_mask(pattern, config.text_len, config.grid)

@@ -7,10 +7,11 @@ import pytest
 
 import args
 from args import Config, ExecutionConfig, parse
+from models.config import ARCHITECTURES, DalleConfig
 from utils.errors import UsageError
 
 PUBLISHED = ["L16", "L16_POD16", "L16_POD64", "L16_CLIP_vocab"]
-SHIPPED = PUBLISHED + ["unit_test", "demo"]
+SHIPPED = PUBLISHED + ["unit_test", "demo", "minDALLE_1.3B", "minDALLE_tiny"]
 SMALL = """
 base: &base
   input_folder: demo
@@ -55,7 +56,7 @@ def test_the_default_configuration_of_train_is_unit_test():
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_configuration_fits_an_ipu_system(name):
-    config = parse(["--config", name])
+    config = parse(["--config", name, "--generated-data"])
     ipu = config.ipu
     assert sum(ipu.layers_per_ipu) == config.model.num_hidden_layers
     assert len(ipu.layers_per_ipu) == ipu.ipus_per_replica
@@ -63,7 +64,7 @@ def test_every_shipped_configuration_fits_an_ipu_system(name):
     assert len(ipu.matmul_proportion) in (1, ipu.ipus_per_replica)
     # A pipeline of n stages needs at least 2n - 1 micro-batches.
     assert config.execution.gradient_accumulation >= 2 * ipu.ipus_per_replica - 1
-    assert config.execution.native_precision("cpu") == "fp32"
+    assert config.execution.native_precision("cpu") == ("bf16" if name == "minDALLE_1.3B" else "fp32")
 
 
 def test_shipped_names_are_all_tested():
@@ -218,10 +219,20 @@ def test_a_key_inherited_and_given_is_no_duplicate(tmp_path):
     (["--resume", "--pretrained-checkpoint", "x"], ["--resume", "--pretrained-checkpoint"]),
     (["--device", "cpu", "--precision", "fp16"], ["--precision", "bf16"]),
     (["--device", "ipu", "--precision", "bf16"], ["--precision", "fp16"]),
+    (["--config", "minDALLE_tiny", "--sandwich-norm"], ["--sandwich-norm", "--architecture mindalle"]),
+    (["--config", "minDALLE_tiny", "--attn-types", "full", "axial_row"], ["--attn-types", "--architecture mindalle"]),
+    (["--config", "minDALLE_tiny", "--dim-head", "32"], ["--dim-head", "--num-attention-heads", "--hidden-size"]),
 ])
 def test_contradictions_name_the_flags(words, names):
     message = error_of(words)
     assert all(name in message for name in names)
+
+
+def test_every_architecture_can_be_chosen():
+    (spec,) = [spec for spec in dataclasses.fields(args.ModelConfig) if spec.name == "architecture"]
+    assert spec.metadata["choices"] == tuple(ARCHITECTURES)
+    for values in ARCHITECTURES.values():
+        assert values.keys() <= {field.name for field in dataclasses.fields(DalleConfig)}
 
 
 def test_precision_of_the_native_engine():

@@ -10,7 +10,7 @@ from torch import nn
 
 from models.config import DalleConfig
 from models.dalle import DALLE, TextToImage
-from models.transformer import Transformer, layer_scale_init
+from models.transformer import layer_scale_init
 from utils.errors import UserError
 
 TINY = DalleConfig(
@@ -162,8 +162,8 @@ def test_layers_with_one_id_are_one_layer():
     assert layers[0].attention.fn is not layers[1].attention.fn
     assert len({id(layer.feed_forward.fn) for layer in layers}) == 1
     assert len({id(layer.attention.norm) for layer in layers}) == 4  # norms and scales stay apart
-    with pytest.raises(ValueError, match="share attention 0"):
-        Transformer(dataclasses.replace(TINY, shared_attn_ids=(0,)))
+    with pytest.raises(UserError, match=r"share attention 0 \(shared_attn_ids\) have different patterns"):
+        dataclasses.replace(TINY, shared_attn_ids=(0,))
 
 
 def test_normal_initialisation():

@@ -13,8 +13,8 @@ import args
 import engines.native
 import train
 from bpe import load_tokenizer
-from models.config import DalleConfig
 from models.dalle import DALLE
+from models.vqgan import PUBLISHED, VQGAN, VqganConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = {
@@ -105,7 +105,8 @@ def configurations():
 
 
 def test_the_published_configurations_are_there():
-    assert {"L16", "L16_POD16", "L16_POD64", "L16_CLIP_vocab", "unit_test", "demo"} <= set(configurations())
+    published = {"L16", "L16_POD16", "L16_POD64", "L16_CLIP_vocab", "unit_test", "demo"}
+    assert published | {"minDALLE_1.3B", "minDALLE_tiny"} <= set(configurations())
 
 
 @pytest.mark.parametrize("name", configurations())
@@ -113,25 +114,16 @@ def test_every_shipped_configuration_instantiates(name):
     """At full size, without memory: on the meta device, with its own vocabulary and the codebook it is meant for."""
     config = args.parse(["--config", name, "--generated-data"])
     tokenizer = load_tokenizer(config.data.bpe_path)
-    options = config.model
-    downsampling = 8 if options.vqgan_model_path else 16
-    wanted = DalleConfig(
-        num_text_tokens=tokenizer.vocab_size,
-        num_image_tokens=1024,
-        text_seq_len=options.text_seq_len,
-        grid=options.image_size // downsampling,
-        dim=options.hidden_size,
-        depth=options.num_hidden_layers,
-        heads=options.num_attention_heads,
-        dim_head=options.dim_head,
-        attn_types=options.attn_types,
-        sandwich_norm=options.sandwich_norm,
-    )
+    vqgan = PUBLISHED[train.published_vqgan(config)].config
+    if config.model.vqgan_config_path:
+        vqgan = VqganConfig.from_yaml(config.model.vqgan_config_path)
     with torch.device("meta"):
-        dalle = DALLE(wanted)
+        dalle = DALLE(train.dalle_config(config, tokenizer, VQGAN(vqgan)))
+    parameters = sum(p.numel() for p in dalle.parameters())
     if name.startswith("L16"):
-        expected = 93.6e6 if name != "L16_CLIP_vocab" else 136e6
-        assert sum(p.numel() for p in dalle.parameters()) == pytest.approx(expected, rel=0.02)
+        assert parameters == pytest.approx(93.6e6 if name != "L16_CLIP_vocab" else 136e6, rel=0.02)
+    if name == "minDALLE_1.3B":  # the published vocabulary is smaller than the one at hand
+        assert parameters - 2 * 1536 * (tokenizer.vocab_size - 16384) == 1291081728
     assert sum(config.ipu.layers_per_ipu) == config.model.num_hidden_layers
     schedule = train.Schedule(config, 10)
     assert schedule.learning_rate(train.Position()) > 0
