@@ -95,7 +95,7 @@ def train(config: Config, engine: Engine) -> None:
         check_writable(folder)
     start = find_start(config, folder)
     resuming = config.checkpoints.resume and start is not None
-    parts = encode_images(config, engine, build_parts(config))
+    parts = encode_images(config, engine, build_parts(config), start if resuming else None)
     model = build_model(config, parts, start)
     steps_per_epoch = engine.steps_per_epoch(len(parts.train_set))
     engine.prepare(model, parts.train_set)
@@ -293,10 +293,11 @@ def build_parts(config: Config) -> Parts:
     return Parts(tokenizer, paths, vqgan, train_set, validation_set)
 
 
-def encode_images(config: Config, engine: Engine, parts: Parts) -> Parts:
+def encode_images(config: Config, engine: Engine, parts: Parts, resumed: Optional[Start] = None) -> Parts:
     """Turn images into their codes, each once for all epochs and runs (--cache-codes), and let the VQGAN's weights go.
 
-    auto leaves random images alone: they are there to measure the whole step.
+    resumed: the checkpoint that the run goes on from, if there is one. auto leaves random images alone: they are there
+    to measure the whole step.
     """
     options, vqgan = config.data, parts.vqgan
     generated = options.generated_data or options.synthetic_data
@@ -316,11 +317,12 @@ def encode_images(config: Config, engine: Engine, parts: Parts) -> Parts:
         workers=options.dataloader_workers,
         progress=functools.partial(log.progress, unit="image", is_main=engine.is_main),
     )
-    # A short run does not come to all images: those that it leaves out need not be encoded.
+    # A run that ends within its first epoch does not come to all images: those that it leaves out need not be encoded.
+    first_epoch = resumed is None or resumed.checkpoint.training["position"]["epoch"] == 0
     calls = -(-config.execution.max_steps // engine.steps_per_call)
     samples, order = calls * engine.steps_per_call * config.global_batch, None
-    if 0 < samples < len(parts.train_set):
-        order = data.epoch_order(len(parts.train_set), config.execution.random_seed, 0)[:samples]
+    if 0 < samples < len(parts.train_set) and first_epoch:
+        order = parts.train_set.order(config.execution.random_seed, 0)[:samples]
     train_set, validation_set = cache.encoded(parts.train_set, parts.validation_set, order)
     if train_set is parts.train_set:
         return parts

@@ -100,7 +100,7 @@ class CodeCache:
         """Return the same data sets with codes for images; or as they are, with a warning, where that cannot be.
 
         positions: LongTensor of those positions in the training set that will be used; None: all. Items elsewhere have
-        codes of -1, which no model takes: they are there because loaders read ahead. Every process must call this.
+        no codes: asking for one is an error. Every process must call this.
         """
         try:
             train = self._encoded(train_set, positions)

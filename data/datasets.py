@@ -19,7 +19,7 @@ import torch
 from data.demo import DemoRecord, demo_images
 from data.folder import FolderPairs
 from data.images import BROKEN_IMAGE_ERRORS, load_image
-from data.order import draw, draw_below, draw_unit, split_holdout
+from data.order import draw, draw_below, draw_unit, epoch_order, split_holdout
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -77,6 +77,10 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
     def set_epoch(self, epoch: int) -> None:
         """Draw captions for this epoch from now on."""
         self._epoch.fill_(epoch)
+
+    def order(self, seed: int, epoch: int) -> torch.Tensor:
+        """Return the order in which an epoch visits the positions of this (sub)set, LongTensor (n,)."""
+        return epoch_order(len(self), seed, epoch)
 
     def subset(self: Self, indices: torch.Tensor) -> Self:
         """Return the data set of these pairs only. Captions stay what they are: they are drawn by the pair's number.
@@ -330,7 +334,8 @@ class CodesDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
     """The pairs of another data set with their images already encoded: items are (text, codes LongTensor (N,)).
 
     codes: integers (n, N), a tensor, a NumPy array (also memory-mapped) or whatever gives such rows: for each pair that
-    `pairs` is a (sub)set of, in order, one row for each form of its image (see `PairDataset.variant`).
+    `pairs` is a (sub)set of, in order, one row for each form of its image (see `PairDataset.variant`). Rows of images
+    that were never encoded hold -1; asking for one is an error.
     """
 
     def __init__(self, pairs: PairDataset, codes: Any) -> None:
@@ -348,11 +353,18 @@ class CodesDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         row = self.codes[pair * self.pairs.num_variants + self.pairs.variant(pair)]
         if not isinstance(row, torch.Tensor):
             row = torch.from_numpy(row.astype("int64"))  # here, for PyTorch reads no unsigned 16-bit arrays
+        if int(row.min()) < 0:
+            # Some devices would quietly train on whatever such a code reads.
+            raise RuntimeError("the image of pair {} was not among those to be encoded".format(pair))
         return self.pairs.text_at(index), row.to(torch.int64)
 
     def set_epoch(self, epoch: int) -> None:
         """Draw captions for this epoch from now on."""
         self.pairs.set_epoch(epoch)
+
+    def order(self, seed: int, epoch: int) -> torch.Tensor:
+        """Return the order in which an epoch visits the positions: that of the images, LongTensor (n,)."""
+        return self.pairs.order(seed, epoch)
 
     @property
     def num_unreadable(self) -> int:

@@ -91,7 +91,7 @@ def list_pairs(folder: str) -> FolderPairs:
             "--input-folder {}: no such folder; give one with images and captions, or 'demo' for the built-in "
             "set".format(folder)
         )
-    images, texts = _list_files(folder)
+    images, texts = list_files(folder)
     skipped: Dict[str, List[str]] = {}
     chosen = sorted(_match(images, texts, skipped))
     pairs = FolderPairs(folder, PackedStrings(), PackedStrings(), [])
@@ -121,7 +121,7 @@ def _nothing_found(folder: str, images: List[str], texts: List[str], skipped: Li
     )
 
 
-def _list_files(folder: str) -> Tuple[List[str], List[str]]:
+def list_files(folder: str) -> Tuple[List[str], List[str]]:
     """Return the paths of all images and of all text files below `folder`."""
     images: List[str] = []
     texts: List[str] = []

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.create import DEMO
 from data.demo import demo_images, demo_records
-from data.folder import PackedStrings, _list_files
+from data.folder import PackedStrings, list_files
 from data.images import BROKEN_IMAGE_ERRORS, IMAGE_SUFFIXES, load_image
 from data.order import epoch_order, split_holdout
 from utils.errors import UserError
@@ -112,7 +112,7 @@ def open_images(folder: str, image_size: int, num_heldout: int, seed: int) -> Tu
         return train, heldout
     if not os.path.isdir(folder):
         raise UserError("--input-folder {}: no such folder; give one with images, or 'demo'".format(folder))
-    paths = sorted(_list_files(folder)[0])
+    paths = sorted(list_files(folder)[0])
     if len(paths) < 2:
         raise UserError(
             "--input-folder {} holds fewer than two images ({})".format(

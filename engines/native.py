@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from args import Config, OptimizerConfig
-from data import epoch_order
 from engines.base import Engine, StepResult, parameter_groups
 from models.dalle import TextToImage
 from models.vqgan import image_codes
@@ -170,7 +169,7 @@ class NativeEngine(Engine):
 
     def loader(self, dataset: Any, epoch: int, start: int = 0) -> Iterator[Any]:
         dataset.set_epoch(epoch)
-        order = epoch_order(len(dataset), self.config.execution.random_seed, epoch)
+        order = dataset.order(self.config.execution.random_seed, epoch)
         batching, steps = self.batching, self.steps_per_epoch(len(dataset))
         # (steps, processes, micro-batches, samples): every process takes its own part of each step's global batch.
         shares = order[: steps * batching.global_batch].view(

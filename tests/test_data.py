@@ -452,6 +452,17 @@ def test_codes_take_the_place_of_images(tmp_path, kind):
         CodesDataset(folder_dataset(tmp_path), codes[:3])
 
 
+def test_images_that_were_never_encoded_are_refused(tmp_path):
+    for number in range(3):
+        write_pair(tmp_path, str(number))
+    codes = torch.arange(3 * 6).view(3, 6)
+    codes[1] = -1
+    dataset = CodesDataset(folder_dataset(tmp_path), codes)
+    assert dataset[2][1].tolist() == codes[2].tolist()
+    with pytest.raises(RuntimeError, match="the image of pair 1 was not among those to be encoded"):
+        dataset[1]
+
+
 def test_create_datasets_from_folders_and_random_data(tmp_path, caplog):
     for number in range(10):
         write_pair(tmp_path / "train", str(number), "n{}".format(number))

@@ -428,6 +428,16 @@ def test_codes_of_other_pairs_keep_their_own_epochs():
         stream[24]
 
 
+def test_a_short_run_is_not_read_ahead_of():
+    codes = torch.arange(8).repeat(16, 1).t().contiguous()
+    dataset = CodesDataset(Pairs(16), codes.repeat(2, 1).contiguous())
+    dataset.codes[dataset.order(0, 0)[12:]] = -1  # what a run of three steps of four samples never comes to
+    stream = Stream(dataset, 0, (0, 0), 1, 4, (4, 0, 1), None, max_steps=3)
+    assert len(list(stream)) == len(stream) == 12
+    assert len(Stream(dataset, 0, (0, 2), 1, 4, (4, 0, 1), None, max_steps=3)) == 4
+    assert len(Stream(dataset, 0, (0, 0), 1, 4, (4, 0, 1), None, max_steps=0)) == 16
+
+
 def test_processes_share_every_sample_out_once():
     dataset = Pairs(24)
     dataset._text = torch.tensor

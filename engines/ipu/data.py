@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from args import Config
-from data import epoch_order
 
 #: Samples that a worker hands over at once (--async-dataloader), where a call of the device takes more than that.
 WORKER_BATCH = 128
@@ -39,15 +38,20 @@ class Stream(torch.utils.data.Dataset):  # type: ignore[type-arg]
         steps_per_epoch: int,
         shares: Tuple[int, int, int],
         dtype: Any,
+        max_steps: int = 0,
     ) -> None:
         """position: (epoch, step) to start from. epochs: where to end. shares: (samples of this process in a step, its
         number, number of processes). dtype: element type of images that are scaled here; None: bytes stay bytes.
+        max_steps: of the whole run, 0: no limit. Loaders must not read ahead of them: in a run that is shorter than an
+        epoch, further images need not have codes.
         """
         self.dataset, self.seed, self.dtype = dataset, seed, dtype
         self.steps_per_epoch = steps_per_epoch
         self.share, self.process, self.processes = shares
         self.first = position[0] * steps_per_epoch + position[1]
         self.steps = max(epochs, position[0] + 1) * steps_per_epoch - self.first
+        if position[0] == 0 and position[1] < max_steps:
+            self.steps = min(self.steps, max_steps - self.first)
         self._epoch = -1
         self._own: Any = None
         self._order: List[int] = []
@@ -66,7 +70,7 @@ class Stream(torch.utils.data.Dataset):  # type: ignore[type-arg]
         if epoch != self._epoch:
             self._own = own_epoch(self.dataset) if self._own is None else self._own
             self._own.set_epoch(epoch)
-            self._order = epoch_order(len(self.dataset), self.seed, epoch).tolist()
+            self._order = self.dataset.order(self.seed, epoch).tolist()
             self._epoch = epoch
         text, image = self._own[self._order[(step * self.processes + self.process) * self.share + within]]
         return text, prepare_image(image, self.dtype)

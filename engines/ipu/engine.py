@@ -115,6 +115,7 @@ class IpuEngine(Engine):
             self.steps_per_epoch(len(dataset)),
             (self.share, self.hosts.index, self.hosts.count),
             self.image_dtype,
+            -(-self.config.execution.max_steps // self.iterations) * self.iterations,
         )
         self._loader = make_loader(self.poptorch, self.options, self.config, samples, self.config.ipu.async_dataloader)
         self._source = iter(self._loader)
@@ -139,7 +140,10 @@ class IpuEngine(Engine):
     def prepare(self, model: TextToImage, dataset: Any = None) -> None:
         begin = time.perf_counter()
         check(self.config, model.dalle.config)
-        self.encodes_images = model.vqgan is not None if dataset is None else dataset[0][1].dim() > 1
+        self.encodes_images = model.vqgan is not None
+        if dataset is not None:
+            first = int(dataset.order(self.seed, 0)[0])  # in a short run, others need not have codes
+            self.encodes_images = dataset[first][1].dim() > 1
         self.model = adapt(model, self.half, self.config.ipu.embedding_serialization_factor, self.encodes_images)
         self.hosts.broadcast_weights(self.model.state_dict())
         self.plan = pipeline_plan(self.config, self.encodes_images)
