@@ -31,6 +31,7 @@ from dalle.pictures import FORMATS, to_pil
 from dalle.reranking import Best, Candidate, ClipRanker
 from data.images import BROKEN_IMAGE_ERRORS, load_image
 from engines.native import pick_device
+from models.quantization import DTYPES
 from models.sampling import SamplingOptions, top_k_count
 from utils.errors import UsageError, UserError, run_main
 from utils.files import sha256_file
@@ -134,6 +135,13 @@ def make_parser() -> Parser:
         help="image i is the same for the same seed, whatever the batch size (default: 42)",
     )
     drawing.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="how the transformer's weights are kept: bfloat16 takes half the memory, int8 a quarter "
+        "(default: float32)",
+    )
+    drawing.add_argument(
         "--clip_path",
         type=path,
         metavar="DIR|NAME",
@@ -170,6 +178,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         options.vqgan_model_path,
         options.vqgan_config_path,
         pick_device(options.device, 0),
+        options.dtype,
     )
     given = read_prime(options, loaded) if options.image is None else read_completion(options, loaded)
     ranker = None if options.clip_path is None else ClipRanker(options.clip_path, loaded.device)
@@ -427,6 +436,7 @@ def describe_run(loaded: Loaded, options: argparse.Namespace) -> Dict[str, Any]:
             "prime_rows",
             "image",
             "mask",
+            "dtype",
             "clip_path",
             "keep",
             "format",

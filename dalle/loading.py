@@ -13,8 +13,10 @@ from torch import Tensor
 
 from bpe import Tokenizer, load_tokenizer
 from dalle import published
+from models.building import build_dalle
 from models.config import DalleConfig
 from models.dalle import DALLE
+from models.quantization import DTYPES
 from models.vqgan import PUBLISHED, VQGAN, VqganConfig, default_vqgan, load_vqgan, load_vqgan_state
 from utils.checkpoints import DalleCheckpoint, read_dalle
 from utils.errors import UsageError, UserError
@@ -33,7 +35,7 @@ _DEMO_VOCABULARY = ROOT / "bpe" / "demo_vocab.txt"
 
 
 class Loaded(NamedTuple):
-    """A model ready to draw: everything on one device, in eval mode, float32, without gradients."""
+    """A model ready to draw: everything on one device, in eval mode, without gradients, the VQGAN in float32."""
 
     dalle: DALLE
     vqgan: VQGAN
@@ -63,6 +65,7 @@ def load(
     vqgan_model_path: Optional[PathLike] = None,
     vqgan_config_path: Optional[PathLike] = None,
     device: Union[str, torch.device] = "cpu",
+    dtype: str = "float32",
 ) -> Loaded:
     """Load a checkpoint in any layout that utils.checkpoints reads, or "demo", the shipped model.
 
@@ -72,9 +75,13 @@ def load(
     vqgan_model_path and vqgan_config_path None: in the same way the VQGAN it was trained with, or the one inside the
     checkpoint, else the published f16-1024 model, which is downloaded. What is given wins; when it is not what the
     model was trained with, a warning says so. Where a checkpoint of ours holds averaged weights (EMA), they draw.
+    dtype: how the DALL-E's weights are kept, one of models.quantization.DTYPES; fewer bits take less memory. No more
+    than the weights in the file and, beside them, a tensor or two is ever held.
 
     Raises UserError naming the flag when something is missing or does not fit.
     """
+    if dtype not in DTYPES:
+        raise UsageError("--dtype {}: expected one of {}".format(dtype, ", ".join(DTYPES)))
     if str(dalle_path) == DEMO:
         _check_demo()
         dalle_path, bpe_path = _DEMO_DALLE, bpe_path or _DEMO_VOCABULARY
@@ -85,7 +92,7 @@ def load(
         raise UserError(
             "--dalle_path {}: there is no such file; 'demo' stands for the shipped model".format(dalle_path)
         )
-    checkpoint = read_dalle(dalle_path)
+    checkpoint = read_dalle(dalle_path, to_draw=True)
     path = checkpoint.path
     config = DalleConfig.from_dict(checkpoint.config)
     tokenizer = _open_tokenizer(bpe_path, checkpoint)
@@ -114,9 +121,8 @@ def load(
             config.grid,
             config.grid,
         )
-    dalle = DALLE(config)
-    dalle.load_state_dict(checkpoint.weights if checkpoint.ema is None else checkpoint.ema)
-    dalle.to(device).eval().requires_grad_(False)
+    weights = checkpoint.weights if checkpoint.ema is None else checkpoint.ema
+    dalle = build_dalle(config, weights, dtype=dtype).to(device).eval().requires_grad_(False)
     about = checkpoint._replace(
         weights={}, vqgan_weights=None, ema=None, opt_state=None, scheduler_state=None, training=None
     )

@@ -60,12 +60,14 @@ class Dalle(nn.Module):
         bpe_path: Optional[PathLike] = None,
         vqgan_model_path: Optional[PathLike] = None,
         vqgan_config_path: Optional[PathLike] = None,
+        dtype: str = "float32",
     ) -> "Dalle":
         """Load "minDALL-E/1.3B" (downloaded once, 5 GB), a folder in its layout, "demo", or any checkpoint we read.
 
-        Vocabulary and VQGAN are found beside the weights, or given. Raises UserError when something is missing.
+        Vocabulary and VQGAN are found beside the weights, or given. dtype: "float32", "bfloat16" (half the memory) or
+        "int8" (a quarter), of the transformer's weights. Raises UserError when something is missing.
         """
-        return cls(load(path, bpe_path, vqgan_model_path, vqgan_config_path))
+        return cls(load(path, bpe_path, vqgan_model_path, vqgan_config_path, dtype=dtype))
 
     @property
     def loaded(self) -> Loaded:
@@ -117,7 +119,8 @@ class Dalle(nn.Module):
 
         top_k: likeliest codes to draw from, with those that tie (None: all); top_p: of these, the likeliest up to and
         including the one that crosses this probability (None: all). softmax_temperature: 0 takes the likeliest.
-        device: moves the model there first. use_fp16: half precision in the transformer, on CUDA only.
+        device: moves the model there first. use_fp16: half precision in the transformer, on CUDA only, unless the
+        weights are bfloat16.
         seed: candidate i depends on it and i alone, whatever the batch size; None: from torch's generator (`set_seed`).
         cond_scale: classifier-free guidance, for models trained with it (1: none).
         batch_size: candidates drawn at the same time; None: as many as fit. progress: a bar, none, or a function.
@@ -162,7 +165,8 @@ class Dalle(nn.Module):
     ) -> Any:
         """Yield what `draw_codes` returns, batch by batch. Without a batch size, halve it until a batch fits."""
         size, done = min(batch_size or self._likely_batch(len(seeds)), len(seeds)), 0
-        on_cuda = use_fp16 and self.device.type == "cuda"
+        # Weights in bfloat16 compute in it already.
+        on_cuda = use_fp16 and self.device.type == "cuda" and self.stage2.text_emb.weight.dtype == torch.float32
         while done < len(seeds):
             part = seeds[done : done + size]
             counter.begin(done, len(part))

@@ -4,7 +4,7 @@ A fully causal GPT over text and codes: no <bos>, no padding ids of its own, lea
 """
 
 import re
-from typing import Any, Dict, Mapping
+from typing import Any, Dict, Mapping, MutableMapping
 
 import torch
 from torch import Tensor
@@ -48,15 +48,20 @@ def is_mindalle(weights: Mapping[str, Any]) -> bool:
     return "tok_emb_txt.weight" in weights
 
 
-def from_mindalle(weights: Mapping[str, Tensor], options: Mapping[str, Any]) -> StoredModel:
+def from_mindalle(weights: MutableMapping[str, Tensor], options: Mapping[str, Any]) -> StoredModel:
     """Read minDALL-E's stage-2 weights; `options` is its config.yaml as a dictionary (may be empty).
 
+    Query, key and value become one matrix; they are taken out of `weights`, so that no more than a layer's are held
+    twice.
     Dropout is left at 0 whatever the file says: it is a choice of the training, and the published model has none.
     Raises UserError on an unknown weight or an option without counterpart.
     """
     renamed: Weights = {}
     projections: Dict[str, Dict[str, Tensor]] = {}
-    for name, tensor in weights.items():
+    if overlap(weights.values()):
+        raise UserError("several weights are stored as one and the same")
+    for name in list(weights):
+        tensor = weights[name]
         stem, _, kind = name.rpartition(".")
         layer = re.fullmatch(r"blocks\.(\d{1,6})\.(.+)", stem)
         if stem in _OUTSIDE_NAMES and kind in ("weight", "bias"):
@@ -67,11 +72,9 @@ def from_mindalle(weights: Mapping[str, Tensor], options: Mapping[str, Any]) -> 
             )
         elif layer and layer.group(2) in tuple("attn." + projection for projection in _PROJECTIONS):
             fused = "transformer.layers.{}.attention.fn.qkv.{}".format(int(layer.group(1)), kind)
-            projections.setdefault(fused, {})[layer.group(2)[len("attn.") :]] = tensor
+            projections.setdefault(fused, {})[layer.group(2)[len("attn.") :]] = weights.pop(name)
         elif not name.endswith("attn.mask"):  # a buffer: the causal mask
             raise UserError("weight {} belongs to no known layout of minDALL-E".format(shown(name)))
-    if overlap(weights.values()):
-        raise UserError("several weights are stored as one and the same")
     for fused, parts in projections.items():
         for projection in _PROJECTIONS:
             if projection not in parts:
@@ -80,7 +83,7 @@ def from_mindalle(weights: Mapping[str, Tensor], options: Mapping[str, Any]) -> 
                 )
         if len({part.shape for part in parts.values()}) > 1 or parts["key"].dim() == 0:
             raise UserError("weights '{}' differ in shape".format(fused.replace("fn.qkv", "*")))
-        renamed[fused] = torch.cat([parts[projection] for projection in _PROJECTIONS])
+        renamed[fused] = torch.cat([parts.pop(projection) for projection in _PROJECTIONS])
     return StoredModel(config_from_yaml(options, renamed), renamed, None)
 
 

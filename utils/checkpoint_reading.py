@@ -1,6 +1,7 @@
 """Reading checkpoints that come from anywhere: nothing in them is run, nothing is built unchecked."""
 
 import hashlib
+import inspect
 import json
 import logging
 import zipfile
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 SAFETENSORS_FORMAT = "mini-dalle"
 _ZIP_MAGIC = b"PK\x03\x04"
 _MAX_YAML_BYTES = 1 << 20
+_CAN_MAP = "mmap" in inspect.signature(torch.load).parameters  # from PyTorch 2.1 on
 
 
 class DalleCheckpoint(NamedTuple):
@@ -187,9 +189,10 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 # ---- reading
 
 
-def _load_torch(path: Path) -> Dict[str, Any]:
+def _load_torch(path: Path, mapped: bool) -> Dict[str, Any]:
+    options = {"mmap": True} if mapped and _CAN_MAP else {}
     try:
-        document = torch.load(str(path), map_location="cpu", weights_only=True)
+        document = torch.load(str(path), map_location="cpu", weights_only=True, **options)
     except Exception as error:  # whatever a stranger's pickle makes the restricted unpickler raise; none of it ran
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(
@@ -213,9 +216,11 @@ def _read_safetensors(path: Path) -> Tuple[Dict[str, str], Weights]:
         ) from error
 
 
-def read_dalle(path: PathLike) -> DalleCheckpoint:
+def read_dalle(path: PathLike, to_draw: bool = False) -> DalleCheckpoint:
     """Read a DALL-E: our own checkpoints and exports, Mini DALL-E, DALLE-pytorch, minDALL-E (the folder or its file).
 
+    to_draw: nobody will look at the training state, so where there is one the tensors are views of the file, and what
+    is not looked at takes no memory. They must not be written to.
     Only tensors and plain values are read, never code. Raises UserError naming the file and the key for anything that
     is damaged, unknown, or does not fit its own options, before any memory beyond the file's size is taken.
     """
@@ -224,7 +229,7 @@ def read_dalle(path: PathLike) -> DalleCheckpoint:
         path = path / "stage2_last.ckpt"
     kind = _verify(path)
     try:
-        checkpoint = _from_safetensors(path) if kind == "safetensors" else _from_torch(path)
+        checkpoint = _from_safetensors(path) if kind == "safetensors" else _from_torch(path, to_draw)
     except UserError as error:
         raise error if str(path) in str(error) else UserError("{}: {}".format(path, error)) from error
     _check_model(StoredModel(checkpoint.config, checkpoint.weights, None), path)
@@ -257,10 +262,12 @@ def _ema(training: Optional[Mapping[str, Any]]) -> Optional[Weights]:
     return weights
 
 
-def _from_torch(path: Path) -> DalleCheckpoint:
-    document = _load_torch(path)
+def _from_torch(path: Path, to_draw: bool) -> DalleCheckpoint:
+    document = _load_torch(path, mapped=to_draw)
+    if to_draw and document.get("opt_state") is None:  # weights alone, which are better off in memory of their own
+        document = _load_torch(path, mapped=False)
     if "weights" not in document:
-        return _from_mindalle(path, document.get("state_dict", document))
+        return _from_mindalle(path, document.pop("state_dict", document))
     if isinstance(document["weights"], str):  # left by DeepSpeed runs of DALLE-pytorch beside the real weights
         raise UserError("it holds no weights, only a note of a DeepSpeed run; consolidate that run's checkpoint first")
     _check_tensors(document["weights"])

@@ -1,0 +1,83 @@
+"""Build a model around weights that are there already, without making random ones first and holding both.
+
+    dalle = build_dalle(config, checkpoint.weights)                       # takes the tensors out of the dictionary
+    dalle = build_dalle(config, checkpoint.weights, dtype="bfloat16")     # converted one by one
+"""
+
+import contextlib
+import threading
+from typing import Any, Dict, Iterator, MutableMapping, Optional, Set
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from models.config import DalleConfig
+from models.dalle import DALLE
+from models.quantization import Int8Linear
+
+
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Within the context new modules have their parameters on the meta device, where they take no memory and no time.
+
+    Buffers, such as attention masks, are real: nothing would fill them later. Other threads are left alone.
+    """
+    thread = threading.get_ident()
+
+    def to_meta(_module: nn.Module, _name: str, parameter: Optional[Tensor]) -> Any:
+        if parameter is None or parameter.is_meta or threading.get_ident() != thread:
+            return None
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(to_meta)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def build_dalle(
+    config: DalleConfig,
+    weights: MutableMapping[str, Tensor],
+    implementation: str = "auto",
+    dtype: str = "float32",
+) -> DALLE:
+    """Return a DALL-E with these weights (names of `DALLE.state_dict()`), which are taken out of the dictionary.
+
+    Tensors that have the right type already become the parameters themselves; others are converted one by one.
+    dtype: "float32", "bfloat16", or "int8" for linear layers (the rest float32). int8 cannot be trained.
+    Raises ValueError when names or shapes are not the model's.
+    """
+    with without_weights():
+        model = DALLE(config, implementation)
+    float_type = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    done: Set[nn.Module] = set()
+    made: Dict[int, nn.Parameter] = {}  # a parameter that several modules share is made once
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        tensors = {leaf: _take(weights, path, leaf, own) for leaf, own in module.named_parameters(recurse=False)}
+        if module in done:
+            continue  # shared by several layers: these are the same weights again
+        done.add(module)
+        if dtype == "int8" and isinstance(module, nn.Linear):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, Int8Linear(tensors["weight"], tensors.get("bias")))
+            continue
+        for leaf, tensor in tensors.items():
+            empty = getattr(module, leaf)
+            if id(empty) not in made:
+                made[id(empty)] = nn.Parameter(tensor.to(float_type))
+            setattr(module, leaf, made[id(empty)])
+    if weights:
+        raise ValueError("weights that the model does not have: {}".format(", ".join(list(weights)[:3])))
+    return model
+
+
+def _take(weights: MutableMapping[str, Tensor], path: str, leaf: str, empty: Tensor) -> Tensor:
+    name = path + "." + leaf if path else leaf
+    if name not in weights:
+        raise ValueError("weight {} is missing".format(name))
+    tensor = weights.pop(name)
+    if tensor.shape != empty.shape:
+        raise ValueError("{} has shape {} instead of {}".format(name, tuple(tensor.shape), tuple(empty.shape)))
+    return tensor

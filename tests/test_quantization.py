@@ -1,0 +1,196 @@
+"""Weights in fewer bits, and building a model around weights that are there: close logits, shared layers, memory."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from mindalle_folder import make_folder, merges_and_vocabulary
+from torch import nn
+
+from dalle import published
+from dalle.loading import load
+from dalle.models import Dalle
+from models.building import build_dalle, without_weights
+from models.config import ARCHITECTURES, DalleConfig
+from models.dalle import DALLE
+from models.quantization import DTYPES, Int8Linear, quantize_rows
+from utils.checkpoints import dalle_checkpoint, save_checkpoint
+from utils.errors import UserError
+
+SMALL = DalleConfig(
+    num_text_tokens=30,
+    num_image_tokens=20,
+    text_seq_len=6,
+    grid=4,
+    dim=64,
+    depth=4,
+    heads=4,
+    dim_head=16,
+    init_std=0.05,
+    **ARCHITECTURES["mindalle"],
+)
+OPTIONS = {
+    "mindalle": {},
+    "mini-dalle": dict(ARCHITECTURES["mini-dalle"], bos=True, unique_pads=True, image_positions="axial"),
+    "shared": {"shared_attn_ids": (0, 1), "shared_ff_ids": (0,), "tie_embeddings": True},
+    "sparse, rotary": {"attn_types": ("axial_row", "conv_like"), "rotary": True},
+}
+CHARACTERS = len(merges_and_vocabulary()[1])
+TEXT = torch.tensor([[3, 8, 2, 9, 0, 0], [1, 5, 7, 2, 29, 4]])
+CODES = torch.arange(32).view(2, 16) * 7 % 20
+
+
+def logits(model):
+    with torch.no_grad():
+        return torch.cat([part.float().flatten() for part in model.eval()(TEXT, CODES)])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("quantization") / "tiny")
+
+
+# Rows and layers
+
+
+def test_rows_are_off_by_half_a_step_at_most():
+    weight = torch.randn(40, 33) * torch.logspace(-6, 3, 40)[:, None]
+    weight[5] = 0
+    quantised, scale = quantize_rows(weight)
+    assert quantised.dtype == torch.int8 and int(quantised.abs().max()) == 127
+    assert ((quantised * scale[:, None] - weight).abs() <= 0.501 * scale[:, None]).all()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_gives_the_product_of_the_rounded_weights(bias, monkeypatch):
+    monkeypatch.setattr("models.quantization._PART", 40)  # several parts, the last one smaller
+    linear = nn.Linear(8, 13, bias=bias)
+    layer = Int8Linear(linear.weight, linear.bias)
+    rounded = layer.weight * layer.scale[:, None]
+    for x in (torch.randn(8), torch.randn(2, 3, 8)):
+        expected = x @ rounded.t() + (linear.bias if bias else 0)
+        assert torch.allclose(layer(x), expected, atol=1e-5)
+        assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+# Building
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_built_model_has_the_weights_and_the_gradients_of_a_loaded_one(name):
+    torch.manual_seed(0)
+    model = DALLE(SMALL if name == "mindalle" else DalleConfig.from_dict(dict(SMALL.to_dict(), **OPTIONS[name])))
+    state = dict(model.state_dict())
+    built = build_dalle(model.config, dict(state))
+    assert built.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in built.state_dict().items())
+    assert torch.equal(logits(built), logits(model))
+    for one in (model, built):
+        one.loss(*one(TEXT, CODES), TEXT, CODES).total.backward()
+    gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
+    assert gradients.keys() == dict(built.named_parameters()).keys()
+    assert all(torch.equal(parameter.grad, gradients[key]) for key, parameter in built.named_parameters())
+
+
+def test_weights_are_taken_not_copied():
+    state = dict(DALLE(SMALL).state_dict())
+    addresses = {key: tensor.data_ptr() for key, tensor in state.items()}
+    built = build_dalle(SMALL, state)
+    assert not state
+    assert {key: tensor.data_ptr() for key, tensor in built.state_dict().items()} == addresses
+
+
+def test_weights_of_another_model_are_refused():
+    state = dict(DALLE(SMALL).state_dict())
+    with pytest.raises(ValueError, match="norm.bias is missing"):
+        build_dalle(SMALL, {key: tensor for key, tensor in state.items() if key != "norm.bias"})
+    with pytest.raises(ValueError, match="does not have: more"):
+        build_dalle(SMALL, dict(state, more=torch.zeros(1)))
+    with pytest.raises(ValueError, match=r"norm.bias has shape \(1,\)"):
+        build_dalle(SMALL, dict(state, **{"norm.bias": torch.zeros(1)}))
+
+
+def test_modules_made_without_weights_have_real_buffers_and_later_ones_are_normal():
+    with without_weights():
+        model = DALLE(SMALL)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())
+    assert not nn.Linear(2, 2).weight.is_meta
+
+
+# Whole models
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype, limit", [("bfloat16", 0.05), ("int8", 0.03)])
+def test_logits_are_close_to_those_of_float32(name, dtype, limit):
+    torch.manual_seed(1)
+    model = DALLE(SMALL if name == "mindalle" else DalleConfig.from_dict(dict(SMALL.to_dict(), **OPTIONS[name])))
+    expected = logits(model)
+    found = logits(build_dalle(model.config, dict(model.state_dict()), dtype=dtype))
+    error = float((found - expected).norm() / expected.norm())
+    assert 0 < error < limit
+
+
+@pytest.mark.parametrize("dtype, share", [("bfloat16", 0.5), ("int8", 0.45)])
+def test_fewer_bits_take_less_memory(dtype, share):
+    def size(model):
+        return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.state_dict().values()])
+
+    model = DALLE(SMALL)
+    assert size(build_dalle(SMALL, dict(model.state_dict()), dtype=dtype)) <= share * size(model)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_api_draws_with_every_dtype(folder, dtype):
+    model = Dalle.from_pretrained(folder, dtype=dtype).to("cpu")
+    options = {"num_candidates": 3, "seed": 1, "progress": False, "use_fp16": True, "cond_scale": 1.5}
+    images = model.sampling("a painting of the sea", device="cpu", **options)
+    assert images.shape == (3, 3, 16, 16) and images.dtype == torch.float32 and torch.isfinite(images).all()
+    assert torch.equal(images, model.sampling("a painting of the sea", batch_size=2, **options)) or dtype == "bfloat16"
+    kinds = {type(module) for module in model.stage2.modules()}
+    assert (Int8Linear in kinds) == (dtype == "int8") and not any(p.requires_grad for p in model.parameters())
+
+
+def test_an_unknown_dtype_is_named(folder):
+    with pytest.raises(UserError, match="--dtype float8: expected one of float32, bfloat16, int8"):
+        load(folder, dtype="float8")
+
+
+# Memory
+
+
+def resident(key):
+    """VmRSS (now) or VmHWM (the peak) of this process in bytes, as Linux counts them."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(key + ":")[1].split()[0]) * 1024
+
+
+def peak_of(call):
+    """Bytes that a call adds to what is resident, at its peak."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew from here
+    except OSError:
+        pytest.skip("peaks of memory cannot be measured here")
+    before = resident("VmRSS")
+    result = call()
+    return result, resident("VmHWM") - before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("trained", [False, True], ids=["weights", "with training state"])
+def test_loading_holds_the_weights_once(folder, tmp_path, trained, dtype):
+    config = DalleConfig.from_dict(dict(SMALL.to_dict(), dim=512, dim_head=64, depth=6, heads=8, grid=4))
+    config = DalleConfig.from_dict(dict(config.to_dict(), num_text_tokens=CHARACTERS, num_image_tokens=24))
+    state = DALLE(config).state_dict()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    moments = {name: torch.ones(2, *tensor.shape) for name, tensor in state.items()} if trained else None
+    save_checkpoint(tmp_path / "dalle_0.pt", dalle_checkpoint(config.to_dict(), state, 1, moments))
+    published.read_stage1_config(folder).to_yaml(tmp_path / "vqgan.yaml")
+    del state, moments
+    files = (tmp_path / "dalle_0.pt", folder / "tokenizer", folder / "stage1_last.ckpt", tmp_path / "vqgan.yaml")
+    load(*files, dtype=dtype)  # whatever is imported on the way
+    loaded, peak = peak_of(lambda: load(*files, dtype=dtype))
+    # Converted weights lie beside the pages of the file that they were read from, where it is mapped.
+    assert size > 70e6 and peak < (1.6 if trained else 1.0) * size + 35e6
+    assert loaded.config == config
