@@ -122,6 +122,7 @@ class OptimizerConfig(Section):
                                            "epochs, cosine over --warmup-steps",
                                choices=("ReduceLROnPlateau", "multi_step", "constant", "cosine"))
     warmup_steps: int = option(0, "optimizer steps of linear warm-up before the cosine; 0: none", ge=0)
+    lr_floor: float = option(0.01, "what the cosine ends at, as a share of --learning-rate", ge=0, le=1)
     weight_decay: float = option(0.0, "weight decay; not applied to one-dimensional parameters", ge=0)
     beta1: float = option(0.9, "decay of Adam's first moment", ge=0, lt=1)
     beta2: float = option(0.999, "decay of Adam's second moment", ge=0, lt=1)
@@ -141,7 +142,9 @@ class ModelConfig(Section):
 
     architecture: str = option("mini-dalle", "kind of transformer; mindalle: minDALL-E's (GELU, learned positions, no "
                                              "<bos>, no pads of their own, no LayerScale), by default over the "
-                                             "published f16-16384 VQGAN", choices=("mini-dalle", "mindalle"))
+                                             "published f16-16384 VQGAN; image-gpt: the same with a class for a text "
+                                             "(--text-seq-len 1, --bpe-path: a list of classes)",
+                               choices=("mini-dalle", "mindalle", "image-gpt"))
     hidden_size: int = option(512, "width of the transformer", ge=1)
     num_hidden_layers: int = option(16, "transformer layers", ge=1)
     num_attention_heads: int = option(16, "attention heads", ge=1)
@@ -177,7 +180,8 @@ class DataConfig(Section):
     validation_folder: Optional[str] = option(None, "folder of pairs for the validation loss", path="find")
     validation_fraction: float = option(0.01, "without --validation-folder: share of the pairs held out for "
                                               "validation; 0: none", ge=0, le=0.5)
-    bpe_path: Optional[str] = option(None, "YouTokenToMe vocabulary; none: the CLIP vocabulary", path="find")
+    bpe_path: Optional[str] = option(None, "YouTokenToMe vocabulary, or list of classes; none: the CLIP vocabulary",
+                                     path="find")
     truncate_captions: bool = option(False, "cut captions that are longer than --text-seq-len instead of stopping")
     generated_data: bool = option(False, "train on random data made on the host")
     synthetic_data: bool = option(False, "train on random data made on the device (IPU; elsewhere as --generated-data)")

@@ -87,15 +87,19 @@ def main() -> None:
         engine.close()
 
 
-def train(config: Config, engine: Engine) -> None:
-    """Build everything, then train: one checkpoint, validation and line of metrics after each epoch."""
+def train(config: Config, engine: Engine, parts: Optional[Parts] = None, start: Optional[Start] = None) -> None:
+    """Build everything, then train: one checkpoint, validation and line of metrics after each epoch.
+
+    parts: those of the run, where they are built already. start: weights to begin from that are in no file, instead of
+    --pretrained-checkpoint.
+    """
     torch.manual_seed(config.execution.random_seed)
     folder = Path(config.checkpoints.checkpoint_output_dir)
     if engine.is_main and config.checkpoints.checkpoint_output_dir:
         check_writable(folder)
-    start = find_start(config, folder)
+    start = start or find_start(config, folder)
     resuming = config.checkpoints.resume and start is not None
-    parts = encode_images(config, engine, build_parts(config), start if resuming else None)
+    parts = encode_images(config, engine, parts or build_parts(config), start if resuming else None)
     model = build_model(config, parts, start)
     steps_per_epoch = engine.steps_per_epoch(len(parts.train_set))
     engine.prepare(model, parts.train_set)
@@ -331,7 +335,7 @@ def encode_images(config: Config, engine: Engine, parts: Parts, resumed: Optiona
 
 def published_vqgan(config: Config) -> str:
     """The published VQGAN that a configuration takes where none is given: that of its architecture's authors."""
-    return "f16-16384" if config.model.architecture == "mindalle" else "f16-1024"
+    return "f16-1024" if config.model.architecture == "mini-dalle" else "f16-16384"
 
 
 def vqgan_paths(config: Config) -> Tuple[Path, Path]:
@@ -462,7 +466,7 @@ class Schedule:
             if self.max_seconds:  # whichever limit comes first ends the cosine
                 progress = max(progress, position.seconds / self.max_seconds)
             ramp = min(1.0, (position.step + 1) / (self.options.warmup_steps + 1))
-            return base * ramp * schedules.cosine_factor(progress)
+            return base * ramp * schedules.cosine_factor(progress, self.options.lr_floor)
         return base * schedules.epoch_factor(name, position.epoch, self.epochs)
 
     def note_loss(self, loss: float) -> None:

@@ -1,4 +1,5 @@
-"""Text tokenizers: YouTokenToMe, CLIP and character BPE vocabularies behind one interface (see `bpe.tokenizer`)."""
+"""Text tokenizers: YouTokenToMe, CLIP and character BPE vocabularies, and lists of classes, behind one interface (see
+`bpe.tokenizer`)."""
 
 import gzip
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Optional
 from utils.errors import UserError
 
 from .char_bpe import CharBpeTokenizer
+from .classes import ClassTokenizer, is_class_header
 from .clip import CLIP_VOCABULARY, ClipTokenizer, is_clip_header
 from .tokenizer import Tokenizer, read_vocabulary_bytes
 from .yttm import YttmTokenizer
@@ -19,7 +21,8 @@ def load_tokenizer(bpe_path: Optional[str] = None) -> Tokenizer:
 
     None means the shipped CLIP vocabulary. A path is either a YouTokenToMe vocabulary (text) or a CLIP vocabulary
     (`bpe_simple_vocab_16e6.txt`, plain or gzip); which of the two, the content tells. A folder holds a character BPE
-    vocabulary: `*-vocab.json` and `*-merges.txt`, as in minDALL-E's `tokenizer` folder.
+    vocabulary: `*-vocab.json` and `*-merges.txt`, as in minDALL-E's `tokenizer` folder. A file that begins with
+    `#classes` lists classes (see `bpe.classes`).
     Raises `UserError` when the file is missing or is none of these.
     """
     path = CLIP_VOCABULARY if bpe_path is None else str(bpe_path)
@@ -31,6 +34,8 @@ def load_tokenizer(bpe_path: Optional[str] = None) -> Tokenizer:
             content = gzip.decompress(content)
         except (OSError, EOFError, ValueError) as error:
             raise UserError("--bpe-path {}: damaged gzip file ({}); fetch it again".format(path, error)) from error
+    if is_class_header(content):
+        return ClassTokenizer(content, path)
     if is_clip_header(content):
         return ClipTokenizer(content, path)
     return YttmTokenizer(content, path)

@@ -3,6 +3,7 @@
 import logging
 from typing import TYPE_CHECKING, Optional, Tuple, Union
 
+from data.classes import list_class_images
 from data.datasets import DemoDataset, GeneratedDataset, ImageTextFolder, PairDataset, TextSettings
 from data.demo import demo_records
 from data.folder import list_pairs
@@ -33,6 +34,7 @@ def create_dataset(
     """Return one data set and log what is in it.
 
     input_folder: a folder, or "demo" for the built-in set (of which `demo_split` takes "train", "heldout" or "all").
+    With a vocabulary of classes the folder holds one folder of images for each class (see data/classes.py).
     num_generated: more than 0 makes so many random pairs instead; `input_folder` is then not read.
     flip: mirror every other image, see `PairDataset`.
     The other arguments are those of `TextSettings`; image_size is in pixels.
@@ -48,7 +50,9 @@ def create_dataset(
     elif input_folder == DEMO:
         dataset = DemoDataset(demo_records(demo_split), settings, image_size)
     else:
-        dataset = ImageTextFolder(list_pairs(input_folder), settings, image_size)
+        classes = getattr(tokenizer, "classes", None)
+        pairs = list_pairs(input_folder) if classes is None else list_class_images(input_folder, classes)
+        dataset = ImageTextFolder(pairs, settings, image_size)
     dataset.flip = flip
     logger.info("%s", dataset.report())
     dataset.check_captions()

@@ -10,18 +10,21 @@ from utils.errors import UserError, nearest
 #: Which image positions an image position may attend to; the text part is always visible to it (see attention.py).
 ATTENTION_PATTERNS = ("full", "axial_row", "axial_col", "conv_like", "conv_causal")
 
+_MINDALLE = {
+    "bos": False,
+    "unique_pads": False,
+    "layer_scale": False,
+    "image_positions": "learned",
+    "activation": "gelu",
+    "qkv_bias": True,
+    "head_bias": False,
+}
+
 #: The options of DalleConfig that make an architecture (--architecture); what they leave out is size and training.
 ARCHITECTURES: Dict[str, Dict[str, Any]] = {
     "mini-dalle": {},
-    "mindalle": {
-        "bos": False,
-        "unique_pads": False,
-        "layer_scale": False,
-        "image_positions": "learned",
-        "activation": "gelu",
-        "qkv_bias": True,
-        "head_bias": False,
-    },
+    "mindalle": _MINDALLE,
+    "image-gpt": dict(_MINDALLE, text_positions=False),
 }
 
 

@@ -129,8 +129,16 @@ class DALLE(nn.Module):
         return self.text_head(x[:, :last]), self.image_head(x[:, last:])
 
     def loss(self, text_logits: Tensor, image_logits: Tensor, text: Tensor, codes: Tensor) -> Losses:
-        """Return (CE_text + w * CE_image) / (w + 1) and its parts, each a mean over its positions (scalars, nats)."""
+        """Return (CE_text + w * CE_image) / (w + 1) and its parts, each a mean over its positions (scalars, nats).
+
+        A text part of one position predicts no text: its loss is 0, and the total is that of the image alone.
+        """
         targets = self.text_part(text)[:, 1:]
+        if not targets.shape[1]:
+            image_loss = F.cross_entropy(image_logits.flatten(0, 1).float(), codes.flatten())
+            # Not a constant: with several processes every parameter must take part, the idle text head too.
+            text_loss = text_logits.float().sum()
+            return Losses(image_loss + text_loss, text_loss, image_loss)
         text_loss = F.cross_entropy(text_logits.flatten(0, 1).float(), targets.flatten())
         image_loss = F.cross_entropy(image_logits.flatten(0, 1).float(), codes.flatten())
         weight = self.config.loss_img_weight

@@ -1,0 +1,82 @@
+"""Names of classes as a vocabulary: a "text" is one class, or none. For image models that know no captions.
+
+A file of it is `#classes N`, then N lines with one name each. Class k (from 0, in the order of the file) has the id
+k + 1; 0, elsewhere the pad, says that no class is asked for. A vocabulary of no classes belongs to an unconditional
+model: it reads every text as nothing.
+"""
+
+import hashlib
+import re
+from typing import Any, Dict, Iterable, List, Sequence
+
+from utils.errors import UserError, nearest
+
+from .tokenizer import Tokenizer
+
+_HEADER = re.compile(rb"#classes (\d{1,7})\r?\n")
+_SHOWN = 8  # names in a message
+
+
+def is_class_header(content: bytes) -> bool:
+    """Whether the content of a file begins as a list of classes does."""
+    return content.startswith(b"#classes ")
+
+
+def class_file(names: Sequence[str]) -> bytes:
+    """Return the content of a vocabulary file. Raises `UserError` for names that it cannot hold."""
+    for name in names:
+        if not name.strip() or name != name.strip() or len(name.splitlines()) != 1:
+            raise UserError(
+                "{!r} cannot be the name of a class: it is blank, or blanks or line breaks end it".format(name)
+            )
+    lines = ["#classes {}".format(len(names)), *names]
+    return ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape")
+
+
+class ClassTokenizer(Tokenizer):
+    """A list of classes (see the module). `content` is a file's, `path` is for messages."""
+
+    def __init__(self, content: bytes, path: str) -> None:
+        header = _HEADER.match(content)
+        names = content[header.end() :].decode("utf-8", "surrogateescape").splitlines() if header else []
+        if header is None or len(names) != int(header.group(1)):
+            raise UserError(
+                "--bpe-path {}: no list of classes: after `#classes N` it needs N names, one a line".format(path)
+            )
+        if len(set(names)) != len(names) or not all(name.strip() for name in names):
+            raise UserError("--bpe-path {}: a class is named twice, or has a blank name".format(path))
+        super().__init__(len(names) + 1, hashlib.sha256(content).hexdigest())
+        self.classes: List[str] = names
+        self._ids = {name: index + 1 for index, name in enumerate(names)}
+
+    @property
+    def identity(self) -> Dict[str, str]:
+        return {"type": "classes", "sha256": self._sha256}
+
+    def _split(self, text: str) -> Iterable[str]:
+        return [text.strip()] if text.strip() and self.classes else []
+
+    def _merge(self, word: str) -> List[int]:
+        """Return the id of a class: by its name, or where none is called so by its number from 0."""
+        if word in self._ids:
+            return [self._ids[word]]
+        if re.fullmatch("[0-9]{1,7}", word) and int(word) < len(self.classes):
+            return [int(word) + 1]
+        shown = ", ".join(self.classes[:_SHOWN]) + (", ..." if len(self.classes) > _SHOWN else "")
+        raise UserError(
+            "{!r} is no class of this model.{} It knows {} (0 to {}): {}".format(
+                word[:80], nearest(word, self.classes), len(self.classes), len(self.classes) - 1, shown
+            )
+        )
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the name of the class."""
+        return " ".join(self.classes[int(id_) - 1] for id_ in ids if 0 < int(id_) < self.vocab_size)
+
+    # A class is one token: there is nothing to merge.
+
+    def _build_model(self) -> Any:
+        return None
+
+    def _model_word(self, word: str) -> str:
+        return word

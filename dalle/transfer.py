@@ -1,0 +1,294 @@
+"""Transfer learning as in minDALL-E: its text-to-image model becomes a model of images alone, of classes or of none.
+
+    downstream = read_downstream("configs/transfer-imagenet-clscond-gen.yaml")
+    start = image_only(read_dalle("1.3B"), downstream.num_classes, seed=0)     # what training begins from
+
+The model stays a DALLE: its text is one token, the class (see bpe/classes.py), in front of the codes. Token table and
+positions of the codes, blocks and last norm are kept; the start vectors and the head are new.
+"""
+
+import math
+from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Tuple
+
+import torch
+import yaml
+from torch import Tensor
+
+from dalle.published import stage1_config
+from models.vqgan_config import VqganConfig
+from utils.checkpoints import DalleCheckpoint
+from utils.errors import UserError, nearest
+from utils.files import PathLike
+
+_MAX_YAML_BYTES = 1 << 20
+_WEIGHT_STD = 0.02  # of new tables and heads, as in minDALL-E
+
+#: Every key of the published configurations with its default, which also gives its type; `stage1` has its own reader.
+_KEYS: Dict[str, Dict[str, Any]] = {
+    "dataset": {
+        "dataset": "imagenet",
+        "image_resolution": 256,
+        "tokenizer_type": "CharBPE",
+        "context_length": 64,
+        "transforms": "dalle-vqvae",
+        "bpe_pdrop": 0.0,
+    },
+    "stage2": {
+        "type": "igpt",
+        "use_cls_cond": False,
+        "vocab_size_img": 16384,
+        "vocab_size_txt": 16384,
+    },
+    "stage2.hparams": {
+        "embed_dim": 1536,
+        "n_layers": 42,
+        "n_heads": 24,
+        "n_dense_layers": 42,
+        "ctx_len_img": 256,
+        "ctx_len_txt": 64,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "mlp_bias": True,
+        "attn_bias": True,
+        "gelu_use_approx": False,
+        "use_head_txt": True,
+        "n_classes": 0,
+    },
+    "optimizer": {
+        "opt_type": "adamW",
+        "base_lr": 1e-4,
+        "weight_decay": 1e-4,
+        "betas": [0.9, 0.99],
+        "grad_clip_norm": 1.0,
+        "sched_type": "cosine",
+        "max_steps": 0,
+        "min_lr": 0.0,
+    },
+    "experiment": {
+        "local_batch_size": 4,
+        "total_batch_size": 512,
+        "valid_batch_size": 32,
+        "epochs": 10,
+        "save_ckpt_freq": 1,
+        "test_freq": 1,
+        "use_amp": True,
+    },
+}
+
+_STAGE1_KEYS = {
+    "stage1": ("type", "embed_dim", "n_embed", "hparams"),
+    "stage1.hparams": (
+        ("double_z", "z_channels", "resolution", "in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks")
+        + ("attn_resolutions", "pdrop")
+    ),
+}
+
+#: Keys of which only one value can be followed, and why.
+_FIXED = {
+    "dataset.dataset": ("imagenet", "the data are folders of classes"),
+    "dataset.bpe_pdrop": (0.0, "there are no captions"),
+    "stage2.type": ("igpt", "only models of images alone are transferred to"),
+    "stage2.hparams.embd_pdrop": (0.0, "the published model has no dropout"),
+    "stage2.hparams.resid_pdrop": (0.0, "the published model has no dropout"),
+    "stage2.hparams.attn_pdrop": (0.0, "the published model has no dropout"),
+    "optimizer.opt_type": ("adamW", "no other optimizer is known"),
+    "optimizer.sched_type": ("cosine", "no other schedule is known"),
+    "optimizer.max_steps": (0, "epochs and data decide; --max-steps stops earlier"),
+    "experiment.save_ckpt_freq": (
+        1,
+        "a checkpoint is written after every epoch; --keep-checkpoints says how many stay",
+    ),
+    "experiment.test_freq": (1, "the validation loss is taken after every epoch"),
+}
+
+
+class Downstream(NamedTuple):
+    """A configuration of transfer learning, checked."""
+
+    num_classes: int
+    """0: unconditional."""
+    stage1: VqganConfig
+    image_size: int
+    """Height and width in pixels."""
+    shape: Dict[str, Any]
+    """stage2.hparams, and vocab_size_img."""
+    learning_rate: float
+    min_learning_rate: float
+    """What the cosine ends at."""
+    betas: Tuple[float, float]
+    weight_decay: float
+    clip_grad_norm: float
+    local_batch_size: int
+    """Images in one forward pass of one process."""
+    total_batch_size: int
+    """Images of one optimizer step."""
+    epochs: int
+    mixed_precision: bool
+
+
+def read_downstream(path: PathLike) -> Downstream:
+    """Read a YAML file of minDALL-E's form. Raises UserError naming the file and the key."""
+    document = _document(path)
+    values: Dict[str, Any] = {}
+    for section in _KEYS:
+        values.update(_values(path, section, _table(path, section, document, _KEYS[section])))
+    for section, known in _STAGE1_KEYS.items():
+        _table(path, section, document, known)
+    for key, (wanted, why) in _FIXED.items():
+        if values[key] != wanted:
+            raise UserError("{}: {} can only be {}, not {}: {}".format(path, key, wanted, values[key], why))
+    shape = {key[len("stage2.hparams.") :]: value for key, value in values.items() if key.startswith("stage2.hparams.")}
+    shape["vocab_size_img"] = values["stage2.vocab_size_img"]
+    if values["stage2.use_cls_cond"] and not shape["n_classes"]:
+        raise UserError("{}: stage2.use_cls_cond needs stage2.hparams.n_classes, the number of classes".format(path))
+    betas = values["optimizer.betas"]
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError("{}: optimizer.betas must be two numbers of at least 0 and below 1".format(path))
+    if values["optimizer.base_lr"] <= 0 or values["optimizer.min_lr"] > values["optimizer.base_lr"]:
+        raise UserError("{}: optimizer.base_lr must be above 0 and at least optimizer.min_lr".format(path))
+    return Downstream(
+        shape["n_classes"] if values["stage2.use_cls_cond"] else 0,
+        stage1_config({"stage1": document.get("stage1")}, str(path)),
+        values["dataset.image_resolution"],
+        shape,
+        values["optimizer.base_lr"],
+        values["optimizer.min_lr"],
+        (betas[0], betas[1]),
+        values["optimizer.weight_decay"],
+        values["optimizer.grad_clip_norm"],
+        values["experiment.local_batch_size"],
+        values["experiment.total_batch_size"],
+        values["experiment.epochs"],
+        values["experiment.use_amp"],
+    )
+
+
+def _document(path: PathLike) -> Mapping[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_MAX_YAML_BYTES + 1)
+        document = yaml.safe_load(content) if len(content) <= _MAX_YAML_BYTES else None
+    except OSError as error:
+        raise UserError("--config-downstream {}: {}".format(path, error.strerror or error)) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError("{} is no YAML: {}".format(path, " ".join(str(error).split())[:200])) from None
+    if not isinstance(document, dict):
+        raise UserError("{}: expected the tables dataset, stage1, stage2, optimizer and experiment".format(path))
+    known = ["dataset", "stage1", "stage2", "optimizer", "experiment"]
+    for key in document:
+        if key not in known:
+            raise UserError("{}: unknown key {!r}.{}".format(path, key, nearest(str(key), known)))
+    return document
+
+
+def _table(path: PathLike, section: str, document: Mapping[str, Any], keys: Iterable[str]) -> Mapping[str, Any]:
+    """One section of the document ("stage2.hparams" lies in stage2), without keys that are not known."""
+    table: Any = document
+    for part in section.split("."):
+        table = table.get(part) or {}
+        if not isinstance(table, dict):
+            raise UserError("{}: {} must be a table of options".format(path, section))
+    known = list(keys) + (["hparams"] if section == "stage2" else [])
+    for key in table:
+        if key not in known:
+            raise UserError("{}: unknown key '{}.{}'.{}".format(path, section, key, nearest(str(key), known)))
+    return table
+
+
+def _values(path: PathLike, section: str, table: Mapping[str, Any]) -> Dict[str, Any]:
+    """The checked values of one section: {"section.key": value}, defaults where nothing is said."""
+    values = {}
+    for key, default in _KEYS[section].items():
+        value = table.get(key)
+        where = "{}: {}.{}".format(path, section, key)
+        values["{}.{}".format(section, key)] = default if value is None else _checked(where, value, default)
+    return values
+
+
+def _checked(where: str, value: Any, default: Any) -> Any:
+    """A value of the default's type; numbers from 0 on, whole ones from 1 on unless the default is 0."""
+    if isinstance(default, list):
+        if not isinstance(value, list):
+            raise UserError("{} must be a list of numbers, not {!r}".format(where, value))
+        return [_checked(where, item, default[0]) for item in value]
+    if isinstance(default, float):
+        try:  # YAML 1.1 reads 1e-4 as text
+            number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else -1.0
+        except ValueError:
+            number = -1.0
+        if not (math.isfinite(number) and number >= 0):
+            raise UserError("{} must be a number of at least 0, not {!r}".format(where, value))
+        return number
+    if type(value) is not type(default):
+        words = {bool: "true or false", int: "a whole number", str: "a text"}
+        raise UserError("{} must be {}, not {!r}".format(where, words[type(default)], value))
+    if type(default) is int and value < (1 if default else 0):
+        raise UserError("{} must be at least {}, not {}".format(where, 1 if default else 0, value))
+    return value
+
+
+def check_shape(downstream: Downstream, checkpoint: DalleCheckpoint) -> None:
+    """Raise UserError naming the key where a configuration describes another model than the checkpoint holds."""
+    config, shape = checkpoint.config, downstream.shape
+    own: List[Tuple[str, Any]] = [
+        ("hparams.embed_dim", config["dim"]),
+        ("hparams.n_layers", config["depth"]),
+        ("hparams.n_dense_layers", config["depth"]),
+        ("hparams.n_heads", config["heads"]),
+        ("hparams.ctx_len_img", config["grid"] ** 2),
+        ("hparams.attn_bias", config["qkv_bias"]),
+        ("hparams.mlp_bias", config["ff_bias"]),
+        ("hparams.gelu_use_approx", config["activation"] == "quick_gelu"),
+        ("vocab_size_img", config["num_image_tokens"]),
+    ]
+    for key, value in own:
+        if shape[key.rpartition(".")[2]] != value:
+            raise UserError(
+                "--config-downstream: stage2.{} is {}, but {} has {}".format(
+                    key, shape[key.rpartition(".")[2]], checkpoint.path, value
+                )
+            )
+
+
+def image_only(checkpoint: DalleCheckpoint, num_classes: int, seed: int = 0) -> DalleCheckpoint:
+    """Return the checkpoint of a model of images alone to start training from.
+
+    Kept: what has to do with codes, but for their head. New, drawn by `seed`: the head, and a start vector for no class
+    and one for each of num_classes. The text head stays, for the model's form, and has nothing to predict.
+    """
+    config = dict(
+        checkpoint.config,
+        num_text_tokens=num_classes + 1,
+        text_seq_len=1,
+        bos=False,
+        unique_pads=False,
+        text_positions=False,
+        tie_embeddings=False,
+    )
+    weights = dict(checkpoint.weights if checkpoint.ema is None else checkpoint.ema)
+    dim, codes = config["dim"], config["num_image_tokens"]
+    generator = torch.Generator().manual_seed(seed)
+    for name in ("text_emb.weight", "text_pos_emb.weight", "text_head.weight", "text_head.bias"):
+        weights.pop(name, None)
+    # The published code draws a lone start vector from the standard normal distribution, tables with 0.02.
+    weights["text_emb.weight"] = _normal((num_classes + 1, dim), _WEIGHT_STD if num_classes else 1.0, generator)
+    weights["text_head.weight"] = torch.zeros(num_classes + 1, dim)
+    weights["image_head.weight"] = _normal((codes, dim), _WEIGHT_STD, generator)
+    if config["head_bias"]:
+        weights["text_head.bias"], weights["image_head.bias"] = torch.zeros(num_classes + 1), torch.zeros(codes)
+    return checkpoint._replace(
+        config=config,
+        weights=weights,
+        epoch=0,
+        vqgan_weights=None,
+        identity={},
+        ema=None,
+        opt_state=None,
+        scheduler_state=None,
+        training=None,
+    )
+
+
+def _normal(shape: Tuple[int, int], std: float, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator) * std

@@ -1,0 +1,65 @@
+"""Images sorted into folders by class, as ImageNet is: <folder>/<class>/.../image.jpg."""
+
+import os
+from typing import List, Sequence, Tuple
+
+from data.folder import FolderPairs, PackedStrings, Skipped, list_files
+from data.images import IMAGE_SUFFIXES
+from utils.errors import UserError
+
+
+def class_names(folder: str) -> List[str]:
+    """The classes of a folder: the names of its folders, sorted. Raises UserError where there are none."""
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise UserError(
+            "{} cannot be read as a folder of classes: {}".format(folder, error.strerror or error)
+        ) from None
+    if not names:
+        raise UserError("{} holds no folders: give one with a folder of images for each class".format(folder))
+    return names
+
+
+def list_class_images(folder: str, classes: Sequence[str]) -> FolderPairs:
+    """Find the images of these classes; an image's "caption" is the name of its class.
+
+    classes: the names to look for. None at all (of an unconditional model): every image below the folder, with empty
+    captions. Images of other folders, and those in no class folder, are skipped and reported.
+
+    Raises UserError when the folder does not exist or holds no image.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(
+            "--input-folder {}: no such folder; give one with a folder of images for each class".format(folder)
+        )
+    pairs = FolderPairs(folder, PackedStrings(), PackedStrings(), [])
+    known, outside = set(classes), []
+    for path in sorted(list_files(folder)[0]):
+        parts = os.path.relpath(path, folder).split(os.sep)
+        name = parts[0] if len(parts) > 1 else ""
+        if known and name not in known:
+            outside.append(path)
+            continue
+        pairs.images.append(path)
+        pairs.captions.append(name if known else "")
+    if outside:
+        example = os.path.relpath(outside[0], folder)
+        pairs.skipped.append(Skipped(len(outside), "images in the folder of no class of this model", example))
+    if not len(pairs.images):
+        raise UserError(
+            "--input-folder {}: no image in it{}; expected <class>/<image> ({})".format(
+                folder,
+                ": " + str(pairs.skipped[0]) if outside else "",
+                " ".join("*" + suffix for suffix in IMAGE_SUFFIXES),
+            )
+        )
+    return pairs
+
+
+def imagenet_folders(folder: str) -> Tuple[str, str]:
+    """Training and validation folder of an ImageNet folder: train and val in it; without train itself, and ""."""
+    train, validation = os.path.join(folder, "train"), os.path.join(folder, "val")
+    if not os.path.isdir(train):
+        return folder, ""
+    return train, validation if os.path.isdir(validation) else ""

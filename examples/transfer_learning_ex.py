@@ -1,0 +1,249 @@
+"""Turn minDALL-E into a model of images alone, of classes or of none: its transfer-learning example.
+
+    python examples/transfer_learning_ex.py -d configs/transfer-imagenet-clscond-gen.yaml -u minDALL-E/1.3B \
+        -r output/transfer --imagenet-path IMAGENET --n-gpus 8
+
+IMAGENET holds train/<class>/<image> and val/<class>/<image>, or <class>/<image> at once. Everything goes to
+<result-path>/<name of the configuration>/: ckpt/dalle_{epoch}.pt, reconstructions_{train,val}.png, metrics.jsonl, ...
+The checkpoints are ordinary ones, of which the class is the prompt:
+
+    python generate.py --dalle_path output/transfer/transfer-imagenet-clscond-gen/ckpt/dalle_7.pt --text n01440764
+
+Unlike the published script this one takes the centre square of every training image instead of a random one, so that
+its codes are computed once and not in every epoch.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any, List, Optional, Sequence
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import engines
+import log
+import train
+from args import Config, Parser
+from bpe import load_tokenizer
+from bpe.classes import class_file
+from dalle import published
+from dalle.drawing import to_uint8
+from dalle.pictures import make_grid, save_picture
+from dalle.transfer import Downstream, check_shape, image_only, read_downstream
+from data.classes import class_names, imagenet_folders
+from engines import Engine
+from utils.checkpoints import newest_checkpoint, read_dalle
+from utils.errors import UsageError, UserError, run_main
+from utils.files import atomic_write
+from utils.flags import number, parse_flags, path, whole
+
+logger = logging.getLogger("transfer_learning_ex")
+
+SHOWN = 16
+"""Images in each picture of originals and reconstructions."""
+
+
+def make_parser() -> Parser:
+    """The flags: the published ones, and those that other machines and longer runs need."""
+    parser = Parser(
+        prog="transfer_learning_ex.py",
+        description="Train an image-only model (class-conditional or not) from a minDALL-E.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
+    )
+    parser.add_argument("-d", "--config-downstream", type=path, required=True, metavar="YAML", help="what to train")
+    parser.add_argument(
+        "-u", "--path-upstream", type=path, required=True, metavar="DIR|NAME", help="minDALL-E/1.3B, or such a folder"
+    )
+    parser.add_argument("-r", "--result-path", type=path, required=True, metavar="DIR")
+    parser.add_argument("--imagenet-path", type=path, required=True, metavar="DIR", help="images in folders by class")
+    parser.add_argument("--n-gpus", type=whole(1), default=1, metavar="N", help="processes to train with (default: 1)")
+    parser.add_argument("--seed", type=whole(0, 2**31 - 1), default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --result-path")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: as experiment.use_amp says"
+    )
+    parser.add_argument("--activation-checkpointing", action="store_true", help="less memory, a third more time")
+    parser.add_argument(
+        "--null-cond-prob", type=number(0, 1), default=0.0, metavar="P", help="share of classes left out, for guidance"
+    )
+    parser.add_argument("--max-steps", type=whole(0), default=0, metavar="N", help="stop after N steps; 0: no limit")
+    parser.add_argument("--keep-checkpoints", type=whole(0), default=2, metavar="N", help="0: all (default: 2)")
+    parser.add_argument(
+        "--dataloader-workers", type=whole(0), default=4, metavar="N", help="processes that read images"
+    )
+    parser.add_argument("--cache-codes", type=path, default="auto", metavar="DIR|auto|off", help="as in train.py")
+    parser.add_argument("--tensorboard", action="store_true")
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Prepare data and start, then train as train.py does."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    options = parse_flags(make_parser(), words)
+    upstream = published.resolve(options.path_upstream)
+    if not (upstream / published.STAGE1).is_file():
+        raise UserError(
+            "--path-upstream {}: no folder with {} and {}".format(upstream, published.STAGE1, published.STAGE2)
+        )
+    if options.n_gpus > 1 and "WORLD_SIZE" not in os.environ:
+        start_processes(options.n_gpus, words)
+    downstream = read_downstream(options.config_downstream)
+    folder = Path(options.result_path) / Path(options.config_downstream).stem
+    resuming = options.resume and newest_checkpoint(folder / "ckpt") is not None
+    config = make_config(options, downstream, upstream, folder, resuming)
+    engine = engines.create(config)
+    try:
+        log.setup(config.log_dir, engine.is_main)
+        logger.info("%s", engine.describe())
+        if engine.is_main:
+            write_descriptions(downstream, config)
+        engine.barrier()
+        parts = train.build_parts(config)
+        check_data(parts, downstream)
+        if engine.is_main and not resuming:
+            show_reconstructions(engine, parts, folder)
+        start = None if resuming else make_start(upstream, downstream, options.seed)
+        train.train(config, engine, parts, start)
+        if engine.is_main:
+            say_how_to_draw(folder, config)
+    finally:
+        engine.close()
+
+
+def start_processes(num: int, words: List[str]) -> None:
+    """Become torchrun, which runs this script `num` times."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num)]
+    os.execv(sys.executable, [*command, str(Path(__file__).resolve()), *words])
+
+
+def make_config(options: Any, downstream: Downstream, upstream: Path, folder: Path, resuming: bool) -> Config:
+    """What train.py would be told: the YAML file's values, this script's flags, and where things are."""
+    per_micro_step = downstream.local_batch_size * options.n_gpus
+    if downstream.total_batch_size % per_micro_step:
+        raise UserError(
+            "{}: experiment.total_batch_size {} is no multiple of local_batch_size {} x --n-gpus {}".format(
+                options.config_downstream, downstream.total_batch_size, downstream.local_batch_size, options.n_gpus
+            )
+        )
+    if not Path(options.imagenet_path).is_dir():
+        raise UsageError("--imagenet-path {}: no such folder".format(options.imagenet_path))
+    train_folder, validation_folder = imagenet_folders(options.imagenet_path)
+    shape = downstream.shape
+    return Config.from_dict(
+        {
+            "config": Path(options.config_downstream).stem,
+            "device": options.device,
+            "batch_size": downstream.local_batch_size,
+            "gradient_accumulation": downstream.total_batch_size // per_micro_step,
+            "replication_factor": options.n_gpus,
+            "epochs": downstream.epochs,
+            "max_steps": options.max_steps,
+            "precision": options.precision,
+            "fp16": downstream.mixed_precision,
+            "activation_checkpointing": options.activation_checkpointing,
+            "random_seed": options.seed,
+            "optimizer": "AdamW",
+            "learning_rate": downstream.learning_rate,
+            "lr_scheduler": "cosine",
+            "lr_floor": downstream.min_learning_rate / downstream.learning_rate,
+            "weight_decay": downstream.weight_decay,
+            "beta1": downstream.betas[0],
+            "beta2": downstream.betas[1],
+            "eps": 1e-8,
+            "clip_grad_norm": downstream.clip_grad_norm,
+            "architecture": "image-gpt",
+            "hidden_size": shape["embed_dim"],
+            "num_hidden_layers": shape["n_layers"],
+            "num_attention_heads": shape["n_heads"],
+            "dim_head": shape["embed_dim"] // shape["n_heads"],
+            "layers_per_ipu": [shape["n_layers"]],
+            "text_seq_len": 1,
+            "image_size": downstream.image_size,
+            "init_std": 0.02,
+            "null_cond_prob": options.null_cond_prob,
+            "vqgan_model_path": str(upstream / published.STAGE1),
+            "vqgan_config_path": str(folder / "vqgan.yaml"),
+            "input_folder": train_folder,
+            "validation_folder": validation_folder or None,
+            "bpe_path": str(folder / "ckpt" / "classes.txt"),
+            "dataloader_workers": options.dataloader_workers,
+            "cache_codes": options.cache_codes,
+            "checkpoint_output_dir": str(folder / "ckpt"),
+            "checkpoint_save_steps": 0,
+            "keep_checkpoints": options.keep_checkpoints,
+            "resume": resuming,
+            "tensorboard": options.tensorboard,
+        }
+    )
+
+
+def write_descriptions(downstream: Downstream, config: Config) -> None:
+    """Write what training and drawing read beside the weights: the list of classes and the VQGAN's YAML file."""
+    names = class_names(str(config.data.input_folder)) if downstream.num_classes else []
+    if len(names) != downstream.num_classes:
+        raise UserError(
+            "{} holds {} classes: set stage2.hparams.n_classes (now {}) to that number".format(
+                config.data.input_folder, len(names), downstream.num_classes
+            )
+        )
+    train.check_writable(Path(config.checkpoints.checkpoint_output_dir))
+    with atomic_write(str(config.data.bpe_path), "wb") as file:
+        file.write(class_file(names))
+    downstream.stage1.to_yaml(config.model.vqgan_config_path)
+
+
+def check_data(parts: train.Parts, downstream: Downstream) -> None:
+    """Raise UserError, in the words of the YAML file, for what training would stop at."""
+    if len(parts.train_set) < downstream.total_batch_size:
+        raise UserError(
+            "{} training images do not fill one batch: lower experiment.total_batch_size, now {}".format(
+                len(parts.train_set), downstream.total_batch_size
+            )
+        )
+    codes = (downstream.image_size // parts.vqgan.config.downsampling) ** 2
+    if codes != downstream.shape["ctx_len_img"]:
+        raise UserError(
+            "dataset.image_resolution {} makes {} codes of this VQGAN, but stage2.hparams.ctx_len_img is {}".format(
+                downstream.image_size, codes, downstream.shape["ctx_len_img"]
+            )
+        )
+
+
+def make_start(upstream: Path, downstream: Downstream, seed: int) -> train.Start:
+    """The upstream model with its head and start vectors replaced."""
+    checkpoint = read_dalle(upstream)
+    check_shape(downstream, checkpoint)
+    return train.Start(checkpoint.path, image_only(checkpoint, downstream.num_classes, seed))
+
+
+@torch.no_grad()
+def show_reconstructions(engine: Engine, parts: train.Parts, folder: Path) -> None:
+    """Save originals above what their codes keep of them. Nothing of it changes while the transformer trains."""
+    for split, dataset in (("train", parts.train_set), ("val", parts.validation_set)):
+        if dataset is None:
+            continue
+        images = torch.stack([dataset[index][1] for index in range(min(SHOWN, len(dataset)))])
+        codes = engine.encode(parts.vqgan, images)
+        device = next(parts.vqgan.parameters()).device
+        again = to_uint8(torch.cat([parts.vqgan.decode(row.to(device)) for row in codes.split(4)])).cpu()
+        for name, pictures in (("originals", images), ("reconstructions", again)):
+            save_picture(make_grid(list(pictures)), folder / "{}_{}.png".format(name, split))
+    logger.info("%s: originals and reconstructions of %d images", folder, len(images))
+
+
+def say_how_to_draw(folder: Path, config: Config) -> None:
+    """Log a command that works as it is."""
+    newest = newest_checkpoint(folder / "ckpt")
+    classes = getattr(load_tokenizer(config.data.bpe_path), "classes", None)
+    if newest is not None:
+        prompt = '"{}"'.format(classes[0]) if classes else "any"
+        logger.info("to draw: python generate.py --dalle_path %s --text %s --num_images 16", newest, prompt)
+
+
+if __name__ == "__main__":
+    run_main(main)

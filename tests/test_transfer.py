@@ -1,0 +1,381 @@
+"""Transfer learning: image-only models, of classes or of none, from a tiny model in minDALL-E's layout."""
+
+import importlib.util
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from mindalle_folder import CODES, GRID, STAGE1, STAGE2, make_folder
+from PIL import Image
+
+import generate
+from bpe import load_tokenizer
+from bpe.classes import ClassTokenizer, class_file
+from dalle.models import Dalle
+from dalle.transfer import check_shape, image_only, read_downstream
+from data.classes import class_names, imagenet_folders, list_class_images
+from models.config import DalleConfig
+from models.dalle import DALLE
+from utils.checkpoints import read_dalle
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+CLASSES = ["dark", "light wood"]
+
+
+@pytest.fixture(scope="module")
+def upstream(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("mindalle") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    """Two classes: four times nearly the same picture of coloured squares each, and once in val."""
+    root = tmp_path_factory.mktemp("imagenet")
+    for split, count in (("train", 4), ("val", 1)):
+        for number, name in enumerate(CLASSES):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = (
+                    np.random.default_rng(1 + 4 * number)
+                    .integers(0, 256, (4, 5, 3))
+                    .astype(np.uint8)
+                    .repeat(4, 0)
+                    .repeat(4, 1)
+                )
+                pixels[0, 0, 0] = index  # never the same file twice
+                Image.fromarray(pixels).save(folder / "{}.JPEG".format(index), format="PNG")
+    return root
+
+
+@pytest.fixture(scope="module")
+def example():
+    spec = importlib.util.spec_from_file_location("transfer_learning_ex", ROOT / "examples" / "transfer_learning_ex.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def configuration(**changes):
+    """A downstream configuration that fits the tiny model; changes: {"section.key": value}."""
+    document = {
+        "dataset": {"dataset": "imagenet", "image_resolution": 16},
+        "stage1": {"type": "vqgan", "embed_dim": 32, "n_embed": CODES, "hparams": dict(STAGE1)},
+        "stage2": {
+            "type": "igpt",
+            "use_cls_cond": True,
+            "vocab_size_img": CODES,
+            "hparams": dict({k: v for k, v in STAGE2.items() if k != "ctx_len_txt"}, n_classes=2),
+        },
+        "optimizer": {
+            "opt_type": "adamW",
+            "base_lr": 0.02,
+            "weight_decay": 0.0,
+            "betas": [0.9, 0.95],
+            "grad_clip_norm": 4.0,
+        },
+        "experiment": {"local_batch_size": 2, "total_batch_size": 4, "epochs": 40},
+    }
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        table = document
+        for section in sections:
+            table = table[section]
+        table[last] = value
+    return document
+
+
+def write(path, **changes):
+    path.write_text(yaml.safe_dump(configuration(**changes)))
+    return path
+
+
+# The configuration ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, classes", [("uncond", 0), ("clscond", 1000)])
+def test_the_shipped_configurations_are_the_published_ones(name, classes):
+    found = read_downstream(ROOT / "configs" / "transfer-imagenet-{}-gen.yaml".format(name))
+    assert found.num_classes == classes and found.image_size == 256 and found.stage1.num_codes == 16384
+    assert (found.learning_rate, found.min_learning_rate, found.betas) == (1e-4, 0.0, (0.9, 0.95))
+    assert (found.weight_decay, found.clip_grad_norm) == (0.0, 4.0)
+    assert (found.local_batch_size, found.total_batch_size, found.epochs) == (2, 512, 8) and found.mixed_precision
+    shape = found.shape
+    assert (shape["embed_dim"], shape["n_layers"], shape["n_heads"], shape["ctx_len_img"]) == (1536, 42, 24, 256)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"optimizer.base_lrr": 1}, "unknown key 'optimizer.base_lrr'. Did you mean 'base_lr'?"),
+        ({"optimiser": {}}, "unknown key 'optimiser'. Did you mean 'optimizer'?"),
+        ({"stage2.hparams.n_clases": 2}, "unknown key 'stage2.hparams.n_clases'. Did you mean 'n_classes'?"),
+        ({"stage1.hparams.chh": 2}, "chh"),
+        ({"stage1.n_embd": 2}, "n_embd"),
+        ({"optimizer.betas": [0.9]}, "optimizer.betas must be two numbers"),
+        ({"optimizer.betas": 0.9}, "optimizer.betas must be a list"),
+        ({"optimizer.base_lr": "fast"}, "optimizer.base_lr must be a number of at least 0, not 'fast'"),
+        ({"optimizer.base_lr": 0}, "optimizer.base_lr must be above 0"),
+        ({"optimizer.opt_type": "sgd"}, "optimizer.opt_type can only be adamW"),
+        ({"experiment.epochs": 0}, "experiment.epochs must be at least 1"),
+        ({"experiment.epochs": True}, "experiment.epochs must be a whole number, not True"),
+        ({"experiment.use_amp": 1}, "experiment.use_amp must be true or false"),
+        ({"experiment.save_ckpt_freq": 2}, "save_ckpt_freq can only be 1.*--keep-checkpoints"),
+        ({"stage2.hparams.resid_pdrop": 0.1}, "resid_pdrop can only be 0.0"),
+        ({"stage2.type": "transformer1d"}, "stage2.type can only be igpt"),
+        ({"stage2.hparams.n_classes": 0}, "use_cls_cond needs stage2.hparams.n_classes"),
+        ({"stage2": 5}, "stage2 must be a table"),
+    ],
+)
+def test_what_is_wrong_in_a_configuration_is_named(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        read_downstream(write(tmp_path / "x.yaml", **changes))
+
+
+def test_files_that_are_no_configuration_are_named(tmp_path):
+    for content, message in (("a: [", "is no YAML"), ("5", "expected the tables"), (None, "No such file")):
+        if content is not None:
+            (tmp_path / "x.yaml").write_text(content)
+        with pytest.raises(UserError, match=message):
+            read_downstream(tmp_path / ("x.yaml" if content else "y.yaml"))
+
+
+def test_numbers_that_yaml_takes_for_text_are_read(tmp_path):
+    assert read_downstream(write(tmp_path / "x.yaml", **{"optimizer.base_lr": "1e-4"})).learning_rate == 1e-4
+
+
+# Classes and their images --------------------------------------------------------------------------------------------
+
+
+def test_classes_are_a_vocabulary(tmp_path):
+    (tmp_path / "classes.txt").write_bytes(class_file(["b", "a cat", "10"]))
+    tokenizer = load_tokenizer(str(tmp_path / "classes.txt"))
+    assert isinstance(tokenizer, ClassTokenizer) and tokenizer.vocab_size == 4
+    assert tokenizer.tokenize(["b", " a cat ", "10", "1", ""], 1).tolist() == [[1], [2], [3], [2], [0]]
+    assert tokenizer.decode([2]) == "a cat" and tokenizer.decode([0]) == "" and tokenizer.decode([9]) == ""
+    with pytest.raises(UserError, match=r"'a car' is no class of this model. Did you mean 'a cat'\? It knows 3 "):
+        tokenizer.encode("a car")
+    none = ClassTokenizer(class_file([]), "x")
+    assert none.vocab_size == 1 and none.tokenize("whatever", 1).tolist() == [[0]]
+    for content in (b"#classes 2\na\n", b"#classes 2\na\na\n", b"#classes x\na\n", b"#classes 1\n \n"):
+        with pytest.raises(UserError, match="x: "):
+            ClassTokenizer(content, "x")
+    for name in ("", "a\nb", " a"):
+        with pytest.raises(UserError, match="cannot be the name of a class"):
+            class_file([name])
+
+
+def test_images_are_listed_by_class(imagenet, tmp_path):
+    train, validation = imagenet_folders(str(imagenet))
+    assert (train, validation) == (str(imagenet / "train"), str(imagenet / "val"))
+    assert imagenet_folders(train) == (train, "") and class_names(train) == CLASSES
+    pairs = list_class_images(train, CLASSES)
+    assert len(pairs.images) == 8 and [pairs.captions[i] for i in (0, 7)] == CLASSES
+    part = list_class_images(train, CLASSES[:1])
+    assert len(part.images) == 4 and "4 images in the folder of no class" in part.report()
+    assert [list_class_images(train, []).captions[i] for i in range(8)] == [""] * 8
+    with pytest.raises(UserError, match="holds no folders"):
+        class_names(tmp_path)
+    with pytest.raises(UserError, match="no image in it"):
+        list_class_images(str(tmp_path), CLASSES)
+
+
+# The model -----------------------------------------------------------------------------------------------------------
+
+
+def naive_logits(weights, start, codes, heads):
+    """The logits of an image GPT with the published names, position by position and head by head, in float64.
+
+    weights: minDALL-E's stage 2 with the new head as "head"; start: vector (D,); codes (N,) -> (N, C).
+    """
+    weights = {name: tensor.double() for name, tensor in weights.items()}
+
+    def norm(x, name):
+        centred = x - x.mean()
+        return centred / torch.sqrt((centred**2).mean() + 1e-5) * weights[name + ".weight"] + weights[name + ".bias"]
+
+    def linear(x, name):
+        return weights[name + ".weight"] @ x + weights[name + ".bias"]
+
+    rows = [weights["tok_emb_img.weight"][code] + weights["pos_emb_img.weight"][i] for i, code in enumerate(codes[:-1])]
+    rows = [start.double()] + rows
+    for layer in range(STAGE2["n_layers"]):
+        stem = "blocks.{}.".format(layer)
+        inputs = [norm(row, stem + "ln1") for row in rows]
+        query, key, value = ([linear(x, stem + "attn." + n) for x in inputs] for n in ("query", "key", "value"))
+        size = len(start) // heads
+        for i in range(len(rows)):
+            mixed = []
+            for head in range(heads):
+                part = slice(head * size, (head + 1) * size)
+                scores = torch.stack([query[i][part] @ key[j][part] / math.sqrt(size) for j in range(i + 1)])
+                mixed.append(sum(p * value[j][part] for j, p in enumerate(scores.exp() / scores.exp().sum())))
+            rows[i] = rows[i] + linear(torch.cat(mixed), stem + "attn.proj")
+        for i, row in enumerate(rows):
+            hidden = linear(norm(row, stem + "ln2"), stem + "mlp.0")
+            hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+            rows[i] = row + linear(hidden, stem + "mlp.2")
+    return torch.stack([weights["head.weight"] @ norm(row, "ln_f") for row in rows])
+
+
+@pytest.mark.parametrize("classes, text", [(2, 2), (0, 0)])
+def test_logits_and_loss_are_those_of_an_image_gpt(upstream, classes, text):
+    start = image_only(read_dalle(upstream), classes, seed=3)
+    model = DALLE(DalleConfig.from_dict(start.config))
+    model.load_state_dict(start.weights)
+    stored = torch.load(upstream / "stage2_last.ckpt", weights_only=True)["state_dict"]
+    stored["head.weight"] = start.weights["image_head.weight"]
+    codes = torch.arange(GRID * GRID) * 7 % CODES
+    expected = naive_logits(stored, start.weights["text_emb.weight"][text], codes.tolist(), STAGE2["n_heads"])
+    labels = torch.full((3, 1), text)
+    text_logits, logits = model(labels, codes.expand(3, -1))
+    assert text_logits.shape[:2] == (3, 0) and torch.allclose(logits[1].double(), expected, atol=1e-4)
+    losses = model.loss(text_logits, logits, labels, codes.expand(3, -1))
+    assert float(losses.total.detach()) == pytest.approx(float(F.cross_entropy(expected, codes)), abs=1e-5)
+    assert losses.text == 0 and torch.equal(losses.total, losses.image)
+    losses.total.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())  # what several processes need
+
+
+def test_only_head_and_start_vectors_are_new(upstream):
+    before = read_dalle(upstream)
+    start, again, other = (image_only(before, 2, seed) for seed in (1, 1, 2))
+    new = {"text_emb.weight", "text_head.weight", "image_head.weight"}
+    for name, tensor in start.weights.items():
+        assert torch.equal(tensor, before.weights[name]) == (name not in new) if name not in new else True
+        assert torch.equal(tensor, again.weights[name])
+    assert set(before.weights) - set(start.weights) == {"text_pos_emb.weight"}
+    assert not torch.equal(start.weights["image_head.weight"], other.weights["image_head.weight"])
+    assert 0.01 < start.weights["image_head.weight"].std() < 0.03
+
+
+def test_a_configuration_of_another_model_is_refused(upstream, tmp_path):
+    checkpoint = read_dalle(upstream)
+    check_shape(read_downstream(write(tmp_path / "x.yaml")), checkpoint)
+    for key, value in (("stage2.hparams.embed_dim", 32), ("stage2.vocab_size_img", 25), ("stage2.hparams.n_heads", 2)):
+        with pytest.raises(UserError, match=key + " is "):
+            check_shape(read_downstream(write(tmp_path / "x.yaml", **{key: value})), checkpoint)
+
+
+# The script ----------------------------------------------------------------------------------------------------------
+
+
+def run(example, upstream, imagenet, config, result, *flags):
+    base = ["-d", str(config), "-u", str(upstream), "-r", str(result), "--imagenet-path", str(imagenet)]
+    example.main([*base, "--device", "cpu", "--dataloader-workers", "0", *flags])
+    return result / Path(config).stem
+
+
+def losses(folder, event="train"):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["event"] == event]
+
+
+def test_a_model_of_classes_draws_what_each_class_looks_like(example, upstream, imagenet, tmp_path):
+    folder = run(example, upstream, imagenet, write(tmp_path / "cls.yaml"), tmp_path / "result")
+    trained = losses(folder)
+    assert trained[0] == pytest.approx(math.log(CODES), abs=1.0) and trained[-1] < 0.4 < losses(folder, "validation")[0]
+    for split in ("train", "val"):
+        assert Image.open(folder / "originals_{}.png".format(split)).size[0] > 16
+        assert (folder / "reconstructions_{}.png".format(split)).is_file()
+    newest = folder / "ckpt" / "dalle_39.pt"
+    assert sorted(path.name for path in newest.parent.glob("*.pt")) == ["dalle_38.pt", "dalle_39.pt"]
+    model = Dalle.from_pretrained(newest)
+    drawn = {
+        name: model.draw(name, top_k=None, num_candidates=4, seed=1, progress=False).codes for name in [*CLASSES, "0"]
+    }
+    assert torch.equal(drawn["0"], drawn[CLASSES[0]])
+    for name in CLASSES:
+        own, other = (real_codes(model, imagenet / "train" / kind) for kind in (name, *(set(CLASSES) - {name})))
+        assert agreement(drawn[name], own) > 0.8 > 0.5 > agreement(drawn[name], other)
+    generate.main(
+        ["--dalle_path", str(newest), "--text", CLASSES[1], "--num_images", "2", "--device", "cpu"]
+        + ["--outputs_dir", str(tmp_path / "out")]
+    )
+    assert (tmp_path / "out" / "light_wood" / "1.jpg").is_file()
+    with pytest.raises(UserError, match="'cat' is no class of this model"):
+        model.draw("cat", num_candidates=1)
+
+
+def real_codes(model, folder):
+    images = [Image.open(path) for path in sorted(folder.iterdir())]
+    from data.images import image_to_tensor, prepare_image
+
+    return model.stage1.encode(torch.stack([image_to_tensor(prepare_image(i, 16)) for i in images]).float() / 255)
+
+
+def agreement(drawn, real):
+    """Share of the codes of each drawn image that its nearest real image has, at the worst."""
+    return float((drawn[:, None] == real[None]).float().mean(-1).max(1).values.min())
+
+
+def test_a_model_without_classes_learns_all_of_them(example, upstream, imagenet, tmp_path):
+    config = write(tmp_path / "un.yaml", **{"stage2.use_cls_cond": False, "experiment.epochs": 40})
+    folder = run(example, upstream, imagenet / "train", config, tmp_path / "result", "--seed", "3")
+    assert losses(folder)[-1] < 0.6
+    model = Dalle.from_pretrained(folder / "ckpt" / "dalle_39.pt")
+    drawn = model.draw("anything", top_k=None, num_candidates=12, seed=1, progress=False).codes
+    both = torch.cat([real_codes(model, imagenet / "train" / name) for name in CLASSES])
+    near = (drawn[:, None] == both[None]).float().mean(-1).max(1)
+    assert near.values.mean() > 0.7 and {int(i) // 4 for i in near.indices} == {0, 1}
+
+
+def test_a_resumed_run_ends_with_the_same_weights(example, upstream, imagenet, tmp_path):
+    config = write(tmp_path / "cls.yaml", **{"experiment.epochs": 3})
+    whole = run(example, upstream, imagenet, config, tmp_path / "a", "--keep-checkpoints", "0")
+    part = tmp_path / "b" / "cls" / "ckpt"
+    part.mkdir(parents=True)
+    shutil.copy(whole / "ckpt" / "dalle_0.pt", part)
+    run(example, upstream, imagenet, config, tmp_path / "b", "--resume")
+    one, two = (torch.load(path / "dalle_2.pt", weights_only=True)["weights"] for path in (whole / "ckpt", part))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    first = torch.load(whole / "ckpt" / "dalle_0.pt", weights_only=True)["weights"]
+    assert not all(torch.equal(one[key], first[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"stage2.hparams.n_classes": 1000}, "holds 2 classes: set stage2.hparams.n_classes"),
+        ({"experiment.total_batch_size": 5}, "total_batch_size 5 is no multiple of local_batch_size 2"),
+        ({"experiment.total_batch_size": 512}, "8 training images do not fill one batch"),
+        ({"stage2.hparams.ctx_len_img": 25}, "makes 16 codes of this VQGAN, but stage2.hparams.ctx_len_img is 25"),
+        ({"stage2.hparams.embed_dim": 32}, "stage2.hparams.embed_dim is 32, but .* has 16"),
+    ],
+)
+def test_what_does_not_fit_is_named(example, upstream, imagenet, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        run(example, upstream, imagenet, write(tmp_path / "x.yaml", **changes), tmp_path / "result")
+
+
+def test_missing_places_are_named(example, upstream, imagenet, tmp_path):
+    config = write(tmp_path / "x.yaml")
+    with pytest.raises(UserError, match="--path-upstream .*: no folder with stage1_last.ckpt"):
+        run(example, tmp_path, imagenet, config, tmp_path / "result")
+    with pytest.raises(UserError, match="--imagenet-path .*: no such folder"):
+        run(example, upstream, tmp_path / "no", config, tmp_path / "result")
+
+
+@pytest.mark.slow
+def test_several_processes_train_the_same_model(example, upstream, imagenet, tmp_path):
+    """--n-gpus starts torchrun; the weights are those of one process."""
+    import subprocess
+
+    config = write(tmp_path / "cls.yaml", **{"experiment.epochs": 2, "experiment.local_batch_size": 1})
+    run(example, upstream, imagenet, config, tmp_path / "a")
+    words = ["-d", str(config), "-u", str(upstream), "-r", str(tmp_path / "b"), "--imagenet-path", str(imagenet)]
+    words += ["--device", "cpu", "--n-gpus", "2", "--dataloader-workers", "0"]
+    script = ROOT / "examples" / "transfer_learning_ex.py"
+    subprocess.run([sys.executable, str(script), *words], check=True, timeout=300)
+    one, two = (
+        torch.load(tmp_path / side / "cls" / "ckpt" / "dalle_1.pt", weights_only=True)["weights"] for side in "ab"
+    )
+    assert all(torch.allclose(one[key], two[key], atol=1e-5) for key in one)
