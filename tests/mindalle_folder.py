@@ -119,6 +119,40 @@ def stage2_shapes(texts):
     return shapes
 
 
+def start_weights(classes):
+    """What transfer learning makes anew, from the formula: the head, and one start vector or one for each class."""
+    return wave("head.weight", (CODES, WIDTH)), wave("sos.weight", (max(classes, 1), WIDTH))
+
+
+class FormulaClip(torch.nn.Module):
+    """Stands in for OpenAI's CLIP: features that a formula makes of pixels and letters."""
+
+    def encode_image(self, pixels):
+        """(N, 3, H, W) -> (N, 8)."""
+        return pixels.flatten(1) @ wave("clip.image", (pixels[0].numel(), 8))
+
+    def encode_text(self, tokens):
+        """(N, 77) -> (N, 8)."""
+        return tokens.float() @ wave("clip.text", (tokens.shape[1], 8))
+
+
+def clip_tokenize(texts):
+    """What the package `clip` calls tokenize, with letters for tokens. One text or several -> (N, 77)."""
+    texts = [texts] if isinstance(texts, str) else texts
+    return torch.tensor([[ord(c) for c in text[:77]] + [0] * (77 - len(text)) for text in texts])
+
+
+def clip_preprocess(picture):
+    """PIL picture -> (3, H, W) in [0, 1]."""
+    flat = torch.tensor(list(picture.tobytes()), dtype=torch.float32)
+    return flat.view(picture.height, picture.width, 3).permute(2, 0, 1) / 255
+
+
+def clip_images():
+    """Twelve images (N, H, W, 3), floats in [0, 1]."""
+    return (wave("images", (12, 8 * 8 * 3)) * 4).sin().abs().reshape(12, 8, 8, 3).numpy()
+
+
 def stage1_shapes():
     """Names and shapes of the VQGAN's weights (taming-transformers' names)."""
     from models.vqgan import VQGAN, VqganConfig

@@ -3,12 +3,13 @@
 import json
 import logging
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from mindalle_folder import make_folder
+from mindalle_folder import CAPTIONS, FormulaClip, clip_images, clip_preprocess, clip_tokenize, make_folder
 from PIL import Image
 
 import generate
@@ -95,6 +96,18 @@ def test_clip_score_orders_by_cosine(images):
     scores = clip_similarity("green", images, model, to_pixels, tokenizer=tokenize)
     pixels = np.floor(images[:, 0, 0] * 255)
     assert np.allclose(scores, pixels[:, 1] / np.linalg.norm(pixels, axis=1), atol=1e-5)
+
+
+def test_clip_score_gives_the_published_order(monkeypatch):
+    """That of the published function, with an object like those of OpenAI's package (see assets/)."""
+    golden = json.loads((ROOT / "tests" / "assets" / "mindalle_golden.json").read_text())["clip_ranks"]
+    monkeypatch.setitem(sys.modules, "clip", types.SimpleNamespace(tokenize=clip_tokenize))
+    model, images = FormulaClip(), clip_images()
+    ranks = [
+        clip_score(prompt=caption, images=images, model_clip=model, preprocess_clip=clip_preprocess, device="cpu")
+        for caption in CAPTIONS[:3]
+    ]
+    assert [rank.tolist() for rank in ranks] == golden and golden[0] != golden[1]
 
 
 def test_clip_score_takes_the_tokenizer_of_the_models_package(images, monkeypatch):

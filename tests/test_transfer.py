@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from mindalle_folder import CODES, GRID, STAGE1, STAGE2, make_folder
+from mindalle_folder import CODES, GRID, STAGE1, STAGE2, make_folder, start_weights
 from PIL import Image
 
 import generate
@@ -23,6 +23,7 @@ from dalle.transfer import check_shape, image_only, read_downstream
 from data.classes import class_names, imagenet_folders, list_class_images
 from models.config import DalleConfig
 from models.dalle import DALLE
+from models.sampling import SamplingOptions, draw_codes
 from utils.checkpoints import read_dalle
 from utils.errors import UserError
 
@@ -243,6 +244,24 @@ def test_logits_and_loss_are_those_of_an_image_gpt(upstream, classes, text):
     assert losses.text == 0 and torch.equal(losses.total, losses.image)
     losses.total.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())  # what several processes need
+
+
+@pytest.mark.parametrize("classes", [0, 2])
+def test_logits_and_greedy_codes_are_the_published_ones(upstream, classes):
+    """Against numbers of the published image-only model, which were made with other code (assets/)."""
+    golden = json.loads((ROOT / "tests" / "assets" / "mindalle_golden.json").read_text())["image_gpt"][str(classes)]
+    start = image_only(read_dalle(upstream), classes)
+    head, vectors = start_weights(classes)
+    start.weights["image_head.weight"] = head
+    start.weights["text_emb.weight"][-len(vectors) :] = vectors
+    model = DALLE(DalleConfig.from_dict(start.config)).eval()
+    model.load_state_dict(start.weights)
+    labels = torch.arange(classes)[:, None] + 1 if classes else torch.zeros(1, 1, dtype=torch.long)
+    codes = (torch.arange(len(labels) * GRID * GRID) * 5 % CODES).view(-1, GRID * GRID)
+    with torch.no_grad():
+        logits = model(labels, codes)[1][-1]
+    assert torch.allclose(logits.flatten(), torch.tensor(golden["logits"]), atol=2e-4)
+    assert draw_codes(model, labels, [0] * len(labels), SamplingOptions(top_k=1)).codes.tolist() == golden["greedy"]
 
 
 def test_only_head_and_start_vectors_are_new(upstream):

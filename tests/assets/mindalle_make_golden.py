@@ -18,7 +18,18 @@ import yaml
 
 ASSETS = Path(__file__).resolve().parent
 sys.path[:0] = [str(ASSETS.parent), str(ASSETS.parent.parent)]
-from mindalle_folder import CAPTIONS, CODES, GRID, TEXT_LEN, make_folder  # noqa: E402
+from mindalle_folder import (  # noqa: E402
+    CAPTIONS,
+    CODES,
+    GRID,
+    TEXT_LEN,
+    FormulaClip,
+    clip_images,
+    clip_preprocess,
+    clip_tokenize,
+    make_folder,
+    start_weights,
+)
 
 
 class Options(dict):
@@ -39,6 +50,20 @@ def published(sources, name):
 
 def numbers(tensor):
     return [round(value, 6) for value in tensor.flatten().tolist()]
+
+
+def image_gpt(transformer, sampling, folder, hparams, classes):
+    """Logits and greedy codes of the image-only model, loaded from the folder as for transfer learning."""
+    model = transformer.iGPT(CODES, classes > 0, Options(hparams, n_classes=classes)).eval()
+    model.from_ckpt(str(folder / "stage2_last.ckpt"), strict=False)
+    head, start = start_weights(classes)
+    model.head.weight.copy_(head)
+    (model.sos.weight if classes else model.sos[0]).copy_(start)
+    labels = torch.arange(classes) if classes else None
+    codes = (torch.arange(max(classes, 1) * GRID * GRID) * 5 % CODES).view(-1, GRID * GRID)
+    sos = model.sos(labels)[:, None] if classes else model.sos
+    greedy = sampling.sampling_igpt(model, sos, top_k=1, is_tqdm=False, use_fp16=False, max_seq_len=GRID * GRID)
+    return {"logits": numbers(model(codes, labels)[-1]), "greedy": greedy.tolist()}
 
 
 @torch.no_grad()
@@ -68,7 +93,15 @@ def main():
     images = torch.sin(torch.arange(2 * 3 * 16 * 16) * 0.11).view(2, 3, 16, 16)
     row = torch.tensor([[0.5, 2.0, 2.0, -1.0, 2.0, 3.0, 0.0, 3.0]])
     probabilities = torch.softmax(row, -1)
+    sys.modules["clip"] = types.SimpleNamespace(tokenize=clip_tokenize)
+    utils = importlib.import_module("dalle.utils.utils")
+    clip = (clip_images(), FormulaClip(), clip_preprocess, "cpu")
     golden = {
+        "image_gpt": {
+            str(classes): image_gpt(transformer, sampling, folder, config["stage2"]["hparams"], classes)
+            for classes in (0, 2)
+        },
+        "clip_ranks": [utils.clip_score(caption, *clip).tolist() for caption in CAPTIONS[:3]],
         "ids": ids,
         "logits_txt_0": numbers(logits_txt[0]),
         "logits_img_1": numbers(logits_img[1]),
