@@ -3,18 +3,15 @@
 Letters: B batch, P positions of the text part, G side of the code grid, L positions, D width, H heads, K head width.
 """
 
-from typing import List, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.cache import LayerCache
 from models.config import DalleConfig
-from models.local_attention import local_attention, window_bias, window_rows
-
-#: Window of the conv patterns: side in codes, and distance between neighbours (the published applications' constants).
-CONV_KERNEL_SIZE = 5
-CONV_DILATION = 1
+from models.local_attention import allowed_codes, local_attention, window_bias, window_rows
 
 
 def build_mask(pattern: str, text_len: int, grid: int) -> Tensor:
@@ -32,33 +29,6 @@ def build_mask(pattern: str, text_len: int, grid: int) -> Tensor:
     mask = torch.ones(text_len + num_codes, text_len + num_codes, dtype=torch.bool)
     mask[text_len:, text_len:] = allowed_codes(pattern, grid)
     return mask.tril()[:-1, :-1].contiguous()
-
-
-def allowed_codes(pattern: str, grid: int) -> Tensor:
-    """Return a pattern's causal (N, N) boolean matrix among the image positions, N = grid * grid (see `build_mask`)."""
-    num_codes = grid * grid
-    row = torch.arange(num_codes).div(grid, rounding_mode="floor")
-    column = torch.arange(num_codes) % grid
-    down = row[:, None] - row[None, :]  # (N, N), > 0: the key lies above the query
-    right = column[:, None] - column[None, :]
-    if pattern == "full":
-        allowed = torch.ones(num_codes, num_codes, dtype=torch.bool)
-    elif pattern == "axial_row":
-        allowed = down == 0
-    elif pattern == "axial_col":
-        allowed = right == 0
-    elif pattern == "conv_like":
-        reach = CONV_KERNEL_SIZE // 2 * CONV_DILATION
-        allowed = (
-            (down.abs() <= reach) & (right.abs() <= reach) & (down % CONV_DILATION == 0) & (right % CONV_DILATION == 0)
-        )
-    elif pattern == "conv_causal":
-        reach = (CONV_KERNEL_SIZE - 1) * CONV_DILATION
-        allowed = (down >= 0) & (down <= reach) & (right >= 0) & (right <= reach)
-        allowed &= (down % CONV_DILATION == 0) & (right % CONV_DILATION == 0)
-    else:
-        raise ValueError("unknown attention pattern {!r}".format(pattern))
-    return allowed.tril()
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, causal: bool) -> Tensor:
@@ -124,32 +94,6 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([turned * angles.cos() + quarter * angles.sin(), rest], dim=-1).to(x.dtype)
 
 
-class LayerCache:
-    """Keys and values of one layer while sampling.
-
-    The text part is stored once for each prompt and shared by all images drawn from it; the image part is laid out on
-    the code grid, so that a row or a column is a view and sparse patterns read only what they may see.
-      text_key, text_value    (prompts, H, P, K)
-      image_key, image_value  (B, H, G, G, K) with B = prompts * images per prompt
-      history                 (B, G * G, D) inputs of the two sub-layers, only with shift_tokens
-    """
-
-    def __init__(
-        self, config: DalleConfig, prompts: int, images: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        heads, width, grid = config.heads, config.dim_head, config.grid
-        self.text_len, self.grid = config.text_len, grid
-        self.text_key = torch.zeros(prompts, heads, config.text_len, width, device=device, dtype=dtype)
-        self.text_value = torch.zeros_like(self.text_key)
-        self.image_key = torch.zeros(prompts * images, heads, grid, grid, width, device=device, dtype=dtype)
-        self.image_value = torch.zeros_like(self.image_key)
-        self.history: List[Optional[Tensor]] = [None, None]
-        if config.shift_tokens:
-            self.history = [
-                torch.zeros(prompts * images, grid * grid, config.dim, device=device, dtype=dtype) for _ in range(2)
-            ]
-
-
 class Attention(nn.Module):
     """Multi-head attention over [text part | image part] under a fixed mask.
 
@@ -205,8 +149,7 @@ class Attention(nn.Module):
         """Attend from text positions `start` on, x (prompts, n, D), and add them to the cache. (prompts, n, D)."""
         query, key, value = self.project(x, angles)
         end = start + x.shape[1]
-        cache.text_key[:, :, start:end] = key
-        cache.text_value[:, :, start:end] = value
+        cache.put_text(start, key, value)
         mask = torch.ones(end, end, dtype=torch.bool, device=x.device).tril()[start:]
         attended = sdpa(query, cache.text_key[:, :, :end], cache.text_value[:, :, :end], mask, causal=False)
         return self.merge(attended)
@@ -214,47 +157,17 @@ class Attention(nn.Module):
     def extend_image(
         self, x: Tensor, start: int, cache: LayerCache, mask: Tensor, angles: Optional[Tensor] = None
     ) -> Tensor:
-        """Attend from image positions `start` on (0: first code), x (B, n, D), and add them to the cache. (B, n, D)."""
+        """Attend from image positions and add them to the cache: x (B, n, D) is the one at `start`, or the first n.
+
+        Returns (B, n, D). Raises ValueError for several that are not the first.
+        """
         query, key, value = self.project(x, angles)
-        end = start + x.shape[1]
-        cache.image_key.flatten(2, 3)[:, :, start:end] = key
-        cache.image_value.flatten(2, 3)[:, :, start:end] = value
         if x.shape[1] == 1:
-            return self.merge(self._attend_from(query, start, cache, mask))
-        images = x.shape[0] // cache.text_key.shape[0]
-        keys, values = (
-            torch.cat([text.repeat_interleave(images, 0), image.flatten(2, 3)[:, :, :end]], dim=2)
-            for text, image in ((cache.text_key, cache.image_key), (cache.text_value, cache.image_value))
-        )
-        first, total = cache.text_len + start, cache.text_len + end
+            return self.merge(cache.attend(query, key, value, start))
+        if start:
+            raise ValueError("several codes at a time can only be the first ones, not from position {}".format(start))
+        cache.put_first_codes(key, value)
+        first, total = cache.text_len, cache.text_len + x.shape[1]
+        keys = torch.cat([cache.text_key.repeat_interleave(cache.images, 0), key], dim=2)
+        values = torch.cat([cache.text_value.repeat_interleave(cache.images, 0), value], dim=2)
         return self.merge(sdpa(query, keys, values, mask[first:total, :total], causal=False))
-
-    def _visible(self, position: int, cache: LayerCache, mask: Tensor) -> Tuple[Tensor, Tensor]:
-        """Keys and values (B, H, n, K) of the image positions that `position` sees: views where the pattern allows."""
-        row, column = divmod(position, cache.grid)
-        if self.pattern == "full":
-            return tuple(t.flatten(2, 3)[:, :, : position + 1] for t in (cache.image_key, cache.image_value))
-        if self.pattern == "axial_row":
-            return tuple(t[:, :, row, : column + 1] for t in (cache.image_key, cache.image_value))
-        if self.pattern == "axial_col":
-            return tuple(t[:, :, : row + 1, column] for t in (cache.image_key, cache.image_value))
-        first = cache.text_len
-        seen = mask[first + position, first : first + position + 1].nonzero()[:, 0]
-        return tuple(t.flatten(2, 3).index_select(2, seen) for t in (cache.image_key, cache.image_value))
-
-    def _attend_from(self, query: Tensor, position: int, cache: LayerCache, mask: Tensor) -> Tensor:
-        """One query of each image (B, H, 1, K) against text and visible image keys. Returns (B, H, 1, K)."""
-        batch, heads, _, width = query.shape
-        prompts = cache.text_key.shape[0]
-        query = query * width**-0.5
-        image_key, image_value = self._visible(position, cache, mask)
-        # All images of a prompt read the same text keys: one matrix product for them, (prompts, H, images, K).
-        grouped = query.view(prompts, batch // prompts, heads, width).transpose(1, 2)
-        text_scores = torch.matmul(grouped, cache.text_key.transpose(-1, -2))  # (prompts, H, images, P)
-        text_scores = text_scores.transpose(1, 2).reshape(batch, heads, 1, -1)
-        image_scores = torch.matmul(query, image_key.transpose(-1, -2))  # (B, H, 1, n)
-        weights = torch.softmax(torch.cat([text_scores, image_scores], dim=-1), dim=-1)
-        text_weights, image_weights = weights.split([text_scores.shape[-1], image_scores.shape[-1]], dim=-1)
-        grouped = text_weights.reshape(prompts, batch // prompts, heads, -1).transpose(1, 2)
-        from_text = torch.matmul(grouped, cache.text_value).transpose(1, 2).reshape(batch, heads, 1, width)
-        return from_text + torch.matmul(image_weights, image_value)

@@ -13,8 +13,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+#: Window of the conv patterns: side in codes, and distance between neighbours (the published applications' constants).
+CONV_KERNEL_SIZE = 5
+CONV_DILATION = 1
+
 #: Rows of codes that a position may see, its own included. axial_col is axial_row on the transposed grid.
 _CONV_ROWS = {"axial_row": 1, "axial_col": 1, "conv_like": 3, "conv_causal": 5}
+
+
+def allowed_codes(pattern: str, grid: int) -> Tensor:
+    """Return a pattern's causal (N, N) boolean matrix among the image positions, N = grid * grid (see `build_mask`)."""
+    num_codes = grid * grid
+    row = torch.arange(num_codes).div(grid, rounding_mode="floor")
+    column = torch.arange(num_codes) % grid
+    down = row[:, None] - row[None, :]  # (N, N), > 0: the key lies above the query
+    right = column[:, None] - column[None, :]
+    if pattern == "full":
+        allowed = torch.ones(num_codes, num_codes, dtype=torch.bool)
+    elif pattern == "axial_row":
+        allowed = down == 0
+    elif pattern == "axial_col":
+        allowed = right == 0
+    elif pattern == "conv_like":
+        reach = CONV_KERNEL_SIZE // 2 * CONV_DILATION
+        allowed = (
+            (down.abs() <= reach) & (right.abs() <= reach) & (down % CONV_DILATION == 0) & (right % CONV_DILATION == 0)
+        )
+    elif pattern == "conv_causal":
+        reach = (CONV_KERNEL_SIZE - 1) * CONV_DILATION
+        allowed = (down >= 0) & (down <= reach) & (right >= 0) & (right <= reach)
+        allowed &= (down % CONV_DILATION == 0) & (right % CONV_DILATION == 0)
+    else:
+        raise ValueError("unknown attention pattern {!r}".format(pattern))
+    return allowed.tril()
 
 
 def window_rows(pattern: str) -> Optional[int]:

@@ -8,8 +8,9 @@ from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from models.attention import LayerCache
+from models.cache import LayerCache
 from models.dalle import DALLE
+from models.packing import packed_weights
 
 
 class SamplingOptions(NamedTuple):
@@ -143,25 +144,24 @@ def draw_codes(
         codes[:, :prefix] = torch.tensor(kept[:prefix], device=device)
         if prefix < num_codes:
             hidden = decode_codes(model, codes[:, :prefix].repeat(branches, 1), 0, caches)
-    for position in range(prefix, num_codes):
-        if kept[position] >= 0:
-            codes[:, position] = kept[position]
-        else:
-            logits = guided(model.image_head(hidden), options.cond_scale).float()
-            token = draw(logits, noise[:, position], options)
-            codes[:, position] = token
-            log_likelihood += torch.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]
-        if position + 1 < num_codes:
-            hidden = decode_codes(model, codes[:, position : position + 1].repeat(branches, 1), position, caches)
-        if on_token is not None:
-            on_token()
+    with packed_weights([model.transformer, model.image_head], batch * branches):
+        for position in range(prefix, num_codes):
+            if kept[position] >= 0:
+                codes[:, position] = kept[position]
+            else:
+                logits = guided(model.image_head(hidden), options.cond_scale).float()
+                token = draw(logits, noise[:, position], options)
+                codes[:, position] = token
+                log_likelihood += torch.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]
+            if position + 1 < num_codes:
+                hidden = decode_codes(model, codes[:, position : position + 1].repeat(branches, 1), position, caches)
+            if on_token is not None:
+                on_token()
     return Drawn(codes, log_likelihood)
 
 
 @torch.no_grad()
-def complete_text(
-    model: DALLE, ids: Sequence[int], seed: int, options: SamplingOptions = DEFAULT_OPTIONS
-) -> List[int]:
+def complete_text(model: DALLE, ids: Sequence[int], seed: int, options: SamplingOptions = DEFAULT_OPTIONS) -> List[int]:
     """Go on writing a caption after `ids` until the model predicts a pad or T tokens are reached. Returns all ids."""
     config, device = model.config, model.text_emb.weight.device
     ids = list(ids)[: config.text_seq_len]

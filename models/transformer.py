@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import Attention, LayerCache, build_mask, rotary_angles
+from models.attention import Attention, build_mask, rotary_angles
+from models.cache import LayerCache, make_cache
 from models.config import DalleConfig
 
 
@@ -199,7 +200,9 @@ class Transformer(nn.Module):
 
     def make_cache(self, prompts: int, images: int, device: torch.device, dtype: torch.dtype) -> List[LayerCache]:
         """Return empty caches, one for each layer, for `images` images of each of `prompts` prompts."""
-        return [LayerCache(self.config, prompts, images, device, dtype) for _ in self.layers]
+        return [
+            make_cache(self.config, pattern, prompts, images, device, dtype) for pattern in self.config.layer_patterns
+        ]
 
     def extend_text(self, x: Tensor, start: int, caches: List[LayerCache]) -> Tensor:
         """Run text positions from `start` on. x (prompts, n, D) -> (prompts, n, D)."""

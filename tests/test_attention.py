@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from models.attention import (
-    CONV_KERNEL_SIZE,
     IMPLEMENTATIONS,
-    allowed_codes,
     build_mask,
     explicit,
     rotary_angles,
@@ -17,7 +15,7 @@ from models.attention import (
 )
 from models.config import ATTENTION_PATTERNS, DalleConfig
 from models.dalle import DALLE
-from models.local_attention import local_attention, window_bias
+from models.local_attention import CONV_KERNEL_SIZE, allowed_codes, local_attention, window_bias
 from models.transformer import FeedForward, Transformer
 
 TINY = DalleConfig(

@@ -6,8 +6,10 @@ import math
 import pytest
 import torch
 
+from models.cache import JoinedCache
 from models.config import DalleConfig
 from models.dalle import DALLE
+from models.packing import packed_weights
 from models.sampling import (
     SamplingOptions,
     complete_text,
@@ -83,22 +85,42 @@ def conditional_logits(model, text, codes, cond_scale=1.0):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "pieces", [[1] * 35, [35], [4, 1, 5, 6, 1, 13, 2, 3]], ids=["one by one", "at once", "in pieces"]
+    "pieces",
+    [[1] * 35, [35], [4] + [1] * 31, [18] + [1] * 17, [25] + [1] * 10],
+    ids=["one by one", "at once", "after a few", "after whole rows", "after most"],
 )
+@pytest.mark.parametrize("images", [1, 3], ids=["joined", "shared"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_cached_logits_are_those_of_the_whole_pass(options, pieces):
-    """Two prompts with three images each, the codes fed in any portions; nothing follows the last code."""
+def test_cached_logits_are_those_of_the_whole_pass(options, images, pieces):
+    """Two prompts with one or three images each, first codes and then one after the other; nothing follows the last."""
     model = random_model(**options)
-    codes = random_codes(6)
-    expected = model(TEXT.repeat_interleave(3, 0), codes)[1]
-    hidden, caches = prefill(model, TEXT, images=3)
-    torch.testing.assert_close(model.image_head(hidden).repeat_interleave(3, 0), expected[:, 0], rtol=1e-9, atol=1e-9)
+    codes = random_codes(2 * images)
+    expected = model(TEXT.repeat_interleave(images, 0), codes)[1]
+    hidden, caches = prefill(model, TEXT, images)
+    assert isinstance(caches[0], JoinedCache) == (images == 1)
+    hidden = model.image_head(hidden).repeat_interleave(images, 0)
+    torch.testing.assert_close(hidden, expected[:, 0], rtol=1e-9, atol=1e-9)
     start = 0
     for piece in pieces:
         hidden = decode_codes(model, codes[:, start : start + piece], start, caches)
         start += piece
         torch.testing.assert_close(model.image_head(hidden), expected[:, start], rtol=1e-9, atol=1e-9)
     assert start == 35
+
+
+def test_packed_weights_give_the_same_products_and_leave_no_trace():
+    torch.manual_seed(3)
+    layers = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.GELU(), torch.nn.Linear(40, 8, bias=False))
+    inputs = [torch.randn(6, 24), torch.randn(2, 3, 24), torch.randn(5, 24)]  # the last has other rows than announced
+    plain = [layers(x) for x in inputs]
+    enabled = torch.backends.mkldnn.set_flags(True)[0]
+    with torch.no_grad(), packed_weights([layers], rows=6):
+        assert "forward" in vars(layers[0]) or not torch.backends.mkl.is_available()
+        for x, expected in zip(inputs, plain):
+            torch.testing.assert_close(layers(x), expected)
+    assert torch.backends.mkldnn.set_flags(enabled)[0] and not any("forward" in vars(layer) for layer in layers)
+    with packed_weights([layers], rows=2), packed_weights([layers.double()], rows=6):
+        assert not any("forward" in vars(layer) for layer in layers)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
