@@ -175,9 +175,9 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Images, captions and vocabulary."""
 
-    input_folder: Optional[str] = option(None, "folder of images and captions, or 'demo' for the built-in set",
-                                         path="find")
-    validation_folder: Optional[str] = option(None, "folder of pairs for the validation loss", path="find")
+    input_folder: Optional[str] = option(None, "folder of images and captions, webdataset shards such as "
+                                               "'DIR/{00000..00099}.tar', or 'demo' for the built-in set", path="find")
+    validation_folder: Optional[str] = option(None, "folder or shards of pairs for the validation loss", path="find")
     validation_fraction: float = option(0.01, "without --validation-folder: share of the pairs held out for "
                                               "validation; 0: none", ge=0, le=0.5)
     bpe_path: Optional[str] = option(None, "YouTokenToMe vocabulary, or list of classes; none: the CLIP vocabulary",
@@ -388,6 +388,9 @@ def _parse_flags(parser: Parser, argv: Optional[Sequence[str]]) -> Dict[str, Any
     flags, rest = parser.parse_known_args(words)
     if rest:
         word = rest[0].partition("=")[0]
+        if word.endswith(".tar"):
+            raise UsageError("unexpected argument '{}': put patterns of shards in quotes, as in --input-folder "
+                             "'DIR/{{00000..00099}}.tar'".format(word))
         if not word.startswith("-"):
             raise UsageError("unexpected argument '{}': options are given as flags; --help lists them".format(word))
         raise UsageError("unknown flag '{}'.{} --help lists all flags".format(

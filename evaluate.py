@@ -60,7 +60,7 @@ def make_parser() -> Parser:
         type=path,
         default=DEMO,
         metavar="DIR",
-        help="folder of images and captions, as for training; demo (default): the built-in set",
+        help="folder of images and captions, or shards, as for training; demo (default): the built-in set",
     )
     pairs.add_argument(
         "--split",

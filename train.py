@@ -293,6 +293,7 @@ def build_parts(config: Config) -> Parts:
         validation_holdout=0.0 if generated else options.validation_fraction,
         num_generated=max(GENERATED_SAMPLES, 2 * config.global_batch) if generated else 0,
         flip=options.augment == "flip",
+        index_folder=None if options.cache_codes in ("auto", "off") else Path(options.cache_codes) / "shards",
     )
     return Parts(tokenizer, paths, vqgan, train_set, validation_set)
 

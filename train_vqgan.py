@@ -69,9 +69,15 @@ def make_parser() -> Parser:
         group.add_argument(flag, type=kind, default=default, metavar=metavar, help=text + shown)
 
     data = parser.add_argument_group("data")
-    data.add_argument("--input-folder", type=path, required=True, metavar="DIR", help="images at any depth; or demo")
+    data.add_argument(
+        "--input-folder",
+        type=path,
+        required=True,
+        metavar="DIR",
+        help="images at any depth, or in webdataset shards such as 'DIR/{00000..00099}.tar'; or demo",
+    )
     data.add_argument("--output", type=path, required=True, metavar="DIR", help="for all that the run writes")
-    add(data, "--validation-images", whole(1), 256, "images of a folder held out from training, a tenth at most")
+    add(data, "--validation-images", whole(1), 256, "images held out from training, a tenth at most")
     add(data, "--dataloader-workers", whole(0, 1024), 0, "processes that read images")
     model = parser.add_argument_group("model")
     configs = "one of {} (default: f8_demo), or a YAML file".format(", ".join(CONFIGS))

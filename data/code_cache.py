@@ -123,20 +123,22 @@ class CodeCache:
 
     def _encoded(self, pairs: PairDataset, positions: Optional[Tensor]) -> CodesDataset:
         place, forms = self.place(pairs), pairs.num_variants
-        used = {pairs.pair_at(index) for index in (range(len(pairs)) if positions is None else positions.tolist())}
+        chosen = range(len(pairs)) if positions is None else positions.tolist()
+        # Arrays, not sets and lists: of the 12 million images of a large collection those would take gigabytes.
+        used = numpy.unique(numpy.fromiter((pairs.pair_at(index) for index in chosen), numpy.int64, len(chosen)))
         while True:
-            rows = numpy.array([pair * forms + form for pair in sorted(used) for form in range(forms)])
-            identities = numpy.array([image_identity(pairs, row) for row in rows.tolist()], dtype="<u8")
+            rows = (used[:, None] * forms + numpy.arange(forms)).ravel()
+            identities = numpy.fromiter((image_identity(pairs, int(row)) for row in rows), "<u8", len(rows))
             records = self._complete(place, pairs, rows, identities)
             found = records.find(identities)
             unreadable = sorted({row // forms for row in rows[~records.readable[found]].tolist()})
             for pair in unreadable:
                 pairs.mark_unreadable(pair, "it was to be encoded")
             # What stands in for an unreadable image need not be among the images that are used for themselves.
-            stand_ins = {pairs.source(pair) for pair in used} - used
-            if not stand_ins:
+            stand_ins = numpy.array([pairs.source(pair) for pair in unreadable], dtype=numpy.int64)
+            if numpy.isin(stand_ins, used).all():
                 break
-            used |= stand_ins
+            used = numpy.union1d(used, stand_ins)
         if unreadable:
             logger.info("%s", pairs.report())
         where = numpy.full(pairs.num_pairs * forms, -1, dtype=numpy.int64)
@@ -146,8 +148,12 @@ class CodeCache:
     # Encoding
 
     def _complete(self, place: Place, pairs: PairDataset, rows: numpy.ndarray, identities: numpy.ndarray) -> Records:
-        """Encode what has no record, and return the records. Of all rows, each process takes every size-th one."""
-        share = slice(self.team.rank, None, self.team.size)
+        """Encode what has no record, and return the records.
+
+        Of all rows, each process takes every size-th run of such as are best read together.
+        """
+        run = max(1, min(pairs.neighbours * pairs.num_variants, len(rows) // self.team.size))
+        share = numpy.arange(len(rows)) // run % self.team.size == self.team.rank
         pending = self._pending(self._together(place.read), pairs, rows[share], identities[share])
         if not self.team.total(len(pending)):
             logger.info("codes of all %d images are in %s", len(rows), place.folder)
@@ -168,9 +174,9 @@ class CodeCache:
         """Return which of these rows are to be encoded: no record, or unreadable once and readable now."""
         found = records.find(identities)
         wanted = found < 0
-        for index in numpy.nonzero(~wanted)[0].tolist():
-            if not records.readable[found[index]]:
-                wanted[index] = _read_image(pairs, int(rows[index])) is not None
+        known = numpy.nonzero(~wanted)[0]
+        for index in known[~records.readable[found[known]]].tolist():
+            wanted[index] = _read_image(pairs, int(rows[index])) is not None
         return numpy.nonzero(wanted)[0]
 
     def _encode(

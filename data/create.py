@@ -1,4 +1,4 @@
-"""From the data options to data sets: a folder, the built-in demo set or random data, split for validation."""
+"""From the data options to data sets: a folder, shards, the built-in demo set or random data, split for validation."""
 
 import logging
 from typing import TYPE_CHECKING, Optional, Tuple, Union
@@ -7,7 +7,9 @@ from data.classes import list_class_images
 from data.datasets import DemoDataset, GeneratedDataset, ImageTextFolder, PairDataset, TextSettings
 from data.demo import demo_records
 from data.folder import list_pairs
+from data.shards import ImageTextShards, find_shards, open_shards
 from utils.errors import UserError
+from utils.files import PathLike
 
 if TYPE_CHECKING:
     from bpe import Tokenizer
@@ -30,13 +32,16 @@ def create_dataset(
     demo_split: str = "all",
     num_generated: int = 0,
     flip: bool = False,
+    index_folder: Optional[PathLike] = None,
 ) -> PairDataset:
     """Return one data set and log what is in it.
 
-    input_folder: a folder, or "demo" for the built-in set (of which `demo_split` takes "train", "heldout" or "all").
-    With a vocabulary of classes the folder holds one folder of images for each class (see data/classes.py).
+    input_folder: a folder, webdataset shards (data/shards.py), or "demo" for the built-in set (of which `demo_split`
+        takes "train", "heldout" or "all"). With a vocabulary of classes it is a folder that holds one folder of images
+        for each class (see data/classes.py).
     num_generated: more than 0 makes so many random pairs instead; `input_folder` is then not read.
     flip: mirror every other image, see `PairDataset`.
+    index_folder: where the indexes of shards are kept; None: `data.shards.default_index_folder()`.
     The other arguments are those of `TextSettings`; image_size is in pixels.
 
     Raises UserError for a missing or empty folder, and for captions that are too long and not to be truncated.
@@ -51,8 +56,12 @@ def create_dataset(
         dataset = DemoDataset(demo_records(demo_split), settings, image_size)
     else:
         classes = getattr(tokenizer, "classes", None)
-        pairs = list_pairs(input_folder) if classes is None else list_class_images(input_folder, classes)
-        dataset = ImageTextFolder(pairs, settings, image_size)
+        listing = find_shards(input_folder) if classes is None else None
+        if listing is not None:
+            dataset = ImageTextShards(open_shards(listing, index_folder), settings, image_size)
+        else:
+            pairs = list_pairs(input_folder) if classes is None else list_class_images(input_folder, classes)
+            dataset = ImageTextFolder(pairs, settings, image_size)
     dataset.flip = flip
     logger.info("%s", dataset.report())
     dataset.check_captions()
@@ -72,6 +81,7 @@ def create_datasets(
     validation_holdout: Union[int, float] = 0.01,
     num_generated: int = 0,
     flip: bool = False,
+    index_folder: Optional[PathLike] = None,
 ) -> Tuple[PairDataset, Optional[PairDataset]]:
     """Return (training set, validation set or None); arguments as in `create_dataset`.
 
@@ -99,6 +109,7 @@ def create_datasets(
             demo_split=demo_split,
             num_generated=generated,
             flip=flip,
+            index_folder=index_folder,
         )
 
     train = create(input_folder, null_cond_prob, "train", num_generated, flip)

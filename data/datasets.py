@@ -58,6 +58,9 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
     flip = False
     """Mirror every other image, left to right; which ones, changes with the epoch."""
 
+    neighbours = 1
+    """Pairs with numbers next to each other that are best read by one process."""
+
     def __init__(self, num_pairs: int, settings: TextSettings) -> None:
         self.num_pairs = num_pairs
         self.settings = settings
@@ -190,14 +193,15 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
                 yield caption
 
 
-class ImageTextFolder(PairDataset):
-    """Photos and their captions below a folder, see data/folder.py for the layout and data/images.py for the pixels.
+class PhotoPairs(PairDataset):
+    """Pairs of other people's photos: one that turns out to be unreadable is replaced by another pair and counted.
 
-    An image that turns out to be unreadable is replaced by another pair, the same one every time, and counted.
+    It is the same other pair every time.
     """
 
-    def __init__(self, pairs: FolderPairs, settings: TextSettings, image_size: int) -> None:
-        super().__init__(len(pairs.images), settings)
+    def __init__(self, pairs: Any, num_pairs: int, settings: TextSettings, image_size: int) -> None:
+        """pairs: what was found, with its name in `folder` and a line on it from `report()`."""
+        super().__init__(num_pairs, settings)
         self.pairs = pairs
         self.image_size = image_size
         # One flag per pair rather than a counter: loader processes share it, and setting a flag needs no lock.
@@ -208,28 +212,19 @@ class ImageTextFolder(PairDataset):
         """Images that could not be read so far, in all loader processes."""
         return int(self._unreadable.sum())
 
-    def captions(self, pair: int) -> List[str]:
-        return self.pairs.captions[pair].split("\n")
-
-    def image(self, pair: int) -> torch.Tensor:
-        return load_image(self.pairs.images[pair], self.image_size)
+    def image_name(self, pair: int) -> str:
+        """Return where the image of a pair lies, for messages."""
+        raise NotImplementedError
 
     def report(self) -> str:
-        line = self.pairs.report()
+        line: str = self.pairs.report()
         if len(self) != self.num_pairs:
             line += "; {} of them used here".format(len(self))
         num_unreadable = self.num_unreadable
         if num_unreadable:
-            example = self.pairs.images[int(self._unreadable.nonzero()[0])]
+            example = self.image_name(int(self._unreadable.nonzero()[0]))
             line += "; replaced {} unreadable images (such as {})".format(num_unreadable, example)
         return line
-
-    def origin(self) -> str:
-        return os.path.realpath(self.pairs.folder)
-
-    def image_identity(self, pair: int) -> str:
-        path = self.pairs.images[pair]
-        return _file_identity(path[len(self.pairs.folder) :].lstrip(os.sep), path)
 
     def source(self, pair: int) -> int:
         for attempt in range(MAX_REPLACEMENTS):
@@ -238,7 +233,7 @@ class ImageTextFolder(PairDataset):
                 return source
         raise UserError(
             "{}: {} images drawn in a row cannot be read, such as {}; check --input-folder".format(
-                self.pairs.folder, MAX_REPLACEMENTS, self.pairs.images[pair]
+                self.pairs.folder, MAX_REPLACEMENTS, self.image_name(pair)
             )
         )
 
@@ -246,7 +241,7 @@ class ImageTextFolder(PairDataset):
         # The first one is worth a line at once, the others are in report().
         level = logging.DEBUG if self._unreadable.any() else logging.WARNING
         self._unreadable[pair] = True
-        logger.log(level, "cannot read %s (%s); using another pair", self.pairs.images[pair], reason)
+        logger.log(level, "cannot read %s (%s); using another pair", self.image_name(pair), reason)
 
     def _pair(self, pair: int) -> Item:
         while True:
@@ -261,6 +256,31 @@ class ImageTextFolder(PairDataset):
     def _replacement(self, pair: int, attempt: int) -> int:
         """Return another pair of this (sub)set: a validation set never borrows from the training set."""
         return self.pair_at(draw_below(len(self), "replacement", self.settings.seed, pair, attempt))
+
+
+class ImageTextFolder(PhotoPairs):
+    """Photos and their captions below a folder, see data/folder.py for the layout and data/images.py for the pixels."""
+
+    def __init__(self, pairs: FolderPairs, settings: TextSettings, image_size: int) -> None:
+        super().__init__(pairs, len(pairs.images), settings, image_size)
+
+    def captions(self, pair: int) -> List[str]:
+        captions: str = self.pairs.captions[pair]
+        return captions.split("\n")
+
+    def image(self, pair: int) -> torch.Tensor:
+        return load_image(self.pairs.images[pair], self.image_size)
+
+    def image_name(self, pair: int) -> str:
+        path: str = self.pairs.images[pair]
+        return path
+
+    def origin(self) -> str:
+        return os.path.realpath(self.pairs.folder)
+
+    def image_identity(self, pair: int) -> str:
+        path = self.pairs.images[pair]
+        return _file_identity(path[len(self.pairs.folder) :].lstrip(os.sep), path)
 
 
 def _file_identity(name: str, path: str) -> str:

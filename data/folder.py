@@ -205,11 +205,18 @@ def _read_captions(path: str) -> Tuple[str, str]:
     """Return (captions joined by line breaks, "") or ("", what is wrong with the file)."""
     try:
         with open(path, "rb", buffering=0) as file:
-            text = file.read().decode("utf-8")
-    except UnicodeDecodeError:
-        return "", "caption files that are not UTF-8"
+            content = file.read()
     except OSError:
         return "", "caption files that cannot be read"
+    return split_captions(content)
+
+
+def split_captions(content: bytes) -> Tuple[str, str]:
+    """Return (captions joined by line breaks, "") of a caption file's content, or ("", what is wrong with it)."""
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        return "", "caption files that are not UTF-8"
     # Not splitlines(), which also breaks at U+2028 and the like; a byte order mark is no part of the first caption.
     lines = text.lstrip("\ufeff").replace("\r", "\n").split("\n")
     captions = [line.strip() for line in lines if line.strip()]

@@ -9,12 +9,12 @@ its upper 8 bits.
 
 import struct
 import zlib
-from typing import Any, Tuple, Type
+from typing import IO, Any, Tuple, Type, Union
 
 import torch
 from PIL import Image
 
-IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg", ".bmp")
+IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg", ".bmp", ".webp")
 
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
 """Formats that are read, whatever the file is called: large collections hold misnamed files.
@@ -46,9 +46,9 @@ _TURNS = {
 }
 
 
-def load_image(path: str, image_size: int) -> torch.Tensor:
+def load_image(file: Union[str, IO[bytes]], image_size: int) -> torch.Tensor:
     """Read a picture as uint8 (3, image_size, image_size). Raises one of BROKEN_IMAGE_ERRORS where that fails."""
-    with Image.open(path, formats=_FORMATS) as image:
+    with Image.open(file, formats=_FORMATS) as image:
         return image_to_tensor(prepare_image(image, image_size))
 
 

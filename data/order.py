@@ -47,6 +47,18 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> torch.Tensor:
     return _permutation(num_samples, draw("order", seed, epoch))
 
 
+def windowed_order(runs: torch.Tensor, window: int, seed: int, epoch: int) -> torch.Tensor:
+    """Return an order like `epoch_order`, but one that comes to positions of one run at about the same time.
+
+    runs: LongTensor (n,), the run of each position. Runs are shuffled; then so many at a time (`window`) are mixed with
+    each other as a whole. Where there are no more than that, this is `epoch_order`.
+    """
+    order = epoch_order(len(runs), seed, epoch)
+    present, runs = torch.unique(runs, return_inverse=True)
+    places = torch.argsort(_permutation(len(present), draw("runs", seed, epoch)))  # of each run in their order
+    return order[torch.argsort(torch.div(places[runs[order]], window, rounding_mode="floor"), stable=True)]
+
+
 def split_holdout(num_samples: int, holdout: Union[int, float], seed: int) -> Tuple[torch.Tensor, torch.Tensor]:
     """Split range(num_samples) at random, by seed alone, into (training, held out): ascending LongTensors.
 

@@ -1,11 +1,12 @@
-"""Images without captions, for training a VQGAN: those of a folder, or the demo set; and endless batches of them.
+"""Images without captions, for training a VQGAN: of a folder, shards, or the demo set; and endless batches of them.
 
 Letters: B images, S image height and width.
 """
 
+import io
 import logging
 import os
-from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import IO, Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from data.create import DEMO
 from data.demo import demo_images, demo_records
 from data.folder import PackedStrings, list_files
 from data.images import BROKEN_IMAGE_ERRORS, IMAGE_SUFFIXES, load_image
-from data.order import epoch_order, split_holdout
+from data.order import epoch_order, split_holdout, windowed_order
+from data.shards import NEIGHBOURS, WINDOW, Shards, find_shards
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,10 @@ class ImageSource(Dataset):
 
     def __getitem__(self, numbers: Sequence[int]) -> Fetched:
         raise NotImplementedError
+
+    def order(self, seed: int, epoch: int) -> torch.Tensor:
+        """Return the order in which an epoch visits the images, LongTensor (n,)."""
+        return epoch_order(len(self), seed, epoch)
 
     def take(self, fetched: Fetched) -> Tensor:
         """Return the images and remember the others. The first that cannot be read is worth a warning.
@@ -78,31 +84,77 @@ class ImagesInMemory(ImageSource):
         return Fetched(self.images[torch.as_tensor(numbers)], [])
 
 
-class ImageFiles(ImageSource):
-    """Image files, prepared as for training on captions: the centre square, resized to S."""
+class PhotoSource(ImageSource):
+    """Other people's photos, prepared as for training on captions: the centre square, resized to S."""
+
+    def __init__(self, image_size: int) -> None:
+        super().__init__()
+        self.image_size = image_size
+
+    def name(self, number: int) -> str:
+        """Return where an image lies, for messages."""
+        raise NotImplementedError
+
+    def file(self, number: int) -> Union[str, IO[bytes]]:
+        """Return the file of an image, as a path or opened. Raises OSError."""
+        raise NotImplementedError
+
+    def __getitem__(self, numbers: Sequence[int]) -> Fetched:
+        images, unreadable = [torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)], []
+        for number in numbers:
+            try:
+                images.append(load_image(self.file(number), self.image_size)[None])
+            except UserError:
+                raise
+            except BROKEN_IMAGE_ERRORS as error:
+                unreadable.append((self.name(number), str(error)))
+        return Fetched(torch.cat(images), unreadable)
+
+
+class ImageFiles(PhotoSource):
+    """Image files of a folder."""
 
     def __init__(self, paths: PackedStrings, image_size: int) -> None:
-        super().__init__()
+        super().__init__(image_size)
         self.paths = paths
-        self.image_size = image_size
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, numbers: Sequence[int]) -> Fetched:
-        images, unreadable = [torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)], []
-        for path in (self.paths[number] for number in numbers):
-            try:
-                images.append(load_image(path, self.image_size)[None])
-            except BROKEN_IMAGE_ERRORS as error:
-                unreadable.append((path, str(error)))
-        return Fetched(torch.cat(images), unreadable)
+    def name(self, number: int) -> str:
+        return self.paths[number]
+
+    def file(self, number: int) -> str:
+        return self.paths[number]
+
+
+class ShardImages(PhotoSource):
+    """Some of the images in webdataset shards, with or without captions."""
+
+    def __init__(self, shards: Shards, numbers: torch.Tensor, image_size: int) -> None:
+        super().__init__(image_size)
+        self.shards = shards
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def name(self, number: int) -> str:
+        shard, image = self.shards.image(int(self.numbers[number]))
+        return shard.name(image, self.shards.files)
+
+    def file(self, number: int) -> IO[bytes]:
+        shard, image = self.shards.image(int(self.numbers[number]))
+        return io.BytesIO(shard.content(image, self.shards.files))
+
+    def order(self, seed: int, epoch: int) -> torch.Tensor:
+        return windowed_order(self.numbers // NEIGHBOURS, WINDOW, seed, epoch)
 
 
 def open_images(folder: str, image_size: int, num_heldout: int, seed: int) -> Tuple[ImageSource, ImageSource]:
-    """Training and held-out images below a folder, or of the demo set (whose split is fixed).
+    """Training and held-out images below a folder, in webdataset shards, or of the demo set (whose split is fixed).
 
-    At most a tenth of a folder's images, but at least one, is held out; which ones depends on the seed. Raises
+    At most a tenth of the images, but at least one, is held out; which ones depends on the seed. Raises
     UserError.
     """
     if folder == DEMO:
@@ -110,6 +162,9 @@ def open_images(folder: str, image_size: int, num_heldout: int, seed: int) -> Tu
             ImagesInMemory(demo_images(demo_records(split), image_size)) for split in ("train", "heldout")
         )
         return train, heldout
+    listing = find_shards(folder)
+    if listing is not None:
+        return _shard_images(Shards(listing), image_size, num_heldout, seed)
     if not os.path.isdir(folder):
         raise UserError("--input-folder {}: no such folder; give one with images, or 'demo'".format(folder))
     paths = sorted(list_files(folder)[0])
@@ -121,6 +176,15 @@ def open_images(folder: str, image_size: int, num_heldout: int, seed: int) -> Tu
         )
     numbers = split_holdout(len(paths), min(num_heldout, max(1, len(paths) // 10)), seed)
     train, heldout = (ImageFiles(PackedStrings(paths[i] for i in part.tolist()), image_size) for part in numbers)
+    return train, heldout
+
+
+def _shard_images(shards: Shards, image_size: int, num_heldout: int, seed: int) -> Tuple[ImageSource, ImageSource]:
+    logger.info("%s: %d images in %d shards", shards.folder, shards.num_images, len(shards.indexes))
+    if shards.num_images < 2:
+        raise UserError("--input-folder {}: fewer than two images in the shards".format(shards.folder))
+    numbers = split_holdout(shards.num_images, min(num_heldout, max(1, shards.num_images // 10)), seed)
+    train, heldout = (ShardImages(shards, part, image_size) for part in numbers)
     return train, heldout
 
 
@@ -153,7 +217,7 @@ class Batches:
         per_epoch = len(self.source) // self.batch_size
         epoch, batch = divmod(self.drawn, per_epoch)
         while True:
-            order = epoch_order(len(self.source), self.seed, epoch)
+            order = self.source.order(self.seed, epoch)
             for start in range(batch, per_epoch):
                 yield order[start * self.batch_size : (start + 1) * self.batch_size].tolist()
             epoch, batch = epoch + 1, 0

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from itertools import islice
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
@@ -57,6 +57,19 @@ def share_batch(global_batch: int, batch_size: int, world_size: int) -> Batching
     per_rank = global_batch // world_size
     micro = next(size for size in range(min(batch_size, per_rank), 0, -1) if per_rank % size == 0)
     return Batching(micro, per_rank // micro, world_size)
+
+
+class Rows:
+    """The rows of a LongTensor (n, m) as lists, made one at a time: those of a long epoch would take gigabytes."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[List[int]]:
+        return (self.rows[index].tolist() for index in range(len(self.rows)))
 
 
 def pick_device(wanted: str, local_rank: int) -> torch.device:
@@ -175,12 +188,11 @@ class NativeEngine(Engine):
         shares = order[: steps * batching.global_batch].view(
             steps, batching.world_size, batching.accumulation, batching.micro
         )
-        micro_batches = shares[start:, self.rank].flatten(0, 1).tolist()
-        source = iter(self._data_loader(dataset, micro_batches))
+        source = iter(self._data_loader(dataset, Rows(shares[start:, self.rank].flatten(0, 1))))
         for _ in range(start, steps):
             yield islice(source, batching.accumulation)
 
-    def _data_loader(self, dataset: Any, batches: List[List[int]]) -> DataLoader:
+    def _data_loader(self, dataset: Any, batches: Iterable[List[int]]) -> DataLoader:
         workers = self.config.data.dataloader_workers
         # With a generator of its own: opening a loader must not move the random state that dropout draws from.
         return DataLoader(

@@ -1,0 +1,272 @@
+"""Pairs in webdataset shards, as img2dataset writes CC3M and CC12M: tar files of images with a .txt or .json each.
+
+    cc3m/{00000..00331}.tar        a pattern (in quotes, for shells expand it too), a glob, one .tar file, or a folder
+        000000012.jpg  000000012.json  000000012.txt  000000013.jpg ...
+
+The tar files are indexed (data/shard_index.py); from then on they are a data set like a folder. Only the order of an
+epoch differs: neighbours in a shard stay together in time, so that slow disks and networks are read in long pieces.
+"""
+
+import bisect
+import concurrent.futures
+import glob
+import io
+import itertools
+import logging
+import os
+import re
+import time
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Optional, Tuple
+
+import torch
+
+from data.datasets import PhotoPairs, TextSettings
+from data.folder import Skipped, list_files
+from data.images import IMAGE_SUFFIXES, load_image
+from data.order import windowed_order
+from data.shard_index import OpenFiles, ShardIndex, Skips, open_index
+from utils.errors import UserError
+from utils.files import PathLike
+
+logger = logging.getLogger(__name__)
+
+NEIGHBOURS = 256
+"""Pairs that lie one after the other and are visited at about the same time: some 10 MB of images."""
+
+WINDOW = 64
+"""Runs of so many neighbours, from all over the data, that are mixed with each other: 16,384 pairs."""
+
+_READERS = 8
+_MAX_SHARDS = 1_000_000
+_SECONDS_BETWEEN_REPORTS = 30.0
+_REMOTE = re.compile(r"(pipe:|[A-Za-z][A-Za-z0-9+.-]*://)")
+
+
+def default_index_folder() -> Path:
+    """Return where the indexes of shards are kept for all runs of a user: ~/.cache/dalle/shards."""
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "dalle" / "shards"
+
+
+# Which files ----------------------------------------------------------------------------------------------------------
+
+
+class Listing(NamedTuple):
+    """The shards that a pattern names."""
+
+    pattern: str
+    paths: List[str]
+    missing: List[str]
+    """Those named one by one that are not there."""
+
+
+def find_shards(pattern: str) -> Optional[Listing]:
+    """Return the shards that --input-folder names, or None where it names a folder of files.
+
+    A folder counts as shards when .tar files lie in it and no image below it. Raises UserError for remote shards and
+    patterns that fit nothing.
+    """
+    where = "--input-folder {}: ".format(pattern)
+    if _REMOTE.match(pattern):
+        raise UserError(
+            where + "shards are read from disks only, for they are read in any order; fetch them first, then name them "
+            "like 'DIR/{00000..00099}.tar'"
+        )
+    if os.path.isdir(pattern):
+        shards = sorted(entry.path for entry in os.scandir(pattern) if _is_shard_name(entry.name) and entry.is_file())
+        if not shards or list_files(pattern)[0]:
+            return None
+        return Listing(pattern, shards, [])
+    if os.path.exists(pattern):
+        if not _is_shard_name(pattern):
+            raise UserError(where + "neither a folder nor a .tar file (compressed shards must be decompressed first)")
+        return Listing(pattern, [pattern], [])
+    paths: Dict[str, bool] = {}
+    for path in _expand_braces(pattern):
+        if glob.has_magic(path):
+            paths.update((found, True) for found in sorted(glob.glob(path)) if _is_shard_name(found))
+        elif path != pattern or _is_shard_name(path):
+            paths[path] = os.path.isfile(path)
+    if not paths and not glob.has_magic(pattern):
+        return None  # a folder that does not exist
+    if not any(paths.values()):
+        raise UserError(where + "no such .tar file{}".format(_example(list(paths))))
+    return Listing(pattern, [path for path in paths if paths[path]], [path for path in paths if not paths[path]])
+
+
+def _is_shard_name(path: str) -> bool:
+    return path.lower().endswith(".tar") and not os.path.basename(path).startswith(".")
+
+
+def _example(paths: List[str]) -> str:
+    return " (such as {})".format(paths[0]) if len(paths) > 1 else ""
+
+
+def _expand_braces(pattern: str) -> List[str]:
+    if "{" not in pattern:
+        return [pattern]
+    try:
+        from braceexpand import braceexpand
+    except ImportError as error:
+        raise UserError(
+            "--input-folder {}: patterns with braces need the package braceexpand: pip install braceexpand".format(
+                pattern
+            )
+        ) from error
+    # Each range becomes a list in there before the first path comes out.
+    ranges = re.findall(r"\{(-?\d{1,18})\.\.(-?\d{1,18})(?=\.\.|\})", pattern)
+    if re.search(r"\d{19}", pattern) or any(abs(int(last) - int(first)) >= _MAX_SHARDS for first, last in ranges):
+        raise UserError("--input-folder {}: that are more than {} shards".format(pattern, _MAX_SHARDS))
+    try:
+        paths = list(itertools.islice(braceexpand(pattern), _MAX_SHARDS + 1))
+    except ValueError as error:
+        raise UserError("--input-folder {}: a brace has no partner".format(pattern)) from error
+    if len(paths) > _MAX_SHARDS:
+        raise UserError("--input-folder {}: that are more than {} shards".format(pattern, _MAX_SHARDS))
+    return paths
+
+
+# What is in them ------------------------------------------------------------------------------------------------------
+
+
+class Shards:
+    """Indexed shards. Copies for other processes take the indexes along, but no open file."""
+
+    def __init__(self, listing: Listing, index_folder: Optional[PathLike] = None) -> None:
+        """index_folder: where indexes are kept; None: `default_index_folder()`."""
+        self.folder = listing.pattern
+        folder = default_index_folder() if index_folder is None else Path(index_folder)
+        self.indexes = _open_indexes(listing, folder)
+        self.pair_starts = [0, *itertools.accumulate(index.num_pairs for index in self.indexes)]
+        self.image_starts = [0, *itertools.accumulate(index.num_images for index in self.indexes)]
+        self.files = OpenFiles()
+        parents = {os.path.dirname(os.path.realpath(path)) for path in listing.paths}
+        self.parent = os.path.commonpath(sorted(parents))
+        """Folder that all shards lie in, at some depth."""
+        self.names = {path: os.path.relpath(os.path.realpath(path), self.parent) for path in listing.paths}
+        """Their names below it."""
+        skips = Skips()
+        if listing.missing:
+            skips.add("shards that do not exist", listing.missing[0], len(listing.missing))
+        for index in self.indexes:
+            for reason, (number, example) in index.skips.counts.items():
+                skips.add(reason, example, number)
+        self.skipped = [Skipped(number, reason, example) for reason, (number, example) in sorted(skips.counts.items())]
+
+    @property
+    def num_pairs(self) -> int:
+        """Images with captions."""
+        return self.pair_starts[-1]
+
+    @property
+    def num_images(self) -> int:
+        """Images with or without captions."""
+        return self.image_starts[-1]
+
+    def pair(self, number: int) -> Tuple[ShardIndex, int]:
+        """Return (shard, number of the image in it) of a pair."""
+        return self._locate(self.pair_starts, number)
+
+    def image(self, number: int) -> Tuple[ShardIndex, int]:
+        """Return (shard, number in it) of an image."""
+        return self._locate(self.image_starts, number)
+
+    def report(self) -> str:
+        """Return one line: how many pairs there are and what was left out."""
+        line = "{}: {} pairs of image and captions in {} shards".format(self.folder, self.num_pairs, len(self.indexes))
+        return line + "".join("; skipped {}".format(skipped) for skipped in self.skipped)
+
+    def _locate(self, starts: List[int], number: int) -> Tuple[ShardIndex, int]:
+        shard = bisect.bisect_right(starts, number) - 1
+        return self.indexes[shard], number - starts[shard]
+
+
+def _open_indexes(listing: Listing, folder: Path) -> List[ShardIndex]:
+    """Return the index of each shard, in order. Several are read at a time: disks and networks are slow to answer.
+
+    Processes that do this at the same time begin at different shards and find the others' work done when they come to
+    it. They do not wait for each other, so none can wait for ever.
+    """
+    count = len(listing.paths)
+    first = os.getpid() * 7919 % count
+    order = [*range(first, count), *range(first)]
+    indexes: Dict[int, ShardIndex] = {}
+    told = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as executor:
+        for shard, index in zip(order, executor.map(lambda i: open_index(listing.paths[i], folder), order)):
+            indexes[shard] = index
+            if time.monotonic() - told > _SECONDS_BETWEEN_REPORTS:
+                told = time.monotonic()
+                logger.info("reading the headers of shards, once for all runs: %d of %d", len(indexes), count)
+    return [indexes[shard] for shard in range(count)]
+
+
+def open_shards(listing: Listing, index_folder: Optional[PathLike] = None) -> Shards:
+    """Return shards of which at least one holds a pair. Raises UserError where none does."""
+    shards = Shards(listing, index_folder)
+    if not shards.num_pairs:
+        why = "; ".join(str(skipped) for skipped in shards.skipped)
+        raise UserError(
+            "--input-folder {}: no pair of image and caption in {} shards{}; expected images ({}) and, with the same "
+            "name, .txt or .json files, as img2dataset writes them".format(
+                listing.pattern,
+                len(listing.paths),
+                ": " + why if why else "",
+                " ".join("*" + suffix for suffix in IMAGE_SUFFIXES),
+            )
+        )
+    return shards
+
+
+class ImageTextShards(PhotoPairs):
+    """Photos and their captions in shards; an unreadable one is replaced by another pair and counted, as in folders."""
+
+    neighbours = NEIGHBOURS
+
+    def __init__(self, shards: Shards, settings: TextSettings, image_size: int) -> None:
+        super().__init__(shards, shards.num_pairs, settings, image_size)
+        self._offsets: Optional[Tuple[ShardIndex, List[int]]] = None
+        self._asked: Dict[Tuple[str, int], None] = {}  # runs of neighbours that are being read, the latest last
+
+    def captions(self, pair: int) -> List[str]:
+        shard, image = self.pairs.pair(pair)
+        captions: str = shard.captions(image, self.pairs.files)
+        return captions.split("\n")
+
+    def image(self, pair: int) -> torch.Tensor:
+        shard, image = self.pairs.pair(pair)
+        self._read_ahead(shard, image, pair)
+        return load_image(io.BytesIO(shard.content(image, self.pairs.files)), self.image_size)
+
+    def image_name(self, pair: int) -> str:
+        shard, image = self.pairs.pair(pair)
+        name: str = shard.name(image, self.pairs.files)
+        return name
+
+    def _read_ahead(self, shard: ShardIndex, image: int, pair: int) -> None:
+        """Have a pair's neighbours read with it, in one piece, for their turn comes soon (see `order`)."""
+        run, place = divmod(pair, NEIGHBOURS)
+        if (shard.shard, run) in self._asked:
+            return
+        self._asked[shard.shard, run] = None
+        if len(self._asked) > 2 * WINDOW:
+            del self._asked[next(iter(self._asked))]
+        last = min(image - place + NEIGHBOURS, shard.num_pairs) - 1
+        shard.read_ahead(max(image - place, 0), last, self.pairs.files)
+
+    def origin(self) -> str:
+        # Not the pattern: more shards of the same folder leave the codes of those encoded before in use.
+        parent: str = self.pairs.parent
+        return parent
+
+    def image_identity(self, pair: int) -> str:
+        shard, image = self.pairs.pair(pair)
+        name = self.pairs.names[shard.shard]
+        # Whoever asks for this asks for all images of a shard, one after the other.
+        if self._offsets is None or self._offsets[0] is not shard:
+            self._offsets = (shard, shard.offsets(self.pairs.files))
+        return "{} {} {} {}".format(name, shard.size, shard.mtime_ns, self._offsets[1][image])
+
+    def order(self, seed: int, epoch: int) -> torch.Tensor:
+        pairs = torch.arange(len(self)) if self._indices is None else self._indices
+        return windowed_order(pairs // NEIGHBOURS, WINDOW, seed, epoch)

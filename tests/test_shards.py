@@ -1,0 +1,644 @@
+"""Webdataset shards: read like any tar file, a data set like a folder, never worse for damage."""
+
+import io
+import json
+import logging
+import os
+import pickle
+import random
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import args
+import engines
+import train
+from data import CodeCache, Team, TextSettings, create_dataset, create_datasets, epoch_order, shard_index, shards
+from data.datasets import ImageTextFolder
+from data.folder import list_pairs
+from data.order import windowed_order
+from data.shard_index import tar_members
+from data.shards import ImageTextShards, Shards, find_shards, open_shards
+from data.uncaptioned import Batches, open_images
+from models.vqgan import VQGAN, VqganConfig
+from utils import checkpoints
+from utils.errors import UsageError, UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZE, T = 8, 16
+
+
+class Letters:
+    """A tokenizer of one id per character; knows what the data sets ask of one."""
+
+    vocab_size = 300
+
+    def tokenize(self, texts, text_seq_len, truncate=False):
+        texts = [texts] if isinstance(texts, str) else texts
+        rows = torch.zeros(len(texts), text_seq_len, dtype=torch.int64)
+        for row, text in zip(rows, texts):
+            ids = [ord(character) % 299 + 1 for character in text[:text_seq_len]]
+            row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
+        return rows
+
+
+def picture(number, form="PNG"):
+    """Bytes of a picture like no other."""
+    pixels = torch.randint(0, 256, (SIZE, SIZE + 4, 3), generator=torch.Generator().manual_seed(number))
+    file = io.BytesIO()
+    Image.fromarray(pixels.to(torch.uint8).numpy()).save(file, form)
+    return file.getvalue()
+
+
+def write_tar(path, members, tar_format=tarfile.PAX_FORMAT):
+    """Write (name, content) in their order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(str(path), "w", format=tar_format) as tar:
+        for name, content in members:
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.mtime = len(content), 1700000000.25
+            tar.addfile(entry, io.BytesIO(content))
+
+
+def write_shards(folder, counts=(7, 1, 6, 6), broken=()):
+    """Write shards of pairs numbered through, with captions "p<number>a" to "p<number>c" (odd ones: "p<number>")."""
+    number = 0
+    for shard, count in enumerate(counts):
+        members = []
+        for _ in range(count):
+            content = picture(number)[:60] if number in broken else picture(number)
+            members.append(("{:04}.png".format(number), content))
+            if number % 2:
+                members.append(("{:04}.json".format(number), json.dumps({"caption": "p{}".format(number)}).encode()))
+            else:
+                text = "p{0}a\np{0}b\np{0}c".format(number).encode()
+                members.append(("{:04}.txt".format(number), text))
+            number += 1
+        write_tar(folder / "{:05}.tar".format(shard), members)
+    return folder
+
+
+def opened(pattern, tmp_path):
+    return open_shards(find_shards(str(pattern)), tmp_path / "index")
+
+
+def dataset_of(pattern, tmp_path, **settings):
+    return ImageTextShards(opened(pattern, tmp_path), TextSettings(Letters(), T, **settings), SIZE)
+
+
+def words(text):
+    return "".join(chr(number - 1) for number in text.tolist() if number)
+
+
+def all_captions(found):
+    return [index.captions(image, found.files) for index, image in map(found.pair, range(found.num_pairs))]
+
+
+# Tar files
+
+
+def members_by_tarfile(path):
+    with tarfile.open(str(path), "r:") as tar:
+        return [(member.name, member.offset_data, member.size) for member in tar if member.isreg()]
+
+
+def members_by_us(path):
+    content = path.read_bytes()
+    return [tuple(member) for member in tar_members(io_reader(content), len(content))]
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_are_those_that_tarfile_finds(tmp_path, tar_format):
+    names = ["a.jpg", "b/c.d.jpg", "x" * 90 + ".jpg", "folder" * 20 + "/" + "y" * 60 + ".png", "empty.txt", "ü é.webp"]
+    if tar_format != tarfile.USTAR_FORMAT:
+        names += ["z" * 300 + ".jpg", "f/" * 200 + "g.txt"]
+    path = tmp_path / "a.tar"
+    with tarfile.open(str(path), "w", format=tar_format) as tar:
+        for number, name in enumerate(names):
+            entry = tarfile.TarInfo(name)
+            entry.size = 0 if "empty" in name else 511 + number
+            if tar_format == tarfile.PAX_FORMAT:
+                entry.mtime, entry.pax_headers = 1.5, {"comment": "a=b path=no size=3", "SCHILY.xattr.x": "ö"}
+            tar.addfile(entry, io.BytesIO(bytes(entry.size)))
+            for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE):
+                other = tarfile.TarInfo("other{}".format(number))
+                other.type, other.linkname = kind, "a.jpg"
+                tar.addfile(other)
+    found = members_by_us(path)
+    assert found == members_by_tarfile(path) and [name for name, _, _ in found] == names
+
+
+def test_sizes_beyond_eight_gigabytes_are_read():
+    entry = tarfile.TarInfo("a.jpg")
+    entry.size = 9 << 30
+    for tar_format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        content = entry.tobuf(tar_format)
+        (member,) = list_until_trouble(tar_members(io_reader(content), 10 << 30))
+        assert member.size == 9 << 30
+
+
+def io_reader(content):
+    return lambda start, size: content[start : start + size]
+
+
+def list_until_trouble(members):
+    found = []
+    with pytest.raises(shard_index._Trouble):
+        for member in members:
+            found.append(member)
+    return found
+
+
+# What is found
+
+
+def test_pairs_as_img2dataset_writes_them(tmp_path):
+    write_tar(
+        tmp_path / "00000.tar",
+        [
+            ("000000000.jpg", picture(0, "JPEG")),
+            ("000000000.json", json.dumps({"caption": "two\nlines ", "url": "u", "status": "success"}).encode()),
+            ("000000000.txt", b"two\nlines "),
+            ("000000001.webp", picture(1, "WEBP")),
+            ("000000001.json", json.dumps({"caption": None}).encode()),
+            ("000000001.txt", b"first\r\nsecond\n\n"),
+            ("000000002.PNG", picture(2)),
+            ("000000002.json", json.dumps({"caption": ["x", " ", "y"]}).encode()),
+            ("000000002.cls", b"7"),
+        ],
+    )
+    found = opened(tmp_path / "00000.tar", tmp_path)
+    assert all_captions(found) == ["two lines", "first\nsecond", "x\ny"] and found.skipped == []
+    dataset = dataset_of(tmp_path / "00000.tar", tmp_path)
+    assert [dataset[index][1].shape for index in range(3)] == [(3, SIZE, SIZE)] * 3
+    assert dataset.image_name(1).endswith("00000.tar/000000001.webp")
+
+
+def test_what_makes_no_pair_is_counted_and_named(tmp_path, caplog):
+    good = [("1.png", picture(1)), ("1.txt", b"good")]
+    members = {
+        "a": good + [("2.png", picture(2)), ("x/3.txt", b"alone"), ("4.png", picture(4)), ("4.txt", b" \n")],
+        "b": [("5.png", picture(5)), ("5.json", b"{no json"), ("6.png", picture(6)), ("6.json", b'{"url": "u"}')],
+        "c": good + good + [("7.png", picture(7)), ("7.txt", b"\xff\xfe"), ("._1.png", b"mac"), ("8.png", picture(8))],
+        "d": [("9.png", picture(9)), ("9.json", b"[" * 100000), ("8.png", picture(8)), ("8.txt", b"t" * (2 << 20))],
+    }
+    for name, content in members.items():
+        write_tar(tmp_path / "s" / (name + ".tar"), content)
+    whole = (tmp_path / "s" / "a.tar").read_bytes()
+    (tmp_path / "s" / "e.tar").write_bytes(whole[:1000])
+    (tmp_path / "s" / "f.tar").write_bytes(b"")
+    (tmp_path / "s" / "g.tar").write_bytes(b"<html>404</html>" * 100)
+    (tmp_path / "s" / "h.tar").write_bytes(b"\x1f\x8b" + bytes(1000))
+    (tmp_path / "s" / "i.tar").write_bytes(whole.replace(b"x/3.txt", b"x/3.tyt"))
+    with caplog.at_level(logging.INFO):
+        dataset = create_dataset(
+            input_folder=str(tmp_path / "s" / "{a..j}.tar"),
+            tokenizer=Letters(),
+            text_seq_len=T,
+            image_size=SIZE,
+            index_folder=tmp_path / "index",
+        )
+    assert len(dataset) == 3
+    report = dataset.report()
+    assert caplog.text.count("3 pairs of image and captions in 9 shards") == 1
+    for expected in (
+        "3 images without captions (such as a.tar/2.png)",
+        "1 captions without an image (such as a.tar/x/3)",
+        "1 empty caption files (such as a.tar/4.png)",
+        "2 json files that cannot be read (such as b.tar/5.png)",
+        "1 json files without a caption (such as b.tar/6.png)",
+        "1 images of a name used before (such as c.tar/1.png)",
+        "1 caption files that are not UTF-8 (such as c.tar/7.png)",
+        "1 captions of 1 MB and more (such as d.tar/8.png)",
+        "1 ends of shards that were cut off (such as e.tar)",
+        "2 shards that are no tar files (such as f.tar)",
+        "1 compressed shards",
+        "1 rests of shards behind damage (such as i.tar)",
+        "1 shards that do not exist (such as {})".format(tmp_path / "s" / "j.tar"),
+    ):
+        assert expected in report
+
+
+def test_a_shard_that_is_cut_off_anywhere_keeps_its_good_part(tmp_path):
+    write_shards(tmp_path, (4,))
+    content = (tmp_path / "00000.tar").read_bytes()
+    ends = [offset + size for name, offset, size in members_by_tarfile(tmp_path / "00000.tar") if "png" not in name]
+    captions = ["p0a\np0b\np0c", "p1", "p2a\np2b\np2c", "p3"]
+    for length in [*range(0, len(content), 509), *ends, *(end - 1 for end in ends)]:
+        (tmp_path / "cut.tar").write_bytes(content[:length])
+        found = Shards(find_shards(str(tmp_path / "cut.tar")), tmp_path / "index")
+        assert all_captions(found) == captions[: sum(end <= length for end in ends)]
+        for number in range(found.num_pairs):
+            index, image = found.pair(number)
+            assert index.content(image, found.files) == picture(number)
+
+
+def test_shards_with_any_bytes_changed_are_read_without_an_error(tmp_path):
+    write_shards(tmp_path, (3,))
+    content = (tmp_path / "00000.tar").read_bytes()
+    chance = random.Random(5)
+    for _ in range(60):
+        changed = bytearray(content)
+        for place in chance.choices(range(len(changed)), k=chance.choice([1, 3, 30])):
+            changed[place] = chance.randrange(256)
+        (tmp_path / "changed.tar").write_bytes(bytes(changed))
+        found = Shards(find_shards(str(tmp_path / "changed.tar")), tmp_path / "index")
+        assert len(all_captions(found)) <= 3 and all(all_captions(found))
+
+
+# Which shards
+
+
+def test_patterns_globs_folders_and_single_shards(tmp_path):
+    write_shards(tmp_path / "a", (1, 1, 1))
+    write_shards(tmp_path / "b", (1,))
+    (tmp_path / "a" / "00000.parquet").write_text("")
+    (tmp_path / "a" / "00000_stats.json").write_text("{}")
+    every = [str(tmp_path / "a" / "{:05}.tar".format(number)) for number in range(3)]
+    for pattern in ("a/{00000..00002}.tar", "a/*.tar", "a/*", "a", "a/{00000,00001,00002}.tar", "a/0000[0-2].tar"):
+        assert find_shards(str(tmp_path / pattern)).paths == every
+    assert find_shards(every[1]).paths == every[1:2]
+    assert find_shards(str(tmp_path / "{a,b}" / "00000.tar")).paths[1].endswith("b/00000.tar")
+    listing = find_shards(str(tmp_path / "a" / "{00001..00004}.tar"))
+    assert listing.paths == every[1:] and len(listing.missing) == 2
+    os.rename(str(tmp_path / "b" / "00000.tar"), str(tmp_path / "b" / "{x}.tar"))  # a name, not a pattern
+    assert find_shards(str(tmp_path / "b" / "{x}.tar")).paths == [str(tmp_path / "b" / "{x}.tar")]
+    (tmp_path / "a" / "extra.png").write_bytes(picture(1))
+    assert find_shards(str(tmp_path / "a")) is None and find_shards(str(tmp_path / "none")) is None
+
+
+@pytest.mark.parametrize(
+    "pattern, message",
+    [
+        ("https://x.org/{000..099}.tar", "read from disks only"),
+        ("s3://bucket/0.tar", "read from disks only"),
+        ("pipe:cat 0.tar", "read from disks only"),
+        ("/nowhere/{0..9}.tar", r"no such .tar file \(such as /nowhere/0.tar\)"),
+        ("/nowhere/*.tar", "no such .tar file"),
+        ("/nowhere/0.tar", "no such .tar file"),
+        ("/nowhere/{0..9.tar", "a brace has no partner|no such"),
+        ("/nowhere/{0..99999999999}.tar", "more than 1000000 shards"),
+        (__file__, "neither a folder nor a .tar file"),
+    ],
+)
+def test_what_names_no_shards_is_one_clear_line(pattern, message):
+    with pytest.raises(UserError, match="--input-folder .*" + message):
+        find_shards(pattern)
+
+
+def test_shards_without_a_pair_say_why(tmp_path):
+    write_tar(tmp_path / "0.tar", [("1.png", picture(1)), ("2.txt", b"alone")])
+    with pytest.raises(UserError, match="no pair of image and caption in 1 shards: 1 captions without an image"):
+        opened(tmp_path / "0.tar", tmp_path)
+
+
+def test_patterns_that_the_shell_expanded_are_told_from_flags():
+    with pytest.raises(UsageError, match=r"'d/1.tar': put patterns of shards in quotes.*'DIR/\{00000..00099\}.tar'"):
+        args.parse(["--input-folder", "d/0.tar", "d/1.tar"])
+
+
+# The index
+
+
+def test_the_index_is_made_once_and_again_for_shards_that_changed(tmp_path, monkeypatch):
+    write_shards(tmp_path)
+    scanned = []
+    scan = shard_index.scan
+    monkeypatch.setattr(shard_index, "scan", lambda fd, size, name: scanned.append(name) or scan(fd, size, name))
+    first = all_captions(opened(tmp_path, tmp_path))
+    assert len(scanned) == 4 and len(first) == 20
+    assert all_captions(opened(tmp_path / "*.tar", tmp_path)) == first and len(scanned) == 4
+    write_tar(tmp_path / "00001.tar", [("n.png", picture(99)), ("n.txt", b"new")])
+    assert all_captions(opened(tmp_path, tmp_path)) == first[:7] + ["new"] + first[8:]
+    assert scanned[4:] == ["00001.tar"]
+    files = sorted((tmp_path / "index").glob("*/*"))
+    assert [file.name for file in files] == ["{:05}.tar.index".format(number) for number in range(4)]
+    files[0].write_bytes(files[0].read_bytes()[:-1])
+    files[1].write_bytes(b"")
+    files[2].write_bytes(b"null\n" + files[2].read_bytes())
+    files[3].write_bytes(files[3].read_bytes().replace(b'"pairs": 6', b'"pairs": 6.5'))
+    assert all_captions(opened(tmp_path, tmp_path)) == first[:7] + ["new"] + first[8:]
+    assert len(scanned) == 8 or len(scanned) == 9
+
+
+def test_an_index_that_cannot_be_written_stays_in_memory(tmp_path, caplog):
+    write_shards(tmp_path / "s")
+    (tmp_path / "index").write_text("a file, no folder")
+    found = opened(tmp_path / "s", tmp_path)
+    assert "cannot keep the index" in caplog.text and "stays in memory" in caplog.text
+    again = pickle.loads(pickle.dumps(found))
+    assert len(all_captions(again)) == 20 and all_captions(again) == all_captions(found)
+
+
+def test_a_shard_that_changes_in_use_is_an_error_and_one_that_vanished_is_replaced(tmp_path):
+    write_shards(tmp_path, (3, 3))
+    dataset = dataset_of(tmp_path, tmp_path)
+    write_tar(tmp_path / "00001.tar", [("n.png", picture(99)), ("n.txt", b"new")])
+    dataset[0]
+    with pytest.raises(UserError, match="00001.tar changed while it was in use"):
+        dataset[3]
+    (tmp_path / "00001.tar").unlink()
+    dataset[3]  # unreadable images are replaced
+    assert dataset.num_unreadable == 1
+
+
+def test_more_shards_than_may_be_open_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_index, "_MAX_OPEN", 3)
+    write_shards(tmp_path, (1,) * 12)
+    dataset = dataset_of(tmp_path, tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    for index in [*range(12), *reversed(range(12))]:
+        assert torch.equal(dataset[index][1], dataset_of(tmp_path, tmp_path)[index][1])
+    assert len(os.listdir("/proc/self/fd")) <= before + 3
+
+
+# The data set
+
+
+def test_items_are_those_of_a_folder_with_the_same_files(tmp_path, shared_data):
+    """Real photos, and captions with their blanks and line breaks."""
+    photos = sorted((shared_data / "coco2017_free256" / "train2017").glob("*.jpg"))
+    lines = json.loads((shared_data / "captions_val2017.json").read_text())["annotations"]
+    members = []
+    for number, photo in enumerate(photos):
+        captions = "\n".join(entry["caption"] for entry in lines[5 * number : 5 * number + 5]).encode()
+        members += [(photo.name, photo.read_bytes()), (photo.stem + ".txt", captions)]
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        (tmp_path / "folder" / photo.name).write_bytes(photo.read_bytes())
+        (tmp_path / "folder" / (photo.stem + ".txt")).write_bytes(captions)
+    write_tar(tmp_path / "s" / "0.tar", members[:20])
+    write_tar(tmp_path / "s" / "1.tar", members[20:])
+    settings = TextSettings(Letters(), 64, True, 7, 0.1)
+    folder = ImageTextFolder(list_pairs(str(tmp_path / "folder")), settings, 32)
+    dataset = ImageTextShards(opened(tmp_path / "s", tmp_path), settings, 32)
+    assert len(folder) == len(dataset) == 26
+    for epoch in range(3):
+        folder.set_epoch(epoch)
+        dataset.set_epoch(epoch)
+        for index in range(26):
+            assert all(map(torch.equal, folder[index], dataset[index]))
+
+
+def test_an_unreadable_image_is_replaced_by_another_of_the_set_and_counted(tmp_path, caplog):
+    write_shards(tmp_path, broken=(3, 9))
+    dataset = dataset_of(tmp_path, tmp_path, seed=5)
+    items = [dataset[index] for index in range(20)]
+    assert words(items[3][0])[:3] not in ("p3", "p9a") and dataset.num_unreadable == 2
+    assert "00000.tar/0003.png" in caplog.text and "replaced 2 unreadable images" in dataset.report()
+    again = dataset_of(tmp_path, tmp_path, seed=5)
+    assert all(torch.equal(again[index][1], items[index][1]) for index in range(20))
+
+
+def test_copies_for_loader_processes_read_the_same(tmp_path):
+    write_shards(tmp_path)
+    dataset = dataset_of(tmp_path, tmp_path)
+    dataset[0]
+    for context in ("fork", "spawn"):
+        loader = torch.utils.data.DataLoader(dataset, batch_size=5, num_workers=2, multiprocessing_context=context)
+        found = torch.cat([images for _, images in loader])
+        assert all(torch.equal(found[index], dataset[index][1]) for index in range(20))
+
+
+def test_validation_pairs_are_taken_from_shards_and_from_shards_of_their_own(tmp_path):
+    write_shards(tmp_path / "a")
+    write_shards(tmp_path / "b", (2, 2))
+    common = dict(tokenizer=Letters(), text_seq_len=T, image_size=SIZE, index_folder=tmp_path / "index")
+    train_set, validation_set = create_datasets(input_folder=str(tmp_path / "a"), validation_holdout=0.2, **common)
+    pairs = [{part.pair_at(index) for index in range(len(part))} for part in (train_set, validation_set)]
+    assert len(pairs[0]) == 16 and len(pairs[1]) == 4 and not pairs[0] & pairs[1]
+    train_set, validation_set = create_datasets(
+        input_folder=str(tmp_path / "a" / "*.tar"),
+        validation_folder=str(tmp_path / "b" / "{00000..00001}.tar"),
+        **common,
+    )
+    assert len(train_set) == 20 and len(validation_set) == 4
+
+
+# The order
+
+
+def test_neighbours_are_visited_at_about_the_same_time():
+    runs = torch.arange(10_000) // 50
+    order = windowed_order(runs, 8, seed=3, epoch=1)
+    assert sorted(order.tolist()) == list(range(10_000))
+    assert torch.equal(order, windowed_order(runs, 8, seed=3, epoch=1))
+    visited = runs[order]
+    for start in range(0, 10_000, 400):  # a window of 8 runs after the other
+        assert len(set(visited[start : start + 400].tolist())) == 8
+    first = set(visited[:400].tolist())
+    assert max(first) - min(first) > 100  # runs from everywhere
+    assert len(set(visited[:40].tolist())) == 8  # mixed within the window
+    for other in (windowed_order(runs, 8, 3, 2), windowed_order(runs, 8, 4, 1)):
+        assert set(runs[other][:400].tolist()) != first
+    assert torch.equal(windowed_order(runs, 200, 3, 1), epoch_order(10_000, 3, 1))
+    part = torch.tensor([9_000, 3, 5_000, 1])  # a subset, in whatever order
+    assert sorted(windowed_order(part // 50, 2, 3, 1).tolist()) == [0, 1, 2, 3]
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A tiny VQGAN (8x8 pixels to 2x2 codes) and shards with 20 pairs, two pictures of which are broken."""
+    folder = tmp_path_factory.mktemp("training")
+    config = VqganConfig(
+        embed_dim=8,
+        num_codes=16,
+        z_channels=8,
+        resolution=SIZE,
+        in_channels=3,
+        out_ch=3,
+        ch=8,
+        ch_mult=(1, 1, 1),
+        num_res_blocks=1,
+        attn_resolutions=(),
+        num_groups=4,
+    )
+    torch.manual_seed(0)
+    save_file(VQGAN(config).state_dict(), str(folder / "vqgan.safetensors"))
+    config.to_yaml(folder / "vqgan.yaml")
+    write_shards(folder / "shards", broken=(5, 12))
+    return folder
+
+
+def flags(material, out, *more):
+    return [
+        *("--config", "unit_test", "--input-folder", str(material / "shards" / "{00000..00003}.tar")),
+        *("--image-size", str(SIZE), "--batch-size", "2", "--gradient-accumulation", "2", "--epochs", "2"),
+        *("--max-steps", "0", "--text-seq-len", "8", "--hidden-size", "16", "--dim-head", "8"),
+        *("--validation-fraction", "0.2", "--device", "cpu", "--log-every", "1", "--ff-dropout", "0.1"),
+        *("--checkpoint-output-dir", str(out / "ckpt")),
+        *("--vqgan-model-path", str(material / "vqgan.safetensors")),
+        *("--vqgan-config-path", str(material / "vqgan.yaml")),
+        *more,
+    ]
+
+
+def trained(material, out, *more):
+    """Train in this process; return the losses of all steps and validations, and the weights."""
+    config = args.parse(flags(material, out, *more))
+    train.train(config, engines.create(config))
+    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [(event["event"], event["step"], event["loss"], event["image_loss"]) for event in events]
+    return losses, checkpoints.read_dalle(checkpoints.newest_checkpoint(out / "ckpt")).weights
+
+
+def assert_same_training(first, second):
+    assert first[0] == second[0] and len(first[0]) == 2 * 4 + 2
+    assert all(torch.equal(first[1][key], second[1][key]) for key in first[1])
+
+
+def test_training_is_the_same_with_cached_codes_and_then_reads_no_shard(material, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(shards, "NEIGHBOURS", 3)
+    monkeypatch.setattr(shards, "WINDOW", 2)
+    without = trained(material, tmp_path / "without", "--cache-codes", "off")
+    cache = ("--cache-codes", str(tmp_path / "codes"))
+    first = trained(material, tmp_path / "first", *cache)
+    assert "encoding" in caplog.text and list((tmp_path / "codes" / "shards").glob("*/*.index"))
+    monkeypatch.setattr(VQGAN, "encode", None)  # from now on whoever encodes fails
+    monkeypatch.setattr(shards, "load_image", refuse_reading)  # or reads an image, but for the two broken ones
+    second = trained(material, tmp_path / "second", *cache)
+    assert_same_training(without, first)
+    assert_same_training(without, second)
+
+
+def refuse_reading(file, image_size):
+    raise OSError("read again")
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_run_goes_on_at_the_very_next_step(material, tmp_path, workers, monkeypatch):
+    monkeypatch.setattr(shards, "NEIGHBOURS", 3)
+    monkeypatch.setattr(shards, "WINDOW", 2)
+    more = ("--cache-codes", "off", "--dataloader-workers", workers)
+    whole = trained(material, tmp_path / "whole", *more)
+    for steps in ("3", "6"):
+        out = tmp_path / steps
+        trained(material, out, *more, "--max-steps", steps, "--checkpoint-save-steps", "1")
+        losses, weights = trained(material, out, *more, "--resume")
+        # Stopping at a step also validates there, which is no step.
+        kept = [event for event in losses if event[0] == "train" or event[1] in (4, 8)]
+        assert_same_training(whole, (kept, weights))
+
+
+def test_processes_encode_runs_of_neighbours_each_image_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageTextShards, "neighbours", 3)
+    write_shards(tmp_path / "s")
+    encoded_by = {}
+
+    def cache_of(rank, pool):
+        def encode(images):
+            for image in images:
+                encoded_by.setdefault(int(image.long().sum()), []).append(rank)
+            return torch.zeros(len(images), 4, dtype=torch.int64)
+
+        settings = dict(made_with={}, image_size=SIZE, num_codes=16, codes_per_image=4, encode=encode)
+        return CodeCache(tmp_path / "codes", team=Team(rank, 2, pool), **settings)
+
+    values, barrier = [0.0, 0.0], threading.Barrier(2, timeout=60)
+
+    def run(rank):
+        def mean(value):
+            values[rank] = float(value)
+            barrier.wait()
+            result = sum(values) / 2
+            barrier.wait()
+            return result
+
+        cache_of(rank, mean).encoded(dataset_of(tmp_path / "s", tmp_path), None)
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    images = dataset_of(tmp_path / "s", tmp_path)
+    ranks = [encoded_by[int(images[index][1].long().sum())] for index in range(20)]
+    assert ranks == [[index // 3 % 2] for index in range(20)]
+
+
+SPLIT = """
+import sys, args, engines, train
+config = args.parse(sys.argv[1:])
+engine = engines.create(config)
+parts = train.build_parts(config)
+for epoch in range(2):
+    for step, batch in enumerate(engine.loader(parts.train_set, epoch)):
+        for text, images in batch:
+            for row, image in zip(text, images):
+                print(epoch, step, row.tolist(), int(image.sum()), sep=";")
+engine.close()
+"""
+
+
+def test_two_processes_share_every_sample_out_once(material, tmp_path):
+    """Real processes, each with workers: together they see in each step what one process sees in it."""
+    more = ("--dataloader-workers", "2", "--validation-fraction", "0", "--cache-codes", str(tmp_path / "codes"))
+    command = [sys.executable, "-c", SPLIT, *flags(material, tmp_path, *more)]
+    both = [line for output in together(command, 2) for line in output.splitlines()]
+    (alone,) = together(command, 1)
+    assert sorted(both) == sorted(alone.splitlines()) and len(both) == 2 * 20
+    for epoch in "01":
+        assert len({line.split(";")[2] for line in both if line.startswith(epoch)}) >= 18  # two stand in for others
+
+
+def together(command, count):
+    """Run so many processes as torchrun would; return what they wrote."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    processes = [
+        subprocess.Popen(
+            command,
+            env=dict(os.environ, RANK=str(rank), LOCAL_RANK=str(rank), PYTHONPATH=str(ROOT), **common),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    results = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, results
+    return [output for output, _ in results]
+
+
+# A VQGAN's training, and other programs' shards
+
+
+def test_a_vqgan_trains_on_all_images_of_shards(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_shards(tmp_path / "s", (3, 4, 5), broken=(4,))
+    write_tar(tmp_path / "s" / "x.tar", [("{}.png".format(n), picture(n)) for n in range(12, 20)])  # no captions
+    train_images, heldout = open_images(str(tmp_path / "s"), SIZE, 2, seed=1)
+    assert len(train_images) == 18 and len(heldout) == 2
+    batches = Batches(train_images, 6, seed=1, workers=2)
+    seen = torch.cat([next(batches) for _ in range(3)])
+    assert len({bytes(image.numpy().tobytes()) for image in seen}) == len(seen) >= 17
+    resumed = Batches(train_images, 6, seed=1, drawn=3)
+    assert torch.equal(next(resumed), next(batches))
+
+
+def test_shards_of_webdatasets_own_writer(tmp_path):
+    webdataset = pytest.importorskip("webdataset", reason="webdataset (requirements-dev.txt) is not installed")
+    with webdataset.ShardWriter(str(tmp_path / "%05d.tar"), maxcount=4, verbose=0) as writer:
+        for number in range(10):
+            sample = {"__key__": "{:09}".format(number), "png": picture(number), "json": {"caption": "c%d" % number}}
+            writer.write(dict(sample, txt="c%d" % number))
+    dataset = dataset_of(tmp_path / "{00000..00002}.tar", tmp_path)
+    assert [dataset.captions(pair) for pair in range(10)] == [["c{}".format(number)] for number in range(10)]
+    reader = webdataset.WebDataset(str(tmp_path / "{00000..00002}.tar"), shardshuffle=False)
+    for number, sample in enumerate(reader):
+        index, image = dataset.pairs.pair(number)
+        assert index.content(image, dataset.pairs.files) == sample["png"] == picture(number)
