@@ -20,10 +20,11 @@ import os
 import re
 import struct
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from data.folder import split_captions
 from data.images import IMAGE_SUFFIXES
+from data.tar_members import BLOCK, Member, TarTrouble, Window, name_in_header, tar_members
 from utils.errors import UserError
 from utils.files import atomic_write
 
@@ -31,16 +32,10 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 _RECORD = struct.Struct("<QIQI")  # where an image lies in the shard, its bytes, where its captions lie, their bytes
-_BLOCK = 512
-_WINDOW = 8192
 _MAX_TEXT = 1 << 20
 _MAX_IMAGE = 1 << 30
 _MAX_OPEN = 64
 
-CUT_OFF = "ends of shards that were cut off"
-DAMAGED = "rests of shards behind damage"
-NO_TAR = "shards that are no tar files"
-COMPRESSED = "compressed shards (decompress them: nothing inside can be found at once)"
 UNREADABLE = "shards that cannot be read"
 
 
@@ -67,117 +62,6 @@ class Scanned(NamedTuple):
     skips: Skips
 
 
-# Reading a tar file ---------------------------------------------------------------------------------------------------
-
-
-class Member(NamedTuple):
-    """A plain file in a tar file."""
-
-    name: str
-    offset: int
-    size: int
-
-
-class _Trouble(Exception):
-    """Why a tar file ends here."""
-
-
-def tar_members(read: Callable[[int, int], bytes], end: int) -> Iterator[Member]:
-    """Yield the plain files of a tar file; raises _Trouble where it goes on no further though it should.
-
-    read(offset, size): bytes, fewer at the end of the file. end: size of the file.
-
-    tarfile of the standard library takes 0.1 ms for each of the three members of a sample, an hour for the 12 million
-    of CC12M; this takes a third of that. Read are the formats that tarfile writes: ustar, GNU and pax.
-    """
-    offset = 0
-    name: Optional[str] = None
-    size: Optional[int] = None
-    while True:
-        block = read(offset, _BLOCK)
-        if len(block) < _BLOCK:
-            raise _Trouble(CUT_OFF if offset else NO_TAR)
-        if not block.strip(b"\0"):
-            return
-        kind, length = _checked_header(block, offset)
-        data = offset + _BLOCK
-        if kind in (b"x", b"g", b"L", b"K"):  # about the next member
-            if length > _MAX_TEXT:
-                raise _Trouble(DAMAGED)
-            content = read(data, length)
-            if len(content) < length:
-                raise _Trouble(CUT_OFF)
-            if kind == b"L":
-                name = content.split(b"\0")[0].decode("utf-8", "surrogateescape")
-            elif kind == b"x":
-                name, size = _pax_values(content, name, size)
-            offset = data + -(-length // _BLOCK) * _BLOCK
-            continue
-        if kind == b"S":
-            raise _Trouble("rests of shards behind a sparse file")
-        length = length if size is None else size
-        if kind in (b"0", b"\0", b"7"):
-            if data + length > end:
-                raise _Trouble(CUT_OFF)
-            yield Member(_name(block) if name is None else name, data, length)
-        # Links, folders and devices have no content, whatever their size says.
-        offset = data if kind in b"123456" and kind else data + -(-length // _BLOCK) * _BLOCK
-        name = size = None
-
-
-def _checked_header(block: bytes, offset: int) -> Tuple[bytes, int]:
-    """Return (type, size) of a header block."""
-    try:
-        checksum = int(block[148:156].strip(b"\0 ") or b"-1", 8)
-        field = block[124:136]
-        length = int.from_bytes(field[1:], "big") if field[0] == 0x80 else int(field.strip(b"\0 ") or b"0", 8)
-    except ValueError:
-        checksum, length = -1, 0
-    if checksum != sum(block) - sum(block[148:156]) + 8 * 0x20 or length < 0:
-        if offset:
-            raise _Trouble(DAMAGED)
-        known = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
-        raise _Trouble(COMPRESSED if block.startswith(known) else NO_TAR)
-    return block[156:157], length
-
-
-def _name(block: bytes) -> str:
-    name, prefix = block[:100].split(b"\0")[0], block[345:500].split(b"\0")[0]
-    if prefix and block[257:263] == b"ustar\0":  # GNU has other things there
-        name = prefix + b"/" + name
-    return name.decode("utf-8", "surrogateescape")
-
-
-def _pax_values(content: bytes, name: Optional[str], size: Optional[int]) -> Tuple[Optional[str], Optional[int]]:
-    """Return name and size of the next member as a pax header says, otherwise those given."""
-    while content:
-        match = re.match(rb"(\d{1,7}) ([^=]+)=", content)
-        length = int(match.group(1)) if match else 0
-        if match is None or length <= match.end():
-            break
-        value = content[match.end() : length - 1]
-        if match.group(2) == b"path":
-            name = value.decode("utf-8", "surrogateescape")
-        elif match.group(2) == b"size" and value.isdigit():
-            size = int(value)
-        content = content[length:]
-    return name, size
-
-
-class _Window:
-    """Reads a file in pieces of some size, so that headers beside each other take one call."""
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor, self.start, self.data = descriptor, 0, b""
-
-    def read(self, offset: int, size: int) -> bytes:
-        first = offset - self.start
-        if first < 0 or first + size > len(self.data):
-            first, self.start = 0, offset
-            self.data = os.pread(self.descriptor, max(size, _WINDOW), offset)
-        return self.data[first : first + size]
-
-
 # What is in it --------------------------------------------------------------------------------------------------------
 
 
@@ -186,7 +70,7 @@ def scan(descriptor: int, size: int, shard: str) -> Scanned:
     skips = Skips()
     images: Dict[str, Member] = {}
     captions: Dict[str, Dict[str, Tuple[str, str]]] = {}  # key -> kind of file -> (captions, what is wrong with it)
-    window = _Window(descriptor)
+    window = Window(descriptor)
     try:
         for member in tar_members(window.read, size):
             key, suffix = os.path.splitext(member.name)
@@ -201,7 +85,7 @@ def scan(descriptor: int, size: int, shard: str) -> Scanned:
                     images[key] = member
             elif suffix in _PARSERS:
                 captions.setdefault(key, {}).setdefault(suffix, _read_captions(window, member, suffix))
-    except _Trouble as trouble:
+    except TarTrouble as trouble:
         skips.add(str(trouble), shard)
     paired, bare, texts = [], [], bytearray()
     for key, member in images.items():
@@ -221,7 +105,7 @@ def scan(descriptor: int, size: int, shard: str) -> Scanned:
     return Scanned(paired + bare, len(paired), bytes(texts), skips)
 
 
-def _read_captions(window: _Window, member: Member, suffix: str) -> Tuple[str, str]:
+def _read_captions(window: Window, member: Member, suffix: str) -> Tuple[str, str]:
     if member.size > _MAX_TEXT:
         return "", "captions of 1 MB and more"
     return _PARSERS[suffix](window.read(member.offset, member.size))
@@ -321,8 +205,8 @@ class ShardIndex:
     def name(self, image: int, files: OpenFiles) -> str:
         """Return shard and name of an image, for messages; a name of more than 100 bytes may be cut off."""
         try:
-            header = files.read(self.shard, self._record(image, files)[0] - _BLOCK, _BLOCK, self._is_same_shard)
-            return "{}/{}".format(self.shard, _name(header))
+            header = files.read(self.shard, self._record(image, files)[0] - BLOCK, BLOCK, self._is_same_shard)
+            return "{}/{}".format(self.shard, name_in_header(header))
         except (OSError, UserError):
             return "image {} of {}".format(image, self.shard)
 

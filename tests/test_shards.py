@@ -25,8 +25,8 @@ from data import CodeCache, Team, TextSettings, create_dataset, create_datasets,
 from data.datasets import ImageTextFolder
 from data.folder import list_pairs
 from data.order import windowed_order
-from data.shard_index import tar_members
 from data.shards import ImageTextShards, Shards, find_shards, open_shards
+from data.tar_members import TarTrouble, tar_members
 from data.uncaptioned import Batches, open_images
 from models.vqgan import VQGAN, VqganConfig
 from utils import checkpoints
@@ -151,10 +151,27 @@ def io_reader(content):
 
 def list_until_trouble(members):
     found = []
-    with pytest.raises(shard_index._Trouble):
+    with pytest.raises(TarTrouble):
         for member in members:
             found.append(member)
     return found
+
+
+def test_hostile_headers_end_the_shard_at_once():
+    entry = tarfile.TarInfo("a.jpg")
+    entry.type, entry.size = b"Z", 1 << 87  # no type of ours, and a size beyond any file
+    with pytest.raises(TarTrouble):
+        list(tar_members(io_reader(entry.tobuf(tarfile.GNU_FORMAT)), 512))
+    entry.type = b"x"
+    for size, content in (
+        (4 << 30, b""),
+        (1 << 20, b"5 a=\n" * 200_000 + bytes(48576)),
+        (9999, b"9999 size=" + b"9" * 9988),
+    ):
+        entry.size = size
+        header = entry.tobuf(tarfile.GNU_FORMAT) + content.ljust(-(-len(content) // 512) * 512, b"\0")
+        with pytest.raises(TarTrouble):
+            list(tar_members(io_reader(header), len(header)))
 
 
 # What is found
