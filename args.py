@@ -621,6 +621,11 @@ def _check_together(config: Config) -> None:
                          "--vqgan-config-path")
     if model.architecture == "mindalle":
         _check_mindalle(model)
+    if model.architecture == "image-gpt" and model.text_seq_len != 1:
+        raise UsageError("--architecture image-gpt reads one class, no text: it needs --text-seq-len 1")
+    if model.architecture == "image-gpt" and run.device == "ipu":
+        raise UsageError("--architecture image-gpt is not for IPUs, which would have to leave the text loss out; use "
+                         "--device cuda or cpu")
     if data.generated_data and data.synthetic_data:
         raise UsageError("--generated-data and --synthetic-data exclude each other: give one of them")
     if config.checkpoints.resume and config.checkpoints.pretrained_checkpoint is not None:

@@ -29,16 +29,17 @@ def parse_box(text: str) -> Optional[Box]:
 
     Raises UserError for a box of this form that holds nothing or leaves the picture.
     """
-    parts = text.split(",")
-    if len(parts) != 4 or not all(re.fullmatch(r"\s*[0-9]*\.?[0-9]+\s*", part) for part in parts):
+    if "," not in text or not re.fullmatch(r"[-0-9.,\s]+", text):
         return None
-    left, top, right, bottom = map(float, parts)
-    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+    parts = text.split(",")
+    box = [float(part) for part in parts if re.fullmatch(r"\s*[0-9]*\.?[0-9]+\s*", part)]
+    if not (len(parts) == len(box) == 4 and 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
         raise UserError(
             "mask {}: a box is left,top,right,bottom with 0 <= left < right <= 1 and 0 <= top < bottom <= 1".format(
                 text
             )
         )
+    left, top, right, bottom = box
     return left, top, right, bottom
 
 

@@ -19,7 +19,7 @@ from models.dalle import DALLE
 from models.quantization import DTYPES
 from models.vqgan import PUBLISHED, VQGAN, VqganConfig, default_vqgan, load_vqgan, load_vqgan_state
 from utils.checkpoints import DalleCheckpoint, read_dalle
-from utils.errors import UsageError, UserError
+from utils.errors import UsageError, UserError, nearest
 from utils.files import PathLike, sha256_file
 
 logger = logging.getLogger(__name__)
@@ -88,10 +88,7 @@ def load(
         if vqgan_model_path is None and vqgan_config_path is None:
             vqgan_model_path, vqgan_config_path = _DEMO_VQGAN, _DEMO_VQGAN_CONFIG
     dalle_path = published.resolve(dalle_path)
-    if not Path(dalle_path).exists():
-        raise UserError(
-            "--dalle_path {}: there is no such file; 'demo' stands for the shipped model".format(dalle_path)
-        )
+    _check_exists(Path(dalle_path))
     checkpoint = read_dalle(dalle_path, to_draw=True)
     path = checkpoint.path
     config = DalleConfig.from_dict(checkpoint.config)
@@ -127,6 +124,26 @@ def load(
         weights={}, vqgan_weights=None, ema=None, opt_state=None, scheduler_state=None, training=None
     )
     return Loaded(dalle, vqgan.to(device), tokenizer, about)
+
+
+def _check_exists(path: Path) -> None:
+    """Raise UserError, with what may have been meant, for a path that holds no model."""
+    names = [DEMO, *published.PUBLISHED_MODELS]
+    if not path.exists():
+        raise UserError(
+            "--dalle_path {}: there is no such file, folder or published model.{} Known by name: {}".format(
+                path, nearest(str(path), names), ", ".join(names)
+            )
+        )
+    if path.is_dir() and not (path / published.STAGE2).is_file():
+        raise UserError(
+            "--dalle_path {}: no folder in minDALL-E's layout (it lacks {}); of other folders give one of the "
+            "checkpoint files".format(path, published.STAGE2)
+        )
+
+
+def _lacks(path: Path, name: str, flags: str) -> UserError:
+    return UserError("{} lacks {}, which it needs: put it there, or give {}".format(path.parent, name, flags))
 
 
 def _check_demo() -> None:
@@ -171,7 +188,9 @@ def _open_tokenizer(given: Optional[PathLike], checkpoint: DalleCheckpoint) -> T
                 path,
             )
         return tokenizer
-    if checkpoint.format == "mindalle" and (path.parent / published.TOKENIZER).is_dir():
+    if checkpoint.format == "mindalle":
+        if not (path.parent / published.TOKENIZER).is_dir():
+            raise _lacks(path, published.TOKENIZER + "/", "--bpe_path")
         return load_tokenizer(str(path.parent / published.TOKENIZER))
     candidates: List[Path] = []
     if sha256:
@@ -217,8 +236,10 @@ def _open_vqgan(weights: Optional[PathLike], config: Optional[PathLike], checkpo
         return _stored_vqgan(checkpoint.vqgan_weights, config, path)
     if config is not None:
         raise UsageError("--vqgan_config_path needs --vqgan_model_path, the weights that belong to it")
-    if checkpoint.format == "mindalle" and (path.parent / published.STAGE1).is_file():
+    if checkpoint.format == "mindalle":
         stage1 = path.parent / published.STAGE1
+        if not stage1.is_file():
+            raise _lacks(path, published.STAGE1, "--vqgan_model_path and --vqgan_config_path")
         vqgan = _build_vqgan(published.read_stage1_config(path.parent), load_vqgan_state(stage1))
         if vqgan is None:
             raise UserError("{} does not fit stage1 of {}".format(stage1, path.parent / "config.yaml"))

@@ -137,7 +137,7 @@ class Dalle(nn.Module):
         given = None if image is None else completion_codes(self.loaded, image, mask)
         text = self.tokenizer.tokenize(prompt, config.text_seq_len, truncate=True)[0]
         sampling = SamplingOptions(
-            None if top_k is None else min(top_k, config.num_image_tokens), top_p, softmax_temperature, cond_scale
+            None if top_k is None else min(int(top_k), config.num_image_tokens), top_p, softmax_temperature, cond_scale
         )
         if seed is None:
             seed = int(torch.randint(2**31 - 1, ()))
@@ -202,8 +202,8 @@ def _check_draw(
     problems: List[str] = []
     if not isinstance(prompt, str):
         problems.append("prompt must be a text, not {!r}".format(type(prompt).__name__))
-    if top_k is not None and top_k < 1:
-        problems.append("top_k must be at least 1, or None for all codes")
+    if top_k is not None and (top_k < 1 or top_k != int(top_k)):
+        problems.append("top_k must be a whole number of at least 1, or None for all codes")
     if top_p is not None and not 0 < top_p <= 1:
         problems.append("top_p must be above 0 and at most 1, or None")
     if not 0 <= temperature < float("inf"):

@@ -221,6 +221,8 @@ def test_a_key_inherited_and_given_is_no_duplicate(tmp_path):
     (["--device", "ipu", "--precision", "bf16"], ["--precision", "fp16"]),
     (["--config", "minDALLE_tiny", "--sandwich-norm"], ["--sandwich-norm", "--architecture mindalle"]),
     (["--config", "minDALLE_tiny", "--attn-types", "full", "axial_row"], ["--attn-types", "--architecture mindalle"]),
+    (["--architecture", "image-gpt"], ["--architecture image-gpt", "--text-seq-len 1"]),
+    (["--architecture", "image-gpt", "--text-seq-len", "1", "--device", "ipu"], ["--architecture image-gpt", "IPU"]),
     (["--config", "minDALLE_tiny", "--dim-head", "32"], ["--dim-head", "--num-attention-heads", "--hidden-size"]),
 ])
 def test_contradictions_name_the_flags(words, names):

@@ -684,7 +684,7 @@ def test_user_errors(files, tmp_path):
         assert message in str(error.value)
 
     fails(
-        "--dalle_path /nowhere.pt: there is no such file; 'demo' stands for the shipped model",
+        "--dalle_path /nowhere.pt: there is no such file, folder or published model. Known by name: demo",
         "--dalle_path",
         "/nowhere.pt",
     )

@@ -191,7 +191,8 @@ def test_what_does_not_fit_is_tried_again_with_less(model, monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"top_k": 0}, "top_k must be a whole number of at least 1"),
+        ({"top_k": 5.5}, "top_k must be a whole number of at least 1"),
         ({"top_p": 1.5}, "top_p must be above 0"),
         ({"softmax_temperature": float("nan")}, "softmax_temperature"),
         ({"num_candidates": 0}, "num_candidates"),
@@ -251,8 +252,8 @@ def test_masks_of_every_kind_mark_the_same_codes():
     for mask, message in ((torch.zeros(4, 4), "nothing is marked"), (torch.ones(5, 5), "expected 4 x 4 codes")):
         with pytest.raises(UserError, match=message):
             mask_cells(mask, 4, 16)
-    assert parse_box("mask.png") is None and parse_box("0,0,1") is None
-    for box in ("0.5,0,0.5,1", "0,0,2,1"):
+    assert parse_box("mask.png") is None and parse_box("1.png") is None
+    for box in ("0.5,0,0.5,1", "0,0,2,1", "0,0,1", "0, -1, 1, 1", "0.1,0.2,0.3,0.4,0.5"):
         with pytest.raises(UserError, match="a box is left,top,right,bottom"):
             parse_box(box)
 
@@ -263,6 +264,21 @@ def test_transparent_parts_are_a_mask():
     picture.paste((0, 0, 0, 0), (0, 8, 16, 16))
     assert mask_cells(transparent_mask(picture), 4, 16).tolist() == [False] * 8 + [True] * 8
     assert picture_pixels(picture, 16)[:, 12, 3].tolist() == [255, 255, 255]
+
+
+def test_what_a_folder_lacks_is_named(folder, tmp_path):
+    with pytest.raises(UserError, match="minDALL-E/1.4B: there is no such file.* Did you mean 'minDALL-E/1.3B'"):
+        Dalle.from_pretrained("minDALL-E/1.4B")
+    with pytest.raises(UserError, match="no folder in minDALL-E's layout"):
+        Dalle.from_pretrained(tmp_path)
+    for name, flag in (("stage1_last.ckpt", "--vqgan_model_path"), ("tokenizer", "--bpe_path")):
+        part = tmp_path / name
+        part.mkdir()
+        for path in folder.iterdir():
+            if path.name != name:
+                (part / path.name).symlink_to(path)
+        with pytest.raises(UserError, match="{} lacks {}.*{}".format(part, name, flag)):
+            Dalle.from_pretrained(part)
 
 
 # Layout and download -------------------------------------------------------------------------------------------------
