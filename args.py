@@ -115,8 +115,9 @@ class IpuConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer, its schedule and what keeps it stable."""
 
-    optimizer: str = option("Adam", "optimizer; Muon: for the blocks' matrices, with AdamW for the rest",
-                           choices=("Adam", "AdamW", "Muon"))
+    optimizer: str = option("Adam", "optimizer; Muon: for the blocks' matrices, with AdamW for the rest; Adafactor: "
+                                    "keeps next to no state, its steps are relative to the size of the weights",
+                           choices=("Adam", "AdamW", "Muon", "Adafactor"))
     learning_rate: float = option(3.0e-4, "peak learning rate", gt=0)
     lr_scheduler: str = option("constant", "schedule; constant and multi_step warm up over the first fifth of the "
                                            "epochs, cosine over --warmup-steps",
@@ -202,8 +203,11 @@ class CheckpointsConfig(Section):
     checkpoint_save_steps: int = option(1000, "optimizer steps from one checkpoint to the next; 0: only at the end of "
                                               "each epoch", ge=0)
     keep_checkpoints: int = option(0, "keep the newest so many; 0: all", ge=0)
-    pretrained_checkpoint: Optional[str] = option(None, "checkpoint whose weights training starts from", path="find")
+    pretrained_checkpoint: Optional[str] = option(None, "checkpoint whose weights training starts from; or a folder in "
+                                                        "minDALL-E's layout or minDALL-E/1.3B, which bring vocabulary "
+                                                        "and VQGAN along", path="find")
     resume: bool = option(False, "go on from the newest checkpoint in --checkpoint-output-dir")
+    export_mindalle: Optional[str] = option(None, "new folder for the trained model in minDALL-E's layout", path=True)
 
 
 @dataclass(frozen=True)
@@ -628,6 +632,11 @@ def _check_together(config: Config) -> None:
                          "--device cuda or cpu")
     if data.generated_data and data.synthetic_data:
         raise UsageError("--generated-data and --synthetic-data exclude each other: give one of them")
+    if config.checkpoints.export_mindalle is not None:
+        if model.architecture != "mindalle":
+            raise UsageError("--export-mindalle: only models of --architecture mindalle fit into its layout")
+        if data.generated_data or data.synthetic_data:
+            raise UsageError("--export-mindalle: a model of generated data has no VQGAN to be exported with")
     if config.checkpoints.resume and config.checkpoints.pretrained_checkpoint is not None:
         raise UsageError("--resume and --pretrained-checkpoint exclude each other: the one goes on with a run, "
                          "the other starts a new one")

@@ -27,7 +27,11 @@ import engines
 import log
 from args import Config
 from bpe import Tokenizer, load_tokenizer
+from dalle import published
+from dalle.export import check_empty, export_mindalle, export_options
+from dalle.loading import recorded_files
 from engines import Engine, StepResult, plan_report
+from models.building import build_dalle
 from models.config import ARCHITECTURES, DalleConfig
 from models.dalle import DALLE, TextToImage
 from models.vqgan import PUBLISHED, VQGAN, VqganConfig, default_vqgan, load_vqgan
@@ -99,8 +103,18 @@ def train(config: Config, engine: Engine, parts: Optional[Parts] = None, start: 
         check_writable(folder)
     start = start or find_start(config, folder)
     resuming = config.checkpoints.resume and start is not None
+    if parts is None:
+        config = with_parts_of(start, config)
+    if engine.is_main and config.checkpoints.export_mindalle and not resuming:
+        check_empty(config.checkpoints.export_mindalle, "--export-mindalle")
     parts = encode_images(config, engine, parts or build_parts(config), start if resuming else None)
-    model = build_model(config, parts, start)
+    wanted = model_config(config, parts, start)
+    if config.checkpoints.export_mindalle:
+        export_options(wanted, parts.vqgan.config, parts.tokenizer)
+    plan = engine.memory_plan(wanted)
+    if plan:
+        logger.info("%s", plan)
+    model = build_model(config, parts, start, wanted)
     steps_per_epoch = engine.steps_per_epoch(len(parts.train_set))
     engine.prepare(model, parts.train_set)
     if config.ipu.compile_only:
@@ -132,6 +146,8 @@ def train(config: Config, engine: Engine, parts: Optional[Parts] = None, start: 
     with metrics, progress:
         run(config, engine, parts, schedule, position, saver, metrics, progress)
         finish(config, engine, parts, progress)
+    if config.checkpoints.export_mindalle:
+        export(config, engine, parts, model.dalle.config)
 
 
 def run(
@@ -244,9 +260,23 @@ def finish(config: Config, engine: Engine, parts: Parts, progress: log.Progress)
     if getattr(parts.train_set, "num_unreadable", 0):
         logger.warning("%s", parts.train_set.report())
     logger.info("%s", log.throughput_line(progress.overall_samples_per_second))
+    peak = engine.peak_memory()
+    if peak is not None:
+        logger.info("peak memory: %.2f GB", peak / 1e9)
     curve = config.log_dir / "loss.png"
     if log.plot_losses(config.log_dir / "metrics.jsonl", curve):
         logger.info("losses: %s and %s", config.log_dir / "metrics.jsonl", curve)
+
+
+def export(config: Config, engine: Engine, parts: Parts, model_config: DalleConfig) -> None:
+    """--export-mindalle: write the trained model, with averaged weights where there are some."""
+    weights = engine.model_state()  # every process takes part
+    if config.optimizer.ema_decay:
+        weights = engine.state_dict()["ema"] or weights
+    if engine.is_main:
+        vqgan = load_vqgan(*parts.vqgan_paths, channels_last=False)  # the one in `parts` may have let its weights go
+        export_mindalle(config.checkpoints.export_mindalle, model_config, weights, vqgan, parts.tokenizer)
+        logger.info("exported %s", config.checkpoints.export_mindalle)
 
 
 def show_plan(config: Config) -> None:
@@ -370,30 +400,39 @@ def dalle_config(config: Config, tokenizer: Tokenizer, vqgan: VQGAN) -> DalleCon
     return DalleConfig(**dict(values, **ARCHITECTURES[options.architecture]))
 
 
-def build_model(config: Config, parts: Parts, start: Optional[Start]) -> TextToImage:
-    """A new model, or the one of a checkpoint."""
+def model_config(config: Config, parts: Parts, start: Optional[Start]) -> DalleConfig:
+    """The model to train: a new one as configured, or that of a checkpoint, trained as configured."""
     wanted = dalle_config(config, parts.tokenizer, parts.vqgan)
-    if start is not None:
-        own = DalleConfig.from_dict(start.checkpoint.config)
-        for name in ("num_text_tokens", "num_image_tokens", "text_seq_len", "grid"):
-            if getattr(own, name) != getattr(wanted, name):
-                raise UserError(
-                    "{} has {} = {}, but the configuration, vocabulary and VQGAN given here make it {}".format(
-                        start.path, name, getattr(own, name), getattr(wanted, name)
-                    )
+    if start is None:
+        return wanted
+    own = DalleConfig.from_dict(start.checkpoint.config)
+    if not own.unique_pads:  # minDALL-E's table may have more rows than its vocabulary
+        wanted = dataclasses.replace(wanted, num_text_tokens=max(wanted.num_text_tokens, own.num_text_tokens))
+    for name in ("num_text_tokens", "num_image_tokens", "text_seq_len", "grid"):
+        if getattr(own, name) != getattr(wanted, name):
+            raise UserError(
+                "{} has {} = {}, but the configuration, vocabulary and VQGAN given here make it {}".format(
+                    start.path, name, getattr(own, name), getattr(wanted, name)
                 )
-        differing = [
-            field.name
-            for field in dataclasses.fields(own)
-            if field.name not in TRAINING_OPTIONS and getattr(own, field.name) != getattr(wanted, field.name)
-        ]
-        if differing:
-            logger.warning("%s decides on %s, not the configuration", start.path, ", ".join(differing))
-        wanted = dataclasses.replace(own, **{name: getattr(wanted, name) for name in TRAINING_OPTIONS})
-    dalle = DALLE(wanted, config.model.attention_impl)
-    if start is not None:
+            )
+    differing = [
+        field.name
+        for field in dataclasses.fields(own)
+        if field.name not in TRAINING_OPTIONS and getattr(own, field.name) != getattr(wanted, field.name)
+    ]
+    if differing:
+        logger.warning("%s decides on %s, not the configuration", start.path, ", ".join(differing))
+    return dataclasses.replace(own, **{name: getattr(wanted, name) for name in TRAINING_OPTIONS})
+
+
+def build_model(config: Config, parts: Parts, start: Optional[Start], wanted: DalleConfig) -> TextToImage:
+    """A new model, or the one of a checkpoint, whose weights it takes over."""
+    if start is None:
+        dalle = DALLE(wanted, config.model.attention_impl)
+    else:
         averaged = None if config.checkpoints.resume else start.checkpoint.ema  # the better ones to start anew from
-        dalle.load_state_dict(start.checkpoint.weights if averaged is None else averaged)
+        weights = start.checkpoint.weights if averaged is None else averaged
+        dalle = build_dalle(wanted, weights, config.model.attention_impl)
     logger.info(
         "DALL-E: %.2f M parameters, %d text + %d image tokens",
         sum(p.numel() for p in dalle.parameters()) / 1e6,
@@ -603,7 +642,7 @@ def published_hparams(config: Config) -> Dict[str, Any]:
 def find_start(config: Config, folder: Path) -> Optional[Start]:
     """The checkpoint to begin from: the newest complete one with --resume, or --pretrained-checkpoint; else None."""
     if config.checkpoints.pretrained_checkpoint:
-        path = Path(config.checkpoints.pretrained_checkpoint)
+        path = published.resolve(config.checkpoints.pretrained_checkpoint)
         return Start(path, checkpoints.read_dalle(path))
     if not config.checkpoints.resume:
         return None
@@ -617,6 +656,30 @@ def find_start(config: Config, folder: Path) -> Optional[Start]:
             "--resume: {} holds no training state; start from it with --pretrained-checkpoint".format(newest)
         )
     return Start(newest, checkpoint)
+
+
+def with_parts_of(start: Optional[Start], config: Config) -> Config:
+    """Where neither flags nor configuration name a vocabulary or a VQGAN, take those of the checkpoint to begin from.
+
+    They lie beside a model in minDALL-E's layout; other checkpoints note where they were.
+    """
+    if start is None:
+        return config
+    if start.checkpoint.format == "mindalle":
+        folder = start.checkpoint.path.parent
+        vocabulary, vqgan = folder / published.TOKENIZER, (folder / published.STAGE1, folder / "config.yaml")
+    else:
+        noted = recorded_files(start.checkpoint, "vqgan")
+        vqgan = (Path(noted.get("weights", "")), Path(noted.get("config", "")))
+        vocabulary = Path(recorded_files(start.checkpoint, "tokenizer").get("path", ""))
+    found: Dict[str, Any] = {}
+    if config.data.bpe_path is None and vocabulary != Path() and vocabulary.exists():
+        found["bpe_path"] = str(vocabulary)
+    if config.model.vqgan_model_path is None and all(path.is_file() for path in vqgan):
+        found.update(vqgan_model_path=str(vqgan[0]), vqgan_config_path=str(vqgan[1]))
+    for name, path in found.items():
+        logger.info("%s %s, of %s", args.flag_name(name), path, start.path)
+    return config.replace(**found)
 
 
 def restore(start: Start, engine: Engine, schedule: Schedule, parts: Parts) -> Position:

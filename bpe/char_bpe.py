@@ -11,15 +11,16 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 from utils.errors import UserError
+from utils.files import PathLike, atomic_write
 
 from .tokenizer import PAD_ID, Tokenizer, read_vocabulary_bytes
 
-_PAD, _UNK = "[PAD]", "[UNK]"
+PAD, UNK = "[PAD]", "[UNK]"
 _SPECIAL = re.compile(r"(\[PAD\]|\[UNK\])")
-_WORD_END = "</w>"
+WORD_END = "</w>"
 
 
 def _only_file(folder: Path, pattern: str) -> str:
@@ -47,8 +48,8 @@ def parse_vocabulary(content: bytes, path: str) -> Dict[str, int]:
         raise UserError("--bpe-path {}: its ids are no whole numbers from 0 on".format(path))
     if len(set(ids)) != len(ids):
         raise UserError("--bpe-path {}: two tokens have the same id".format(path))
-    if vocabulary.get(_PAD) != PAD_ID or _UNK not in vocabulary:
-        raise UserError("--bpe-path {}: it needs the tokens {} with id 0 and {}".format(path, _PAD, _UNK))
+    if vocabulary.get(PAD) != PAD_ID or UNK not in vocabulary:
+        raise UserError("--bpe-path {}: it needs the tokens {} with id 0 and {}".format(path, PAD, UNK))
     return vocabulary
 
 
@@ -72,6 +73,30 @@ def parse_merges(content: bytes, vocabulary: Dict[str, int], path: str) -> List[
     return merges
 
 
+def write_files(folder: PathLike, vocabulary: bytes, merges: bytes) -> None:
+    """Write a vocabulary's two files under minDALL-E's names. The folder is made."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, content in (("bpe-16k-vocab.json", vocabulary), ("bpe-16k-merges.txt", merges)):
+        with atomic_write(Path(folder) / name, "wb") as file:
+            file.write(content)
+
+
+class Words:
+    """Cuts a text into cleaned, lower-cased words."""
+
+    def __init__(self) -> None:
+        from tokenizers import normalizers, pre_tokenizers
+
+        self._normalizer = normalizers.Sequence([normalizers.BertNormalizer(lowercase=False), normalizers.Lowercase()])
+        self._splitter = pre_tokenizers.BertPreTokenizer()
+
+    def of(self, text: str) -> List[str]:
+        """Return the words of a text, in order."""
+        # Lone surrogates (undecodable bytes of a command line) are no characters: U+FFFD stands for them, and goes.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return [word for word, _ in self._splitter.pre_tokenize_str(self._normalizer.normalize_str(text))]
+
+
 class CharBpeTokenizer(Tokenizer):
     """The vocabulary of a folder (see the module)."""
 
@@ -82,48 +107,41 @@ class CharBpeTokenizer(Tokenizer):
         self._vocabulary = parse_vocabulary(content, vocabulary_path)
         self._merges = parse_merges(merges, self._vocabulary, merges_path)
         self._texts = {id_: text for text, id_ in self._vocabulary.items()}
+        self._files = (content, merges)
         super().__init__(max(self._texts) + 1, hashlib.sha256(content + b"\0" + merges).hexdigest())
 
     @property
     def identity(self) -> Dict[str, str]:
         return {"type": "char_bpe", "sha256": self._sha256}
 
+    def save(self, folder: PathLike) -> None:
+        """Write the two files, byte for byte as they were read, under minDALL-E's names."""
+        write_files(folder, *self._files)
+
     def _forget_tables(self) -> None:
         super()._forget_tables()
-        self._normalizer: Any = None
-        self._splitter: Any = None
+        self._words: Optional[Words] = None
 
     def __getstate__(self) -> Dict[str, Any]:
         state = super().__getstate__()
-        del state["_normalizer"], state["_splitter"]
+        del state["_words"]
         return state
 
     def _build_model(self) -> Any:
         from tokenizers import models
 
-        return models.BPE(vocab=self._vocabulary, merges=self._merges, unk_token=_UNK, end_of_word_suffix=_WORD_END)
+        return models.BPE(vocab=self._vocabulary, merges=self._merges, unk_token=UNK, end_of_word_suffix=WORD_END)
 
     def _split(self, text: str) -> Iterable[str]:
-        if self._normalizer is None:
-            from tokenizers import normalizers, pre_tokenizers
-
-            self._normalizer = normalizers.Sequence(
-                [normalizers.BertNormalizer(lowercase=False), normalizers.Lowercase()]
-            )
-            self._splitter = pre_tokenizers.BertPreTokenizer()
-        # Lone surrogates (undecodable bytes of a command line) are no characters: U+FFFD stands for them, and goes.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if self._words is None:
+            self._words = Words()
         words: List[str] = []
         for piece in _SPECIAL.split(text):
-            if piece in (_PAD, _UNK):
-                words.append(piece)
-            elif piece:
-                normalized = self._normalizer.normalize_str(piece)
-                words += [word for word, _ in self._splitter.pre_tokenize_str(normalized)]
+            words += [piece] if piece in (PAD, UNK) else self._words.of(piece)
         return words
 
     def _merge(self, word: str) -> List[int]:
-        if word in (_PAD, _UNK):  # no other word holds a bracket beside a letter
+        if word in (PAD, UNK):  # no other word holds a bracket beside a letter
             return [self._vocabulary[word]]
         return super()._merge(word)
 
@@ -132,5 +150,5 @@ class CharBpeTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`, words separated by blanks, without [PAD] and [UNK]."""
-        texts = [self._texts.get(int(id_), _PAD) for id_ in ids]
-        return "".join(text for text in texts if text not in (_PAD, _UNK)).replace(_WORD_END, " ").rstrip(" ")
+        texts = [self._texts.get(int(id_), PAD) for id_ in ids]
+        return "".join(text for text in texts if text not in (PAD, UNK)).replace(WORD_END, " ").rstrip(" ")

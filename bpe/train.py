@@ -1,6 +1,7 @@
 """Learn a vocabulary from captions and write it in the YouTokenToMe format.
 
     python -m bpe.train --captions captions_train2017.json --vocab-size 8192 --output bpe/my_vocab.txt
+    python -m bpe.train --captions PAIRS --vocab-size 16384 --kind char --output FOLDER     # minDALL-E's kind
 
 Captions come from COCO caption files (.json), folders of text files (.txt, searched at every depth) and single text
 files; text files hold one caption per line. The ids 0-3 are pad, unknown, begin and end; the word start U+2581 is 4,
@@ -255,20 +256,40 @@ def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="SHARE",
         help="share of all characters to know, in (0, 1]; rarer ones become <UNK> (default: 1.0)",
     )
+    parser.add_argument(
+        "--kind",
+        choices=("yttm", "char"),
+        default="yttm",
+        help="yttm: YouTokenToMe's, a file; char: character BPE as minDALL-E's, a folder (default: yttm)",
+    )
     options = parser.parse_args(arguments)
     if options.vocab_size < 1:
         raise UsageError("--vocab-size {} is not a positive number".format(options.vocab_size))
     if not 0 < options.coverage <= 1:
         raise UsageError("--coverage {} is not in (0, 1]".format(options.coverage))
-    if Path(options.output).is_dir():
+    if Path(options.output).is_dir() and options.kind == "yttm":
         raise UsageError("--output {} is a folder; give the path of a file".format(options.output))
     return options
+
+
+def _write_char_vocabulary(options: argparse.Namespace) -> None:
+    from .char_bpe import write_files
+    from .char_train import learn_char_vocabulary  # which needs this module
+
+    vocabulary, merges = learn_char_vocabulary(read_captions(options.captions), options.vocab_size)
+    try:
+        write_files(options.output, vocabulary, merges)
+    except OSError as error:
+        raise UserError("--output {}: cannot be written ({})".format(options.output, error)) from error
+    logger.info("Wrote %s: %d ids", options.output, len(json.loads(vocabulary)))
 
 
 def main() -> None:
     """Run the command of the module's documentation."""
     options = _parse_arguments(sys.argv[1:])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if options.kind == "char":
+        return _write_char_vocabulary(options)
     vocabulary = learn_vocabulary(read_captions(options.captions), options.vocab_size, options.coverage)
     try:
         with atomic_write(options.output) as file:

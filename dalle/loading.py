@@ -93,8 +93,8 @@ def load(
     path = checkpoint.path
     config = DalleConfig.from_dict(checkpoint.config)
     tokenizer = _open_tokenizer(bpe_path, checkpoint)
-    # minDALL-E's table has a round size, which its vocabulary need not fill.
-    spare = 0 if checkpoint.format != "mindalle" else max(config.num_text_tokens - tokenizer.vocab_size, 0)
+    # minDALL-E's table has a round size, which its vocabulary need not fill: no ids of pads come after it.
+    spare = 0 if config.unique_pads else max(config.num_text_tokens - tokenizer.vocab_size, 0)
     if tokenizer.vocab_size + spare != config.num_text_tokens:
         raise UserError(
             "--bpe_path {}: this vocabulary has {} entries, but the model of --dalle_path {} was trained with {}; give "
@@ -155,7 +155,7 @@ def _check_demo() -> None:
             )
 
 
-def _recorded(checkpoint: DalleCheckpoint, part: str) -> Dict[str, str]:
+def recorded_files(checkpoint: DalleCheckpoint, part: str) -> Dict[str, str]:
     """What the checkpoint notes of its "tokenizer" or "vqgan": sha256 and paths. Only text: files may say anything."""
     table: Any = checkpoint.identity.get(part)
     return (
@@ -177,7 +177,7 @@ def _places(recorded: str, checkpoint_path: Path) -> Iterator[Path]:
 
 def _open_tokenizer(given: Optional[PathLike], checkpoint: DalleCheckpoint) -> Tokenizer:
     path = checkpoint.path
-    recorded = _recorded(checkpoint, "tokenizer")
+    recorded = recorded_files(checkpoint, "tokenizer")
     sha256 = recorded.get("sha256")
     if given is not None:
         tokenizer = load_tokenizer(str(given))
@@ -198,7 +198,7 @@ def _open_tokenizer(given: Optional[PathLike], checkpoint: DalleCheckpoint) -> T
         candidates += sorted((ROOT / "bpe").glob("*.txt"))
     for candidate in candidates:
         try:
-            tokenizer = load_tokenizer(str(candidate)) if candidate.is_file() else None
+            tokenizer = load_tokenizer(str(candidate)) if candidate.exists() else None
         except UserError:
             continue  # something else lies there by now
         if tokenizer is not None and tokenizer.identity["sha256"] == sha256:
@@ -219,7 +219,7 @@ def _open_tokenizer(given: Optional[PathLike], checkpoint: DalleCheckpoint) -> T
 
 def _open_vqgan(weights: Optional[PathLike], config: Optional[PathLike], checkpoint: DalleCheckpoint) -> VQGAN:
     path = checkpoint.path
-    recorded = _recorded(checkpoint, "vqgan")
+    recorded = recorded_files(checkpoint, "vqgan")
     sha256 = recorded.get("sha256")
     if weights is not None:
         if config is None:

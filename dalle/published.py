@@ -9,11 +9,11 @@ The published weights are licensed CC-BY-NC-SA 4.0: not for commercial use.
 import logging
 import os
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional
+from typing import Optional
 
 import yaml
 
-from models.vqgan_config import VqganConfig
+from models.vqgan_config import VqganConfig, stage1_config
 from utils.downloads import download
 from utils.errors import UserError
 from utils.files import PathLike
@@ -30,18 +30,6 @@ PUBLISHED_MODELS = {
 }
 _MAX_ARCHIVE_BYTES = 8 << 30  # of the published 5 GB, and of what they unpack to
 _MAX_YAML_BYTES = 1 << 20
-
-#: What absent keys of config.yaml's stage1 stand for: the published VQGAN.
-_STAGE1_DEFAULTS: Dict[str, Any] = {
-    "z_channels": 256,
-    "resolution": 256,
-    "in_channels": 3,
-    "out_ch": 3,
-    "ch": 128,
-    "ch_mult": [1, 1, 2, 2, 4],
-    "num_res_blocks": 2,
-    "attn_resolutions": [16],
-}
 
 
 def resolve(path_or_name: PathLike, cache_dir: Optional[PathLike] = None) -> Path:
@@ -61,23 +49,6 @@ def resolve(path_or_name: PathLike, cache_dir: Optional[PathLike] = None) -> Pat
         archive = download(url, root / url.rpartition("/")[2], md5=url.split("/")[-2], size_limit=_MAX_ARCHIVE_BYTES)
         unpack_tar(archive, folder, _MAX_ARCHIVE_BYTES)
     return folder
-
-
-def stage1_config(document: Mapping[str, Any], source: str) -> VqganConfig:
-    """Read the VQGAN's options from config.yaml (as a dictionary). Raises UserError naming `source` and the key."""
-    stage = document.get("stage1") or {}
-    hparams = (stage.get("hparams") or {}) if isinstance(stage, Mapping) else None
-    if not isinstance(stage, Mapping) or not isinstance(hparams, Mapping):
-        raise UserError("{}: stage1 and its hparams must be tables of options".format(source))
-    if stage.get("type", "vqgan") != "vqgan":
-        raise UserError("{}: stage1.type {!r} is not supported; known: vqgan".format(source, stage["type"]))
-    network = dict(_STAGE1_DEFAULTS, **{str(key): value for key, value in hparams.items() if key != "pdrop"})
-    params = {
-        "embed_dim": stage.get("embed_dim", 256),
-        "n_embed": stage.get("n_embed", 16384),
-        "ddconfig": network,
-    }
-    return VqganConfig.from_dict({"model": {"target": "VQModel", "params": params}}, source + ": stage1")
 
 
 def read_stage1_config(folder: Path) -> VqganConfig:

@@ -4,6 +4,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
 from torch import Tensor, nn
 
+from models.config import DalleConfig
 from models.dalle import TextToImage
 from models.vqgan import image_codes
 
@@ -82,6 +83,14 @@ class Engine:
     def evaluate(self, dataset: Any) -> Dict[str, float]:
         """Return mean loss, text_loss and image_loss (nats) over a whole dataset, without training."""
         raise NotImplementedError
+
+    def memory_plan(self, model: DalleConfig) -> str:
+        """One line on the memory that training a model will take; empty where that is told elsewhere (--plan)."""
+        return ""
+
+    def peak_memory(self) -> Optional[int]:
+        """Bytes that this process held at most up to now; None where the engine cannot tell."""
+        return None
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Use this rate from the next step on."""

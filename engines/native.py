@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader
 
 from args import Config, OptimizerConfig
 from engines.base import Engine, StepResult, parameter_groups
+from engines.memory import peak_bytes, total_bytes, training_memory
+from models.config import DalleConfig
 from models.dalle import TextToImage
 from models.vqgan import image_codes
 from utils.errors import UsageError, UserError
@@ -95,6 +97,8 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
 def make_optimizers(model: TextToImage, options: OptimizerConfig) -> List[torch.optim.Optimizer]:
     """Return the optimizer of all trainable parameters; with Muon two: it for the blocks' matrices, AdamW for the rest.
 
+    Adafactor (arXiv 1804.04235) keeps next to no state; its steps are relative to the size of the weights.
+
     Muon (Jordan et al. 2024) makes each matrix's update orthogonal; scaled to the size of an AdamW update (Moonlight,
     arXiv 2502.16982, section 2.2) both take the same learning rate.
     """
@@ -106,6 +110,11 @@ def make_optimizers(model: TextToImage, options: OptimizerConfig) -> List[torch.
     if name == "Muon" and not hasattr(torch.optim, "Muon"):
         logger.warning("PyTorch %s has no Muon (2.9 and newer have): AdamW takes its place", torch.__version__)
         name = "AdamW"
+    if name == "Adafactor":
+        if not hasattr(torch.optim, "Adafactor"):
+            raise UsageError("--optimizer Adafactor needs PyTorch 2.5 or newer, this is {}".format(torch.__version__))
+        # One weight after the other: the multi-tensor form would hold squares of all gradients at the same time.
+        return [torch.optim.Adafactor(parameter_groups(model, options.weight_decay), foreach=False, **common)]
     if name != "Muon":
         kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[name]
         groups = parameter_groups(model, options.weight_decay)
@@ -341,6 +350,19 @@ class NativeEngine(Engine):
             dist.all_reduce(sums)
         total, text_loss, image_loss = (sums[:3] / sums[3].clamp(min=1)).tolist()
         return {"loss": total, "text_loss": text_loss, "image_loss": image_loss}
+
+    def memory_plan(self, model: DalleConfig) -> str:
+        plan, total = training_memory(model, self.config, self.precision), total_bytes(self.device)
+        if plan.total > total:
+            logger.warning(
+                "training takes more memory than the %.1f GB there are: lower --batch-size, or give "
+                "--activation-checkpointing or --optimizer Adafactor",
+                total / 1e9,
+            )
+        return plan.describe()
+
+    def peak_memory(self) -> Optional[int]:
+        return peak_bytes(self.device)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         for optimizer in self.optimizers:

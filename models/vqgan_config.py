@@ -1,4 +1,4 @@
-"""What a VQGAN is made of, read from and written to the YAML layout of taming-transformers."""
+"""What a VQGAN is made of, read from and written to the YAML layouts of taming-transformers and minDALL-E."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,8 +105,11 @@ class VqganConfig:
     def from_dict(cls, document: Mapping[str, Any], source: str = "VQGAN configuration") -> "VqganConfig":
         """Build the configuration from a parsed taming-transformers document `{"model": {"target", "params"}}`.
 
-        Keys that describe training or data are ignored. Raises UserError naming `source` and the key.
+        A document with the key "stage1" instead is minDALL-E's config.yaml. Keys that describe training or data are
+        ignored. Raises UserError naming `source` and the key.
         """
+        if "stage1" in document and "model" not in document:
+            return stage1_config(document, source)
         model = _mapping(document, "model", source)
         target = str(model.get("target", ""))
         variant = next((v for name, v in _VARIANT_OF_TARGET.items() if target.split(".")[-1] == name), None)
@@ -146,7 +149,7 @@ class VqganConfig:
 
     @classmethod
     def from_yaml(cls, path: PathLike) -> "VqganConfig":
-        """Read a taming-transformers YAML file. Raises UserError when it is missing, malformed or incomplete."""
+        """Read a YAML file of either layout. Raises UserError when it is missing, malformed or incomplete."""
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -186,6 +189,56 @@ class VqganConfig:
         """Write the configuration for `from_yaml`, atomically."""
         with atomic_write(path) as file:
             yaml.safe_dump(self.to_dict(), file, sort_keys=False, default_flow_style=None)
+
+
+#: What absent keys of stage1 in minDALL-E's config.yaml stand for: the VQGAN that it was published with.
+_STAGE1_DEFAULTS: Dict[str, Any] = {
+    "z_channels": 256,
+    "resolution": 256,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 128,
+    "ch_mult": [1, 1, 2, 2, 4],
+    "num_res_blocks": 2,
+    "attn_resolutions": [16],
+}
+
+
+def stage1_config(document: Mapping[str, Any], source: str) -> VqganConfig:
+    """Read the VQGAN's options from minDALL-E's config.yaml (as a dictionary), where every key may be absent.
+
+    Raises UserError naming `source` and the key.
+    """
+    stage = document.get("stage1") or {}
+    hparams = (stage.get("hparams") or {}) if isinstance(stage, Mapping) else None
+    if not isinstance(stage, Mapping) or not isinstance(hparams, Mapping):
+        raise UserError("{}: stage1 and its hparams must be tables of options".format(source))
+    if stage.get("type", "vqgan") != "vqgan":
+        raise UserError("{}: stage1.type {!r} is not supported; known: vqgan".format(source, stage["type"]))
+    network = dict(_STAGE1_DEFAULTS, **{str(key): value for key, value in hparams.items() if key != "pdrop"})
+    params = {
+        "embed_dim": stage.get("embed_dim", 256),
+        "n_embed": stage.get("n_embed", 16384),
+        "ddconfig": network,
+    }
+    return VqganConfig.from_dict({"model": {"target": "VQModel", "params": params}}, source + ": stage1")
+
+
+def stage1_options(config: VqganConfig) -> Dict[str, Any]:
+    """Return what `stage1_config` reads back to an equal configuration, but for its dropout: the table "stage1".
+
+    Raises UserError for a variant that minDALL-E does not have.
+    """
+    if config.variant != "vq":
+        raise UserError("minDALL-E's layout has no VQGAN of the variant {}; use one of vq".format(config.variant))
+    params = config.to_dict()["model"]["params"]
+    hparams = {key: value for key, value in params["ddconfig"].items() if key != "dropout"}
+    return {
+        "type": "vqgan",
+        "embed_dim": config.embed_dim,
+        "n_embed": config.num_codes,
+        "hparams": dict(hparams, pdrop=config.dropout),
+    }
 
 
 _SMALL = VqganConfig(

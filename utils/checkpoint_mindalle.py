@@ -1,4 +1,4 @@
-"""minDALL-E's stage-2 layout, as pure functions over dictionaries: its weight names and its config.yaml.
+"""minDALL-E's stage-2 layout, read and written: pure functions over dictionaries, its weight names and config.yaml.
 
 A fully causal GPT over text and codes: no <bos>, no padding ids of its own, learned positions, biases on q, k and v.
 """
@@ -134,3 +134,80 @@ def config_from_yaml(options: Mapping[str, Any], renamed: Mapping[str, Tensor]) 
             "head_bias": "text_head.bias" in renamed,
         }
     )
+
+
+# ---- writing
+
+#: Options of a model that the layout can say nothing about, with the values they must have.
+_FIXED: Dict[str, Any] = {
+    "bos": False,
+    "unique_pads": False,
+    "layer_scale": False,
+    "sandwich_norm": False,
+    "text_positions": True,
+    "image_positions": "learned",
+    "ff_mult": 4,
+    "rotary": False,
+    "shift_tokens": False,
+    "stable": False,
+    "tie_embeddings": False,
+    "shared_attn_ids": None,
+    "shared_ff_ids": None,
+}
+
+
+def mindalle_options(config: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return the table "stage2" of config.yaml for a model's options (`DalleConfig.to_dict()`).
+
+    Raises UserError naming an option for which minDALL-E's layout has no place.
+    """
+    config = complete_config(config)
+    for name, value in _FIXED.items():
+        if config[name] != value:
+            raise UserError(
+                "minDALL-E's layout has no place for the model option {} = {}; train with --architecture "
+                "mindalle".format(name, shown(config[name]))
+            )
+    if set(config["attn_types"]) != {"full"}:
+        raise UserError("minDALL-E's layout has no attention patterns: attn_types must be full")
+    if config["heads"] * config["dim_head"] != config["dim"]:
+        raise UserError("minDALL-E's layout asks for heads x dim_head = dim")
+    if config["activation"] == "geglu" or config["qkv_bias"] != config["out_bias"]:
+        raise UserError("minDALL-E's layout has no geglu, and biases on all attention projections or on none")
+    return {
+        "type": "transformer1d",
+        "vocab_size_txt": config["num_text_tokens"],
+        "vocab_size_img": config["num_image_tokens"],
+        "hparams": {
+            "embed_dim": config["dim"],
+            "n_layers": config["depth"],
+            "n_heads": config["heads"],
+            "n_dense_layers": config["depth"],
+            "ctx_len_img": config["grid"] ** 2,
+            "ctx_len_txt": config["text_seq_len"],
+            "embd_pdrop": 0.0,
+            "resid_pdrop": float(config["attn_dropout"]),
+            "attn_pdrop": 0.0,
+            "mlp_bias": config["ff_bias"],
+            "attn_bias": config["qkv_bias"],
+            "gelu_use_approx": config["activation"] == "quick_gelu",
+        },
+    }
+
+
+def to_mindalle(weights: Mapping[str, Tensor]) -> Weights:
+    """Rename internal weights to minDALL-E's names, the inverse of `from_mindalle`; tensors of their own storage."""
+    outside = {internal: name for name, internal in _OUTSIDE_NAMES.items()}
+    inside = {internal: name for name, internal in _LAYER_NAMES.items()}
+    renamed: Weights = {}
+    for name, tensor in weights.items():
+        stem, _, kind = name.rpartition(".")
+        layer = re.fullmatch(r"transformer\.layers\.(\d+)\.(.+)", stem)
+        if layer and layer.group(2) == "attention.fn.qkv":
+            for projection, part in zip(_PROJECTIONS, tensor.chunk(3)):
+                renamed["blocks.{}.attn.{}.{}".format(layer.group(1), projection, kind)] = part.clone()
+        elif layer:
+            renamed["blocks.{}.{}.{}".format(layer.group(1), inside[layer.group(2)], kind)] = tensor.contiguous()
+        else:
+            renamed["{}.{}".format(outside[stem], kind)] = tensor.contiguous()
+    return renamed

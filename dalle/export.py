@@ -1,0 +1,102 @@
+"""Write a model in minDALL-E's layout, which its own code and everything here reads.
+
+    python -m dalle.export output/minDALLE_1.3B/ckpt/dalle_7.pt exported      # from a checkpoint
+    python train.py --config minDALLE_tiny --export-mindalle exported         # at the end of a training
+
+A folder of config.yaml, stage1_last.ckpt (VQGAN), stage2_last.ckpt (transformer) and tokenizer/. What it holds is read
+back bit for bit.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any, Dict, Mapping, Optional, Sequence
+
+import torch
+import yaml
+from torch import Tensor
+
+from bpe import Tokenizer
+from bpe.char_bpe import CharBpeTokenizer
+from dalle.loading import load
+from dalle.published import STAGE1, STAGE2, TOKENIZER
+from models.config import DalleConfig
+from models.vqgan import VQGAN
+from models.vqgan_config import VqganConfig, stage1_options
+from utils.checkpoint_mindalle import mindalle_options, to_mindalle
+from utils.errors import UserError, run_main
+from utils.files import PathLike, atomic_write
+
+logger = logging.getLogger(__name__)
+
+
+def export_options(config: DalleConfig, vqgan: VqganConfig, tokenizer: Tokenizer) -> Dict[str, Any]:
+    """Return the content of config.yaml. Raises UserError for what has no place in the layout."""
+    if not isinstance(tokenizer, CharBpeTokenizer):
+        raise UserError(
+            "minDALL-E's layout holds a character BPE vocabulary, not one of the kind {}: train with one, a folder, as "
+            "--bpe-path (python -m bpe.train --kind char learns one)".format(tokenizer.identity["type"])
+        )
+    stage2 = mindalle_options(config.to_dict())
+    return {
+        "dataset": {"context_length": config.text_seq_len},
+        "stage1": stage1_options(vqgan),
+        "stage2": stage2,
+    }
+
+
+def check_empty(folder: PathLike, flag: str) -> None:
+    """Raise UserError unless the folder is empty or can be made: nobody's model is overwritten."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        occupied = any(folder.iterdir())
+    except OSError as error:
+        raise UserError("{} {}: {}".format(flag, folder, error.strerror or error)) from error
+    if occupied:
+        raise UserError("{} {}: the folder is not empty; give a new one".format(flag, folder))
+
+
+def export_mindalle(
+    folder: PathLike, config: DalleConfig, weights: Mapping[str, Tensor], vqgan: VQGAN, tokenizer: Tokenizer
+) -> None:
+    """Write a model to a folder. weights: `DALLE.state_dict()`, in the precision in which they are to be stored.
+
+    Raises UserError for what has no place in the layout, and when a file cannot be written.
+    """
+    options = export_options(config, vqgan.config, tokenizer)
+    folder = Path(folder)
+    if (vqgan.config.num_groups, vqgan.config.patch_size) != (32, 1):
+        logger.warning("%s: minDALL-E's own code does not know the VQGAN's num_groups and patch_size", folder)
+    stage1 = {name: tensor.detach().cpu().contiguous() for name, tensor in vqgan.state_dict().items()}
+    stage2 = to_mindalle({name: tensor.detach().cpu() for name, tensor in weights.items()})
+    try:
+        assert isinstance(tokenizer, CharBpeTokenizer)  # export_options has seen to it
+        tokenizer.save(folder / TOKENIZER)
+        with atomic_write(folder / "config.yaml") as file:
+            yaml.safe_dump(options, file, sort_keys=False)
+        for name, state in ((STAGE1, stage1), (STAGE2, stage2)):
+            with atomic_write(folder / name, "wb") as file:
+                torch.save({"state_dict": state}, file)
+    except (OSError, RuntimeError) as error:  # torch.save wraps what the system says in a RuntimeError
+        raise UserError("{} cannot be written: {}".format(folder, str(error).split("\n")[0])) from error
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> None:
+    """Export a checkpoint from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m dalle.export", description="Write a model in minDALL-E's layout.")
+    parser.add_argument("checkpoint", help="any checkpoint of minDALL-E's architecture")
+    parser.add_argument("folder", help="new folder to write")
+    parser.add_argument("--bpe-path", metavar="DIR", help="vocabulary (default: the one it was trained with)")
+    parser.add_argument("--vqgan-model-path", metavar="FILE", help="VQGAN (default: the one it was trained with)")
+    parser.add_argument("--vqgan-config-path", metavar="FILE", help="YAML file of the VQGAN")
+    options = parser.parse_args(arguments)
+    check_empty(options.folder, "folder")
+    loaded = load(options.checkpoint, options.bpe_path, options.vqgan_model_path, options.vqgan_config_path)
+    export_mindalle(options.folder, loaded.config, loaded.dalle.state_dict(), loaded.vqgan, loaded.tokenizer)
+    sys.stdout.write("wrote {}\n".format(options.folder))
+
+
+if __name__ == "__main__":
+    run_main(main)

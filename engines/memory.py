@@ -1,0 +1,91 @@
+"""How much memory training takes on a CPU or GPU: an estimate before it starts, and what it really came to.
+
+Counted are tensors that stay: weights, gradients, moments, and what each layer keeps for its backward pass.
+"""
+
+import math
+import os
+import sys
+from typing import NamedTuple
+
+import torch
+
+from args import Config
+from models.config import DalleConfig
+from utils.checkpoint_shapes import aliases, expected_shapes
+
+_STATE_BYTES = {"Adam": 8, "AdamW": 8, "Muon": 4, "Adafactor": 0}
+"""Of optimizer state for each weight; Muon's matrices have one moment (its few other weights two), Adafactor keeps sums
+of rows and columns."""
+
+
+class Memory(NamedTuple):
+    """Bytes that training holds at the same time."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    """Moments, and the averaged weights of --ema-decay."""
+    activations: float
+    """What the backward pass needs, logits, and the half-precision copies of weights."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(self)
+
+    def describe(self) -> str:
+        """One line."""
+        return "memory for training: about {:.2f} GB = {}".format(
+            self.total / 1e9, " + ".join("{:.2f} {}".format(part / 1e9, name) for name, part in self._asdict().items())
+        )
+
+
+def training_memory(model: DalleConfig, config: Config, precision: str) -> Memory:
+    """Estimate what training a model takes. precision: "fp32", "bf16" or "fp16", of the arithmetic.
+
+    Not in it: Python and PyTorch themselves (about 0.5 GB), scratch memory of kernels, images on their way.
+    """
+    shapes, same = expected_shapes(model.to_dict()), aliases(model.to_dict())
+    count = sum(math.prod(shape) for name, shape in shapes.items() if name not in same)
+    state = _STATE_BYTES[config.optimizer.optimizer] + (4 if config.optimizer.ema_decay else 0)
+    return Memory(4.0 * count, 4.0 * count, float(state * count), activations(model, config, precision, count))
+
+
+def activations(model: DalleConfig, config: Config, precision: str, num_weights: int) -> float:
+    """Bytes that a forward pass keeps for the backward pass of one micro-batch."""
+    run, half = config.execution, precision != "fp32"
+    size = 2 if half else 4
+    tokens, dim = run.batch_size * model.seq_len, model.dim
+    inner, hidden = model.heads * model.dim_head, model.ff_mult * model.dim
+    # Of each branch: its input and its norm in float32, then the inputs of its products: q, k, v, what attention gives
+    # and its copy; the norm again; the feed-forward layer before and after its activation.
+    layer = tokens * (4 * 4 * dim + size * (5 * inner + (3 if model.activation == "geglu" else 2) * hidden))
+    layer += tokens * (2 * size * dim if half else 0)
+    extra = 2 * int(model.layer_scale) + 4 * int(model.sandwich_norm)
+    layer += tokens * size * dim * extra
+    layers = model.depth * layer
+    copies = size * num_weights if half else 0  # autocast makes one of each weight
+    if run.activation_checkpointing:
+        layers = model.depth * tokens * 4 * dim + layer
+        if run.gradient_accumulation == 1:
+            copies = max(0, copies - 4 * num_weights)  # they are gone before there are gradients
+    rows = model.text_seq_len * model.text_table_size + model.image_seq_len * model.num_image_tokens
+    return float(layers + copies + run.batch_size * rows * (size + 4 + 4))
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Bytes that this process held at most so far: tensors on a GPU, everything on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def total_bytes(device: torch.device) -> int:
+    """Memory of the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
