@@ -385,7 +385,7 @@ def test_missing_places_are_named(example, upstream, imagenet, tmp_path):
 
 @pytest.mark.slow
 def test_several_processes_train_the_same_model(example, upstream, imagenet, tmp_path):
-    """--n-gpus starts torchrun; the weights are those of one process."""
+    """--n-gpus starts torchrun; the losses are those of one process."""
     import subprocess
 
     config = write(tmp_path / "cls.yaml", **{"experiment.epochs": 2, "experiment.local_batch_size": 1})
@@ -394,7 +394,6 @@ def test_several_processes_train_the_same_model(example, upstream, imagenet, tmp
     words += ["--device", "cpu", "--n-gpus", "2", "--dataloader-workers", "0"]
     script = ROOT / "examples" / "transfer_learning_ex.py"
     subprocess.run([sys.executable, str(script), *words], check=True, timeout=300)
-    one, two = (
-        torch.load(tmp_path / side / "cls" / "ckpt" / "dalle_1.pt", weights_only=True)["weights"] for side in "ab"
-    )
-    assert all(torch.allclose(one[key], two[key], atol=1e-5) for key in one)
+    # Not the weights: the keys' biases have no true gradient, and Adam makes whole steps of its rounding.
+    for event in ("train", "validation"):
+        assert losses(tmp_path / "b" / "cls", event) == pytest.approx(losses(tmp_path / "a" / "cls", event), abs=1e-4)
