@@ -40,12 +40,11 @@ def head_ipu(ipu: IpuConfig) -> int:
 def pipeline_plan(config: Config, encodes_images: bool = True) -> List[Placement]:
     """Return every part of the model with its IPU, in the order in which a forward pass comes to them.
 
-    encodes_images: the VQGAN runs on the IPU, in front of the embeddings; False when the data are image codes already.
+    encodes_images: the VQGAN runs on IPU 0, in front of the embeddings; False when the data are image codes already.
     """
     ipu = config.ipu
-    first = ["vqgan"] if encodes_images else []
-    first += ["dalle.text_emb", "dalle.image_emb", *POSITIONS]
-    plan = [Placement(path, ipu.embedding_ipu_id) for path in first]
+    plan = [Placement("vqgan", 0)] if encodes_images else []
+    plan += [Placement(path, ipu.embedding_ipu_id) for path in ("dalle.text_emb", "dalle.image_emb", *POSITIONS)]
     plan += [Placement(LAYER + str(layer), index) for layer, index in enumerate(layer_ipus(ipu))]
     plan += [Placement(path, head_ipu(ipu)) for path in HEAD]
     return plan
