@@ -194,7 +194,8 @@ def test_resuming_continues_as_if_nothing_had_happened():
     model.dalle.load_state_dict(weights)
     again.prepare(model, dataset)
     again.load_state_dict(state)
-    assert again.state_dict()["random_state"] == state["random_state"]
+    assert torch.equal(again.state_dict()["random_states"], state["random_states"])
+    assert again.executor.rng_state == [42, 1]  # the seed, and what one call made of the state
     assert [float(again.step(batch).loss) for batch in batches] == expected
 
 
@@ -558,8 +559,26 @@ def test_poprun_shares_seed_weights_and_metrics(poprun):
     assert torch.equal(batch[0], torch.stack([dataset[index][0] for index in mine]))
     loss = engine.step(batch).loss
     assert loss.shape == () and engine.mean(torch.tensor(1.0)) == 2.0
-    assert engine.state_dict()["random_state"] == []
     engine.barrier()
+
+
+def test_each_process_of_poprun_goes_on_with_its_own_random_state(poprun, monkeypatch, caplog):
+    def broadcast(tensor, root_rank):
+        """A third number that tells the processes apart."""
+        return tensor if root_rank == 1 else tensor - torch.tensor([0, 0, 5])[: tensor.numel()]
+
+    monkeypatch.setattr(poprun, "broadcast", broadcast)
+    config = make_config(2, replication_factor=4)
+    engine = IpuEngine(config)
+    engine.prepare(make_model(), Pairs(samples_for(config)))
+    engine.executor.rng_state = [2**64 - 1, 7, 8]  # seeds have 64 bits and no sign
+    state = engine.state_dict()
+    assert state["random_states"].tolist() == [[-1, 7, 3], [-1, 7, 8]]
+    engine.executor.rng_state = [0, 0, 0]
+    engine.load_state_dict(state)
+    assert engine.executor.rng_state == [2**64 - 1, 7, 8] and "random states" not in caplog.text
+    engine.load_state_dict(dict(state, random_states=state["random_states"][:1], replicas=2))
+    assert "written by 2 replicas in 1 processes, now there are 4 in 2: random states are new" in caplog.text
 
 
 def test_poprun_and_the_configuration_must_agree(poprun, monkeypatch):
