@@ -77,6 +77,8 @@ def test_equals_the_native_engine(stages, factor, iterations, replicas):
     assert losses == pytest.approx(grouped(expected, iterations), abs=1e-6)
     assert largest_difference(engine.model_state(), weights) < 2e-6
     assert engine.executor.capture.switches == stages - 1
+    assert engine.executor.capture.serialized == ([factor] if factor > 1 else [])  # the head
+    assert isinstance(engine.model.dalle.text_emb, SerializedEmbedding) == (factor > 1)
 
 
 def test_mindalles_architecture_trains_the_same():
@@ -284,6 +286,7 @@ def test_half_precision_is_captured_with_losses_in_full():
     engine.prepare(make_model(with_vqgan=True, rotary=True, dim_head=12), Pairs(samples_for(config), images=True))
     assert {parameter.dtype for parameter in engine.model.parameters()} == {torch.float16}
     assert engine.model.dalle.transformer.angles.dtype == torch.float32
+    assert {value.dtype for value in engine.model_state().values()} == {torch.float32}
     assert engine.executor._signature[1][1] == torch.float16
     optimizer = engine.optimizer
     assert (optimizer.accum_type, optimizer.first_order_momentum_accum_type) == (torch.float16, torch.float16)
@@ -338,7 +341,7 @@ def test_every_execution_flag_reaches_poptorch(tmp_path, poptorch):
     assert options.memory == {"IPU0": 0.1, "IPU1": 0.2, "IPU2": 0.3, "IPU3": 0.4}
     assert options.strategy.auto_stage is poptorch.AutoStage.AutoIncrement
     assert options.cache == str(tmp_path / "cache") and options.synthetic is True and options.offline is False
-    assert options.auto_round_num_ipus is True
+    assert options.auto_round_num_ipus is True and options.relaxed is True
     engine_options = options._Popart.engineOptions
     assert (
         engine_options["autoReport.directory"] == str(tmp_path / "profile")
@@ -393,6 +396,16 @@ def test_the_asynchronous_loader_gives_the_same_batches():
     assert len(batches[0]) == len(batches[1]) == 6
     for one, other in zip(*batches):
         assert all(torch.equal(a, b) for a, b in zip(one, other))
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_worker_processes_stay_for_the_whole_run(ahead):
+    config = make_config(1, dataloader_workers=2, async_dataloader=ahead)
+    engine = IpuEngine(config)
+    next(iter(engine.loader(Pairs(samples_for(config)), 0)))
+    assert (engine._loader.workers, engine._loader.persistent) == (2, True)
+    engine.close()
+    assert engine._loader is None
 
 
 def test_the_loader_goes_on_over_epochs_and_starts_anywhere():
