@@ -4,7 +4,7 @@ Letters: S pipeline stages, M micro-batches of one optimizer step (gradient accu
 """
 
 from itertools import accumulate
-from typing import List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional
 
 from args import Config, IpuConfig
 from models.config import DalleConfig
@@ -164,9 +164,9 @@ def _model_problems(config: Config, model: DalleConfig) -> List[str]:
             "--cls-ipu-id {} and --embedding-serialization-factor 1".format(ipu.embedding_ipu_id)
         )
     ipus = layer_ipus(ipu)
-    for shared in (model.shared_attn_ids, model.shared_ff_ids):
-        where = {}
-        for layer, index in enumerate(ipus if shared else []):
+    for shared in filter(None, (model.shared_attn_ids, model.shared_ff_ids)):
+        where: Dict[int, int] = {}  # the IPU of each set of shared weights
+        for layer, index in enumerate(ipus):
             if where.setdefault(shared[layer % len(shared)], index) != index:
                 found.append(
                     "--layers-per-ipu: layer {} shares weights with a layer on IPU {}, so it must lie there too".format(
