@@ -86,7 +86,7 @@ def main() -> None:
         log.setup(config.log_dir, engine.is_main)
         logger.info("%s", config.describe())
         logger.info("%s", engine.describe())
-        train(config, engine)
+        train(engine.config, engine)
     finally:
         engine.close()
 

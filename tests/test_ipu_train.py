@@ -59,28 +59,31 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, out, *more):
-    """Train and return the metrics."""
+def flags(folder, out, *more):
+    """The command line of a tiny run: 15 pairs for training, 7 in a step, 3 for validation."""
     words = (
         "--config unit_test --device ipu --image-size 16 --batch-size 1 --gradient-accumulation 7 --epochs 2 "
         "--max-steps 0 --text-seq-len 8 --hidden-size 16 --dim-head 8 --num-hidden-layers 3 --ipus-per-replica 4 "
         "--layers-per-ipu 0 1 1 1 --embedding-serialization-factor 4 --validation-fraction 0.17 --log-every 1 "
         "--lr-scheduler ReduceLROnPlateau"
     ).split()
-    config = args.parse(
-        [
-            *words,
-            "--input-folder",
-            str(folder / "pairs"),
-            "--vqgan-model-path",
-            str(folder / "vqgan.safetensors"),
-            "--vqgan-config-path",
-            str(folder / "vqgan.yaml"),
-            "--checkpoint-output-dir",
-            str(out / "ckpt"),
-            *more,
-        ]
-    )
+    return [
+        *words,
+        "--input-folder",
+        str(folder / "pairs"),
+        "--vqgan-model-path",
+        str(folder / "vqgan.safetensors"),
+        "--vqgan-config-path",
+        str(folder / "vqgan.yaml"),
+        "--checkpoint-output-dir",
+        str(out / "ckpt"),
+        *more,
+    ]
+
+
+def run(folder, out, *more):
+    """Train and return the metrics."""
+    config = args.parse(flags(folder, out, *more))
     engine = engines.create(config)
     try:
         train.train(config, engine)

@@ -33,13 +33,13 @@ class IpuEngine(Engine):
 
     def __init__(self, config: Config) -> None:
         check(config)
-        self.config = config
         self.poptorch = import_poptorch()
         self.hosts = find_hosts(config.execution.replication_factor)
         self.rank = self.hosts.index
         self.is_main = self.rank == 0
         self.world_size = self.hosts.count
         self.seed = self.hosts.broadcast_seed(config.execution.random_seed)
+        self.config = config = config.replace(random_seed=self.seed)
         self.options = build_options(self.poptorch, config, self.hosts, self.seed)
         self.iterations = self.steps_per_call = config.execution.device_iterations
         self.half = uses_half(config)
