@@ -86,7 +86,7 @@ def main() -> None:
         log.setup(config.log_dir, engine.is_main)
         logger.info("%s", config.describe())
         logger.info("%s", engine.describe())
-        train(engine.config, engine)
+        train(config, engine)
     finally:
         engine.close()
 
@@ -331,10 +331,12 @@ def build_parts(config: Config) -> Parts:
 def encode_images(config: Config, engine: Engine, parts: Parts, resumed: Optional[Start] = None) -> Parts:
     """Turn images into their codes, each once for all epochs and runs (--cache-codes), and let the VQGAN's weights go.
 
-    resumed: the checkpoint that the run goes on from, if there is one.
+    resumed: the checkpoint that the run goes on from, if there is one. auto leaves random images alone: they are there
+    to measure the whole step.
     """
     options, vqgan = config.data, parts.vqgan
-    if not options.keeps_codes:
+    generated = options.generated_data or options.synthetic_data
+    if options.cache_codes == "off" or (options.cache_codes == "auto" and generated):
         return parts
     identity = vqgan.identity
     if identity == "random":
@@ -354,8 +356,6 @@ def encode_images(config: Config, engine: Engine, parts: Parts, resumed: Optiona
     first_epoch = resumed is None or resumed.checkpoint.training["position"]["epoch"] == 0
     calls = -(-config.execution.max_steps // engine.steps_per_call)
     samples, order = calls * engine.steps_per_call * config.global_batch, None
-    if config.ipu.compile_only:  # the first one tells the shapes
-        samples, parts = 1, parts._replace(validation_set=None)
     if 0 < samples < len(parts.train_set) and first_epoch:
         order = parts.train_set.order(config.execution.random_seed, 0)[:samples]
     train_set, validation_set = cache.encoded(parts.train_set, parts.validation_set, order)

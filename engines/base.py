@@ -4,7 +4,6 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
 from torch import Tensor, nn
 
-from args import Config
 from models.config import DalleConfig
 from models.dalle import TextToImage
 from models.vqgan import image_codes
@@ -38,8 +37,6 @@ class Engine:
     """One kind of device. Exactly `steps_per_call` optimizer steps happen per `step`."""
 
     name: str
-    config: Config
-    """The configuration, with the random seed that all processes share."""
     is_main: bool
     """This process logs and saves; exactly one does."""
     rank: int = 0

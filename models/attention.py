@@ -154,18 +154,9 @@ class Attention(nn.Module):
         attended = sdpa(query, cache.text_key[:, :, :end], cache.text_value[:, :, :end], mask, causal=False)
         return self.merge(attended)
 
-    def extend_image(
-        self, x: Tensor, start: int, cache: LayerCache, mask: Tensor, angles: Optional[Tensor] = None
-    ) -> Tensor:
-        """Attend from image positions and add them to the cache: x (B, n, D) is the one at `start`, or the first n.
-
-        Returns (B, n, D). Raises ValueError for several that are not the first.
-        """
+    def first_codes(self, x: Tensor, cache: LayerCache, mask: Tensor, angles: Optional[Tensor] = None) -> Tensor:
+        """Attend from the first n image positions, x (B, n, D), and add them to the cache. (B, n, D)."""
         query, key, value = self.project(x, angles)
-        if x.shape[1] == 1:
-            return self.merge(cache.attend(query, key, value, start))
-        if start:
-            raise ValueError("several codes at a time can only be the first ones, not from position {}".format(start))
         cache.put_first_codes(key, value)
         first, total = cache.text_len, cache.text_len + x.shape[1]
         keys = torch.cat([cache.text_key.repeat_interleave(cache.images, 0), key], dim=2)

@@ -124,6 +124,8 @@ class JoinedCache(LayerCache):
             room = max(len(seen) for seen in _seen(self.pattern, grid, self.text_key.device))
         shape = (2, images, config.heads, lanes, config.text_len + room, config.dim_head)
         self.lanes = self.text_key.new_zeros(shape)
+        keys, values = self.lanes.unbind(0)
+        self._lanes = list(zip(keys.unbind(2), values.unbind(2)))  # views, looked up once
 
     def put_text(self, start: int, key: Tensor, value: Tensor) -> None:
         super().put_text(start, key, value)
@@ -153,19 +155,18 @@ class JoinedCache(LayerCache):
             last = position % self.grid
         elif self.pattern == "axial_col":
             last, lane = divmod(position, self.grid)
-        elif self.pattern != "full":
-            seen = _seen(self.pattern, self.grid, query.device)[position]
-            last = len(seen) - 1
-        keys, values = self.lanes[:, :, :, lane].unbind(0)
-        end = self.text_len + last
+        keys, values = self._lanes[lane]
         if self.pattern in ("full", "axial_row", "axial_col"):
-            keys[:, :, end : end + 1] = key
-            values[:, :, end : end + 1] = value
+            end = self.text_len + last
+            keys.narrow(2, end, 1).copy_(key)
+            values.narrow(2, end, 1).copy_(value)
         else:
-            self.codes[0, :, :, position : position + 1] = key
-            self.codes[1, :, :, position : position + 1] = value
-            self.lanes[:, :, :, 0, self.text_len : end + 1] = self.codes.index_select(3, seen)
-        return F.scaled_dot_product_attention(query, keys[:, :, : end + 1], values[:, :, : end + 1])
+            seen = _seen(self.pattern, self.grid, query.device)[position]
+            end = self.text_len + len(seen) - 1
+            for codes, new, room in zip(self.codes, (key, value), (keys, values)):
+                codes.narrow(2, position, 1).copy_(new)
+                room.narrow(2, self.text_len, len(seen)).copy_(codes.index_select(2, seen))
+        return F.scaled_dot_product_attention(query, keys.narrow(2, 0, end + 1), values.narrow(2, 0, end + 1))
 
 
 def make_cache(

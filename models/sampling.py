@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.cache import LayerCache
 from models.dalle import DALLE
-from models.packing import packed_weights
+from models.stepping import stepping
 
 
 class SamplingOptions(NamedTuple):
@@ -100,12 +100,9 @@ def prefill(model: DALLE, text: Tensor, images: int) -> Tuple[Tensor, List[Layer
     return model.hidden(x[:, -1:])[:, 0], caches
 
 
-def decode_codes(model: DALLE, codes: Tensor, start: int, caches: List[LayerCache]) -> Tensor:
-    """Feed the codes (B, n) at image positions from `start` on; return the hidden state after the last of them (B, D).
-
-    The very last code of an image is never fed: nothing follows it.
-    """
-    x = model.transformer.extend_image(model.embed_codes(codes, start), start, caches)
+def first_codes(model: DALLE, codes: Tensor, caches: List[LayerCache]) -> Tensor:
+    """Feed the first n codes of each image at once, (B, n); return the hidden state after the last of them (B, D)."""
+    x = model.transformer.first_codes(model.embed_codes(codes), caches)
     return model.hidden(x[:, -1:])[:, 0]
 
 
@@ -143,18 +140,18 @@ def draw_codes(
     if prefix:
         codes[:, :prefix] = torch.tensor(kept[:prefix], device=device)
         if prefix < num_codes:
-            hidden = decode_codes(model, codes[:, :prefix].repeat(branches, 1), 0, caches)
-    with packed_weights([model.transformer, model.image_head], batch * branches):
+            hidden = first_codes(model, codes[:, :prefix].repeat(branches, 1), caches)
+    with stepping(model, batch * branches) as step:
         for position in range(prefix, num_codes):
             if kept[position] >= 0:
-                codes[:, position] = kept[position]
+                token = torch.full_like(codes[:, position], kept[position])
             else:
-                logits = guided(model.image_head(hidden), options.cond_scale).float()
+                logits = guided(step.logits(hidden), options.cond_scale).float()
                 token = draw(logits, noise[:, position], options)
-                codes[:, position] = token
                 log_likelihood += torch.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]
-            if position + 1 < num_codes:
-                hidden = decode_codes(model, codes[:, position : position + 1].repeat(branches, 1), position, caches)
+            codes[:, position] = token
+            if position + 1 < num_codes:  # nothing follows the last one
+                hidden = step(token if branches == 1 else token.repeat(branches), position, caches)
             if on_token is not None:
                 on_token()
     return Drawn(codes, log_likelihood)

@@ -3,7 +3,7 @@
 Letters: B batch, P positions of the text part, N image tokens, L = P + N - 1 positions, D width.
 """
 
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -14,27 +14,35 @@ from models.cache import LayerCache, make_cache
 from models.config import DalleConfig
 
 
-class _Geglu(torch.autograd.Function):
-    """x * gelu(gate) of a tensor [x | gate] that keeps only its input for the gradient and writes that in place.
+class _GegluLinear(torch.autograd.Function):
+    """Linear(x * gelu(gate)) of a tensor [x | gate] that keeps nothing else for the gradient.
 
-    Autograd by itself keeps gelu(gate) too and joins the two halves of the gradient in a copy.
+    Autograd by itself keeps gelu(gate) and the product too, two thirds as much again, and joins the two halves of the
+    gradient in a copy. Both are cheap to compute a second time.
     """
 
     @staticmethod
-    def forward(ctx: Any, both: Tensor) -> Tensor:
-        ctx.save_for_backward(both)
+    def forward(ctx: Any, both: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+        ctx.save_for_backward(both, weight)
+        ctx.has_bias = bias is not None
         x, gate = both.chunk(2, dim=-1)
-        return F.gelu(gate).mul_(x)
+        # Cast here and not by autocast: backward runs outside of it.
+        return F.linear(F.gelu(gate).mul_(x), weight.to(both.dtype), None if bias is None else bias.to(both.dtype))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (both,) = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+        both, weight = ctx.saved_tensors
         x, gate = both.chunk(2, dim=-1)
-        result = torch.empty_like(both)
-        for_x, for_gate = result.chunk(2, dim=-1)
-        torch.mul(gradient, F.gelu(gate), out=for_x)
-        torch.ops.aten.gelu_backward.grad_input(gradient * x, gate, grad_input=for_gate)
-        return result
+        active = F.gelu(gate)
+        rows = gradient.flatten(0, -2)
+        for_weight = rows.t() @ (active * x).flatten(0, -2)
+        for_product = gradient @ weight.to(gradient.dtype)
+        for_both = torch.empty_like(both)
+        for_x, for_gate = for_both.chunk(2, dim=-1)
+        torch.mul(for_product, active, out=for_x)
+        torch.ops.aten.gelu_backward.grad_input(for_product.mul_(x), gate, grad_input=for_gate)
+        for_bias = rows.sum(dim=0).to(weight.dtype) if ctx.has_bias else None
+        return for_both, for_weight.to(weight.dtype), for_bias
 
 
 class FeedForward(nn.Module):
@@ -53,11 +61,10 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
         if self.activation == "geglu":
-            if self.fused and torch.is_grad_enabled():
-                x = _Geglu.apply(x)
-            else:
-                x, gate = x.chunk(2, dim=-1)
-                x = x * F.gelu(gate)
+            if self.fused and torch.is_grad_enabled() and not (self.training and self.dropout.p):
+                return _GegluLinear.apply(x, self.down.weight, self.down.bias)
+            x, gate = x.chunk(2, dim=-1)
+            x = x * F.gelu(gate)
         elif self.activation == "gelu":
             x = F.gelu(x)
         else:
@@ -141,17 +148,18 @@ class Block(nn.Module):
         normed = branch.norm(x)
         return branch.add(x, branch.fn(shift_text(normed) if self.shifts else normed))
 
-    def extend_image(self, x: Tensor, start: int, cache: LayerCache, mask: Tensor, angles: Optional[Tensor]) -> Tensor:
-        """Run image positions start .. start + n - 1, x (B, n, D)."""
+    def first_codes(self, x: Tensor, cache: LayerCache, mask: Tensor, angles: Optional[Tensor]) -> Tensor:
+        """Run the first n image positions, x (B, n, D). One position after the other is stepping.py's."""
         branch = self.attention
-        normed = self._shift_cached(branch.norm(x), start, cache.history[0])
-        x = branch.add(x, branch.fn.extend_image(normed, start, cache, mask, angles))
+        normed = branch.norm(x)
+        normed = self.shift_cached(normed, 0, cache.history[0]) if self.shifts else normed
+        x = branch.add(x, branch.fn.first_codes(normed, cache, mask, angles))
         branch = self.feed_forward
-        return branch.add(x, branch.fn(self._shift_cached(branch.norm(x), start, cache.history[1])))
+        normed = branch.norm(x)
+        return branch.add(x, branch.fn(self.shift_cached(normed, 0, cache.history[1]) if self.shifts else normed))
 
-    def _shift_cached(self, x: Tensor, start: int, history: Optional[Tensor]) -> Tensor:
-        if history is None:
-            return x
+    def shift_cached(self, x: Tensor, start: int, history: Tensor) -> Tensor:
+        """Keep x (B, n, D) of the image positions from `start` on in history (B, N, D) and return them shifted."""
         end = start + x.shape[1]
         history[:, start:end] = x
         # Only the last row of codes can matter: positions before start - grid are never looked at.
@@ -211,10 +219,10 @@ class Transformer(nn.Module):
             x = layer.extend_text(x, start, cache, angles)
         return x
 
-    def extend_image(self, x: Tensor, start: int, caches: List[LayerCache]) -> Tensor:
-        """Run image positions from `start` on (0 is the first code). x (B, n, D) -> (B, n, D)."""
-        first = self.config.text_len + start
+    def first_codes(self, x: Tensor, caches: List[LayerCache]) -> Tensor:
+        """Run the first n image positions. x (B, n, D) -> (B, n, D)."""
+        first = self.config.text_len
         angles = self._angles(first, first + x.shape[1])
         for index, (layer, cache) in enumerate(zip(self.layers, caches)):
-            x = layer.extend_image(x, start, cache, self.mask(index), angles)
+            x = layer.first_codes(x, cache, self.mask(index), angles)
         return x

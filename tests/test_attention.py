@@ -103,7 +103,7 @@ def test_implementations_agree(pattern):
 
 def test_the_gate_with_its_own_gradient_is_the_plain_one():
     torch.manual_seed(7)
-    layer = FeedForward(TINY).double()
+    layer = FeedForward(TINY).double().train()
     x = torch.randn(2, 3, TINY.dim, dtype=torch.float64, requires_grad=True)
     results = []
     for fused in (True, False):

@@ -9,13 +9,12 @@ import torch
 from models.cache import JoinedCache
 from models.config import DalleConfig
 from models.dalle import DALLE
-from models.packing import packed_weights
 from models.sampling import (
     SamplingOptions,
     complete_text,
-    decode_codes,
     draw,
     draw_codes,
+    first_codes,
     guided,
     keep_top_k,
     keep_top_p,
@@ -23,6 +22,7 @@ from models.sampling import (
     top_k_count,
     uniforms,
 )
+from models.stepping import product, stepping
 
 TINY = DalleConfig(
     num_text_tokens=12,
@@ -84,14 +84,10 @@ def conditional_logits(model, text, codes, cond_scale=1.0):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "pieces",
-    [[1] * 35, [35], [4] + [1] * 31, [18] + [1] * 17, [25] + [1] * 10],
-    ids=["one by one", "at once", "after a few", "after whole rows", "after most"],
-)
+@pytest.mark.parametrize("first", [0, 1, 4, 18, 25, 35])
 @pytest.mark.parametrize("images", [1, 3], ids=["joined", "shared"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_cached_logits_are_those_of_the_whole_pass(options, images, pieces):
+def test_cached_logits_are_those_of_the_whole_pass(options, images, first):
     """Two prompts with one or three images each, first codes and then one after the other; nothing follows the last."""
     model = random_model(**options)
     codes = random_codes(2 * images)
@@ -100,27 +96,36 @@ def test_cached_logits_are_those_of_the_whole_pass(options, images, pieces):
     assert isinstance(caches[0], JoinedCache) == (images == 1)
     hidden = model.image_head(hidden).repeat_interleave(images, 0)
     torch.testing.assert_close(hidden, expected[:, 0], rtol=1e-9, atol=1e-9)
-    start = 0
-    for piece in pieces:
-        hidden = decode_codes(model, codes[:, start : start + piece], start, caches)
-        start += piece
-        torch.testing.assert_close(model.image_head(hidden), expected[:, start], rtol=1e-9, atol=1e-9)
-    assert start == 35
+    if first:
+        hidden = first_codes(model, codes[:, :first], caches)
+        torch.testing.assert_close(model.image_head(hidden), expected[:, first], rtol=1e-9, atol=1e-9)
+    with stepping(model, 2 * images) as step:
+        for position in range(first, 35):
+            hidden = step(codes[:, position], position, caches)
+            torch.testing.assert_close(step.logits(hidden), expected[:, position + 1], rtol=1e-9, atol=1e-9)
 
 
-def test_packed_weights_give_the_same_products_and_leave_no_trace():
+@pytest.mark.parametrize("rows", [1, 2, 5], ids=["transposed", "as they are", "packed"])
+def test_weights_in_another_layout_give_the_same_products(rows):
     torch.manual_seed(3)
-    layers = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.GELU(), torch.nn.Linear(40, 8, bias=False))
-    inputs = [torch.randn(6, 24), torch.randn(2, 3, 24), torch.randn(5, 24)]  # the last has other rows than announced
-    plain = [layers(x) for x in inputs]
-    enabled = torch.backends.mkldnn.set_flags(True)[0]
-    with torch.no_grad(), packed_weights([layers], rows=6):
-        assert "forward" in vars(layers[0]) or not torch.backends.mkl.is_available()
-        for x, expected in zip(inputs, plain):
-            torch.testing.assert_close(layers(x), expected)
-    assert torch.backends.mkldnn.set_flags(enabled)[0] and not any("forward" in vars(layer) for layer in layers)
-    with packed_weights([layers], rows=2), packed_weights([layers.double()], rows=6):
-        assert not any("forward" in vars(layer) for layer in layers)
+    x = torch.randn(rows, 1, 24)
+    for layer in (torch.nn.Linear(24, 40), torch.nn.Linear(24, 8, bias=False)):
+        with torch.no_grad():
+            expected = layer(x)
+            for copies in (True, False):
+                torch.testing.assert_close(product(layer, rows, copies)(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_steps_leave_no_trace(rows, dtype):
+    model = random_model().to(dtype)
+    before = torch.backends.mkldnn.set_flags(True)[0]
+    with torch.no_grad(), stepping(model, rows) as step:
+        assert step.copies == (dtype == torch.float32 and torch.backends.mkl.is_available())
+        with pytest.raises(KeyError, match="stop"), stepping(model, rows):
+            raise KeyError("stop")
+    assert torch.backends.mkldnn.set_flags(before)[0]
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -1,0 +1,146 @@
+"""One code of each image at a time: the transformer with all that no position changes looked up beforehand.
+
+A token of a few images is many small operations and a pass over all weights. Here the modules' attributes are read
+once and not for every token, and on a CPU weights are laid out for the rows there are: in each product with a handful
+of rows MKL rearranges the weight, which costs more than the product; rearranged once, 8 rows take about half the time
+(AVX-512, L16).
+
+Letters: B rows (images, twice as many with guidance), D width, H heads, K width of a head.
+"""
+
+import contextlib
+from typing import Any, Callable, Iterator, List, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import rotate
+from models.cache import LayerCache
+from models.dalle import DALLE
+from models.transformer import Block, FeedForward, Residual
+
+#: Bytes of weights up to which a second copy is made. Larger models need the memory more than the time.
+_MAX_BYTES = 2 * 2**30
+#: From so many rows on, packed weights are faster. Two or three read them as fast as memory gives them anyway.
+_PACKED_ROWS = 4
+
+Product = Callable[[Tensor], Tensor]
+
+
+def _copies(modules: List[nn.Module]) -> bool:
+    """Whether weights may be laid out anew: float32 on a CPU with MKL, and not too many."""
+    linears = [module for root in modules for module in root.modules() if isinstance(module, nn.Linear)]
+    return (
+        all(linear.weight.device.type == "cpu" and linear.weight.dtype == torch.float32 for linear in linears)
+        and sum(linear.weight.numel() * 4 for linear in linears) <= _MAX_BYTES
+        and torch.backends.mkl.is_available()
+        and hasattr(torch.ops.mkl, "_mkl_linear")
+    )
+
+
+def product(module: nn.Module, rows: int, copies: bool) -> Product:
+    """Return what a linear layer does to x (rows, 1, C): x @ weight.T + bias. `copies` allows another layout."""
+    if type(module) is not nn.Linear:
+        return module.forward  # int8 weights, say
+    weight, bias = module.weight.detach(), module.bias
+    if copies and rows == 1:
+        columns = weight.t().contiguous().t()
+        return lambda x: F.linear(x, columns, bias)
+    if copies and rows >= _PACKED_ROWS:
+        packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+        multiply = torch.ops.mkl._mkl_linear
+        return lambda x: multiply(x, packed, weight, bias, rows)
+    return lambda x: F.linear(x, weight, bias)
+
+
+def _norm(norm: nn.LayerNorm) -> Product:
+    shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
+    return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+
+
+def _adder(branch: Residual) -> Callable[[Tensor, Tensor], Tensor]:
+    """`Residual.add` with its parameters at hand."""
+    if branch.norm_out is not None:
+        return branch.add
+    scale = branch.scale
+    return torch.add if scale is None else lambda x, y: torch.addcmul(x, y, scale)
+
+
+def _feed_forward(layer: FeedForward, rows: int, copies: bool) -> Product:
+    up, down = product(layer.up, rows, copies), product(layer.down, rows, copies)
+
+    def geglu(x: Tensor) -> Tensor:
+        x, gate = up(x).chunk(2, dim=-1)
+        return down(F.gelu(gate).mul_(x))
+
+    def quick_gelu(x: Tensor) -> Tensor:
+        x = up(x)
+        return down(x * torch.sigmoid(1.702 * x))
+
+    return {"geglu": geglu, "gelu": lambda x: down(F.gelu(up(x))), "quick_gelu": quick_gelu}[layer.activation]
+
+
+def _layer(block: Block, rows: int, copies: bool) -> Callable[..., Tensor]:
+    """Return (x (B, 1, D), position, cache, angles) -> (B, 1, D): `Block.forward` at one image position."""
+    attention, heads, width = block.attention.fn, block.attention.fn.heads, block.attention.fn.dim_head
+    norm, other_norm = _norm(block.attention.norm), _norm(block.feed_forward.norm)
+    add, other_add = _adder(block.attention), _adder(block.feed_forward)
+    qkv, out = product(attention.qkv, rows, copies), product(attention.out, rows, copies)
+    feed_forward = _feed_forward(block.feed_forward.fn, rows, copies)
+    shift = block.shift_cached if block.shifts else None
+
+    def step(x: Tensor, position: int, cache: LayerCache, angles: Optional[Tensor]) -> Tensor:
+        normed = norm(x)
+        if shift is not None:
+            normed = shift(normed, position, cache.history[0])
+        query, key, value = qkv(normed).view(rows, 3, heads, 1, width).unbind(1)
+        if angles is not None:
+            query, key, value = (rotate(tensor, angles) for tensor in (query, key, value))
+        x = add(x, out(cache.attend(query, key, value, position).reshape(rows, 1, heads * width)))
+        normed = other_norm(x)
+        if shift is not None:
+            normed = shift(normed, position, cache.history[1])
+        return other_add(x, feed_forward(normed))
+
+    return step
+
+
+class Stepper:
+    """Feeds one code of each image at a time. Weights must not change while it lives; no gradient, no dropout."""
+
+    def __init__(self, model: DALLE, rows: int) -> None:
+        self.model, self.rows = model, rows
+        self.copies = _copies([model.transformer, model.image_head])
+        self.layers = [_layer(block, rows, self.copies) for block in model.transformer.layers]
+        self.table = model.image_emb
+        self.positions = None if model.image_pos_emb is None else model.image_pos_emb.table()
+        self.logits = product(model.image_head, rows, self.copies)
+        """Hidden states (B, D) -> logits of the codes (B, C)."""
+
+    def __call__(self, codes: Tensor, position: int, caches: List[LayerCache]) -> Tensor:
+        """Feed the codes (B,) at an image position; return the hidden state after them (B, D)."""
+        x = self.table(codes)[:, None]
+        if self.positions is not None:
+            x = x + self.positions[position]
+        first = self.model.config.text_len + position
+        angles = self.model.transformer.angles
+        angles = None if angles is None else angles[first : first + 1]
+        for layer, cache in zip(self.layers, caches):
+            x = layer(x, position, cache, angles)
+        return self.model.hidden(x)[:, 0]
+
+
+@contextlib.contextmanager
+def stepping(model: DALLE, rows: int) -> Iterator[Stepper]:
+    """Within the context, a `Stepper` for so many rows."""
+    stepper = Stepper(model, rows)
+    before: Any = None
+    if stepper.copies:
+        # For a row or two, oneDNN takes longer to set up its gelu than PyTorch's own takes to compute it.
+        before = torch.backends.mkldnn.set_flags(False)
+    try:
+        yield stepper
+    finally:
+        if before is not None:
+            torch.backends.mkldnn.set_flags(before[0])
