@@ -1,0 +1,361 @@
+#!/usr/bin/env python3
+"""This project beside its peers, in one run: training, drawing, memory, and how far each is from the machine's limits.
+
+    python benchmarks/compare_peers.py                         the table, compare_peers.json and .png
+    python benchmarks/compare_peers.py --growth                also how cost grows with batch and grid
+    python benchmarks/compare_peers.py --config minDALLE_1.3B --device cuda --precision bf16 --images 1 96
+
+Every contestant runs in a process of its own (benchmarks/contestants.py). They take turns, so that whatever else the
+machine does meets all of them; medians are shown, and ratios are medians of the ratios within a turn. Contestants that
+compute a whole sequence for each code are timed at a few positions of an image and the rest is interpolated (--exact
+draws whole images). The peer is left out where it is not installed:
+
+    pip install einops && pip install --no-deps dalle-pytorch==1.6.6 axial-positional-embedding rotary-embedding-torch
+"""
+
+import argparse
+import functools
+import importlib.util
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import log  # noqa: E402
+from benchmarks import chart, limits  # noqa: E402
+from benchmarks.contestants import (  # noqa: E402
+    GENERATE,
+    NAMES,
+    OURS,
+    PEER,
+    PLAIN,
+    REPAIRED,
+    TRAIN_CODES,
+    TRAIN_IMAGES,
+    settings,
+    shape,
+)
+from utils.errors import UserError, run_main  # noqa: E402
+from utils.files import atomic_write  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+#: Who does what. The peer reads codes as well as images; drawing is where its cache matters.
+ENTRIES: Dict[str, Tuple[str, ...]] = {
+    TRAIN_CODES: (OURS, PEER),
+    TRAIN_IMAGES: (OURS, PLAIN, PEER),
+    GENERATE: (OURS, REPAIRED, PEER, PLAIN),
+}
+#: Contestants that compute the whole sequence for each code.
+WHOLE_SEQUENCE = (PEER, PLAIN)
+#: Positions of an image at which those are timed, as shares of its codes.
+POSITIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+class Measured(NamedTuple):
+    """What one contestant took for one task, in every turn."""
+
+    name: str
+    task: str
+    images: int
+    """Images drawn together, or samples of a training step."""
+    seconds: List[float]
+    """A training step, or all images from caption to pixels."""
+    peak: int
+    """Bytes: the most its process ever held."""
+    interpolated: bool
+
+    def to_dict(self) -> Dict[str, Any]:
+        return dict(self._asdict(), median=median(self.seconds))
+
+
+class Worker:
+    """A contestant's process."""
+
+    def __init__(self, name: str, task: str, options: argparse.Namespace, batch: int = 0, grid: int = 0) -> None:
+        self.name, self.task, self.peak = name, task, 0
+        command = [sys.executable, "-m", "benchmarks.contestants", name, task, "--config", options.config]
+        command += ["--device", options.device, "--precision", options.precision, "--threads", str(options.threads)]
+        command += ["--batch-size", str(batch or options.batch_size), "--grid", str(grid)]
+        self.log = open(Path(options.output, "contestants.log"), "ab")
+        self.process = subprocess.Popen(
+            command, cwd=str(ROOT), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, bufsize=0
+        )
+        self.parameters = self._answer()["parameters"]
+
+    def _answer(self) -> Dict[str, Any]:
+        line = self.process.stdout.readline()
+        if not line:
+            self.close()
+            raise UserError("{} ({}) ended early: see {}".format(self.name, self.task, self.log.name))
+        return json.loads(line)
+
+    def ask(self, **request: Any) -> float:
+        """Have it do something; seconds it took."""
+        self.process.stdin.write((json.dumps(request) + "\n").encode())
+        answer = self._answer()
+        self.peak = answer["peak"]
+        return answer["seconds"]
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+        self.log.close()
+
+
+def alternate(workers: Sequence[Worker], turns: int, turn: Any) -> List[List[float]]:
+    """Let the workers take turns after one to warm up; each one's seconds."""
+    seconds: List[List[float]] = [[] for _ in workers]
+    for index in range(turns + 1):
+        for worker, own in zip(workers, seconds):
+            value = turn(worker)
+            if index:
+                own.append(value)
+    return seconds
+
+
+def measure_training(names: Sequence[str], task: str, options: argparse.Namespace) -> List[Measured]:
+    """One training task: every contestant's steps, in turns."""
+    workers = [Worker(name, task, options) for name in names]
+    try:
+        seconds = alternate(workers, options.turns, lambda worker: worker.ask(do="train"))
+        return [Measured(w.name, task, options.batch_size, own, w.peak, False) for w, own in zip(workers, seconds)]
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+def draw_seconds(worker: Worker, images: int, num_codes: int, exact: bool) -> float:
+    """Seconds in which a contestant draws and decodes so many images."""
+    if exact or worker.name not in WHOLE_SEQUENCE:
+        return worker.ask(do="draw", images=images)
+    at = [round(share * (num_codes - 1)) for share in POSITIONS]
+    costs = [worker.ask(do="token", position=position, images=images) for position in at]
+    pieces = zip(zip(at, at[1:]), zip(costs, costs[1:]))
+    tokens = sum((right - left) * (first + second) / 2 for (left, right), (first, second) in pieces)
+    return (tokens + (costs[0] + costs[-1]) / 2) + worker.ask(do="decode", images=images)
+
+
+def measure_drawing(names: Sequence[str], options: argparse.Namespace, num_codes: int) -> List[Measured]:
+    """Drawing, for each number of images: every contestant in turns."""
+    workers = [Worker(name, GENERATE, options) for name in names]
+    found = []
+    try:
+        for images in options.images:
+            turns = max(1, options.turns if images == 1 else options.turns // 2 if images < 32 else options.turns // 4)
+            seconds = alternate(
+                workers, turns, functools.partial(draw_seconds, images=images, num_codes=num_codes, exact=options.exact)
+            )
+            for worker, own in zip(workers, seconds):
+                interpolated = worker.name in WHOLE_SEQUENCE and not options.exact
+                found.append(Measured(worker.name, GENERATE, images, own, worker.peak, interpolated))
+            logger.info("drawing %d: %s", images, ", ".join("%s %.1f s" % (m.name, median(m.seconds)) for m in found))
+        return found
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+def measure_growth(options: argparse.Namespace) -> Dict[str, List[Dict[str, float]]]:
+    """How this project's cost grows with the batch and with the grid."""
+    growth: Dict[str, List[Dict[str, float]]] = {"batch": [], "grid": []}
+    for axis, values in (("batch", options.growth_batches), ("grid", options.growth_grids)):
+        for value in values:
+            batch, grid = (value, 0) if axis == "batch" else (options.batch_size, value)
+            images = value if axis == "batch" else 1
+            point: Dict[str, float] = {axis: value}
+            for key, task, request in (
+                ("train", TRAIN_CODES, {"do": "train"}),
+                ("draw", GENERATE, {"do": "draw", "images": images}),
+            ):
+                worker = Worker(OURS, task, options, batch, grid)
+                try:
+                    worker.ask(**request)
+                    seconds = median(worker.ask(**request) for _ in range(3 if key == "train" else 1))
+                    point[key] = seconds / (batch if key == "train" else images)
+                    point[key + "_peak"] = worker.peak
+                finally:
+                    worker.close()
+            growth[axis].append(point)
+            train, draw = point["train"], point["draw"]
+            logger.info("%s %d: training %.2f s a sample, drawing %.2f s an image", axis, value, train, draw)
+    return growth
+
+
+def ratio(found: Sequence[Measured], task: str, other: str, other_task: str, images: int) -> Optional[float]:
+    """How many times faster this project is than another: the median of the turns' ratios."""
+    by = {(m.name, m.task, m.images): m.seconds for m in found}
+    ours, theirs = by.get((OURS, task, images)), by.get((other, other_task, images))
+    if ours is None or theirs is None:
+        return None
+    return median(b / a for a, b in zip(ours, theirs))
+
+
+def summary(found: Sequence[Measured], report: Dict[str, Any], options: argparse.Namespace) -> Dict[str, Any]:
+    """The figures that the project is held to: ratios to the peers, and shares of what the machine allows."""
+    batch, machine = options.batch_size, report["machine"]
+    by = {(m.name, m.task, m.images): m for m in found}
+    result: Dict[str, Any] = {}
+
+    def add(key: str, value: Optional[float]) -> None:
+        if value is not None:
+            result[key] = round(value, 3)
+
+    for name in (PEER, PLAIN, REPAIRED):
+        label = "training on codes, speed over {} (images)".format(name)
+        add(label, ratio(found, TRAIN_CODES, name, TRAIN_IMAGES, batch))
+        add("training on images, speed over {}".format(name), ratio(found, TRAIN_IMAGES, name, TRAIN_IMAGES, batch))
+        for images in options.images:
+            label = "drawing {}, speed over {}".format(images, name)
+            add(label, ratio(found, GENERATE, name, GENERATE, images))
+    ours, peer = by.get((OURS, TRAIN_CODES, batch)), by.get((PEER, TRAIN_IMAGES, batch))
+    if ours and peer:
+        add("training on codes, peak memory of {}".format(PEER), ours.peak / peer.peak)
+    if ours:
+        speed = report["gflop_per_sample"] * batch / median(ours.seconds)
+        add("training on codes, share of the matrix product's speed", speed / machine["gflop_per_second"])
+    one = by.get((OURS, GENERATE, 1))
+    if one:
+        limit = report["weights_gb"] * report["num_codes"] / machine["read_gb_per_second"] + report["decode_seconds"]
+        add("drawing 1, times the limit that memory bandwidth sets", median(one.seconds) / limit)
+    return result
+
+
+def table(found: Sequence[Measured], report: Dict[str, Any]) -> str:
+    """The report for a terminal."""
+    machine = report["machine"]
+    lines = [
+        "{config}, {parameters:.1f} M parameters, {device}, {precision}, {date}".format(**report),
+        "{processor}, {threads} threads, PyTorch {torch}: matrix product {gflop_per_second:.0f} GFLOP/s, memory "
+        "{read_gb_per_second:.1f} GB/s".format(**machine),
+        "",
+        "{:<36}{:<17}{:>7}{:>12}{:>14}{:>12}".format("", "", "images", "seconds", "images/s", "peak GB"),
+    ]
+    for m in found:
+        seconds = median(m.seconds)
+        lines.append(
+            "{:<36}{:<17}{:>7}{:>12.2f}{:>14.3f}{:>12.2f}{}".format(
+                m.name, m.task, m.images, seconds, m.images / seconds, m.peak / 1e9, " *" if m.interpolated else ""
+            )
+        )
+    if any(m.interpolated for m in found):
+        lines.append("* interpolated from {} positions of an image, plus decoding".format(len(POSITIONS)))
+    lines.append("")
+    lines += ["{:<80}{:>8.2f}".format(key, value) for key, value in report["summary"].items()]
+    return "\n".join(lines)
+
+
+def read_options(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="L16", help="configuration (default: L16)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: fp32")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
+    parser.add_argument("--batch-size", type=int, default=2, help="samples of a training step (default: 2)")
+    parser.add_argument("--images", type=int, nargs="+", default=[1, 8, 32], help="drawn at once (default: 1 8 32)")
+    parser.add_argument("--turns", type=int, default=5, help="turns, after one to warm up; fewer for many images")
+    parser.add_argument("--tasks", nargs="+", choices=list(ENTRIES), default=list(ENTRIES), help="default: all")
+    parser.add_argument("--contestants", nargs="+", choices=NAMES, default=list(NAMES), help="default: all")
+    parser.add_argument("--exact", action="store_true", help="draw whole images with the slow contestants too")
+    parser.add_argument("--growth", action="store_true", help="also measure growth with batch and grid")
+    parser.add_argument("--growth-batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--growth-grids", type=int, nargs="+", default=[16, 20, 24, 28, 32])
+    parser.add_argument("--output", default="output/compare_peers", help="folder for the JSON and the chart")
+    options = parser.parse_args(argv)
+    if min([options.batch_size, options.turns, *options.images]) < 1 or options.threads < 0:
+        parser.error("--batch-size, --turns and --images take numbers from 1 up")
+    return options
+
+
+def processor() -> str:
+    """The processor's name, or the GPU's."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def describe(options: argparse.Namespace) -> Dict[str, Any]:
+    """Everything known before anything is timed."""
+    config = settings(options)
+    wanted, vqgan = shape(config)
+    speed = limits.Machine(options.device, options.precision)
+    codes = torch.zeros(1, wanted.image_seq_len, dtype=torch.long)
+    torch.nn.utils.convert_conv2d_weight_memory_format(vqgan, torch.channels_last)
+    decode = 0.0  # beside the rest nothing on a GPU
+    if options.device == "cpu":
+        decode = median(limits.seconds_of(lambda: vqgan.decode(codes)) for _ in range(3))
+    work = limits.Work(wanted)
+    return {
+        "config": options.config,
+        "device": options.device,
+        "precision": options.precision,
+        "date": datetime.now().strftime("%Y-%m-%d %H:%M"),
+        "command": " ".join(["python", *sys.argv]),
+        "parameters": work.parameters / 1e6,
+        "num_codes": wanted.image_seq_len,
+        "gflop_per_sample": work.training_flop / 1e9,
+        "weights_gb": work.weights_read * (4 if options.precision == "fp32" else 2) / 1e9,
+        "decode_seconds": decode,
+        "speed": speed,
+        "machine": {
+            "processor": processor() if options.device == "cpu" else torch.cuda.get_device_name(),
+            "threads": options.threads or torch.get_num_threads(),
+            "torch": torch.__version__,
+        },
+    }
+
+
+def main() -> None:
+    """Measure, print the table, write JSON and chart."""
+    options = read_options()
+    Path(options.output).mkdir(parents=True, exist_ok=True)
+    log.setup()
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # for all of them: as run_train.sh does
+    names = list(options.contestants)
+    if importlib.util.find_spec("dalle_pytorch") is None:
+        logger.warning("dalle-pytorch is not installed and left out: pip install --no-deps dalle-pytorch==1.6.6 "
+                       "axial-positional-embedding rotary-embedding-torch; pip install einops")
+        names = [name for name in names if name not in (PEER, REPAIRED)]
+    begin, report = time.perf_counter(), describe(options)
+    speed: limits.Machine = report.pop("speed")
+    found: List[Measured] = []
+    for task in options.tasks:
+        members = [name for name in ENTRIES[task] if name in names]
+        speed.measure()
+        if task == GENERATE:
+            found += measure_drawing(members, options, report["num_codes"])
+        else:
+            found += measure_training(members, task, options)
+            logger.info("%s: %s", task, ", ".join("%s %.2f s" % (m.name, median(m.seconds)) for m in found))
+    speed.measure()
+    report["machine"].update(speed.to_dict())
+    report["results"] = [m.to_dict() for m in found]
+    report["summary"] = summary(found, report, options)
+    if options.growth:
+        report["growth"] = measure_growth(options)
+    report["minutes"] = (time.perf_counter() - begin) / 60
+    with atomic_write(Path(options.output, "compare_peers.json"), "w") as file:
+        json.dump(report, file, indent=1)
+    chart.draw(report, Path(options.output, "compare_peers.png"))
+    sys.stdout.write(table(found, report) + "\n")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,338 @@
+"""One contestant of compare_peers.py, in a process of its own: its memory is its own, and so is what it imports.
+
+    python -m benchmarks.contestants NAME TASK --config L16 ...
+
+reads one JSON object a line from stdin (what to do) and answers with one on stdout (seconds it took). Every contestant
+has the same shape of model with random weights, the same random captions, codes and images.
+"""
+
+import argparse
+import importlib
+import json
+import resource
+import sys
+import time
+import types
+from dataclasses import replace
+from typing import Any, Callable, Dict, List, Tuple
+
+import torch
+from torch import Tensor
+
+import args
+import engines
+import train
+from bpe import load_tokenizer
+from models.config import DalleConfig
+from models.dalle import DALLE, TextToImage
+from models.sampling import SamplingOptions, draw, draw_codes, guided
+from models.vqgan import PUBLISHED, VQGAN
+
+OURS = "Mini DALL-E"
+PLAIN = "published algorithm"
+PEER = "dalle-pytorch"
+REPAIRED = "dalle-pytorch, cache passed on"
+NAMES = (OURS, PLAIN, PEER, REPAIRED)
+
+TRAIN_CODES, TRAIN_IMAGES, GENERATE = "train on codes", "train on images", "generate"
+TASKS = (TRAIN_CODES, TRAIN_IMAGES, GENERATE)
+
+#: The share of the logits that is dropped before drawing: DALLE-pytorch's filter_thres for all.
+DROPPED = 0.5
+
+#: Packages that dalle-pytorch 1.6.6 imports and no part of it needs here, with the names it takes from them.
+STUBS: Dict[str, Tuple[str, ...]] = {
+    "requests": (),
+    "omegaconf": ("OmegaConf",),
+    "taming": (),
+    "taming.models": (),
+    "taming.models.vqgan": ("VQModel", "GumbelVQ"),
+    "pkg_resources": ("get_distribution",),
+}
+
+
+def settings(options: argparse.Namespace) -> args.Config:
+    """The configuration, one micro-batch a step, nothing read and nothing written."""
+    flags = ["--config", options.config, "--generated-data", "--batch-size", str(options.batch_size)]
+    flags += ["--gradient-accumulation", "1", "--replication-factor", "1", "--device", options.device]
+    flags += ["--precision", options.precision]
+    if options.threads:
+        flags += ["--threads", str(options.threads)]
+    return args.parse(flags)
+
+
+def shape(config: args.Config, grid: int = 0) -> Tuple[DalleConfig, VQGAN]:
+    """The model of a configuration and a VQGAN of the published size, with random weights."""
+    published = PUBLISHED[train.published_vqgan(config)].config
+    vqgan = VQGAN(replace(published, resolution=grid * published.downsampling) if grid else published)
+    wanted = train.dalle_config(config, load_tokenizer(config.data.bpe_path), vqgan)
+    return replace(wanted, grid=grid or wanted.grid), vqgan.eval().requires_grad_(False)
+
+
+def channels_last(vqgan: VQGAN) -> VQGAN:
+    """Store its convolutions as this project does when it loads one."""
+    torch.nn.utils.convert_conv2d_weight_memory_format(vqgan, torch.channels_last)
+    return vqgan
+
+
+class Contestant:
+    """What every contestant has: the shape, random inputs, a device."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.config = settings(options)
+        self.engine = engines.create(self.config)  # checks the device, sets threads and precision
+        self.device = torch.device(options.device)
+        self.shape, self.vqgan = shape(self.config, options.grid)
+        self.batch = options.batch_size
+        self.autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.precision]
+        torch.manual_seed(0)
+        self.text = torch.randint(1, self.shape.num_text_tokens, (self.batch, self.shape.text_seq_len))
+        self.codes = torch.randint(self.shape.num_image_tokens, (self.batch, self.shape.image_seq_len))
+        side = self.vqgan.image_size
+        self.images = torch.randint(256, (self.batch, 3, side, side), dtype=torch.uint8)
+
+    def half(self) -> Any:
+        """Autocast in the precision asked for."""
+        return torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+
+    def prepare(self, task: str) -> None:
+        """Build what the task needs."""
+        raise NotImplementedError
+
+    def train(self) -> None:
+        """Take one optimizer step over the batch."""
+        raise NotImplementedError
+
+    def token(self, position: int, images: int) -> None:
+        """Draw the code at one position for so many images, all before it given: only where this costs what it costs
+        within a whole image."""
+        raise NotImplementedError
+
+    def draw(self, images: int) -> None:
+        """Draw the codes of so many images of one caption, and decode them."""
+        raise NotImplementedError
+
+    def decode(self, images: int) -> None:
+        """Decode so many images."""
+        codes = self.codes[:1].expand(images, -1).to(self.device)
+        with torch.no_grad():
+            self.vqgan.decode(codes)
+
+
+class Ours(Contestant):
+    """This project, through the engine that train.py uses and the sampler that generate.py uses."""
+
+    def prepare(self, task: str) -> None:
+        if task == TRAIN_CODES:  # as in train.py, which needs no VQGAN any more when all is encoded
+            self.vqgan = self.vqgan.to("meta")
+        else:
+            self.vqgan = channels_last(self.vqgan).to(self.device)
+        if task == GENERATE:
+            self.dalle = DALLE(self.shape).eval().to(self.device, self.autocast or torch.float32)
+            return
+        model = TextToImage(DALLE(self.shape), self.vqgan if task == TRAIN_IMAGES else None)
+        self.inputs = self.images if task == TRAIN_IMAGES else self.codes
+        self.engine.prepare(model)
+
+    def train(self) -> None:
+        self.engine.step([(self.text, self.inputs)])
+
+    def draw(self, images: int) -> None:
+        options = SamplingOptions(top_k=int(self.shape.num_image_tokens * (1 - DROPPED)))
+        codes = draw_codes(self.dalle, self.text[0], list(range(images)), options).codes
+        with torch.no_grad():
+            for part in codes.split(8):
+                self.vqgan.decode(part)
+
+
+class Plain(Contestant):
+    """The published way, on this project's layers: images encoded in each step, dense masks, the whole sequence again
+    for each code, with logits for every position."""
+
+    def prepare(self, task: str) -> None:
+        self.dalle = DALLE(self.shape, "sdpa").to(self.device)
+        self.vqgan = self.vqgan.to(self.device)
+        self.model = TextToImage(self.dalle, self.vqgan)
+        if task == GENERATE:
+            self.model.eval().to(self.autocast or torch.float32)
+        else:
+            self.optimizer = torch.optim.Adam(self.dalle.parameters(), lr=1e-4)
+
+    def train(self) -> None:
+        codes = self.model.codes(self.images.to(self.device))
+        with self.half():
+            loss = self.model(self.text.to(self.device), codes).total
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def token(self, position: int, images: int) -> None:
+        text = self.text[:1].expand(images, -1).to(self.device)
+        codes = self.codes[:1].expand(images, -1).to(self.device)
+        _, logits = self.dalle(text, codes)  # unused positions are padded: the published application's shapes are fixed
+        uniform = torch.rand(images, device=self.device)
+        draw(guided(logits[:, position], 1.0), uniform, SamplingOptions(top_k=logits.shape[-1] // 2))
+
+    def draw(self, images: int) -> None:
+        for position in range(self.shape.image_seq_len):
+            self.token(position, images)
+        self.decode(images)
+
+
+class Peer(Contestant):
+    """dalle-pytorch 1.6.6 as it is; its VQGAN is ours, with the same layers, stored as it stores them."""
+
+    for_inference = False
+
+    def prepare(self, task: str) -> None:
+        package = import_peer()
+        inner = self.vqgan = self.vqgan.to(self.device)
+
+        class Codes(package.VQGanVAE):  # type: ignore[misc, name-defined]
+            """What dalle-pytorch asks of a VQGAN."""
+
+            def __init__(self) -> None:
+                torch.nn.Module.__init__(self)
+                self.inner, self.channels = inner, 3
+                self.image_size, self.num_tokens = inner.image_size, inner.num_codes
+                self.num_layers = inner.config.downsampling.bit_length() - 1
+
+            def get_codebook_indices(self, images: Tensor) -> Tensor:
+                with torch.no_grad():
+                    return inner.encode(images)
+
+            def decode(self, codes: Tensor) -> Tensor:
+                return inner.decode(codes)
+
+        wanted = self.shape
+        self.dalle = package.DALLE(
+            dim=wanted.dim,
+            vae=Codes(),
+            num_text_tokens=wanted.num_text_tokens,
+            text_seq_len=wanted.text_seq_len,
+            depth=wanted.depth,
+            heads=wanted.heads,
+            dim_head=wanted.dim_head,
+            attn_types=tuple(wanted.attn_types),
+            loss_img_weight=wanted.loss_img_weight,
+            shift_tokens=False,
+            rotary_emb=False,
+            optimize_for_inference=self.for_inference,
+        ).to(self.device)
+        if task == GENERATE:
+            self.dalle.eval()
+        else:
+            parameters = [p for p in self.dalle.parameters() if p.requires_grad]
+            self.optimizer = torch.optim.Adam(parameters, lr=1e-4)
+            self.inputs = self.images.float() / 255 if task == TRAIN_IMAGES else self.codes
+
+    def train(self) -> None:
+        with self.half():
+            loss = self.dalle(self.text.to(self.device), self.inputs.to(self.device), return_loss=True)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def token(self, position: int, images: int) -> None:
+        text = self.text[:1].expand(images, -1).to(self.device)
+        codes = self.codes[:1, :position].expand(images, -1).to(self.device)
+        functions = sys.modules["dalle_pytorch.dalle_pytorch"]
+        with self.half():
+            logits = self.dalle.forward_with_cond_scale(text, codes, cond_scale=1.0, cache={})[:, -1]
+        functions.gumbel_sample(functions.top_k(logits, thres=DROPPED), temperature=1.0, dim=-1)
+
+    def draw(self, images: int) -> None:
+        text = self.text[:1].repeat(images, 1).to(self.device)
+        with self.half():
+            self.dalle.generate_images(text, filter_thres=DROPPED, use_cache=True)
+
+
+class Repaired(Peer):
+    """The same with its key/value cache handed on, which `forward_with_cond_scale` forgets without guidance, and its
+    sparse layers built as masked dense ones, without which they compute the whole sequence in spite of the cache."""
+
+    for_inference = True
+
+    def prepare(self, task: str) -> None:
+        super().prepare(task)
+
+        def forward(*inputs: Any, cond_scale: float = 1.0, cache: Any = None, **options: Any) -> Tensor:
+            return self.dalle(*inputs, cache=cache, **options)
+
+        self.dalle.forward_with_cond_scale = forward
+
+
+def import_peer() -> Any:
+    """Import dalle-pytorch with empty modules in place of what it only imports."""
+    for name, attributes in STUBS.items():
+        module = types.ModuleType(name)
+        for attribute in attributes:
+            setattr(module, attribute, type(attribute, (), {}))
+        sys.modules.setdefault(name, module)
+    package = importlib.import_module("dalle_pytorch")
+    package.VQGanVAE = importlib.import_module("dalle_pytorch.vae").VQGanVAE
+    return package
+
+
+KINDS: Dict[str, Callable[[argparse.Namespace], Contestant]] = {
+    OURS: Ours,
+    PLAIN: Plain,
+    PEER: Peer,
+    REPAIRED: Repaired,
+}
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory this process ever held: resident on the host, or allocated on the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def perform(contestant: Contestant, request: Dict[str, Any]) -> None:
+    """Do what a line asks for."""
+    what = request.pop("do")
+    getattr(contestant, what)(**request)
+    if contestant.device.type == "cuda":
+        torch.cuda.synchronize(contestant.device)
+
+
+def options_of(argv: List[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--grid", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    """Serve requests until stdin ends."""
+    options = options_of(sys.argv[1:])
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever else prints must not come between the answers
+    contestant = KINDS[options.name](options)
+    contestant.prepare(options.task)
+    print(json.dumps({"parameters": count(contestant)}), file=answers, flush=True)
+    for line in sys.stdin:
+        begin = time.perf_counter()
+        perform(contestant, json.loads(line))
+        seconds = time.perf_counter() - begin
+        print(json.dumps({"seconds": seconds, "peak": peak_bytes(contestant.device)}), file=answers, flush=True)
+
+
+def count(contestant: Contestant) -> int:
+    """Parameters that are trained, or would be."""
+    model = getattr(contestant, "dalle", None) or contestant.engine.model.dalle  # type: ignore[attr-defined]
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""What a machine allows: the work in a step and an image, and the speeds of a matrix product and of reading memory."""
+
+import time
+from statistics import median
+from typing import Any, Callable, Dict, List
+
+import torch
+
+from models.config import DalleConfig
+from models.local_attention import allowed_codes
+
+
+def seconds_of(function: Callable[[], Any]) -> float:
+    """Wall time of a call."""
+    begin = time.perf_counter()
+    with torch.no_grad():
+        function()
+    return time.perf_counter() - begin
+
+
+class Work:
+    """The least arithmetic and memory traffic of a model of this shape."""
+
+    def __init__(self, config: DalleConfig) -> None:
+        dim, inner = config.dim, config.heads * config.dim_head
+        hidden = config.ff_mult * dim
+        up = 2 * hidden if config.activation == "geglu" else hidden
+        layer = dim * 3 * inner + inner * dim + dim * up + hidden * dim
+        heads = dim * (config.text_table_size + config.num_image_tokens)
+        self.weights_read = config.depth * layer + dim * config.num_image_tokens
+        """Weights that each code of an image must read."""
+        self.parameters = config.depth * layer + 2 * heads
+        """Matrices and tables; biases, norms and positions are a thousandth more."""
+        pairs = sum(self._pairs(config, pattern) for pattern in config.layer_patterns)
+        text, image = config.text_len - 1, config.image_seq_len
+        forward = 2 * (config.depth * layer * config.seq_len + 2 * inner * pairs)
+        forward += 2 * dim * (text * config.text_table_size + image * config.num_image_tokens)
+        self.training_flop = 3 * forward
+        """Multiplications and additions of a sample in training: forward, and twice as much backward. Attention counts
+        the pairs that its pattern shows, heads the logits that can occur."""
+
+    @staticmethod
+    def _pairs(config: DalleConfig, pattern: str) -> int:
+        """Pairs of positions that attend to each other in a layer."""
+        text = config.text_len
+        codes = int(allowed_codes(pattern, config.grid)[:-1, :-1].sum())
+        return text * (text + 1) // 2 + text * (config.image_seq_len - 1) + codes
+
+
+class Machine:
+    """Speeds measured on the spot, several times in a run; medians count."""
+
+    def __init__(self, device: str, precision: str) -> None:
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        side = 2048 if device == "cpu" else 8192
+        self.device = device
+        self.matrix = torch.randn(side, side, device=device, dtype=dtype)
+        self.vector = torch.ones(100_000_000 if device == "cpu" else 2_000_000_000, device=device)
+        self.products: List[float] = []
+        self.reads: List[float] = []
+
+    def _timed(self, function: Callable[[], Any]) -> float:
+        def call() -> None:
+            function()
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+
+        call()
+        return median(seconds_of(call) for _ in range(5))
+
+    def measure(self) -> None:
+        """Time both once more."""
+        side = self.matrix.shape[0]
+        self.products.append(2 * side**3 / self._timed(lambda: self.matrix @ self.matrix) / 1e9)
+        self.reads.append(self.vector.numel() * 4 / self._timed(self.vector.sum) / 1e9)
+
+    def to_dict(self) -> Dict[str, Any]:
+        """Medians of all measurements, and these."""
+        return {
+            "gflop_per_second": median(self.products),
+            "read_gb_per_second": median(self.reads),
+            "gflop_per_second_all": self.products,
+            "read_gb_per_second_all": self.reads,
+        }
