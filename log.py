@@ -17,7 +17,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
-from typing import Any, Deque, Dict, Iterator, List, Mapping, Optional, Sequence, Set, TextIO, Tuple, Union
+from typing import IO, Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 from tqdm import tqdm
 
@@ -58,12 +58,24 @@ class _LogFile(logging.FileHandler):
         return open(self.baseFilename, self.mode, encoding="utf-8", errors="backslashreplace")
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not self.failed:
-            super().emit(record)
+        if self.failed:
+            return
+        try:
+            if not os.path.exists(self.baseFilename):  # deleted, or its folder: begin a new one
+                self.close()
+                os.makedirs(os.path.dirname(self.baseFilename), exist_ok=True)
+                self.stream = self._open()
+        except OSError:
+            self.handleError(record)
+            return
+        super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
         self.failed = True
-        logger.warning("cannot write the log file %s (%s): going on without it", self.baseFilename, sys.exc_info()[1])
+        error = sys.exc_info()[1]
+        with contextlib.suppress(OSError, ValueError):
+            self.close()  # now, for what it still holds would fail again when Python ends
+        logger.warning("cannot write the log file %s (%s): going on without it", self.baseFilename, error)
 
 
 class _PlainFormatter(logging.Formatter):
@@ -286,15 +298,22 @@ class Metrics:
         if not is_main:
             return
         if tensorboard:
-            self._writers["TensorBoard"] = _TensorBoard(self._log_dir / "tensorboard", resume_step)
+            self._add("TensorBoard", lambda: _TensorBoard(self._log_dir / "tensorboard", resume_step))
         if wandb:
-            self._writers["wandb"] = _Wandb(self._log_dir, wandb_project_name, wandb_run_name, config, resume_step)
+            self._add("wandb", lambda: _Wandb(self._log_dir, wandb_project_name, wandb_run_name, config, resume_step))
+        self._add("metrics.jsonl", lambda: self._open_file(resume_step))
+
+    def _add(self, name: str, make: Callable[[], Any]) -> None:
         try:
-            self._log_dir.mkdir(parents=True, exist_ok=True)
-            self._prepare_file(resume_step)
-            self._writers["metrics.jsonl"] = _JsonLines(self.path)
+            self._writers[name] = make()
         except OSError as error:
-            logger.warning("cannot write %s (%s): going on without it", self.path, error.strerror or error)
+            logger.warning("%s in %s cannot be written (%s): going on without it", name, self._log_dir,
+                           error.strerror or error)
+
+    def _open_file(self, resume_step: Optional[int]) -> "_JsonLines":
+        self._log_dir.mkdir(parents=True, exist_ok=True)
+        self._prepare_file(resume_step)
+        return _JsonLines(self.path)
 
     def _prepare_file(self, resume_step: Optional[int]) -> None:
         if not self.path.exists():
@@ -323,6 +342,13 @@ class Metrics:
                 del self._writers[name]
                 logger.warning("%s cannot be written any more (%s: %s): training goes on without it",
                                name, type(error).__name__, error)
+
+    def sync(self) -> None:
+        """Wait until the lines of metrics.jsonl are on the disk."""
+        writer = self._writers.get("metrics.jsonl")
+        if writer is not None:
+            with contextlib.suppress(OSError):  # the next line that is written will say so
+                writer.sync()
 
     def close(self) -> None:
         """Flush and close every writer."""
@@ -358,12 +384,26 @@ def _import(module: str, package: str) -> Any:
 
 class _JsonLines:
     def __init__(self, path: Path) -> None:
-        self._file: TextIO = open(str(path), "a", encoding="utf-8")
+        self._path = path
+        self._open()
+
+    def _open(self) -> None:
+        # Unbuffered: what could not be written must not be tried again when the file is closed.
+        self._file: IO[bytes] = open(str(self._path), "ab", buffering=0)
 
     def write(self, event: str, step: int, values: Mapping[str, Any]) -> None:
         line = dict({"event": event, "step": step, "time": round(time.time(), 3)}, **values)
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        if not self._path.exists():
+            logger.warning("%s is gone: a new one begins at step %d", self._path, step)
+            self._file.close()
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._open()
+        rest = (json.dumps(line, allow_nan=False) + "\n").encode("ascii")
+        while rest:
+            rest = rest[self._file.write(rest):]
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

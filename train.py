@@ -8,6 +8,7 @@
 The loop never asks which device it has: engines/ does.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -17,7 +18,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Tuple
 
 import torch
 
@@ -37,6 +38,8 @@ from models.dalle import DALLE, TextToImage
 from models.vqgan import PUBLISHED, VQGAN, VqganConfig, default_vqgan, load_vqgan
 from utils import checkpoints, schedules
 from utils.errors import UserError, run_main
+from utils.interrupts import Interruption
+from utils.locks import only_writer
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +60,8 @@ class Position:
     """Optimizer steps in all."""
     seconds: float = 0.0
     """Time spent in training steps so far, for --max-minutes."""
+    validation_due: bool = False
+    """The run was interrupted before or during the validation that comes after this step."""
 
 
 class Parts(NamedTuple):
@@ -76,27 +81,37 @@ class Start(NamedTuple):
     checkpoint: checkpoints.DalleCheckpoint
 
 
-def main() -> None:
-    """Run training as the command line says."""
+def main() -> int:
+    """Run training as the command line says. Returns the exit status."""
     config = args.parse()
     if config.ipu.plan:
-        return show_plan(config)
+        show_plan(config)
+        return 0
     engine = engines.create(config)
     try:
-        log.setup(config.log_dir, engine.is_main)
-        logger.info("%s", config.describe())
-        logger.info("%s", engine.describe())
-        train(config, engine)
+        with Interruption(tell=engine.is_main) as interruption, folders_locked(config, engine):
+            log.setup(config.log_dir, engine.is_main)
+            logger.info("%s", config.describe())
+            logger.info("%s", engine.describe())
+            train(engine.config, engine, interruption=interruption)
+            return interruption.status
     finally:
         engine.close()
 
 
-def train(config: Config, engine: Engine, parts: Optional[Parts] = None, start: Optional[Start] = None) -> None:
+def train(
+    config: Config,
+    engine: Engine,
+    parts: Optional[Parts] = None,
+    start: Optional[Start] = None,
+    interruption: Optional[Interruption] = None,
+) -> None:
     """Build everything, then train: one checkpoint, validation and line of metrics after each epoch.
 
     parts: those of the run, where they are built already. start: weights to begin from that are in no file, instead of
-    --pretrained-checkpoint.
+    --pretrained-checkpoint. interruption: what to listen to; a run that is asked to stop saves after its step.
     """
+    interruption = interruption or Interruption()
     torch.manual_seed(config.execution.random_seed)
     folder = Path(config.checkpoints.checkpoint_output_dir)
     if engine.is_main and config.checkpoints.checkpoint_output_dir:
@@ -124,7 +139,11 @@ def train(config: Config, engine: Engine, parts: Optional[Parts] = None, start: 
     if resuming:
         position = restore(start, engine, schedule, parts)
         logger.info("resumed %s: epoch %d, step %d", start.path, position.epoch, position.step)
-    saver = Saver(config, engine, schedule, parts, folder, model.dalle.config, start.path if resuming else None)
+    if config.checkpoints.resume and engine.mean(torch.tensor(float(position.step))) != position.step:
+        raise UserError("--resume: the processes found different checkpoints; they must all see {}".format(folder))
+    if engine.is_main and not resuming and config.checkpoints.checkpoint_output_dir:
+        # Before the first step: whoever resumes this run, killed before it saved anything, must not find an older one.
+        move_aside(folder)
     metrics = log.Metrics(
         config.log_dir,
         engine.is_main,
@@ -135,6 +154,8 @@ def train(config: Config, engine: Engine, parts: Optional[Parts] = None, start: 
         config.to_dict(),
         resume_step=position.step if resuming else None,
     )
+    resumed = start.path if resuming else None
+    saver = Saver(config, engine, schedule, parts, folder, model.dalle.config, resumed, metrics)
     progress = log.progress(
         schedule.total_steps,
         "training",
@@ -143,11 +164,12 @@ def train(config: Config, engine: Engine, parts: Optional[Parts] = None, start: 
         plain=False,
         max_seconds=max(0.0, schedule.max_seconds - position.seconds) if schedule.max_seconds else 0.0,
     )
-    with metrics, progress:
-        run(config, engine, parts, schedule, position, saver, metrics, progress)
+    with interruption.deferred(), metrics, progress:
+        run(config, engine, parts, schedule, position, saver, metrics, progress, interruption)
         finish(config, engine, parts, progress)
-    if config.checkpoints.export_mindalle:
-        export(config, engine, parts, model.dalle.config)
+        if config.checkpoints.export_mindalle and schedule.finished(position) and not position.validation_due:
+            export(config, engine, parts, model.dalle.config)
+        saver.require_saved()
 
 
 def run(
@@ -159,15 +181,21 @@ def run(
     saver: "Saver",
     metrics: log.Metrics,
     progress: log.Progress,
+    interruption: Interruption,
 ) -> None:
-    """The loop over epochs and steps, from `position` to the end; `position` moves along."""
+    """The loop over epochs and steps, from `position` to the end or an interruption; `position` moves along."""
+
+    def interrupted() -> bool:
+        return interruption.requested is not None
+
     per_call, every = engine.steps_per_call, config.misc.log_every
     bad_steps = BadSteps(config.optimizer.max_bad_steps, position, saver)
-    if schedule.finished(position):
+    if schedule.finished(position) and not position.validation_due:
         logger.info("nothing left to train: the run ended at step %d; raise its limits to go on", position.step)
         return
     while position.epoch < config.execution.epochs:
-        for batch in engine.loader(parts.train_set, position.epoch, position.step_in_epoch):
+        batches = engine.loader(parts.train_set, position.epoch, position.step_in_epoch)
+        for batch in () if position.validation_due else batches:
             begin = time.perf_counter()
             learning_rate = schedule.learning_rate(position)
             engine.set_learning_rate(learning_rate)
@@ -190,16 +218,19 @@ def run(
                 report_step(position, schedule, losses, result.grad_norm, learning_rate, metrics, progress)
             if schedule.finished(position):
                 break
-            if (
-                config.checkpoints.checkpoint_save_steps
-                and position.step % config.checkpoints.checkpoint_save_steps < per_call
-            ):
+            stopping = engine.any(interrupted())
+            # The last step of an epoch is saved by end_epoch.
+            if stopping or (saver.due(position) and position.step_in_epoch < schedule.steps_per_epoch):
                 with progress.paused():
                     saver.save(position, checkpoints.checkpoint_name(position.epoch, position.step))
+            if stopping:
+                return saver.tell_interrupted(position)
         with progress.paused():
-            end_epoch(engine, parts, schedule, position, saver, metrics)
-        if schedule.finished(position):
+            complete = end_epoch(engine, parts, schedule, position, saver, metrics, interrupted)
+        if schedule.finished(position) and complete:
             return
+        if engine.any(interrupted()):
+            return saver.tell_interrupted(position)
 
 
 def report_step(
@@ -239,18 +270,30 @@ def report_step(
 
 
 def end_epoch(
-    engine: Engine, parts: Parts, schedule: "Schedule", position: Position, saver: "Saver", metrics: log.Metrics
-) -> None:
-    """Validate, tell the schedule, move to the next epoch and save."""
+    engine: Engine,
+    parts: Parts,
+    schedule: "Schedule",
+    position: Position,
+    saver: "Saver",
+    metrics: log.Metrics,
+    interrupted: Callable[[], bool],
+) -> bool:
+    """Validate, tell the schedule, move to the next epoch and save. False: interrupted while validating, and saved."""
     epoch, complete = position.epoch, position.step_in_epoch >= schedule.steps_per_epoch
+    losses: Optional[Dict[str, float]] = None
     if parts.validation_set is not None:
-        losses = engine.evaluate(parts.validation_set)
+        losses = engine.evaluate(parts.validation_set, interrupted)
+        position.validation_due = losses is None
+        if losses is None:
+            saver.save(position, checkpoints.checkpoint_name(epoch, position.step))
+            return False
         logger.info("%s", log.validation_line(position.step, epoch, **losses))
         metrics.log("validation", position.step, epoch=epoch, **losses)
     if complete:
-        schedule.end_epoch(None if parts.validation_set is None else losses["loss"])
+        schedule.end_epoch(None if losses is None else losses["loss"])
         position.epoch, position.step_in_epoch = epoch + 1, 0
     saver.save(position, checkpoints.checkpoint_name(epoch, None if complete else position.step))
+    return True
 
 
 def finish(config: Config, engine: Engine, parts: Parts, progress: log.Progress) -> None:
@@ -264,8 +307,11 @@ def finish(config: Config, engine: Engine, parts: Parts, progress: log.Progress)
     if peak is not None:
         logger.info("peak memory: %.2f GB", peak / 1e9)
     curve = config.log_dir / "loss.png"
-    if log.plot_losses(config.log_dir / "metrics.jsonl", curve):
-        logger.info("losses: %s and %s", config.log_dir / "metrics.jsonl", curve)
+    try:
+        if log.plot_losses(config.log_dir / "metrics.jsonl", curve):
+            logger.info("losses: %s and %s", config.log_dir / "metrics.jsonl", curve)
+    except (UserError, OSError) as error:
+        logger.warning("cannot draw %s (%s)", curve, error)
 
 
 def export(config: Config, engine: Engine, parts: Parts, model_config: DalleConfig) -> None:
@@ -534,7 +580,11 @@ class Schedule:
 
 
 class Saver:
-    """Writes checkpoints: the published layout, plus what exact resume needs."""
+    """Writes checkpoints: the published layout, plus what exact resume needs.
+
+    When one cannot be written, training goes on, for somebody may make room, and a tenth of the usual way later it is
+    tried again. Only a run whose end could not be saved ends with an error.
+    """
 
     def __init__(
         self,
@@ -545,12 +595,21 @@ class Saver:
         folder: Path,
         model_config: DalleConfig,
         resumed: Optional[Path],
+        metrics: log.Metrics,
     ) -> None:
         self.config, self.engine, self.schedule, self.parts, self.folder = config, engine, schedule, parts, folder
-        self.model_config = model_config
-        self.saved_step = -1  # step of the newest checkpoint
+        self.model_config, self.metrics = model_config, metrics
         self.newest = resumed  # the newest checkpoint of this run
-        self.fresh = resumed is None  # whether the folder may hold another run's checkpoints
+        self.saved_step = -1  # its step, if this process wrote it
+        self.failing = False  # whether the last attempt failed; the same in all processes
+        self.problem: Optional[UserError] = None  # why; only the main process knows
+
+    def due(self, position: Position) -> bool:
+        """Whether to save after this step, the last one of an epoch aside."""
+        every, per_call = self.config.checkpoints.checkpoint_save_steps, self.engine.steps_per_call
+        if self.failing:
+            every = max(per_call, (every or self.schedule.steps_per_epoch) // 10)
+        return bool(every) and position.step % every < per_call
 
     def save(self, position: Position, name: str) -> None:
         """Save to `name` in the checkpoint folder, unless this step is saved already; drop old ones as configured."""
@@ -563,27 +622,47 @@ class Saver:
                 "step {}: weights are not finite ({}) and were not saved; the last good checkpoint is {}: go on from "
                 "it with --resume and a lower --learning-rate".format(position.step, bad[0], self.newest or "none")
             )
+        self.problem = None
         if self.engine.is_main:
-            if self.fresh:
-                move_aside(self.folder)
-                self.fresh = False
-            begin = time.perf_counter()
-            checkpoints.save_checkpoint(
-                self.folder / name,
-                checkpoints.dalle_checkpoint(
-                    self.model_config.to_dict(),
-                    weights,
-                    position.epoch,
-                    state.pop("optimizer"),
-                    self.schedule.state_dict(),
-                    published_hparams(self.config),
-                    self.training_state(position, state),
-                ),
-            )
-            logger.info("saved %s in %.1f s", self.folder / name, time.perf_counter() - begin, extra=log.DETAIL)
-            checkpoints.prune_checkpoints(self.folder, self.config.checkpoints.keep_checkpoints)
-        self.saved_step, self.newest = position.step, self.folder / name
-        self.engine.barrier()
+            try:
+                self.write(self.folder / name, position, weights, state)
+            except UserError as error:
+                self.problem = error
+                logger.error("step %d: %s; the newest checkpoint is %s", position.step, error, self.newest or "none")
+        self.failing = self.engine.any(self.problem is not None)  # the others wait here for the file
+        if not self.failing:
+            self.saved_step, self.newest = position.step, self.folder / name
+
+    def write(self, path: Path, position: Position, weights: Dict[str, torch.Tensor], state: Dict[str, Any]) -> None:
+        """Write one checkpoint, in the main process. Raises UserError."""
+        self.metrics.sync()  # what the file says has happened is on the disk before it
+        begin = time.perf_counter()
+        checkpoints.save_checkpoint(
+            path,
+            checkpoints.dalle_checkpoint(
+                self.model_config.to_dict(),
+                weights,
+                position.epoch,
+                state.pop("optimizer"),
+                self.schedule.state_dict(),
+                published_hparams(self.config),
+                self.training_state(position, state),
+            ),
+        )
+        logger.info("saved %s in %.1f s", path, time.perf_counter() - begin, extra=log.DETAIL)
+        checkpoints.prune_checkpoints(self.folder, self.config.checkpoints.keep_checkpoints)
+
+    def require_saved(self) -> None:
+        """Raise UserError when what the run ended with could not be saved."""
+        if self.problem is not None:
+            raise UserError("{}; the newest checkpoint is {}".format(self.problem, self.newest or "none"))
+
+    def tell_interrupted(self, position: Position) -> None:
+        """Say that the run ends early, and how it goes on."""
+        if self.saved_step == position.step:
+            logger.info("interrupted at step %d, saved as %s; --resume goes on", position.step, self.newest)
+        else:
+            logger.warning("interrupted at step %d, not saved", position.step)
 
     def training_state(self, position: Position, engine_state: Dict[str, Any]) -> Dict[str, Any]:
         """What exact resume needs besides weights, optimizer and schedule."""
@@ -598,6 +677,17 @@ class Saver:
             "num_samples": len(self.parts.train_set),
             "config": self.config.to_dict(),
         }
+
+
+@contextlib.contextmanager
+def folders_locked(config: Config, engine: Engine) -> Iterator[None]:
+    """Within the context no other training writes checkpoints, logs or metrics where this one does."""
+    own = []
+    if config.checkpoints.checkpoint_output_dir:
+        own.append(("--checkpoint-output-dir", Path(config.checkpoints.checkpoint_output_dir)))
+    own.append(("--log-dir", config.log_dir))
+    with only_writer(*(own if engine.is_main else [])):
+        yield
 
 
 def check_writable(folder: Path) -> None:
@@ -620,9 +710,13 @@ def move_aside(folder: Path) -> None:
         number += 1
     earlier = folder / "earlier.{}".format(number)
     # Inside the folder, for that is what is known to be writable: it may be a mount point.
-    earlier.mkdir()
-    for path in old:
-        path.rename(earlier / path.name)
+    try:
+        earlier.mkdir()
+        for path in old:
+            path.rename(earlier / path.name)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError("--checkpoint-output-dir: cannot make {}: {}".format(earlier, reason)) from None
     logger.info("the checkpoints of an earlier run are now in %s (--resume would have gone on from them)", earlier)
 
 

@@ -37,6 +37,8 @@ from utils.checkpoints import save_checkpoint, verify
 from utils.errors import UsageError, UserError, nearest, run_main
 from utils.files import atomic_write
 from utils.flags import number, parse_flags, path, whole
+from utils.interrupts import Interruption
+from utils.locks import only_writer
 
 logger = logging.getLogger(__name__)
 
@@ -300,8 +302,11 @@ class Run:
         }
         save_checkpoint(Path(self.args.output) / STATE, state)
 
-    def train(self, held_out: ImageSource, metrics: log.Metrics) -> None:
-        """Train until --steps or --minutes are reached, logging losses, images/s and held-out figures."""
+    def train(self, held_out: ImageSource, metrics: log.Metrics, interruption: Interruption) -> bool:
+        """Train until --steps or --minutes are reached, logging losses, images/s and held-out figures.
+
+        Returns False where it was interrupted, after saving the state.
+        """
         args, trainer = self.args, self.trainer
         mark, logged, images = time.monotonic(), self.seconds, 0
         while self.progress < 1.0:
@@ -313,8 +318,10 @@ class Run:
             images += len(batch)
             self.seconds += time.monotonic() - mark
             step, at_end = trainer.step_number, self.progress >= 1.0
+            stopping = interruption.requested is not None and not at_end
+            saving = bool(args.save_every) and (step % args.save_every == 0 or at_end or stopping)
             # Reading a loss waits for the device: only now and then, and always before a state is written.
-            if step % args.log_every == 0 or at_end or (args.save_every and step % args.save_every == 0):
+            if step % args.log_every == 0 or at_end or saving:
                 if not math.isfinite(losses["reconstruction"]):
                     raise UserError("the loss is not finite at step {}; lower --learning-rate".format(step))
             if step % args.log_every == 0 or at_end:
@@ -328,11 +335,20 @@ class Run:
                 row = reconstruct(trainer.result, part, trainer.device).figures(trainer.model.num_codes)
                 metrics.log("heldout", step, seconds=round(self.seconds, 1), **row)
                 logger.info("step %d, held out: %s", step, listed(row))
-            if args.save_every and (step % args.save_every == 0 or at_end):
-                self.save()
+            if saving:
+                try:
+                    self.save()
+                except UserError as error:
+                    if at_end or stopping:
+                        raise
+                    logger.error("step %d: %s. Training goes on, and tries again with the next state", step, error)
+            if stopping:
+                logger.info("interrupted at step %d, %s", step, "saved; --resume goes on" if saving else "not saved")
+                return False
             mark = time.monotonic()
         if not trainer.codebook_ready:  # a run too short for it
             trainer.initialise_codebook(self.batches)
+        return True
 
 
 def listed(figures: Dict[str, float]) -> str:
@@ -356,8 +372,12 @@ def make_trainer(args: argparse.Namespace, device: torch.device) -> Trainer:
     return Trainer(model, options, device, bool(args.vqgan_model_path), perceptual)
 
 
-def train(args: argparse.Namespace) -> Dict[str, float]:
-    """Run the whole job described by `args`; returns the final figures. Raises UserError."""
+def train(args: argparse.Namespace, interruption: Optional[Interruption] = None) -> Dict[str, float]:
+    """Run the whole job described by `args`; returns the final figures, none where it was interrupted.
+
+    Raises UserError.
+    """
+    interruption = interruption or Interruption()
     torch.manual_seed(args.random_seed)
     device = pick_device(args.device, 0)
     trainer = make_trainer(args, device)
@@ -381,7 +401,9 @@ def train(args: argparse.Namespace) -> Dict[str, float]:
     run = Run(args, trainer, train_images, state)
     try:
         with log.Metrics(folder, resume_step=None if state is None else trainer.step_number) as metrics:
-            run.train(held_out, metrics)
+            with interruption.deferred():
+                if not run.train(held_out, metrics, interruption):
+                    return {}
             save_weights(folder, trainer.result, args.save_half)
             saved = load_vqgan(folder / WEIGHTS, folder / CONFIG, device)
             report = final_report(saved, train_images, held_out, folder, device, args.input_folder == DEMO)
@@ -396,11 +418,13 @@ def train(args: argparse.Namespace) -> Dict[str, float]:
     return report
 
 
-def main() -> None:
-    """Command-line entry."""
+def main() -> int:
+    """Command-line entry. Returns the exit status."""
     args = parse_args()
     log.setup()
-    train(args)
+    with Interruption() as interruption, only_writer(("--output", Path(args.output))):
+        train(args, interruption)
+        return interruption.status
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torch import Tensor
 from dalle.pictures import FORMATS, GRID_LIMIT, make_grid, save_picture, to_pil
 from utils.errors import UserError
 from utils.files import atomic_write
+from utils.locks import try_lock
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class PromptFolder:
     def __init__(
         self, outputs_dir: Path, prompt: str, taken: Set[str], image_format: str, about: Dict[str, Any]
     ) -> None:
-        """Make the folder. Raises UserError where that is impossible.
+        """Make the folder, for this process alone. Raises UserError where that is impossible.
 
         taken: names of this run's folders; the new one is added. about: what generation.json says beside the images.
         """
@@ -90,6 +91,12 @@ class PromptFolder:
         self._started = False
         with _written(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = try_lock(self.path)
+        if self._lock is None:
+            raise UserError(
+                "--outputs_dir: another process is writing images into {}; wait for it, or choose another "
+                "--outputs_dir".format(self.path)
+            )
 
     def add(
         self,
@@ -129,6 +136,7 @@ class PromptFolder:
         with _written(self.path):
             save_picture(make_grid(self._grid), self.path / "grid.png")
             self._write_report(complete=True)
+        self._lock.close()
 
     def _start(self) -> None:
         """Clear what an earlier run left, now that there is something new to show, and write the caption."""

@@ -18,7 +18,7 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy
 import torch
@@ -29,6 +29,7 @@ from data.datasets import CodesDataset, PairDataset
 from data.images import BROKEN_IMAGE_ERRORS
 from utils.errors import UserError
 from utils.files import PathLike
+from utils.locks import Lock
 
 logger = logging.getLogger(__name__)
 
@@ -245,7 +246,7 @@ class CodeCache:
     @contextlib.contextmanager
     def _alone(self, place: Place) -> Iterator[None]:
         """Hold the lock of a place: the first process for all. They wait together, in short steps."""
-        lock: Optional[IO[str]] = None
+        lock: Optional[Lock] = None
         told = -60.0
         try:
             while True:

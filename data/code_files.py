@@ -11,19 +11,18 @@ sector cut off or changed therefore counts as absent, and no file needs to say h
 
 import bisect
 import contextlib
-import errno
 import json
 import logging
 import os
-import socket
 import uuid
 import zlib
 from pathlib import Path
-from typing import IO, Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import numpy
 
 from utils.files import atomic_write
+from utils.locks import Lock, holder, try_lock
 
 logger = logging.getLogger(__name__)
 
@@ -158,33 +157,18 @@ class Place:
         """Return what appends records to a new file."""
         return Writer(self._new_path())
 
-    def lock(self) -> Optional[IO[str]]:
+    def lock(self) -> Optional[Lock]:
         """Return the lock, or None if another process holds it. Raises OSError.
 
         It lasts until it is closed or this process ends, in whatever way: no lock is ever left over.
         """
-        import fcntl  # not on Windows
-
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = open(str(self.folder / "lock"), "a+", encoding="utf-8")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                lock.close()
-                return None
-            # Two runs at once then do the same work twice, no harm else: each writes files of its own.
-            logger.warning("%s: this file system has no locks (%s)", lock.name, error)
-        lock.truncate(0)
-        lock.write("process {} on {}".format(os.getpid(), socket.gethostname()))
-        lock.flush()
-        return lock
+        # Without locks, two runs at once do the same work twice, no harm else: each writes files of its own.
+        return try_lock(self.folder / "lock")
 
     def lock_holder(self) -> str:
         """Return who holds the lock, in words."""
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            return (self.folder / "lock").read_text(encoding="utf-8") or "another run"
-        return "another run"
+        return holder(self.folder / "lock")
 
     def _paths(self) -> List[Path]:
         return sorted(self.folder.glob("*.codes"))

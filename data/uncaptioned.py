@@ -19,6 +19,7 @@ from data.images import BROKEN_IMAGE_ERRORS, IMAGE_SUFFIXES, load_image
 from data.order import epoch_order, split_holdout, windowed_order
 from data.shards import NEIGHBOURS, WINDOW, Shards, find_shards
 from utils.errors import UserError
+from utils.interrupts import leave_to_parent
 
 logger = logging.getLogger(__name__)
 
@@ -209,6 +210,7 @@ class Batches:
             sampler=self._numbers(),
             num_workers=workers,
             collate_fn=_as_is,
+            worker_init_fn=leave_to_parent,
             generator=torch.Generator(),
         )
         self._fetched = iter(loader)

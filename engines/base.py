@@ -1,7 +1,8 @@
 """What train.py may ask of a device: the seam between the loop and the engines is one optimizer step."""
 
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
+import torch
 from torch import Tensor, nn
 
 from models.config import DalleConfig
@@ -80,8 +81,11 @@ class Engine:
         """Train on one batch of `loader`."""
         raise NotImplementedError
 
-    def evaluate(self, dataset: Any) -> Dict[str, float]:
-        """Return mean loss, text_loss and image_loss (nats) over a whole dataset, without training."""
+    def evaluate(self, dataset: Any, stop: Optional[Callable[[], bool]] = None) -> Optional[Dict[str, float]]:
+        """Return mean loss, text_loss and image_loss (nats) over a whole dataset, without training.
+
+        stop: asked now and then; where it is true in any process, an engine may return None in all before it is done.
+        """
         raise NotImplementedError
 
     def memory_plan(self, model: DalleConfig) -> str:
@@ -99,6 +103,10 @@ class Engine:
     def mean(self, value: Tensor) -> float:
         """Average a scalar over all processes."""
         raise NotImplementedError
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in any process; every process must ask."""
+        return flag if self.world_size == 1 else self.mean(torch.tensor(float(flag))) > 0
 
     def model_state(self) -> Dict[str, Tensor]:
         """Weights of the DALL-E under its own module names, on the CPU. Every process must call it."""

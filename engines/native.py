@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from itertools import islice
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from models.config import DalleConfig
 from models.dalle import TextToImage
 from models.vqgan import image_codes
 from utils.errors import UsageError, UserError
+from utils.interrupts import leave_to_parent
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +145,8 @@ class NativeEngine(Engine):
             torch.set_num_threads(execution.threads)
         if self.world_size > 1:
             dist.init_process_group("nccl" if self.name == "cuda" else "gloo")
+            # Questions between hosts, of which no device need know: asking them there would wait for its work.
+            self.hosts = dist.new_group(backend="gloo") if self.name == "cuda" else None
         precision = execution.native_precision(self.name)
         self.autocast_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.precision = precision
@@ -210,6 +213,7 @@ class NativeEngine(Engine):
             num_workers=workers,
             pin_memory=self.name == "cuda",
             prefetch_factor=4 if workers else None,
+            worker_init_fn=leave_to_parent,
             generator=torch.Generator(),
         )
 
@@ -332,22 +336,27 @@ class NativeEngine(Engine):
         finally:
             self.model.dalle.load_state_dict(own)
 
-    def evaluate(self, dataset: Any) -> Dict[str, float]:
+    def evaluate(self, dataset: Any, stop: Optional[Callable[[], bool]] = None) -> Optional[Dict[str, float]]:
         dataset.set_epoch(0)
         mine = list(range(self.rank, len(dataset), self.world_size))
         size = max(self.batching.micro, 8)
         batches = [mine[first : first + size] for first in range(0, len(mine), size)]
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(5, dtype=torch.float64, device=self.device)  # three losses, samples, processes that stopped
         self.model.eval()
         with torch.no_grad(), self._averaged_weights():
             for batch in self._data_loader(dataset, batches):
+                if stop is not None and stop():
+                    sums[4] += 1
+                    break
                 text, images = self._to_device(batch)
                 codes = self._codes(images)
                 with torch.autocast(self.name, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
                     losses = self.model(text, codes)
-                sums += torch.stack([*losses, torch.ones_like(losses.total)]).double() * len(text)
+                sums[:4] += torch.stack([*losses, torch.ones_like(losses.total)]).double() * len(text)
         if self.world_size > 1:
             dist.all_reduce(sums)
+        if sums[4] > 0:
+            return None
         total, text_loss, image_loss = (sums[:3] / sums[3].clamp(min=1)).tolist()
         return {"loss": total, "text_loss": text_loss, "image_loss": image_loss}
 
@@ -375,6 +384,13 @@ class NativeEngine(Engine):
             dist.all_reduce(value)
             value /= self.world_size
         return float(value)
+
+    def any(self, flag: bool) -> bool:
+        if self.world_size == 1:
+            return flag
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.hosts)
+        return bool(flags)
 
     # State
 

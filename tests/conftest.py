@@ -42,3 +42,12 @@ def shared_data():
     if not SHARED_DATA.is_dir():
         pytest.skip("../shared/data (real COCO photos and captions) is not on this machine")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def server():
+    """Runs the programs as processes of their own, each in milliseconds (see fork_server.py)."""
+    from fork_server import ForkServer
+
+    with ForkServer() as server:
+        yield server

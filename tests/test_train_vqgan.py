@@ -2,6 +2,7 @@
 
 import functools
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from models.vqgan import VqganConfig, load_vqgan
 from models.vqgan_metrics import code_use, nearest_pictures, psnr, reconstruct, retrieval
 from models.vqgan_training import Trainer, learning_rate
 from utils.errors import UsageError, UserError
+from utils.interrupts import Interruption
 
 TINY = VqganConfig(
     num_codes=16,
@@ -236,6 +238,41 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(folder, monkeypatch, narro
     train_vqgan.train(arguments(folder, *options, "--resume"))
     assert all(torch.equal(weights(folder)[name], value) for name, value in expected.items())
     assert without_times(folder) == events
+
+
+def test_asked_to_stop_it_saves_at_the_next_step(folder, monkeypatch):
+    options = ["--steps", "6", "--continuous-start", "0.3"]
+    train_vqgan.train(arguments(folder, *options))
+    expected, events = weights(folder), without_times(folder)
+    interruption, whole_step = Interruption(), Trainer.step
+
+    def step(self, *given):
+        if self.step_number == 3:
+            interruption.requested = signal.SIGTERM
+        return whole_step(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", step)
+        assert train_vqgan.train(arguments(folder, *options), interruption) == {} and interruption.status == 0
+    assert [row["step"] for row in rows(folder)] == [1, 2, 3, 4]
+    train_vqgan.train(arguments(folder, *options, "--resume"))
+    assert all(torch.equal(weights(folder)[name], value) for name, value in expected.items())
+    assert without_times(folder) == events
+
+
+def test_a_state_that_cannot_be_written_is_tried_again(folder, monkeypatch, caplog):
+    save = train_vqgan.save_checkpoint
+
+    def full_at_first(path, state):
+        if state["trainer"]["step"] < 4:
+            raise UserError("cannot write the checkpoint {}: No space left on device".format(path))
+        save(path, state)
+
+    monkeypatch.setattr(train_vqgan, "save_checkpoint", full_at_first)
+    train_vqgan.train(arguments(folder, "--steps", "4", "--save-every", "2"))
+    assert "step 2: cannot write the checkpoint" in caplog.text and (folder / "out/training.pt").exists()
+    with pytest.raises(UserError, match="No space left on device"):  # where it ends with a state that was not saved
+        train_vqgan.train(arguments(folder, "--steps", "3", "--save-every", "2"))
 
 
 def test_clock_goes_on_after_a_stop(folder, monkeypatch):

@@ -31,10 +31,21 @@ def atomic_write(path: PathLike, mode: str = "w") -> Iterator[IO[Any]]:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, str(path))
+        _sync_folder(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let a new name in a folder survive a loss of power, before anything older is deleted."""
+    with contextlib.suppress(OSError):  # not every file system can
+        descriptor = os.open(str(folder), os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def sha256_file(path: PathLike) -> str:

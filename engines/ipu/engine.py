@@ -8,7 +8,7 @@ The model is built for one device and changed from outside (model.py); where its
 
 import logging
 import time
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
 from torch import Tensor
@@ -163,7 +163,7 @@ class IpuEngine(Engine):
         loss, text_loss, image_loss = (value.float().mean() / micro_batches for value in sums)
         return StepResult(loss, text_loss, image_loss)
 
-    def evaluate(self, dataset: Any) -> Dict[str, float]:
+    def evaluate(self, dataset: Any, stop: Optional[Callable[[], bool]] = None) -> Optional[Dict[str, float]]:
         dataset.set_epoch(0)
         # Both programs want the same IPUs: they take turns. Detaching brings weights and optimizer state to the host,
         # and each attaches again, with the newest weights, when it is called.

@@ -1,0 +1,155 @@
+"""Runs train.py in forked processes, each in milliseconds instead of the seconds that importing PyTorch takes.
+
+As a program it is the server: JSON lines in, JSON lines out. It has never run a model itself, so that a fork is safe.
+
+    with ForkServer() as server:
+        pid = server.start(["--config", "unit_test"], log=path, RANK="0")
+        status = server.wait(pid)            # exit status, or minus the signal that ended it
+"""
+
+import ctypes
+import importlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class ForkServer:
+    def __init__(self):
+        self.seconds = {}  # process id -> CPU time that an ended process took
+
+    def __enter__(self):
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=dict(os.environ, OMP_NUM_THREADS="1"),
+        )
+        return self
+
+    def __exit__(self, *_):
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _ask(self, **request):
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def start(self, argv, log, kill=None, script="train", largest_file=None, **environment):
+        """Start the program, without the rights of root; stderr goes to the end of `log`.
+
+        kill: ("module:name", n, "before" or "after", signal): sent by the process to itself at the n-th call of this
+        function; SIGKILL if not given.
+        largest_file: bytes; writing beyond them is an error of the system.
+        """
+        request = dict(argv=argv, log=str(log), kill=kill, script=script, largest_file=largest_file)
+        return self._ask(environment=environment, **request)
+
+    def kill_after(self, pid, cpu_seconds, seconds=600):
+        """SIGKILL when the process has used so much CPU time: a moment that other work on the machine does not move."""
+        deadline, ticks = time.monotonic() + seconds, os.sysconf("SC_CLK_TCK")
+        while True:
+            state, *fields = Path("/proc/{}/stat".format(pid)).read_text().rpartition(")")[2].split()
+            if state == "Z":
+                return  # it has ended
+            if int(fields[10]) + int(fields[11]) >= ticks * cpu_seconds:  # in the system and outside it, all threads
+                os.kill(pid, signal.SIGKILL)
+                return
+            assert time.monotonic() < deadline, "process {} does not go on".format(pid)
+            time.sleep(0.001)
+
+    def wait(self, pid, seconds=600):
+        """Return the exit status; the process is killed, and TimeoutError raised, when it takes longer."""
+        deadline = time.monotonic() + seconds
+        while True:
+            ended = self._ask(poll=pid)
+            if ended is not None:
+                status, self.seconds[pid] = ended
+                return status
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+                raise TimeoutError("process {} did not end within {} s".format(pid, seconds))
+            time.sleep(0.02)
+
+
+def _kill_at(target, count, when, number=signal.SIGKILL):
+    module, _, path = target.partition(":")
+    *owners, name = path.split(".")
+    owner = importlib.import_module(module)
+    for part in owners:
+        owner = getattr(owner, part)
+    function, calls = getattr(owner, name), [0]
+
+    def counting(*args, **kwargs):
+        calls[0] += 1
+        call = calls[0]
+        if call == count and when == "before":
+            os.kill(os.getpid(), number)
+        result = function(*args, **kwargs)
+        if call == count and when == "after":
+            os.kill(os.getpid(), number)
+        return result
+
+    setattr(owner, name, counting)
+
+
+def _be_ordinary():
+    """Give up root's right to write what nobody may write (capset(2): all capabilities)."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    ctypes.CDLL(None, use_errno=True).capset(header, (ctypes.c_uint32 * 6)())
+
+
+def _run(request):
+    """In the forked process: be the program."""
+    os.setsid()
+    sys.stdin = open(os.devnull)
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(request["environment"])
+    script = importlib.import_module(request["script"])
+    sys.argv = [request["script"] + ".py", *request["argv"]]
+    if request["largest_file"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"], resource.RLIM_INFINITY))
+    _be_ordinary()
+    if request["kill"]:
+        _kill_at(*request["kill"])
+    from utils.errors import run_main
+
+    run_main(script.main)
+
+
+def _serve():
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    sys.path.insert(0, str(ROOT))
+    # torch._dynamo: what the first optimizer imports.
+    for name in ("train", "engines.native", "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        importlib.import_module(name)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "poll" in request:
+            pid, status, used = os.wait4(request["poll"], os.WNOHANG)
+            status = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+            answer = [status, used.ru_utime + used.ru_stime] if pid else None
+        else:
+            answer = os.fork()
+            if answer == 0:
+                answers.close()
+                _run(request)
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    _serve()

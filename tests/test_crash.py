@@ -1,0 +1,255 @@
+"""Runs that are killed, terminated, interrupted or lose their newest files: --resume ends with the undisturbed bits."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from test_train import ROOT, flags, folder  # noqa: F401 (a fixture)
+
+from utils import checkpoints
+
+STEPS = 10  # of `arguments`: five in each of two epochs, validated after each
+LAST = "dalle_1.pt"
+
+
+def arguments(folder, out, *more):  # noqa: F811
+    """A run that saves all the time, and whose every random state matters."""
+    options = ("--ff-dropout", "0.1", "--ema-decay", "0.9", "--lr-scheduler", "ReduceLROnPlateau")
+    return flags(folder, out, "--checkpoint-save-steps", "2", "--cache-codes", str(out / "codes"), *options, *more)
+
+
+def start(server, folder, out, *more, processes=1, kill=None, largest_file=None):  # noqa: F811
+    out.mkdir(exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    return [
+        server.start(
+            arguments(folder, out, *more),
+            out / "stderr.log",
+            kill if rank == processes - 1 else None,
+            largest_file=largest_file,
+            **dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1"),
+            MASTER_PORT=port,
+        )
+        for rank in range(processes)
+    ]
+
+
+def finish(server, pids, out):
+    assert [server.wait(pid) for pid in pids] == [0] * len(pids), (out / "stderr.log").read_text()[-3000:]
+
+
+def result(out):
+    """All that must not depend on interruptions: the last checkpoint, metrics and loss.png."""
+    state = torch.load(out / "ckpt" / LAST, weights_only=True)
+    state["training"].pop("config")  # says --resume
+    state["training"]["position"].pop("seconds")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    events = [{key: line[key] for key in line if key not in ("time", "samples_per_second")} for line in lines]
+    assert [event["step"] for event in events if event["event"] == "train"] == list(range(1, STEPS + 1))
+    assert [event["step"] for event in events if event["event"] == "validation"] == [STEPS // 2, STEPS]
+    return plain(state), events, (out / "loss.png").read_bytes()
+
+
+def plain(value):
+    """Tensors as their bytes, so that == compares bits."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return (value.dtype, value.shape, value.numpy().tobytes()) if isinstance(value, torch.Tensor) else value
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server, folder, tmp_path_factory):  # noqa: F811
+    """Results of runs that nothing happened to, for one and two processes, and the CPU time that each took."""
+    results = {}
+
+    def of(processes):
+        if processes not in results:
+            out = tmp_path_factory.mktemp("whole")
+            pids = start(server, folder, out, processes=processes)
+            finish(server, pids, out)
+            results[processes] = (result(out), server.seconds[pids[0]])
+        return results[processes]
+
+    return of
+
+
+def assert_as_undisturbed(out, expected):
+    state, events, curve = result(out)
+    assert events == expected[1]
+    assert state.keys() == expected[0].keys()
+    for key, value in state.items():
+        assert value == expected[0][key], key
+    assert curve == expected[2]
+
+
+MOMENTS = {
+    "encoding": ("data.code_files:Writer.write", 2, "before"),
+    "in a step": ("torch.nn.utils:clip_grad_norm_", 4, "before"),
+    "writing a checkpoint": ("torch.serialization:_save", 2, "after"),
+    "before its rename": ("utils.files:os.fsync", 6, "after"),
+    "after its rename": ("utils.checkpoints:prune_checkpoints", 2, "before"),
+    "in validation": ("engines.native:NativeEngine._averaged_weights", 1, "after"),
+    "between metrics and checkpoint": ("log:_JsonLines.write", 7, "after"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_a_certain_moment_it_goes_on_with_the_same_bits(server, folder, tmp_path, undisturbed, moment):  # noqa: F811
+    pids = start(server, folder, tmp_path, "--resume", kill=MOMENTS[moment])
+    assert [server.wait(pid) for pid in pids] == [-signal.SIGKILL], "was not killed"
+    finish(server, start(server, folder, tmp_path, "--resume"), tmp_path)
+    assert_as_undisturbed(tmp_path, undisturbed(1)[0])
+
+
+def lose_power(out, choice):
+    """What a loss of power may leave of the newest files: cut off, or of full length but zeros from somewhere on."""
+    found = checkpoints.list_checkpoints(out / "ckpt")
+    if not found:
+        return
+    newest, size = found[-1], found[-1].stat().st_size
+    keep = choice.randrange(size)
+    os.truncate(newest, keep)
+    if choice.random() < 0.5:
+        os.truncate(newest, size)
+    before = [line for line in open(out / "metrics.jsonl", "rb")]
+    sure = sum(len(line) for line in before[: len(before) // 2]) if len(found) < 2 else lines_until(before, found[-2])
+    os.truncate(out / "metrics.jsonl", choice.randint(sure, sum(map(len, before))))
+
+
+def lines_until(lines, checkpoint):
+    """Length of the lines that were on the disk before a checkpoint was written."""
+    step = torch.load(checkpoint, weights_only=True)["training"]["position"]["step"]
+    return sum(len(line) for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step)
+
+
+def disturb(server, folder, out, processes, seconds, choice, kills):  # noqa: F811
+    """Kill a run up to so often, now and then with a loss of power, and let it come to its end; returns how often."""
+    flag, killed = [], 0
+    while killed < kills:
+        pids = start(server, folder, out, *flag, processes=processes)
+        first, *rest = choice.sample(pids, len(pids))
+        server.kill_after(first, choice.uniform(0.0, 0.95) * seconds)
+        time.sleep(choice.uniform(0.0, 0.05))
+        for pid in rest:  # which wait for the first one now: a launcher ends them
+            server.kill_after(pid, 0.0)
+        if [server.wait(pid) for pid in pids] == [0] * processes:
+            break  # it was faster
+        killed += 1
+        if choice.random() < 0.3:
+            lose_power(out, choice)
+        flag = ["--resume"]
+    finish(server, start(server, folder, out, "--resume", processes=processes), out)
+    return killed
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_random_moments_it_ends_with_the_same_bits(server, folder, tmp_path, undisturbed, processes):  # noqa: F811
+    expected, seconds = undisturbed(processes)
+    assert disturb(server, folder, tmp_path, processes, seconds, random.Random(processes), kills=3)
+    assert_as_undisturbed(tmp_path, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_fifty_kills_at_random_moments(server, folder, tmp_path, undisturbed, processes):  # noqa: F811
+    expected, seconds = undisturbed(processes)
+    choice, killed, runs = random.Random(50 + processes), 0, 0
+    while killed < 50:
+        out = tmp_path / str(runs)
+        killed += disturb(server, folder, out, processes, seconds, choice, kills=min(10, 50 - killed))
+        assert_as_undisturbed(out, expected)
+        runs += 1
+    print("{} kills in {} runs of {} process(es)".format(killed, runs, processes))
+
+
+# Asked to stop
+
+
+def wait_for(out, text, seconds=300):
+    deadline = time.monotonic() + seconds
+    while text not in ((out / "stderr.log").read_text() if (out / "stderr.log").exists() else ""):
+        assert time.monotonic() < deadline, "no {!r} in {} s".format(text, seconds)
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_asked_to_stop_it_saves_at_the_next_step(server, folder, tmp_path, undisturbed, processes, number, status):  # noqa: F811
+    only_epochs = ("--checkpoint-save-steps", "0")
+    pids = start(server, folder, tmp_path, *only_epochs, processes=processes)
+    wait_for(tmp_path, "step 2/")
+    for pid in reversed(pids):  # never at the same moment, nor always in the same step
+        os.kill(pid, number)
+    assert [server.wait(pid) for pid in pids] == [status] * processes
+    (saved,) = (tmp_path / "ckpt").glob("*.pt")
+    assert "saved as {}; --resume goes on".format(saved) in (tmp_path / "stderr.log").read_text()
+    assert (tmp_path / "loss.png").exists()
+    finish(server, start(server, folder, tmp_path, "--resume", *only_epochs, processes=processes), tmp_path)
+    assert_as_undisturbed(tmp_path, undisturbed(processes)[0])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("validation", [1, 2])
+def test_asked_to_stop_while_it_validates(server, folder, tmp_path, undisturbed, processes, validation):  # noqa: F811
+    """Of two processes the last one alone gets the signal."""
+    moment = ("engines.native:NativeEngine._averaged_weights", validation, "after", signal.SIGTERM)
+    finish(server, start(server, folder, tmp_path, processes=processes, kill=moment), tmp_path)
+    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events].count("validation") == validation - 1
+    assert events[-1]["step"] == 5 * validation
+    finish(server, start(server, folder, tmp_path, "--resume", processes=processes), tmp_path)
+    assert_as_undisturbed(tmp_path, undisturbed(processes)[0])
+
+
+def test_killed_before_it_saved_it_does_not_resume_an_earlier_run(server, folder, tmp_path, undisturbed):  # noqa: F811
+    finish(server, start(server, folder, tmp_path, "--random-seed", "7", "--max-steps", "6"), tmp_path)
+    (pid,) = start(server, folder, tmp_path, kill=("torch.nn.utils:clip_grad_norm_", 2, "before"))
+    assert server.wait(pid) == -signal.SIGKILL
+    finish(server, start(server, folder, tmp_path, "--resume"), tmp_path)
+    assert_as_undisturbed(tmp_path, undisturbed(1)[0])
+    assert (tmp_path / "ckpt/earlier.1/dalle_1_6.pt").exists() and (tmp_path / "metrics.1.jsonl").exists()
+
+
+@pytest.mark.parametrize("damage", ["bit", "half", "empty"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(server, folder, tmp_path, undisturbed, damage):  # noqa: F811
+    finish(server, start(server, folder, tmp_path, "--max-steps", "7"), tmp_path)
+    newest = tmp_path / "ckpt/dalle_1_7.pt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 4
+    newest.write_bytes({"bit": content, "half": content[: len(content) // 2], "empty": b""}[damage])
+    finish(server, start(server, folder, tmp_path, "--resume"), tmp_path)
+    text = (tmp_path / "stderr.log").read_text()
+    assert "WARNING: Passing over a checkpoint: " in text and str(newest) in text
+    assert "resumed {}: epoch 1, step 6".format(tmp_path / "ckpt/dalle_1_6.pt") in text
+    assert_as_undisturbed(tmp_path, undisturbed(1)[0])
+
+
+@pytest.mark.slow
+def test_torchrun_passes_sigterm_on(folder, tmp_path, undisturbed):  # noqa: F811
+    """The launcher has SIGTERM from a scheduler, its processes have it from the launcher."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command += [str(ROOT / "train.py"), *arguments(folder, tmp_path)]
+
+    def torchrun(*more):
+        with open(tmp_path / "stderr.log", "a") as log:
+            environment = dict(os.environ, OMP_NUM_THREADS="1")
+            return subprocess.Popen([*command, *more], env=environment, cwd=ROOT, stdout=log, stderr=log)
+
+    launcher = torchrun()
+    wait_for(tmp_path, "step 2/")
+    launcher.send_signal(signal.SIGTERM)
+    launcher.wait(300)  # its own status is not ours to decide
+    assert "--resume goes on" in (tmp_path / "stderr.log").read_text()
+    assert torchrun("--resume").wait(600) == 0
+    assert_as_undisturbed(tmp_path, undisturbed(2)[0])

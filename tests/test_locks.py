@@ -1,0 +1,92 @@
+"""One writer for each folder: a second one is refused, and a killed one leaves no lock behind."""
+
+import os
+import signal
+
+import pytest
+from test_crash import arguments, assert_as_undisturbed, finish, start, undisturbed, wait_for  # noqa: F401 (fixtures)
+from test_train import folder  # noqa: F401
+
+import train_vqgan
+from dalle.outputs import PromptFolder
+from utils.errors import UserError
+from utils.locks import only_writer, try_lock
+
+
+def test_a_second_training_into_the_same_folder_is_refused(server, folder, tmp_path, undisturbed):  # noqa: F811
+    (first,) = start(server, folder, tmp_path)
+    wait_for(tmp_path, "step 2/")
+    os.kill(first, signal.SIGSTOP)
+    before = sorted((path.name, path.stat().st_size) for path in tmp_path.rglob("*"))
+    for more, flag, where in [
+        ((), "--checkpoint-output-dir", tmp_path / "ckpt"),
+        (("--checkpoint-output-dir", str(tmp_path / "other/ckpt"), "--log-dir", str(tmp_path)), "--log-dir", tmp_path),
+    ]:
+        second = server.start(arguments(folder, tmp_path, *more), tmp_path.parent / "second.log")
+        assert server.wait(second) == 1
+        error = (tmp_path.parent / "second.log").read_text().splitlines()[-1]
+        assert error.startswith("error: {} {}: process {} on ".format(flag, where, first)), error
+    after = sorted((path.name, path.stat().st_size) for path in tmp_path.rglob("*") if "other" not in path.parts)
+    assert after == before
+    os.kill(first, signal.SIGCONT)
+    finish(server, [first], tmp_path)
+    assert_as_undisturbed(tmp_path, undisturbed(1)[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_hold_no_lock_and_leave_signals_to_the_main_process(server, folder, tmp_path, undisturbed, number):  # noqa: F811
+    workers = ("--dataloader-workers", "1", "--checkpoint-save-steps", "1")
+    (pid,) = start(server, folder, tmp_path, *workers)
+    wait_for(tmp_path, "step 2/")
+    if number == signal.SIGKILL:
+        os.kill(pid, number)  # the worker lives on until it notices
+        assert server.wait(pid) == -number
+    else:
+        os.killpg(pid, number)  # as a scheduler does: to every process of the job
+        assert server.wait(pid) == 0
+    finish(server, start(server, folder, tmp_path, "--resume", *workers), tmp_path)
+    assert_as_undisturbed(tmp_path, undisturbed(1)[0])
+
+
+def test_a_lock_lasts_until_it_is_closed_and_survives_no_fork(tmp_path):
+    lock = try_lock(tmp_path / "lock")
+    assert try_lock(tmp_path / "lock") is None
+    (ready, says_ready), (ends, says_end) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(says_ready, b".")
+        os.read(ends, 1)  # until the parent says so
+        os._exit(0)
+    os.read(ready, 1)
+    assert try_lock(tmp_path / "lock") is None  # the child has not unlocked it,
+    lock.forget()  # as when this process is killed
+    again = try_lock(tmp_path / "lock")
+    assert again is not None  # nor kept it
+    os.write(says_end, b".")
+    assert os.waitpid(child, 0)[1] == 0
+    for descriptor in (ready, says_ready, ends, says_end):
+        os.close(descriptor)
+    del again
+    assert try_lock(tmp_path / "lock") is not None
+
+
+def test_a_folder_given_twice_is_locked_once(tmp_path):
+    with only_writer(("--a", tmp_path), ("--b", tmp_path)):
+        with pytest.raises(UserError, match="--c .*: process {} on .* already writing there".format(os.getpid())):
+            with only_writer(("--c", tmp_path)):
+                pass
+    with only_writer(("--a", tmp_path)):
+        pass
+
+
+def test_stage_1_and_generation_are_refused_too(tmp_path, monkeypatch):
+    argv = ["train_vqgan.py", "--input-folder", "demo", "--output", str(tmp_path), "--steps", "1"]
+    monkeypatch.setattr("sys.argv", argv)
+    with only_writer(("--output", tmp_path)), pytest.raises(UserError, match="--output .* already writing there"):
+        train_vqgan.main()
+    first = PromptFolder(tmp_path, "a cat", set(), "png", {})
+    with pytest.raises(UserError, match="--outputs_dir: another process is writing images into .*a_cat"):
+        PromptFolder(tmp_path, "a cat", set(), "png", {})
+    PromptFolder(tmp_path, "a dog", set(), "png", {})
+    del first
+    PromptFolder(tmp_path, "a cat", set(), "png", {})

@@ -1,0 +1,74 @@
+"""Over 2,000 steps or images: memory, open files and processes do not grow."""
+
+import json
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import flags, folder, run  # noqa: F401
+
+GROWTH = 4.0
+"""MB from the second quarter to the last that are no growth: what an allocator or a cache of a fixed size may take."""
+
+
+def watch(server, pid, progress, total, seconds=1500):
+    """Wait for a process; returns (progress, MB, open files, child processes) of many moments."""
+    seen, deadline, proc = [], time.monotonic() + seconds, Path("/proc/{}".format(pid))
+    while True:
+        try:
+            status = (proc / "status").read_text()
+            memory = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:")) / 1024
+            children = (proc / "task/{}/children".format(pid)).read_text().split()
+            seen.append((progress(), memory, len(list((proc / "fd").iterdir())), len(children)))
+        except (OSError, StopIteration):
+            break  # it has ended
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert server.wait(pid) == 0
+    return seen
+
+
+def check(seen, total, what):
+    quarters = [[row for row in seen if low <= row[0] / total < low + 0.25] for low in (0.25, 0.5, 0.75)]
+    assert all(len(quarter) >= 5 for quarter in quarters), "too few moments: {}".format(len(seen))
+    memory = [statistics.median(row[1] for row in quarter) for quarter in quarters]
+    files, children = ([max(row[column] for row in quarter) for quarter in quarters] for column in (2, 3))
+    print("{}: {} moments, MB {}, open files {}, processes {}".format(what, len(seen), memory, files, children))
+    assert memory[-1] - memory[0] < GROWTH, memory
+    assert files[-1] <= files[0] and children[-1] <= children[0], (files, children)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_does_not_grow(server, folder, tmp_path, workers):  # noqa: F811
+    """8 epochs of 256 steps, each with a loader of its own, validation and checkpoints."""
+    options = flags(folder, tmp_path, "--generated-data", "--validation-folder", str(folder / "pairs"))
+    options += ["--dataloader-workers", str(workers), "--epochs", "8", "--checkpoint-save-steps", "100"]
+    pid = server.start([*options, "--keep-checkpoints", "2", "--ema-decay", "0.9"], tmp_path / "stderr.log")
+
+    def steps():
+        metrics = tmp_path / "metrics.jsonl"
+        return len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
+
+    check(watch(server, pid, steps, 2048), 2048, "training, {} workers".format(workers))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-2]["step"] == 2048 and lines[-1]["event"] == "validation"
+
+
+@pytest.mark.slow
+def test_generation_does_not_grow(server, folder, tmp_path):  # noqa: F811
+    """2,000 images of 250 captions."""
+    run(folder, tmp_path, "--max-steps", "1")
+    (tmp_path / "prompts.txt").write_text("".join("picture {}\n".format(number) for number in range(250)))
+    checkpoint = tmp_path / "ckpt/dalle_0_1.pt"
+    options = ["--dalle_path", str(checkpoint), "--prompts_file", str(tmp_path / "prompts.txt"), "--num_images", "8"]
+    options += ["--outputs_dir", str(tmp_path / "out"), "--device", "cpu", "--batch_size", "8"]
+    pid = server.start(options, tmp_path / "stderr.log", script="generate")
+
+    def folders():
+        return len(list((tmp_path / "out").iterdir())) if (tmp_path / "out").exists() else 0
+
+    check(watch(server, pid, folders, 250), 250, "generation")
+    assert len(list((tmp_path / "out").glob("*/7.jpg"))) == 250 and torch.load(checkpoint, weights_only=True)

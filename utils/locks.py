@@ -1,0 +1,112 @@
+"""Locks on folders: one process at a time writes there. A lock ends with its process, so none is ever left over."""
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import sys
+import weakref
+from pathlib import Path
+from typing import Iterator, Optional, Tuple
+
+from utils.errors import UserError
+from utils.files import PathLike
+
+if sys.platform != "win32":
+    import fcntl
+
+logger = logging.getLogger(__name__)
+
+
+class Lock:
+    """A lock that this process holds, until `close` or its end."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor: Optional[int] = descriptor
+        _held.add(self)
+
+    def close(self) -> None:
+        """Let go. May be called again."""
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):  # no locks here
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # now, whatever a fork has still open
+            self.forget()
+
+    def forget(self) -> None:
+        """Have nothing to do with it any more: in a forked process, where unlocking would unlock the parent's."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __del__(self) -> None:
+        self.close()
+
+
+_held: "weakref.WeakSet[Lock]" = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    for lock in list(_held):
+        lock.forget()
+
+
+# A worker that outlives its killed parent by some seconds must not hold the locks for it.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
+def try_lock(path: PathLike) -> Optional[Lock]:
+    """Lock a folder that exists, or a file, made where it is missing; None if another process holds the lock.
+
+    A file then says who holds it. On file systems without locks, says so and goes on. Raises OSError.
+    """
+    is_folder = os.path.isdir(path)
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            os.close(descriptor)
+            return None
+        logger.warning("%s: this file system has no locks (%s)", path, error.strerror or error)
+    if not is_folder:
+        with contextlib.suppress(OSError):  # a full disk: the lock holds, but does not say whose it is
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, "process {} on {}".format(os.getpid(), socket.gethostname()).encode("utf-8"))
+    return Lock(descriptor)
+
+
+def holder(path: PathLike) -> str:
+    """Return who holds the lock on a file, in words."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return Path(path).read_text(encoding="utf-8") or "another process"
+    return "another process"
+
+
+@contextlib.contextmanager
+def only_writer(*folders: Tuple[str, Path]) -> Iterator[None]:
+    """Within the context no other process may write into these (flag, folder) through `only_writer`.
+
+    Makes missing folders. Raises UserError that names flag, folder and the other process. A folder where no lock can be
+    made is left alone: who writes there will say why it cannot be.
+    """
+    with contextlib.ExitStack() as held:
+        known = set()
+        for flag, folder in folders:
+            if folder.resolve() in known:
+                continue
+            known.add(folder.resolve())
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = try_lock(folder / ".lock")
+            except OSError:
+                continue
+            if lock is None:
+                raise UserError(
+                    "{} {}: {} is already writing there; wait for it, end it, or give another folder".format(
+                        flag, folder, holder(folder / ".lock")
+                    )
+                )
+            held.callback(lock.close)
+        yield
