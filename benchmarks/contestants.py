@@ -26,7 +26,7 @@ from bpe import load_tokenizer
 from models.config import DalleConfig
 from models.dalle import DALLE, TextToImage
 from models.sampling import SamplingOptions, draw, draw_codes, guided
-from models.vqgan import PUBLISHED, VQGAN
+from models.vqgan import PUBLISHED, VQGAN, VqganConfig
 
 OURS = "Mini DALL-E"
 PLAIN = "published algorithm"
@@ -62,9 +62,10 @@ def settings(options: argparse.Namespace) -> args.Config:
 
 
 def shape(config: args.Config, grid: int = 0) -> Tuple[DalleConfig, VQGAN]:
-    """The model of a configuration and a VQGAN of the published size, with random weights."""
-    published = PUBLISHED[train.published_vqgan(config)].config
-    vqgan = VQGAN(replace(published, resolution=grid * published.downsampling) if grid else published)
+    """The model of a configuration and its VQGAN, of the published size where none is named, with random weights."""
+    path = config.model.vqgan_config_path
+    own = VqganConfig.from_yaml(path) if path else PUBLISHED[train.published_vqgan(config)].config
+    vqgan = VQGAN(replace(own, resolution=grid * own.downsampling) if grid else own)
     wanted = train.dalle_config(config, load_tokenizer(config.data.bpe_path), vqgan)
     return replace(wanted, grid=grid or wanted.grid), vqgan.eval().requires_grad_(False)
 

@@ -19,6 +19,7 @@ from models.vqgan import PUBLISHED, VQGAN, VqganConfig
 ROOT = Path(__file__).resolve().parents[1]
 OURS = {
     "args",
+    "benchmarks",
     "bpe",
     "dalle",
     "data",
@@ -44,6 +45,7 @@ ARROWS = {
     "dalle": {"models", "bpe", "utils"},
     "engines": {"args", "data", "models", "utils", "log"},
     "examples": OURS - {"generate", "evaluate", "train_vqgan"},
+    "benchmarks": {"args", "bpe", "engines", "log", "models", "train", "utils"},
     "examples_utils": {"args", "bpe", "dalle", "data", "engines", "log", "models", "utils"},
 }
 DEVICE_PACKAGES = {"poptorch", "popdist", "popart", "horovod"}

@@ -1,0 +1,144 @@
+"""The comparison with peers: every contestant does its task, ratios and limits are what they say, a report is made."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import chart, compare_peers, contestants, limits
+from benchmarks.contestants import GENERATE, NAMES, OURS, PEER, PLAIN, REPAIRED, TASKS, TRAIN_CODES, TRAIN_IMAGES
+from models.config import DalleConfig
+from models.dalle import DALLE
+
+ROOT = Path(__file__).resolve().parents[1]
+needs_peer = pytest.mark.skipif(
+    importlib.util.find_spec("dalle_pytorch") is None, reason="dalle-pytorch is not installed"
+)
+
+
+def contestant(name, task):
+    made = contestants.KINDS[name](contestants.options_of([name, task, "--config", "demo"]))
+    made.prepare(task)
+    return made
+
+
+@pytest.fixture
+def clean_modules():
+    """Forget the peer and what stands in for its imports."""
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name.split(".")[0] in {"dalle_pytorch", *(stub.split(".")[0] for stub in contestants.STUBS)}:
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", [OURS, PLAIN, pytest.param(PEER, marks=needs_peer)])
+@pytest.mark.parametrize("task", [TRAIN_CODES, TRAIN_IMAGES])
+def test_contestants_train_the_same_model(name, task, clean_modules):
+    if task not in compare_peers.ENTRIES or name not in compare_peers.ENTRIES[task]:
+        pytest.skip("not a task of this contestant")
+    made = contestant(name, task)
+    model = getattr(made, "dalle", None) or made.engine.model.dalle
+    before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+    made.train()
+    after = [p for p in model.parameters() if p.requires_grad]
+    assert any(not torch.equal(a, b) for a, b in zip(before, after))
+    assert contestants.count(made) == sum(p.numel() for p in DALLE(made.shape).parameters())
+
+
+@pytest.mark.parametrize("name", [OURS, PLAIN, *(pytest.param(name, marks=needs_peer) for name in (PEER, REPAIRED))])
+def test_contestants_draw(name, clean_modules, monkeypatch):
+    made = contestant(name, GENERATE)
+    decoded = []
+    inner = made.vqgan.decode
+    monkeypatch.setattr(made.vqgan, "decode", lambda codes: decoded.append(codes.shape) or inner(codes))
+    made.draw(2)
+    assert decoded == [(2, made.shape.image_seq_len)]
+    if name in compare_peers.WHOLE_SEQUENCE:
+        made.token(3, 2)
+
+
+def test_whole_images_are_interpolated_from_a_few_positions():
+    class Slow:
+        name = PEER
+
+        def ask(self, do, images, position=0):
+            return {"token": 1.0 + position, "decode": 0.5}[do]
+
+    # 1 + 2 + ... + 9 seconds for nine codes, exactly what a straight line gives.
+    assert compare_peers.draw_seconds(Slow(), 1, 9, exact=False) == pytest.approx(45.5)
+
+
+def test_the_work_of_a_step_is_what_pytorch_counts():
+    counter = pytest.importorskip("torch.utils.flop_counter").FlopCounterMode(display=False)
+    config = DalleConfig(30, 20, 6, 4, 16, 2, 2, 8, attn_types=("full",))
+    model = DALLE(config, "explicit")
+    with counter:
+        sum(logits.sum() for logits in model(torch.zeros(1, 6, dtype=torch.long), torch.zeros(1, 16).long())).backward()
+    work = limits.Work(config)
+    length = config.seq_len
+    hidden = length * length - length * (length + 1) // 2  # what the dense product computes and the mask takes away
+    # The first layer's input gradient is not needed for the weights, but the embeddings want it: all is counted.
+    assert work.training_flop + 3 * 2 * 2 * 2 * 16 * hidden == counter.get_total_flops()
+    tables = (30 + 6 + 20) * 16
+    assert work.parameters == config.depth * (16 * 48 + 16 * 16 + 16 * 128 + 64 * 16) + 2 * tables
+
+
+def measured(name, task, seconds, images=2, peak=10):
+    return compare_peers.Measured(name, task, images, seconds, peak, False)
+
+
+def report_of(found, options):
+    report = {
+        "config": "tiny", "device": "cpu", "precision": "fp32", "date": "2000-01-01 00:00", "parameters": 1.0,
+        "num_codes": 10, "gflop_per_sample": 50.0, "weights_gb": 2.0, "decode_seconds": 1.0,
+        "machine": {"processor": "abacus", "threads": 1, "torch": "2", "gflop_per_second": 100.0,
+                    "read_gb_per_second": 5.0},
+    }
+    report["results"] = [m.to_dict() for m in found]
+    report["summary"] = compare_peers.summary(found, report, options)
+    return report
+
+
+def test_ratios_are_medians_of_turns_and_limits_come_from_the_machine(tmp_path):
+    options = compare_peers.read_options(["--images", "1"])
+    found = [
+        measured(OURS, TRAIN_CODES, [2.0, 1.0, 4.0], peak=6),
+        measured(PEER, TRAIN_IMAGES, [4.0, 3.0, 20.0]),
+        measured(OURS, GENERATE, [10.0], images=1),
+        measured(REPAIRED, GENERATE, [30.0], images=1),
+    ]
+    report = report_of(found, options)
+    assert report["summary"] == {
+        "training on codes, speed over dalle-pytorch (images)": 3.0,
+        "drawing 1, speed over dalle-pytorch, cache passed on": 3.0,
+        "training on codes, peak memory of dalle-pytorch": 0.6,
+        "training on codes, share of the matrix product's speed": 0.5,
+        "drawing 1, times the limit that memory bandwidth sets": 2.0,
+    }
+    text = compare_peers.table(found, report)
+    assert "abacus" in text and all(key in text for key in report["summary"])
+    report["growth"] = {axis: [{axis: v, "train": v, "draw": 2 * v} for v in (1, 2)] for axis in ("batch", "grid")}
+    chart.draw(report, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size > 10_000
+
+
+def test_names_cover_everybody():
+    assert set(contestants.KINDS) == set(NAMES) and set(compare_peers.ENTRIES) == set(TASKS)
+
+
+@pytest.mark.slow
+@needs_peer
+def test_the_whole_comparison(tmp_path):
+    command = [sys.executable, "benchmarks/compare_peers.py", "--config", "demo", "--turns", "1"]
+    command += ["--images", "1", "2", "--output", str(tmp_path)]
+    command += ["--growth", "--growth-batches", "1", "2", "--growth-grids", "4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "compare_peers.json").read_text())
+    assert len(report["results"]) == 2 + 3 + 2 * 4 and len(report["growth"]["batch"]) == 2
+    assert (tmp_path / "compare_peers.png").is_file() and "peak GB" in done.stdout
