@@ -17,11 +17,12 @@ import textwrap
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NoReturn, Optional, Sequence, Tuple, Type
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type
 
 import yaml
 
 from utils.errors import UsageError, nearest
+from utils.flags import Parser
 
 DEFAULT_CONFIG_FILE = Path(__file__).resolve().parent / "configs.yaml"
 BUILT_IN_SET = "demo"  # the one value of --input-folder that is a name, not a folder
@@ -186,6 +187,8 @@ class DataConfig(Section):
     truncate_captions: bool = option(False, "cut captions that are longer than --text-seq-len instead of stopping")
     generated_data: bool = option(False, "train on random data made on the host")
     synthetic_data: bool = option(False, "train on random data made on the device (IPU; elsewhere as --generated-data)")
+    max_bad_fraction: float = option(0.01, "share of the pairs that may be left out (damaged images, captions that are "
+                                           "no text); what is, skipped.jsonl in the log folder lists", ge=0, le=1)
     dataloader_workers: int = option(0, "processes that read data", ge=0)
     cache_codes: str = option("auto", "folder where the codes of images are kept, each encoded once; auto: "
                                       "~/.cache/dalle/codes, except for generated data; off: images are encoded in "
@@ -338,20 +341,6 @@ def parse(argv: Optional[Sequence[str]] = None, default_config: str = "unit_test
 
 
 # Command line --------------------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that raises UsageError instead of printing its usage and exiting, and takes no abbreviations."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, **settings)
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message[len("argument "):] if message.startswith("argument ") else message)
-
-    def known_flags(self) -> List[str]:
-        """Every flag, as it is documented."""
-        return [text for action in self._actions for text in action.option_strings]
 
 
 def make_parser(default_config: str = "unit_test") -> Parser:

@@ -32,6 +32,7 @@ from data.demo import DemoRecord, demo_images, demo_records
 from engines.native import pick_device
 from models.dalle import TextToImage
 from models.sampling import SamplingOptions, top_k_count
+from models.vqgan_metrics import nearest_pictures
 from utils.errors import UsageError, UserError, run_main
 from utils.files import atomic_write, sha256_file
 from utils.flags import add_model_flags, number, parse_flags, path, whole
@@ -77,6 +78,13 @@ def make_parser() -> Parser:
         default=32,
         metavar="N",
         help="pairs, or images drawn, at the same time (default: 32)",
+    )
+    pairs.add_argument(
+        "--max_bad_fraction",
+        type=number(0, 1),
+        default=0.01,
+        metavar="F",
+        help="share of the pairs that may be left out, because image or captions cannot be read (default: 0.01)",
     )
     pairs.add_argument(
         "--dataloader_workers",
@@ -200,6 +208,7 @@ def open_data(loaded: Loaded, options: argparse.Namespace) -> Any:
         truncate_captions=True,
         seed=options.seed,
         demo_split=options.split,
+        max_bad_fraction=options.max_bad_fraction,
     )
     if options.max_pairs is not None and options.max_pairs < len(dataset):
         dataset = dataset.subset(epoch_order(len(dataset), options.seed, 0)[: options.max_pairs])
@@ -253,31 +262,6 @@ class Gallery(NamedTuple):
         """Where these records are in the gallery, LongTensor."""
         place = {record.stem: index for index, record in enumerate(self.records)}
         return torch.tensor([place[record.stem] for record in records])
-
-
-def nearest_pictures(pictures: Tensor, gallery: Tensor, device: Any = "cpu", chunk: int = 512) -> Tensor:
-    """The index of the picture in gallery (m, 3, S, S) nearest to each of (n, 3, S, S) by squared distance, all uint8.
-
-    The few nearest are found by a matrix product in float32 and told apart by exact arithmetic: some differ little.
-    """
-
-    def centred(images: Tensor) -> Tensor:
-        return images.to(device).flatten(1).float() / 255 - 0.5
-
-    queries = centred(pictures)
-    distances = []  # up to a constant of the query
-    for part in gallery.split(chunk):
-        keys = centred(part)
-        distances.append((keys.pow(2).sum(dim=1) - 2 * queries @ keys.T).cpu())
-    candidates = torch.cat(distances, dim=1).topk(min(8, len(gallery)), largest=False).indices  # (n, 8)
-    candidates = candidates.sort(dim=1).values  # of equal ones the first of the gallery
-    exact = torch.stack(
-        [
-            (gallery[row].short() - picture.short()).int().pow(2).flatten(1).sum(dim=1)
-            for row, picture in zip(candidates, pictures)
-        ]
-    )
-    return candidates.gather(1, exact.argmin(dim=1, keepdim=True))[:, 0]
 
 
 def training_records(records: Sequence[DemoRecord], count: int) -> List[DemoRecord]:

@@ -40,11 +40,15 @@ from utils import checkpoints, schedules
 from utils.errors import UserError, run_main
 from utils.interrupts import Interruption
 from utils.locks import only_writer
+from utils.skipped import start_report
 
 logger = logging.getLogger(__name__)
 
 #: Fields of DalleConfig that say how a model is trained, not what it is.
 TRAINING_OPTIONS = ("loss_img_weight", "attn_dropout", "ff_dropout")
+
+#: What was left out of the data, a line for each file, in the log folder.
+SKIPPED = "skipped.jsonl"
 
 #: Samples of a --generated-data epoch, unless two global batches need more.
 GENERATED_SAMPLES = 1024
@@ -122,7 +126,7 @@ def train(
         config = with_parts_of(start, config)
     if engine.is_main and config.checkpoints.export_mindalle and not resuming:
         check_empty(config.checkpoints.export_mindalle, "--export-mindalle")
-    parts = encode_images(config, engine, parts or build_parts(config), start if resuming else None)
+    parts = encode_images(config, engine, parts or build_parts(config, engine), start if resuming else None)
     wanted = model_config(config, parts, start)
     if config.checkpoints.export_mindalle:
         export_options(wanted, parts.vqgan.config, parts.tokenizer)
@@ -344,8 +348,13 @@ def show_plan(config: Config) -> None:
 # Building -------------------------------------------------------------------------------------------------------------
 
 
-def build_parts(config: Config) -> Parts:
-    """Open tokenizer, VQGAN, data sets and the checkpoint to start from."""
+def build_parts(config: Config, engine: Optional[Engine] = None) -> Parts:
+    """Open tokenizer, VQGAN and data sets. engine: of the run, where several processes build their parts."""
+    is_main = engine is None or engine.is_main
+    if is_main:
+        start_report(config.log_dir / SKIPPED)
+    if engine is not None:
+        engine.barrier()
     tokenizer = load_tokenizer(config.data.bpe_path)
     options, generated = config.data, config.data.generated_data or config.data.synthetic_data
     if generated and config.model.vqgan_model_path is None:
@@ -370,6 +379,9 @@ def build_parts(config: Config) -> Parts:
         num_generated=max(GENERATED_SAMPLES, 2 * config.global_batch) if generated else 0,
         flip=options.augment == "flip",
         index_folder=None if options.cache_codes in ("auto", "off") else Path(options.cache_codes) / "shards",
+        max_bad_fraction=options.max_bad_fraction,
+        skipped_file=config.log_dir / SKIPPED,
+        is_main=is_main,
     )
     return Parts(tokenizer, paths, vqgan, train_set, validation_set)
 

@@ -39,12 +39,14 @@ from utils.files import atomic_write
 from utils.flags import number, parse_flags, path, whole
 from utils.interrupts import Interruption
 from utils.locks import only_writer
+from utils.skipped import start_report
 
 logger = logging.getLogger(__name__)
 
 CONFIGS: Dict[str, VqganConfig] = {**{name: published.config for name, published in PUBLISHED.items()}, **DEMO_CONFIGS}
 WEIGHTS, CONFIG, STATE = "vqgan.safetensors", "vqgan.yaml", "training.pt"
 PICTURES, TRAIN_PICTURES = "reconstructions.png", "reconstructions_train.png"
+SKIPPED = "skipped.jsonl"
 EVALUATED = 256
 """Held-out images at most that evaluations look at; on the demo set the last one looks at all."""
 KEPT_OPTIONS = ("batch_size", "random_seed", "codebook_update", "validation_images")
@@ -80,6 +82,8 @@ def make_parser() -> Parser:
     )
     data.add_argument("--output", type=path, required=True, metavar="DIR", help="for all that the run writes")
     add(data, "--validation-images", whole(1), 256, "images held out from training, a tenth at most")
+    share = "share of the images that may be unreadable; those that are, skipped.jsonl in --output lists"
+    add(data, "--max-bad-fraction", number(0, 1), 0.01, share)
     add(data, "--dataloader-workers", whole(0, 1024), 0, "processes that read images")
     model = parser.add_argument_group("model")
     configs = "one of {} (default: f8_demo), or a YAML file".format(", ".join(CONFIGS))
@@ -382,10 +386,18 @@ def train(args: argparse.Namespace, interruption: Optional[Interruption] = None)
     device = pick_device(args.device, 0)
     trainer = make_trainer(args, device)
     config = trainer.model.config
-    train_images, held_out = open_images(args.input_folder, config.resolution, args.validation_images, args.random_seed)
     folder = Path(args.output)
+    train_images, held_out = open_images(
+        args.input_folder,
+        config.resolution,
+        args.validation_images,
+        args.random_seed,
+        args.max_bad_fraction,
+        folder / SKIPPED,
+    )
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    start_report(folder / SKIPPED)
     logger.info(
         "VQGAN f%d, %d codes, %.2f M parameters; %d images, %d held out; %s",
         config.downsampling,
@@ -410,9 +422,14 @@ def train(args: argparse.Namespace, interruption: Optional[Interruption] = None)
             metrics.log("final", trainer.step_number, **report)
     except torch.cuda.OutOfMemoryError as error:
         raise UserError("not enough GPU memory: lower --batch-size") from error
-    unreadable = {**train_images.unreadable, **held_out.unreadable}
+    unreadable = train_images.unreadable | held_out.unreadable
     if unreadable:
-        logger.warning("%d images could not be read, such as %s", len(unreadable), next(iter(unreadable)))
+        logger.warning(
+            "%d images could not be read, such as %s; all are listed in %s",
+            len(unreadable),
+            min(unreadable),
+            folder / SKIPPED,
+        )
     logger.info("%d steps; %s", trainer.step_number, listed(report))
     logger.info("weights, YAML, metrics and pictures are in %s", folder)
     return report

@@ -134,7 +134,8 @@ class CodeCache:
             found = records.find(identities)
             unreadable = sorted({row // forms for row in rows[~records.readable[found]].tolist()})
             for pair in unreadable:
-                pairs.mark_unreadable(pair, "it was to be encoded")
+                pairs.mark_unreadable(pair, _why_unreadable(pairs, pair))
+            pairs.check_unreadable()
             # What stands in for an unreadable image need not be among the images that are used for themselves.
             stand_ins = numpy.array([pairs.source(pair) for pair in unreadable], dtype=numpy.int64)
             if numpy.isin(stand_ins, used).all():
@@ -298,6 +299,17 @@ def _read_image(pairs: PairDataset, row: int) -> Optional[Tensor]:
         raise
     except BROKEN_IMAGE_ERRORS:
         return None
+
+
+def _why_unreadable(pairs: PairDataset, pair: int) -> Any:
+    """Return why the image of a pair cannot be read: the error, or a text where another process found it."""
+    try:
+        pairs.image(pair)
+    except UserError:
+        raise
+    except BROKEN_IMAGE_ERRORS as error:
+        return error
+    return "it was to be encoded"
 
 
 class _Pictures(torch.utils.data.Dataset):  # type: ignore[type-arg]

@@ -10,6 +10,7 @@ from data.folder import list_pairs
 from data.shards import ImageTextShards, find_shards, open_shards
 from utils.errors import UserError
 from utils.files import PathLike
+from utils.skipped import SkipReport
 
 if TYPE_CHECKING:
     from bpe import Tokenizer
@@ -33,6 +34,10 @@ def create_dataset(
     num_generated: int = 0,
     flip: bool = False,
     index_folder: Optional[PathLike] = None,
+    max_bad_fraction: float = 0.01,
+    skipped_file: Optional[PathLike] = None,
+    is_main: bool = True,
+    flag: str = "--input-folder",
 ) -> PairDataset:
     """Return one data set and log what is in it.
 
@@ -42,9 +47,12 @@ def create_dataset(
     num_generated: more than 0 makes so many random pairs instead; `input_folder` is then not read.
     flip: mirror every other image, see `PairDataset`.
     index_folder: where the indexes of shards are kept; None: `data.shards.default_index_folder()`.
+    max_bad_fraction, skipped_file, is_main: how many pairs of a folder may be left out, where those are listed, and
+    whether this process lists what every process finds: see utils/skipped.py. flag: where the folder comes from.
     The other arguments are those of `TextSettings`; image_size is in pixels.
 
-    Raises UserError for a missing or empty folder, and for captions that are too long and not to be truncated.
+    Raises UserError for a missing or empty folder, one with too many bad pairs, and for captions that are too long and
+    not to be truncated.
     """
     settings = TextSettings(tokenizer, text_seq_len, truncate_captions, seed, null_cond_prob)
     dataset: PairDataset
@@ -55,13 +63,14 @@ def create_dataset(
     elif input_folder == DEMO:
         dataset = DemoDataset(demo_records(demo_split), settings, image_size)
     else:
+        skipped = SkipReport(skipped_file, max_bad_fraction, "{} {}".format(flag, input_folder), is_main=is_main)
         classes = getattr(tokenizer, "classes", None)
         listing = find_shards(input_folder) if classes is None else None
         if listing is not None:
-            dataset = ImageTextShards(open_shards(listing, index_folder), settings, image_size)
+            dataset = ImageTextShards(open_shards(listing, index_folder, skipped), settings, image_size, skipped)
         else:
-            pairs = list_pairs(input_folder) if classes is None else list_class_images(input_folder, classes)
-            dataset = ImageTextFolder(pairs, settings, image_size)
+            pairs = list_pairs(input_folder, skipped) if classes is None else list_class_images(input_folder, classes)
+            dataset = ImageTextFolder(pairs, settings, image_size, skipped)
     dataset.flip = flip
     logger.info("%s", dataset.report())
     dataset.check_captions()
@@ -82,6 +91,9 @@ def create_datasets(
     num_generated: int = 0,
     flip: bool = False,
     index_folder: Optional[PathLike] = None,
+    max_bad_fraction: float = 0.01,
+    skipped_file: Optional[PathLike] = None,
+    is_main: bool = True,
 ) -> Tuple[PairDataset, Optional[PairDataset]]:
     """Return (training set, validation set or None); arguments as in `create_dataset`.
 
@@ -97,6 +109,7 @@ def create_datasets(
         demo_split: str = "all",
         generated: int = 0,
         flip: bool = False,
+        flag: str = "--input-folder",
     ) -> PairDataset:
         return create_dataset(
             input_folder=folder,
@@ -110,11 +123,15 @@ def create_datasets(
             num_generated=generated,
             flip=flip,
             index_folder=index_folder,
+            max_bad_fraction=max_bad_fraction,
+            skipped_file=skipped_file,
+            is_main=is_main,
+            flag=flag,
         )
 
     train = create(input_folder, null_cond_prob, "train", num_generated, flip)
     if validation_folder is not None:
-        return train, create(validation_folder, demo_split="heldout")
+        return train, create(validation_folder, demo_split="heldout", flag="--validation-folder")
     if isinstance(train, DemoDataset):
         return train, create(DEMO, demo_split="heldout") if validation_holdout else None
     return train.split(validation_holdout)

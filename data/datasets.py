@@ -18,9 +18,10 @@ import torch
 
 from data.demo import DemoRecord, demo_images
 from data.folder import FolderPairs
-from data.images import BROKEN_IMAGE_ERRORS, load_image
+from data.images import BROKEN_IMAGE_ERRORS, load_image, why_unreadable
 from data.order import draw, draw_below, draw_unit, epoch_order, split_holdout
 from utils.errors import UserError
+from utils.skipped import SkipReport
 
 if TYPE_CHECKING:
     from bpe import Tokenizer
@@ -31,6 +32,8 @@ MAX_REPLACEMENTS = 16
 """An unreadable image is replaced by another one; so many unreadable ones in a row are an error."""
 
 _TOKENIZE_BATCH = 1024
+_CHARACTERS_PER_TOKEN = 1000
+"""Far above any token's length: a caption to be cut to T tokens is cut to this times T characters before."""
 
 Item = Tuple[torch.Tensor, torch.Tensor]
 Self = TypeVar("Self", bound="PairDataset")
@@ -149,6 +152,9 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         """Return the pair whose text and image stand at the place of `pair`: itself, unless its image is unreadable."""
         return pair
 
+    def check_unreadable(self) -> None:
+        """Raise UserError when more images cannot be read than is allowed."""
+
     def mark_unreadable(self, pair: int, reason: Any) -> None:
         """Note that the image of a pair cannot be read, and why, so that `source` gives another one."""
         raise UserError("the image of pair {} of {} cannot be read: {}".format(pair, self.origin(), reason))
@@ -184,6 +190,8 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
             return torch.zeros(settings.text_seq_len, dtype=torch.int64)
         captions = self.captions(pair)
         caption = captions[draw_below(len(captions), "caption", settings.seed, epoch, pair)]
+        if settings.truncate_captions:
+            caption = caption[: _CHARACTERS_PER_TOKEN * settings.text_seq_len]
         return settings.tokenizer.tokenize(caption, settings.text_seq_len, settings.truncate_captions)[0]
 
     def _all_captions(self) -> Iterator[str]:
@@ -199,11 +207,17 @@ class PhotoPairs(PairDataset):
     It is the same other pair every time.
     """
 
-    def __init__(self, pairs: Any, num_pairs: int, settings: TextSettings, image_size: int) -> None:
-        """pairs: what was found, with its name in `folder` and a line on it from `report()`."""
+    def __init__(
+        self, pairs: Any, num_pairs: int, settings: TextSettings, image_size: int, skipped: Optional[SkipReport] = None
+    ) -> None:
+        """pairs: what was found: its name in `folder`, a line on it from `report()`, bad pairs left out in `num_bad`.
+
+        skipped: where unreadable images are listed, and how many there may be (default: nowhere, any number).
+        """
         super().__init__(num_pairs, settings)
         self.pairs = pairs
         self.image_size = image_size
+        self.skipped = SkipReport(max_bad_fraction=1.0) if skipped is None else skipped
         # One flag per pair rather than a counter: loader processes share it, and setting a flag needs no lock.
         self._unreadable = torch.zeros(self.num_pairs, dtype=torch.bool).share_memory_()
 
@@ -224,7 +238,7 @@ class PhotoPairs(PairDataset):
         if num_unreadable:
             example = self.image_name(int(self._unreadable.nonzero()[0]))
             line += "; replaced {} unreadable images (such as {})".format(num_unreadable, example)
-        return line
+        return line + self.skipped.where()
 
     def source(self, pair: int) -> int:
         for attempt in range(MAX_REPLACEMENTS):
@@ -241,7 +255,13 @@ class PhotoPairs(PairDataset):
         # The first one is worth a line at once, the others are in report().
         level = logging.DEBUG if self._unreadable.any() else logging.WARNING
         self._unreadable[pair] = True
-        logger.log(level, "cannot read %s (%s); using another pair", self.image_name(pair), reason)
+        name = self.image_name(pair)
+        logger.log(level, "cannot read %s (%s); using another pair", name, reason)
+        kind = why_unreadable(reason) if isinstance(reason, BaseException) else "unreadable pictures"
+        self.skipped.add(name, kind, str(reason))
+
+    def check_unreadable(self) -> None:
+        self.skipped.check(self.num_pairs + self.pairs.num_bad)
 
     def _pair(self, pair: int) -> Item:
         while True:
@@ -252,6 +272,7 @@ class PhotoPairs(PairDataset):
                 raise  # a caption that is too long: UserError is a ValueError, but the image has no part in it
             except BROKEN_IMAGE_ERRORS as error:
                 self.mark_unreadable(source, error)
+                self.check_unreadable()
 
     def _replacement(self, pair: int, attempt: int) -> int:
         """Return another pair of this (sub)set: a validation set never borrows from the training set."""
@@ -261,8 +282,10 @@ class PhotoPairs(PairDataset):
 class ImageTextFolder(PhotoPairs):
     """Photos and their captions below a folder, see data/folder.py for the layout and data/images.py for the pixels."""
 
-    def __init__(self, pairs: FolderPairs, settings: TextSettings, image_size: int) -> None:
-        super().__init__(pairs, len(pairs.images), settings, image_size)
+    def __init__(
+        self, pairs: FolderPairs, settings: TextSettings, image_size: int, skipped: Optional[SkipReport] = None
+    ) -> None:
+        super().__init__(pairs, len(pairs.images), settings, image_size, skipped)
 
     def captions(self, pair: int) -> List[str]:
         captions: str = self.pairs.captions[pair]

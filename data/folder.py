@@ -15,10 +15,14 @@ from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 from data.images import IMAGE_SUFFIXES
 from utils.errors import UserError
+from utils.files import open_regular
+from utils.skipped import Entry, SkipReport
 
 logger = logging.getLogger(__name__)
 
 _TEXT_SUFFIX = ".txt"
+_MAX_TEXT_BYTES = 1 << 20
+"""A caption file is larger than this only by mistake."""
 _READERS = 8
 _FILES_PER_TASK = 256
 
@@ -70,6 +74,8 @@ class FolderPairs(NamedTuple):
     captions: PackedStrings
     """For each image its captions, joined by line breaks, without blank lines."""
     skipped: List[Skipped]
+    num_bad: int = 0
+    """Pairs that are there but cannot be used. (Files without a partner are none: COCO has many.)"""
 
     def report(self) -> str:
         """Return one line: how many pairs there are and what was left out."""
@@ -77,22 +83,28 @@ class FolderPairs(NamedTuple):
         return line + "".join("; skipped {}".format(skipped) for skipped in self.skipped)
 
 
-def list_pairs(folder: str) -> FolderPairs:
-    """Find the pairs below `folder`.
+_NO_CAPTIONS, _NO_IMAGE, _NO_FOLDER = "images without captions", "text files without an image", "unreadable folders"
+_UNUSED = (_NO_CAPTIONS, _NO_IMAGE)
+"""What is left out without being a bad pair."""
+
+
+def list_pairs(folder: str, report: Optional[SkipReport] = None) -> FolderPairs:
+    """Find the pairs below `folder`; what makes none goes to `report`, too.
 
     A text belongs to the image of the same stem: to the one beside it, otherwise to the only text of that stem in the
     whole tree. Images with several candidates elsewhere are ambiguous and skipped, as are images without a text, texts
-    without an image, and texts that are empty or not UTF-8. Hidden files and folders are ignored.
+    without an image, and texts that are empty, larger than 1 MiB, not UTF-8 or with NUL bytes. Hidden files and folders
+    are ignored.
 
-    Raises UserError when the folder does not exist or holds no pair.
+    Raises UserError when the folder does not exist or holds no pair, or when `report` allows no more bad ones.
     """
+    source = "--input-folder {}".format(folder) if report is None else report.source
     if not os.path.isdir(folder):
         raise UserError(
-            "--input-folder {}: no such folder; give one with images and captions, or 'demo' for the built-in "
-            "set".format(folder)
+            "{}: no such folder; give one with images and captions, or 'demo' for the built-in set".format(source)
         )
-    images, texts = list_files(folder)
     skipped: Dict[str, List[str]] = {}
+    images, texts = list_files(folder, skipped)
     chosen = sorted(_match(images, texts, skipped))
     pairs = FolderPairs(folder, PackedStrings(), PackedStrings(), [])
     for (image, text), (captions, problem) in zip(chosen, _read_all([text for _, text in chosen])):
@@ -104,28 +116,34 @@ def list_pairs(folder: str) -> FolderPairs:
     pairs.skipped.extend(
         Skipped(len(paths), reason, os.path.relpath(min(paths), folder)) for reason, paths in sorted(skipped.items())
     )
+    bad = [Entry(path, reason) for reason, paths in skipped.items() if reason not in _UNUSED for path in sorted(paths)]
+    if report is not None:
+        report.add_all(bad, everywhere=True)
+        report.add_unused(Entry(path, reason) for reason in _UNUSED for path in sorted(skipped.get(reason, ())))
     if not len(pairs.images):
-        raise UserError(_nothing_found(folder, images, texts, pairs.skipped))
-    return pairs
+        raise UserError(_nothing_found(source, images, texts, pairs.skipped))
+    if report is not None:
+        report.check(len(pairs.images) + len(bad))
+    return pairs._replace(num_bad=len(bad))
 
 
-def _nothing_found(folder: str, images: List[str], texts: List[str], skipped: List[Skipped]) -> str:
+def _nothing_found(source: str, images: List[str], texts: List[str], skipped: List[Skipped]) -> str:
     found = "{} images and {} text files".format(len(images), len(texts))
     why = "; ".join(str(item) for item in skipped)
     return (
-        "--input-folder {}: no pair of image and captions among {} below it{}; expected images ({}) and, with the same "
+        "{}: no pair of image and captions among {} below it{}; expected images ({}) and, with the same "
         "stem, .txt files with one caption per line, e.g. train2017/000000000009.jpg and "
         "train2017_captions/000000000009.txt (for COCO: python data/process_trainset.py makes them)".format(
-            folder, found, ": " + why if why else "", " ".join("*" + suffix for suffix in IMAGE_SUFFIXES)
+            source, found, ": " + why if why else "", " ".join("*" + suffix for suffix in IMAGE_SUFFIXES)
         )
     )
 
 
-def list_files(folder: str) -> Tuple[List[str], List[str]]:
-    """Return the paths of all images and of all text files below `folder`."""
+def list_files(folder: str, skipped: Optional[Dict[str, List[str]]] = None) -> Tuple[List[str], List[str]]:
+    """Return the paths of all images and of all text files below `folder`; unreadable folders go to `skipped`."""
     images: List[str] = []
     texts: List[str] = []
-    for path in _walk(folder):
+    for path in _walk(folder, {} if skipped is None else skipped):
         suffix = os.path.splitext(path)[1].lower()
         if suffix in IMAGE_SUFFIXES:
             images.append(path)
@@ -134,19 +152,39 @@ def list_files(folder: str) -> Tuple[List[str], List[str]]:
     return images, texts
 
 
-def _walk(folder: str) -> Iterator[str]:
-    """Yield the files below `folder`, through symbolic links too (each real folder once, so that loops end)."""
+def _walk(folder: str, skipped: Dict[str, List[str]]) -> Iterator[str]:
+    """Yield the files below `folder`, through symbolic links too (each real folder once, so that loops end).
+
+    With a list of its own rather than os.walk, which calls itself for each level (before Python 3.12) and can run out.
+    """
     seen = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:
-            folders[:] = []
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in files:
-            if not name.startswith("."):
-                yield os.path.join(parent, name)
+    waiting = [folder]
+    while waiting:
+        parent = waiting.pop()
+        folders: List[str] = []
+        try:
+            found = os.stat(parent)
+            if (found.st_dev, found.st_ino) in seen:
+                continue
+            seen.add((found.st_dev, found.st_ino))
+            with os.scandir(parent) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if _is_folder(entry):
+                        folders.append(entry.path)
+                    else:
+                        yield entry.path
+        except OSError:
+            skipped.setdefault(_NO_FOLDER, []).append(parent)
+        waiting.extend(sorted(folders, reverse=True))  # the first one is taken next
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link into itself
+        return False
 
 
 def _match(images: List[str], texts: List[str], skipped: Dict[str, List[str]]) -> Iterator[Tuple[str, str]]:
@@ -169,7 +207,7 @@ def _match(images: List[str], texts: List[str], skipped: Dict[str, List[str]]) -
     for image in elsewhere:
         candidates = by_stem.get(_stem(image), [])
         if not candidates:
-            skipped.setdefault("images without captions", []).append(image)
+            skipped.setdefault(_NO_CAPTIONS, []).append(image)
         elif len(candidates) > 1:
             skipped.setdefault("images with several caption files of their name", []).append(image)
             unused.difference_update(candidates)
@@ -179,7 +217,7 @@ def _match(images: List[str], texts: List[str], skipped: Dict[str, List[str]]) -
         else:
             skipped.setdefault("images whose captions belong to another image of the same name", []).append(image)
     if unused:
-        skipped["text files without an image"] = list(unused)
+        skipped[_NO_IMAGE] = list(unused)
 
 
 def _text_beside(path_without_suffix: str, candidates: Iterable[str]) -> Optional[str]:
@@ -204,8 +242,8 @@ def _read_all(paths: List[str]) -> Iterator[Tuple[str, str]]:
 def _read_captions(path: str) -> Tuple[str, str]:
     """Return (captions joined by line breaks, "") or ("", what is wrong with the file)."""
     try:
-        with open(path, "rb", buffering=0) as file:
-            content = file.read()
+        with open_regular(path) as file:
+            content = file.read(_MAX_TEXT_BYTES + 1)
     except OSError:
         return "", "caption files that cannot be read"
     return split_captions(content)
@@ -213,10 +251,14 @@ def _read_captions(path: str) -> Tuple[str, str]:
 
 def split_captions(content: bytes) -> Tuple[str, str]:
     """Return (captions joined by line breaks, "") of a caption file's content, or ("", what is wrong with it)."""
+    if len(content) > _MAX_TEXT_BYTES:
+        return "", "caption files of more than 1 MiB"
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError:
         return "", "caption files that are not UTF-8"
+    if "\0" in text:  # no text, or text in UTF-16
+        return "", "caption files with NUL bytes"
     # Not splitlines(), which also breaks at U+2028 and the like; a byte order mark is no part of the first caption.
     lines = text.lstrip("\ufeff").replace("\r", "\n").split("\n")
     captions = [line.strip() for line in lines if line.strip()]

@@ -7,12 +7,15 @@ photo is turned upright by its EXIF orientation, as every viewer shows it; trans
 its upper 8 bits.
 """
 
+import contextlib
 import struct
 import zlib
 from typing import IO, Any, Tuple, Type, Union
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+from utils.files import open_regular
 
 IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg", ".bmp", ".webp")
 
@@ -34,6 +37,9 @@ BROKEN_IMAGE_ERRORS: Tuple[Type[Exception], ...] = (
 )
 """What Pillow raises for files that it cannot decode."""
 
+MAX_PIXELS = 1 << 27
+"""Pixels of a picture at most: above the largest cameras' (11,648 x 8,736), and half a gigabyte of memory as RGB."""
+
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -48,8 +54,34 @@ _TURNS = {
 
 def load_image(file: Union[str, IO[bytes]], image_size: int) -> torch.Tensor:
     """Read a picture as uint8 (3, image_size, image_size). Raises one of BROKEN_IMAGE_ERRORS where that fails."""
-    with Image.open(file, formats=_FORMATS) as image:
+    with contextlib.ExitStack() as opened:
+        source = opened.enter_context(open_regular(file)) if isinstance(file, str) else file
+        image = opened.enter_context(Image.open(source, formats=_FORMATS))
+        check_pixels(image)
         return image_to_tensor(prepare_image(image, image_size))
+
+
+def check_pixels(image: Image.Image) -> None:
+    """Raise Image.DecompressionBombError for a picture, not decoded yet, of more than MAX_PIXELS.
+
+    Pillow's own limit is laxer, and switched off in some programs.
+    """
+    if image.width * image.height > MAX_PIXELS:
+        message = "{} x {} pixels; {} at most are decoded"
+        raise Image.DecompressionBombError(message.format(image.width, image.height, MAX_PIXELS))
+
+
+def why_unreadable(error: BaseException) -> str:
+    """Return what kind of file one of BROKEN_IMAGE_ERRORS speaks of, as a plural."""
+    if isinstance(error, Image.DecompressionBombError):
+        return "pictures with too many pixels"
+    if isinstance(error, FileNotFoundError):
+        return "pictures that vanished"
+    if isinstance(error, UnidentifiedImageError):
+        return "files that are no picture"
+    if isinstance(error, OSError) and error.errno is not None:
+        return "pictures that cannot be read ({})".format(error.strerror or error)
+    return "damaged pictures"
 
 
 def prepare_image(image: Image.Image, image_size: int) -> Image.Image:

@@ -4,18 +4,21 @@
     python data/process_trainset.py --captions annotations/captions_val2017.json --out-dir val2017_captions
 
 The text file has the name of the image (000000000009.txt) and one caption per line. Captions are cleaned: line breaks
-become blanks, blanks collapse, " ." becomes "."; empty ones are dropped. Each file is written whole or not at all, and
-only where its content changes, so the command can be interrupted and run again.
+become blanks, blanks collapse, " ." becomes ".". Empty ones, annotations given twice, of unknown images or of another
+form than COCO's are left out and listed in skipped.jsonl in --out-dir; should they be more than --max-bad-fraction, no
+text file is written. Each file is written whole or not at all, and only where its content changes, so the command can
+be interrupted and run again.
 
 It needs neither PyTorch nor any other package of the project than tqdm. For the 591,753 captions of COCO's training
 set it takes about 330 MB of memory and less than half a minute.
 """
 
-import argparse
 import json
 import logging
 import os
+import reprlib
 import sys
+from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
@@ -25,13 +28,19 @@ if __name__ == "__main__" and sys.path[0] != str(ROOT):
 
 from tqdm import tqdm  # noqa: E402
 
-from utils.errors import UsageError, UserError, run_main  # noqa: E402
-from utils.files import PathLike  # noqa: E402
+from utils.errors import UserError, run_main  # noqa: E402
+from utils.files import PathLike, open_regular  # noqa: E402
+from utils.flags import Parser, number, parse_flags, path  # noqa: E402
+from utils.skipped import Entry, SkipReport, start_report  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_CAPTIONS = ROOT / "data" / "COCO" / "annotations" / "captions_train2017.json"
 DEFAULT_OUT_DIR = ROOT / "data" / "COCO" / "train2017_captions"
+SKIPPED = "skipped.jsonl"
+
+_MAX_JSON_BYTES = 1 << 31  # twenty times COCO's
+_MAX_DIGITS = 18
 
 
 class _Annotation(NamedTuple):
@@ -63,6 +72,8 @@ class Counts(NamedTuple):
     """Annotations dropped because one with the same id came before."""
     unknown: int
     """Captions dropped because "images" does not list their image."""
+    wrong: int
+    """Entries dropped because they are of another form than COCO's."""
     without: int
     """Images listed that have no caption and get no file."""
 
@@ -74,6 +85,7 @@ class Counts(NamedTuple):
             (self.empty, "empty captions"),
             (self.repeated, "annotations whose id came before"),
             (self.unknown, "captions of images that the file does not list"),
+            (self.wrong, "entries that are not of COCO's form"),
             (self.without, "images without captions"),
         )
         return text + "".join("; left out {} {}".format(number, what) for number, what in dropped if number)
@@ -85,13 +97,18 @@ def clean_caption(caption: str) -> str:
     return " ".join(caption.encode("utf-8", "replace").decode("utf-8").split()).replace(" .", ".")
 
 
-def process_captions(captions_json: PathLike, out_dir: PathLike, progress: bool = False) -> Counts:
+def process_captions(
+    captions_json: PathLike, out_dir: PathLike, progress: bool = False, max_bad_fraction: float = 0.01
+) -> Counts:
     """Write one text file per image of COCO's caption file `captions_json` into `out_dir`, which is made if needed.
 
-    Raises UserError for a file that is missing, cut off or not of COCO's form, and when writing fails.
+    Raises UserError for a file that is missing, cut off or not of COCO's form, for more than `max_bad_fraction` of its
+    annotations (0 to 1) that cannot be used, and when writing fails.
     """
-    stems, captions, counts = _read(Path(captions_json))
     out_dir = Path(out_dir)
+    skipped = SkipReport(out_dir / SKIPPED, max_bad_fraction, "--captions {}".format(captions_json))
+    start_report(out_dir / SKIPPED)
+    stems, captions, counts = _read(Path(captions_json), skipped)
     written = 0
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -102,44 +119,84 @@ def process_captions(captions_json: PathLike, out_dir: PathLike, progress: bool 
     return counts._replace(written=written)
 
 
-def _read(path: Path) -> Tuple[Dict[Any, str], Dict[Any, List[str]], Counts]:
+_EMPTY = "annotations with an empty caption"
+_REPEATED = "annotations whose id came before"
+_UNKNOWN = "annotations of images that the file does not list"
+_WRONG = "annotations that are not of COCO's form"
+_WRONG_IMAGE = "images that are not of COCO's form"
+
+
+def _read(path: Path, skipped: SkipReport) -> Tuple[Dict[Any, str], Dict[Any, List[str]], Counts]:
     """Return ({image id: stem of its file}, {image id: captions}, counts with `written` still 0)."""
     content = _parse(path)
-    stems = _stems(path, content.get("images"))
+    bad: List[Entry] = []
+    stems = _stems(path, content.get("images"), bad)
     listed = bool(stems)
     captions: Dict[Any, List[str]] = {}
     seen: Set[Any] = set()
-    empty = repeated = unknown = 0
     for index, entry in enumerate(content["annotations"]):
-        problem = _problem(entry)
-        if problem:
-            raise UserError("--captions {}: annotation {} {}".format(path, index, problem))
-        if entry.id is not None and entry.id in seen:
-            repeated += 1
-            continue
-        seen.add(entry.id)
-        if listed and entry.image_id not in stems:
-            unknown += 1
-            continue
-        caption = clean_caption(entry.caption)
-        if not caption:
-            empty += 1
+        reason, detail = _problem(entry), ""
+        if reason:
+            reason, detail = _WRONG, reason
+        elif entry.id is not None and entry.id in seen:
+            reason, detail = _REPEATED, "id {!r}".format(entry.id)
+        elif listed and entry.image_id not in stems:
+            reason, detail = _UNKNOWN, "image_id {}".format(_shown(entry.image_id))
+        else:
+            caption = clean_caption(entry.caption)
+            reason = "" if caption else _EMPTY
+        if isinstance(entry, _Annotation) and _is_id(entry.id):
+            seen.add(entry.id)
+        if reason:
+            bad.append(Entry("annotation {}".format(index), reason, detail))
             continue
         if not listed and entry.image_id not in captions:
-            stems[entry.image_id] = _stem(entry.image_id, None)
+            try:
+                stems[entry.image_id] = _stem(entry.image_id, None)
+            except UserError as error:
+                bad.append(Entry("annotation {}".format(index), _WRONG, str(error)))
+                continue
         captions.setdefault(entry.image_id, []).append(caption)
+    return stems, captions, _judge(path, skipped, bad, content, stems, captions)
+
+
+def _judge(
+    path: Path,
+    skipped: SkipReport,
+    bad: List[Entry],
+    content: Dict[str, Any],
+    stems: Dict[Any, str],
+    captions: Dict[Any, List[str]],
+) -> Counts:
+    """List what is bad, and return the counts. Raises UserError when it is too much, or nothing is left."""
+    kinds = Counter(entry.reason for entry in bad)
+    if content["annotations"]:
+        skipped.add_all(bad)
+        skipped.check(len(content["annotations"]) + kinds[_WRONG_IMAGE])
     if not captions:
-        why = " ({} of images that it does not list)".format(unknown) if unknown else ""
+        why = " ({})".format(skipped.summary()) if bad else ""
         raise UserError("--captions {}: no caption in it{}".format(path, why))
     _check_stems_differ(path, {image_id: stems[image_id] for image_id in captions})
-    num_captions = sum(len(lines) for lines in captions.values())
-    return stems, captions, Counts(len(captions), num_captions, 0, empty, repeated, unknown, len(stems) - len(captions))
+    return Counts(
+        images=len(captions),
+        captions=sum(len(lines) for lines in captions.values()),
+        written=0,
+        empty=kinds[_EMPTY],
+        repeated=kinds[_REPEATED],
+        unknown=kinds[_UNKNOWN],
+        wrong=kinds[_WRONG] + kinds[_WRONG_IMAGE],
+        without=len(stems) - len(captions),
+    )
 
 
 def _parse(path: Path) -> Dict[str, Any]:
     """Return the file's top-level object with `_Annotation`s and `_Image`s in it."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with open_regular(path) as file:
+            raw = file.read(_MAX_JSON_BYTES + 1) if path.stat().st_size <= _MAX_JSON_BYTES else b""
+        if not raw and path.stat().st_size:
+            raise UserError("--captions {}: too large to be COCO's captions".format(path))
+        text = raw.decode("utf-8-sig")
     except FileNotFoundError as error:
         raise UserError(
             "--captions {}: no such file; COCO's captions are in annotations_trainval2017.zip, which "
@@ -151,7 +208,7 @@ def _parse(path: Path) -> Dict[str, Any]:
         raise UserError("--captions {}: cannot be read: {}".format(path, error)) from error
     try:
         # Reducing each entry as it is read keeps memory at a third: most of an entry is not needed here.
-        content = json.loads(text, object_hook=_reduce)
+        content = json.loads(text, object_hook=_reduce, parse_int=_whole)
     except json.JSONDecodeError as error:
         if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
             raise UserError("--captions {}: the file is cut off; fetch it again".format(path)) from error
@@ -161,6 +218,11 @@ def _parse(path: Path) -> Dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
         raise UserError("--captions {}: no list 'annotations' in it; expected COCO's captions_*.json".format(path))
     return content
+
+
+def _whole(digits: str) -> Any:
+    """Read a whole number of JSON; one beyond any id becomes a float, which no id is (long ones take for ever)."""
+    return int(digits) if len(digits) <= _MAX_DIGITS else float(digits[:_MAX_DIGITS])
 
 
 def _reduce(entry: Dict[str, Any]) -> Any:
@@ -179,11 +241,11 @@ def _problem(entry: Any) -> str:
     if not isinstance(entry, _Annotation):
         return "has no 'image_id'; expected COCO's captions_*.json"
     if not _is_id(entry.image_id):
-        return "has an 'image_id' that is neither a whole number nor a text: {!r}".format(entry.image_id)
+        return "has an 'image_id' that is neither a whole number nor a text: {}".format(_shown(entry.image_id))
     if entry.caption is None:
         return "has no 'caption'; expected captions_*.json, not instances_*.json"
     if not isinstance(entry.caption, str):
-        return "has a 'caption' that is no text: {!r}".format(entry.caption)
+        return "has a 'caption' that is no text: {}".format(_shown(entry.caption))
     if entry.id is not None and not _is_id(entry.id):
         return "has an 'id' that is neither a whole number nor a text: {!r}".format(entry.id)
     return ""
@@ -193,20 +255,30 @@ def _is_id(value: Any) -> bool:
     return (isinstance(value, int) and not isinstance(value, bool) and value >= 0) or isinstance(value, str)
 
 
-def _stems(path: Path, images: Optional[List[Any]]) -> Dict[Any, str]:
-    """Return {image id: stem} of the file's "images"; empty when it has none."""
+def _shown(value: Any) -> str:
+    return reprlib.repr(value)
+
+
+def _stems(path: Path, images: Optional[List[Any]], bad: List[Entry]) -> Dict[Any, str]:
+    """Return {image id: stem} of the file's "images"; empty when it has none. What is none of COCO's goes to `bad`."""
     if images is None:
         return {}
     if not isinstance(images, list):
         raise UserError("--captions {}: 'images' must be a list".format(path))
     stems: Dict[Any, str] = {}
     for index, image in enumerate(images):
+        name = "image {}".format(index)
         if not isinstance(image, _Image) or not _is_id(image.id) or not isinstance(image.file_name, str):
-            raise UserError("--captions {}: image {} lacks a valid 'id' or 'file_name'".format(path, index))
-        stem = _stem(image.id, image.file_name)
+            bad.append(Entry(name, _WRONG_IMAGE, "lacks a valid 'id' or 'file_name'"))
+            continue
+        try:
+            stem = _stem(image.id, image.file_name)
+        except UserError as error:
+            bad.append(Entry(name, _WRONG_IMAGE, str(error)))
+            continue
         if stems.setdefault(image.id, stem) != stem:
-            message = "--captions {}: image id {!r} has two files, {} and {}"
-            raise UserError(message.format(path, image.id, stems[image.id], stem))
+            detail = "id {!r} is of the file {!r}, too".format(image.id, stems[image.id])
+            bad.append(Entry(name, _WRONG_IMAGE, detail))
     return stems
 
 
@@ -220,7 +292,7 @@ def _stem(image_id: Any, file_name: Optional[str]) -> str:
     if isinstance(image_id, int) and (file_name is None or not stem.strip(".")):
         return "{:012d}".format(image_id)
     if not stem.strip("."):
-        raise UserError("--captions: image id {!r} gives no file name".format(image_id))
+        raise UserError("image id {} gives no file name".format(_shown(image_id)))
     return stem
 
 
@@ -259,21 +331,25 @@ def _write_if_changed(path: Path, text: str) -> bool:
     return True
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse that reports mistakes the way the whole project does."""
-
-    def error(self, message: str) -> Any:
-        raise UsageError("{} (see --help)".format(message))
-
-
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Read the flags and convert."""
-    parser = _Parser(description="Turn COCO's caption JSON into one text file per image.", allow_abbrev=False)
-    parser.add_argument("--captions", default=str(DEFAULT_CAPTIONS), metavar="JSON", help="default: %(default)s")
-    parser.add_argument("--out-dir", default=str(DEFAULT_OUT_DIR), metavar="DIR", help="default: %(default)s")
-    flags = parser.parse_args(argv)
+    parser = Parser(description="Turn COCO's caption JSON into one text file per image.")
+    parser.add_argument(
+        "--captions", type=path, default=str(DEFAULT_CAPTIONS), metavar="JSON", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--out-dir", type=path, default=str(DEFAULT_OUT_DIR), metavar="DIR", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--max-bad-fraction",
+        type=number(0, 1),
+        default=0.01,
+        metavar="F",
+        help="share of the annotations that may be left out; default: %(default)s",
+    )
+    flags = parse_flags(parser, argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    counts = process_captions(flags.captions, flags.out_dir, progress=True)
+    counts = process_captions(flags.captions, flags.out_dir, progress=True, max_bad_fraction=flags.max_bad_fraction)
     logger.info("%s: %s", flags.out_dir, counts)
 
 

@@ -28,6 +28,7 @@ from data.order import windowed_order
 from data.shard_index import OpenFiles, ShardIndex, Skips, open_index
 from utils.errors import UserError
 from utils.files import PathLike
+from utils.skipped import SkipReport
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,9 @@ NEIGHBOURS = 256
 
 WINDOW = 64
 """Runs of so many neighbours, from all over the data, that are mixed with each other: 16,384 pairs."""
+
+UNPAIRED = ("images without captions", "captions without an image")
+"""What is left out without being a bad pair."""
 
 _READERS = 8
 _MAX_SHARDS = 1_000_000
@@ -159,6 +163,11 @@ class Shards:
         return self.pair_starts[-1]
 
     @property
+    def num_bad(self) -> int:
+        """Pairs that are there but cannot be used; a shard that cannot be read counts as one."""
+        return sum(skipped.num_files for skipped in self.skipped if skipped.reason not in UNPAIRED)
+
+    @property
     def num_images(self) -> int:
         """Images with or without captions."""
         return self.image_starts[-1]
@@ -201,8 +210,13 @@ def _open_indexes(listing: Listing, folder: Path) -> List[ShardIndex]:
     return [indexes[shard] for shard in range(count)]
 
 
-def open_shards(listing: Listing, index_folder: Optional[PathLike] = None) -> Shards:
-    """Return shards of which at least one holds a pair. Raises UserError where none does."""
+def open_shards(
+    listing: Listing, index_folder: Optional[PathLike] = None, report: Optional[SkipReport] = None
+) -> Shards:
+    """Return shards of which at least one holds a pair. What makes no pair goes to `report`, too.
+
+    Raises UserError where there is no pair, or when `report` allows no more bad ones.
+    """
     shards = Shards(listing, index_folder)
     if not shards.num_pairs:
         why = "; ".join(str(skipped) for skipped in shards.skipped)
@@ -215,6 +229,10 @@ def open_shards(listing: Listing, index_folder: Optional[PathLike] = None) -> Sh
                 " ".join("*" + suffix for suffix in IMAGE_SUFFIXES),
             )
         )
+    if report is not None:
+        for skipped in shards.skipped:
+            report.add_count(skipped.reason, skipped.example, skipped.num_files, bad=skipped.reason not in UNPAIRED)
+        report.check(shards.num_pairs + shards.num_bad)
     return shards
 
 
@@ -223,8 +241,10 @@ class ImageTextShards(PhotoPairs):
 
     neighbours = NEIGHBOURS
 
-    def __init__(self, shards: Shards, settings: TextSettings, image_size: int) -> None:
-        super().__init__(shards, shards.num_pairs, settings, image_size)
+    def __init__(
+        self, shards: Shards, settings: TextSettings, image_size: int, skipped: Optional[SkipReport] = None
+    ) -> None:
+        super().__init__(shards, shards.num_pairs, settings, image_size, skipped)
         self._offsets: Optional[Tuple[ShardIndex, List[int]]] = None
         self._asked: Dict[Tuple[str, int], None] = {}  # runs of neighbours that are being read, the latest last
 

@@ -6,7 +6,7 @@ Letters: B images, S image height and width.
 import io
 import logging
 import os
-from typing import IO, Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple, Union
+from typing import IO, Any, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -15,11 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 from data.create import DEMO
 from data.demo import demo_images, demo_records
 from data.folder import PackedStrings, list_files
-from data.images import BROKEN_IMAGE_ERRORS, IMAGE_SUFFIXES, load_image
+from data.images import BROKEN_IMAGE_ERRORS, IMAGE_SUFFIXES, load_image, why_unreadable
 from data.order import epoch_order, split_holdout, windowed_order
 from data.shards import NEIGHBOURS, WINDOW, Shards, find_shards
 from utils.errors import UserError
+from utils.files import PathLike
 from utils.interrupts import leave_to_parent
+from utils.skipped import Entry, SkipReport
 
 logger = logging.getLogger(__name__)
 
@@ -29,16 +31,18 @@ class Fetched(NamedTuple):
 
     images: Tensor
     """uint8 (n, 3, S, S): in the order they were asked for, without those that cannot be read."""
-    unreadable: List[Tuple[str, str]]
-    """Path and reason of each image that cannot be read."""
+    unreadable: List[Entry]
+    """Each image that cannot be read."""
 
 
 class ImageSource(Dataset):
     """Numbered images. `source[numbers]` fetches several at once, from any process."""
 
-    def __init__(self) -> None:
-        self.unreadable: Dict[str, str] = {}
-        """Path and reason of every image that `take` was told of as unreadable."""
+    def __init__(self, skipped: Optional[SkipReport] = None) -> None:
+        """skipped: where unreadable images are listed, and how many there may be (default: nowhere, any number)."""
+        self.unreadable: Set[str] = set()
+        """Paths of the images that `take` was told of as unreadable."""
+        self.skipped = SkipReport(max_bad_fraction=1.0) if skipped is None else skipped
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -53,14 +57,20 @@ class ImageSource(Dataset):
     def take(self, fetched: Fetched) -> Tensor:
         """Return the images and remember the others. The first that cannot be read is worth a warning.
 
-        Raises UserError once no image is left.
+        Raises UserError once no image is left, or when more cannot be read than is allowed.
         """
-        for path, reason in fetched.unreadable:
+        for entry in fetched.unreadable:
             if not self.unreadable:
-                logger.warning("%s cannot be read (%s): left out, as any other such image will be", path, reason)
-            self.unreadable[path] = reason
+                logger.warning(
+                    "%s cannot be read (%s): left out, as any other such image will be", entry.path, entry.detail
+                )
+            self.unreadable.add(entry.path)
+        if fetched.unreadable:
+            self.skipped.add_all(fetched.unreadable)
         if len(self.unreadable) == len(self):
             raise UserError("none of {} images can be read, such as {}".format(len(self), next(iter(self.unreadable))))
+        if fetched.unreadable:
+            self.skipped.check(len(self))
         return fetched.images
 
     def chunks(self, numbers: Sequence[int], size: int = 64) -> Iterator[Tensor]:
@@ -88,8 +98,8 @@ class ImagesInMemory(ImageSource):
 class PhotoSource(ImageSource):
     """Other people's photos, prepared as for training on captions: the centre square, resized to S."""
 
-    def __init__(self, image_size: int) -> None:
-        super().__init__()
+    def __init__(self, image_size: int, skipped: Optional[SkipReport] = None) -> None:
+        super().__init__(skipped)
         self.image_size = image_size
 
     def name(self, number: int) -> str:
@@ -101,22 +111,23 @@ class PhotoSource(ImageSource):
         raise NotImplementedError
 
     def __getitem__(self, numbers: Sequence[int]) -> Fetched:
-        images, unreadable = [torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)], []
+        images = [torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)]
+        unreadable: List[Entry] = []
         for number in numbers:
             try:
                 images.append(load_image(self.file(number), self.image_size)[None])
             except UserError:
                 raise
             except BROKEN_IMAGE_ERRORS as error:
-                unreadable.append((self.name(number), str(error)))
+                unreadable.append(Entry(self.name(number), why_unreadable(error), str(error)))
         return Fetched(torch.cat(images), unreadable)
 
 
 class ImageFiles(PhotoSource):
     """Image files of a folder."""
 
-    def __init__(self, paths: PackedStrings, image_size: int) -> None:
-        super().__init__(image_size)
+    def __init__(self, paths: PackedStrings, image_size: int, skipped: Optional[SkipReport] = None) -> None:
+        super().__init__(image_size, skipped)
         self.paths = paths
 
     def __len__(self) -> int:
@@ -132,8 +143,10 @@ class ImageFiles(PhotoSource):
 class ShardImages(PhotoSource):
     """Some of the images in webdataset shards, with or without captions."""
 
-    def __init__(self, shards: Shards, numbers: torch.Tensor, image_size: int) -> None:
-        super().__init__(image_size)
+    def __init__(
+        self, shards: Shards, numbers: torch.Tensor, image_size: int, skipped: Optional[SkipReport] = None
+    ) -> None:
+        super().__init__(image_size, skipped)
         self.shards = shards
         self.numbers = numbers
 
@@ -152,8 +165,17 @@ class ShardImages(PhotoSource):
         return windowed_order(self.numbers // NEIGHBOURS, WINDOW, seed, epoch)
 
 
-def open_images(folder: str, image_size: int, num_heldout: int, seed: int) -> Tuple[ImageSource, ImageSource]:
+def open_images(
+    folder: str,
+    image_size: int,
+    num_heldout: int,
+    seed: int,
+    max_bad_fraction: float = 1.0,
+    skipped_file: Optional[PathLike] = None,
+) -> Tuple[ImageSource, ImageSource]:
     """Training and held-out images below a folder, in webdataset shards, or of the demo set (whose split is fixed).
+
+    max_bad_fraction, skipped_file: how many images may be left out, and where those are listed: utils/skipped.py.
 
     At most a tenth of the images, but at least one, is held out; which ones depends on the seed. Raises
     UserError.
@@ -165,7 +187,8 @@ def open_images(folder: str, image_size: int, num_heldout: int, seed: int) -> Tu
         return train, heldout
     listing = find_shards(folder)
     if listing is not None:
-        return _shard_images(Shards(listing), image_size, num_heldout, seed)
+        skips = _skip_reports(folder, max_bad_fraction, skipped_file)
+        return _shard_images(Shards(listing), image_size, num_heldout, seed, skips)
     if not os.path.isdir(folder):
         raise UserError("--input-folder {}: no such folder; give one with images, or 'demo'".format(folder))
     paths = sorted(list_files(folder)[0])
@@ -176,16 +199,28 @@ def open_images(folder: str, image_size: int, num_heldout: int, seed: int) -> Tu
             )
         )
     numbers = split_holdout(len(paths), min(num_heldout, max(1, len(paths) // 10)), seed)
-    train, heldout = (ImageFiles(PackedStrings(paths[i] for i in part.tolist()), image_size) for part in numbers)
+    skips = _skip_reports(folder, max_bad_fraction, skipped_file)
+    train, heldout = (
+        ImageFiles(PackedStrings(paths[i] for i in part.tolist()), image_size, skipped)
+        for part, skipped in zip(numbers, skips)
+    )
     return train, heldout
 
 
-def _shard_images(shards: Shards, image_size: int, num_heldout: int, seed: int) -> Tuple[ImageSource, ImageSource]:
+def _skip_reports(folder: str, max_bad_fraction: float, file: Optional[PathLike]) -> List[SkipReport]:
+    """The reports of training and held-out images, which are counted apart."""
+    source = "--input-folder {}".format(folder)
+    return [SkipReport(file, max_bad_fraction, name) for name in (source, source + " (held-out images)")]
+
+
+def _shard_images(
+    shards: Shards, image_size: int, num_heldout: int, seed: int, skips: Sequence[SkipReport]
+) -> Tuple[ImageSource, ImageSource]:
     logger.info("%s: %d images in %d shards", shards.folder, shards.num_images, len(shards.indexes))
     if shards.num_images < 2:
         raise UserError("--input-folder {}: fewer than two images in the shards".format(shards.folder))
     numbers = split_holdout(shards.num_images, min(num_heldout, max(1, shards.num_images // 10)), seed)
-    train, heldout = (ShardImages(shards, part, image_size) for part in numbers)
+    train, heldout = (ShardImages(shards, part, image_size, skipped) for part, skipped in zip(numbers, skips))
     return train, heldout
 
 

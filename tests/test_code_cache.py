@@ -494,6 +494,7 @@ def flags(material, out, *more):
         *("--batch-size", "2", "--gradient-accumulation", "2", "--epochs", "2", "--max-steps", "0"),
         *("--text-seq-len", "8", "--hidden-size", "16", "--dim-head", "8", "--validation-fraction", "0.2"),
         *("--device", "cpu", "--log-every", "1", "--ff-dropout", "0.1", "--checkpoint-output-dir", str(out / "ckpt")),
+        *("--max-bad-fraction", "0.1"),
         *("--vqgan-model-path", str(material / "vqgan.safetensors")),
         *("--vqgan-config-path", str(material / "vqgan.yaml")),
         *more,

@@ -59,8 +59,14 @@ def test_one_file_per_image_named_as_the_image(tmp_path):
         annotation(9, "Second\nline", 4),
         annotation(77, "of an image that is not listed", 6),
     ]
-    counts = process_captions(write_json(tmp_path / "c.json", annotations, images), tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000000000009.txt", "odd name.txt"]
+    counts = process_captions(
+        write_json(tmp_path / "c.json", annotations, images), tmp_path / "out", max_bad_fraction=0.5
+    )
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "000000000009.txt",
+        "odd name.txt",
+        "skipped.jsonl",
+    ]
     assert (tmp_path / "out" / "000000000009.txt").read_bytes() == b"First.\nSecond line\nFirst.\n"
     assert (tmp_path / "out" / "odd name.txt").read_text(encoding="utf-8") == "Tüte 漢\n"
     assert (counts.images, counts.captions, counts.written) == (2, 4, 2)
@@ -68,6 +74,12 @@ def test_one_file_per_image_named_as_the_image(tmp_path):
     text = str(counts)
     assert "4 captions of 2 images; 2 text files written, 0 unchanged" in text
     assert "1 empty captions" in text and "1 captions of images that the file does not list" in text
+    listed = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert [(line["path"], line["reason"]) for line in listed] == [
+        ("annotation 2", "annotations with an empty caption"),
+        ("annotation 5", "annotations whose id came before"),
+        ("annotation 6", "annotations of images that the file does not list"),
+    ]
 
 
 def test_without_a_list_of_images_names_come_from_ids(tmp_path):
@@ -117,20 +129,9 @@ WRONG = {
     '{"images": []}': "no list 'annotations'",
     '{"annotations": {"image_id": 1}}': "no list 'annotations'",
     '{"annotations": []}': "no caption in it",
-    '{"annotations": [{"image_id": 1, "caption": " "}]}': "no caption in it",
-    '{"annotations": [7]}': "annotation 0 has no 'image_id'",
-    '{"annotations": [{"image_id": 1, "caption": "a"}, {"caption": "b"}]}': "annotation 1 has no 'image_id'",
-    '{"annotations": [{"image_id": 1.5, "caption": "a"}]}': "neither a whole number nor a text: 1.5",
-    '{"annotations": [{"image_id": true, "caption": "a"}]}': "neither a whole number nor a text: True",
-    '{"annotations": [{"image_id": 1, "bbox": [1, 2]}]}': "not instances_",
-    '{"annotations": [{"image_id": 1, "caption": ["a"]}]}': "'caption' that is no text",
-    '{"annotations": [{"image_id": 1, "caption": "a", "id": [1]}]}': "annotation 0 has an 'id'",
     '{"annotations": [{"image_id": 1, "caption": "a"}], "images": 3}': "'images' must be a list",
-    '{"annotations": [{"image_id": 1, "caption": "a"}], "images": [{"id": 1}]}': "image 0 lacks",
-    '{"annotations": [{"image_id": 1, "caption": "a"}], "images": [{"id": 2, "file_name": "2"}]}': "1 of images that",
     '{"annotations": [{"image_id": 1, "caption": "a"}, {"image_id": 2, "caption": "b"}], "images": '
     '[{"id": 1, "file_name": "a/1.jpg"}, {"id": 2, "file_name": "b/1.jpg"}]}': "same name '1'",
-    '{"annotations": [], "images": [{"id": 1, "file_name": "1"}, {"id": 1, "file_name": "2"}]}': "has two files",
     "[" * 100000: "nested too deeply",
 }
 
@@ -144,6 +145,65 @@ def test_wrong_files_end_in_one_line_that_names_the_file(tmp_path, content):
     message = str(raised.value)
     assert WRONG[content] in message and "--captions {}".format(source) in message and "\n" not in message
     assert not (tmp_path / "out").exists()
+
+
+BAD_ENTRIES = {
+    '{"image_id": 1, "caption": " "}': "an empty caption",
+    "7": "not of COCO's form",
+    '{"caption": "b"}': "has no 'image_id'",
+    '{"image_id": 1.5, "caption": "a"}': "neither a whole number nor a text: 1.5",
+    '{"image_id": true, "caption": "a"}': "neither a whole number nor a text: True",
+    '{"image_id": -1, "caption": "a"}': "neither a whole number nor a text: -1",
+    '{"image_id": %s, "caption": "a"}' % ("9" * 10000): "neither a whole number nor a text: 1e+18",
+    '{"image_id": 1, "bbox": [1, 2]}': "not instances_",
+    '{"image_id": 1, "caption": ["a"]}': "'caption' that is no text",
+    '{"image_id": 1, "caption": %s}' % ("[" * 500 + "]" * 500): "'caption' that is no text",
+    '{"image_id": 1, "caption": "a", "id": [1]}': "has an 'id'",
+    '{"image_id": 1, "caption": "a", "id": 5}, {"image_id": 1, "caption": "b", "id": 5}': "id came before",
+    '{"image_id": "..", "caption": "a"}': "gives no file name",
+}
+
+
+@pytest.mark.parametrize("entry", sorted(BAD_ENTRIES), ids=range(len(BAD_ENTRIES)))
+def test_bad_entries_are_left_out_listed_and_limited(tmp_path, entry):
+    good = ", ".join('{"image_id": 1, "caption": "good"}' for _ in range(19))
+    source, out = tmp_path / "captions.json", tmp_path / "out"
+    source.write_text('{"annotations": [%s, %s]}' % (entry, good))
+    counts = process_captions(source, out, max_bad_fraction=0.05)
+    # The first of two with the same id is a good one.
+    assert "good" in (out / "000000000001.txt").read_text() and counts.captions - entry.count("5}, ") == 19
+    line = json.loads((out / "skipped.jsonl").read_text())
+    assert BAD_ENTRIES[entry] in line["reason"] + line["detail"]
+    (out / "000000000001.txt").unlink()
+    with pytest.raises(UserError) as raised:
+        process_captions(source, out, max_bad_fraction=0.04)
+    message = str(raised.value)
+    assert "--max-bad-fraction 0.04" in message and str(out / "skipped.jsonl") in message and "\n" not in message
+    assert [path.name for path in out.iterdir()] == ["skipped.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "image, detail",
+    [
+        ('{"id": 2}', "lacks a valid"),
+        ('{"id": 1, "file_name": "other.jpg"}', "is of the file '1', too"),
+        ('{"id": "x", "file_name": ".."}', "gives no file name"),
+    ],
+)
+def test_bad_images_are_left_out_and_listed(tmp_path, image, detail):
+    source = tmp_path / "captions.json"
+    source.write_text(
+        '{"images": [{"id": 1, "file_name": "1.jpg"}, %s], "annotations": [{"image_id": 1, "caption": "a"}]}' % image
+    )
+    assert process_captions(source, tmp_path / "out", max_bad_fraction=0.5).wrong == 1
+    assert detail in json.loads((tmp_path / "out" / "skipped.jsonl").read_text())["detail"]
+
+
+def test_nothing_but_bad_entries_is_an_error(tmp_path):
+    source = tmp_path / "captions.json"
+    source.write_text('{"annotations": [{"image_id": 1, "caption": ""}]}')
+    with pytest.raises(UserError, match="no caption in it"):
+        process_captions(source, tmp_path / "out", max_bad_fraction=1)
 
 
 def test_missing_and_binary_files(tmp_path):
@@ -167,7 +227,7 @@ def test_unwritable_folder_is_one_line(tmp_path):
 
 
 def test_unknown_flags_are_usage_errors(tmp_path):
-    with pytest.raises(UsageError, match="unrecognized arguments: --out"):
+    with pytest.raises(UsageError, match="unknown flag '--out'. Did you mean '--out-dir'"):
         main(["--out", "x"])
 
 

@@ -222,8 +222,14 @@ def test_what_makes_no_pair_is_counted_and_named(tmp_path, caplog):
             text_seq_len=T,
             image_size=SIZE,
             index_folder=tmp_path / "index",
+            max_bad_fraction=1,
+            skipped_file=tmp_path / "skipped.jsonl",
         )
     assert len(dataset) == 3
+    listed = {line["reason"]: line for line in map(json.loads, (tmp_path / "skipped.jsonl").read_text().splitlines())}
+    assert listed["images without captions"]["number"] == 3 and not listed["images without captions"]["bad"]
+    assert listed["empty caption files"]["path"] == "a.tar/4.png" and listed["empty caption files"]["bad"]
+    assert dataset.skipped.num_bad == dataset.pairs.num_bad > 0
     report = dataset.report()
     assert caplog.text.count("3 pairs of image and captions in 9 shards") == 1
     for expected in (
@@ -493,6 +499,7 @@ def flags(material, out, *more):
         *("--image-size", str(SIZE), "--batch-size", "2", "--gradient-accumulation", "2", "--epochs", "2"),
         *("--max-steps", "0", "--text-seq-len", "8", "--hidden-size", "16", "--dim-head", "8"),
         *("--validation-fraction", "0.2", "--device", "cpu", "--log-every", "1", "--ff-dropout", "0.1"),
+        *("--max-bad-fraction", "0.1"),
         *("--checkpoint-output-dir", str(out / "ckpt")),
         *("--vqgan-model-path", str(material / "vqgan.safetensors")),
         *("--vqgan-config-path", str(material / "vqgan.yaml")),

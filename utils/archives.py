@@ -3,7 +3,6 @@
 python -m utils.archives --sha256 HEX --unpack data/COCO URL FILE.zip
 """
 
-import argparse
 import contextlib
 import logging
 import os
@@ -11,11 +10,12 @@ import shutil
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
-from typing import NoReturn, Optional, Sequence
+from typing import Optional, Sequence
 
 from utils.downloads import download, forget_part, progress_bar
-from utils.errors import UsageError, UserError, run_main
+from utils.errors import UserError, run_main
 from utils.files import PathLike
+from utils.flags import Parser, parse_flags, whole
 
 logger = logging.getLogger(__name__)
 
@@ -94,22 +94,15 @@ def _unpack_member(content: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Pa
         raise
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse that reports mistakes the way the whole project does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError("{} (see --help)".format(message))
-
-
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Read the flags, download, unpack."""
-    parser = _Parser(description="Download a file, and unpack it.", prog="utils.archives", allow_abbrev=False)
+    parser = Parser(description="Download a file, and unpack it.", prog="utils.archives")
     parser.add_argument("url")
     parser.add_argument("path")
     parser.add_argument("--sha256", help="expected checksum")
-    parser.add_argument("--size-limit", type=int, help="largest size to accept, in bytes")
+    parser.add_argument("--size-limit", type=whole(0), help="largest size to accept, in bytes")
     parser.add_argument("--unpack", metavar="DIR", help="unpack the zip archive here and delete it")
-    flags = parser.parse_args(argv)
+    flags = parse_flags(parser, argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     path = download(flags.url, flags.path, sha256=flags.sha256, size_limit=flags.size_limit)
     if flags.unpack:

@@ -1,6 +1,7 @@
 """The two errors that a user may cause, and how a script ends with them: one line on stderr, no traceback."""
 
 import difflib
+import re
 import sys
 from typing import Callable, Iterable, Optional
 
@@ -11,6 +12,10 @@ class UserError(ValueError):
 
 class UsageError(UserError):
     """The command line or a configuration is wrong (exit status 2; every other `UserError` ends with 1)."""
+
+
+# What PyTorch puts before the message of an error that a loader process raised: its traceback.
+_IN_WORKER = re.compile(r"\ACaught \w+ in DataLoader worker process \d+\.\nOriginal Trace.*\n[\w.]+Error: ", re.DOTALL)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -28,7 +33,8 @@ def run_main(main: Callable[[], Optional[int]]) -> None:
         status = main()
     except UserError as error:
         # One line whatever the message held: a file name or prompt may contain line breaks.
-        sys.stderr.write("error: " + " ".join(str(error).split()) + "\n")
+        message = _IN_WORKER.sub("", str(error))
+        sys.stderr.write("error: " + " ".join(message.split()) + "\n")
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

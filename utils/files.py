@@ -1,8 +1,10 @@
 """Files that are either complete or absent: atomic writing and content hashes."""
 
 import contextlib
+import errno
 import hashlib
 import os
+import stat
 import tempfile
 from pathlib import Path
 from typing import IO, Any, Iterator, Union
@@ -46,6 +48,22 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def open_regular(path: PathLike) -> IO[bytes]:
+    """Open a plain file for reading bytes, without a buffer. Raises OSError, also for pipes and devices.
+
+    Those lie in folders from anywhere, and reading one can wait for ever or never end.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # opening a pipe would wait for its other end
+
+    file = open(str(path), "rb", buffering=0, opener=opener)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    return file
 
 
 def sha256_file(path: PathLike) -> str:

@@ -1,6 +1,6 @@
 """Command-line flags of scripts without a configuration file: both spellings, ranges, errors of one line.
 
-parser = args.Parser(...); parser.add_argument("--num_images", type=whole(1), default=128)
+parser = Parser(...); parser.add_argument("--num_images", type=whole(1), default=128)
 options = parse_flags(parser, argv)
 """
 
@@ -8,9 +8,23 @@ import argparse
 import math
 import os
 import sys
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence
 
 from utils.errors import UsageError, nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises UsageError instead of printing its usage and exiting, and takes no abbreviations."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**dict({"allow_abbrev": False}, **settings))
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message[len("argument ") :] if message.startswith("argument ") else message)
+
+    def known_flags(self) -> List[str]:
+        """Every flag, as it is documented."""
+        return [text for action in self._actions for text in action.option_strings]
 
 
 def whole(low: int, high: Optional[int] = None) -> Callable[[str], int]:
@@ -87,7 +101,7 @@ def parse_flags(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] =
     """Parse `argv` (default: the process's arguments); flags may be spelled with - or _.
 
     A value may start with a single dash (`--text -rf`). Raises UsageError for unknown flags, naming the nearest one,
-    where `parser.error` does (see args.Parser) for everything else.
+    where `parser.error` does for everything else.
     """
     # argparse has no public list of its flags.
     takes_value = {flag: action.nargs != 0 for action in parser._actions for flag in action.option_strings}
@@ -100,11 +114,10 @@ def parse_flags(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] =
             raise UsageError(
                 "unexpected argument '{}': put a value of several words in quotes; --help lists the flags".format(word)
             )
-        raise UsageError(
-            "unknown flag '{}'.{} --help lists the flags".format(
-                word, nearest(word.replace("-", "_"), known).replace("'__", "'--")
-            )
-        )
+        hint = nearest(word.replace("-", "_"), known)
+        for name, flag in known.items():
+            hint = hint.replace("'{}'".format(name), "'{}'".format(flag))
+        raise UsageError("unknown flag '{}'.{} --help lists the flags".format(word, hint))
     return options
 
 
