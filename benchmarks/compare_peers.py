@@ -18,7 +18,6 @@ import functools
 import importlib.util
 import json
 import logging
-import os
 import platform
 import subprocess
 import sys
@@ -327,7 +326,6 @@ def main() -> None:
     options = read_options()
     Path(options.output).mkdir(parents=True, exist_ok=True)
     log.setup()
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # for all of them: as run_train.sh does
     names = list(options.contestants)
     if importlib.util.find_spec("dalle_pytorch") is None:
         logger.warning("dalle-pytorch is not installed and left out: pip install --no-deps dalle-pytorch==1.6.6 "

@@ -27,6 +27,7 @@ from models.config import DalleConfig
 from models.dalle import DALLE, TextToImage
 from models.sampling import SamplingOptions, draw, draw_codes, guided
 from models.vqgan import PUBLISHED, VQGAN, VqganConfig
+from utils.memory import keep_freed_memory
 
 OURS = "Mini DALL-E"
 PLAIN = "published algorithm"
@@ -129,6 +130,7 @@ class Ours(Contestant):
         else:
             self.vqgan = channels_last(self.vqgan).to(self.device)
         if task == GENERATE:
+            keep_freed_memory()  # as dalle.drawing does
             self.dalle = DALLE(self.shape).eval().to(self.device, self.autocast or torch.float32)
             return
         model = TextToImage(DALLE(self.shape), self.vqgan if task == TRAIN_IMAGES else None)

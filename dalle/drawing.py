@@ -14,6 +14,7 @@ from torch import Tensor
 from dalle.loading import Loaded
 from models.sampling import SamplingOptions, complete_text, draw_codes
 from utils.errors import UserError
+from utils.memory import keep_freed_memory
 
 PRIME_FRACTION = 0.4375
 """Share of the rows that a priming image gives where nothing else is said: 14 of 32, as OpenAI primed its DALL-E."""
@@ -114,6 +115,7 @@ def draw_images(
     Image i gets the random numbers of `image_seed(seed, i)`, whatever the batch size and the other captions. given
     (N,): codes to keep (see `given_codes`). on_token is called after each code of a batch.
     """
+    keep_freed_memory()
     for share in shares(len(text), num_images, batch_size):
         own = [image_seed(seed, index) for index in range(share.first_image, share.end_image)]
         seeds = own * (share.end_prompt - share.first_prompt)

@@ -1,0 +1,39 @@
+"""What this process keeps of the memory that it frees."""
+
+import subprocess
+import sys
+
+import pytest
+
+from utils import memory
+
+FAULTS = """
+import resource, sys
+from utils.memory import keep_freed_memory
+kept = keep_freed_memory() if sys.argv[1] == "keep" else False
+import torch
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(9 << 20)
+before = faults()
+for _ in range(5):
+    torch.ones(9 << 20)  # 38 MB
+print(kept, faults() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_what_is_freed_is_used_again_without_asking_the_system():
+    results = {}
+    for how in ("keep", "leave"):
+        done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
+        kept, faults = done.stdout.split()
+        results[how] = int(faults)
+        if how == "keep" and kept == "False":
+            pytest.skip("another C library")
+    assert results["keep"] < results["leave"] / 10
+
+
+def test_elsewhere_nothing_changes(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert memory.keep_freed_memory() is False

@@ -1,0 +1,23 @@
+"""How this process gets its memory from the system."""
+
+import ctypes
+import sys
+
+# Parameters of glibc's mallopt(3).
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> bool:
+    """Keep what is freed from now on for the next allocation, instead of giving it back to the system each time.
+
+    glibc maps every large tensor anew, and the kernel then clears it page by page: a quarter of decoding an image of
+    256x256 pixels on a CPU, a twentieth of a training step of L16. The process still frees everything when it ends.
+    Returns whether it could be set: only with glibc, on Linux; elsewhere nothing changes.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return False
+    return bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, -1))
