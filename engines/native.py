@@ -23,7 +23,6 @@ from models.dalle import TextToImage
 from models.vqgan import image_codes
 from utils.errors import UsageError, UserError
 from utils.interrupts import leave_to_parent
-from utils.memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -226,8 +225,6 @@ class NativeEngine(Engine):
     def prepare(self, model: TextToImage, dataset: Any = None) -> None:
         begin = time.perf_counter()
         execution, options = self.config.execution, self.config.optimizer
-        if self.name == "cpu":
-            keep_freed_memory()
         self.model = model.to(self.device)
         if execution.activation_checkpointing:
             for block in self.model.dalle.transformer.layers:

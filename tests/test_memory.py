@@ -16,7 +16,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.ones(9 << 20)
 before = faults()
-for _ in range(5):
+for _ in range(60):
     torch.ones(9 << 20)  # 38 MB
 print(kept, faults() - before)
 """
@@ -31,7 +31,7 @@ def test_what_is_freed_is_used_again_without_asking_the_system():
         results[how] = int(faults)
         if how == "keep" and kept == "False":
             pytest.skip("another C library")
-    assert results["keep"] < results["leave"] / 10
+    assert results["keep"] < results["leave"] / 3
 
 
 def test_elsewhere_nothing_changes(monkeypatch):

@@ -10,9 +10,10 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 def keep_freed_memory() -> bool:
     """Keep what is freed from now on for the next allocation, instead of giving it back to the system each time.
 
-    glibc maps every large tensor anew, and the kernel then clears it page by page: a quarter of decoding an image of
-    256x256 pixels on a CPU, a twentieth of a training step of L16. The process still frees everything when it ends.
-    Returns whether it could be set: only with glibc, on Linux; elsewhere nothing changes.
+    glibc maps every large tensor anew, and the kernel then clears it page by page: a fifth of decoding an image of
+    256x256 pixels on a CPU. For what runs in rounds of the same tensors, like drawing: what is kept fits the next round
+    only roughly, and takes some 200 MB more there. A training step wins less than it takes. The process still frees
+    everything when it ends. Returns whether it could be set: only with glibc, on Linux; elsewhere nothing changes.
     """
     if not sys.platform.startswith("linux"):
         return False
