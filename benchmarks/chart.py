@@ -55,8 +55,12 @@ def draw(report: Dict[str, Any], path: Path) -> None:
         axes.set_xlim(0, max([*values, limit]) * 1.12)
         if limit:
             axes.axvline(limit, color=LIMIT_COLOUR, linestyle="--", linewidth=1.2)
-            axes.annotate("limit {:.3g}".format(limit), (limit, 1), xycoords=("data", "axes fraction"), fontsize=8,
-                          color=LIMIT_COLOUR, ha="left", va="bottom", annotation_clip=False)
+            inside = limit > 0.8 * axes.get_xlim()[1]
+            axes.annotate(
+                "limit {:.3g} ".format(limit) if inside else " limit {:.3g}".format(limit),
+                (limit, 0.02), xycoords=("data", "axes fraction"), fontsize=8, color=LIMIT_COLOUR,
+                ha="right" if inside else "left", va="bottom",
+            )
         _tidy(axes)
     for column, (axis, points) in enumerate(growth.items()):
         axes = figure.add_subplot(grid[len(rows), column])
