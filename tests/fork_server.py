@@ -8,6 +8,7 @@ As a program it is the server: JSON lines in, JSON lines out. It has never run a
 """
 
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -15,6 +16,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -134,8 +136,13 @@ def _serve():
     os.dup2(2, 1)
     sys.path.insert(0, str(ROOT))
     # torch._dynamo: what the first optimizer imports.
-    for name in ("train", "engines.native", "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+    for name in ("train", "engines.native", "torch._dynamo"):
         importlib.import_module(name)
+    with tempfile.TemporaryDirectory() as folder:  # the first curve reads fonts
+        lines = Path(folder, "metrics.jsonl")
+        lines.write_text('{"event": "train", "step": 1, "loss": 1.0}\n')
+        importlib.import_module("log").plot_losses(lines, Path(folder, "loss.png"))
+    gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:

@@ -104,7 +104,16 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+FAST = ("encoding", "writing a checkpoint", "between metrics and checkpoint")
+
+
+def slow_unless(fast, *names_and_values):
+    """Parameters of a test, of which the fast suite runs only some."""
+    every = [values if isinstance(values, tuple) else (values,) for values in names_and_values]
+    return [pytest.param(*values, marks=() if values in fast else pytest.mark.slow) for values in every]
+
+
+@pytest.mark.parametrize("moment", slow_unless([(name,) for name in FAST], *MOMENTS))
 def test_killed_at_a_certain_moment_it_goes_on_with_the_same_bits(server, folder, tmp_path, undisturbed, moment):  # noqa: F811
     pids = start(server, folder, tmp_path, "--resume", kill=MOMENTS[moment])
     assert [server.wait(pid) for pid in pids] == [-signal.SIGKILL], "was not killed"
@@ -156,7 +165,7 @@ def disturb(server, folder, out, processes, seconds, choice, kills):  # noqa: F8
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_at_random_moments_it_ends_with_the_same_bits(server, folder, tmp_path, undisturbed, processes):  # noqa: F811
     expected, seconds = undisturbed(processes)
-    assert disturb(server, folder, tmp_path, processes, seconds, random.Random(processes), kills=3)
+    assert disturb(server, folder, tmp_path, processes, seconds, random.Random(processes), kills=4 - processes)
     assert_as_undisturbed(tmp_path, expected)
 
 
@@ -183,8 +192,10 @@ def wait_for(out, text, seconds=300):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+SIGNALS = [(number, status, processes) for number, status in ((15, 0), (2, 130)) for processes in (1, 2)]
+
+
+@pytest.mark.parametrize("number, status, processes", slow_unless([(15, 0, 2), (2, 130, 1)], *SIGNALS))
 def test_asked_to_stop_it_saves_at_the_next_step(server, folder, tmp_path, undisturbed, processes, number, status):  # noqa: F811
     only_epochs = ("--checkpoint-save-steps", "0")
     pids = start(server, folder, tmp_path, *only_epochs, processes=processes)
@@ -199,8 +210,7 @@ def test_asked_to_stop_it_saves_at_the_next_step(server, folder, tmp_path, undis
     assert_as_undisturbed(tmp_path, undisturbed(processes)[0])
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("validation", [1, 2])
+@pytest.mark.parametrize("validation, processes", slow_unless([(2, 2)], (1, 1), (1, 2), (2, 1), (2, 2)))
 def test_asked_to_stop_while_it_validates(server, folder, tmp_path, undisturbed, processes, validation):  # noqa: F811
     """Of two processes the last one alone gets the signal."""
     moment = ("engines.native:NativeEngine._averaged_weights", validation, "after", signal.SIGTERM)
@@ -221,7 +231,7 @@ def test_killed_before_it_saved_it_does_not_resume_an_earlier_run(server, folder
     assert (tmp_path / "ckpt/earlier.1/dalle_1_6.pt").exists() and (tmp_path / "metrics.1.jsonl").exists()
 
 
-@pytest.mark.parametrize("damage", ["bit", "half", "empty"])
+@pytest.mark.parametrize("damage", slow_unless([("bit",)], "bit", "half", "empty"))
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(server, folder, tmp_path, undisturbed, damage):  # noqa: F811
     finish(server, start(server, folder, tmp_path, "--max-steps", "7"), tmp_path)
     newest = tmp_path / "ckpt/dalle_1_7.pt"
