@@ -248,7 +248,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(server,
 @pytest.mark.slow
 def test_torchrun_passes_sigterm_on(folder, tmp_path, undisturbed):  # noqa: F811
     """The launcher has SIGTERM from a scheduler, its processes have it from the launcher."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(ROOT / "train.py"), *arguments(folder, tmp_path)]
 
     def torchrun(*more):
@@ -257,8 +257,10 @@ def test_torchrun_passes_sigterm_on(folder, tmp_path, undisturbed):  # noqa: F81
             return subprocess.Popen([*command, *more], env=environment, cwd=ROOT, stdout=log, stderr=log)
 
     launcher = torchrun()
-    wait_for(tmp_path, "step 2/")
-    launcher.send_signal(signal.SIGTERM)
+    try:
+        wait_for(tmp_path, "step 2/")
+    finally:
+        launcher.terminate()
     launcher.wait(300)  # its own status is not ours to decide
     assert "--resume goes on" in (tmp_path / "stderr.log").read_text()
     assert torchrun("--resume").wait(600) == 0
