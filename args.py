@@ -95,7 +95,7 @@ class IpuConfig(Section):
     layers_per_ipu: Tuple[int, ...] = option((16,), "transformer layers on each IPU; they add up to "
                                                      "--num-hidden-layers", ge=0)
     cls_ipu_id: Optional[int] = option(None, "IPU of the head; none: the last", ge=0)
-    embedding_ipu_id: int = option(0, "IPU of the VQGAN and the embeddings", ge=0)
+    embedding_ipu_id: int = option(0, "IPU of the embeddings; the VQGAN is on IPU 0", ge=0)
     embedding_serialization_factor: int = option(1, "compute embedding and head in so many parts to save memory", ge=1)
     matmul_proportion: Tuple[float, ...] = option((0.6,), "share of memory for matrix products: one, or one for each "
                                                           "IPU", gt=0, le=1)
@@ -195,6 +195,15 @@ class DataConfig(Section):
                                       "every step", path=True)
     augment: str = option("none", "flip: mirror every other training image, other ones in each epoch",
                           choices=("none", "flip"))
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether images are encoded ahead and training reads their codes (--cache-codes).
+
+        auto leaves random images alone: they are there to measure the whole step.
+        """
+        generated = self.generated_data or self.synthetic_data
+        return self.cache_codes != "off" and not (self.cache_codes == "auto" and generated)
 
 
 @dataclass(frozen=True)

@@ -389,12 +389,10 @@ def build_parts(config: Config, engine: Optional[Engine] = None) -> Parts:
 def encode_images(config: Config, engine: Engine, parts: Parts, resumed: Optional[Start] = None) -> Parts:
     """Turn images into their codes, each once for all epochs and runs (--cache-codes), and let the VQGAN's weights go.
 
-    resumed: the checkpoint that the run goes on from, if there is one. auto leaves random images alone: they are there
-    to measure the whole step.
+    resumed: the checkpoint that the run goes on from, if there is one.
     """
     options, vqgan = config.data, parts.vqgan
-    generated = options.generated_data or options.synthetic_data
-    if options.cache_codes == "off" or (options.cache_codes == "auto" and generated):
+    if not options.keeps_codes:
         return parts
     identity = vqgan.identity
     if identity == "random":
@@ -414,6 +412,8 @@ def encode_images(config: Config, engine: Engine, parts: Parts, resumed: Optiona
     first_epoch = resumed is None or resumed.checkpoint.training["position"]["epoch"] == 0
     calls = -(-config.execution.max_steps // engine.steps_per_call)
     samples, order = calls * engine.steps_per_call * config.global_batch, None
+    if config.ipu.compile_only:  # the first one tells the shapes
+        samples, parts = 1, parts._replace(validation_set=None)
     if 0 < samples < len(parts.train_set) and first_epoch:
         order = parts.train_set.order(config.execution.random_seed, 0)[:samples]
     train_set, validation_set = cache.encoded(parts.train_set, parts.validation_set, order)

@@ -25,7 +25,9 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 """Called with (codes drawn so far, codes to draw)."""
 
-_DECODE_BATCH = 16  # the VQGAN's feature maps at 256 x 256 pixels take some 200 MB for each image
+# Images decoded at the same time: the VQGAN's feature maps at 256 x 256 pixels take some 200 MB for each, and a CPU is
+# as fast with a few as with many.
+_DECODE_BATCH, _DECODE_BATCH_ON_CPU = 16, 4
 
 
 class Candidates(NamedTuple):
@@ -150,7 +152,8 @@ class Dalle(nn.Module):
                 likelihoods.append(batch.log_likelihood)
         all_codes = torch.cat(codes)
         # In full precision, whatever the transformer computed in, and a few at a time.
-        images = torch.cat([self.stage1.decode(part) for part in all_codes.split(_DECODE_BATCH)])
+        size = _DECODE_BATCH_ON_CPU if all_codes.device.type == "cpu" else _DECODE_BATCH
+        images = torch.cat([self.stage1.decode(part) for part in all_codes.split(size)])
         return Candidates(images, all_codes, torch.cat(likelihoods))
 
     def _batches(

@@ -5,6 +5,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 
+from args import Config
 from models.config import DalleConfig
 from models.dalle import TextToImage
 from models.vqgan import image_codes
@@ -38,6 +39,8 @@ class Engine:
     """One kind of device. Exactly `steps_per_call` optimizer steps happen per `step`."""
 
     name: str
+    config: Config
+    """The configuration, with the random seed that all processes share."""
     is_main: bool
     """This process logs and saves; exactly one does."""
     rank: int = 0

@@ -4,7 +4,7 @@ Letters: S pipeline stages, M micro-batches of one optimizer step (gradient accu
 """
 
 from itertools import accumulate
-from typing import List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional
 
 from args import Config, IpuConfig
 from models.config import DalleConfig
@@ -40,12 +40,11 @@ def head_ipu(ipu: IpuConfig) -> int:
 def pipeline_plan(config: Config, encodes_images: bool = True) -> List[Placement]:
     """Return every part of the model with its IPU, in the order in which a forward pass comes to them.
 
-    encodes_images: the VQGAN runs on the IPU, in front of the embeddings; False when the data are image codes already.
+    encodes_images: the VQGAN runs on IPU 0, in front of the embeddings; False when the data are image codes already.
     """
     ipu = config.ipu
-    first = ["vqgan"] if encodes_images else []
-    first += ["dalle.text_emb", "dalle.image_emb", *POSITIONS]
-    plan = [Placement(path, ipu.embedding_ipu_id) for path in first]
+    plan = [Placement("vqgan", 0)] if encodes_images else []
+    plan += [Placement(path, ipu.embedding_ipu_id) for path in ("dalle.text_emb", "dalle.image_emb", *POSITIONS)]
     plan += [Placement(LAYER + str(layer), index) for layer, index in enumerate(layer_ipus(ipu))]
     plan += [Placement(path, head_ipu(ipu)) for path in HEAD]
     return plan
@@ -165,9 +164,9 @@ def _model_problems(config: Config, model: DalleConfig) -> List[str]:
             "--cls-ipu-id {} and --embedding-serialization-factor 1".format(ipu.embedding_ipu_id)
         )
     ipus = layer_ipus(ipu)
-    for shared in (model.shared_attn_ids, model.shared_ff_ids):
-        where = {}
-        for layer, index in enumerate(ipus if shared else []):
+    for shared in filter(None, (model.shared_attn_ids, model.shared_ff_ids)):
+        where: Dict[int, int] = {}  # the IPU of each set of shared weights
+        for layer, index in enumerate(ipus):
             if where.setdefault(shared[layer % len(shared)], index) != index:
                 found.append(
                     "--layers-per-ipu: layer {} shares weights with a layer on IPU {}, so it must lie there too".format(

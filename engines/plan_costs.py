@@ -279,7 +279,8 @@ def divide(config: Config, parts: List[PartCost]) -> Tuple[int, ...]:
 def _partition(ipus: int, layers: int, cost: Callable[[int, int, int], float]) -> Tuple[float, Tuple[int, ...]]:
     """Divide `layers`, in order, so that the largest cost(ipu, first, last) is least: return it and the counts."""
     # best[n]: (largest cost so far, counts) with the first n layers on the IPUs so far
-    best: List[Tuple[float, Tuple[int, ...]]] = [(0.0, ())] + [(float("inf"), ())] * layers
+    best: List[Tuple[float, Tuple[int, ...]]] = [(float("inf"), ())] * (layers + 1)
+    best[0] = (0.0, ())
     for ipu in range(ipus):
         best = [
             min(

@@ -26,6 +26,9 @@ products and convolutions, forward, backward, and forward again where activation
 until the backward pass; working: those alive while the largest part is computed. Not in it: program code, exchange
 buffers, scratch memory of operators (--matmul-proportion); leave a third of the {:.0f} MB free for them."""
 
+CODES_AHEAD = "images are encoded ahead, on the host: no VQGAN on the IPUs; with --cache-codes off it is on IPU 0"
+IMAGES_ON_IPU = "images are encoded in each step, by the VQGAN on IPU 0"
+
 
 class Division(NamedTuple):
     """One way to divide the layers, and what it costs."""
@@ -60,14 +63,15 @@ def divisions(config: Config, model: DalleConfig, vqgan: VqganConfig) -> List[Di
 
 def measured(config: Config, model: DalleConfig, vqgan: VqganConfig) -> List[PartCost]:
     """Build the model on the meta device as the IPU engine would run it, and return what its parts cost."""
+    encodes_images = not config.data.keeps_codes
     with torch.device("meta"):
         encoder = VQGAN(vqgan)
-        built = TextToImage(DALLE(model, "explicit"), encoder)
+        built = TextToImage(DALLE(model, "explicit"), encoder if encodes_images else None)
     del encoder.decoder, encoder.post_quant_conv  # training only encodes
     if plan.uses_half(config):
         for parameter in built.parameters():
             parameter.data = parameter.data.half()
-    return plan_costs.measure(built, plan.pipeline_plan(config), config.model.image_size)
+    return plan_costs.measure(built, plan.pipeline_plan(config, encodes_images), config.model.image_size)
 
 
 def describe(config: Config, model: DalleConfig, found: List[Division]) -> str:
@@ -84,7 +88,8 @@ def describe(config: Config, model: DalleConfig, found: List[Division]) -> str:
             "s" * (run.replication_factor > 1),
             run.batch_size,
             "fp16" if plan.uses_half(config) else "fp32",
-        )
+        ),
+        CODES_AHEAD if config.data.keeps_codes else IMAGES_ON_IPU,
     ]
     for division in found:
         lines += ["", "{}: {}".format(division.name, list(division.config.ipu.layers_per_ipu)), ""]

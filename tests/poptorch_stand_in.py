@@ -294,6 +294,7 @@ class DataLoader(torch.utils.data.DataLoader):
         if mode != DataLoaderMode.Sync:
             dataset = pickle.loads(pickle.dumps(dataset))  # it is loaded in another process
         self.closed = False
+        self.workers, self.persistent = num_workers, persistent_workers
         # Worker processes would cost the tests seconds and change nothing in what is loaded.
         super().__init__(
             dataset,

@@ -16,7 +16,7 @@ from engines.ipu import IpuEngine
 from engines.ipu.data import Padded, Stream
 from engines.ipu.model import SerializedEmbedding, SerializedLinear
 from engines.plan import Placement
-from models.config import DalleConfig
+from models.config import ARCHITECTURES, DalleConfig
 from models.dalle import DALLE
 from utils.errors import UsageError, UserError
 
@@ -77,6 +77,21 @@ def test_equals_the_native_engine(stages, factor, iterations, replicas):
     assert losses == pytest.approx(grouped(expected, iterations), abs=1e-6)
     assert largest_difference(engine.model_state(), weights) < 2e-6
     assert engine.executor.capture.switches == stages - 1
+    assert engine.executor.capture.serialized == ([factor] if factor > 1 else [])  # the head
+    assert isinstance(engine.model.dalle.text_emb, SerializedEmbedding) == (factor > 1)
+
+
+def test_mindalles_architecture_trains_the_same():
+    changes = dict(ARCHITECTURES["mindalle"], attn_types=("full",))
+    config = make_config(4, embedding_serialization_factor=3, epochs=1)
+    dataset = Pairs(samples_for(config))
+    engine = IpuEngine(config)
+    losses = train_with(engine, config, make_model(**changes), dataset)
+    expected, weights = native_losses(config, make_model(**changes), dataset)
+    assert losses == pytest.approx(expected, abs=1e-6)
+    # The bias of the keys moves no attention weight: its gradient is rounding alone, which Adam makes larger.
+    assert largest_difference(engine.model_state(), weights) < 1e-5
+    assert engine.executor.capture.switches == 3
 
 
 @pytest.mark.parametrize("byteio", [False, True])
@@ -181,7 +196,8 @@ def test_resuming_continues_as_if_nothing_had_happened():
     model.dalle.load_state_dict(weights)
     again.prepare(model, dataset)
     again.load_state_dict(state)
-    assert again.state_dict()["random_state"] == state["random_state"]
+    assert torch.equal(again.state_dict()["random_states"], state["random_states"])
+    assert again.executor.rng_state == [42, 1]  # the seed, and what one call made of the state
     assert [float(again.step(batch).loss) for batch in batches] == expected
 
 
@@ -270,6 +286,7 @@ def test_half_precision_is_captured_with_losses_in_full():
     engine.prepare(make_model(with_vqgan=True, rotary=True, dim_head=12), Pairs(samples_for(config), images=True))
     assert {parameter.dtype for parameter in engine.model.parameters()} == {torch.float16}
     assert engine.model.dalle.transformer.angles.dtype == torch.float32
+    assert {value.dtype for value in engine.model_state().values()} == {torch.float32}
     assert engine.executor._signature[1][1] == torch.float16
     optimizer = engine.optimizer
     assert (optimizer.accum_type, optimizer.first_order_momentum_accum_type) == (torch.float16, torch.float16)
@@ -324,7 +341,7 @@ def test_every_execution_flag_reaches_poptorch(tmp_path, poptorch):
     assert options.memory == {"IPU0": 0.1, "IPU1": 0.2, "IPU2": 0.3, "IPU3": 0.4}
     assert options.strategy.auto_stage is poptorch.AutoStage.AutoIncrement
     assert options.cache == str(tmp_path / "cache") and options.synthetic is True and options.offline is False
-    assert options.auto_round_num_ipus is True
+    assert options.auto_round_num_ipus is True and options.relaxed is True
     engine_options = options._Popart.engineOptions
     assert (
         engine_options["autoReport.directory"] == str(tmp_path / "profile")
@@ -379,6 +396,16 @@ def test_the_asynchronous_loader_gives_the_same_batches():
     assert len(batches[0]) == len(batches[1]) == 6
     for one, other in zip(*batches):
         assert all(torch.equal(a, b) for a, b in zip(one, other))
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_worker_processes_stay_for_the_whole_run(ahead):
+    config = make_config(1, dataloader_workers=2, async_dataloader=ahead)
+    engine = IpuEngine(config)
+    next(iter(engine.loader(Pairs(samples_for(config)), 0)))
+    assert (engine._loader.workers, engine._loader.persistent) == (2, True)
+    engine.close()
+    assert engine._loader is None
 
 
 def test_the_loader_goes_on_over_epochs_and_starts_anywhere():
@@ -545,8 +572,26 @@ def test_poprun_shares_seed_weights_and_metrics(poprun):
     assert torch.equal(batch[0], torch.stack([dataset[index][0] for index in mine]))
     loss = engine.step(batch).loss
     assert loss.shape == () and engine.mean(torch.tensor(1.0)) == 2.0
-    assert engine.state_dict()["random_state"] == []
     engine.barrier()
+
+
+def test_each_process_of_poprun_goes_on_with_its_own_random_state(poprun, monkeypatch, caplog):
+    def broadcast(tensor, root_rank):
+        """A third number that tells the processes apart."""
+        return tensor if root_rank == 1 else tensor - torch.tensor([0, 0, 5])[: tensor.numel()]
+
+    monkeypatch.setattr(poprun, "broadcast", broadcast)
+    config = make_config(2, replication_factor=4)
+    engine = IpuEngine(config)
+    engine.prepare(make_model(), Pairs(samples_for(config)))
+    engine.executor.rng_state = [2**64 - 1, 7, 8]  # seeds have 64 bits and no sign
+    state = engine.state_dict()
+    assert state["random_states"].tolist() == [[-1, 7, 3], [-1, 7, 8]]
+    engine.executor.rng_state = [0, 0, 0]
+    engine.load_state_dict(state)
+    assert engine.executor.rng_state == [2**64 - 1, 7, 8] and "random states" not in caplog.text
+    engine.load_state_dict(dict(state, random_states=state["random_states"][:1], replicas=2))
+    assert "written by 2 replicas in 1 processes, now there are 4 in 2: random states are new" in caplog.text
 
 
 def test_poprun_and_the_configuration_must_agree(poprun, monkeypatch):

@@ -43,6 +43,7 @@ def small_model(**changes):
 
 def config_of(**options):
     base = {"num_hidden_layers": 3, "layers_per_ipu": [3], "device": "ipu", "gradient_accumulation": 16}
+    base["cache_codes"] = "off"  # the VQGAN on IPU 0
     return args.Config().replace(**dict(base, **options))
 
 
@@ -70,7 +71,7 @@ def test_parts_lie_where_the_flags_say():
     ]
     assert ipus_of(config, encodes_images=False)[0] == ("dalle.text_emb", 0)
     moved = dict(ipus_of(config.replace(embedding_ipu_id=1, cls_ipu_id=2)))
-    assert (moved["vqgan"], moved["dalle.image_emb"], moved["layers.2"], moved["dalle.norm"]) == (1, 1, 2, 2)
+    assert (moved["vqgan"], moved["dalle.image_emb"], moved["layers.2"], moved["dalle.norm"]) == (0, 1, 2, 2)
 
 
 def test_the_plan_names_every_part_of_a_model():
@@ -99,7 +100,7 @@ def test_a_block_begins_where_the_ipu_changes(ipus, starts, stages):
 def test_the_published_divisions_come_out():
     """L16 and L16_CLIP_vocab were divided by hand as [0, 6, 6, 4] and [0, 7, 7, 2]."""
     for name, vocabulary, published in (("L16", 8192, (0, 6, 6, 4)), ("L16_CLIP_vocab", 49408, (0, 7, 7, 2))):
-        config = args.parse(["--config", name])
+        config = args.parse(["--config", name, "--cache-codes", "off"])
         parts = plan_report.measured(config, published_model(config, vocabulary), VqganConfig())
         assert not plan.problems(config, published_model(config, vocabulary))
         ours = config.replace(layers_per_ipu=list(plan_costs.divide(config, parts)))
@@ -313,6 +314,18 @@ def test_the_proposal_comes_beside_the_given_division_or_alone():
     assert len(found) == 1 and sum(found[0].config.ipu.layers_per_ipu) == 3 and "problem" not in text
     text, found = report(ipus_per_replica=2, layers_per_ipu=[3], plan="show")
     assert not found and "problem: --layers-per-ipu 3" in text
+
+
+def test_images_that_are_encoded_ahead_need_no_vqgan_on_the_ipus():
+    layout = {"ipus_per_replica": 2, "layers_per_ipu": [0, 3], "plan": "auto"}
+    text, found = report(**layout)
+    assert "vqgan text_emb" in text and "by the VQGAN on IPU 0" in text
+    ahead, others = report(cache_codes="auto", **layout)
+    assert " vqgan " not in ahead and "no VQGAN on the IPUs" in ahead
+    assert others[0].ipus[0].flops == 0 < found[0].ipus[0].flops
+    assert others[1].ipus[0].layers >= 1  # the room it leaves is for layers
+    text, _ = report(cache_codes="auto", generated_data=True, **layout)
+    assert "vqgan text_emb" in text  # random images are encoded in each step
 
 
 def test_problems_and_overflow_are_shown(monkeypatch):

@@ -6,7 +6,7 @@ import json
 import logging
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Mapping, MutableMapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -308,7 +308,7 @@ def _from_torch(path: Path, to_draw: bool) -> DalleCheckpoint:
 
 
 def _from_mindalle(path: Path, weights: Any) -> DalleCheckpoint:
-    if not isinstance(weights, Mapping) or not is_mindalle(weights):
+    if not isinstance(weights, MutableMapping) or not is_mindalle(weights):
         raise UserError(
             "it holds neither 'weights' (Mini DALL-E, DALLE-pytorch) nor the weights of a minDALL-E stage 2"
         )

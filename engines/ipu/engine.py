@@ -33,13 +33,13 @@ class IpuEngine(Engine):
 
     def __init__(self, config: Config) -> None:
         check(config)
-        self.config = config
         self.poptorch = import_poptorch()
         self.hosts = find_hosts(config.execution.replication_factor)
         self.rank = self.hosts.index
         self.is_main = self.rank == 0
         self.world_size = self.hosts.count
         self.seed = self.hosts.broadcast_seed(config.execution.random_seed)
+        self.config = config = config.replace(random_seed=self.seed)
         self.options = build_options(self.poptorch, config, self.hosts, self.seed)
         self.iterations = self.steps_per_call = config.execution.device_iterations
         self.half = uses_half(config)
@@ -216,14 +216,14 @@ class IpuEngine(Engine):
         }
 
     def state_dict(self) -> Dict[str, Any]:
-        # The random state of a process is that of its own replicas: with several, the saved one would be shared by all.
-        random_state = [int(value) for value in self.executor.rng_state or ()] if self.world_size == 1 else []
+        # Each process knows the random state of its own replicas, which differ: the checkpoint holds a row of each.
+        own = torch.tensor([signed(int(value)) for value in self.executor.rng_state], dtype=torch.int64)
         return {
             "engine": self.name,
             "optimizer": plain_values(self.optimizer.state_dict()),
             "layout": self._layout,
             "replicas": self.hosts.replicas,
-            "random_state": random_state,
+            "random_states": self.hosts.gather(own),
         }
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
@@ -235,11 +235,15 @@ class IpuEngine(Engine):
             return
         self.optimizer.load_state_dict(state["optimizer"])
         self._device_rate = None
-        if state["random_state"] and state["replicas"] == self.hosts.replicas and self.world_size == 1:
-            self.executor.rng_state = list(state["random_state"])
+        states = state["random_states"]
+        if state["replicas"] == self.hosts.replicas and len(states) == self.world_size:
+            self.executor.rng_state = [value % 2**64 for value in states[self.rank].tolist()]
         else:
             logger.warning(
-                "the checkpoint's random state does not fit %d replicas in %d processes: it is new",
+                "the checkpoint was written by %d replicas in %d processes, now there are %d in %d: "
+                "random states are new",
+                state["replicas"],
+                len(states),
                 self.hosts.replicas,
                 self.world_size,
             )
@@ -257,6 +261,11 @@ class IpuEngine(Engine):
 def counted(number: int, noun: str, plural: str = "s") -> str:
     """Return "1 process" or "2 processes"."""
     return "{} {}{}".format(number, noun, "" if number == 1 else plural)
+
+
+def signed(value: int) -> int:
+    """Return a number of 64 bits without a sign as the one with a sign that has the same bits: what tensors hold."""
+    return value - 2**64 if value >= 2**63 else value
 
 
 def plain_values(value: Any) -> Any:

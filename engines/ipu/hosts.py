@@ -51,6 +51,10 @@ class Hosts:
     def broadcast_weights(self, weights: Dict[str, Tensor]) -> None:
         """Overwrite the weights with those of process 0."""
 
+    def gather(self, values: Tensor) -> Tensor:
+        """Return the values (n,) of all processes, by their numbers: (count, n). They must be equally many in each."""
+        return values.unsqueeze(0)
+
     def mean(self, value: Tensor) -> Tensor:
         """Return the mean of a value over all processes."""
         return value
@@ -86,6 +90,10 @@ class PoprunHosts(Hosts):
 
     def broadcast_weights(self, weights: Dict[str, Tensor]) -> None:
         self.horovod.broadcast_parameters(weights, root_rank=0)
+
+    def gather(self, values: Tensor) -> Tensor:
+        rows = [self.horovod.broadcast(values, root_rank=index) for index in range(self.count)]
+        return torch.stack(rows)
 
     def mean(self, value: Tensor) -> Tensor:
         return self.horovod.allreduce(value)
