@@ -19,6 +19,7 @@ from typing import Counter, Dict, Iterable, Iterator, List, Sequence, Set, Tuple
 
 from tqdm import tqdm
 
+from utils import flags
 from utils.errors import UsageError, UserError, run_main
 from utils.files import atomic_write, sha256_file
 
@@ -32,7 +33,19 @@ Pair = Tuple[int, int]
 
 
 def read_captions(paths: Sequence[str]) -> Iterator[str]:
-    """Yield the captions of COCO files, folders and text files. Raises `UserError` for what is none of these."""
+    """Yield the captions of COCO files, folders and text files.
+
+    Raises `UserError` for what is none of these, and in the end where there was no caption.
+    """
+    found = False
+    for caption in _read_each(paths):
+        found = found or bool(caption.strip())
+        yield caption
+    if not found:
+        raise UserError("--captions {}: no caption in it".format(", ".join(paths)[:200]))
+
+
+def _read_each(paths: Sequence[str]) -> Iterator[str]:
     for name in paths:
         path = Path(name)
         if path.is_dir():
@@ -237,21 +250,24 @@ def learn_vocabulary(captions: Iterable[str], vocab_size: int, coverage: float =
 
 
 def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bpe.train", description="Learn a YouTokenToMe vocabulary from captions."
-    )
+    parser = flags.Parser(prog="python -m bpe.train", description="Learn a YouTokenToMe vocabulary from captions.")
     parser.add_argument(
         "--captions",
+        type=flags.path,
         nargs="+",
         required=True,
         metavar="FILE_OR_DIR",
         help="COCO captions (.json), folders of .txt files, or text files with one caption per line",
     )
-    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="number of ids (8192 for L16)")
-    parser.add_argument("--output", required=True, metavar="PATH", help="where to write the vocabulary")
+    parser.add_argument(
+        "--vocab-size", type=flags.whole(1), required=True, metavar="N", help="number of ids (8192 for L16)"
+    )
+    parser.add_argument(
+        "--output", type=flags.path, required=True, metavar="PATH", help="where to write the vocabulary"
+    )
     parser.add_argument(
         "--coverage",
-        type=float,
+        type=flags.number(0, 1, above=True),
         default=1.0,
         metavar="SHARE",
         help="share of all characters to know, in (0, 1]; rarer ones become <UNK> (default: 1.0)",
@@ -262,11 +278,7 @@ def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         default="yttm",
         help="yttm: YouTokenToMe's, a file; char: character BPE as minDALL-E's, a folder (default: yttm)",
     )
-    options = parser.parse_args(arguments)
-    if options.vocab_size < 1:
-        raise UsageError("--vocab-size {} is not a positive number".format(options.vocab_size))
-    if not 0 < options.coverage <= 1:
-        raise UsageError("--coverage {} is not in (0, 1]".format(options.coverage))
+    options = flags.parse_flags(parser, arguments)
     if Path(options.output).is_dir() and options.kind == "yttm":
         raise UsageError("--output {} is a folder; give the path of a file".format(options.output))
     return options

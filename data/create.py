@@ -131,7 +131,10 @@ def create_datasets(
 
     train = create(input_folder, null_cond_prob, "train", num_generated, flip)
     if validation_folder is not None:
-        return train, create(validation_folder, demo_split="heldout", flag="--validation-folder")
+        try:
+            return train, create(validation_folder, demo_split="heldout", flag="--validation-folder")
+        except UserError as error:
+            raise UserError(str(error).replace("--input-folder", "--validation-folder")) from error
     if isinstance(train, DemoDataset):
         return train, create(DEMO, demo_split="heldout") if validation_holdout else None
     return train.split(validation_holdout)

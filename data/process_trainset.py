@@ -193,9 +193,10 @@ def _parse(path: Path) -> Dict[str, Any]:
     """Return the file's top-level object with `_Annotation`s and `_Image`s in it."""
     try:
         with open_regular(path) as file:
-            raw = file.read(_MAX_JSON_BYTES + 1) if path.stat().st_size <= _MAX_JSON_BYTES else b""
-        if not raw and path.stat().st_size:
-            raise UserError("--captions {}: too large to be COCO's captions".format(path))
+            size = os.fstat(file.fileno()).st_size
+            if size > _MAX_JSON_BYTES:
+                raise UserError("--captions {}: too large to be COCO's captions".format(path))
+            raw = file.read(size)
         text = raw.decode("utf-8-sig")
     except FileNotFoundError as error:
         raise UserError(

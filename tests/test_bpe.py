@@ -428,10 +428,10 @@ def test_bad_input_ends_with_one_line_and_leaves_the_old_file(
 @pytest.mark.parametrize(
     "changes, expected_status, complaint",
     [
-        ({"--vocab-size": "0"}, 2, "--vocab-size 0"),
+        ({"--vocab-size": "0"}, 2, "--vocab-size: must be at least 1, got 0"),
         ({"--vocab-size": "x"}, 2, "--vocab-size"),
-        ({"--coverage": "0"}, 2, "--coverage 0"),
-        ({"--coverage": "nan"}, 2, "--coverage nan"),
+        ({"--coverage": "0"}, 2, "--coverage: must be above 0"),
+        ({"--coverage": "nan"}, 2, "--coverage: must be above 0"),
         ({"--output": "."}, 2, "--output"),
         ({"--vocab-size": "9"}, 1, "at least 18"),
         ({"--output": "lines.txt/vocab"}, 1, "cannot be written"),

@@ -8,7 +8,6 @@ training. In both, the file's "epoch" counts complete epochs.
     python -m utils.checkpoints verify dalle_20.pt
 """
 
-import argparse
 import json
 import logging
 import re
@@ -19,6 +18,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from utils import flags
 from utils.checkpoint_formats import hparams_from_config, to_published
 from utils.checkpoint_reading import (
     SAFETENSORS_FORMAT,
@@ -218,19 +218,19 @@ def prune_checkpoints(folder: PathLike, keep: int) -> List[Path]:
 
 def main(arguments: Optional[Sequence[str]] = None) -> None:
     """Export or verify a checkpoint from the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m utils.checkpoints", description="Export or verify a DALL-E checkpoint."
-    )
+    parser = flags.Parser(prog="python -m utils.checkpoints", description="Export or verify a DALL-E checkpoint.")
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write weights and options, without the training state, as safetensors")
-    export.add_argument("checkpoint", help="any checkpoint that can be read (.pt, .ckpt, .safetensors)")
-    export.add_argument("out", help="file to write (.safetensors)")
+    export.add_argument(
+        "checkpoint", type=flags.path, help="any checkpoint that can be read (.pt, .ckpt, .safetensors)"
+    )
+    export.add_argument("out", type=flags.path, help="file to write (.safetensors)")
     export.add_argument("--half", action="store_true", help="store in half precision")
     export.add_argument(
         "--no-ema", action="store_true", help="take the plain weights even where averaged ones are stored"
     )
     check = commands.add_parser("verify", help="check that a file is complete and undamaged")
-    check.add_argument("checkpoint")
+    check.add_argument("checkpoint", type=flags.path)
     options = parser.parse_args(arguments)
     if options.command == "verify":
         verify(options.checkpoint)

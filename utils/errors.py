@@ -27,6 +27,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def run_main(main: Callable[[], Optional[int]]) -> None:
     """Run a script's `main` and exit with what it returns (None: 0), 2 after `UsageError`, 1 after another `UserError`.
 
+    An `OSError` that names a file ends with 1 and a line, too: files vanish and disks fill at any place.
+
     Any other exception is a defect of ours and keeps its traceback.
     """
     try:
@@ -41,4 +43,12 @@ def run_main(main: Callable[[], Optional[int]]) -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
+    except OSError as error:
+        # A file that vanished, a full disk, a name that is too long, wherever it was met. Without a name it is ours.
+        if error.filename is None:
+            raise
+        name, reason = str(error.filename), error.strerror or type(error).__name__
+        shown = name if len(name) <= 300 else name[:300] + "..."
+        sys.stderr.write("error: {}: {}\n".format(" ".join(shown.split()), reason))
+        sys.exit(1)
     sys.exit(status or 0)

@@ -1,0 +1,376 @@
+"""Every error of every command: one line on stderr that names flag or file; exit status 2 for usage, 1 for the rest.
+
+The commands run in this process, with their real `main` under the real `run_main`; a few run as real processes, too.
+"""
+
+import gzip
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import args
+import bpe.train
+import data.process_trainset
+import evaluate
+import examples_utils.cli
+import generate
+import train
+import train_vqgan
+import utils.archives
+import utils.checkpoints
+from utils.errors import run_main
+from utils.flags import Parser
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO_VQGAN, DEMO_YAML = ROOT / "models" / "demo" / "vqgan.safetensors", ROOT / "models" / "demo" / "vqgan.yaml"
+
+MAINS = {
+    "train": train.main,
+    "generate": generate.main,
+    "evaluate": evaluate.main,
+    "train_vqgan": train_vqgan.main,
+    "process_trainset": data.process_trainset.main,
+    "bpe.train": bpe.train.main,
+    "examples_utils": examples_utils.cli.main,
+    "checkpoints": utils.checkpoints.main,
+    "archives": utils.archives.main,
+}
+# What each command needs beside the flag that is wrong.
+BASE = {
+    "train": "--config demo --device cpu --max-steps 1 --checkpoint-output-dir out/ckpt",
+    "generate": "--dalle_path demo --text a --num_images 1 --device cpu --outputs_dir out",
+    "evaluate": "--dalle_path demo --skip_retrieval --device cpu --max_pairs 1",
+    "train_vqgan": "--input-folder demo --steps 1 --device cpu --output out/vqgan",
+    "process_trainset": "--captions captions.json --out-dir out",
+    "bpe.train": "--captions captions.json --vocab-size 30 --output out/vocab.txt",
+    "examples_utils": "benchmark --spec benchmarks.yml --log-dir out/logs",
+    "checkpoints": "",
+    "archives": "",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder of files of every kind: what a user gives by mistake."""
+    place = tmp_path_factory.mktemp("cli")
+    entries = [{"image_id": 1, "caption": "a cat sits"}]
+    (place / "captions.json").write_text(json.dumps({"annotations": entries}))
+    (place / "benchmarks.yml").write_text("a_gen:\n  cmd: python3 train.py\n")
+    (place / "folder").mkdir()
+    (place / "empty").write_bytes(b"")
+    (place / "text.txt").write_text("hello\n")
+    (place / "html").write_text("<!DOCTYPE html><html><body>404</body></html>")
+    (place / "list.json").write_text("[1, 2")
+    (place / "yaml.yaml").write_text("a: [1\n")
+    (place / "binary").write_bytes(bytes(range(256)) * 20)
+    (place / "pickle").write_bytes(pickle.dumps({"a": 1}))
+    (place / "packed.gz").write_bytes(gzip.compress(b"hello"))
+    with zipfile.ZipFile(str(place / "packed.zip"), "w") as archive:
+        archive.writestr("a.txt", "hello")
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    (place / "picture.png").write_bytes(file.getvalue())
+    torch.save({"weights": {"x": torch.ones(2)}}, str(place / "other.pt"))
+    torch.save([1, 2], str(place / "list.pt"))
+    return place
+
+
+@pytest.fixture
+def command(place, tmp_path, monkeypatch, capfd):
+    """Run a command in a folder of its own that has the files of `place`; returns (status, lines of stderr)."""
+    for path in place.iterdir():
+        (tmp_path / path.name).symlink_to(path, target_is_directory=path.is_dir())
+    monkeypatch.chdir(tmp_path)
+
+    def run(program, words):
+        monkeypatch.setattr(sys, "argv", [program, *words])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run_main(MAINS[program])
+        return ended.value.code, capfd.readouterr().err.splitlines()
+
+    return run
+
+
+def check(result, status, *names):
+    """One line that starts with "error: ", names what is wrong, and is the last one; no traceback anywhere."""
+    code, lines = result
+    assert code == status, lines
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1 and errors[0] == lines[-1], lines
+    assert not any("Traceback" in line for line in lines) and len(errors[0]) < 1000
+    if status == 2:
+        assert len(lines) == 1, lines
+    assert all(name in errors[0] for name in names), errors[0]
+
+
+# Wrong types and unknown flags ----------------------------------------------------------------------------------------
+
+PARSERS = {
+    "train": args.make_parser,
+    "generate": generate.make_parser,
+    "evaluate": evaluate.make_parser,
+    "train_vqgan": train_vqgan.make_parser,
+}
+
+
+def flags_of(program):
+    """Every flag of a command that takes a value of its own kind (no path, no text)."""
+    takes_any = ("PATH", "NAME", "FILE", "DIR", "PROMPT", "FILE|BOX", "DIR|NAME")
+    for action in PARSERS[program]()._actions:
+        if action.option_strings and action.nargs != 0 and action.metavar not in takes_any:
+            yield action.option_strings[-1]
+
+
+@pytest.mark.parametrize("program", PARSERS)
+def test_a_value_of_the_wrong_type_names_its_flag(program, command):
+    flags = list(flags_of(program))
+    assert len(flags) > 5
+    base = BASE[program].split()
+    for flag in flags:
+        for value in ("wrong!", "1e400"):
+            if value == "1e400" and flag not in ("--batch-size", "--batch_size", "--learning-rate", "--temperature"):
+                continue
+            words = [word for word in base if word != "demo" or program != "train"] if flag == "--config" else base
+            check(command(program, [*words, flag + "=" + value]), 2, flag)
+
+
+@pytest.mark.parametrize("program", sorted(set(MAINS) - {"checkpoints", "archives"}))
+@pytest.mark.parametrize("flag, near", [("--no-such-flag-at-all", None), ("--", None)])
+def test_unknown_flags(program, flag, near, command):
+    words = BASE[program].split()
+    if flag == "--":
+        words = [*words, "--", "stray"]
+    else:
+        words.append(flag)
+    check(command(program, words), 2, flag)
+
+
+NEAR = [
+    ("train", "--batchsize", "--batch-size"),
+    ("generate", "--num_image", "--num_images"),
+    ("evaluate", "--inputfolder", "--input_folder"),
+    ("train_vqgan", "--minute", "--minutes"),
+    ("process_trainset", "--outdir", "--out-dir"),
+    ("bpe.train", "--vocabsize", "--vocab-size"),
+    ("examples_utils", "--includeconvergence", "--include-convergence"),
+]
+
+
+@pytest.mark.parametrize("program, flag, near", NEAR)
+def test_the_nearest_flag_is_named(program, flag, near, command):
+    check(command(program, [*BASE[program].split(), flag + "=3"]), 2, flag, "Did you mean '{}'".format(near))
+
+
+# Missing files and files of the wrong kind ----------------------------------------------------------------------------
+
+VQGAN = {"vqgan-model-path": str(DEMO_VQGAN), "vqgan-config-path": str(DEMO_YAML)}
+KINDS = ["missing", "folder", "empty", "text.txt", "html", "list.json", "yaml.yaml", "binary", "pickle", "packed.gz"]
+KINDS += ["packed.zip", "picture.png", "other.pt", "list.pt"]
+PICTURE_FLAGS = {"--prime_image", "--image", "--mask"}
+# (command, flag, other words, kinds of files that are right for it)
+FILES = [
+    ("train", "--bpe-path", "", ()),
+    ("train", "--vqgan-model-path", "--vqgan-config-path {config}", ()),
+    ("train", "--vqgan-config-path", "--vqgan-model-path {model}", ()),
+    ("train", "--pretrained-checkpoint", "", ()),
+    ("generate", "--dalle_path", "", ()),
+    ("generate", "--bpe_path", "", ()),
+    ("generate", "--vqgan_model_path", "--vqgan_config_path {config}", ()),
+    ("generate", "--vqgan_config_path", "--vqgan_model_path {model}", ()),
+    ("generate", "--prompts_file", "", ("text.txt", "html", "list.json", "yaml.yaml", "empty")),
+    ("generate", "--prime_image", "", ("picture.png",)),
+    ("generate", "--image", "--mask 0,0,1,1", ("picture.png",)),
+    ("generate", "--mask", "--image picture.png", ("picture.png",)),
+    ("evaluate", "--dalle_path", "", ()),
+    ("evaluate", "--bpe_path", "", ()),
+    ("train_vqgan", "--vqgan_model_path", "--vqgan_config_path {config}", ()),
+    ("train_vqgan", "--vqgan_config_path", "--vqgan_model_path {model}", ()),
+    ("train_vqgan", "--perceptual-weights", "--config f8_demo", ()),
+    ("process_trainset", "--captions", "", ()),
+    ("bpe.train", "--captions", "", ("text.txt", "html", "yaml.yaml")),
+    ("examples_utils", "--spec", "", ()),
+    ("examples_utils", "--requirements-file", "", tuple(KINDS[2:])),
+    ("examples_utils", "--custom-metrics-files", "", tuple(KINDS[2:])),
+]
+
+
+@pytest.mark.parametrize(
+    "program, flag, others, right", FILES, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_missing_files_and_files_of_the_wrong_kind(program, flag, others, right, command):
+    others = others.format(config=DEMO_YAML, model=DEMO_VQGAN).split()
+    base = BASE[program].split()
+    if flag in base:
+        at = base.index(flag)
+        del base[at : at + 2]
+    for kind in KINDS:
+        if kind not in right:
+            status, lines = command(program, [*base, *others, flag, kind])
+            check((status, lines), 1, kind)
+
+
+USAGE_FILES = [("--config-file", kind) for kind in KINDS]
+
+
+@pytest.mark.parametrize("flag, kind", USAGE_FILES)
+def test_a_file_of_configurations_is_part_of_the_usage(flag, kind, command):
+    check(command("train", [flag, kind, "--config", "demo", "--generated-data"]), 2, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoints_of_the_wrong_kind(kind, command):
+    check(command("checkpoints", ["export", kind, "out.safetensors"]), 1, kind)
+    if kind not in ("other.pt", "list.pt", "packed.zip"):  # whole files, of whatever
+        check(command("checkpoints", ["verify", kind]), 1, kind)
+
+
+FOLDERS = [
+    ("train", "--input-folder"),
+    ("train", "--validation-folder"),
+    ("evaluate", "--input_folder"),
+    ("train_vqgan", "--input-folder"),
+]
+
+
+@pytest.mark.parametrize("program, flag", FOLDERS)
+@pytest.mark.parametrize("kind", ["missing", "folder", "text.txt", "picture.png"])
+def test_folders_of_data(program, flag, kind, command):
+    words = BASE[program].split()
+    if flag in words:
+        del words[words.index(flag) : words.index(flag) + 2]
+    check(command(program, [*words, flag, kind]), 1, flag.replace("_", "-"), kind)
+
+
+# Where to write -------------------------------------------------------------------------------------------------------
+
+OUTPUTS = [
+    ("train", "--checkpoint-output-dir", "text.txt/ckpt"),
+    ("generate", "--outputs_dir", "text.txt"),
+    ("evaluate", "--json", "text.txt/a.json"),
+    ("train_vqgan", "--output", "text.txt"),
+    ("process_trainset", "--out-dir", "text.txt"),
+    ("bpe.train", "--output", "text.txt/vocab.txt"),
+    ("examples_utils", "--log-dir", "text.txt"),
+]
+
+
+@pytest.mark.parametrize("program, flag, target", OUTPUTS)
+def test_places_that_cannot_be_written(program, flag, target, command):
+    words = BASE[program].split()
+    if flag in words:
+        del words[words.index(flag) : words.index(flag) + 2]
+    check(command(program, [*words, flag, target]), 1, flag, "text.txt")
+
+
+# Contradictions, unknown names, absent flags --------------------------------------------------------------------------
+
+WORDS = [
+    # usage
+    ("train", "--config demmo", 2, ["--config", "demmo", "Did you mean 'demo'"]),
+    ("train", "--config demo --input-folder none", 2, ["--input-folder"]),
+    ("train", "--config demo --resume --pretrained-checkpoint x", 2, ["--resume", "--pretrained-checkpoint"]),
+    ("train", "--config demo --vqgan-config-path none", 2, ["--vqgan-model-path", "--vqgan-config-path"]),
+    ("train", "--config demo --generated-data --synthetic-data", 2, ["--generated-data", "--synthetic-data"]),
+    ("train", "--config demo --vae-path text.txt", 2, ["--vae-path"]),
+    ("train", "--config demo --attn-types fulll", 2, ["--attn-types", "Did you mean 'full'"]),
+    ("train", "--config demo --device cpu --precision fp16", 2, ["--precision"]),
+    ("train", "--config demo --batch-size 0", 2, ["--batch-size", "at least 1"]),
+    ("train", "--config demo --max-bad-fraction 2", 2, ["--max-bad-fraction", "at most 1"]),
+    ("train", "demo", 2, ["demo"]),
+    ("generate", "--text a", 2, ["--dalle_path"]),
+    ("generate", "--dalle_path demo", 2, ["--text"]),
+    ("generate", "--dalle_path demo --text |", 2, ["--text"]),
+    ("generate", "--dalle_path demo --text a --mask 0,0,1,1", 2, ["--mask", "--image"]),
+    ("generate", "--dalle_path demo --text a --image x --prime_image y", 2, ["--image", "--prime_image"]),
+    ("generate", "--dalle_path demo --text a --prime_rows 1", 2, ["--prime_rows", "--prime_image"]),
+    ("generate", "--dalle_path demo --text a --keep 9 --num_images 3", 2, ["--keep", "--num_images"]),
+    ("generate", "--dalle_path demo --text a --top_p 0", 2, ["--top_p"]),
+    ("generate", "--dalle_path demo --text a --vqgan_config_path x.yaml", 2, ["--vqgan_model_path"]),
+    ("generate", "--dalle_path demo --text a --image picture.png --mask 0,0,2,1 --num_images 1", 1, ["0,0,2,1"]),
+    ("generate", "--dalle_path demo --text a --clip_path folder --num_images 1", 1, ["--clip_path", "folder"]),
+    ("evaluate", "--skip_retrieval", 2, ["--dalle_path"]),
+    ("evaluate", "--dalle_path demo --best_of 3", 2, ["--best_of", "--temperature"]),
+    ("evaluate", "--dalle_path demo --sheet a.gif", 2, ["--sheet", ".png"]),
+    ("train_vqgan", "--input-folder demo --output out", 2, ["--steps", "--minutes"]),
+    ("train_vqgan", "--input-folder demo --output out --steps 1 --minutes 1", 2, ["--minutes", "--steps"]),
+    ("train_vqgan", "--input-folder demo --output out --steps 1 --config f9", 2, ["--config", "f9"]),
+    ("train_vqgan", "--input-folder demo --output out --steps 1 --vqgan_model_path x", 2, ["--vqgan_config_path"]),
+    ("train_vqgan", "--input-folder demo --output out --steps 1 --config missing.yaml", 1, ["missing.yaml"]),
+    ("train_vqgan", "--input-folder demo --output out --steps 1 --resume --save-every 0", 2, ["--save-every"]),
+    ("process_trainset", "--captions", 2, ["--captions"]),
+    ("process_trainset", "--max-bad-fraction 2", 2, ["--max-bad-fraction"]),
+    ("bpe.train", "--captions text.txt", 2, ["--vocab-size", "--output"]),
+    ("bpe.train", "--captions text.txt --vocab-size x --output o", 2, ["--vocab-size"]),
+    ("bpe.train", "--captions text.txt --vocab-size 2 --output o", 1, ["--vocab-size"]),
+    ("bpe.train", "--captions text.txt --vocab-size 30 --output folder", 2, ["--output", "folder"]),
+    ("bpe.train", "--captions text.txt --vocab-size 30 --output o --coverage 2", 2, ["--coverage"]),
+    ("examples_utils", "", 2, ["benchmark"]),
+    ("examples_utils", "bench", 2, ["bench"]),
+    ("examples_utils", "benchmark --benchmark no_such --spec benchmarks.yml", 1, ["--benchmark", "no_such"]),
+    ("examples_utils", "benchmark --timeout 0", 2, ["--timeout"]),
+    ("checkpoints", "", 2, ["command"]),
+    ("checkpoints", "exprot a b", 2, ["exprot"]),
+    ("checkpoints", "export a", 2, ["out"]),
+    ("checkpoints", "verify a --half", 2, ["--half"]),
+    ("archives", "", 2, ["url"]),
+    ("archives", "http://example.org/a.zip a.zip", 1, ["https"]),
+    ("archives", "ftp://example.org/a.zip a.zip", 1, ["ftp"]),
+    ("archives", "https://example.org/a.zip a.zip --size-limit x", 2, ["--size-limit"]),
+]
+
+
+@pytest.mark.parametrize(
+    "program, words, status, names", WORDS, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_contradictions_and_unknown_names(program, words, status, names, command):
+    check(command(program, words.split()), status, *names)
+
+
+# Odd values of the command line ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["x\ny", "x\udcff", "-rf", "$(touch trap)", "x" * 5000, "../../../x", "\u202ex"])
+def test_odd_names_of_files_stay_one_line(value, command):
+    for program, flag in (("train", "--bpe-path"), ("generate", "--dalle_path"), ("process_trainset", "--captions")):
+        words = BASE[program].split()
+        if flag in words:
+            del words[words.index(flag) : words.index(flag) + 2]
+        code, lines = command(program, [*words, flag + "=" + value])
+        assert code == 1 and lines[-1].startswith("error: "), lines
+        assert not any("Traceback" in line for line in lines) and not os.path.exists("trap")
+
+
+def test_the_parser_says_nothing_itself(capfd):
+    with pytest.raises(SystemExit) as ended:
+        run_main(lambda: Parser(prog="x").parse_args(["--y"]) and None)
+    assert ended.value.code == 2
+    assert capfd.readouterr() == ("", "error: unrecognized arguments: --y\n")
+
+
+SCRIPTS = [
+    (["train.py", "--config", "demo", "--batch-size", "x"], 2, "--batch-size"),
+    (["-m", "bpe.train", "--vocab-size", "x", "--captions", "a", "--output", "b"], 2, "--vocab-size"),
+    (["-m", "utils.checkpoints", "verify", "missing.pt"], 1, "missing.pt"),
+    (["data/process_trainset.py", "--captions", "missing.json"], 1, "missing.json"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words, status, name", SCRIPTS)
+def test_as_processes(words, status, name):
+    done = subprocess.run(
+        [sys.executable, *words], cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=600
+    )
+    lines = done.stderr.decode("utf-8").splitlines()
+    assert done.returncode == status and len(lines) == 1 and lines[0].startswith("error: ") and name in lines[0]
+    assert not done.stdout
