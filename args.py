@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type
 
-import yaml
-
-from utils.errors import UsageError, nearest
+from utils.checkpoint_shapes import shown
+from utils.errors import UsageError, UserError, nearest
 from utils.flags import Parser
+from utils.yaml_files import parse_yaml
 
 DEFAULT_CONFIG_FILE = Path(__file__).resolve().parent / "configs.yaml"
 BUILT_IN_SET = "demo"  # the one value of --input-folder that is a name, not a folder
@@ -469,7 +469,7 @@ def _shown(value: Any) -> str:
 
 
 def _quoted(value: Any) -> str:
-    text = repr(value)
+    text = repr(value) if isinstance(value, str) else shown(value)  # aliases in YAML can make a long print of little
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -553,35 +553,19 @@ def _convert(value: Any, kind: Any, is_text: bool) -> Any:
 # The configuration file ----------------------------------------------------------------------------------------------
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML in which a key given twice is an error (YAML itself would silently take the last)."""
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, "key '{}' is given twice".format(key.value), key.start_mark)
-                seen.add(key.value)
-        return node
-
-
 def load_configuration(config_file: Path, name: str) -> Dict[str, Any]:
     """The keys and values, as YAML gives them, of the configuration `name`.
 
     Names that start with a dot and `defaults` only hold what others inherit (`<<: *anchor`) and cannot be chosen.
     """
     try:
-        configurations = yaml.load(Path(config_file).read_bytes(), Loader=_UniqueKeyLoader)
+        content = Path(config_file).read_bytes()
     except OSError as error:
         raise UsageError("--config-file: cannot read {}: {}".format(config_file, error.strerror or error)) from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = "{}, line {}".format(config_file, mark.line + 1) if mark else str(config_file)
-        problem = str(getattr(error, "problem", None) or error)
-        raise UsageError("{}: {}".format(where, " ".join(problem.split()))) from None
+    try:
+        configurations = parse_yaml(content, str(config_file), unique_keys=True)
+    except UserError as error:
+        raise UsageError(str(error)) from None
     if not isinstance(configurations, dict):
         raise UsageError("{}: expected a mapping of configuration names".format(config_file))
     names = [key for key in configurations if isinstance(key, str) and not key.startswith(".") and key != "defaults"]

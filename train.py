@@ -789,7 +789,20 @@ def with_parts_of(start: Optional[Start], config: Config) -> Config:
 
 
 def restore(start: Start, engine: Engine, schedule: Schedule, parts: Parts) -> Position:
-    """Give engine and schedule their states back and return the position to go on from."""
+    """Give engine and schedule their states back and return the position to go on from. Raises UserError."""
+    try:
+        return _restore(start, engine, schedule, parts)
+    except UserError:
+        raise
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        # A file that another program wrote: its weights may be good, its state is none of ours.
+        raise UserError(
+            "--resume: {} holds no training state of this application ({}: {}); start from it with "
+            "--pretrained-checkpoint".format(start.path, type(error).__name__, str(error)[:200])
+        ) from error
+
+
+def _restore(start: Start, engine: Engine, schedule: Schedule, parts: Parts) -> Position:
     training, identity = start.checkpoint.training, start.checkpoint.identity
     for what, flag, own in (
         ("tokenizer", "--bpe-path", parts.tokenizer.identity["sha256"]),

@@ -29,7 +29,7 @@ from dalle.pictures import save_picture, to_pil
 from data import DEMO
 from data.uncaptioned import Batches, ImageSource, open_images
 from engines.native import pick_device
-from models.vqgan import PUBLISHED, VQGAN, VqganConfig, load_vqgan
+from models.vqgan import PUBLISHED, VQGAN, VqganConfig, check_size, load_vqgan
 from models.vqgan_config import DEMO_CONFIGS
 from models.vqgan_metrics import Reconstructions, code_use, psnr, reconstruct, retrieval
 from models.vqgan_training import Trainer, TrainingOptions
@@ -276,9 +276,20 @@ class Run:
         self, args: argparse.Namespace, trainer: Trainer, images: ImageSource, state: Optional[Dict[str, Any]]
     ) -> None:
         self.args, self.trainer = args, trainer
-        self.seconds: float = state["seconds"] if state else 0.0
+        try:
+            self._start(images, state)
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            if state is None or isinstance(error, UserError):
+                raise
+            # A file that another program wrote in the form of ours.
+            file, reason = Path(args.output) / STATE, "{}: {}".format(type(error).__name__, str(error)[:200])
+            raise UserError("--resume: {} is no state of train_vqgan.py ({})".format(file, reason)) from error
+
+    def _start(self, images: ImageSource, state: Optional[Dict[str, Any]]) -> None:
+        args, trainer = self.args, self.trainer
+        self.seconds: float = float(state["seconds"]) if state else 0.0
         """Training time so far, without evaluations and saving."""
-        drawn = state["drawn"] if state else 0
+        drawn = int(state["drawn"]) if state else 0
         self.batches = Batches(images, args.batch_size, args.random_seed, drawn, args.dataloader_workers)
         if state:
             trainer.load_state_dict(state["trainer"])
@@ -365,7 +376,9 @@ def make_trainer(args: argparse.Namespace, device: torch.device) -> Trainer:
     if args.vqgan_model_path:
         model = load_vqgan(args.vqgan_model_path, args.vqgan_config_path, device).requires_grad_(True)
     else:
-        model = VQGAN(choose_config(args.config or "f8_demo")).to(device)
+        config = choose_config(args.config or "f8_demo")
+        check_size(config)
+        model = VQGAN(config).to(device)
         nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
     perceptual: Optional[nn.Module] = None
     if args.perceptual_weights:

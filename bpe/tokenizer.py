@@ -9,6 +9,7 @@ import abc
 from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Sequence, Union
 
 from utils.errors import UserError
+from utils.files import open_regular
 
 if TYPE_CHECKING:
     import torch
@@ -19,14 +20,15 @@ PAD_ID = 0  # in every vocabulary: the model turns each 0 of a text into the pad
 _MAX_KNOWN_WORDS = 1 << 16
 _MAX_KNOWN_WORD_LEN = 64
 
-_MAX_VOCABULARY_BYTES = 1 << 28  # far above any vocabulary; keeps a video given by mistake out of memory
+MAX_VOCABULARY_BYTES = 1 << 26
+"""Far above any vocabulary (the largest here has 3 MB); keeps a video given by mistake out of memory."""
 
 
 def read_vocabulary_bytes(path: str) -> bytes:
     """Return the content of a vocabulary file. Raises `UserError` when it cannot be read or is absurdly large."""
     try:
-        with open(path, "rb") as file:
-            content = file.read(_MAX_VOCABULARY_BYTES + 1)
+        with open_regular(path) as file:
+            content = file.read(MAX_VOCABULARY_BYTES + 1)
     except FileNotFoundError as error:
         raise UserError(
             "--bpe-path {}: no such file; learn a vocabulary with `python -m bpe.train` or use "
@@ -34,7 +36,7 @@ def read_vocabulary_bytes(path: str) -> bytes:
         ) from error
     except (OSError, ValueError) as error:
         raise UserError("--bpe-path {}: cannot be read ({})".format(path, error)) from error
-    if len(content) > _MAX_VOCABULARY_BYTES:
+    if len(content) > MAX_VOCABULARY_BYTES:
         raise UserError("--bpe-path {}: too large to be a vocabulary file".format(path))
     return content
 

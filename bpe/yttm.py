@@ -24,6 +24,8 @@ _SPACES = "\t-\r " + WORD_START
 _WORD = re.compile("[^{}]+".format(_SPACES))
 _IS_SPACE = re.compile("[{}]".format(_SPACES))
 
+_MAX_CHARACTERS = 1 << 25  # of all tokens together: real ones have some 10 each
+
 # Names of <UNK> inside the merging model and of specials in decoded text. The first holds a blank, which no word can,
 # so that it never equals the text of a token.
 _UNK_KEY = "unknown characters"
@@ -72,6 +74,8 @@ def parse_vocabulary(content: bytes, path: str) -> YttmVocabulary:
         raise wrong("the file is empty")
     if not re.fullmatch(rb"[-0-9\s]*", content):
         raise wrong("not a vocabulary file (it holds other things than numbers)")
+    if re.search(rb"[0-9]{25}", content):  # reading very long ones takes for ever
+        raise wrong("not a vocabulary file (it holds a number of too many digits)")
     try:
         numbers = [int(number) for number in content.split()]
     except ValueError as error:
@@ -120,11 +124,14 @@ def _check_ids(vocabulary: YttmVocabulary, wrong: Any) -> None:
             raise wrong("id {} is used twice".format(id_))
         seen.add(id_)
     texts = {id_: char for char, id_ in vocabulary.chars}
-    seen_texts = set()
+    seen_texts, total = set(), 0
     for left, right, result in vocabulary.merges:
         if left not in texts or right not in texts:
             raise wrong("merge {} {} {} joins a token that no earlier line makes".format(left, right, result))
         texts[result] = texts[left] + texts[right]
+        total += len(texts[result])
+        if total > _MAX_CHARACTERS:  # each merge may double a token's length
+            raise wrong("its tokens are too long")
         # Learning by merging never makes one text in two ways, and the merging model tells tokens apart by their text.
         if texts[result] in seen_texts:
             raise wrong("two tokens stand for {!r}".format(texts[result]))

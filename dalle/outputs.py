@@ -81,11 +81,12 @@ class PromptFolder:
     ) -> None:
         """Make the folder, for this process alone. Raises UserError where that is impossible.
 
-        taken: names of this run's folders; the new one is added. about: what generation.json says beside the images.
+        taken: names of this run's folders, as `_folded` makes them; the new one is added. about: what generation.json
+        says beside the images.
         """
         self.prompt, self.format, self.about = prompt, image_format, about
         self.path = outputs_dir / _free_name(outputs_dir, prompt, taken)
-        taken.add(self.path.name)
+        taken.add(_folded(self.path.name))
         self._images: List[Dict[str, Any]] = []
         self._grid: List[Tensor] = []
         self._started = False
@@ -177,13 +178,18 @@ def _free_name(outputs_dir: Path, prompt: str, taken: Set[str]) -> str:
     """The prompt's folder name, with a digest when another prompt of this run or of an earlier one has it."""
     name = folder_name(prompt)
     for candidate in (name, with_digest(name, prompt), with_digest(name, prompt, 64)):
-        if candidate not in taken and _owner(outputs_dir / candidate) in (None, prompt):
+        if _folded(candidate) not in taken and _owner(outputs_dir / candidate) in (None, prompt):
             return candidate
     raise UserError(
         "--outputs_dir {}: the folder {} belongs to another prompt; delete it or choose another --outputs_dir".format(
             outputs_dir, candidate
         )
     )
+
+
+def _folded(name: str) -> str:
+    """The name as file systems compare it that know neither case nor different codes of one letter."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
 def _report(folder: Path) -> Dict[str, Any]:

@@ -11,13 +11,12 @@ import os
 from pathlib import Path
 from typing import Optional
 
-import yaml
-
 from models.vqgan_config import VqganConfig, stage1_config
 from utils.downloads import download
 from utils.errors import UserError
-from utils.files import PathLike
+from utils.files import PathLike, open_regular
 from utils.tarballs import unpack_tar
+from utils.yaml_files import MAX_BYTES, parse_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +28,6 @@ PUBLISHED_MODELS = {
     "1.3B.tar.gz"
 }
 _MAX_ARCHIVE_BYTES = 8 << 30  # of the published 5 GB, and of what they unpack to
-_MAX_YAML_BYTES = 1 << 20
 
 
 def resolve(path_or_name: PathLike, cache_dir: Optional[PathLike] = None) -> Path:
@@ -57,10 +55,11 @@ def read_stage1_config(folder: Path) -> VqganConfig:
     if not path.is_file():
         return stage1_config({}, str(path))
     try:
-        content = path.read_bytes()
-        document = yaml.safe_load(content) if len(content) <= _MAX_YAML_BYTES else None
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError("{} cannot be read: {}".format(path, str(error).split("\n")[0])) from error
+        with open_regular(path) as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UserError("{} cannot be read: {}".format(path, error.strerror or error)) from error
+    document = parse_yaml(content, "{} cannot be read".format(path))
     if not isinstance(document, dict):
         raise UserError("{} is no minDALL-E configuration".format(path))
     return stage1_config(document, str(path))

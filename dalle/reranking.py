@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from dalle.utils.utils import features
+from utils.checkpoint_shapes import is_number, shown
 from utils.errors import UserError
-from utils.files import PathLike
+from utils.files import PathLike, open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -81,10 +82,15 @@ class ClipRanker:
             raise UserError("--clip_path {}: no folder of a CLIP model (it lacks config.json)".format(path))
         name = str(local) if local.exists() else self.path
         only_local = local.exists()
+        if only_local:
+            _check_config(path, local / "config.json")
+        # Weights that come as pickles are read without running what they hold (weights_only); safetensors hold no code,
+        # and code beside the model is not imported.
+        settings: Dict[str, Any] = {"local_files_only": only_local, "trust_remote_code": False}
         with _load_errors(self.path, only_local):
-            # Weights that come as pickles are read without running what they hold; safetensors files hold no code.
-            self.model = CLIPModel.from_pretrained(name, local_files_only=only_local).float().eval().to(self.device)
-            self.tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=only_local)
+            self.model = CLIPModel.from_pretrained(name, weights_only=True, **settings)
+            self.model = self.model.float().eval().to(self.device)
+            self.tokenizer = AutoTokenizer.from_pretrained(name, **settings)
             self._size, self._mean, self._std = self._preparation(name, only_local)
 
     def _preparation(self, name: str, only_local: bool) -> Tuple[int, Tensor, Tensor]:
@@ -92,8 +98,11 @@ class ClipRanker:
         table: Dict[str, Any] = {}
         file = Path(name) / _FILE
         if only_local and file.is_file():
-            table = json.loads(file.read_text(encoding="utf-8"))
+            table = _read_table(file)
         mean, std = table.get("image_mean", _MEAN), table.get("image_std", _STD)
+        for values in (mean, std):
+            if not (isinstance(values, (list, tuple)) and len(values) == 3 and all(map(is_number, values))):
+                raise ValueError("{}: image_mean and image_std must be three numbers each".format(_FILE))
         size = self.model.config.vision_config.image_size
         return size, torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
 
@@ -125,11 +134,59 @@ class ClipRanker:
         return torch.cat(scores).float().cpu()
 
 
+# Options of a CLIP model's parts and what they may be at most: the largest published ones stay far below.
+_LIMITS = {
+    "num_hidden_layers": 256,
+    "hidden_size": 1 << 14,
+    "intermediate_size": 1 << 16,
+    "num_attention_heads": 1 << 10,
+    "vocab_size": 1 << 21,
+    "max_position_embeddings": 1 << 14,
+    "image_size": 1 << 12,
+    "patch_size": 1 << 12,
+    "num_channels": 16,
+    "projection_dim": 1 << 14,
+}
+_MAX_CONFIG_BYTES = 1 << 20
+
+
+def _read_table(file: Path) -> Dict[str, Any]:
+    """Read a JSON object. Raises ValueError or OSError."""
+    with open_regular(file) as source:
+        content = source.read(_MAX_CONFIG_BYTES + 1)
+    if len(content) > _MAX_CONFIG_BYTES:
+        raise ValueError("{} is too large".format(file.name))
+    try:
+        table = json.loads(content.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("{} is nested too deeply".format(file.name)) from None
+    if not isinstance(table, dict):
+        raise ValueError("{} is no table of options".format(file.name))
+    return table
+
+
+def _check_config(path: PathLike, file: Path) -> None:
+    """Check the sizes that a folder's config.json asks for, before transformers builds them. Raises UserError."""
+    try:
+        table = _read_table(file)
+    except (OSError, ValueError) as error:
+        raise UserError("--clip_path {}: config.json cannot be read: {}".format(path, error)) from error
+    for part in (table, table.get("text_config"), table.get("vision_config")):
+        for name, limit in _LIMITS.items() if isinstance(part, dict) else ():
+            value = part.get(name)
+            if value is not None and not (type(value) is int and 1 <= value <= limit):
+                raise UserError(
+                    "--clip_path {}: config.json asks for {} {}, which is no whole number from 1 to {}".format(
+                        path, name, shown(value), limit
+                    )
+                )
+
+
 @contextlib.contextmanager
 def _load_errors(path: str, only_local: bool) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+    except Exception as error:  # whatever transformers raises for a folder that is damaged or hostile
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             "--clip_path {}: cannot be {} as a CLIP model: {}".format(

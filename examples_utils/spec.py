@@ -94,15 +94,14 @@ def load_entries(paths: Sequence[str]) -> Dict[str, Tuple[Path, Any]]:
 
 def _load_yaml(path: Path) -> Dict[Any, Any]:
     try:
-        import yaml
+        from utils.yaml_files import parse_yaml
     except ImportError:
         raise UserError("the Python package PyYAML is not installed: pip install -r requirements.txt") from None
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
     except OSError as error:
         raise UserError("--spec: cannot read {}: {}".format(path, error.strerror or error)) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError("--spec: {} is not a YAML file: {}".format(path, error)) from None
+    content = parse_yaml(text, "--spec: {} is not a YAML file".format(path))
     if not isinstance(content, dict):
         raise UserError("--spec: {} must be a YAML mapping of benchmark names to entries".format(path))
     return content

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models.vqgan_config import VqganConfig
 from models.vqgan_layers import Decoder, Encoder
+from utils.checkpoint_reading import check_archive
 from utils.errors import UserError, nearest
 from utils.files import PathLike, sha256_file
 
@@ -27,6 +28,7 @@ __all__ = [
     "VQGAN",
     "VqganConfig",
     "VqganOutput",
+    "check_size",
     "default_vqgan",
     "image_codes",
     "load_vqgan",
@@ -184,6 +186,8 @@ def image_codes(vqgan: Any, images: Tensor) -> Tensor:
 
 # ---- weights files
 
+_MAX_PARAMETERS = 2e9
+
 # Classes that old Lightning checkpoints name as keys of their "callbacks" entry. Placeholders take their place:
 # nothing of theirs runs.
 _LIGHTNING_CLASSES = (
@@ -234,8 +238,18 @@ def _read_file(path: Path, flag: str) -> Any:
             "{} {} holds more than tensors and was not opened ({}); save its 'state_dict' alone, for example as "
             "safetensors".format(flag, path, reason)
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError("{} {} cannot be read: {}".format(flag, path, str(error).split("\n")[0])) from None
+    except Exception as error:  # whatever a damaged or hostile pickle makes the restricted unpickler raise
+        reason = str(error).split("\n")[0][:200] or type(error).__name__
+        raise UserError("{} {} cannot be read: {}".format(flag, path, reason)) from None
+
+
+def _check_tensor(name: str, tensor: Tensor) -> int:
+    """Return the bytes of a tensor. Raises UserError for one that claims more elements than the file holds."""
+    plain = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
+    size = tensor.numel() * tensor.element_size()
+    if not plain or size > tensor.untyped_storage().nbytes():
+        raise UserError("weight '{}' is no plain tensor, or claims more than the file holds".format(name[:200]))
+    return size
 
 
 def read_tensors(path: PathLike, flag: str) -> Dict[str, Tensor]:
@@ -246,12 +260,21 @@ def read_tensors(path: PathLike, flag: str) -> Dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError("{} {}: there is no such file".format(flag, path))
+        what = "this is a folder, give a file" if path.is_dir() else "there is no such file"
+        raise UserError("{} {}: {}".format(flag, path, what))
+    check_archive(path)
     document = _read_file(path, flag)
     state = document.get("state_dict", document) if isinstance(document, dict) else None
-    tensors = {}
+    tensors, size = {}, 0
     for name, value in state.items() if isinstance(state, dict) else ():
         if isinstance(name, str) and isinstance(value, Tensor):
+            try:
+                size += _check_tensor(name, value)
+            except UserError as error:
+                raise UserError("{} {}: {}".format(flag, path, error)) from None
+            # Many names may stand for one tensor, which would become as many copies.
+            if size > 2 * path.stat().st_size:
+                raise UserError("{} {}: its weights claim more memory than the file holds".format(flag, path))
             tensors[name] = value.float() if value.is_floating_point() else value
     if not tensors:
         raise UserError("{} {} holds no named tensors".format(flag, path))
@@ -265,9 +288,26 @@ def load_vqgan_state(path: PathLike) -> Dict[str, Tensor]:
     }
 
 
-def _check_state(state: Dict[str, Tensor], model: VQGAN, weights: PathLike, config: PathLike) -> None:
-    """Raise UserError for the first missing, unknown or misshapen tensor."""
-    expected = model.state_dict()
+def check_size(config: VqganConfig) -> Dict[str, Tensor]:
+    """Return the weights of a model without taking their memory. Raises UserError for one that is absurdly large."""
+    with torch.device("meta"):
+        expected = VQGAN(config).state_dict()
+    count = sum(value.numel() for value in expected.values())
+    if count > _MAX_PARAMETERS:
+        raise UserError(
+            "VQGAN configuration: it asks for {:.3g} parameters; at most {:.3g} are built".format(
+                count, _MAX_PARAMETERS
+            )
+        )
+    return expected
+
+
+def _check_state(state: Dict[str, Tensor], config: VqganConfig, weights: PathLike, config_path: PathLike) -> None:
+    """Raise UserError for the first missing, unknown or misshapen tensor, before the model takes memory."""
+    try:
+        expected = check_size(config)
+    except UserError as error:
+        raise UserError("{}: {}".format(config_path, error)) from None
     problems = ["'{}' is missing".format(name) for name in expected if name not in state]
     problems += ["'{}' is unknown".format(name) for name in state if name not in expected]
     problems += [
@@ -278,7 +318,7 @@ def _check_state(state: Dict[str, Tensor], model: VQGAN, weights: PathLike, conf
     if problems:
         more = " (and {} more)".format(len(problems) - 3) if len(problems) > 3 else ""
         raise UserError(
-            "--vqgan_model_path {} does not fit {}: {}{}".format(weights, config, ", ".join(problems[:3]), more)
+            "--vqgan_model_path {} does not fit {}: {}{}".format(weights, config_path, ", ".join(problems[:3]), more)
         )
 
 
@@ -292,8 +332,8 @@ def load_vqgan(
     """
     config = VqganConfig.from_yaml(config_path)
     state = load_vqgan_state(weights_path)
+    _check_state(state, config, weights_path, config_path)
     model = VQGAN(config)
-    _check_state(state, model, weights_path, config_path)
     model.load_state_dict(state)
     model.identity = sha256_file(weights_path)
     model = model.to(device)
@@ -316,6 +356,7 @@ class PublishedVqgan:
     config: VqganConfig
 
 
+_MAX_DOWNLOAD = {".ckpt": 2 << 30, ".yml": 1 << 18}  # bytes; the largest of the published ones has 0.98 GB
 _SHARE = "https://heibox.uni-heidelberg.de/f/{}/?dl=1"
 PUBLISHED: Dict[str, PublishedVqgan] = {
     "f16-1024": PublishedVqgan(
@@ -363,7 +404,7 @@ def default_vqgan(cache_dir: Optional[PathLike] = None, name: str = "f16-1024") 
 
         logger.info("Downloading the VQGAN %s: %s", name, path)
         try:
-            download(url, path)
+            download(url, path, size_limit=_MAX_DOWNLOAD[path.suffix])
         except (OSError, UserError) as error:
             raise UserError(
                 "the published VQGAN {} could not be downloaded ({}); fetch {} by hand and save it as {}, and {} as "

@@ -1,17 +1,34 @@
 """What a VQGAN is made of, read from and written to the YAML layouts of taming-transformers and minDALL-E."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Tuple
 
 import yaml
 
+from utils.checkpoint_shapes import shown
 from utils.errors import UserError, nearest
-from utils.files import PathLike, atomic_write
+from utils.files import PathLike, atomic_write, open_regular
+from utils.yaml_files import MAX_BYTES, parse_yaml
 
 # The YAML names a class to import. Nothing is ever imported on a file's word: only how the name ends is looked at.
 _VARIANT_OF_TARGET = {"VQModel": "vq", "GumbelVQ": "gumbel"}
 _TARGET_OF_VARIANT = {variant: "taming.models.vqgan." + name for name, variant in _VARIANT_OF_TARGET.items()}
+
+# Far above any model that can be trained: a stranger's file must not make us build for hours, or fill the memory.
+_LIMITS = {
+    "num_codes": 1 << 20,
+    "embed_dim": 1 << 14,
+    "resolution": 1 << 14,
+    "z_channels": 1 << 14,
+    "ch": 1 << 14,
+    "num_res_blocks": 64,
+    "in_channels": 64,
+    "out_ch": 64,
+    "num_groups": 1 << 14,
+    "patch_size": 256,
+}
+_MAX_LEVELS = 16
+_MAX_CHANNELS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -51,34 +68,36 @@ class VqganConfig:
     def __post_init__(self) -> None:
         if self.variant not in _TARGET_OF_VARIANT:
             raise UserError("VQGAN configuration: variant '{}' is not one of vq, gumbel".format(self.variant))
-        for name in (
-            "num_codes",
-            "embed_dim",
-            "resolution",
-            "z_channels",
-            "ch",
-            "num_res_blocks",
-            "in_channels",
-            "out_ch",
-            "num_groups",
-            "patch_size",
-        ):
+        for name, limit in _LIMITS.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError("VQGAN configuration: {} must be a positive whole number, not {!r}".format(name, value))
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+                raise UserError(
+                    "VQGAN configuration: {} must be a positive whole number, {} at most, not {}".format(
+                        name, limit, shown(value)
+                    )
+                )
         for name in ("ch_mult", "attn_resolutions"):
-            if not all(isinstance(value, int) and value > 0 for value in getattr(self, name)):
+            values = getattr(self, name)
+            if not all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in values):
                 raise UserError("VQGAN configuration: {} must list positive whole numbers".format(name))
+            if len(values) > _MAX_LEVELS:
+                raise UserError("VQGAN configuration: {} lists more than {} levels".format(name, _MAX_LEVELS))
         if not self.ch_mult:
             raise UserError("VQGAN configuration: ch_mult must name at least one level")
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
-            raise UserError("VQGAN configuration: dropout must be in [0, 1), not {!r}".format(self.dropout))
+            raise UserError("VQGAN configuration: dropout must be in [0, 1), not {}".format(shown(self.dropout)))
         if self.resolution % self.downsampling:
             raise UserError(
                 "VQGAN configuration: resolution {} is not a multiple of {}, the pixels that ch_mult and "
                 "patch_size give a code along one side".format(self.resolution, self.downsampling)
             )
         for multiplier in (1,) + self.ch_mult:
+            if self.ch * multiplier > _MAX_CHANNELS:
+                raise UserError(
+                    "VQGAN configuration: {} channels (ch * ch_mult) are more than {}".format(
+                        self.ch * multiplier, _MAX_CHANNELS
+                    )
+                )
             if self.ch * multiplier % self.num_groups:
                 raise UserError(
                     "VQGAN configuration: {} channels (ch * ch_mult) do not split into {} GroupNorm groups; "
@@ -111,7 +130,8 @@ class VqganConfig:
         if "stage1" in document and "model" not in document:
             return stage1_config(document, source)
         model = _mapping(document, "model", source)
-        target = str(model.get("target", ""))
+        target = model.get("target")
+        target = target[:200] if isinstance(target, str) else shown(target)
         variant = next((v for name, v in _VARIANT_OF_TARGET.items() if target.split(".")[-1] == name), None)
         if variant is None:
             raise UserError("{}: model.target '{}' ends in neither VQModel nor GumbelVQ".format(source, target))
@@ -151,13 +171,12 @@ class VqganConfig:
     def from_yaml(cls, path: PathLike) -> "VqganConfig":
         """Read a YAML file of either layout. Raises UserError when it is missing, malformed or incomplete."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError("VQGAN configuration {} cannot be read: {}".format(path, error)) from None
-        try:
-            document = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError("VQGAN configuration {} is not valid YAML: {}".format(path, error)) from None
+            with open_regular(path) as file:
+                content = file.read(MAX_BYTES + 1)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError("VQGAN configuration {} cannot be read: {}".format(path, reason)) from None
+        document = parse_yaml(content, "VQGAN configuration {} is not valid YAML".format(path))
         if not isinstance(document, dict):
             raise UserError("VQGAN configuration {} holds no mapping with a 'model' key".format(path))
         return cls.from_dict(document, str(path))
@@ -214,7 +233,7 @@ def stage1_config(document: Mapping[str, Any], source: str) -> VqganConfig:
     if not isinstance(stage, Mapping) or not isinstance(hparams, Mapping):
         raise UserError("{}: stage1 and its hparams must be tables of options".format(source))
     if stage.get("type", "vqgan") != "vqgan":
-        raise UserError("{}: stage1.type {!r} is not supported; known: vqgan".format(source, stage["type"]))
+        raise UserError("{}: stage1.type {} is not supported; known: vqgan".format(source, shown(stage["type"])))
     network = dict(_STAGE1_DEFAULTS, **{str(key): value for key, value in hparams.items() if key != "pdrop"})
     params = {
         "embed_dim": stage.get("embed_dim", 256),
@@ -263,12 +282,16 @@ DEMO_CONFIGS: Dict[str, VqganConfig] = {
 def _mapping(document: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any]:
     value = document.get(key)
     if not isinstance(value, dict):
-        raise UserError("{}: the mapping '{}' is missing.{}".format(source, key, nearest(key, map(str, document))))
+        raise UserError("{}: the mapping '{}' is missing.{}".format(source, key, _nearest(key, document)))
     return value
 
 
 def _required(document: Mapping[str, Any], key: str, source: str) -> Any:
     value: Optional[Any] = document.get(key)
     if value is None:
-        raise UserError("{}: the key '{}' is missing.{}".format(source, key, nearest(key, map(str, document))))
+        raise UserError("{}: the key '{}' is missing.{}".format(source, key, _nearest(key, document)))
     return value
+
+
+def _nearest(key: str, document: Mapping[str, Any]) -> str:
+    return nearest(key, [name[:100] for name in list(document)[:100] if isinstance(name, str)])

@@ -387,7 +387,7 @@ def test_retrieval_finds_the_nearest_picture():
         (["--steps", "1", "--vqgan_model_path", "w", "--vqgan_config_path", "c", "--config", "x"], "--config is for"),
         (["--steps", "1", "--perceptual-weights", "a", "b", "c"], "--perceptual-weights"),
         (["--steps", "1", "--resume", "--save-every", "0"], "--save-every"),
-        (["--steps", "1", "--batch_sise", "1"], "--batch_size"),
+        (["--steps", "1", "--batch_sise", "1"], "--batch-size"),
     ],
 )
 def test_wrong_flags_are_named(folder, flags, words):

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import shutil
+import struct
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
@@ -20,6 +21,10 @@ from utils.flags import Parser, parse_flags, whole
 logger = logging.getLogger(__name__)
 
 _BLOCK = 1 << 20
+_MAX_FILES = 1 << 20
+_MAX_RATIO = 100
+"""Times its size that an archive may unpack to: photos hardly shrink, captions to a fifth; bombs reach 1,000."""
+_MAX_SMALL = 1 << 30  # but so much may come out of any archive
 _CUT_BYTES = 256 * _BLOCK
 """An archive that is shortened while it is unpacked is cut whenever so much of its end is no longer needed."""
 
@@ -31,7 +36,9 @@ def unpack(archive: PathLike, folder: PathLike, progress: bool = True) -> int:
     archive is cut down from its end as its files are unpacked; should that be interrupted, what is left of it becomes a
     partial download, which `download` completes.
 
-    Raises UserError for a damaged archive, for names that lead out of `folder`, and when writing fails.
+    Links are unpacked as the plain files that hold their targets' names.
+    Raises UserError for a damaged archive, one that unpacks to a hundred times its size or a million files, for names
+    that lead out of `folder`, and when writing fails.
     """
     archive, folder = Path(archive), Path(folder)
     part = archive.with_name(archive.name + ".part")
@@ -40,6 +47,9 @@ def unpack(archive: PathLike, folder: PathLike, progress: bool = True) -> int:
             members = [member for member in content.infolist() if not member.is_dir()]
             for member in members:
                 _check_member(archive, member.filename)
+            limit = max(_MAX_RATIO * archive.stat().st_size, _MAX_SMALL)
+            if len(members) > _MAX_FILES or sum(member.file_size for member in members) > limit:
+                raise UserError("{} unpacks to far more than it should; it is not unpacked".format(archive))
             missing = [member for member in members if not _has_size(folder / member.filename, member.file_size)]
             short = shutil.disk_usage(str(archive.parent)).free < _space(missing)
             if short:
@@ -56,7 +66,7 @@ def unpack(archive: PathLike, folder: PathLike, progress: bool = True) -> int:
         if not short:
             archive.unlink()
         forget_part(part)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, struct.error) as error:
         raise UserError("{} is damaged ({}); delete it and fetch it again".format(archive, error)) from error
     except OSError as error:
         raise UserError("cannot unpack {} into {}: {}".format(archive, folder, error)) from error

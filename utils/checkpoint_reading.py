@@ -6,7 +6,7 @@ import json
 import logging
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, Mapping, MutableMapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Mapping, MutableMapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
 from torch import Tensor
@@ -15,13 +15,12 @@ from utils.checkpoint_formats import StoredModel, Weights, from_published, overl
 from utils.checkpoint_mindalle import from_mindalle, is_mindalle
 from utils.checkpoint_shapes import aliases, complete_config, expected_shapes, num_layers, shown
 from utils.errors import UserError
-from utils.files import PathLike
+from utils.files import PathLike, open_regular
 
 logger = logging.getLogger(__name__)
 
 SAFETENSORS_FORMAT = "mini-dalle"
 _ZIP_MAGIC = b"PK\x03\x04"
-_MAX_YAML_BYTES = 1 << 20
 _CAN_MAP = "mmap" in inspect.signature(torch.load).parameters  # from PyTorch 2.1 on
 
 
@@ -91,6 +90,26 @@ def _check_tensors(weights: Any) -> None:
             )
 
 
+def check_claims(value: Any, seen: Optional[Set[int]] = None, depth: int = 0) -> None:
+    """Refuse tensors, anywhere in plain containers, that claim more elements than the file holds. Raises UserError."""
+    seen = set() if seen is None else seen
+    if depth > 20:
+        raise UserError("its state is nested too deeply")
+    if id(value) in seen:
+        return  # a container may be referred to from many places, and each of these in turn
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_meta or value.is_quantized:
+            raise UserError("its state holds a tensor that is no plain one")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise UserError(
+                "its state holds a tensor of shape {} that claims more than the file holds".format(tuple(value.shape))
+            )
+    elif isinstance(value, (Mapping, list, tuple)):
+        seen.add(id(value))
+        for item in value.values() if isinstance(value, Mapping) else value:
+            check_claims(item, seen, depth + 1)
+
+
 def _check_model(model: StoredModel, path: Path) -> None:
     """Check a model's weights against its options, before anything is built from them."""
     depth = model.config["depth"]
@@ -146,6 +165,17 @@ def _verify(path: Path) -> str:
     )
 
 
+def check_archive(path: PathLike) -> None:
+    """Check a file that torch.save may have written; one that is no archive (torch before 1.6) passes.
+
+    Raises UserError for a damaged archive, and for a compressed one: torch writes none, and they can be bombs.
+    """
+    with open(str(path), "rb") as file:
+        start = file.read(len(_ZIP_MAGIC))
+    if start == _ZIP_MAGIC:
+        _verify_zip(Path(path))
+
+
 def _verify_zip(path: Path) -> None:
     size = path.stat().st_size
     try:
@@ -190,7 +220,9 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _load_torch(path: Path, mapped: bool) -> Dict[str, Any]:
-    options = {"mmap": True} if mapped and _CAN_MAP else {}
+    # PyTorch maps files by their name, which need not be text.
+    is_text = not any("\ud800" <= character <= "\udfff" for character in str(path))
+    options = {"mmap": True} if mapped and _CAN_MAP and is_text else {}
     try:
         document = torch.load(str(path), map_location="cpu", weights_only=True, **options)
     except Exception as error:  # whatever a stranger's pickle makes the restricted unpickler raise; none of it ran
@@ -201,6 +233,8 @@ def _load_torch(path: Path, mapped: bool) -> Dict[str, Any]:
         ) from error
     if not isinstance(document, Mapping):
         raise UserError("{} is no checkpoint of a DALL-E: it holds a {}".format(path, type(document).__name__))
+    for part in ("opt_state", "scheduler_state", "training"):
+        check_claims(document.get(part))
     return dict(document)
 
 
@@ -316,13 +350,14 @@ def _from_mindalle(path: Path, weights: Any) -> DalleCheckpoint:
     options: Any = {}
     config_path = path.parent / "config.yaml"
     if config_path.is_file():
-        import yaml
+        from utils.yaml_files import MAX_BYTES, parse_yaml
 
         try:
-            text = config_path.read_bytes()
-            options = yaml.safe_load(text) if len(text) <= _MAX_YAML_BYTES else None
-        except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UserError("{} cannot be read: {}".format(config_path, str(error).split("\n")[0])) from error
+            with open_regular(config_path) as file:
+                content = file.read(MAX_BYTES + 1)
+        except OSError as error:
+            raise UserError("{} cannot be read: {}".format(config_path, error.strerror or error)) from error
+        options = parse_yaml(content, "{} cannot be read".format(config_path))
         if not isinstance(options, Mapping):
             raise UserError("{} is no minDALL-E configuration".format(config_path))
     model = from_mindalle(weights, options)

@@ -51,7 +51,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def open_regular(path: PathLike) -> IO[bytes]:
-    """Open a plain file for reading bytes, without a buffer. Raises OSError, also for pipes and devices.
+    """Open a plain file for reading bytes. Raises OSError, also for pipes and devices.
 
     Those lie in folders from anywhere, and reading one can wait for ever or never end.
     """
@@ -59,7 +59,7 @@ def open_regular(path: PathLike) -> IO[bytes]:
     def opener(name: str, flags: int) -> int:
         return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # opening a pipe would wait for its other end
 
-    file = open(str(path), "rb", buffering=0, opener=opener)
+    file = open(str(path), "rb", opener=opener)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "not a plain file", str(path))

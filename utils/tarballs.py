@@ -12,6 +12,7 @@ from utils.errors import UserError
 from utils.files import PathLike
 
 _BLOCK = 1 << 20
+_MAX_FILES = 10000
 
 
 def unpack_tar(archive: PathLike, folder: PathLike, size_limit: int) -> None:
@@ -44,7 +45,9 @@ def _extract(archive: Path, target: Path, size_limit: int) -> None:
     size = 0
     target.mkdir(parents=True)
     with tarfile.open(str(archive), "r:*") as content:
-        for member in content:
+        for number, member in enumerate(content):
+            if number >= _MAX_FILES:
+                raise UserError("{} holds more than {} files".format(archive, _MAX_FILES))
             path = target.joinpath(*_safe_parts(archive, member))
             size += member.size
             if size > size_limit:

@@ -1,0 +1,330 @@
+"""Strangers' files: a pickle with code in it is refused by every reader of the commands, and its code never runs.
+
+The payload is a real one: loaded by a trusting reader it makes a file, which a test shows first.
+"""
+
+import json
+import os
+import pickle
+import stat
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import evaluate
+import generate
+import train
+import train_vqgan
+from dalle.loading import load
+from models.vqgan import load_vqgan, load_vqgan_state
+from models.vqgan_config import DEMO_CONFIGS
+from utils import archives, checkpoints
+from utils.archives import unpack
+from utils.errors import UserError
+from utils.files import sha256_file
+from utils.tarballs import unpack_tar
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "models" / "demo"
+DEMO_VQGAN = ["--vqgan_model_path", str(DEMO / "vqgan.safetensors"), "--vqgan_config_path", str(DEMO / "vqgan.yaml")]
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, trap):
+        self.trap = str(trap)
+
+    def __reduce__(self):
+        return os.mkdir, (self.trap,)
+
+
+FORMS = ["zip", "legacy", "pickle"]
+
+
+def write(path, document, form):
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(document))
+    else:
+        torch.save(document, str(path), _use_new_zipfile_serialization=form == "zip")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_payload_works_where_files_are_trusted(tmp_path, form):
+    write(tmp_path / "evil", {"x": Payload(tmp_path / "trap")}, form)
+    if form == "pickle":
+        pickle.loads((tmp_path / "evil").read_bytes())
+    else:
+        torch.load(str(tmp_path / "evil"), weights_only=False)
+    assert (tmp_path / "trap").is_dir()
+
+
+def demo_weights():
+    return load_file(str(DEMO / "vqgan.safetensors"))
+
+
+def evil_dalle(trap):
+    document = {"hparams": {}, "vae_params": None, "epoch": 0, "weights": {"x": torch.ones(1)}, "opt_state": None}
+    return dict(document, scheduler_state=Payload(trap))
+
+
+def evil_vqgan(trap):
+    return {"state_dict": demo_weights(), "callbacks": Payload(trap)}
+
+
+TRAIN = "--config demo --device cpu --max-steps 1 --cache-codes off --checkpoint-output-dir".split()
+VQGAN = "--input-folder demo --device cpu --steps 1 --output".split()
+# What to run: (document, where it lies, command). {} is the folder of the test.
+READERS = {
+    "train --pretrained-checkpoint": (evil_dalle, "e", train, [*TRAIN, "{}/out", "--pretrained-checkpoint", "{}/e"]),
+    "train --resume": (evil_dalle, "out/dalle_0.pt", train, [*TRAIN, "{}/out", "--resume"]),
+    "train --vqgan-model-path": (evil_vqgan, "e", train, [*TRAIN, "{}/out", "--vqgan-model-path", "{}/e"]),
+    "generate --dalle_path": (evil_dalle, "e", generate, ["--text", "a", "--dalle_path", "{}/e"]),
+    "generate --vqgan_model_path": (
+        evil_vqgan,
+        "e",
+        generate,
+        ["--text", "a", "--dalle_path", "demo", "--vqgan_model_path", "{}/e", *DEMO_VQGAN[2:]],
+    ),
+    "evaluate --dalle_path": (evil_dalle, "e", evaluate, ["--dalle_path", "{}/e"]),
+    "train_vqgan --vqgan_model_path": (
+        evil_vqgan,
+        "e",
+        train_vqgan,
+        [*VQGAN, "{}/out", "--vqgan_model_path", "{}/e", *DEMO_VQGAN[2:]],
+    ),
+    "train_vqgan --perceptual-weights": (
+        evil_vqgan,
+        "e",
+        train_vqgan,
+        [*VQGAN, "{}/out", "--perceptual-weights", "{}/e"],
+    ),
+    "train_vqgan --resume": (evil_vqgan, "out/training.pt", train_vqgan, [*VQGAN, "{}/out", "--resume"]),
+    "checkpoints export": (evil_dalle, "e", checkpoints, ["export", "{}/e", "{}/o"]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("reader", READERS)
+def test_code_in_a_file_is_refused_and_never_runs(reader, form, tmp_path, monkeypatch):
+    document, place, program, words = READERS[reader]
+    (tmp_path / "out").mkdir()
+    write(tmp_path / place, document(tmp_path / "trap"), form)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["x", *(word.format(tmp_path) for word in words)])
+    if reader == "train --resume" and form != "zip":
+        # What no run of ours wrote is passed over, by name: the run starts from the beginning.
+        monkeypatch.setattr(train, "run", lambda *a, **k: None)
+        monkeypatch.setattr(train, "finish", lambda *a, **k: None)
+        program.main()
+    else:
+        with pytest.raises(UserError, match=Path(place).name):
+            program.main()
+    assert not (tmp_path / "trap").exists()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_code_in_a_clip_folder_never_runs(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from dalle.reranking import ClipRanker
+
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    config = transformers.CLIPConfig(
+        text_config={"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1},
+        vision_config={"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1},
+    )
+    config.save_pretrained(str(folder))
+    (folder / "evil.py").write_text("import os; os.mkdir({!r})".format(str(tmp_path / "trap")))
+    table = json.loads((folder / "config.json").read_text())
+    table["auto_map"] = {"AutoModel": "evil.X", "AutoTokenizer": ["evil.X", "evil.X"], "AutoConfig": "evil.X"}
+    (folder / "config.json").write_text(json.dumps(table))
+    tokenizer = {"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["evil.X", "evil.X"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    torch.save({"x": Payload(tmp_path / "trap")}, str(folder / name))
+    with pytest.raises(UserError, match="--clip_path"):
+        ClipRanker(folder)
+    assert not (tmp_path / "trap").exists()
+
+
+HUGE = [("num_hidden_layers", 10**9), ("hidden_size", 10**9), ("vocab_size", 10**12), ("image_size", 10**6)]
+
+
+@pytest.mark.parametrize("name, value", HUGE)
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_a_clip_model_of_absurd_size_is_refused_before_it_is_built(part, name, value, tmp_path):
+    pytest.importorskip("transformers")
+    from dalle.reranking import ClipRanker
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", part: {name: value}}))
+    with pytest.raises(UserError, match="--clip_path .*{}".format(name)):
+        ClipRanker(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", "[" * 100000, '{"text_config": 3, "vision_config": [1]}'])
+def test_a_clip_folder_that_is_none_is_refused(content, tmp_path):
+    pytest.importorskip("transformers")
+    from dalle.reranking import ClipRanker
+
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match="--clip_path"):
+        ClipRanker(tmp_path)
+
+
+# Sizes ---------------------------------------------------------------------------------------------------------------
+
+
+def test_tensors_that_claim_more_than_the_file_holds_are_refused(tmp_path):
+    state = demo_weights()
+    state["quantize.embedding.weight"] = torch.ones(1).expand(10**6, 10**6)
+    torch.save(state, str(tmp_path / "v.ckpt"))
+    with pytest.raises(UserError, match="claims more than the file holds"):
+        load_vqgan_state(tmp_path / "v.ckpt")
+    torch.save({str(number): torch.ones(1000).half()[:] for number in range(3)}, str(tmp_path / "v.ckpt"))
+    assert len(load_vqgan_state(tmp_path / "v.ckpt")) == 3
+    one = torch.ones(100000).half()
+    torch.save({str(number): one for number in range(1000)}, str(tmp_path / "v.ckpt"))
+    with pytest.raises(UserError, match="more memory than the file holds"):
+        load_vqgan_state(tmp_path / "v.ckpt")
+
+
+def test_an_optimizer_state_that_claims_more_than_the_file_holds_is_refused(tmp_path):
+    checkpoint = checkpoints.read_dalle(DEMO / "dalle.safetensors")
+    document = checkpoints.dalle_checkpoint(checkpoint.config, {k: v.float() for k, v in checkpoint.weights.items()}, 1)
+    document["opt_state"] = {"state": {0: {"exp_avg": torch.ones(1).expand(10**6, 10**6)}}}
+    torch.save(document, str(tmp_path / "d.pt"))
+    with pytest.raises(UserError, match="claims more than the file holds"):
+        checkpoints.read_dalle(tmp_path / "d.pt")
+
+
+def test_a_state_whose_parts_refer_to_each_other_takes_no_time(tmp_path):
+    checkpoint = checkpoints.read_dalle(DEMO / "dalle.safetensors")
+    document = checkpoints.dalle_checkpoint(checkpoint.config, {k: v.float() for k, v in checkpoint.weights.items()}, 1)
+    state = [0]
+    for _ in range(15):
+        state = [state] * 10
+    document["opt_state"] = {"state": state}
+    torch.save(document, str(tmp_path / "d.pt"))
+    assert checkpoints.read_dalle(tmp_path / "d.pt").epoch == 1
+    for _ in range(10):
+        state = [state] * 10
+    document["opt_state"] = {"state": state}
+    torch.save(document, str(tmp_path / "d.pt"))
+    with pytest.raises(UserError, match="nested too deeply"):
+        checkpoints.read_dalle(tmp_path / "d.pt")
+
+
+def test_a_compressed_archive_is_not_unpacked_as_weights(tmp_path):
+    torch.save(demo_weights(), str(tmp_path / "v.ckpt"))
+    with zipfile.ZipFile(str(tmp_path / "v.ckpt")) as source:
+        with zipfile.ZipFile(str(tmp_path / "bomb.ckpt"), "w", zipfile.ZIP_DEFLATED) as target:
+            for entry in source.infolist():
+                target.writestr(entry.filename, source.read(entry))
+    with pytest.raises(UserError, match="compressed archive"):
+        load_vqgan_state(tmp_path / "bomb.ckpt")
+
+
+def test_a_configuration_larger_than_the_weights_is_refused_before_it_takes_memory(tmp_path, monkeypatch):
+    document = DEMO_CONFIGS["f8_demo"].to_dict()
+    document["model"]["params"]["n_embed"] = 1 << 20
+    document["model"]["params"]["ddconfig"]["ch"] = 256
+    (tmp_path / "v.yaml").write_text(yaml.safe_dump(document))
+    built = []
+    original = torch.nn.Conv2d.__init__
+
+    def noted(self, *positional, **named):
+        original(self, *positional, **named)
+        built.append(self.weight.device.type)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "__init__", noted)
+    with pytest.raises(UserError, match="does not fit"):
+        load_vqgan(DEMO / "vqgan.safetensors", tmp_path / "v.yaml")
+    assert built and set(built) == {"meta"}
+
+
+def test_a_training_state_of_another_program_is_one_line(tmp_path, monkeypatch):
+    document = checkpoints.read_dalle(DEMO / "dalle.safetensors")
+    weights = {name: value.float() for name, value in document.weights.items()}
+    # Its weights are good; the rest has our form and no sense.
+    training = {"position": {"epoch": "x"}, "engine": {"engine": "native"}, "num_samples": None}
+    (tmp_path / "out").mkdir()
+    checkpoints.save_checkpoint(
+        tmp_path / "out" / "dalle_0.pt", checkpoints.dalle_checkpoint(document.config, weights, 1, training=training)
+    )
+    monkeypatch.setattr("sys.argv", ["x", *TRAIN, str(tmp_path / "out"), "--resume"])
+    with pytest.raises(UserError, match="--resume: .*dalle_0.pt.*--pretrained-checkpoint"):
+        train.main()
+
+
+# Archives ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_link_in_a_zip_archive_becomes_a_plain_file(tmp_path):
+    with zipfile.ZipFile(str(tmp_path / "a.zip"), "w") as archive:
+        link = zipfile.ZipInfo("link")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(link, "/etc")
+    unpack(tmp_path / "a.zip", tmp_path / "out", progress=False)
+    assert not (tmp_path / "out" / "link").is_symlink() and (tmp_path / "out" / "link").read_text() == "/etc"
+
+
+def test_bombs_of_archives_are_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "_MAX_SMALL", 1000)
+    with zipfile.ZipFile(str(tmp_path / "a.zip"), "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a", bytes(10**6))
+    with pytest.raises(UserError, match="unpacks to far more"):
+        unpack(tmp_path / "a.zip", tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists() and (tmp_path / "a.zip").exists()
+    with tarfile.open(str(tmp_path / "a.tar"), "w") as archive:
+        for number in range(10002):
+            archive.addfile(tarfile.TarInfo("top/{}".format(number)))
+    with pytest.raises(UserError, match="more than 10000 files"):
+        unpack_tar(tmp_path / "a.tar", tmp_path / "top", 1 << 30)
+    assert not (tmp_path / "top").exists()
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+def test_links_and_devices_in_a_tar_archive_are_refused(tmp_path, kind):
+    with tarfile.open(str(tmp_path / "a.tar"), "w") as archive:
+        member = tarfile.TarInfo("top/a")
+        member.type, member.linkname = kind, "/etc/passwd"
+        archive.addfile(member)
+    with pytest.raises(UserError, match="unsafe entry"):
+        unpack_tar(tmp_path / "a.tar", tmp_path / "top", 1 << 20)
+    assert not (tmp_path / "top").exists()
+
+
+@pytest.mark.parametrize("name", ["/abs", "../up", "top/../../up", "a\\b", "c:x"])
+def test_names_that_lead_out_of_a_tar_archive_are_refused(tmp_path, name):
+    with tarfile.open(str(tmp_path / "a.tar"), "w") as archive:
+        archive.addfile(tarfile.TarInfo(name))
+    with pytest.raises(UserError, match="unsafe entry"):
+        unpack_tar(tmp_path / "a.tar", tmp_path / "sub" / "top", 1 << 20)
+    assert not (tmp_path / "up").exists()
+
+
+def test_what_a_checkpoint_records_is_data_not_a_path_to_trust(tmp_path):
+    """A recorded path is only followed to a file whose sha256 is the recorded one, and read like any other."""
+    checkpoint = checkpoints.read_dalle(DEMO / "dalle.safetensors")
+    weights = {name: value.float() for name, value in checkpoint.weights.items()}
+    torch.save(Payload(tmp_path / "trap"), str(tmp_path / "evil"))
+    identity = {
+        "sha256": sha256_file(tmp_path / "evil"),
+        "weights": str(tmp_path / "evil"),
+        "config": str(DEMO / "vqgan.yaml"),
+    }
+    tokenizer = {"sha256": "0" * 64, "path": "/etc/passwd"}
+    document = checkpoints.dalle_checkpoint(
+        checkpoint.config, weights, 1, training={"vqgan": identity, "tokenizer": tokenizer, "engine": {}}
+    )
+    checkpoints.save_checkpoint(tmp_path / "d.pt", document)
+    with pytest.raises(UserError):
+        load(tmp_path / "d.pt")
+    with pytest.raises(UserError):
+        load(tmp_path / "d.pt", ROOT / "bpe" / "demo_vocab.txt")
+    assert not (tmp_path / "trap").exists()

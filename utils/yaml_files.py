@@ -1,0 +1,81 @@
+"""YAML from anywhere: plain values only, and neither time nor memory beyond the text's size.
+
+YAML can name classes to build, and its aliases and merge keys can make a gigabyte of a few lines. Safe loading makes
+plain values only, and aliases mere references to one value: so never print a value whole (utils.checkpoint_shapes.shown
+cuts it short), and merged keys are counted here.
+"""
+
+from typing import Any, List
+
+import yaml
+
+from utils.errors import UserError
+
+MAX_BYTES = 1 << 18
+"""Larger than any configuration, and read within a few seconds."""
+_MAX_MERGED = 10000
+_MAX_DIGITS = 40
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+class _BoundedLoader(yaml.SafeLoader):
+    """Safe YAML with bounds on what merge keys copy and on the length of numbers."""
+
+    def flatten_mapping(self, node: Any) -> None:
+        merged = 0
+        for key, value in node.value:
+            if key.tag == _MERGE:
+                parts: List[Any] = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                for part in parts:
+                    if isinstance(part, yaml.MappingNode):
+                        self.flatten_mapping(part)
+                        merged += len(part.value)
+        if merged > _MAX_MERGED:
+            raise yaml.constructor.ConstructorError(None, None, "too many merged keys", node.start_mark)
+        super().flatten_mapping(node)
+
+    def short_number(self, node: Any) -> Any:
+        if len(self.construct_scalar(node)) > _MAX_DIGITS:
+            raise yaml.constructor.ConstructorError(None, None, "a number of too many digits", node.start_mark)
+        return (self.construct_yaml_int if node.tag.endswith("int") else self.construct_yaml_float)(node)
+
+
+for _kind in ("int", "float"):
+    _BoundedLoader.add_constructor("tag:yaml.org,2002:" + _kind, _BoundedLoader.short_number)
+
+
+class _UniqueKeyLoader(_BoundedLoader):
+    """A key given twice is an error (YAML itself would silently take the last)."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, "key '{}' is given twice".format(key.value), key.start_mark
+                    )
+                seen.add(key.value)
+        return node
+
+
+def parse_yaml(content: bytes, where: str, unique_keys: bool = False) -> Any:
+    """Return the plain values of a YAML text. Raises UserError, one line that starts with `where` and names the line.
+
+    unique_keys: a key given twice in one mapping is an error.
+    """
+    if len(content) > MAX_BYTES:
+        raise UserError("{}: too large to be a configuration ({} bytes at most)".format(where, MAX_BYTES))
+    try:
+        return yaml.load(content, Loader=_UniqueKeyLoader if unique_keys else _BoundedLoader)
+    except RecursionError as error:
+        raise UserError("{}: nested too deeply".format(where)) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = ", line {}".format(mark.line + 1) if mark else ""
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())[:200]
+        raise UserError("{}{}: {}".format(where, line, problem)) from error
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
+        # What PyYAML's own constructors raise for a date that is none, an empty number, !!bool of a word, ...
+        raise UserError("{}: a value that is none of its kind ({})".format(where, str(error)[:100])) from error
