@@ -1,0 +1,113 @@
+"""A seeded mutator of bytes, and the loop that feeds a reader with what it makes. For tests/test_fuzz.py and by hand:
+
+python tests/mutate.py 100000          # so many inputs over all readers of tests/test_fuzz.py; prints figures
+"""
+
+import random
+import time
+
+MAGIC = [b"\0", b"\xff", b"\x7f", b"\x80", b"\r\n", b"[", b"{", b"}", b"]", b'"', b":", b"- ", b"&a ", b"*a", b"<<: "]
+MAGIC += [b"!!python/object/apply:os.system [id]\n", b"PK\x03\x04", b"\x1f\x8b", b"..", b"\n", b"null", b"true", b"NaN"]
+MAGIC += [b"-1", b"0", b"1e999", b"9" * 20, b"4294967295", b"2147483648", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\\ud800"]
+NUMBERS = [0, 1, 2, 7, 255, 65536, 10**9, 10**18, 10**30]
+
+
+def mutate(seeds, chance):
+    """Return one of the seeds with some of its bytes changed, moved, repeated, cut off or taken from another one."""
+    content = bytearray(chance.choice(seeds))
+    for _ in range(1 << chance.randrange(5)):
+        size = len(content)
+        place = chance.randrange(size + 1)
+        length = 1 << chance.randrange(8)
+        kind = chance.randrange(9)
+        if kind == 0 and size:
+            content[place % size] ^= 1 << chance.randrange(8)
+        elif kind == 1 and size:
+            content[place % size] = chance.randrange(256)
+        elif kind == 2:
+            del content[place : place + length]
+        elif kind == 3:
+            content[place:place] = content[place : place + length]
+        elif kind == 4:
+            content[place:place] = chance.choice(MAGIC)
+        elif kind == 5:
+            content[place : place + 4] = chance.choice(MAGIC)
+        elif kind == 6:
+            other = chance.choice(seeds)
+            start = chance.randrange(len(other) + 1)
+            content[place : place + length] = other[start : start + length]
+        elif kind == 7 and chance.random() < 0.2:
+            del content[place:]
+        elif kind == 8 and size:  # a number becomes another one: what sizes and ids are made of
+            digits = [index for index in range(place, min(place + 200, size)) if content[index] in b"0123456789"]
+            if digits:
+                index = chance.choice(digits)
+                content[index : index + 1] = str(
+                    chance.choice([0, 1, 2, 7, 255, 65536, 10**9, 10**18, 10**30])
+                ).encode()
+    return bytes(content)
+
+
+class Figures:
+    """What came of a number of inputs."""
+
+    def __init__(self):
+        self.accepted = self.refused = 0
+        self.slowest = 0.0
+        self.failures = []
+
+    def __str__(self):
+        return "{} accepted, {} refused, slowest {:.2f} s, {} failures".format(
+            self.accepted, self.refused, self.slowest, len(self.failures)
+        )
+
+
+def fuzz(read, seeds, refusals, count, seed, patience=5.0, most_failures=5):
+    """Call `read(content)` with so many mutated inputs; what it raises that is none of `refusals` is a failure."""
+    chance, figures = random.Random(seed), Figures()
+    for number in range(count):
+        content = mutate(seeds, chance)
+        begin = time.process_time()
+        try:
+            read(content)
+            figures.accepted += 1
+        except refusals:
+            figures.refused += 1
+        except Exception as error:
+            figures.failures.append((number, content, error))
+        taken = time.process_time() - begin
+        figures.slowest = max(figures.slowest, taken)
+        if taken > patience:
+            figures.failures.append((number, content, TimeoutError("{:.1f} s".format(taken))))
+        if len(figures.failures) >= most_failures:
+            break
+    return figures
+
+
+if __name__ == "__main__":
+    import sys
+    import tempfile
+    from pathlib import Path
+
+    sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+    import resource
+
+    from test_fuzz import READERS, make_reader
+
+    total = int(sys.argv[1])
+    names = sys.argv[2:] or list(READERS)
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            read, seeds, refusals = make_reader(name, Path(folder))
+            count = int(total * READERS[name] / sum(READERS[n] for n in names))
+            begin = time.time()
+            figures = fuzz(read, seeds, refusals, count, seed=1)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            sys.stdout.write(
+                "{}: {} inputs in {:.0f} s: {}; peak {:.0f} MB\n".format(
+                    name, count, time.time() - begin, figures, peak
+                )
+            )
+            for number, content, error in figures.failures:
+                sys.stdout.write("  input {}: {!r}: {!r}\n".format(number, error, content[:300]))
+            sys.stdout.flush()

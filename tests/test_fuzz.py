@@ -1,0 +1,505 @@
+"""Fuzzing: whatever a file, configuration, prompt, caption or mask holds, it is read, or refused by our own error.
+
+Mutated files (tests/mutate.py) for each reader, a few hundred here and 100,000 with --slow, under a limit on memory;
+hypothesis for values that have a form.
+"""
+
+import io
+import json
+import resource
+import warnings
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings, strategies
+from mutate import fuzz
+from PIL import Image
+from safetensors.torch import save as save_tensors
+
+import args
+import generate
+from bpe import load_tokenizer
+from dalle.completion import mask_cells, parse_box
+from dalle.outputs import PromptFolder, folder_name
+from data.images import BROKEN_IMAGE_ERRORS, load_image
+from data.process_trainset import clean_caption, process_captions
+from examples_utils.spec import load_entries, select
+from models.config import DalleConfig
+from models.dalle import DALLE
+from models.vqgan import VQGAN, check_size, load_vqgan_state
+from models.vqgan_config import VqganConfig
+from utils.checkpoints import dalle_checkpoint, export_safetensors, read_dalle, save_checkpoint
+from utils.errors import UserError
+from utils.yaml_files import parse_yaml
+
+READERS = {
+    "dalle.pt": 2,
+    "pickle in dalle.pt": 6,
+    "dalle.safetensors": 4,
+    "vqgan.ckpt": 2,
+    "pickle in vqgan.ckpt": 4,
+    "vqgan legacy.ckpt": 4,
+    "vqgan.yaml": 2,
+    "coco.json": 4,
+    "yttm vocabulary": 4,
+    "char vocabulary": 3,
+    "configs.yaml": 1,
+    "benchmarks.yml": 1,
+    "image": 4,
+}
+"""Each reader's share of the inputs."""
+
+TINY = DalleConfig(num_text_tokens=7, num_image_tokens=4, text_seq_len=2, grid=2, dim=4, depth=1, heads=1, dim_head=4)
+TINY_VQGAN = VqganConfig(
+    num_codes=4,
+    embed_dim=2,
+    resolution=4,
+    z_channels=2,
+    ch=2,
+    ch_mult=(1, 2),
+    num_res_blocks=1,
+    attn_resolutions=(),
+    num_groups=2,
+)
+MEMORY = 2 << 30
+"""What reading may take beyond what the process had: far less than the gigantic sizes that mutated files ask for."""
+
+
+def vqgan_seeds(folder, **options):
+    torch.manual_seed(0)
+    state = VQGAN(TINY_VQGAN).state_dict()
+    half = {name: value.half() for name, value in state.items()}
+    torch.save({"state_dict": state}, str(folder / "a"), **options)
+    torch.save(half, str(folder / "b"), **options)
+    return [(folder / "a").read_bytes(), (folder / "b").read_bytes()]
+
+
+def dalle_seeds(folder, export):
+    torch.manual_seed(0)
+    model = DALLE(TINY)
+    document = dalle_checkpoint(model.config.to_dict(), model.state_dict(), 1, training={"position": {"epoch": 1}})
+    save_checkpoint(folder / "a.pt", document)
+    if not export:
+        published = {name: value for name, value in document.items() if name not in ("config", "training")}
+        torch.save(published, str(folder / "b.pt"))
+        return [(folder / "a.pt").read_bytes(), (folder / "b.pt").read_bytes()]
+    export_safetensors(read_dalle(folder / "a.pt"), folder / "a.safetensors")
+    return [(folder / "a.safetensors").read_bytes(), save_tensors({"x": torch.ones(2)})]
+
+
+def coco_seeds():
+    images = [{"id": number, "file_name": "{:012}.jpg".format(number)} for number in range(3)]
+    annotations = [{"image_id": number % 3, "id": number, "caption": "a cat ."} for number in range(6)]
+    whole = json.dumps({"info": {}, "images": images, "annotations": annotations})
+    return [whole.encode(), json.dumps({"annotations": annotations}).encode()]
+
+
+def char_files(content):
+    """A vocabulary and its merges in one text, parted by a line of dashes."""
+    return (content.split(b"\n---\n") + [b""])[:2]
+
+
+CHAR = b'{"[PAD]": 0, "[UNK]": 1, "a": 2, "b</w>": 3, "ab</w>": 4, "c": 5, "ca": 6}\n---\n#version: 0.2\na b</w>\nc a\n'
+YTTM = b"4 3\n9601 4\n97 5\n98 6\n99 7\n4 5 8\n8 6 9\n6 7 10\n1 0 2 3\n"
+CONFIGS = b"""defaults: &defaults
+  batch_size: 2
+  learning_rate: 3.0e-4
+  layers_per_ipu: [1, 2]
+demo: &demo
+  <<: *defaults
+  attn_types: [full, axial_row]
+  fp16: true
+"""
+BENCHMARKS = b"""options: &options
+  env: {A: b}
+  data:
+    throughput: {regexp: 'speed: (.*?) x', skip: 1}
+train_gen:
+  <<: *options
+  cmd: python3 train.py --x {x}
+  parameters: {x: [1, 2]}
+  derived: {y: {expr: "{throughput} * 2"}}
+"""
+
+
+def make_pickle_reader(name, folder):
+    """Like `make_reader`, but the inputs are the pickle within the archive, whose checksums are right again."""
+    read, seeds, refusals = make_reader(name, folder)
+    with zipfile.ZipFile(io.BytesIO(seeds[0])) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    (pickled,) = (entry for entry in entries if entry.endswith("data.pkl"))
+
+    def read_pickle(content):
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w") as archive:
+            for entry, own in entries.items():
+                archive.writestr(entry, content if entry == pickled else own)
+        read(file.getvalue())
+
+    return read_pickle, [entries[pickled]], refusals
+
+
+def make_reader(name, folder):
+    """Return (function of bytes, seeds, what it may raise)."""
+    path, refusals = folder / "input", UserError
+    if name.startswith("pickle in "):
+        return make_pickle_reader(name[len("pickle in ") :], folder)
+    if name == "dalle.pt":
+        seeds, read = dalle_seeds(folder, False), lambda: read_dalle(path)
+    elif name == "dalle.safetensors":
+        seeds, read = dalle_seeds(folder, True), lambda: read_dalle(path)
+    elif name == "vqgan.ckpt":
+        seeds, read = vqgan_seeds(folder), lambda: load_vqgan_state(path)
+    elif name == "vqgan legacy.ckpt":
+        seeds = vqgan_seeds(folder, _use_new_zipfile_serialization=False)
+        read = lambda: load_vqgan_state(path)  # noqa: E731
+    elif name == "vqgan.yaml":
+        seeds, read = [yaml.safe_dump(TINY_VQGAN.to_dict()).encode()], lambda: check_size(VqganConfig.from_yaml(path))
+    elif name == "coco.json":
+        seeds, read = coco_seeds(), lambda: process_captions(path, folder / "out", max_bad_fraction=0.5)
+    elif name == "yttm vocabulary":
+        seeds, read = [YTTM], lambda: load_tokenizer(str(path)).encode("abc cba")
+    elif name == "char vocabulary":
+        (folder / "char").mkdir()
+        seeds = [CHAR]
+
+        def read():
+            for suffix, part in zip(("vocab.json", "merges.txt"), char_files(path.read_bytes())):
+                (folder / "char" / suffix).write_bytes(part)
+            load_tokenizer(str(folder / "char")).encode("abc cba")
+
+    elif name == "configs.yaml":
+        seeds = [CONFIGS]
+        flags = ["--config-file", str(path), "--config", "demo", "--generated-data"]
+        read = lambda: args.parse(flags)  # noqa: E731
+    elif name == "benchmarks.yml":
+        seeds, read = [BENCHMARKS], lambda: select(load_entries([str(path)]), None)
+    else:
+        refusals = BROKEN_IMAGE_ERRORS
+        seeds = []
+        for kind, options in (
+            ("PNG", {}),
+            ("JPEG", {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0"}),
+            ("BMP", {}),
+            ("GIF", {}),
+            ("WEBP", {}),
+        ):
+            picture = Image.new("P" if kind == "GIF" else "RGB", (9, 7), 5)
+            picture.save(str(folder / "seed"), kind, **options)
+            seeds.append((folder / "seed").read_bytes())
+        read = lambda: load_image(str(path), 8)  # noqa: E731
+
+    def read_bytes(content):
+        path.write_bytes(content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            read()
+
+    return read_bytes, seeds, refusals
+
+
+@pytest.fixture
+def limited_memory():
+    """Let the process take no more than MEMORY beyond what it has."""
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def check(name, tmp_path, count, seed):
+    read, seeds, refusals = make_reader(name, tmp_path)
+    for content in seeds:
+        try:
+            read(content)
+        except refusals:
+            assert name == "dalle.safetensors"  # the one seed that holds no DALL-E
+    figures = fuzz(read, seeds, refusals, count, seed)
+    assert not figures.failures, [(number, content[:300], repr(error)) for number, content, error in figures.failures]
+    assert figures.refused
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_mutated_files_are_read_or_refused(name, tmp_path, limited_memory):
+    check(name, tmp_path, 40 * READERS[name], seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READERS)
+def test_a_hundred_thousand_mutated_files(name, tmp_path, limited_memory):
+    check(name, tmp_path, 1 + 100000 * READERS[name] // sum(READERS.values()), seed=1)
+
+
+# Files made to take memory or time -----------------------------------------------------------------------------------
+
+LAUGHS = "\n".join(
+    ["a0: &a0 [x, x]"] + ["a{0}: &a{0} [{1}]".format(n, ", ".join(["*a{}".format(n - 1)] * 10)) for n in range(1, 12)]
+)
+MERGES = "\n".join(
+    ["m0: &m0 {k: v}"]
+    + ["m{0}: &m{0} {{<<: [{1}]}}".format(n, ", ".join(["*m{}".format(n - 1)] * 10)) for n in range(1, 12)]
+)
+VALUES = {
+    "laughs": LAUGHS,
+    "merges": MERGES,
+    "itself": "a: &a [*a]",
+    "merges itself": "a: &a {<<: *a}",
+    "deep": "[" * 100000,
+    "digits": "a: " + "9" * 200000,
+    "sixties": "a: 1" + ":59" * 60000,
+    "date": "a: 2001-99-99",
+    "no date": "a: !!timestamp x",
+    "no truth": "a: !!bool x",
+    "no number": 'a: !!float ""',
+    "python": "a: !!python/object/apply:os.system [id]",
+    "unhashable": "? [a]\n: b",
+    "twice": "a: 1\na: 2",
+    "no text": "a: \ud83d".encode("utf-8", "surrogatepass").decode("latin-1"),
+    "large": "a: b\n" * 100000,
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_yaml_takes_no_more_than_its_size(name, limited_memory):
+    try:
+        value = parse_yaml(VALUES[name].encode("latin-1"), "f.yaml", unique_keys=True)
+    except UserError as error:
+        assert str(error).startswith("f.yaml") and len(str(error)) < 400 and "\n" not in str(error)
+    else:
+        assert name in ("laughs", "itself", "no text") and isinstance(value, dict)
+
+
+@pytest.mark.parametrize("key", ["target", "n_embed", "ch_mult", "resolution", "dropout", "extra"])
+def test_values_that_never_end_are_not_printed(key, tmp_path, limited_memory):
+    document = TINY_VQGAN.to_dict()
+    model = document["model"]
+    where = {"target": model, "n_embed": model["params"]}.get(key, model["params"]["ddconfig"])
+    where[key] = "ALIAS"
+    laughs = "laughs:\n" + "\n".join("  " + line for line in LAUGHS.split("\n"))
+    (tmp_path / "v.yaml").write_text(laughs + "\n" + yaml.safe_dump(document).replace("ALIAS", "*a11"))
+    try:
+        VqganConfig.from_yaml(tmp_path / "v.yaml")
+    except UserError as error:
+        assert len(str(error)) < 600
+    else:
+        assert key == "extra"
+    config = "c:\n  batch_size: *a11\n  attn_types: *a11\n"
+    (tmp_path / "c.yaml").write_text(LAUGHS + "\n" + config)
+    with pytest.raises(UserError) as raised:
+        args.parse(["--config-file", str(tmp_path / "c.yaml"), "--config", "c"])
+    assert len(str(raised.value)) < 600
+
+
+HUGE = [
+    ("n_embed", 10**9),
+    ("embed_dim", 10**9),
+    ("ch", 10**9),
+    ("num_res_blocks", 10**9),
+    ("resolution", 2**40),
+    ("z_channels", 10**9),
+    ("ch_mult", [2] * 1000),
+    ("ch_mult", [10**9]),
+    ("attn_resolutions", [4] * 10**5),
+    ("num_groups", 10**9),
+    ("patch_size", 2**40),
+    ("out_ch", 10**9),
+    ("n_embed", 10**200),
+]
+
+
+@pytest.mark.parametrize("key, value", HUGE)
+def test_a_vqgan_of_absurd_size_is_refused_before_it_is_built(key, value, tmp_path, limited_memory):
+    document = TINY_VQGAN.to_dict()
+    params = document["model"]["params"]
+    (params if key in ("n_embed", "embed_dim") else params["ddconfig"])[key] = value
+    (tmp_path / "v.yaml").write_text(yaml.safe_dump(document))
+    with pytest.raises(UserError, match="v.yaml"):
+        check_size(VqganConfig.from_yaml(tmp_path / "v.yaml"))
+
+
+def test_a_vqgan_within_each_limit_but_too_large_in_all_is_refused(limited_memory):
+    config = VqganConfig(ch=1 << 10, ch_mult=(16,) * 5, num_res_blocks=8, z_channels=256)
+    with pytest.raises(UserError, match="asks for .* parameters"):
+        check_size(config)
+
+
+def test_tokens_that_double_are_refused(tmp_path, limited_memory):
+    merges = ["4 4 5"] + ["{0} {0} {1}".format(number, number + 1) for number in range(5, 64)]
+    text = "1 {}\n9601 4\n{}\n1 0 2 3\n".format(len(merges), "\n".join(merges))
+    (tmp_path / "v.txt").write_text(text)
+    with pytest.raises(UserError, match="tokens are too long"):
+        load_tokenizer(str(tmp_path / "v.txt"))
+    (tmp_path / "v.txt").write_text("1 " + "9" * 5000)
+    with pytest.raises(UserError, match="too many digits"):
+        load_tokenizer(str(tmp_path / "v.txt"))
+
+
+def test_a_bomb_of_a_vocabulary_is_not_unpacked(tmp_path, limited_memory):
+    import gzip
+
+    with gzip.open(str(tmp_path / "v.gz"), "wb") as file:
+        for _ in range(80):
+            file.write(bytes(1 << 20))
+    with pytest.raises(UserError, match="unpacks to more"):
+        load_tokenizer(str(tmp_path / "v.gz"))
+
+
+# Values with a form --------------------------------------------------------------------------------------------------
+
+TEXT = strategies.text(max_size=60)
+NUMBER = strategies.one_of(strategies.integers(), strategies.floats(), strategies.booleans(), strategies.none())
+VALUE = strategies.recursive(
+    strategies.one_of(NUMBER, TEXT), lambda inner: strategies.lists(inner, max_size=4), max_leaves=6
+)
+FEW = settings(deadline=None, max_examples=150)
+
+
+@given(strategies.dictionaries(strategies.sampled_from(args.option_names()), VALUE, max_size=5))
+@FEW
+def test_any_values_of_a_configuration(values):
+    try:
+        config = args.Config.from_dict(values)
+    except UserError as error:
+        assert "\n" not in str(error).strip() or any("\n" in str(value) for value in values.values())
+    else:
+        assert args.Config.from_dict(config.to_dict()) == config and config.describe()
+
+
+@given(
+    strategies.lists(
+        strategies.one_of(
+            TEXT,
+            strategies.sampled_from(
+                [
+                    "--batch-size",
+                    "--attn-types",
+                    "--fp16",
+                    "--resume",
+                    "--config",
+                    "demo",
+                    "--generated-data",
+                    "4",
+                    "-1",
+                    "nan",
+                ]
+            ),
+        ),
+        max_size=6,
+    )
+)
+@FEW
+def test_any_words_of_a_command_line(words):
+    if any(word in ("-h", "--help") for word in words):
+        return
+    try:
+        args.parse(words)
+    except UserError:
+        pass
+
+
+@given(strategies.dictionaries(strategies.sampled_from(sorted(TINY.to_dict())), VALUE, max_size=4))
+@FEW
+def test_any_options_of_a_stored_model(values):
+    from utils.checkpoint_shapes import complete_config
+
+    try:
+        config = complete_config(dict(TINY.to_dict(), **values))
+        DalleConfig.from_dict(config)
+    except UserError:
+        pass
+
+
+@given(strategies.lists(strategies.text(max_size=200), min_size=1, max_size=4))
+@settings(deadline=None, max_examples=100)
+def test_any_prompts_have_folders_of_their_own_inside(tmp_path_factory, prompts):
+    outputs, taken = tmp_path_factory.mktemp("outputs"), set()
+    names = [PromptFolder(outputs, prompt, taken, "png", {}).path for prompt in dict.fromkeys(prompts)]
+    for path in names:
+        assert path.is_dir() and path.resolve().parent == outputs.resolve()
+        assert path.name not in (".", "..") and not path.name.startswith("-") and "/" not in path.name
+    # Apart, also where the file system knows no case.
+    assert len({path.name.casefold() for path in names}) == len(names)
+
+
+@pytest.mark.parametrize("first, second", [("A Cat", "a cat"), ("STRASSE", "straße"), ("caf\u00e9", "cafe\u0301")])
+def test_prompts_that_differ_in_case_or_coding_have_two_folders(tmp_path, first, second):
+    taken = set()
+    names = [PromptFolder(tmp_path, prompt, taken, "png", {}).path.name for prompt in (first, second)]
+    assert names[0] == folder_name(first) and names[1] != folder_name(second)
+
+
+SHELL = [
+    "$(touch trap)",
+    "`touch trap`",
+    "; touch trap",
+    "& touch trap",
+    "-rf",
+    "a\ntouch trap",
+    "'\"; touch trap #",
+    "\0",
+    "../../trap",
+    "*",
+    "~root",
+    "a" * 10**7,
+]
+
+
+@pytest.mark.parametrize("prompt", SHELL, ids=range(len(SHELL)))
+def test_no_name_of_a_folder_is_a_command_even_in_double_quotes_of_a_shell(prompt, tmp_path):
+    import subprocess
+
+    name = PromptFolder(tmp_path, prompt, set(), "png", {}).path.name
+    done = subprocess.run(
+        ["sh", "-c", 'ls -d -- "$1"/ && cd -- "$1"', "sh", name], cwd=str(tmp_path), capture_output=True
+    )
+    assert done.returncode == 0 and sorted(path.name for path in tmp_path.iterdir()) == [name]
+
+
+@given(strategies.text(max_size=300))
+@FEW
+def test_any_caption_is_tokenized_and_cleaned(text):
+    for tokenizer in (DEMO_TOKENIZER, CLIP_TOKENIZER):
+        rows = tokenizer.tokenize(text, 8, truncate=True)
+        assert rows.shape == (1, 8) and 0 <= int(rows.min()) and int(rows.max()) < tokenizer.vocab_size
+        assert isinstance(tokenizer.decode(rows[0].tolist()), str)
+    assert "\n" not in clean_caption(text)
+
+
+DEMO_TOKENIZER = load_tokenizer(str(generate.Path(generate.__file__).parent / "bpe" / "demo_vocab.txt"))
+CLIP_TOKENIZER = load_tokenizer(None)
+
+
+@given(
+    strategies.one_of(
+        strategies.text(alphabet="0123456789., -einfa", max_size=30),
+        strategies.lists(strategies.floats(width=16), min_size=4, max_size=4).map(
+            lambda sides: ",".join(map(str, sides))
+        ),
+    )
+)
+@FEW
+def test_any_box_of_a_mask(text):
+    try:
+        box = parse_box(text)
+        assert box is None or mask_cells(box, 4, 16).any()
+    except UserError:
+        pass
+
+
+@given(
+    strategies.lists(strategies.integers(0, 9), max_size=3).map(tuple),
+    strategies.sampled_from([np.bool_, np.uint8, np.float32, np.int64]),
+)
+@FEW
+def test_any_shape_of_a_mask(shape, kind):
+    for value in (0, 1):
+        try:
+            cells = mask_cells(np.full(shape, value, dtype=kind), 2, 8)
+        except UserError:
+            continue
+        assert value and cells.shape == (4,) and cells.all()
