@@ -27,6 +27,9 @@ from utils.interrupts import leave_to_parent
 logger = logging.getLogger(__name__)
 
 
+_SECONDS_TO_LET_GO = 0.3
+
+
 class Batching(NamedTuple):
     """How one process takes its share of the global batch: `accumulation` micro-batches of `micro` samples."""
 
@@ -460,4 +463,7 @@ class NativeEngine(Engine):
 
     def close(self) -> None:
         if self.world_size > 1 and dist.is_initialized():
+            # gloo's thread needs the GIL to let go of the last collective's tensors, and whoever drops the last reference
+            # to the group (DDP, with the GIL held) waits for that thread: give it time to finish before anyone does.
+            time.sleep(_SECONDS_TO_LET_GO)
             dist.destroy_process_group()
