@@ -463,7 +463,7 @@ class NativeEngine(Engine):
 
     def close(self) -> None:
         if self.world_size > 1 and dist.is_initialized():
-            # gloo's thread needs the GIL to let go of the last collective's tensors, and whoever drops the last reference
-            # to the group (DDP, with the GIL held) waits for that thread: give it time to finish before anyone does.
+            # gloo's thread needs the GIL to let go of the last collective's tensors, and whoever drops the last
+            # reference to the group (DDP, with the GIL held) waits for that thread: give it time to finish first.
             time.sleep(_SECONDS_TO_LET_GO)
             dist.destroy_process_group()
