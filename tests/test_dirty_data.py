@@ -365,7 +365,7 @@ def test_two_processes_stop_at_the_limit_in_one_line_each(dirty, tmp_path, vqgan
     limit = (len(BAD_CAPTIONS) + PIPES + 1) / (NUM_GOOD + NUM_BAD + PIPES)  # the captions, and one image
     cache = str(tmp_path / "codes") if cache == "on" else "off"
     flags = train_flags(dirty, tmp_path, vqgan, "--max-bad-fraction", str(limit), "--cache-codes", cache)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         command + ["train.py", *flags], cwd=str(ROOT), stderr=subprocess.PIPE, timeout=300, encoding="utf-8"
     )
