@@ -59,8 +59,8 @@ def activations(model: DalleConfig, config: Config, precision: str, num_weights:
     tokens, dim = run.batch_size * model.seq_len, model.dim
     inner, hidden = model.heads * model.dim_head, model.ff_mult * model.dim
     # Of each branch: its input and its norm in float32, then the inputs of its products: q, k, v, what attention gives
-    # and its copy; the norm again; the feed-forward layer before and after its activation.
-    layer = tokens * (4 * 4 * dim + size * (5 * inner + (3 if model.activation == "geglu" else 2) * hidden))
+    # and its copy; the norm again; the feed-forward layer before its activation, which geglu computes once more.
+    layer = tokens * (4 * 4 * dim + size * (5 * inner + 2 * hidden))
     layer += tokens * (2 * size * dim if half else 0)
     extra = 2 * int(model.layer_scale) + 4 * int(model.sandwich_norm)
     layer += tokens * size * dim * extra

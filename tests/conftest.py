@@ -1,5 +1,6 @@
 """What all tests share: the --slow switch, single-threaded PyTorch, and the real photos and captions where they are."""
 
+import logging
 import os
 import shutil
 import tempfile
@@ -34,6 +35,17 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was():
+    """Programs that run within a test set up logging: undone, or what a later test logs depends on the order."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    for handler in [handler for handler in root.handlers if handler not in handlers]:
+        root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")
