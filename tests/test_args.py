@@ -147,7 +147,7 @@ def test_none_empties_an_option_that_may_be_empty():
     (["--device", "gpu"], "--device: expected one of auto, cpu, cuda, ipu, got 'gpu'."),
     (["--attn-types", "full,axial_rows"], "got 'axial_rows'. Did you mean 'axial_row'?"),
     (["--attn-types", "full,"], "--attn-types: expected one of full"),
-    (["--optimizer", "adam"], "--optimizer: expected one of Adam, AdamW, Muon, Adafactor, got 'adam'. Did you mean 'Adam'?"),
+    (["--optimizer", "adam"], "expected one of Adam, AdamW, Muon, Adafactor, got 'adam'. Did you mean 'Adam'?"),
     (["--bpe-path", "a\0b"], "--bpe-path: "),
     (["--input-folder", ""], "--input-folder"),
     (["--batch-size"], "--batch-size: expected one argument"),
