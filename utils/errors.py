@@ -1,6 +1,7 @@
 """The two errors that a user may cause, and how a script ends with them: one line on stderr, no traceback."""
 
 import difflib
+import os
 import re
 import sys
 from typing import Callable, Iterable, Optional
@@ -51,4 +52,9 @@ def run_main(main: Callable[[], Optional[int]]) -> None:
         shown = name if len(name) <= 300 else name[:300] + "..."
         sys.stderr.write("error: {}: {}\n".format(" ".join(shown.split()), reason))
         sys.exit(1)
+    try:
+        sys.stderr.flush()
+    except OSError:
+        # A log on a full disk does not undo what was done: Python would try again at its end, and exit with 120.
+        sys.stderr = open(os.devnull, "w")
     sys.exit(status or 0)
