@@ -1,6 +1,7 @@
 """What all tests share: the --slow switch, single-threaded PyTorch, and the real photos and captions where they are."""
 
 import logging
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -43,6 +44,9 @@ def logging_as_it_was():
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)
     yield
+    for child in multiprocessing.active_children():  # loaders' processes leave SIGTERM to their parent
+        if child.daemon:
+            child.kill()
     root.setLevel(level)
     for handler in [handler for handler in root.handlers if handler not in handlers]:
         root.removeHandler(handler)

@@ -40,6 +40,7 @@ class ForkServer:
 
     def __exit__(self, *_):
         self._process.stdin.close()
+        self._process.kill()  # another child of this process may hold the pipe open
         self._process.wait()
 
     def _ask(self, **request):
