@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import logging
-import multiprocessing
 import os
 import time
 from itertools import islice
@@ -463,10 +462,6 @@ class NativeEngine(Engine):
             dist.barrier()
 
     def close(self) -> None:
-        # Loader processes leave SIGTERM to this one, and Python ends those left over with it: it would wait for ever.
-        for child in multiprocessing.active_children():
-            if child.daemon:
-                child.kill()
         if self.world_size > 1 and dist.is_initialized():
             # gloo's thread needs the GIL to let go of the last collective's tensors, and whoever drops the last
             # reference to the group (DDP, with the GIL held) waits for that thread: give it time to finish first.

@@ -27,6 +27,8 @@ def pytest_configure(config):
 
 
 def pytest_unconfigure(config):
+    for child in multiprocessing.active_children():  # loaders' processes leave SIGTERM to this one, which would wait
+        child.kill()
     shutil.rmtree(getattr(config, "own_cache", ""), ignore_errors=True)
 
 
@@ -44,9 +46,6 @@ def logging_as_it_was():
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)
     yield
-    for child in multiprocessing.active_children():  # loaders' processes leave SIGTERM to their parent
-        if child.daemon:
-            child.kill()
     root.setLevel(level)
     for handler in [handler for handler in root.handlers if handler not in handlers]:
         root.removeHandler(handler)
