@@ -58,18 +58,23 @@ def activations(model: DalleConfig, config: Config, precision: str, num_weights:
     size = 2 if half else 4
     tokens, dim = run.batch_size * model.seq_len, model.dim
     inner, hidden = model.heads * model.dim_head, model.ff_mult * model.dim
-    # Of each branch: its input and its norm in float32, then the inputs of its products: q, k, v, what attention gives
-    # and its copy; the norm again; the feed-forward layer before its activation, which geglu computes once more.
-    layer = tokens * (4 * 4 * dim + size * (5 * inner + 2 * hidden))
-    layer += tokens * (2 * size * dim if half else 0)
-    extra = 2 * int(model.layer_scale) + 4 * int(model.sandwich_norm)
-    layer += tokens * size * dim * extra
+    fused = not (model.shift_tokens or model.sandwich_norm or model.attn_dropout or model.ff_dropout)
+    wide = (2 if model.activation == "geglu" else 1) * hidden
+    if fused:  # see models/fused.py: the input of each branch, queries, keys and values, the wide layer
+        layer = tokens * (2 * 4 * dim + size * (3 * inner + wide))
+        dense = sum(pattern == "full" or bool(model.rotary) for pattern in model.layer_patterns) / model.depth
+        layer += dense * tokens * size * 2 * inner  # what attention gives, and its copy
+    else:
+        # Norms as well, what the activation gives, and both factors of a gate.
+        layer = tokens * (4 * 4 * dim + size * (5 * inner + 2 * hidden + wide))
+        layer += tokens * (2 * size * dim if half else 0)
+        layer += tokens * size * dim * (2 * int(model.layer_scale) + 4 * int(model.sandwich_norm))
     layers = model.depth * layer
     copies = size * num_weights if half else 0  # autocast makes one of each weight
     if run.activation_checkpointing:
         layers = model.depth * tokens * 4 * dim + layer
-        if run.gradient_accumulation == 1:
-            copies = max(0, copies - 4 * num_weights)  # they are gone before there are gradients
+    if (fused or run.activation_checkpointing) and run.gradient_accumulation == 1:
+        copies = max(0, copies - 4 * num_weights)  # they are gone before there are gradients
     rows = model.text_seq_len * model.text_table_size + model.image_seq_len * model.num_image_tokens
     return float(layers + copies + run.batch_size * rows * (size + 4 + 4))
 

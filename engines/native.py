@@ -292,14 +292,20 @@ class NativeEngine(Engine):
             sums += torch.stack([losses.total.detach(), losses.text.detach(), losses.image.detach()]).float()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        clip = self.config.optimizer.clip_grad_norm or float("inf")
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip).detach()
+        grad_norm = self._clip()
         self._update_weights(~torch.isfinite(grad_norm))
         self._zero_grad()
         self.num_updates += 1
         self._update_average()
         sums /= accumulation
         return StepResult(sums[0], sums[1], sums[2], grad_norm, self.bad_steps.clone())
+
+    def _clip(self) -> Tensor:
+        """Scale the gradients to a norm of --clip-grad-norm at most; return what it was before."""
+        clip = self.config.optimizer.clip_grad_norm
+        if not clip and hasattr(torch.nn.utils, "get_total_norm"):  # from PyTorch 2.6 on; spares a pass over them all
+            return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        return torch.nn.utils.clip_grad_norm_(self.parameters, clip or float("inf")).detach()
 
     def _update_weights(self, bad: Tensor) -> None:
         """Let the optimizers take their step, unless it is `bad` (bool, 0-d): then no state of theirs changes.

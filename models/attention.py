@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.cache import LayerCache
 from models.config import DalleConfig
+from models.fused import IDENTITY, Function, LocalAttention
 from models.local_attention import allowed_codes, local_attention, window_bias, window_rows
 
 
@@ -115,10 +116,11 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, angles: Optional[Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
         """(B, L, D) -> query, key, value, each (B, H, L, K)."""
-        batch, length, _ = x.shape
-        query, key, value = (
-            self.qkv(x).view(batch, length, 3, self.heads, self.dim_head).permute(2, 0, 3, 1, 4).unbind(0)
-        )
+        return self.split(self.qkv(x), angles)
+
+    def split(self, qkv: Tensor, angles: Optional[Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
+        """(B, L, 3 * H * K) -> query, key, value, each (B, H, L, K)."""
+        query, key, value = qkv.unflatten(2, (3, self.heads, self.dim_head)).permute(2, 0, 3, 1, 4).unbind(0)
         if angles is not None:  # DALLE-pytorch turns the values too
             query, key, value = (rotate(tensor, angles) for tensor in (query, key, value))
         return query, key, value
@@ -129,11 +131,21 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor, angles: Optional[Tensor] = None) -> Tensor:
         """Attend within x (B, L, D) under mask (L, L); angles (L, R) with rotary embedding. Returns (B, L, D)."""
-        query, key, value = self.project(x, angles)
-        if self._windowed(x):
-            return self.merge(local_attention(query, key, value, self.window_bias, self.pattern))
+        return self.merge(self.attend(self.qkv(x), mask, angles))
+
+    def attend(self, qkv: Tensor, mask: Tensor, angles: Optional[Tensor]) -> Tensor:
+        """What comes before the last product: qkv (B, L, 3 * H * K) -> (B, H, L, K)."""
+        query, key, value = self.split(qkv, angles)
+        if self._windowed(qkv):
+            return local_attention(query, key, value, self.window_bias, self.pattern)
         attend = IMPLEMENTATIONS.get(self.implementation, sdpa)
-        return self.merge(attend(query, key, value, mask, self.pattern == "full"))
+        return attend(query, key, value, mask, self.pattern == "full")
+
+    def before_out(self, qkv: Tensor, mask: Tensor, angles: Optional[Tensor]) -> Tuple[Tensor, Function]:
+        """`attend` as the products of fused.py take it: a tensor and what to do with it, which gives (B, L, H * K)."""
+        if angles is None and self._windowed(qkv):
+            return qkv, LocalAttention(self.window_bias, self.pattern, self.heads)
+        return self.attend(qkv, mask, angles).transpose(1, 2).flatten(2), IDENTITY
 
     def _windowed(self, x: Tensor) -> bool:
         """Whether to compute only what the pattern shows: always on a CPU, on a GPU when that is much less."""

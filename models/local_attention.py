@@ -71,41 +71,64 @@ def window_bias(pattern: str, allowed: Tensor, grid: int) -> Tensor:
     return bias.flatten(2)
 
 
+def on_grid(codes: Tensor, grid: int, pattern: str) -> Tensor:
+    """Lay out the image positions but the last, (B, H, N - 1, K) -> (B, H, G, G, K), the last as zeros.
+
+    The rows of the result are what a window is made of: columns of codes for axial_col.
+    """
+    codes = F.pad(codes, (0, 0, 0, 1)).unflatten(2, (grid, grid))
+    return codes.transpose(2, 3) if pattern == "axial_col" else codes
+
+
+def off_grid(codes: Tensor, pattern: str) -> Tensor:
+    """The way back: (B, H, G, G, K) -> (B, H, N - 1, K)."""
+    return (codes.transpose(2, 3) if pattern == "axial_col" else codes).flatten(2, 3)[:, :, :-1]
+
+
+def windows(codes: Tensor, rows: int) -> Tensor:
+    """Give each row the W rows that it sees, those above first. (B, H, G, G, K) -> (B, H, G, W * G, K)."""
+    if rows == 1:
+        return codes
+    grid = codes.shape[2]
+    padded = F.pad(codes, (0, 0, 0, 0, rows - 1, 0))
+    return torch.stack([padded[:, :, first : first + grid] for first in range(rows)], dim=3).flatten(3, 4)
+
+
+def from_windows(parts: Tensor, rows: int) -> Tensor:
+    """Add up what each row got in all windows it is part of. (B, H, G, W * G, K) -> (B, H, G, G, K)."""
+    if rows == 1:
+        return parts
+    grid = parts.shape[2]
+    parts = parts.unflatten(3, (rows, grid))
+    result = parts[:, :, :, rows - 1].clone()
+    for above in range(1, min(rows, grid)):
+        result[:, :, : grid - above] += parts[:, :, above:, rows - 1 - above]
+    return result
+
+
+def window_weights(query: Tensor, key: Tensor, text_key: Tensor, bias: Tensor) -> Tensor:
+    """Attention weights of the image positions on the text and on their windows, (B, H, G, G, P + W * G).
+
+    query (B, H, G, G, K), scaled; key (B, H, G, W * G, K); text_key (B, H, P, K).
+    """
+    # Every position sees the whole text: one matrix product for all of them.
+    text_scores = torch.matmul(query.flatten(2, 3), text_key.transpose(-1, -2)).unflatten(2, query.shape[2:4])
+    window_scores = torch.matmul(query, key.transpose(-1, -2))
+    scores = torch.cat([text_scores, window_scores + bias.to(window_scores.dtype)], dim=-1)
+    return torch.softmax(scores, dim=-1)
+
+
 def local_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, pattern: str) -> Tensor:
     """Softmax(q k^T / sqrt(K)) v where image positions see the text and their window. (B, H, L, K) -> (B, H, L, K).
 
     bias: see `window_bias`. The last image position is absent (L = P + G * G - 1), as everywhere in training.
     """
-    batch, heads, length, width = query.shape
     grid = bias.shape[0]
-    rows, num_codes = bias.shape[2] // grid, grid * grid
-    text_len = length - num_codes + 1
+    rows, text_len = bias.shape[2] // grid, query.shape[2] - grid * grid + 1
     text_key, text_value = key[:, :, :text_len], value[:, :, :text_len]
     from_text = F.scaled_dot_product_attention(query[:, :, :text_len], text_key, text_value, is_causal=True)
-
-    def on_grid(tensor: Tensor) -> Tensor:
-        tensor = F.pad(tensor[:, :, text_len:], (0, 0, 0, 1)).view(batch, heads, grid, grid, width)
-        return tensor.transpose(2, 3) if pattern == "axial_col" else tensor
-
-    def windows(tensor: Tensor) -> Tensor:
-        """(B, H, G, G, K) -> (B, H, G, W * G, K): the rows that each row sees."""
-        if rows == 1:
-            return tensor
-        padded = F.pad(tensor, (0, 0, 0, 0, rows - 1, 0))
-        return torch.stack([padded[:, :, first : first + grid] for first in range(rows)], dim=3).flatten(3, 4)
-
-    query = on_grid(query) * width**-0.5
-    window_scores = torch.matmul(query, windows(on_grid(key)).transpose(-1, -2))  # (B, H, G, G, W * G)
-    # Every position sees the whole text: one matrix product for all of them.
-    text_scores = torch.matmul(query.reshape(batch, heads, num_codes, width), text_key.transpose(-1, -2))
-    scores = torch.cat(
-        [text_scores.view(batch, heads, grid, grid, text_len), window_scores + bias.to(window_scores.dtype)], dim=-1
-    )
-    weights = torch.softmax(scores, dim=-1)
-    text_weights, window_weights = weights.split([text_len, rows * grid], dim=-1)
-    image = torch.matmul(text_weights.reshape(batch, heads, num_codes, text_len), text_value)
-    image = image.view(batch, heads, grid, grid, width) + torch.matmul(window_weights, windows(on_grid(value)))
-    if pattern == "axial_col":
-        image = image.transpose(2, 3)
-    image = image.reshape(batch, heads, num_codes, width)[:, :, :-1]
-    return torch.cat([from_text.to(image.dtype), image], dim=2)
+    query, key, value = (on_grid(part[:, :, text_len:], grid, pattern) for part in (query, key, value))
+    weights = window_weights(query * query.shape[-1] ** -0.5, windows(key, rows), text_key, bias)
+    image = torch.matmul(weights[..., :text_len].flatten(2, 3), text_value).unflatten(2, (grid, grid))
+    image = image + torch.matmul(weights[..., text_len:], windows(value, rows))
+    return torch.cat([from_text.to(image.dtype), off_grid(image, pattern)], dim=2)

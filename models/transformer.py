@@ -3,7 +3,7 @@
 Letters: B batch, P positions of the text part, N image tokens, L = P + N - 1 positions, D width.
 """
 
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Dict, List, Optional
 
 import torch
 import torch.nn.functional as F
@@ -12,37 +12,7 @@ from torch import Tensor, nn
 from models.attention import Attention, build_mask, rotary_angles
 from models.cache import LayerCache, make_cache
 from models.config import DalleConfig
-
-
-class _GegluLinear(torch.autograd.Function):
-    """Linear(x * gelu(gate)) of a tensor [x | gate] that keeps nothing else for the gradient.
-
-    Autograd by itself keeps gelu(gate) and the product too, two thirds as much again, and joins the two halves of the
-    gradient in a copy. Both are cheap to compute a second time.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, both: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-        ctx.save_for_backward(both, weight)
-        ctx.has_bias = bias is not None
-        x, gate = both.chunk(2, dim=-1)
-        # Cast here and not by autocast: backward runs outside of it.
-        return F.linear(F.gelu(gate).mul_(x), weight.to(both.dtype), None if bias is None else bias.to(both.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
-        both, weight = ctx.saved_tensors
-        x, gate = both.chunk(2, dim=-1)
-        active = F.gelu(gate)
-        rows = gradient.flatten(0, -2)
-        for_weight = rows.t() @ (active * x).flatten(0, -2)
-        for_product = gradient @ weight.to(gradient.dtype)
-        for_both = torch.empty_like(both)
-        for_x, for_gate = for_both.chunk(2, dim=-1)
-        torch.mul(for_product, active, out=for_x)
-        torch.ops.aten.gelu_backward.grad_input(for_product.mul_(x), gate, grad_input=for_gate)
-        for_bias = rows.sum(dim=0).to(weight.dtype) if ctx.has_bias else None
-        return for_both, for_weight.to(weight.dtype), for_bias
+from models.fused import ACTIVATIONS, add_linear, norm_linear
 
 
 class FeedForward(nn.Module):
@@ -52,8 +22,6 @@ class FeedForward(nn.Module):
         super().__init__()
         hidden = config.ff_mult * config.dim
         self.activation = config.activation
-        self.fused = True
-        """Whether an autograd function of our own may be used: PopTorch has no such thing."""
         self.up = nn.Linear(config.dim, 2 * hidden if config.activation == "geglu" else hidden, bias=config.ff_bias)
         self.dropout = nn.Dropout(config.ff_dropout)
         self.down = nn.Linear(hidden, config.dim, bias=config.ff_bias)
@@ -61,8 +29,6 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
         if self.activation == "geglu":
-            if self.fused and torch.is_grad_enabled() and not (self.training and self.dropout.p):
-                return _GegluLinear.apply(x, self.down.weight, self.down.bias)
             x, gate = x.chunk(2, dim=-1)
             x = x * F.gelu(gate)
         elif self.activation == "gelu":
@@ -126,6 +92,8 @@ class Block(nn.Module):
         self.text_len, self.grid, self.shifts = config.text_len, config.grid, config.shift_tokens
         self.attention = Residual(config, layer, attention)
         self.feed_forward = Residual(config, layer, feed_forward)
+        self.fused = not config.shift_tokens and not config.sandwich_norm
+        """Whether training takes the products of fused.py. They know neither shifts nor a norm behind a branch."""
 
     def _shift(self, x: Tensor) -> Tensor:
         if not self.shifts:
@@ -134,10 +102,25 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor, angles: Optional[Tensor] = None) -> Tensor:
         """Run the whole sequence. x (B, L, D), mask (L, L), angles (L, R) or None -> (B, L, D)."""
+        if self.fused and torch.is_grad_enabled() and not self._drops():
+            return self._train(x, mask, angles)
         branch = self.attention
         x = branch.add(x, branch.fn(self._shift(branch.norm(x)), mask, angles))
         branch = self.feed_forward
         return branch.add(x, branch.fn(self._shift(branch.norm(x))))
+
+    def _drops(self) -> bool:
+        return self.training and bool(self.attention.fn.dropout.p or self.feed_forward.fn.dropout.p)
+
+    def _train(self, x: Tensor, mask: Tensor, angles: Optional[Tensor]) -> Tensor:
+        """`forward`, keeping less for the backward pass."""
+        branch = self.attention
+        qkv = norm_linear(x, branch.norm, branch.fn.qkv)
+        heads, before = branch.fn.before_out(qkv, mask, angles)
+        x = add_linear(x, heads, branch.fn.out, branch.scale, before)
+        branch = self.feed_forward
+        up = norm_linear(x, branch.norm, branch.fn.up)
+        return add_linear(x, up, branch.fn.down, branch.scale, ACTIVATIONS[branch.fn.activation])
 
     def extend_text(self, x: Tensor, start: int, cache: LayerCache, angles: Optional[Tensor]) -> Tensor:
         """Run text positions from `start` on, x (prompts, n, D); with shift_tokens the whole text part at once."""

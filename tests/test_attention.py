@@ -1,5 +1,6 @@
 """Who sees whom: masks against their definition position by position, and two implementations of one product."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -16,7 +17,7 @@ from models.attention import (
 from models.config import ATTENTION_PATTERNS, DalleConfig
 from models.dalle import DALLE
 from models.local_attention import CONV_KERNEL_SIZE, allowed_codes, local_attention, window_bias
-from models.transformer import FeedForward, Transformer
+from models.transformer import Transformer
 
 TINY = DalleConfig(
     num_text_tokens=9,
@@ -34,6 +35,13 @@ OPTIONS = {
     "rotary and shift": {"rotary": True, "shift_tokens": True, "text_positions": False, "image_positions": "none"},
     "stable sandwich": {"stable": True, "sandwich_norm": True},
     "without bos": {"bos": False, "unique_pads": False, "layer_scale": False, "image_positions": "learned"},
+}
+
+FUSED = {
+    "plain": {},
+    "rotary": {"rotary": True},
+    "gelu": {"activation": "gelu", "qkv_bias": True, "layer_scale": False},
+    "quick_gelu without biases": {"activation": "quick_gelu", "out_bias": False, "ff_bias": False},
 }
 
 
@@ -101,20 +109,63 @@ def test_implementations_agree(pattern):
         torch.testing.assert_close(results[0][0][:, :, position].double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_gate_with_its_own_gradient_is_the_plain_one():
-    torch.manual_seed(7)
-    layer = FeedForward(TINY).double().train()
-    x = torch.randn(2, 3, TINY.dim, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("options", FUSED.values(), ids=FUSED)
+@pytest.mark.parametrize("pattern", ATTENTION_PATTERNS)
+@pytest.mark.parametrize("grid", [1, 5, 6])
+def test_products_that_keep_less_give_the_same_gradients(pattern, grid, options):
+    config = dataclasses.replace(TINY, grid=grid, attn_types=(pattern,), depth=1, **options)
+    transformer = random_(Transformer(config)).double().train()
+    x = torch.randn(2, config.seq_len, TINY.dim, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn_like(x)
     results = []
-    for fused in (True, False):
-        layer.fused = fused
-        output = layer(x)
-        results.append((output, *torch.autograd.grad(output.square().sum(), (x, *layer.parameters()))))
-    for own, plain in zip(*results):
-        torch.testing.assert_close(own, plain)
-    layer.fused = True
-    with torch.no_grad():
-        torch.testing.assert_close(layer(x), results[1][0])
+    for transformer.layers[0].fused in (True, False):
+        output = transformer(x)
+        results.append((output, *torch.autograd.grad((output * weight).sum(), (x, *transformer.parameters()))))
+    for fused, plain in zip(*results):
+        torch.testing.assert_close(fused, plain)
+        assert fused.shape == plain.shape and fused.dtype == plain.dtype
+
+
+def test_products_that_keep_less_do_keep_less():
+    config = dataclasses.replace(TINY, grid=6, attn_types=("axial_row",), depth=1)
+    transformer = Transformer(config)
+    own = {tensor.data_ptr() for tensor in (*transformer.parameters(), *transformer.buffers())}
+    kept = []
+    for transformer.layers[0].fused in (True, False):
+        sizes = {}
+
+        def keep(tensor, sizes=sizes):
+            if tensor.data_ptr() not in own:
+                sizes[tensor.untyped_storage().data_ptr()] = (tensor, tensor.untyped_storage().nbytes())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            transformer(torch.randn(2, config.seq_len, config.dim, requires_grad=True))
+        kept.append(sum(size for _, size in sizes.values()))
+    assert kept[0] < 0.6 * kept[1]
+
+
+@pytest.mark.parametrize("pattern", ["full", "axial_col", "conv_like"])
+def test_products_that_keep_less_work_in_half_precision(pattern):
+    """Under autocast, as close to double precision as the plain ones."""
+    config = dataclasses.replace(TINY, grid=6, dim=64, heads=4, dim_head=16, attn_types=(pattern,))
+    transformer = random_(Transformer(config)).train()
+    x = torch.randn(4, config.seq_len, config.dim, requires_grad=True)
+    weight = torch.randn_like(x)
+
+    def gradients(fused, enabled, model, x):
+        for layer in model.layers:
+            layer.fused = fused
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = model(x)
+        return [output, *torch.autograd.grad((output * weight).sum(), (x, *model.parameters()))]
+
+    half, plain = (gradients(fused, True, transformer, x) for fused in (True, False))
+    exact = gradients(False, False, copy.deepcopy(transformer).double(), x.double())
+    for own, other, true in zip(half, plain, exact):
+        assert own.dtype == other.dtype
+        error, usual = ((tensor.double() - true).norm() / true.norm() for tensor in (own, other))
+        assert error < 2 * usual + 1e-3
 
 
 @pytest.mark.parametrize("grid", [1, 2, 5, 7])

@@ -229,7 +229,7 @@ def test_the_estimate_of_activations_is_what_autograd_keeps(architecture, half):
         dim_head=16,
         **ARCHITECTURES[architecture]
     )
-    config = args.parse(["--config", "unit_test", "--batch-size", "4"])
+    config = args.parse(["--config", "unit_test", "--batch-size", "4", "--gradient-accumulation", "1"])
     network = DALLE(dataclasses.replace(model))
     weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
     kept = {}

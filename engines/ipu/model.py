@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from engines.plan import LAYER, Placement, block_starts
 from models.attention import Attention
 from models.dalle import TextToImage
-from models.transformer import FeedForward
+from models.transformer import Block
 from models.vqgan import VQGAN
 
 
@@ -124,7 +124,7 @@ def adapt(model: TextToImage, half: bool, serialization_factor: int, encodes_ima
         if isinstance(module, Attention):
             module.implementation = "explicit"
             module.window_bias = None
-        elif isinstance(module, FeedForward):
+        elif isinstance(module, Block):
             module.fused = False  # PopTorch knows no autograd functions written in Python
     dalle = model.dalle
     if serialization_factor > 1:
