@@ -20,7 +20,6 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tu
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 import log
 from args import Parser
@@ -36,6 +35,7 @@ from models.vqgan_metrics import nearest_pictures
 from utils.errors import UsageError, UserError, run_main
 from utils.files import atomic_write, sha256_file
 from utils.flags import add_model_flags, number, parse_flags, path, whole
+from utils.loading import make_loader, read
 
 logger = logging.getLogger(__name__)
 
@@ -219,10 +219,10 @@ def open_data(loaded: Loaded, options: argparse.Namespace) -> Any:
 def validation_loss(loaded: Loaded, dataset: Any, options: argparse.Namespace) -> Dict[str, float]:
     """Mean loss over all pairs: nats for a token, and what follows from it."""
     model = TextToImage(loaded.dalle, loaded.vqgan).eval()
-    loader = DataLoader(dataset, batch_size=options.batch_size, num_workers=options.dataloader_workers)
+    batches = read(make_loader(dataset, options.dataloader_workers, batch_size=options.batch_size))
     sums = torch.zeros(3, dtype=torch.float64)
-    with log.progress(len(dataset), "measuring", unit="pair") as bar:
-        for text, images in loader:
+    with contextlib.closing(batches), log.progress(len(dataset), "measuring", unit="pair") as bar:
+        for text, images in batches:
             losses = model(text.to(loaded.device), images.to(loaded.device))
             sums += torch.stack(tuple(losses)).double().cpu() * len(text)  # the last batch may be smaller
             bar.update(len(text), len(text))

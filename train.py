@@ -198,37 +198,40 @@ def run(
         logger.info("nothing left to train: the run ended at step %d; raise its limits to go on", position.step)
         return
     while position.epoch < config.execution.epochs:
-        batches = engine.loader(parts.train_set, position.epoch, position.step_in_epoch)
-        for batch in () if position.validation_due else batches:
-            begin = time.perf_counter()
-            learning_rate = schedule.learning_rate(position)
-            engine.set_learning_rate(learning_rate)
-            result = engine.step(batch)
-            position.step += per_call
-            position.step_in_epoch += per_call
-            # Reading the loss waits for the device, so it is only done when it is shown.
-            due = position.step % every < per_call or position.step >= schedule.total_steps or position.step == per_call
-            if due or bad_steps.due(position, per_call):
-                losses = {"loss": engine.mean(result.loss)}
-                bad_steps.look(position, result, losses["loss"])
-            if due:
-                if result.image_loss is not None:
-                    losses.update(text_loss=engine.mean(result.text_loss), image_loss=engine.mean(result.image_loss))
-                schedule.note_loss(losses["loss"])
-            position.seconds += engine.mean(torch.tensor(time.perf_counter() - begin)) if schedule.max_seconds else 0.0
-            progress.update(per_call, per_call * config.global_batch, **({"loss": losses["loss"]} if due else {}))
-            if due:
-                losses["bad_steps"] = bad_steps.total
-                report_step(position, schedule, losses, result.grad_norm, learning_rate, metrics, progress)
-            if schedule.finished(position):
-                break
-            stopping = engine.any(interrupted())
-            # The last step of an epoch is saved by end_epoch.
-            if stopping or (saver.due(position) and position.step_in_epoch < schedule.steps_per_epoch):
-                with progress.paused():
-                    saver.save(position, checkpoints.checkpoint_name(position.epoch, position.step))
-            if stopping:
-                return saver.tell_interrupted(position)
+        with contextlib.closing(engine.loader(parts.train_set, position.epoch, position.step_in_epoch)) as batches:
+            for batch in () if position.validation_due else batches:
+                begin = time.perf_counter()
+                learning_rate = schedule.learning_rate(position)
+                engine.set_learning_rate(learning_rate)
+                result = engine.step(batch)
+                position.step += per_call
+                position.step_in_epoch += per_call
+                # Reading the loss waits for the device, so it is only done when it is shown.
+                step = position.step
+                due = step % every < per_call or step == per_call or step >= schedule.total_steps
+                if due or bad_steps.due(position, per_call):
+                    losses = {"loss": engine.mean(result.loss)}
+                    bad_steps.look(position, result, losses["loss"])
+                if due:
+                    if result.image_loss is not None:
+                        losses["text_loss"] = engine.mean(result.text_loss)
+                        losses["image_loss"] = engine.mean(result.image_loss)
+                    schedule.note_loss(losses["loss"])
+                if schedule.max_seconds:
+                    position.seconds += engine.mean(torch.tensor(time.perf_counter() - begin))
+                progress.update(per_call, per_call * config.global_batch, **({"loss": losses["loss"]} if due else {}))
+                if due:
+                    losses["bad_steps"] = bad_steps.total
+                    report_step(position, schedule, losses, result.grad_norm, learning_rate, metrics, progress)
+                if schedule.finished(position):
+                    break
+                stopping = engine.any(interrupted())
+                # The last step of an epoch is saved by end_epoch.
+                if stopping or (saver.due(position) and position.step_in_epoch < schedule.steps_per_epoch):
+                    with progress.paused():
+                        saver.save(position, checkpoints.checkpoint_name(position.epoch, position.step))
+                if stopping:
+                    return saver.tell_interrupted(position)
         with progress.paused():
             complete = end_epoch(engine, parts, schedule, position, saver, metrics, interrupted)
         if schedule.finished(position) and complete:

@@ -426,7 +426,7 @@ def train(args: argparse.Namespace, interruption: Optional[Interruption] = None)
     run = Run(args, trainer, train_images, state)
     try:
         with log.Metrics(folder, resume_step=None if state is None else trainer.step_number) as metrics:
-            with interruption.deferred():
+            with interruption.deferred(), contextlib.closing(run.batches):
                 if not run.train(held_out, metrics, interruption):
                     return {}
             save_weights(folder, trainer.result, args.save_half)

@@ -29,6 +29,7 @@ from data.datasets import CodesDataset, PairDataset
 from data.images import BROKEN_IMAGE_ERRORS
 from utils.errors import UserError
 from utils.files import PathLike
+from utils.loading import make_loader, read
 from utils.locks import Lock
 
 logger = logging.getLogger(__name__)
@@ -185,9 +186,9 @@ class CodeCache:
         self, place: Place, pairs: PairDataset, rows: numpy.ndarray, identities: numpy.ndarray, total: int
     ) -> None:
         """Encode rows, this process's share of `total`: in rounds, so that no process waits long for another."""
-        source = iter(_batches(_Pictures(pairs, rows, identities), self.workers))
+        source = read(_batches(_Pictures(pairs, rows, identities), self.workers))
         left, writer = len(rows), place.writer()
-        with contextlib.closing(writer), self._shown(total) as progress:
+        with contextlib.closing(source), contextlib.closing(writer), self._shown(total) as progress:
             while total:
                 batch: List[Tuple[int, Optional[Tensor]]] = next(source, [])
                 self._together(lambda: writer.write(self._records(batch)))  # noqa: B023 (called at once)
@@ -329,11 +330,4 @@ def _batches(pictures: _Pictures, workers: int) -> Any:
     """Return lists of pictures, read by so many processes (0: by this one)."""
     if not len(pictures):
         return ()
-    return torch.utils.data.DataLoader(
-        pictures,
-        batch_size=_BATCH,
-        num_workers=min(workers, -(-len(pictures) // _BATCH)),
-        collate_fn=list,
-        # With a generator of its own: encoding must not move the random state that weights are drawn from.
-        generator=torch.Generator(),
-    )
+    return make_loader(pictures, min(workers, -(-len(pictures) // _BATCH)), batch_size=_BATCH, collate_fn=list)

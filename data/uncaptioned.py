@@ -10,7 +10,7 @@ from typing import IO, Any, Iterator, List, NamedTuple, Optional, Sequence, Set,
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from data.create import DEMO
 from data.demo import demo_images, demo_records
@@ -20,7 +20,7 @@ from data.order import epoch_order, split_holdout, windowed_order
 from data.shards import NEIGHBOURS, WINDOW, Shards, find_shards
 from utils.errors import UserError
 from utils.files import PathLike
-from utils.interrupts import leave_to_parent
+from utils.loading import make_loader, read
 from utils.skipped import Entry, SkipReport
 
 logger = logging.getLogger(__name__)
@@ -237,18 +237,9 @@ class Batches:
         self.batch_size = min(batch_size, len(source))
         self.seed = seed
         self.drawn = drawn
-        # A generator of its own: a loader otherwise takes a number from the global one, and a run that is resumed
-        # would go on with other random numbers.
-        loader = DataLoader(
-            source,
-            batch_size=None,
-            sampler=self._numbers(),
-            num_workers=workers,
-            collate_fn=_as_is,
-            worker_init_fn=leave_to_parent,
-            generator=torch.Generator(),
+        self._fetched = read(
+            make_loader(source, workers, batch_size=None, sampler=self._numbers(), collate_fn=_as_is)
         )
-        self._fetched = iter(loader)
 
     def _numbers(self) -> Iterator[List[int]]:
         per_epoch = len(self.source) // self.batch_size
@@ -268,6 +259,10 @@ class Batches:
             self.drawn += 1
             if len(images):
                 return images
+
+    def close(self) -> None:
+        """End the processes; there are no more batches."""
+        self._fetched.close()
 
 
 def _as_is(fetched: Any) -> Any:

@@ -1,6 +1,6 @@
 """What train.py may ask of a device: the seam between the loop and the engines is one optimizer step."""
 
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, Generator, List, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +58,11 @@ class Engine:
         """Optimizer steps in an epoch (incomplete global batches are left out). Raises UserError when there is none."""
         raise NotImplementedError
 
-    def loader(self, dataset: Any, epoch: int, start: int = 0) -> Iterator[Any]:
+    def loader(self, dataset: Any, epoch: int, start: int = 0) -> Generator[Any, None, None]:
         """Yield one batch for each call of `step` in `epoch`, from optimizer step `start` on.
 
-        Order and content depend only on seed and epoch.
+        Order and content depend only on seed and epoch. Close the generator where it is not read to its end: processes
+        that read data may end with it.
         """
         raise NotImplementedError
 

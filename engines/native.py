@@ -6,14 +6,13 @@ import logging
 import os
 import time
 from itertools import islice
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, ContextManager, Dict, Generator, Iterable, Iterator, List, NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
 
 from args import Config, OptimizerConfig
 from engines.base import Engine, StepResult, parameter_groups
@@ -22,7 +21,7 @@ from models.config import DalleConfig
 from models.dalle import TextToImage
 from models.vqgan import image_codes
 from utils.errors import UsageError, UserError
-from utils.interrupts import leave_to_parent
+from utils.loading import make_loader, read
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +194,7 @@ class NativeEngine(Engine):
             )
         return steps
 
-    def loader(self, dataset: Any, epoch: int, start: int = 0) -> Iterator[Any]:
+    def loader(self, dataset: Any, epoch: int, start: int = 0) -> Generator[Any, None, None]:
         dataset.set_epoch(epoch)
         order = dataset.order(self.config.execution.random_seed, epoch)
         batching, steps = self.batching, self.steps_per_epoch(len(dataset))
@@ -203,22 +202,20 @@ class NativeEngine(Engine):
         shares = order[: steps * batching.global_batch].view(
             steps, batching.world_size, batching.accumulation, batching.micro
         )
-        source = iter(self._data_loader(dataset, Rows(shares[start:, self.rank].flatten(0, 1))))
-        for _ in range(start, steps):
-            yield islice(source, batching.accumulation)
+        with self._batches(dataset, Rows(shares[start:, self.rank].flatten(0, 1))) as source:
+            for _ in range(start, steps):
+                yield islice(source, batching.accumulation)
 
-    def _data_loader(self, dataset: Any, batches: Iterable[List[int]]) -> DataLoader:
+    def _batches(self, dataset: Any, numbers: Iterable[List[int]]) -> ContextManager[Iterator[Any]]:
         workers = self.config.data.dataloader_workers
-        # With a generator of its own: opening a loader must not move the random state that dropout draws from.
-        return DataLoader(
+        loader = make_loader(
             dataset,
-            batch_sampler=batches,
-            num_workers=workers,
+            workers,
+            batch_sampler=numbers,
             pin_memory=self.name == "cuda",
             prefetch_factor=4 if workers else None,
-            worker_init_fn=leave_to_parent,
-            generator=torch.Generator(),
         )
+        return contextlib.closing(read(loader))
 
     def _to_device(self, batch: Any) -> List[Tensor]:
         return [tensor.to(self.device, non_blocking=True) for tensor in batch]
@@ -352,8 +349,8 @@ class NativeEngine(Engine):
         batches = [mine[first : first + size] for first in range(0, len(mine), size)]
         sums = torch.zeros(5, dtype=torch.float64, device=self.device)  # three losses, samples, processes that stopped
         self.model.eval()
-        with torch.no_grad(), self._averaged_weights():
-            for batch in self._data_loader(dataset, batches):
+        with torch.no_grad(), self._averaged_weights(), self._batches(dataset, batches) as source:
+            for batch in source:
                 if stop is not None and stop():
                     sums[4] += 1
                     break

@@ -1,7 +1,6 @@
 """What all tests share: the --slow switch, single-threaded PyTorch, and the real photos and captions where they are."""
 
 import logging
-import multiprocessing
 import os
 import shutil
 import tempfile
@@ -27,8 +26,6 @@ def pytest_configure(config):
 
 
 def pytest_unconfigure(config):
-    for child in multiprocessing.active_children():  # loaders' processes leave SIGTERM to this one, which would wait
-        child.kill()
     shutil.rmtree(getattr(config, "own_cache", ""), ignore_errors=True)
 
 

@@ -39,8 +39,8 @@ class ForkServer:
         return self
 
     def __exit__(self, *_):
+        self._process.stdin.write("null\n")  # closing it would not do: another child of this process may hold it open
         self._process.stdin.close()
-        self._process.kill()  # another child of this process may hold the pipe open
         self._process.wait()
 
     def _ask(self, **request):
@@ -52,7 +52,7 @@ class ForkServer:
         """Start the program, without the rights of root; stderr goes to the end of `log`.
 
         kill: ("module:name", n, "before" or "after", signal): sent by the process to itself at the n-th call of this
-        function; SIGKILL if not given.
+        function; SIGKILL if not given. The name of an exception instead of a signal: raised there.
         largest_file: bytes; writing beyond them is an error of the system.
         """
         request = dict(argv=argv, log=str(log), kill=kill, script=script, largest_file=largest_file)
@@ -85,7 +85,16 @@ class ForkServer:
             time.sleep(0.02)
 
 
-def _kill_at(target, count, when, number=signal.SIGKILL):
+def _end(how):
+    if isinstance(how, int):
+        return os.kill(os.getpid(), how)
+    from utils.errors import UserError
+
+    kinds = (UserError, RuntimeError, SystemExit, KeyboardInterrupt)
+    raise {kind.__name__: kind for kind in kinds}[how]("as the test wants it")
+
+
+def _kill_at(target, count, when, how=signal.SIGKILL):
     module, _, path = target.partition(":")
     *owners, name = path.split(".")
     owner = importlib.import_module(module)
@@ -97,10 +106,10 @@ def _kill_at(target, count, when, number=signal.SIGKILL):
         calls[0] += 1
         call = calls[0]
         if call == count and when == "before":
-            os.kill(os.getpid(), number)
+            _end(how)
         result = function(*args, **kwargs)
         if call == count and when == "after":
-            os.kill(os.getpid(), number)
+            _end(how)
         return result
 
     setattr(owner, name, counting)
@@ -146,6 +155,8 @@ def _serve():
     gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
+        if request is None:
+            return
         if "poll" in request:
             pid, status, used = os.wait4(request["poll"], os.WNOHANG)
             status = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)

@@ -1,5 +1,6 @@
 """Webdataset shards: read like any tar file, a data set like a folder, never worse for damage."""
 
+import contextlib
 import io
 import json
 import logging
@@ -647,11 +648,11 @@ def test_a_vqgan_trains_on_all_images_of_shards(tmp_path, monkeypatch):
     write_tar(tmp_path / "s" / "x.tar", [("{}.png".format(n), picture(n)) for n in range(12, 20)])  # no captions
     train_images, heldout = open_images(str(tmp_path / "s"), SIZE, 2, seed=1)
     assert len(train_images) == 18 and len(heldout) == 2
-    batches = Batches(train_images, 6, seed=1, workers=2)
-    seen = torch.cat([next(batches) for _ in range(3)])
-    assert len({bytes(image.numpy().tobytes()) for image in seen}) == len(seen) >= 17
-    resumed = Batches(train_images, 6, seed=1, drawn=3)
-    assert torch.equal(next(resumed), next(batches))
+    with contextlib.closing(Batches(train_images, 6, seed=1, workers=2)) as batches:
+        seen = torch.cat([next(batches) for _ in range(3)])
+        assert len({bytes(image.numpy().tobytes()) for image in seen}) == len(seen) >= 17
+        resumed = Batches(train_images, 6, seed=1, drawn=3)
+        assert torch.equal(next(resumed), next(batches))
 
 
 def test_shards_of_webdatasets_own_writer(tmp_path):

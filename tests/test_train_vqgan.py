@@ -1,5 +1,6 @@
 """Stage-1 training: it learns, writes files that load, holds images out, and explains what it cannot do."""
 
+import contextlib
 import functools
 import json
 import signal
@@ -333,8 +334,8 @@ def test_batches_go_on_where_they_were(folder):
     assert all(torch.equal(next(rest), batch) for batch in expected[4:])
     assert rest.drawn == stream.drawn == 8
     assert not torch.equal(expected[0], expected[3])
-    read_ahead = Batches(source, 6, seed=1, workers=1)
-    assert all(torch.equal(next(read_ahead), batch) for batch in expected[:4])
+    with contextlib.closing(Batches(source, 6, seed=1, workers=1)) as read_ahead:
+        assert all(torch.equal(next(read_ahead), batch) for batch in expected[:4])
 
 
 def images_of(batches):

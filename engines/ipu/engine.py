@@ -8,7 +8,7 @@ The model is built for one device and changed from outside (model.py); where its
 
 import logging
 import time
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Generator, List, Optional
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class IpuEngine(Engine):
             )
         return num_samples // per_call * self.iterations
 
-    def loader(self, dataset: Any, epoch: int, start: int = 0) -> Iterator[Any]:
+    def loader(self, dataset: Any, epoch: int, start: int = 0) -> Generator[Any, None, None]:
         steps = self.steps_per_epoch(len(dataset))
         if start % self.iterations:
             logger.warning(
