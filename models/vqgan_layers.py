@@ -26,6 +26,16 @@ def fold_patches(x: Tensor, size: int) -> Tensor:
     return x.reshape(batch, channels * size * size, height // size, width // size)
 
 
+def _swish(x: Tensor) -> Tensor:
+    """x * sigmoid(x), in the place of x where no gradient needs that: maps of whole images are slow to page in."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+def _add(x: Tensor, branch: Tensor) -> Tensor:
+    """x + branch, in the place of `branch` where no gradient needs that."""
+    return x + branch if torch.is_grad_enabled() else branch.add_(x)
+
+
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions, each after GroupNorm and swish, added to the input (through 1x1 when widths differ)."""
 
@@ -40,11 +50,11 @@ class ResidualBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))  # (B, out_channels, H, W)
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))  # (B, out_channels, H, W)
+        h = self.conv1(_swish(self.norm1(x)))  # (B, out_channels, H, W)
+        h = self.conv2(self.dropout(_swish(self.norm2(h))))  # (B, out_channels, H, W)
         if hasattr(self, "nin_shortcut"):
             x = self.nin_shortcut(x)
-        return x + h
+        return _add(x, h)
 
 
 class SpatialAttention(nn.Module):
@@ -66,7 +76,7 @@ class SpatialAttention(nn.Module):
         v = self.v(h).flatten(2).transpose(1, 2)  # (B, P, C)
         weights = torch.softmax(torch.bmm(q * channels**-0.5, k), dim=-1)  # (B, P, P)
         h = torch.bmm(weights, v).transpose(1, 2).reshape(batch, channels, height, width)
-        return x + self.proj_out(h)
+        return _add(x, self.proj_out(h))
 
 
 class Downsample(nn.Module):
@@ -81,14 +91,24 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width: repeat each position (nearest), then 3x3."""
+    """Double height and width: repeat each position (nearest), then 3x3.
+
+    Of the nine positions that a pixel of the result sees, at most four differ. On a CPU their weights are added up
+    beforehand, which leaves a transposed 4x4 convolution with stride 2: 4/9 of the arithmetic, half of the time.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        if x.device.type != "cpu":  # not measured on a GPU
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        weight = self.conv.weight
+        # Which of the three rows (columns) of weights each row of the larger kernel adds up.
+        sums = weight.new_tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+        weight = torch.einsum("pk,ql,oikl->iopq", sums, sums, weight).to(memory_format=torch.channels_last)
+        return F.conv_transpose2d(x, weight, self.conv.bias, stride=2, padding=1)
 
 
 class Middle(nn.Module):
@@ -155,7 +175,7 @@ class Encoder(nn.Module):
             if hasattr(level, "downsample"):
                 h = level.downsample(h)  # (B, C, H/2, W/2)
         h = self.mid(h)  # (B, C, H/f, W/f)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(_swish(self.norm_out(h)))
 
 
 class Decoder(nn.Module):
@@ -187,5 +207,5 @@ class Decoder(nn.Module):
             h = levels[i](h)
             if i != 0:
                 h = levels[i].upsample(h)  # (B, C, 2H, 2W)
-        x = self.conv_out(F.silu(self.norm_out(h)))
+        x = self.conv_out(_swish(self.norm_out(h)))
         return F.pixel_shuffle(x, self.patch_size) if self.patch_size > 1 else x

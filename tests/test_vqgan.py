@@ -495,3 +495,26 @@ def test_upkeep_is_for_the_vq_variant():
 
 def test_module_lists_its_api():
     assert all(hasattr(vqgan_module, name) for name in vqgan_module.__all__)
+
+
+# ---- speed
+
+
+def test_the_transposed_convolution_is_the_convolution_of_the_doubled_map():
+    upsample = Upsample(5).double()
+    x = torch.randn(2, 5, 3, 4, dtype=torch.float64, requires_grad=True)
+    results = []
+    for doubled in (upsample(x), upsample.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))):
+        gradients = torch.autograd.grad(doubled.square().sum(), (x, *upsample.parameters()))
+        results.append((doubled, *gradients))
+    for own, plain in zip(*results):
+        torch.testing.assert_close(own, plain)
+
+
+def test_what_is_computed_in_place_is_the_same_and_leaves_the_input_alone():
+    block = ResidualBlock(32, 32, VqganConfig(resolution=32))
+    x = torch.randn(1, 32, 4, 4)
+    before, with_gradient = x.clone(), block(x).detach()
+    with torch.no_grad():
+        assert torch.equal(block(x), with_gradient)
+    assert torch.equal(x, before)
