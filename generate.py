@@ -142,6 +142,12 @@ def make_parser() -> Parser:
         "(default: float32)",
     )
     drawing.add_argument(
+        "--cuda_graphs",
+        choices=("auto", "off"),
+        default="auto",
+        help="off: on a GPU too, ask for each step anew instead of replaying recorded ones (default: auto)",
+    )
+    drawing.add_argument(
         "--clip_path",
         type=path,
         metavar="DIR|NAME",
@@ -413,7 +419,15 @@ def draw_captions(
 
     with log.progress(len(captions) * options.num_images * tokens, "drawing", unit="token") as bar:
         for batch in draw_images(
-            loaded, text, options.num_images, options.batch_size, options.seed, sampling, given, on_token
+            loaded,
+            text,
+            options.num_images,
+            options.batch_size,
+            options.seed,
+            sampling,
+            given,
+            on_token,
+            options.cuda_graphs == "auto",
         ):
             writer.write(batch, images_per_second())
     logger.info("throughput: %.3f images/sec", images_per_second())

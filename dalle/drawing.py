@@ -6,13 +6,15 @@ Letters: B images, T text tokens, N codes of an image, G side of the code grid, 
 import contextlib
 import functools
 import hashlib
-from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence
+from collections import deque
+from typing import Callable, Deque, Iterator, List, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from dalle.loading import Loaded
-from models.sampling import SamplingOptions, complete_text, draw_codes
+from models.graphs import Graphs
+from models.sampling import Drawn, SamplingOptions, complete_text, draw_codes
 from utils.errors import UserError
 from utils.memory import keep_freed_memory
 
@@ -22,6 +24,9 @@ PRIME_FRACTION = 0.4375
 COMPLETION_INDEX = -1
 """The "image" whose random numbers complete a caption."""
 
+
+_DECODED_ON_GPU = 16
+"""Images that a GPU decodes at the same time: feature maps of 256 x 256 pixels take some 200 MB for each."""
 
 PLAIN = SamplingOptions()
 """All codes, drawn with the probabilities the model gives them."""
@@ -109,13 +114,18 @@ def draw_images(
     options: SamplingOptions = PLAIN,
     given: Optional[Tensor] = None,
     on_token: Optional[Callable[[Share], None]] = None,
+    cuda_graphs: bool = True,
 ) -> Iterator[Batch]:
     """Draw num_images images of each caption, text (prompts, T) token ids, in batches of at most batch_size.
 
     Image i gets the random numbers of `image_seed(seed, i)`, whatever the batch size and the other captions. given
-    (N,): codes to keep (see `given_codes`). on_token is called after each code of a batch.
+    (N,): codes to keep (see `given_codes`). on_token is called after each code of a batch. cuda_graphs: whether a GPU
+    may replay recorded steps (see models/graphs.py). There a batch is decoded, and handed on, while the next is drawn.
     """
     keep_freed_memory()
+    graphs = Graphs(loaded.dalle) if cuda_graphs else None
+    decoder = _Decoder(loaded)
+    decoding: Deque[Callable[[], Batch]] = deque()
     for share in shares(len(text), num_images, batch_size):
         own = [image_seed(seed, index) for index in range(share.first_image, share.end_image)]
         seeds = own * (share.end_prompt - share.first_prompt)
@@ -127,9 +137,50 @@ def draw_images(
                 options,
                 given,
                 None if on_token is None else functools.partial(on_token, share),
+                graphs,
             )
-            batch = Batch(share, seeds, drawn.codes.cpu(), drawn.log_likelihood.cpu(), decode(loaded, drawn.codes))
-        yield batch
+            decoding.append(decoder.start(share, seeds, drawn))
+        if len(decoding) > decoder.ahead:
+            yield decoding.popleft()()
+    while decoding:
+        yield decoding.popleft()()
+
+
+def _room_on_host(like: Tensor) -> Tensor:
+    """Memory of this size that a GPU copies to while the host does something else."""
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+
+
+class _Decoder:
+    """Decodes what was drawn. A GPU does so on a stream of its own, beside what it is asked for next."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.loaded = loaded
+        # One for all batches: what a stream has freed is its own to use again.
+        self.stream = torch.cuda.Stream(loaded.device) if loaded.device.type == "cuda" else None
+        self.ahead = 0 if self.stream is None else 1
+        """Batches that are drawn before one is handed on."""
+
+    def start(self, share: Share, seeds: List[int], drawn: Drawn) -> Callable[[], Batch]:
+        """Begin, and return what waits for the pictures."""
+        if self.stream is None:
+            pixels = decode(self.loaded, drawn.codes)
+            return lambda: Batch(share, seeds, drawn.codes.cpu(), drawn.log_likelihood.cpu(), pixels)
+        self.stream.wait_stream(torch.cuda.current_stream(self.loaded.device))
+        with torch.cuda.stream(self.stream), torch.no_grad():
+            parts = [to_uint8(self.loaded.vqgan.decode(part)) for part in drawn.codes.split(_DECODED_ON_GPU)]
+            found = (drawn.codes, drawn.log_likelihood, torch.cat(parts))
+            on_host = [_room_on_host(tensor).copy_(tensor, non_blocking=True) for tensor in found]
+            done = torch.cuda.Event()
+            done.record(self.stream)
+        for tensor in drawn:
+            tensor.record_stream(self.stream)
+
+        def wait() -> Batch:
+            done.synchronize()
+            return Batch(share, seeds, *on_host)
+
+        return wait
 
 
 @contextlib.contextmanager

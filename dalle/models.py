@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dalle.completion import Picture, completion_codes, first_drawn
 from dalle.drawing import image_seed
 from dalle.loading import Loaded, load
+from models.graphs import Graphs
 from models.sampling import SamplingOptions, draw_codes
 from utils.downloads import progress_bar
 from utils.errors import UserError
@@ -53,6 +54,7 @@ class Dalle(nn.Module):
         super().__init__()
         self.stage1, self.stage2, self.tokenizer = loaded.vqgan, loaded.dalle, loaded.tokenizer
         self._checkpoint = loaded.checkpoint
+        self._graphs = Graphs(loaded.dalle)
         self.eval()
 
     @classmethod
@@ -175,7 +177,7 @@ class Dalle(nn.Module):
             counter.begin(done, len(part))
             try:
                 with torch.autocast("cuda", torch.float16) if on_cuda else contextlib.nullcontext():
-                    drawn = draw_codes(self.stage2, text, part, sampling, given, counter.step)
+                    drawn = draw_codes(self.stage2, text, part, sampling, given, counter.step, self._graphs)
             except torch.cuda.OutOfMemoryError:
                 drawn = None  # outside of the handler, which would keep the failed batch's memory alive
             if drawn is not None:

@@ -9,7 +9,7 @@ Letters: B rows (images, twice as many with guidance), D width, H heads, K width
 """
 
 import contextlib
-from typing import Any, Callable, Iterator, List, Optional
+from typing import Any, Callable, Iterator, List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from models.attention import rotate
 from models.cache import LayerCache
 from models.dalle import DALLE
-from models.transformer import Block, FeedForward, Residual
+from models.transformer import Block, Residual
 
 #: Bytes of weights up to which a second copy is made. Larger models need the memory more than the time.
 _MAX_BYTES = 2 * 2**30
@@ -54,12 +54,13 @@ def product(module: nn.Module, rows: int, copies: bool) -> Product:
     return lambda x: F.linear(x, weight, bias)
 
 
-def _norm(norm: nn.LayerNorm) -> Product:
-    shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
+def norm(module: nn.LayerNorm) -> Product:
+    """`LayerNorm.forward` with its parameters at hand."""
+    shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
     return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
 
 
-def _adder(branch: Residual) -> Callable[[Tensor, Tensor], Tensor]:
+def adder(branch: Residual) -> Callable[[Tensor, Tensor], Tensor]:
     """`Residual.add` with its parameters at hand."""
     if branch.norm_out is not None:
         return branch.add
@@ -67,8 +68,8 @@ def _adder(branch: Residual) -> Callable[[Tensor, Tensor], Tensor]:
     return torch.add if scale is None else lambda x, y: torch.addcmul(x, y, scale)
 
 
-def _feed_forward(layer: FeedForward, rows: int, copies: bool) -> Product:
-    up, down = product(layer.up, rows, copies), product(layer.down, rows, copies)
+def feed_forward(activation: str, up: Product, down: Product) -> Product:
+    """`FeedForward.forward` from what its linear layers do."""
 
     def geglu(x: Tensor) -> Tensor:
         x, gate = up(x).chunk(2, dim=-1)
@@ -78,30 +79,31 @@ def _feed_forward(layer: FeedForward, rows: int, copies: bool) -> Product:
         x = up(x)
         return down(x * torch.sigmoid(1.702 * x))
 
-    return {"geglu": geglu, "gelu": lambda x: down(F.gelu(up(x))), "quick_gelu": quick_gelu}[layer.activation]
+    return {"geglu": geglu, "gelu": lambda x: down(F.gelu(up(x))), "quick_gelu": quick_gelu}[activation]
 
 
 def _layer(block: Block, rows: int, copies: bool) -> Callable[..., Tensor]:
     """Return (x (B, 1, D), position, cache, angles) -> (B, 1, D): `Block.forward` at one image position."""
     attention, heads, width = block.attention.fn, block.attention.fn.heads, block.attention.fn.dim_head
-    norm, other_norm = _norm(block.attention.norm), _norm(block.feed_forward.norm)
-    add, other_add = _adder(block.attention), _adder(block.feed_forward)
+    first_norm, second_norm = norm(block.attention.norm), norm(block.feed_forward.norm)
+    add, other_add = adder(block.attention), adder(block.feed_forward)
     qkv, out = product(attention.qkv, rows, copies), product(attention.out, rows, copies)
-    feed_forward = _feed_forward(block.feed_forward.fn, rows, copies)
+    other = block.feed_forward.fn
+    up_and_down = feed_forward(other.activation, product(other.up, rows, copies), product(other.down, rows, copies))
     shift = block.shift_cached if block.shifts else None
 
     def step(x: Tensor, position: int, cache: LayerCache, angles: Optional[Tensor]) -> Tensor:
-        normed = norm(x)
+        normed = first_norm(x)
         if shift is not None:
             normed = shift(normed, position, cache.history[0])
         query, key, value = qkv(normed).view(rows, 3, heads, 1, width).unbind(1)
         if angles is not None:
             query, key, value = (rotate(tensor, angles) for tensor in (query, key, value))
         x = add(x, out(cache.attend(query, key, value, position).reshape(rows, 1, heads * width)))
-        normed = other_norm(x)
+        normed = second_norm(x)
         if shift is not None:
             normed = shift(normed, position, cache.history[1])
-        return other_add(x, feed_forward(normed))
+        return other_add(x, up_and_down(normed))
 
     return step
 
@@ -118,7 +120,7 @@ class Stepper:
         self.logits = product(model.image_head, rows, self.copies)
         """Hidden states (B, D) -> logits of the codes (B, C)."""
 
-    def __call__(self, codes: Tensor, position: int, caches: List[LayerCache]) -> Tensor:
+    def __call__(self, codes: Tensor, position: int, caches: Sequence[LayerCache]) -> Tensor:
         """Feed the codes (B,) at an image position; return the hidden state after them (B, D)."""
         x = self.table(codes)[:, None]
         if self.positions is not None:

@@ -3,7 +3,7 @@
 Letters: B batch, P positions of the text part, N image tokens, L = P + N - 1 positions, D width.
 """
 
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -195,14 +195,14 @@ class Transformer(nn.Module):
             make_cache(self.config, pattern, prompts, images, device, dtype) for pattern in self.config.layer_patterns
         ]
 
-    def extend_text(self, x: Tensor, start: int, caches: List[LayerCache]) -> Tensor:
+    def extend_text(self, x: Tensor, start: int, caches: Sequence[LayerCache]) -> Tensor:
         """Run text positions from `start` on. x (prompts, n, D) -> (prompts, n, D)."""
         angles = self._angles(start, start + x.shape[1])
         for layer, cache in zip(self.layers, caches):
             x = layer.extend_text(x, start, cache, angles)
         return x
 
-    def first_codes(self, x: Tensor, caches: List[LayerCache]) -> Tensor:
+    def first_codes(self, x: Tensor, caches: Sequence[LayerCache]) -> Tensor:
         """Run the first n image positions. x (B, n, D) -> (B, n, D)."""
         first = self.config.text_len
         angles = self._angles(first, first + x.shape[1])
