@@ -3,7 +3,8 @@
 
     python benchmarks/compare_peers.py                         the table, compare_peers.json and .png
     python benchmarks/compare_peers.py --growth                also how cost grows with batch and grid
-    python benchmarks/compare_peers.py --config minDALLE_1.3B --device cuda --precision bf16 --images 1 96
+    python benchmarks/compare_peers.py --config minDALLE_1.3B --device cuda --precision bf16 --batch-size 16 \\
+        --compile --images 1 96                                on a GPU: also the share of its datasheet's speed
 
 Every contestant runs in a process of its own (benchmarks/contestants.py). They take turns, so that whatever else the
 machine does meets all of them; medians are shown, and ratios are medians of the ratios within a turn. Contestants that
@@ -43,6 +44,7 @@ from benchmarks.contestants import (  # noqa: E402
     REPAIRED,
     TRAIN_CODES,
     TRAIN_IMAGES,
+    UNRECORDED,
     settings,
     shape,
 )
@@ -55,7 +57,7 @@ logger = logging.getLogger(__name__)
 ENTRIES: Dict[str, Tuple[str, ...]] = {
     TRAIN_CODES: (OURS, PEER),
     TRAIN_IMAGES: (OURS, PLAIN, PEER),
-    GENERATE: (OURS, REPAIRED, PEER, PLAIN),
+    GENERATE: (OURS, UNRECORDED, REPAIRED, PEER, PLAIN),
 }
 #: Contestants that compute the whole sequence for each code.
 WHOLE_SEQUENCE = (PEER, PLAIN)
@@ -88,6 +90,7 @@ class Worker:
         command = [sys.executable, "-m", "benchmarks.contestants", name, task, "--config", options.config]
         command += ["--device", options.device, "--precision", options.precision, "--threads", str(options.threads)]
         command += ["--batch-size", str(batch or options.batch_size), "--grid", str(grid)]
+        command += ["--compile"] if options.compile else []
         self.log = open(Path(options.output, "contestants.log"), "ab")
         self.process = subprocess.Popen(
             command, cwd=str(ROOT), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, bufsize=0
@@ -214,7 +217,7 @@ def summary(found: Sequence[Measured], report: Dict[str, Any], options: argparse
         if value is not None:
             result[key] = round(value, 3)
 
-    for name in (PEER, PLAIN, REPAIRED):
+    for name in (UNRECORDED, PEER, PLAIN, REPAIRED):
         label = "training on codes, speed over {} (images)".format(name)
         add(label, ratio(found, TRAIN_CODES, name, TRAIN_IMAGES, batch))
         add("training on images, speed over {}".format(name), ratio(found, TRAIN_IMAGES, name, TRAIN_IMAGES, batch))
@@ -227,6 +230,8 @@ def summary(found: Sequence[Measured], report: Dict[str, Any], options: argparse
     if ours:
         speed = report["gflop_per_sample"] * batch / median(ours.seconds)
         add("training on codes, share of the matrix product's speed", speed / machine["gflop_per_second"])
+        promised = machine.get("datasheet_gflop_per_second")
+        add("training on codes, share of the datasheet's speed", speed / promised if promised else None)
     one = by.get((OURS, GENERATE, 1))
     if one:
         limit = report["weights_gb"] * report["num_codes"] / machine["read_gb_per_second"] + report["decode_seconds"]
@@ -270,6 +275,7 @@ def read_options(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=5, help="turns, after one to warm up; fewer for many images")
     parser.add_argument("--tasks", nargs="+", choices=list(ENTRIES), default=list(ENTRIES), help="default: all")
     parser.add_argument("--contestants", nargs="+", choices=NAMES, default=list(NAMES), help="default: all")
+    parser.add_argument("--compile", action="store_true", help="this project trains with torch.compile")
     parser.add_argument("--exact", action="store_true", help="draw whole images with the slow contestants too")
     parser.add_argument("--growth", action="store_true", help="also measure growth with batch and grid")
     parser.add_argument("--growth-batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
@@ -301,6 +307,7 @@ def describe(options: argparse.Namespace) -> Dict[str, Any]:
     if options.device == "cpu":
         decode = median(limits.seconds_of(lambda: vqgan.decode(codes)) for _ in range(3))
     work = limits.Work(wanted)
+    processor_name = processor() if options.device == "cpu" else torch.cuda.get_device_name()
     return {
         "config": options.config,
         "device": options.device,
@@ -314,7 +321,8 @@ def describe(options: argparse.Namespace) -> Dict[str, Any]:
         "decode_seconds": decode,
         "speed": speed,
         "machine": {
-            "processor": processor() if options.device == "cpu" else torch.cuda.get_device_name(),
+            "processor": processor_name,
+            "datasheet_gflop_per_second": limits.datasheet(processor_name, options.precision),
             "threads": options.threads or torch.get_num_threads(),
             "torch": torch.__version__,
         },
@@ -331,6 +339,8 @@ def main() -> None:
         logger.warning("dalle-pytorch is not installed and left out: pip install --no-deps dalle-pytorch==1.6.6 "
                        "axial-positional-embedding rotary-embedding-torch; pip install einops")
         names = [name for name in names if name not in (PEER, REPAIRED)]
+    if options.device == "cpu":
+        names = [name for name in names if name != UNRECORDED]  # nothing is recorded there
     begin, report = time.perf_counter(), describe(options)
     speed: limits.Machine = report.pop("speed")
     found: List[Measured] = []

@@ -25,15 +25,17 @@ import train
 from bpe import load_tokenizer
 from models.config import DalleConfig
 from models.dalle import DALLE, TextToImage
+from models.graphs import Graphs
 from models.sampling import SamplingOptions, draw, draw_codes, guided
 from models.vqgan import PUBLISHED, VQGAN, VqganConfig
 from utils.memory import keep_freed_memory
 
 OURS = "Mini DALL-E"
+UNRECORDED = "Mini DALL-E, no CUDA graphs"
 PLAIN = "published algorithm"
 PEER = "dalle-pytorch"
 REPAIRED = "dalle-pytorch, cache passed on"
-NAMES = (OURS, PLAIN, PEER, REPAIRED)
+NAMES = (OURS, UNRECORDED, PLAIN, PEER, REPAIRED)
 
 TRAIN_CODES, TRAIN_IMAGES, GENERATE = "train on codes", "train on images", "generate"
 TASKS = (TRAIN_CODES, TRAIN_IMAGES, GENERATE)
@@ -59,6 +61,8 @@ def settings(options: argparse.Namespace) -> args.Config:
     flags += ["--precision", options.precision]
     if options.threads:
         flags += ["--threads", str(options.threads)]
+    if options.compile:
+        flags += ["--compile"]
     return args.parse(flags)
 
 
@@ -124,6 +128,9 @@ class Contestant:
 class Ours(Contestant):
     """This project, through the engine that train.py uses and the sampler that generate.py uses."""
 
+    recorded = True
+    """Whether a GPU replays recorded steps; without one nothing does."""
+
     def prepare(self, task: str) -> None:
         if task == TRAIN_CODES:  # as in train.py, which needs no VQGAN any more when all is encoded
             self.vqgan = self.vqgan.to("meta")
@@ -132,6 +139,7 @@ class Ours(Contestant):
         if task == GENERATE:
             keep_freed_memory()  # as dalle.drawing does
             self.dalle = DALLE(self.shape).eval().to(self.device, self.autocast or torch.float32)
+            self.graphs = Graphs(self.dalle) if self.recorded else None
             return
         model = TextToImage(DALLE(self.shape), self.vqgan if task == TRAIN_IMAGES else None)
         self.inputs = self.images if task == TRAIN_IMAGES else self.codes
@@ -142,10 +150,16 @@ class Ours(Contestant):
 
     def draw(self, images: int) -> None:
         options = SamplingOptions(top_k=int(self.shape.num_image_tokens * (1 - DROPPED)))
-        codes = draw_codes(self.dalle, self.text[0], list(range(images)), options).codes
+        codes = draw_codes(self.dalle, self.text[0], list(range(images)), options, graphs=self.graphs).codes
         with torch.no_grad():
             for part in codes.split(8):
                 self.vqgan.decode(part)
+
+
+class Unrecorded(Ours):
+    """The same on a GPU with every step asked for anew."""
+
+    recorded = False
 
 
 class Plain(Contestant):
@@ -281,6 +295,7 @@ def import_peer() -> Any:
 
 KINDS: Dict[str, Callable[[argparse.Namespace], Contestant]] = {
     OURS: Ours,
+    UNRECORDED: Unrecorded,
     PLAIN: Plain,
     PEER: Peer,
     REPAIRED: Repaired,
@@ -314,6 +329,7 @@ def options_of(argv: List[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--grid", type=int, default=0)
+    parser.add_argument("--compile", action="store_true")
     return parser.parse_args(argv)
 
 

@@ -2,12 +2,22 @@
 
 import time
 from statistics import median
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
 
 from models.config import DalleConfig
 from models.local_attention import allowed_codes
+
+#: What their makers' datasheets promise of dense products in half precision, in GFLOP/s, by a part of the name.
+_DATASHEETS = {"H200": 989_000, "H100 PCIe": 756_000, "H100": 989_000, "A100": 312_000, "L40S": 362_000, "L4": 121_000}
+
+
+def datasheet(name: str, precision: str) -> Optional[float]:
+    """The speed in GFLOP/s that a GPU's datasheet gives for its matrix product; None where we do not know one."""
+    if precision == "fp32":
+        return None
+    return next((speed for part, speed in _DATASHEETS.items() if part in name), None)
 
 
 def seconds_of(function: Callable[[], Any]) -> float:

@@ -2,15 +2,28 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from benchmarks import chart, compare_peers, contestants, limits
-from benchmarks.contestants import GENERATE, NAMES, OURS, PEER, PLAIN, REPAIRED, TASKS, TRAIN_CODES, TRAIN_IMAGES
+from benchmarks.contestants import (
+    GENERATE,
+    NAMES,
+    OURS,
+    PEER,
+    PLAIN,
+    REPAIRED,
+    TASKS,
+    TRAIN_CODES,
+    TRAIN_IMAGES,
+    UNRECORDED,
+)
 from models.config import DalleConfig
 from models.dalle import DALLE
 
@@ -50,7 +63,9 @@ def test_contestants_train_the_same_model(name, task, clean_modules):
     assert contestants.count(made) == sum(p.numel() for p in DALLE(made.shape).parameters())
 
 
-@pytest.mark.parametrize("name", [OURS, PLAIN, *(pytest.param(name, marks=needs_peer) for name in (PEER, REPAIRED))])
+@pytest.mark.parametrize(
+    "name", [OURS, UNRECORDED, PLAIN, *(pytest.param(name, marks=needs_peer) for name in (PEER, REPAIRED))]
+)
 def test_contestants_draw(name, clean_modules, monkeypatch):
     made = contestant(name, GENERATE)
     decoded = []
@@ -125,6 +140,30 @@ def test_ratios_are_medians_of_turns_and_limits_come_from_the_machine(tmp_path):
     report["growth"] = {axis: [{axis: v, "train": v, "draw": 2 * v} for v in (1, 2)] for axis in ("batch", "grid")}
     chart.draw(report, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 10_000
+
+
+def test_the_gpu_benchmark_finds_its_figures_in_the_table():
+    """What benchmarks.yml looks for, in the table of a run on a GPU whose datasheet is known."""
+    options = compare_peers.read_options(["--device", "cuda", "--precision", "bf16", "--images", "96"])
+    found = [
+        measured(OURS, TRAIN_CODES, [1.0]),
+        measured(OURS, GENERATE, [1.25], images=96),
+        measured(UNRECORDED, GENERATE, [5.0], images=96),
+    ]
+    report = report_of(found, options)
+    report["machine"]["datasheet_gflop_per_second"] = 200.0
+    report["summary"] = compare_peers.summary(found, report, options)
+    text = compare_peers.table(found, report)
+    metrics = yaml.safe_load((ROOT / "benchmarks.yml").read_text())["dalle_compare_cuda"]["data"]
+    values = {name: re.findall(metric["regexp"], text) for name, metric in metrics.items()}
+    assert values == {"matrix_share": ["1.00"], "datasheet_share": ["0.50"], "seconds_96": ["1.25"]}
+    assert report["summary"]["drawing 96, speed over Mini DALL-E, no CUDA graphs"] == 4.0
+
+
+def test_datasheets_are_known_by_the_names_that_gpus_report():
+    assert limits.datasheet("NVIDIA H200", "bf16") == limits.datasheet("NVIDIA H100 80GB HBM3", "fp16") == 989_000
+    assert limits.datasheet("NVIDIA H100 PCIe", "bf16") == 756_000
+    assert limits.datasheet("NVIDIA H200", "fp32") is None and limits.datasheet("abacus", "bf16") is None
 
 
 def test_names_cover_everybody():
