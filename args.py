@@ -66,6 +66,8 @@ class ExecutionConfig(Section):
     fp16: bool = option(False, "train in half precision where the device can")
     compile: bool = option(False, "compile the training step with torch.compile")
     activation_checkpointing: bool = option(False, "compute activations again in the backward pass to save memory")
+    shard: bool = option(False, "share weights, gradients and optimizer state out over the processes of torchrun "
+                                "(FSDP2), for models larger than one GPU; PyTorch 2.7 or newer")
     random_seed: int = option(42, "seed of weights, data order, captions and dropout", ge=0, le=2**32 - 1)
     threads: int = option(0, "CPU threads; 0: as PyTorch chooses", ge=0)
 

@@ -632,10 +632,12 @@ class Saver:
             return
         weights, state = self.engine.model_state(), self.engine.state_dict()  # every process takes part
         bad = [key for key, value in weights.items() if not torch.isfinite(value).all()]
-        if bad:
+        if self.engine.any(bool(bad)):
             raise UserError(
                 "step {}: weights are not finite ({}) and were not saved; the last good checkpoint is {}: go on from "
-                "it with --resume and a lower --learning-rate".format(position.step, bad[0], self.newest or "none")
+                "it with --resume and a lower --learning-rate".format(
+                    position.step, bad[0] if bad else "in the main process", self.newest or "none"
+                )
             )
         self.problem = None
         if self.engine.is_main:

@@ -113,11 +113,17 @@ class Engine:
         return flag if self.world_size == 1 else self.mean(torch.tensor(float(flag))) > 0
 
     def model_state(self) -> Dict[str, Tensor]:
-        """Weights of the DALL-E under its own module names, on the CPU. Every process must call it."""
+        """Weights of the DALL-E under its own module names, on the CPU.
+
+        Every process must call it; they need be complete in the main process alone.
+        """
         raise NotImplementedError
 
     def state_dict(self) -> Dict[str, Any]:
-        """Everything else that exact resume needs: optimizer, loss scale, averaged weights, random states."""
+        """Everything else that exact resume needs: optimizer, loss scale, averaged weights, random states.
+
+        Every process must call it; it need be complete in the main process alone.
+        """
         raise NotImplementedError
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:

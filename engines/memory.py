@@ -27,7 +27,7 @@ class Memory(NamedTuple):
     optimizer: float
     """Moments, and the averaged weights of --ema-decay."""
     activations: float
-    """What the backward pass needs, logits, and the half-precision copies of weights."""
+    """What the backward pass needs, logits, and the half-precision copies of weights (--shard: gathered weights)."""
 
     @property
     def total(self) -> float:
@@ -41,19 +41,27 @@ class Memory(NamedTuple):
         )
 
 
-def training_memory(model: DalleConfig, config: Config, precision: str) -> Memory:
-    """Estimate what training a model takes. precision: "fp32", "bf16" or "fp16", of the arithmetic.
+def training_memory(model: DalleConfig, config: Config, precision: str, processes: int = 1) -> Memory:
+    """Estimate what training a model takes in each process. precision: "fp32", "bf16" or "fp16", of the arithmetic.
 
     Not in it: Python and PyTorch themselves (about 0.5 GB), scratch memory of kernels, images on their way.
     """
     shapes, same = expected_shapes(model.to_dict()), aliases(model.to_dict())
     count = sum(math.prod(shape) for name, shape in shapes.items() if name not in same)
     state = _STATE_BYTES[config.optimizer.optimizer] + (4 if config.optimizer.ema_decay else 0)
-    return Memory(4.0 * count, 4.0 * count, float(state * count), activations(model, config, precision, count))
+    if not config.execution.shard:
+        return Memory(4.0 * count, 4.0 * count, float(state * count), activations(model, config, precision, count))
+    own = count / processes
+    blocks = sum(math.prod(shape) for name, shape in shapes.items() if ".layers." in name and name not in same)
+    if model.shared_attn_ids or model.shared_ff_ids:
+        blocks = 0  # gathered with the rest
+    # Whole for a time: embeddings and heads with their gradients, and two blocks, one ahead of the one that runs.
+    whole = 8.0 * (count - blocks) + 2 * (4 if precision == "fp32" else 2) * blocks / model.depth
+    return Memory(4 * own, 4 * own, state * own, whole + activations(model, config, precision, count - blocks))
 
 
 def activations(model: DalleConfig, config: Config, precision: str, num_weights: int) -> float:
-    """Bytes that a forward pass keeps for the backward pass of one micro-batch."""
+    """Bytes that a forward pass keeps for the backward pass of one micro-batch, and autocast of `num_weights`."""
     run, half = config.execution, precision != "fp32"
     size = 2 if half else 4
     tokens, dim = run.batch_size * model.seq_len, model.dim

@@ -1,4 +1,7 @@
-"""Plain PyTorch on CPU or CUDA: one process, or several under torchrun (DistributedDataParallel over gloo or nccl)."""
+"""Plain PyTorch on CPU or CUDA: one process, or several under torchrun, over gloo or nccl.
+
+Several processes each hold the model (DistributedDataParallel), or share it out (--shard, see sharding.py).
+"""
 
 import contextlib
 import functools
@@ -15,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from args import Config, OptimizerConfig
+from engines import sharding
 from engines.base import Engine, StepResult, parameter_groups
 from engines.memory import peak_bytes, total_bytes, training_memory
 from models.config import DalleConfig
@@ -131,6 +135,13 @@ def make_optimizers(model: TextToImage, options: OptimizerConfig) -> List[torch.
     ]
 
 
+def _make_scaler(device_type: str, options: Dict[str, Any]) -> Any:
+    """Return a GradScaler. Before PyTorch 2.3 there was one for CUDA only; disabled it does nothing, on any device."""
+    if hasattr(torch.amp, "GradScaler"):
+        return torch.amp.GradScaler(device_type, **options)
+    return torch.cuda.amp.GradScaler(**options)
+
+
 class NativeEngine(Engine):
     """The model on one device for each process."""
 
@@ -145,20 +156,18 @@ class NativeEngine(Engine):
         self.batching = share_batch(config.global_batch, execution.batch_size, self.world_size)
         if execution.threads:
             torch.set_num_threads(execution.threads)
+        if execution.shard:
+            sharding.check(self.world_size)
         if self.world_size > 1:
             dist.init_process_group("nccl" if self.name == "cuda" else "gloo")
             # Questions between hosts, of which no device need know: asking them there would wait for its work.
             self.hosts = dist.new_group(backend="gloo") if self.name == "cuda" else None
+        self.sharding: Optional[sharding.Sharding] = None
         precision = execution.native_precision(self.name)
         self.autocast_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.precision = precision
         scale = {"enabled": precision == "fp16", "init_scale": float(config.optimizer.loss_scaling)}
-        # Before PyTorch 2.3 there was one for CUDA only; disabled it does nothing, on any device.
-        self.scaler: Any = (
-            torch.amp.GradScaler(self.name, **scale)  # type: ignore[arg-type]
-            if hasattr(torch.amp, "GradScaler")
-            else torch.cuda.amp.GradScaler(**scale)  # type: ignore[arg-type]
-        )
+        self.scaler = sharding.make_scaler(self.name, **scale) if execution.shard else _make_scaler(self.name, scale)
         if self.name == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
@@ -169,9 +178,10 @@ class NativeEngine(Engine):
 
     def describe(self) -> str:
         batching = self.batching
-        return "{}, {}: global batch {} = {} process{} x {} micro-batch{} x {} sample{}".format(
+        return "{}, {}{}: global batch {} = {} process{} x {} micro-batch{} x {} sample{}".format(
             self.device,
             self.precision,
+            ", model shared out over the processes" if self.config.execution.shard else "",
             batching.global_batch,
             batching.world_size,
             "es" if batching.world_size > 1 else "",
@@ -225,27 +235,36 @@ class NativeEngine(Engine):
     def prepare(self, model: TextToImage, dataset: Any = None) -> None:
         begin = time.perf_counter()
         execution, options = self.config.execution, self.config.optimizer
-        self.model = model.to(self.device)
+        self.model = model if execution.shard else model.to(self.device)
+        blocks = self.model.dalle.transformer.layers
         if execution.activation_checkpointing:
-            for block in self.model.dalle.transformer.layers:
+            for block in blocks:
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if execution.shard:
+            self.sharding = sharding.Sharding(self.model, self.device, self.autocast_dtype, self.hosts)
         self.optimizers = make_optimizers(self.model, options)
+        if self.sharding is not None:
+            self.sharding.localize(self.optimizers)
         self.parameters = [
             p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]
         ]
         if options.ema_decay:
-            self.averaged = {key: value.detach().clone() for key, value in self.model.dalle.state_dict().items()}
+            self.averaged = {key: value.detach().clone() for key, value in self._weights().items()}
         torch.manual_seed(self.config.execution.random_seed + self.rank)  # dropout and noise differ between processes
         self.module: nn.Module = self.model
-        if self.world_size > 1:
+        if self.world_size > 1 and self.sharding is None:
             self.module = DistributedDataParallel(
                 self.model,
                 device_ids=[self.device.index] if self.name == "cuda" else None,
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
             )
-        if execution.compile:
+        if execution.compile and self.sharding is not None:
+            for block in blocks:  # one by one: what gathers their weights runs between them, and cannot be compiled
+                block.forward = torch.compile(block.forward)
+        elif execution.compile:
             self.module = torch.compile(self.module)
+        if execution.compile:
             self._warm_up()
         logger.info("Compiled model in %.2f secs", time.perf_counter() - begin)
 
@@ -262,6 +281,8 @@ class NativeEngine(Engine):
     def _zero_grad(self) -> None:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
+        if self.sharding is not None:
+            self.sharding.clear_gradients()
 
     def encode(self, vqgan: nn.Module, images: Tensor) -> Tensor:
         return image_codes(vqgan.to(self.device), images.to(self.device)).cpu()
@@ -283,10 +304,13 @@ class NativeEngine(Engine):
         for index, micro_batch in enumerate(batch):
             text, images = self._to_device(micro_batch)
             last = index == accumulation - 1
-            with contextlib.nullcontext() if last or self.world_size == 1 else self.module.no_sync():
+            alone = self.world_size == 1 or self.sharding is not None
+            with contextlib.nullcontext() if last or alone else self.module.no_sync():
                 losses = self._losses(text, images)
                 self.scaler.scale(losses.total / accumulation).backward()
             sums += torch.stack([losses.total.detach(), losses.text.detach(), losses.image.detach()]).float()
+        if self.sharding is not None:
+            self.sharding.share_gradients()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         grad_norm = self._clip()
@@ -300,6 +324,8 @@ class NativeEngine(Engine):
     def _clip(self) -> Tensor:
         """Scale the gradients to a norm of --clip-grad-norm at most; return what it was before."""
         clip = self.config.optimizer.clip_grad_norm
+        if self.sharding is not None:
+            return self.sharding.clip(clip)
         if not clip and hasattr(torch.nn.utils, "get_total_norm"):  # from PyTorch 2.6 on; spares a pass over them all
             return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         return torch.nn.utils.clip_grad_norm_(self.parameters, clip or float("inf")).detach()
@@ -318,15 +344,22 @@ class NativeEngine(Engine):
                 optimizer.step()
         elif not bad:
             for optimizer in self.optimizers:
-                optimizer.step()
+                if self.sharding is not None:
+                    self.sharding.step(optimizer)
+                else:
+                    optimizer.step()
         self.scaler.update()  # in half precision: a smaller scale after a bad step
+
+    def _weights(self) -> Dict[str, Tensor]:
+        """This process's part of each weight by name (all of it without --shard), in the memory that the model uses."""
+        return self.model.dalle.state_dict() if self.sharding is None else self.sharding.weights()
 
     def _update_average(self) -> None:
         if self.averaged is None:
             return
         # A short history must not be dominated by the random start: the decay grows towards its final value.
         decay = min(self.config.optimizer.ema_decay, (1 + self.num_updates) / (10 + self.num_updates))
-        state = self.model.dalle.state_dict()
+        state = self._weights()
         torch._foreach_lerp_(list(self.averaged.values()), [state[key] for key in self.averaged], 1.0 - decay)
 
     @contextlib.contextmanager
@@ -335,30 +368,40 @@ class NativeEngine(Engine):
         if self.averaged is None:
             yield
             return
-        own = {key: value.detach().clone() for key, value in self.model.dalle.state_dict().items()}
-        self.model.dalle.load_state_dict(self.averaged)
+        weights = self._weights()
+        own = {key: value.detach().clone() for key, value in weights.items()}
         try:
+            for key, value in weights.items():
+                value.copy_(self.averaged[key])
             yield
         finally:
-            self.model.dalle.load_state_dict(own)
+            for key, value in weights.items():
+                value.copy_(own[key])
 
     def evaluate(self, dataset: Any, stop: Optional[Callable[[], bool]] = None) -> Optional[Dict[str, float]]:
         dataset.set_epoch(0)
         mine = list(range(self.rank, len(dataset), self.world_size))
         size = max(self.batching.micro, 8)
         batches = [mine[first : first + size] for first in range(0, len(mine), size)]
+        own = len(batches)
+        if self.sharding is not None:
+            # All pass equally often: each needs the others to gather the weights. More passes count for nothing.
+            batches += [[0]] * (-(-len(dataset) // (self.world_size * size)) - own)
         sums = torch.zeros(5, dtype=torch.float64, device=self.device)  # three losses, samples, processes that stopped
         self.model.eval()
         with torch.no_grad(), self._averaged_weights(), self._batches(dataset, batches) as source:
-            for batch in source:
-                if stop is not None and stop():
+            for index, batch in enumerate(source):
+                if stop is not None and (stop() if self.sharding is None else self.any(stop())):
                     sums[4] += 1
                     break
                 text, images = self._to_device(batch)
                 codes = self._codes(images)
                 with torch.autocast(self.name, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
                     losses = self.model(text, codes)
-                sums[:4] += torch.stack([*losses, torch.ones_like(losses.total)]).double() * len(text)
+                samples = len(text) if index < own else 0
+                sums[:4] += torch.stack([*losses, torch.ones_like(losses.total)]).double() * samples
+        if self.sharding is not None:
+            self.sharding.let_go()
         if self.world_size > 1:
             dist.all_reduce(sums)
         if sums[4] > 0:
@@ -367,12 +410,15 @@ class NativeEngine(Engine):
         return {"loss": total, "text_loss": text_loss, "image_loss": image_loss}
 
     def memory_plan(self, model: DalleConfig) -> str:
-        plan, total = training_memory(model, self.config, self.precision), total_bytes(self.device)
+        plan = training_memory(model, self.config, self.precision, self.world_size)
+        total = total_bytes(self.device)
         if plan.total > total:
+            share = ", or --shard on several GPUs" if self.name == "cuda" and not self.config.execution.shard else ""
             logger.warning(
                 "training takes more memory than the %.1f GB there are: lower --batch-size, or give "
-                "--activation-checkpointing or --optimizer Adafactor",
+                "--activation-checkpointing or --optimizer Adafactor%s",
                 total / 1e9,
+                share,
             )
         return plan.describe()
 
@@ -401,6 +447,8 @@ class NativeEngine(Engine):
     # State
 
     def model_state(self) -> Dict[str, Tensor]:
+        if self.sharding is not None:
+            return self.sharding.collect(self.sharding.weights())
         return {key: value.detach().cpu().clone() for key, value in self.model.dalle.state_dict().items()}
 
     def state_dict(self) -> Dict[str, Any]:
@@ -411,8 +459,13 @@ class NativeEngine(Engine):
         if self.world_size > 1:
             states = [{} for _ in range(self.world_size)]
             dist.all_gather_object(states, random_state)
-        average = None if self.averaged is None else {key: value.cpu().clone() for key, value in self.averaged.items()}
-        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        average = self.averaged
+        if self.sharding is not None:
+            optimizers = [self.sharding.optimizer_state(optimizer) for optimizer in self.optimizers]
+            average = None if average is None else self.sharding.collect(average)
+        else:
+            optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+            average = None if average is None else {key: value.cpu().clone() for key, value in average.items()}
         return {
             "engine": "native",
             "optimizer": optimizers[0] if len(optimizers) == 1 else {"parts": optimizers},
@@ -439,6 +492,8 @@ class NativeEngine(Engine):
         for optimizer, part in zip(self.optimizers, parts):
             # Moments come from the checkpoint, options (weight decay, betas, ...) from this run.
             options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            if self.sharding is not None:
+                self.sharding.distribute_optimizer_state(optimizer, part)
             optimizer.load_state_dict(part)
             for group, own in zip(optimizer.param_groups, options):
                 group.update(own)
@@ -447,7 +502,10 @@ class NativeEngine(Engine):
         self.num_updates = state["num_updates"]
         self.bad_steps = torch.tensor(state.get("bad_steps", [0, 0]), dtype=torch.float32, device=self.device)
         if self.averaged is not None and state["ema"] is not None:
-            self.averaged = {key: value.to(self.device) for key, value in state["ema"].items()}
+            if self.sharding is not None:
+                self.averaged = self.sharding.distribute(state["ema"], self.device)
+            else:
+                self.averaged = {key: value.to(self.device) for key, value in state["ema"].items()}
         states = state["random_states"]
         if len(states) != self.world_size:
             logger.warning(

@@ -1,0 +1,268 @@
+"""--shard: weights, gradients and optimizer state dealt out to the processes by PyTorch's FSDP2 (`fully_shard`).
+
+Each process owns some rows of every matrix. A transformer block's matrices are gathered when the block is about to run,
+and let go after it; the embeddings and heads, which are needed first and last, are gathered once for each micro-batch.
+All that is not a matrix (biases, norms, LayerScale: a thousandth of a model) every process has in full.
+
+What optimizer, clipping and averaging work on are plain tensors: this process's rows, which share the memory of what
+FSDP2 gathers from. So they compute what they compute without --shard, with the same kernels, and checkpoints are the
+same too: whole tensors, collected one by one in the memory of process 0's host.
+"""
+
+import contextlib
+import inspect
+from typing import Any, Dict, Iterator, List, Optional
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from models.dalle import TextToImage
+from utils.errors import UsageError
+
+#: Optimizer state that has a number for each weight, and is shared out with it; the rest (Adafactor's sums, counts of
+#: steps) is the same in every process.
+_MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+
+
+def check(world_size: int) -> None:
+    """Raise UsageError where --shard cannot be: with one process, or a PyTorch without what it needs."""
+    if world_size == 1:
+        raise UsageError(
+            "--shard shares a model out over processes, and there is one: start train.py with torchrun "
+            "--nproc-per-node N, or leave --shard out"
+        )
+    try:
+        from torch.distributed.fsdp import fully_shard
+
+        usable = "ignored_params" in inspect.signature(fully_shard).parameters
+    except ImportError:
+        usable = False
+    if not usable:
+        raise UsageError("--shard needs PyTorch 2.7 or newer, this is {}".format(torch.__version__))
+
+
+def make_scaler(device_type: str, **options: Any) -> Any:
+    """Return a GradScaler for the rows of each process: all lower the scale when one of them finds infinities."""
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    return ShardedGradScaler(device_type, process_group=dist.group.WORLD, **options)
+
+
+class Sharding:
+    """A model's parameters, of which each process owns a part."""
+
+    def __init__(self, model: TextToImage, device: torch.device, half: Optional[torch.dtype], hosts: Any) -> None:
+        """Share a model on the CPU out, block by block: no device ever holds all of it.
+
+        half: the type that autocast computes in; None for float32. hosts: a gloo group; None: the default group is one.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+
+        self.model, self.hosts = model, hosts
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.mesh = init_device_mesh(device.type, (self.world_size,))
+        matrices = {p for p in model.dalle.parameters() if p.dim() == 2}
+        self.replicated = [p for p in model.dalle.parameters() if p.dim() != 2]
+        for parameter in self.replicated:
+            parameter.data = parameter.data.to(device)
+            dist.broadcast(parameter.data, 0)
+        if model.vqgan is not None:
+            model.vqgan.to(device)  # frozen, and small: every process has it
+        self._wrap(half, {p for p in model.parameters() if p not in matrices})
+        self.rows = {p: nn.Parameter(_local(p)) for p in model.dalle.parameters() if p.dim() == 2}
+        self.matrix_of = {rows: matrix for matrix, rows in self.rows.items()}
+
+    def _wrap(self, half: Optional[torch.dtype], ignored: Any) -> None:
+        """Let FSDP2 deal out all parameters but the ignored ones.
+
+        In half precision autocast stays on, and blocks are gathered in that type: autocast would make the very same
+        copies of their matrices, but keep those of the whole model in every process until the forward pass ends. So
+        results are those without --shard, bit for bit; all but the gradients of LayerScale, which are computed from
+        these matrices. FSDP2's own casting of whatever goes into a block (cast_forward_inputs) is off: it would round
+        the residual stream and the norms.
+        """
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        config = self.model.dalle.config
+        settings: Dict[str, Any] = {"mesh": self.mesh, "ignored_params": ignored}
+        blocks = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        if not (config.shared_attn_ids or config.shared_ff_ids):  # what layers share is gathered once for all of them
+            for block in self.model.dalle.transformer.layers:
+                fully_shard(block, mp_policy=blocks, **settings)
+        fully_shard(self.model, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **settings)
+
+    # Training
+
+    def localize(self, optimizers: List[torch.optim.Optimizer]) -> None:
+        """Let new optimizers work on this process's rows."""
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["params"] = [self.rows.get(p, p) for p in group["params"]]
+
+    @torch.no_grad()
+    def share_gradients(self) -> None:
+        """After the backward passes of a step: hand the gradients of its rows to each process, averaged over all.
+
+        FSDP2 averages those of the matrices after every micro-batch. Averaging only the last sums would save messages,
+        but every process would hold gradients for the whole model until then, as if there were no --shard.
+        """
+        for matrix, rows in self.rows.items():
+            rows.data = _local(matrix)  # the same memory, unless something has replaced it
+            rows.grad = None if matrix.grad is None else _local(matrix.grad)
+        gradients = [p.grad for p in self.replicated if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(self.world_size)
+        dist.all_reduce(flat)
+        for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(mean.view_as(gradient))
+
+    def clear_gradients(self) -> None:
+        """Let go of what FSDP2 holds; the optimizers' zero_grad sees only the rows."""
+        self.model.zero_grad(set_to_none=True)
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Scale all gradients to a norm of `max_norm` at most (0: leave them); return the whole one's before, 0-d."""
+        whole = [p for p in self.replicated if p.grad is not None]
+        parts = [rows for rows in self.rows.values() if rows.grad is not None]
+        square = torch.nn.utils.get_total_norm([rows.grad for rows in parts]).square()
+        dist.all_reduce(square)
+        norm = (square + torch.nn.utils.get_total_norm([p.grad for p in whole]).square()).sqrt()
+        if max_norm:
+            torch.nn.utils.clip_grads_with_norm_([*whole, *parts], max_norm, norm)
+        return norm
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let an optimizer take its step.
+
+        Adam's steps are those of single weights. Others look at whole matrices: they get one after the other, whole, in
+        every process, and each process keeps its rows of the result. That is the work of a step without --shard.
+        """
+        if isinstance(optimizer, torch.optim.Adam):
+            optimizer.step()
+            return
+        groups = optimizer.param_groups
+        try:
+            for group in groups:
+                for parameter in group["params"]:
+                    optimizer.param_groups = [dict(group, params=[parameter])]
+                    with self._whole(optimizer, parameter):
+                        optimizer.step()
+        finally:
+            optimizer.param_groups = groups
+
+    @contextlib.contextmanager
+    def _whole(self, optimizer: torch.optim.Optimizer, rows: nn.Parameter) -> Iterator[None]:
+        """Within the context a parameter, its gradient and its moments are whole matrices."""
+        matrix: Any = self.matrix_of.get(rows)
+        if matrix is None or rows.grad is None:
+            yield
+            return
+        state, own, gradient = optimizer.state[rows], rows.data, rows.grad
+        moments = {key: self._gathered(state[key], matrix) for key in _MOMENTS if key in state}
+        rows.grad = None
+        rows.data, rows.grad = self._gathered(own, matrix), self._gathered(gradient, matrix)
+        state.update(moments)
+        try:
+            yield
+        finally:
+            own.copy_(self._own(rows.data))
+            rows.grad = None
+            rows.data, rows.grad = own, gradient
+            state.update({key: self._own(state[key]).clone() for key in _MOMENTS if key in state})
+
+    def _gathered(self, rows: Tensor, matrix: Any) -> Tensor:
+        """The whole of a tensor of a matrix's shape in every process, from this one's rows."""
+        from torch.distributed.tensor import DTensor
+
+        whole = DTensor.from_local(
+            rows, self.mesh, matrix.placements, run_check=False, shape=matrix.shape, stride=matrix.stride()
+        )
+        return whole.full_tensor()
+
+    def _own(self, whole: Tensor) -> Tensor:
+        """This process's rows of a whole tensor; FSDP2 divides them as `chunk` does, and the last may have none."""
+        chunks = whole.chunk(self.world_size)
+        return chunks[self.rank] if self.rank < len(chunks) else whole[:0]
+
+    def let_go(self) -> None:
+        """Forget the embeddings and heads that a pass without a backward pass has left gathered: they may change."""
+        self.model.reshard()  # type: ignore[operator]  # fully_shard has made it an FSDPModule
+
+    # State
+
+    @torch.no_grad()
+    def weights(self) -> Dict[str, Tensor]:
+        """This process's part of each of the DALL-E's weights, by name, in the memory that training uses."""
+        return {name: _local(value) for name, value in self.model.dalle.state_dict().items()}
+
+    def collect(self, parts: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """Whole tensors on the CPU in process 0, nothing elsewhere. parts: as of `weights`. All must call it."""
+        matrices = self._matrices()
+        found = {name: self._collected(part, matrices.get(name)) for name, part in parts.items()}
+        return {name: whole for name, whole in found.items() if whole is not None}
+
+    def distribute(self, whole: Dict[str, Tensor], device: torch.device) -> Dict[str, Tensor]:
+        """The other way: this process's parts, on the device, of whole tensors that each process has read."""
+        matrices = self._matrices()
+        return {
+            name: (self._own(value) if name in matrices else value).to(device, copy=True)
+            for name, value in whole.items()
+        }
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> Dict[str, Any]:
+        """The optimizer's state_dict as it is without --shard, complete in process 0 alone. All must call it."""
+        state = optimizer.state_dict()
+        state["state"] = dict(state["state"])
+        for index, parameter in enumerate(_parameters(optimizer)):
+            values = state["state"].get(index, {})
+            if parameter in self.matrix_of and values:
+                matrix = self.matrix_of[parameter]
+                state["state"][index] = {
+                    key: self._collected(value, matrix) if key in _MOMENTS else value for key, value in values.items()
+                }
+        return state
+
+    def distribute_optimizer_state(self, optimizer: torch.optim.Optimizer, state: Dict[str, Any]) -> None:
+        """Leave in a whole state_dict only what the optimizer's `load_state_dict` is to get in this process."""
+        for index, parameter in enumerate(_parameters(optimizer)):
+            values = state["state"].get(index, {})
+            if parameter in self.matrix_of:
+                values.update({key: self._own(values[key]).clone() for key in _MOMENTS if key in values})
+
+    def _matrices(self) -> Dict[str, Any]:
+        return {name: value for name, value in self.model.dalle.state_dict().items() if _is_shared_out(value)}
+
+    def _collected(self, part: Tensor, matrix: Any) -> Optional[Tensor]:
+        """A whole tensor in the memory of process 0's host, else None. matrix: whose rows `part` are; None: it is all.
+
+        By the hosts' own group: no device need have room for it.
+        """
+        part = part.detach().cpu()
+        if matrix is None:
+            return None if self.rank else part.clone()
+        if self.rank:
+            if part.numel():
+                dist.send(part.contiguous(), 0, group=self.hosts)
+            return None
+        whole = torch.empty(matrix.shape, dtype=part.dtype)
+        for process, rows in enumerate(whole.chunk(self.world_size)):
+            if process == 0:
+                rows.copy_(part)
+            else:
+                dist.recv(rows, process, group=self.hosts)
+        return whole
+
+
+def _is_shared_out(tensor: Tensor) -> bool:
+    return hasattr(tensor, "to_local")
+
+
+@torch.no_grad()
+def _local(tensor: Any) -> Tensor:
+    """The plain tensor of this process's rows, or of all where it is not shared out."""
+    return tensor.to_local() if _is_shared_out(tensor) else tensor
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> List[nn.Parameter]:
+    """In the order of state_dict's numbers."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
