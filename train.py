@@ -31,12 +31,13 @@ from bpe import Tokenizer, load_tokenizer
 from dalle import published
 from dalle.export import check_empty, export_mindalle, export_options
 from dalle.loading import recorded_files
-from engines import Engine, StepResult, plan_report
+from engines import Engine, plan_report
 from models.building import build_dalle
 from models.config import ARCHITECTURES, DalleConfig
 from models.dalle import DALLE, TextToImage
 from models.vqgan import PUBLISHED, VQGAN, VqganConfig, default_vqgan, load_vqgan
 from utils import checkpoints, schedules
+from utils.bad_steps import BadSteps
 from utils.errors import UserError, run_main
 from utils.interrupts import Interruption
 from utils.locks import only_writer
@@ -193,7 +194,7 @@ def run(
         return interruption.requested is not None
 
     per_call, every = engine.steps_per_call, config.misc.log_every
-    bad_steps = BadSteps(config.optimizer.max_bad_steps, position, saver)
+    bad_steps = BadSteps(config.optimizer.max_bad_steps, position.step, saver.way_out)
     if schedule.finished(position) and not position.validation_due:
         logger.info("nothing left to train: the run ended at step %d; raise its limits to go on", position.step)
         return
@@ -209,9 +210,10 @@ def run(
                 # Reading the loss waits for the device, so it is only done when it is shown.
                 step = position.step
                 due = step % every < per_call or step == per_call or step >= schedule.total_steps
-                if due or bad_steps.due(position, per_call):
+                if due or bad_steps.due(step, per_call):
                     losses = {"loss": engine.mean(result.loss)}
-                    bad_steps.look(position, result, losses["loss"])
+                    counts = None if result.bad_steps is None else [int(count) for count in result.bad_steps.tolist()]
+                    bad_steps.look(step, losses["loss"], counts)
                 if due:
                     if result.image_loss is not None:
                         losses["text_loss"] = engine.mean(result.text_loss)
@@ -504,44 +506,6 @@ def build_model(config: Config, parts: Parts, start: Optional[Start], wanted: Da
     return TextToImage(dalle, None if encoded else parts.vqgan, config.model.code_noise)
 
 
-class BadSteps:
-    """Watches for losses and gradients that are not finite, and ends a run that does not recover from them."""
-
-    def __init__(self, limit: int, position: Position, saver: "Saver") -> None:
-        self.limit, self.saver = limit, saver
-        self.total = self.row = 0  # steps, in all and in a row
-        self.looked_at, self.told = position.step, 0
-
-    def due(self, position: Position, per_call: int) -> bool:
-        """Whether to look after this step, logged or not: often enough to notice `limit` bad steps in a row."""
-        return bool(self.limit) and position.step % self.limit < per_call
-
-    def look(self, position: Position, result: StepResult, loss: float) -> None:
-        """Note how many bad steps there were, up to this one. Raises UserError when there were too many in a row."""
-        if result.bad_steps is not None:
-            self.total, self.row = map(int, result.bad_steps.tolist())
-        else:
-            # The engine has no say in what the device does: a bad loss stands for all steps since the last one seen.
-            bad = 0 if math.isfinite(loss) else position.step - self.looked_at
-            self.total, self.row = self.total + bad, self.row + bad if bad else 0
-        self.looked_at = position.step
-        if self.row and self.total > self.told:
-            logger.warning(
-                "step %d: loss or gradient not finite for %d step(s), %d in all since the training began%s",
-                position.step,
-                self.row,
-                self.total,
-                "" if result.bad_steps is None else "; such steps are left out",
-            )
-            self.told = self.total
-        if self.limit and self.row >= self.limit:
-            raise UserError(
-                "step {}: loss or gradient not finite {} times in a row (--max-bad-steps {}); the last good checkpoint "
-                "is {}: go on from it with --resume and a lower --learning-rate, --clip-grad-norm 1 or --precision "
-                "bf16 or fp32".format(position.step, self.row, self.limit, self.saver.newest or "none")
-            )
-
-
 class Schedule:
     """When training ends and which learning rate each step takes."""
 
@@ -626,6 +590,13 @@ class Saver:
             every = max(per_call, (every or self.schedule.steps_per_epoch) // 10)
         return bool(every) and position.step % every < per_call
 
+    def way_out(self) -> str:
+        """What to do where losses or weights are not finite, for an error's line."""
+        begin = "start again with" if self.newest is None else "go on from it with --resume and"
+        remedies = self.engine.remedies()
+        flags = ", ".join(remedies[:-1]) + " or " + remedies[-1] if remedies[1:] else remedies[0]
+        return "the last good checkpoint is {}: {} {}".format(self.newest or "none", begin, flags)
+
     def save(self, position: Position, name: str) -> None:
         """Save to `name` in the checkpoint folder, unless this step is saved already; drop old ones as configured."""
         if self.saved_step == position.step or not self.config.checkpoints.checkpoint_output_dir:
@@ -634,9 +605,8 @@ class Saver:
         bad = [key for key, value in weights.items() if not torch.isfinite(value).all()]
         if self.engine.any(bool(bad)):
             raise UserError(
-                "step {}: weights are not finite ({}) and were not saved; the last good checkpoint is {}: go on from "
-                "it with --resume and a lower --learning-rate".format(
-                    position.step, bad[0] if bad else "in the main process", self.newest or "none"
+                "step {}: weights are not finite ({}) and were not saved; {}".format(
+                    position.step, bad[0] if bad else "in the main process", self.way_out()
                 )
             )
         self.problem = None

@@ -13,7 +13,6 @@ Letters: B images, S image height and width, N codes per image.
 import argparse
 import contextlib
 import logging
-import math
 import os
 import time
 from dataclasses import fields
@@ -33,6 +32,7 @@ from models.vqgan import PUBLISHED, VQGAN, VqganConfig, check_size, load_vqgan
 from models.vqgan_config import DEMO_CONFIGS
 from models.vqgan_metrics import Reconstructions, code_use, psnr, reconstruct, retrieval
 from models.vqgan_training import Trainer, TrainingOptions
+from utils.bad_steps import BadSteps
 from utils.checkpoints import save_checkpoint, verify
 from utils.errors import UsageError, UserError, nearest, run_main
 from utils.files import atomic_write
@@ -99,6 +99,8 @@ def make_parser() -> Parser:
     add(run, "--learning-rate", number(0, above=True), usual.learning_rate, "peak of a warm-up and cosine schedule")
     add(run, "--weight-decay", number(0), usual.weight_decay, "AdamW decay of weights with two or more dimensions")
     add(run, "--clip-grad-norm", number(0, above=True), usual.clip_grad_norm, "largest gradient norm")
+    text = "stop after so many steps in a row whose loss or gradient is not finite; single ones are left out; 0: never"
+    add(run, "--max-bad-steps", whole(0), 20, text)
     add(run, "--ema-decay", number(0, 0.999999), usual.ema_decay, "average of the weights that is saved; 0: none")
     run.add_argument(
         "--codebook-update",
@@ -205,10 +207,19 @@ def writing(file: Path) -> Iterator[None]:
         raise UserError("--output: cannot write {}: {}".format(file, error.strerror or error)) from error
 
 
+def require_finite(model: nn.Module, when: str) -> None:
+    """Raise UserError where a weight is not finite: such weights are never saved."""
+    for name, value in model.state_dict().items():
+        if not torch.isfinite(value).all():
+            found = "{}: weights are not finite ({}) and were not saved".format(when, name)
+            raise UserError(found + "; lower --learning-rate")
+
+
 def save_weights(folder: Path, model: VQGAN, half: bool) -> None:
-    """Write weights and YAML, each complete or not at all."""
+    """Write weights and YAML, each complete or not at all. Raises UserError."""
     from safetensors.torch import save as to_bytes
 
+    require_finite(model, "--output")
     dtype = torch.float16 if half else torch.float32
     state = {name: value.detach().cpu().to(dtype).contiguous() for name, value in model.state_dict().items()}
     with writing(folder / WEIGHTS), atomic_write(folder / WEIGHTS, "wb") as file:
@@ -307,6 +318,7 @@ class Run:
 
     def save(self) -> None:
         """Write the state that `read_state` reads, in place of an older one. Raises UserError."""
+        require_finite(self.trainer.model, "step {}".format(self.trainer.step_number))
         state = {
             "options": {name: getattr(self.args, name) for name in KEPT_OPTIONS},
             "config": self.trainer.model.config.to_dict(),
@@ -317,12 +329,18 @@ class Run:
         }
         save_checkpoint(Path(self.args.output) / STATE, state)
 
+    def _way_out(self) -> str:
+        file = Path(self.args.output) / STATE
+        newest = "the last good state is {}: go on from it with --resume and".format(file) if file.is_file() else "take"
+        return newest + " a lower --learning-rate or --clip-grad-norm"
+
     def train(self, held_out: ImageSource, metrics: log.Metrics, interruption: Interruption) -> bool:
         """Train until --steps or --minutes are reached, logging losses, images/s and held-out figures.
 
         Returns False where it was interrupted, after saving the state.
         """
         args, trainer = self.args, self.trainer
+        watch = BadSteps(args.max_bad_steps, trainer.step_number, self._way_out)
         mark, logged, images = time.monotonic(), self.seconds, 0
         while self.progress < 1.0:
             progress = self.progress
@@ -336,11 +354,11 @@ class Run:
             stopping = interruption.requested is not None and not at_end
             saving = bool(args.save_every) and (step % args.save_every == 0 or at_end or stopping)
             # Reading a loss waits for the device: only now and then, and always before a state is written.
-            if step % args.log_every == 0 or at_end or saving:
-                if not math.isfinite(losses["reconstruction"]):
-                    raise UserError("the loss is not finite at step {}; lower --learning-rate".format(step))
+            if step % args.log_every == 0 or at_end or saving or watch.due(step):
+                watch.look(step, float(losses["reconstruction"]), trainer.bad_steps)
             if step % args.log_every == 0 or at_end:
                 row = {name: float(value) for name, value in losses.items()}
+                row["bad_steps"] = trainer.bad_steps[0]
                 row["images_per_second"] = images / max(self.seconds - logged, 1e-9)
                 logged, images = self.seconds, 0
                 metrics.log("train", step, seconds=round(self.seconds, 1), **row)

@@ -92,6 +92,11 @@ class Engine:
         """
         raise NotImplementedError
 
+    def remedies(self) -> List[str]:
+        """What makes losses and gradients that are not finite less likely here: flags, for an error's way out."""
+        options = self.config.optimizer
+        return ["a lower --learning-rate"] + ([] if options.clip_grad_norm else ["--clip-grad-norm 1"])
+
     def memory_plan(self, model: DalleConfig) -> str:
         """One line on the memory that training a model will take; empty where that is told elsewhere (--plan)."""
         return ""

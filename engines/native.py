@@ -409,6 +409,10 @@ class NativeEngine(Engine):
         total, text_loss, image_loss = (sums[:3] / sums[3].clamp(min=1)).tolist()
         return {"loss": total, "text_loss": text_loss, "image_loss": image_loss}
 
+    def remedies(self) -> List[str]:
+        precision = {"fp16": ["--precision bf16 or fp32"], "bf16": ["--precision fp32"]}
+        return super().remedies() + precision.get(self.precision, [])
+
     def memory_plan(self, model: DalleConfig) -> str:
         plan = training_memory(model, self.config, self.precision, self.world_size)
         total = total_bytes(self.device)

@@ -3,7 +3,7 @@
 Letters: B images, S image height and width, h and w height and width of the map of patch scores.
 """
 
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -53,18 +53,35 @@ class Adversary:
         balance = (theirs / (ours + 1e-4)).clamp(0.0, 1e4).detach()
         return self.weight * balance * loss
 
-    def step(self, real: Tensor, fake: Tensor, learning_rate: float) -> Tensor:
-        """One hinge-loss step on real images and reconstructions (both (B, C, S, S)); returns the loss."""
+    def backward(self, real: Tensor, fake: Tensor) -> Tuple[Tensor, Tensor]:
+        """Hinge loss on real images and reconstructions (both (B, C, S, S)) and its gradient, which `update` takes.
+
+        Returns the loss and the gradient's Euclidean norm.
+        """
         self.model.requires_grad_(True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
         loss = 0.5 * (
             F.relu(1.0 - self.model(real * 2.0 - 1.0)).mean() + F.relu(1.0 + self.model(fake * 2.0 - 1.0)).mean()
         )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        norms = [weight.grad.norm() for weight in self.model.parameters() if weight.grad is not None]
+        return loss.detach(), torch.stack(norms).norm()
+
+    def update(self, learning_rate: float) -> None:
+        """Take the step that `backward` prepared."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
         self.optimizer.step()
-        return loss.detach()
+
+    def statistics(self) -> List[Tensor]:
+        """Copies of the averages that normalisation keeps, for `restore`."""
+        return [buffer.clone() for buffer in self.model.buffers()]
+
+    @torch.no_grad()
+    def restore(self, statistics: List[Tensor]) -> None:
+        """Undo what forward passes since `statistics` did to the averages."""
+        for buffer, value in zip(self.model.buffers(), statistics):
+            buffer.copy_(value)
 
     def state_dict(self) -> Dict[str, Any]:
         """What `load_state_dict` takes to go on."""

@@ -80,6 +80,8 @@ class Trainer:
         self.codebook_ready = codebook_ready
         self.perceptual = perceptual
         self.step_number = 0
+        self.bad_steps = [0, 0]
+        """Steps left out because loss or gradient was not finite: in all, and in a row up to now."""
         self.upkeep: Optional[CodebookUpkeep] = None
         if model.config.variant == "vq":
             self.upkeep = CodebookUpkeep(model, 0.99 if options.codebook_update == "ema" else None)
@@ -113,7 +115,8 @@ class Trainer:
     def step(self, images: Tensor, progress: float) -> Dict[str, Tensor]:
         """One optimizer step on uint8 images (B, 3, S, S); returns losses as tensors.
 
-        `progress`, from 0 to 1, is how far the run has come: it decides the learning rate.
+        `progress`, from 0 to 1, is how far the run has come: it decides the learning rate. Where the loss or a gradient
+        is not finite, of the discriminator or of the rest, all stays as it was, and the step is counted in `bad_steps`.
         """
         options, model = self.options, self.model.train()
         pixels = to_pixels(images, self.device)
@@ -131,17 +134,26 @@ class Trainer:
         losses = {"reconstruction": reconstruction.detach(), "codebook": codebook_loss.detach()}
         adversary = self.adversary if self.step_number >= (options.discriminator_start or 0) else None
         if adversary is not None:
+            statistics = adversary.statistics()
             generator_loss = adversary.generator_loss(output, reconstruction, model.decoder.conv_out.weight)
             losses["generator"] = generator_loss.detach()
             loss = loss + generator_loss
         self.optimizer.zero_grad(set_to_none=True)
         (loss + options.codebook_weight * codebook_loss).backward()
-        losses["grad_norm"] = nn.utils.clip_grad_norm_(self._parameters, options.clip_grad_norm)
-        self.optimizer.step()
+        losses["grad_norm"] = norm = nn.utils.clip_grad_norm_(self._parameters, options.clip_grad_norm)
         if adversary is not None:
-            losses["discriminator"] = adversary.step(pixels, output.detach(), rate)
-        revived = None if codes is None else self._keep_codebook(features.detach(), codes, progress)
-        self._update_average(revived)
+            losses["discriminator"], other_norm = adversary.backward(pixels, output.detach())
+            norm = norm + other_norm
+        bad = not bool(torch.isfinite(norm + reconstruction.detach()))
+        self.bad_steps = [self.bad_steps[0] + bad, (self.bad_steps[1] + 1) * bad]
+        if not bad:
+            self.optimizer.step()
+            if adversary is not None:
+                adversary.update(rate)
+            revived = None if codes is None else self._keep_codebook(features.detach(), codes, progress)
+            self._update_average(revived)
+        elif adversary is not None:
+            adversary.restore(statistics)
         self.step_number += 1
         return losses
 
@@ -180,6 +192,7 @@ class Trainer:
         """All that `load_state_dict` needs to go on at the very next step: tensors and plain values."""
         return {
             "step": self.step_number,
+            "bad_steps": list(self.bad_steps),
             "codebook_ready": self.codebook_ready,
             "model": dict(self.model.state_dict()),
             "average": dict(self._average.state_dict()),
@@ -193,6 +206,7 @@ class Trainer:
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Take the state that `state_dict` of a trainer with the same options returned, random numbers included."""
         self.step_number, self.codebook_ready = state["step"], state["codebook_ready"]
+        self.bad_steps = [int(count) for count in state.get("bad_steps", (0, 0))]
         self.model.load_state_dict(state["model"])
         self._average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 
+import poptorch_stand_in
 import pytest
 import torch
 from test_train import ROOT, assert_same, flags, folder, weights  # noqa: F401 (a fixture)
@@ -16,6 +17,7 @@ import engines
 import train
 from engines.native import NativeEngine
 from models.dalle import TextToImage
+from utils.bad_steps import BadSteps
 from utils.errors import UserError
 
 BAD = {"nan": float("nan"), "infinite": float("inf")}
@@ -98,20 +100,31 @@ def test_too_many_in_a_row_end_the_run_with_the_last_good_checkpoint(folder, tmp
     assert all(torch.isfinite(value).all() for value in good.values())
 
 
-def test_an_engine_that_cannot_leave_steps_out_is_watched_by_its_loss(tmp_path):
-    class Saver:
-        newest = tmp_path / "dalle_3.pt"
-
-    def result(loss):
-        return engines.StepResult(torch.tensor(loss))
-
-    watch = train.BadSteps(20, train.Position(), Saver)
-    nan = float("nan")
+def test_an_engine_that_cannot_leave_steps_out_is_watched_by_its_loss():
+    watch, nan = BadSteps(20, 0, lambda: "take dalle_3.pt"), float("nan")
     for step, loss in [(10, 1.0), (20, nan), (30, 1.0), (40, nan)]:
-        watch.look(train.Position(step=step), result(loss), loss)
+        watch.look(step, loss, None)
     assert (watch.total, watch.row) == (20, 10)
-    with pytest.raises(UserError, match="dalle_3.pt"):
-        watch.look(train.Position(step=50), result(nan), nan)
+    with pytest.raises(UserError, match="not finite 20 times in a row .*take dalle_3.pt"):
+        watch.look(50, nan, None)
+
+
+@pytest.mark.parametrize(
+    "more, advice",
+    [
+        ((), "a lower --learning-rate or --clip-grad-norm 1"),
+        (("--precision", "bf16", "--clip-grad-norm", "1"), "a lower --learning-rate or --precision fp32"),
+        (("--device", "ipu", "--precision", "fp16"), "--clip-grad-norm 1, a lower --loss-scaling or --precision fp32"),
+        (("--device", "ipu", "--precision", "fp32"), "a lower --learning-rate or --clip-grad-norm 1"),
+    ],
+)
+def test_the_way_out_is_one_that_the_device_has(folder, tmp_path, monkeypatch, more, advice):  # noqa: F811
+    poptorch_stand_in.install(monkeypatch)
+    config = args.parse(flags(folder, tmp_path, *more))
+    engine = engines.create(config)
+    saver = train.Saver(config, engine, None, None, tmp_path, None, tmp_path / "dalle_1.pt", None)
+    assert saver.way_out().startswith("the last good checkpoint is {}: go on from it".format(saver.newest))
+    assert saver.way_out().endswith(advice)
 
 
 def test_weights_that_are_not_finite_are_never_saved(folder, tmp_path, monkeypatch):  # noqa: F811

@@ -131,11 +131,98 @@ def test_discriminator_takes_part_from_its_step(folder, narrow_discriminator):
     assert numpy.isfinite(rows(folder)[2]["discriminator"])
 
 
+@pytest.mark.parametrize("name", ["reconstruction_loss", "generator_loss", "backward"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_step_changes_nothing_and_is_counted(folder, narrow_discriminator, monkeypatch, caplog, name, value):
+    """Whichever loss is bad: that of the model, what the discriminator adds to it, or the discriminator's own."""
+    owner = Trainer if name == "reconstruction_loss" else Adversary
+    function, step, states = getattr(owner, name), Trainer.step, []
+
+    def spoilt(self, *inputs):
+        result = function(self, *inputs)
+        if len(states) != 3:
+            return result
+        if name == "backward":  # its gradient, with its norm
+            self.model[0].weight.grad.mul_(value)
+            return result[0], result[1] * value
+        return result * value
+
+    def noted(self, *inputs):
+        losses = step(self, *inputs)
+        states.append(flat(self.state_dict()))
+        return losses
+
+    monkeypatch.setattr(owner, name, spoilt)
+    monkeypatch.setattr(Trainer, "step", noted)
+    train_vqgan.train(arguments(folder, "--steps", "5", "--discriminator-start", "1", "--continuous-start", "0"))
+    assert [row["bad_steps"] for row in rows(folder)[:5]] == [0, 0, 0, 1, 1]
+    counts = [(state.pop(".bad_steps.0"), state.pop(".bad_steps.1")) for state in states]
+    assert counts == [(0, 0), (0, 0), (0, 0), (1, 1), (1, 0)]
+    before, after, later = ({key: state[key] for key in state if not key.endswith(".lr")} for state in states[2:])
+    assert [state.pop(".step") for state in (before, after, later)] == [3, 4, 5]
+    assert [key for key in before if before[key] != after[key]] == []
+    assert len([key for key in before if before[key] != later[key]]) > 0.5 * len(before)
+    assert "step 4: loss or gradient not finite for 1 step(s), 1 in all" in caplog.text
+    assert all(torch.isfinite(weight).all() for weight in weights(folder).values())
+
+
+def flat(state, name=""):
+    """{path: value}, tensors as bytes."""
+    if isinstance(state, (dict, list, tuple)):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        return {key: value for part, item in items for key, value in flat(item, "{}.{}".format(name, part)).items()}
+    return {name: state.detach().cpu().numpy().tobytes() if isinstance(state, torch.Tensor) else state}
+
+
+def test_too_many_bad_steps_end_the_run_with_the_last_good_state(folder, monkeypatch):
+    loss = Trainer.reconstruction_loss
+
+    def spoilt(self, *inputs):
+        return loss(self, *inputs) * (float("nan") if self.step_number in (1, 3, 4) else 1)
+
+    monkeypatch.setattr(Trainer, "reconstruction_loss", spoilt)
+    options = ("--steps", "6", "--max-bad-steps", "2")
+    with pytest.raises(UserError, match=r"step 5: .* 2 times in a row .*; take a lower --learning-rate"):
+        train_vqgan.train(arguments(folder, *options))
+    with pytest.raises(UserError, match=r"step 5: .* 2 times in a row .*; the last good state is .*out.training.pt"):
+        train_vqgan.train(arguments(folder, "--save-every", "2", *options))
+    state = torch.load(folder / "out" / "training.pt", weights_only=True)
+    assert state["trainer"]["step"] == 4 and state["trainer"]["bad_steps"] == [2, 1]
+    assert all(torch.isfinite(weight).all() for weight in state["trainer"]["model"].values())
+    monkeypatch.undo()
+    train_vqgan.train(arguments(folder, "--save-every", "2", "--resume", *options))  # and it goes on from there
+    assert [row["bad_steps"] for row in rows(folder) if row["event"] == "train"] == [0, 1, 1, 2, 2, 2]
+
+
+def test_weights_that_are_not_finite_are_never_saved(folder, monkeypatch):
+    step = Trainer.step
+
+    def damaging(self, *inputs):
+        losses = step(self, *inputs)
+        if self.step_number == 4:
+            with torch.no_grad():
+                next(self.model.parameters()).fill_(float("inf"))
+        return losses
+
+    monkeypatch.setattr(Trainer, "step", damaging)
+    options = ("--steps", "4", "--ema-decay", "0")
+    with pytest.raises(UserError, match="step 4: weights are not finite .*were not saved"):
+        train_vqgan.train(arguments(folder, "--save-every", "2", *options))
+    state = torch.load(folder / "out" / "training.pt", weights_only=True)
+    assert state["trainer"]["step"] == 2
+    with pytest.raises(UserError, match="--output: weights are not finite .*were not saved"):
+        train_vqgan.train(arguments(folder, "--save-every", "0", *options))
+    assert not (folder / "out" / "vqgan.safetensors").exists()
+
+
 def test_discriminator_learns_to_tell_apart():
     torch.manual_seed(0)
     adversary = Adversary(3, 1e-3, 0.8, torch.device("cpu"), width=16)
     real, fake = torch.rand(4, 3, 32, 32), torch.full((4, 3, 32, 32), 0.5)
-    losses = [float(adversary.step(real, fake, 1e-3)) for _ in range(10)]
+    losses = []
+    for _ in range(10):
+        losses.append(float(adversary.backward(real, fake)[0]))
+        adversary.update(1e-3)
     assert losses[-1] < 0.5 * losses[0]
     assert PatchDiscriminator(width=8)(torch.rand(1, 3, 64, 64)).shape == (1, 1, 6, 6)
 

@@ -189,6 +189,9 @@ class IpuEngine(Engine):
         loss = (text_loss + weight * image_loss) / (weight + 1)
         return {"loss": loss, "text_loss": text_loss, "image_loss": image_loss}
 
+    def remedies(self) -> List[str]:
+        return super().remedies() + (["a lower --loss-scaling", "--precision fp32"] if self.half else [])
+
     def set_learning_rate(self, learning_rate: float) -> None:
         if learning_rate == self._device_rate:
             return
