@@ -40,6 +40,7 @@ from utils.checkpoints import newest_checkpoint, read_dalle
 from utils.errors import UsageError, UserError, run_main
 from utils.files import atomic_write
 from utils.flags import number, parse_flags, path, whole
+from utils.interrupts import Interruption
 
 logger = logging.getLogger("transfer_learning_ex")
 
@@ -81,8 +82,8 @@ def make_parser() -> Parser:
     return parser
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Prepare data and start, then train as train.py does."""
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Prepare data and start, then train as train.py does. Returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     options = parse_flags(make_parser(), words)
     upstream = published.resolve(options.path_upstream)
@@ -98,19 +99,21 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     config = make_config(options, downstream, upstream, folder, resuming)
     engine = engines.create(config)
     try:
-        log.setup(config.log_dir, engine.is_main)
-        logger.info("%s", engine.describe())
-        if engine.is_main:
-            write_descriptions(downstream, config)
-        engine.barrier()
-        parts = train.build_parts(config)
-        check_data(parts, downstream)
-        if engine.is_main and not resuming:
-            show_reconstructions(engine, parts, folder)
-        start = None if resuming else make_start(upstream, downstream, options.seed)
-        train.train(config, engine, parts, start)
-        if engine.is_main:
-            say_how_to_draw(folder, config)
+        with Interruption(tell=engine.is_main) as interruption, train.folders_locked(config, engine):
+            log.setup(config.log_dir, engine.is_main)
+            logger.info("%s", engine.describe())
+            if engine.is_main:
+                write_descriptions(downstream, config)
+            engine.barrier()
+            parts = train.build_parts(config, engine)
+            check_data(parts, downstream)
+            if engine.is_main and not resuming:
+                show_reconstructions(engine, parts, folder)
+            start = None if resuming else make_start(upstream, downstream, options.seed)
+            train.train(config, engine, parts, start, interruption)
+            if engine.is_main and interruption.requested is None:
+                say_how_to_draw(folder, config)
+            return interruption.status
     finally:
         engine.close()
 

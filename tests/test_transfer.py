@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import math
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -21,11 +23,13 @@ from bpe.classes import ClassTokenizer, class_file
 from dalle.models import Dalle
 from dalle.transfer import check_shape, image_only, read_downstream
 from data.classes import class_names, imagenet_folders, list_class_images
+from engines.native import NativeEngine
 from models.config import DalleConfig
 from models.dalle import DALLE
 from models.sampling import SamplingOptions, draw_codes
 from utils.checkpoints import read_dalle
 from utils.errors import UserError
+from utils.locks import only_writer
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ["dark", "light wood"]
@@ -358,6 +362,34 @@ def test_a_resumed_run_ends_with_the_same_weights(example, upstream, imagenet, t
     assert all(torch.equal(one[key], two[key]) for key in one)
     first = torch.load(whole / "ckpt" / "dalle_0.pt", weights_only=True)["weights"]
     assert not all(torch.equal(one[key], first[key]) for key in one)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_asked_to_stop_it_saves_at_the_next_step(example, upstream, imagenet, tmp_path, monkeypatch, number, status):
+    config = write(tmp_path / "cls.yaml", **{"experiment.epochs": 1})
+    whole = run(example, upstream, imagenet, config, tmp_path / "a")
+    step, calls = NativeEngine.step, []
+
+    def asked(self, batch):
+        calls.append(batch)
+        if len(calls) == 1:
+            os.kill(os.getpid(), number)
+        return step(self, batch)
+
+    monkeypatch.setattr(NativeEngine, "step", asked)
+    base = ["-d", str(config), "-u", str(upstream), "-r", str(tmp_path / "b"), "--imagenet-path", str(imagenet)]
+    assert example.main([*base, "--device", "cpu", "--dataloader-workers", "0"]) == status and len(calls) == 1
+    assert [path.name for path in (tmp_path / "b/cls/ckpt").glob("*.pt")] == ["dalle_0_1.pt"]
+    part = run(example, upstream, imagenet, config, tmp_path / "b", "--resume")
+    one, two = (torch.load(path / "ckpt/dalle_0.pt", weights_only=True)["weights"] for path in (whole, part))
+    assert len(calls) > 1 and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_second_run_into_the_same_folder_is_refused(example, upstream, imagenet, tmp_path):
+    config = write(tmp_path / "cls.yaml")
+    with only_writer(("--log-dir", tmp_path / "cls")), pytest.raises(UserError, match="cls: process .* already"):
+        run(example, upstream, imagenet, config, tmp_path)
+    assert [path.name for path in (tmp_path / "cls").iterdir() if path.name not in ("ckpt", ".lock")] == []
 
 
 @pytest.mark.parametrize(
