@@ -61,6 +61,9 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
     flip = False
     """Mirror every other image, left to right; which ones, changes with the epoch."""
 
+    held_out = False
+    """A part that was held out of the data for validation."""
+
     neighbours = 1
     """Pairs with numbers next to each other that are best read by one process."""
 
@@ -106,7 +109,9 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         train, held_out = split_holdout(len(self), holdout, self.settings.seed)
         if not len(held_out):
             return self, None
-        return self.subset(train), self.subset(held_out).without_null_captions()
+        clean = self.subset(held_out).without_null_captions()
+        clean.held_out = True
+        return self.subset(train), clean
 
     def without_null_captions(self: Self) -> Self:
         """Return the same pairs with every caption kept and no image mirrored, for validation."""
@@ -245,9 +250,17 @@ class PhotoPairs(PairDataset):
             source = pair if attempt == 0 else self._replacement(pair, attempt)
             if not self._unreadable[source]:
                 return source
+        # A small part of the data, such as a few pairs held out, may have none that is good though most are.
+        own = self._unreadable if self._indices is None else self._unreadable[self._indices]
         raise UserError(
-            "{}: {} images drawn in a row cannot be read, such as {}; check --input-folder".format(
-                self.pairs.folder, MAX_REPLACEMENTS, self.image_name(pair)
+            "{}: {} of the {} images{} cannot be read, such as {}{}; mend or remove them{}".format(
+                self.skipped.source if self.skipped.source.startswith("--") else self.pairs.folder,
+                int(own.sum()),
+                len(self),
+                " held out for validation" if self.held_out else "",
+                self.image_name(pair),
+                self.skipped.where(),
+                ", or hold out more by --validation-fraction" if self.held_out else "",
             )
         )
 

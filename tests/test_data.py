@@ -363,12 +363,32 @@ def test_a_replacement_stays_within_the_subset(tmp_path):
     assert words(part[0][0]) == "n8"
 
 
+def dataset_of_folder(folder, max_bad_fraction):
+    arguments = dict(input_folder=str(folder), tokenizer=Letters(), text_seq_len=T, image_size=8)
+    return create_dataset(max_bad_fraction=max_bad_fraction, truncate_captions=True, **arguments)
+
+
 def test_nothing_but_unreadable_images_is_an_error(tmp_path):
     for number in range(3):
         write_pair(tmp_path, str(number))
         (tmp_path / "{}.png".format(number)).write_bytes(b"no image")
-    with pytest.raises(UserError, match="16 images drawn in a row cannot be read"):
-        folder_dataset(tmp_path)[1]
+    with pytest.raises(UserError, match="^--input-folder .*: 3 of the 3 images cannot be read, such as .*; mend"):
+        dataset_of_folder(tmp_path, 1)[1]
+
+
+def test_nothing_but_unreadable_images_held_out_is_an_error_that_says_so(tmp_path):
+    for number in range(40):
+        write_pair(tmp_path, "{:02}".format(number))
+    train, held_out = dataset_of_folder(tmp_path, 0.1).split(2)
+    names = [held_out.image_name(pair) for pair in held_out._indices.tolist()]
+    for name in names:
+        Path(name).write_bytes(b"no image")
+    with pytest.raises(UserError) as raised:
+        held_out[0]
+    said = str(raised.value)
+    assert said.startswith("--input-folder {}: 2 of the 2 images held out for validation cannot be".format(tmp_path))
+    assert any(name in said for name in names) and said.endswith("or hold out more by --validation-fraction")
+    assert len([train[index] for index in range(len(train))]) == 38
 
 
 def test_too_long_captions_are_found_before_training(tmp_path):
