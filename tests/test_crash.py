@@ -3,15 +3,17 @@
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from test_train import ROOT, flags, folder  # noqa: F401 (a fixture)
+from test_train import ROOT, flags, folder, run  # noqa: F401 (a fixture)
 
 from utils import checkpoints
 
@@ -119,6 +121,45 @@ def test_killed_at_a_certain_moment_it_goes_on_with_the_same_bits(server, folder
     assert [server.wait(pid) for pid in pids] == [-signal.SIGKILL], "was not killed"
     finish(server, start(server, folder, tmp_path, "--resume"), tmp_path)
     assert_as_undisturbed(tmp_path, undisturbed(1)[0])
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_loss_of_power_costs_the_newest_files_not_the_run(server, folder, tmp_path, undisturbed, zeros):  # noqa: F811
+    pids = start(server, folder, tmp_path, kill=MOMENTS["between metrics and checkpoint"])
+    assert [server.wait(pid) for pid in pids] == [-signal.SIGKILL]
+    *_, sure, newest = checkpoints.list_checkpoints(tmp_path / "ckpt")
+    size, metrics = newest.stat().st_size, tmp_path / "metrics.jsonl"
+    os.truncate(newest, size // 2)
+    if zeros:
+        os.truncate(newest, size)
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    assert 0 < lines_until(lines, sure) < metrics.stat().st_size
+    os.truncate(metrics, lines_until(lines, sure) + 10)  # what was synced with the older one, and a half line
+    finish(server, start(server, folder, tmp_path, "--resume"), tmp_path)
+    assert newest.name in (tmp_path / "stderr.log").read_text()
+    assert_as_undisturbed(tmp_path, undisturbed(1)[0])
+
+
+def test_a_save_waits_for_the_disk_before_anything_older_goes(folder, tmp_path, monkeypatch):  # noqa: F811
+    """What a kill cannot show: until it is synced, the system may write the newer before the older, or never."""
+    events, fsync, replace, unlink = [], os.fsync, os.replace, Path.unlink
+
+    def noted(kind, path, function, *inputs):
+        result = function(*inputs)
+        events.append((kind, re.sub(r"^\.(.*\.pt)\..*\.tmp$", r"\1 unfinished", Path(path).name)))
+        return result
+
+    monkeypatch.setattr(os, "fsync", lambda file: noted("sync", os.readlink("/proc/self/fd/%d" % file), fsync, file))
+    monkeypatch.setattr(os, "replace", lambda old, new: noted("replace", new, replace, old, new))
+    monkeypatch.setattr(Path, "unlink", lambda path, *more: noted("delete", path, unlink, path, *more))
+    options = ("--checkpoint-save-steps", "1", "--keep-checkpoints", "1", "--max-steps", "3", "--cache-codes", "off")
+    run(folder, tmp_path, *options)
+    expected, older = [], None
+    for name in ("dalle_0_1.pt", "dalle_0_2.pt", "dalle_0_3.pt"):
+        expected += [("sync", "metrics.jsonl"), ("sync", name + " unfinished"), ("replace", name), ("sync", "ckpt")]
+        expected += [("delete", older)] if older else []
+        older = name
+    assert [event for event in events if re.search("metrics|dalle|ckpt", event[1])] == expected
 
 
 def lose_power(out, choice):

@@ -1,6 +1,7 @@
 """Over 2,000 steps or images: memory, open files and processes do not grow."""
 
 import json
+import os
 import statistics
 import time
 from pathlib import Path
@@ -8,6 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from test_train import flags, folder, run  # noqa: F401
+
+import args
+import train
+from utils.loading import make_loader, read
 
 GROWTH = 4.0
 """MB from the second quarter to the last that are no growth: what an allocator or a cache of a fixed size may take."""
@@ -55,6 +60,36 @@ def test_training_does_not_grow(server, folder, tmp_path, workers):  # noqa: F81
     check(watch(server, pid, steps, 2048), 2048, "training, {} workers".format(workers))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-2]["step"] == 2048 and lines[-1]["event"] == "validation"
+
+
+class Watched(torch.utils.data.Dataset):
+    """Reads pairs again and again, and says what the process that does it has taken: its id, MB and open files."""
+
+    def __init__(self, pairs, length):
+        self.pairs, self.length = pairs, length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        assert self.pairs[index % len(self.pairs)][1].dtype == torch.uint8
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return torch.tensor([os.getpid(), pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir("/proc/self/fd"))])
+
+
+@pytest.mark.slow
+def test_loading_does_not_grow(folder, tmp_path):  # noqa: F811
+    """2,000 batches of one loader, in each of its two processes; `test_training_does_not_grow` watches the main one."""
+    pairs = train.build_parts(args.parse(flags(folder, tmp_path))).train_set
+    loader = make_loader(Watched(pairs, 8000), 2, batch_size=4, prefetch_factor=4)
+    seen = torch.cat(list(read(loader))).double()  # (8000, 3)
+    processes = seen[:, 0].unique()
+    assert len(processes) == 2 and os.getpid() not in processes
+    for process in processes:
+        early, late = (rows[rows[:, 0] == process] for rows in (seen[2000:4000], seen[6000:]))
+        memory = [float(rows[:, 1].median()) for rows in (early, late)]
+        print("a loader process: MB {}, open files {:.0f}".format(memory, late[:, 2].max()))
+        assert memory[1] - memory[0] < GROWTH and late[:, 2].max() <= early[:, 2].max()
 
 
 @pytest.mark.slow
