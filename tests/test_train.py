@@ -17,7 +17,7 @@ import engines
 import train
 from engines.native import parameter_groups, share_batch
 from models.config import DalleConfig
-from models.dalle import DALLE
+from models.dalle import DALLE, TextToImage
 from models.vqgan import VQGAN
 from models.vqgan_config import VqganConfig
 from utils import checkpoints
@@ -283,6 +283,18 @@ def test_activation_checkpointing_and_bf16_train(folder, tmp_path):
     assert [event["loss"] for event in plain] == pytest.approx([event["loss"] for event in saving], rel=1e-6)
     half = run(folder, tmp_path / "half", "--precision", "bf16")
     assert [event["loss"] for event in half] == pytest.approx([event["loss"] for event in plain], rel=0.05)
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_faster_arithmetic_of_the_cpu_is_pointed_out(monkeypatch, caplog, units):
+    monkeypatch.setattr("engines.native.multiplies_bf16", lambda: units)
+    model = DalleConfig(
+        num_text_tokens=8, num_image_tokens=8, text_seq_len=4, grid=2, dim=8, depth=1, heads=1, dim_head=4
+    )
+    with caplog.at_level("INFO"):
+        engine = engines.create(args.parse(["--config", "unit_test", "--generated-data", "--device", "cpu"]))
+        engine.prepare(TextToImage(DALLE(model)))
+    assert ("--precision bf16 trains faster" in caplog.text) == units
 
 
 def test_two_processes_equal_one(folder, tmp_path):
