@@ -3,9 +3,11 @@
     RANK=0 WORLD_SIZE=2 ... python tests/sharding_worker.py runs.json     # [{"port": ..., "flags": [...], ...}, ...]
 
 A run may have "start": a checkpoint to be put into its folder first, "poison": [process, steps] (see
-test_numerics.poison), and "scale": the first scale of fp16 gradients, for which the command line would want a GPU.
+test_numerics.poison), "model": fields of DalleConfig that no flag has, and "scale": the first scale of fp16 gradients,
+for which the command line would want a GPU.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -36,6 +38,9 @@ def main():
     for run in json.loads(Path(sys.argv[1]).read_text()):
         os.environ["MASTER_PORT"] = str(run["port"])
         with pytest.MonkeyPatch.context() as patch:
+            if "model" in run:
+                describe = train.dalle_config
+                patch.setattr(train, "dalle_config", lambda *a: dataclasses.replace(describe(*a), **run["model"]))  # noqa: B023
             if "poison" in run:
                 test_numerics.poison(patch, set(run["poison"][1]), rank=run["poison"][0])
             if "start" in run and os.environ["RANK"] == "0":  # the other process waits for this one in engines.create

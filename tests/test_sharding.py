@@ -188,8 +188,15 @@ OPTIONS = {
     "explicit attention": ("--activation-checkpointing", "--attention-impl", "explicit", "--sandwich-norm"),
     "flip, no cached codes": ("--augment", "flip", "--cache-codes", "off"),
     "minDALL-E": ("--architecture", "mindalle", "--dim-head", "16", "--attn-types", "full", "--init-std", "0.02"),
-    "two more rows than processes": ("--text-seq-len", "2", "--truncate-captions", "--optimizer", "Adafactor"),
+    "layers that share weights": ("--num-hidden-layers", "4", "--attn-types", "full"),
+    "no row for the second process": (
+        *("--architecture", "mindalle", "--dim-head", "16", "--attn-types", "full", "--optimizer", "Adafactor"),
+        *("--text-seq-len", "1", "--truncate-captions"),
+    ),
 }
+
+
+SHARED_LAYERS = {"shared_attn_ids": [0, 1], "shared_ff_ids": [0, 0, 1, 1], "tie_embeddings": True}
 
 
 @pytest.mark.slow
@@ -199,7 +206,9 @@ def test_every_option_gives_the_same_bits_shared_out(folder, tmp_path):  # noqa:
         whole, shard = (flags(folder, tmp_path / name / how, *FULL, *options) for how in ("whole", "shard"))
         again = flags(folder, tmp_path / name / "again", *FULL, *options, "--shard", "--resume")
         saved = str(tmp_path / name / "shard/ckpt/dalle_0_2.pt")
-        runs += [{"flags": whole}, {"flags": [*shard, "--shard"]}, {"flags": again, "start": saved}]
+        model = {"model": SHARED_LAYERS} if name == "layers that share weights" else {}
+        runs += [dict(model, flags=whole), dict(model, flags=[*shard, "--shard"])]
+        runs.append(dict(model, flags=again, start=saved))
     two_processes(tmp_path, runs, timeout=1500)
     for name in OPTIONS:
         out = tmp_path / name
