@@ -86,7 +86,7 @@ class Worker:
     """A contestant's process."""
 
     def __init__(self, name: str, task: str, options: argparse.Namespace, batch: int = 0, grid: int = 0) -> None:
-        self.name, self.task, self.peak = name, task, 0
+        self.name, self.task, self.device, self.peak = name, task, options.device, 0
         command = [sys.executable, "-m", "benchmarks.contestants", name, task, "--config", options.config]
         command += ["--device", options.device, "--precision", options.precision, "--threads", str(options.threads)]
         command += ["--batch-size", str(batch or options.batch_size), "--grid", str(grid)]
@@ -119,12 +119,20 @@ class Worker:
         self.log.close()
 
 
-def alternate(workers: Sequence[Worker], turns: int, turn: Any) -> List[List[float]]:
-    """Let the workers take turns after one to warm up; each one's seconds."""
+def alternate(workers: List[Worker], turns: int, turn: Any) -> List[List[float]]:
+    """Let the workers take turns after one to warm up; each one's seconds. Peers that end early leave the list."""
     seconds: List[List[float]] = [[] for _ in workers]
     for index in range(turns + 1):
-        for worker, own in zip(workers, seconds):
-            value = turn(worker)
+        for worker, own in list(zip(workers, seconds)):
+            try:
+                value = turn(worker)
+            except UserError as error:
+                if worker.name == OURS or worker.device != "cuda":
+                    raise
+                logger.warning("left out: %s", error)  # a model that fits beside ours alone must not end the run
+                place = workers.index(worker)
+                del workers[place], seconds[place]
+                continue
             if index:
                 own.append(value)
     return seconds

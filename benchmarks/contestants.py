@@ -61,6 +61,8 @@ def settings(options: argparse.Namespace) -> args.Config:
     flags += ["--precision", options.precision]
     if options.threads:
         flags += ["--threads", str(options.threads)]
+    if options.device == "cuda":  # recomputing saves memory, which peers do without and a model's FLOPs do not count
+        flags += ["--activation-checkpointing", "false"]
     if options.compile:
         flags += ["--compile"]
     return args.parse(flags)

@@ -26,6 +26,7 @@ from benchmarks.contestants import (
 )
 from models.config import DalleConfig
 from models.dalle import DALLE
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_peer = pytest.mark.skipif(
@@ -75,6 +76,29 @@ def test_contestants_draw(name, clean_modules, monkeypatch):
     assert decoded == [(2, made.shape.image_seq_len)]
     if name in compare_peers.WHOLE_SEQUENCE:
         made.token(3, 2)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_peer_that_a_gpu_has_no_room_for_does_not_end_the_run(device):
+    class Fails:
+        def __init__(self, name, at):
+            self.name, self.device, self.at, self.turns = name, device, at, 0
+
+        def step(self):
+            self.turns += 1
+            if self.turns == self.at:
+                raise UserError("{} ended early".format(self.name))
+            return float(self.turns)
+
+    workers = [Fails(OURS, 0), Fails(PEER, 2), Fails(PLAIN, 0)]
+    if device == "cpu":  # there it is a fault
+        with pytest.raises(UserError):
+            compare_peers.alternate(workers, 2, Fails.step)
+        return
+    assert compare_peers.alternate(workers, 2, Fails.step) == [[2.0, 3.0], [2.0, 3.0]]
+    assert [worker.name for worker in workers] == [OURS, PLAIN]
+    with pytest.raises(UserError):
+        compare_peers.alternate([Fails(OURS, 1)], 2, Fails.step)
 
 
 def test_whole_images_are_interpolated_from_a_few_positions():
@@ -158,6 +182,12 @@ def test_the_gpu_benchmark_finds_its_figures_in_the_table():
     values = {name: re.findall(metric["regexp"], text) for name, metric in metrics.items()}
     assert values == {"matrix_share": ["1.00"], "datasheet_share": ["0.50"], "seconds_96": ["1.25"]}
     assert report["summary"]["drawing 96, speed over Mini DALL-E, no CUDA graphs"] == 4.0
+
+
+def test_on_a_gpu_all_train_without_recomputing_and_ours_may_be_compiled():
+    flags = [OURS, TRAIN_CODES, "--config", "minDALLE_1.3B", "--device", "cuda", "--precision", "bf16", "--compile"]
+    execution = contestants.settings(contestants.options_of(flags)).execution
+    assert execution.compile and not execution.activation_checkpointing
 
 
 def test_datasheets_are_known_by_the_names_that_gpus_report():
