@@ -225,6 +225,10 @@ class Graphs:
         self.sessions.move_to_end(shape)
         return self.sessions[shape].run(request)
 
+    def __getstate__(self) -> Dict[str, Any]:
+        """Copies and files get no recordings: those belong to this model's memory."""
+        return dict(self.__dict__, sessions=OrderedDict(), state=None)
+
     def clear(self) -> None:
         """Forget all recordings, and free their memory."""
         self.sessions.clear()
