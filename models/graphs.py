@@ -85,7 +85,7 @@ class Session:
         self.caches = self.step.make_caches(prompts * self.branches, images)
         self.replays: Dict[int, Replay] = {}
         with torch.autocast(device.type, enabled=False):
-            for reach in self.reaches:
+            for reach in self.reaches if num_codes > 1 else ():  # nothing follows a single code
                 self.replays[reach] = capture(lambda reach=reach: self.advance(reach))  # type: ignore[misc]
                 self.position.zero_()  # running it beforehand moved it on
 

@@ -175,6 +175,14 @@ def test_int8_weights_are_recorded_too(graph):
     assert graph.recorded == 4
 
 
+@pytest.mark.parametrize("grid", [1, 2])
+def test_the_smallest_pictures(grid, graph):
+    model = random_model(grid=grid, attn_types=("full", "axial_col"))
+    expected = draw_codes(model, TEXT[0], [1, 2]).codes
+    assert torch.equal(draw_codes(model, TEXT[0], [1, 2], graphs=recorded(model)).codes, expected)
+    assert graph.recorded == (0 if grid == 1 else 2) and graph.replayed == grid * grid - 1
+
+
 def test_a_copy_records_for_itself(graph):
     model = random_model()
     graphs = recorded(model)
