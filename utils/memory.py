@@ -2,23 +2,43 @@
 
 import ctypes
 import sys
+from typing import Any
 
-# Parameters of glibc's mallopt(3).
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+# Parameters of glibc's mallopt(3), and what they are without it; the thresholds, once large tensors were freed.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+_USUAL = {_TRIM_THRESHOLD: 64 * 2**20, _MMAP_THRESHOLD: 32 * 2**20, _MMAP_MAX: 65536}
 
 
 def keep_freed_memory() -> bool:
     """Keep what is freed from now on for the next allocation, instead of giving it back to the system each time.
 
-    glibc maps every large tensor anew, and the kernel then clears it page by page: a fifth of decoding an image of
-    256x256 pixels on a CPU. For what runs in rounds of the same tensors, like drawing: what is kept fits the next round
-    only roughly, and takes some 200 MB more there. A training step wins less than it takes. The process still frees
-    everything when it ends. Returns whether it could be set: only with glibc, on Linux; elsewhere nothing changes.
+    glibc maps every large tensor anew, and the kernel then clears it page by page: a fifth of decoding or encoding an
+    image of 256x256 pixels on a CPU. For what runs in rounds of the same tensors: what is kept fits the next round only
+    roughly, and takes some 150 MB more there. A training step without images wins less than it takes. The process
+    still frees everything when it ends. Returns whether it could be set: only with glibc, on Linux; elsewhere nothing
+    changes.
     """
+    libc = _glibc()
+    return libc is not None and bool(libc.mallopt(_MMAP_MAX, 0)) and bool(libc.mallopt(_TRIM_THRESHOLD, -1))
+
+
+def return_freed_memory() -> bool:
+    """Undo `keep_freed_memory`, and give back what was kept. Returns whether anything could be done."""
+    libc = _glibc()
+    if libc is None:
+        return False
+    done = [bool(libc.mallopt(parameter, value)) for parameter, value in _USUAL.items()]
+    libc.malloc_trim(0)
+    return all(done)
+
+
+def _glibc() -> Any:
+    """The C library, or None where it is another one."""
     if not sys.platform.startswith("linux"):
-        return False
+        return None
     try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
-        return False
-    return bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, -1))
+        libc = ctypes.CDLL(None)
+        libc.mallopt, libc.malloc_trim  # noqa: B018  # raises where there are none
+    except (OSError, AttributeError):
+        return None
+    return libc
