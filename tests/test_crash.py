@@ -97,7 +97,7 @@ def assert_as_undisturbed(out, expected):
 
 MOMENTS = {
     "encoding": ("data.code_files:Writer.write", 2, "before"),
-    "in a step": ("torch.nn.utils:clip_grad_norm_", 4, "before"),
+    "in a step": ("engines.native:NativeEngine._update_weights", 4, "before"),
     "writing a checkpoint": ("torch.serialization:_save", 2, "after"),
     "before its rename": ("utils.files:os.fsync", 6, "after"),
     "after its rename": ("utils.checkpoints:prune_checkpoints", 2, "before"),
@@ -265,7 +265,7 @@ def test_asked_to_stop_while_it_validates(server, folder, tmp_path, undisturbed,
 
 def test_killed_before_it_saved_it_does_not_resume_an_earlier_run(server, folder, tmp_path, undisturbed):  # noqa: F811
     finish(server, start(server, folder, tmp_path, "--random-seed", "7", "--max-steps", "6"), tmp_path)
-    (pid,) = start(server, folder, tmp_path, kill=("torch.nn.utils:clip_grad_norm_", 2, "before"))
+    (pid,) = start(server, folder, tmp_path, kill=("engines.native:NativeEngine._update_weights", 2, "before"))
     assert server.wait(pid) == -signal.SIGKILL
     finish(server, start(server, folder, tmp_path, "--resume"), tmp_path)
     assert_as_undisturbed(tmp_path, undisturbed(1)[0])

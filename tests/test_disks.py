@@ -55,7 +55,7 @@ def steps(out):
 @pytest.mark.parametrize("processes", slow_unless([(2,)], 1, 2))
 def test_no_room_for_checkpoints(server, folder, tmp_path, undisturbed, processes):  # noqa: F811
     """Trained to the end, exit 1, what was good is good; and with room it goes on from there."""
-    moment = ("torch.nn.utils:clip_grad_norm_", 4, "before")
+    moment = ("engines.native:NativeEngine._update_weights", 4, "before")
     assert -signal.SIGKILL in map(server.wait, start(server, folder, tmp_path, processes=processes, kill=moment))
     good, log_file = everything(tmp_path / "ckpt"), tmp_path / "stderr.log"
     (tmp_path / "stderr.log").unlink()
