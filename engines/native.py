@@ -26,7 +26,7 @@ from models.dalle import TextToImage
 from models.vqgan import image_codes
 from utils.errors import UsageError, UserError
 from utils.loading import make_loader, read
-from utils.memory import keep_freed_memory, return_freed_memory
+from utils.memory import freed_memory_kept
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +179,6 @@ class NativeEngine(Engine):
             torch.backends.cudnn.allow_tf32 = True
         self.model: Optional[TextToImage] = None
         self.averaged: Optional[Dict[str, Tensor]] = None
-        self.keeps_freed_memory = False
         self.num_updates = 0
         self.bad_steps = torch.zeros(2, device=self.device)  # left out: in all, in a row
 
@@ -242,7 +241,6 @@ class NativeEngine(Engine):
     def prepare(self, model: TextToImage, dataset: Any = None) -> None:
         begin = time.perf_counter()
         execution, options = self.config.execution, self.config.optimizer
-        self._keep_freed_memory(model.vqgan is not None)
         self.model = model if execution.shard else model.to(self.device)
         blocks = self.model.dalle.transformer.layers
         if execution.activation_checkpointing:
@@ -281,12 +279,6 @@ class NativeEngine(Engine):
             logger.info("this CPU multiplies bfloat16 in units of its own (AMX): --precision bf16 trains faster")
         logger.info("Compiled model in %.2f secs", time.perf_counter() - begin)
 
-    def _keep_freed_memory(self, keep: bool) -> None:
-        """Where images are encoded on the CPU, the maps of one image take the place of the one before."""
-        if self.name == "cpu" and keep != self.keeps_freed_memory:
-            (keep_freed_memory if keep else return_freed_memory)()
-            self.keeps_freed_memory = keep
-
     def _warm_up(self) -> None:
         """Run a micro-batch of zeros forward and backward, so that compilation happens here, not in the first step."""
         config = self.model.dalle.config
@@ -304,12 +296,15 @@ class NativeEngine(Engine):
             self.sharding.clear_gradients()
 
     def encode(self, vqgan: nn.Module, images: Tensor) -> Tensor:
-        self._keep_freed_memory(True)
-        return image_codes(vqgan.to(self.device), images.to(self.device)).cpu()
+        with freed_memory_kept():
+            return image_codes(vqgan.to(self.device), images.to(self.device)).cpu()
 
     def _codes(self, images: Tensor) -> Tensor:
         """Return codes as they are, and of images (B, 3, S, S) the same codes that `encode` makes."""
-        return images if images.dim() == 2 else image_codes(self.model.vqgan, images)
+        if images.dim() == 2:
+            return images
+        with freed_memory_kept():
+            return image_codes(self.model.vqgan, images)
 
     def _losses(self, text: Tensor, images: Tensor) -> Any:
         # The codes are looked up outside autocast: they must not depend on the precision of the transformer.

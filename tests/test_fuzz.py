@@ -33,6 +33,7 @@ from models.vqgan import VQGAN, check_size, load_vqgan_state
 from models.vqgan_config import VqganConfig
 from utils.checkpoints import dalle_checkpoint, export_safetensors, read_dalle, save_checkpoint
 from utils.errors import UserError
+from utils.memory import return_freed_memory
 from utils.yaml_files import parse_yaml
 
 READERS = {
@@ -204,6 +205,7 @@ def make_reader(name, folder):
 @pytest.fixture
 def limited_memory():
     """Let the process take no more than MEMORY beyond what it has."""
+    return_freed_memory()  # programs that ran within this process may have set it to keep all
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)

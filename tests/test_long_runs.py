@@ -89,7 +89,9 @@ def test_loading_does_not_grow(folder, tmp_path):  # noqa: F811
         early, late = (rows[rows[:, 0] == process] for rows in (seen[2000:4000], seen[6000:]))
         memory = [float(rows[:, 1].median()) for rows in (early, late)]
         print("a loader process: MB {}, open files {:.0f}".format(memory, late[:, 2].max()))
-        assert memory[1] - memory[0] < GROWTH and late[:, 2].max() <= early[:, 2].max()
+        # A batch on its way to the main process is an open file; how many wait there depends on who is faster.
+        files = [float(rows[:, 2].median()) for rows in (early, late)]
+        assert memory[1] - memory[0] < GROWTH and abs(files[1] - files[0]) <= 4
 
 
 @pytest.mark.slow
