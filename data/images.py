@@ -8,9 +8,11 @@ its upper 8 bits.
 """
 
 import contextlib
+import io
+import os
 import struct
 import zlib
-from typing import IO, Any, Tuple, Type, Union
+from typing import IO, Any, Optional, Tuple, Type, Union
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -55,10 +57,26 @@ _TURNS = {
 def load_image(file: Union[str, IO[bytes]], image_size: int) -> torch.Tensor:
     """Read a picture as uint8 (3, image_size, image_size). Raises one of BROKEN_IMAGE_ERRORS where that fails."""
     with contextlib.ExitStack() as opened:
-        source = opened.enter_context(open_regular(file)) if isinstance(file, str) else file
+        source = opened.enter_context(_Bounded(open_regular(file))) if isinstance(file, str) else file
         image = opened.enter_context(Image.open(source, formats=_FORMATS))
         check_pixels(image)
         return image_to_tensor(prepare_image(image, image_size))
+
+
+class _Bounded(io.BufferedReader):
+    """A file of which nobody gets more than there is.
+
+    Pillow asks for whatever length a damaged chunk claims, and Python takes as much memory before it reads.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file.detach())  # type: ignore[attr-defined]
+        self._size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: Optional[int] = -1) -> bytes:
+        if size is not None and size > self._size:
+            size = max(0, self._size - self.tell())
+        return super().read(size)
 
 
 def check_pixels(image: Image.Image) -> None:

@@ -4,6 +4,7 @@ Mutated files (tests/mutate.py) for each reader, a few hundred here and 100,000 
 hypothesis for values that have a form.
 """
 
+import contextlib
 import io
 import json
 import resource
@@ -238,6 +239,17 @@ def test_a_hundred_thousand_mutated_files(name, tmp_path, limited_memory):
 
 
 # Files made to take memory or time -----------------------------------------------------------------------------------
+
+def test_a_chunk_that_claims_gigabytes_takes_none(tmp_path, limited_memory):
+    file = io.BytesIO()
+    Image.new("RGB", (9, 7), (200, 30, 60)).save(file, "PNG")
+    content = bytearray(file.getvalue())
+    start = content.index(b"IDAT")
+    content[start - 4 : start] = (0xA4000012).to_bytes(4, "big")
+    (tmp_path / "claims.png").write_bytes(content)
+    with contextlib.suppress(*BROKEN_IMAGE_ERRORS):
+        assert load_image(str(tmp_path / "claims.png"), 8).shape == (3, 8, 8)
+
 
 LAUGHS = "\n".join(
     ["a0: &a0 [x, x]"] + ["a{0}: &a{0} [{1}]".format(n, ", ".join(["*a{}".format(n - 1)] * 10)) for n in range(1, 12)]
