@@ -26,7 +26,6 @@ from models.dalle import TextToImage
 from models.vqgan import image_codes
 from utils.errors import UsageError, UserError
 from utils.loading import make_loader, read
-from utils.memory import freed_memory_kept
 
 logger = logging.getLogger(__name__)
 
@@ -296,15 +295,11 @@ class NativeEngine(Engine):
             self.sharding.clear_gradients()
 
     def encode(self, vqgan: nn.Module, images: Tensor) -> Tensor:
-        with freed_memory_kept():
-            return image_codes(vqgan.to(self.device), images.to(self.device)).cpu()
+        return image_codes(vqgan.to(self.device), images.to(self.device)).cpu()
 
     def _codes(self, images: Tensor) -> Tensor:
         """Return codes as they are, and of images (B, 3, S, S) the same codes that `encode` makes."""
-        if images.dim() == 2:
-            return images
-        with freed_memory_kept():
-            return image_codes(self.model.vqgan, images)
+        return images if images.dim() == 2 else image_codes(self.model.vqgan, images)
 
     def _losses(self, text: Tensor, images: Tensor) -> Any:
         # The codes are looked up outside autocast: they must not depend on the precision of the transformer.

@@ -20,6 +20,7 @@ from models.vqgan_layers import Decoder, Encoder
 from utils.checkpoint_reading import check_archive
 from utils.errors import UserError, nearest
 from utils.files import PathLike, sha256_file
+from utils.memory import freed_memory_kept
 
 logger = logging.getLogger(__name__)
 
@@ -171,6 +172,7 @@ class VQGAN(nn.Module):
         return (self.decoder(self.post_quant_conv(z)) + 1.0) * 0.5
 
 
+@freed_memory_kept()  # on a CPU the maps of one image take the place of the one before
 @torch.no_grad()
 def image_codes(vqgan: Any, images: Tensor) -> Tensor:
     """Images (B, 3, S, S), uint8 or floats in [0, 1] -> codes (B, N), each image encoded by itself.
