@@ -1,0 +1,1 @@
+"""Kernels in C for what PyTorch's operators leave on the table on a CPU (see build.py)."""

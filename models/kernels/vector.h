@@ -1,0 +1,49 @@
+/* Vectors of floats as wide as the processor has them, in GCC's portable notation: AVX-512, AVX2, NEON. */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define LANES 16 /* floats in a vector; 32 registers */
+#elif defined(__AVX2__)
+#define LANES 8 /* 16 registers */
+#else
+#define LANES 4
+#endif
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); /* at any address */
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+
+static inline vec load(const float *p) { return *(const loose *)p; }
+static inline void store(float *p, vec x) { *(loose *)p = x; }
+static inline vec fill(float x) { return x - (vec){}; }
+static inline vec larger(vec a, vec b) { ivec m = a > b; return (vec)((m & (ivec)a) | (~m & (ivec)b)); }
+static inline vec smaller(vec a, vec b) { ivec m = a < b; return (vec)((m & (ivec)a) | (~m & (ivec)b)); }
+static inline float sum_of(vec x) {
+    float s = 0;
+    for (int i = 0; i < LANES; i++) s += x[i];
+    return s;
+}
+
+/* e^x to about one unit in the last place; 0 below -87, and no more than e^88 above. */
+static inline vec exp_of(vec x) {
+    vec bounded = smaller(larger(x, fill(-87.3f)), fill(88.0f));
+    vec scaled = bounded * 1.44269504f;
+    const vec magic = fill(12582912.0f); /* 1.5 * 2^23: adding it rounds to a whole number */
+    vec whole = scaled + magic;
+    ivec power = (ivec)whole << 23;
+    whole -= magic;
+    vec r = bounded - whole * 0.693359375f; /* ln 2 in two parts */
+    r = r + whole * 2.12194440e-4f;
+    vec p = fill(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    vec result = (vec)((ivec)p + power);
+    ivec tiny = x < -87.3f;
+    return (vec)(~tiny & (ivec)result);
+}
