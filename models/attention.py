@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.cache import LayerCache
 from models.config import DalleConfig
-from models.fused import IDENTITY, Function, LocalAttention
+from models.fused import IDENTITY, Function, KernelAttention, LocalAttention
 from models.local_attention import allowed_codes, local_attention, window_bias, window_rows
 
 
@@ -104,7 +104,7 @@ class Attention(nn.Module):
     def __init__(self, config: DalleConfig, pattern: str, implementation: str = "auto") -> None:
         super().__init__()
         inner = config.heads * config.dim_head
-        self.heads, self.dim_head, self.pattern = config.heads, config.dim_head, pattern
+        self.heads, self.dim_head, self.pattern, self.grid = config.heads, config.dim_head, pattern, config.grid
         self.implementation = implementation
         bias = None
         if window_rows(pattern):
@@ -143,6 +143,8 @@ class Attention(nn.Module):
 
     def before_out(self, qkv: Tensor, mask: Tensor, angles: Optional[Tensor]) -> Tuple[Tensor, Function]:
         """`attend` as the products of fused.py take it: a tensor and what to do with it, which gives (B, L, H * K)."""
+        if angles is None and self.implementation == "auto" and KernelAttention.suits(qkv, self.pattern):
+            return qkv, KernelAttention(self.pattern, self.heads, self.grid)
         if angles is None and self._windowed(qkv):
             return qkv, LocalAttention(self.window_bias, self.pattern, self.heads)
         return self.attend(qkv, mask, angles).transpose(1, 2).flatten(2), IDENTITY

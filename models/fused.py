@@ -4,8 +4,9 @@ Autograd keeps the input of every operation. What is cheap to compute is compute
 from the residual stream, gelu from its argument, attention weights of the sparse patterns from queries and keys. The
 output of a scaled branch is not needed at all. L16 keeps 55 % of what it would otherwise, at the same speed.
 
-Plain PyTorch, no kernels: a device that knows no autograd functions written in Python (IPU) takes the modules' own
-`forward` instead, which compute the same.
+Plain PyTorch; on a CPU in float32, where a compiler is, the kernels of models/kernels do the same with less traffic. A
+device that knows no autograd functions written in Python (IPU) takes the modules' own `forward` instead, which compute
+the same.
 
 Letters: B batch, L positions, D width of a layer's input, C of its output, H heads, K width of a head, P positions of
 the text part.
@@ -17,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.kernels import attention as attention_kernel
+from models.kernels.build import usable
 from models.local_attention import from_windows, window_weights, windows
 
 Gradients = Tuple[Optional[Tensor], ...]
@@ -255,6 +258,25 @@ class LocalAttention:
         for_key[:, :, :text_len], for_value[:, :, :text_len] = for_text_key, for_text_value
 
         self._attend(parts, gradient)  # in the place of what came in
+        return incoming
+
+
+class KernelAttention:
+    """Attention of the patterns full, axial_row and axial_col by a kernel: qkv (B, L, 3 * H * K) -> (B, L, H * K)."""
+
+    @staticmethod
+    def suits(qkv: Tensor, pattern: str) -> bool:
+        """Whether there is a kernel for it."""
+        return pattern in ("full", "axial_row", "axial_col") and usable(qkv) and attention_kernel.available()
+
+    def __init__(self, pattern: str, heads: int, grid: int) -> None:
+        self.pattern = attention_kernel.Pattern(heads, 0 if pattern == "full" else grid, pattern == "axial_col")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return attention_kernel.forward(x, self.pattern)
+
+    def again(self, x: Tensor, incoming: Tensor, for_x: Tensor) -> Tensor:
+        attention_kernel.backward(x, self.pattern, incoming, for_x)
         return incoming
 
 

@@ -47,7 +47,9 @@ def library(name: str) -> Optional[ctypes.CDLL]:
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         lines: List[str] = reason.strip().splitlines()
-        logger.info("Kernels of our own are left out (%s); PyTorch computes the same, slower", lines[0] if lines else error)
+        logger.info(
+            "Kernels of our own are left out (%s); PyTorch computes the same, slower", lines[0] if lines else error
+        )
         return None
 
 
@@ -80,7 +82,7 @@ def _built(name: str) -> Path:
     compiler = _compiler()
     version = subprocess.run([compiler, "--version"], stdout=subprocess.PIPE, check=True, timeout=_SECONDS).stdout
     digest = hashlib.sha256(version + " ".join(_FLAGS).encode() + _processor().encode())
-    for source in (_FOLDER / "vector.h", _FOLDER / (name + ".c")):
+    for source in (*sorted(_FOLDER.glob("*.h")), _FOLDER / (name + ".c")):
         digest.update(source.read_bytes())
     path = _cache() / "{}-{}.so".format(name, digest.hexdigest()[:20])
     if not path.is_file():
@@ -97,7 +99,12 @@ def _built(name: str) -> Path:
 
 def _call(command: List[str]) -> None:
     subprocess.run(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=True, timeout=_SECONDS, universal_newlines=True
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        check=True,
+        timeout=_SECONDS,
+        universal_newlines=True,
     )
 
 

@@ -1,0 +1,85 @@
+"""Attention of the training step by attention.c: text that all positions see, then codes that see their row or column.
+
+Letters: B batch, L positions, H heads, K width of a head, P positions of the text part, G side of the code grid.
+"""
+
+import ctypes
+import functools
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from models.kernels.build import library, pointer
+
+
+class Shape(ctypes.Structure):
+    """As in attention.c."""
+
+    _fields_ = [(name, ctypes.c_long) for name in ("batch", "length", "heads", "width", "text", "grid", "by_column")]
+
+
+@functools.lru_cache(maxsize=None)
+def _functions() -> Optional[ctypes.CDLL]:
+    found = library("attention")
+    if found is not None:
+        address, size = ctypes.c_void_p, ctypes.c_long
+        found.attention_scratch.argtypes, found.attention_scratch.restype = [address, ctypes.c_int], size
+        found.attention_forward.argtypes = [address, address, address, address, size]
+        found.attention_backward.argtypes = [address, address, address, address, address, size]
+        found.attention_forward.restype = found.attention_backward.restype = None
+    return found
+
+
+def available() -> bool:
+    """Whether there are such kernels on this machine."""
+    return _functions() is not None
+
+
+class Pattern(NamedTuple):
+    """Who sees whom. grid 0: there are no codes, all is text, of which each position sees what comes before it."""
+
+    heads: int
+    grid: int
+    by_column: bool
+
+    def shape(self, qkv: Tensor) -> Shape:
+        """qkv (B, L, 3 * H * K), L = P + G * G - 1 or P."""
+        batch, length, width = qkv.shape
+        text = length - self.grid**2 + 1 if self.grid else length
+        if width % (3 * self.heads) or text < 1:
+            raise ValueError("no queries, keys and values of {} heads: {}".format(self.heads, tuple(qkv.shape)))
+        return Shape(batch, length, self.heads, width // (3 * self.heads), text, self.grid, self.by_column)
+
+
+def _scratch(shape: Shape, backward: bool, like: Tensor) -> Tensor:
+    """(threads, floats)"""
+    each = _functions().attention_scratch(ctypes.byref(shape), backward)
+    return like.new_empty(torch.get_num_threads(), each)
+
+
+def forward(qkv: Tensor, pattern: Pattern) -> Tensor:
+    """Attend. qkv (B, L, 3 * H * K) -> (B, L, H * K)."""
+    qkv, shape = qkv.contiguous(), pattern.shape(qkv)
+    result = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)  # before what is freed again
+    scratch = _scratch(shape, False, qkv)
+    _functions().attention_forward(
+        ctypes.byref(shape), pointer(qkv), pointer(result), pointer(scratch), scratch.stride(0)
+    )
+    return result
+
+
+def backward(qkv: Tensor, pattern: Pattern, incoming: Tensor, for_qkv: Tensor) -> None:
+    """Write the gradient for qkv to `for_qkv`, and what `forward` gives over `incoming`, the gradient of that.
+
+    qkv and for_qkv (B, L, 3 * H * K), incoming (B, L, H * K), all contiguous.
+    """
+    shape = pattern.shape(qkv)
+    if incoming.shape[2] * 3 != qkv.shape[2] or for_qkv.shape != qkv.shape:
+        raise ValueError("gradients of other shapes: {}, {}".format(tuple(incoming.shape), tuple(for_qkv.shape)))
+    if not (qkv.is_contiguous() and incoming.is_contiguous() and for_qkv.is_contiguous()):
+        raise ValueError("queries, keys, values and gradients must be contiguous")
+    scratch = _scratch(shape, True, qkv)
+    _functions().attention_backward(
+        ctypes.byref(shape), pointer(qkv), pointer(incoming), pointer(for_qkv), pointer(scratch), scratch.stride(0)
+    )

@@ -1,0 +1,130 @@
+"""Kernels of our own for the training step: the results and gradients of PyTorch's, in any shape, on any threads."""
+
+import dataclasses
+import os
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.attention import build_mask
+from models.config import DalleConfig
+from models.dalle import DALLE
+from models.fused import KernelAttention
+from models.kernels import attention, build
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which(os.environ.get("CC", "gcc")) is None, reason="needs a C compiler"),
+    pytest.mark.skipif(os.environ.get(build.SWITCH, "") != "", reason="kernels are switched off"),
+]
+
+TINY = DalleConfig(
+    num_text_tokens=20, num_image_tokens=11, text_seq_len=5, grid=4, dim=24, depth=4, heads=3, dim_head=8,
+    attn_types=("axial_row", "axial_col", "full", "conv_like"),
+)  # fmt: skip
+
+
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def attend(qkv, pattern, heads, grid):
+    """The plain product under its mask."""
+    query, key, value = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    mask = build_mask(pattern, qkv.shape[1] - grid * grid + 1, grid)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def close(own, exact, tolerance):
+    """Within so much of the largest value."""
+    torch.testing.assert_close(own.double(), exact.double(), rtol=0, atol=tolerance * float(exact.abs().max()) + 1e-7)
+
+
+@pytest.mark.parametrize("pattern", ["axial_row", "axial_col", "full"])
+@pytest.mark.parametrize(
+    "batch, text, grid, heads, width",
+    [(1, 7, 4, 3, 32), (2, 80, 16, 2, 64), (3, 1, 5, 2, 40), (1, 33, 17, 2, 8), (2, 3, 1, 1, 5), (1, 50, 7, 2, 100)],
+)
+def test_attention_is_that_of_the_mask(pattern, batch, text, grid, heads, width, threads):
+    torch.manual_seed(batch)
+    length = text + grid * grid - 1
+    qkv = torch.randn(batch, length, 3 * heads * width)
+    gradient = torch.randn(batch, length, heads * width)
+    exact = qkv.double().requires_grad_()
+    expected = attend(exact, pattern, heads, grid)
+    expected.backward(gradient.double())
+    assert KernelAttention.suits(qkv, pattern)
+    own = KernelAttention(pattern, heads, grid)
+    result, for_qkv = own(qkv), torch.full_like(qkv, float("nan"))
+    close(result, expected.detach(), 1e-6)
+    again = own.again(qkv, gradient.clone(), for_qkv)
+    assert torch.equal(again, result)
+    close(for_qkv, exact.grad, 3e-6)
+
+
+def test_attention_passes_on_what_is_no_number():
+    own = KernelAttention("axial_row", 1, 4)
+    for odd in (float("nan"), float("inf")):
+        for position in (0, 4, 12):  # of 5 + 15, the last of a text part, and a code
+            qkv = torch.randn(1, 20, 24)
+            qkv[0, position] = odd
+            assert own(qkv)[0, position].isnan().all()
+            for_qkv = torch.empty_like(qkv)
+            own.again(qkv, torch.randn(1, 20, 8), for_qkv)
+            assert for_qkv[0, position].isnan().any()
+
+
+def test_large_scores_do_not_overflow():
+    qkv = 30 * torch.randn(1, 20, 24)
+    close(KernelAttention("axial_col", 1, 4)(qkv), attend(qkv.double(), "axial_col", 1, 4), 1e-5)
+
+
+def test_wrong_shapes_are_refused():
+    pattern = attention.Pattern(heads=2, grid=4, by_column=False)
+    with pytest.raises(ValueError, match="of 2 heads"):
+        attention.forward(torch.zeros(1, 20, 9), pattern)
+    with pytest.raises(ValueError, match="of 2 heads"):
+        attention.forward(torch.zeros(1, 15, 12), pattern)
+    with pytest.raises(ValueError, match="other shapes"):
+        attention.backward(torch.zeros(1, 20, 12), pattern, torch.zeros(1, 20, 4), torch.zeros(1, 20, 6))
+    with pytest.raises(ValueError, match="contiguous"):
+        turned = torch.zeros(1, 12, 20).transpose(1, 2)
+        attention.backward(turned, pattern, torch.zeros(1, 20, 4), torch.zeros(1, 20, 12))
+
+
+def gradients(model, text, codes):
+    model.zero_grad()
+    losses = model.loss(*model(text, codes), text, codes)
+    losses.total.backward()
+    return [losses.total.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("activation", ["geglu", "gelu", "quick_gelu"])
+@pytest.mark.parametrize("biases", [True, False])
+def test_a_model_learns_the_same_with_and_without(activation, biases, threads, monkeypatch):
+    torch.manual_seed(3)
+    config = dataclasses.replace(
+        TINY, activation=activation, layer_scale=biases, qkv_bias=biases, out_bias=biases, ff_bias=biases
+    )
+    model = DALLE(config)
+    text, codes = torch.randint(1, 20, (2, 5)), torch.randint(11, (2, 16))
+    own, again = gradients(model, text, codes), gradients(model, text, codes)
+    assert all(torch.equal(first, second) for first, second in zip(own, again))
+    exact = gradients(model.double(), text, codes)
+    for with_kernels, expected in zip(own, exact):
+        close(with_kernels, expected, 1e-5)
+
+    monkeypatch.setattr("models.attention.KernelAttention.suits", staticmethod(lambda qkv, pattern: False))
+    for without, expected in zip(gradients(model.float(), text, codes), exact):
+        close(without, expected, 1e-5)
+
+
+def test_other_types_and_devices_take_pytorch():
+    assert not KernelAttention.suits(torch.zeros(1, 20, 24, dtype=torch.bfloat16), "full")
+    assert not KernelAttention.suits(torch.zeros(1, 20, 24, device="meta"), "full")
+    assert not KernelAttention.suits(torch.zeros(1, 20, 24), "conv_like")
