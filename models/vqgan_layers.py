@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.kernels.convolution import Conv3x3, NormSwish, add
 from models.vqgan_config import VqganConfig
 
 _NORM_EPS = 1e-6
 
 
-def _norm(channels: int, config: VqganConfig) -> nn.GroupNorm:
-    return nn.GroupNorm(config.num_groups, channels, eps=_NORM_EPS)
+def _norm(channels: int, config: VqganConfig) -> NormSwish:
+    return NormSwish(config.num_groups, channels, eps=_NORM_EPS)
 
 
 def fold_patches(x: Tensor, size: int) -> Tensor:
@@ -26,35 +27,24 @@ def fold_patches(x: Tensor, size: int) -> Tensor:
     return x.reshape(batch, channels * size * size, height // size, width // size)
 
 
-def _swish(x: Tensor) -> Tensor:
-    """x * sigmoid(x), in the place of x where no gradient needs that: maps of whole images are slow to page in."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
-
-
-def _add(x: Tensor, branch: Tensor) -> Tensor:
-    """x + branch, in the place of `branch` where no gradient needs that."""
-    return x + branch if torch.is_grad_enabled() else branch.add_(x)
-
-
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions, each after GroupNorm and swish, added to the input (through 1x1 when widths differ)."""
 
     def __init__(self, in_channels: int, out_channels: int, config: VqganConfig) -> None:
         super().__init__()
         self.norm1 = _norm(in_channels, config)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.norm2 = _norm(out_channels, config)
         self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(_swish(self.norm1(x)))  # (B, out_channels, H, W)
-        h = self.conv2(self.dropout(_swish(self.norm2(h))))  # (B, out_channels, H, W)
+        h = self.conv1(self.norm1(x))  # (B, out_channels, H, W)
         if hasattr(self, "nin_shortcut"):
             x = self.nin_shortcut(x)
-        return _add(x, h)
+        return self.conv2(self.dropout(self.norm2(h)), residual=x)  # (B, out_channels, H, W)
 
 
 class SpatialAttention(nn.Module):
@@ -62,7 +52,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, channels: int, config: VqganConfig) -> None:
         super().__init__()
-        self.norm = _norm(channels, config)
+        self.norm = nn.GroupNorm(config.num_groups, channels, eps=_NORM_EPS)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -76,7 +66,7 @@ class SpatialAttention(nn.Module):
         v = self.v(h).flatten(2).transpose(1, 2)  # (B, P, C)
         weights = torch.softmax(torch.bmm(q * channels**-0.5, k), dim=-1)  # (B, P, P)
         h = torch.bmm(weights, v).transpose(1, 2).reshape(batch, channels, height, width)
-        return _add(x, self.proj_out(h))
+        return add(x, self.proj_out(h))
 
 
 class Downsample(nn.Module):
@@ -93,17 +83,19 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Double height and width: repeat each position (nearest), then 3x3.
 
-    Of the nine positions that a pixel of the result sees, at most four differ. On a CPU their weights are added up
-    beforehand, which leaves a transposed 4x4 convolution with stride 2: 4/9 of the arithmetic, half of the time.
+    Of the nine positions that a pixel of the result sees, at most four differ. On a CPU without a kernel of our own
+    their weights are added up beforehand, which leaves a transposed 4x4 convolution with stride 2: 4/9 of the
+    arithmetic, half of the time.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":  # not measured on a GPU
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        # On a GPU the sums were not measured.
+        if x.device.type != "cpu" or self.conv.takes(x, doubled=True):
+            return self.conv(x, doubled=True)
         weight = self.conv.weight
         # Which of the three rows (columns) of weights each row of the larger kernel adds up.
         sums = weight.new_tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
@@ -175,7 +167,7 @@ class Encoder(nn.Module):
             if hasattr(level, "downsample"):
                 h = level.downsample(h)  # (B, C, H/2, W/2)
         h = self.mid(h)  # (B, C, H/f, W/f)
-        return self.conv_out(_swish(self.norm_out(h)))
+        return self.conv_out(self.norm_out(h))
 
 
 class Decoder(nn.Module):
@@ -207,5 +199,5 @@ class Decoder(nn.Module):
             h = levels[i](h)
             if i != 0:
                 h = levels[i].upsample(h)  # (B, C, 2H, 2W)
-        x = self.conv_out(_swish(self.norm_out(h)))
+        x = self.conv_out(self.norm_out(h))
         return F.pixel_shuffle(x, self.patch_size) if self.patch_size > 1 else x

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from engines.plan import LAYER, Placement, block_starts
 from models.attention import Attention
 from models.dalle import TextToImage
+from models.kernels.convolution import Conv3x3, NormSwish
 from models.transformer import Block
 from models.vqgan import VQGAN
 
@@ -126,6 +127,8 @@ def adapt(model: TextToImage, half: bool, serialization_factor: int, encodes_ima
             module.window_bias = None
         elif isinstance(module, Block):
             module.fused = False  # PopTorch knows no autograd functions written in Python
+        elif isinstance(module, (Conv3x3, NormSwish)):
+            module.kernels = False  # and no kernels for a CPU
     dalle = model.dalle
     if serialization_factor > 1:
         dalle.text_emb = SerializedEmbedding(dalle.text_emb, serialization_factor)

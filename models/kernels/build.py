@@ -46,10 +46,8 @@ def library(name: str) -> Optional[ctypes.CDLL]:
         return ctypes.CDLL(str(_built(name)))
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
-        lines: List[str] = reason.strip().splitlines()
-        logger.info(
-            "Kernels of our own are left out (%s); PyTorch computes the same, slower", lines[0] if lines else error
-        )
+        lines: List[str] = reason.strip().splitlines() or [str(error)]
+        logger.info("Kernels of our own are left out (%s); PyTorch computes the same, slower", lines[0])
         return None
 
 

@@ -1,0 +1,293 @@
+"""Kernels in C beside PyTorch's operators: how they are built, convolutions, norms."""
+
+import copy
+import logging
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.kernels import build, convolution
+from models.kernels.convolution import Conv3x3, NormSwish
+from models.vqgan import VQGAN, VqganConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+needs_compiler = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or build.library("convolution") is None,
+    reason="no C compiler that PyTorch's OpenMP works with, or kernels are switched off",
+)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """An empty cache of compiled files, and nothing loaded yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build.library.cache_clear()
+    convolution._library.cache_clear()
+    yield tmp_path / "dalle" / "kernels"
+    build.library.cache_clear()
+    convolution._library.cache_clear()
+
+
+def layer(in_channels, out_channels, bias=True):
+    torch.manual_seed(in_channels)
+    conv = Conv3x3(in_channels, out_channels).requires_grad_(False)
+    if not bias:
+        conv.bias = None
+    return conv
+
+
+def exact(conv, x, residual=None, doubled=False):
+    """The same in double precision, by PyTorch."""
+    x = F.interpolate(x, scale_factor=2.0, mode="nearest") if doubled else x
+    bias = None if conv.bias is None else conv.bias.double()
+    result = F.conv2d(x.double(), conv.weight.double(), bias, padding=1)
+    return result if residual is None else result + residual.double()
+
+
+# ---- building
+
+
+@needs_compiler
+def test_a_kernel_is_compiled_once(fresh, monkeypatch):
+    assert build.library("convolution") is not None
+    [compiled] = fresh.glob("convolution-*.so")
+    build.library.cache_clear()
+    monkeypatch.setattr(build, "_call", lambda command: pytest.fail("compiled again"))
+    assert build.library("convolution") is not None
+    monkeypatch.undo()
+    assert compiled.is_file()
+
+
+@pytest.mark.parametrize("value", ["off", "0", "OFF"])
+def test_kernels_can_be_switched_off(fresh, monkeypatch, value):
+    monkeypatch.setenv(build.SWITCH, value)
+    monkeypatch.setattr(build, "_built", lambda name: pytest.fail("built in spite of the switch"))
+    assert build.library("convolution") is None
+
+
+def test_without_a_compiler_pytorch_computes(fresh, monkeypatch, caplog, tmp_path):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    conv, x = layer(32, 32), torch.randn(1, 32, 24, 24)
+    with caplog.at_level(logging.INFO), torch.no_grad():
+        assert not conv.takes(x)
+        torch.testing.assert_close(conv(x).double(), exact(conv, x), rtol=1e-4, atol=1e-5)
+    if sys.platform.startswith("linux"):
+        assert [record.message for record in caplog.records if "no C compiler" in record.message]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="nothing is compiled elsewhere")
+@pytest.mark.parametrize("script", ["echo 'cannot compile' >&2; exit 1", "for last; do :; done; echo nonsense > $last"])
+def test_a_compiler_that_fails_only_costs_speed(fresh, monkeypatch, tmp_path, caplog, script):
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exec echo 1\n' + script + "\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    with caplog.at_level(logging.INFO):
+        assert build.library("convolution") is None
+    [record] = [record for record in caplog.records if "PyTorch computes the same" in record.message]
+    assert record.levelno == logging.INFO and "\n" not in record.message
+
+
+@needs_compiler
+def test_a_folder_that_cannot_be_written_only_costs_speed(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("not a folder")
+    assert build.library("convolution") is None
+
+
+@needs_compiler
+def test_kernels_share_the_threads_of_pytorch():
+    """A second OpenMP library would bring its own threads, which wait for work at the first one's cost."""
+    script = (
+        "import torch, re\n"
+        "from models.kernels.build import library\n"
+        "assert library('convolution') is not None\n"
+        "names = set(re.findall(r'\\S*/lib(?:gomp|iomp5|omp)[-.\\w]*', open('/proc/self/maps').read()))\n"
+        "print(len(names))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, stdout=subprocess.PIPE, check=True)
+    assert int(result.stdout) == 1
+
+
+# ---- convolutions
+
+
+@needs_compiler
+@pytest.mark.parametrize("doubled", [False, True])
+@pytest.mark.parametrize(
+    "batch, channels, height, width",
+    [(1, (16, 32), 24, 24), (3, (48, 64), 30, 26), (2, (32, 96), 25, 47), (1, (128, 128), 64, 64)],
+)
+def test_a_convolution_is_exact(threads, batch, channels, height, width, doubled):
+    if doubled:
+        height, width = height // 2 * 2, width // 2 * 2
+    conv = layer(*channels)
+    side = (height // 2, width // 2) if doubled else (height, width)
+    x, residual = torch.randn(batch, channels[0], *side), torch.randn(batch, channels[1], height, width)
+    results = []
+    with torch.no_grad():
+        assert conv.takes(x, doubled)
+        for count in (1, 2, 3):
+            threads(count)
+            results.append(conv(x, residual, doubled))
+            torch.testing.assert_close(results[-1].double(), exact(conv, x, residual, doubled), rtol=1e-4, atol=5e-5)
+            assert torch.equal(results[-1], results[0])
+        alone = torch.cat([conv(x[i : i + 1], residual[i : i + 1], doubled) for i in range(batch)])
+        assert torch.equal(alone, results[0]), "a result hangs on what else is in the batch"
+        bare = layer(*channels, bias=False)
+        torch.testing.assert_close(bare(x, None, doubled).double(), exact(bare, x, None, doubled), rtol=1e-4, atol=5e-5)
+
+
+@needs_compiler
+def test_memory_beside_the_maps_is_not_read():
+    """Rows that only fill a product up, and pixels outside: what lies there must not come in."""
+    conv = layer(16, 32)
+    with torch.no_grad():
+        store = torch.full((3, 25, 29, 16), float("nan"))
+        store[1] = torch.randn(25, 29, 16)
+        x = store[1:2].permute(0, 3, 1, 2)
+        torch.testing.assert_close(conv(x).double(), exact(conv, x), rtol=1e-4, atol=5e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_no_numbers_come_through(value):
+    conv, norm = layer(32, 32), NormSwish(4, 32)
+    x = torch.randn(1, 32, 28, 28).contiguous(memory_format=torch.channels_last)
+    x[0, 3, 14, 15] = value
+    with torch.no_grad():
+        assert not conv(x)[0, :, 14, 15].isfinite().any()
+        assert norm(x)[0, :8].isnan().any()
+
+
+@needs_compiler
+def test_weights_that_change_are_transformed_again():
+    conv, x = layer(32, 32), torch.randn(1, 32, 24, 24)
+    with torch.no_grad():
+        before = conv(x)
+        conv.weight.mul_(2)
+        torch.testing.assert_close(conv(x).double(), exact(conv, x), rtol=1e-4, atol=5e-5)
+        conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last) / 2
+        torch.testing.assert_close(conv(x), before)
+        other = layer(32, 32)
+        other.load_state_dict({name: 3 * value for name, value in conv.state_dict().items()})
+        torch.testing.assert_close(other(x), 3 * before, rtol=1e-4, atol=5e-5)
+
+
+@needs_compiler
+def test_transformed_weights_are_no_part_of_a_model():
+    conv, x = layer(32, 32), torch.randn(1, 32, 24, 24)
+    size = len(pickle.dumps(conv))
+    with torch.no_grad():
+        expected = conv(x)
+        assert len(pickle.dumps(conv)) == size
+        assert torch.equal(pickle.loads(pickle.dumps(conv))(x), expected)
+        twin = copy.deepcopy(conv)
+        assert torch.equal(twin(x), expected)
+    assert set(conv.state_dict()) == {"weight", "bias"}
+
+
+def test_training_takes_pytorch():
+    conv, norm, x = Conv3x3(32, 32), NormSwish(4, 32), torch.randn(1, 32, 24, 24)
+    assert not conv.takes(x) and not norm._takes(x.contiguous(memory_format=torch.channels_last))
+    conv(norm(x), residual=x).sum().backward()
+    assert conv.weight.grad.abs().sum() > 0 and norm.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda conv, x: (conv.double(), x.double()),
+        lambda conv, x: (conv.bfloat16(), x.bfloat16()),
+        lambda conv, x: (conv, x[:, :, :8]),  # too small to pay
+        lambda conv, x: (layer(8, 32), x[:, :8]),
+        lambda conv, x: (layer(32, 48), x),
+        lambda conv, x: (conv.to("meta"), x.to("meta")),
+    ],
+)
+def test_what_kernels_do_not_know_pytorch_computes(change):
+    conv, x = change(layer(32, 32), torch.randn(1, 32, 24, 24))
+    with torch.no_grad():
+        assert not conv.takes(x)
+        assert conv(x).shape == (1, conv.out_channels, *x.shape[2:])
+
+
+def test_a_recorded_model_has_pytorchs_operators():
+    conv, x = layer(32, 32), torch.randn(1, 32, 24, 24)
+    with torch.no_grad():
+        traced = torch.jit.trace(conv, x)
+        assert "convolution" in str(traced.inlined_graph)
+        torch.testing.assert_close(traced(x + 1).double(), exact(conv, x + 1), rtol=1e-4, atol=5e-5)
+
+
+# ---- norms
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "batch, channels, groups, side, shift", [(2, 48, 3, 20, 0.0), (1, 128, 32, 64, 10.0), (3, 16, 16, 5, -100.0)]
+)
+def test_norm_and_swish_are_exact(threads, batch, channels, groups, side, shift):
+    torch.manual_seed(0)
+    norm = NormSwish(groups, channels, eps=1e-6)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = (torch.randn(batch, channels, side, side) * 3 + shift).contiguous(memory_format=torch.channels_last)
+    results = []
+    with torch.no_grad():
+        assert norm._takes(x)
+        before = x.clone()
+        wanted = F.silu(F.group_norm(x.double(), groups, norm.weight.double(), norm.bias.double(), norm.eps))
+        for count in (1, 2, 3):
+            threads(count)
+            results.append(norm(x))
+            torch.testing.assert_close(results[-1].double(), wanted, rtol=1e-4, atol=1e-5)
+            assert torch.equal(results[-1], results[0]) and torch.equal(x, before)
+
+
+@needs_compiler
+def test_a_constant_map_has_no_variance():
+    norm = NormSwish(4, 32)
+    x = torch.full((1, 32, 16, 16), 7.0).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert torch.equal(norm(x), torch.zeros_like(x))
+
+
+# ---- a whole model
+
+
+@needs_compiler
+def test_a_vqgan_gives_what_pytorch_gives():
+    torch.manual_seed(0)
+    sizes = {"ch": 32, "ch_mult": (1, 2), "z_channels": 32, "embed_dim": 32, "num_codes": 64, "resolution": 64}
+    config = VqganConfig(**sizes, num_res_blocks=1, attn_resolutions=(32,))
+    model = VQGAN(config).eval().requires_grad_(False)
+    nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
+    kinds = [module for module in model.modules() if isinstance(module, (Conv3x3, NormSwish))]
+    images = torch.rand(2, 3, 64, 64)
+    drawn = torch.arange(2 * 32 * 32).view(2, -1) % 64
+    with torch.no_grad():
+        codes, pixels = model.encode(images), model.decode(drawn)
+        taken = sum(getattr(module, "_packed", None) is not None for module in kinds)
+        for module in kinds:
+            module.kernels = False
+        assert taken > 5, "hardly any convolution took the kernel"
+        assert torch.equal(model.encode(images), codes)
+        torch.testing.assert_close(model.decode(drawn), pixels, rtol=1e-4, atol=1e-5)
