@@ -47,7 +47,8 @@ def library(name: str) -> Optional[ctypes.CDLL]:
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         lines: List[str] = reason.strip().splitlines() or [str(error)]
-        logger.info("Kernels of our own are left out (%s); PyTorch computes the same, slower", lines[0])
+        first = next((line for line in lines if "error" in line), lines[0])
+        logger.info("Kernels of our own are left out (%s); PyTorch computes the same, slower", first)
         return None
 
 

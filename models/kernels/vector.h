@@ -7,8 +7,10 @@
 #define LANES 16 /* floats in a vector; 32 registers */
 #elif defined(__AVX2__)
 #define LANES 8 /* 16 registers */
+#elif defined(__ARM_NEON)
+#define LANES 4 /* 32 registers */
 #else
-#define LANES 4
+#error "the processor has no AVX2: PyTorch's operators are faster there"
 #endif
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
