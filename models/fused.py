@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.kernels import attention as attention_kernel
+from models.kernels import training as kernels
 from models.kernels.build import usable
 from models.local_attention import from_windows, window_weights, windows
 
@@ -52,6 +53,13 @@ def _rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2)
 
 
+def _scale(gradient: Tensor, scale: Optional[Tensor], summed: bool) -> Tuple[Tensor, Optional[Tensor]]:
+    """gradient * scale, None for 1, and the sum of all rows of gradient (..., D) where it is wanted."""
+    if summed and kernels.suits(gradient, scale):
+        return kernels.sum_columns(gradient, scale)
+    return gradient if scale is None else gradient * scale, _rows(gradient).sum(dim=0) if summed else None
+
+
 class _NormLinear(torch.autograd.Function):
     """Linear(LayerNorm(x)), of which only x is kept."""
 
@@ -73,7 +81,7 @@ class _NormLinear(torch.autograd.Function):
         torch.mm(_rows(gradient).t(), _rows(normed), out=for_weight)
         del normed
         for_normed = gradient @ weight.to(gradient.dtype)
-        for_bias = _rows(gradient).sum(dim=0).to(weight.dtype) if ctx.has_bias else None
+        for_bias = _scale(gradient, None, summed=True)[1].to(weight.dtype) if ctx.has_bias else None
         for_x, for_scale, for_shift = torch.ops.aten.native_layer_norm_backward(
             for_normed.to(x.dtype), x, x.shape[-1:], mean, rstd, scale, shift, [True, True, True]
         )
@@ -108,10 +116,15 @@ class _Geglu:
     """The first half of x, gated by the second."""
 
     def __call__(self, x: Tensor) -> Tensor:
+        if kernels.suits(x):
+            return kernels.gelu(x, gated=True)
         x, gate = x.chunk(2, dim=-1)
         return F.gelu(gate).mul_(x)
 
     def again(self, x: Tensor, incoming: Tensor, for_x: Tensor) -> Tensor:
+        if kernels.suits(x, incoming, for_x):
+            kernels.gelu_again(x, True, incoming, for_x)
+            return incoming
         x, gate = x.chunk(2, dim=-1)
         for_x, for_gate = for_x.chunk(2, dim=-1)
         active = F.gelu(gate)
@@ -122,9 +135,12 @@ class _Geglu:
 
 class _Gelu:
     def __call__(self, x: Tensor) -> Tensor:
-        return F.gelu(x)
+        return kernels.gelu(x, gated=False) if kernels.suits(x) else F.gelu(x)
 
     def again(self, x: Tensor, incoming: Tensor, for_x: Tensor) -> Tensor:
+        if kernels.suits(x, incoming, for_x):
+            kernels.gelu_again(x, False, incoming, for_x)
+            return incoming
         torch.ops.aten.gelu_backward.grad_input(incoming, x, grad_input=for_x)
         return F.gelu(x)
 
@@ -308,6 +324,8 @@ class _AddLinear(torch.autograd.Function):
             branch = F.linear(before(x), weight, bias)
             return residual + branch if scale is None else torch.addcmul(residual, branch, scale)
         result = torch.empty_like(residual)
+        if kernels.suits(residual, result, weight, bias, scale):
+            return kernels.add_branch(residual, scale, bias, _linear_into(result, before(x), weight, None))
         _linear_into(result, before(x), weight, bias)
         return result.add_(residual) if scale is None else torch.addcmul(residual, result, scale, out=result)
 
@@ -316,21 +334,29 @@ class _AddLinear(torch.autograd.Function):
         x, weight, bias, scale = ctx.saved_tensors
         own = gradient.to(x.dtype)
         for_weight = _weight_gradient(own, weight)
-        scaled = own if scale is None else (gradient * scale).to(x.dtype)
+        scaled, for_bias = _scale(gradient, scale, summed=bias is not None)
         for_x = torch.empty_like(x)
-        active = ctx.before.again(x, scaled @ weight.to(x.dtype), for_x)
+        active = ctx.before.again(x, scaled.to(x.dtype) @ weight.to(x.dtype), for_x)
         for_weight = torch.mm(_rows(own).t(), _rows(active), out=for_weight).to(weight.dtype)
-        for_bias = None if bias is None else _rows(gradient).sum(dim=0).to(bias.dtype)
+        for_bias = None if for_bias is None else for_bias.to(bias.dtype)
         for_scale = None
         if scale is not None:
-            for_scale = (for_weight * weight).sum(dim=1)
             factor = scale.flatten()
+            for_scale = _sum_and_scale(for_weight, weight, factor)
             if for_bias is not None:
                 for_scale = for_scale + for_bias * bias
                 for_bias = for_bias * factor
             for_scale = for_scale.view_as(scale)
-            for_weight.mul_(factor[:, None])
         return gradient, for_x, for_weight, for_bias, for_scale, None
+
+
+def _sum_and_scale(for_weight: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
+    """The sums (D) over rows of for_weight * weight (D, C); then scale the rows of for_weight."""
+    if kernels.suits(for_weight, weight, factor):
+        return kernels.sum_products_and_scale(for_weight, weight, factor)
+    sums = (for_weight * weight).sum(dim=1)
+    for_weight.mul_(factor[:, None])
+    return sums
 
 
 def add_linear(

@@ -12,7 +12,7 @@ from models.attention import build_mask
 from models.config import DalleConfig
 from models.dalle import DALLE
 from models.fused import KernelAttention
-from models.kernels import attention, build
+from models.kernels import attention, build, training
 
 pytestmark = [
     pytest.mark.skipif(shutil.which(os.environ.get("CC", "gcc")) is None, reason="needs a C compiler"),
@@ -97,6 +97,67 @@ def test_wrong_shapes_are_refused():
         attention.backward(turned, pattern, torch.zeros(1, 20, 4), torch.zeros(1, 20, 12))
 
 
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("width", [1, 16, 37, 64])
+def test_gelu_and_its_gradient(gated, width, threads):
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, width * (1 + gated)) * 3
+    gradient = torch.randn(2, 5, width)
+    exact = x.double().requires_grad_()
+    first, last = exact.chunk(2, dim=-1) if gated else (1, exact)
+    expected = first * F.gelu(last)
+    expected.backward(gradient.double())
+    result, for_x = training.gelu(x, gated), torch.full_like(x, float("nan"))
+    training.gelu_again(x, gated, gradient, for_x)
+    assert torch.equal(gradient, result)
+    close(result, expected.detach(), 3e-7)
+    close(for_x, exact.grad, 3e-7)
+
+
+def test_gelu_over_all_sizes_of_numbers():
+    sizes = torch.logspace(-45, 38, 4000)
+    x = torch.cat([sizes, -sizes, torch.linspace(-14, 14, 20001), torch.tensor([0.0, -0.0])])[None]
+    gradient, for_x, exact = torch.ones_like(x), torch.empty_like(x), x.double().requires_grad_()
+    result = training.gelu(x, gated=False)
+    expected = 0.5 * exact * torch.special.erfc(-exact / 2**0.5)
+    expected.sum().backward()
+    # Relative to the result itself: the left tail too is right, as far as e^(-x^2 / 2) is in float32.
+    inside = x.double() > -11
+    error = (result.double() - expected).abs() / expected.abs().clamp(min=1e-37)
+    assert error[inside].max() < 1e-5 and (result.double() - expected).abs()[x.abs() < 14].max() < 1e-6
+    training.gelu_again(x, False, gradient, for_x)
+    assert (for_x.double() - exact.grad).abs().max() < 3e-7
+
+
+def test_gelu_passes_on_what_is_no_number():
+    x = torch.tensor([[float("inf"), -float("inf"), float("nan"), 1.0]])
+    own, for_x = torch.ones_like(x), torch.empty_like(x)
+    training.gelu_again(x, False, own, for_x)
+    assert own.isfinite().tolist() == for_x.isfinite().tolist() == [[False, False, False, True]]
+
+
+@pytest.mark.parametrize("rows, width", [(1, 1), (7, 16), (9, 37), (70, 130)])
+def test_passes_around_the_products(rows, width, threads):
+    torch.manual_seed(1)
+    x, residual, scale, bias = (torch.randn(size, width) for size in (rows, rows, 1, 1))
+    scale, bias = scale[0], bias[0]
+    exact = x.double()
+    for own_scale, own_bias in ((scale, bias), (None, bias), (scale, None), (None, None)):
+        expected = residual + (1.0 if own_scale is None else own_scale.double()) * (
+            exact if own_bias is None else exact + own_bias
+        )
+        close(training.add_branch(residual, own_scale, own_bias, x.clone()), expected, 3e-7)
+    scaled, sums = training.sum_columns(x, scale)
+    close(sums, exact.sum(dim=0), 1e-5)
+    assert torch.equal(scaled, x * scale)
+    same, sums = training.sum_columns(x)
+    assert same is x
+    close(sums, exact.sum(dim=0), 1e-5)
+    factor, own = torch.randn(rows), x.clone()
+    close(training.sum_products_and_scale(own, residual, factor), (exact * residual).sum(dim=1), 1e-5)
+    assert torch.equal(own, x * factor[:, None])
+
+
 def gradients(model, text, codes):
     model.zero_grad()
     losses = model.loss(*model(text, codes), text, codes)
@@ -120,6 +181,7 @@ def test_a_model_learns_the_same_with_and_without(activation, biases, threads, m
         close(with_kernels, expected, 1e-5)
 
     monkeypatch.setattr("models.attention.KernelAttention.suits", staticmethod(lambda qkv, pattern: False))
+    monkeypatch.setattr("models.kernels.training.suits", lambda *tensors: False)
     for without, expected in zip(gradients(model.float(), text, codes), exact):
         close(without, expected, 1e-5)
 
@@ -128,3 +190,5 @@ def test_other_types_and_devices_take_pytorch():
     assert not KernelAttention.suits(torch.zeros(1, 20, 24, dtype=torch.bfloat16), "full")
     assert not KernelAttention.suits(torch.zeros(1, 20, 24, device="meta"), "full")
     assert not KernelAttention.suits(torch.zeros(1, 20, 24), "conv_like")
+    assert training.suits(torch.zeros(2, 3), None) and not training.suits(torch.zeros(2, 3), torch.zeros(2, 3).t())
+    assert not training.suits(torch.zeros(2, 3, dtype=torch.float64))

@@ -1,0 +1,94 @@
+"""What surrounds the matrix products of a training step, by training.c: for contiguous float32 tensors on a CPU."""
+
+import ctypes
+import functools
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from models.kernels.build import library, pointer, usable
+
+
+@functools.lru_cache(maxsize=None)
+def _functions() -> Optional[ctypes.CDLL]:
+    found = library("training")
+    if found is not None:
+        address, size = ctypes.c_void_p, ctypes.c_long
+        for function, arguments in (
+            (found.gelu_forward, [size, size, ctypes.c_int, address, address]),
+            (found.gelu_backward, [size, size, ctypes.c_int, address, address, address]),
+            (found.add_branch, [size, size, address, address, address, address]),
+            (found.sum_columns, [size, size, address, address, address, address]),
+            (found.sum_products_and_scale, [size, size, address, address, address, address]),
+        ):
+            function.argtypes, function.restype = arguments, None
+    return found
+
+
+def suits(*tensors: Optional[Tensor]) -> bool:
+    """Whether there are kernels here, and they may compute with these."""
+    return (
+        usable(*tensors)
+        and all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+        and _functions() is not None
+    )
+
+
+def _size(x: Tensor) -> Tuple[int, int]:
+    """Rows, and how many numbers are in each."""
+    return x[..., 0].numel(), x.shape[-1]
+
+
+def _expect(shape: torch.Size, *tensors: Optional[Tensor]) -> None:
+    for tensor in tensors:
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError("shape {}, expected {}".format(tuple(tensor.shape), tuple(shape)))
+
+
+def gelu(x: Tensor, gated: bool) -> Tensor:
+    """gelu(x), or the first half of x (..., n) times gelu of the second where it is gated."""
+    rows, width = _size(x)
+    if gated and width % 2:
+        raise ValueError("no halves: {}".format(width))
+    width //= 1 + gated
+    result = x.new_empty(*x.shape[:-1], width)
+    _functions().gelu_forward(rows, width, gated, pointer(x), pointer(result))
+    return result
+
+
+def gelu_again(x: Tensor, gated: bool, incoming: Tensor, for_x: Tensor) -> None:
+    """Write the gradient for x to `for_x`, and what `gelu` gives over `incoming`, the gradient of that."""
+    rows, width = _size(incoming)
+    _expect(x.shape, for_x)
+    _expect(torch.Size([*x.shape[:-1], x.shape[-1] // (1 + gated)]), incoming)
+    _functions().gelu_backward(rows, width, gated, pointer(x), pointer(incoming), pointer(for_x))
+
+
+def add_branch(residual: Tensor, scale: Optional[Tensor], bias: Optional[Tensor], branch: Tensor) -> Tensor:
+    """Let `branch` (..., D) become residual + scale * (branch + bias), scale (1, 1, D), bias (D), and return it."""
+    rows, width = _size(branch)
+    _expect(branch.shape, residual)
+    _expect(branch.shape[-1:], bias, None if scale is None else scale.flatten())
+    _functions().add_branch(rows, width, pointer(residual), pointer(scale), pointer(bias), pointer(branch))
+    return branch
+
+
+def sum_columns(x: Tensor, scale: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
+    """Return x (..., D) * scale, or x itself without one, and the sums (D) of all rows of x."""
+    rows, width = _size(x)
+    scaled, sums = x if scale is None else torch.empty_like(x), x.new_empty(width)
+    if scale is not None:
+        _expect(sums.shape, scale.flatten())
+    _functions().sum_columns(rows, width, pointer(x), pointer(scale), pointer(scaled), pointer(sums))
+    return scaled, sums
+
+
+def sum_products_and_scale(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
+    """Return the sums (rows) of x * y (rows, n); then multiply each row of x by its factor (rows)."""
+    rows, width = x.shape
+    _expect(x.shape, y)
+    _expect(x.shape[:1], factor)
+    sums = x.new_empty(rows)
+    _functions().sum_products_and_scale(rows, width, pointer(y), pointer(factor), pointer(x), pointer(sums))
+    return sums
