@@ -23,6 +23,7 @@ from engines.base import Engine, StepResult, parameter_groups
 from engines.memory import peak_bytes, total_bytes, training_memory
 from models.config import DalleConfig
 from models.dalle import TextToImage
+from models.kernels import training as kernels
 from models.vqgan import image_codes
 from utils.errors import UsageError, UserError
 from utils.loading import make_loader, read
@@ -337,7 +338,8 @@ class NativeEngine(Engine):
         if self.sharding is not None:
             return self.sharding.clip(clip)
         if not clip and hasattr(torch.nn.utils, "get_total_norm"):  # from PyTorch 2.6 on; spares a pass over them all
-            return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            return kernels.norm(gradients) if kernels.suits(*gradients) else torch.nn.utils.get_total_norm(gradients)
         return torch.nn.utils.clip_grad_norm_(self.parameters, clip or float("inf")).detach()
 
     def _update_weights(self, bad: Tensor) -> None:

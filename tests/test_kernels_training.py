@@ -158,6 +158,17 @@ def test_passes_around_the_products(rows, width, threads):
     assert torch.equal(own, x * factor[:, None])
 
 
+def test_norm_of_many_tensors(threads):
+    torch.manual_seed(2)
+    tensors = [torch.randn(size) for size in ((1,), (37,), (8, 2049), (3, 0), (70, 1000))] + [torch.tensor(2.0)]
+    exact = torch.cat([tensor.flatten() for tensor in tensors]).double().norm()
+    close(training.norm(tensors), exact, 1e-6)
+    tensors[2][5, 3] = float("nan")
+    assert training.norm(tensors).isnan()
+    tensors[2][5, 3] = -float("inf")
+    assert training.norm(tensors).isinf()
+
+
 def gradients(model, text, codes):
     model.zero_grad()
     losses = model.loss(*model(text, codes), text, codes)

@@ -158,6 +158,20 @@ static inline vec largest(float *scores, long n, long valid, vec *odd) {
     return most;
 }
 
+static inline float largest_of(vec x) {
+#if defined(__clang__)
+    float most = x[0];
+    for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
+    return most;
+#else
+    ivec lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+#pragma GCC unroll 4
+    for (int far = LANES / 2; far; far /= 2) x = larger(__builtin_shuffle(x, lane ^ far), x);
+    return x[0];
+#endif
+}
+
 static inline vec exponentials(float *scores, long n, float most) {
     vec sum = {};
     for (long i = 0; i < n; i += LANES) {
@@ -172,11 +186,11 @@ static inline vec exponentials(float *scores, long n, float most) {
 static void weigh(const Plan *p, const Chunk *c, float *scores) {
     long text = rounded(c->keys), group = c->groups ? p->group : 0;
     for (long i = 0; i < c->count; i++) {
-        float *own = scores + i * p->row, *near = own + p->text, most = -INFINITY;
+        float *own = scores + i * p->row, *near = own + p->text;
         vec odd = {};
         vec lanes = largest(own, text, group ? p->of.text : c->first + i + 1, &odd);
         if (group) lanes = larger(lanes, largest(near, group, i % p->of.grid + 1, &odd));
-        for (int k = 0; k < LANES; k++) most = lanes[k] > most ? lanes[k] : most;
+        float most = largest_of(lanes);
         vec sum = exponentials(own, text, most) + exponentials(near, group, most) + odd;
         vec part = fill(1.0f / sum_of(sum));
         for (long k = 0; k < text; k += LANES) store(own + k, load(own + k) * part);

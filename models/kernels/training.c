@@ -114,3 +114,30 @@ void sum_products_and_scale(long rows, long n, const float *y, const float *fact
         sums[row] = sum_of(sum);
     }
 }
+
+/* The square root of the sum of squares of several tensors, `sizes` floats each. sums: a number for each tensor. */
+float norm(long count, const float *const *tensors, const long *sizes, double *sums) {
+#pragma omp parallel for schedule(dynamic)
+    for (long i = 0; i < count; i++) {
+        const float *x = tensors[i];
+        double total = 0;
+        for (long from = 0; from < sizes[i]; from += 256 * LANES) { /* floats would lose the small ones in a long sum */
+            long to = sizes[i] - from < 256 * LANES ? sizes[i] : from + 256 * LANES, k = from;
+            vec sum[4] = {};
+            for (; k + 4 * LANES <= to; k += 4 * LANES)
+                for (int j = 0; j < 4; j++) {
+                    vec a = load(x + k + j * LANES);
+                    sum[j] += a * a;
+                }
+            for (; k < to; k += LANES) {
+                vec a = load_up_to(x + k, to - k);
+                sum[0] += a * a;
+            }
+            total += sum_of(sum[0] + sum[1] + (sum[2] + sum[3]));
+        }
+        sums[i] = total;
+    }
+    double total = 0;
+    for (long i = 0; i < count; i++) total += sums[i];
+    return sqrt(total);
+}

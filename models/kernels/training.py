@@ -2,7 +2,7 @@
 
 import ctypes
 import functools
-from typing import Optional, Tuple
+from typing import Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ def _functions() -> Optional[ctypes.CDLL]:
             (found.sum_products_and_scale, [size, size, address, address, address, address]),
         ):
             function.argtypes, function.restype = arguments, None
+        found.norm.argtypes, found.norm.restype = [size, address, address, address], ctypes.c_float
     return found
 
 
@@ -92,3 +93,11 @@ def sum_products_and_scale(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
     sums = x.new_empty(rows)
     _functions().sum_products_and_scale(rows, width, pointer(y), pointer(factor), pointer(x), pointer(sums))
     return sums
+
+
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the square root of the sum of all squares, a scalar."""
+    addresses = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
+    sizes = torch.tensor([tensor.numel() for tensor in tensors], dtype=torch.int64)
+    sums = torch.empty(len(tensors), dtype=torch.float64)
+    return torch.tensor(_functions().norm(len(tensors), pointer(addresses), pointer(sizes), pointer(sums)))

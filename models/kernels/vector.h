@@ -22,11 +22,21 @@ static inline void store(float *p, vec x) { *(loose *)p = x; }
 static inline vec fill(float x) { return x - (vec){}; }
 static inline vec larger(vec a, vec b) { ivec m = a > b; return (vec)((m & (ivec)a) | (~m & (ivec)b)); }
 static inline vec smaller(vec a, vec b) { ivec m = a < b; return (vec)((m & (ivec)a) | (~m & (ivec)b)); }
+#ifdef __clang__
 static inline float sum_of(vec x) {
     float s = 0;
     for (int i = 0; i < LANES; i++) s += x[i];
     return s;
 }
+#else
+static inline float sum_of(vec x) { /* each half to the other, until all are the same */
+    ivec lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+#pragma GCC unroll 4
+    for (int far = LANES / 2; far; far /= 2) x += __builtin_shuffle(x, lane ^ far);
+    return x[0];
+}
+#endif
 
 /* e^x to about one unit in the last place; 0 below -87, and no more than e^88 above. */
 static inline vec exp_of(vec x) {
