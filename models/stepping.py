@@ -3,13 +3,13 @@
 A token of a few images is many small operations and a pass over all weights. Here the modules' attributes are read
 once and not for every token, and on a CPU weights are laid out for the rows there are: in each product with a handful
 of rows MKL rearranges the weight, which costs more than the product; rearranged once, 8 rows take about half the time
-(AVX-512, L16).
+(AVX-512, L16). Where kernels of our own can be had, they do all of it (kernels/rows.py).
 
 Letters: B rows (images, twice as many with guidance), D width, H heads, K width of a head.
 """
 
 import contextlib
-from typing import Any, Callable, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Iterator, List, Optional, Sequence, Union
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from models.attention import rotate
 from models.cache import LayerCache
 from models.dalle import DALLE
+from models.kernels.rows import RowStepper, row_stepper
 from models.transformer import Block, Residual
 
 #: Bytes of weights up to which a second copy is made. Larger models need the memory more than the time.
@@ -28,12 +29,22 @@ _PACKED_ROWS = 4
 Product = Callable[[Tensor], Tensor]
 
 
-def _copies(modules: List[nn.Module]) -> bool:
+def _linears(model: DALLE) -> List[nn.Linear]:
+    roots = (model.transformer, model.image_head)
+    return [module for root in roots for module in root.modules() if isinstance(module, nn.Linear)]
+
+
+def _small(linears: List[nn.Linear]) -> bool:
+    """Whether a second copy of these is no burden."""
+    return sum(linear.weight.numel() * 4 for linear in linears) <= _MAX_BYTES
+
+
+def _copies(model: DALLE) -> bool:
     """Whether weights may be laid out anew: float32 on a CPU with MKL, and not too many."""
-    linears = [module for root in modules for module in root.modules() if isinstance(module, nn.Linear)]
+    linears = _linears(model)
     return (
         all(linear.weight.device.type == "cpu" and linear.weight.dtype == torch.float32 for linear in linears)
-        and sum(linear.weight.numel() * 4 for linear in linears) <= _MAX_BYTES
+        and _small(linears)
         and torch.backends.mkl.is_available()
         and hasattr(torch.ops.mkl, "_mkl_linear")
     )
@@ -113,7 +124,7 @@ class Stepper:
 
     def __init__(self, model: DALLE, rows: int) -> None:
         self.model, self.rows = model, rows
-        self.copies = _copies([model.transformer, model.image_head])
+        self.copies = _copies(model)
         self.layers = [_layer(block, rows, self.copies) for block in model.transformer.layers]
         self.table = model.image_emb
         self.positions = None if model.image_pos_emb is None else model.image_pos_emb.table()
@@ -134,8 +145,12 @@ class Stepper:
 
 
 @contextlib.contextmanager
-def stepping(model: DALLE, rows: int) -> Iterator[Stepper]:
-    """Within the context, a `Stepper` for so many rows."""
+def stepping(model: DALLE, rows: int) -> Iterator[Union[Stepper, RowStepper]]:
+    """Within the context, what feeds codes to so many rows: a `Stepper`, or kernels that do the same in less time."""
+    kernels = row_stepper(model, rows) if _small(_linears(model)) else None
+    if kernels is not None:
+        yield kernels
+        return
     stepper = Stepper(model, rows)
     before: Any = None
     if stepper.copies:

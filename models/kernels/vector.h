@@ -38,9 +38,9 @@ static inline float sum_of(vec x) { /* each half to the other, until all are the
 }
 #endif
 
-/* e^x to about one unit in the last place; 0 below -87, and no more than e^88 above. */
+/* e^x to about one unit in the last place; 0 below -87, and no more than e^88 above. Not a number stays one. */
 static inline vec exp_of(vec x) {
-    vec bounded = smaller(larger(x, fill(-87.3f)), fill(88.0f));
+    vec bounded = smaller(fill(88.0f), larger(fill(-87.3f), x)); /* the second where they do not compare */
     vec scaled = bounded * 1.44269504f;
     const vec magic = fill(12582912.0f); /* 1.5 * 2^23: adding it rounds to a whole number */
     vec whole = scaled + magic;
@@ -59,3 +59,21 @@ static inline vec exp_of(vec x) {
     ivec tiny = x < -87.3f;
     return (vec)(~tiny & (ivec)result);
 }
+
+/* x times the share of a normal distribution below x. Its tail by Abramowitz and Stegun 7.1.26, to 1e-7. */
+static inline vec gelu_of(vec x) {
+    vec z = larger(x, -x) * 0.70710678f;
+    vec t = 1.0f / (z * 0.3275911f + 1.0f);
+    vec p = fill(0.5f * 1.061405429f);
+    p = p * t - 0.5f * 1.453152027f;
+    p = p * t + 0.5f * 1.421413741f;
+    p = p * t - 0.5f * 0.284496736f;
+    p = p * t + 0.5f * 0.254829592f;
+    vec tail = p * t * exp_of(-z * z);
+    ivec above = x > 0.0f;
+    vec share = (vec)((above & (ivec)(1.0f - tail)) | (~above & (ivec)tail));
+    return x * share;
+}
+
+/* x / (1 + e^-1.702x) */
+static inline vec quick_gelu_of(vec x) { return x / (exp_of(x * -1.702f) + 1.0f); }

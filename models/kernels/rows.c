@@ -1,0 +1,453 @@
+/* One code of each image through the whole transformer, for the few rows that drawing has: memory is read once, for the
+ * weights, and what happens between two products stays in the caches.
+ *
+ * A weight (N, D) lies as panels (N / PANEL, D, PANEL): what is read next lies next, and threads share panels out. A
+ * sum goes over D in order whatever the number of rows or threads is, so neither changes an image.
+ *
+ * Letters: R rows (images, twice as many with guidance), D width, H heads, K width of a head, P text positions, N codes
+ * of an image.
+ */
+#include <omp.h>
+#include <stddef.h>
+
+#include "vector.h"
+
+#define PANEL (2 * LANES)
+#if LANES == 8
+#define MOST 6 /* rows whose sums for a panel fit into 16 registers */
+#else
+#define MOST 12
+#endif
+#define PLACES 8 /* of a panel, read in turn */
+#define AHEAD 12 /* inputs between what is computed and what is asked for */
+#define INLINE static inline __attribute__((always_inline))
+
+enum { GEGLU, GELU, QUICK_GELU };
+
+typedef struct {
+    const float *weight; /* panels */
+    const float *bias;   /* (panels * PANEL) in the order of the panels */
+    int64_t depth, panels;
+} linear;
+
+typedef struct {
+    const float *weight, *bias; /* NULL: there is none */
+    float eps;
+} norm;
+
+typedef struct {
+    norm before, after;  /* `after`: of a branch's output, where it has one */
+    linear first, second; /* queries, keys and values, and out; or up and down */
+    const float *scale;  /* (D) */
+    float *history;      /* (R, N, D): inputs, where tokens are shifted */
+} branch;
+
+typedef struct {
+    branch attention, feed_forward;
+    const float *text_key, *text_value; /* (R / images, H, P, K) */
+    float *image_key, *image_value;     /* of each row and head `lane` floats, with slots of K floats */
+    int64_t lane;
+    const int32_t *slots;         /* (N): where a code's key and value lie */
+    const int32_t *starts, *seen; /* position i sees the slots seen[starts[i]] up to seen[starts[i + 1]] */
+} layer;
+
+typedef struct {
+    int64_t rows, images, codes, dim, heads, width, text_len, grid, hidden, activation, layers, threads, turned;
+    const float *table, *positions; /* (codes, D); (N, D) or NULL */
+    const float *cosines, *sines;   /* (N, turned) of rotary embedding, or NULL */
+    norm last;
+    const layer *stack;
+    float *scratch; /* room_of floats */
+} model;
+
+static int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* ---- products */
+
+int64_t panel_width(void) { return PANEL; }
+
+/* Weight (n, depth) -> panels. gated: each panel has LANES rows of the first half and the same of the second. */
+void pack(const float *weight, int64_t n, int64_t depth, int64_t gated, float *out, int64_t threads) {
+    int64_t half = gated ? n / 2 : 0, step = gated ? LANES : PANEL, each = gated ? half : n;
+    int64_t panels = (each + step - 1) / step;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t panel = 0; panel < panels; panel++) {
+        const float *row[PANEL];
+        for (int lane = 0; lane < PANEL; lane++) {
+            int second = gated && lane >= LANES;
+            int64_t index = panel * step + lane - (second ? LANES : 0);
+            row[lane] = index < each ? weight + (index + (second ? half : 0)) * depth : NULL;
+        }
+        float *to = out + panel * depth * PANEL;
+        for (int64_t k = 0; k < depth; k++, to += PANEL)
+            for (int lane = 0; lane < PANEL; lane++) to[lane] = row[lane] ? row[lane][k] : 0.0f;
+    }
+}
+
+/* What to ask memory for while place p of a panel is read at k: PANEL floats or LANES at from + p * step + k times as
+ * many. */
+typedef struct {
+    const float *from;
+    int64_t step;
+    int half;
+} wanted;
+
+/* Sums of `rows` rows for inputs from `begin` to `end` of each place of a panel, added to what they are. Several places
+ * are read in turn: a core that reads at one place alone gets two thirds as much from memory. `rows` is known when this
+ * is compiled, so that sums are in registers. x (depth, stride): the rows lie side by side. */
+INLINE void places(const float *x, int64_t stride, const float *weight, int64_t part, int64_t begin, int64_t end,
+                   wanted next, int rows, vec sums[][2]) {
+    vec own[MOST][2];
+    for (int r = 0; r < rows; r++) own[r][0] = sums[r][0], own[r][1] = sums[r][1];
+    for (int64_t k = begin; k < end; k++) {
+#pragma GCC unroll 8
+        for (int place = 0; place < PLACES; place++) {
+            const float *ask = next.from + place * next.step + k * (next.half ? LANES : PANEL);
+            __builtin_prefetch(ask, 0, 2);
+            if (!next.half) __builtin_prefetch(ask + LANES, 0, 2);
+            vec left = load(weight + (place * part + k) * PANEL), right = load(weight + (place * part + k) * PANEL + LANES);
+#pragma GCC unroll 12
+            for (int r = 0; r < rows; r++) {
+                vec value = fill(x[(place * part + k) * stride + r]);
+                own[r][0] += value * left;
+                own[r][1] += value * right;
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++) sums[r][0] = own[r][0], sums[r][1] = own[r][1];
+}
+
+#define CASE(n) case n: places(x, stride, weight, part, begin, end, next, n, sums); break;
+
+static void few(const float *x, int64_t stride, const float *weight, int64_t part, int64_t begin, int64_t end,
+                wanted next, int rows, vec sums[][2]) {
+    switch (rows) {
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#if MOST > 6
+        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#endif
+    }
+}
+
+/* Sums of `rows` rows for one panel, which is gone through `times` times, this being number `time`. */
+static void sums_of(const float *x, int64_t stride, const float *weight, int64_t depth, int64_t times, int64_t time,
+                    int rows, vec sums[][2]) {
+    int64_t part = depth / PLACES, last = part > AHEAD ? part - AHEAD : 0;
+    const float *panel = weight + depth * PANEL; /* the next one */
+    for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = fill(0);
+    if (times == 1) {
+        wanted soon = {weight + AHEAD * PANEL, part * PANEL, 0}, then = {panel - last * PANEL, part * PANEL, 0};
+        few(x, stride, weight, part, 0, last, soon, rows, sums);
+        few(x, stride, weight, part, last, part, then, rows, sums);
+    } else { /* memory would wait while a panel in the cache is gone through again: half of the next one each time */
+        wanted half = {panel + time % 2 * (PLACES / 2) * part * PANEL, part * LANES, 1};
+        few(x, stride, weight, part, 0, part, half, rows, sums);
+    }
+    for (int64_t k = PLACES * part; k < depth; k++)
+        for (int r = 0; r < rows; r++) {
+            sums[r][0] += x[k * stride + r] * load(weight + k * PANEL);
+            sums[r][1] += x[k * stride + r] * load(weight + k * PANEL + LANES);
+        }
+}
+
+enum { PLAIN, RESIDUAL, ACTIVE };
+
+typedef struct {
+    int kind;            /* PLAIN: out = sums; RESIDUAL: out += scale * sums; ACTIVE: out = activation of sums, by columns */
+    float *out;          /* (rows, stride), or ACTIVE: (columns, rows) */
+    int64_t stride;      /* at least panels * PANEL */
+    const float *scale;  /* or NULL */
+    int64_t activation;
+} ending;
+
+static void finish(const ending *end, const linear *product, int64_t panel, int64_t rows, int64_t row, int count,
+                   vec sums[][2]) {
+    int64_t column = panel * PANEL;
+    vec left = load(product->bias + column), right = load(product->bias + column + LANES);
+    for (int r = 0; r < count; r++) {
+        vec a = sums[r][0] + left, b = sums[r][1] + right;
+        if (end->kind == ACTIVE) {
+            if (end->activation == GEGLU) {
+                sums[r][0] = a * gelu_of(b);
+            } else {
+                sums[r][0] = end->activation == GELU ? gelu_of(a) : quick_gelu_of(a);
+                sums[r][1] = end->activation == GELU ? gelu_of(b) : quick_gelu_of(b);
+            }
+            continue;
+        }
+        float *to = end->out + (row + r) * end->stride + column;
+        if (end->kind == RESIDUAL) {
+            if (end->scale) {
+                a *= load(end->scale + column);
+                b *= load(end->scale + column + LANES);
+            }
+            a += load(to);
+            b += load(to + LANES);
+        }
+        store(to, a);
+        store(to + LANES, b);
+    }
+    if (end->kind == ACTIVE) {
+        int wide = end->activation == GEGLU ? LANES : PANEL;
+        const float *from = (const float *)sums;
+        float *to = end->out + panel * wide * rows + row;
+        for (int lane = 0; lane < wide; lane++)
+            for (int r = 0; r < count; r++) to[lane * rows + r] = from[r * PANEL + lane];
+    }
+}
+
+/* This thread's part of a product: x (depth, rows) with rows side by side. */
+static void multiply(const linear *product, const float *x, int64_t rows, const ending *end) {
+    int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    int64_t from = product->panels * thread / threads, to = product->panels * (thread + 1) / threads;
+    int64_t tiles = (rows + MOST - 1) / MOST;
+    vec sums[MOST][2];
+    for (int64_t panel = from; panel < to; panel++) {
+        const float *weight = product->weight + panel * product->depth * PANEL;
+        for (int64_t i = 0; i < tiles; i++) {
+            int64_t row = rows * i / tiles;
+            int count = rows * (i + 1) / tiles - row;
+            sums_of(x + row, rows, weight, product->depth, tiles, i, count, sums);
+            finish(end, product, panel, rows, row, count, sums);
+        }
+    }
+}
+
+static void turn_round(const float *x, int64_t rows, int64_t stride, int64_t columns, float *out) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t k = 0; k < columns; k++) out[k * rows + r] = x[r * stride + k];
+}
+
+/* x (rows, depth) -> out (rows, panels * PANEL); room: depth * rows floats */
+void multiply_rows(const linear *product, const float *x, int64_t rows, float *out, float *room, int64_t threads) {
+    turn_round(x, rows, product->depth, product->depth, room);
+    ending end = {PLAIN, out, product->panels * PANEL, NULL, 0};
+#pragma omp parallel num_threads(threads)
+    multiply(product, room, rows, &end);
+}
+
+/* ---- norms */
+
+INLINE vec some(const float *x, int64_t n) { /* the first n of LANES floats, zeros behind them */
+    vec result = fill(0);
+    memcpy(&result, x, n * sizeof(float));
+    return result;
+}
+
+static void normalise(const norm *by, const float *x, int64_t n, float *out) {
+    int64_t whole = n / LANES * LANES;
+    vec sum = fill(0);
+    for (int64_t i = 0; i < whole; i += LANES) sum += load(x + i);
+    sum += some(x + whole, n - whole);
+    float mean = sum_of(sum) / n;
+    sum = fill(0);
+    for (int64_t i = 0; i < whole; i += LANES) {
+        vec difference = load(x + i) - mean;
+        sum += difference * difference;
+    }
+    float squares = sum_of(sum);
+    for (int64_t i = whole; i < n; i++) squares += (x[i] - mean) * (x[i] - mean);
+    float factor = 1.0f / sqrtf(squares / n + by->eps);
+    for (int64_t i = 0; i < whole; i += LANES)
+        store(out + i, (load(x + i) - mean) * factor * load(by->weight + i) + load(by->bias + i));
+    for (int64_t i = whole; i < n; i++) out[i] = (x[i] - mean) * factor * by->weight[i] + by->bias[i];
+}
+
+/* All rows normalised, and shifted where tokens are: x (R, stride) -> out (D, R). row: room for D floats. */
+static void prepare(const model *m, const branch *b, const float *x, int64_t stride, int64_t position, float *row,
+                    float *out) {
+    int64_t dim = m->dim, rows = m->rows, codes = m->grid * m->grid, quarter = dim / 4;
+    for (int64_t r = 0; r < rows; r++) {
+        normalise(&b->before, x + r * stride, dim, row);
+        if (b->history) {
+            float *own = b->history + (r * codes + position) * dim;
+            if (omp_get_thread_num() == 0) memcpy(own, row, dim * sizeof(float));
+            for (int64_t i = 0; i < quarter; i++) {
+                row[i] = position >= m->grid ? own[i - m->grid * dim] : 0.0f;
+                row[quarter + i] = position % m->grid ? own[quarter + i - dim] : 0.0f;
+            }
+        }
+        for (int64_t k = 0; k < dim; k++) out[k * rows + r] = row[k];
+    }
+}
+
+/* ---- attention */
+
+INLINE float dot(const float *a, const float *b, int64_t n) {
+    int64_t i = 0;
+    vec sum = fill(0);
+#pragma GCC unroll 16
+    for (; i + LANES <= n; i += LANES) sum += load(a + i) * load(b + i);
+    float result = sum_of(sum);
+    for (; i < n; i++) result += a[i] * b[i];
+    return result;
+}
+
+/* out = sum of weights[i] * values[i], vectors of `count` registers */
+INLINE void mix(const float *weights, const float *text, int64_t texts, const float *image, const int32_t *seen,
+                int64_t shown, int64_t width, int count, float factor, float *out) {
+    vec sums[count];
+    for (int c = 0; c < count; c++) sums[c] = fill(0);
+    for (int64_t i = 0; i < texts; i++)
+#pragma GCC unroll 4
+        for (int c = 0; c < count; c++) sums[c] += weights[i] * load(text + i * width + c * LANES);
+    for (int64_t i = 0; i < shown; i++)
+#pragma GCC unroll 4
+        for (int c = 0; c < count; c++) sums[c] += weights[texts + i] * load(image + seen[i] * width + c * LANES);
+    for (int c = 0; c < count; c++) store(out + c * LANES, sums[c] * factor);
+}
+
+static void turn(float *x, const float *cosines, const float *sines, int64_t turned) {
+    for (int64_t i = 0; i + 1 < turned; i += 2) {
+        float even = x[i], odd = x[i + 1];
+        x[i] = even * cosines[i] - odd * sines[i];
+        x[i + 1] = odd * cosines[i + 1] + even * sines[i + 1];
+    }
+}
+
+/* Head h of row r: keep key and value of the code at `position`, attend from there. room: width + P + N floats and some.
+ * `width` is m->width, known when this is compiled where it is the usual one. */
+INLINE void attend(const model *m, const layer *l, int64_t r, int64_t h, int64_t position, float *qkv, int64_t stride,
+                   int64_t width, float *room, float *out) {
+    int64_t rows = m->rows, texts = m->text_len, inner = m->heads * width;
+    float *query = qkv + r * stride + h * width, *key = query + inner, *value = key + inner;
+    int64_t prompt = r / m->images;
+    const float *text_key = l->text_key + (prompt * m->heads + h) * texts * width;
+    const float *text_value = l->text_value + (prompt * m->heads + h) * texts * width;
+    float *image_key = l->image_key + (r * m->heads + h) * l->lane;
+    float *image_value = l->image_value + (r * m->heads + h) * l->lane;
+    if (m->cosines) {
+        const float *cosines = m->cosines + position * m->turned, *sines = m->sines + position * m->turned;
+        turn(query, cosines, sines, m->turned);
+        turn(key, cosines, sines, m->turned);
+        turn(value, cosines, sines, m->turned);
+    }
+    memcpy(image_key + l->slots[position] * width, key, width * sizeof(float));
+    memcpy(image_value + l->slots[position] * width, value, width * sizeof(float));
+    float scale = 1.0f / sqrtf(width);
+    for (int64_t i = 0; i < width; i++) query[i] *= scale;
+
+    const int32_t *seen = l->seen + l->starts[position];
+    int64_t shown = l->starts[position + 1] - l->starts[position], count = texts + shown;
+    float *weights = room + up_to(width, LANES);
+    for (int64_t i = 0; i < texts; i++) weights[i] = dot(query, text_key + i * width, width);
+    for (int64_t i = 0; i < shown; i++) weights[texts + i] = dot(query, image_key + seen[i] * width, width);
+    int64_t padded = up_to(count, LANES);
+    for (int64_t i = count; i < padded; i++) weights[i] = -INFINITY;
+    vec top = load(weights), sum = fill(0);
+    for (int64_t i = LANES; i < padded; i += LANES) top = larger(top, load(weights + i));
+    float highest = top[0];
+    for (int i = 1; i < LANES; i++) highest = top[i] > highest ? top[i] : highest;
+    for (int64_t i = 0; i < padded; i += LANES) {
+        vec e = exp_of(load(weights + i) - highest);
+        store(weights + i, e);
+        sum += e;
+    }
+    float factor = 1.0f / sum_of(sum);
+    int64_t c = 0;
+    for (; c + 4 * LANES <= width; c += 4 * LANES)
+        mix(weights, text_value + c, texts, image_value + c, seen, shown, width, 4, factor, room + c);
+    for (; c + LANES <= width; c += LANES)
+        mix(weights, text_value + c, texts, image_value + c, seen, shown, width, 1, factor, room + c);
+    for (; c < width; c++) {
+        float own = 0;
+        for (int64_t i = 0; i < texts; i++) own += weights[i] * text_value[i * width + c];
+        for (int64_t i = 0; i < shown; i++) own += weights[texts + i] * image_value[seen[i] * width + c];
+        room[c] = own * factor;
+    }
+    for (c = 0; c < width; c++) out[(h * width + c) * rows + r] = room[c];
+}
+
+/* ---- the step */
+
+typedef struct {
+    int64_t stream, branch, qkv, heads, hidden, own, total; /* where each begins in the scratch, in floats */
+    int64_t wide, wide_qkv, of_thread;
+} plan;
+
+static plan plan_of(const model *m) {
+    plan at;
+    int64_t inner = m->heads * m->width, codes = m->grid * m->grid;
+    at.wide = up_to(m->dim, PANEL);
+    at.wide_qkv = up_to(3 * inner, PANEL);
+    at.stream = 0;
+    at.branch = at.stream + m->rows * at.wide;
+    at.qkv = at.branch + m->rows * at.wide;
+    at.heads = at.qkv + m->rows * at.wide_qkv;
+    at.hidden = at.heads + up_to(inner, PANEL) * m->rows;
+    at.own = at.hidden + up_to(m->hidden, PANEL) * m->rows;
+    /* Each thread: its copy of the input of a product (D, R), then a row, or what a head needs. */
+    at.of_thread = at.wide * m->rows + most(at.wide, up_to(m->width, LANES) + up_to(m->text_len + codes, LANES));
+    at.of_thread = up_to(at.of_thread, 64);
+    at.own = up_to(at.own, 64);
+    at.total = at.own + m->threads * at.of_thread;
+    return at;
+}
+
+int64_t room_of(const model *m) { return plan_of(m).total; }
+
+/* stream += scale * second(x), or with a norm in between. x (depth, R). Ends with all threads done. */
+static void add(const model *m, const branch *b, const plan *at, const float *x, float *row) {
+    float *stream = m->scratch + at->stream, *between = m->scratch + at->branch;
+    ending end = {RESIDUAL, stream, at->wide, b->scale, 0};
+    if (b->after.weight) end = (ending){PLAIN, between, at->wide, NULL, 0};
+    multiply(&b->second, x, m->rows, &end);
+#pragma omp barrier
+    if (b->after.weight) {
+        for (int64_t r = omp_get_thread_num(); r < m->rows; r += omp_get_num_threads()) {
+            normalise(&b->after, between + r * at->wide, m->dim, row);
+            for (int64_t i = 0; i < m->dim; i++) stream[r * at->wide + i] += (b->scale ? b->scale[i] : 1.0f) * row[i];
+        }
+#pragma omp barrier
+    }
+}
+
+static void through(const model *m, const layer *l, const plan *at, int64_t position) {
+    int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    float *stream = m->scratch + at->stream, *qkv = m->scratch + at->qkv, *heads = m->scratch + at->heads;
+    float *hidden = m->scratch + at->hidden;
+    float *normed = m->scratch + at->own + thread * at->of_thread, *room = normed + at->wide * m->rows;
+
+    prepare(m, &l->attention, stream, at->wide, position, room, normed);
+    ending end = {PLAIN, qkv, at->wide_qkv, NULL, 0};
+    multiply(&l->attention.first, normed, m->rows, &end);
+#pragma omp barrier
+    int64_t items = m->heads * m->rows;
+    for (int64_t i = items * thread / threads; i < items * (thread + 1) / threads; i++) {
+        int64_t h = i / m->rows, r = i % m->rows; /* images of a prompt one after the other: its text keys stay near */
+        if (m->width == 64)
+            attend(m, l, r, h, position, qkv, at->wide_qkv, 64, room, heads);
+        else
+            attend(m, l, r, h, position, qkv, at->wide_qkv, m->width, room, heads);
+    }
+#pragma omp barrier
+    add(m, &l->attention, at, heads, room);
+
+    prepare(m, &l->feed_forward, stream, at->wide, position, room, normed);
+    end = (ending){ACTIVE, hidden, 0, NULL, m->activation};
+    multiply(&l->feed_forward.first, normed, m->rows, &end);
+#pragma omp barrier
+    add(m, &l->feed_forward, at, hidden, room);
+}
+
+/* Feed the codes (R) at an image position; out (R, D): the stream after the last layer, through the last norm if any.
+ * Returns 0, or 1 for a code that is none. */
+int step(const model *m, const int64_t *codes, int64_t position, float *out) {
+    plan at = plan_of(m);
+    float *stream = m->scratch + at.stream;
+    for (int64_t r = 0; r < m->rows; r++) {
+        if (codes[r] < 0 || codes[r] >= m->codes) return 1;
+        memcpy(stream + r * at.wide, m->table + codes[r] * m->dim, m->dim * sizeof(float));
+        for (int64_t i = 0; m->positions && i < m->dim; i++) stream[r * at.wide + i] += m->positions[position * m->dim + i];
+    }
+#pragma omp parallel num_threads(m->threads)
+    for (int64_t i = 0; i < m->layers; i++) through(m, m->stack + i, &at, position);
+    for (int64_t r = 0; r < m->rows; r++) {
+        if (m->last.weight)
+            normalise(&m->last, stream + r * at.wide, m->dim, out + r * m->dim);
+        else
+            memcpy(out + r * m->dim, stream + r * at.wide, m->dim * sizeof(float));
+    }
+    return 0;
+}

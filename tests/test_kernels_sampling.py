@@ -1,0 +1,210 @@
+"""Kernels for drawing: they compute what PyTorch does, whatever the sizes, and are left out where they cannot."""
+
+import copy
+
+import pytest
+import torch
+from test_sampling import OPTIONS, TEXT, random_codes, random_model
+
+from models import stepping as stepping_module
+from models.cache import JoinedCache
+from models.kernels import build, rows
+from models.kernels.rows import Packed, RowStepper
+from models.quantization import Int8Linear
+from models.sampling import SamplingOptions, draw_codes, first_codes, prefill
+from models.stepping import Stepper, stepping
+
+KERNELS = pytest.mark.skipif(rows._library() is None, reason="there is no C compiler, or DALLE_KERNELS=off")
+#: What the configurations of test_sampling.py leave out: widths of vectors and more, whole and odd ones.
+WIDE = {
+    "wide heads": {"dim_head": 64, "heads": 3, "dim": 40, "attn_types": ("full", "axial_col"), "sandwich_norm": True},
+    "odd": {"dim_head": 21, "heads": 3, "dim": 37, "activation": "quick_gelu", "out_bias": False, "ff_bias": False},
+    "long": {"dim_head": 40, "dim": 200, "attn_types": ("conv_like", "axial_row"), "shift_tokens": True},
+}
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh():
+    """What begins as a program does that has not asked for kernels yet, when called."""
+
+    def forget():
+        build.library.cache_clear()
+        rows._library.cache_clear()
+
+    yield forget
+    forget()
+
+
+def random_floats(**options):
+    return random_model(**options).float()
+
+
+def steps(model, codes, images, first=0):
+    """Logits after each code, fed one after the other, and what fed them."""
+    hidden, caches = prefill(model, TEXT[: len(codes) // images], images)
+    if first:
+        first_codes(model, codes[:, :first], caches)
+    with stepping(model, len(codes)) as step:
+        return torch.stack([step.logits(step(codes[:, i], i, caches)) for i in range(first, 35)]), step
+
+
+# ---- products
+
+
+@KERNELS
+@torch.no_grad()
+@pytest.mark.parametrize("depth, outputs", [(1, 1), (7, 5), (24, 40), (65, 32), (130, 33), (200, 97)])
+def test_products_of_all_sizes(depth, outputs, threads):
+    torch.manual_seed(1)
+    threads(1 + outputs % 2)
+    for bias in (True, False):
+        layer = torch.nn.Linear(depth, outputs, bias=bias)
+        product = Packed(layer)
+        for count in [*range(1, 14), 16, 25, 37, 48]:
+            x = torch.randn(count, depth)
+            torch.testing.assert_close(product(x), layer(x), rtol=1e-5, atol=1e-5)
+            assert torch.equal(product(x)[:1], product(x[:1]))  # to the bit, however many rows there are
+
+
+@KERNELS
+@torch.no_grad()
+def test_what_is_not_a_number_stays_in_its_row_and_its_column():
+    layer = torch.nn.Linear(50, 40)
+    layer.weight[7, 3] = float("inf")
+    x = torch.ones(14, 50)
+    x[5, 20] = float("nan")
+    x[9, 3] = 0
+    expected = layer(x)
+    assert expected[5].isnan().all() and expected[9, 7].isnan() and expected[0, 7].isinf()
+    torch.testing.assert_close(Packed(layer)(x), expected, equal_nan=True)
+
+
+# ---- the step
+
+
+@KERNELS
+@torch.no_grad()
+@pytest.mark.parametrize("images, first, count", [(1, 13, 1), (3, 0, 2), (7, 25, 1)])
+@pytest.mark.parametrize("options", [*OPTIONS.values(), *WIDE.values()], ids=[*OPTIONS, *WIDE])
+def test_steps_give_the_logits_of_the_whole_pass(options, images, first, count, threads):
+    """In double precision: kernels may be little further from it than the floats of PyTorch's whole pass."""
+    threads(count)
+    exact, model = random_model(**options), random_floats(**options)
+    codes, text = random_codes(2 * images), TEXT.repeat_interleave(images, 0)
+    expected = exact(text, codes)[1][:, first + 1 :].transpose(0, 1)
+    usual = (model(text, codes)[1][:, first + 1 :].transpose(0, 1) - expected).abs().max()
+    found, step = steps(model, codes, images, first)
+    assert type(step) is RowStepper and usual < 1e-3
+    assert (found - expected).abs().max() < 3 * usual + 1e-6
+
+
+@KERNELS
+@torch.no_grad()
+def test_neither_other_images_nor_threads_change_a_bit(threads):
+    model = random_floats(**OPTIONS["all patterns"])
+    codes = random_codes(17)
+    together = steps(model, codes, 17)[0]
+    assert torch.equal(steps(model, codes, 17)[0], together)
+    assert torch.equal(steps(model, codes[4:7], 3)[0], together[:, 4:7])
+    assert torch.equal(steps(model, codes[5:6], 1)[0], together[:, 5:6])  # whose keys lie elsewhere
+    threads(2)
+    assert torch.equal(steps(model, codes, 17)[0], together)
+
+
+@KERNELS
+@pytest.mark.parametrize("options", [OPTIONS["all patterns"], OPTIONS["mindalle"]], ids=["all patterns", "mindalle"])
+@pytest.mark.parametrize("count", [1, 5])
+def test_the_same_images_are_drawn(options, count, monkeypatch):
+    model = random_floats(**options)
+    drawing = SamplingOptions(top_k=9, top_p=0.9, temperature=1.2, cond_scale=1.5)
+    given = random_codes(1)[0]
+    given[4:] = -1
+    found = draw_codes(model, TEXT, range(2 * count), drawing, given)
+    monkeypatch.setattr(stepping_module, "row_stepper", lambda *_: None)
+    expected = draw_codes(model, TEXT, range(2 * count), drawing, given)
+    assert torch.equal(found.codes, expected.codes) and len(found.codes.unique()) > 5
+    torch.testing.assert_close(found.log_likelihood, expected.log_likelihood, rtol=1e-4, atol=1e-3)
+
+
+@KERNELS
+@torch.no_grad()
+def test_a_broken_weight_is_not_hidden():
+    model = random_floats(activation="geglu", attn_types=("full",))
+    model.image_emb.weight[3, 2] = float("nan")
+    codes = random_codes(4).clamp(min=4)
+    codes[2, 30] = 3
+    found = steps(model, codes, 4)[0].isnan().all(-1)  # (35, 4)
+    assert found[30:, 2].all() and found.sum() == 5
+
+
+@KERNELS
+@torch.no_grad()
+def test_what_does_not_fit_is_refused():
+    model = random_floats()
+    caches = prefill(model, TEXT, 1)[1]
+    assert type(caches[0]) is JoinedCache
+    with stepping(model, 2) as step:
+        for wrong in (20, -1):
+            with pytest.raises(IndexError, match="not in the table of 20"):
+                step(torch.tensor([1, wrong]), 0, caches)
+        assert step(torch.tensor([1, 19]), 0, caches).shape == (2, 16)
+    with stepping(model, 3) as step, pytest.raises(ValueError, match="2 x 1 images, for 3 rows"):
+        step(torch.tensor([1, 2, 3]), 0, caches)
+
+
+@KERNELS
+@torch.no_grad()
+def test_caches_one_after_the_other():
+    """A stepper may be given other caches than before: it must not go on in the old ones."""
+    model = random_floats(**OPTIONS["all patterns"])
+    codes = random_codes(3)
+    expected = [steps(model, codes[:1], 1)[0], steps(model, codes[1:2], 1)[0]]
+    both = [prefill(model, TEXT[:1], 1)[1] for _ in range(2)]
+    with stepping(model, 1) as step:
+        for i in range(35):
+            for index, caches in enumerate(both):
+                logits = step.logits(step(codes[index : index + 1, i], i, caches))
+                assert torch.equal(logits, expected[index][i])
+
+
+# ---- where kernels are left out
+
+
+def fed_by(model):
+    with torch.no_grad(), stepping(model, 2) as step:
+        return type(step)
+
+
+@KERNELS
+def test_only_floats_on_a_cpu_are_for_kernels(monkeypatch):
+    model = random_floats()
+    assert fed_by(model) is RowStepper
+    assert fed_by(copy.deepcopy(model).bfloat16()) is Stepper and fed_by(random_model()) is Stepper
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fed_by(model) is Stepper
+    other = copy.deepcopy(model)
+    layer = other.transformer.layers[1].feed_forward.fn
+    layer.up = Int8Linear(layer.up.weight, None)
+    assert fed_by(other) is Stepper
+    monkeypatch.setattr(stepping_module, "_MAX_BYTES", 1000)
+    assert fed_by(model) is Stepper
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, value", [("DALLE_KERNELS", "off"), ("PATH", "/nonexistent")])
+def test_without_kernels_pytorch_computes_the_same(name, value, fresh, monkeypatch):
+    model, codes = random_floats(), random_codes(2)
+    before = steps(model, codes, 1)[0]
+    fresh()
+    monkeypatch.setenv(name, value)
+    monkeypatch.delenv("CC", raising=False)
+    found, step = steps(model, codes, 1)
+    assert type(step) is Stepper
+    torch.testing.assert_close(found, before, rtol=1e-5, atol=1e-5)
