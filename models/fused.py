@@ -53,13 +53,6 @@ def _rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2)
 
 
-def _scale(gradient: Tensor, scale: Optional[Tensor], summed: bool) -> Tuple[Tensor, Optional[Tensor]]:
-    """gradient * scale, None for 1, and the sum of all rows of gradient (..., D) where it is wanted."""
-    if summed and kernels.suits(gradient, scale):
-        return kernels.sum_columns(gradient, scale)
-    return gradient if scale is None else gradient * scale, _rows(gradient).sum(dim=0) if summed else None
-
-
 class _NormLinear(torch.autograd.Function):
     """Linear(LayerNorm(x)), of which only x is kept."""
 
@@ -81,7 +74,7 @@ class _NormLinear(torch.autograd.Function):
         torch.mm(_rows(gradient).t(), _rows(normed), out=for_weight)
         del normed
         for_normed = gradient @ weight.to(gradient.dtype)
-        for_bias = _scale(gradient, None, summed=True)[1].to(weight.dtype) if ctx.has_bias else None
+        for_bias = _rows(gradient).sum(dim=0).to(weight.dtype) if ctx.has_bias else None
         for_x, for_scale, for_shift = torch.ops.aten.native_layer_norm_backward(
             for_normed.to(x.dtype), x, x.shape[-1:], mean, rstd, scale, shift, [True, True, True]
         )
@@ -334,11 +327,11 @@ class _AddLinear(torch.autograd.Function):
         x, weight, bias, scale = ctx.saved_tensors
         own = gradient.to(x.dtype)
         for_weight = _weight_gradient(own, weight)
-        scaled, for_bias = _scale(gradient, scale, summed=bias is not None)
+        scaled = own if scale is None else (gradient * scale).to(x.dtype)
         for_x = torch.empty_like(x)
-        active = ctx.before.again(x, scaled.to(x.dtype) @ weight.to(x.dtype), for_x)
+        active = ctx.before.again(x, scaled @ weight.to(x.dtype), for_x)
         for_weight = torch.mm(_rows(own).t(), _rows(active), out=for_weight).to(weight.dtype)
-        for_bias = None if for_bias is None else for_bias.to(bias.dtype)
+        for_bias = None if bias is None else _rows(gradient).sum(dim=0).to(bias.dtype)
         for_scale = None
         if scale is not None:
             factor = scale.flatten()

@@ -2,9 +2,6 @@
  * number of threads. */
 #include "vector.h"
 
-/* Rows of a matrix that go to a thread at a time where columns are summed up; a column's sum is in the order of rows. */
-#define COLUMNS (4 * LANES)
-
 /* Fewer floats than a vector has; zeros behind them. */
 static inline vec load_some(const float *p, long n) {
     vec x = {};
@@ -79,24 +76,6 @@ void add_branch(long rows, long n, const float *residual, const float *scale, co
         const float *r = residual + row * n;
         float *b = branch + row * n;
         for (long i = 0; i < n; i++) b[i] = r[i] + (scale ? scale[i] : 1.0f) * (b[i] + (bias ? bias[i] : 0.0f));
-    }
-}
-
-/* sums (n) of the columns of x (rows, n); and scaled (rows, n) = x * scale, where there is a scale (n). */
-void sum_columns(long rows, long n, const float *x, const float *scale, float *scaled, float *sums) {
-#pragma omp parallel for
-    for (long i = 0; i < n; i += COLUMNS) {
-        vec sum[COLUMNS / LANES] = {};
-        for (long row = 0; row < rows; row++)
-            for (int k = 0; k < COLUMNS / LANES; k++) {
-                long at = i + k * LANES, left = n - at;
-                if (left <= 0) break;
-                vec own = load_up_to(x + row * n + at, left);
-                sum[k] += own;
-                if (scale) store_up_to(scaled + row * n + at, own * load_up_to(scale + at, left), left);
-            }
-        for (int k = 0; k < COLUMNS / LANES && i + k * LANES < n; k++)
-            store_up_to(sums + i + k * LANES, sum[k], n - i - k * LANES);
     }
 }
 

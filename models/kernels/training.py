@@ -19,7 +19,6 @@ def _functions() -> Optional[ctypes.CDLL]:
             (found.gelu_forward, [size, size, ctypes.c_int, address, address]),
             (found.gelu_backward, [size, size, ctypes.c_int, address, address, address]),
             (found.add_branch, [size, size, address, address, address, address]),
-            (found.sum_columns, [size, size, address, address, address, address]),
             (found.sum_products_and_scale, [size, size, address, address, address, address]),
         ):
             function.argtypes, function.restype = arguments, None
@@ -73,16 +72,6 @@ def add_branch(residual: Tensor, scale: Optional[Tensor], bias: Optional[Tensor]
     _expect(branch.shape[-1:], bias, None if scale is None else scale.flatten())
     _functions().add_branch(rows, width, pointer(residual), pointer(scale), pointer(bias), pointer(branch))
     return branch
-
-
-def sum_columns(x: Tensor, scale: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
-    """Return x (..., D) * scale, or x itself without one, and the sums (D) of all rows of x."""
-    rows, width = _size(x)
-    scaled, sums = x if scale is None else torch.empty_like(x), x.new_empty(width)
-    if scale is not None:
-        _expect(sums.shape, scale.flatten())
-    _functions().sum_columns(rows, width, pointer(x), pointer(scale), pointer(scaled), pointer(sums))
-    return scaled, sums
 
 
 def sum_products_and_scale(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
