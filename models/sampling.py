@@ -10,6 +10,7 @@ from torch import Tensor
 
 from models.cache import LayerCache
 from models.dalle import DALLE
+from models.kernels.rows import draw_rows
 from models.stepping import stepping
 
 
@@ -75,6 +76,15 @@ def draw(logits: Tensor, uniform: Tensor, options: SamplingOptions) -> Tensor:
     cumulative = probabilities.double().cumsum(dim=-1)
     threshold = uniform.double()[:, None] * cumulative[:, -1:]
     return (cumulative <= threshold).sum(dim=-1).clamp(max=logits.shape[-1] - 1)
+
+
+def draw_and_score(logits: Tensor, uniform: Tensor, options: SamplingOptions) -> Tuple[Tensor, Tensor]:
+    """`draw`, and the log-likelihoods in nats (B,) that the unfiltered logits give to what is drawn."""
+    drawn = draw_rows(logits, uniform, options.temperature, options.top_k, options.top_p)
+    if drawn is not None:
+        return drawn
+    token = draw(logits, uniform, options)
+    return token, torch.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]
 
 
 def uniforms(seeds: Sequence[int], length: int) -> Tensor:
@@ -187,8 +197,8 @@ def _draw(model: DALLE, request: Request) -> Drawn:
                 token = torch.full_like(codes[:, position], kept[position])
             else:
                 logits = guided(step.logits(hidden), options.cond_scale).float()
-                token = draw(logits, noise[:, position], options)
-                log_likelihood += torch.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]
+                token, score = draw_and_score(logits, noise[:, position], options)
+                log_likelihood += score
             codes[:, position] = token
             if position + 1 < num_codes:  # nothing follows the last one
                 hidden = step(token if branches == 1 else token.repeat(branches), position, caches)

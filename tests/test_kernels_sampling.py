@@ -6,12 +6,13 @@ import pytest
 import torch
 from test_sampling import OPTIONS, TEXT, random_codes, random_model
 
+from models import sampling as sampling_module
 from models import stepping as stepping_module
 from models.cache import JoinedCache
 from models.kernels import build, rows
 from models.kernels.rows import Packed, RowStepper
 from models.quantization import Int8Linear
-from models.sampling import SamplingOptions, draw_codes, first_codes, prefill
+from models.sampling import SamplingOptions, draw, draw_and_score, draw_codes, first_codes, prefill
 from models.stepping import Stepper, stepping
 
 KERNELS = pytest.mark.skipif(rows._library() is None, reason="there is no C compiler, or DALLE_KERNELS=off")
@@ -24,8 +25,10 @@ WIDE = {
 
 
 @pytest.fixture
-def threads():
+def threads(monkeypatch):
+    """Set how many threads there are. However little there is to do, all of them take part."""
     before = torch.get_num_threads()
+    monkeypatch.setattr(rows, "_GRAIN", 1)
     yield torch.set_num_threads
     torch.set_num_threads(before)
 
@@ -91,7 +94,7 @@ def test_what_is_not_a_number_stays_in_its_row_and_its_column():
 
 @KERNELS
 @torch.no_grad()
-@pytest.mark.parametrize("images, first, count", [(1, 13, 1), (3, 0, 2), (7, 25, 1)])
+@pytest.mark.parametrize("images, first, count", [(1, 13, 1), (3, 0, 1), (7, 25, 2)])
 @pytest.mark.parametrize("options", [*OPTIONS.values(), *WIDE.values()], ids=[*OPTIONS, *WIDE])
 def test_steps_give_the_logits_of_the_whole_pass(options, images, first, count, threads):
     """In double precision: kernels may be little further from it than the floats of PyTorch's whole pass."""
@@ -119,6 +122,19 @@ def test_neither_other_images_nor_threads_change_a_bit(threads):
 
 
 @KERNELS
+@torch.no_grad()
+def test_a_small_model_is_left_to_one_thread():
+    """Threads that wait for each other cost more than they give, the more so where other programs run."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with stepping(random_floats(), 1) as small, stepping(random_floats(dim=200), 1) as large:
+            assert small.struct.threads == 1 and large.struct.threads == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@KERNELS
 @pytest.mark.parametrize("options", [OPTIONS["all patterns"], OPTIONS["mindalle"]], ids=["all patterns", "mindalle"])
 @pytest.mark.parametrize("count", [1, 5])
 def test_the_same_images_are_drawn(options, count, monkeypatch):
@@ -128,6 +144,7 @@ def test_the_same_images_are_drawn(options, count, monkeypatch):
     given[4:] = -1
     found = draw_codes(model, TEXT, range(2 * count), drawing, given)
     monkeypatch.setattr(stepping_module, "row_stepper", lambda *_: None)
+    monkeypatch.setattr(sampling_module, "draw_rows", lambda *_: None)
     expected = draw_codes(model, TEXT, range(2 * count), drawing, given)
     assert torch.equal(found.codes, expected.codes) and len(found.codes.unique()) > 5
     torch.testing.assert_close(found.log_likelihood, expected.log_likelihood, rtol=1e-4, atol=1e-3)
@@ -172,6 +189,64 @@ def test_caches_one_after_the_other():
             for index, caches in enumerate(both):
                 logits = step.logits(step(codes[index : index + 1, i], i, caches))
                 assert torch.equal(logits, expected[index][i])
+
+
+# ---- drawing
+
+
+@KERNELS
+@pytest.mark.parametrize("size", [1, 8, 21, 1000])
+@pytest.mark.parametrize(
+    "options",
+    [
+        SamplingOptions(),
+        SamplingOptions(temperature=0),
+        SamplingOptions(top_k=1),
+        SamplingOptions(top_k=7, temperature=0.7),
+        SamplingOptions(top_p=0.8),
+        SamplingOptions(top_k=50, top_p=0.95, temperature=1.5),
+    ],
+    ids=str,
+)
+def test_kernels_draw_the_tokens_that_pytorch_draws(options, size, threads):
+    torch.manual_seed(2)
+    threads(1 + size % 2)
+    logits = (torch.randn(size, 3000) * 3).t()[::3]  # neither next to each other nor in order
+    if size > 8:
+        logits[:, 5] = float("-inf")
+        logits[:, 6] = logits[:, 7] = 2.5  # a tie
+    uniform = torch.rand(1000, 2, dtype=torch.float64)[:, 1]
+    options = options._replace(top_k=options.top_k and min(options.top_k, size))
+    token, score = draw_and_score(logits, uniform, options)
+    expected = draw(logits, uniform, options)
+    assert (token != expected).sum() <= 1  # a number that falls between two tokens up to rounding
+    torch.testing.assert_close(score, logits.log_softmax(-1).gather(1, token[:, None])[:, 0], rtol=1e-5, atol=2e-6)
+    assert len(token.unique()) > min(size - 1, 5)
+
+
+@KERNELS
+def test_tokens_that_were_filtered_away_are_never_drawn():
+    logits = torch.full((2, 1000), 0.1)
+    logits[:, 400:600] = torch.linspace(1, 3, 200)
+    for options in (SamplingOptions(top_k=200), SamplingOptions(top_k=900, top_p=0.5)):  # 800 ties with the 900th
+        lowest, highest = draw_and_score(logits, torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64), options)[
+            0
+        ].tolist()
+        assert (lowest, highest) == (400, 599) if options.top_p is None else 400 < lowest < highest == 599
+    equal = draw_and_score(torch.zeros(2, 8), torch.tensor([0.0, 0.999]), SamplingOptions(top_p=0.5))[0]
+    assert equal.tolist() == [0, 3]
+
+
+@KERNELS
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_logits_are_drawn_from_as_pytorch_does(value):
+    logits = torch.randn(3, 50)
+    logits[1, 30] = value
+    for options in (SamplingOptions(), SamplingOptions(top_k=5), SamplingOptions(temperature=0)):
+        uniform = torch.tensor([0.3, 0.6, 0.9])
+        token, score = draw_and_score(logits, uniform, options)
+        assert torch.equal(token, draw(logits, uniform, options))
+        assert score.isnan().tolist() == [False, True, False]
 
 
 # ---- where kernels are left out

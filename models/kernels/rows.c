@@ -451,3 +451,97 @@ int step(const model *m, const int64_t *codes, int64_t position, float *out) {
     }
     return 0;
 }
+
+/* ---- drawing */
+
+static uint32_t rank_of(float x) { /* whole numbers in the order of floats; not a number is the largest */
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+/* The float from which on, going down from the largest, `enough` is reached: as many floats, or with `shares` as much of
+ * them. Digit by digit. */
+static uint32_t reached(const float *x, int64_t n, double enough, int shares) {
+    uint32_t prefix = 0, mask = 0;
+    double above = 0;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        double weight[256] = {0};
+        for (int64_t i = 0; i < n; i++) {
+            uint32_t rank = rank_of(x[i]);
+            if ((rank & mask) == prefix) weight[rank >> shift & 255] += shares ? x[i] : 1.0;
+        }
+        int digit = 255;
+        while (digit > 0 && !(above + weight[digit] >= enough)) above += weight[digit--];
+        prefix |= (uint32_t)digit << shift;
+        mask |= 255u << shift;
+    }
+    return prefix;
+}
+
+/* x = e^(x - its largest) / their sum; returns log of that sum, plus the largest. Padded to LANES with -inf. */
+static double softmax(float *x, int64_t n, int64_t padded) {
+    float top = -INFINITY, sum;
+    for (int64_t i = 0; i < n; i++) top = x[i] > top ? x[i] : top;
+    for (int64_t i = n; i < padded; i++) x[i] = -INFINITY;
+    vec sums = fill(0);
+    for (int64_t i = 0; i < padded; i += LANES) {
+        vec e = exp_of(load(x + i) - top);
+        store(x + i, e);
+        sums += e;
+    }
+    sum = sum_of(sums);
+    for (int64_t i = 0; i < padded; i += LANES) store(x + i, load(x + i) / sum);
+    return top + log(sum);
+}
+
+/* Of each row of logits (rows, stride) a token, where the cumulative distribution passes `uniform`, and what its
+ * log-likelihood is without any filter. temperature 0: the likeliest. k 0, p 1: all. space: for each row n floats, in whole
+ * vectors. */
+void draw_rows(const float *logits, int64_t rows, int64_t stride, int64_t n, const double *uniform, double temperature,
+               int64_t k, double p, int64_t *tokens, float *scores, float *space, int64_t threads) {
+    int64_t padded = up_to(n, LANES);
+#pragma omp parallel for num_threads(threads) if (rows * n >= 4096)
+    for (int64_t r = 0; r < rows; r++) {
+        const float *own = logits + r * stride;
+        float *room = space + r * padded;
+        memcpy(room, own, n * sizeof(float));
+        double whole = softmax(room, n, padded);
+        int64_t token = 0;
+        if (temperature == 0) {
+            for (int64_t i = 1; i < n; i++)
+                if (own[i] > own[token] || (isnan(own[i]) && !isnan(own[token]))) token = i;
+        } else {
+            if (k || temperature != 1) {
+                for (int64_t i = 0; i < n; i++) room[i] = own[i] / (float)temperature;
+                if (k && k < n) {
+                    uint32_t last = reached(room, n, k, 0);
+                    for (int64_t i = 0; i < n; i++)
+                        if (rank_of(room[i]) < last) room[i] = -INFINITY;
+                }
+                softmax(room, n, padded);
+            }
+            if (p < 1) { /* those before which less than p is reached; of equal ones the first */
+                uint32_t last = reached(room, n, p, 1);
+                double more = 0;
+                for (int64_t i = 0; i < n; i++) more += rank_of(room[i]) > last ? room[i] : 0;
+                for (int64_t i = 0; i < n; i++) {
+                    if (rank_of(room[i]) < last || (rank_of(room[i]) == last && more >= p))
+                        room[i] = 0;
+                    else if (rank_of(room[i]) == last)
+                        more += room[i];
+                }
+            }
+            double total = 0, cumulative = 0;
+            for (int64_t i = 0; i < n; i++) total += room[i];
+            double threshold = uniform[r] * total;
+            for (int64_t i = 0; i < n; i++) {
+                cumulative += room[i];
+                token += cumulative <= threshold;
+            }
+            if (token > n - 1) token = n - 1;
+        }
+        tokens[r] = token;
+        scores[r] = own[token] - whole;
+    }
+}

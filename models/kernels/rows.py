@@ -25,6 +25,10 @@ from models.kernels.build import library, pointer, usable
 from models.local_attention import allowed_codes
 from models.transformer import Residual
 
+_LANES = 16
+"""Floats in the widest vectors there are."""
+_GRAIN = 1 << 18
+"""Bytes of a layer's weights below which a further thread takes longer to wait for than it helps."""
 _ACTIVATIONS = {"geglu": 0, "gelu": 1, "quick_gelu": 2}
 _address, _whole = ctypes.c_void_p, ctypes.c_int64
 
@@ -73,15 +77,23 @@ def _library() -> Optional[ctypes.CDLL]:
         found.pack.argtypes, found.pack.restype = [_address, _whole, _whole, _whole, _address, _whole], None
         found.multiply_rows.argtypes = [_address, _address, _whole, _address, _address, _whole]
         found.multiply_rows.restype = None
+        long, double = _whole, ctypes.c_double
+        found.draw_rows.argtypes = [_address, long, long, long, _address, double, long, double, *[_address] * 3, long]
+        found.draw_rows.restype = None
         found.step.argtypes, found.step.restype = [_address, _address, _whole, _address], ctypes.c_int
     return found
+
+
+def _threads(layer: int) -> int:
+    """How many threads share the work of a layer of so many bytes."""
+    return max(1, min(torch.get_num_threads(), layer // _GRAIN))
 
 
 class Packed:
     """A linear layer whose weight (N, D) lies in panels. gated: its second half of outputs gates the first."""
 
     def __init__(self, module: nn.Linear, gated: bool = False) -> None:
-        self.library, self.threads = _library(), torch.get_num_threads()
+        self.library, self.threads = _library(), _threads(module.weight.numel() * 16)  # one product of some four
         panel = self.library.panel_width()
         weight = module.weight.detach().contiguous()
         self.outputs, depth = weight.shape
@@ -179,7 +191,7 @@ class RowStepper:
             hidden=config.ff_mult * config.dim,
             activation=_ACTIVATIONS[config.activation],
             layers=config.depth,
-            threads=torch.get_num_threads(),
+            threads=_threads(sum(packed.weight.numel() for packed in self._packed.values()) * 4 // config.depth),
             turned=0 if angles is None else angles.shape[1],
             table=_at(self._keep(model.image_emb.weight.detach())),
             positions=_at(tables[0]),
@@ -261,3 +273,23 @@ def row_stepper(model: DALLE, rows: int) -> Optional[RowStepper]:
     if any(type(module) is not nn.Linear for module in linears):
         return None  # int8 weights, say
     return None if _library() is None else RowStepper(model, rows)
+
+
+def draw_rows(
+    logits: Tensor, uniform: Tensor, temperature: float, top_k: Optional[int], top_p: Optional[float]
+) -> Optional[Tuple[Tensor, Tensor]]:
+    """`models.sampling.draw` and the log-likelihoods (R,) of what it draws, or None where there are no kernels.
+
+    Where the last of several equally likely tokens do not fit into top_p, those with the lowest numbers are kept.
+    """
+    if not usable(logits) or _library() is None:
+        return None
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    rows, count = logits.shape
+    uniform, room = uniform.double().contiguous(), torch.empty(rows * -(-count // _LANES) * _LANES)
+    tokens, scores = torch.empty(rows, dtype=torch.long), torch.empty(rows)
+    k, p = top_k or 0, 1.0 if top_p is None else top_p
+    numbers = (pointer(logits), rows, logits.stride(0), count, pointer(uniform), temperature, k, p)
+    _library().draw_rows(*numbers, pointer(tokens), pointer(scores), pointer(room), torch.get_num_threads())
+    return tokens, scores
