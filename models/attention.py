@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from models.cache import LayerCache
 from models.config import DalleConfig
-from models.fused import IDENTITY, Function, KernelAttention, LocalAttention
+from models.fused import IDENTITY, Function
+from models.fused_attention import KernelAttention, LocalAttention
 from models.local_attention import allowed_codes, local_attention, window_bias, window_rows
 
 

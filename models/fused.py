@@ -8,20 +8,16 @@ Plain PyTorch; on a CPU in float32, where a compiler is, the kernels of models/k
 device that knows no autograd functions written in Python (IPU) takes the modules' own `forward` instead, which compute
 the same.
 
-Letters: B batch, L positions, D width of a layer's input, C of its output, H heads, K width of a head, P positions of
-the text part.
+Letters: B batch, L positions, D width of a layer's input, C of its output.
 """
 
-from typing import Any, Dict, NamedTuple, Optional, Protocol, Tuple
+from typing import Any, Dict, Optional, Protocol, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.kernels import attention as attention_kernel
 from models.kernels import training as kernels
-from models.kernels.build import usable
-from models.local_attention import from_windows, window_weights, windows
 
 Gradients = Tuple[Optional[Tensor], ...]
 
@@ -109,15 +105,10 @@ class _Geglu:
     """The first half of x, gated by the second."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        if kernels.suits(x):
-            return kernels.gelu(x, gated=True)
         x, gate = x.chunk(2, dim=-1)
         return F.gelu(gate).mul_(x)
 
     def again(self, x: Tensor, incoming: Tensor, for_x: Tensor) -> Tensor:
-        if kernels.suits(x, incoming, for_x):
-            kernels.gelu_again(x, True, incoming, for_x)
-            return incoming
         x, gate = x.chunk(2, dim=-1)
         for_x, for_gate = for_x.chunk(2, dim=-1)
         active = F.gelu(gate)
@@ -128,12 +119,9 @@ class _Geglu:
 
 class _Gelu:
     def __call__(self, x: Tensor) -> Tensor:
-        return kernels.gelu(x, gated=False) if kernels.suits(x) else F.gelu(x)
+        return F.gelu(x)
 
     def again(self, x: Tensor, incoming: Tensor, for_x: Tensor) -> Tensor:
-        if kernels.suits(x, incoming, for_x):
-            kernels.gelu_again(x, False, incoming, for_x)
-            return incoming
         torch.ops.aten.gelu_backward.grad_input(incoming, x, grad_input=for_x)
         return F.gelu(x)
 
@@ -148,154 +136,31 @@ class _QuickGelu:
         return gate.mul_(x)
 
 
+class _KernelGelu:
+    """gelu or geglu of x + bias by a kernel."""
+
+    def __init__(self, gated: bool) -> None:
+        self.gated = gated
+
+    def __call__(self, x: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+        return kernels.gelu(x, self.gated, bias)
+
+    def again(self, x: Tensor, incoming: Tensor, for_x: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+        kernels.gelu_again(x, self.gated, incoming, for_x, bias)
+        return incoming
+
+
 ACTIVATIONS: Dict[str, Function] = {"geglu": _Geglu(), "gelu": _Gelu(), "quick_gelu": _QuickGelu()}
 """Of the feed-forward layer, by their names in a configuration."""
+_KERNEL_ACTIVATIONS = {"geglu": _KernelGelu(gated=True), "gelu": _KernelGelu(gated=False)}
+"""Those that take the bias of the product before them too."""
 IDENTITY: Function = _Identity()
-
-
-class _Parts(NamedTuple):
-    """Queries (scaled), keys and values of text and codes, and who attends to what how much."""
-
-    text_query: Tensor
-    """(B, H, P, K), and so are text_key and text_value."""
-    text_key: Tensor
-    text_value: Tensor
-    query: Tensor
-    """(B, H, G, G, K); the last position, which is not there, is zeros."""
-    key: Tensor
-    """(B, H, G, W * G, K), and so is value."""
-    value: Tensor
-    text_weights: Tensor
-    """Of the text on itself, (B, H, P, P)."""
-    on_text: Tensor
-    """Of the codes on the text, (B, H, N, P)."""
-    on_window: Tensor
-    """(B, H, G, G, W * G)"""
-    weights: Tensor
-    """Both side by side, (B, H, G, G, P + W * G)."""
-
-
-class LocalAttention:
-    """`local_attention` of a pattern: qkv (B, L, 3 * H * K) -> (B, L, H * K)."""
-
-    def __init__(self, bias: Tensor, pattern: str, heads: int) -> None:
-        """bias: see `window_bias`."""
-        self.bias, self.pattern, self.heads = bias, pattern, heads
-        self.grid = bias.shape[0]
-        self.rows = bias.shape[2] // self.grid
-
-    def _split(self, x: Tensor, parts: int) -> Tuple[Tensor, int]:
-        """(B, L, parts * H * K) -> a view (parts, B, H, L, K) and P."""
-        x = x.unflatten(2, (parts, self.heads, -1))
-        return x.permute(2, 0, 3, 1, 4), x.shape[1] - self.grid**2 + 1
-
-    def _on_grid(self, codes: Tensor) -> Tensor:
-        """`on_grid` in one copy, (..., N - 1, K) -> (..., G, G, K)."""
-        grid = self.grid
-        result = codes.new_empty(*codes.shape[:-2], grid, grid, codes.shape[-1])
-        by_row = result.transpose(-3, -2) if self.pattern == "axial_col" else result
-        whole = grid * (grid - 1)
-        by_row[..., :-1, :, :] = codes[..., :whole, :].unflatten(-2, (grid - 1, grid))
-        by_row[..., -1, :-1, :] = codes[..., whole:, :]
-        by_row[..., -1, -1, :] = 0
-        return result
-
-    def _off_grid(self, codes: Tensor, result: Tensor) -> None:
-        """The way back, into the image positions of `result` (B, H, L, K)."""
-        grid, text_len = self.grid, result.shape[2] - self.grid**2 + 1
-        by_row = codes.transpose(2, 3) if self.pattern == "axial_col" else codes
-        whole = text_len + grid * (grid - 1)
-        result[:, :, text_len:whole].unflatten(2, (grid - 1, grid)).copy_(by_row[:, :, :-1])
-        result[:, :, whole:] = by_row[:, :, -1, :-1]
-
-    def _parts(self, qkv: Tensor) -> _Parts:
-        heads, text_len = self._split(qkv, 3)
-        text_query, text_key, text_value = heads[:, :, :, :text_len].contiguous().unbind(0)
-        query, key, value = self._on_grid(heads[:, :, :, text_len:]).unbind(0)
-        factor = query.shape[-1] ** -0.5
-        text_query, query = text_query.mul_(factor), query.mul_(factor)
-        key, value = windows(key, self.rows), windows(value, self.rows)
-        later = torch.full((text_len, text_len), float("-inf"), dtype=qkv.dtype, device=qkv.device).triu(1)
-        text_weights = torch.softmax(torch.matmul(text_query, text_key.transpose(-1, -2)).add_(later), dim=-1)
-        weights = window_weights(query, key, text_key, self.bias)
-        on_text, on_window = weights[..., :text_len].flatten(2, 3), weights[..., text_len:]
-        return _Parts(
-            text_query, text_key, text_value, query, key, value, text_weights, on_text, on_window, weights
-        )
-
-    def _attend(self, parts: _Parts, result: Tensor) -> None:
-        """Write what all positions attend to into `result` (B, H, L, K)."""
-        result[:, :, : parts.text_query.shape[2]] = torch.matmul(parts.text_weights, parts.text_value)
-        image = torch.matmul(parts.on_window, parts.value)
-        image += torch.matmul(parts.on_text, parts.text_value).view_as(image)
-        self._off_grid(image, result)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        result = x.new_empty(*x.shape[:2], x.shape[2] // 3)  # before what is freed again
-        with torch.autocast(x.device.type, enabled=False):  # x has the type that products have
-            self._attend(self._parts(x), self._split(result, 1)[0][0])
-        return result
-
-    def again(self, x: Tensor, incoming: Tensor, for_x: Tensor) -> Tensor:
-        parts = self._parts(x)
-        factor = parts.query.shape[-1] ** -0.5
-        (for_query, for_key, for_value), text_len = self._split(for_x, 3)
-        gradient = self._split(incoming, 1)[0][0]  # (B, H, L, K)
-
-        # Text positions among themselves.
-        on_text = gradient[:, :, :text_len].contiguous()
-        for_text_value = torch.matmul(parts.text_weights.transpose(-1, -2), on_text)
-        on_text = torch.matmul(on_text, parts.text_value.transpose(-1, -2))
-        scores = _softmax_gradient(on_text, parts.text_weights)
-        for_query[:, :, :text_len] = torch.matmul(scores, parts.text_key).mul_(factor)
-        for_text_key = torch.matmul(scores.transpose(-1, -2), parts.text_query)
-
-        # Image positions: what they see of the text, and of their window.
-        on_grid = self._on_grid(gradient[:, :, text_len:])
-        codes = on_grid.flatten(2, 3)  # (B, H, N, K)
-        for_text_value += torch.matmul(parts.on_text.transpose(-1, -2), codes)
-        self._off_grid(from_windows(torch.matmul(parts.on_window.transpose(-1, -2), on_grid), self.rows), for_value)
-        on_text = torch.matmul(codes, parts.text_value.transpose(-1, -2)).unflatten(2, on_grid.shape[2:4])
-        on_window = torch.matmul(on_grid, parts.value.transpose(-1, -2))
-        scores = _softmax_gradient(torch.cat([on_text, on_window], dim=-1), parts.weights)
-        text_scores, window_scores = scores[..., :text_len].flatten(2, 3), scores[..., text_len:]
-        for_codes = torch.matmul(window_scores, parts.key)
-        for_codes += torch.matmul(text_scores, parts.text_key).view_as(for_codes)
-        self._off_grid(for_codes.mul_(factor), for_query)
-        for_text_key += torch.matmul(text_scores.transpose(-1, -2), parts.query.flatten(2, 3))
-        self._off_grid(from_windows(torch.matmul(window_scores.transpose(-1, -2), parts.query), self.rows), for_key)
-        for_key[:, :, :text_len], for_value[:, :, :text_len] = for_text_key, for_text_value
-
-        self._attend(parts, gradient)  # in the place of what came in
-        return incoming
-
-
-class KernelAttention:
-    """Attention of the patterns full, axial_row and axial_col by a kernel: qkv (B, L, 3 * H * K) -> (B, L, H * K)."""
-
-    @staticmethod
-    def suits(qkv: Tensor, pattern: str) -> bool:
-        """Whether there is a kernel for it."""
-        return pattern in ("full", "axial_row", "axial_col") and usable(qkv) and attention_kernel.available()
-
-    def __init__(self, pattern: str, heads: int, grid: int) -> None:
-        self.pattern = attention_kernel.Pattern(heads, 0 if pattern == "full" else grid, pattern == "axial_col")
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return attention_kernel.forward(x, self.pattern)
-
-    def again(self, x: Tensor, incoming: Tensor, for_x: Tensor) -> Tensor:
-        attention_kernel.backward(x, self.pattern, incoming, for_x)
-        return incoming
-
-
-def _softmax_gradient(for_weights: Tensor, weights: Tensor) -> Tensor:
-    """The gradient for the scores of softmax(scores) = weights."""
-    return torch._softmax_backward_data(for_weights, weights, -1, weights.dtype)
 
 
 class _AddLinear(torch.autograd.Function):
     """residual + scale * Linear(before(x)), of which only x is kept.
+
+    `shift` is a bias for x, which `before` adds.
 
     The gradient for `scale` does not need the branch: sum_r g[r, c] (W a[r] + b)[c] is the sum over k of W[c, k] times
     (g.T a)[c, k], a product that the gradient for W needs anyway, plus b[c] times the sum of g.
@@ -310,26 +175,30 @@ class _AddLinear(torch.autograd.Function):
         bias: Optional[Tensor],
         scale: Optional[Tensor],
         before: Function,
+        shift: Optional[Tensor],
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias, scale)
+        ctx.save_for_backward(x, weight, bias, scale, shift)
         ctx.before = before
         if _autocasts(x):
             branch = F.linear(before(x), weight, bias)
             return residual + branch if scale is None else torch.addcmul(residual, branch, scale)
         result = torch.empty_like(residual)
+        active = before(x) if shift is None else before(x, shift)
         if kernels.suits(residual, result, weight, bias, scale):
-            return kernels.add_branch(residual, scale, bias, _linear_into(result, before(x), weight, None))
-        _linear_into(result, before(x), weight, bias)
+            return kernels.add_branch(residual, scale, bias, _linear_into(result, active, weight, None))
+        _linear_into(result, active, weight, bias)
         return result.add_(residual) if scale is None else torch.addcmul(residual, result, scale, out=result)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Gradients:
-        x, weight, bias, scale = ctx.saved_tensors
+        x, weight, bias, scale, shift = ctx.saved_tensors
         own = gradient.to(x.dtype)
         for_weight = _weight_gradient(own, weight)
         scaled = own if scale is None else (gradient * scale).to(x.dtype)
         for_x = torch.empty_like(x)
-        active = ctx.before.again(x, scaled @ weight.to(x.dtype), for_x)
+        shifts = () if shift is None else (shift,)
+        active = ctx.before.again(x, scaled @ weight.to(x.dtype), for_x, *shifts)
+        for_shift = None if shift is None else _rows(for_x).sum(dim=0)
         for_weight = torch.mm(_rows(own).t(), _rows(active), out=for_weight).to(weight.dtype)
         for_bias = None if bias is None else _rows(gradient).sum(dim=0).to(bias.dtype)
         for_scale = None
@@ -340,7 +209,7 @@ class _AddLinear(torch.autograd.Function):
                 for_scale = for_scale + for_bias * bias
                 for_bias = for_bias * factor
             for_scale = for_scale.view_as(scale)
-        return gradient, for_x, for_weight, for_bias, for_scale, None
+        return gradient, for_x, for_weight, for_bias, for_scale, None, for_shift
 
 
 def _sum_and_scale(for_weight: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
@@ -356,4 +225,16 @@ def add_linear(
     residual: Tensor, x: Tensor, linear: nn.Linear, scale: Optional[Tensor], before: Function = IDENTITY
 ) -> Tensor:
     """residual + scale * linear(before(x)), scale (1, 1, D) or None for 1. residual (B, L, D), x (B, L, anything)."""
-    return _AddLinear.apply(residual, x, linear.weight, linear.bias, scale, before)
+    return _AddLinear.apply(residual, x, linear.weight, linear.bias, scale, before, None)
+
+
+def add_feed_forward(
+    x: Tensor, norm: nn.LayerNorm, up: nn.Linear, activation: str, down: nn.Linear, scale: Optional[Tensor]
+) -> Tensor:
+    """x + scale * down(activation(up(norm(x)))), scale (1, 1, D) or None for 1. (B, L, D) -> (B, L, D)."""
+    fits = kernels.suits(x, up.weight, up.bias, down.weight, down.bias, scale) and not _autocasts(x)
+    before = _KERNEL_ACTIVATIONS.get(activation) if fits else None
+    if before is None:
+        return add_linear(x, norm_linear(x, norm, up), down, scale, ACTIVATIONS[activation])
+    hidden = _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, up.weight, None)
+    return _AddLinear.apply(x, hidden, down.weight, down.bias, scale, before, up.bias)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.attention import Attention, build_mask, rotary_angles
 from models.cache import LayerCache, make_cache
 from models.config import DalleConfig
-from models.fused import ACTIVATIONS, add_linear, norm_linear
+from models.fused import add_feed_forward, add_linear, norm_linear
 
 
 class FeedForward(nn.Module):
@@ -119,8 +119,8 @@ class Block(nn.Module):
         heads, before = branch.fn.before_out(qkv, mask, angles)
         x = add_linear(x, heads, branch.fn.out, branch.scale, before)
         branch = self.feed_forward
-        up = norm_linear(x, branch.norm, branch.fn.up)
-        return add_linear(x, up, branch.fn.down, branch.scale, ACTIVATIONS[branch.fn.activation])
+        up, activation, down = branch.fn.up, branch.fn.activation, branch.fn.down
+        return add_feed_forward(x, branch.norm, up, activation, down, branch.scale)
 
     def extend_text(self, x: Tensor, start: int, cache: LayerCache, angles: Optional[Tensor]) -> Tensor:
         """Run text positions from `start` on, x (prompts, n, D); with shift_tokens the whole text part at once."""

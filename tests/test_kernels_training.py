@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from models.attention import build_mask
 from models.config import DalleConfig
 from models.dalle import DALLE
-from models.fused import KernelAttention
+from models.fused_attention import KernelAttention
 from models.kernels import attention, build, training
 
 pytestmark = [
@@ -98,17 +98,20 @@ def test_wrong_shapes_are_refused():
 
 
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("width", [1, 16, 37, 64])
-def test_gelu_and_its_gradient(gated, width, threads):
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("rows, width", [(1, 1), (3, 16), (70, 37), (33, 64)])
+def test_gelu_and_its_gradient(gated, biased, rows, width, threads):
     torch.manual_seed(0)
-    x = torch.randn(2, 5, width * (1 + gated)) * 3
-    gradient = torch.randn(2, 5, width)
+    x = torch.randn(2, rows, width * (1 + gated)) * 3
+    bias = torch.randn(width * (1 + gated)) if biased else None
+    gradient = torch.randn(2, rows, width)
     exact = x.double().requires_grad_()
-    first, last = exact.chunk(2, dim=-1) if gated else (1, exact)
+    shifted = exact if bias is None else exact + bias
+    first, last = shifted.chunk(2, dim=-1) if gated else (1, shifted)
     expected = first * F.gelu(last)
     expected.backward(gradient.double())
-    result, for_x = training.gelu(x, gated), torch.full_like(x, float("nan"))
-    training.gelu_again(x, gated, gradient, for_x)
+    result, for_x = training.gelu(x, gated, bias), torch.full_like(x, float("nan"))
+    training.gelu_again(x, gated, gradient, for_x, bias)
     assert torch.equal(gradient, result)
     close(result, expected.detach(), 3e-7)
     close(for_x, exact.grad, 3e-7)

@@ -36,30 +36,41 @@ static inline vec share_below(vec x, vec *density) {
     return either(x > 0.0f, 1.0f - tail, tail);
 }
 
-/* result (rows, n) = x[:, :n] * gelu(x[:, n:]), or gelu(x) where there is no gate: x (rows, n). */
-void gelu_forward(long rows, long n, int gated, const float *x, float *result) {
+/* x, or x + bias where there is one. */
+static inline vec shifted(const float *x, const float *bias, long at, long left) {
+    vec own = load_up_to(x + at, left);
+    return bias ? own + load_up_to(bias + at, left) : own;
+}
+
+/* With y = x + bias (NULL for 0): result (rows, n) = y[:, :n] * gelu(y[:, n:]), or gelu(y) where there is no gate. x is
+ * (rows, 2 n) or (rows, n), and so is bias wide. */
+void gelu_forward(long rows, long n, int gated, const float *x, const float *bias, float *result) {
+    const float *bias_gate = bias ? bias + gated * n : NULL;
 #pragma omp parallel for
     for (long row = 0; row < rows; row++) {
         const float *left = x + row * n * (1 + gated), *gate = left + gated * n;
         for (long i = 0; i < n; i += LANES) {
-            vec g = load_up_to(gate + i, n - i), density, active = g * share_below(g, &density);
-            store_up_to(result + row * n + i, gated ? active * load_up_to(left + i, n - i) : active, n - i);
+            vec g = shifted(gate, bias_gate, i, n - i), density, active = g * share_below(g, &density);
+            store_up_to(result + row * n + i, gated ? active * shifted(left, bias, i, n - i) : active, n - i);
         }
     }
 }
 
 /* incoming (rows, n), the gradient of what gelu_forward gives, becomes that result; for_x gets the gradient for x. */
-void gelu_backward(long rows, long n, int gated, const float *x, float *incoming, float *for_x) {
+void gelu_backward(
+    long rows, long n, int gated, const float *x, const float *bias, float *incoming, float *for_x) {
+    long width = n * (1 + gated);
+    const float *bias_gate = bias ? bias + gated * n : NULL;
 #pragma omp parallel for
     for (long row = 0; row < rows; row++) {
-        const float *left = x + row * n * (1 + gated), *gate = left + gated * n;
-        float *for_left = for_x + row * n * (1 + gated), *for_gate = for_left + gated * n;
+        const float *left = x + row * width, *gate = left + gated * n;
+        float *for_left = for_x + row * width, *for_gate = for_left + gated * n;
         for (long i = 0; i < n; i += LANES) {
-            vec g = load_up_to(gate + i, n - i), density, share = share_below(g, &density), active = g * share;
-            vec gradient = load_up_to(incoming + row * n + i, n - i), result = active;
+            vec g = shifted(gate, bias_gate, i, n - i), density, share = share_below(g, &density);
+            vec gradient = load_up_to(incoming + row * n + i, n - i), result = g * share;
             if (gated) {
-                vec other = load_up_to(left + i, n - i);
-                store_up_to(for_left + i, gradient * active, n - i);
+                vec other = shifted(left, bias, i, n - i);
+                store_up_to(for_left + i, gradient * result, n - i);
                 gradient *= other;
                 result *= other;
             }

@@ -16,8 +16,8 @@ def _functions() -> Optional[ctypes.CDLL]:
     if found is not None:
         address, size = ctypes.c_void_p, ctypes.c_long
         for function, arguments in (
-            (found.gelu_forward, [size, size, ctypes.c_int, address, address]),
-            (found.gelu_backward, [size, size, ctypes.c_int, address, address, address]),
+            (found.gelu_forward, [size, size, ctypes.c_int, address, address, address]),
+            (found.gelu_backward, [size, size, ctypes.c_int, address, address, address, address]),
             (found.add_branch, [size, size, address, address, address, address]),
             (found.sum_products_and_scale, [size, size, address, address, address, address]),
         ):
@@ -46,23 +46,27 @@ def _expect(shape: torch.Size, *tensors: Optional[Tensor]) -> None:
             raise ValueError("shape {}, expected {}".format(tuple(tensor.shape), tuple(shape)))
 
 
-def gelu(x: Tensor, gated: bool) -> Tensor:
-    """gelu(x), or the first half of x (..., n) times gelu of the second where it is gated."""
+def gelu(x: Tensor, gated: bool, bias: Optional[Tensor] = None) -> Tensor:
+    """gelu(x + bias), or the first half of x + bias (..., n) times gelu of the second where it is gated."""
     rows, width = _size(x)
     if gated and width % 2:
         raise ValueError("no halves: {}".format(width))
+    _expect(x.shape[-1:], bias)
     width //= 1 + gated
     result = x.new_empty(*x.shape[:-1], width)
-    _functions().gelu_forward(rows, width, gated, pointer(x), pointer(result))
+    _functions().gelu_forward(rows, width, gated, pointer(x), pointer(bias), pointer(result))
     return result
 
 
-def gelu_again(x: Tensor, gated: bool, incoming: Tensor, for_x: Tensor) -> None:
+def gelu_again(x: Tensor, gated: bool, incoming: Tensor, for_x: Tensor, bias: Optional[Tensor] = None) -> None:
     """Write the gradient for x to `for_x`, and what `gelu` gives over `incoming`, the gradient of that."""
     rows, width = _size(incoming)
     _expect(x.shape, for_x)
+    _expect(x.shape[-1:], bias)
     _expect(torch.Size([*x.shape[:-1], x.shape[-1] // (1 + gated)]), incoming)
-    _functions().gelu_backward(rows, width, gated, pointer(x), pointer(incoming), pointer(for_x))
+    if not (x.is_contiguous() and incoming.is_contiguous() and for_x.is_contiguous()):
+        raise ValueError("gelu_again takes contiguous tensors")
+    _functions().gelu_backward(rows, width, gated, pointer(x), pointer(bias), pointer(incoming), pointer(for_x))
 
 
 def add_branch(residual: Tensor, scale: Optional[Tensor], bias: Optional[Tensor], branch: Tensor) -> Tensor:
