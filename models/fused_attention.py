@@ -80,9 +80,7 @@ class LocalAttention:
         text_weights = torch.softmax(torch.matmul(text_query, text_key.transpose(-1, -2)).add_(later), dim=-1)
         weights = window_weights(query, key, text_key, self.bias)
         on_text, on_window = weights[..., :text_len].flatten(2, 3), weights[..., text_len:]
-        return _Parts(
-            text_query, text_key, text_value, query, key, value, text_weights, on_text, on_window, weights
-        )
+        return _Parts(text_query, text_key, text_value, query, key, value, text_weights, on_text, on_window, weights)
 
     def _attend(self, parts: _Parts, result: Tensor) -> None:
         """Write what all positions attend to into `result` (B, H, L, K)."""
@@ -137,7 +135,8 @@ class KernelAttention:
     @staticmethod
     def suits(qkv: Tensor, pattern: str) -> bool:
         """Whether there is a kernel for it."""
-        return pattern in ("full", "axial_row", "axial_col") and usable(qkv) and attention_kernel.available()
+        known = pattern in ("full", "axial_row", "axial_col")
+        return known and usable(qkv) and qkv.is_contiguous() and attention_kernel.available()
 
     def __init__(self, pattern: str, heads: int, grid: int) -> None:
         self.pattern = attention_kernel.Pattern(heads, 0 if pattern == "full" else grid, pattern == "axial_col")

@@ -67,6 +67,19 @@ def test_attention_is_that_of_the_mask(pattern, batch, text, grid, heads, width,
     close(for_qkv, exact.grad, 3e-6)
 
 
+@pytest.mark.parametrize("grid", [3, 16, 17])
+def test_what_scratch_memory_held_before_does_not_matter(grid, monkeypatch):
+    plain = attention._scratch
+    results = []
+    for value in (0.0, float("nan")):
+        monkeypatch.setattr(attention, "_scratch", lambda *arguments, value=value: plain(*arguments).fill_(value))
+        torch.manual_seed(0)
+        qkv, gradient = torch.randn(1, 5 + grid * grid - 1, 30), torch.randn(1, 5 + grid * grid - 1, 10)
+        for_qkv = torch.empty_like(qkv)
+        results.append((KernelAttention("axial_col", 2, grid).again(qkv, gradient, for_qkv), for_qkv))
+    assert all(torch.equal(first, second) and first.isfinite().all() for first, second in zip(*results))
+
+
 def test_attention_passes_on_what_is_no_number():
     own = KernelAttention("axial_row", 1, 4)
     for odd in (float("nan"), float("inf")):

@@ -269,11 +269,13 @@ static void backward_head(const Plan *p, const float *x, float *incoming, float 
     scatter(p, result, 1, incoming, inner);
 }
 
-/* qkv (B, L, 3 * H * K) -> result (B, L, H * K). scratch: `attention_scratch` floats for each thread. */
-void attention_forward(const Shape *shape, const float *qkv, float *result, float *scratch, long each) {
+/* qkv (B, L, 3 * H * K) -> result (B, L, H * K). scratch: `each` floats, as `attention_scratch` says, for so many
+ * threads. */
+void attention_forward(
+    const Shape *shape, const float *qkv, float *result, float *scratch, long each, int threads) {
     Plan p = plan_of(shape);
     long inner = shape->heads * shape->width;
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (long i = 0; i < shape->batch * shape->heads; i++) {
         long row = i / shape->heads * shape->length, column = i % shape->heads * shape->width;
         forward_head(
@@ -283,10 +285,10 @@ void attention_forward(const Shape *shape, const float *qkv, float *result, floa
 
 /* Writes the gradient for qkv to for_qkv, and the result of `attention_forward` over the gradient that came in. */
 void attention_backward(
-    const Shape *shape, const float *qkv, float *incoming, float *for_qkv, float *scratch, long each) {
+    const Shape *shape, const float *qkv, float *incoming, float *for_qkv, float *scratch, long each, int threads) {
     Plan p = plan_of(shape);
     long inner = shape->heads * shape->width;
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (long i = 0; i < shape->batch * shape->heads; i++) {
         long row = i / shape->heads * shape->length, column = i % shape->heads * shape->width;
         backward_head(

@@ -25,8 +25,8 @@ def _functions() -> Optional[ctypes.CDLL]:
     if found is not None:
         address, size = ctypes.c_void_p, ctypes.c_long
         found.attention_scratch.argtypes, found.attention_scratch.restype = [address, ctypes.c_int], size
-        found.attention_forward.argtypes = [address, address, address, address, size]
-        found.attention_backward.argtypes = [address, address, address, address, address, size]
+        found.attention_forward.argtypes = [address, address, address, address, size, ctypes.c_int]
+        found.attention_backward.argtypes = [address, address, address, address, address, size, ctypes.c_int]
         found.attention_forward.restype = found.attention_backward.restype = None
     return found
 
@@ -63,9 +63,8 @@ def forward(qkv: Tensor, pattern: Pattern) -> Tensor:
     qkv, shape = qkv.contiguous(), pattern.shape(qkv)
     result = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)  # before what is freed again
     scratch = _scratch(shape, False, qkv)
-    _functions().attention_forward(
-        ctypes.byref(shape), pointer(qkv), pointer(result), pointer(scratch), scratch.stride(0)
-    )
+    threads, each = scratch.shape
+    _functions().attention_forward(ctypes.byref(shape), pointer(qkv), pointer(result), pointer(scratch), each, threads)
     return result
 
 
@@ -75,11 +74,12 @@ def backward(qkv: Tensor, pattern: Pattern, incoming: Tensor, for_qkv: Tensor) -
     qkv and for_qkv (B, L, 3 * H * K), incoming (B, L, H * K), all contiguous.
     """
     shape = pattern.shape(qkv)
-    if incoming.shape[2] * 3 != qkv.shape[2] or for_qkv.shape != qkv.shape:
+    if incoming.shape[2] * 3 != qkv.shape[2] or incoming.shape[:2] != qkv.shape[:2] or for_qkv.shape != qkv.shape:
         raise ValueError("gradients of other shapes: {}, {}".format(tuple(incoming.shape), tuple(for_qkv.shape)))
     if not (qkv.is_contiguous() and incoming.is_contiguous() and for_qkv.is_contiguous()):
         raise ValueError("queries, keys, values and gradients must be contiguous")
     scratch = _scratch(shape, True, qkv)
+    threads, each = scratch.shape
     _functions().attention_backward(
-        ctypes.byref(shape), pointer(qkv), pointer(incoming), pointer(for_qkv), pointer(scratch), scratch.stride(0)
+        ctypes.byref(shape), pointer(qkv), pointer(incoming), pointer(for_qkv), pointer(scratch), each, threads
     )
