@@ -337,10 +337,13 @@ class NativeEngine(Engine):
         clip = self.config.optimizer.clip_grad_norm
         if self.sharding is not None:
             return self.sharding.clip(clip)
-        if not clip and hasattr(torch.nn.utils, "get_total_norm"):  # from PyTorch 2.6 on; spares a pass over them all
-            gradients = [p.grad for p in self.parameters if p.grad is not None]
-            return kernels.norm(gradients) if kernels.suits(*gradients) else torch.nn.utils.get_total_norm(gradients)
-        return torch.nn.utils.clip_grad_norm_(self.parameters, clip or float("inf")).detach()
+        if not hasattr(torch.nn.utils, "get_total_norm"):  # before PyTorch 2.6
+            return torch.nn.utils.clip_grad_norm_(self.parameters, clip or float("inf")).detach()
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = kernels.norm(gradients) if kernels.suits(*gradients) else torch.nn.utils.get_total_norm(gradients)
+        if clip:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, clip, norm)
+        return norm
 
     def _update_weights(self, bad: Tensor) -> None:
         """Let the optimizers take their step, unless it is `bad` (bool, 0-d): then no state of theirs changes.
