@@ -90,7 +90,7 @@ def _built(name: str) -> Path:
             _call([compiler, *_FLAGS, "-c", str(_FOLDER / (name + ".c")), "-o", half])
             # Linked without OpenMP's library: its functions are found in the one that PyTorch has loaded, whose threads
             # are then shared. Two such libraries would fight for the cores.
-            _call([compiler, "-shared", half, "-o", whole, "-lm"])
+            _call([compiler, "-shared", half, "-lm", "-o", whole])
             with atomic_write(path, "wb") as file:
                 file.write(Path(whole).read_bytes())
     return path
