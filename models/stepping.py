@@ -9,6 +9,7 @@ Letters: B rows (images, twice as many with guidance), D width, H heads, K width
 """
 
 import contextlib
+import functools
 from typing import Any, Callable, Iterator, List, Optional, Sequence, Union
 
 import torch
@@ -46,8 +47,18 @@ def _copies(model: DALLE) -> bool:
         all(linear.weight.device.type == "cpu" and linear.weight.dtype == torch.float32 for linear in linears)
         and _small(linears)
         and torch.backends.mkl.is_available()
-        and hasattr(torch.ops.mkl, "_mkl_linear")
     )
+
+
+@functools.lru_cache(maxsize=None)
+def _packs() -> bool:
+    """Whether PyTorch has the product with packed weights: 2.0 has its name and nothing behind it."""
+    try:
+        weight = torch.zeros(1, 1)
+        torch.ops.mkl._mkl_linear(weight, torch.ops.mkl._mkl_reorder_linear_weight(weight, 1), weight, None, 1)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return True
 
 
 def product(module: nn.Module, rows: int, copies: bool) -> Product:
@@ -58,7 +69,7 @@ def product(module: nn.Module, rows: int, copies: bool) -> Product:
     if copies and rows == 1:
         columns = weight.t().contiguous().t()
         return lambda x: F.linear(x, columns, bias)
-    if copies and rows >= _PACKED_ROWS:
+    if copies and rows >= _PACKED_ROWS and _packs():
         packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
         multiply = torch.ops.mkl._mkl_linear
         return lambda x: multiply(x, packed, weight, bias, rows)

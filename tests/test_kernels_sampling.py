@@ -268,6 +268,8 @@ def test_only_floats_on_a_cpu_are_for_kernels(monkeypatch):
     layer = other.transformer.layers[1].feed_forward.fn
     layer.up = Int8Linear(layer.up.weight, None)
     assert fed_by(other) is Stepper
+    with torch.no_grad(), stepping(model, 97) as step:
+        assert type(step) is Stepper
     monkeypatch.setattr(stepping_module, "_MAX_BYTES", 1000)
     assert fed_by(model) is Stepper
 

@@ -29,6 +29,8 @@ _LANES = 16
 """Floats in the widest vectors there are."""
 _GRAIN = 1 << 18
 """Bytes of a layer's weights below which a further thread takes longer to wait for than it helps."""
+_MOST_ROWS = 96
+"""From there on arithmetic is all that counts, and a product that divides its work into blocks is as fast."""
 _ACTIVATIONS = {"geglu": 0, "gelu": 1, "quick_gelu": 2}
 _address, _whole = ctypes.c_void_p, ctypes.c_int64
 
@@ -272,7 +274,7 @@ def row_stepper(model: DALLE, rows: int) -> Optional[RowStepper]:
         linears += [attention.qkv, attention.out, feed_forward.up, feed_forward.down]
     if any(type(module) is not nn.Linear for module in linears):
         return None  # int8 weights, say
-    return None if _library() is None else RowStepper(model, rows)
+    return None if rows > _MOST_ROWS or _library() is None else RowStepper(model, rows)
 
 
 def draw_rows(
