@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, List, Optional
 import torch
 
 from models.config import DalleConfig
+from models.kernels.rows import read_all
 from models.local_attention import allowed_codes
 
 #: What their makers' datasheets promise of dense products in half precision, in GFLOP/s, by a part of the name.
@@ -82,7 +83,11 @@ class Machine:
         """Time both once more."""
         side = self.matrix.shape[0]
         self.products.append(2 * side**3 / self._timed(lambda: self.matrix @ self.matrix) / 1e9)
-        self.reads.append(self.vector.numel() * 4 / self._timed(self.vector.sum) / 1e9)
+        # The faster of two ways, so that nothing can beat the limit by reading in a better order.
+        seconds = self._timed(self.vector.sum)
+        if read_all(self.vector) is not None:
+            seconds = min(seconds, self._timed(lambda: read_all(self.vector)))
+        self.reads.append(self.vector.numel() * 4 / seconds / 1e9)
 
     def to_dict(self) -> Dict[str, Any]:
         """Medians of all measurements, and these."""

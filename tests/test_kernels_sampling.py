@@ -10,7 +10,7 @@ from models import sampling as sampling_module
 from models import stepping as stepping_module
 from models.cache import JoinedCache
 from models.kernels import build, rows
-from models.kernels.rows import Packed, RowStepper
+from models.kernels.rows import Packed, RowStepper, read_all
 from models.quantization import Int8Linear
 from models.sampling import SamplingOptions, draw, draw_and_score, draw_codes, first_codes, prefill
 from models.stepping import Stepper, stepping
@@ -285,3 +285,11 @@ def test_without_kernels_pytorch_computes_the_same(name, value, fresh, monkeypat
     found, step = steps(model, codes, 1)
     assert type(step) is Stepper
     torch.testing.assert_close(found, before, rtol=1e-5, atol=1e-5)
+
+
+@KERNELS
+@pytest.mark.parametrize("count", [1, 100, 12345, 300_000])
+def test_all_is_read(count):
+    x = torch.randint(-9, 9, (count,)).float()
+    assert read_all(x) == x.double().sum().item()
+    assert read_all(x.double()) is None and read_all(x.expand(2, -1).t()) is None

@@ -227,6 +227,27 @@ void multiply_rows(const linear *product, const float *x, int64_t rows, float *o
     multiply(product, room, rows, &end);
 }
 
+/* The sum of n floats, at all places where threads read products' weights: how fast memory can be read at all. */
+double read_all(const float *x, int64_t n, int64_t threads) {
+    int64_t part = n / (threads * PLACES * LANES) * LANES;
+    double total = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : total)
+    for (int64_t thread = 0; thread < threads; thread++) {
+        vec sums[PLACES];
+        for (int place = 0; place < PLACES; place++) sums[place] = fill(0);
+        for (int64_t i = 0; i < part; i += LANES)
+#pragma GCC unroll 8
+            for (int place = 0; place < PLACES; place++) {
+                const float *from = x + (thread * PLACES + place) * part + i;
+                __builtin_prefetch(from + 4 * LANES * PLACES, 0, 2);
+                sums[place] += load(from);
+            }
+        for (int place = 0; place < PLACES; place++) total += sum_of(sums[place]);
+    }
+    for (int64_t i = part * PLACES * threads; i < n; i++) total += x[i];
+    return total;
+}
+
 /* ---- norms */
 
 INLINE vec some(const float *x, int64_t n) { /* the first n of LANES floats, zeros behind them */
