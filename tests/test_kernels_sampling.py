@@ -78,6 +78,40 @@ def test_products_of_all_sizes(depth, outputs, threads):
 
 @KERNELS
 @torch.no_grad()
+@pytest.mark.parametrize("depth, outputs", [(1, 1), (7, 5), (65, 40), (130, 33), (600, 97)])
+def test_int8_products_of_all_sizes(depth, outputs, threads):
+    torch.manual_seed(1)
+    threads(1 + outputs % 2)
+    for bias in (torch.randn(outputs), None):
+        layer = Int8Linear(torch.randn(outputs, depth), bias)
+        product = Packed(layer)
+        for count in [*range(1, 14), 16, 25, 37]:
+            x = torch.randn(count, depth)
+            torch.testing.assert_close(product(x), layer(x), rtol=1e-5, atol=1e-4)
+            assert torch.equal(product(x)[:1], product(x[:1]))
+
+
+@KERNELS
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ["geglu", "gelu"])
+def test_int8_steps_give_what_pytorch_gives(activation, monkeypatch, threads):
+    threads(2)
+    model = random_floats(activation=activation)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is torch.nn.Linear:
+                setattr(module, name, Int8Linear(child.weight, child.bias))
+    codes = random_codes(3)
+    found, step = steps(model, codes, 3)
+    assert type(step) is RowStepper and sum(packed.scale is not None for packed in step._packed.values()) > 3
+    monkeypatch.setattr(stepping_module, "row_stepper", lambda model, rows: None)
+    expected, step = steps(model, codes, 3)
+    assert type(step) is Stepper
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@KERNELS
+@torch.no_grad()
 def test_what_is_not_a_number_stays_in_its_row_and_its_column():
     layer = torch.nn.Linear(50, 40)
     layer.weight[7, 3] = float("inf")
@@ -252,6 +286,13 @@ def test_broken_logits_are_drawn_from_as_pytorch_does(value):
 # ---- where kernels are left out
 
 
+class Doubling(torch.nn.Linear):
+    """A layer of another kind."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 def fed_by(model):
     with torch.no_grad(), stepping(model, 2) as step:
         return type(step)
@@ -266,7 +307,7 @@ def test_only_floats_on_a_cpu_are_for_kernels(monkeypatch):
         assert fed_by(model) is Stepper
     other = copy.deepcopy(model)
     layer = other.transformer.layers[1].feed_forward.fn
-    layer.up = Int8Linear(layer.up.weight, None)
+    layer.up = Doubling(layer.up.in_features, layer.up.out_features, bias=False)
     assert fed_by(other) is Stepper
     with torch.no_grad(), stepping(model, 97) as step:
         assert type(step) is Stepper

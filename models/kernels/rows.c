@@ -25,8 +25,9 @@
 enum { GEGLU, GELU, QUICK_GELU };
 
 typedef struct {
-    const float *weight; /* panels */
-    const float *bias;   /* (panels * PANEL) in the order of the panels */
+    const void *weight; /* panels, of floats or of int8 */
+    const float *bias;  /* (panels * PANEL) in the order of the panels, and so is scale */
+    const float *scale; /* what int8 weights are multiplied by; NULL for floats */
     int64_t depth, panels;
 } linear;
 
@@ -68,45 +69,55 @@ static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t panel_width(void) { return PANEL; }
 
 /* Weight (n, depth) -> panels. gated: each panel has LANES rows of the first half and the same of the second. */
-void pack(const float *weight, int64_t n, int64_t depth, int64_t gated, float *out, int64_t threads) {
-    int64_t half = gated ? n / 2 : 0, step = gated ? LANES : PANEL, each = gated ? half : n;
-    int64_t panels = (each + step - 1) / step;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t panel = 0; panel < panels; panel++) {
-        const float *row[PANEL];
-        for (int lane = 0; lane < PANEL; lane++) {
-            int second = gated && lane >= LANES;
-            int64_t index = panel * step + lane - (second ? LANES : 0);
-            row[lane] = index < each ? weight + (index + (second ? half : 0)) * depth : NULL;
-        }
-        float *to = out + panel * depth * PANEL;
-        for (int64_t k = 0; k < depth; k++, to += PANEL)
-            for (int lane = 0; lane < PANEL; lane++) to[lane] = row[lane] ? row[lane][k] : 0.0f;
+#define PACK(name, type)                                                                                        \
+    void name(const type *weight, int64_t n, int64_t depth, int64_t gated, type *out, int64_t threads) {        \
+        int64_t half = gated ? n / 2 : 0, step = gated ? LANES : PANEL, each = gated ? half : n;                \
+        int64_t panels = (each + step - 1) / step;                                                              \
+        _Pragma("omp parallel for num_threads(threads) schedule(static)")                                       \
+        for (int64_t panel = 0; panel < panels; panel++) {                                                      \
+            const type *row[PANEL];                                                                             \
+            for (int lane = 0; lane < PANEL; lane++) {                                                          \
+                int second = gated && lane >= LANES;                                                            \
+                int64_t index = panel * step + lane - (second ? LANES : 0);                                     \
+                row[lane] = index < each ? weight + (index + (second ? half : 0)) * depth : NULL;               \
+            }                                                                                                   \
+            type *to = out + panel * depth * PANEL;                                                             \
+            for (int64_t k = 0; k < depth; k++, to += PANEL)                                                    \
+                for (int lane = 0; lane < PANEL; lane++) to[lane] = row[lane] ? row[lane][k] : 0;               \
+        }                                                                                                       \
     }
+
+PACK(pack, float)
+PACK(pack_bytes, int8_t)
+
+/* Weights as they come into a product: number i of a panel and those after it. `size` is known when this is compiled. */
+INLINE vec weights_at(const char *panel, int64_t i, int size) {
+    return size == 1 ? widened((const int8_t *)panel + i) : load((const float *)panel + i);
 }
 
-/* What to ask memory for while place p of a panel is read at k: PANEL floats or LANES at from + p * step + k times as
- * many. */
+/* What to ask memory for while place p of a panel is read at k: PANEL weights or LANES, from `from` + p * step + k times
+ * as many on; all in bytes. */
 typedef struct {
-    const float *from;
-    int64_t step;
-    int half;
+    const char *from;
+    int64_t step, each;
 } wanted;
 
 /* Sums of `rows` rows for inputs from `begin` to `end` of each place of a panel, added to what they are. Several places
- * are read in turn: a core that reads at one place alone gets two thirds as much from memory. `rows` is known when this
- * is compiled, so that sums are in registers. x (depth, stride): the rows lie side by side. */
-INLINE void places(const float *x, int64_t stride, const float *weight, int64_t part, int64_t begin, int64_t end,
-                   wanted next, int rows, vec sums[][2]) {
+ * are read in turn: a core that reads at one place alone gets two thirds as much from memory. `rows` and `size`, bytes
+ * of a weight, are known when this is compiled, so that sums are in registers. x (depth, stride): the rows lie side by
+ * side. */
+INLINE void places(const float *x, int64_t stride, const char *weight, int64_t part, int64_t begin, int64_t end,
+                   wanted next, int rows, int size, vec sums[][2]) {
     vec own[MOST][2];
     for (int r = 0; r < rows; r++) own[r][0] = sums[r][0], own[r][1] = sums[r][1];
     for (int64_t k = begin; k < end; k++) {
 #pragma GCC unroll 8
         for (int place = 0; place < PLACES; place++) {
-            const float *ask = next.from + place * next.step + k * (next.half ? LANES : PANEL);
+            const char *ask = next.from + place * next.step + k * next.each;
             __builtin_prefetch(ask, 0, 2);
-            if (!next.half) __builtin_prefetch(ask + LANES, 0, 2);
-            vec left = load(weight + (place * part + k) * PANEL), right = load(weight + (place * part + k) * PANEL + LANES);
+            if (next.each > 64) __builtin_prefetch(ask + 64, 0, 2);
+            vec left = weights_at(weight, (place * part + k) * PANEL, size);
+            vec right = weights_at(weight, (place * part + k) * PANEL + LANES, size);
 #pragma GCC unroll 12
             for (int r = 0; r < rows; r++) {
                 vec value = fill(x[(place * part + k) * stride + r]);
@@ -118,10 +129,14 @@ INLINE void places(const float *x, int64_t stride, const float *weight, int64_t 
     for (int r = 0; r < rows; r++) sums[r][0] = own[r][0], sums[r][1] = own[r][1];
 }
 
-#define CASE(n) case n: places(x, stride, weight, part, begin, end, next, n, sums); break;
+#define CASE(n)                                                                   \
+    case n:                                                                       \
+        if (size == 1) places(x, stride, weight, part, begin, end, next, n, 1, sums); \
+        else places(x, stride, weight, part, begin, end, next, n, 4, sums);       \
+        break;
 
-static void few(const float *x, int64_t stride, const float *weight, int64_t part, int64_t begin, int64_t end,
-                wanted next, int rows, vec sums[][2]) {
+static void few(const float *x, int64_t stride, const char *weight, int64_t part, int64_t begin, int64_t end,
+                wanted next, int rows, int size, vec sums[][2]) {
     switch (rows) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if MOST > 6
@@ -131,24 +146,27 @@ static void few(const float *x, int64_t stride, const float *weight, int64_t par
 }
 
 /* Sums of `rows` rows for one panel, which is gone through `times` times, this being number `time`. */
-static void sums_of(const float *x, int64_t stride, const float *weight, int64_t depth, int64_t times, int64_t time,
-                    int rows, vec sums[][2]) {
-    int64_t part = depth / PLACES, last = part > AHEAD ? part - AHEAD : 0;
-    const float *panel = weight + depth * PANEL; /* the next one */
+static void sums_of(const float *x, int64_t stride, const char *weight, int64_t depth, int64_t times, int64_t time,
+                    int rows, int size, vec sums[][2]) {
+    int64_t ahead = AHEAD * 4 / size, part = depth / PLACES, last = part > ahead ? part - ahead : 0;
+    int64_t each = PANEL * size; /* bytes of an input's weights */
+    const char *panel = weight + depth * each; /* the next one */
     for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = fill(0);
     if (times == 1) {
-        wanted soon = {weight + AHEAD * PANEL, part * PANEL, 0}, then = {panel - last * PANEL, part * PANEL, 0};
-        few(x, stride, weight, part, 0, last, soon, rows, sums);
-        few(x, stride, weight, part, last, part, then, rows, sums);
+        wanted soon = {weight + ahead * each, part * each, each}, then = {panel - last * each, part * each, each};
+        few(x, stride, weight, part, 0, last, soon, rows, size, sums);
+        few(x, stride, weight, part, last, part, then, rows, size, sums);
     } else { /* memory would wait while a panel in the cache is gone through again: half of the next one each time */
-        wanted half = {panel + time % 2 * (PLACES / 2) * part * PANEL, part * LANES, 1};
-        few(x, stride, weight, part, 0, part, half, rows, sums);
+        wanted half = {panel + time % 2 * (PLACES / 2) * part * each, part * each / 2, each / 2};
+        few(x, stride, weight, part, 0, part, half, rows, size, sums);
     }
-    for (int64_t k = PLACES * part; k < depth; k++)
+    for (int64_t k = PLACES * part; k < depth; k++) {
+        vec left = weights_at(weight, k * PANEL, size), right = weights_at(weight, k * PANEL + LANES, size);
         for (int r = 0; r < rows; r++) {
-            sums[r][0] += x[k * stride + r] * load(weight + k * PANEL);
-            sums[r][1] += x[k * stride + r] * load(weight + k * PANEL + LANES);
+            sums[r][0] += x[k * stride + r] * left;
+            sums[r][1] += x[k * stride + r] * right;
         }
+    }
 }
 
 enum { PLAIN, RESIDUAL, ACTIVE };
@@ -165,6 +183,13 @@ static void finish(const ending *end, const linear *product, int64_t panel, int6
                    vec sums[][2]) {
     int64_t column = panel * PANEL;
     vec left = load(product->bias + column), right = load(product->bias + column + LANES);
+    if (product->scale) {
+        vec first = load(product->scale + column), second = load(product->scale + column + LANES);
+        for (int r = 0; r < count; r++) {
+            sums[r][0] *= first;
+            sums[r][1] *= second;
+        }
+    }
     for (int r = 0; r < count; r++) {
         vec a = sums[r][0] + left, b = sums[r][1] + right;
         if (end->kind == ACTIVE) {
@@ -202,13 +227,14 @@ static void multiply(const linear *product, const float *x, int64_t rows, const 
     int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
     int64_t from = product->panels * thread / threads, to = product->panels * (thread + 1) / threads;
     int64_t tiles = (rows + MOST - 1) / MOST;
+    int size = product->scale ? 1 : 4;
     vec sums[MOST][2];
     for (int64_t panel = from; panel < to; panel++) {
-        const float *weight = product->weight + panel * product->depth * PANEL;
+        const char *weight = (const char *)product->weight + panel * product->depth * PANEL * size;
         for (int64_t i = 0; i < tiles; i++) {
             int64_t row = rows * i / tiles;
             int count = rows * (i + 1) / tiles - row;
-            sums_of(x + row, rows, weight, product->depth, tiles, i, count, sums);
+            sums_of(x + row, rows, weight, product->depth, tiles, i, count, size, sums);
             finish(end, product, panel, rows, row, count, sums);
         }
     }

@@ -13,7 +13,7 @@ the code grid, N = G * G codes, C codebook size.
 
 import ctypes
 import functools
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from models.cache import JoinedCache, LayerCache
 from models.dalle import DALLE
 from models.kernels.build import library, pointer, usable
 from models.local_attention import allowed_codes
+from models.quantization import Int8Linear
 from models.transformer import Residual
 
 _LANES = 16
@@ -36,7 +37,7 @@ _address, _whole = ctypes.c_void_p, ctypes.c_int64
 
 
 class _Linear(ctypes.Structure):
-    _fields_ = [("weight", _address), ("bias", _address), ("depth", _whole), ("panels", _whole)]
+    _fields_ = [(name, _address) for name in ("weight", "bias", "scale")] + [("depth", _whole), ("panels", _whole)]
 
 
 class _Norm(ctypes.Structure):
@@ -76,7 +77,8 @@ def _library() -> Optional[ctypes.CDLL]:
     if found is not None:
         found.panel_width.restype = found.room_of.restype = _whole
         found.panel_width.argtypes, found.room_of.argtypes = [], [_address]
-        found.pack.argtypes, found.pack.restype = [_address, _whole, _whole, _whole, _address, _whole], None
+        for pack in (found.pack, found.pack_bytes):
+            pack.argtypes, pack.restype = [_address, _whole, _whole, _whole, _address, _whole], None
         found.multiply_rows.argtypes = [_address, _address, _whole, _address, _address, _whole]
         found.multiply_rows.restype = None
         long, double = _whole, ctypes.c_double
@@ -106,19 +108,27 @@ def _threads(layer: int) -> int:
 class Packed:
     """A linear layer whose weight (N, D) lies in panels. gated: its second half of outputs gates the first."""
 
-    def __init__(self, module: nn.Linear, gated: bool = False) -> None:
-        self.library, self.threads = _library(), _threads(module.weight.numel() * 16)  # one product of some four
+    def __init__(self, module: Union[nn.Linear, Int8Linear], gated: bool = False) -> None:
+        size = module.weight.numel() * module.weight.element_size()
+        self.library, self.threads = _library(), _threads(size * 4)  # one product of some four
+        self.outputs, depth = module.weight.shape
         panel = self.library.panel_width()
-        weight = module.weight.detach().contiguous()
-        self.outputs, depth = weight.shape
         width = panel // 2 if gated else panel  # outputs of each half, or of all, in a panel
         panels = -(-(self.outputs // 2 if gated else self.outputs) // width)
-        self.weight, self.bias = weight.new_empty(panels * panel * depth), weight.new_zeros(panels * panel)
-        self.library.pack(pointer(weight), self.outputs, depth, gated, pointer(self.weight), self.threads)
-        if module.bias is not None:
-            bias = module.bias.detach().contiguous()
-            self.library.pack(pointer(bias), self.outputs, 1, gated, pointer(self.bias), self.threads)
-        self.struct = _Linear(self.weight.data_ptr(), self.bias.data_ptr(), depth, panels)
+
+        def packed(values: Optional[Tensor], depth: int) -> Optional[Tensor]:
+            if values is None:
+                return None
+            pack = self.library.pack_bytes if values.dtype == torch.int8 else self.library.pack
+            values, result = values.detach().contiguous(), values.new_empty(panels * panel * depth)
+            pack(pointer(values), self.outputs, depth, gated, pointer(result), self.threads)
+            return result
+
+        bias = module.weight.new_zeros(self.outputs, dtype=torch.float32) if module.bias is None else module.bias
+        self.weight, self.bias = packed(module.weight, depth), packed(bias, 1)
+        self.scale = packed(getattr(module, "scale", None), 1)
+        self.bytes = self.weight.numel() * self.weight.element_size()
+        self.struct = _Linear(_at(self.weight), _at(self.bias), _at(self.scale), depth, panels)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(R, D) -> (R, N), not for gated ones."""
@@ -205,7 +215,7 @@ class RowStepper:
             hidden=config.ff_mult * config.dim,
             activation=_ACTIVATIONS[config.activation],
             layers=config.depth,
-            threads=_threads(sum(packed.weight.numel() for packed in self._packed.values()) * 4 // config.depth),
+            threads=_threads(sum(packed.bytes for packed in self._packed.values()) // config.depth),
             turned=0 if angles is None else angles.shape[1],
             table=_at(self._keep(model.image_emb.weight.detach())),
             positions=_at(tables[0]),
@@ -225,7 +235,7 @@ class RowStepper:
         self._kept.append(tensor)
         return tensor
 
-    def _linear(self, module: nn.Linear, gated: bool = False) -> _Linear:
+    def _linear(self, module: Union[nn.Linear, Int8Linear], gated: bool = False) -> _Linear:
         if module not in self._packed:  # layers may share it
             self._packed[module] = Packed(module, gated)
         return self._packed[module].struct
@@ -284,8 +294,8 @@ def row_stepper(model: DALLE, rows: int) -> Optional[RowStepper]:
     for block in model.transformer.layers:
         attention, feed_forward = block.attention.fn, block.feed_forward.fn
         linears += [attention.qkv, attention.out, feed_forward.up, feed_forward.down]
-    if any(type(module) is not nn.Linear for module in linears):
-        return None  # int8 weights, say
+    if any(type(module) not in (nn.Linear, Int8Linear) or not module.weight.is_cpu for module in linears):
+        return None
     return None if rows > _MOST_ROWS or _library() is None else RowStepper(model, rows)
 
 

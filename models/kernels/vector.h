@@ -2,6 +2,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define LANES 16 /* floats in a vector; 32 registers */
@@ -19,6 +22,16 @@ typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 
 static inline vec load(const float *p) { return *(const loose *)p; }
 static inline void store(float *p, vec x) { *(loose *)p = x; }
+/* LANES bytes as floats. GCC's portable conversion takes bytes one by one. */
+static inline vec widened(const int8_t *p) {
+#if LANES == 16
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif LANES == 8
+    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+    return (vec){p[0], p[1], p[2], p[3]};
+#endif
+}
 static inline vec fill(float x) { return x - (vec){}; }
 static inline vec larger(vec a, vec b) { ivec m = a > b; return (vec)((m & (ivec)a) | (~m & (ivec)b)); }
 static inline vec smaller(vec a, vec b) { ivec m = a < b; return (vec)((m & (ivec)a) | (~m & (ivec)b)); }
