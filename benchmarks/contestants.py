@@ -154,8 +154,7 @@ class Ours(Contestant):
         options = SamplingOptions(top_k=int(self.shape.num_image_tokens * (1 - DROPPED)))
         codes = draw_codes(self.dalle, self.text[0], list(range(images)), options, graphs=self.graphs).codes
         with torch.no_grad():
-            for part in codes.split(8):
-                self.vqgan.decode(part)
+            self.vqgan.decode_by_parts(codes)
 
 
 class Unrecorded(Ours):

@@ -25,9 +25,6 @@ COMPLETION_INDEX = -1
 """The "image" whose random numbers complete a caption."""
 
 
-_DECODED_ON_GPU = 16
-"""Images that a GPU decodes at the same time: feature maps of 256 x 256 pixels take some 200 MB for each."""
-
 PLAIN = SamplingOptions()
 """All codes, drawn with the probabilities the model gives them."""
 
@@ -84,7 +81,7 @@ def to_uint8(pixels: Tensor) -> Tensor:
 @torch.no_grad()
 def decode(loaded: Loaded, codes: Tensor) -> Tensor:
     """Codes (B, N) -> pictures (B, 3, S, S) uint8 on the CPU."""
-    return to_uint8(loaded.vqgan.decode(codes.to(loaded.device))).cpu()
+    return to_uint8(loaded.vqgan.decode_by_parts(codes.to(loaded.device))).cpu()
 
 
 @torch.no_grad()
@@ -168,8 +165,8 @@ class _Decoder:
             return lambda: Batch(share, seeds, drawn.codes.cpu(), drawn.log_likelihood.cpu(), pixels)
         self.stream.wait_stream(torch.cuda.current_stream(self.loaded.device))
         with torch.cuda.stream(self.stream), torch.no_grad():
-            parts = [to_uint8(self.loaded.vqgan.decode(part)) for part in drawn.codes.split(_DECODED_ON_GPU)]
-            found = (drawn.codes, drawn.log_likelihood, torch.cat(parts))
+            pixels = to_uint8(self.loaded.vqgan.decode_by_parts(drawn.codes))
+            found = (drawn.codes, drawn.log_likelihood, pixels)
             on_host = [_room_on_host(tensor).copy_(tensor, non_blocking=True) for tensor in found]
             done = torch.cuda.Event()
             done.record(self.stream)

@@ -26,10 +26,6 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 """Called with (codes drawn so far, codes to draw)."""
 
-# Images decoded at the same time: the VQGAN's feature maps at 256 x 256 pixels take some 200 MB for each, and a CPU is
-# as fast with a few as with many.
-_DECODE_BATCH, _DECODE_BATCH_ON_CPU = 16, 4
-
 
 class Candidates(NamedTuple):
     """Images drawn for one prompt, on the model's device."""
@@ -153,9 +149,7 @@ class Dalle(nn.Module):
                 codes.append(batch.codes)
                 likelihoods.append(batch.log_likelihood)
         all_codes = torch.cat(codes)
-        # In full precision, whatever the transformer computed in, and a few at a time.
-        size = _DECODE_BATCH_ON_CPU if all_codes.device.type == "cpu" else _DECODE_BATCH
-        images = torch.cat([self.stage1.decode(part) for part in all_codes.split(size)])
+        images = self.stage1.decode_by_parts(all_codes)  # in full precision, whatever the transformer computed in
         return Candidates(images, all_codes, torch.cat(likelihoods))
 
     def _batches(

@@ -1,4 +1,6 @@
-"""One code of each image at a time by kernels of our own: `models.stepping.Stepper`, float32 on a CPU, in one call.
+"""One code of each image at a time by kernels of our own: what `models.stepping.Stepper` does, in one call.
+
+Float32 on a CPU; weights of linear layers may be int8.
 
 Drawing a few images reads all weights for each code, and their arithmetic hides behind that. So weights are laid out
 once in the order in which they are read, by several places in turn (a core gets half as much again from memory that
