@@ -276,17 +276,11 @@ double read_all(const float *x, int64_t n, int64_t threads) {
 
 /* ---- norms */
 
-INLINE vec some(const float *x, int64_t n) { /* the first n of LANES floats, zeros behind them */
-    vec result = fill(0);
-    memcpy(&result, x, n * sizeof(float));
-    return result;
-}
-
 static void normalise(const norm *by, const float *x, int64_t n, float *out) {
     int64_t whole = n / LANES * LANES;
     vec sum = fill(0);
     for (int64_t i = 0; i < whole; i += LANES) sum += load(x + i);
-    sum += some(x + whole, n - whole);
+    sum += load_some(x + whole, n - whole);
     float mean = sum_of(sum) / n;
     sum = fill(0);
     for (int64_t i = 0; i < whole; i += LANES) {

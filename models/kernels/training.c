@@ -2,12 +2,6 @@
  * number of threads. */
 #include "vector.h"
 
-/* Fewer floats than a vector has; zeros behind them. */
-static inline vec load_some(const float *p, long n) {
-    vec x = {};
-    memcpy(&x, p, n * sizeof(float));
-    return x;
-}
 static inline void store_some(float *p, vec x, long n) { memcpy(p, &x, n * sizeof(float)); }
 static inline vec load_up_to(const float *p, long n) { return n >= LANES ? load(p) : load_some(p, n); }
 static inline void store_up_to(float *p, vec x, long n) {

@@ -32,6 +32,12 @@ static inline vec widened(const int8_t *p) {
     return (vec){p[0], p[1], p[2], p[3]};
 #endif
 }
+/* Fewer floats than a vector has; zeros behind them. */
+static inline vec load_some(const float *p, long n) {
+    vec x = {};
+    memcpy(&x, p, n * sizeof(float));
+    return x;
+}
 static inline vec fill(float x) { return x - (vec){}; }
 static inline vec larger(vec a, vec b) { ivec m = a > b; return (vec)((m & (ivec)a) | (~m & (ivec)b)); }
 static inline vec smaller(vec a, vec b) { ivec m = a < b; return (vec)((m & (ivec)a) | (~m & (ivec)b)); }
