@@ -1,0 +1,56 @@
+"""Products of float32 matrices by a processor's matrix unit (AMX), by matrix.c, where there is one.
+
+Their error is no larger than that of PyTorch's products, which use the vector units alone.
+"""
+
+import ctypes
+import functools
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from models.kernels.build import library, pointer, usable
+
+_LEAST = 64
+"""Rows, columns or steps below which packing costs more than the unit saves."""
+
+
+@functools.lru_cache(maxsize=None)
+def _functions() -> Optional[ctypes.CDLL]:
+    found = library("matrix")
+    if found is None or not found.multiplies():
+        return None
+    size, address = ctypes.c_long, ctypes.c_void_p
+    found.product.argtypes = [size] * 3 + [address, size, size] * 2 + [address, size]
+    return found
+
+
+def suits(a: Tensor, b: Tensor, out: Optional[Tensor] = None) -> bool:
+    """Whether `product` uses the matrix unit for these."""
+    return (
+        min(*a.shape, *b.shape) >= _LEAST
+        and 1 in a.stride()
+        and 1 in b.stride()
+        and (out is None or out.stride(1) == 1)
+        and usable(a, b, out)
+        and _functions() is not None
+    )
+
+
+def product(a: Tensor, b: Tensor, out: Optional[Tensor] = None) -> Tensor:
+    """Return a @ b, of (M, K) and (K, N), which is written to `out` (M, N) where that is given."""
+    if not suits(a, b, out):
+        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+    (rows, depth), columns = a.shape, b.shape[1]
+    result = a.new_empty(rows, columns) if out is None else out
+    if len(b) != depth or result.shape != (rows, columns):
+        raise ValueError("no product: {} @ {} to {}".format(tuple(a.shape), tuple(b.shape), tuple(result.shape)))
+    (a_line, a_step), (b_step, b_line) = a.stride(), b.stride()
+    failed = _functions().product(
+        rows, columns, depth,
+        pointer(a), a_line, a_step, pointer(b), b_line, b_step, pointer(result), result.stride(0),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("there is no memory for the product of {} and {}".format(tuple(a.shape), tuple(b.shape)))
+    return result

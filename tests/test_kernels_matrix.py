@@ -1,0 +1,208 @@
+"""Products by the matrix unit: as exact as PyTorch's in float32, in any shape, on any threads."""
+
+import threading
+
+import pytest
+import torch
+
+from models.config import DalleConfig
+from models.dalle import DALLE
+from models.kernels import matrix
+
+SQUARE = torch.ones(64, 64)
+needs_unit = pytest.mark.skipif(
+    not matrix.suits(SQUARE, SQUARE), reason="no AMX, no C compiler, or kernels switched off"
+)
+
+SHAPES = [
+    (64, 64, 64),
+    (65, 67, 71),
+    (77, 131, 705),
+    (672, 512, 1500),  # several steps of depth
+    (131, 3000, 96),  # wider than a panel's share
+    (2000, 300, 70),  # tall: the transpose is computed
+    (1500, 1500, 64),  # more rows than are packed at a time
+    (96, 241, 128),
+]
+
+
+@pytest.fixture(params=[1, 2, 3], ids="{} threads".format)
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def operand(rows, columns, turned, scale=1.0):
+    """Random numbers amid others that must not be read as theirs: not a number."""
+    rows, columns = (columns, rows) if turned else (rows, columns)
+    around = torch.full((rows + 2, columns + 3), float("nan"))
+    inside = around[1:-1, 1:-2]
+    inside.copy_(torch.randn(rows, columns) * scale)
+    return inside.t() if turned else inside
+
+
+def error(result, exact):
+    return float((result.double() - exact).square().mean().sqrt())
+
+
+@needs_unit
+@pytest.mark.parametrize("turned", [(0, 0), (0, 1), (1, 0), (1, 1)], ids=str)
+@pytest.mark.parametrize("rows, columns, depth", SHAPES)
+def test_no_less_exact_than_the_product_of_pytorch(rows, columns, depth, turned, threads):
+    torch.manual_seed(depth)
+    a, b = operand(rows, depth, turned[0]), operand(depth, columns, turned[1])
+    around = torch.full((rows + 2, columns + 5), 7.0)
+    out = around[1:-1, 2:-3]
+    assert matrix.suits(a, b, out)
+    assert matrix.product(a, b, out) is out
+    exact = a.double() @ b.double()
+    assert error(out, exact) <= 1.1 * error(a @ b, exact)
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-6 * depth)
+    assert float(around.sum()) == pytest.approx(7.0 * (around.numel() - out.numel()) + float(out.sum()), abs=0.1)
+    around[1:-1, 2:-3] = 7.0
+    assert bool((around == 7.0).all()), "written beside its place"
+
+
+@needs_unit
+def test_the_same_on_any_number_of_threads():
+    torch.manual_seed(0)
+    before = torch.get_num_threads()
+    a, b = torch.randn(333, 1000), torch.randn(1000, 777)
+    results = []
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        results.append(matrix.product(a, b))
+    torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@needs_unit
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1 + 2**-7 - 2**-23, 1 + 2**-8 + 2**-9, 2 - 2**-23],  # halfway between numbers of 8 bits, and just beside
+        [1e-30, 3e-30, 7.77e-30],
+        [1e15, -3.3e14, 1.234567e15],
+        [1.0, 2.0, -3.0],
+    ],
+    ids=["halfway", "small", "large", "whole"],
+)
+def test_exact_for_digits_of_all_kinds(values):
+    torch.manual_seed(1)
+    a = torch.tensor(values)[torch.randint(3, (96, 320))]
+    b = torch.tensor([1 + 2**-7 - 2**-23, 0.3, -0.7, 1 / 3])[torch.randint(4, (320, 416))]
+    exact = a.double() @ b.double()
+    assert error(matrix.product(a, b), exact) <= 1.1 * error(a @ b, exact) + 1e-45
+    if values == [1.0, 2.0, -3.0]:
+        whole = torch.randint(-99, 99, (320, 416)).float()
+        assert torch.equal(matrix.product(a, whole), a @ whole)
+
+
+@needs_unit
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_so_where_it_belongs(bad):
+    a, b = torch.randn(100, 130), torch.randn(130, 500)
+    a[70, 65] = bad
+    expected = torch.ones(100, 500, dtype=torch.bool)
+    expected[70] = False
+    assert torch.equal(matrix.product(a, b).isfinite(), expected)
+    assert torch.equal(matrix.product(b.t(), a.t()).isfinite(), expected.t())
+    assert bool(matrix.product(torch.randn(100, 130), b).isfinite().all()), "packed memory kept it"
+
+
+@needs_unit
+def test_threads_of_python_do_not_disturb_each_other():
+    torch.manual_seed(2)
+    pairs = [(torch.randn(100 + 10 * i, 640), torch.randn(640, 300 + 50 * i)) for i in range(4)]
+    expected = [matrix.product(a, b) for a, b in pairs]
+    wrong = []
+
+    def again(index):
+        for _ in range(20):
+            if not torch.equal(matrix.product(*pairs[index]), expected[index]):
+                wrong.append(index)
+
+    workers = [threading.Thread(target=again, args=(index,)) for index in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+@needs_unit
+def test_others_find_the_matrix_unit_as_it_was():
+    torch.manual_seed(3)
+    a, b = torch.randn(200, 300).bfloat16(), torch.randn(300, 250).bfloat16()
+    before = a @ b
+    for _ in range(3):
+        matrix.product(torch.randn(200, 300), torch.randn(300, 250))
+        assert torch.equal(a @ b, before)
+
+
+@needs_unit
+def test_wrong_shapes_are_refused():
+    with pytest.raises(ValueError, match="no product"):
+        matrix.product(torch.ones(64, 65), torch.ones(66, 64))
+    with pytest.raises(ValueError, match="no product"):
+        matrix.product(SQUARE, SQUARE, torch.ones(64, 65))
+
+
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        (torch.randn(5, 100), torch.randn(100, 100)),
+        (torch.randn(100, 100).double(), torch.randn(100, 100).double()),
+        (torch.randn(100, 200)[:, ::2], torch.randn(100, 100)),
+    ],
+    ids=["few rows", "double", "every second column"],
+)
+def test_pytorch_multiplies_what_does_not_suit(a, b):
+    assert not matrix.suits(a, b)
+    assert torch.equal(matrix.product(a, b), a @ b)
+    out = a.new_empty(len(a), b.shape[1])
+    assert torch.equal(matrix.product(a, b, out), a @ b)
+
+
+@pytest.mark.parametrize("missing", ["library", "unit"])
+def test_pytorch_multiplies_without_a_matrix_unit(missing, monkeypatch):
+    class Library:
+        @staticmethod
+        def multiplies():
+            return 0
+
+    monkeypatch.setattr(matrix, "library", lambda name: None if missing == "library" else Library)
+    matrix._functions.cache_clear()
+    try:
+        a, b = torch.randn(100, 100), torch.randn(100, 100)
+        assert not matrix.suits(a, b)
+        assert torch.equal(matrix.product(a, b), a @ b)
+    finally:
+        matrix._functions.cache_clear()
+
+
+@needs_unit
+def test_a_training_step_uses_it_and_learns_the_same(monkeypatch):
+    torch.manual_seed(0)
+    config = DalleConfig(
+        num_text_tokens=50, num_image_tokens=70, text_seq_len=9, grid=8, dim=64, depth=2, heads=2, dim_head=32,
+        attn_types=("axial_row", "full"), qkv_bias=True,
+    )  # fmt: skip
+    model = DALLE(config)
+    text, codes = torch.randint(1, 50, (3, 9)), torch.randint(70, (3, 64))
+    used, plain = [], matrix.suits
+
+    def gradients():
+        model.zero_grad()
+        model.loss(*model(text, codes), text, codes).total.backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    monkeypatch.setattr(matrix, "suits", lambda *tensors: used.append(plain(*tensors)) or used[-1])
+    own = gradients()
+    # Per layer three or more products for each of four matrices; nothing in a step of this size is too small.
+    assert len(used) >= 24 and all(used)
+    monkeypatch.setattr(matrix, "suits", lambda *tensors: False)
+    for ours, theirs in zip(own, gradients()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
