@@ -292,18 +292,31 @@ static uint8_t *memory(uint8_t **kept, size_t *size, size_t wanted) {
 static __thread uint8_t *for_all, *for_one;
 static __thread size_t for_all_size, for_one_size;
 
-/* How many of the cells that are left a thread takes: fewer and fewer, and whole units as long as there are many. */
-static long share(long left, long threads, long unit) {
-    long wanted = left / (2 * threads);
-    return wanted >= unit ? wanted / unit * unit : wanted > 3 ? wanted : 3;
+/* Cells that are left to a thread. */
+struct range {
+    long begin, end;
+};
+
+/* The next cell of thread `me`: its own first one, or the last one of who has most left; -1 where none is left. */
+static long take(struct range *left, long me, long all) {
+    long cell = -1, most = me;
+#pragma omp critical(matrix_cells)
+    {
+        if (left[me].begin == left[me].end)
+            for (long i = 0; i < all; i++)
+                if (left[i].end - left[i].begin > left[most].end - left[most].begin) most = i;
+        if (left[most].begin < left[most].end) cell = most == me ? left[me].begin++ : --left[most].end;
+    }
+    return cell;
 }
 
 /* C = A B, where all of A lies packed for all threads, and each packs the columns of B that it works on. The work is
- * cut into cells, a strip of rows by a unit of columns. */
+ * cut into cells, a strip of rows by a unit of columns. Cores that also do other work do fewer. */
 static int product_of(struct matrix a, struct matrix b, long k, float *c, long stride, int turned) {
     long chunks = (k + DEPTH - 1) / DEPTH, depth = ((k + chunks - 1) / chunks + 31) / 32 * 32, most = depth / 32;
     long strips = (a.lines + STRIP - 1) / STRIP, units = (b.lines + UNIT - 1) / UNIT;
-    long wide = ((b.lines + units - 1) / units + 15) / 16 * 16, cells = strips * units, next = 0;
+    long wide = ((b.lines + units - 1) / units + 15) / 16 * 16, cells = strips * units;
+    struct range left[omp_get_max_threads()];
     uint8_t *shared = memory(&for_all, &for_all_size, strips * most * (TILES + FLOATS));
     int failed = !shared;
     if (failed) return failed;
@@ -317,33 +330,24 @@ static int product_of(struct matrix a, struct matrix b, long k, float *c, long s
 #pragma omp atomic write
             failed = 1;
         }
+        long me = omp_get_thread_num(), all = omp_get_num_threads();
         for (long from = 0; from < k; from += depth) {
             long to = smaller(k, from + depth), tiles = (to - from + 31) / 32, kept = -1;
-            pack_rows(a, strips, from, to, tiles, shared, omp_get_thread_num(), omp_get_num_threads());
-#pragma omp single
-            next = 0;
-            while (own) {
-                long cell, end;
-#pragma omp critical(matrix_cells)
-                {
-                    cell = next;
-                    end = next = smaller(cells, cell + share(cells - cell, omp_get_num_threads(), strips));
-                }
-                if (cell == end) break;
-                for (; cell < end; cell++) {
-                    long u = cell / strips, s = cell % strips, row = s * STRIP, column = u * wide;
-                    struct place place = {
-                        c + (turned ? column * stride + row : row * stride + column), stride,
-                        smaller(STRIP, a.lines - row), smaller(wide, b.lines - column), turned, from > 0};
-                    if (kept != u) pack_unit(b, column, place.n, from, to, tiles, own);
-                    kept = u;
-                    const uint8_t *strip = shared + s * tiles * (TILES + FLOATS);
-                    struct floats floats = {(const float *)(strip + tiles * TILES), 1, 8, 256 * tiles};
-                    if (in_place(a, row, from, to))
-                        floats = (struct floats){a.at + row * a.line + from, a.line, 1, 8 * a.line};
-                    multiply(
-                        strip, floats, shared + (s + 1) % strips * tiles * (TILES + FLOATS), own, tiles, place);
-                }
+            pack_rows(a, strips, from, to, tiles, shared, me, all);
+            left[me] = (struct range){cells * me / all, cells * (me + 1) / all};
+#pragma omp barrier
+            for (long cell; own && (cell = take(left, me, all)) >= 0;) {
+                long u = cell / strips, s = cell % strips, row = s * STRIP, column = u * wide;
+                struct place place = {
+                    c + (turned ? column * stride + row : row * stride + column), stride,
+                    smaller(STRIP, a.lines - row), smaller(wide, b.lines - column), turned, from > 0};
+                if (kept != u) pack_unit(b, column, place.n, from, to, tiles, own);
+                kept = u;
+                const uint8_t *strip = shared + s * tiles * (TILES + FLOATS);
+                struct floats floats = {(const float *)(strip + tiles * TILES), 1, 8, 256 * tiles};
+                if (in_place(a, row, from, to))
+                    floats = (struct floats){a.at + row * a.line + from, a.line, 1, 8 * a.line};
+                multiply(strip, floats, shared + (s + 1) % strips * tiles * (TILES + FLOATS), own, tiles, place);
             }
 #pragma omp barrier
         }
