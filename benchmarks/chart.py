@@ -13,7 +13,7 @@ def panels(report: Dict[str, Any]) -> List[Tuple[str, str, List[Tuple[str, float
     trained = [m for m in report["results"] if m["task"].startswith("train")]
     if trained:
         bars = [("{}\n{}".format(m["name"], m["task"]), m["images"] / m["median"]) for m in trained]
-        limit = machine["gflop_per_second"] / report["gflop_per_sample"]
+        limit = machine["fastest_gflop_per_second"] / report["gflop_per_sample"]
         result.append(("Training", "samples/s", bars, limit))
     one = report["weights_gb"] * report["num_codes"] / machine["read_gb_per_second"] + report["decode_seconds"]
     for images in sorted({m["images"] for m in report["results"] if m["task"] == "generate"}):

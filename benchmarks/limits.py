@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, List, Optional
 import torch
 
 from models.config import DalleConfig
+from models.kernels import matrix
 from models.kernels.rows import read_all
 from models.local_attention import allowed_codes
 
@@ -68,6 +69,7 @@ class Machine:
         self.matrix = torch.randn(side, side, device=device, dtype=dtype)
         self.vector = torch.ones(100_000_000 if device == "cpu" else 2_000_000_000, device=device)
         self.products: List[float] = []
+        self.own_products: List[float] = []
         self.reads: List[float] = []
 
     def _timed(self, function: Callable[[], Any]) -> float:
@@ -83,6 +85,9 @@ class Machine:
         """Time both once more."""
         side = self.matrix.shape[0]
         self.products.append(2 * side**3 / self._timed(lambda: self.matrix @ self.matrix) / 1e9)
+        if matrix.suits(self.matrix, self.matrix):
+            seconds = self._timed(lambda: matrix.product(self.matrix, self.matrix))
+            self.own_products.append(2 * side**3 / seconds / 1e9)
         # The faster of two ways, so that nothing can beat the limit by reading in a better order.
         seconds = self._timed(self.vector.sum)
         if read_all(self.vector) is not None:
@@ -93,7 +98,9 @@ class Machine:
         """Medians of all measurements, and these."""
         return {
             "gflop_per_second": median(self.products),
+            "fastest_gflop_per_second": max(map(median, filter(None, (self.products, self.own_products)))),
             "read_gb_per_second": median(self.reads),
             "gflop_per_second_all": self.products,
+            "own_gflop_per_second_all": self.own_products,
             "read_gb_per_second_all": self.reads,
         }
