@@ -1,10 +1,11 @@
 """Reading a data set with processes that leave signals to the main one and never outlive their use.
 
-    for batch in read(make_loader(dataset, workers=4, batch_size=32)): ...
+for batch in read(make_loader(dataset, workers=4, batch_size=32)): ...
 """
 
 import contextlib
 import signal
+import warnings
 from multiprocessing.util import Finalize
 from typing import Any, Generator, Iterable
 
@@ -12,6 +13,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from utils.interrupts import leave_to_parent
+
+# The number is the user's or that of a published configuration; too many for a small machine wait, and do no harm.
+warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")
 
 
 def make_loader(dataset: Any, workers: int, **options: Any) -> DataLoader:  # type: ignore[type-arg]
