@@ -1,6 +1,6 @@
 """Reading a data set with processes that leave signals to the main one and never outlive their use.
 
-for batch in read(make_loader(dataset, workers=4, batch_size=32)): ...
+    for batch in read(make_loader(dataset, workers=4, batch_size=32)): ...
 """
 
 import contextlib
