@@ -32,13 +32,7 @@ def _autocasts(x: Tensor) -> bool:
 
 def _linear_into(result: Tensor, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     """F.linear with a place for the result, (..., C)."""
-    inputs, rows = _rows(x), result.view(-1, result.shape[-1])
-    if bias is None or matrix.suits(inputs, weight.t(), rows):
-        matrix.product(inputs, weight.t(), out=rows)
-        if bias is not None:
-            rows.add_(bias)
-    else:
-        torch.addmm(bias, inputs, weight.t(), out=rows)
+    matrix.product(_rows(x), weight.t(), result.view(-1, result.shape[-1]), bias)
     return result
 
 

@@ -38,10 +38,10 @@ def suits(a: Tensor, b: Tensor, out: Optional[Tensor] = None) -> bool:
     )
 
 
-def product(a: Tensor, b: Tensor, out: Optional[Tensor] = None) -> Tensor:
-    """Return a @ b, of (M, K) and (K, N), which is written to `out` (M, N) where that is given."""
+def product(a: Tensor, b: Tensor, out: Optional[Tensor] = None, bias: Optional[Tensor] = None) -> Tensor:
+    """Return a @ b + bias, of (M, K), (K, N) and (N), which is written to `out` (M, N) where that is given."""
     if not suits(a, b, out):
-        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+        return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
     (rows, depth), columns = a.shape, b.shape[1]
     result = a.new_empty(rows, columns) if out is None else out
     if len(b) != depth or result.shape != (rows, columns):
@@ -53,4 +53,4 @@ def product(a: Tensor, b: Tensor, out: Optional[Tensor] = None) -> Tensor:
     )  # fmt: skip
     if failed:
         raise MemoryError("there is no memory for the product of {} and {}".format(tuple(a.shape), tuple(b.shape)))
-    return result
+    return result if bias is None else result.add_(bias)
