@@ -21,7 +21,8 @@ int multiplies(void) { return 0; }
 #include <unistd.h>
 
 #define STRIP 32  /* rows, or columns, that the matrix unit takes at a time: two tiles of 16 */
-#define TILES 6144 /* bytes of a strip for 32 steps of k: two tiles of each of three parts */
+#define TILES 6144 /* bytes of a strip for 32 steps of k: two times 16 lines, of each its three parts side by side */
+#define LINE 192   /* bytes from one line to the next */
 #define FLOATS 4096 /* bytes of a strip of rows for 32 steps of k, as floats for the vector units */
 #define PANEL 48  /* columns that the vector units take at a time, with 8 rows: 24 sums in registers */
 #define STRIPS 5  /* to each panel: the vector units do 3.75 of its 4 parts of a strip of rows meanwhile */
@@ -114,12 +115,12 @@ static inline void turn(struct square *x) {
     transpose(x->other);
 }
 
-/* Three tiles, 2 KB apart, of pairs of steps: of a square by lines rows of A, of one by steps columns of B. */
+/* Three tiles of pairs of steps: of a square by lines rows of A, of one by steps columns of B. */
 static inline void pack_tiles(const struct square *x, uint8_t *to) {
     for (int i = 0; i < 16; i++) {
         __m512i parts[3];
         split(x->one[i], x->other[i], parts);
-        for (int p = 0; p < 3; p++) _mm512_store_si512((void *)(to + 2048 * p + 64 * i), parts[p]);
+        for (int p = 0; p < 3; p++) _mm512_store_si512((void *)(to + LINE * i + 64 * p), parts[p]);
     }
 }
 
@@ -139,7 +140,7 @@ static void pack_rows(
     struct matrix x, long strips, long from, long depth, long tiles, uint8_t *to, long me, long all) {
     EACH_SQUARE(2 * strips) {
         struct square square;
-        uint8_t *strip = to + g / 2 * tiles * (TILES + FLOATS), *tile = strip + t * TILES + g % 2 * 1024;
+        uint8_t *strip = to + g / 2 * tiles * (TILES + FLOATS), *tile = strip + t * TILES + g % 2 * (TILES / 2);
         float *floats = (float *)(strip + tiles * TILES) + g % 2 * 512 * tiles + t * 256;
         fetch(x, 16 * g, from + 32 * t, depth, &square);
         if (by_lines) {
@@ -174,7 +175,7 @@ static void pack_unit(struct matrix x, long line, long wide, long from, long dep
         fetch(x, line + 16 * g, from + 32 * t, depth, &square);
         if (by_lines) turn(&square);
         if (g < 2 * strips) {
-            pack_tiles(&square, to + (g / 2 * tiles + t) * TILES + g % 2 * 1024);
+            pack_tiles(&square, to + (g / 2 * tiles + t) * TILES + g % 2 * (TILES / 2));
             continue;
         }
         float *floats = (float *)(to + strips * tiles * TILES) + 32 * t * PANEL + 16 * (g - 2 * strips);
@@ -211,9 +212,18 @@ static inline void put(const float *sums, long width, struct place c, long row, 
     }
 }
 
+/* Ask for a strip of rows of the place at some columns: they come from memory while their sums are computed. */
+static inline void ask_for(struct place c, long column) {
+    const float *to = c.at + column * (c.turned ? c.stride : 1);
+    for (int i = 0; i < STRIP; i++, to += c.stride) {
+        __builtin_prefetch(to, 1);
+        __builtin_prefetch(to + STRIP / 2, 1);
+    }
+}
+
 /* The matrix unit: tiles 0 to 3 are sums of 32 x 32, 4 and 5 a part of the rows, 6 and 7 a part of the columns. */
-#define ROWS(part) _tile_loadd(4, a + 2048 * (part), 64); _tile_loadd(5, a + 2048 * (part) + 1024, 64);
-#define COLUMNS(part) _tile_loadd(6, b + 2048 * (part), 64); _tile_loadd(7, b + 2048 * (part) + 1024, 64);
+#define ROWS(part) _tile_loadd(4, a + 64 * (part), LINE); _tile_loadd(5, a + TILES / 2 + 64 * (part), LINE);
+#define COLUMNS(part) _tile_loadd(6, b + 64 * (part), LINE); _tile_loadd(7, b + TILES / 2 + 64 * (part), LINE);
 #define CLEAR _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
 /* The six products of parts for 32 steps, small ones first, each with one load less than two. */
 #define SIX(MULTIPLY) \
@@ -260,6 +270,7 @@ static void multiply(
     EACH_ROW(DECLARE)
     for (long s = 0; s < strips; s++) {
         const uint8_t *a = rows, *b = unit + s * tiles * TILES, *end = a + tiles * TILES;
+        ask_for(c, STRIP * s);
         CLEAR
         if (both)
             for (; a < end; a += TILES, b += TILES) { SIX(MULTIPLY_BOTH) }
