@@ -51,6 +51,30 @@ def _rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2)
 
 
+class _Linear(torch.autograd.Function):
+    """F.linear by the products of matrix.py."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return _linear_into(x.new_empty(*x.shape[:-1], len(weight)), x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Gradients:
+        x, weight = ctx.saved_tensors
+        for_weight = matrix.product(_rows(gradient).t(), _rows(x), out=_weight_gradient(gradient, weight))
+        for_bias = _rows(gradient).sum(dim=0) if ctx.has_bias else None
+        return _input_gradient(gradient, weight), for_weight, for_bias
+
+
+def head(x: Tensor, linear: nn.Module) -> Tensor:
+    """linear(x), (B, L, D) -> (B, L, C). A module's own way where it is not a plain nn.Linear."""
+    if type(linear) is not nn.Linear or _autocasts(x) or not matrix.suits(_rows(x), linear.weight.t()):
+        return linear(x)
+    return _Linear.apply(x, linear.weight, linear.bias)
+
+
 class _NormLinear(torch.autograd.Function):
     """Linear(LayerNorm(x)), of which only x is kept."""
 
