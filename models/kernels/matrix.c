@@ -2,10 +2,12 @@
  *
  * A float of 24 bits is the sum of three bfloat16 numbers of 8. Of the nine products of the parts of two floats the
  * six largest are added up, in float32; the others are less than a unit in the last place of the product. So the error
- * of a sum is that of float32 arithmetic. Numbers below 1e-33 lose their last bits; above 1e33 results are NaN.
+ * of a sum is that of float32 arithmetic. Numbers below 1e-33 lose their last bits; above 1e33 results are NaN. Who can
+ * do with less takes two parts (16 bits, three products) or one (8 bits, one product): sums are float32 in any case.
  *
  * The vector units are idle meanwhile: of each 208 columns 48 are multiplied by them, in between. Where other work
- * slows the matrix unit down, as on a core that two machines share, the two stay ahead of the vector units alone.
+ * slows the matrix unit down, as on a core that two machines share, the two stay ahead of the vector units alone. With
+ * fewer parts the matrix unit does all.
  *
  * Which unit computes a number depends on C's shape and the number's place, and the order of a sum on k only: results
  * do not depend on the number of threads. */
@@ -21,12 +23,14 @@ int multiplies(void) { return 0; }
 #include <unistd.h>
 
 #define STRIP 32  /* rows, or columns, that the matrix unit takes at a time: two tiles of 16 */
-#define TILES 6144 /* bytes of a strip for 32 steps of k: two times 16 lines, of each its three parts side by side */
-#define LINE 192   /* bytes from one line to the next */
+#define LINE(parts) (64 * (parts)) /* bytes of a line for 32 steps of k: its parts side by side */
+#define TILES(parts) (STRIP * LINE(parts)) /* bytes of a strip, of rows or columns, for 32 steps of k */
+#define ROWS_OF(parts) (TILES(parts) + ((parts) == ALL ? FLOATS : 0)) /* bytes of a strip of rows */
 #define FLOATS 4096 /* bytes of a strip of rows for 32 steps of k, as floats for the vector units */
 #define PANEL 48  /* columns that the vector units take at a time, with 8 rows: 24 sums in registers */
 #define STRIPS 5  /* to each panel: the vector units do 3.75 of its 4 parts of a strip of rows meanwhile */
-#define UNIT (STRIPS * STRIP + PANEL)
+#define ALL 3     /* parts of a float */
+#define UNIT(parts) ((parts) == ALL ? STRIPS * STRIP + PANEL : 8 * STRIP) /* columns that a thread packs at a time */
 #define DEPTH 704 /* steps of k at a time: a unit's columns then take 811 KB, and AMX comes with 2 MB of cache */
 #define MOST_ROWS 1344 /* that lie packed for all threads */
 
@@ -54,12 +58,12 @@ static inline __m512 rounded(__m512 x) {
     return _mm512_fnmadd_ps(x, _mm512_set1_ps(65536.0f), x * 65537.0f);
 }
 
-/* Three parts of 16 floats at 16 steps of k, and of 16 at the steps 16 later, in pairs. */
-static inline void split(__m512i one, __m512i other, __m512i parts[3]) {
+/* Three parts or fewer of 16 floats at 16 steps of k, and of 16 at the steps 16 later, in pairs. */
+static inline void split(__m512i one, __m512i other, long parts, __m512i to[3]) {
     __m512 x = (__m512)one, y = (__m512)other;
-    for (int p = 0; p < 3; p++) {
+    for (int p = 0; p < parts; p++) {
         __m512 a = p < 2 ? rounded(x) : x, b = p < 2 ? rounded(y) : y;
-        parts[p] = _mm512_or_si512(_mm512_srli_epi32((__m512i)a, 16), (__m512i)b);
+        to[p] = _mm512_or_si512(_mm512_srli_epi32((__m512i)a, 16), (__m512i)b);
         x -= a;
         y -= b;
     }
@@ -115,12 +119,12 @@ static inline void turn(struct square *x) {
     transpose(x->other);
 }
 
-/* Three tiles of pairs of steps: of a square by lines rows of A, of one by steps columns of B. */
-static inline void pack_tiles(const struct square *x, uint8_t *to) {
+/* A tile of each part, of pairs of steps: of a square by lines rows of A, of one by steps columns of B. */
+static inline void pack_tiles(const struct square *x, long parts, uint8_t *to) {
     for (int i = 0; i < 16; i++) {
-        __m512i parts[3];
-        split(x->one[i], x->other[i], parts);
-        for (int p = 0; p < 3; p++) _mm512_store_si512((void *)(to + LINE * i + 64 * p), parts[p]);
+        __m512i part[3];
+        split(x->one[i], x->other[i], parts, part);
+        for (int p = 0; p < parts; p++) _mm512_store_si512((void *)(to + LINE(parts) * i + 64 * p), part[p]);
     }
 }
 
@@ -137,17 +141,16 @@ static inline int in_place(struct matrix x, long row, long from, long depth) {
 
 /* Strips of rows, each as tiles and, where they are not taken in place, behind them as floats, four times 8 rows. */
 static void pack_rows(
-    struct matrix x, long strips, long from, long depth, long tiles, uint8_t *to, long me, long all) {
+    struct matrix x, long parts, long strips, long from, long depth, long tiles, uint8_t *to, long me, long all) {
     EACH_SQUARE(2 * strips) {
         struct square square;
-        uint8_t *strip = to + g / 2 * tiles * (TILES + FLOATS), *tile = strip + t * TILES + g % 2 * (TILES / 2);
-        float *floats = (float *)(strip + tiles * TILES) + g % 2 * 512 * tiles + t * 256;
+        uint8_t *strip = to + g / 2 * tiles * ROWS_OF(parts), *tile = strip + (2 * t + g % 2) * TILES(parts) / 2;
+        float *floats = (float *)(strip + tiles * TILES(parts)) + g % 2 * 512 * tiles + t * 256;
         fetch(x, 16 * g, from + 32 * t, depth, &square);
-        if (by_lines) {
-            pack_tiles(&square, tile);
-            if (in_place(x, g / 2 * STRIP, from, depth)) continue;
-            turn(&square);
-        }
+        if (!by_lines && parts < ALL) turn(&square);
+        if (by_lines || parts < ALL) pack_tiles(&square, parts, tile);
+        if (parts < ALL || in_place(x, g / 2 * STRIP, from, depth)) continue;
+        if (by_lines) turn(&square);
         for (int i = 0; i < 32; i++) {
             __m512i step = (i < 16 ? square.one : square.other)[i % 16];
             _mm256_store_si256((void *)(floats + 8 * i), _mm512_castsi512_si256(step));
@@ -155,30 +158,31 @@ static void pack_rows(
         }
         if (!by_lines) {
             turn(&square);
-            pack_tiles(&square, tile);
+            pack_tiles(&square, parts, tile);
         }
     }
 }
 
 /* How many strips a unit of some columns has; what is left goes to the panel. */
-static inline long strips_of(long columns) {
-    return ((columns <= 2 * STRIP ? columns : columns - PANEL) + STRIP - 1) / STRIP;
+static inline long strips_of(long columns, long parts) {
+    return ((columns <= 2 * STRIP || parts < ALL ? columns : columns - PANEL) + STRIP - 1) / STRIP;
 }
 
 /* A unit of columns: strips as tiles, behind them a panel as floats if there is one. */
-static void pack_unit(struct matrix x, long line, long wide, long from, long depth, long tiles, uint8_t *to) {
+static void pack_unit(
+    struct matrix x, long parts, long line, long wide, long from, long depth, long tiles, uint8_t *to) {
     const long me = 0, all = 1;
-    long strips = strips_of(wide), panel = strips * STRIP < wide ? PANEL / 16 : 0;
+    long strips = strips_of(wide, parts), panel = strips * STRIP < wide ? PANEL / 16 : 0;
     x.lines = line + wide; /* what follows belongs to another unit */
     EACH_SQUARE(2 * strips + panel) {
         struct square square;
         fetch(x, line + 16 * g, from + 32 * t, depth, &square);
         if (by_lines) turn(&square);
         if (g < 2 * strips) {
-            pack_tiles(&square, to + (g / 2 * tiles + t) * TILES + g % 2 * (TILES / 2));
+            pack_tiles(&square, parts, to + (2 * (g / 2 * tiles + t) + g % 2) * TILES(parts) / 2);
             continue;
         }
-        float *floats = (float *)(to + strips * tiles * TILES) + 32 * t * PANEL + 16 * (g - 2 * strips);
+        float *floats = (float *)(to + strips * tiles * TILES(parts)) + 32 * t * PANEL + 16 * (g - 2 * strips);
         for (int i = 0; i < 32; i++)
             _mm512_store_si512((void *)(floats + i * PANEL), (i < 16 ? square.one : square.other)[i % 16]);
     }
@@ -222,13 +226,16 @@ static inline void ask_for(struct place c, long column) {
 }
 
 /* The matrix unit: tiles 0 to 3 are sums of 32 x 32, 4 and 5 a part of the rows, 6 and 7 a part of the columns. */
-#define ROWS(part) _tile_loadd(4, a + 64 * (part), LINE); _tile_loadd(5, a + TILES / 2 + 64 * (part), LINE);
-#define COLUMNS(part) _tile_loadd(6, b + 64 * (part), LINE); _tile_loadd(7, b + TILES / 2 + 64 * (part), LINE);
+#define ROWS(part) _tile_loadd(4, a + 64 * (part), line); _tile_loadd(5, a + tile / 2 + 64 * (part), line);
+#define COLUMNS(part) _tile_loadd(6, b + 64 * (part), line); _tile_loadd(7, b + tile / 2 + 64 * (part), line);
 #define CLEAR _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
 /* The six products of parts for 32 steps, small ones first, each with one load less than two. */
 #define SIX(MULTIPLY) \
     ROWS(2) COLUMNS(0) MULTIPLY ROWS(1) MULTIPLY COLUMNS(1) MULTIPLY \
     ROWS(0) MULTIPLY COLUMNS(2) MULTIPLY COLUMNS(0) MULTIPLY
+/* Those of two parts, and that of one. */
+#define THREE(MULTIPLY) ROWS(1) COLUMNS(0) MULTIPLY ROWS(0) MULTIPLY COLUMNS(1) MULTIPLY
+#define ONE(MULTIPLY) ROWS(0) COLUMNS(0) MULTIPLY
 
 /* The vector units: sums of 8 x 48, x from 8 rows that lie `apart`, y from 48 columns. */
 #define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
@@ -250,7 +257,7 @@ static inline void ask_for(struct place c, long column) {
     done += 8; x = floats.at + done / 8 * floats.eight; y = panel; left = 8 * tiles; }
 
 #define MULTIPLY_ALONE \
-    _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
+    _tile_dpbf16ps(0, 4, 6); ASK _tile_dpbf16ps(1, 4, 7); ASK _tile_dpbf16ps(2, 5, 6); ASK _tile_dpbf16ps(3, 5, 7); ASK
 #define MULTIPLY_BOTH \
     _tile_dpbf16ps(0, 4, 6); STEP ASK _tile_dpbf16ps(1, 4, 7); STEP ASK \
     _tile_dpbf16ps(2, 5, 6); STEP ASK _tile_dpbf16ps(3, 5, 7); STEP ASK \
@@ -260,22 +267,28 @@ static inline void ask_for(struct place c, long column) {
 
 /* The product of a strip of rows, as tiles and as floats, and a packed unit of columns to its place. `next` are the
  * tiles that come then. */
-static void multiply(
-    const uint8_t *rows, struct floats floats, const uint8_t *next, const uint8_t *unit, long tiles, struct place c) {
+static inline __attribute__((always_inline)) void multiply_by(
+    const long parts, const uint8_t *rows, struct floats floats, const uint8_t *next, const uint8_t *unit, long tiles,
+    struct place c) {
+    const long line = LINE(parts), tile = TILES(parts);
     float sums[8 * PANEL] __attribute__((aligned(64))), block[STRIP * STRIP] __attribute__((aligned(64)));
-    long strips = strips_of(c.n), done = 0, left = 8 * tiles;
+    long strips = strips_of(c.n, parts), done = 0, left = 8 * tiles;
     int both = c.n > STRIP * strips;
-    const float *x = floats.at, *panel = (const float *)(unit + strips * tiles * TILES), *y = panel;
+    const float *x = floats.at, *panel = (const float *)(unit + strips * tiles * tile), *y = panel;
     const long advance = floats.step, apart = floats.line;
     EACH_ROW(DECLARE)
     for (long s = 0; s < strips; s++) {
-        const uint8_t *a = rows, *b = unit + s * tiles * TILES, *end = a + tiles * TILES;
+        const uint8_t *a = rows, *b = unit + s * tiles * tile, *end = a + tiles * tile;
         ask_for(c, STRIP * s);
         CLEAR
-        if (both)
-            for (; a < end; a += TILES, b += TILES) { SIX(MULTIPLY_BOTH) }
+        if (parts == 1)
+            for (; a < end; a += tile, b += tile) { ONE(MULTIPLY_ALONE) }
+        else if (parts == 2)
+            for (; a < end; a += tile, b += tile) { THREE(MULTIPLY_ALONE) }
+        else if (both)
+            for (; a < end; a += tile, b += tile) { SIX(MULTIPLY_BOTH) }
         else
-            for (; a < end; a += TILES, b += TILES) { SIX(MULTIPLY_ALONE) }
+            for (; a < end; a += tile, b += tile) { SIX(MULTIPLY_ALONE) }
         _tile_stored(0, block, 4 * STRIP);
         _tile_stored(1, block + 16, 4 * STRIP);
         _tile_stored(2, block + 16 * STRIP, 4 * STRIP);
@@ -289,6 +302,14 @@ static void multiply(
         for (; left; left--) { STEP STEP STEP STEP }
         NEXT_ROWS
     }
+}
+
+static void multiply(
+    long parts, const uint8_t *rows, struct floats floats, const uint8_t *next, const uint8_t *unit, long tiles,
+    struct place c) {
+    if (parts == 1) multiply_by(1, rows, floats, next, unit, tiles, c);
+    if (parts == 2) multiply_by(2, rows, floats, next, unit, tiles, c);
+    if (parts == ALL) multiply_by(ALL, rows, floats, next, unit, tiles, c);
 }
 
 /* Memory for packed numbers that a thread keeps: new memory costs as much as filling it thrice. */
@@ -323,12 +344,12 @@ static long take(struct range *left, long me, long all) {
 
 /* C = A B, where all of A lies packed for all threads, and each packs the columns of B that it works on. The work is
  * cut into cells, a strip of rows by a unit of columns. Cores that also do other work do fewer. */
-static int product_of(struct matrix a, struct matrix b, long k, float *c, long stride, int turned) {
+static int product_of(struct matrix a, struct matrix b, long k, long parts, float *c, long stride, int turned) {
     long chunks = (k + DEPTH - 1) / DEPTH, depth = ((k + chunks - 1) / chunks + 31) / 32 * 32, most = depth / 32;
-    long strips = (a.lines + STRIP - 1) / STRIP, units = (b.lines + UNIT - 1) / UNIT;
+    long strips = (a.lines + STRIP - 1) / STRIP, units = (b.lines + UNIT(parts) - 1) / UNIT(parts);
     long wide = ((b.lines + units - 1) / units + 15) / 16 * 16, cells = strips * units;
     struct range left[omp_get_max_threads()];
-    uint8_t *shared = memory(&for_all, &for_all_size, strips * most * (TILES + FLOATS));
+    uint8_t *shared = memory(&for_all, &for_all_size, strips * most * ROWS_OF(parts));
     int failed = !shared;
     if (failed) return failed;
 #pragma omp parallel
@@ -336,7 +357,7 @@ static int product_of(struct matrix a, struct matrix b, long k, float *c, long s
         uint8_t saved[64]; /* whoever else in this thread uses the matrix unit finds it as it was */
         _tile_storeconfig(saved);
         _tile_loadconfig(&WHOLE);
-        uint8_t *own = memory(&for_one, &for_one_size, most * TILES * (STRIPS + 1));
+        uint8_t *own = memory(&for_one, &for_one_size, most * TILES(parts) * (UNIT(parts) / STRIP));
         if (!own) {
 #pragma omp atomic write
             failed = 1;
@@ -344,7 +365,7 @@ static int product_of(struct matrix a, struct matrix b, long k, float *c, long s
         long me = omp_get_thread_num(), all = omp_get_num_threads();
         for (long from = 0; from < k; from += depth) {
             long to = smaller(k, from + depth), tiles = (to - from + 31) / 32, kept = -1;
-            pack_rows(a, strips, from, to, tiles, shared, me, all);
+            pack_rows(a, parts, strips, from, to, tiles, shared, me, all);
             left[me] = (struct range){cells * me / all, cells * (me + 1) / all};
 #pragma omp barrier
             for (long cell; own && (cell = take(left, me, all)) >= 0;) {
@@ -352,13 +373,14 @@ static int product_of(struct matrix a, struct matrix b, long k, float *c, long s
                 struct place place = {
                     c + (turned ? column * stride + row : row * stride + column), stride,
                     smaller(STRIP, a.lines - row), smaller(wide, b.lines - column), turned, from > 0};
-                if (kept != u) pack_unit(b, column, place.n, from, to, tiles, own);
+                if (kept != u) pack_unit(b, parts, column, place.n, from, to, tiles, own);
                 kept = u;
-                const uint8_t *strip = shared + s * tiles * (TILES + FLOATS);
-                struct floats floats = {(const float *)(strip + tiles * TILES), 1, 8, 256 * tiles};
+                const uint8_t *strip = shared + s * tiles * ROWS_OF(parts);
+                const uint8_t *next = shared + (s + 1) % strips * tiles * ROWS_OF(parts);
+                struct floats floats = {(const float *)(strip + tiles * TILES(parts)), 1, 8, 256 * tiles};
                 if (in_place(a, row, from, to))
                     floats = (struct floats){a.at + row * a.line + from, a.line, 1, 8 * a.line};
-                multiply(strip, floats, shared + (s + 1) % strips * tiles * (TILES + FLOATS), own, tiles, place);
+                multiply(parts, strip, floats, next, own, tiles, place);
             }
 #pragma omp barrier
         }
@@ -368,16 +390,16 @@ static int product_of(struct matrix a, struct matrix b, long k, float *c, long s
 }
 
 /* C (m, n) = A (m, k) B (k, n); C's rows lie `stride` floats apart, steps are as in struct matrix. 1 where there is no
- * memory. Of a tall C the transpose is computed: what all threads share is the smaller matrix then. */
+ * memory. `parts` of each number: 1 to 3, see above. Of a tall C the transpose is computed: what all threads share is the smaller matrix then. */
 int product(
     long m, long n, long k, const float *a, long a_line, long a_step, const float *b, long b_line, long b_step,
-    float *c, long stride) {
+    long parts, float *c, long stride) {
     int turned = m > 2 * n, failed = 0;
     struct matrix left = {a, a_line, a_step, m}, right = {b, b_line, b_step, n};
     struct matrix rows = turned ? right : left, columns = turned ? left : right;
     for (long from = 0, all = rows.lines; from < all && !failed; from += MOST_ROWS) {
         rows.lines = smaller(MOST_ROWS, all - from);
-        failed = product_of(rows, columns, k, c + (turned ? from : from * stride), stride, turned);
+        failed = product_of(rows, columns, k, parts, c + (turned ? from : from * stride), stride, turned);
         rows.at += MOST_ROWS * rows.line;
     }
     return failed;
