@@ -63,6 +63,11 @@ class ExecutionConfig(Section):
     max_minutes: float = option(0.0, "stop after so many minutes of training; 0: no limit", ge=0)
     precision: str = option("auto", "arithmetic of the transformer; auto: as --fp16 says (fp16 on cuda or ipu, fp32 on "
                                     "cpu), any other value wins over --fp16", choices=("auto", "fp32", "bf16", "fp16"))
+    matmul_precision: Optional[str] = option(None, "how exactly float32 matrix products take their factors, as "
+                                                   "torch.set_float32_matmul_precision says: highest (float32), high "
+                                                   "(TF32 on a GPU, 16 bits on a CPU with AMX), medium (bfloat16); "
+                                                   "none: high on a GPU, highest on a CPU",
+                                             choices=("highest", "high", "medium"))
     fp16: bool = option(False, "train in half precision where the device can")
     compile: bool = option(False, "compile the training step with torch.compile")
     activation_checkpointing: bool = option(False, "compute activations again in the backward pass to save memory")

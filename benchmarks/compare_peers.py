@@ -91,6 +91,7 @@ class Worker:
         command += ["--device", options.device, "--precision", options.precision, "--threads", str(options.threads)]
         command += ["--batch-size", str(batch or options.batch_size), "--grid", str(grid)]
         command += ["--compile"] if options.compile else []
+        command += ["--matmul-precision", options.matmul_precision] if options.matmul_precision else []
         self.log = open(Path(options.output, "contestants.log"), "ab")
         self.process = subprocess.Popen(
             command, cwd=str(ROOT), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, bufsize=0
@@ -278,6 +279,8 @@ def read_options(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--config", default="L16", help="configuration (default: L16)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: fp32")
+    parser.add_argument("--matmul-precision", choices=("highest", "high", "medium"),
+                        help="of float32 products, for all contestants (default: high on a GPU, highest on a CPU)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
     parser.add_argument("--batch-size", type=int, default=2, help="samples of a training step (default: 2)")
     parser.add_argument("--images", type=int, nargs="+", default=[1, 8, 32], help="drawn at once (default: 1 8 32)")
@@ -309,6 +312,8 @@ def describe(options: argparse.Namespace) -> Dict[str, Any]:
     """Everything known before anything is timed."""
     config = settings(options)
     wanted, vqgan = shape(config)
+    products = options.matmul_precision or ("high" if options.device == "cuda" else "highest")
+    torch.set_float32_matmul_precision(products)  # of the limits too
     speed = limits.Machine(options.device, options.precision)
     codes = torch.zeros(1, wanted.image_seq_len, dtype=torch.long)
     torch.nn.utils.convert_conv2d_weight_memory_format(vqgan, torch.channels_last)
@@ -320,7 +325,7 @@ def describe(options: argparse.Namespace) -> Dict[str, Any]:
     return {
         "config": options.config,
         "device": options.device,
-        "precision": options.precision,
+        "precision": options.precision + (" ({} products)".format(products) if options.matmul_precision else ""),
         "date": datetime.now().strftime("%Y-%m-%d %H:%M"),
         "command": " ".join(["python", *sys.argv]),
         "parameters": work.parameters / 1e6,

@@ -59,6 +59,8 @@ def settings(options: argparse.Namespace) -> args.Config:
     flags = ["--config", options.config, "--generated-data", "--batch-size", str(options.batch_size)]
     flags += ["--gradient-accumulation", "1", "--replication-factor", "1", "--device", options.device]
     flags += ["--precision", options.precision]
+    if options.matmul_precision:
+        flags += ["--matmul-precision", options.matmul_precision]
     if options.threads:
         flags += ["--threads", str(options.threads)]
     if options.device == "cuda":  # recomputing saves memory, which peers do without and a model's FLOPs do not count
@@ -327,6 +329,7 @@ def options_of(argv: List[str]) -> argparse.Namespace:
     parser.add_argument("--config", required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--matmul-precision")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--grid", type=int, default=0)

@@ -211,6 +211,11 @@ def _option_problems(config: Config) -> List[str]:
         found.append(
             "--compile is torch.compile, which is not for IPUs: their programs are always compiled; leave it out"
         )
+    if run.matmul_precision is not None:
+        found.append(
+            "--matmul-precision is for GPUs and CPUs; on IPUs --fp16 and --enable-half-partials say how exactly "
+            "products are computed: leave it out"
+        )
     if run.shard:
         found.append(
             "--shard is for GPUs and CPUs; on IPUs --layers-per-ipu spreads the model and --enable-rts the optimizer "

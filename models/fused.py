@@ -52,27 +52,27 @@ def _rows(x: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """F.linear by the products of matrix.py."""
+    """F.linear by the products of matrix.py, of x (rows, D)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        return _linear_into(x.new_empty(*x.shape[:-1], len(weight)), x, weight, bias)
+        return matrix.product(x, weight.t(), bias=bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Gradients:
         x, weight = ctx.saved_tensors
-        for_weight = matrix.product(_rows(gradient).t(), _rows(x), out=_weight_gradient(gradient, weight))
-        for_bias = _rows(gradient).sum(dim=0) if ctx.has_bias else None
-        return _input_gradient(gradient, weight), for_weight, for_bias
+        for_weight = matrix.product(gradient.t(), x, out=_weight_gradient(gradient, weight))
+        return matrix.product(gradient, weight), for_weight, gradient.sum(dim=0) if ctx.has_bias else None
 
 
 def head(x: Tensor, linear: nn.Module) -> Tensor:
     """linear(x), (B, L, D) -> (B, L, C). A module's own way where it is not a plain nn.Linear."""
-    if type(linear) is not nn.Linear or _autocasts(x) or not matrix.suits(_rows(x), linear.weight.t()):
+    rows = _rows(x)
+    if type(linear) is not nn.Linear or not matrix.suits(rows, linear.weight.t()) or _autocasts(x):
         return linear(x)
-    return _Linear.apply(x, linear.weight, linear.bias)
+    return _Linear.apply(rows, linear.weight, linear.bias).view(*x.shape[:-1], -1)
 
 
 class _NormLinear(torch.autograd.Function):

@@ -246,6 +246,7 @@ def test_bubble():
         ({"ema_decay": 0.9}, "--ema-decay", "--ema-decay 0"),
         ({"attention_impl": "sdpa"}, "--attention-impl", "auto"),
         ({"compile": True}, "--compile", "leave it out"),
+        ({"matmul_precision": "high"}, "--matmul-precision", "leave it out"),
         ({"optimizer": "Muon"}, "--optimizer", "AdamW"),
     ],
 )

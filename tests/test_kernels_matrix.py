@@ -166,6 +166,41 @@ def test_pytorch_multiplies_what_does_not_suit(a, b):
     assert torch.equal(matrix.product(a, b, out), a @ b)
 
 
+@needs_unit
+@pytest.mark.parametrize("precision, tolerance, least", [("high", 6e-6, 1e-6), ("medium", 3e-3, 1e-3)])
+@pytest.mark.parametrize("rows, columns, depth", [(64, 64, 64), (100, 300, 1000), (700, 200, 70), (1400, 90, 800)])
+def test_as_exact_as_pytorch_is_told_to_be(precision, tolerance, least, rows, columns, depth):
+    """Two parts of a float are 18 bits of it at best, one part 9: so much is lost, and no more."""
+    torch.manual_seed(0)
+    try:
+        for turned in (False, True):
+            a = torch.randn(depth, rows).t() if turned else torch.randn(rows, depth)
+            b = torch.randn(depth, columns) if turned else torch.randn(columns, depth).t()
+            exact = a.double() @ b.double()
+            torch.set_float32_matmul_precision(precision)
+            error = (matrix.product(a, b) - exact).norm() / exact.norm()
+            assert (0 if depth < 100 else least) < error < tolerance
+            whole = torch.randint(-16, 16, a.shape).float()  # few bits: nothing is lost
+            assert torch.equal(matrix.product(whole, whole.t()).double(), whole.double() @ whole.double().t())
+            torch.set_float32_matmul_precision("highest")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@needs_unit
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_less_exact_products_pass_on_what_is_no_number(precision):
+    a, b = torch.randn(100, 100), torch.randn(100, 100)
+    a[3, 5], a[70, 0] = float("nan"), float("inf")
+    torch.set_float32_matmul_precision(precision)
+    try:
+        result = matrix.product(a, b)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    odd = ~result.isfinite().all(dim=1)
+    assert odd.nonzero().flatten().tolist() == [3, 70]
+
+
 @pytest.mark.parametrize("missing", ["library", "unit"])
 def test_pytorch_multiplies_without_a_matrix_unit(missing, monkeypatch):
     class Library:

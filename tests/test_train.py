@@ -294,7 +294,22 @@ def test_faster_arithmetic_of_the_cpu_is_pointed_out(monkeypatch, caplog, units)
     with caplog.at_level("INFO"):
         engine = engines.create(args.parse(["--config", "unit_test", "--generated-data", "--device", "cpu"]))
         engine.prepare(TextToImage(DALLE(model)))
-    assert ("--precision bf16 trains faster" in caplog.text) == units
+    assert ("--matmul-precision medium trains faster" in caplog.text) == units
+
+
+def test_products_are_as_exact_as_asked_for_until_the_engine_closes(caplog):
+    flags = ["--config", "unit_test", "--generated-data", "--device", "cpu"]
+    for precision in ("high", "medium"):
+        engine = engines.create(args.parse([*flags, "--matmul-precision", precision]))
+        assert torch.get_float32_matmul_precision() == precision
+        assert "products of {} precision".format(precision) in engine.describe()
+        engine.close()
+        assert torch.get_float32_matmul_precision() == "highest"
+    torch.set_float32_matmul_precision("high")
+    engine = engines.create(args.parse(flags))  # what was set elsewhere stays
+    assert torch.get_float32_matmul_precision() == "high" and "products" not in engine.describe()
+    engine.close()
+    torch.set_float32_matmul_precision("highest")
 
 
 def test_two_processes_equal_one(folder, tmp_path):

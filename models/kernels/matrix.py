@@ -1,9 +1,9 @@
 """Products of float32 matrices by a processor's matrix unit (AMX), by matrix.c, where there is one.
 
-Their error is no larger than that of PyTorch's products, which use the vector units alone. With
-`torch.set_float32_matmul_precision("high")` or `("medium")`, which allow it to round what is multiplied, a product takes
-half or a sixth of the multiplications: of 16 bits, as TF32 with 11 on a GPU, or of 8 bits, as bfloat16. Sums, and all
-that is not a product, are float32 nevertheless.
+Their error is no larger than that of PyTorch's products, which use the vector units alone. Where
+`torch.set_float32_matmul_precision` allows to round what is multiplied, a product takes half of the multiplications
+("high": factors of 16 bits, where TF32 on a GPU has 11) or a sixth ("medium": bfloat16, 8 bits). Sums are float32 in
+any case.
 """
 
 import ctypes
