@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.cache import LayerCache
 from models.config import DalleConfig
-from models.fused import IDENTITY, Function
+from models.fused import IDENTITY, Function, linear
 from models.fused_attention import KernelAttention, LocalAttention
 from models.local_attention import allowed_codes, local_attention, window_bias, window_rows
 
@@ -128,11 +128,11 @@ class Attention(nn.Module):
 
     def merge(self, heads: Tensor) -> Tensor:
         """(B, H, L, K) -> (B, L, D)."""
-        return self.dropout(self.out(heads.transpose(1, 2).flatten(2)))
+        return self.dropout(linear(heads.transpose(1, 2).flatten(2), self.out))
 
     def forward(self, x: Tensor, mask: Tensor, angles: Optional[Tensor] = None) -> Tensor:
         """Attend within x (B, L, D) under mask (L, L); angles (L, R) with rotary embedding. Returns (B, L, D)."""
-        return self.merge(self.attend(self.qkv(x), mask, angles))
+        return self.merge(self.attend(linear(x, self.qkv), mask, angles))
 
     def attend(self, qkv: Tensor, mask: Tensor, angles: Optional[Tensor]) -> Tensor:
         """What comes before the last product: qkv (B, L, 3 * H * K) -> (B, H, L, K)."""

@@ -67,12 +67,14 @@ class _Linear(torch.autograd.Function):
         return matrix.product(gradient, weight), for_weight, gradient.sum(dim=0) if ctx.has_bias else None
 
 
-def head(x: Tensor, linear: nn.Module) -> Tensor:
-    """linear(x), (B, L, D) -> (B, L, C). A module's own way where it is not a plain nn.Linear."""
+def linear(x: Tensor, module: nn.Module) -> Tensor:
+    """module(x), (B, L, D) -> (B, L, C); in training by the products of matrix.py if it is a plain nn.Linear."""
+    if type(module) is not nn.Linear or not torch.is_grad_enabled():
+        return module(x)
     rows = _rows(x)
-    if type(linear) is not nn.Linear or not matrix.suits(rows, linear.weight.t()) or _autocasts(x):
-        return linear(x)
-    return _Linear.apply(rows, linear.weight, linear.bias).view(*x.shape[:-1], -1)
+    if not matrix.suits(rows, module.weight.t()) or _autocasts(x):
+        return module(x)
+    return _Linear.apply(rows, module.weight, module.bias).view(*x.shape[:-1], -1)
 
 
 class _NormLinear(torch.autograd.Function):

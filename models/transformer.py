@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.attention import Attention, build_mask, rotary_angles
 from models.cache import LayerCache, make_cache
 from models.config import DalleConfig
-from models.fused import add_feed_forward, add_linear, norm_linear
+from models.fused import add_feed_forward, add_linear, linear, norm_linear
 
 
 class FeedForward(nn.Module):
@@ -27,7 +27,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden, config.dim, bias=config.ff_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)
+        x = linear(x, self.up)
         if self.activation == "geglu":
             x, gate = x.chunk(2, dim=-1)
             x = x * F.gelu(gate)
@@ -35,7 +35,7 @@ class FeedForward(nn.Module):
             x = F.gelu(x)
         else:
             x = x * torch.sigmoid(1.702 * x)
-        return self.down(self.dropout(x))
+        return linear(self.dropout(x), self.down)
 
 
 def layer_scale_init(layer: int) -> float:

@@ -219,11 +219,12 @@ def test_pytorch_multiplies_without_a_matrix_unit(missing, monkeypatch):
 
 
 @needs_unit
-def test_a_training_step_uses_it_and_learns_the_same(monkeypatch):
+@pytest.mark.parametrize("sandwich_norm", [False, True], ids=["fused", "not fused"])
+def test_a_training_step_uses_it_and_learns_the_same(sandwich_norm, monkeypatch):
     torch.manual_seed(0)
     config = DalleConfig(
         num_text_tokens=70, num_image_tokens=70, text_seq_len=30, grid=8, dim=64, depth=2, heads=2, dim_head=32,
-        attn_types=("axial_row", "full"), qkv_bias=True, head_bias=True,
+        attn_types=("axial_row", "full"), qkv_bias=True, head_bias=True, sandwich_norm=sandwich_norm,
     )  # fmt: skip
     model = DALLE(config)
     text, codes = torch.randint(1, 70, (3, 30)), torch.randint(70, (3, 64))
