@@ -191,6 +191,13 @@ def test_on_a_gpu_all_train_without_recomputing_and_ours_may_be_compiled():
     assert execution.compile and not execution.activation_checkpointing
 
 
+def test_products_are_as_exact_for_all_as_asked_for():
+    flags = [OURS, TRAIN_CODES, "--config", "L16", "--matmul-precision"]
+    for wanted in ("highest", "medium"):
+        assert contestants.settings(contestants.options_of([*flags, wanted])).execution.matmul_precision == wanted
+    assert contestants.settings(contestants.options_of(flags[:-1])).execution.matmul_precision is None
+
+
 def test_datasheets_are_known_by_the_names_that_gpus_report():
     assert limits.datasheet("NVIDIA H200", "bf16") == limits.datasheet("NVIDIA H100 80GB HBM3", "fp16") == 989_000
     assert limits.datasheet("NVIDIA H100 PCIe", "bf16") == 756_000
@@ -205,10 +212,11 @@ def test_names_cover_everybody():
 @needs_peer
 def test_the_whole_comparison(tmp_path):
     command = [sys.executable, "benchmarks/compare_peers.py", "--config", "demo", "--turns", "1"]
-    command += ["--images", "1", "2", "--output", str(tmp_path)]
+    command += ["--images", "1", "2", "--output", str(tmp_path), "--matmul-precision", "high"]
     command += ["--growth", "--growth-batches", "1", "2", "--growth-grids", "4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "compare_peers.json").read_text())
+    assert report["precision"] == "fp32 (high products)"
     assert len(report["results"]) == 2 + 3 + 2 * 4 and len(report["growth"]["batch"]) == 2
     assert (tmp_path / "compare_peers.png").is_file() and "peak GB" in done.stdout
