@@ -11,7 +11,7 @@ the same.
 Letters: B batch, L positions, D width of a layer's input, C of its output.
 """
 
-from typing import Any, Dict, Optional, Protocol, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Protocol, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -185,10 +185,34 @@ _KERNEL_ACTIVATIONS = {"geglu": _KernelGelu(gated=True), "gelu": _KernelGelu(gat
 IDENTITY: Function = _Identity()
 
 
+class Dropout(NamedTuple):
+    """One dropout: which numbers it drops, by its seed, the backward pass finds out again."""
+
+    seed: int
+    probability: float
+
+    @classmethod
+    def of(cls, module: nn.Dropout) -> "Optional[Dropout]":
+        """A new one, by PyTorch's random numbers, or None where the module drops nothing."""
+        if not module.training or not module.p:
+            return None
+        return cls(int(torch.randint(2**63 - 1, ())), module.p)
+
+    @staticmethod
+    def suits(x: Tensor) -> bool:
+        """Whether it can drop numbers of tensors like x."""
+        return kernels.suits(x) and not _autocasts(x)
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Drop some of x, in its place."""
+        return kernels.drop(x, self.seed, self.probability)
+
+
 class _AddLinear(torch.autograd.Function):
     """residual + scale * Linear(before(x)), of which only x is kept.
 
-    `shift` is a bias for x, which `before` adds.
+    `shift` is a bias for x, which `before` adds. `inner` drops some of what before(x) gives, `outer` some of what
+    Linear gives.
 
     The gradient for `scale` does not need the branch: sum_r g[r, c] (W a[r] + b)[c] is the sum over k of W[c, k] times
     (g.T a)[c, k], a product that the gradient for W needs anyway, plus b[c] times the sum of g.
@@ -204,14 +228,21 @@ class _AddLinear(torch.autograd.Function):
         scale: Optional[Tensor],
         before: Function,
         shift: Optional[Tensor],
+        inner: Optional[Dropout],
+        outer: Optional[Dropout],
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, scale, shift)
-        ctx.before = before
+        ctx.before, ctx.inner, ctx.outer = before, inner, outer
         if _autocasts(x):
             branch = F.linear(before(x), weight, bias)
             return residual + branch if scale is None else torch.addcmul(residual, branch, scale)
         result = torch.empty_like(residual)
         active = before(x) if shift is None else before(x, shift)
+        if inner is not None:
+            inner.drop(active)
+        if outer is not None:
+            outer.drop(_linear_into(result, active, weight, bias))
+            return kernels.add_branch(residual, scale, None, result)
         if kernels.suits(residual, result, weight, bias, scale):
             return kernels.add_branch(residual, scale, bias, _linear_into(result, active, weight, None))
         _linear_into(result, active, weight, bias)
@@ -220,12 +251,20 @@ class _AddLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Gradients:
         x, weight, bias, scale, shift = ctx.saved_tensors
+        residual, inner, outer = gradient, ctx.inner, ctx.outer
+        if outer is not None:
+            gradient = outer.drop(gradient.clone(memory_format=torch.contiguous_format))
         own = gradient.to(x.dtype)
         for_weight = _weight_gradient(own, weight)
         scaled = own if scale is None else (gradient * scale).to(x.dtype)
         for_x = torch.empty_like(x)
         shifts = () if shift is None else (shift,)
-        active = ctx.before.again(x, _input_gradient(scaled, weight.to(x.dtype)), for_x, *shifts)
+        incoming = _input_gradient(scaled, weight.to(x.dtype))
+        if inner is not None:
+            inner.drop(incoming)
+        active = ctx.before.again(x, incoming, for_x, *shifts)
+        if inner is not None:
+            inner.drop(active)
         for_shift = None if shift is None else _rows(for_x).sum(dim=0)
         for_weight = matrix.product(_rows(own).t(), _rows(active), out=for_weight).to(weight.dtype)
         for_bias = None if bias is None else _rows(gradient).sum(dim=0).to(bias.dtype)
@@ -237,7 +276,7 @@ class _AddLinear(torch.autograd.Function):
                 for_scale = for_scale + for_bias * bias
                 for_bias = for_bias * factor
             for_scale = for_scale.view_as(scale)
-        return gradient, for_x, for_weight, for_bias, for_scale, None, for_shift
+        return residual, for_x, for_weight, for_bias, for_scale, None, for_shift, None, None
 
 
 def _sum_and_scale(for_weight: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
@@ -250,19 +289,34 @@ def _sum_and_scale(for_weight: Tensor, weight: Tensor, factor: Tensor) -> Tensor
 
 
 def add_linear(
-    residual: Tensor, x: Tensor, linear: nn.Linear, scale: Optional[Tensor], before: Function = IDENTITY
+    residual: Tensor,
+    x: Tensor,
+    linear: nn.Linear,
+    scale: Optional[Tensor],
+    before: Function = IDENTITY,
+    outer: Optional[Dropout] = None,
 ) -> Tensor:
-    """residual + scale * linear(before(x)), scale (1, 1, D) or None for 1. residual (B, L, D), x (B, L, anything)."""
-    return _AddLinear.apply(residual, x, linear.weight, linear.bias, scale, before, None)
+    """residual + scale * outer(linear(before(x))), scale (1, 1, D) or None for 1.
+
+    residual (B, L, D), x (B, L, anything) -> (B, L, D).
+    """
+    return _AddLinear.apply(residual, x, linear.weight, linear.bias, scale, before, None, None, outer)
 
 
 def add_feed_forward(
-    x: Tensor, norm: nn.LayerNorm, up: nn.Linear, activation: str, down: nn.Linear, scale: Optional[Tensor]
+    x: Tensor,
+    norm: nn.LayerNorm,
+    up: nn.Linear,
+    activation: str,
+    down: nn.Linear,
+    scale: Optional[Tensor],
+    inner: Optional[Dropout] = None,
 ) -> Tensor:
-    """x + scale * down(activation(up(norm(x)))), scale (1, 1, D) or None for 1. (B, L, D) -> (B, L, D)."""
+    """x + scale * down(inner(activation(up(norm(x))))), scale (1, 1, D) or None for 1. (B, L, D) -> (B, L, D)."""
     fits = kernels.suits(x, up.weight, up.bias, down.weight, down.bias, scale) and not _autocasts(x)
     before = _KERNEL_ACTIVATIONS.get(activation) if fits else None
     if before is None:
-        return add_linear(x, norm_linear(x, norm, up), down, scale, ACTIVATIONS[activation])
+        hidden = norm_linear(x, norm, up)
+        return _AddLinear.apply(x, hidden, down.weight, down.bias, scale, ACTIVATIONS[activation], None, inner, None)
     hidden = _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, up.weight, None)
-    return _AddLinear.apply(x, hidden, down.weight, down.bias, scale, before, up.bias)
+    return _AddLinear.apply(x, hidden, down.weight, down.bias, scale, before, up.bias, inner, None)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.attention import Attention, build_mask, rotary_angles
 from models.cache import LayerCache, make_cache
 from models.config import DalleConfig
-from models.fused import add_feed_forward, add_linear, linear, norm_linear
+from models.fused import Dropout, add_feed_forward, add_linear, linear, norm_linear
 
 
 class FeedForward(nn.Module):
@@ -102,7 +102,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor, angles: Optional[Tensor] = None) -> Tensor:
         """Run the whole sequence. x (B, L, D), mask (L, L), angles (L, R) or None -> (B, L, D)."""
-        if self.fused and torch.is_grad_enabled() and not self._drops():
+        if self.fused and torch.is_grad_enabled() and (not self._drops() or Dropout.suits(x)):
             return self._train(x, mask, angles)
         branch = self.attention
         x = branch.add(x, branch.fn(self._shift(branch.norm(x)), mask, angles))
@@ -117,10 +117,11 @@ class Block(nn.Module):
         branch = self.attention
         qkv = norm_linear(x, branch.norm, branch.fn.qkv)
         heads, before = branch.fn.before_out(qkv, mask, angles)
-        x = add_linear(x, heads, branch.fn.out, branch.scale, before)
+        x = add_linear(x, heads, branch.fn.out, branch.scale, before, Dropout.of(branch.fn.dropout))
         branch = self.feed_forward
         up, activation, down = branch.fn.up, branch.fn.activation, branch.fn.down
-        return add_feed_forward(x, branch.norm, up, activation, down, branch.scale)
+        inner = Dropout.of(branch.fn.dropout)
+        return add_feed_forward(x, branch.norm, up, activation, down, branch.scale, inner)
 
     def extend_text(self, x: Tensor, start: int, cache: LayerCache, angles: Optional[Tensor]) -> Tensor:
         """Run text positions from `start` on, x (prompts, n, D); with shift_tokens the whole text part at once."""

@@ -80,6 +80,64 @@ def test_what_scratch_memory_held_before_does_not_matter(grid, monkeypatch):
     assert all(torch.equal(first, second) and first.isfinite().all() for first, second in zip(*results))
 
 
+class SeededDropout(torch.nn.Dropout):
+    """Drops what the kernel would drop."""
+
+    def forward(self, x):
+        return x * training.drop(torch.ones(x.shape), int(torch.randint(2**63 - 1, ())), self.p)
+
+
+@pytest.mark.parametrize("activation", ["geglu", "gelu", "quick_gelu"])
+@pytest.mark.parametrize("attn_dropout, ff_dropout", [(0.1, 0.0), (0.0, 0.3), (0.5, 0.1)])
+def test_a_layer_drops_the_same_forward_and_backward(activation, attn_dropout, ff_dropout):
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY, activation=activation, attn_dropout=attn_dropout, ff_dropout=ff_dropout)
+    model = DALLE(config)
+    for block in model.transformer.layers:
+        for branch, probability in ((block.attention, attn_dropout), (block.feed_forward, ff_dropout)):
+            branch.fn.dropout = SeededDropout(probability) if probability else torch.nn.Dropout(0.0)
+    text, codes = torch.randint(1, 20, (2, 5)), torch.randint(11, (2, 16))
+    results = []
+    for fused in (True, False):
+        for block in model.transformer.layers:
+            block.fused = fused
+        model.zero_grad()
+        torch.manual_seed(1)
+        loss = model.loss(*model(text, codes), text, codes).total
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for ours, plain in zip(*results):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1, 0.9])
+def test_as_many_numbers_are_dropped_as_asked_for(probability):
+    torch.manual_seed(0)
+    x = torch.rand(1000, 999) + 1
+    dropped = [training.drop(x.clone(), seed, probability) for seed in (1, 1, 2, 1 << 32)]
+    assert torch.equal(dropped[0], dropped[1])
+    for result in dropped:
+        gone = result == 0
+        assert float(gone.float().mean()) == pytest.approx(probability, abs=0.002)
+        spread = (probability * (1 - probability) / 1000) ** 0.5
+        assert float(gone.float().mean(dim=0).std()) == pytest.approx(spread, rel=0.1)
+        torch.testing.assert_close(result[~gone], x[~gone] / (1 - probability))
+    both = ((dropped[0] == 0) & (dropped[2] == 0)).float().mean()
+    assert float(both) == pytest.approx(probability**2, abs=0.002), "seeds must not drop the same numbers"
+    with pytest.raises(ValueError, match="probability"):
+        training.drop(x, 1, 1.0)
+
+
+def test_dropping_hangs_on_no_threads_and_passes_on_what_is_no_number():
+    before, results = torch.get_num_threads(), []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        results.append(training.drop(torch.ones(50_000), 7, 0.5))
+    torch.set_num_threads(before)
+    assert torch.equal(*results)
+    assert training.drop(torch.full((100,), float("nan")), 7, 0.5).isnan().all()
+
+
 def test_attention_passes_on_what_is_no_number():
     own = KernelAttention("axial_row", 1, 4)
     for odd in (float("nan"), float("inf")):

@@ -99,6 +99,27 @@ void sum_products_and_scale(long rows, long n, const float *y, const float *fact
     }
 }
 
+/* A number whose bits hang on all bits of x: C. Wellons' lowbias32. */
+static inline uint32_t mixed(uint32_t x) {
+    x = (x ^ x >> 16) * 0x7feb352dU;
+    x = (x ^ x >> 15) * 0x846ca68bU;
+    return x ^ x >> 16;
+}
+
+/* Dropout: each of n numbers becomes 0 with so much probability, else it is divided by the rest of it. What becomes of
+ * a number hangs on the seed and its place only, so that the backward pass needs no mask. */
+void drop(long n, uint64_t seed, double probability, float *x) {
+    const long some = 4096;
+    const uint32_t least = probability * 4294967296.0, low = seed, high = seed >> 32;
+    const float kept = 1.0 / (1.0 - probability);
+#pragma omp parallel for
+    for (long from = 0; from < n; from += some) {
+        long to = n - from < some ? n - from : some;
+        uint32_t block = mixed((uint32_t)(from / some) ^ low) + high;
+        for (uint32_t i = 0; i < to; i++) x[from + i] *= mixed(mixed(i ^ block) + low) >= least ? kept : 0.0f;
+    }
+}
+
 /* The square root of the sum of squares of several tensors, `sizes` floats each. sums: a number for each tensor. */
 float norm(long count, const float *const *tensors, const long *sizes, double *sums) {
 #pragma omp parallel for schedule(dynamic)

@@ -20,6 +20,7 @@ def _functions() -> Optional[ctypes.CDLL]:
             (found.gelu_backward, [size, size, ctypes.c_int, address, address, address, address]),
             (found.add_branch, [size, size, address, address, address, address]),
             (found.sum_products_and_scale, [size, size, address, address, address, address]),
+            (found.drop, [size, ctypes.c_uint64, ctypes.c_double, address]),
         ):
             function.argtypes, function.restype = arguments, None
         found.norm.argtypes, found.norm.restype = [size, address, address, address], ctypes.c_float
@@ -86,6 +87,18 @@ def sum_products_and_scale(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
     sums = x.new_empty(rows)
     _functions().sum_products_and_scale(rows, width, pointer(y), pointer(factor), pointer(x), pointer(sums))
     return sums
+
+
+def drop(x: Tensor, seed: int, probability: float) -> Tensor:
+    """Set numbers of x to 0 with this probability, divide the others by the rest of it, and return x.
+
+    The same numbers each time for one seed (64 bits) and shape: so the backward pass needs no mask. PyTorch draws its
+    masks one number after the other, which takes a fifth of a small model's step.
+    """
+    if not 0 <= probability < 1 or not x.is_contiguous():
+        raise ValueError("probability {} is not in [0, 1), or the tensor is not contiguous".format(probability))
+    _functions().drop(x.numel(), seed, probability, pointer(x))
+    return x
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
