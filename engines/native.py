@@ -174,8 +174,9 @@ class NativeEngine(Engine):
         self.precision = precision
         scale = {"enabled": precision == "fp16", "init_scale": float(config.optimizer.loss_scaling)}
         self.scaler = sharding.make_scaler(self.name, **scale) if execution.shard else _make_scaler(self.name, scale)
-        self.former_products = torch.get_float32_matmul_precision()
+        self.former_products: Optional[str] = None  # of engines that chose a precision, the last one must close first
         if execution.matmul_precision is not None or self.name == "cuda":
+            self.former_products = torch.get_float32_matmul_precision()
             torch.set_float32_matmul_precision(execution.matmul_precision or "high")
         if self.name == "cuda":
             torch.backends.cudnn.allow_tf32 = True
@@ -547,7 +548,8 @@ class NativeEngine(Engine):
             dist.barrier()
 
     def close(self) -> None:
-        torch.set_float32_matmul_precision(self.former_products)
+        if self.former_products is not None:
+            torch.set_float32_matmul_precision(self.former_products)
         if self.world_size > 1 and dist.is_initialized():
             # gloo's thread needs the GIL to let go of the last collective's tensors, and whoever drops the last
             # reference to the group (DDP, with the GIL held) waits for that thread: give it time to finish first.

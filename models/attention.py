@@ -13,6 +13,7 @@ from models.cache import LayerCache
 from models.config import DalleConfig
 from models.fused import IDENTITY, Function, linear
 from models.fused_attention import KernelAttention, LocalAttention
+from models.kernels.build import usable
 from models.local_attention import allowed_codes, local_attention, window_bias, window_rows
 
 
@@ -39,11 +40,12 @@ float32 products of medium precision do, takes most of the time: up to six times
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, causal: bool) -> Tensor:
-    """Fused softmax(q k^T / sqrt(K)) v under `mask`. (B, H, L, K) each -> (B, H, L, K).
+    """Softmax(q k^T / sqrt(K)) v under `mask` by PyTorch's fused kernel. (B, H, L, K) each -> (B, H, L, K).
 
-    `causal` says that `mask` is the plain lower triangle, for which kernels exist that read no mask.
+    Where that is slow (see _SHORT) by the explicit product. `causal` says that `mask` is the plain lower triangle, for
+    which kernels exist that read no mask.
     """
-    if query.is_cpu and query.shape[2] <= _SHORT and torch.get_float32_matmul_precision() == "medium":
+    if usable(query) and query.shape[2] <= _SHORT and torch.get_float32_matmul_precision() == "medium":
         return explicit(query, key, value, mask, causal)
     if causal:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)

@@ -71,8 +71,10 @@ def linear(x: Tensor, module: nn.Module) -> Tensor:
     """module(x), (B, L, D) -> (B, L, C); in training by the products of matrix.py if it is a plain nn.Linear."""
     if type(module) is not nn.Linear or not torch.is_grad_enabled():
         return module(x)
+    if not matrix.available(x, module.weight) or _autocasts(x):
+        return module(x)
     rows = _rows(x)
-    if not matrix.suits(rows, module.weight.t()) or _autocasts(x):
+    if not matrix.suits(rows, module.weight.t()):
         return module(x)
     return _Linear.apply(rows, module.weight, module.bias).view(*x.shape[:-1], -1)
 
@@ -186,7 +188,7 @@ IDENTITY: Function = _Identity()
 
 
 class Dropout(NamedTuple):
-    """One dropout: which numbers it drops, by its seed, the backward pass finds out again."""
+    """One dropout, by kernels only. The backward pass finds out by the seed which numbers were dropped."""
 
     seed: int
     probability: float
@@ -211,8 +213,8 @@ class Dropout(NamedTuple):
 class _AddLinear(torch.autograd.Function):
     """residual + scale * Linear(before(x)), of which only x is kept.
 
-    `shift` is a bias for x, which `before` adds. `inner` drops some of what before(x) gives, `outer` some of what
-    Linear gives.
+    `shift` is a bias for x, which `before` adds. `inner` drops some of what before(x) gives, which must be a tensor of
+    its own then, `outer` some of what Linear gives.
 
     The gradient for `scale` does not need the branch: sum_r g[r, c] (W a[r] + b)[c] is the sum over k of W[c, k] times
     (g.T a)[c, k], a product that the gradient for W needs anyway, plus b[c] times the sum of g.

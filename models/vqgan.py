@@ -188,11 +188,17 @@ def image_codes(vqgan: Any, images: Tensor) -> Tensor:
 
     How many images a convolution takes at a time decides which kernel runs, and with it the last bits of features; a
     code that is nearly a tie can come out differently. One at a time, an image has the same codes in whatever batch it
-    comes, and so encoding beforehand gives exactly what encoding in a training step gives.
+    comes, and so encoding beforehand gives exactly what encoding in a training step gives. For the same reason the
+    precision of float32 products is always the same: of a transformer's, that somebody chose, codes must not depend.
     """
     # Pixels of their own for each image: also where an image starts in memory may decide which kernel runs.
     pixels = [image.float() / 255 if image.dtype == torch.uint8 else image.clone() for image in images.split(1)]
-    return torch.cat([vqgan.encode(image) for image in pixels])
+    chosen = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if images.is_cpu else "high")
+    try:
+        return torch.cat([vqgan.encode(image) for image in pixels])
+    finally:
+        torch.set_float32_matmul_precision(chosen)
 
 
 # ---- weights files

@@ -103,7 +103,6 @@ def test_short_attention_of_medium_precision_is_the_explicit_product(causal):
     torch.testing.assert_close(result.double(), exact, rtol=0.05, atol=0.05)
 
 
-
 @pytest.mark.parametrize("pattern", ATTENTION_PATTERNS)
 def test_implementations_agree(pattern):
     torch.manual_seed(4)

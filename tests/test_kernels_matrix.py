@@ -219,12 +219,16 @@ def test_pytorch_multiplies_without_a_matrix_unit(missing, monkeypatch):
 
 
 @needs_unit
-@pytest.mark.parametrize("sandwich_norm", [False, True], ids=["fused", "not fused"])
-def test_a_training_step_uses_it_and_learns_the_same(sandwich_norm, monkeypatch):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sandwich_norm": True}, {"attn_dropout": 0.2, "ff_dropout": 0.2, "layer_scale": False, "ff_bias": False}],
+    ids=["fused", "not fused", "dropout"],
+)
+def test_a_training_step_uses_it_and_learns_the_same(options, monkeypatch):
     torch.manual_seed(0)
     config = DalleConfig(
         num_text_tokens=70, num_image_tokens=70, text_seq_len=30, grid=8, dim=64, depth=2, heads=2, dim_head=32,
-        attn_types=("axial_row", "full"), qkv_bias=True, head_bias=True, sandwich_norm=sandwich_norm,
+        attn_types=("axial_row", "full"), qkv_bias=True, head_bias=True, **options,
     )  # fmt: skip
     model = DALLE(config)
     text, codes = torch.randint(1, 70, (3, 30)), torch.randint(70, (3, 64))
@@ -232,6 +236,7 @@ def test_a_training_step_uses_it_and_learns_the_same(sandwich_norm, monkeypatch)
 
     def gradients():
         model.zero_grad()
+        torch.manual_seed(1)
         model.loss(*model(text, codes), text, codes).total.backward()
         return [parameter.grad.clone() for parameter in model.parameters()]
 
@@ -240,5 +245,15 @@ def test_a_training_step_uses_it_and_learns_the_same(sandwich_norm, monkeypatch)
     # Three or more products for each of four matrices in a layer and of two heads; nothing in this step is too small.
     assert len(used) >= 30 and all(used)
     monkeypatch.setattr(matrix, "suits", lambda *tensors: False)
-    for ours, theirs in zip(own, gradients()):
+    plainly = gradients()
+    for ours, theirs in zip(own, plainly):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    monkeypatch.setattr(matrix, "suits", plain)
+    for precision, tolerance in (("high", 1e-4), ("medium", 0.05)):
+        torch.set_float32_matmul_precision(precision)
+        try:
+            rounded = gradients()
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        for ours, theirs in zip(rounded, plainly):
+            assert float((ours - theirs).norm()) < tolerance * float(theirs.norm()) + 1e-6

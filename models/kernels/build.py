@@ -1,7 +1,8 @@
 """Compile the C sources beside this file with the machine's own compiler, once, and load them.
 
 What PyTorch's operators do in several passes over memory these do in one; nothing needs them. Without a compiler, on
-another system, or with `DALLE_KERNELS=off` in the environment, `library` returns None and PyTorch computes the same.
+another system, or with `DALLE_KERNELS=off` in the environment, `library` returns None and PyTorch computes the same
+(dropout alone draws other numbers).
 
 A compiled file lies in `~/.cache/dalle/kernels` (or `$XDG_CACHE_HOME/dalle/kernels`) under a name that covers source,
 compiler and processor: another machine with the same home builds its own.

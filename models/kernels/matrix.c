@@ -23,13 +23,14 @@ int multiplies(void) { return 0; }
 #include <unistd.h>
 
 #define STRIP 32  /* rows, or columns, that the matrix unit takes at a time: two tiles of 16 */
-#define LINE(parts) (64 * (parts)) /* bytes of a line for 32 steps of k: its parts side by side */
-#define TILES(parts) (STRIP * LINE(parts)) /* bytes of a strip, of rows or columns, for 32 steps of k */
-#define ROWS_OF(parts) (TILES(parts) + ((parts) == ALL ? FLOATS : 0)) /* bytes of a strip of rows */
-#define FLOATS 4096 /* bytes of a strip of rows for 32 steps of k, as floats for the vector units */
+#define ALL 3     /* parts of a float */
+/* Bytes for 32 steps of k: of a line, its parts side by side; of a strip; of a strip of rows, with what the vector
+ * units take of it, as floats, where all parts are multiplied. */
+#define LINE(parts) (64 * (parts))
+#define TILES(parts) (STRIP * LINE(parts))
+#define ROWS_OF(parts) (TILES(parts) + ((parts) == ALL ? STRIP * 32 * 4 : 0))
 #define PANEL 48  /* columns that the vector units take at a time, with 8 rows: 24 sums in registers */
 #define STRIPS 5  /* to each panel: the vector units do 3.75 of its 4 parts of a strip of rows meanwhile */
-#define ALL 3     /* parts of a float */
 #define UNIT(parts) ((parts) == ALL ? STRIPS * STRIP + PANEL : 8 * STRIP) /* columns that a thread packs at a time */
 #define DEPTH 704 /* steps of k at a time: a unit's columns then take 811 KB, and AMX comes with 2 MB of cache */
 #define MOST_ROWS 1344 /* that lie packed for all threads */
@@ -389,8 +390,9 @@ static int product_of(struct matrix a, struct matrix b, long k, long parts, floa
     return failed;
 }
 
-/* C (m, n) = A (m, k) B (k, n); C's rows lie `stride` floats apart, steps are as in struct matrix. 1 where there is no
- * memory. `parts` of each number: 1 to 3, see above. Of a tall C the transpose is computed: what all threads share is the smaller matrix then. */
+/* C (m, n) = A (m, k) B (k, n); C's rows lie `stride` floats apart, steps are as in struct matrix. `parts` of each
+ * number, 1 to 3, are multiplied. Returns 1 where there is no memory. Of a tall C the transpose is computed: what all
+ * threads share is the smaller matrix then. */
 int product(
     long m, long n, long k, const float *a, long a_line, long a_step, const float *b, long b_line, long b_step,
     long parts, float *c, long stride) {

@@ -20,7 +20,7 @@ _LEAST = 64
 
 
 _PARTS = {"highest": 3, "high": 2, "medium": 1}
-"""Of 8 bits each, that a float is taken as."""
+"""Parts of 8 bits that a factor is taken as."""
 
 
 @functools.lru_cache(maxsize=None)
@@ -33,6 +33,11 @@ def _functions() -> Optional[ctypes.CDLL]:
     return found
 
 
+def available(*tensors: Optional[Tensor]) -> bool:
+    """Whether there is a matrix unit, and it may serve these."""
+    return usable(*tensors) and _functions() is not None
+
+
 def suits(a: Tensor, b: Tensor, out: Optional[Tensor] = None) -> bool:
     """Whether `product` uses the matrix unit for these."""
     return (
@@ -40,8 +45,7 @@ def suits(a: Tensor, b: Tensor, out: Optional[Tensor] = None) -> bool:
         and 1 in a.stride()
         and 1 in b.stride()
         and (out is None or out.stride(1) == 1)
-        and usable(a, b, out)
-        and _functions() is not None
+        and available(a, b, out)
     )
 
 

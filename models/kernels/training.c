@@ -115,8 +115,8 @@ void drop(long n, uint64_t seed, double probability, float *x) {
 #pragma omp parallel for
     for (long from = 0; from < n; from += some) {
         long to = n - from < some ? n - from : some;
-        uint32_t block = mixed((uint32_t)(from / some) ^ low) + high;
-        for (uint32_t i = 0; i < to; i++) x[from + i] *= mixed(mixed(i ^ block) + low) >= least ? kept : 0.0f;
+        uint32_t block = mixed(mixed(from / some) ^ high);
+        for (uint32_t i = 0; i < to; i++) x[from + i] *= mixed(mixed(i ^ low) + block) >= least ? kept : 0.0f;
     }
 }
 
