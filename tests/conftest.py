@@ -63,3 +63,11 @@ def server():
 
     with ForkServer() as server:
         yield server
+
+
+@pytest.fixture
+def products():
+    """Sets the precision of float32 products; the former one comes back after the test."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)

@@ -89,17 +89,14 @@ def test_patterns_differ_on_a_grid_larger_than_their_window():
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_short_attention_of_medium_precision_is_the_explicit_product(causal):
+def test_short_attention_of_medium_precision_is_the_explicit_product(causal, products):
     """PyTorch's own is slow there; see _SHORT."""
     mask = torch.ones(70, 70).tril().bool()
     query, key, value = torch.randn(3, 2, 2, 70, 64).unbind()
     exact = explicit(*(x.double() for x in (query, key, value)), mask, causal)
-    torch.set_float32_matmul_precision("medium")
-    try:
-        result = sdpa(query, key, value, mask, causal)
-        assert torch.equal(result, explicit(query, key, value, mask, causal))
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    products("medium")
+    result = sdpa(query, key, value, mask, causal)
+    assert torch.equal(result, explicit(query, key, value, mask, causal))
     torch.testing.assert_close(result.double(), exact, rtol=0.05, atol=0.05)
 
 

@@ -619,17 +619,14 @@ def test_two_processes_train_as_one_does_without(material, tmp_path):
         assert loss == pytest.approx(expected, rel=1e-4)
 
 
-def test_codes_do_not_depend_on_the_precision_of_products():
+def test_codes_do_not_depend_on_the_precision_of_products(products):
     """They are kept for later runs, which may ask for another one."""
     torch.manual_seed(0)
     config = VqganConfig(resolution=32, ch=64, ch_mult=(1, 2), attn_resolutions=(16,), num_codes=1024, embed_dim=64)
     vqgan = VQGAN(config)
     images, codes = torch.rand(4, 3, 32, 32), []
     for precision in ("highest", "high", "medium"):
-        torch.set_float32_matmul_precision(precision)
-        try:
-            codes.append(image_codes(vqgan.eval(), images))
-            assert torch.get_float32_matmul_precision() == precision
-        finally:
-            torch.set_float32_matmul_precision("highest")
+        products(precision)
+        codes.append(image_codes(vqgan.eval(), images))
+        assert torch.get_float32_matmul_precision() == precision
     assert torch.equal(codes[0], codes[1]) and torch.equal(codes[0], codes[2])

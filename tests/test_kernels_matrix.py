@@ -169,35 +169,27 @@ def test_pytorch_multiplies_what_does_not_suit(a, b):
 @needs_unit
 @pytest.mark.parametrize("precision, tolerance, least", [("high", 6e-6, 1e-6), ("medium", 3e-3, 1e-3)])
 @pytest.mark.parametrize("rows, columns, depth", [(64, 64, 64), (100, 300, 1000), (700, 200, 70), (1400, 90, 800)])
-def test_as_exact_as_pytorch_is_told_to_be(precision, tolerance, least, rows, columns, depth):
+def test_as_exact_as_pytorch_is_told_to_be(precision, tolerance, least, rows, columns, depth, products):
     """Two parts of a float are 18 bits of it at best, one part 9: so much is lost, and no more."""
     torch.manual_seed(0)
-    try:
-        for turned in (False, True):
-            a = torch.randn(depth, rows).t() if turned else torch.randn(rows, depth)
-            b = torch.randn(depth, columns) if turned else torch.randn(columns, depth).t()
-            exact = a.double() @ b.double()
-            torch.set_float32_matmul_precision(precision)
-            error = (matrix.product(a, b) - exact).norm() / exact.norm()
-            assert (0 if depth < 100 else least) < error < tolerance
-            whole = torch.randint(-16, 16, a.shape).float()  # few bits: nothing is lost
-            assert torch.equal(matrix.product(whole, whole.t()).double(), whole.double() @ whole.double().t())
-            torch.set_float32_matmul_precision("highest")
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    products(precision)
+    for turned in (False, True):
+        a = torch.randn(depth, rows).t() if turned else torch.randn(rows, depth)
+        b = torch.randn(depth, columns) if turned else torch.randn(columns, depth).t()
+        exact = a.double() @ b.double()
+        error = (matrix.product(a, b) - exact).norm() / exact.norm()
+        assert (0 if depth < 100 else least) < error < tolerance
+        whole = torch.randint(-16, 16, a.shape).float()  # few bits: nothing is lost
+        assert torch.equal(matrix.product(whole, whole.t()).double(), whole.double() @ whole.double().t())
 
 
 @needs_unit
 @pytest.mark.parametrize("precision", ["high", "medium"])
-def test_less_exact_products_pass_on_what_is_no_number(precision):
+def test_less_exact_products_pass_on_what_is_no_number(precision, products):
     a, b = torch.randn(100, 100), torch.randn(100, 100)
     a[3, 5], a[70, 0] = float("nan"), float("inf")
-    torch.set_float32_matmul_precision(precision)
-    try:
-        result = matrix.product(a, b)
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    odd = ~result.isfinite().all(dim=1)
+    products(precision)
+    odd = ~matrix.product(a, b).isfinite().all(dim=1)
     assert odd.nonzero().flatten().tolist() == [3, 70]
 
 
@@ -224,7 +216,7 @@ def test_pytorch_multiplies_without_a_matrix_unit(missing, monkeypatch):
     [{}, {"sandwich_norm": True}, {"attn_dropout": 0.2, "ff_dropout": 0.2, "layer_scale": False, "ff_bias": False}],
     ids=["fused", "not fused", "dropout"],
 )
-def test_a_training_step_uses_it_and_learns_the_same(options, monkeypatch):
+def test_a_training_step_uses_it_and_learns_the_same(options, monkeypatch, products):
     torch.manual_seed(0)
     config = DalleConfig(
         num_text_tokens=70, num_image_tokens=70, text_seq_len=30, grid=8, dim=64, depth=2, heads=2, dim_head=32,
@@ -250,10 +242,6 @@ def test_a_training_step_uses_it_and_learns_the_same(options, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     monkeypatch.setattr(matrix, "suits", plain)
     for precision, tolerance in (("high", 1e-4), ("medium", 0.05)):
-        torch.set_float32_matmul_precision(precision)
-        try:
-            rounded = gradients()
-        finally:
-            torch.set_float32_matmul_precision("highest")
-        for ours, theirs in zip(rounded, plainly):
+        products(precision)
+        for ours, theirs in zip(gradients(), plainly):
             assert float((ours - theirs).norm()) < tolerance * float(theirs.norm()) + 1e-6

@@ -297,7 +297,7 @@ def test_faster_arithmetic_of_the_cpu_is_pointed_out(monkeypatch, caplog, units)
     assert ("--matmul-precision medium trains faster" in caplog.text) == units
 
 
-def test_products_are_as_exact_as_asked_for_until_the_engine_closes(caplog):
+def test_products_are_as_exact_as_asked_for_until_the_engine_closes(products):
     flags = ["--config", "unit_test", "--generated-data", "--device", "cpu"]
     for precision in ("high", "medium"):
         engine = engines.create(args.parse([*flags, "--matmul-precision", precision]))
@@ -305,11 +305,10 @@ def test_products_are_as_exact_as_asked_for_until_the_engine_closes(caplog):
         assert "products of {} precision".format(precision) in engine.describe()
         engine.close()
         assert torch.get_float32_matmul_precision() == "highest"
-    torch.set_float32_matmul_precision("high")
+    products("high")
     engine = engines.create(args.parse(flags))  # what was set elsewhere stays
     assert torch.get_float32_matmul_precision() == "high" and "products" not in engine.describe()
     engine.close()
-    torch.set_float32_matmul_precision("highest")
 
 
 def test_two_processes_equal_one(folder, tmp_path):
