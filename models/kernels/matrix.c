@@ -5,12 +5,10 @@
  * of a sum is that of float32 arithmetic. Numbers below 1e-33 lose their last bits; above 1e33 results are NaN. Who can
  * do with less takes two parts (16 bits, three products) or one (8 bits, one product): sums are float32 in any case.
  *
- * The vector units are idle meanwhile: of each 208 columns 48 are multiplied by them, in between. Where other work
- * slows the matrix unit down, as on a core that two machines share, the two stay ahead of the vector units alone. With
- * fewer parts the matrix unit does all.
+ * A product of tiles takes 16 cycles, in which a core's other parts pack what is multiplied next. (The vector units
+ * could multiply too. But next to the matrix unit they are half as fast as alone, and slow it down.)
  *
- * Which unit computes a number depends on C's shape and the number's place, and the order of a sum on k only: results
- * do not depend on the number of threads. */
+ * The order of a sum depends on k only: results do not depend on the number of threads. */
 #if !defined(__AMX_BF16__)
 int multiplies(void) { return 0; }
 #else
@@ -22,17 +20,12 @@ int multiplies(void) { return 0; }
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define STRIP 32  /* rows, or columns, that the matrix unit takes at a time: two tiles of 16 */
-#define ALL 3     /* parts of a float */
-/* Bytes for 32 steps of k: of a line, its parts side by side; of a strip; of a strip of rows, with what the vector
- * units take of it, as floats, where all parts are multiplied. */
+#define STRIP 32 /* rows, or columns, that the matrix unit takes at a time: two tiles of 16 */
+/* Bytes for 32 steps of k: of a line, its parts side by side; of a strip. */
 #define LINE(parts) (64 * (parts))
 #define TILES(parts) (STRIP * LINE(parts))
-#define ROWS_OF(parts) (TILES(parts) + ((parts) == ALL ? STRIP * 32 * 4 : 0))
-#define PANEL 48  /* columns that the vector units take at a time, with 8 rows: 24 sums in registers */
-#define STRIPS 5  /* to each panel: the vector units do 3.75 of its 4 parts of a strip of rows meanwhile */
-#define UNIT(parts) ((parts) == ALL ? STRIPS * STRIP + PANEL : 8 * STRIP) /* columns that a thread packs at a time */
-#define DEPTH 704 /* steps of k at a time: a unit's columns then take 811 KB, and AMX comes with 2 MB of cache */
+#define STRIPS(parts) (12 / (parts)) /* of columns that a thread packs at a time: a unit */
+#define DEPTH 704 /* steps of k at a time: two units then take 1.1 MB, and AMX comes with 2 MB of cache */
 #define MOST_ROWS 1344 /* that lie packed for all threads */
 
 /* Line i of a matrix (a row of A, a column of B), index k, lies at at[i * line + k * step]; line or step is 1. */
@@ -70,6 +63,13 @@ static inline void split(__m512i one, __m512i other, long parts, __m512i to[3]) 
     }
 }
 
+/* Store them, each in the tile of its part. */
+static inline void put_parts(__m512i one, __m512i other, long parts, uint8_t *to) {
+    __m512i part[3];
+    split(one, other, parts, part);
+    for (int p = 0; p < parts; p++) _mm512_store_si512((void *)(to + 64 * p), part[p]);
+}
+
 /* Transpose 16 x 16 numbers of 32 bits. */
 static inline void transpose(__m512i *r) {
     __m512i t[16];
@@ -93,107 +93,126 @@ static inline void transpose(__m512i *r) {
     }
 }
 
-/* 32 steps of 16 lines, the first and the second half of the steps. By lines: a vector for each line's half; by steps:
- * a vector for each step. */
-struct square {
-    __m512i one[16], other[16];
-};
-
-/* Zeros stand for what is not there. */
-static inline void fetch(struct matrix x, long line, long k, long depth, struct square *to) {
+/* 32 steps of 16 lines, of which some may not be there, as 16 rows of a tile of each part. In a row is a line, or where
+ * it goes `across` a step and that 16 later, as the columns of B are multiplied. */
+static void pack_edge(struct matrix x, long line, long k, long depth, int across, long parts, uint8_t *to) {
     const float *from = x.at + line * x.line + k * x.step;
     long lines = x.lines - line, steps = depth - k;
+    __m512i one[16], other[16];
     if (x.step == 1)
         for (int i = 0; i < 16; i++) {
-            to->one[i] = _mm512_maskz_loadu_epi32(i < lines ? first(steps) : 0, from + i * x.line);
-            to->other[i] = _mm512_maskz_loadu_epi32(i < lines ? first(steps - 16) : 0, from + i * x.line + 16);
+            one[i] = _mm512_maskz_loadu_epi32(i < lines ? first(steps) : 0, from + i * x.line);
+            other[i] = _mm512_maskz_loadu_epi32(i < lines ? first(steps - 16) : 0, from + i * x.line + 16);
         }
     else
         for (int i = 0; i < 16; i++) {
-            to->one[i] = _mm512_maskz_loadu_epi32(i < steps ? first(lines) : 0, from + i * x.step);
-            to->other[i] = _mm512_maskz_loadu_epi32(i + 16 < steps ? first(lines) : 0, from + (i + 16) * x.step);
+            one[i] = _mm512_maskz_loadu_epi32(i < steps ? first(lines) : 0, from + i * x.step);
+            other[i] = _mm512_maskz_loadu_epi32(i + 16 < steps ? first(lines) : 0, from + (i + 16) * x.step);
         }
+    if ((x.step == 1) == across) {
+        transpose(one);
+        transpose(other);
+    }
+    for (int i = 0; i < 16; i++) put_parts(one[i], other[i], parts, to + LINE(parts) * i);
 }
 
-static inline void turn(struct square *x) {
-    transpose(x->one);
-    transpose(x->other);
-}
-
-/* A tile of each part, of pairs of steps: of a square by lines rows of A, of one by steps columns of B. */
-static inline void pack_tiles(const struct square *x, long parts, uint8_t *to) {
-    for (int i = 0; i < 16; i++) {
-        __m512i part[3];
-        split(x->one[i], x->other[i], parts, part);
-        for (int p = 0; p < parts; p++) _mm512_store_si512((void *)(to + LINE(parts) * i + 64 * p), part[p]);
+/* Four numbers of each of 16 rows of memory, `apart` floats from each other, as four vectors of 16. */
+static inline void gather(const float *from, long apart, __m512i to[4]) {
+    __m512i x[4], y[4];
+    for (int i = 0; i < 4; i++) {
+        const float *at = from + i * apart;
+        x[i] = _mm512_castsi128_si512(_mm_loadu_si128((const void *)at));
+        x[i] = _mm512_inserti32x4(x[i], _mm_loadu_si128((const void *)(at + 4 * apart)), 1);
+        x[i] = _mm512_inserti32x4(x[i], _mm_loadu_si128((const void *)(at + 8 * apart)), 2);
+        x[i] = _mm512_inserti32x4(x[i], _mm_loadu_si128((const void *)(at + 12 * apart)), 3);
+    }
+    for (int i = 0; i < 2; i++) {
+        y[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
+        y[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; i++) {
+        to[2 * i] = _mm512_unpacklo_epi64(y[i], y[2 + i]);
+        to[2 * i + 1] = _mm512_unpackhi_epi64(y[i], y[2 + i]);
     }
 }
 
-/* Squares, in the order of memory: those that are part `me` of `all`. */
-#define EACH_SQUARE(groups) \
-    for (long by_lines = x.step == 1, count = (groups), i = count * tiles * me / all, \
-              end = count * tiles * (me + 1) / all, t, g; \
-         i < end && (t = by_lines ? i % tiles : i / count, g = by_lines ? i / tiles : i % count, 1); i++)
-
-/* Whether the vector units can take a strip of rows from where it is: all of it is there, row by row. */
-static inline int in_place(struct matrix x, long row, long from, long depth) {
-    return x.step == 1 && row + STRIP <= x.lines && (depth - from) % 32 == 0;
-}
-
-/* Strips of rows, each as tiles and, where they are not taken in place, behind them as floats, four times 8 rows. */
-static void pack_rows(
-    struct matrix x, long parts, long strips, long from, long depth, long tiles, uint8_t *to, long me, long all) {
-    EACH_SQUARE(2 * strips) {
-        struct square square;
-        uint8_t *strip = to + g / 2 * tiles * ROWS_OF(parts), *tile = strip + (2 * t + g % 2) * TILES(parts) / 2;
-        float *floats = (float *)(strip + tiles * TILES(parts)) + g % 2 * 512 * tiles + t * 256;
-        fetch(x, 16 * g, from + 32 * t, depth, &square);
-        if (!by_lines && parts < ALL) turn(&square);
-        if (by_lines || parts < ALL) pack_tiles(&square, parts, tile);
-        if (parts < ALL || in_place(x, g / 2 * STRIP, from, depth)) continue;
-        if (by_lines) turn(&square);
-        for (int i = 0; i < 32; i++) {
-            __m512i step = (i < 16 ? square.one : square.other)[i % 16];
-            _mm256_store_si256((void *)(floats + 8 * i), _mm512_castsi512_si256(step));
-            _mm256_store_si256((void *)(floats + 8 * i + 256 * tiles), _mm512_extracti64x4_epi64(step, 1));
-        }
-        if (!by_lines) {
-            turn(&square);
-            pack_tiles(&square, parts, tile);
-        }
-    }
-}
-
-/* How many strips a unit of some columns has; what is left goes to the panel. */
-static inline long strips_of(long columns, long parts) {
-    return ((columns <= 2 * STRIP || parts < ALL ? columns : columns - PANEL) + STRIP - 1) / STRIP;
-}
-
-/* A unit of columns: strips as tiles, behind them a panel as floats if there is one. */
-static void pack_unit(
-    struct matrix x, long parts, long line, long wide, long from, long depth, long tiles, uint8_t *to) {
-    const long me = 0, all = 1;
-    long strips = strips_of(wide, parts), panel = strips * STRIP < wide ? PANEL / 16 : 0;
-    x.lines = line + wide; /* what follows belongs to another unit */
-    EACH_SQUARE(2 * strips + panel) {
-        struct square square;
-        fetch(x, line + 16 * g, from + 32 * t, depth, &square);
-        if (by_lines) turn(&square);
-        if (g < 2 * strips) {
-            pack_tiles(&square, parts, to + (2 * (g / 2 * tiles + t) + g % 2) * TILES(parts) / 2);
-            continue;
-        }
-        float *floats = (float *)(to + strips * tiles * TILES(parts)) + 32 * t * PANEL + 16 * (g - 2 * strips);
-        for (int i = 0; i < 32; i++)
-            _mm512_store_si512((void *)(floats + i * PANEL), (i < 16 ? square.one : square.other)[i % 16]);
-    }
-}
-
-/* A strip of rows for the vector units: how far apart are rows, steps, and groups of eight rows. */
-struct floats {
-    const float *at;
-    long line, step, eight;
+/* Lines to be packed, in the order of memory: squares of 16 lines by 32 steps, a quarter at a time, four rows of the
+ * tiles. */
+struct job {
+    struct matrix x;
+    int across;           /* columns of B */
+    long from, to, tiles; /* steps of k; how often 32 */
+    long groups;          /* of 16 lines */
+    long next, end;       /* squares */
+    uint8_t *packed;      /* strips, each of `tiles` times tiles of 32 lines */
+    /* The square at hand, and the one after it. */
+    const float *source, *then_source;
+    uint8_t *target, *then_target;
+    int quarter;
+    __m512i one[4], other[4]; /* a row of a quarter in each: first halves of the steps, and second */
 };
+
+/* Find a square of which all is there; those that come before are packed at once. */
+static __attribute__((noinline)) void go_on(struct job *job, long parts) {
+    const struct matrix x = job->x;
+    for (; job->next < job->end; job->next++) {
+        long line[2], k[2];
+        uint8_t *to[2];
+        for (int i = 0; i < 2; i++) {
+            long square = job->next + i, by_lines = x.step == 1;
+            long group = by_lines ? square / job->tiles : square % job->groups;
+            long tile = by_lines ? square % job->tiles : square / job->groups;
+            line[i] = 16 * group, k[i] = job->from + 32 * tile;
+            to[i] = job->packed + (2 * (group / 2 * job->tiles + tile) + group % 2) * (TILES(parts) / 2);
+        }
+        if (line[0] + 16 <= x.lines && k[0] + 32 <= job->to) {
+            job->source = x.at + line[0] * x.line + k[0] * x.step, job->target = to[0];
+            job->then_source = x.at + line[1] * x.line + k[1] * x.step, job->then_target = to[1];
+            job->quarter = 0;
+            return;
+        }
+        pack_edge(x, line[0], k[0], job->to, job->across, parts, to[0]);
+    }
+}
+
+static inline int undone(const struct job *job) { return job->next < job->end; }
+
+/* A step of a quarter: get both halves, then split a row at a time. What the next square needs comes from memory
+ * meanwhile. */
+static inline __attribute__((always_inline)) void pack(struct job *job, const long parts, const int step) {
+    const int by_lines = job->x.step == 1, quarter = job->quarter;
+    const long apart = by_lines ? job->x.line : job->x.step;
+    if (step < 2) {
+        const float *from = job->source + (!step ? 0 : by_lines ? 16 : 16 * apart);
+        const float *then = job->then_source + (!step ? 0 : by_lines ? 16 : 16 * apart);
+        __m512i *to = step ? job->other : job->one;
+        for (int i = 0; i < 4; i++) __builtin_prefetch(then + (4 * quarter + i) * apart);
+        if (by_lines == job->across)
+            gather(from + 4 * quarter, apart, to);
+        else
+            for (int i = 0; i < 4; i++) to[i] = _mm512_loadu_si512(from + (4 * quarter + i) * apart);
+    } else {
+        const int row = step - 2;
+        const long at = LINE(parts) * (4 * quarter + row);
+        for (int p = 0; p < parts; p++) __builtin_prefetch(job->then_target + at + 64 * p, 1);
+        put_parts(job->one[row], job->other[row], parts, job->target + at);
+    }
+    if (step == 5 && ++job->quarter == 4) {
+        job->next++;
+        go_on(job, parts);
+    }
+}
+
+static inline void pack_all(struct job *job, const long parts) {
+    while (undone(job))
+        for (int step = 0; step < 6; step++) pack(job, parts, step);
+}
+
+static void finish(struct job *job, long parts) {
+    if (parts == 1) pack_all(job, 1);
+    if (parts == 2) pack_all(job, 2);
+    if (parts == 3) pack_all(job, 3);
+}
 
 /* Where a block of C lies, how much of it there is, and what becomes of it. */
 struct place {
@@ -202,12 +221,12 @@ struct place {
     int turned, add; /* row i lies where column i of C would; to what is there */
 };
 
-/* Rows `row` to `row` + 16 of the place, columns `column` to `column` + 16, from sums (16, width). */
-static inline void put(const float *sums, long width, struct place c, long row, long column, long rows) {
+/* Rows `row` to `row` + 16 of the place, columns `column` to `column` + 16, from a block's sums. */
+static inline void put(const float *sums, struct place c, long row, long column) {
     __m512i x[16];
-    long m = smaller(c.m - row, rows), n = smaller(c.n - column, 16);
+    long m = smaller(c.m - row, 16), n = smaller(c.n - column, 16);
     float *to = c.at + (c.turned ? column * c.stride + row : row * c.stride + column);
-    for (int i = 0; i < 16; i++) x[i] = i < rows ? _mm512_load_si512(sums + i * width) : _mm512_setzero_si512();
+    for (int i = 0; i < 16; i++) x[i] = _mm512_load_si512(sums + i * STRIP);
     if (c.turned) transpose(x);
     for (long i = 0; i < (c.turned ? n : m); i++) {
         __mmask16 some = first(c.turned ? m : n);
@@ -226,91 +245,86 @@ static inline void ask_for(struct place c, long column) {
     }
 }
 
-/* The matrix unit: tiles 0 to 3 are sums of 32 x 32, 4 and 5 a part of the rows, 6 and 7 a part of the columns. */
-#define ROWS(part) _tile_loadd(4, a + 64 * (part), line); _tile_loadd(5, a + tile / 2 + 64 * (part), line);
-#define COLUMNS(part) _tile_loadd(6, b + 64 * (part), line); _tile_loadd(7, b + tile / 2 + 64 * (part), line);
+/* The matrix unit: tiles 0 to 3 are sums of 32 x 32, 4 and 5 a part of the rows, 6 and 7 a part of the columns. A tile
+ * is loaded as soon as the last product with what it was has begun. */
+#define LOAD(t, from, part) _tile_loadd(t, (from) + t % 2 * (tile / 2) + 64 * (part), line);
+#define ROWS(SLOT, part) \
+    _tile_dpbf16ps(0, 4, 6); SLOT() _tile_dpbf16ps(1, 4, 7); SLOT() LOAD(4, a, part) \
+    _tile_dpbf16ps(2, 5, 6); SLOT() _tile_dpbf16ps(3, 5, 7); SLOT() LOAD(5, a, part)
+#define COLUMNS(SLOT, part) \
+    _tile_dpbf16ps(0, 4, 6); SLOT() _tile_dpbf16ps(2, 5, 6); SLOT() LOAD(6, b, part) \
+    _tile_dpbf16ps(1, 4, 7); SLOT() _tile_dpbf16ps(3, 5, 7); SLOT() LOAD(7, b, part)
+#define BOTH(SLOT, part) \
+    _tile_dpbf16ps(0, 4, 6); SLOT() _tile_dpbf16ps(1, 4, 7); SLOT() LOAD(4, then_a, part) \
+    _tile_dpbf16ps(2, 5, 6); SLOT() LOAD(6, then_b, 0) \
+    _tile_dpbf16ps(3, 5, 7); SLOT() LOAD(5, then_a, part) LOAD(7, then_b, 0)
 #define CLEAR _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-/* The six products of parts for 32 steps, small ones first, each with one load less than two. */
-#define SIX(MULTIPLY) \
-    ROWS(2) COLUMNS(0) MULTIPLY ROWS(1) MULTIPLY COLUMNS(1) MULTIPLY \
-    ROWS(0) MULTIPLY COLUMNS(2) MULTIPLY COLUMNS(0) MULTIPLY
-/* Those of two parts, and that of one. */
-#define THREE(MULTIPLY) ROWS(1) COLUMNS(0) MULTIPLY ROWS(0) MULTIPLY COLUMNS(1) MULTIPLY
-#define ONE(MULTIPLY) ROWS(0) COLUMNS(0) MULTIPLY
+/* The six products of parts for 32 steps, small ones first, which differ in one factor; those of two parts, and that of
+ * one. The tiles of the first are there already, and those of the next 32 steps are loaded at last. */
+#define SIX(SLOT, DONE) \
+    ROWS(SLOT, 1) DONE(0) COLUMNS(SLOT, 1) DONE(1) ROWS(SLOT, 0) DONE(2) \
+    COLUMNS(SLOT, 2) DONE(3) COLUMNS(SLOT, 0) DONE(4) BOTH(SLOT, 2) DONE(5)
+#define THREE(SLOT, DONE) ROWS(SLOT, 0) DONE(0) DONE(1) COLUMNS(SLOT, 1) DONE(2) DONE(3) BOTH(SLOT, 1) DONE(4) DONE(5)
+#define ONE(SLOT, DONE) BOTH(SLOT, 0) DONE(0) DONE(1) DONE(2) DONE(3) DONE(4) DONE(5)
 
-/* The vector units: sums of 8 x 48, x from 8 rows that lie `apart`, y from 48 columns. */
-#define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
-#define DECLARE(i) __m512 s##i##0 = _mm512_setzero_ps(), s##i##1 = s##i##0, s##i##2 = s##i##0;
-#define RESET(i) s##i##0 = s##i##1 = s##i##2 = _mm512_setzero_ps();
-#define SAVE(i) \
-    _mm512_store_ps(sums + PANEL * i, s##i##0); _mm512_store_ps(sums + PANEL * i + 16, s##i##1); \
-    _mm512_store_ps(sums + PANEL * i + 32, s##i##2);
-#define ADD(i) { \
-    __m512 v = _mm512_set1_ps(x[i * apart]); \
-    s##i##0 = _mm512_fmadd_ps(v, y0, s##i##0); s##i##1 = _mm512_fmadd_ps(v, y1, s##i##1); \
-    s##i##2 = _mm512_fmadd_ps(v, y2, s##i##2); }
-#define STEP { \
-    __m512 y0 = _mm512_load_ps(y), y1 = _mm512_load_ps(y + 16), y2 = _mm512_load_ps(y + 32); \
-    EACH_ROW(ADD) x += advance; y += PANEL; }
-#define NEXT_ROWS { \
-    EACH_ROW(SAVE) EACH_ROW(RESET) \
-    for (int part = 0; part < PANEL; part += 16) put(sums + part, PANEL, c, done, STRIP * strips + part, 8); \
-    done += 8; x = floats.at + done / 8 * floats.eight; y = panel; left = 8 * tiles; }
+/* Between two products of tiles: ask for some lines of the tiles of the next 32 steps, which are in the cache of the
+ * core, but no longer in its first; and for some of the strip of rows that comes next: a unit of columns fits in the
+ * core's cache, all rows do not. Where another thread works on the same core, one that only waits for its tiles gets
+ * little of it: the matrix unit is then up to 1.6 times as fast as without. */
+#define SOON(lines) \
+    for (int i = 0; i < (lines); i++) { \
+        _mm_prefetch(soon_a + 64 * i, _MM_HINT_T0); \
+        _mm_prefetch(soon_b + 64 * i, _MM_HINT_T0); \
+    } \
+    soon_a += 64 * (lines); soon_b += 64 * (lines); \
+    _mm_prefetch(next, _MM_HINT_T1); next += 64;
+#define OF_SIX() SOON(4)
+#define OF_THREE() SOON(6)
+#define OF_ONE() SOON(8)
+#define PACK(step) if (job) pack(job, parts, step);
 
-#define MULTIPLY_ALONE \
-    _tile_dpbf16ps(0, 4, 6); ASK _tile_dpbf16ps(1, 4, 7); ASK _tile_dpbf16ps(2, 5, 6); ASK _tile_dpbf16ps(3, 5, 7); ASK
-#define MULTIPLY_BOTH \
-    _tile_dpbf16ps(0, 4, 6); STEP ASK _tile_dpbf16ps(1, 4, 7); STEP ASK \
-    _tile_dpbf16ps(2, 5, 6); STEP ASK _tile_dpbf16ps(3, 5, 7); STEP ASK \
-    if (!--left) NEXT_ROWS
-/* Ask for some of the strip of rows that comes next: a unit of columns fits in the cache of a core, all rows do not. */
-#define ASK _mm_prefetch(next, _MM_HINT_T1); next += 64;
-
-/* The product of a strip of rows, as tiles and as floats, and a packed unit of columns to its place. `next` are the
- * tiles that come then. */
+/* The product of a packed strip of rows and a packed unit of columns to its place. `next` are the rows that come then;
+ * two jobs are gone on with meanwhile, first the first. */
 static inline __attribute__((always_inline)) void multiply_by(
-    const long parts, const uint8_t *rows, struct floats floats, const uint8_t *next, const uint8_t *unit, long tiles,
-    struct place c) {
+    const long parts, const uint8_t *rows, const uint8_t *next, const uint8_t *unit, long tiles, struct place c,
+    struct job *jobs) {
     const long line = LINE(parts), tile = TILES(parts);
-    float sums[8 * PANEL] __attribute__((aligned(64))), block[STRIP * STRIP] __attribute__((aligned(64)));
-    long strips = strips_of(c.n, parts), done = 0, left = 8 * tiles;
-    int both = c.n > STRIP * strips;
-    const float *x = floats.at, *panel = (const float *)(unit + strips * tiles * tile), *y = panel;
-    const long advance = floats.step, apart = floats.line;
-    EACH_ROW(DECLARE)
-    for (long s = 0; s < strips; s++) {
-        const uint8_t *a = rows, *b = unit + s * tiles * tile, *end = a + tiles * tile;
+    float block[STRIP * STRIP] __attribute__((aligned(64)));
+    const uint8_t *a = rows, *b = unit;
+    LOAD(4, a, parts - 1) LOAD(5, a, parts - 1) LOAD(6, b, 0) LOAD(7, b, 0)
+    for (long s = 0; s * STRIP < c.n; s++) {
         ask_for(c, STRIP * s);
         CLEAR
-        if (parts == 1)
-            for (; a < end; a += tile, b += tile) { ONE(MULTIPLY_ALONE) }
-        else if (parts == 2)
-            for (; a < end; a += tile, b += tile) { THREE(MULTIPLY_ALONE) }
-        else if (both)
-            for (; a < end; a += tile, b += tile) { SIX(MULTIPLY_BOTH) }
-        else
-            for (; a < end; a += tile, b += tile) { SIX(MULTIPLY_ALONE) }
+        for (long t = tiles; t; t--) {
+            const uint8_t *then_a = t > 1 ? a + tile : rows, *then_b = b + tile, *soon_a = then_a, *soon_b = then_b;
+            __asm__("" : "+r"(soon_a), "+r"(soon_b)); /* or each address would be a variable of its own */
+            struct job *job = undone(jobs) ? jobs : undone(jobs + 1) ? jobs + 1 : NULL;
+            if (parts == 1) {
+                ONE(OF_ONE, PACK)
+            } else if (parts == 2) {
+                THREE(OF_THREE, PACK)
+            } else {
+                SIX(OF_SIX, PACK)
+            }
+            a = then_a, b = then_b;
+        }
         _tile_stored(0, block, 4 * STRIP);
         _tile_stored(1, block + 16, 4 * STRIP);
         _tile_stored(2, block + 16 * STRIP, 4 * STRIP);
         _tile_stored(3, block + 16 * STRIP + 16, 4 * STRIP);
         for (int quarter = 0; quarter < 4; quarter++) {
             int row = quarter / 2 * 16, column = quarter % 2 * 16;
-            put(block + row * STRIP + column, STRIP, c, row, STRIP * s + column, 16);
+            put(block + row * STRIP + column, c, row, STRIP * s + column);
         }
-    }
-    while (both && done < STRIP) {
-        for (; left; left--) { STEP STEP STEP STEP }
-        NEXT_ROWS
     }
 }
 
 static void multiply(
-    long parts, const uint8_t *rows, struct floats floats, const uint8_t *next, const uint8_t *unit, long tiles,
-    struct place c) {
-    if (parts == 1) multiply_by(1, rows, floats, next, unit, tiles, c);
-    if (parts == 2) multiply_by(2, rows, floats, next, unit, tiles, c);
-    if (parts == ALL) multiply_by(ALL, rows, floats, next, unit, tiles, c);
+    long parts, const uint8_t *rows, const uint8_t *next, const uint8_t *unit, long tiles, struct place c,
+    struct job *jobs) {
+    if (parts == 1) multiply_by(1, rows, next, unit, tiles, c, jobs);
+    if (parts == 2) multiply_by(2, rows, next, unit, tiles, c, jobs);
+    if (parts == 3) multiply_by(3, rows, next, unit, tiles, c, jobs);
 }
 
 /* Memory for packed numbers that a thread keeps: new memory costs as much as filling it thrice. */
@@ -343,14 +357,50 @@ static long take(struct range *left, long me, long all) {
     return cell;
 }
 
-/* C = A B, where all of A lies packed for all threads, and each packs the columns of B that it works on. The work is
- * cut into cells, a strip of rows by a unit of columns. Cores that also do other work do fewer. */
+/* A product, where all of A lies packed for all threads, and each packs the columns of B that it works on. The work is
+ * cut into cells, a strip of rows by a unit of columns. Cores that also do other work do fewer.
+ *
+ * What comes next is packed while something is multiplied: the next unit of columns, and a thread's share of the rows
+ * for the next steps of k. So there is room for two of either. */
+struct work {
+    struct matrix a, b;
+    long k, depth, parts, strips, units, wide; /* depth: steps of k at a time; wide: columns in a unit */
+};
+
+/* Rows for the steps from `from` on: what thread `me` packs of them. */
+static struct job rows_job(const struct work *w, long from, uint8_t *packed, long me, long all) {
+    long to = smaller(w->k, from + w->depth), tiles = (to - from + 31) / 32, groups = 2 * w->strips;
+    long squares = groups * tiles;
+    struct job job = {
+        .x = w->a, .across = 0, .from = from, .to = to, .tiles = tiles, .groups = groups,
+        .next = squares * me / all, .end = squares * (me + 1) / all, .packed = packed};
+    go_on(&job, w->parts);
+    return job;
+}
+
+/* A unit of columns for the steps from `from` on. */
+static struct job unit_job(const struct work *w, long from, long unit, uint8_t *packed) {
+    long to = smaller(w->k, from + w->depth), tiles = (to - from + 31) / 32, column = unit * w->wide;
+    struct matrix x = w->b;
+    x.at += column * x.line;
+    x.lines = smaller(w->wide, x.lines - column); /* what follows belongs to another unit */
+    long groups = (x.lines + STRIP - 1) / STRIP * 2;
+    struct job job = {
+        .x = x, .across = 1, .from = from, .to = to, .tiles = tiles, .groups = groups,
+        .next = 0, .end = groups * tiles, .packed = packed};
+    go_on(&job, w->parts);
+    return job;
+}
+
 static int product_of(struct matrix a, struct matrix b, long k, long parts, float *c, long stride, int turned) {
     long chunks = (k + DEPTH - 1) / DEPTH, depth = ((k + chunks - 1) / chunks + 31) / 32 * 32, most = depth / 32;
-    long strips = (a.lines + STRIP - 1) / STRIP, units = (b.lines + UNIT(parts) - 1) / UNIT(parts);
+    long strips = (a.lines + STRIP - 1) / STRIP, most_columns = STRIPS(parts) * STRIP;
+    long units = (b.lines + most_columns - 1) / most_columns;
     long wide = ((b.lines + units - 1) / units + 15) / 16 * 16, cells = strips * units;
-    struct range left[omp_get_max_threads()];
-    uint8_t *shared = memory(&for_all, &for_all_size, strips * most * ROWS_OF(parts));
+    const struct work work = {a, b, k, depth, parts, strips, units, wide};
+    struct range left[2][omp_get_max_threads()]; /* those of one chunk, and of the next: some threads are there first */
+    size_t for_rows = strips * most * TILES(parts), for_unit = most * STRIPS(parts) * TILES(parts);
+    uint8_t *shared = memory(&for_all, &for_all_size, (1 + (chunks > 1)) * for_rows);
     int failed = !shared;
     if (failed) return failed;
 #pragma omp parallel
@@ -358,32 +408,45 @@ static int product_of(struct matrix a, struct matrix b, long k, long parts, floa
         uint8_t saved[64]; /* whoever else in this thread uses the matrix unit finds it as it was */
         _tile_storeconfig(saved);
         _tile_loadconfig(&WHOLE);
-        uint8_t *own = memory(&for_one, &for_one_size, most * TILES(parts) * (UNIT(parts) / STRIP));
+        uint8_t *own = memory(&for_one, &for_one_size, 2 * for_unit + TILES(parts)); /* one is read beyond the end */
         if (!own) {
 #pragma omp atomic write
             failed = 1;
         }
         long me = omp_get_thread_num(), all = omp_get_num_threads();
-        for (long from = 0; from < k; from += depth) {
-            long to = smaller(k, from + depth), tiles = (to - from + 31) / 32, kept = -1;
-            pack_rows(a, parts, strips, from, to, tiles, shared, me, all);
-            left[me] = (struct range){cells * me / all, cells * (me + 1) / all};
+        long now = 0; /* which room has the unit at hand */
+        const struct range mine = {cells * me / all, cells * (me + 1) / all};
+        long first_unit = mine.begin < mine.end ? mine.begin / strips : -1;
+        long packing = -1; /* the unit in the other room */
+        struct job jobs[2] = {{.next = 0}, rows_job(&work, 0, shared, me, all)};
+        for (long from = 0, chunk = 0; from < k; from += depth, chunk++) {
+            long kept = -1, tiles = jobs[1].tiles, after = from + depth;
+            const uint8_t *packed = shared + chunk % 2 * for_rows;
+            finish(&jobs[1], parts);
+            if (after < k) jobs[1] = rows_job(&work, after, shared + (chunk + 1) % 2 * for_rows, me, all);
+            left[chunk % 2][me] = mine;
 #pragma omp barrier
-            for (long cell; own && (cell = take(left, me, all)) >= 0;) {
+            for (long cell; own && (cell = take(left[chunk % 2], me, all)) >= 0;) {
                 long u = cell / strips, s = cell % strips, row = s * STRIP, column = u * wide;
+                if (kept != u) {
+                    if (packing != u || jobs[0].from != from)
+                        jobs[0] = unit_job(&work, from, u, own + (1 - now) * for_unit);
+                    finish(&jobs[0], parts);
+                    kept = u;
+                    now = 1 - now;
+                    packing = -1;
+                    if ((u + 1) * strips < mine.end && u >= first_unit)
+                        jobs[0] = unit_job(&work, from, packing = u + 1, own + (1 - now) * for_unit);
+                    else if (after < k && first_unit >= 0)
+                        jobs[0] = unit_job(&work, after, packing = first_unit, own + (1 - now) * for_unit);
+                }
                 struct place place = {
                     c + (turned ? column * stride + row : row * stride + column), stride,
                     smaller(STRIP, a.lines - row), smaller(wide, b.lines - column), turned, from > 0};
-                if (kept != u) pack_unit(b, parts, column, place.n, from, to, tiles, own);
-                kept = u;
-                const uint8_t *strip = shared + s * tiles * ROWS_OF(parts);
-                const uint8_t *next = shared + (s + 1) % strips * tiles * ROWS_OF(parts);
-                struct floats floats = {(const float *)(strip + tiles * TILES(parts)), 1, 8, 256 * tiles};
-                if (in_place(a, row, from, to))
-                    floats = (struct floats){a.at + row * a.line + from, a.line, 1, 8 * a.line};
-                multiply(parts, strip, floats, next, own, tiles, place);
+                const uint8_t *strip = packed + s * tiles * TILES(parts);
+                const uint8_t *next = packed + (s + 1) % strips * tiles * TILES(parts);
+                multiply(parts, strip, next, own + now * for_unit, tiles, place, jobs);
             }
-#pragma omp barrier
         }
         _tile_loadconfig(saved);
     }
