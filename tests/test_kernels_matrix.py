@@ -19,7 +19,8 @@ SHAPES = [
     (65, 67, 71),
     (77, 131, 705),
     (672, 512, 1500),  # several steps of depth
-    (131, 3000, 96),  # wider than a panel's share
+    (131, 3000, 96),  # many units of columns
+    (200, 700, 2200),  # units and rows are packed ahead, in four steps of depth
     (2000, 300, 70),  # tall: the transpose is computed
     (1500, 1500, 64),  # more rows than are packed at a time
     (96, 241, 128),
