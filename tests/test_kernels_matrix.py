@@ -80,6 +80,22 @@ def test_the_same_on_any_number_of_threads():
 
 
 @needs_unit
+def test_rows_of_later_steps_do_not_overwrite_those_in_use():
+    """The last row is packed on its own, by one of some threads, of which the others may be steps of depth behind."""
+    torch.manual_seed(4)
+    before = torch.get_num_threads()
+    a, b = torch.randn(65, 2200), torch.randn(2200, 64)
+    torch.set_num_threads(1)
+    expected = matrix.product(a, b)
+    try:
+        for threads in (3, 5, 7):
+            torch.set_num_threads(threads)
+            assert all(torch.equal(matrix.product(a, b), expected) for _ in range(150))
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_unit
 @pytest.mark.parametrize(
     "values",
     [

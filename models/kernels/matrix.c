@@ -26,7 +26,7 @@ int multiplies(void) { return 0; }
 #define TILES(parts) (STRIP * LINE(parts))
 #define STRIPS(parts) (12 / (parts)) /* of columns that a thread packs at a time: a unit */
 #define DEPTH 704 /* steps of k at a time: two units then take 1.1 MB, and AMX comes with 2 MB of cache */
-#define MOST_ROWS 1344 /* that lie packed for all threads */
+#define MOST_ROWS 1344 /* that lie packed for all threads, for two times as many steps where k is larger than that */
 
 /* Line i of a matrix (a row of A, a column of B), index k, lies at at[i * line + k * step]; line or step is 1. */
 struct matrix {
@@ -152,7 +152,7 @@ struct job {
     __m512i one[4], other[4]; /* a row of a quarter in each: first halves of the steps, and second */
 };
 
-/* Find a square of which all is there; those that come before are packed at once. */
+/* Find a square of which all is there. Those that come before are packed at once: there must be room for them. */
 static __attribute__((noinline)) void go_on(struct job *job, long parts) {
     const struct matrix x = job->x;
     for (; job->next < job->end; job->next++) {
@@ -177,27 +177,27 @@ static __attribute__((noinline)) void go_on(struct job *job, long parts) {
 
 static inline int undone(const struct job *job) { return job->next < job->end; }
 
-/* A step of a quarter: get both halves, then split a row at a time. What the next square needs comes from memory
+/* A stage of a quarter: get both halves, then split a row at a time. What the next square needs comes from memory
  * meanwhile. */
-static inline __attribute__((always_inline)) void pack(struct job *job, const long parts, const int step) {
+static inline __attribute__((always_inline)) void pack(struct job *job, const long parts, const int stage) {
     const int by_lines = job->x.step == 1, quarter = job->quarter;
     const long apart = by_lines ? job->x.line : job->x.step;
-    if (step < 2) {
-        const float *from = job->source + (!step ? 0 : by_lines ? 16 : 16 * apart);
-        const float *then = job->then_source + (!step ? 0 : by_lines ? 16 : 16 * apart);
-        __m512i *to = step ? job->other : job->one;
+    if (stage < 2) {
+        const float *from = job->source + (!stage ? 0 : by_lines ? 16 : 16 * apart);
+        const float *then = job->then_source + (!stage ? 0 : by_lines ? 16 : 16 * apart);
+        __m512i *to = stage ? job->other : job->one;
         for (int i = 0; i < 4; i++) __builtin_prefetch(then + (4 * quarter + i) * apart);
         if (by_lines == job->across)
             gather(from + 4 * quarter, apart, to);
         else
             for (int i = 0; i < 4; i++) to[i] = _mm512_loadu_si512(from + (4 * quarter + i) * apart);
     } else {
-        const int row = step - 2;
+        const int row = stage - 2;
         const long at = LINE(parts) * (4 * quarter + row);
         for (int p = 0; p < parts; p++) __builtin_prefetch(job->then_target + at + 64 * p, 1);
         put_parts(job->one[row], job->other[row], parts, job->target + at);
     }
-    if (step == 5 && ++job->quarter == 4) {
+    if (stage == 5 && ++job->quarter == 4) {
         job->next++;
         go_on(job, parts);
     }
@@ -205,7 +205,7 @@ static inline __attribute__((always_inline)) void pack(struct job *job, const lo
 
 static inline void pack_all(struct job *job, const long parts) {
     while (undone(job))
-        for (int step = 0; step < 6; step++) pack(job, parts, step);
+        for (int stage = 0; stage < 6; stage++) pack(job, parts, stage);
 }
 
 static void finish(struct job *job, long parts) {
@@ -281,7 +281,7 @@ static inline void ask_for(struct place c, long column) {
 #define OF_SIX() SOON(4)
 #define OF_THREE() SOON(6)
 #define OF_ONE() SOON(8)
-#define PACK(step) if (job) pack(job, parts, step);
+#define PACK(stage) if (job) pack(job, parts, stage);
 
 /* The product of a packed strip of rows and a packed unit of columns to its place. `next` are the rows that come then;
  * two jobs are gone on with meanwhile, first the first. */
@@ -416,29 +416,32 @@ static int product_of(struct matrix a, struct matrix b, long k, long parts, floa
         long me = omp_get_thread_num(), all = omp_get_num_threads();
         long now = 0; /* which room has the unit at hand */
         const struct range mine = {cells * me / all, cells * (me + 1) / all};
-        long first_unit = mine.begin < mine.end ? mine.begin / strips : -1;
         long packing = -1; /* the unit in the other room */
         struct job jobs[2] = {{.next = 0}, rows_job(&work, 0, shared, me, all)};
         for (long from = 0, chunk = 0; from < k; from += depth, chunk++) {
             long kept = -1, tiles = jobs[1].tiles, after = from + depth;
             const uint8_t *packed = shared + chunk % 2 * for_rows;
             finish(&jobs[1], parts);
-            if (after < k) jobs[1] = rows_job(&work, after, shared + (chunk + 1) % 2 * for_rows, me, all);
             left[chunk % 2][me] = mine;
-#pragma omp barrier
+#pragma omp barrier /* all rows are packed, and nobody reads those of the chunk before any more */
+            if (after < k) jobs[1] = rows_job(&work, after, shared + (chunk + 1) % 2 * for_rows, me, all);
             for (long cell; own && (cell = take(left[chunk % 2], me, all)) >= 0;) {
                 long u = cell / strips, s = cell % strips, row = s * STRIP, column = u * wide;
                 if (kept != u) {
-                    if (packing != u || jobs[0].from != from)
-                        jobs[0] = unit_job(&work, from, u, own + (1 - now) * for_unit);
-                    finish(&jobs[0], parts);
+                    if (packing == u && jobs[0].from == from) {
+                        finish(&jobs[0], parts);
+                        now = 1 - now;
+                        packing = -1;
+                    } else { /* a unit that others left, or the very first */
+                        struct job job = unit_job(&work, from, u, own + now * for_unit);
+                        finish(&job, parts);
+                        if (jobs[0].from <= from) packing = -1; /* others took it */
+                    }
                     kept = u;
-                    now = 1 - now;
-                    packing = -1;
-                    if ((u + 1) * strips < mine.end && u >= first_unit)
+                    if (packing < 0 && cell >= mine.begin && (u + 1) * strips < mine.end)
                         jobs[0] = unit_job(&work, from, packing = u + 1, own + (1 - now) * for_unit);
-                    else if (after < k && first_unit >= 0)
-                        jobs[0] = unit_job(&work, after, packing = first_unit, own + (1 - now) * for_unit);
+                    else if (packing < 0 && after < k && mine.begin < mine.end)
+                        jobs[0] = unit_job(&work, after, packing = mine.begin / strips, own + (1 - now) * for_unit);
                 }
                 struct place place = {
                     c + (turned ? column * stride + row : row * stride + column), stride,
