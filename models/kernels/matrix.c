@@ -52,22 +52,17 @@ static inline __m512 rounded(__m512 x) {
     return _mm512_fnmadd_ps(x, _mm512_set1_ps(65536.0f), x * 65537.0f);
 }
 
-/* Three parts or fewer of 16 floats at 16 steps of k, and of 16 at the steps 16 later, in pairs. */
-static inline void split(__m512i one, __m512i other, long parts, __m512i to[3]) {
+/* Three parts or fewer of 16 floats at 16 steps of k, and of 16 at the steps 16 later, in pairs: one row of a tile of
+ * each part. */
+static inline void put_parts(__m512i one, __m512i other, long parts, uint8_t *to) {
     __m512 x = (__m512)one, y = (__m512)other;
     for (int p = 0; p < parts; p++) {
         __m512 a = p < 2 ? rounded(x) : x, b = p < 2 ? rounded(y) : y;
-        to[p] = _mm512_or_si512(_mm512_srli_epi32((__m512i)a, 16), (__m512i)b);
+        __m512i pairs = _mm512_or_si512(_mm512_srli_epi32((__m512i)a, 16), (__m512i)b);
+        _mm512_store_si512((void *)(to + 64 * p), pairs);
         x -= a;
         y -= b;
     }
-}
-
-/* Store them, each in the tile of its part. */
-static inline void put_parts(__m512i one, __m512i other, long parts, uint8_t *to) {
-    __m512i part[3];
-    split(one, other, parts, part);
-    for (int p = 0; p < parts; p++) _mm512_store_si512((void *)(to + 64 * p), part[p]);
 }
 
 /* Transpose 16 x 16 numbers of 32 bits. */
@@ -364,32 +359,31 @@ static long take(struct range *left, long me, long all) {
  * for the next steps of k. So there is room for two of either. */
 struct work {
     struct matrix a, b;
-    long k, depth, parts, strips, units, wide; /* depth: steps of k at a time; wide: columns in a unit */
+    long k, depth, parts, wide; /* depth: steps of k at a time; wide: columns in a unit */
 };
 
-/* Rows for the steps from `from` on: what thread `me` packs of them. */
-static struct job rows_job(const struct work *w, long from, uint8_t *packed, long me, long all) {
-    long to = smaller(w->k, from + w->depth), tiles = (to - from + 31) / 32, groups = 2 * w->strips;
-    long squares = groups * tiles;
+/* Lines of x, for the steps from `from` on: of the squares what is part `me` of `all`. */
+static struct job job_of(
+    const struct work *w, struct matrix x, int across, long from, uint8_t *packed, long me, long all) {
+    long to = smaller(w->k, from + w->depth), tiles = (to - from + 31) / 32, groups = (x.lines + STRIP - 1) / STRIP * 2;
     struct job job = {
-        .x = w->a, .across = 0, .from = from, .to = to, .tiles = tiles, .groups = groups,
-        .next = squares * me / all, .end = squares * (me + 1) / all, .packed = packed};
+        .x = x, .across = across, .from = from, .to = to, .tiles = tiles, .groups = groups,
+        .next = groups * tiles * me / all, .end = groups * tiles * (me + 1) / all, .packed = packed};
     go_on(&job, w->parts);
     return job;
 }
 
-/* A unit of columns for the steps from `from` on. */
+/* What thread `me` packs of the rows. */
+static struct job rows_job(const struct work *w, long from, uint8_t *packed, long me, long all) {
+    return job_of(w, w->a, 0, from, packed, me, all);
+}
+
+/* A unit of columns, which one thread packs. */
 static struct job unit_job(const struct work *w, long from, long unit, uint8_t *packed) {
-    long to = smaller(w->k, from + w->depth), tiles = (to - from + 31) / 32, column = unit * w->wide;
     struct matrix x = w->b;
-    x.at += column * x.line;
-    x.lines = smaller(w->wide, x.lines - column); /* what follows belongs to another unit */
-    long groups = (x.lines + STRIP - 1) / STRIP * 2;
-    struct job job = {
-        .x = x, .across = 1, .from = from, .to = to, .tiles = tiles, .groups = groups,
-        .next = 0, .end = groups * tiles, .packed = packed};
-    go_on(&job, w->parts);
-    return job;
+    x.at += unit * w->wide * x.line;
+    x.lines = smaller(w->wide, x.lines - unit * w->wide); /* what follows belongs to another unit */
+    return job_of(w, x, 1, from, packed, 0, 1);
 }
 
 static int product_of(struct matrix a, struct matrix b, long k, long parts, float *c, long stride, int turned) {
@@ -397,7 +391,7 @@ static int product_of(struct matrix a, struct matrix b, long k, long parts, floa
     long strips = (a.lines + STRIP - 1) / STRIP, most_columns = STRIPS(parts) * STRIP;
     long units = (b.lines + most_columns - 1) / most_columns;
     long wide = ((b.lines + units - 1) / units + 15) / 16 * 16, cells = strips * units;
-    const struct work work = {a, b, k, depth, parts, strips, units, wide};
+    const struct work work = {a, b, k, depth, parts, wide};
     struct range left[2][omp_get_max_threads()]; /* those of one chunk, and of the next: some threads are there first */
     size_t for_rows = strips * most * TILES(parts), for_unit = most * STRIPS(parts) * TILES(parts);
     uint8_t *shared = memory(&for_all, &for_all_size, (1 + (chunks > 1)) * for_rows);
