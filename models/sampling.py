@@ -66,9 +66,11 @@ def draw(logits: Tensor, uniform: Tensor, options: SamplingOptions) -> Tensor:
     """
     if options.temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / options.temperature
+    logits = logits.float()
     if options.top_k is not None:
         logits = keep_top_k(logits, options.top_k)
+    if options.temperature != 1:  # the largest is taken away first, or a low temperature would let logits overflow
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / options.temperature
     probabilities = torch.softmax(logits, dim=-1)
     if options.top_p is not None and options.top_p < 1:
         probabilities = keep_top_p(probabilities, options.top_p)

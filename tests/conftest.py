@@ -71,3 +71,12 @@ def products():
     before = torch.get_float32_matmul_precision()
     yield torch.set_float32_matmul_precision
     torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture(params=["native", "emulated"])
+def unit(request):
+    """The matrix unit of the processor, where it has one, or one in portable C."""
+    from emulation import matrix_units
+
+    with matrix_units(request.param):
+        yield request.param

@@ -10,9 +10,7 @@ from models.dalle import DALLE
 from models.kernels import matrix
 
 SQUARE = torch.ones(64, 64)
-needs_unit = pytest.mark.skipif(
-    not matrix.suits(SQUARE, SQUARE), reason="no AMX, no C compiler, or kernels switched off"
-)
+needs_unit = pytest.mark.usefixtures("unit")
 
 SHAPES = [
     (64, 64, 64),
@@ -48,10 +46,11 @@ def error(result, exact):
     return float((result.double() - exact).square().mean().sqrt())
 
 
-@needs_unit
 @pytest.mark.parametrize("turned", [(0, 0), (0, 1), (1, 0), (1, 1)], ids=str)
 @pytest.mark.parametrize("rows, columns, depth", SHAPES)
-def test_no_less_exact_than_the_product_of_pytorch(rows, columns, depth, turned, threads):
+def test_no_less_exact_than_the_product_of_pytorch(rows, columns, depth, turned, threads, unit):
+    if unit == "emulated" and threads != 1 + (depth + sum(turned)) % 3:
+        pytest.skip("slow: one number of threads for each shape")
     torch.manual_seed(depth)
     a, b = operand(rows, depth, turned[0]), operand(depth, columns, turned[1])
     around = torch.full((rows + 2, columns + 5), 7.0)
@@ -70,7 +69,7 @@ def test_no_less_exact_than_the_product_of_pytorch(rows, columns, depth, turned,
 def test_the_same_on_any_number_of_threads():
     torch.manual_seed(0)
     before = torch.get_num_threads()
-    a, b = torch.randn(333, 1000), torch.randn(1000, 777)
+    a, b = torch.randn(133, 1500), torch.randn(1500, 477)
     results = []
     for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
@@ -79,8 +78,7 @@ def test_the_same_on_any_number_of_threads():
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-@needs_unit
-def test_rows_of_later_steps_do_not_overwrite_those_in_use():
+def test_rows_of_later_steps_do_not_overwrite_those_in_use(unit):
     """The last row is packed on its own, by one of some threads, of which the others may be steps of depth behind."""
     torch.manual_seed(4)
     before = torch.get_num_threads()
@@ -90,7 +88,7 @@ def test_rows_of_later_steps_do_not_overwrite_those_in_use():
     try:
         for threads in (3, 5, 7):
             torch.set_num_threads(threads)
-            assert all(torch.equal(matrix.product(a, b), expected) for _ in range(150))
+            assert all(torch.equal(matrix.product(a, b), expected) for _ in range(150 if unit == "native" else 9))
     finally:
         torch.set_num_threads(before)
 
@@ -129,15 +127,14 @@ def test_what_is_not_finite_stays_so_where_it_belongs(bad):
     assert bool(matrix.product(torch.randn(100, 130), b).isfinite().all()), "packed memory kept it"
 
 
-@needs_unit
-def test_threads_of_python_do_not_disturb_each_other():
+def test_threads_of_python_do_not_disturb_each_other(unit):
     torch.manual_seed(2)
     pairs = [(torch.randn(100 + 10 * i, 640), torch.randn(640, 300 + 50 * i)) for i in range(4)]
     expected = [matrix.product(a, b) for a, b in pairs]
     wrong = []
 
     def again(index):
-        for _ in range(20):
+        for _ in range(20 if unit == "native" else 2):
             if not torch.equal(matrix.product(*pairs[index]), expected[index]):
                 wrong.append(index)
 
@@ -197,7 +194,8 @@ def test_as_exact_as_pytorch_is_told_to_be(precision, tolerance, least, rows, co
         error = (matrix.product(a, b) - exact).norm() / exact.norm()
         assert (0 if depth < 100 else least) < error < tolerance
         whole = torch.randint(-16, 16, a.shape).float()  # few bits: nothing is lost
-        assert torch.equal(matrix.product(whole, whole.t()).double(), whole.double() @ whole.double().t())
+        few = whole[:90].t()
+        assert torch.equal(matrix.product(whole, few).double(), whole.double() @ few.double())
 
 
 @needs_unit
@@ -262,3 +260,24 @@ def test_a_training_step_uses_it_and_learns_the_same(options, monkeypatch, produ
         products(precision)
         for ours, theirs in zip(gradients(), plainly):
             assert float((ours - theirs).norm()) < tolerance * float(theirs.norm()) + 1e-6
+
+
+@needs_unit
+@pytest.mark.parametrize("gate", [-9.8, -12.0])
+def test_gates_that_are_all_but_closed_spoil_no_gradient(gate, monkeypatch):
+    """Their gradients are tiny numbers, which the unit takes for zero unless they are scaled."""
+    torch.manual_seed(0)
+    config = DalleConfig(
+        num_text_tokens=70, num_image_tokens=70, text_seq_len=12, grid=8, dim=64, depth=1, heads=1, dim_head=64,
+        attn_types=("full",),
+    )  # fmt: skip
+    model = DALLE(config)
+    up = model.transformer.layers[0].feed_forward.fn.up
+    torch.nn.init.constant_(up.bias[len(up.bias) // 2 :][:4], gate)
+    text, codes, norms = torch.randint(1, 70, (4, 12)), torch.randint(70, (4, 64)), []
+    for suits in (matrix.suits, lambda *tensors: False):
+        monkeypatch.setattr(matrix, "suits", suits)
+        model.zero_grad()
+        model.loss(*model(text, codes), text, codes).total.backward()
+        norms.append(torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm())
+    torch.testing.assert_close(norms[0], norms[1])

@@ -110,10 +110,12 @@ static long least(long a, long b) { return a < b ? a : b; }
    x (B, H, W, in), or (B, H/2, W/2, in) of which each pixel counts as 2x2 (doubled = 1); y and residual (B, H, W, out).
    weights: G g G^T as (out/COLUMNS, POINTS, in, COLUMNS). in is a multiple of LANES, out of COLUMNS. Every tile is
    computed in the same order, whatever else is in the batch and however many threads there are.
-   Returns 0, or 1 when there is no memory. */
+   Returns 0, 1 when there is no memory, or 2 when a result is not finite: that of plain sums might be, for what lies
+   between here is up to 100 times as large, and a tile shares what is not finite. */
 int32_t convolve(const float *x, const float *weights, const float *bias, const float *residual, float *y, long batch,
                  long height, long width, long in, long out, int32_t doubled, int32_t threads) {
     const long down = (height + TILE - 1) / TILE, across = (width + TILE - 1) / TILE, tiles = batch * down * across;
+    if (tiles == 0) return 0;
     const long fits = CACHE / (POINTS * in * 4) / ROWS * ROWS, share = (tiles + threads - 1) / threads;
     long group = least(fits > ROWS ? fits : ROWS, (share + ROWS - 1) / ROWS * ROWS); /* tiles at a time */
     const long stride = group * in + LANES; /* not a power of two: those would fall into the same lines of the cache */
@@ -124,6 +126,7 @@ int32_t convolve(const float *x, const float *weights, const float *bias, const 
 #pragma omp parallel num_threads(threads)
     {
         float *memory = NULL;
+        int32_t any = 0; /* results that are not finite */
         if (posix_memalign((void **)&memory, 64, (POINTS * (stride + rows) + in) * 4)) memory = NULL;
         float *points = memory, *sums = memory + POINTS * stride, *zeros = sums + POINTS * rows;
         if (memory == NULL) {
@@ -167,19 +170,26 @@ int32_t convolve(const float *x, const float *weights, const float *bias, const 
                         const long c = n + half * LANES;
                         const vec shift = bias ? load(bias + c) : (vec){};
                         vec result[TILE][TILE];
+                        ivec odd = {};
                         sum_tile(sums + t * COLUMNS + half * LANES, rows, result);
                         for (long j = 0; j < high; j++)
                             for (long i = 0; i < wide; i++) {
                                 const long place = ((image * height + top + j) * width + left + i) * out + c;
                                 vec value = result[j][i] + shift;
                                 if (residual) value += load(residual + place);
+                                odd |= (ivec)magnitude(value) > 0x7f7fffff;
                                 store(y + place, value);
                             }
+                        for (int lane = 0; lane < LANES; lane++) any |= odd[lane];
                     }
                 }
             }
         }
         free(memory);
+        if (any) {
+#pragma omp atomic write
+            failed = 2;
+        }
     }
     return failed;
 }
@@ -246,7 +256,7 @@ void norm_swish(const float *x, float *y, const float *weight, const float *bias
             for (long i = 0; i < count * channels; i += channels)
                 for (long c = 0; c < channels; c += LANES) {
                     vec value = (load(x + place + i + c) - load(center + c)) * load(scale + c) + load(bias + c);
-                    if (swish) value /= exp_of(-value) + 1.0f;
+                    if (swish) value = swish_of(value, 1.0f);
                     store(y + place + i + c, value);
                 }
         }

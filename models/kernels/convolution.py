@@ -71,8 +71,9 @@ class Conv3x3(nn.Conv2d):
     def forward(self, x: Tensor, residual: Optional[Tensor] = None, doubled: bool = False) -> Tensor:
         """Convolve x (B, in, H, W), or x (B, in, H/2, W/2) with each pixel `doubled` in both directions; add `residual`
         (B, out, H, W), whose memory may be used for the result. -> (B, out, H, W)."""
-        if self.takes(x, doubled) and usable(residual):
-            return self._convolve(x, residual, doubled)
+        result = self._convolve(x, residual, doubled) if self.takes(x, doubled) and usable(residual) else None
+        if result is not None:
+            return result
         x = F.interpolate(x, scale_factor=2.0, mode="nearest") if doubled else x
         result = super().forward(x)
         return result if residual is None else add(residual, result)
@@ -90,7 +91,8 @@ class Conv3x3(nn.Conv2d):
             and _library() is not None
         )
 
-    def _convolve(self, x: Tensor, residual: Optional[Tensor], doubled: bool) -> Tensor:
+    def _convolve(self, x: Tensor, residual: Optional[Tensor], doubled: bool) -> Optional[Tensor]:
+        """None where a result is not finite: a kernel's numbers overflow earlier than those of a plain sum."""
         kernels = _library()
         x = x.contiguous(memory_format=torch.channels_last)
         batch, _, height, width = x.shape
@@ -103,9 +105,9 @@ class Conv3x3(nn.Conv2d):
             pointer(x), pointer(self._weights(kernels)), pointer(self.bias), pointer(residual), pointer(result),
             batch, height, width, self.in_channels, self.out_channels, doubled, torch.get_num_threads(),
         )  # fmt: skip
-        if failed:
+        if failed == 1:
             raise MemoryError("no memory for a convolution's tiles")
-        return result
+        return None if failed else result
 
     def _weights(self, kernels: ctypes.CDLL) -> Tensor:
         made_from = (self.weight.data_ptr(), self.weight._version)

@@ -2,8 +2,13 @@
  *
  * A float of 24 bits is the sum of three bfloat16 numbers of 8. Of the nine products of the parts of two floats the
  * six largest are added up, in float32; the others are less than a unit in the last place of the product. So the error
- * of a sum is that of float32 arithmetic. Numbers below 1e-33 lose their last bits; above 1e33 results are NaN. Who can
- * do with less takes two parts (16 bits, three products) or one (8 bits, one product): sums are float32 in any case.
+ * of a sum is that of float32 arithmetic. Who can do with less takes two parts (16 bits, three products) or one (8 bits,
+ * one product): sums are float32 in any case.
+ *
+ * The unit takes subnormal numbers for zero, and returns none. So all that is multiplied is scaled by 2^24: then every
+ * part of every float is normal, subnormal floats included, and what the unit still flushes is below 2^-174. In return
+ * sums overflow from 2^79 on instead of 2^128: where a result is not finite, whatever the reason, the caller is told
+ * to multiply by other means.
  *
  * A product of tiles takes 16 cycles, in which a core's other parts pack what is multiplied next. (The vector units
  * could multiply too. But next to the matrix unit they are half as fast as alone, and slow it down.)
@@ -53,9 +58,9 @@ static inline __m512 rounded(__m512 x) {
 }
 
 /* Three parts or fewer of 16 floats at 16 steps of k, and of 16 at the steps 16 later, in pairs: one row of a tile of
- * each part. */
+ * each part. Both scaled. */
 static inline void put_parts(__m512i one, __m512i other, long parts, uint8_t *to) {
-    __m512 x = (__m512)one, y = (__m512)other;
+    __m512 x = (__m512)one * _mm512_set1_ps(0x1p24f), y = (__m512)other * _mm512_set1_ps(0x1p24f);
     for (int p = 0; p < parts; p++) {
         __m512 a = p < 2 ? rounded(x) : x, b = p < 2 ? rounded(y) : y;
         __m512i pairs = _mm512_or_si512(_mm512_srli_epi32((__m512i)a, 16), (__m512i)b);
@@ -214,6 +219,7 @@ struct place {
     float *at;
     long stride, m, n;
     int turned, add; /* row i lies where column i of C would; to what is there */
+    int *odd;        /* becomes 1 where a result is not finite */
 };
 
 /* Rows `row` to `row` + 16 of the place, columns `column` to `column` + 16, from a block's sums. */
@@ -221,14 +227,17 @@ static inline void put(const float *sums, struct place c, long row, long column)
     __m512i x[16];
     long m = smaller(c.m - row, 16), n = smaller(c.n - column, 16);
     float *to = c.at + (c.turned ? column * c.stride + row : row * c.stride + column);
+    __mmask16 odd = 0;
     for (int i = 0; i < 16; i++) x[i] = _mm512_load_si512(sums + i * STRIP);
     if (c.turned) transpose(x);
     for (long i = 0; i < (c.turned ? n : m); i++) {
         __mmask16 some = first(c.turned ? m : n);
-        __m512 sum = (__m512)x[i];
+        __m512 sum = (__m512)x[i] * _mm512_set1_ps(0x1p-48f);
         if (c.add) sum += _mm512_maskz_loadu_ps(some, to + i * c.stride);
+        odd |= _mm512_mask_fpclass_ps_mask(some, sum, 0x99 /* infinite, or not a number */);
         _mm512_mask_storeu_ps(to + i * c.stride, some, sum);
     }
+    if (odd) __atomic_store_n(c.odd, 1, __ATOMIC_RELAXED);
 }
 
 /* Ask for a strip of rows of the place at some columns: they come from memory while their sums are computed. */
@@ -395,8 +404,8 @@ static int product_of(struct matrix a, struct matrix b, long k, long parts, floa
     struct range left[2][omp_get_max_threads()]; /* those of one chunk, and of the next: some threads are there first */
     size_t for_rows = strips * most * TILES(parts), for_unit = most * STRIPS(parts) * TILES(parts);
     uint8_t *shared = memory(&for_all, &for_all_size, (1 + (chunks > 1)) * for_rows);
-    int failed = !shared;
-    if (failed) return failed;
+    int failed = !shared, odd = 0;
+    if (failed) return 1;
 #pragma omp parallel
     {
         uint8_t saved[64]; /* whoever else in this thread uses the matrix unit finds it as it was */
@@ -439,7 +448,7 @@ static int product_of(struct matrix a, struct matrix b, long k, long parts, floa
                 }
                 struct place place = {
                     c + (turned ? column * stride + row : row * stride + column), stride,
-                    smaller(STRIP, a.lines - row), smaller(wide, b.lines - column), turned, from > 0};
+                    smaller(STRIP, a.lines - row), smaller(wide, b.lines - column), turned, from > 0, &odd};
                 const uint8_t *strip = packed + s * tiles * TILES(parts);
                 const uint8_t *next = packed + (s + 1) % strips * tiles * TILES(parts);
                 multiply(parts, strip, next, own + now * for_unit, tiles, place, jobs);
@@ -447,12 +456,12 @@ static int product_of(struct matrix a, struct matrix b, long k, long parts, floa
         }
         _tile_loadconfig(saved);
     }
-    return failed;
+    return failed ? 1 : odd ? 2 : 0;
 }
 
 /* C (m, n) = A (m, k) B (k, n); C's rows lie `stride` floats apart, steps are as in struct matrix. `parts` of each
- * number, 1 to 3, are multiplied. Returns 1 where there is no memory. Of a tall C the transpose is computed: what all
- * threads share is the smaller matrix then. */
+ * number, 1 to 3, are multiplied. Returns 0, 1 where there is no memory, or 2 where a result is not finite, although it
+ * might be by other means. Of a tall C the transpose is computed: what all threads share is the smaller matrix then. */
 int product(
     long m, long n, long k, const float *a, long a_line, long a_step, const float *b, long b_line, long b_step,
     long parts, float *c, long stride) {

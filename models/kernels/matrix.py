@@ -63,6 +63,8 @@ def product(a: Tensor, b: Tensor, out: Optional[Tensor] = None, bias: Optional[T
         pointer(a), a_line, a_step, pointer(b), b_line, b_step,
         _PARTS[torch.get_float32_matmul_precision()], pointer(result), result.stride(0),
     )  # fmt: skip
-    if failed:
+    if failed == 2:  # numbers that are not finite, or too large for the unit: PyTorch decides what they give
+        torch.mm(a, b, out=result)
+    elif failed:
         raise MemoryError("there is no memory for the product of {} and {}".format(tuple(a.shape), tuple(b.shape)))
     return result if bias is None else result.add_(bias)

@@ -196,8 +196,8 @@ static void finish(const ending *end, const linear *product, int64_t panel, int6
             if (end->activation == GEGLU) {
                 sums[r][0] = a * gelu_of(b);
             } else {
-                sums[r][0] = end->activation == GELU ? gelu_of(a) : quick_gelu_of(a);
-                sums[r][1] = end->activation == GELU ? gelu_of(b) : quick_gelu_of(b);
+                sums[r][0] = end->activation == GELU ? gelu_of(a) : swish_of(a, 1.702f);
+                sums[r][1] = end->activation == GELU ? gelu_of(b) : swish_of(b, 1.702f);
             }
             continue;
         }
@@ -554,12 +554,11 @@ void draw_rows(const float *logits, int64_t rows, int64_t stride, int64_t n, con
                 if (own[i] > own[token] || (isnan(own[i]) && !isnan(own[token]))) token = i;
         } else {
             if (k || temperature != 1) {
-                for (int64_t i = 0; i < n; i++) room[i] = own[i] / (float)temperature;
-                if (k && k < n) {
-                    uint32_t last = reached(room, n, k, 0);
-                    for (int64_t i = 0; i < n; i++)
-                        if (rank_of(room[i]) < last) room[i] = -INFINITY;
-                }
+                uint32_t last = k && k < n ? reached(own, n, k, 0) : 0;
+                float top = -INFINITY; /* taken away first, or a low temperature would let logits overflow */
+                for (int64_t i = 0; i < n; i++) top = own[i] > top ? own[i] : top;
+                for (int64_t i = 0; i < n; i++)
+                    room[i] = rank_of(own[i]) < last ? -INFINITY : (own[i] - top) / (float)temperature;
                 softmax(room, n, padded);
             }
             if (p < 1) { /* those before which less than p is reached; of equal ones the first */

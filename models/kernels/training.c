@@ -10,25 +10,6 @@ static inline void store_up_to(float *p, vec x, long n) {
     else
         store_some(p, x, n);
 }
-static inline vec either(ivec choose, vec a, vec b) { return (vec)((choose & (ivec)a) | (~choose & (ivec)b)); }
-
-/* The share of the normal distribution below x, and its density there. The tail is e^(-x^2 / 2) times a polynomial in
- * t = 1 / (1 + p |x|), fitted to a relative error of 2e-8 up to |x| = 14. */
-static inline vec share_below(vec x, vec *density) {
-    vec size = (vec)((ivec)x & 0x7fffffff), t = 1.0f / (1.0f + 0.21f * size), power = exp_of(x * x * -0.5f);
-    vec p = fill(-0.0716544717f);
-    p = p * t + 0.283579858f;
-    p = p * t - 0.330235675f;
-    p = p * t + 0.349380852f;
-    p = p * t - 0.0939111757f;
-    p = p * t + 0.124866618f;
-    p = p * t + 0.0691937933f;
-    p = p * t + 0.0850686175f;
-    p = p * t + 0.0837115908f;
-    vec tail = power * t * p;
-    *density = power * 0.398942280f;
-    return either(x > 0.0f, 1.0f - tail, tail);
-}
 
 /* x, or x + bias where there is one. */
 static inline vec shifted(const float *x, const float *bias, long at, long left) {
