@@ -132,7 +132,8 @@ def make_parser() -> Parser:
         type=whole(0, 2**63 - 1),
         default=42,
         metavar="N",
-        help="image i is the same for the same seed, whatever the batch size (default: 42)",
+        help="image i is the same for the same seed, whatever the batch size in float32 and int8 on a CPU; in bfloat16 "
+        "and on a GPU rounding depends on it (default: 42)",
     )
     drawing.add_argument(
         "--dtype",
@@ -465,6 +466,7 @@ def describe_run(loaded: Loaded, options: argparse.Namespace) -> Dict[str, Any]:
     return {
         "settings": settings,
         "device": str(loaded.device),
+        "batch_size_changes_images": loaded.batch_changes_images,
         "checkpoint": checkpoint,
         "tokenizer": loaded.tokenizer.identity,
         "vqgan": {"sha256": loaded.vqgan.identity},

@@ -17,6 +17,7 @@ from models.graphs import Graphs
 from models.sampling import Drawn, SamplingOptions, complete_text, draw_codes
 from utils.errors import UserError
 from utils.memory import keep_freed_memory
+from utils.threads import share_cores
 
 PRIME_FRACTION = 0.4375
 """Share of the rows that a priming image gives where nothing else is said: 14 of 32, as OpenAI primed its DALL-E."""
@@ -120,6 +121,7 @@ def draw_images(
     may replay recorded steps (see models/graphs.py). There a batch is decoded, and handed on, while the next is drawn.
     """
     keep_freed_memory()
+    share_cores()
     graphs = Graphs(loaded.dalle) if cuda_graphs else None
     decoder = _Decoder(loaded)
     decoding: Deque[Callable[[], Batch]] = deque()

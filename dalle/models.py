@@ -121,7 +121,8 @@ class Dalle(nn.Module):
         including the one that crosses this probability (None: all). softmax_temperature: 0 takes the likeliest.
         device: moves the model there first. use_fp16: half precision in the transformer, on CUDA only, unless the
         weights are bfloat16.
-        seed: candidate i depends on it and i alone, whatever the batch size; None: from torch's generator (`set_seed`).
+        seed: candidate i depends on it and i alone, whatever the batch size (in bfloat16 and on a GPU up to rounding);
+        None: from torch's generator (`set_seed`).
         cond_scale: classifier-free guidance, for models trained with it (1: none).
         batch_size: candidates drawn at the same time; None: as many as fit. progress: a bar, none, or a function.
         image, mask: keep this picture where the mask is black (see dalle.completion), and draw what is white.

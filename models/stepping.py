@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from models.attention import rotate
 from models.cache import LayerCache
 from models.dalle import DALLE
-from models.kernels.rows import RowStepper, row_stepper
+from models.kernels.rows import RowStepper, row_stepper, suits
 from models.transformer import Block, Residual
 
 #: Bytes of weights up to which a second copy is made. Larger models need the memory more than the time.
@@ -153,6 +153,11 @@ class Stepper:
         for layer, cache in zip(self.layers, caches):
             x = layer(x, position, cache, angles)
         return self.model.hidden(x)[:, 0]
+
+
+def batch_changes_logits(model: DALLE) -> bool:
+    """Whether the number of rows may change the logits of one, by rounding: only kernels sum in one order for all."""
+    return not (_small(_linears(model)) and suits(model, 1))
 
 
 @contextlib.contextmanager

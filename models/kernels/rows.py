@@ -285,20 +285,25 @@ class RowStepper:
         return out if self._finish is None else self._finish(out[:, None])[:, 0]
 
 
-def row_stepper(model: DALLE, rows: int) -> Optional[RowStepper]:
-    """Return what feeds codes by kernels, or None where it would not be what PyTorch computes."""
+def suits(model: DALLE, rows: int) -> bool:
+    """Whether a `RowStepper` can feed codes to this model, and it would be what PyTorch computes."""
     parameters = list(model.transformer.parameters()) + list(model.image_head.parameters())
     parameters += [model.norm.weight, model.norm.bias, model.image_emb.weight]
     like = model.image_emb.weight.detach()[:1, :1]
     if not usable(*parameters) or F.linear(like, like).dtype != torch.float32:  # under autocast it is another
-        return None
+        return False
     linears = [model.image_head]
     for block in model.transformer.layers:
         attention, feed_forward = block.attention.fn, block.feed_forward.fn
         linears += [attention.qkv, attention.out, feed_forward.up, feed_forward.down]
     if any(type(module) not in (nn.Linear, Int8Linear) or not module.weight.is_cpu for module in linears):
-        return None
-    return None if rows > _MOST_ROWS or _library() is None else RowStepper(model, rows)
+        return False
+    return rows <= _MOST_ROWS and _library() is not None
+
+
+def row_stepper(model: DALLE, rows: int) -> Optional[RowStepper]:
+    """Return what feeds codes by kernels, or None where they do not suit."""
+    return RowStepper(model, rows) if suits(model, rows) else None
 
 
 def draw_rows(
