@@ -27,6 +27,7 @@ from models.kernels import training as kernels
 from models.vqgan import image_codes
 from utils.errors import UsageError, UserError
 from utils.loading import make_loader, read
+from utils.threads import share_cores
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class Rows:
 
 def pick_device(wanted: str, local_rank: int) -> torch.device:
     """Return the torch device for --device auto, cpu or cuda. Raises UsageError when it is not there."""
+    share_cores()
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda":

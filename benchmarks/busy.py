@@ -1,0 +1,85 @@
+#!/usr/bin/env python3
+"""Speed beside busy processes, for each number of threads, and the one that is chosen where none is given.
+
+    python benchmarks/busy.py                            the demo and L16, sampling and training
+    python benchmarks/busy.py --configs demo --turns 9
+
+Starts its own competitors: one endless loop for each core. All contestants are processes that take turns, so that
+whatever else the machine does meets all of them.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Dict, List, Tuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import log  # noqa: E402
+from benchmarks.compare_peers import Worker, alternate, processor  # noqa: E402
+from benchmarks.contestants import GENERATE, OURS, TRAIN_CODES  # noqa: E402
+from utils.errors import run_main  # noqa: E402
+
+WORK: Dict[Tuple[str, str], Tuple[int, Dict[str, object]]] = {
+    ("demo", GENERATE): (16, {"do": "draw", "images": 16}),
+    ("demo", TRAIN_CODES): (4, {"do": "train"}),
+    ("L16", GENERATE): (1, {"do": "draw", "images": 1}),
+    ("L16", TRAIN_CODES): (2, {"do": "train"}),
+}
+"""What is timed, by configuration and task: samples in it, and the request."""
+
+
+def measure(config: str, task: str, options: argparse.Namespace) -> List[str]:
+    """Time one piece of work with 0 (chosen), 1, ... threads, alone and beside busy processes; lines of the table."""
+    cores = len(os.sched_getaffinity(0))
+    samples, request = WORK[config, task]
+    threads = [0, *range(1, cores + 1)]
+    fixed = {"device": "cpu", "precision": "fp32", "compile": False, "matmul_precision": None, "output": options.output}
+    lines = []
+    workers = [
+        Worker(OURS, task, argparse.Namespace(config=config, threads=count, batch_size=samples, **fixed))
+        for count in threads
+    ]
+    try:
+        for busy in (0, cores):
+            competitors = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+            try:
+                seconds = alternate(workers, options.turns, lambda worker: worker.ask(**request))
+            finally:
+                for competitor in competitors:
+                    competitor.kill()
+                    competitor.wait()
+            rates = [samples / median(own) for own in seconds]
+            share = rates[0] / max(rates[1:])
+            columns = "".join("{:>10.2f}".format(rate) for rate in rates)
+            lines.append("{:<8}{:<18}{:>5}{}{:>10.2f}".format(config, task, busy, columns, share))
+            print(lines[-1], flush=True)  # noqa: T201
+    finally:
+        for worker in workers:
+            worker.close()
+    return lines
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", nargs="+", default=["demo", "L16"], choices=["demo", "L16"])
+    parser.add_argument("--turns", type=int, default=5, help="timed turns of each contestant, after one to warm up")
+    parser.add_argument("--output", default="output/busy", help="folder of the contestants' log")
+    options = parser.parse_args()
+    log.setup()
+    Path(options.output).mkdir(parents=True, exist_ok=True)
+    counts = "".join("{:>10}".format("{} threads".format(n)) for n in range(1, len(os.sched_getaffinity(0)) + 1))
+    print("samples/s on {}; busy: other processes".format(processor()))  # noqa: T201
+    print("{:<8}{:<18}{:>5}{:>10}{}{:>10}".format("config", "task", "busy", "chosen", counts, "of best"))  # noqa: T201
+    for config, task in WORK:
+        if config in options.configs:
+            measure(config, task, options)
+
+
+if __name__ == "__main__":
+    run_main(main)
