@@ -746,7 +746,9 @@ def test_the_shipped_spec_has_the_published_entries_and_reads_our_log_lines(tmp_
     published = ["pytorch_minidalle_train_{}_pod{}".format(*pair)
                  for pair in itertools.product(("real", "gen"), (4, 16, 64))]
     assert set(published + ["pytorch_minidalle_train_real_pod64_conv"]) <= set(entries)
-    assert all(entries[name].needs_dataset == ("_real_" in name) for name in published)
+    for name, item in entries.items():
+        assert item.needs_dataset == ("_real" in name) == ("$DATASETS_DIR" in item.cmd), name
+        assert item.compile_only == ("train.py" in item.cmd), name  # it alone has --compile-only
     lines = [log.step_line(3, 9, 1, 2.5, 2.0, 2.6, 1e-3, 10.0), log.validation_line(3, 1, 9.0, 9.0, 9.0),
              log.throughput_line(85.3), log.compiled_line(12.34)]
     (tmp_path / "o").write_text("\n".join(lines))
