@@ -27,7 +27,7 @@ import data
 import engines
 import log
 from args import Config
-from bpe import Tokenizer, load_tokenizer
+from bpe import Tokenizer, find_vocabulary, load_tokenizer
 from dalle import published
 from dalle.export import check_empty, export_mindalle, export_options
 from dalle.loading import recorded_files
@@ -752,7 +752,7 @@ def with_parts_of(start: Optional[Start], config: Config) -> Config:
     else:
         noted = recorded_files(start.checkpoint, "vqgan")
         vqgan = (Path(noted.get("weights", "")), Path(noted.get("config", "")))
-        vocabulary = Path(recorded_files(start.checkpoint, "tokenizer").get("path", ""))
+        vocabulary = Path(find_vocabulary(recorded_files(start.checkpoint, "tokenizer").get("path", "")))
     found: Dict[str, Any] = {}
     if config.data.bpe_path is None and vocabulary != Path() and vocabulary.exists():
         found["bpe_path"] = str(vocabulary)

@@ -4,6 +4,8 @@
 import contextlib
 import gzip
 import io
+import logging
+import os
 import zlib
 from pathlib import Path
 from typing import Optional
@@ -16,7 +18,25 @@ from .clip import CLIP_VOCABULARY, ClipTokenizer, is_clip_header
 from .tokenizer import MAX_VOCABULARY_BYTES, Tokenizer, read_vocabulary_bytes
 from .yttm import YttmTokenizer
 
-__all__ = ["Tokenizer", "load_tokenizer"]
+__all__ = ["Tokenizer", "find_vocabulary", "load_tokenizer"]
+
+logger = logging.getLogger(__name__)
+
+_FOLDER = Path(__file__).resolve().parent
+
+
+def find_vocabulary(path: str) -> str:
+    """Return `path`, or the shipped vocabulary it means: the published application's are in `models/bpe`, not `bpe`.
+
+    That holds in the working directory and in this project's folder, where nothing lies at `path` itself.
+    """
+    given = Path(path)
+    folder, shipped = os.path.normpath(str(given.parent)), _FOLDER / given.name
+    published = os.path.join("models", "bpe")
+    if folder in (published, str(_FOLDER.parent / published)) and shipped.exists() and not os.path.exists(path):
+        logger.info("vocabulary %s: taking %s", path, shipped)
+        return str(shipped)
+    return path
 
 
 def load_tokenizer(bpe_path: Optional[str] = None) -> Tokenizer:
@@ -25,10 +45,10 @@ def load_tokenizer(bpe_path: Optional[str] = None) -> Tokenizer:
     None means the shipped CLIP vocabulary. A path is either a YouTokenToMe vocabulary (text) or a CLIP vocabulary
     (`bpe_simple_vocab_16e6.txt`, plain or gzip); which of the two, the content tells. A folder holds a character BPE
     vocabulary: `*-vocab.json` and `*-merges.txt`, as in minDALL-E's `tokenizer` folder. A file that begins with
-    `#classes` lists classes (see `bpe.classes`).
+    `#classes` lists classes (see `bpe.classes`). See `find_vocabulary` for paths of the published application.
     Raises `UserError` when the file is missing or is none of these.
     """
-    path = CLIP_VOCABULARY if bpe_path is None else str(bpe_path)
+    path = CLIP_VOCABULARY if bpe_path is None else find_vocabulary(str(bpe_path))
     with contextlib.suppress(OSError):  # a name that is too long, a folder that cannot be read: said below
         if any(Path(path).glob("*vocab.json")):
             return CharBpeTokenizer(path)

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import args
 import bpe
 import bpe.train
 from bpe import load_tokenizer
@@ -275,6 +276,24 @@ def test_missing_files_and_folders_are_named(tmp_path):
         load_tokenizer(str(tmp_path / "nowhere.txt"))
     with pytest.raises(UserError, match="cannot be read"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("folder", ["models/bpe", "./models/bpe", str(ROOT / "models/bpe")])
+def test_paths_of_the_published_application_find_the_shipped_vocabularies(folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO")
+    path = folder + "/bpe_yttm_vocab.txt"
+    (tmp_path / "configs.yaml").write_text("L16:\n  bpe_path: {}\n".format(path))
+    config = args.parse(["--config-file", "configs.yaml", "--config", "L16", "--generated-data"])
+    assert load_tokenizer(config.data.bpe_path).identity == load_tokenizer(str(SHIPPED)).identity
+    assert caplog.messages == ["vocabulary {}: taking {}".format(path, SHIPPED)]
+    for missing in (folder + "/other.txt", str(tmp_path / "models/bpe/bpe_yttm_vocab.txt")):
+        with pytest.raises(UserError, match="no such file"):
+            load_tokenizer(missing)
+    if not Path(folder).is_absolute():  # a file that is there is the one that is meant
+        (tmp_path / folder).mkdir(parents=True)
+        Path(path).write_bytes((ROOT / "bpe/demo_vocab.txt").read_bytes())
+        assert load_tokenizer(path).vocab_size == 2048
 
 
 # Learning a vocabulary

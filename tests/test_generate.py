@@ -1,9 +1,11 @@
 """generate.py and the part of dalle/ that it stands on: loading, drawing, folders of prompts, files."""
 
+import dataclasses
 import json
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 import unicodedata
@@ -238,6 +240,22 @@ def test_several_captions_in_a_batch_draw_what_each_draws_alone(options, cond_sc
 
 
 # Flags ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_published_command_works_word_for_word(files, tmp_path, monkeypatch):
+    command = (
+        "python generate.py --dalle_path ./output/ckpt/dalle_799.pt --text "
+        '"A plate of food has potatoes and fruit." --outputs_dir ./output --bpe_path models/bpe/bpe_yttm_vocab.txt'
+    )
+    vocabulary = load_tokenizer(str(ROOT / "bpe" / "bpe_yttm_vocab.txt"))
+    config = dataclasses.replace(files.model.config, num_text_tokens=vocabulary.vocab_size)
+    monkeypatch.chdir(tmp_path)
+    training = dict(files.identity, tokenizer=vocabulary.identity)
+    files.save(tmp_path / "output/ckpt/dalle_799.pt", training, DALLE(config).state_dict(), config)
+    generate.main(shlex.split(command)[2:])
+    folder = tmp_path / "output" / "A_plate_of_food_has_potatoes_and_fruit."
+    assert len(list(folder.glob("*.jpg"))) == 128
+    assert json.loads((folder / "generation.json").read_text())["tokenizer"] == vocabulary.identity
 
 
 def test_greedy_top_k_top_p_and_temperature(run):
