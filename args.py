@@ -51,8 +51,8 @@ class Section:
 class ExecutionConfig(Section):
     """Where, how much and for how long to train."""
 
-    device: str = option("auto", "where to train; auto: cuda if there is one, else cpu",
-                         choices=("auto", "cpu", "cuda", "ipu"))
+    device: str = option("auto", "where to train; auto: ipu if PopTorch finds IPUs, else cuda if there is one, else "
+                                 "cpu", choices=("auto", "cpu", "cuda", "ipu"))
     batch_size: int = option(1, "micro-batch: samples in one forward pass of one replica", ge=1)
     gradient_accumulation: int = option(1, "micro-batches added up for one optimizer step", ge=1)
     replication_factor: int = option(1, "replicas of the model; the native engine reaches the same global batch with "

@@ -24,10 +24,13 @@ fi
 # The newest checkpoint's path, the log folder and the input folder, one a line; nothing where none was saved.
 found=$(PYTHONPATH="$root" "$python" -c '
 import sys, args
+from engines.ipu.hosts import find_popdist
 from utils.checkpoints import newest_checkpoint
 config = args.parse(sys.argv[1:])
 ipu, data, folder = config.ipu, config.data, config.checkpoints.checkpoint_output_dir
 if ipu.plan or ipu.compile_only or data.generated_data or data.synthetic_data or not folder: sys.exit()
+popdist = find_popdist()
+if popdist and popdist.getInstanceIndex(): sys.exit()  # the first of the instances that poprun started draws
 newest = newest_checkpoint(folder)
 if newest: print(newest, config.log_dir, config.data.input_folder, sep="\n")' --config "$config" "$@")
 if [ -z "$found" ]; then

@@ -97,7 +97,7 @@ def main() -> int:
         with Interruption(tell=engine.is_main) as interruption, folders_locked(config, engine):
             log.setup(config.log_dir, engine.is_main)
             logger.info("%s", config.describe())
-            logger.info("%s", engine.describe())
+            engine.introduce()
             train(engine.config, engine, interruption=interruption)
             return interruption.status
     finally:

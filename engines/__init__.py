@@ -1,17 +1,67 @@
 """Engines run a model on a kind of device; all outside this package is written for one device and one process."""
 
+import os
+from typing import Tuple
+
 from args import Config
 from engines.base import Engine, StepResult
+from utils.errors import UsageError
 
 __all__ = ["Engine", "StepResult", "create"]
 
 
 def create(config: Config) -> Engine:
-    """Return the engine for config.execution.device; `auto` takes a CUDA GPU where there is one, else the CPU."""
-    if config.execution.device == "ipu":
+    """Return the engine for config.execution.device.
+
+    `auto` takes IPUs where PopTorch finds some or poprun has started this process, else a CUDA GPU where there is one,
+    else the CPU; `device_choice` of the engine says why. Raises UsageError for what cannot run there.
+    """
+    use_ipus, reason = _choose(config)
+    if use_ipus:
         from engines.ipu import IpuEngine
 
-        return IpuEngine(config)
-    from engines.native import NativeEngine  # imported here: an IPU host need not be able to import it
+        try:
+            engine: Engine = IpuEngine(config.replace(device="ipu"))
+        except UsageError as error:
+            raise UsageError("{} ({})".format(error, reason) if reason else str(error)) from None
+    else:
+        from engines.native import NativeEngine  # imported here: an IPU host need not be able to import it
 
-    return NativeEngine(config)
+        engine = NativeEngine(config)
+    engine.device_choice = reason
+    return engine
+
+
+def _choose(config: Config) -> Tuple[bool, str]:
+    """Whether to train on IPUs, and what --device auto found, for the log."""
+    from engines.ipu.hosts import find_popdist, find_poptorch, first_line
+
+    device, num_processes = config.execution.device, int(os.environ.get("WORLD_SIZE", "1"))
+    if find_popdist() is not None:
+        if device in ("cpu", "cuda"):
+            raise UsageError(
+                "--device {}: poprun has started this process, and each would train alone there; leave --device out, "
+                "or start without poprun".format(device)
+            )
+        return True, "--device auto: IPUs, because poprun has started this process" if device == "auto" else ""
+    if device == "ipu" and num_processes > 1:
+        raise UsageError(
+            "--device ipu: torchrun has started {} processes, and each would train alone there; start one, or several "
+            "with poprun".format(num_processes)
+        )
+    if device != "auto":
+        return device == "ipu", ""
+    poptorch, problem = find_poptorch()
+    if poptorch is None:
+        return False, "--device auto: no IPUs, PopTorch cannot be imported ({})".format(problem) if problem else ""
+    if num_processes > 1:
+        return False, "--device auto: no IPUs, because torchrun has started this process"
+    if config.ipu.compile_only:
+        return True, "--device auto: IPUs, for --compile-only"
+    try:
+        found = poptorch.ipuHardwareIsAvailable()
+    except Exception as error:
+        return False, "--device auto: no IPUs, PopTorch cannot look for them ({})".format(first_line(error))
+    if not found:
+        return False, "--device auto: no IPUs, PopTorch finds none here"
+    return True, "--device auto: the IPUs that PopTorch finds here; --device cpu trains without them"

@@ -1,5 +1,6 @@
 """What train.py may ask of a device: the seam between the loop and the engines is one optimizer step."""
 
+import logging
 from typing import Any, Callable, Dict, Generator, List, NamedTuple, Optional
 
 import torch
@@ -9,6 +10,8 @@ from args import Config
 from models.config import DalleConfig
 from models.dalle import TextToImage
 from models.vqgan import image_codes
+
+logger = logging.getLogger(__name__)
 
 
 class StepResult(NamedTuple):
@@ -47,8 +50,15 @@ class Engine:
     """Number of this process."""
     world_size: int
     """Processes that train together."""
+    device_choice: str = ""
+    """What --device auto found, for the log; empty where there was nothing to choose."""
     steps_per_call: int = 1
     """Optimizer steps of one call of `step`, and so of one batch of `loader`: --device-iterations, on an IPU."""
+
+    def introduce(self) -> None:
+        """Log how the device was chosen and how it reaches the global batch."""
+        for line in filter(None, (self.device_choice, self.describe())):
+            logger.info("%s", line)
 
     def describe(self) -> str:
         """One line on how the configuration's global batch is reached on this device."""

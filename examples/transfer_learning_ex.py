@@ -101,7 +101,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         with Interruption(tell=engine.is_main) as interruption, train.folders_locked(config, engine):
             log.setup(config.log_dir, engine.is_main)
-            logger.info("%s", engine.describe())
+            engine.introduce()
             if engine.is_main:
                 write_descriptions(downstream, config)
             engine.barrier()

@@ -1,5 +1,6 @@
 """The IPU engine over a stand-in for PopTorch (see poptorch_stand_in.py): equal to the native engine, step by step."""
 
+import importlib
 import itertools
 import logging
 import sys
@@ -376,6 +377,78 @@ def test_what_cannot_work_is_told_before_poptorch_is_asked(monkeypatch):
         IpuEngine(make_config(4))
 
 
+def failing(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "broken, reason",
+    [
+        (None, ""),
+        (ImportError("libpoplar.so: cannot open shared object file"), "libpoplar.so: cannot open shared object file"),
+        (ModuleNotFoundError("No module named 'torchvision'", name="torchvision"), "No module named 'torchvision'"),
+        (AssertionError("works with torch==2.0.1\nonly"), "works with torch==2.0.1"),
+        (RuntimeError(), "RuntimeError"),
+        (types.ModuleType("poptorch"), "is not PopTorch"),
+    ],
+    ids=repr,
+)
+def test_a_poptorch_that_cannot_be_used_is_one_line(broken, reason, monkeypatch):
+    monkeypatch.setitem(sys.modules, "poptorch", broken if isinstance(broken, types.ModuleType) else None)
+    if isinstance(broken, Exception):
+        importing = importlib.import_module
+        fail = failing(broken)
+        monkeypatch.setattr(importlib, "import_module", lambda name: (fail if name == "poptorch" else importing)(name))
+    engine = engines.create(make_config(1, device="auto"))
+    assert engine.name != "ipu" and bool(engine.device_choice) == bool(reason)
+    with pytest.raises(UsageError) as error:
+        engines.create(make_config(1))
+    for line in (engine.device_choice, str(error.value)):
+        assert reason in line and "\n" not in line
+    assert str(error.value).startswith("--device ipu: PopTorch cannot be imported (")
+
+
+@pytest.mark.parametrize(
+    "found, options, name, choice",
+    [
+        (lambda: True, {}, "ipu", "--device auto: the IPUs that PopTorch finds here"),
+        (lambda: False, {}, "cpu", "--device auto: no IPUs, PopTorch finds none here"),
+        (failing(RuntimeError("no driver\n...")), {}, "cpu", "PopTorch cannot look for them (no driver)"),
+        (lambda: False, {"compile_only": True}, "ipu", "--device auto: IPUs, for --compile-only"),
+        (lambda: True, {"device": "cpu"}, "cpu", ""),
+        (lambda: False, {"device": "ipu"}, "ipu", ""),
+    ],
+)
+def test_auto_means_the_ipus_that_are_there(found, options, name, choice, poptorch, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(poptorch, "ipuHardwareIsAvailable", found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    engine = engines.create(make_config(1, **dict({"device": "auto"}, **options)))
+    assert engine.name == name and choice in engine.device_choice
+    engine.introduce()
+    assert caplog.messages == [engine.device_choice, engine.describe()][not choice :]
+
+
+def test_what_ipus_cannot_do_is_refused_where_auto_takes_them():
+    with pytest.raises(UsageError, match="--optimizer Muon: IPUs have Adam.*--device auto: the IPUs.*--device cpu"):
+        engines.create(make_config(1, device="auto", optimizer="Muon"))
+    with pytest.raises(UsageError, match="--architecture image-gpt is not for IPUs.*--device auto: the IPUs"):
+        engines.create(make_config(1, device="auto", architecture="image-gpt", text_seq_len=1))
+
+
+def test_processes_of_torchrun_are_not_for_ipus(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="--device ipu: torchrun has started 2 processes.* poprun"):
+        engines.create(make_config(1))
+    assert engines._choose(make_config(1, device="auto")) == (
+        False,
+        "--device auto: no IPUs, because torchrun has started this process",
+    )
+
+
 def test_the_models_own_options_are_checked_before_compiling():
     engine = IpuEngine(make_config(1, embedding_serialization_factor=4))
     with pytest.raises(UsageError, match="--embedding-serialization-factor 4: does not divide the 14 rows.* 2 does"):
@@ -600,6 +673,25 @@ def test_poprun_and_the_configuration_must_agree(poprun, monkeypatch):
     monkeypatch.setitem(sys.modules, "horovod.torch", None)
     with pytest.raises(UsageError, match="horovod"):
         IpuEngine(make_config(2, replication_factor=4))
+
+
+def test_poprun_never_means_one_run_for_each_process(poprun, poptorch, monkeypatch):
+    monkeypatch.setattr(poptorch, "ipuHardwareIsAvailable", lambda: False)  # so it may be before the options are made
+    config = make_config(2, device="auto", replication_factor=4)
+    engine = engines.create(config)
+    assert (engine.name, engine.rank, engine.world_size) == ("ipu", 1, 2)
+    assert engine.device_choice == "--device auto: IPUs, because poprun has started this process"
+    for device in ("cpu", "cuda"):
+        with pytest.raises(UsageError, match="--device {}: poprun has started this process".format(device)):
+            engines.create(config.replace(device=device))
+    monkeypatch.setitem(sys.modules, "poptorch", None)
+    with pytest.raises(UsageError, match="PopTorch cannot be imported .*because poprun has started this process"):
+        engines.create(config)
+    monkeypatch.setitem(sys.modules, "popdist", None)
+    assert engines.create(config.replace(device="cpu")).name == "cpu"
+    monkeypatch.setenv("POPDIST_NUM_TOTAL_REPLICAS", "4")
+    with pytest.raises(UsageError, match="poprun: popdist cannot be imported .*install the popdist wheel"):
+        engines.create(config)
 
 
 def test_popdist_without_poprun_is_a_single_process(poprun, monkeypatch):

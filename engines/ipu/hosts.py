@@ -4,7 +4,8 @@ Gradients never pass here: the devices reduce them. The hosts share the first we
 """
 
 import importlib
-from typing import Any, Dict
+import os
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -15,19 +16,44 @@ NO_POPTORCH = (
     "--device ipu: PopTorch cannot be imported ({}); install the PopTorch wheel of Poplar SDK 3.4 and "
     "source the SDK's enable script, or use --device cpu"
 )
-NO_HOROVOD = (
-    "poprun: horovod cannot be imported ({}); install the horovod wheel of the Poplar SDK, or start train.py "
-    "without poprun"
-)
+NO_POPDIST = "poprun: {0} cannot be imported ({1}); install the {0} wheel of the Poplar SDK, or start without poprun"
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says, for a message of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def find_poptorch() -> Tuple[Optional[Any], str]:
+    """Return the module `poptorch` and "", or None and why it cannot be used: "" where it is not installed at all."""
+    try:
+        poptorch = importlib.import_module("poptorch")
+    except ModuleNotFoundError as error:
+        return None, "" if error.name == "poptorch" else str(error)
+    except Exception as error:  # without its SDK or with another PyTorch it fails in many ways
+        return None, first_line(error)
+    if not hasattr(poptorch, "ipuHardwareIsAvailable"):
+        return None, "{} is not PopTorch".format(getattr(poptorch, "__file__", None) or poptorch)
+    return poptorch, ""
 
 
 def import_poptorch() -> Any:
     """Return the module `poptorch`. Raises UsageError where it is missing or its SDK is not enabled."""
+    poptorch, reason = find_poptorch()
+    if poptorch is None:
+        raise UsageError(NO_POPTORCH.format(reason or "it is not installed"))
+    return poptorch
+
+
+def find_popdist() -> Optional[Any]:
+    """Return the module `popdist` where poprun has started this process, else None."""
     try:
-        return importlib.import_module("poptorch")
-    except (ImportError, AssertionError, OSError) as error:  # AssertionError: it found another version of PyTorch
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(NO_POPTORCH.format(reason)) from None
+        popdist = importlib.import_module("popdist")
+        return popdist if popdist.isPopdistEnvSet() else None
+    except Exception as error:
+        if any(name.startswith("POPDIST_") for name in os.environ):  # what poprun tells popdist
+            raise UsageError(NO_POPDIST.format("popdist", first_line(error))) from None
+        return None
 
 
 class Hosts:
@@ -78,7 +104,7 @@ class PoprunHosts(Hosts):
         try:
             self.horovod = importlib.import_module("horovod.torch")
         except ImportError as error:
-            raise UsageError(NO_HOROVOD.format(error)) from None
+            raise UsageError(NO_POPDIST.format("horovod", error)) from None
         self.horovod.init()
 
     def options(self, poptorch: Any, ipus_per_replica: int) -> Any:
@@ -104,8 +130,5 @@ class PoprunHosts(Hosts):
 
 def find_hosts(replicas: int) -> Hosts:
     """Return the processes of this run. replicas: --replication-factor, the replicas of all processes together."""
-    try:
-        popdist = importlib.import_module("popdist")
-    except ImportError:
-        return Hosts(replicas)
-    return PoprunHosts(popdist, replicas) if popdist.isPopdistEnvSet() else Hosts(replicas)
+    popdist = find_popdist()
+    return Hosts(replicas) if popdist is None else PoprunHosts(popdist, replicas)
