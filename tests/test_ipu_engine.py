@@ -21,8 +21,6 @@ from models.config import ARCHITECTURES, DalleConfig
 from models.dalle import DALLE
 from utils.errors import UsageError, UserError
 
-HAS_NATIVE = hasattr(torch.amp, "GradScaler")  # PyTorch 2.0.1 of the Poplar SDK is too old for the native engine
-
 
 @pytest.fixture(autouse=True)
 def poptorch(monkeypatch):
@@ -30,10 +28,7 @@ def poptorch(monkeypatch):
 
 
 def native_losses(config, model, dataset, rates=None):
-    """Losses and weights of the native engine on the CPU; of plain PyTorch, where that engine cannot run."""
-    if not HAS_NATIVE:
-        losses, trained = train_plainly(config, model, dataset, rates)
-        return losses, trained.dalle.state_dict()
+    """Losses and weights of the native engine on the CPU."""
     # The same global batch in a single micro-batch: the mean of means must be the mean.
     whole = {"batch_size": config.global_batch, "gradient_accumulation": 1, "replication_factor": 1}
     native = engines.create(config.replace(device="cpu", **whole))
@@ -117,7 +112,6 @@ def test_adamw_with_decay_and_clipping_under_a_changing_rate():
     assert largest_difference(engine.model_state(), weights) < 2e-6
 
 
-@pytest.mark.skipif(not HAS_NATIVE, reason="the native engine needs a newer PyTorch")
 def test_the_native_engine_equals_plain_pytorch():
     """So that the reference of the tests above is the same everywhere."""
     config = make_config(2, optimizer="AdamW", weight_decay=0.1, clip_grad_norm=0.05)
@@ -235,12 +229,11 @@ def test_optimizer_states_do_not_cross_engines_or_layouts(caplog):
     assert len(warnings) == 2
     assert all(message.startswith("the checkpoint's optimizer state is dropped") for message in warnings)
     assert other.state_dict()["optimizer"]["ipu_state"] == {}
-    if HAS_NATIVE:
-        native = engines.create(config.replace(device="cpu"))
-        native.prepare(make_model())
-        native.load_state_dict(state)
-        assert "dropped" in caplog.records[-1].message
-        assert native.state_dict()["optimizer"]
+    native = engines.create(config.replace(device="cpu"))
+    native.prepare(make_model())
+    native.load_state_dict(state)
+    assert "dropped" in caplog.records[-1].message
+    assert native.state_dict()["optimizer"]
 
 
 # Placement and the captured graph ------------------------------------------------------------------------------------

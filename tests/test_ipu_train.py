@@ -19,8 +19,6 @@ from models.vqgan import VQGAN, VqganConfig
 from utils import checkpoints
 from utils.errors import UsageError
 
-HAS_NATIVE = hasattr(torch.amp, "GradScaler")
-
 
 @pytest.fixture(autouse=True)
 def poptorch(monkeypatch):
@@ -116,7 +114,6 @@ def test_a_run_on_ipus_logs_validates_and_saves(whole):
     assert {value.dtype for value in checkpoint.weights.values()} == {torch.float32}
 
 
-@pytest.mark.skipif(not HAS_NATIVE, reason="the native engine needs a newer PyTorch")
 def test_the_same_run_on_the_cpu_gives_the_same_numbers(folder, tmp_path, whole):
     metrics = run(folder, tmp_path, "--device", "cpu")
     for line, other in zip(metrics, whole[1]):
@@ -133,7 +130,6 @@ def test_a_resumed_run_ends_with_the_same_weights(folder, tmp_path, whole):
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-@pytest.mark.skipif(not HAS_NATIVE, reason="the native engine needs a newer PyTorch")
 @pytest.mark.parametrize("devices", [("ipu", "cpu"), ("cpu", "ipu")])
 def test_weights_cross_engines_and_optimizer_states_are_dropped_aloud(folder, tmp_path, devices, caplog):
     first, second = devices
