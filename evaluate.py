@@ -31,6 +31,7 @@ from data.demo import DemoRecord, demo_images, demo_records
 from engines.native import pick_device
 from models.dalle import TextToImage
 from models.sampling import SamplingOptions, top_k_count
+from models.vqgan import image_codes
 from models.vqgan_metrics import nearest_pictures
 from utils.errors import UsageError, UserError, run_main
 from utils.files import atomic_write, sha256_file
@@ -218,12 +219,12 @@ def open_data(loaded: Loaded, options: argparse.Namespace) -> Any:
 @torch.no_grad()
 def validation_loss(loaded: Loaded, dataset: Any, options: argparse.Namespace) -> Dict[str, float]:
     """Mean loss over all pairs: nats for a token, and what follows from it."""
-    model = TextToImage(loaded.dalle, loaded.vqgan).eval()
+    model = TextToImage(loaded.dalle).eval()
     batches = read(make_loader(dataset, options.dataloader_workers, batch_size=options.batch_size))
     sums = torch.zeros(3, dtype=torch.float64)
     with contextlib.closing(batches), log.progress(len(dataset), "measuring", unit="pair") as bar:
         for text, images in batches:
-            losses = model(text.to(loaded.device), images.to(loaded.device))
+            losses = model(text.to(loaded.device), image_codes(loaded.vqgan, images.to(loaded.device)))
             sums += torch.stack(tuple(losses)).double().cpu() * len(text)  # the last batch may be smaller
             bar.update(len(text), len(text))
     loss, text_loss, image_loss = (sums / len(dataset)).tolist()

@@ -15,6 +15,7 @@ from torch import Tensor
 from dalle.loading import Loaded
 from models.graphs import Graphs
 from models.sampling import Drawn, SamplingOptions, complete_text, draw_codes
+from models.vqgan import image_codes
 from utils.errors import UserError
 from utils.memory import keep_freed_memory
 from utils.threads import share_cores
@@ -85,10 +86,9 @@ def decode(loaded: Loaded, codes: Tensor) -> Tensor:
     return to_uint8(loaded.vqgan.decode_by_parts(codes.to(loaded.device))).cpu()
 
 
-@torch.no_grad()
 def encode(loaded: Loaded, images: Tensor) -> Tensor:
-    """Pictures (B, 3, S, S) uint8 -> codes (B, N) on the CPU."""
-    return loaded.vqgan.encode(images.to(loaded.device).float() / 255).cpu()
+    """Pictures (B, 3, S, S) uint8 -> codes (B, N) on the CPU, those that training makes of them."""
+    return image_codes(loaded.vqgan, images.to(loaded.device)).cpu()
 
 
 def prime_rows(grid: int) -> int:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import args
+import engines
 import evaluate
 from bpe import load_tokenizer
 from dalle.drawing import decode, encode, image_seed
@@ -84,12 +86,20 @@ def options_for(*flags):
 # Loss ----------------------------------------------------------------------------------------------------------------
 
 
-def test_loss_is_the_mean_over_all_pairs_whatever_the_batch(model, loaded, pairs, tmp_path, capsys):
-    """By hand: cross-entropies of each pair alone, from the probabilities of the model's own logits."""
+def test_loss_is_the_mean_over_all_pairs_whatever_the_batch(model, loaded, pairs, tmp_path, capsys, monkeypatch):
+    """By hand: cross-entropies of each pair alone, from the probabilities of the model's own logits.
+
+    Codes are those of training, also of a VQGAN whose codes depend on how many images it gets at once, far more than a
+    real one's do.
+    """
+    plain = VQGAN.encode
+    monkeypatch.setattr(VQGAN, "encode", lambda self, pixels: (plain(self, pixels) + 5 * len(pixels)) % self.num_codes)
+    images = torch.stack([load_image(str(pairs / "{}.png".format(index)), 16) for index in range(5)])
+    trained_on = engines.create(args.parse(["--device", "cpu"])).encode(loaded.vqgan, images)
+    assert torch.equal(encode(loaded, images), trained_on)
     text_losses, image_losses = [], []
-    for index, caption in enumerate(CAPTIONS):
+    for caption, codes in zip(CAPTIONS, trained_on.split(1)):
         text = loaded.tokenizer.tokenize(caption, 12)
-        codes = encode(loaded, load_image(str(pairs / "{}.png".format(index)), 16)[None])
         with torch.no_grad():
             text_logits, image_logits = loaded.dalle(text, codes)
         targets = torch.tensor([int(token) or loaded.config.num_text_tokens + i for i, token in enumerate(text[0])])
