@@ -30,12 +30,12 @@ from data import DEMO, create_dataset, epoch_order
 from data.demo import DemoRecord, demo_images, demo_records
 from engines.native import pick_device
 from models.dalle import TextToImage
-from models.sampling import SamplingOptions, top_k_count
+from models.sampling import COND_SCALES, TEMPERATURES, SamplingOptions, top_k_count
 from models.vqgan import image_codes
 from models.vqgan_metrics import nearest_pictures
 from utils.errors import UsageError, UserError, run_main
 from utils.files import atomic_write, sha256_file
-from utils.flags import add_model_flags, number, parse_flags, path, whole
+from utils.flags import add_model_flags, number, parse_flags, path, share_or_count, whole
 from utils.loading import make_loader, read
 
 logger = logging.getLogger(__name__)
@@ -97,13 +97,21 @@ def make_parser() -> Parser:
     drawing = parser.add_argument_group("retrieval on the demo set")
     drawing.add_argument("--skip_retrieval", action="store_true", help="measure the loss alone")
     drawing.add_argument(
-        "--temperature", type=number(0), default=0.0, metavar="T", help="0 (default): always the likeliest code"
+        "--temperature",
+        type=number(*TEMPERATURES),
+        default=0.0,
+        metavar="T",
+        help="0 (default): always the likeliest code",
     )
     drawing.add_argument(
-        "--top_k", type=number(0), default=0.0, metavar="K", help="as in generate.py (default: 0, all codes)"
+        "--top_k", type=share_or_count, default=0.0, metavar="K", help="as in generate.py (default: 0, all codes)"
     )
     drawing.add_argument(
-        "--cond_scale", type=number(0), default=1.0, metavar="S", help="classifier-free guidance (default: 1, none)"
+        "--cond_scale",
+        type=number(*COND_SCALES),
+        default=1.0,
+        metavar="S",
+        help="classifier-free guidance (default: 1, none)",
     )
     drawing.add_argument(
         "--best_of",
@@ -178,8 +186,6 @@ def check_options(options: argparse.Namespace) -> None:
                 options.best_of
             )
         )
-    if options.top_k >= 1 and options.top_k != int(options.top_k):
-        raise UsageError("--top_k: a share below 1 or a whole number, not {:g}".format(options.top_k))
     if options.sheet is not None and not options.sheet.endswith((".png", ".jpg")):
         raise UsageError("--sheet: the file's name must end in .png or .jpg, not {!r}".format(options.sheet))
 

@@ -32,10 +32,10 @@ from dalle.reranking import Best, Candidate, ClipRanker
 from data.images import BROKEN_IMAGE_ERRORS, load_image
 from engines.native import pick_device
 from models.quantization import DTYPES
-from models.sampling import SamplingOptions, top_k_count
+from models.sampling import COND_SCALES, TEMPERATURES, SamplingOptions, top_k_count
 from utils.errors import UsageError, UserError, run_main
 from utils.files import sha256_file
-from utils.flags import add_model_flags, number, parse_flags, path, whole
+from utils.flags import add_model_flags, number, parse_flags, path, share_or_count, whole
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def make_parser() -> Parser:
     )
     drawing.add_argument(
         "--top_k",
-        type=number(0),
+        type=share_or_count,
         default=0.99,
         metavar="K",
         help="below 1: share of the likeliest codes that is NOT taken into account; from 1 on: number of the "
@@ -114,14 +114,14 @@ def make_parser() -> Parser:
     )
     drawing.add_argument(
         "--temperature",
-        type=number(0),
+        type=number(*TEMPERATURES),
         default=1.0,
         metavar="T",
         help="below 1 more likely, above 1 more varied images; 0: always the likeliest code (default: 1)",
     )
     drawing.add_argument(
         "--cond_scale",
-        type=number(0),
+        type=number(*COND_SCALES),
         default=1.0,
         metavar="S",
         help="weight of the caption (classifier-free guidance) for models trained with --null-cond-prob; "
@@ -197,8 +197,6 @@ def check_options(options: argparse.Namespace) -> None:
     """Checks over several flags."""
     if options.text is None and options.prompts_file is None:
         raise UsageError("--text: give a caption to draw, or a file of captions with --prompts_file")
-    if options.top_k >= 1 and options.top_k != int(options.top_k):
-        raise UsageError("--top_k: a share below 1 or a whole number, not {:g}".format(options.top_k))
     if options.prime_rows is not None and options.prime_image is None:
         raise UsageError("--prime_rows needs --prime_image, the picture the rows are taken from")
     if options.mask is not None and options.image is None:

@@ -129,7 +129,9 @@ class Dalle(nn.Module):
 
         Raises UserError for values that cannot be.
         """
-        _check_draw(top_k, top_p, softmax_temperature, cond_scale, num_candidates, batch_size, prompt)
+        _check_draw(num_candidates, batch_size, prompt)
+        sampling = SamplingOptions(top_k, top_p, softmax_temperature, cond_scale)
+        sampling.check(temperature="softmax_temperature")
         if device is not None:
             self.to(device)
         config = self.stage2.config
@@ -137,9 +139,8 @@ class Dalle(nn.Module):
             raise UserError("image and mask belong together: the mask says which part of the image to draw")
         given = None if image is None else completion_codes(self.loaded, image, mask)
         text = self.tokenizer.tokenize(prompt, config.text_seq_len, truncate=True)[0]
-        sampling = SamplingOptions(
-            None if top_k is None else min(int(top_k), config.num_image_tokens), top_p, softmax_temperature, cond_scale
-        )
+        if top_k is not None:
+            sampling = sampling._replace(top_k=min(int(top_k), config.num_image_tokens))
         if seed is None:
             seed = int(torch.randint(2**31 - 1, ()))
         seeds = [image_seed(seed, index) for index in range(num_candidates)]
@@ -190,26 +191,10 @@ class Dalle(nn.Module):
         return num if self.device.type == "cuda" else min(num, 16)
 
 
-def _check_draw(
-    top_k: Optional[int],
-    top_p: Optional[float],
-    temperature: float,
-    cond_scale: float,
-    num_candidates: int,
-    batch_size: Optional[int],
-    prompt: str,
-) -> None:
+def _check_draw(num_candidates: int, batch_size: Optional[int], prompt: str) -> None:
     problems: List[str] = []
     if not isinstance(prompt, str):
         problems.append("prompt must be a text, not {!r}".format(type(prompt).__name__))
-    if top_k is not None and (top_k < 1 or top_k != int(top_k)):
-        problems.append("top_k must be a whole number of at least 1, or None for all codes")
-    if top_p is not None and not 0 < top_p <= 1:
-        problems.append("top_p must be above 0 and at most 1, or None")
-    if not 0 <= temperature < float("inf"):
-        problems.append("softmax_temperature must be at least 0")
-    if not 0 <= cond_scale < float("inf"):
-        problems.append("cond_scale must be at least 0")
     if num_candidates < 1:
         problems.append("num_candidates must be at least 1")
     if batch_size is not None and batch_size < 1:

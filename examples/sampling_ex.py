@@ -26,6 +26,7 @@ from dalle.pictures import save_picture, to_pil
 from dalle.reranking import ClipRanker
 from dalle.utils.utils import clip_score, set_seed
 from engines.native import pick_device
+from models.sampling import TEMPERATURES
 from utils.errors import UserError, run_main
 from utils.flags import number, parse_flags, path, whole
 
@@ -41,7 +42,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument("-n", "--num_candidates", type=whole(1), default=96, help="images to draw (default: 96)")
     parser.add_argument("--prompt", default="A painting of a tree on the ocean")
-    parser.add_argument("--softmax-temperature", type=number(0), default=1.0, metavar="T")
+    parser.add_argument("--softmax-temperature", type=number(*TEMPERATURES), default=1.0, metavar="T")
     parser.add_argument("--top-k", type=whole(1), default=256, metavar="K", help="256 or less is recommended")
     parser.add_argument("--top-p", type=number(0, 1, above=True), metavar="P", help="0.0 < top-p <= 1.0")
     parser.add_argument("--seed", type=whole(0, 2**31 - 1), default=0)

@@ -12,6 +12,11 @@ from models.cache import LayerCache
 from models.dalle import DALLE
 from models.kernels.rows import draw_rows
 from models.stepping import stepping
+from utils.errors import UserError
+from utils.flags import Range
+
+TEMPERATURES, COND_SCALES = Range(1e-6, 1e6, or_zero=True), Range(0, 1e6)
+"""Beyond these, logits of a usual size overflow float32, or vanish in it: no probabilities would be left."""
 
 
 class SamplingOptions(NamedTuple):
@@ -26,7 +31,25 @@ class SamplingOptions(NamedTuple):
     cond_scale: float = 1.0
     """Classifier-free guidance: null + scale * (conditional - null). 1: none."""
 
+    def check(self, **names: str) -> "SamplingOptions":
+        """Return these options. Raises UserError for one that is out of range, by its name in `names` if it has one."""
+        for name, value in self._asdict().items():
+            allowed, meaning = _ALLOWED[name]
+            try:
+                fits = allowed.holds(value) and (name != "top_k" or value == int(value))
+            except TypeError:  # no number
+                fits = value is None and name in ("top_k", "top_p")
+            if not fits:
+                raise UserError("{} must be {}, got {!r}".format(names.get(name, name), meaning.format(allowed), value))
+        return self
 
+
+_ALLOWED = {
+    "top_k": (Range(1), "a whole number of {}, or None for all codes"),
+    "top_p": (Range(0, 1, above=True), "{}, or None for all codes"),
+    "temperature": (TEMPERATURES, "{}"),
+    "cond_scale": (COND_SCALES, "{}"),
+}
 DEFAULT_OPTIONS = SamplingOptions()
 
 
@@ -54,7 +77,7 @@ def keep_top_p(probabilities: Tensor, p: float) -> Tensor:
     """Zero the tokens after the one that crosses cumulative probability p, and renormalise. (..., C) -> (..., C)."""
     ordered, order = probabilities.sort(dim=-1, descending=True)
     before = ordered.cumsum(dim=-1) - ordered
-    ordered = ordered.masked_fill(before >= p, 0.0)
+    ordered = ordered.masked_fill((before >= p) & (before > 0), 0.0)  # the first always stays: p may round to 0
     kept = torch.zeros_like(probabilities).scatter(-1, order, ordered)
     return kept / kept.sum(dim=-1, keepdim=True)
 
@@ -99,7 +122,7 @@ def guided(logits: Tensor, cond_scale: float) -> Tensor:
     """Apply guidance to logits whose second half of rows is unconditional. (2B, C) -> (B, C); scale 1: unchanged."""
     if cond_scale == 1:
         return logits
-    conditional, null = logits.chunk(2, dim=0)
+    conditional, null = logits.float().chunk(2, dim=0)  # half precision could not hold the product
     return null + (conditional - null) * cond_scale
 
 
@@ -163,8 +186,10 @@ def draw_codes(
     text (T,) or (prompts, T) token ids; seeds: one for each image, the first caption's first. given (N,): codes to
     keep in every image, -1 where the model shall draw (image completion, priming). on_token is called after each code.
     graphs: a `models.graphs.Graphs` of this model, which draws the same in less time on a GPU.
-    Returns codes (B, N) on the model's device, images of one caption next to each other.
+    Returns codes (B, N) on the model's device, images of one caption next to each other. Raises UserError for options
+    that are out of range.
     """
+    options.check()
     device = model.text_emb.weight.device
     text = text.reshape(-1, text.shape[-1]).to(device)  # (prompts, T)
     if len(seeds) == 0 or len(seeds) % len(text):
@@ -212,6 +237,7 @@ def _draw(model: DALLE, request: Request) -> Drawn:
 @torch.no_grad()
 def complete_text(model: DALLE, ids: Sequence[int], seed: int, options: SamplingOptions = DEFAULT_OPTIONS) -> List[int]:
     """Go on writing a caption after `ids` until the model predicts a pad or T tokens are reached. Returns all ids."""
+    options.check()
     config, device = model.config, model.text_emb.weight.device
     ids = list(ids)[: config.text_seq_len]
     noise = uniforms([seed], config.text_seq_len).to(device)

@@ -271,6 +271,8 @@ def test_sheet_shows_pictures_captions_and_frames():
     [
         (["--best_of", "4"], "--best_of 4: at --temperature 0 all images of a caption are the same"),
         (["--best_of", "0"], "--best_of: must be at least 1 and at most 4096"),
+        (["--temperature", "1e-38"], "--temperature: must be at least 1e-06 and at most 1e+06, or 0, got 1e-38"),
+        (["--cond_scale", "1e38"], "--cond_scale: must be at least 0 and at most 1e+06, got 1e38"),
         (["--top_k", "2.5"], "--top_k: a share below 1 or a whole number, not 2.5"),
         (["--sheet", "sheet.gif"], "--sheet: the file's name must end in .png or .jpg, not 'sheet.gif'"),
         (["--split", "test"], "--split: invalid choice: 'test'"),

@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 import torch
 from graph_stand_in import Recorder, install
-from test_sampling import OPTIONS, TEXT, conditional_logits, random_codes, random_model
+from test_sampling import EDGES, OPTIONS, TEXT, check_edge, conditional_logits, random_codes, random_model
 
 from dalle import drawing
 from dalle.loading import Loaded
@@ -114,6 +114,13 @@ def test_recordings_draw_the_same_images(options, graph):
     assert torch.equal(drawn.codes, expected.codes)
     torch.testing.assert_close(drawn.log_likelihood, expected.log_likelihood, rtol=1e-5, atol=1e-4)
     assert graph.recorded == 4 and graph.replayed == 35 and not graphs.failed
+
+
+@pytest.mark.parametrize("options", EDGES, ids=str)
+def test_options_at_the_ends_of_their_ranges(options, graph):
+    model = random_model(**OPTIONS["all patterns"])
+    check_edge(model, options, recorded(model))
+    assert graph.replayed == 35
 
 
 def test_one_recording_serves_all_batches_of_its_shape(graph):

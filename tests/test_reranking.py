@@ -231,6 +231,8 @@ def test_the_sampling_example_saves_the_best(folder, tmp_path, monkeypatch, capl
     example.main([*flags, "--result-path", str(tmp_path / "b"), "--clip-path", "x", "--softmax_temperature", "1.5"])
     means = [np.asarray(Image.open(path)).mean() for path in sorted((tmp_path / "b").iterdir())]
     assert len(means) == 3 and means == sorted(means)
+    with pytest.raises(UserError, match="--softmax-temperature: must be at least 1e-06"):
+        example.main([*flags, "--softmax-temperature", "1e-38"])
 
 
 # A CLIP of transformers ----------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from models.sampling import (
     uniforms,
 )
 from models.stepping import product, stepping
+from utils.errors import UserError
 
 TINY = DalleConfig(
     num_text_tokens=12,
@@ -208,6 +209,7 @@ def test_top_p_keeps_the_token_that_crosses():
         (0.51, [0, 2 / 3, 1 / 3, 0]),
         (0.75, [0, 2 / 3, 1 / 3, 0]),
         (0.01, [0, 1, 0, 0]),  # never empty
+        (1e-300, [0, 1, 0, 0]),
         (1.0, [0.125, 0.5, 0.25, 0.125]),
     ):
         torch.testing.assert_close(keep_top_p(probabilities, p), torch.tensor([expected], dtype=torch.float32))
@@ -278,6 +280,73 @@ def test_temperature_zero_takes_the_likeliest():
     logits = torch.tensor([[0.0, 2.0, 1.0], [4.0, 1.0, 3.0]])
     assert draw(logits, torch.tensor([0.999, 0.999]), GREEDY).tolist() == [1, 0]
     assert draw(logits, torch.tensor([0.999, 0.999]), SamplingOptions(top_k=1)).tolist() == [1, 0]
+
+
+EDGES = [
+    SamplingOptions(**options)
+    for options in (
+        {"temperature": 1e-6},
+        {"temperature": 1e6},
+        {"top_p": 1e-300},
+        {"temperature": 0, "cond_scale": 1e6},
+        {"temperature": 1e-6, "cond_scale": 1e6, "top_k": 5, "top_p": 0.9},
+        {"temperature": 1e6, "cond_scale": 0},
+    )
+]
+
+
+def check_edge(model, options, graphs=None):
+    """What options at the ends of their ranges draw: the likeliest codes of the whole pass, or any code alike."""
+    seeds = [1, 2, 3]
+    drawn = draw_codes(model, TEXT[0], seeds, options, graphs=graphs)
+    assert drawn.log_likelihood.isfinite().all()
+    if options.temperature == 1e6:
+        assert (drawn.codes != (20 * uniforms(seeds, 36)).long()).sum() <= 2  # numbers that fall between two codes
+    else:
+        exact = random_model(attn_types=ALL_PATTERNS, depth=5)
+        logits = conditional_logits(exact, TEXT[0], drawn.codes, options.cond_scale)
+        assert torch.equal(drawn.codes, logits.argmax(-1)) and len(drawn.codes.unique()) > 1
+
+
+@pytest.mark.parametrize("options", EDGES, ids=str)
+@pytest.mark.parametrize("decoder", ["kernels", "plain", "double", "bfloat16"])
+def test_options_at_the_ends_of_their_ranges(options, decoder, monkeypatch):
+    model = random_model(attn_types=ALL_PATTERNS, depth=5)
+    if decoder == "plain":
+        monkeypatch.setattr("models.stepping.row_stepper", lambda *_: None)
+        monkeypatch.setattr("models.sampling.draw_rows", lambda *_: None)
+    if decoder == "bfloat16":
+        drawn = draw_codes(model.bfloat16(), TEXT[0], [1, 2, 3], options)
+        assert drawn.log_likelihood.isfinite().all() and len(drawn.codes.unique()) > 1
+    else:
+        check_edge(model if decoder == "double" else model.float(), options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"temperature": 1e-38}, "temperature must be at least 1e-06 and at most 1e+06, or 0, got 1e-38"),
+        ({"temperature": 9.9e-7}, "temperature must be"),
+        ({"temperature": 1.1e6}, "temperature must be"),
+        ({"temperature": -1.0}, "temperature must be"),
+        ({"temperature": math.nan}, "temperature must be .*, got nan"),
+        ({"temperature": None}, "temperature must be .*, got None"),
+        ({"cond_scale": 1e38}, "cond_scale must be at least 0 and at most 1e+06, got 1e+38"),
+        ({"cond_scale": -1e-9}, "cond_scale must be"),
+        ({"cond_scale": "2"}, "cond_scale must be .*, got '2'"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, or None for all codes, got 0.0"),
+        ({"top_p": 1.5}, "top_p must be above 0"),
+        ({"top_k": 0}, "top_k must be a whole number of at least 1, or None for all codes, got 0"),
+        ({"top_k": 2.5}, "top_k must be a whole number"),
+        ({"top_k": math.inf}, "top_k must be a whole number"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused_by_name(options, message):
+    model, options = random_model(), SamplingOptions(**options)
+    for sample in (lambda: draw_codes(model, TEXT[0], [1], options), lambda: complete_text(model, [4], 1, options)):
+        with pytest.raises(UserError, match=message.replace("+", r"\+")):
+            sample()
 
 
 # ---- guidance

@@ -8,7 +8,7 @@ import argparse
 import math
 import os
 import sys
-from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, NoReturn, Optional, Sequence
 
 from utils.errors import UsageError, nearest
 
@@ -36,26 +36,55 @@ def whole(low: int, high: Optional[int] = None) -> Callable[[str], int]:
         except ValueError:
             raise argparse.ArgumentTypeError("expected a whole number, got {!r}".format(text[:80])) from None
         if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError("must be {}, got {}".format(_range(low, high), text[:80]))
+            raise argparse.ArgumentTypeError("must be {}, got {}".format(Range(low, high), text[:80]))
         return value
 
     return convert
 
 
-def number(low: float, high: Optional[float] = None, above: bool = False) -> Callable[[str], float]:
-    """Return an argparse type: a finite number from `low` (with `above`: larger than it) to `high` (None: no limit)."""
+class Range(NamedTuple):
+    """Finite numbers from `low` (with `above`: larger than it) to `high` (None: no limit), and 0 with `or_zero`."""
+
+    low: float
+    high: Optional[float] = None
+    above: bool = False
+    or_zero: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether a number is one of these."""
+        if self.or_zero and value == 0:
+            return True
+        inside = value > self.low if self.above else value >= self.low
+        return inside and math.isfinite(value) and (self.high is None or value <= self.high)
+
+    def __str__(self) -> str:
+        text = "above {:g}".format(self.low) if self.above else "at least {:g}".format(self.low)
+        text += "" if self.high is None else " and at most {:g}".format(self.high)
+        return text + (", or 0" if self.or_zero else "")
+
+
+def number(*limits: Any, **more: Any) -> Callable[[str], float]:
+    """Return an argparse type: a number of `Range(*limits, **more)`."""
+    allowed = Range(*limits, **more)
 
     def convert(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError("expected a number, got {!r}".format(text[:80])) from None
-        inside = value > low if above else value >= low
-        if not (inside and math.isfinite(value) and (high is None or value <= high)):
-            raise argparse.ArgumentTypeError("must be {}, got {}".format(_range(low, high, above), text[:80]))
+        if not allowed.holds(value):
+            raise argparse.ArgumentTypeError("must be {}, got {}".format(allowed, text[:80]))
         return value
 
     return convert
+
+
+def share_or_count(text: str) -> float:
+    """An argparse type: a share from 0 to below 1, or a whole number."""
+    value = number(0)(text)
+    if value >= 1 and value != int(value):
+        raise argparse.ArgumentTypeError("a share below 1 or a whole number, not {:g}".format(value))
+    return value
 
 
 def path(text: str) -> str:
@@ -138,8 +167,3 @@ def _canonical_words(argv: List[str], known: Dict[str, str], takes_value: Dict[s
             words.append(word)
             tie = False
     return words
-
-
-def _range(low: float, high: Optional[float], above: bool = False) -> str:
-    text = "above {:g}".format(low) if above else "at least {:g}".format(low)
-    return text if high is None else text + " and at most {:g}".format(high)
