@@ -6,6 +6,7 @@ Letters: B images, T text tokens, N codes of an image, G side of the code grid, 
 import contextlib
 import functools
 import hashlib
+import logging
 from collections import deque
 from typing import Callable, Deque, Iterator, List, NamedTuple, Optional, Sequence
 
@@ -19,6 +20,8 @@ from models.vqgan import image_codes
 from utils.errors import UserError
 from utils.memory import keep_freed_memory
 from utils.threads import share_cores
+
+logger = logging.getLogger(__name__)
 
 PRIME_FRACTION = 0.4375
 """Share of the rows that a priming image gives where nothing else is said: 14 of 32, as OpenAI primed its DALL-E."""
@@ -140,9 +143,26 @@ def draw_images(
             )
             decoding.append(decoder.start(share, seeds, drawn))
         if len(decoding) > decoder.ahead:
-            yield decoding.popleft()()
+            yield _checked(decoding.popleft()())
     while decoding:
-        yield decoding.popleft()()
+        yield _checked(decoding.popleft()())
+
+
+def _checked(batch: Batch) -> Batch:
+    warn_of_broken_logits(batch.log_likelihood)
+    return batch
+
+
+def warn_of_broken_logits(log_likelihood: Tensor) -> None:
+    """Say how many images, by their log-likelihoods (B,), come from logits that were infinite or not a number."""
+    broken = int((~log_likelihood.isfinite()).sum())
+    if broken:
+        logger.warning(
+            "the model's logits are not finite for %d of %d images, which show nothing of their captions: its weights "
+            "are damaged, or overflow in half precision",
+            broken,
+            len(log_likelihood),
+        )
 
 
 def _room_on_host(like: Tensor) -> Tensor:

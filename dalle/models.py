@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle.completion import Picture, completion_codes, first_drawn
-from dalle.drawing import image_seed
+from dalle.drawing import image_seed, warn_of_broken_logits
 from dalle.loading import Loaded, load
 from models.graphs import Graphs
 from models.sampling import SamplingOptions, draw_codes
@@ -152,7 +152,9 @@ class Dalle(nn.Module):
                 likelihoods.append(batch.log_likelihood)
         all_codes = torch.cat(codes)
         images = self.stage1.decode_by_parts(all_codes)  # in full precision, whatever the transformer computed in
-        return Candidates(images, all_codes, torch.cat(likelihoods))
+        log_likelihood = torch.cat(likelihoods)
+        warn_of_broken_logits(log_likelihood)
+        return Candidates(images, all_codes, log_likelihood)
 
     def _batches(
         self,

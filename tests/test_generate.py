@@ -22,6 +22,7 @@ from bpe import load_tokenizer
 from dalle import loading
 from dalle.drawing import decode, image_seed, prime_rows, shares, to_uint8
 from dalle.loading import load
+from dalle.models import Dalle
 from dalle.outputs import MAX_NAME_LEN, PromptFolder, folder_name, with_digest
 from dalle.pictures import make_grid
 from data.images import load_image
@@ -256,6 +257,16 @@ def test_the_published_command_works_word_for_word(files, tmp_path, monkeypatch)
     folder = tmp_path / "output" / "A_plate_of_food_has_potatoes_and_fruit."
     assert len(list(folder.glob("*.jpg"))) == 128
     assert json.loads((folder / "generation.json").read_text())["tokenizer"] == vocabulary.identity
+
+
+def test_logits_that_are_not_finite_are_told_of(files, run, caplog):
+    weights = dict(files.model.state_dict())
+    weights["image_head.bias"] = torch.full_like(weights["image_head.bias"], float("nan"))
+    broken = files.save("broken.pt", files.identity, weights)
+    run("a", "--num_images", "3", "--batch_size", "2", "--dalle_path", str(broken))
+    Dalle(load(broken)).draw("a", num_candidates=3, progress=False)
+    told = [re.search("not finite for (.*) images", message) for message in caplog.messages]
+    assert [match.group(1) for match in told if match] == ["2 of 2", "1 of 1", "3 of 3"]
 
 
 def test_greedy_top_k_top_p_and_temperature(run):
