@@ -11,7 +11,6 @@ import math
 from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Tuple
 
 import torch
-import yaml
 from torch import Tensor
 
 from dalle.published import stage1_config
@@ -19,8 +18,8 @@ from models.vqgan_config import VqganConfig
 from utils.checkpoints import DalleCheckpoint
 from utils.errors import UserError, nearest
 from utils.files import PathLike
+from utils.yaml_files import MAX_BYTES, parse_yaml
 
-_MAX_YAML_BYTES = 1 << 20
 _WEIGHT_STD = 0.02  # of new tables and heads, as in minDALL-E
 
 #: Every key of the published configurations with its default, which also gives its type; `stage1` has its own reader.
@@ -167,12 +166,10 @@ def read_downstream(path: PathLike) -> Downstream:
 def _document(path: PathLike) -> Mapping[str, Any]:
     try:
         with open(path, "rb") as file:
-            content = file.read(_MAX_YAML_BYTES + 1)
-        document = yaml.safe_load(content) if len(content) <= _MAX_YAML_BYTES else None
+            content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise UserError("--config-downstream {}: {}".format(path, error.strerror or error)) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError("{} is no YAML: {}".format(path, " ".join(str(error).split())[:200])) from None
+    document = parse_yaml(content, "{} is no YAML".format(path))
     if not isinstance(document, dict):
         raise UserError("{}: expected the tables dataset, stage1, stage2, optimizer and experiment".format(path))
     known = ["dataset", "stage1", "stage2", "optimizer", "experiment"]

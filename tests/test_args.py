@@ -211,6 +211,14 @@ def test_a_key_inherited_and_given_is_no_duplicate(tmp_path):
     assert (config.execution.epochs, config.execution.batch_size) == (3, 3)
 
 
+@pytest.mark.parametrize("order, epochs", [("*g, *other, *base", 2), ("*base, *other, *g", 4)])
+def test_the_first_of_several_sources_wins(tmp_path, order, epochs):
+    # As YAML defines it. PyYAML 6.0.4 takes the last.
+    text = SMALL + "g: &g {{epochs: 2}}\nother: &other {{epochs: 4}}\nlast: {{<<: [{}]}}\n".format(order)
+    config = parse(["--config-file", write(tmp_path, text), "--config", "last"])
+    assert (config.execution.epochs, config.execution.batch_size) == (epochs, 3)
+
+
 @pytest.mark.parametrize("words, names", [
     (["--config", "L16", "--vqgan-model-path", "x"], ["--vqgan-model-path", "--vqgan-config-path"]),
     (["--vae_path", "x"], ["--vae-path", "--vqgan-model-path"]),

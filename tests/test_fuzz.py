@@ -261,6 +261,9 @@ MERGES = "\n".join(
 VALUES = {
     "laughs": LAUGHS,
     "merges": MERGES,
+    "many merges": "a: &a {{{}}}\n".format(", ".join("k{}: 1".format(n) for n in range(5000)))
+    + "".join("b{}: {{<<: *a}}\n".format(n) for n in range(2000)),
+    "merges a list": "a: &a [1]\nb: {<<: *a}",
     "itself": "a: &a [*a]",
     "merges itself": "a: &a {<<: *a}",
     "deep": "[" * 100000,
@@ -285,7 +288,8 @@ def test_yaml_takes_no_more_than_its_size(name, limited_memory):
     except UserError as error:
         assert str(error).startswith("f.yaml") and len(str(error)) < 400 and "\n" not in str(error)
     else:
-        assert name in ("laughs", "itself", "no text") and isinstance(value, dict)
+        assert name in ("laughs", "merges", "itself", "no text") and isinstance(value, dict)
+        assert name != "merges" or all(merged == {"k": "v"} for merged in value.values())
 
 
 @pytest.mark.parametrize("key", ["target", "n_embed", "ch_mult", "resolution", "dropout", "extra"])

@@ -5,7 +5,7 @@ plain values only, and aliases mere references to one value: so never print a va
 cuts it short), and merged keys are counted here.
 """
 
-from typing import Any, List
+from typing import Any, Dict
 
 import yaml
 
@@ -13,7 +13,7 @@ from utils.errors import UserError
 
 MAX_BYTES = 1 << 18
 """Larger than any configuration, and read within a few seconds."""
-_MAX_MERGED = 10000
+_MAX_MERGED = 100000
 _MAX_DIGITS = 40
 _MERGE = "tag:yaml.org,2002:merge"
 
@@ -21,17 +21,30 @@ _MERGE = "tag:yaml.org,2002:merge"
 class _BoundedLoader(yaml.SafeLoader):
     """Safe YAML with bounds on what merge keys copy and on the length of numbers."""
 
+    merged = 0
+
     def flatten_mapping(self, node: Any) -> None:
-        merged = 0
+        """Replace merge keys by what they stand for: each key once, of the first source that has it.
+
+        So says https://yaml.org/type/merge.html; PyYAML 6.0.4 takes the last source, and older ones keep every copy.
+        """
+        inherited: Dict[Any, Any] = {}
+        own = []
         for key, value in node.value:
-            if key.tag == _MERGE:
-                parts: List[Any] = value.value if isinstance(value, yaml.SequenceNode) else [value]
-                for part in parts:
-                    if isinstance(part, yaml.MappingNode):
-                        self.flatten_mapping(part)
-                        merged += len(part.value)
-        if merged > _MAX_MERGED:
-            raise yaml.constructor.ConstructorError(None, None, "too many merged keys", node.start_mark)
+            if key.tag != _MERGE:
+                own.append((key, value))
+                continue
+            for source in reversed(value.value) if isinstance(value, yaml.SequenceNode) else [value]:
+                if not isinstance(source, yaml.MappingNode):
+                    raise yaml.constructor.ConstructorError(None, None, "<< takes mappings only", source.start_mark)
+                self.flatten_mapping(source)
+                self.merged += len(source.value)
+                if self.merged > _MAX_MERGED:
+                    raise yaml.constructor.ConstructorError(None, None, "too many merged keys", node.start_mark)
+                for pair in source.value:
+                    scalar = isinstance(pair[0], yaml.ScalarNode)
+                    inherited[(pair[0].tag, pair[0].value) if scalar else id(pair[0])] = pair
+        node.value = [*inherited.values(), *own]
         super().flatten_mapping(node)
 
     def short_number(self, node: Any) -> Any:
