@@ -266,13 +266,13 @@ class NativeEngine(Engine):
         torch.manual_seed(self.config.execution.random_seed + self.rank)  # dropout and noise differ between processes
         self.module: nn.Module = self.model
         if self.world_size > 1 and self.sharding is None:
-            # Buffers are constants, made alike in every process, and gloo of older versions cannot send bool ones.
+            # Buffers are constants, made alike in every process, and gloo of older versions cannot send bool ones: DDP
+            # is to leave them alone. Its own option for that differs between versions of PyTorch.
             constants = [name for name, _ in self.model.named_buffers()]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, constants)
             self.module = DistributedDataParallel(
                 self.model,
                 device_ids=[self.device.index] if self.name == "cuda" else None,
-                broadcast_buffers=False,
                 gradient_as_bucket_view=True,
             )
         if execution.compile and self.sharding is not None:
