@@ -51,9 +51,12 @@ def random_floats(**options):
 
 def steps(model, codes, images, first=0):
     """Logits after each code, fed one after the other, and what fed them."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)  # what comes before is PyTorch's: on some CPUs its last bits depend on the threads
     hidden, caches = prefill(model, TEXT[: len(codes) // images], images)
     if first:
         first_codes(model, codes[:, :first], caches)
+    torch.set_num_threads(count)
     with stepping(model, len(codes)) as step:
         return torch.stack([step.logits(step(codes[:, i], i, caches)) for i in range(first, 35)]), step
 
