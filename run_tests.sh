@@ -3,11 +3,17 @@
 #
 #   bash run_tests.sh                    the fast suite, and the style and type checks
 #   bash run_tests.sh --slow             adds the long one
+#   bash run_tests.sh --latest           with the newest versions of all packages but PyTorch, in .venv/latest
 #   bash run_tests.sh tests/test_bpe.py  anything else goes to pytest
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$root/utils/setup_env.sh"
-set_up "$root" "$root/requirements.txt" "$root/requirements-dev.txt"
+latest=
+for word in "$@"; do
+    shift
+    if [ "$word" = --latest ]; then latest=--latest; else set -- "$@" "$word"; fi
+done
+set_up "$root" $latest "$root/requirements.txt" "$root/requirements-dev.txt"
 cd "$root"
 # The peer pins packages that no longer install; the tests need its code alone.
 "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("dalle_pytorch") is None)' ||

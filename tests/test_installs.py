@@ -1,0 +1,144 @@
+"""What is installed: the pinned versions of constraints/, by utils/setup_env.sh, once."""
+
+import subprocess
+from importlib import metadata
+
+import pins
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = pins.ROOT
+ANEW = "run: bash utils/make_constraints.sh"
+
+
+def requirements(python):
+    """The requirements of one Python, PyTorch excluded, which the constraints leave alone."""
+    names = ["requirements.txt", "requirements-dev.txt", *(["requirements-ipu.txt"] if python == "3.8" else [])]
+    for line in "\n".join((ROOT / name).read_text() for name in names).splitlines():
+        if line and line[0] not in "#-":
+            requirement = Requirement(line)
+            applies = requirement.marker is None or requirement.marker.evaluate({"python_version": python})
+            if applies and requirement.name != "torch":
+                yield requirement
+
+
+def test_the_readme_names_the_pythons_that_have_constraints():
+    assert sorted(path.name for path in (ROOT / "constraints").iterdir()) == [
+        "py3.{}.txt".format(minor) for minor in (10, 11, 12, 13, 8)
+    ]
+    assert "Python 3.10 to 3.13 (3.8 on IPUs)" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("python", ["3.8", "3.10", "3.11", "3.12", "3.13"])
+def test_every_requirement_is_pinned_to_a_version_that_it_allows(python):
+    versions = pins.read_pins(python)
+    for requirement in requirements(python):
+        pinned = versions.get(canonicalize_name(requirement.name))
+        assert pinned is not None and requirement.specifier.contains(pinned), (str(requirement), pinned, ANEW)
+    assert not [name for name in versions if name.startswith(("torch", "triton", "nvidia", "cuda"))]
+
+
+@pytest.mark.skipif(bool(pins.other_versions()), reason="other versions may require other packages")
+def test_what_requirements_require_is_pinned_too():
+    names, seen = [canonicalize_name(requirement.name) for requirement in requirements(pins.PYTHON)], {"torch"}
+    while names:
+        name = names.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        assert name in pins.read_pins(), ANEW
+        for text in metadata.requires(name) or ():
+            requirement = Requirement(text)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                names.append(canonicalize_name(requirement.name))
+
+
+# ---- set-up
+
+PYTHON = """#!/usr/bin/env bash
+# Stands for python3 of the version $FAKE_PYTHON, with PyTorch of the version $FAKE_TORCH: notes what pip is asked for.
+case "$1 $2" in
+    "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    "-m pip")
+        echo "$0 ${*:2}" | sed 's/ -c .*//' >> "$FAKE_LOG"
+        while [ "$1" != -c ]; do shift; done
+        sed 's/^/pinned /' "$2" >> "$FAKE_LOG"
+        grep . >> "$FAKE_LOG" ;;
+    *"import torch"*) [ -n "$FAKE_TORCH" ] && echo "$FAKE_TORCH" ;;
+    *print*) echo "$FAKE_PYTHON" ;;
+esac
+"""
+
+
+@pytest.fixture
+def install(tmp_path):
+    """Run set_up in a small project; return what it printed and what pip was asked for, or None if it was not."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python3").write_text(PYTHON)
+    (tmp_path / "bin" / "python3").chmod(0o755)
+    (tmp_path / "requirements.txt").write_text("torch==2.13.0\nnumpy>=1.22\n")
+    (tmp_path / "requirements-ipu.txt").write_text("numpy<1.25\n")
+    (tmp_path / "requirements-dev.txt").write_text("-r requirements.txt\npytest\n")
+    (tmp_path / "constraints").mkdir()
+    (tmp_path / "constraints" / "py3.11.txt").write_text("numpy==2.4.6\npytest==9.2.0\n")
+    (tmp_path / "constraints" / "py3.8.txt").write_text("numpy==1.24.4\n")
+    script = '. "{}/utils/setup_env.sh"; set_up "{}" $1 "{}"/requirements.txt "{}"/requirements-dev.txt'
+    log = tmp_path / "log"
+
+    def run(word="", python="3.11", torch="", status=0, **environment):
+        log.unlink() if log.exists() else None
+        environment = dict(environment, PATH="{}:/usr/bin:/bin".format(tmp_path / "bin"), FAKE_PYTHON=python)
+        environment.update(FAKE_TORCH=torch, FAKE_LOG=str(log))
+        command = ["bash", "-euo", "pipefail", "-c", script.format(ROOT, *[tmp_path] * 3), "set_up", word]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+        asked = log.read_text().replace(str(tmp_path), "").splitlines() if log.exists() else None
+        return done.stdout + done.stderr, asked
+
+    return run
+
+
+def test_the_pinned_versions_are_installed_once(install, tmp_path):
+    pip, pinned = "/.venv/bin/python pip install --quiet", ["pinned numpy==2.4.6", "pinned pytest==9.2.0"]
+    asked = [pip, *pinned, "torch==2.13.0", "numpy>=1.22", "pytest"]
+    printed, found = install()
+    assert found == asked and "constraints/py3.11.txt" in printed
+    assert install() == ("", None)
+    for changed in ("constraints/py3.11.txt", "requirements-dev.txt"):
+        with (tmp_path / changed).open("a") as file:
+            file.write("\n# other versions\n")
+        assert install()[1] and install()[1] is None
+
+
+@pytest.mark.parametrize("torch, lines", [
+    ("1.13.1", ["pinned numpy==2.4.6", "torch==2.13.0", "numpy>=1.22"]),
+    ("2.13.0+cpu", ["pinned numpy==2.4.6", "numpy>=1.22"]),
+    ("2.2.1", ["numpy>=1.22", "numpy<2"]),
+])
+def test_an_installed_pytorch_stays_and_works_with_numpy(install, torch, lines):
+    found = [line for line in install(torch=torch)[1][1:] if "pytest" not in line]
+    assert found == lines
+
+
+def test_the_newest_versions_have_a_folder_of_their_own(install):
+    """Asked for each time, also beside an active environment; and what was installed before stays installed."""
+    install()
+    for _ in range(2):
+        printed, found = install("--latest", VIRTUAL_ENV="/nowhere")
+        assert found[0] == "/.venv/latest/bin/python pip install --quiet --upgrade --upgrade-strategy eager"
+        assert found[1:] == ["torch==2.13.0", "numpy>=1.22", "pytest"] and "newest" in printed
+    assert install() == ("", None)
+
+
+def test_other_pythons_get_what_the_requirements_allow(install):
+    printed, found = install(python="3.14")
+    assert found[1:] == ["torch==2.13.0", "numpy>=1.22", "pytest"]
+    assert "no constraints for Python 3.14" in printed and "3.10 to 3.13" in printed
+
+
+def test_the_poplar_sdk_has_its_own_list(install, tmp_path):
+    sdk = {"python": "3.8", "torch": "2.0.1+cpu", "POPLAR_SDK_ENABLED": "/opt/sdk"}
+    assert install(**sdk)[1][1:] == ["pinned numpy==1.24.4", "numpy<1.25", "pytest", "numpy<2"]
+    assert install(**sdk)[1] is None
+    assert "--latest" in install("--latest", status=1, **sdk)[0]
