@@ -1,4 +1,4 @@
-"""What all tests share: the --slow switch, single-threaded PyTorch, and the real photos and captions where they are."""
+"""What all tests share: --slow, single-threaded PyTorch, warnings as errors, and the real photos where they are."""
 
 import logging
 import os
@@ -6,8 +6,16 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pins
 import pytest
 import torch
+
+#: Warnings are errors where everything is installed as pinned, in the tests and in the programs they start. With other
+#: versions one may be no fault of ours: pytest lists it. A DeprecationWarning is meant for the module that it names.
+#: Pillow reads pictures with broken EXIF data, as we do, and says so.
+STRICT = ["error::{}Warning".format(kind) for kind in ("Future", "Runtime", "User")]
+STRICT += ["ignore:Corrupt EXIF data:UserWarning"]
+OURS = r"(test_\w+|args|benchmarks|bpe|dalle|data|engines|evaluate|examples_utils|generate|log|models|train\w*|utils)\b"
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -23,6 +31,15 @@ def pytest_configure(config):
     cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     os.environ.setdefault("MPLCONFIGDIR", os.path.join(cache, "matplotlib"))
     config.own_cache = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="test_cache_")
+    if not pins.other_versions():
+        os.environ["PYTHONWARNINGS"] = ",".join(STRICT)
+        for line in [*STRICT, "error::DeprecationWarning:" + OURS]:
+            config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if pins.other_versions():
+        terminalreporter.write_line("warnings are no errors, because of " + ", ".join(pins.other_versions()))
 
 
 def pytest_unconfigure(config):

@@ -1,6 +1,9 @@
-"""What is installed: the pinned versions of constraints/, by utils/setup_env.sh, once."""
+"""What is installed: the pinned versions of constraints/, by utils/setup_env.sh, once; and that warnings count then."""
 
+import os
 import subprocess
+import sys
+import warnings
 from importlib import metadata
 
 import pins
@@ -142,3 +145,17 @@ def test_the_poplar_sdk_has_its_own_list(install, tmp_path):
     assert install(**sdk)[1][1:] == ["pinned numpy==1.24.4", "numpy<1.25", "pytest", "numpy<2"]
     assert install(**sdk)[1] is None
     assert "--latest" in install("--latest", status=1, **sdk)[0]
+
+
+# ---- warnings
+
+
+@pytest.mark.skipif(bool(pins.other_versions()), reason="warnings are errors with the pinned versions only")
+@pytest.mark.parametrize("kind", [FutureWarning, UserWarning, RuntimeWarning, DeprecationWarning])
+def test_warnings_are_errors_here_and_in_programs(kind):
+    with pytest.raises(kind):
+        warnings.warn("ours", kind, stacklevel=1)
+    warnings.warn_explicit("of others", DeprecationWarning, "logging/x.py", 1, module="logging.x")
+    program = "import warnings; warnings.warn('x', {})".format(kind.__name__)
+    done = subprocess.run([sys.executable, "-c", program], env=dict(os.environ), stderr=subprocess.PIPE)
+    assert done.returncode == (kind is not DeprecationWarning)
