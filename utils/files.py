@@ -5,7 +5,7 @@ import errno
 import hashlib
 import os
 import stat
-import tempfile
+import uuid
 from pathlib import Path
 from typing import IO, Any, Iterator, Union
 
@@ -13,25 +13,26 @@ PathLike = Union[str, "os.PathLike[str]"]
 
 
 @contextlib.contextmanager
-def atomic_write(path: PathLike, mode: str = "w") -> Iterator[IO[Any]]:
+def atomic_write(path: PathLike, mode: str = "w", permissions: int = 0o666) -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`; on success it replaces `path` in one step, on any error it is removed.
 
     A reader therefore sees the old file or the new one, never half of one, also after a crash or a full disk.
-    Text is written as UTF-8 with "\\n" line ends.
+    Text is written as UTF-8 with "\\n" line ends. permissions: of the new file, less the umask.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=str(path.parent), prefix="." + path.name[:100] + ".", suffix=".tmp")
+    temporary = str(path.parent / ".{}.{}.tmp".format(path.name[:100], uuid.uuid4().hex[:16]))
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags, permissions)  # mkstemp would not take them, and the umask is not one thread's own
+
+    encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
+    opened = open(temporary, mode.replace("w", "x"), encoding=encoding, newline=newline, opener=opener)
     try:
-        text = "b" not in mode
-        with os.fdopen(descriptor, mode, encoding="utf-8" if text else None, newline="\n" if text else None) as file:
+        with opened as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes private files; give the result the permissions a plain open() would have given.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, str(path))
         _sync_folder(path.parent)
     except BaseException:
@@ -50,14 +51,15 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def open_regular(path: PathLike) -> IO[bytes]:
+def open_regular(path: PathLike, more_flags: int = 0) -> IO[bytes]:
     """Open a plain file for reading bytes. Raises OSError, also for pipes and devices.
 
-    Those lie in folders from anywhere, and reading one can wait for ever or never end.
+    Those lie in folders from anywhere, and reading one can wait for ever or never end. more_flags: of os.open.
     """
 
     def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # opening a pipe would wait for its other end
+        # Opening a pipe would wait for its other end.
+        return os.open(name, flags | more_flags | getattr(os, "O_NONBLOCK", 0))
 
     file = open(str(path), "rb", opener=opener)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
