@@ -38,6 +38,7 @@ from models.dalle import DALLE, TextToImage
 from models.vqgan import PUBLISHED, VQGAN, VqganConfig, default_vqgan, load_vqgan
 from utils import checkpoints, schedules
 from utils.bad_steps import BadSteps
+from utils.caches import cache_folder
 from utils.errors import UserError, run_main
 from utils.interrupts import Interruption
 from utils.locks import only_writer
@@ -403,7 +404,7 @@ def encode_images(config: Config, engine: Engine, parts: Parts, resumed: Optiona
     if identity == "random":
         identity = "random, seed {}, PyTorch {}".format(config.execution.random_seed, torch.__version__)
     cache = data.CodeCache(
-        data.default_folder() if options.cache_codes == "auto" else options.cache_codes,
+        cache_folder("dalle", "codes") if options.cache_codes == "auto" else options.cache_codes,
         made_with={"vqgan": identity, "vqgan_config": dataclasses.asdict(vqgan.config)},
         image_size=config.model.image_size,
         num_codes=vqgan.num_codes,

@@ -7,11 +7,11 @@ The published weights are licensed CC-BY-NC-SA 4.0: not for commercial use.
 """
 
 import logging
-import os
 from pathlib import Path
 from typing import Optional
 
 from models.vqgan_config import VqganConfig, stage1_config
+from utils.caches import cache_folder
 from utils.downloads import download
 from utils.errors import UserError
 from utils.files import PathLike, open_regular
@@ -33,15 +33,16 @@ _MAX_ARCHIVE_BYTES = 8 << 30  # of the published 5 GB, and of what they unpack t
 def resolve(path_or_name: PathLike, cache_dir: Optional[PathLike] = None) -> Path:
     """Return the folder of a published model's name, fetched if need be; any other path as it is.
 
-    The archive goes to `cache_dir` (default ~/.cache/minDALL-E), is resumed when interrupted, checked against its md5,
+    The archive goes to `cache_dir` (default: ~/.cache/minDALL-E), is resumed when interrupted, checked against its md5,
     unpacked beside its final place and deleted. Raises UserError when it cannot be had.
     """
     name = str(path_or_name)
     if name not in PUBLISHED_MODELS:
         return Path(path_or_name)
     url = PUBLISHED_MODELS[name]
-    root = Path(cache_dir) if cache_dir else Path(os.path.expanduser("~/.cache/minDALL-E"))
-    folder = root / name.rpartition("/")[2]
+    folder_name = name.rpartition("/")[2]
+    root = Path(cache_dir) if cache_dir else cache_folder("minDALL-E", holding=folder_name)
+    folder = root / folder_name
     if not folder.is_dir():
         logger.info("%s (about 5 GB, CC-BY-NC-SA 4.0: not for commercial use) -> %s", name, folder)
         archive = download(url, root / url.rpartition("/")[2], md5=url.split("/")[-2], size_limit=_MAX_ARCHIVE_BYTES)

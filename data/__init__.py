@@ -1,6 +1,6 @@
 """Pairs of text and image: COCO-style folders, the built-in demo set, and what turns them into tensors."""
 
-from data.code_cache import CodeCache, Team, default_folder
+from data.code_cache import CodeCache, Team
 from data.create import DEMO, create_dataset, create_datasets
 from data.datasets import CodesDataset, DemoDataset, GeneratedDataset, ImageTextFolder, PairDataset, TextSettings
 from data.order import epoch_order, split_holdout
@@ -17,7 +17,6 @@ __all__ = [
     "TextSettings",
     "create_dataset",
     "create_datasets",
-    "default_folder",
     "epoch_order",
     "split_holdout",
 ]

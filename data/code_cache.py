@@ -45,11 +45,6 @@ _SECONDS_TO_APPEAR = 60.0
 """How long a file that another machine wrote may take to be seen: network file systems look again only now and then."""
 
 
-def default_folder() -> Path:
-    """Return where codes are kept for all runs of a user, beside the downloaded VQGAN: ~/.cache/dalle/codes."""
-    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "dalle" / "codes"
-
-
 class Team(NamedTuple):
     """The processes that encode together, of which this is one."""
 

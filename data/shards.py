@@ -26,6 +26,7 @@ from data.folder import Skipped, list_files
 from data.images import IMAGE_SUFFIXES, load_image
 from data.order import windowed_order
 from data.shard_index import OpenFiles, ShardIndex, Skips, open_index
+from utils.caches import cache_folder
 from utils.errors import UserError
 from utils.files import PathLike
 from utils.skipped import SkipReport
@@ -45,11 +46,6 @@ _READERS = 8
 _MAX_SHARDS = 1_000_000
 _SECONDS_BETWEEN_REPORTS = 30.0
 _REMOTE = re.compile(r"(pipe:|[A-Za-z][A-Za-z0-9+.-]*://)")
-
-
-def default_index_folder() -> Path:
-    """Return where the indexes of shards are kept for all runs of a user: ~/.cache/dalle/shards."""
-    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "dalle" / "shards"
 
 
 # Which files ----------------------------------------------------------------------------------------------------------
@@ -137,10 +133,14 @@ class Shards:
     """Indexed shards. Copies for other processes take the indexes along, but no open file."""
 
     def __init__(self, listing: Listing, index_folder: Optional[PathLike] = None) -> None:
-        """index_folder: where indexes are kept; None: `default_index_folder()`."""
+        """index_folder: where indexes are kept; None: ~/.cache/dalle/shards."""
         self.folder = listing.pattern
-        folder = default_index_folder() if index_folder is None else Path(index_folder)
+        folder = cache_folder("dalle", "shards") if index_folder is None else Path(index_folder)
         self.indexes = _open_indexes(listing, folder)
+        problems = [index.problem for index in self.indexes if index.problem]
+        if problems:
+            message = "cannot keep the index of %d of %d shards in %s (%s): it stays in memory"
+            logger.warning(message, len(problems), len(self.indexes), folder, problems[0])
         self.pair_starts = [0, *itertools.accumulate(index.num_pairs for index in self.indexes)]
         self.image_starts = [0, *itertools.accumulate(index.num_images for index in self.indexes)]
         self.files = OpenFiles()

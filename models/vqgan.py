@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models.vqgan_config import VqganConfig
 from models.vqgan_layers import Decoder, Encoder
+from utils.caches import cache_folder
 from utils.checkpoint_reading import check_archive
 from utils.errors import UserError, nearest
 from utils.files import PathLike, sha256_file
@@ -412,10 +413,10 @@ def default_vqgan(cache_dir: Optional[PathLike] = None, name: str = "f16-1024") 
             )
         )
     published = PUBLISHED[name]
-    folder = Path(cache_dir) if cache_dir else Path(os.path.expanduser("~/.cache/dalle"))
+    folder = Path(cache_dir) if cache_dir else cache_folder("dalle", holding=published.weights_name)
     weights, config = folder / published.weights_name, folder / published.config_name
     for url, path in ((published.config_url, config), (published.weights_url, weights)):
-        if path.is_file():
+        if os.path.isfile(str(path)):
             continue
         from utils.downloads import download
 

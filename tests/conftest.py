@@ -10,6 +10,8 @@ import pins
 import pytest
 import torch
 
+from utils.caches import cache_folder
+
 #: Warnings are errors where everything is installed as pinned, in the tests and in the programs they start. With other
 #: versions one may be no fault of ours: pytest lists it. A DeprecationWarning is meant for the module that it names.
 #: Pillow reads pictures with broken EXIF data, as we do, and says so.
@@ -28,8 +30,7 @@ def pytest_configure(config):
     # The models are tiny: one thread is faster than sharing them out, and results do not depend on the machine's cores.
     torch.set_num_threads(1)
     # Image codes go to a folder of this session, matplotlib's slow font cache stays where it is.
-    cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    os.environ.setdefault("MPLCONFIGDIR", os.path.join(cache, "matplotlib"))
+    os.environ.setdefault("MPLCONFIGDIR", str(cache_folder("matplotlib")))
     config.own_cache = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="test_cache_")
     if not pins.other_versions():
         os.environ["PYTHONWARNINGS"] = ",".join(STRICT)

@@ -1,0 +1,148 @@
+"""Where caches lie, and which folders and files count as this user's own."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from dalle import published
+from models import vqgan
+from utils.caches import UntrustedError, cache_folder, open_trusted, trusted_folder
+from utils.errors import UserError
+from utils.files import atomic_write
+
+NOBODY = 65534
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+
+
+@pytest.mark.parametrize("value", [None, "", "relative", "~/here", "./x"])
+def test_only_an_absolute_variable_moves_the_caches(value, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    if value is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+    assert cache_folder("dalle", "codes") == tmp_path / ".cache" / "dalle" / "codes"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert cache_folder("dalle", "codes") == tmp_path / "x" / "dalle" / "codes"
+
+
+def test_models_that_were_fetched_earlier_are_found(monkeypatch, tmp_path):
+    """They used to lie in ~/.cache whatever XDG_CACHE_HOME said."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+
+    def nothing(url, path, **_):
+        raise UserError("would be {}".format(path))
+
+    monkeypatch.setattr("utils.downloads.download", nothing)
+    monkeypatch.setattr(published, "download", nothing)
+    with pytest.raises(UserError, match="would be {}".format(tmp_path / "x" / "dalle")):
+        vqgan.default_vqgan()
+    with pytest.raises(UserError, match="would be {}".format(tmp_path / "x" / "minDALL-E")):
+        published.resolve("minDALL-E/1.3B")
+    old = tmp_path / ".cache"
+    (old / "minDALL-E" / "1.3B").mkdir(parents=True)
+    (old / "dalle").mkdir()
+    names = vqgan.PUBLISHED["f16-1024"].weights_name, vqgan.PUBLISHED["f16-1024"].config_name
+    for name in names:
+        (old / "dalle" / name).write_text("")
+    assert published.resolve("minDALL-E/1.3B") == old / "minDALL-E" / "1.3B"
+    assert vqgan.default_vqgan() == tuple(old / "dalle" / name for name in names)
+
+
+# Whose they are
+
+
+def test_missing_folders_are_made_for_their_owner_alone(tmp_path):
+    before = os.umask(0)
+    try:
+        path = trusted_folder(tmp_path / "a" / "b", 0o755)
+        with atomic_write(path / "file", permissions=0o644) as file:
+            file.write("x")
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE(os.lstat(path).st_mode) for path in (path.parent, path, path / "file")]
+    assert modes == [0o755, 0o755, 0o644]
+    with open_trusted(path / "file") as file:
+        assert file.read() == b"x"
+    with pytest.raises(FileNotFoundError):
+        trusted_folder(tmp_path / "a" / "c")
+    assert not (tmp_path / "a" / "c").exists()
+
+
+@pytest.mark.parametrize("mode", [0o757, 0o775, 0o1777])
+def test_a_folder_that_others_may_write_is_refused(mode, tmp_path):
+    folder = trusted_folder(tmp_path / "a" / "b" / "c", 0o755)
+    folder.chmod(mode)
+    with pytest.raises(UntrustedError, match="may be written by others .mode {:o}".format(mode)):
+        trusted_folder(folder)
+    folder.chmod(0o755)
+    folder.parent.parent.chmod(mode)
+    if mode & stat.S_ISVTX:  # as /tmp: nobody else may replace what lies there
+        assert trusted_folder(folder) == folder and trusted_folder(folder.parent.parent, shared=True)
+    else:
+        with pytest.raises(UntrustedError, match=str(folder.parent.parent)):
+            trusted_folder(folder)
+        with pytest.raises(UntrustedError):  # and nothing is made there
+            trusted_folder(folder / "d", 0o755)
+        assert not (folder / "d").exists()
+
+
+@needs_root
+@pytest.mark.parametrize("name", ["a", "a/b", "a/b/c"])
+def test_a_folder_of_another_user_is_refused_at_any_depth(name, tmp_path):
+    folder = trusted_folder(tmp_path / "a" / "b" / "c", 0o755)
+    os.chown(str(tmp_path / name), NOBODY, NOBODY)
+    with pytest.raises(UntrustedError, match=r"belongs to another user \(uid 65534\)"):
+        trusted_folder(folder)
+
+
+def test_a_link_is_followed_as_far_as_nobody_else_could_turn_it(tmp_path):
+    real = trusted_folder(tmp_path / "real" / "inner", 0o755)
+    (tmp_path / "link").symlink_to("real/../real")
+    assert trusted_folder(tmp_path / "link" / "inner") == real
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    (shared / "link").symlink_to(real)
+    (tmp_path / "second").symlink_to(shared / "link")
+    for path in (shared / "link", tmp_path / "second"):
+        with pytest.raises(UntrustedError, match="may be written by others"):
+            trusted_folder(path)
+    shared.chmod(0o1777)
+    assert trusted_folder(tmp_path / "second") == real
+    if os.geteuid() == 0:
+        os.chown(str(shared / "link"), NOBODY, NOBODY, follow_symlinks=False)
+        with pytest.raises(UntrustedError, match="another user"):
+            trusted_folder(tmp_path / "second")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(OSError, match="symbolic links"):
+        trusted_folder(tmp_path / "loop" / "x", 0o755)
+
+
+@pytest.mark.parametrize("kind", ["written by others", "of another user", "a link", "a pipe", "a folder"])
+def test_only_a_plain_file_of_ones_own_is_opened(kind, tmp_path):
+    path = tmp_path / "file"
+    if kind == "a pipe":
+        os.mkfifo(str(path))
+    elif kind == "a folder":
+        path.mkdir()
+    else:
+        path.write_text("x")
+        path.chmod(0o664 if kind == "written by others" else 0o644)
+    if kind == "a link":
+        path.rename(tmp_path / "target")
+        path.symlink_to("target")
+    if kind == "of another user":
+        if os.geteuid() != 0:
+            pytest.skip("only root can give files away")
+        os.chown(str(path), NOBODY, NOBODY)
+    with pytest.raises(OSError) as caught:
+        open_trusted(path)
+    assert isinstance(caught.value, UntrustedError) == (kind in ("written by others", "of another user"))
+
+
+def test_folders_of_root_are_trusted_by_others(monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert trusted_folder("/usr") == Path("/usr")

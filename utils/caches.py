@@ -1,0 +1,93 @@
+"""Where caches lie, and which of their files may be run as code.
+
+    folder = cache_folder("dalle", "codes")                            # ~/.cache/dalle/codes
+    folder = trusted_folder(cache_folder("dalle", "kernels"), 0o755)   # UntrustedError where others may change it
+    with open_trusted(folder / name) as file: ...
+"""
+
+import contextlib
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import IO, Optional
+
+from utils.files import PathLike, open_regular
+
+_MAX_LINKS = 40
+"""Symbolic links in a path before it counts as a loop, as on Linux."""
+
+
+def cache_folder(*names: str, holding: Optional[str] = None) -> Path:
+    """Return the folder of these names in $XDG_CACHE_HOME, or in ~/.cache where that is unset or relative.
+
+    holding: what earlier versions kept in ~/.cache whatever the variable said; where it is there, that is the folder.
+    Source: XDG Base Directory Specification 0.8, which says to ignore relative paths.
+    """
+    root, default = os.environ.get("XDG_CACHE_HOME", ""), Path(os.path.expanduser("~/.cache"), *names)
+    if not os.path.isabs(root) or (holding is not None and os.path.exists(str(default / holding))):
+        return default
+    return Path(root, *names)
+
+
+class UntrustedError(OSError):
+    """Somebody besides this user and root may change what lies at a path."""
+
+
+def trusted_folder(folder: PathLike, mode: Optional[int] = None, shared: bool = False) -> Path:
+    """Return the folder, without links in its path, if only this user and root may write there or replace its path.
+
+    mode: of the folders that are made where they are missing; None: they are not made. shared: a sticky folder such as
+    /tmp will do, where others may add files, but not touch those of this user.
+    Raises UntrustedError, and OSError where the folder is missing or out of reach.
+    """
+    path = _resolved(Path(os.path.abspath(str(folder))), mode, 0)
+    _check(path, os.lstat(str(path)), passing=shared)
+    return path
+
+
+def open_trusted(path: PathLike) -> IO[bytes]:
+    """Open a plain file in a trusted folder for reading. Raises UntrustedError and OSError; links are not followed."""
+    file = open_regular(path, getattr(os, "O_NOFOLLOW", 0))
+    try:
+        _check(path, os.fstat(file.fileno()))
+    except UntrustedError:
+        file.close()
+        raise
+    return file
+
+
+def _resolved(path: Path, mode: Optional[int], links: int) -> Path:
+    """Follow an absolute path from the root on. Nobody else can change the part that is checked already."""
+    if path == path.parent:
+        _check(path, os.lstat(str(path)), passing=True)
+        return path
+    parent = _resolved(path.parent, mode, links)
+    if path.name == "..":  # of a link
+        return parent.parent
+    path = parent / path.name
+    if mode is not None and not os.path.lexists(str(path)):
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            os.mkdir(str(path), mode)
+    found = os.lstat(str(path))
+    _check(path, found, passing=True)
+    if stat.S_ISLNK(found.st_mode):
+        if links == _MAX_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+        return _resolved(parent / os.readlink(str(path)), mode, links + 1)
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    return path
+
+
+def _check(path: PathLike, found: os.stat_result, passing: bool = False) -> None:
+    """Raise UntrustedError unless nobody else may write it. passing: it is only on the way to what is used."""
+    owners = {0, os.geteuid()}
+    if passing:
+        owners.add(os.lstat("/").st_uid)  # root under another number, in a container that maps users
+    if found.st_uid not in owners:
+        raise UntrustedError(errno.EPERM, "belongs to another user (uid {})".format(found.st_uid), str(path))
+    harmless = stat.S_ISLNK(found.st_mode) or (passing and found.st_mode & stat.S_ISVTX)
+    if found.st_mode & 0o022 and not harmless:
+        mode = stat.S_IMODE(found.st_mode)
+        raise UntrustedError(errno.EPERM, "may be written by others (mode {:o})".format(mode), str(path))
