@@ -175,6 +175,8 @@ class ShardIndex:
     def __init__(self, shard: str, header: bytes, file: Optional[str], body: bytes = b"") -> None:
         """header: as in the file. body: what follows it, where there is no file."""
         self.shard, self.file, self._header, self._body = shard, file, header, body
+        self.problem = ""
+        """Why there is no file, where one could not be written."""
         values = json.loads(header)
         self.size, self.mtime_ns = int(values["size"]), int(values["mtime_ns"])
         self.num_pairs, self.num_images = int(values["pairs"]), int(values["images"])
@@ -255,8 +257,9 @@ def open_index(shard: str, folder: Path) -> ShardIndex:
         with atomic_write(file, "wb") as output:
             output.write(header + body)
     except OSError as error:
-        logger.warning("cannot keep the index of %s in %s (%s): it stays in memory", shard, folder, error)
-        return ShardIndex(shard, header, None, body)
+        index = ShardIndex(shard, header, None, body)
+        index.problem = error.strerror or str(error)
+        return index
     return ShardIndex(shard, header, str(file))
 
 
