@@ -76,16 +76,13 @@ class CodeCache:
         workers: int = 0,
         progress: Optional[Callable[[int, str], Any]] = None,
     ) -> None:
-        """folder: where the caches of any number of data sets lie.
+        """folder: where the caches of any number of data sets lie; where it cannot be used, `encoded` goes on without.
 
         made_with: what codes depend on besides image and size, as plain values: the VQGAN's weights and configuration.
         encode: images uint8 (b, 3, S, S) -> codes (b, N), integers on the CPU; an image's codes must not depend on b.
         workers: processes that read images. progress(total, what): a context manager with update(steps, samples).
-        Raises UserError when `folder` cannot be one.
         """
         self.folder = Path(folder)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError("--cache-codes {}: this is no folder; give one, or auto or off".format(folder))
         self.made_with = dict(made_with, image_size=image_size, pixels=PIXEL_RULES, format=_FORMAT)
         self.dtype = record_type(num_codes, codes_per_image)
         self.encode, self.workers, self.progress = encode, workers, progress
@@ -158,7 +155,7 @@ class CodeCache:
             return self._visible(place, identities)
         with self._alone(place):
             self._together(place.prepare if self.team.rank == 0 else None)
-            self._wait_for(place.trusted)
+            self._wait_for(lambda: self._together(place.trusted))
             # Once more: another run may have encoded them while this one waited.
             pending = self._pending(self._together(place.read), pairs, rows[share], identities[share])
             total = self.team.total(len(pending))

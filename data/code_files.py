@@ -127,10 +127,10 @@ class Place:
         self.folder, self.manifest, self.dtype = folder, manifest, dtype
 
     def trusted(self) -> bool:
-        """Whether the manifest says that the records are what is wanted here."""
+        """Whether the manifest says that the records are what is wanted here. Raises OSError where that is unknown."""
         try:
             return bool(json.loads((self.folder / "manifest.json").read_text(encoding="utf-8")) == self.manifest)
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError):
             return False
 
     def read(self) -> Records:
@@ -171,7 +171,11 @@ class Place:
         return holder(self.folder / "lock")
 
     def _paths(self) -> List[Path]:
-        return sorted(self.folder.glob("*.codes"))
+        try:
+            names = os.listdir(str(self.folder))  # a glob finds nothing in a folder that it cannot read
+        except FileNotFoundError:
+            return []
+        return sorted(self.folder / name for name in names if name.endswith(".codes"))
 
     def _new_path(self) -> Path:
         return self.folder / "{}.codes".format(uuid.uuid4().hex[:16])

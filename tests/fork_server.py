@@ -115,7 +115,7 @@ def _kill_at(target, count, when, how=signal.SIGKILL):
     setattr(owner, name, counting)
 
 
-def _be_ordinary():
+def be_ordinary():
     """Give up root's right to write what nobody may write (capset(2): all capabilities)."""
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     ctypes.CDLL(None, use_errno=True).capset(header, (ctypes.c_uint32 * 6)())
@@ -133,7 +133,7 @@ def _run(request):
     sys.argv = [request["script"] + ".py", *request["argv"]]
     if request["largest_file"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"], resource.RLIM_INFINITY))
-    _be_ordinary()
+    be_ordinary()
     if request["kill"]:
         _kill_at(*request["kill"])
     from utils.errors import run_main

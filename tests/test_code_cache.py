@@ -1,5 +1,6 @@
 """The code cache: equal to encoding in every step, and never trusting what changed, broke off or was damaged."""
 
+import contextlib
 import copy
 import json
 import logging
@@ -7,18 +8,21 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import numpy
 import poptorch_stand_in
 import pytest
 import torch
+from fork_server import be_ordinary
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -30,7 +34,6 @@ from data.demo import DemoRecord
 from data.folder import list_pairs
 from models.vqgan import VQGAN, VqganConfig, image_codes
 from utils import checkpoints
-from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE, CODES = 8, 4
@@ -446,17 +449,103 @@ def test_a_full_disk_ends_the_cache_not_the_run(tmp_path, caplog):
     assert_same_items(dataset, photo_set(photos))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_cannot_be_written_ends_the_cache_not_the_run(photos, tmp_path, caplog):
-    (tmp_path / "closed").mkdir(mode=0o500)
-    assert isinstance(encoded(photos, tmp_path / "closed")[0], ImageTextFolder)
-    assert "Permission denied" in caplog.text
+def without_rights_of_root(function):
+    """Call it in a fork that may write only what its user may."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            be_ordinary()
+            function()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
 
 
-def test_a_file_for_a_folder_is_an_error(photos, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--cache-codes .*file: this is no folder"):
-        encoded(photos, tmp_path / "file")
+def give_away(path):
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    path.chmod(0o700)
+    os.chown(str(path), 65534, 65534)
+
+
+# What is wrong with the folder of all codes (codes), of a data set (place) or its files, and how to make it so.
+UNUSABLE = {
+    "above unreadable": lambda codes, place: codes.parent.chmod(0),
+    "unreadable": lambda codes, place: codes.chmod(0),
+    "of another user": lambda codes, place: give_away(codes),
+    "a file": lambda codes, place: (shutil.rmtree(codes), codes.write_text("")),
+    "below a file": lambda codes, place: (shutil.rmtree(codes.parent), codes.parent.write_text("")),
+    "a loop": lambda codes, place: (shutil.rmtree(codes), codes.symlink_to(codes)),
+    "empty and unwritable": lambda codes, place: (shutil.rmtree(place), codes.chmod(0o500)),
+    "place unreadable": lambda codes, place: place.chmod(0),
+    "place without a list": lambda codes, place: place.chmod(0o300),
+    "manifest unreadable": lambda codes, place: (place / "manifest.json").chmod(0),
+    "codes unreadable": lambda codes, place: next(place.glob("*.codes")).chmod(0),
+    "manifest of another user": lambda codes, place: give_away(place / "manifest.json"),
+    "lock a link": lambda codes, place: (next(place.glob("*.codes")).unlink(), relink(place / "lock", codes / "kept")),
+}
+
+
+def relink(path, target):
+    target.write_text("kept")
+    path.unlink()
+    path.symlink_to(target)
+
+
+@pytest.mark.parametrize("what", UNUSABLE)
+def test_a_cache_that_cannot_be_used_costs_one_warning(photos, tmp_path, caplog, what):
+    codes = tmp_path / "cache" / "codes"
+    encoded(photos, codes)
+    (place,) = codes.iterdir()
+    UNUSABLE[what](codes, place)
+    before = contents(tmp_path / "cache")
+    caplog.clear()
+
+    def check():
+        dataset, _ = encoded(photos, codes)
+        assert isinstance(dataset, ImageTextFolder)
+        [record] = [record for record in caplog.records if record.levelno >= logging.WARNING]
+        assert "cannot keep image codes in {} (".format(codes) in record.message, record.message
+
+    try:
+        without_rights_of_root(check)
+        assert contents(tmp_path / "cache") == before
+    finally:
+        for folder in (codes.parent, codes, place):
+            if folder.is_dir():
+                folder.chmod(0o700)
+
+
+def contents(folder):
+    """What every file below holds, as far as this user may see it."""
+    found = {}
+    for root, folders, files in os.walk(str(folder)):
+        for name in (*folders, *files):
+            found[os.path.join(root, name)] = None
+            with contextlib.suppress(OSError):
+                found[os.path.join(root, name)] = Path(root, name).read_bytes()
+    return found
+
+
+def test_a_complete_cache_need_not_be_writable(photos, tmp_path, caplog):
+    encoded(photos, tmp_path / "codes")
+    (place,) = (tmp_path / "codes").iterdir()
+    for path in (*place.iterdir(), place, tmp_path / "codes"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+
+    def check():
+        dataset, count = encoded(photos, tmp_path / "codes")
+        assert count == 0 and not [record for record in caplog.records if record.levelno >= logging.WARNING]
+        assert_same_items(dataset, photo_set(photos))
+
+    try:
+        without_rights_of_root(check)
+    finally:
+        place.chmod(0o755)
 
 
 # Training
