@@ -67,7 +67,7 @@ def test_a_kernel_is_compiled_once(fresh, monkeypatch):
     assert build.library("convolution") is not None
     [compiled] = fresh.glob("convolution-*.so")
     build.library.cache_clear()
-    monkeypatch.setattr(build, "_call", lambda command: pytest.fail("compiled again"))
+    monkeypatch.setattr(build, "_call", lambda *_: pytest.fail("compiled again"))
     assert build.library("convolution") is not None
     monkeypatch.undo()
     assert compiled.is_file()
@@ -102,13 +102,6 @@ def test_a_compiler_that_fails_only_costs_speed(fresh, monkeypatch, tmp_path, ca
         assert build.library("convolution") is None
     [record] = [record for record in caplog.records if "PyTorch computes the same" in record.message]
     assert record.levelno == logging.INFO and "\n" not in record.message
-
-
-@needs_compiler
-def test_a_folder_that_cannot_be_written_only_costs_speed(fresh, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    (tmp_path / "file").write_text("not a folder")
-    assert build.library("convolution") is None
 
 
 @needs_compiler

@@ -5,7 +5,9 @@ another system, or with `DALLE_KERNELS=off` in the environment, `library` return
 (dropout alone draws other numbers).
 
 A compiled file lies in `~/.cache/dalle/kernels` (or `$XDG_CACHE_HOME/dalle/kernels`) under a name that covers source,
-compiler and processor: another machine with the same home builds its own.
+compiler and processor: another machine with the same home builds its own. Its last 32 bytes are a checksum. What others
+could have written is not loaded, and what is damaged is compiled again. Where that folder will not do, compiled files
+are kept in `$XDG_RUNTIME_DIR/dalle/kernels` or in a folder of this user in the temporary folder.
 """
 
 import ctypes
@@ -19,10 +21,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import List, Optional
+from typing import IO, Iterator, List, Optional, Tuple
 
 import torch
 
+from utils.caches import UntrustedError, cache_folder, open_trusted, trusted_folder
 from utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -34,6 +37,8 @@ _FOLDER = Path(__file__).parent
 _FLAGS = ["-O3", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 _SECONDS = 120
 """A compiler takes about two; one that hangs must not hang us."""
+_MAX_BYTES = 1 << 26
+"""More than any compiled file has."""
 
 
 @functools.lru_cache(maxsize=None)
@@ -44,12 +49,12 @@ def library(name: str) -> Optional[ctypes.CDLL]:
     if not sys.platform.startswith("linux"):
         return None
     try:
-        return ctypes.CDLL(str(_built(name)))
+        return _built(name)
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         lines: List[str] = reason.strip().splitlines() or [str(error)]
         first = next((line for line in lines if "error" in line), lines[0])
-        logger.info("Kernels of our own are left out (%s); PyTorch computes the same, slower", first)
+        logger.info("Native kernels are disabled (%s); PyTorch computes the same, slower", first)
         return None
 
 
@@ -72,32 +77,40 @@ def _processor() -> str:
     return platform.machine() + "".join(found.values())
 
 
-def _cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(root, "dalle", "kernels")
-
-
-def _built(name: str) -> Path:
-    """The compiled file, made if it is not there."""
+def _built(name: str) -> ctypes.CDLL:
+    """Load the compiled file, made where there is none that is whole and trusted."""
     compiler = _compiler()
     version = subprocess.run([compiler, "--version"], stdout=subprocess.PIPE, check=True, timeout=_SECONDS).stdout
     digest = hashlib.sha256(version + " ".join(_FLAGS).encode() + _processor().encode())
     for source in (*sorted(_FOLDER.glob("*.h")), _FOLDER / (name + ".c")):
         digest.update(source.read_bytes())
-    path = _cache() / "{}-{}.so".format(name, digest.hexdigest()[:20])
-    if not path.is_file():
-        with tempfile.TemporaryDirectory() as folder:
-            half, whole = os.path.join(folder, "half.o"), os.path.join(folder, "whole.so")
-            _call([compiler, *_FLAGS, "-c", str(_FOLDER / (name + ".c")), "-o", half])
-            # Linked without OpenMP's library: its functions are found in the one that PyTorch has loaded, whose threads
-            # are then shared. Two such libraries would fight for the cores.
-            _call([compiler, "-shared", half, "-lm", "-o", whole])
-            with atomic_write(path, "wb") as file:
-                file.write(Path(whole).read_bytes())
-    return path
+    file_name = "{}-{}.so".format(name, digest.hexdigest()[:20])
+    return _stored(file_name) or _compiled(compiler, name, file_name)
 
 
-def _call(command: List[str]) -> None:
+def _compiled(compiler: str, name: str, file_name: str) -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory(dir=_workshop()) as folder:
+        half, whole = os.path.join(folder, "half.o"), os.path.join(folder, "whole.so")
+        _call([compiler, *_FLAGS, "-c", str(_FOLDER / (name + ".c")), "-o", half], folder)
+        # Linked without OpenMP's library: its functions are found in the one that PyTorch has loaded, whose threads
+        # are then shared. Two such libraries would fight for the cores.
+        _call([compiler, "-shared", half, "-lm", "-o", whole], folder)
+        with open(whole, "rb") as file:
+            content = file.read()
+            loaded = _load(file_name, content, file)  # first: what cannot be loaded is not worth keeping
+    _keep(file_name, content)
+    return loaded
+
+
+def _workshop() -> str:
+    """Return a folder to compile in, where nobody can swap files between compiler and linker."""
+    try:
+        return str(trusted_folder(tempfile.gettempdir(), shared=True))
+    except UntrustedError:
+        return str(trusted_folder(*next(_places())))
+
+
+def _call(command: List[str], folder: str) -> None:
     subprocess.run(
         command,
         stdout=subprocess.DEVNULL,
@@ -105,7 +118,88 @@ def _call(command: List[str]) -> None:
         check=True,
         timeout=_SECONDS,
         universal_newlines=True,
+        env=dict(os.environ, TMPDIR=folder),
     )
+
+
+# What is kept from run to run -----------------------------------------------------------------------------------------
+
+
+def _places() -> Iterator[Tuple[Path, int]]:
+    """Yield the folders where compiled files may be kept, the best first, and the mode that each is made with."""
+    yield cache_folder("dalle", "kernels"), 0o755
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if os.path.isabs(runtime):
+        yield Path(runtime, "dalle", "kernels"), 0o700
+    yield Path(tempfile.gettempdir(), "dalle-{}".format(os.geteuid()), "kernels"), 0o700
+
+
+def _stored(file_name: str) -> Optional[ctypes.CDLL]:
+    """Load a file that is kept, or return None. A folder that is missing or out of reach keeps nothing."""
+    for folder, _ in _places():
+        path = folder / file_name
+        try:
+            with open_trusted(trusted_folder(folder) / file_name) as file:
+                signed = file.read(_MAX_BYTES)
+                content = signed[: -hashlib.sha256().digest_size]
+                if signed == content + _checksum(file_name, content):
+                    return _load(file_name, content, file)
+                problem = "wrong checksum"
+        except UntrustedError as error:
+            why = "{} {}".format(error.filename, error.strerror)
+            _warn("native kernels refused: {}; private ones are used until only you may write there".format(why))
+            continue
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            continue
+        except OSError as error:
+            problem = str(error)
+        _warn("{} is damaged ({}): rebuilding".format(path, problem))
+    return None
+
+
+def _keep(file_name: str, content: bytes) -> None:
+    """Keep a compiled file for later runs, in the first place that takes it."""
+    problems = []
+    for folder, mode in _places():
+        try:
+            with atomic_write(trusted_folder(folder, mode) / file_name, "wb", permissions=0o644) as file:
+                file.write(content + _checksum(file_name, content))
+            return
+        except OSError as error:
+            problems.append("{}: {}".format(error.filename or folder, error.strerror or error))
+    _warn(
+        "native kernels are compiled again in each run, for they cannot be kept ({}); set XDG_CACHE_HOME to a folder "
+        "that only you may write".format("; ".join(problems))
+    )
+
+
+def _checksum(file_name: str, content: bytes) -> bytes:
+    return hashlib.sha256(file_name.encode("utf-8") + content).digest()
+
+
+def _load(file_name: str, content: bytes, file: IO[bytes]) -> ctypes.CDLL:
+    """Load a library from a copy in memory, which nobody can change or cut off any more.
+
+    Where there can be none, for want of memfd_create or under a limit on the size of files, load the open file itself.
+    """
+    try:
+        descriptor = os.memfd_create(file_name)
+        with open(descriptor, "wb", closefd=False) as copy:
+            copy.write(content)
+        return _load_descriptor(descriptor)
+    except (AttributeError, OSError):
+        return _load_descriptor(os.dup(file.fileno()))
+
+
+def _load_descriptor(descriptor: int) -> ctypes.CDLL:
+    # Never closed: the dynamic loader knows libraries by path, and would take the next one of this number for this one.
+    return ctypes.CDLL("/proc/self/fd/{}".format(descriptor))
+
+
+@functools.lru_cache(maxsize=None)
+def _warn(message: str) -> None:
+    """Log a warning, once in a process: several libraries meet the same folder."""
+    logger.warning("%s", message)
 
 
 def pointer(tensor: Optional[torch.Tensor]) -> ctypes.c_void_p:
