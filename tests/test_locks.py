@@ -70,6 +70,15 @@ def test_a_lock_lasts_until_it_is_closed_and_survives_no_fork(tmp_path):
     assert try_lock(tmp_path / "lock") is not None
 
 
+def test_what_a_link_in_place_of_a_lock_points_to_is_not_written(tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / ".lock").symlink_to("mine")
+    with pytest.raises(OSError):
+        try_lock(tmp_path / ".lock")
+    with only_writer(("--a", tmp_path)):
+        assert (tmp_path / "mine").read_text() == "precious"
+
+
 def test_a_folder_given_twice_is_locked_once(tmp_path):
     with only_writer(("--a", tmp_path), ("--b", tmp_path)):
         with pytest.raises(UserError, match="--c .*: process {} on .* already writing there".format(os.getpid())):

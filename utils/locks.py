@@ -59,10 +59,12 @@ if hasattr(os, "register_at_fork"):
 def try_lock(path: PathLike) -> Optional[Lock]:
     """Lock a folder that exists, or a file, made where it is missing; None if another process holds the lock.
 
-    A file then says who holds it. On file systems without locks, says so and goes on. Raises OSError.
+    A file then says who holds it; what a link points to is not written. On file systems without locks, says so and goes
+    on. Raises OSError.
     """
     is_folder = os.path.isdir(path)
-    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR | os.O_CREAT, 0o666)
+    new_file = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    descriptor = os.open(path, os.O_RDONLY if is_folder else new_file, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
