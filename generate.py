@@ -26,7 +26,7 @@ from args import Parser
 from dalle.completion import completion_codes, first_drawn, open_picture, parse_box, transparent_mask
 from dalle.drawing import Batch, Share, complete_caption, draw_images, given_codes, prime_rows
 from dalle.loading import Loaded, load
-from dalle.outputs import PromptFolder
+from dalle.outputs import PromptFolder, check_folders
 from dalle.pictures import FORMATS, to_pil
 from dalle.reranking import Best, Candidate, ClipRanker
 from data.images import BROKEN_IMAGE_ERRORS, load_image
@@ -179,6 +179,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     log.setup()
     prompts = read_prompts(options)
     make_folder(options.outputs_dir)
+    check_folders(Path(options.outputs_dir), prompts)
     loaded = load(
         options.dalle_path,
         options.bpe_path,

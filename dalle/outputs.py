@@ -1,4 +1,4 @@
-"""Where the images of a prompt go: a folder that no prompt can place outside the outputs folder, and its files.
+"""Where the images of a prompt go: a folder that no prompt and no link can place outside the outputs folder.
 
     <outputs folder>/<prompt with _ for blanks, 100 characters at most>/
         0.jpg, 1.jpg, ..., caption.txt, grid.png, generation.json
@@ -12,10 +12,11 @@ import hashlib
 import json
 import logging
 import math
+import os
 import re
 import unicodedata
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Set
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Set
 
 from torch import Tensor
 
@@ -174,11 +175,25 @@ def _writable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def check_folders(outputs_dir: Path, prompts: Iterable[str]) -> None:
+    """Raise UserError where the folder of one of these prompts cannot be had, before hours of sampling."""
+    taken: Set[str] = set()
+    for prompt in prompts:
+        taken.add(_folded(_free_name(outputs_dir, prompt, taken)))
+
+
 def _free_name(outputs_dir: Path, prompt: str, taken: Set[str]) -> str:
     """The prompt's folder name, with a digest when another prompt of this run or of an earlier one has it."""
     name = folder_name(prompt)
     for candidate in (name, with_digest(name, prompt), with_digest(name, prompt, 64)):
-        if _folded(candidate) not in taken and _owner(outputs_dir / candidate) in (None, prompt):
+        if _folded(candidate) in taken:
+            continue
+        if os.path.islink(str(outputs_dir / candidate)):
+            raise UserError(
+                "--outputs_dir: {} is a symbolic link, and what it points to is never replaced; remove it or choose "
+                "another --outputs_dir".format(outputs_dir / candidate)
+            )
+        if _owner(outputs_dir / candidate) in (None, prompt):
             return candidate
     raise UserError(
         "--outputs_dir {}: the folder {} belongs to another prompt; delete it or choose another --outputs_dir".format(

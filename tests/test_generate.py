@@ -739,6 +739,31 @@ def test_user_errors(files, tmp_path):
         fails("--device cuda", "--device", "cuda")
 
 
+@pytest.mark.parametrize("target", ["../elsewhere", "another", "nowhere", "a_cat"])
+def test_a_link_in_place_of_a_prompts_folder_is_refused_before_anything_is_drawn(run, tmp_path, target):
+    for folder in (tmp_path / "elsewhere", tmp_path / "out" / "another"):
+        folder.mkdir(parents=True)
+        (folder / "0.jpg").write_text("precious")
+        (folder / "generation.json").write_text(json.dumps({"prompt": "a cat", "images": [{"file": "0.jpg"}]}))
+    (tmp_path / "out" / "a_cat").symlink_to(target)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="--outputs_dir: .*/out/a_cat is a symbolic link"):
+        run("a dog|a cat", "--num_images", "1")
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "elsewhere" / "0.jpg").read_text() == "precious"
+
+
+def test_a_link_in_place_of_a_file_is_replaced_and_the_outputs_folder_may_be_one(run, tmp_path):
+    names = ("0.jpg", "grid.png", "caption.txt", "generation.json")
+    (tmp_path / "elsewhere" / "a_cat").mkdir(parents=True)
+    (tmp_path / "out").symlink_to("elsewhere")
+    for name in names:
+        (tmp_path / name).write_text("precious")
+        (tmp_path / "out" / "a_cat" / name).symlink_to(tmp_path / name)
+    run("a cat", "--num_images", "1")
+    assert [(tmp_path / name).read_text() for name in names] == ["precious"] * 4
+    assert not [name for name in names if (tmp_path / "elsewhere" / "a_cat" / name).is_symlink()]
+
+
 def test_too_large_a_batch_is_one_line(run, monkeypatch):
     def full(*_, **__):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
