@@ -22,20 +22,22 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type
 from utils.checkpoint_shapes import shown
 from utils.errors import UsageError, UserError, nearest
 from utils.flags import Parser
+from utils.resume import APPLIES, CONTENT, FIXED, FREE
 from utils.yaml_files import parse_yaml
 
 DEFAULT_CONFIG_FILE = Path(__file__).resolve().parent / "configs.yaml"
 BUILT_IN_SET = "demo"  # the one value of --input-folder that is a name, not a folder
 
 
-def option(default: Any, help: str, **limits: Any) -> Any:
+def option(default: Any, help: str, *, resume: str, **limits: Any) -> Any:
     """Declare an option.
 
+    resume: what --resume does with a new value, see utils/resume.py: APPLIES, FIXED, CONTENT or FREE.
     limits: ge, gt, le, lt (bounds of numbers); choices (allowed words); bare (the word that the flag alone stands for);
     path (True: the value is a path; "find": it is something that exists, looked for in the working directory and then
     beside the configuration file).
     """
-    return field(default=default, metadata=dict(limits, help=help))
+    return field(default=default, metadata=dict(limits, help=help, resume=resume))
 
 
 class Section:
@@ -52,29 +54,31 @@ class ExecutionConfig(Section):
     """Where, how much and for how long to train."""
 
     device: str = option("auto", "where to train; auto: ipu if PopTorch finds IPUs, else cuda if there is one, else "
-                                 "cpu", choices=("auto", "cpu", "cuda", "ipu"))
-    batch_size: int = option(1, "micro-batch: samples in one forward pass of one replica", ge=1)
-    gradient_accumulation: int = option(1, "micro-batches added up for one optimizer step", ge=1)
+                                 "cpu", choices=("auto", "cpu", "cuda", "ipu"), resume=APPLIES)
+    batch_size: int = option(1, "micro-batch: samples in one forward pass of one replica", ge=1, resume=APPLIES)
+    gradient_accumulation: int = option(1, "micro-batches added up for one optimizer step", ge=1, resume=APPLIES)
     replication_factor: int = option(1, "replicas of the model; the native engine reaches the same global batch with "
-                                        "the processes torchrun gives it", ge=1)
-    device_iterations: int = option(1, "optimizer steps for one call of the device", ge=1)
-    epochs: int = option(1, "passes over the training data", ge=1)
-    max_steps: int = option(0, "stop after so many optimizer steps in all; 0: no limit", ge=0)
-    max_minutes: float = option(0.0, "stop after so many minutes of training; 0: no limit", ge=0)
+                                        "the processes torchrun gives it", ge=1, resume=APPLIES)
+    device_iterations: int = option(1, "optimizer steps for one call of the device", ge=1, resume=APPLIES)
+    epochs: int = option(1, "passes over the training data", ge=1, resume=APPLIES)
+    max_steps: int = option(0, "stop after so many optimizer steps in all; 0: no limit", ge=0, resume=APPLIES)
+    max_minutes: float = option(0.0, "stop after so many minutes of training; 0: no limit", ge=0, resume=APPLIES)
     precision: str = option("auto", "arithmetic of the transformer; auto: as --fp16 says (fp16 on cuda or ipu, fp32 on "
-                                    "cpu), any other value wins over --fp16", choices=("auto", "fp32", "bf16", "fp16"))
+                                    "cpu), any other value wins over --fp16", choices=("auto", "fp32", "bf16", "fp16"),
+                            resume=APPLIES)
     matmul_precision: Optional[str] = option(None, "how exactly float32 matrix products take their factors, as "
                                                    "torch.set_float32_matmul_precision says: highest (float32), high "
                                                    "(TF32 on a GPU, 16 bits on a CPU with AMX), medium (bfloat16); "
                                                    "none: high on a GPU, highest on a CPU",
-                                             choices=("highest", "high", "medium"))
-    fp16: bool = option(False, "train in half precision where the device can")
-    compile: bool = option(False, "compile the training step with torch.compile")
-    activation_checkpointing: bool = option(False, "compute activations again in the backward pass to save memory")
+                                             choices=("highest", "high", "medium"), resume=APPLIES)
+    fp16: bool = option(False, "train in half precision where the device can", resume=APPLIES)
+    compile: bool = option(False, "compile the training step with torch.compile", resume=APPLIES)
+    activation_checkpointing: bool = option(False, "compute activations again in the backward pass to save memory",
+                                            resume=APPLIES)
     shard: bool = option(False, "share weights, gradients and optimizer state out over the processes of torchrun "
-                                "(FSDP2), for models larger than one GPU; PyTorch 2.7 or newer")
-    random_seed: int = option(42, "seed of weights, data order, captions and dropout", ge=0, le=2**32 - 1)
-    threads: int = option(0, "CPU threads; 0: as PyTorch chooses", ge=0)
+                                "(FSDP2), for models larger than one GPU; PyTorch 2.7 or newer", resume=APPLIES)
+    random_seed: int = option(42, "seed of weights, data order, captions and dropout", ge=0, le=2**32 - 1, resume=FIXED)
+    threads: int = option(0, "CPU threads; 0: as PyTorch chooses", ge=0, resume=APPLIES)
 
     @property
     def global_batch(self) -> int:
@@ -98,25 +102,29 @@ class ExecutionConfig(Section):
 class IpuConfig(Section):
     """Placement, memory and transfers on IPUs; other devices ignore them."""
 
-    ipus_per_replica: int = option(1, "IPUs that one replica is spread over", ge=1)
+    ipus_per_replica: int = option(1, "IPUs that one replica is spread over", ge=1, resume=APPLIES)
     layers_per_ipu: Tuple[int, ...] = option((16,), "transformer layers on each IPU; they add up to "
-                                                     "--num-hidden-layers", ge=0)
-    cls_ipu_id: Optional[int] = option(None, "IPU of the head; none: the last", ge=0)
-    embedding_ipu_id: int = option(0, "IPU of the embeddings; the VQGAN is on IPU 0", ge=0)
-    embedding_serialization_factor: int = option(1, "compute embedding and head in so many parts to save memory", ge=1)
+                                                     "--num-hidden-layers", ge=0, resume=APPLIES)
+    cls_ipu_id: Optional[int] = option(None, "IPU of the head; none: the last", ge=0, resume=APPLIES)
+    embedding_ipu_id: int = option(0, "IPU of the embeddings; the VQGAN is on IPU 0", ge=0, resume=APPLIES)
+    embedding_serialization_factor: int = option(1, "compute embedding and head in so many parts to save memory", ge=1,
+                                                 resume=APPLIES)
     matmul_proportion: Tuple[float, ...] = option((0.6,), "share of memory for matrix products: one, or one for each "
-                                                          "IPU", gt=0, le=1)
-    stochastic_rounding: bool = option(False, "round half-precision results stochastically")
-    enable_half_partials: bool = option(False, "half-precision partial sums in matrix products and convolutions")
-    enable_rts: bool = option(False, "shard the optimizer state over the replicas")
-    optimizer_state_offchip: bool = option(False, "keep the optimizer state in the host's memory")
-    async_dataloader: bool = option(True, "load the next batch while the device works")
-    byteio: bool = option(False, "send images as bytes and scale them on the device")
-    compile_only: bool = option(False, "compile for an offline device and stop")
-    executable_cache_dir: Optional[str] = option(None, "folder where compiled programs are kept", path=True)
-    profile_dir: Optional[str] = option(None, "folder for profiles of the device", path=True)
+                                                          "IPU", gt=0, le=1, resume=APPLIES)
+    stochastic_rounding: bool = option(False, "round half-precision results stochastically", resume=APPLIES)
+    enable_half_partials: bool = option(False, "half-precision partial sums in matrix products and convolutions",
+                                        resume=APPLIES)
+    enable_rts: bool = option(False, "shard the optimizer state over the replicas", resume=APPLIES)
+    optimizer_state_offchip: bool = option(False, "keep the optimizer state in the host's memory", resume=APPLIES)
+    async_dataloader: bool = option(True, "load the next batch while the device works", resume=FREE)
+    byteio: bool = option(False, "send images as bytes and scale them on the device", resume=APPLIES)
+    compile_only: bool = option(False, "compile for an offline device and stop", resume=FREE)
+    executable_cache_dir: Optional[str] = option(None, "folder where compiled programs are kept", path=True,
+                                                 resume=FREE)
+    profile_dir: Optional[str] = option(None, "folder for profiles of the device", path=True, resume=FREE)
     plan: Optional[str] = option(None, "show what would lie on each IPU and stop, without IPU, SDK or data; auto: "
-                                       "propose --layers-per-ipu too", choices=("show", "auto"), bare="show")
+                                       "propose --layers-per-ipu too", choices=("show", "auto"), bare="show",
+                                 resume=FREE)
 
 
 @dataclass(frozen=True)
@@ -125,24 +133,25 @@ class OptimizerConfig(Section):
 
     optimizer: str = option("Adam", "optimizer; Muon: for the blocks' matrices, with AdamW for the rest; Adafactor: "
                                     "keeps next to no state, its steps are relative to the size of the weights",
-                           choices=("Adam", "AdamW", "Muon", "Adafactor"))
-    learning_rate: float = option(3.0e-4, "peak learning rate", gt=0)
+                           choices=("Adam", "AdamW", "Muon", "Adafactor"), resume=FIXED)
+    learning_rate: float = option(3.0e-4, "peak learning rate", gt=0, resume=APPLIES)
     lr_scheduler: str = option("constant", "schedule; constant and multi_step warm up over the first fifth of the "
                                            "epochs, cosine over --warmup-steps",
-                               choices=("ReduceLROnPlateau", "multi_step", "constant", "cosine"))
-    warmup_steps: int = option(0, "optimizer steps of linear warm-up before the cosine; 0: none", ge=0)
-    lr_floor: float = option(0.01, "what the cosine ends at, as a share of --learning-rate", ge=0, le=1)
-    weight_decay: float = option(0.0, "weight decay; not applied to one-dimensional parameters", ge=0)
-    beta1: float = option(0.9, "decay of Adam's first moment", ge=0, lt=1)
-    beta2: float = option(0.999, "decay of Adam's second moment", ge=0, lt=1)
-    eps: float = option(1.0e-6, "term that keeps Adam's division finite", gt=0)
-    clip_grad_norm: float = option(0.0, "largest norm of the gradient; 0: no clipping", ge=0)
+                               choices=("ReduceLROnPlateau", "multi_step", "constant", "cosine"), resume=APPLIES)
+    warmup_steps: int = option(0, "optimizer steps of linear warm-up before the cosine; 0: none", ge=0, resume=APPLIES)
+    lr_floor: float = option(0.01, "what the cosine ends at, as a share of --learning-rate", ge=0, le=1, resume=APPLIES)
+    weight_decay: float = option(0.0, "weight decay; not applied to one-dimensional parameters", ge=0, resume=APPLIES)
+    beta1: float = option(0.9, "decay of Adam's first moment", ge=0, lt=1, resume=APPLIES)
+    beta2: float = option(0.999, "decay of Adam's second moment", ge=0, lt=1, resume=APPLIES)
+    eps: float = option(1.0e-6, "term that keeps Adam's division finite", gt=0, resume=APPLIES)
+    clip_grad_norm: float = option(0.0, "largest norm of the gradient; 0: no clipping", ge=0, resume=APPLIES)
     max_bad_steps: int = option(20, "stop after so many steps in a row whose loss or gradient is not finite; single "
-                                    "ones are left out; 0: never", ge=0)
-    loss_scaling: float = option(16384.0, "(first) factor on the loss in half precision; a power of two", gt=0)
-    enable_als: bool = option(False, "automatic loss scaling on IPUs (always on for fp16 on cuda)")
-    enable_half_first_order_momentum: bool = option(False, "half-precision first moment on IPUs")
-    ema_decay: float = option(0.0, "decay of the moving average of the weights; 0: none", ge=0, lt=1)
+                                    "ones are left out; 0: never", ge=0, resume=APPLIES)
+    loss_scaling: float = option(16384.0, "(first) factor on the loss in half precision; a power of two", gt=0,
+                                 resume=APPLIES)
+    enable_als: bool = option(False, "automatic loss scaling on IPUs (always on for fp16 on cuda)", resume=APPLIES)
+    enable_half_first_order_momentum: bool = option(False, "half-precision first moment on IPUs", resume=FIXED)
+    ema_decay: float = option(0.0, "decay of the moving average of the weights; 0: none", ge=0, lt=1, resume=APPLIES)
 
 
 @dataclass(frozen=True)
@@ -153,31 +162,36 @@ class ModelConfig(Section):
                                              "<bos>, no pads of their own, no LayerScale), by default over the "
                                              "published f16-16384 VQGAN; image-gpt: the same with a class for a text "
                                              "(--text-seq-len 1, --bpe-path: a list of classes)",
-                               choices=("mini-dalle", "mindalle", "image-gpt"))
-    hidden_size: int = option(512, "width of the transformer", ge=1)
-    num_hidden_layers: int = option(16, "transformer layers", ge=1)
-    num_attention_heads: int = option(16, "attention heads", ge=1)
-    dim_head: int = option(64, "width of one head", ge=1)
-    text_seq_len: int = option(80, "text tokens of a caption", ge=1)
-    image_size: int = option(256, "height and width of the images in pixels", ge=8)
+                               choices=("mini-dalle", "mindalle", "image-gpt"), resume=FIXED)
+    hidden_size: int = option(512, "width of the transformer", ge=1, resume=FIXED)
+    num_hidden_layers: int = option(16, "transformer layers", ge=1, resume=FIXED)
+    num_attention_heads: int = option(16, "attention heads", ge=1, resume=FIXED)
+    dim_head: int = option(64, "width of one head", ge=1, resume=FIXED)
+    text_seq_len: int = option(80, "text tokens of a caption", ge=1, resume=FIXED)
+    image_size: int = option(256, "height and width of the images in pixels", ge=8, resume=FIXED)
     attn_types: Tuple[str, ...] = option(("full",), "attention pattern of each layer; a shorter list is repeated",
-                                         choices=("full", "axial_row", "axial_col", "conv_like", "conv_causal"))
+                                         choices=("full", "axial_row", "axial_col", "conv_like", "conv_causal"),
+                                         resume=FIXED)
     attention_impl: str = option("auto", "how attention is computed; auto: what is fastest on the device",
-                                 choices=("auto", "sdpa", "local", "explicit"))
-    ff_dropout: float = option(0.0, "dropout in the feed-forward layers", ge=0, lt=1)
-    attn_dropout: float = option(0.0, "dropout of the attention output", ge=0, lt=1)
-    sandwich_norm: bool = option(False, "a second LayerNorm after each sub-layer")
-    layer_scale: bool = option(True, "a learned factor for each channel of each residual branch (mini-dalle only)")
-    init_std: float = option(0.0, "standard deviation of the first weights; 0: PyTorch's own initialisation", ge=0)
-    loss_img_weight: float = option(7.0, "weight of the image loss beside the text loss", ge=0)
+                                 choices=("auto", "sdpa", "local", "explicit"), resume=APPLIES)
+    ff_dropout: float = option(0.0, "dropout in the feed-forward layers", ge=0, lt=1, resume=APPLIES)
+    attn_dropout: float = option(0.0, "dropout of the attention output", ge=0, lt=1, resume=APPLIES)
+    sandwich_norm: bool = option(False, "a second LayerNorm after each sub-layer", resume=FIXED)
+    layer_scale: bool = option(True, "a learned factor for each channel of each residual branch (mini-dalle only)",
+                               resume=FIXED)
+    init_std: float = option(0.0, "standard deviation of the first weights; 0: PyTorch's own initialisation", ge=0,
+                             resume=FIXED)
+    loss_img_weight: float = option(7.0, "weight of the image loss beside the text loss", ge=0, resume=APPLIES)
     code_noise: float = option(0.0, "share of the codes that the model reads as random others while training",
-                               ge=0, lt=1)
+                               ge=0, lt=1, resume=APPLIES)
     null_cond_prob: float = option(0.0, "share of captions left out in training, for guidance when generating",
-                                   ge=0, le=1)
+                                   ge=0, le=1, resume=APPLIES)
     vqgan_model_path: Optional[str] = option(None, "weights of the VQGAN (.ckpt or .safetensors); none: the published "
-                                                   "f16-1024 model (see --architecture) is downloaded", path="find")
-    vqgan_config_path: Optional[str] = option(None, "YAML file of the VQGAN", path="find")
-    vae_path: Optional[str] = option(None, "refused: discrete VAEs are not read, see --vqgan-model-path", path="find")
+                                                   "f16-1024 model (see --architecture) is downloaded", path="find",
+                                             resume=CONTENT)
+    vqgan_config_path: Optional[str] = option(None, "YAML file of the VQGAN", path="find", resume=CONTENT)
+    vae_path: Optional[str] = option(None, "refused: discrete VAEs are not read, see --vqgan-model-path", path="find",
+                                     resume=FIXED)
 
 
 @dataclass(frozen=True)
@@ -185,23 +199,28 @@ class DataConfig(Section):
     """Images, captions and vocabulary."""
 
     input_folder: Optional[str] = option(None, "folder of images and captions, webdataset shards such as "
-                                               "'DIR/{00000..00099}.tar', or 'demo' for the built-in set", path="find")
-    validation_folder: Optional[str] = option(None, "folder or shards of pairs for the validation loss", path="find")
+                                               "'DIR/{00000..00099}.tar', or 'demo' for the built-in set", path="find",
+                                         resume=APPLIES)
+    validation_folder: Optional[str] = option(None, "folder or shards of pairs for the validation loss", path="find",
+                                              resume=APPLIES)
     validation_fraction: float = option(0.01, "without --validation-folder: share of the pairs held out for "
-                                              "validation; 0: none", ge=0, le=0.5)
+                                              "validation; 0: none", ge=0, le=0.5, resume=FIXED)
     bpe_path: Optional[str] = option(None, "YouTokenToMe vocabulary, or list of classes; none: the CLIP vocabulary",
-                                     path="find")
-    truncate_captions: bool = option(False, "cut captions that are longer than --text-seq-len instead of stopping")
-    generated_data: bool = option(False, "train on random data made on the host")
-    synthetic_data: bool = option(False, "train on random data made on the device (IPU; elsewhere as --generated-data)")
+                                     path="find", resume=CONTENT)
+    truncate_captions: bool = option(False, "cut captions that are longer than --text-seq-len instead of stopping",
+                                     resume=APPLIES)
+    generated_data: bool = option(False, "train on random data made on the host", resume=APPLIES)
+    synthetic_data: bool = option(False, "train on random data made on the device (IPU; elsewhere as --generated-data)",
+                                  resume=APPLIES)
     max_bad_fraction: float = option(0.01, "share of the pairs that may be left out (damaged images, captions that are "
-                                           "no text); what is, skipped.jsonl in the log folder lists", ge=0, le=1)
-    dataloader_workers: int = option(0, "processes that read data", ge=0)
+                                           "no text); what is, skipped.jsonl in the log folder lists", ge=0, le=1,
+                                     resume=APPLIES)
+    dataloader_workers: int = option(0, "processes that read data", ge=0, resume=FREE)
     cache_codes: str = option("auto", "folder where the codes of images are kept, each encoded once; auto: "
                                       "~/.cache/dalle/codes, except for generated data; off: images are encoded in "
-                                      "every step", path=True)
+                                      "every step", path=True, resume=FREE)
     augment: str = option("none", "flip: mirror every other training image, other ones in each epoch",
-                          choices=("none", "flip"))
+                          choices=("none", "flip"), resume=APPLIES)
 
     @property
     def keeps_codes(self) -> bool:
@@ -218,15 +237,16 @@ class CheckpointsConfig(Section):
     """What is saved, and what training starts from."""
 
     checkpoint_output_dir: str = option("./output/ckpt", "folder of the checkpoints; '': none are saved", path=True,
-                                        empty=True)
+                                        empty=True, resume=FREE)
     checkpoint_save_steps: int = option(1000, "optimizer steps from one checkpoint to the next; 0: only at the end of "
-                                              "each epoch", ge=0)
-    keep_checkpoints: int = option(0, "keep the newest so many; 0: all", ge=0)
+                                              "each epoch", ge=0, resume=FREE)
+    keep_checkpoints: int = option(0, "keep the newest so many; 0: all", ge=0, resume=FREE)
     pretrained_checkpoint: Optional[str] = option(None, "checkpoint whose weights training starts from; or a folder in "
                                                         "minDALL-E's layout or minDALL-E/1.3B, which bring vocabulary "
-                                                        "and VQGAN along", path="find")
-    resume: bool = option(False, "go on from the newest checkpoint in --checkpoint-output-dir")
-    export_mindalle: Optional[str] = option(None, "new folder for the trained model in minDALL-E's layout", path=True)
+                                                        "and VQGAN along", path="find", resume=FREE)
+    resume: bool = option(False, "go on from the newest checkpoint in --checkpoint-output-dir", resume=FREE)
+    export_mindalle: Optional[str] = option(None, "new folder for the trained model in minDALL-E's layout", path=True,
+                                            resume=FREE)
 
 
 @dataclass(frozen=True)
@@ -234,12 +254,12 @@ class MiscConfig(Section):
     """Logs and metrics."""
 
     log_dir: Optional[str] = option(None, "folder of log file, metrics and loss.png; none: the one that holds "
-                                          "--checkpoint-output-dir", path=True)
-    log_every: int = option(10, "optimizer steps from one logged line to the next", ge=1)
-    tensorboard: bool = option(False, "write metrics for TensorBoard")
-    wandb: bool = option(False, "send metrics to Weights & Biases (WANDB_MODE=offline needs no account)")
-    wandb_project_name: str = option("miniDALL-E", "Weights & Biases project")
-    wandb_run_name: Optional[str] = option(None, "Weights & Biases run; none: it chooses one")
+                                          "--checkpoint-output-dir", path=True, resume=FREE)
+    log_every: int = option(10, "optimizer steps from one logged line to the next", ge=1, resume=APPLIES)
+    tensorboard: bool = option(False, "write metrics for TensorBoard", resume=FREE)
+    wandb: bool = option(False, "send metrics to Weights & Biases (WANDB_MODE=offline needs no account)", resume=FREE)
+    wandb_project_name: str = option("miniDALL-E", "Weights & Biases project", resume=FREE)
+    wandb_run_name: Optional[str] = option(None, "Weights & Biases run; none: it chooses one", resume=FREE)
 
 
 @dataclass(frozen=True)
@@ -320,6 +340,11 @@ SECTIONS: Dict[str, Type[Section]] = {
 def option_names() -> List[str]:
     """Every option's name, as YAML spells it."""
     return [spec.name for section in SECTIONS.values() for spec in _options(section)]
+
+
+def resume_rules() -> Dict[str, str]:
+    """What --resume does with a new value of each option: {name: APPLIES, FIXED, CONTENT or FREE}."""
+    return {spec.name: spec.metadata["resume"] for section in SECTIONS.values() for spec in _options(section)}
 
 
 def flag_name(name: str) -> str:
@@ -416,6 +441,8 @@ def _help(spec: Any) -> str:
     limits += _bounds(spec)
     if _is_tuple(spec.type) and "choices" in spec.metadata:
         limits.append("of: " + ", ".join(spec.metadata["choices"]))
+    if spec.metadata["resume"] in (FIXED, CONTENT):
+        limits.append("stays as it is with --resume")
     return "{} ({})".format(spec.metadata["help"], "; ".join(limits))
 
 
