@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 import log
-from args import Parser
+from args import Parser, flag_name
 from dalle.pictures import save_picture, to_pil
 from data import DEMO
 from data.uncaptioned import Batches, ImageSource, open_images
@@ -32,6 +32,7 @@ from models.vqgan import PUBLISHED, VQGAN, VqganConfig, check_size, load_vqgan
 from models.vqgan_config import DEMO_CONFIGS
 from models.vqgan_metrics import Reconstructions, code_use, psnr, reconstruct, retrieval
 from models.vqgan_training import Trainer, TrainingOptions
+from utils import resume
 from utils.bad_steps import BadSteps
 from utils.checkpoints import save_checkpoint, verify
 from utils.errors import UsageError, UserError, nearest, run_main
@@ -39,6 +40,7 @@ from utils.files import atomic_write
 from utils.flags import number, parse_flags, path, whole
 from utils.interrupts import Interruption
 from utils.locks import only_writer
+from utils.resume import APPLIES, CONTENT, FIXED, FREE
 from utils.skipped import start_report
 
 logger = logging.getLogger(__name__)
@@ -49,8 +51,18 @@ PICTURES, TRAIN_PICTURES = "reconstructions.png", "reconstructions_train.png"
 SKIPPED = "skipped.jsonl"
 EVALUATED = 256
 """Held-out images at most that evaluations look at; on the demo set the last one looks at all."""
-KEPT_OPTIONS = ("batch_size", "random_seed", "codebook_update", "validation_images")
-"""Options that a resumed run must have as it began: they decide which images it sees, and what its state means."""
+AT_RESUME = {
+    FIXED: ("batch_size", "random_seed", "codebook_update", "validation_images"),
+    CONTENT: ("config", "vqgan_model_path", "vqgan_config_path"),
+    APPLIES: (
+        *("input_folder", "max_bad_fraction", "save_half", "steps", "minutes", "learning_rate", "weight_decay"),
+        *("clip_grad_norm", "max_bad_steps", "ema_decay", "continuous_start", "revive_every", "device", "l1_weight"),
+        *("l2_weight", "codebook_weight", "perceptual_weights", "perceptual_weight", "discriminator_start"),
+        *("discriminator_weight",),
+    ),
+    FREE: ("output", "dataloader_workers", "resume", "log_every", "evaluate_every", "save_every"),
+}
+"""What --resume does with a new value of each option, see utils/resume.py."""
 
 
 # ---- command line
@@ -245,10 +257,10 @@ def move_aside(folder: Path) -> None:
     logger.info("the files of an earlier run are now in %s (--resume would have gone on with it)", earlier)
 
 
-def read_state(args: argparse.Namespace, config: VqganConfig) -> Optional[Dict[str, Any]]:
+def read_state(args: argparse.Namespace, model: VQGAN) -> Optional[Dict[str, Any]]:
     """Read what `Run.save` wrote, tensors and plain values alone; None without --resume or where there is nothing yet.
 
-    Raises UserError when the file is damaged, or of a run with other options.
+    model: as `args` describe it. Raises UserError when the file is damaged, or of a run that these options do not fit.
     """
     file = Path(args.output) / STATE
     if not args.resume:
@@ -259,18 +271,21 @@ def read_state(args: argparse.Namespace, config: VqganConfig) -> Optional[Dict[s
     verify(file)
     try:
         state: Dict[str, Any] = torch.load(str(file), map_location="cpu", weights_only=True)
-        differences = [
-            "--{} {}, not {}".format(name.replace("_", "-"), state["options"][name], getattr(args, name))
-            for name in KEPT_OPTIONS
-            if state["options"][name] != getattr(args, name)
-        ]
-        same_config = state["config"] == config.to_dict()
+        found = resume.changes(dict(state["options"]), vars(args))
+        same_config = state["config"] == model.config.to_dict()
+        same_start = not args.vqgan_model_path or state.get("start", model.identity) == model.identity
+        # Once there is a codebook, nothing is left of the part of the run without one.
+        fixed = [*AT_RESUME[FIXED], *(["continuous_start"] if state["trainer"]["codebook_ready"] else [])]
     except Exception as error:  # whatever a file that is no state of ours makes the restricted unpickler raise
         raise UserError("--resume: {} is no state of train_vqgan.py ({})".format(file, type(error).__name__)) from error
-    if differences:
-        raise UsageError("--resume: {} was written with {}".format(file, differences[0]))
+    resume.refuse(found, fixed, flag_name, file, "start a new run in another --output")
     if not same_config:
         raise UsageError("--resume: {} was written with another --config".format(file))
+    if not same_start:
+        raise UsageError("--resume: {} began with other weights than --vqgan_model_path names now".format(file))
+    found = {name: values for name, values in found.items() if name in AT_RESUME[APPLIES]}
+    if found:
+        logger.info("given anew: %s", resume.listed(found, flag_name))
     return state
 
 
@@ -320,8 +335,9 @@ class Run:
         """Write the state that `read_state` reads, in place of an older one. Raises UserError."""
         require_finite(self.trainer.model, "step {}".format(self.trainer.step_number))
         state = {
-            "options": {name: getattr(self.args, name) for name in KEPT_OPTIONS},
+            "options": vars(self.args),
             "config": self.trainer.model.config.to_dict(),
+            "start": self.trainer.model.identity,
             "num_images": len(self.batches.source),
             "drawn": self.batches.drawn,
             "seconds": self.seconds,
@@ -438,7 +454,7 @@ def train(args: argparse.Namespace, interruption: Optional[Interruption] = None)
         len(held_out),
         device,
     )
-    state = read_state(args, config)
+    state = read_state(args, trainer.model)
     if state is None:
         move_aside(folder)
     run = Run(args, trainer, train_images, state)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from models.discriminator import Adversary
 from models.vqgan import VQGAN
 from models.vqgan_codebook import CodebookUpkeep
+from utils.resume import load_moments
 
 
 @dataclass(frozen=True)
@@ -204,12 +205,12 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Take the state that `state_dict` of a trainer with the same options returned, random numbers included."""
+        """Take the state that `state_dict` of a trainer of the same model returned, random numbers included."""
         self.step_number, self.codebook_ready = state["step"], state["codebook_ready"]
         self.bad_steps = [int(count) for count in state.get("bad_steps", (0, 0))]
         self.model.load_state_dict(state["model"])
         self._average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_moments(self.optimizer, state["optimizer"])
         for part, name in ((self.upkeep, "upkeep"), (self.adversary, "adversary")):
             if part is not None and state[name] is not None:
                 part.load_state_dict(state[name])

@@ -378,8 +378,15 @@ def test_clock_goes_on_after_a_stop(folder, monkeypatch):
 
 def test_resume_refuses_what_does_not_fit(folder):
     train_vqgan.train(arguments(folder, "--steps", "2", "--resume"))  # nothing there yet: starts from the beginning
-    with pytest.raises(UsageError, match="--batch-size 8, not 4"):
-        train_vqgan.train(arguments(folder, "--steps", "3", "--resume", "--batch-size", "4"))
+    others = ["--vqgan_model_path", str(folder / "out/vqgan.safetensors")]
+    others += ["--vqgan_config_path", str(folder / "out/vqgan.yaml")]
+    for more, message in (
+        (["--batch-size", "4"], "--batch-size 8, not 4; .*another --output"),
+        (["--continuous-start", "0.5"], "--continuous-start 0.1, not 0.5"),  # the codebook is there already
+        (others, "other weights than --vqgan_model_path"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            train_vqgan.train(arguments(folder, "--steps", "3", "--resume", *more))
     replace(TINY, num_codes=8).to_yaml(folder / "tiny.yaml")
     with pytest.raises(UsageError, match="another --config"):
         train_vqgan.train(arguments(folder, "--steps", "3", "--resume"))
@@ -391,6 +398,22 @@ def test_resume_refuses_what_does_not_fit(folder):
     torch.save([1], str(state))
     with pytest.raises(UserError, match="no state of train_vqgan.py"):
         train_vqgan.train(arguments(folder, "--steps", "3", "--resume"))
+
+
+def test_options_given_anew_take_effect(folder, caplog):
+    caplog.set_level("INFO")
+    train_vqgan.train(arguments(folder, "--steps", "2"))
+    state = folder / "out" / "training.pt"
+    older = torch.load(str(state), weights_only=True)
+    older["options"] = {name: older["options"][name] for name in train_vqgan.AT_RESUME[train_vqgan.FIXED]}
+    del older["start"]
+    torch.save(older, str(state))  # an older version noted no more
+    train_vqgan.train(arguments(folder, "--steps", "3", "--resume"))
+    assert "given anew" not in caplog.text
+    train_vqgan.train(arguments(folder, "--steps", "4", "--resume", "--weight-decay", "0.5", "--log-every", "2"))
+    assert "given anew: --steps 4 instead of 3, --weight-decay 0.5 instead of 0.0001\n" in caplog.text
+    groups = torch.load(str(state), weights_only=True)["trainer"]["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
 
 
 # ---- images
