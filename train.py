@@ -11,6 +11,7 @@ The loop never asks which device it has: engines/ does.
 import contextlib
 import dataclasses
 import functools
+import json
 import logging
 import math
 import os
@@ -36,7 +37,7 @@ from models.building import build_dalle
 from models.config import ARCHITECTURES, DalleConfig
 from models.dalle import DALLE, TextToImage
 from models.vqgan import PUBLISHED, VQGAN, VqganConfig, default_vqgan, load_vqgan
-from utils import checkpoints, schedules
+from utils import checkpoints, resume, schedules
 from utils.bad_steps import BadSteps
 from utils.caches import cache_folder
 from utils.errors import UserError, run_main
@@ -46,7 +47,23 @@ from utils.skipped import start_report
 
 logger = logging.getLogger(__name__)
 
-#: Fields of DalleConfig that say how a model is trained, not what it is.
+#: Fields of DalleConfig and the options that decide on them.
+MODEL_OPTIONS = {
+    "text_seq_len": "text_seq_len",
+    "dim": "hidden_size",
+    "depth": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "dim_head": "dim_head",
+    "attn_types": "attn_types",
+    "loss_img_weight": "loss_img_weight",
+    "attn_dropout": "attn_dropout",
+    "ff_dropout": "ff_dropout",
+    "sandwich_norm": "sandwich_norm",
+    "layer_scale": "layer_scale",
+    "init_std": "init_std",
+}
+
+#: Those that say how a model is trained, not what it is.
 TRAINING_OPTIONS = ("loss_img_weight", "attn_dropout", "ff_dropout")
 
 #: What was left out of the data, a line for each file, in the log folder.
@@ -61,13 +78,23 @@ class Position:
     """How far a run has come. Saved with every checkpoint; a resumed run starts at the very next step."""
 
     epoch: int = 0
-    step_in_epoch: int = 0
+    sample_in_epoch: int = 0
+    """Samples of this epoch's order that are done with."""
     step: int = 0
-    """Optimizer steps in all."""
+    """Optimizer steps in all, of whatever global batch."""
+    samples: int = 0
+    """Samples trained on in all."""
     seconds: float = 0.0
     """Time spent in training steps so far, for --max-minutes."""
     validation_due: bool = False
-    """The run was interrupted before or during the validation that comes after this step."""
+    """The run was interrupted before or during the validation that comes after this step, or resumed with a global
+    batch that the rest of the epoch does not fill."""
+
+    def advance(self, steps: int, global_batch: int) -> None:
+        """Note that `steps` more optimizer steps are done."""
+        self.step += steps
+        self.sample_in_epoch += steps * global_batch
+        self.samples += steps * global_batch
 
 
 class Parts(NamedTuple):
@@ -124,11 +151,14 @@ def train(
         check_writable(folder)
     start = start or find_start(config, folder)
     resuming = config.checkpoints.resume and start is not None
+    position, given_anew = Position(), {}
+    if resuming:
+        position, given_anew = saved_position(start, config), changed_options(start, config)
     if parts is None:
         config = with_parts_of(start, config)
     if engine.is_main and config.checkpoints.export_mindalle and not resuming:
         check_empty(config.checkpoints.export_mindalle, "--export-mindalle")
-    parts = encode_images(config, engine, parts or build_parts(config, engine), start if resuming else None)
+    parts = encode_images(config, engine, parts or build_parts(config, engine), position)
     wanted = model_config(config, parts, start)
     if config.checkpoints.export_mindalle:
         export_options(wanted, parts.vqgan.config, parts.tokenizer)
@@ -136,15 +166,14 @@ def train(
     if plan:
         logger.info("%s", plan)
     model = build_model(config, parts, start, wanted)
-    steps_per_epoch = engine.steps_per_epoch(len(parts.train_set))
+    schedule = Schedule(config, len(parts.train_set), engine.steps_per_call)
+    engine.steps_per_epoch(schedule.num_samples)  # raises UserError where there is none
     engine.prepare(model, parts.train_set)
     if config.ipu.compile_only:
         return  # the compiled program is in --executable-cache-dir
-    schedule = Schedule(config, steps_per_epoch)
-    position = Position()
     if resuming:
-        position = restore(start, engine, schedule, parts)
-        logger.info("resumed %s: epoch %d, step %d", start.path, position.epoch, position.step)
+        restore(start, config, engine, schedule, parts, given_anew)
+        go_on(start, schedule, position, given_anew)
     if config.checkpoints.resume and engine.mean(torch.tensor(float(position.step))) != position.step:
         raise UserError("--resume: the processes found different checkpoints; they must all see {}".format(folder))
     if engine.is_main and not resuming and config.checkpoints.checkpoint_output_dir:
@@ -163,7 +192,7 @@ def train(
     resumed = start.path if resuming else None
     saver = Saver(config, engine, schedule, parts, folder, model.dalle.config, resumed, metrics)
     progress = log.progress(
-        schedule.total_steps,
+        schedule.total_steps(position),
         "training",
         position.step,
         is_main=engine.is_main,
@@ -194,23 +223,24 @@ def run(
     def interrupted() -> bool:
         return interruption.requested is not None
 
-    per_call, every = engine.steps_per_call, config.misc.log_every
+    per_call, every, total_steps = engine.steps_per_call, config.misc.log_every, schedule.total_steps(position)
     bad_steps = BadSteps(config.optimizer.max_bad_steps, position.step, saver.way_out)
     if schedule.finished(position) and not position.validation_due:
         logger.info("nothing left to train: the run ended at step %d; raise its limits to go on", position.step)
         return
     while position.epoch < config.execution.epochs:
-        with contextlib.closing(engine.loader(parts.train_set, position.epoch, position.step_in_epoch)) as batches:
+        left = total_steps - position.step
+        loader = engine.loader(parts.train_set, position.epoch, position.sample_in_epoch, left)
+        with contextlib.closing(loader) as batches:
             for batch in () if position.validation_due else batches:
                 begin = time.perf_counter()
                 learning_rate = schedule.learning_rate(position)
                 engine.set_learning_rate(learning_rate)
                 result = engine.step(batch)
-                position.step += per_call
-                position.step_in_epoch += per_call
+                position.advance(per_call, config.global_batch)
                 # Reading the loss waits for the device, so it is only done when it is shown.
                 step = position.step
-                due = step % every < per_call or step == per_call or step >= schedule.total_steps
+                due = step % every < per_call or step == per_call or step >= total_steps
                 if due or bad_steps.due(step, per_call):
                     losses = {"loss": engine.mean(result.loss)}
                     counts = None if result.bad_steps is None else [int(count) for count in result.bad_steps.tolist()]
@@ -230,7 +260,7 @@ def run(
                     break
                 stopping = engine.any(interrupted())
                 # The last step of an epoch is saved by end_epoch.
-                if stopping or (saver.due(position) and position.step_in_epoch < schedule.steps_per_epoch):
+                if stopping or (saver.due(position) and schedule.steps_in_epoch(position.sample_in_epoch)):
                     with progress.paused():
                         saver.save(position, checkpoints.checkpoint_name(position.epoch, position.step))
                 if stopping:
@@ -258,7 +288,7 @@ def report_step(
         "%s",
         log.step_line(
             position.step,
-            schedule.total_steps,
+            schedule.total_steps(position),
             position.epoch,
             losses["loss"],
             losses.get("text_loss", float("nan")),
@@ -289,19 +319,20 @@ def end_epoch(
     interrupted: Callable[[], bool],
 ) -> bool:
     """Validate, tell the schedule, move to the next epoch and save. False: interrupted while validating, and saved."""
-    epoch, complete = position.epoch, position.step_in_epoch >= schedule.steps_per_epoch
+    epoch, complete = position.epoch, not schedule.steps_in_epoch(position.sample_in_epoch)
     losses: Optional[Dict[str, float]] = None
+    position.validation_due = False
     if parts.validation_set is not None:
         losses = engine.evaluate(parts.validation_set, interrupted)
-        position.validation_due = losses is None
         if losses is None:
+            position.validation_due = True
             saver.save(position, checkpoints.checkpoint_name(epoch, position.step))
             return False
         logger.info("%s", log.validation_line(position.step, epoch, **losses))
         metrics.log("validation", position.step, epoch=epoch, **losses)
     if complete:
         schedule.end_epoch(None if losses is None else losses["loss"])
-        position.epoch, position.step_in_epoch = epoch + 1, 0
+        position.epoch, position.sample_in_epoch = epoch + 1, 0
     saver.save(position, checkpoints.checkpoint_name(epoch, None if complete else position.step))
     return True
 
@@ -392,10 +423,10 @@ def build_parts(config: Config, engine: Optional[Engine] = None) -> Parts:
     return Parts(tokenizer, paths, vqgan, train_set, validation_set)
 
 
-def encode_images(config: Config, engine: Engine, parts: Parts, resumed: Optional[Start] = None) -> Parts:
+def encode_images(config: Config, engine: Engine, parts: Parts, position: Position) -> Parts:
     """Turn images into their codes, each once for all epochs and runs (--cache-codes), and let the VQGAN's weights go.
 
-    resumed: the checkpoint that the run goes on from, if there is one.
+    position: where the run starts.
     """
     options, vqgan = config.data, parts.vqgan
     if not options.keeps_codes:
@@ -415,12 +446,12 @@ def encode_images(config: Config, engine: Engine, parts: Parts, resumed: Optiona
         progress=functools.partial(log.progress, unit="image", is_main=engine.is_main),
     )
     # A run that ends within its first epoch does not come to all images: those that it leaves out need not be encoded.
-    first_epoch = resumed is None or resumed.checkpoint.training["position"]["epoch"] == 0
-    calls = -(-config.execution.max_steps // engine.steps_per_call)
-    samples, order = calls * engine.steps_per_call * config.global_batch, None
+    short = config.execution.max_steps > 0 and position.epoch == 0
+    calls = -(-max(0, config.execution.max_steps - position.step) // engine.steps_per_call)
+    samples, order = position.sample_in_epoch + calls * engine.steps_per_call * config.global_batch, None
     if config.ipu.compile_only:  # the first one tells the shapes
-        samples, parts = 1, parts._replace(validation_set=None)
-    if 0 < samples < len(parts.train_set) and first_epoch:
+        short, samples, parts = True, 1, parts._replace(validation_set=None)
+    if short and samples < len(parts.train_set):
         order = parts.train_set.order(config.execution.random_seed, 0)[:samples]
     train_set, validation_set = cache.encoded(parts.train_set, parts.validation_set, order)
     if train_set is parts.train_set:
@@ -447,20 +478,9 @@ def dalle_config(config: Config, tokenizer: Tokenizer, vqgan: VQGAN) -> DalleCon
     values: Dict[str, Any] = dict(
         num_text_tokens=tokenizer.vocab_size,
         num_image_tokens=vqgan.num_codes,
-        text_seq_len=options.text_seq_len,
         grid=options.image_size // vqgan.config.downsampling,
-        dim=options.hidden_size,
-        depth=options.num_hidden_layers,
-        heads=options.num_attention_heads,
-        dim_head=options.dim_head,
-        attn_types=options.attn_types,
-        loss_img_weight=options.loss_img_weight,
-        attn_dropout=options.attn_dropout,
-        ff_dropout=options.ff_dropout,
-        sandwich_norm=options.sandwich_norm,
-        layer_scale=options.layer_scale,
-        init_std=options.init_std,
     )
+    values.update((field, getattr(options, name)) for field, name in MODEL_OPTIONS.items())
     return DalleConfig(**dict(values, **ARCHITECTURES[options.architecture]))
 
 
@@ -472,20 +492,25 @@ def model_config(config: Config, parts: Parts, start: Optional[Start]) -> DalleC
     own = DalleConfig.from_dict(start.checkpoint.config)
     if not own.unique_pads:  # minDALL-E's table may have more rows than its vocabulary
         wanted = dataclasses.replace(wanted, num_text_tokens=max(wanted.num_text_tokens, own.num_text_tokens))
-    for name in ("num_text_tokens", "num_image_tokens", "text_seq_len", "grid"):
+    for name, option in (
+        ("num_text_tokens", "bpe_path"),
+        ("num_image_tokens", "vqgan_model_path"),
+        ("text_seq_len", "text_seq_len"),
+        ("grid", "image_size"),
+    ):
         if getattr(own, name) != getattr(wanted, name):
             raise UserError(
-                "{} has {} = {}, but the configuration, vocabulary and VQGAN given here make it {}".format(
-                    start.path, name, getattr(own, name), getattr(wanted, name)
+                "{} has {} = {}, but {} makes it {}".format(
+                    start.path, name, getattr(own, name), args.flag_name(option), getattr(wanted, name)
                 )
             )
-    differing = [
-        field.name
-        for field in dataclasses.fields(own)
-        if field.name not in TRAINING_OPTIONS and getattr(own, field.name) != getattr(wanted, field.name)
-    ]
+    differing = resume.changes(wanted.to_dict(), own.to_dict())
+    for name in TRAINING_OPTIONS:
+        differing.pop(name, None)
     if differing:
-        logger.warning("%s decides on %s, not the configuration", start.path, ", ".join(differing))
+        flags = {field: args.flag_name(option) for field, option in MODEL_OPTIONS.items()}
+        decided = resume.listed(differing, lambda field: flags.get(field, field))
+        logger.warning("%s decides on its shape, not the configuration: %s", start.path, decided)
     return dataclasses.replace(own, **{name: getattr(wanted, name) for name in TRAINING_OPTIONS})
 
 
@@ -508,19 +533,45 @@ def build_model(config: Config, parts: Parts, start: Optional[Start], wanted: Da
 
 
 class Schedule:
-    """When training ends and which learning rate each step takes."""
+    """When training ends and which learning rate each step takes.
 
-    def __init__(self, config: Config, steps_per_epoch: int) -> None:
+    All of it follows from a position and the options now, in samples: a run that was resumed with another global batch
+    ends where, and takes the rates that, a run with this batch does.
+    """
+
+    def __init__(self, config: Config, num_samples: int, steps_per_call: int = 1) -> None:
+        """num_samples: of the training set. steps_per_call: those of the engine."""
         execution = config.execution
-        self.options, self.epochs, self.steps_per_epoch = config.optimizer, execution.epochs, steps_per_epoch
-        self.total_steps = min(filter(None, (execution.epochs * steps_per_epoch, execution.max_steps)))
+        self.options, self.epochs, self.max_steps = config.optimizer, execution.epochs, execution.max_steps
+        self.num_samples, self.global_batch, self.steps_per_call = num_samples, config.global_batch, steps_per_call
         self.max_seconds = 60.0 * execution.max_minutes
         self.plateau = schedules.Plateau(self.options.learning_rate)
         self.losses = [0.0, 0]  # sum and number of the training losses seen in this epoch
 
+    @property
+    def samples_per_call(self) -> int:
+        """Samples that one call of the device takes: the unit in which an epoch is rounded."""
+        return self.global_batch * self.steps_per_call
+
+    def steps_in_epoch(self, start: int = 0) -> int:
+        """Optimizer steps in an epoch, from sample `start` on."""
+        return schedules.whole_steps(self.num_samples - start, self.global_batch, self.steps_per_call)
+
+    def steps_left(self, position: Position) -> int:
+        """Optimizer steps to the end that --epochs and --max-steps set."""
+        if position.epoch >= self.epochs:
+            return 0
+        whole_epochs = self.epochs - position.epoch - 1
+        left = self.steps_in_epoch(position.sample_in_epoch) + whole_epochs * self.steps_in_epoch()
+        return max(0, min(left, self.max_steps - position.step) if self.max_steps else left)
+
+    def total_steps(self, position: Position) -> int:
+        """The number of the last step; the same at every position of a run."""
+        return position.step + self.steps_left(position)
+
     def finished(self, position: Position) -> bool:
         """Whether the step or time limit is reached."""
-        return position.step >= self.total_steps or bool(self.max_seconds and position.seconds >= self.max_seconds)
+        return not self.steps_left(position) or bool(self.max_seconds and position.seconds >= self.max_seconds)
 
     def learning_rate(self, position: Position) -> float:
         """The rate of the next step."""
@@ -528,10 +579,12 @@ class Schedule:
         if name == "ReduceLROnPlateau":
             return self.plateau.learning_rate
         if name == "cosine":
-            progress = position.step / self.total_steps
+            total = position.samples + self.steps_left(position) * self.global_batch
+            progress = position.samples / max(1, total)
             if self.max_seconds:  # whichever limit comes first ends the cosine
                 progress = max(progress, position.seconds / self.max_seconds)
-            ramp = min(1.0, (position.step + 1) / (self.options.warmup_steps + 1))
+            warmup = (self.options.warmup_steps + 1) * self.global_batch
+            ramp = min(1.0, (position.samples + self.global_batch) / warmup)
             return base * ramp * schedules.cosine_factor(progress, self.options.lr_floor)
         return base * schedules.epoch_factor(name, position.epoch, self.epochs)
 
@@ -588,7 +641,7 @@ class Saver:
         """Whether to save after this step, the last one of an epoch aside."""
         every, per_call = self.config.checkpoints.checkpoint_save_steps, self.engine.steps_per_call
         if self.failing:
-            every = max(per_call, (every or self.schedule.steps_per_epoch) // 10)
+            every = max(per_call, (every or self.schedule.steps_in_epoch()) // 10)
         return bool(every) and position.step % every < per_call
 
     def way_out(self) -> str:
@@ -654,17 +707,27 @@ class Saver:
 
     def training_state(self, position: Position, engine_state: Dict[str, Any]) -> Dict[str, Any]:
         """What exact resume needs besides weights, optimizer and schedule."""
-        weights, config = self.parts.vqgan_paths
-        tokenizer = dict(self.parts.tokenizer.identity, path=self.config.data.bpe_path or "")
-        vqgan = {"sha256": self.parts.vqgan.identity, "weights": str(weights), "config": str(config)}
         return {
             "position": dict(vars(position)),
             "engine": engine_state,
-            "tokenizer": tokenizer,
-            "vqgan": vqgan,
+            **identities(self.config, self.parts),
             "num_samples": len(self.parts.train_set),
             "config": self.config.to_dict(),
         }
+
+
+def identities(config: Config, parts: Parts) -> Dict[str, Dict[str, Any]]:
+    """What vocabulary and VQGAN are, and where they lay: those that a run is resumed with must be the same."""
+    weights, yaml = parts.vqgan_paths
+    return {
+        "tokenizer": dict(parts.tokenizer.identity, path=config.data.bpe_path or ""),
+        "vqgan": {
+            "sha256": parts.vqgan.identity,
+            "options": json.dumps(parts.vqgan.config.to_dict(), sort_keys=True),
+            "weights": str(weights),
+            "config": str(yaml),
+        },
+    }
 
 
 @contextlib.contextmanager
@@ -764,10 +827,11 @@ def with_parts_of(start: Optional[Start], config: Config) -> Config:
     return config.replace(**found)
 
 
-def restore(start: Start, engine: Engine, schedule: Schedule, parts: Parts) -> Position:
-    """Give engine and schedule their states back and return the position to go on from. Raises UserError."""
+@contextlib.contextmanager
+def reading_state(start: Start) -> Iterator[None]:
+    """Within the context whatever is wrong with a training state is one line."""
     try:
-        return _restore(start, engine, schedule, parts)
+        yield
     except UserError:
         raise
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
@@ -778,28 +842,86 @@ def restore(start: Start, engine: Engine, schedule: Schedule, parts: Parts) -> P
         ) from error
 
 
-def _restore(start: Start, engine: Engine, schedule: Schedule, parts: Parts) -> Position:
-    training, identity = start.checkpoint.training, start.checkpoint.identity
-    for what, flag, own in (
-        ("tokenizer", "--bpe-path", parts.tokenizer.identity["sha256"]),
-        ("vqgan", "--vqgan-model-path", parts.vqgan.identity),
-    ):
-        if identity[what]["sha256"] != own:
-            raise UserError(
-                "--resume: {} was trained with another file ({}) than {} names now".format(
-                    start.path, identity[what].get("path") or identity[what].get("weights") or "CLIP vocabulary", flag
+def changed_options(start: Start, config: Config) -> resume.Changes:
+    """Return the options that a resumed run is given anew. Raises UsageError for those that cannot change."""
+    rules, model = args.resume_rules(), DalleConfig.from_dict(start.checkpoint.config).to_dict()
+    now = {name: value for name, value in config.to_dict().items() if rules.get(name) in (args.APPLIES, args.FIXED)}
+    for field, name in MODEL_OPTIONS.items():
+        # Of a run that began with --pretrained-checkpoint the model decided, whatever its configuration said.
+        if rules[name] == args.FIXED and model[field] == now[name]:
+            del now[name]
+    with reading_state(start):
+        found = resume.changes(start.checkpoint.training.get("config"), now)
+    fixed = [name for name, rule in rules.items() if rule == args.FIXED]
+    resume.refuse(found, fixed, args.flag_name, start.path, "start a new run in another --checkpoint-output-dir")
+    return found
+
+
+def saved_position(start: Start, config: Config) -> Position:
+    """Return the position that a checkpoint was saved at. Raises UserError where it says none."""
+    with reading_state(start):
+        training = start.checkpoint.training
+        values = dict(training["position"])
+        if "step_in_epoch" in values:  # an older version's, which counted steps of one global batch
+            saved = dict(config.to_dict(), **training.get("config", {}))
+            batch = saved["batch_size"] * saved["gradient_accumulation"] * saved["replication_factor"]
+            values.update(sample_in_epoch=values.pop("step_in_epoch") * batch, samples=values["step"] * batch)
+        position = Position(**values)
+        if not all(isinstance(value, (int, float)) and value >= 0 for value in vars(position).values()):
+            raise ValueError("position {}".format(values))
+        return position
+
+
+def restore(
+    start: Start, config: Config, engine: Engine, schedule: Schedule, parts: Parts, given_anew: resume.Changes
+) -> None:
+    """Give engine and schedule their states back. Raises UserError."""
+    training, own = start.checkpoint.training, identities(config, parts)
+    with reading_state(start):
+        for what, key, option, noted in (
+            ("tokenizer", "sha256", "bpe_path", "path"),
+            ("vqgan", "sha256", "vqgan_model_path", "weights"),
+            ("vqgan", "options", "vqgan_config_path", "config"),
+        ):
+            saved = start.checkpoint.identity[what]
+            # Older versions noted no options of the VQGAN.
+            if (saved.get(key, own[what][key]) if key == "options" else saved[key]) != own[what][key]:
+                raise UserError(
+                    "--resume: {} was trained with another file ({}) than {} names now".format(
+                        start.path, saved.get(noted) or "CLIP vocabulary", args.flag_name(option)
+                    )
                 )
+        if training["num_samples"] != len(parts.train_set):
+            logger.warning(
+                "the training set has %d samples, it had %d when %s was written: their order is a new one",
+                len(parts.train_set),
+                training["num_samples"],
+                start.path,
             )
-    if training["num_samples"] != len(parts.train_set):
-        logger.warning(
-            "the training set has %d samples, it had %d when %s was written: their order is a new one",
-            len(parts.train_set),
-            training["num_samples"],
-            start.path,
-        )
-    engine.load_state_dict(dict(training["engine"], optimizer=start.checkpoint.opt_state))
-    schedule.load_state_dict(start.checkpoint.scheduler_state)
-    return Position(**training["position"])
+        engine.load_state_dict(dict(training["engine"], optimizer=start.checkpoint.opt_state))
+        schedule.load_state_dict(start.checkpoint.scheduler_state)
+    if not given_anew.keys().isdisjoint(("learning_rate", "lr_scheduler")):
+        schedule.plateau.restart(config.optimizer.learning_rate)
+
+
+def go_on(start: Start, schedule: Schedule, position: Position, given_anew: resume.Changes) -> None:
+    """Log where a run is resumed, and with what. An epoch whose rest fills no global batch is at its end."""
+    done, call = position.sample_in_epoch, schedule.samples_per_call
+    skipped = max(0, schedule.num_samples - done) % call
+    logger.info(
+        "resumed %s: epoch %d, step %d, sample %d of %d",
+        start.path,
+        position.epoch,
+        position.step,
+        done,
+        schedule.num_samples,
+    )
+    if given_anew:
+        logger.info("given anew: %s", resume.listed(given_anew, args.flag_name))
+    if done % call and skipped:
+        text = "the last %d samples of epoch %d do not fill a batch of %d and are skipped"
+        logger.info(text, skipped, position.epoch, call)
+    position.validation_due |= bool(done) and not schedule.steps_in_epoch(done)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from args import Config
 from models.config import DalleConfig
 from models.dalle import TextToImage
 from models.vqgan import image_codes
+from utils.errors import UserError
+from utils.schedules import whole_steps
 
 logger = logging.getLogger(__name__)
 
@@ -64,15 +66,32 @@ class Engine:
         """One line on how the configuration's global batch is reached on this device."""
         raise NotImplementedError
 
-    def steps_per_epoch(self, num_samples: int) -> int:
-        """Optimizer steps in an epoch (incomplete global batches are left out). Raises UserError when there is none."""
-        raise NotImplementedError
+    def steps_per_epoch(self, num_samples: int, start: int = 0) -> int:
+        """Optimizer steps in an epoch, or from sample `start` of it on; what does not fill a call of `step` is skipped.
 
-    def loader(self, dataset: Any, epoch: int, start: int = 0) -> Generator[Any, None, None]:
-        """Yield one batch for each call of `step` in `epoch`, from optimizer step `start` on.
+        Raises UserError where a whole epoch has none.
+        """
+        if not whole_steps(num_samples, self.config.global_batch, self.steps_per_call):
+            raise UserError(
+                "{} training samples do not fill one {}; lower --gradient-accumulation or give more data".format(
+                    num_samples, self._call()
+                )
+            )
+        return whole_steps(num_samples - start, self.config.global_batch, self.steps_per_call)
 
-        Order and content depend only on seed and epoch. Close the generator where it is not read to its end: processes
-        that read data may end with it.
+    def _call(self) -> str:
+        """What one call of `step` takes, for messages."""
+        flags = "--batch-size x --gradient-accumulation x --replication-factor"
+        return "global batch of {} ({})".format(self.config.global_batch, flags)
+
+    def loader(
+        self, dataset: Any, epoch: int, start: int = 0, left: Optional[int] = None
+    ) -> Generator[Any, None, None]:
+        """Yield one batch for each call of `step` in `epoch`, from its sample `start` on.
+
+        Order and content depend only on seed and epoch. left: optimizer steps that the run has left, of which samples
+        may be read ahead (None: as many as its epochs have). Close the generator where it is not read to its end:
+        processes that read data may end with it.
         """
         raise NotImplementedError
 

@@ -27,6 +27,7 @@ from models.kernels import training as kernels
 from models.vqgan import image_codes
 from utils.errors import UsageError, UserError
 from utils.loading import make_loader, read
+from utils.resume import load_moments
 from utils.threads import share_cores
 
 logger = logging.getLogger(__name__)
@@ -206,27 +207,19 @@ class NativeEngine(Engine):
 
     # Data
 
-    def steps_per_epoch(self, num_samples: int) -> int:
-        steps = num_samples // self.batching.global_batch
-        if steps == 0:
-            raise UserError(
-                "{} training samples do not fill one global batch of {} (--batch-size x --gradient-accumulation x "
-                "--replication-factor); lower --gradient-accumulation or give more data".format(
-                    num_samples, self.batching.global_batch
-                )
-            )
-        return steps
-
-    def loader(self, dataset: Any, epoch: int, start: int = 0) -> Generator[Any, None, None]:
+    def loader(
+        self, dataset: Any, epoch: int, start: int = 0, left: Optional[int] = None
+    ) -> Generator[Any, None, None]:
         dataset.set_epoch(epoch)
         order = dataset.order(self.config.execution.random_seed, epoch)
-        batching, steps = self.batching, self.steps_per_epoch(len(dataset))
+        batching, steps = self.batching, self.steps_per_epoch(len(dataset), start)
+        steps = steps if left is None else min(steps, left)
         # (steps, processes, micro-batches, samples): every process takes its own part of each step's global batch.
-        shares = order[: steps * batching.global_batch].view(
+        shares = order[start : start + steps * batching.global_batch].view(
             steps, batching.world_size, batching.accumulation, batching.micro
         )
-        with self._batches(dataset, Rows(shares[start:, self.rank].flatten(0, 1))) as source:
-            for _ in range(start, steps):
+        with self._batches(dataset, Rows(shares[:, self.rank].flatten(0, 1))) as source:
+            for _ in range(steps):
                 yield islice(source, batching.accumulation)
 
     def _batches(self, dataset: Any, numbers: Iterable[List[int]]) -> ContextManager[Iterator[Any]]:
@@ -497,6 +490,7 @@ class NativeEngine(Engine):
             "engine": "native",
             "optimizer": optimizers[0] if len(optimizers) == 1 else {"parts": optimizers},
             "scaler": self.scaler.state_dict(),
+            "loss_scaling": self.config.optimizer.loss_scaling,
             "ema": average,
             "num_updates": self.num_updates,
             "bad_steps": [int(count) for count in self.bad_steps.tolist()],
@@ -517,14 +511,11 @@ class NativeEngine(Engine):
                 "trained with, or start from it with --pretrained-checkpoint".format(self.config.optimizer.optimizer)
             )
         for optimizer, part in zip(self.optimizers, parts):
-            # Moments come from the checkpoint, options (weight decay, betas, ...) from this run.
-            options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             if self.sharding is not None:
                 self.sharding.distribute_optimizer_state(optimizer, part)
-            optimizer.load_state_dict(part)
-            for group, own in zip(optimizer.param_groups, options):
-                group.update(own)
-        if state["scaler"] and self.scaler.is_enabled():
+            load_moments(optimizer, part)
+        first_scale = self.config.optimizer.loss_scaling
+        if state["scaler"] and self.scaler.is_enabled() and state.get("loss_scaling", first_scale) == first_scale:
             self.scaler.load_state_dict(state["scaler"])
         self.num_updates = state["num_updates"]
         self.bad_steps = torch.tensor(state.get("bad_steps", [0, 0]), dtype=torch.float32, device=self.device)

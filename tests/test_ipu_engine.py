@@ -481,7 +481,7 @@ def test_the_loader_goes_on_over_epochs_and_starts_anywhere():
     everything = [list(engine.loader(dataset, epoch)) for epoch in range(2)]
     engine.close()
     engine = IpuEngine(config)
-    first = list(engine.loader(dataset, 0, start=1))
+    first = list(engine.loader(dataset, 0, start=config.global_batch))
     loader = engine._loader
     second = list(engine.loader(dataset, 1))
     assert engine._loader is loader and len(first) == 2 and len(second) == 3
@@ -493,13 +493,26 @@ def test_the_loader_goes_on_over_epochs_and_starts_anywhere():
     assert not torch.equal(everything[0][0][0], everything[1][0][0])
 
 
-def test_a_start_inside_a_call_is_moved_to_its_beginning(caplog):
-    config = make_config(1, device_iterations=2)
-    dataset = Pairs(samples_for(config, 2))
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_a_start_at_any_sample_takes_what_comes_after_it(iterations):
+    """As after a resume with another global batch; the native engine takes the same samples."""
+    config = make_config(1, device_iterations=iterations)
+    size = config.global_batch
+    dataset = Pairs(5 * size)
     engine = IpuEngine(config)
-    assert engine.steps_per_epoch(len(dataset)) == 4 and engine.steps_per_call == 2
-    assert len(list(engine.loader(dataset, 0, start=3))) == 1
-    assert "run again" in caplog.text
+    assert engine.steps_per_epoch(len(dataset)) == 5 // iterations * iterations and engine.steps_per_call == iterations
+    found = list(engine.loader(dataset, 0, start=3)) + list(engine.loader(dataset, 1))
+    texts = []
+    for epoch, first in ((0, 3), (1, 0)):
+        dataset.set_epoch(epoch)
+        calls = engine.steps_per_epoch(len(dataset), first) // iterations
+        assert calls == (5 * size - first) // (size * iterations)
+        order = dataset.order(42, epoch)[first : first + calls * size * iterations]
+        texts += [dataset[index][0] for index in order.tolist()]
+    assert torch.equal(torch.cat([batch[0] for batch in found]), torch.stack(texts))
+    native = engines.create(config.replace(device="cpu"))
+    own = [text for step in native.loader(dataset, 0, start=3) for text, _ in step]
+    assert torch.equal(torch.cat(own)[: len(found[0][0])], found[0][0])
 
 
 def test_too_few_samples():
@@ -511,7 +524,7 @@ def test_too_few_samples():
 def test_codes_of_other_pairs_keep_their_own_epochs():
     codes = torch.arange(8).repeat(16, 1).t().contiguous()
     dataset = CodesDataset(Pairs(8), codes)
-    stream = Stream(dataset, 0, (0, 0), 3, 2, (4, 0, 1), torch.float32)
+    stream = Stream(dataset, 0, (0, 0), 3, (2, 2), (4, 0, 1), torch.float32)
     assert len(stream) == 24
     dataset.set_epoch(99)  # somebody else's business
     texts = {int(image[0]): text for text, image in (stream[index] for index in range(8, 16))}
@@ -525,10 +538,10 @@ def test_a_short_run_is_not_read_ahead_of():
     codes = torch.arange(8).repeat(16, 1).t().contiguous()
     dataset = CodesDataset(Pairs(16), codes.repeat(2, 1).contiguous())
     dataset.codes[dataset.order(0, 0)[12:]] = -1  # what a run of three steps of four samples never comes to
-    stream = Stream(dataset, 0, (0, 0), 1, 4, (4, 0, 1), None, max_steps=3)
+    stream = Stream(dataset, 0, (0, 0), 1, (4, 4), (4, 0, 1), None, left=3)
     assert len(list(stream)) == len(stream) == 12
-    assert len(Stream(dataset, 0, (0, 2), 1, 4, (4, 0, 1), None, max_steps=3)) == 4
-    assert len(Stream(dataset, 0, (0, 0), 1, 4, (4, 0, 1), None, max_steps=0)) == 16
+    assert len(Stream(dataset, 0, (0, 8), 1, (2, 4), (4, 0, 1), None, left=1)) == 4
+    assert len(Stream(dataset, 0, (0, 0), 1, (4, 4), (4, 0, 1), None)) == 16
 
 
 def test_processes_share_every_sample_out_once():
@@ -536,7 +549,7 @@ def test_processes_share_every_sample_out_once():
     dataset._text = torch.tensor
     seen = []
     for process in range(3):
-        stream = Stream(dataset, 5, (0, 0), 1, 2, (4, process, 3), None)
+        stream = Stream(dataset, 5, (0, 0), 1, (2, 2), (4, process, 3), None)
         stream._own, stream._epoch = None, -1
         seen.append([int(stream[index][0]) for index in range(len(stream))])
     assert sorted(sum(seen, [])) == list(range(24))

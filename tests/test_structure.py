@@ -128,7 +128,7 @@ def test_every_shipped_configuration_instantiates(name):
     if name == "minDALLE_1.3B":  # the published vocabulary is smaller than the one at hand
         assert parameters - 2 * 1536 * (tokenizer.vocab_size - 16384) == 1291081728
     assert sum(config.ipu.layers_per_ipu) == config.model.num_hidden_layers
-    schedule = train.Schedule(config, 10)
+    schedule = train.Schedule(config, 10 * config.global_batch)
     assert schedule.learning_rate(train.Position()) > 0
     for world_size in (1, 2):
         if config.global_batch % world_size == 0:

@@ -243,7 +243,7 @@ def test_resume_takes_moments_from_the_file_and_options_from_the_run(folder, tmp
     state = checkpoints.read_dalle(tmp_path / "ckpt/dalle_0_3.pt").opt_state
     assert [group["weight_decay"] for group in state["param_groups"]] == [0.5, 0.0]
     assert float(state["state"][0]["step"]) == 3
-    with pytest.raises(UserError, match="--optimizer Muon"):
+    with pytest.raises(UserError, match="--optimizer AdamW, not Muon"):
         run(folder, tmp_path, "--max-steps", "4", "--optimizer", "Muon", "--resume")
 
 

@@ -9,6 +9,11 @@ import torch
 WARMUP_FRACTION = 0.2
 
 
+def whole_steps(num_samples: int, global_batch: int, steps_per_call: int = 1) -> int:
+    """Return the optimizer steps that so many samples fill, in whole calls of the device; the rest fills none."""
+    return max(0, num_samples) // (global_batch * steps_per_call) * steps_per_call
+
+
 def epoch_factor(name: str, epoch: int, epochs: int) -> float:
     """Return the factor on the base learning rate in `epoch` (0-based) of `epochs`, for schedules that step by epochs.
 
@@ -46,6 +51,11 @@ class Plateau:
     def learning_rate(self) -> float:
         """The rate to use now."""
         return float(self._holder.param_groups[0]["lr"])
+
+    def restart(self, learning_rate: float) -> None:
+        """Use this rate from now on, with all patience ahead of it; the best loss so far stays the one to beat."""
+        self._holder.param_groups[0]["lr"] = learning_rate
+        self._scheduler.num_bad_epochs = self._scheduler.cooldown_counter = 0
 
     def step(self, loss: float) -> None:
         """Take note of an epoch's loss."""

@@ -1,7 +1,7 @@
 """Samples in the order in which the replicas take them, and PopTorch's data loader over it."""
 
 import copy
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -23,10 +23,10 @@ def own_epoch(dataset: Any) -> Any:
 
 
 class Stream(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """The samples of one process from a step of an epoch to the end of the last epoch, in training order.
+    """The samples of one process from a sample of an epoch to the end of the last epoch, in training order.
 
     It goes over the ends of epochs, so that the loader's workers stay and work ahead. A step of the native engine takes
-    the same samples: step k of an epoch owns order[k * global : (k + 1) * global], process j the j-th part of it.
+    the same samples: step k from sample s on owns order[s + k * global : s + (k + 1) * global], process j a j-th part.
     """
 
     def __init__(
@@ -35,23 +35,22 @@ class Stream(torch.utils.data.Dataset):  # type: ignore[type-arg]
         seed: int,
         position: Tuple[int, int],
         epochs: int,
-        steps_per_epoch: int,
+        steps: Tuple[int, int],
         shares: Tuple[int, int, int],
         dtype: Any,
-        max_steps: int = 0,
+        left: Optional[int] = None,
     ) -> None:
-        """position: (epoch, step) to start from. epochs: where to end. shares: (samples of this process in a step, its
-        number, number of processes). dtype: element type of images that are scaled here; None: bytes stay bytes.
-        max_steps: of the whole run, 0: no limit. Loaders must not read ahead of them: in a run that is shorter than an
-        epoch, further images need not have codes.
+        """position: (epoch, sample) to start from. epochs: where to end. steps: in the rest of that epoch, and in each
+        later one. shares: (samples of this process in a step, its number, number of processes). dtype: element type of
+        images that are scaled here; None: bytes stay bytes. left: steps that the run has left; None: no limit. Loaders
+        must not read ahead of them: in a run that is shorter than an epoch, further images need not have codes.
         """
         self.dataset, self.seed, self.dtype = dataset, seed, dtype
-        self.steps_per_epoch = steps_per_epoch
+        self.first_epoch, self.start = position
+        self.first_steps, self.steps_per_epoch = steps
         self.share, self.process, self.processes = shares
-        self.first = position[0] * steps_per_epoch + position[1]
-        self.steps = max(epochs, position[0] + 1) * steps_per_epoch - self.first
-        if position[0] == 0 and position[1] < max_steps:
-            self.steps = min(self.steps, max_steps - self.first)
+        self.steps = self.first_steps + max(epochs - 1 - self.first_epoch, 0) * self.steps_per_epoch
+        self.steps = self.steps if left is None else min(self.steps, left)
         self._epoch = -1
         self._own: Any = None
         self._order: List[int] = []
@@ -66,13 +65,17 @@ class Stream(torch.utils.data.Dataset):  # type: ignore[type-arg]
         if not 0 <= index < len(self):
             raise IndexError("sample {} of {}".format(index, len(self)))
         step, within = divmod(index, self.share)
-        epoch, step = divmod(self.first + step, self.steps_per_epoch)
+        epoch, start = self.first_epoch, self.start
+        if step >= self.first_steps:
+            later, step = divmod(step - self.first_steps, self.steps_per_epoch)
+            epoch, start = epoch + 1 + later, 0
         if epoch != self._epoch:
             self._own = own_epoch(self.dataset) if self._own is None else self._own
             self._own.set_epoch(epoch)
             self._order = self.dataset.order(self.seed, epoch).tolist()
             self._epoch = epoch
-        text, image = self._own[self._order[(step * self.processes + self.process) * self.share + within]]
+        place = start + (step * self.processes + self.process) * self.share + within
+        text, image = self._own[self._order[place]]
         return text, prepare_image(image, self.dtype)
 
 

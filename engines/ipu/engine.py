@@ -21,7 +21,7 @@ from engines.ipu.model import IpuStep, adapt, canonical_state, place, plain
 from engines.ipu.options import build_evaluation_options, build_optimizer, build_options
 from engines.plan import block_starts, check, num_stages, pipeline_plan, uses_half
 from models.dalle import TextToImage
-from utils.errors import UserError
+from utils.resume import load_moments
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class IpuEngine(Engine):
         self.evaluator: Any = None
         self._loader: Any = None
         self._source: Any = None  # its iterator
-        self._source_at: Any = None  # (data set, epoch, step) of the batch that comes next
+        self._source_at: Any = None  # (data set, epoch, sample) of the batch that comes next
         self._device_rate: Optional[float] = None  # the learning rate that the device has
 
     @property
@@ -71,51 +71,40 @@ class IpuEngine(Engine):
 
     # Data
 
-    def steps_per_epoch(self, num_samples: int) -> int:
-        per_call = self.config.global_batch * self.iterations
-        if num_samples < per_call:
-            raise UserError(
-                "{} training samples do not fill one call of the device, which takes {} (--batch-size x "
-                "--gradient-accumulation x --replication-factor x --device-iterations); lower --gradient-accumulation "
-                "or give more data".format(num_samples, per_call)
-            )
-        return num_samples // per_call * self.iterations
+    def _call(self) -> str:
+        flags = "--batch-size x --gradient-accumulation x --replication-factor x --device-iterations"
+        return "call of the device, which takes {} ({})".format(self.config.global_batch * self.iterations, flags)
 
-    def loader(self, dataset: Any, epoch: int, start: int = 0) -> Generator[Any, None, None]:
-        steps = self.steps_per_epoch(len(dataset))
-        if start % self.iterations:
-            logger.warning(
-                "step %d is inside a call of %d device iterations, which is run again as a whole",
-                start,
-                self.iterations,
-            )
-        start -= start % self.iterations
+    def loader(
+        self, dataset: Any, epoch: int, start: int = 0, left: Optional[int] = None
+    ) -> Generator[Any, None, None]:
+        per_call = self.config.global_batch * self.iterations
+        calls = self.steps_per_epoch(len(dataset), start) // self.iterations
         if self.config.data.synthetic_data:
             batch = self._example(self.encodes_images)
-            for _ in range(start, steps, self.iterations):
+            for _ in range(calls):
                 yield batch
             return
-        self._go_to(dataset, epoch, start)
-        for step in range(start, steps, self.iterations):
-            last = step + self.iterations == steps
-            self._source_at = (dataset, epoch + 1, 0) if last else (dataset, epoch, step + self.iterations)
+        self._go_to(dataset, epoch, start, left)
+        for call in range(1, calls + 1):
+            self._source_at = (dataset, epoch + 1, 0) if call == calls else (dataset, epoch, start + call * per_call)
             yield next(self._source)
 
-    def _go_to(self, dataset: Any, epoch: int, step: int) -> None:
+    def _go_to(self, dataset: Any, epoch: int, start: int, left: Optional[int]) -> None:
         """Let the loader go on where it is; only where another place is asked for, start a new one."""
-        if self._source_at is not None and self._source_at[0] is dataset and self._source_at[1:] == (epoch, step):
+        if self._source_at is not None and self._source_at[0] is dataset and self._source_at[1:] == (epoch, start):
             if epoch < self.config.execution.epochs:  # where the stream ends
                 return
         self._stop_loader()
         samples = Stream(
             dataset,
             self.seed,
-            (epoch, step),
+            (epoch, start),
             self.config.execution.epochs,
-            self.steps_per_epoch(len(dataset)),
+            (self.steps_per_epoch(len(dataset), start), self.steps_per_epoch(len(dataset))),
             (self.share, self.hosts.index, self.hosts.count),
             self.image_dtype,
-            -(-self.config.execution.max_steps // self.iterations) * self.iterations,
+            None if left is None else -(-left // self.iterations) * self.iterations,
         )
         self._loader = make_loader(self.poptorch, self.options, self.config, samples, self.config.ipu.async_dataloader)
         self._source = iter(self._loader)
@@ -236,7 +225,7 @@ class IpuEngine(Engine):
                 state.get("layout", state.get("engine")),
             )
             return
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_moments(self.optimizer, state["optimizer"])
         self._device_rate = None
         states = state["random_states"]
         if state["replicas"] == self.hosts.replicas and len(states) == self.world_size:
