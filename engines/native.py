@@ -495,6 +495,7 @@ class NativeEngine(Engine):
             "num_updates": self.num_updates,
             "bad_steps": [int(count) for count in self.bad_steps.tolist()],
             "random_states": states,
+            "threads": torch.get_num_threads(),
         }
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
@@ -524,6 +525,11 @@ class NativeEngine(Engine):
                 self.averaged = self.sharding.distribute(state["ema"], self.device)
             else:
                 self.averaged = {key: value.to(self.device) for key, value in state["ema"].items()}
+        threads = state.get("threads", 0)  # some of PyTorch's sums depend on their number
+        if threads and not self.config.execution.threads and threads != torch.get_num_threads():
+            logger.info("resuming with %d CPU threads, as before; --threads %d would take those PyTorch chooses here",
+                        threads, torch.get_num_threads())  # fmt: skip
+            torch.set_num_threads(threads)
         states = state["random_states"]
         if len(states) != self.world_size:
             logger.warning(

@@ -476,3 +476,16 @@ def test_a_model_that_decided_on_its_shape_goes_on(folder, tmp_path, caplog):  #
         run(folder, tmp_path / "tuned", "--max-steps", step, "--hidden-size", width, "--resume")
     with pytest.raises(UserError, match="--hidden-size"):
         run(folder, tmp_path / "tuned", "--max-steps", "4", "--hidden-size", "8", "--resume")
+
+
+def test_a_resumed_run_keeps_its_number_of_threads(folder, tmp_path):  # noqa: F811
+    """Some of PyTorch's sums depend on it."""
+    before = torch.get_num_threads()
+    try:
+        run(folder, tmp_path, "--max-steps", "1", "--threads", "2")
+        for steps, more, expected in (("2", (), 2), ("3", ("--threads", "3"), 3), ("4", (), 3)):
+            torch.set_num_threads(1)
+            run(folder, tmp_path, "--max-steps", steps, "--resume", *more)
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)

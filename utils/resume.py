@@ -1,11 +1,12 @@
 """What --resume does with options that are given anew: other values than the run was saved with."""
 
-from typing import Any, Callable, Collection, Dict, Mapping, Tuple
-
-import torch
+from typing import TYPE_CHECKING, Any, Callable, Collection, Dict, Mapping, Tuple
 
 from utils.errors import UsageError
 from utils.files import PathLike
+
+if TYPE_CHECKING:  # reading options needs no PyTorch
+    import torch
 
 # Every option of a training command has one of these verdicts on a new value.
 APPLIES = "applies"
@@ -50,7 +51,7 @@ def listed(found: Changes, flag: Callable[[str], str]) -> str:
     )
 
 
-def load_moments(optimizer: torch.optim.Optimizer, state: Dict[str, Any]) -> None:
+def load_moments(optimizer: "torch.optim.Optimizer", state: Dict[str, Any]) -> None:
     """Give an optimizer its saved moments; its options (weight decay, betas, ...) stay those of this run."""
     options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
