@@ -122,7 +122,8 @@ def guided(logits: Tensor, cond_scale: float) -> Tensor:
     """Apply guidance to logits whose second half of rows is unconditional. (2B, C) -> (B, C); scale 1: unchanged."""
     if cond_scale == 1:
         return logits
-    conditional, null = logits.float().chunk(2, dim=0)  # half precision could not hold the product
+    # Half precision could not hold the product.
+    conditional, null = logits.to(torch.promote_types(logits.dtype, torch.float32)).chunk(2, dim=0)
     return null + (conditional - null) * cond_scale
 
 

@@ -243,7 +243,7 @@ def test_masks_of_every_kind_mark_the_same_codes():
     cells = torch.zeros(4, 4, dtype=torch.bool)
     cells[2:, 1:3] = True
     pixels = cells.repeat_interleave(4, 0).repeat_interleave(4, 1)
-    large = Image.fromarray(np.array(pixels.repeat_interleave(2, 0).repeat_interleave(2, 1)).astype(np.uint8) * 255)
+    large = Image.fromarray(pixels.repeat_interleave(2, 0).repeat_interleave(2, 1).numpy().astype(np.uint8) * 255)
     for mask in (cells, cells.flatten().int(), cells.numpy(), pixels, large, parse_box("0.25, 0.5,0.75,1.0")):
         assert torch.equal(mask_cells(mask, 4, 16), cells.flatten())
     touched = torch.zeros(16, 16)

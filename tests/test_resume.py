@@ -38,7 +38,7 @@ BASE = (
     *("--validation-fraction", "0", "--epochs", "1", "--max-bad-fraction", "0.5", "--max-steps", "2"),
 )
 
-NEW_FOLDER, NEW_VQGAN, NEW_WORDS = "other pairs", "other VQGAN", "other words"  # made by the fixture `saved`
+NEW_FOLDER, NEW_VQGAN, NEW_WORDS, NEW_LOGS = "other pairs", "other VQGAN", "other words", "other logs"  # see `Saved`
 
 TWO_IPUS = {"ipus_per_replica": 2, "layers_per_ipu": [0, 3], "gradient_accumulation": 5}
 
@@ -129,7 +129,7 @@ ANEW = {
     "pretrained_checkpoint": ({"pretrained_checkpoint": "dalle.pt"}, "--resume and --pretrained-checkpoint"),
     "resume": {},
     "export_mindalle": ({"export_mindalle": "exported"}, "--export-mindalle"),
-    "log_dir": {"log_dir": "logs"},
+    "log_dir": {"log_dir": NEW_LOGS},
     "log_every": ({"log_every": 5, "max_steps": 4}, [4]),
     "tensorboard": {"tensorboard": True},
     "wandb": {"wandb": True},
@@ -240,7 +240,7 @@ def test_a_new_value_does_what_its_option_says(saved, name, monkeypatch):
         elif seen is None:
             assert (found == saved.expected) == (rule == FREE)
         else:
-            notes["precision"] = ["products of medium precision" in engine.describe()]
+            notes["engine"] = ["products of medium precision" in engine.describe()]
             notes["checkpointed"] = [hasattr(engine.model.dalle.transformer.layers[0].forward, "func")]
             assert notes[seen] == [{"threads": 2, "bad steps": 1}.get(seen, True)]
 
@@ -287,7 +287,7 @@ def check_ipu(monkeypatch, anew, base=None):
     def handed(**options):
         config = make_config(1).replace(**options)
         engine = engines.create(config)
-        engine.prepare(make_model(with_vqgan=True), Pairs(4 * config.global_batch, images=True))
+        engine.prepare(make_model(), Pairs(4 * config.global_batch))
         if state:
             engine.load_state_dict(state)
         state.update(engine.state_dict())
