@@ -3,7 +3,7 @@
     python train.py --config demo                                   # the built-in pictures, a quarter of an hour
     python train.py --config L16 --input-folder data/COCO           # the published model on COCO
     torchrun --nproc-per-node 8 train.py --config L16_POD16 --input-folder data/COCO
-    python train.py --config L16 --input-folder data/COCO --resume  # go on at the very next step
+    python train.py --config L16 --input-folder data/COCO --resume  # go on at the very next sample
 
 The loop never asks which device it has: engines/ does.
 """
@@ -75,7 +75,7 @@ GENERATED_SAMPLES = 1024
 
 @dataclass
 class Position:
-    """How far a run has come. Saved with every checkpoint; a resumed run starts at the very next step."""
+    """How far a run has come. Saved with every checkpoint; a resumed run starts at the very next sample."""
 
     epoch: int = 0
     sample_in_epoch: int = 0
@@ -535,8 +535,8 @@ def build_model(config: Config, parts: Parts, start: Optional[Start], wanted: Da
 class Schedule:
     """When training ends and which learning rate each step takes.
 
-    All of it follows from a position and the options now, in samples: a run that was resumed with another global batch
-    ends where, and takes the rates that, a run with this batch does.
+    Both follow from the samples seen and the options now: a run that is resumed with another global batch ends where a
+    run with this batch ends, and takes its rates.
     """
 
     def __init__(self, config: Config, num_samples: int, steps_per_call: int = 1) -> None:
@@ -919,8 +919,8 @@ def go_on(start: Start, schedule: Schedule, position: Position, given_anew: resu
     if given_anew:
         logger.info("given anew: %s", resume.listed(given_anew, args.flag_name))
     if done % call and skipped:
-        text = "the last %d samples of epoch %d do not fill a batch of %d and are skipped"
-        logger.info(text, skipped, position.epoch, call)
+        text = "epoch %d: its last %d sample(s) do not fill a batch of %d and are skipped"
+        logger.info(text, position.epoch, skipped, call)
     position.validation_due |= bool(done) and not schedule.steps_in_epoch(done)
 
 

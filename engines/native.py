@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from args import Config, OptimizerConfig
+from data.order import draw
 from engines import sharding
 from engines.base import Engine, StepResult, parameter_groups
 from engines.memory import peak_bytes, total_bytes, training_memory
@@ -537,6 +538,8 @@ class NativeEngine(Engine):
                 len(states),
                 self.world_size,
             )
+            # Not those of the run's first steps once more.
+            torch.manual_seed(draw("random state", self.config.execution.random_seed, self.num_updates, self.rank))
             return
         torch.set_rng_state(states[self.rank]["cpu"])
         if "cuda" in states[self.rank] and self.name == "cuda":

@@ -196,7 +196,7 @@ def test_resuming_continues_as_if_nothing_had_happened():
     assert [float(again.step(batch).loss) for batch in batches] == expected
 
 
-def test_a_saved_learning_rate_does_not_outlive_the_resumed_schedule():
+def test_saved_options_of_the_optimizer_do_not_outlive_those_of_the_resumed_run():
     config = make_config(1)
     dataset = Pairs(samples_for(config))
     engine = IpuEngine(config)
@@ -205,11 +205,12 @@ def test_a_saved_learning_rate_does_not_outlive_the_resumed_schedule():
     engine.step(next(iter(engine.loader(dataset, 0))))
     state = engine.state_dict()
     engine.close()
-    again = IpuEngine(config)
+    again = IpuEngine(config.replace(beta1=0.5))
     again.prepare(make_model(), dataset)
     again.load_state_dict(state)
     again.set_learning_rate(0.5)  # the saved rate: the device, which has the configured one, must still be told
-    assert again.executor._device_optimizer.param_groups[0]["lr"] == 0.5
+    group = again.executor._device_optimizer.param_groups[0]
+    assert (group["lr"], group["betas"]) == (0.5, (0.5, 0.999))
 
 
 def test_optimizer_states_do_not_cross_engines_or_layouts(caplog):

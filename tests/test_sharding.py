@@ -129,9 +129,13 @@ def test_a_run_goes_on_with_the_same_bits_with_and_without_shard(trained, how):
 
 
 def test_one_process_goes_on_where_two_stopped(trained, folder, tmp_path):  # noqa: F811
-    (tmp_path / "ckpt").mkdir()
-    shutil.copy(trained / "shard/ckpt/dalle_0_2.pt", tmp_path / "ckpt")
+    for out in (tmp_path, tmp_path / "other batch"):
+        (out / "ckpt").mkdir(parents=True)
+        shutil.copy(trained / "shard/ckpt/dalle_0_2.pt", out / "ckpt")
     run(folder, tmp_path, *FULL, "--resume")
+    run(folder, out, *FULL, "--resume", "--batch-size", "1", "--gradient-accumulation", "3")
+    position = checkpoints.read_dalle(out / "ckpt/dalle_0.pt").training["position"]
+    assert (position["step"], position["samples"]) == (2 + 4, 2 * 4 + 4 * 3)  # all 20
     whole = losses(trained / "whole")
     for event, expected in zip(losses(tmp_path), [event for event in whole if event["step"] > 2]):
         assert event["event"] == expected["event"] and event["step"] == expected["step"]

@@ -1,12 +1,9 @@
 """What --resume does with options that are given anew: other values than the run was saved with."""
 
-from typing import TYPE_CHECKING, Any, Callable, Collection, Dict, Mapping, Tuple
+from typing import Any, Callable, Collection, Dict, Mapping, Tuple
 
 from utils.errors import UsageError
 from utils.files import PathLike
-
-if TYPE_CHECKING:  # reading options needs no PyTorch
-    import torch
 
 # Every option of a training command has one of these verdicts on a new value.
 APPLIES = "applies"
@@ -36,12 +33,8 @@ def refuse(found: Changes, fixed: Collection[str], flag: Callable[[str], str], p
         if name in fixed
     ]
     if differing:
-        more = " and {} more".format(len(differing) - 5) if len(differing) > 5 else ""
-        raise UsageError(
-            "--resume: {} was written with {}{}; go on with that, or {}".format(
-                path, ", ".join(differing[:5]), more, way_out
-            )
-        )
+        text = "--resume: {} was written with {}; go on with that, or {}"
+        raise UsageError(text.format(path, ", ".join(differing), way_out))
 
 
 def listed(found: Changes, flag: Callable[[str], str]) -> str:
@@ -51,8 +44,8 @@ def listed(found: Changes, flag: Callable[[str], str]) -> str:
     )
 
 
-def load_moments(optimizer: "torch.optim.Optimizer", state: Dict[str, Any]) -> None:
-    """Give an optimizer its saved moments; its options (weight decay, betas, ...) stay those of this run."""
+def load_moments(optimizer: Any, state: Dict[str, Any]) -> None:
+    """Give an optimizer of PyTorch its saved moments; its options (weight decay, betas, ...) stay those of this run."""
     options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, options):
