@@ -526,11 +526,6 @@ class NativeEngine(Engine):
                 self.averaged = self.sharding.distribute(state["ema"], self.device)
             else:
                 self.averaged = {key: value.to(self.device) for key, value in state["ema"].items()}
-        threads = state.get("threads", 0)  # some of PyTorch's sums depend on their number
-        if threads and not self.config.execution.threads and threads != torch.get_num_threads():
-            logger.info("resuming with %d CPU threads, as before; --threads %d would take those PyTorch chooses here",
-                        threads, torch.get_num_threads())  # fmt: skip
-            torch.set_num_threads(threads)
         states = state["random_states"]
         if len(states) != self.world_size:
             logger.warning(
@@ -541,6 +536,11 @@ class NativeEngine(Engine):
             # Not those of the run's first steps once more.
             torch.manual_seed(draw("random state", self.config.execution.random_seed, self.num_updates, self.rank))
             return
+        threads = state.get("threads", 0)  # some of PyTorch's sums depend on their number
+        if threads and not self.config.execution.threads and threads != torch.get_num_threads():
+            logger.info("resuming with %d CPU threads, as before; --threads %d would take those PyTorch chooses here",
+                        threads, torch.get_num_threads())  # fmt: skip
+            torch.set_num_threads(threads)
         torch.set_rng_state(states[self.rank]["cpu"])
         if "cuda" in states[self.rank] and self.name == "cuda":
             torch.cuda.set_rng_state(states[self.rank]["cuda"], self.device)

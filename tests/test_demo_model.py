@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dalle.drawing import decode
 from dalle.loading import load
 from data.demo import demo_images, demo_records
 from models.sampling import SamplingOptions, draw_codes
@@ -40,3 +41,11 @@ def test_the_shipped_model_draws_the_picture_of_a_caption(split, at_least):
     drawn = loaded.vqgan.decode(codes).flatten(1)
     nearest = torch.cdist(drawn, real).argmin(dim=1).tolist()
     assert sum(everything[index].stem == record.stem for index, record in zip(nearest, chosen)) >= at_least
+
+
+def test_pixels_do_not_depend_on_the_batch():
+    loaded = load("demo", device=torch.device("cpu"))
+    codes = torch.randint(loaded.vqgan.num_codes, (7, loaded.config.image_seq_len))
+    together = decode(loaded, codes)
+    for size in (1, 3, 4):
+        assert torch.equal(torch.cat([decode(loaded, part) for part in codes.split(size)]), together)

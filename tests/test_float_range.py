@@ -106,7 +106,7 @@ def test_matmuls_of_the_row_decoder(kind, chance):
     layer.bias.copy_(wild(outputs))
     if kind == "int8":
         layer = Int8Linear(layer.weight, layer.bias)
-    x = wild(count, depth, high=110)
+    x = wild(count, depth, high=110)  # int8 sums, up to 127 * 300 times as large, are scaled last: the stated ceiling
     if count > 2:
         x[1] = float("nan")
     result = Packed(layer)(x)

@@ -146,9 +146,10 @@ def test_without_a_copy_in_memory_the_open_file_is_loaded(answer, monkeypatch, m
 
     monkeypatch.setattr(os, "memfd_create", refuse, raising=False)
     assert answer.ask(compiles=True) == [] and answer.ask(compiles=False) == []
-    half = answer.file().read_bytes()[:4096]
-    answer.file().unlink()  # it is mapped: cut off in place, it would end this process
-    answer.file().write_bytes(half)
+    path = answer.file()
+    half = path.read_bytes()[:4096]
+    path.unlink()  # it is mapped: cut off in place, it would end this process
+    path.write_bytes(half)
     [line] = answer.ask(compiles=True)
     assert "damaged" in line
 

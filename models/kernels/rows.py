@@ -108,7 +108,10 @@ def _threads(layer: int) -> int:
 
 
 class Packed:
-    """A linear layer whose weight (N, D) lies in panels. gated: its second half of outputs gates the first."""
+    """A linear layer whose weight (N, D) lies in panels. gated: its second half of outputs gates the first.
+
+    int8 weights are scaled after the sum, as `Int8Linear` does: that is finite for inputs up to 1e34.
+    """
 
     def __init__(self, module: Union[nn.Linear, Int8Linear], gated: bool = False) -> None:
         size = module.weight.numel() * module.weight.element_size()

@@ -45,6 +45,12 @@ def _expect(shape: torch.Size, *tensors: Optional[Tensor]) -> None:
     for tensor in tensors:
         if tensor is not None and tensor.shape != shape:
             raise ValueError("shape {}, expected {}".format(tuple(tensor.shape), tuple(shape)))
+    _expect_contiguous(*tensors)
+
+
+def _expect_contiguous(*tensors: Optional[Tensor]) -> None:
+    if not all(tensor is None or tensor.is_contiguous() for tensor in tensors):
+        raise ValueError("tensors must be contiguous")
 
 
 def gelu(x: Tensor, gated: bool, bias: Optional[Tensor] = None) -> Tensor:
@@ -52,6 +58,7 @@ def gelu(x: Tensor, gated: bool, bias: Optional[Tensor] = None) -> Tensor:
     rows, width = _size(x)
     if gated and width % 2:
         raise ValueError("no halves: {}".format(width))
+    _expect_contiguous(x)
     _expect(x.shape[-1:], bias)
     width //= 1 + gated
     result = x.new_empty(*x.shape[:-1], width)
@@ -65,15 +72,14 @@ def gelu_again(x: Tensor, gated: bool, incoming: Tensor, for_x: Tensor, bias: Op
     _expect(x.shape, for_x)
     _expect(x.shape[-1:], bias)
     _expect(torch.Size([*x.shape[:-1], x.shape[-1] // (1 + gated)]), incoming)
-    if not (x.is_contiguous() and incoming.is_contiguous() and for_x.is_contiguous()):
-        raise ValueError("gelu_again takes contiguous tensors")
+    _expect_contiguous(x)
     _functions().gelu_backward(rows, width, gated, pointer(x), pointer(bias), pointer(incoming), pointer(for_x))
 
 
 def add_branch(residual: Tensor, scale: Optional[Tensor], bias: Optional[Tensor], branch: Tensor) -> Tensor:
     """Let `branch` (..., D) become residual + scale * (branch + bias), scale (1, 1, D), bias (D), and return it."""
     rows, width = _size(branch)
-    _expect(branch.shape, residual)
+    _expect(branch.shape, branch, residual)
     _expect(branch.shape[-1:], bias, None if scale is None else scale.flatten())
     _functions().add_branch(rows, width, pointer(residual), pointer(scale), pointer(bias), pointer(branch))
     return branch
@@ -82,7 +88,7 @@ def add_branch(residual: Tensor, scale: Optional[Tensor], bias: Optional[Tensor]
 def sum_products_and_scale(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
     """Return the sums (rows) of x * y (rows, n); then multiply each row of x by its factor (rows)."""
     rows, width = x.shape
-    _expect(x.shape, y)
+    _expect(x.shape, x, y)
     _expect(x.shape[:1], factor)
     sums = x.new_empty(rows)
     _functions().sum_products_and_scale(rows, width, pointer(y), pointer(factor), pointer(x), pointer(sums))
