@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,8 @@ def threads():
 def fresh(monkeypatch, tmp_path):
     """An empty cache of compiled files, and nothing loaded yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where an earlier run may have kept some
     build.library.cache_clear()
     convolution._library.cache_clear()
     yield tmp_path / "dalle" / "kernels"
