@@ -7,9 +7,10 @@ from typing import Any, Callable, Dict, List, Optional
 import torch
 
 from models.config import DalleConfig
-from models.kernels import matrix
-from models.kernels.rows import read_all
-from models.local_attention import allowed_codes
+from models.native_rows import read_all
+from models.patterns import allowed_codes
+from ops.matmul import matmul
+from ops.matmul import suits as matmul_suits
 
 #: What their makers' datasheets promise of dense products in half precision, in GFLOP/s, by a part of the name.
 _DATASHEETS = {"H200": 989_000, "H100 PCIe": 756_000, "H100": 989_000, "A100": 312_000, "L40S": 362_000, "L4": 121_000}
@@ -85,8 +86,8 @@ class Machine:
         """Time both once more."""
         side = self.matrix.shape[0]
         self.products.append(2 * side**3 / self._timed(lambda: self.matrix @ self.matrix) / 1e9)
-        if matrix.suits(self.matrix, self.matrix):
-            seconds = self._timed(lambda: matrix.product(self.matrix, self.matrix))
+        if matmul_suits(self.matrix, self.matrix):
+            seconds = self._timed(lambda: matmul(self.matrix, self.matrix))
             self.own_products.append(2 * side**3 / seconds / 1e9)
         # The faster of two ways, so that nothing can beat the limit by reading in a better order.
         seconds = self._timed(self.vector.sum)

@@ -24,8 +24,8 @@ from engines.base import Engine, StepResult, parameter_groups
 from engines.memory import peak_bytes, total_bytes, training_memory
 from models.config import DalleConfig
 from models.dalle import TextToImage
-from models.kernels import training as kernels
 from models.vqgan import image_codes
+from ops.elementwise import total_norm
 from utils.errors import UsageError, UserError
 from utils.loading import make_loader, read
 from utils.resume import load_moments
@@ -342,7 +342,7 @@ class NativeEngine(Engine):
         if not hasattr(torch.nn.utils, "get_total_norm"):  # before PyTorch 2.6
             return torch.nn.utils.clip_grad_norm_(self.parameters, clip or float("inf")).detach()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = kernels.norm(gradients) if kernels.suits(*gradients) else torch.nn.utils.get_total_norm(gradients)
+        norm = total_norm(gradients)
         if clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, clip, norm)
         return norm

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.config import DalleConfig
-from models.local_attention import allowed_codes
+from models.patterns import allowed_codes
 
 #: Images of a prompt up to which each has a copy of the text keys beside its own (`JoinedCache`).
 _JOINED_IMAGES = 2

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import DalleConfig
-from models.fused import linear
-from models.transformer import Transformer
+from models.transformer import Transformer, projection
+from ops import linear
 
 
 class Losses(NamedTuple):
@@ -127,7 +127,7 @@ class DALLE(nn.Module):
         x = torch.cat([self.embed_text(self.text_part(text)), self.embed_codes(codes[:, :-1])], dim=1)  # (B, L, D)
         x = self.hidden(self.transformer(self._damp(x)))
         last = self.config.text_len - 1  # the last text position predicts the first code
-        return linear(x[:, :last], self.text_head), linear(x[:, last:], self.image_head)
+        return linear(x[:, :last], projection(self.text_head)), linear(x[:, last:], projection(self.image_head))
 
     def loss(self, text_logits: Tensor, image_logits: Tensor, text: Tensor, codes: Tensor) -> Losses:
         """Return (CE_text + w * CE_image) / (w + 1) and its parts, each a mean over its positions (scalars, nats).

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.cache import LayerCache
 from models.dalle import DALLE
-from models.kernels.rows import draw_rows
+from models.native_rows import draw_rows
 from models.stepping import stepping
 from utils.errors import UserError
 from utils.flags import Range

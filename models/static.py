@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import rotate
 from models.cache import LayerCache
 from models.config import DalleConfig
 from models.dalle import DALLE
-from models.local_attention import allowed_codes
+from models.patterns import allowed_codes
 from models.stepping import Product, adder, feed_forward, norm
 from models.transformer import Block
+from ops import rotate
 
 #: Keys of a row are made a multiple of it, for which the kernels of a GPU read half precision fastest.
 _ALIGNED = 8

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import rotate
 from models.cache import LayerCache
 from models.dalle import DALLE
-from models.kernels.rows import RowStepper, row_stepper, suits
+from models.native_rows import RowStepper, row_stepper, suits
 from models.transformer import Block, Residual
+from ops import rotate
 
 #: Bytes of weights up to which a second copy is made. Larger models need the memory more than the time.
 _MAX_BYTES = 2 * 2**30

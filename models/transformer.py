@@ -3,16 +3,23 @@
 Letters: B batch, P positions of the text part, N image tokens, L = P + N - 1 positions, D width.
 """
 
-from typing import Dict, List, Optional, Sequence
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import Attention, build_mask, rotary_angles
+import ops
+from models.attention import Attention
 from models.cache import LayerCache, make_cache
 from models.config import DalleConfig
-from models.fused import Dropout, add_feed_forward, add_linear, linear, norm_linear
+from models.patterns import rotary_angles, visible
+
+
+def projection(module: nn.Module) -> ops.Projection:
+    """Return a linear layer as ops take it; one of another kind, and the reference's, as the module itself."""
+    plain = type(module) is nn.Linear and not ops.uses_reference()
+    return ops.Matrix(module.weight, module.bias) if plain else module
 
 
 class FeedForward(nn.Module):
@@ -25,17 +32,6 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(config.dim, 2 * hidden if config.activation == "geglu" else hidden, bias=config.ff_bias)
         self.dropout = nn.Dropout(config.ff_dropout)
         self.down = nn.Linear(hidden, config.dim, bias=config.ff_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = linear(x, self.up)
-        if self.activation == "geglu":
-            x, gate = x.chunk(2, dim=-1)
-            x = x * F.gelu(gate)
-        elif self.activation == "gelu":
-            x = F.gelu(x)
-        else:
-            x = x * torch.sigmoid(1.702 * x)
-        return linear(self.dropout(x), self.down)
 
 
 def layer_scale_init(layer: int) -> float:
@@ -56,6 +52,15 @@ class Residual(nn.Module):
         self.scale = (
             nn.Parameter(torch.full((1, 1, config.dim), layer_scale_init(layer))) if config.layer_scale else None
         )
+
+    def before(self) -> ops.Norm:
+        """The norm at the beginning of the branch."""
+        return ops.Norm(self.norm.weight, self.norm.bias, self.norm.eps)
+
+    def after(self) -> Optional[ops.Norm]:
+        """The norm at its end, if there is one."""
+        norm = self.norm_out
+        return None if norm is None else ops.Norm(norm.weight, norm.bias, norm.eps)
 
     def add(self, x: Tensor, branch: Tensor) -> Tensor:
         """Return x plus the branch's output, normalised and scaled as configured. All (B, L, D)."""
@@ -84,6 +89,9 @@ def shift_image(x: Tensor, grid: int, start: int = 0) -> Tensor:
     return torch.cat([above, left * inside, kept[:, start:]], dim=-1)
 
 
+Shift = Callable[[Tensor], Tensor]
+
+
 class Block(nn.Module):
     """One layer: an attention branch, then a feed-forward branch."""
 
@@ -92,55 +100,50 @@ class Block(nn.Module):
         self.text_len, self.grid, self.shifts = config.text_len, config.grid, config.shift_tokens
         self.attention = Residual(config, layer, attention)
         self.feed_forward = Residual(config, layer, feed_forward)
-        self.fused = not config.shift_tokens and not config.sandwich_norm
-        """Whether training takes the products of fused.py. They know neither shifts nor a norm behind a branch."""
+
+    def _run(
+        self,
+        x: Tensor,
+        attend: Callable[[Tensor], Tuple[Tensor, ops.Function]],
+        shifts: Tuple[Optional[Shift], Optional[Shift]],
+    ) -> Tensor:
+        """The block. attend: what comes between `qkv` and `out`; shifts: those of tokens in both branches, or None."""
+        attention, feed_forward = self.attention.fn, self.feed_forward.fn
+        drops = self.training
+        branch = self.attention
+        qkv = ops.norm_linear(x, branch.before(), projection(attention.qkv), shifts[0])  # (B, L, 3 * H * K)
+        heads, before = attend(qkv)
+        x = ops.add_linear(
+            x, heads, projection(attention.out), branch.scale, before,
+            outer_dropout=attention.dropout.p * drops, after=branch.after(),
+        )  # fmt: skip
+        branch = self.feed_forward
+        return ops.add_feed_forward(
+            x, branch.before(), projection(feed_forward.up), feed_forward.activation, projection(feed_forward.down),
+            branch.scale, feed_forward.dropout.p * drops, branch.after(), shifts[1],
+        )  # fmt: skip
 
     def _shift(self, x: Tensor) -> Tensor:
-        if not self.shifts:
-            return x
         return torch.cat([shift_text(x[:, : self.text_len]), shift_image(x[:, self.text_len :], self.grid)], dim=1)
 
-    def forward(self, x: Tensor, mask: Tensor, angles: Optional[Tensor] = None) -> Tensor:
-        """Run the whole sequence. x (B, L, D), mask (L, L), angles (L, R) or None -> (B, L, D)."""
-        if self.fused and torch.is_grad_enabled() and (not self._drops() or Dropout.suits(x)):
-            return self._train(x, mask, angles)
-        branch = self.attention
-        x = branch.add(x, branch.fn(self._shift(branch.norm(x)), mask, angles))
-        branch = self.feed_forward
-        return branch.add(x, branch.fn(self._shift(branch.norm(x))))
-
-    def _drops(self) -> bool:
-        return self.training and bool(self.attention.fn.dropout.p or self.feed_forward.fn.dropout.p)
-
-    def _train(self, x: Tensor, mask: Tensor, angles: Optional[Tensor]) -> Tensor:
-        """`forward`, keeping less for the backward pass."""
-        branch = self.attention
-        qkv = norm_linear(x, branch.norm, branch.fn.qkv)
-        heads, before = branch.fn.before_out(qkv, mask, angles)
-        x = add_linear(x, heads, branch.fn.out, branch.scale, before, Dropout.of(branch.fn.dropout))
-        branch = self.feed_forward
-        up, activation, down = branch.fn.up, branch.fn.activation, branch.fn.down
-        inner = Dropout.of(branch.fn.dropout)
-        return add_feed_forward(x, branch.norm, up, activation, down, branch.scale, inner)
+    def forward(self, x: Tensor, visible: ops.Visible, angles: Optional[Tensor] = None) -> Tensor:
+        """Run the whole sequence. x (B, L, D), angles (L, R) or None -> (B, L, D)."""
+        shift = self._shift if self.shifts else None
+        return self._run(x, lambda qkv: self.attention.fn.attend(qkv, visible, angles), (shift, shift))
 
     def extend_text(self, x: Tensor, start: int, cache: LayerCache, angles: Optional[Tensor]) -> Tensor:
         """Run text positions from `start` on, x (prompts, n, D); with shift_tokens the whole text part at once."""
-        branch = self.attention
-        normed = branch.norm(x)
-        x = branch.add(x, branch.fn.extend_text(shift_text(normed) if self.shifts else normed, start, cache, angles))
-        branch = self.feed_forward
-        normed = branch.norm(x)
-        return branch.add(x, branch.fn(shift_text(normed) if self.shifts else normed))
+        shift = shift_text if self.shifts else None
+        attention = self.attention.fn
+        return self._run(
+            x, lambda qkv: (attention.extend_text(qkv, start, cache, angles), ops.IDENTITY), (shift, shift)
+        )
 
     def first_codes(self, x: Tensor, cache: LayerCache, mask: Tensor, angles: Optional[Tensor]) -> Tensor:
         """Run the first n image positions, x (B, n, D). One position after the other is stepping.py's."""
-        branch = self.attention
-        normed = branch.norm(x)
-        normed = self.shift_cached(normed, 0, cache.history[0]) if self.shifts else normed
-        x = branch.add(x, branch.fn.first_codes(normed, cache, mask, angles))
-        branch = self.feed_forward
-        normed = branch.norm(x)
-        return branch.add(x, branch.fn(self.shift_cached(normed, 0, cache.history[1]) if self.shifts else normed))
+        shifts = [(lambda x, own=own: self.shift_cached(x, 0, own)) if self.shifts else None for own in cache.history]
+        attention = self.attention.fn
+        return self._run(x, lambda qkv: (attention.first_codes(qkv, cache, mask, angles), ops.IDENTITY), tuple(shifts))
 
     def shift_cached(self, x: Tensor, start: int, history: Tensor) -> Tensor:
         """Keep x (B, n, D) of the image positions from `start` on in history (B, N, D) and return them shifted."""
@@ -160,25 +163,27 @@ class Transformer(nn.Module):
         attentions: Dict[int, Attention] = {}
         feed_forwards: Dict[int, FeedForward] = {}
         self.layers = nn.ModuleList()
-        for layer, pattern in enumerate(config.layer_patterns):
+        for layer in range(config.depth):
             attention_id = (
                 config.shared_attn_ids[layer % len(config.shared_attn_ids)] if config.shared_attn_ids else layer
             )
             ff_id = config.shared_ff_ids[layer % len(config.shared_ff_ids)] if config.shared_ff_ids else layer
             if attention_id not in attentions:
-                attentions[attention_id] = Attention(config, pattern, implementation)
+                attentions[attention_id] = Attention(config, implementation)
             if ff_id not in feed_forwards:
                 feed_forwards[ff_id] = FeedForward(config)
             self.layers.append(Block(config, layer, attentions[attention_id], feed_forwards[ff_id]))
-        for pattern in sorted(set(config.layer_patterns)):
-            mask = build_mask(pattern, config.text_len, config.grid)
-            self.register_buffer("mask_" + pattern, mask, persistent=False)
+        self._visible = {name: visible(name, config.text_len, config.grid) for name in set(config.layer_patterns)}
+        for name in sorted(self._visible):
+            self.register_buffer("mask_" + name, self._visible[name].mask, persistent=False)
+            self.register_buffer("window_" + name, self._visible[name].window, persistent=False)
         angles = rotary_angles(config.text_len, config.grid, config.dim_head) if config.rotary else None
         self.register_buffer("angles", angles, persistent=False)
 
-    def mask(self, layer: int) -> Tensor:
-        """The (L, L) mask of a layer."""
-        return getattr(self, "mask_" + self.config.layer_patterns[layer])
+    def visible(self, layer: int) -> ops.Visible:
+        """Who sees whom in a layer."""
+        name = self.config.layer_patterns[layer]
+        return self._visible[name]._replace(mask=getattr(self, "mask_" + name), window=getattr(self, "window_" + name))
 
     def _angles(self, start: int, end: int) -> Optional[Tensor]:
         return None if self.angles is None else self.angles[start:end]
@@ -187,7 +192,7 @@ class Transformer(nn.Module):
         """(B, L, D) -> (B, L, D)."""
         angles = self._angles(0, x.shape[1])
         for index, layer in enumerate(self.layers):
-            x = layer(x, self.mask(index), angles)
+            x = layer(x, self.visible(index), angles)
         return x
 
     def make_cache(self, prompts: int, images: int, device: torch.device, dtype: torch.dtype) -> List[LayerCache]:
@@ -208,5 +213,5 @@ class Transformer(nn.Module):
         first = self.config.text_len
         angles = self._angles(first, first + x.shape[1])
         for index, (layer, cache) in enumerate(zip(self.layers, caches)):
-            x = layer.first_codes(x, cache, self.mask(index), angles)
+            x = layer.first_codes(x, cache, self.visible(index).mask, angles)
         return x

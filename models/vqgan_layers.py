@@ -4,16 +4,35 @@ Module names follow the published checkpoints, so that their state dicts load as
 Letters: B images, C channels, H and W height and width in pixels or features, P = H*W positions.
 """
 
-from typing import Iterable, Sequence, cast
+from typing import Iterable, Optional, Sequence, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.kernels.convolution import Conv3x3, NormSwish, add
 from models.vqgan_config import VqganConfig
+from ops.convolution import add, conv3x3, group_norm_swish
 
 _NORM_EPS = 1e-6
+
+
+class Conv3x3(nn.Conv2d):
+    """3x3 with zeros around, one pixel wide."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, residual: Optional[Tensor] = None, doubled: bool = False) -> Tensor:
+        """(B, in, H, W) -> (B, out, H, W); see `ops.convolution.conv3x3`."""
+        return conv3x3(x, self.weight, self.bias, residual, doubled)
+
+
+class NormSwish(nn.GroupNorm):
+    """GroupNorm, then swish: x * sigmoid(x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)"""
+        return group_norm_swish(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
 def _norm(channels: int, config: VqganConfig) -> NormSwish:
@@ -81,26 +100,14 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width: repeat each position (nearest), then 3x3.
-
-    Of the nine positions that a pixel of the result sees, at most four differ. On a CPU without a kernel of our own
-    their weights are added up beforehand, which leaves a transposed 4x4 convolution with stride 2: 4/9 of the
-    arithmetic, half of the time.
-    """
+    """Double height and width: repeat each position (nearest), then 3x3."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        # On a GPU the sums were not measured.
-        if x.device.type != "cpu" or self.conv.takes(x, doubled=True):
-            return self.conv(x, doubled=True)
-        weight = self.conv.weight
-        # Which of the three rows (columns) of weights each row of the larger kernel adds up.
-        sums = weight.new_tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-        weight = torch.einsum("pk,ql,oikl->iopq", sums, sums, weight).to(memory_format=torch.channels_last)
-        return F.conv_transpose2d(x, weight, self.conv.bias, stride=2, padding=1)
+        return self.conv(x, doubled=True)
 
 
 class Middle(nn.Module):

@@ -9,7 +9,8 @@ from unittest import mock
 import pytest
 import torch
 
-from models.kernels import build, matrix
+from ops import build
+from ops import matmul as matrix
 
 HEADER = Path(__file__).with_name("amx_emulation.h")
 

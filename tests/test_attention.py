@@ -6,18 +6,13 @@ import dataclasses
 import pytest
 import torch
 
-from models.attention import (
-    IMPLEMENTATIONS,
-    build_mask,
-    explicit,
-    rotary_angles,
-    rotate,
-    sdpa,
-)
+import ops
 from models.config import ATTENTION_PATTERNS, DalleConfig
 from models.dalle import DALLE
-from models.local_attention import CONV_KERNEL_SIZE, allowed_codes, local_attention, window_bias
+from models.patterns import CONV_KERNEL_SIZE, allowed_codes, build_mask, rotary_angles, window_bias
 from models.transformer import Transformer
+from ops.attention_ops import IMPLEMENTATIONS, explicit, rotate, sdpa
+from ops.local_attention import local_attention
 
 TINY = DalleConfig(
     num_text_tokens=9,
@@ -130,8 +125,9 @@ def test_products_that_keep_less_give_the_same_gradients(pattern, grid, options)
     x = torch.randn(2, config.seq_len, TINY.dim, dtype=torch.float64, requires_grad=True)
     weight = torch.randn_like(x)
     results = []
-    for transformer.layers[0].fused in (True, False):
-        output = transformer(x)
+    for kind in ("native", "reference"):
+        with ops.use(kind):
+            output = transformer(x)
         results.append((output, *torch.autograd.grad((output * weight).sum(), (x, *transformer.parameters()))))
     for fused, plain in zip(*results):
         torch.testing.assert_close(fused, plain)
@@ -143,7 +139,7 @@ def test_products_that_keep_less_do_keep_less():
     transformer = Transformer(config)
     own = {tensor.data_ptr() for tensor in (*transformer.parameters(), *transformer.buffers())}
     kept = []
-    for transformer.layers[0].fused in (True, False):
+    for kind in ("native", "reference"):
         sizes = {}
 
         def keep(tensor, sizes=sizes):
@@ -151,7 +147,7 @@ def test_products_that_keep_less_do_keep_less():
                 sizes[tensor.untyped_storage().data_ptr()] = (tensor, tensor.untyped_storage().nbytes())
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with ops.use(kind), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             transformer(torch.randn(2, config.seq_len, config.dim, requires_grad=True))
         kept.append(sum(size for _, size in sizes.values()))
     assert kept[0] < 0.6 * kept[1]
@@ -165,15 +161,13 @@ def test_products_that_keep_less_work_in_half_precision(pattern):
     x = torch.randn(4, config.seq_len, config.dim, requires_grad=True)
     weight = torch.randn_like(x)
 
-    def gradients(fused, enabled, model, x):
-        for layer in model.layers:
-            layer.fused = fused
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+    def gradients(kind, enabled, model, x):
+        with ops.use(kind), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             output = model(x)
         return [output, *torch.autograd.grad((output * weight).sum(), (x, *model.parameters()))]
 
-    half, plain = (gradients(fused, True, transformer, x) for fused in (True, False))
-    exact = gradients(False, False, copy.deepcopy(transformer).double(), x.double())
+    half, plain = (gradients(kind, True, transformer, x) for kind in ("native", "reference"))
+    exact = gradients("reference", False, copy.deepcopy(transformer).double(), x.double())
     for own, other, true in zip(half, plain, exact):
         assert own.dtype == other.dtype
         error, usual = ((tensor.double() - true).norm() / true.norm() for tensor in (own, other))
@@ -189,7 +183,8 @@ def test_a_window_holds_all_that_a_sparse_pattern_shows(pattern, grid):
     query, key, value = (torch.randn(2, 3, len(mask), 4, requires_grad=True) for _ in range(3))
     weight = torch.randn(2, 3, len(mask), 4)
     results = []
-    for output in (local_attention(query, key, value, bias, pattern), explicit(query, key, value, mask, False)):
+    local = local_attention(query, key, value, bias, pattern == "axial_col")
+    for output in (local, explicit(query, key, value, mask)):
         results.append((output, *torch.autograd.grad((output * weight).sum(), (query, key, value))))
     for local, dense in zip(*results):
         torch.testing.assert_close(local, dense, rtol=1e-5, atol=1e-5)
@@ -244,14 +239,8 @@ def test_the_future_never_changes_the_past(pattern, options):
 def test_patterns_are_dealt_to_layers_in_turn():
     config = dataclasses.replace(TINY, depth=5, attn_types=("full", "axial_row"))
     transformer = Transformer(config)
-    assert [layer.attention.fn.pattern for layer in transformer.layers] == [
-        "full",
-        "axial_row",
-        "full",
-        "axial_row",
-        "full",
-    ]
-    assert torch.equal(transformer.mask(3), build_mask("axial_row", config.text_len, config.grid))
+    for layer, pattern in enumerate(["full", "axial_row", "full", "axial_row", "full"]):
+        assert torch.equal(transformer.visible(layer).mask, build_mask(pattern, config.text_len, config.grid))
     assert not any("mask" in name for name in transformer.state_dict())  # masks are no part of a checkpoint
 
 

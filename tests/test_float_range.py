@@ -13,14 +13,16 @@ import torch.nn.functional as F
 from test_kernels_training import attend
 from test_sampling import TEXT, random_codes, random_model
 
+from models import native_rows as rows
 from models import stepping
-from models.attention import build_mask
-from models.fused_attention import KernelAttention
-from models.kernels import build, convolution, matrix, rows, training
-from models.kernels.convolution import Conv3x3, NormSwish
-from models.kernels.rows import Packed
+from models.native_rows import Packed
+from models.patterns import build_mask, visible
 from models.quantization import Int8Linear
 from models.sampling import SamplingOptions, draw_and_score, prefill
+from models.vqgan_layers import Conv3x3, NormSwish
+from ops import build, convolution, matmul
+from ops import elementwise as training
+from ops.attention_ops import NativeAttention
 
 pytestmark = pytest.mark.skipif(build.library("training") is None, reason="no C compiler, or kernels are switched off")
 
@@ -83,7 +85,7 @@ def test_matmuls_by_the_matrix_unit(unit, precision, eps, ranges, chance, produc
     )
     sums = a.double().abs() @ b.double().abs()
     with mock.patch.object(torch, "mm", side_effect=torch.mm) as by_pytorch:
-        result = matrix.product(a, b)
+        result = matmul.matmul(a, b)
     assert by_pytorch.called == bool(sums.max() > 2.0**80), "the matrix unit is for all but the largest numbers"
     assert_within(result, a.double() @ b.double(), sums, k, eps=eps)
 
@@ -93,8 +95,8 @@ def test_a_number_that_is_not_finite_spoils_its_row_alone(unit, bad):
     a, b = torch.randn(100, 130), torch.randn(130, 90)
     a[70, 65] = bad
     expected = a @ b
-    torch.testing.assert_close(matrix.product(a, b), expected, equal_nan=True, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(matrix.product(b.t(), a.t()), expected.t(), equal_nan=True, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(matmul.matmul(a, b), expected, equal_nan=True, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(matmul.matmul(b.t(), a.t()), expected.t(), equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["float32", "int8"])
@@ -142,7 +144,7 @@ def test_gelu_and_its_gradient(gated, chance):
         F.gelu(x.new_tensor([3.4e38, -3.4e38])), training.gelu(x.new_tensor([[3.4e38, -3.4e38]]), False)[0]
     )
     again = grad_output.clone()
-    training.gelu_again(x, gated, again, grad_input, bias)
+    training.gelu_backward(x, gated, again, grad_input, bias)
     assert torch.equal(again, result)
     slope = left.detach().abs() * (1 + gate.detach().abs().clamp(max=20))
     bounds = grad_output.double().abs() * slope
@@ -178,10 +180,10 @@ def test_branches_sums_and_norms(chance):
     assert torch.equal(scaled, x * factor[:, None])
     tensors = [wild(count, width, high=55), wild(chance.randint(0, 5000), high=50), wild(1, high=55)]
     squares = sum(tensor.double().square().sum() for tensor in tensors)
-    found = training.norm(tensors)
+    found = training.total_norm(tensors)
     assert_within(found[None].double() ** 2, squares[None], squares[None], 64)
     tensors[1] = torch.cat([tensors[1], torch.tensor([float("nan")])])
-    assert training.norm(tensors).isnan() and training.norm([torch.empty(0)]) == 0
+    assert training.total_norm(tensors).isnan() and training.total_norm([torch.empty(0)]) == 0
 
 
 def test_dropout(chance):
@@ -218,11 +220,11 @@ def test_attention_and_its_gradient(pattern, chance):
     off = off.amax(-1, keepdim=True) + scores.masked_fill(~mask, 0).abs().amax(-1, keepdim=True) * EPS * 4
     assert float(off.max()) < 0.1
     unsure = weights + FLUSHED * mask  # exponentials flush
-    own = KernelAttention(pattern, heads, grid)
+    own = NativeAttention(visible(pattern, text, grid), heads)
     result, for_qkv = own(qkv), torch.full_like(qkv, float("nan"))
     bound = (unsure * (4 * off + length * EPS)) @ v.abs() + LOST * length
     assert bool(((split(result)[0] - split(expected.detach())[0]).abs() <= 4 * bound).all())
-    again = own.again(qkv, grad.clone(), for_qkv)
+    again = own.recompute(qkv, grad.clone(), for_qkv)
     assert torch.equal(again, result)
 
     flows = g.abs() @ v.abs().transpose(-1, -2)
@@ -239,8 +241,8 @@ def test_attention_and_its_gradient(pattern, chance):
 def test_attention_keeps_what_is_not_finite_in_its_head(bad):
     qkv, grad = torch.randn(2, 20, 3 * 2 * 8), torch.randn(2, 20, 16)
     qkv[1, 3, ::16] = bad  # of the first head: a query, a key and a value
-    own, for_qkv = KernelAttention("axial_row", 2, 4), torch.empty_like(qkv)
-    result = own.again(qkv, grad, for_qkv)
+    own, for_qkv = NativeAttention(visible("axial_row", 5, 4), 2), torch.empty_like(qkv)
+    result = own.recompute(qkv, grad, for_qkv)
     for x in (own(qkv), result, for_qkv):
         odd = (~x.isfinite()).unflatten(2, (-1, 2, 8)).any(dim=2).any(dim=1).any(dim=-1)  # (B, H)
         assert odd.tolist() == [[False, False], [True, False]]
@@ -276,7 +278,7 @@ def test_convolutions(high, chance):
     conv.weight.copy_(wild(32, 16, 3, 3, low=-120, high=-10))
     conv.bias.copy_(wild(32, high=60))
     x, residual = wild(batch, 16, height, width, high=high), wild(batch, 32, height, width, high=60)
-    if not conv.takes(x):
+    if convolution.conv3x3_refusal(x, conv.weight):
         pytest.skip("no kernel here")
     exact = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1) + residual.double()
     sums = sums_of_tiles(x.double(), conv.weight.double()) + conv.bias.double().abs()[:, None, None] + residual.abs()

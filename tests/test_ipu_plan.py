@@ -8,10 +8,10 @@ import torch
 import args
 from engines import plan, plan_costs, plan_report
 from engines.plan import Placement
-from models.attention import IMPLEMENTATIONS
 from models.config import DalleConfig
 from models.dalle import DALLE, TextToImage
 from models.vqgan import VqganConfig
+from ops.attention_ops import IMPLEMENTATIONS
 from utils.errors import UsageError
 
 SMALL_VQGAN = VqganConfig(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_kernels import needs_compiler
 
-from models.kernels import build
+from ops import build
 
 pytestmark = needs_compiler
 

@@ -7,7 +7,7 @@ import torch
 
 from models.config import DalleConfig
 from models.dalle import DALLE
-from models.kernels import matrix
+from ops import matmul as matrix
 
 SQUARE = torch.ones(64, 64)
 needs_unit = pytest.mark.usefixtures("unit")
@@ -56,7 +56,7 @@ def test_no_less_exact_than_the_product_of_pytorch(rows, columns, depth, turned,
     around = torch.full((rows + 2, columns + 5), 7.0)
     out = around[1:-1, 2:-3]
     assert matrix.suits(a, b, out)
-    assert matrix.product(a, b, out) is out
+    assert matrix.matmul(a, b, out) is out
     exact = a.double() @ b.double()
     assert error(out, exact) <= 1.1 * error(a @ b, exact)
     torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-6 * depth)
@@ -73,7 +73,7 @@ def test_the_same_on_any_number_of_threads():
     results = []
     for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
-        results.append(matrix.product(a, b))
+        results.append(matrix.matmul(a, b))
     torch.set_num_threads(before)
     assert all(torch.equal(results[0], other) for other in results[1:])
 
@@ -84,11 +84,11 @@ def test_rows_of_later_steps_do_not_overwrite_those_in_use(unit):
     before = torch.get_num_threads()
     a, b = torch.randn(65, 2200), torch.randn(2200, 64)
     torch.set_num_threads(1)
-    expected = matrix.product(a, b)
+    expected = matrix.matmul(a, b)
     try:
         for threads in (3, 5, 7):
             torch.set_num_threads(threads)
-            assert all(torch.equal(matrix.product(a, b), expected) for _ in range(150 if unit == "native" else 9))
+            assert all(torch.equal(matrix.matmul(a, b), expected) for _ in range(150 if unit == "native" else 9))
     finally:
         torch.set_num_threads(before)
 
@@ -109,10 +109,10 @@ def test_exact_for_digits_of_all_kinds(values):
     a = torch.tensor(values)[torch.randint(3, (96, 320))]
     b = torch.tensor([1 + 2**-7 - 2**-23, 0.3, -0.7, 1 / 3])[torch.randint(4, (320, 416))]
     exact = a.double() @ b.double()
-    assert error(matrix.product(a, b), exact) <= 1.1 * error(a @ b, exact) + 1e-45
+    assert error(matrix.matmul(a, b), exact) <= 1.1 * error(a @ b, exact) + 1e-45
     if values == [1.0, 2.0, -3.0]:
         whole = torch.randint(-99, 99, (320, 416)).float()
-        assert torch.equal(matrix.product(a, whole), a @ whole)
+        assert torch.equal(matrix.matmul(a, whole), a @ whole)
 
 
 @needs_unit
@@ -122,20 +122,20 @@ def test_what_is_not_finite_stays_so_where_it_belongs(bad):
     a[70, 65] = bad
     expected = torch.ones(100, 500, dtype=torch.bool)
     expected[70] = False
-    assert torch.equal(matrix.product(a, b).isfinite(), expected)
-    assert torch.equal(matrix.product(b.t(), a.t()).isfinite(), expected.t())
-    assert bool(matrix.product(torch.randn(100, 130), b).isfinite().all()), "packed memory kept it"
+    assert torch.equal(matrix.matmul(a, b).isfinite(), expected)
+    assert torch.equal(matrix.matmul(b.t(), a.t()).isfinite(), expected.t())
+    assert bool(matrix.matmul(torch.randn(100, 130), b).isfinite().all()), "packed memory kept it"
 
 
 def test_threads_of_python_do_not_disturb_each_other(unit):
     torch.manual_seed(2)
     pairs = [(torch.randn(100 + 10 * i, 640), torch.randn(640, 300 + 50 * i)) for i in range(4)]
-    expected = [matrix.product(a, b) for a, b in pairs]
+    expected = [matrix.matmul(a, b) for a, b in pairs]
     wrong = []
 
     def again(index):
         for _ in range(20 if unit == "native" else 2):
-            if not torch.equal(matrix.product(*pairs[index]), expected[index]):
+            if not torch.equal(matrix.matmul(*pairs[index]), expected[index]):
                 wrong.append(index)
 
     workers = [threading.Thread(target=again, args=(index,)) for index in range(4)]
@@ -152,16 +152,16 @@ def test_others_find_the_matrix_unit_as_it_was():
     a, b = torch.randn(200, 300).bfloat16(), torch.randn(300, 250).bfloat16()
     before = a @ b
     for _ in range(3):
-        matrix.product(torch.randn(200, 300), torch.randn(300, 250))
+        matrix.matmul(torch.randn(200, 300), torch.randn(300, 250))
         assert torch.equal(a @ b, before)
 
 
 @needs_unit
 def test_wrong_shapes_are_refused():
-    with pytest.raises(ValueError, match="no product"):
-        matrix.product(torch.ones(64, 65), torch.ones(66, 64))
-    with pytest.raises(ValueError, match="no product"):
-        matrix.product(SQUARE, SQUARE, torch.ones(64, 65))
+    with pytest.raises(ValueError, match="no matmul"):
+        matrix.matmul(torch.ones(64, 65), torch.ones(66, 64))
+    with pytest.raises(ValueError, match="no matmul"):
+        matrix.matmul(SQUARE, SQUARE, torch.ones(64, 65))
 
 
 @pytest.mark.parametrize(
@@ -175,9 +175,9 @@ def test_wrong_shapes_are_refused():
 )
 def test_pytorch_multiplies_what_does_not_suit(a, b):
     assert not matrix.suits(a, b)
-    assert torch.equal(matrix.product(a, b), a @ b)
+    assert torch.equal(matrix.matmul(a, b), a @ b)
     out = a.new_empty(len(a), b.shape[1])
-    assert torch.equal(matrix.product(a, b, out), a @ b)
+    assert torch.equal(matrix.matmul(a, b, out), a @ b)
 
 
 @needs_unit
@@ -191,11 +191,11 @@ def test_as_exact_as_pytorch_is_told_to_be(precision, tolerance, least, rows, co
         a = torch.randn(depth, rows).t() if turned else torch.randn(rows, depth)
         b = torch.randn(depth, columns) if turned else torch.randn(columns, depth).t()
         exact = a.double() @ b.double()
-        error = (matrix.product(a, b) - exact).norm() / exact.norm()
+        error = (matrix.matmul(a, b) - exact).norm() / exact.norm()
         assert (0 if depth < 100 else least) < error < tolerance
         whole = torch.randint(-16, 16, a.shape).float()  # few bits: nothing is lost
         few = whole[:90].t()
-        assert torch.equal(matrix.product(whole, few).double(), whole.double() @ few.double())
+        assert torch.equal(matrix.matmul(whole, few).double(), whole.double() @ few.double())
 
 
 @needs_unit
@@ -204,7 +204,7 @@ def test_less_exact_products_pass_on_what_is_no_number(precision, products):
     a, b = torch.randn(100, 100), torch.randn(100, 100)
     a[3, 5], a[70, 0] = float("nan"), float("inf")
     products(precision)
-    odd = ~matrix.product(a, b).isfinite().all(dim=1)
+    odd = ~matrix.matmul(a, b).isfinite().all(dim=1)
     assert odd.nonzero().flatten().tolist() == [3, 70]
 
 
@@ -220,7 +220,7 @@ def test_pytorch_multiplies_without_a_matrix_unit(missing, monkeypatch):
     try:
         a, b = torch.randn(100, 100), torch.randn(100, 100)
         assert not matrix.suits(a, b)
-        assert torch.equal(matrix.product(a, b), a @ b)
+        assert torch.equal(matrix.matmul(a, b), a @ b)
     finally:
         matrix._functions.cache_clear()
 

@@ -6,14 +6,15 @@ import pytest
 import torch
 from test_sampling import OPTIONS, TEXT, random_codes, random_model
 
+from models import native_rows as rows
 from models import sampling as sampling_module
 from models import stepping as stepping_module
 from models.cache import JoinedCache
-from models.kernels import build, rows
-from models.kernels.rows import Packed, RowStepper, read_all
+from models.native_rows import Packed, RowStepper, read_all
 from models.quantization import Int8Linear
 from models.sampling import SamplingOptions, draw, draw_and_score, draw_codes, first_codes, prefill
 from models.stepping import Stepper, stepping
+from ops import build
 
 KERNELS = pytest.mark.skipif(rows._library() is None, reason="there is no C compiler, or DALLE_KERNELS=off")
 #: What the configurations of test_sampling.py leave out: widths of vectors and more, whole and odd ones.

@@ -8,11 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.attention import build_mask
+import ops
 from models.config import DalleConfig
 from models.dalle import DALLE
-from models.fused_attention import KernelAttention
-from models.kernels import attention, build, training
+from models.patterns import build_mask, visible
+from ops import build
+from ops import elementwise as training
+from ops import native_attention as attention
+from ops.attention_ops import NativeAttention
 
 pytestmark = [
     pytest.mark.skipif(shutil.which(os.environ.get("CC", "gcc")) is None, reason="needs a C compiler"),
@@ -58,11 +61,11 @@ def test_attention_is_that_of_the_mask(pattern, batch, text, grid, heads, width,
     exact = qkv.double().requires_grad_()
     expected = attend(exact, pattern, heads, grid)
     expected.backward(gradient.double())
-    assert KernelAttention.suits(qkv, pattern)
-    own = KernelAttention(pattern, heads, grid)
+    assert NativeAttention.suits(qkv, visible(pattern, text, grid))
+    own = NativeAttention(visible(pattern, text, grid), heads)
     result, for_qkv = own(qkv), torch.full_like(qkv, float("nan"))
     close(result, expected.detach(), 1e-6)
-    again = own.again(qkv, gradient.clone(), for_qkv)
+    again = own.recompute(qkv, gradient.clone(), for_qkv)
     assert torch.equal(again, result)
     close(for_qkv, exact.grad, 3e-6)
 
@@ -76,35 +79,30 @@ def test_what_scratch_memory_held_before_does_not_matter(grid, monkeypatch):
         torch.manual_seed(0)
         qkv, gradient = torch.randn(1, 5 + grid * grid - 1, 30), torch.randn(1, 5 + grid * grid - 1, 10)
         for_qkv = torch.empty_like(qkv)
-        results.append((KernelAttention("axial_col", 2, grid).again(qkv, gradient, for_qkv), for_qkv))
+        results.append((NativeAttention(visible("axial_col", 5, grid), 2).recompute(qkv, gradient, for_qkv), for_qkv))
     assert all(torch.equal(first, second) and first.isfinite().all() for first, second in zip(*results))
 
 
-class SeededDropout(torch.nn.Dropout):
+def seeded_dropout(x, probability):
     """Drops what the kernel would drop."""
-
-    def forward(self, x):
-        return x * training.drop(torch.ones(x.shape), int(torch.randint(2**63 - 1, ())), self.p)
+    return x * training.drop(torch.ones(x.shape), int(torch.randint(2**63 - 1, ())), probability)
 
 
 @pytest.mark.parametrize("activation", ["geglu", "gelu", "quick_gelu"])
 @pytest.mark.parametrize("attn_dropout, ff_dropout", [(0.1, 0.0), (0.0, 0.3), (0.5, 0.1)])
-def test_a_layer_drops_the_same_forward_and_backward(activation, attn_dropout, ff_dropout):
+def test_a_layer_drops_the_same_forward_and_backward(activation, attn_dropout, ff_dropout, monkeypatch):
     torch.manual_seed(0)
     config = dataclasses.replace(TINY, activation=activation, attn_dropout=attn_dropout, ff_dropout=ff_dropout)
     model = DALLE(config)
-    for block in model.transformer.layers:
-        for branch, probability in ((block.attention, attn_dropout), (block.feed_forward, ff_dropout)):
-            branch.fn.dropout = SeededDropout(probability) if probability else torch.nn.Dropout(0.0)
+    monkeypatch.setattr(torch.nn.functional, "dropout", seeded_dropout)
     text, codes = torch.randint(1, 20, (2, 5)), torch.randint(11, (2, 16))
     results = []
-    for fused in (True, False):
-        for block in model.transformer.layers:
-            block.fused = fused
+    for kind in ("native", "reference"):
         model.zero_grad()
         torch.manual_seed(1)
-        loss = model.loss(*model(text, codes), text, codes).total
-        loss.backward()
+        with ops.use(kind):
+            loss = model.loss(*model(text, codes), text, codes).total
+            loss.backward()
         results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
     for ours, plain in zip(*results):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
@@ -139,20 +137,20 @@ def test_dropping_hangs_on_no_threads_and_passes_on_what_is_no_number():
 
 
 def test_attention_passes_on_what_is_no_number():
-    own = KernelAttention("axial_row", 1, 4)
+    own = NativeAttention(visible("axial_row", 5, 4), 1)
     for odd in (float("nan"), float("inf")):
         for position in (0, 4, 12):  # of 5 + 15, the last of a text part, and a code
             qkv = torch.randn(1, 20, 24)
             qkv[0, position] = odd
             assert own(qkv)[0, position].isnan().all()
             for_qkv = torch.empty_like(qkv)
-            own.again(qkv, torch.randn(1, 20, 8), for_qkv)
+            own.recompute(qkv, torch.randn(1, 20, 8), for_qkv)
             assert for_qkv[0, position].isnan().any()
 
 
 def test_large_scores_do_not_overflow():
     qkv = 30 * torch.randn(1, 20, 24)
-    close(KernelAttention("axial_col", 1, 4)(qkv), attend(qkv.double(), "axial_col", 1, 4), 1e-5)
+    close(NativeAttention(visible("axial_col", 5, 4), 1)(qkv), attend(qkv.double(), "axial_col", 1, 4), 1e-5)
 
 
 def test_wrong_shapes_are_refused():
@@ -182,7 +180,7 @@ def test_gelu_and_its_gradient(gated, biased, rows, width, threads):
     expected = first * F.gelu(last)
     expected.backward(gradient.double())
     result, for_x = training.gelu(x, gated, bias), torch.full_like(x, float("nan"))
-    training.gelu_again(x, gated, gradient, for_x, bias)
+    training.gelu_backward(x, gated, gradient, for_x, bias)
     assert torch.equal(gradient, result)
     close(result, expected.detach(), 3e-7)
     close(for_x, exact.grad, 3e-7)
@@ -199,14 +197,14 @@ def test_gelu_over_all_sizes_of_numbers():
     inside = x.double() > -11
     error = (result.double() - expected).abs() / expected.abs().clamp(min=1e-37)
     assert error[inside].max() < 1e-5 and (result.double() - expected).abs()[x.abs() < 14].max() < 1e-6
-    training.gelu_again(x, False, gradient, for_x)
+    training.gelu_backward(x, False, gradient, for_x)
     assert (for_x.double() - exact.grad).abs().max() < 3e-7
 
 
 def test_gelu_passes_on_what_is_no_number():
     x = torch.tensor([[float("inf"), -float("inf"), float("nan"), 1.0]])
     own, for_x = torch.ones_like(x), torch.empty_like(x)
-    training.gelu_again(x, False, own, for_x)
+    training.gelu_backward(x, False, own, for_x)
     assert own.isfinite().tolist() == for_x.isfinite().tolist() == [[False, False, False, True]]
 
 
@@ -230,11 +228,11 @@ def test_norm_of_many_tensors(threads):
     torch.manual_seed(2)
     tensors = [torch.randn(size) for size in ((1,), (37,), (8, 2049), (3, 0), (70, 1000))] + [torch.tensor(2.0)]
     exact = torch.cat([tensor.flatten() for tensor in tensors]).double().norm()
-    close(training.norm(tensors), exact, 1e-6)
+    close(training.total_norm(tensors), exact, 1e-6)
     tensors[2][5, 3] = float("nan")
-    assert training.norm(tensors).isnan()
+    assert training.total_norm(tensors).isnan()
     tensors[2][5, 3] = -float("inf")
-    assert training.norm(tensors).isinf()
+    assert training.total_norm(tensors).isinf()
 
 
 def gradients(model, text, codes):
@@ -259,15 +257,16 @@ def test_a_model_learns_the_same_with_and_without(activation, biases, threads, m
     for with_kernels, expected in zip(own, exact):
         close(with_kernels, expected, 1e-5)
 
-    monkeypatch.setattr("models.attention.KernelAttention.suits", staticmethod(lambda qkv, pattern: False))
-    monkeypatch.setattr("models.kernels.training.suits", lambda *tensors: False)
+    monkeypatch.setattr("ops.attention_ops.NativeAttention.suits", staticmethod(lambda qkv, visible: False))
+    monkeypatch.setattr("ops.elementwise.suits", lambda *tensors: False)
     for without, expected in zip(gradients(model.float(), text, codes), exact):
         close(without, expected, 1e-5)
 
 
 def test_other_types_and_devices_take_pytorch():
-    assert not KernelAttention.suits(torch.zeros(1, 20, 24, dtype=torch.bfloat16), "full")
-    assert not KernelAttention.suits(torch.zeros(1, 20, 24, device="meta"), "full")
-    assert not KernelAttention.suits(torch.zeros(1, 20, 24), "conv_like")
+    full = visible("full", 5, 4)
+    assert not NativeAttention.suits(torch.zeros(1, 20, 24, dtype=torch.bfloat16), full)
+    assert not NativeAttention.suits(torch.zeros(1, 20, 24, device="meta"), full)
+    assert not NativeAttention.suits(torch.zeros(1, 20, 24), visible("conv_like", 5, 4))
     assert training.suits(torch.zeros(2, 3), None) and not training.suits(torch.zeros(2, 3), torch.zeros(2, 3).t())
     assert not training.suits(torch.zeros(2, 3, dtype=torch.float64))

@@ -13,8 +13,8 @@ from dalle.models import Dalle
 from models.building import build_dalle, without_weights
 from models.config import ARCHITECTURES, DalleConfig
 from models.dalle import DALLE
-from models.kernels import build
 from models.quantization import DTYPES, Int8Linear, quantize_rows
+from ops import build
 from utils.checkpoints import dalle_checkpoint, save_checkpoint
 from utils.errors import UserError
 

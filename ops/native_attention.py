@@ -1,4 +1,4 @@
-"""Attention of the training step by attention.c: text that all positions see, then codes that see their row or column.
+"""Attention by csrc/attention.c: text that all positions see, then codes that see their row or column.
 
 Letters: B batch, L positions, H heads, K width of a head, P positions of the text part, G side of the code grid.
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from models.kernels.build import library, pointer
+from ops.build import library, pointer
 
 
 class Shape(ctypes.Structure):
@@ -68,18 +68,19 @@ def forward(qkv: Tensor, pattern: Pattern) -> Tensor:
     return result
 
 
-def backward(qkv: Tensor, pattern: Pattern, incoming: Tensor, for_qkv: Tensor) -> None:
-    """Write the gradient for qkv to `for_qkv`, and what `forward` gives over `incoming`, the gradient of that.
+def backward(qkv: Tensor, pattern: Pattern, grad_output: Tensor, grad_qkv: Tensor) -> None:
+    """Write the gradient for qkv to `grad_qkv`, and what `forward` gives over `grad_output`, the gradient of that.
 
-    qkv and for_qkv (B, L, 3 * H * K), incoming (B, L, H * K), all contiguous.
+    qkv and grad_qkv (B, L, 3 * H * K), grad_output (B, L, H * K), all contiguous.
     """
     shape = pattern.shape(qkv)
-    if incoming.shape[2] * 3 != qkv.shape[2] or incoming.shape[:2] != qkv.shape[:2] or for_qkv.shape != qkv.shape:
-        raise ValueError("gradients of other shapes: {}, {}".format(tuple(incoming.shape), tuple(for_qkv.shape)))
-    if not (qkv.is_contiguous() and incoming.is_contiguous() and for_qkv.is_contiguous()):
+    wanted = (*qkv.shape[:2], qkv.shape[2] // 3)
+    if grad_output.shape != wanted or grad_qkv.shape != qkv.shape:
+        raise ValueError("gradients of other shapes: {}, {}".format(tuple(grad_output.shape), tuple(grad_qkv.shape)))
+    if not (qkv.is_contiguous() and grad_output.is_contiguous() and grad_qkv.is_contiguous()):
         raise ValueError("queries, keys, values and gradients must be contiguous")
     scratch = _scratch(shape, True, qkv)
     threads, each = scratch.shape
     _functions().attention_backward(
-        ctypes.byref(shape), pointer(qkv), pointer(incoming), pointer(for_qkv), pointer(scratch), each, threads
+        ctypes.byref(shape), pointer(qkv), pointer(grad_output), pointer(grad_qkv), pointer(scratch), each, threads
     )

@@ -1,4 +1,4 @@
-"""What surrounds the matrix products of a training step, by training.c: for contiguous float32 tensors on a CPU."""
+"""What surrounds the matmuls of a training step, by csrc/training.c: for contiguous float32 tensors on a CPU."""
 
 import ctypes
 import functools
@@ -7,7 +7,8 @@ from typing import Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from models.kernels.build import library, pointer, usable
+from ops import dispatch
+from ops.build import library, pointer
 
 
 @functools.lru_cache(maxsize=None)
@@ -30,7 +31,7 @@ def _functions() -> Optional[ctypes.CDLL]:
 def suits(*tensors: Optional[Tensor]) -> bool:
     """Whether there are kernels here, and they may compute with these."""
     return (
-        usable(*tensors)
+        dispatch.suits(*tensors)
         and all(tensor is None or tensor.is_contiguous() for tensor in tensors)
         and _functions() is not None
     )
@@ -66,14 +67,16 @@ def gelu(x: Tensor, gated: bool, bias: Optional[Tensor] = None) -> Tensor:
     return result
 
 
-def gelu_again(x: Tensor, gated: bool, incoming: Tensor, for_x: Tensor, bias: Optional[Tensor] = None) -> None:
-    """Write the gradient for x to `for_x`, and what `gelu` gives over `incoming`, the gradient of that."""
-    rows, width = _size(incoming)
-    _expect(x.shape, for_x)
+def gelu_backward(
+    x: Tensor, gated: bool, grad_output: Tensor, grad_input: Tensor, bias: Optional[Tensor] = None
+) -> None:
+    """Write the gradient for x to `grad_input`, and what `gelu` gives over `grad_output`."""
+    rows, width = _size(grad_output)
+    _expect(x.shape, grad_input)
     _expect(x.shape[-1:], bias)
-    _expect(torch.Size([*x.shape[:-1], x.shape[-1] // (1 + gated)]), incoming)
+    _expect(torch.Size([*x.shape[:-1], x.shape[-1] // (1 + gated)]), grad_output)
     _expect_contiguous(x)
-    _functions().gelu_backward(rows, width, gated, pointer(x), pointer(bias), pointer(incoming), pointer(for_x))
+    _functions().gelu_backward(rows, width, gated, pointer(x), pointer(bias), pointer(grad_output), pointer(grad_input))
 
 
 def add_branch(residual: Tensor, scale: Optional[Tensor], bias: Optional[Tensor], branch: Tensor) -> Tensor:
@@ -107,8 +110,10 @@ def drop(x: Tensor, seed: int, probability: float) -> Tensor:
     return x
 
 
-def norm(tensors: Sequence[Tensor]) -> Tensor:
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the square root of the sum of all squares, a scalar."""
+    if not suits(*tensors):
+        return torch.nn.utils.get_total_norm(tensors)
     addresses = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
     sizes = torch.tensor([tensor.numel() for tensor in tensors], dtype=torch.int64)
     sums = torch.empty(len(tensors), dtype=torch.float64)

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from models.cache import JoinedCache, LayerCache
 from models.dalle import DALLE
-from models.kernels.build import library, pointer, usable
-from models.local_attention import allowed_codes
+from models.patterns import allowed_codes
 from models.quantization import Int8Linear
 from models.transformer import Residual
+from ops.build import library, pointer
+from ops.dispatch import suits as natively
 
 _LANES = 16
 """Floats in the widest vectors there are."""
@@ -97,7 +98,7 @@ def read_all(x: Tensor) -> Optional[float]:
     One place at a time gives a core two thirds of what several in turn give it: this is the limit of what drawing one
     image can reach, and `torch.sum` is not.
     """
-    if not usable(x) or not x.is_contiguous() or _library() is None:
+    if not natively(x) or not x.is_contiguous() or _library() is None:
         return None
     return _library().read_all(pointer(x), x.numel(), torch.get_num_threads())
 
@@ -293,7 +294,7 @@ def suits(model: DALLE, rows: int) -> bool:
     parameters = list(model.transformer.parameters()) + list(model.image_head.parameters())
     parameters += [model.norm.weight, model.norm.bias, model.image_emb.weight]
     like = model.image_emb.weight.detach()[:1, :1]
-    if not usable(*parameters) or F.linear(like, like).dtype != torch.float32:  # under autocast it is another
+    if not natively(*parameters) or F.linear(like, like).dtype != torch.float32:  # under autocast it is another
         return False
     linears = [model.image_head]
     for block in model.transformer.layers:
@@ -316,7 +317,7 @@ def draw_rows(
 
     Where the last of several equally likely tokens do not fit into top_p, those with the lowest numbers are kept.
     """
-    if not usable(logits) or _library() is None:
+    if not natively(logits) or _library() is None:
         return None
     if logits.stride(1) != 1:
         logits = logits.contiguous()

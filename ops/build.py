@@ -1,4 +1,4 @@
-"""Compile the C sources beside this file with the machine's own compiler, once, and load them.
+"""Compile the C sources in csrc/ with the machine's own compiler, once, and load them.
 
 What PyTorch's operators do in several passes over memory these do in one; nothing needs them. Without a compiler, on
 another system, or with `DALLE_KERNELS=off` in the environment, `library` returns None and PyTorch computes the same
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 SWITCH = "DALLE_KERNELS"
 """Environment variable: "off" leaves everything to PyTorch."""
 
-_FOLDER = Path(__file__).parent
+_FOLDER = Path(__file__).parent / "csrc"
 _FLAGS = ["-O3", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 _SECONDS = 120
 """A compiler takes about two; one that hangs must not hang us."""
@@ -205,19 +205,3 @@ def _warn(message: str) -> None:
 def pointer(tensor: Optional[torch.Tensor]) -> ctypes.c_void_p:
     """The address of a tensor's first element, for a function of `library`."""
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-def usable(*tensors: Optional[torch.Tensor]) -> bool:
-    """Whether kernels may compute with these: float32 on the CPU, and nobody records or compiles what happens."""
-    if torch.jit.is_tracing() or _compiling():
-        return False
-    return all(
-        tensor is None
-        or (type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_cpu and tensor.dtype == torch.float32)
-        for tensor in tensors
-    )
-
-
-def _compiling() -> bool:
-    compiler = getattr(torch, "compiler", None)  # absent before PyTorch 2.1
-    return bool(compiler is not None and hasattr(compiler, "is_compiling") and compiler.is_compiling())

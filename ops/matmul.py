@@ -1,7 +1,7 @@
-"""Products of float32 matrices by a processor's matrix unit (AMX), by matrix.c, where there is one.
+"""Matmuls of float32 by a processor's matrix unit (AMX), by csrc/matrix.c, where there is one.
 
-Their error is no larger than that of PyTorch's products, which use the vector units alone. Where
-`torch.set_float32_matmul_precision` allows to round what is multiplied, a product takes half of the multiplications
+Their error is no larger than that of PyTorch's matmuls, which use the vector units alone. Where
+`torch.set_float32_matmul_precision` allows to round what is multiplied, a matmul takes half of the multiplications
 ("high": factors of 16 bits, where TF32 on a GPU has 11) or a sixth ("medium": bfloat16, 8 bits). Sums are float32 in
 any case.
 """
@@ -13,7 +13,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from models.kernels.build import library, pointer, usable
+from ops import dispatch
+from ops.build import library, pointer
 
 _LEAST = 64
 """Rows, columns or steps below which packing costs more than the unit saves."""
@@ -35,11 +36,11 @@ def _functions() -> Optional[ctypes.CDLL]:
 
 def available(*tensors: Optional[Tensor]) -> bool:
     """Whether there is a matrix unit, and it may serve these."""
-    return usable(*tensors) and _functions() is not None
+    return dispatch.suits(*tensors) and _functions() is not None
 
 
 def suits(a: Tensor, b: Tensor, out: Optional[Tensor] = None) -> bool:
-    """Whether `product` uses the matrix unit for these."""
+    """Whether `matmul` uses the matrix unit for these."""
     return (
         min(*a.shape, *b.shape) >= _LEAST
         and 1 in a.stride()
@@ -49,14 +50,14 @@ def suits(a: Tensor, b: Tensor, out: Optional[Tensor] = None) -> bool:
     )
 
 
-def product(a: Tensor, b: Tensor, out: Optional[Tensor] = None, bias: Optional[Tensor] = None) -> Tensor:
+def matmul(a: Tensor, b: Tensor, out: Optional[Tensor] = None, bias: Optional[Tensor] = None) -> Tensor:
     """Return a @ b + bias, of (M, K), (K, N) and (N), which is written to `out` (M, N) where that is given."""
     if not suits(a, b, out):
         return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
     (rows, depth), columns = a.shape, b.shape[1]
     result = a.new_empty(rows, columns) if out is None else out
     if len(b) != depth or result.shape != (rows, columns):
-        raise ValueError("no product: {} @ {} to {}".format(tuple(a.shape), tuple(b.shape), tuple(result.shape)))
+        raise ValueError("no matmul: {} @ {} to {}".format(tuple(a.shape), tuple(b.shape), tuple(result.shape)))
     (a_line, a_step), (b_step, b_line) = a.stride(), b.stride()
     failed = _functions().product(
         rows, columns, depth,
@@ -66,5 +67,5 @@ def product(a: Tensor, b: Tensor, out: Optional[Tensor] = None, bias: Optional[T
     if failed == 2:  # numbers that are not finite, or too large for the unit: PyTorch decides what they give
         torch.mm(a, b, out=result)
     elif failed:
-        raise MemoryError("there is no memory for the product of {} and {}".format(tuple(a.shape), tuple(b.shape)))
+        raise MemoryError("there is no memory for the matmul of {} and {}".format(tuple(a.shape), tuple(b.shape)))
     return result if bias is None else result.add_(bias)

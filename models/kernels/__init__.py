@@ -1,1 +1,0 @@
-"""Kernels in C for what PyTorch's operators leave on the table on a CPU (see build.py)."""

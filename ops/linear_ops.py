@@ -1,0 +1,422 @@
+"""Linear layers with what comes before and after them, keeping less for the backward pass than autograd would.
+
+Autograd keeps the input of every operation. What is cheap to compute is recomputed here: normalised inputs from the
+residual stream, activations from their argument, attention weights of sparse patterns from queries and keys. The output
+of a scaled branch is not needed at all. L16 keeps 55 % of what it would otherwise, at the same speed.
+
+The fused versions are plain PyTorch with native kernels where they suit; the references, a line or two each, run
+without gradients, under `ops.use("reference")` (IPUs know no autograd functions written in Python), and for what the
+fused ones do not know: a norm behind a branch, dropout without kernels.
+
+Letters: B batch, L positions, D width of a layer's input, C of its output.
+"""
+
+from typing import Any, Callable, Dict, NamedTuple, Optional, Protocol, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ops import dispatch, elementwise
+from ops.dispatch import autocasts
+from ops.matmul import available, matmul
+from ops.matmul import suits as matmul_suits
+
+Gradients = Tuple[Optional[Tensor], ...]
+
+
+class Matrix(NamedTuple):
+    """A linear layer: x @ weight.T + bias."""
+
+    weight: Tensor
+    """(C, D)"""
+    bias: Optional[Tensor]
+    """(C,)"""
+
+
+class Norm(NamedTuple):
+    """A LayerNorm over the last dimension."""
+
+    scale: Tensor
+    """(D,)"""
+    shift: Tensor
+    """(D,)"""
+    eps: float
+
+
+Projection = Union[Matrix, Callable[[Tensor], Tensor]]
+"""A linear layer, or a function that does what a layer of another kind does: int8 weights, say."""
+
+
+Between = Callable[[Tensor], Tensor]
+"""What happens between a norm and a linear layer, (B, L, D) -> (B, L, D): a shift of tokens."""
+
+
+def _fuses() -> bool:
+    """Whether our autograd functions may run: gradients are wanted, and nobody asks for the reference or records."""
+    return torch.is_grad_enabled() and not dispatch.uses_reference() and not torch.jit.is_tracing()
+
+
+# ---- one linear layer
+
+
+def linear(x: Tensor, project: Projection) -> Tensor:
+    """x @ weight.T + bias, (B, L, D) -> (B, L, C)."""
+    if not isinstance(project, Matrix):
+        return project(x)
+    if torch.is_grad_enabled() and available(x, project.weight) and not autocasts(x):
+        rows = _rows(x)
+        if matmul_suits(rows, project.weight.t()):
+            return _Linear.apply(rows, project.weight, project.bias).view(*x.shape[:-1], -1)
+    return F.linear(x, project.weight, project.bias)
+
+
+class _Linear(torch.autograd.Function):
+    """F.linear by the native matmul, of x (rows, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return matmul(x, weight.t(), bias=bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Gradients:
+        x, weight = ctx.saved_tensors
+        grad_weight = matmul(grad_output.t(), x, out=_room_for(grad_output, weight))
+        return matmul(grad_output, weight), grad_weight, grad_output.sum(dim=0) if ctx.has_bias else None
+
+
+def _linear_into(result: Tensor, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """F.linear with a place for the result, (..., C)."""
+    matmul(_rows(x), weight.t(), result.view(-1, result.shape[-1]), bias)
+    return result
+
+
+def _grad_input(grad_output: Tensor, weight: Tensor) -> Tensor:
+    """What F.linear's input gets, (..., C) @ (C, D)."""
+    return matmul(_rows(grad_output), weight).view(*grad_output.shape[:-1], weight.shape[1])
+
+
+def _room_for(grad_output: Tensor, weight: Tensor) -> Tensor:
+    """Memory for the gradient of a weight: what stays is allocated before what is needed for a moment only, or memory
+    would be full of holes."""
+    return torch.empty_like(weight, dtype=grad_output.dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.flatten(0, -2)
+
+
+# ---- a norm before it
+
+
+def norm_linear(x: Tensor, norm: Norm, project: Projection, between: Optional[Between] = None) -> Tensor:
+    """linear(between(norm(x))). (B, L, D) -> (B, L, C)."""
+    if isinstance(project, Matrix) and between is None and _fuses():
+        return _NormLinear.apply(x, *norm, *project)
+    normed = F.layer_norm(x, x.shape[-1:], *norm)
+    return linear(normed if between is None else between(normed), project)
+
+
+class _NormLinear(torch.autograd.Function):
+    """linear(layer_norm(x)), of which only x is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor, bias: Optional[Tensor]
+    ) -> Tensor:
+        result = None if autocasts(x) else x.new_empty(*x.shape[:-1], len(weight))  # before what is freed again
+        normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], scale, shift, eps)
+        ctx.save_for_backward(x, scale, shift, mean, rstd, weight)
+        ctx.eps, ctx.has_bias = eps, bias is not None
+        return F.linear(normed, weight, bias) if result is None else _linear_into(result, normed, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Gradients:
+        x, scale, shift, mean, rstd, weight = ctx.saved_tensors
+        grad_weight = _room_for(grad_output, weight)
+        normed = torch.native_layer_norm(x, x.shape[-1:], scale, shift, ctx.eps)[0].to(grad_output.dtype)
+        matmul(_rows(grad_output).t(), _rows(normed), out=grad_weight)
+        del normed
+        grad_normed = _grad_input(grad_output, weight.to(grad_output.dtype))
+        grad_bias = _rows(grad_output).sum(dim=0).to(weight.dtype) if ctx.has_bias else None
+        grad_x, grad_scale, grad_shift = torch.ops.aten.native_layer_norm_backward(
+            grad_normed.to(x.dtype), x, x.shape[-1:], mean, rstd, scale, shift, [True, True, True]
+        )
+        return grad_x, grad_scale, grad_shift, None, grad_weight.to(weight.dtype), grad_bias
+
+
+# ---- what comes before a linear layer at the end of a branch
+
+
+class Function(Protocol):
+    """What comes before a linear layer and is cheap to recompute."""
+
+    differentiable: bool
+    """Whether autograd can differentiate a call; else `recompute` is its gradient."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Compute it."""
+
+    def recompute(self, x: Tensor, grad_output: Tensor, grad_input: Tensor) -> Tensor:
+        """Compute it again, and write the gradient for x to `grad_input`. `grad_output` may be overwritten."""
+
+
+class _Identity:
+    differentiable = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+    def recompute(self, x: Tensor, grad_output: Tensor, grad_input: Tensor) -> Tensor:
+        grad_input.copy_(grad_output)
+        return x
+
+
+class _Geglu:
+    """The first half of x, gated by gelu of the second."""
+
+    differentiable = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x, gate = x.chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+    def recompute(self, x: Tensor, grad_output: Tensor, grad_input: Tensor) -> Tensor:
+        x, gate = x.chunk(2, dim=-1)
+        grad_x, grad_gate = grad_input.chunk(2, dim=-1)
+        active = F.gelu(gate)
+        torch.mul(grad_output, active, out=grad_x)
+        torch.ops.aten.gelu_backward.grad_input(grad_output.mul_(x), gate, grad_input=grad_gate)
+        return active.mul_(x)
+
+
+class _Gelu:
+    differentiable = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.gelu(x)
+
+    def recompute(self, x: Tensor, grad_output: Tensor, grad_input: Tensor) -> Tensor:
+        torch.ops.aten.gelu_backward.grad_input(grad_output, x, grad_input=grad_input)
+        return F.gelu(x)
+
+
+class _QuickGelu:
+    """x * sigmoid(1.702 x)"""
+
+    differentiable = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+    def recompute(self, x: Tensor, grad_output: Tensor, grad_input: Tensor) -> Tensor:
+        gate = torch.sigmoid(1.702 * x)
+        torch.mul(grad_output.mul_(gate), 1 + 1.702 * x * (1 - gate), out=grad_input)
+        return gate.mul_(x)
+
+
+class _NativeGelu:
+    """gelu or geglu of x + bias by a kernel."""
+
+    differentiable = False
+
+    def __init__(self, gated: bool) -> None:
+        self.gated = gated
+
+    def __call__(self, x: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+        return elementwise.gelu(x, self.gated, bias)
+
+    def recompute(self, x: Tensor, grad_output: Tensor, grad_input: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+        elementwise.gelu_backward(x, self.gated, grad_output, grad_input, bias)
+        return grad_output
+
+
+IDENTITY: Function = _Identity()
+_ACTIVATIONS: Dict[str, Function] = {"geglu": _Geglu(), "gelu": _Gelu(), "quick_gelu": _QuickGelu()}
+_NATIVE_ACTIVATIONS = {"geglu": _NativeGelu(gated=True), "gelu": _NativeGelu(gated=False)}
+"""Those that take the bias of the linear layer before them too."""
+
+
+def activation(name: str) -> Function:
+    """Return the activation of this name; a gated one halves the last dimension. Raises ValueError for others."""
+    if name not in _ACTIVATIONS:
+        raise ValueError("unknown activation {!r}: there are {}".format(name, ", ".join(_ACTIVATIONS)))
+    return _ACTIVATIONS[name]
+
+
+# ---- the end of a branch
+
+
+class _Dropout(NamedTuple):
+    """One dropout, by kernels only. The backward pass finds out by the seed which numbers were dropped."""
+
+    seed: int
+    probability: float
+
+    @classmethod
+    def of(cls, probability: float) -> "Optional[_Dropout]":
+        """A new one, by PyTorch's random numbers, or None where nothing is dropped."""
+        return cls(int(torch.randint(2**63 - 1, ())), probability) if probability else None
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Drop some of x, in place."""
+        return elementwise.drop(x, self.seed, self.probability)
+
+
+def add_linear(
+    residual: Tensor,
+    x: Tensor,
+    project: Projection,
+    scale: Optional[Tensor] = None,
+    before: Function = IDENTITY,
+    inner_dropout: float = 0.0,
+    outer_dropout: float = 0.0,
+    after: Optional[Norm] = None,
+) -> Tensor:
+    """residual + scale * after(drop(linear(drop(before(x))))), scale (1, 1, D) or None for 1.
+
+    residual (B, L, D), x (B, L, anything) -> (B, L, D). Dropout probabilities are those of training: 0 otherwise.
+    """
+    drops = bool(inner_dropout or outer_dropout)
+    knows = isinstance(project, Matrix) and after is None and (not drops or _drops_natively(x))
+    if knows and _fuses():
+        inner, outer = _Dropout.of(inner_dropout), _Dropout.of(outer_dropout)
+        return _AddLinear.apply(residual, x, *project, scale, before, None, inner, outer)
+    differentiable = before.differentiable or not torch.is_grad_enabled()
+    active = before(x) if differentiable else _Recomputed.apply(x, before)
+    branch = _drop(linear(_drop(active, inner_dropout), project), outer_dropout)
+    if after is not None:
+        branch = F.layer_norm(branch, branch.shape[-1:], *after)
+    return residual + branch if scale is None else torch.addcmul(residual, branch, scale)
+
+
+def add_feed_forward(
+    x: Tensor,
+    norm: Norm,
+    up: Projection,
+    name: str,
+    down: Projection,
+    scale: Optional[Tensor] = None,
+    dropout: float = 0.0,
+    after: Optional[Norm] = None,
+    between: Optional[Between] = None,
+) -> Tensor:
+    """x + scale * after(down(drop(activation(up(between(norm(x))))))), scale (1, 1, D) or None for 1.
+
+    (B, L, D) -> (B, L, D). The same as `norm_linear` and `add_linear`; native activations take the bias of `up` along.
+    """
+    before = _NATIVE_ACTIVATIONS.get(name)
+    knows = isinstance(up, Matrix) and isinstance(down, Matrix) and after is None and between is None
+    if before is not None and knows and _fuses():
+        if elementwise.suits(x, *up, *down, scale) and not autocasts(x):
+            hidden = _NormLinear.apply(x, *norm, up.weight, None)
+            return _AddLinear.apply(x, hidden, *down, scale, before, up.bias, _Dropout.of(dropout), None)
+    hidden = norm_linear(x, norm, up, between)
+    return add_linear(x, hidden, down, scale, activation(name), inner_dropout=dropout, after=after)
+
+
+def _drops_natively(x: Tensor) -> bool:
+    return elementwise.suits(x) and not autocasts(x)
+
+
+def _drop(x: Tensor, probability: float) -> Tensor:
+    return F.dropout(x, probability) if probability else x
+
+
+class _Recomputed(torch.autograd.Function):
+    """before(x), whose gradient is its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, before: Function) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.before = before
+        return before(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Gradients:
+        (x,) = ctx.saved_tensors
+        grad_input = torch.empty_like(x)
+        ctx.before.recompute(x, grad_output.clone(memory_format=torch.contiguous_format), grad_input)
+        return grad_input, None
+
+
+class _AddLinear(torch.autograd.Function):
+    """residual + scale * linear(before(x)), of which only x is kept.
+
+    `shift` is a bias for x, which `before` adds. `inner` drops some of what before(x) gives, which must be a tensor of
+    its own then, `outer` some of what the linear layer gives.
+
+    The gradient for `scale` does not need the branch: sum_r g[r, c] (W a[r] + b)[c] is the sum over k of W[c, k] times
+    (g.T a)[c, k], a matmul that the gradient for W needs anyway, plus b[c] times the sum of g.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        residual: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor],
+        scale: Optional[Tensor],
+        before: Function,
+        shift: Optional[Tensor],
+        inner: Optional[_Dropout],
+        outer: Optional[_Dropout],
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, scale, shift)
+        ctx.before, ctx.inner, ctx.outer = before, inner, outer
+        if autocasts(x):
+            branch = F.linear(before(x), weight, bias)
+            return residual + branch if scale is None else torch.addcmul(residual, branch, scale)
+        result = torch.empty_like(residual)
+        active = before(x) if shift is None else before(x, shift)
+        if inner is not None:
+            inner.drop(active)
+        if outer is not None:
+            outer.drop(_linear_into(result, active, weight, bias))
+            return elementwise.add_branch(residual, scale, None, result)
+        if elementwise.suits(residual, result, weight, bias, scale):
+            return elementwise.add_branch(residual, scale, bias, _linear_into(result, active, weight, None))
+        _linear_into(result, active, weight, bias)
+        return result.add_(residual) if scale is None else torch.addcmul(residual, result, scale, out=result)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Gradients:
+        x, weight, bias, scale, shift = ctx.saved_tensors
+        residual, inner, outer = grad_output, ctx.inner, ctx.outer
+        if outer is not None:
+            grad_output = outer.drop(grad_output.clone(memory_format=torch.contiguous_format))
+        own = grad_output.to(x.dtype)
+        grad_weight = _room_for(own, weight)
+        scaled = own if scale is None else (grad_output * scale).to(x.dtype)
+        grad_x = torch.empty_like(x)
+        shifts = () if shift is None else (shift,)
+        grad_active = _grad_input(scaled, weight.to(x.dtype))
+        if inner is not None:
+            inner.drop(grad_active)
+        active = ctx.before.recompute(x, grad_active, grad_x, *shifts)
+        if inner is not None:
+            inner.drop(active)
+        grad_shift = None if shift is None else _rows(grad_x).sum(dim=0)
+        grad_weight = matmul(_rows(own).t(), _rows(active), out=grad_weight).to(weight.dtype)
+        grad_bias = None if bias is None else _rows(grad_output).sum(dim=0).to(bias.dtype)
+        grad_scale = None
+        if scale is not None:
+            factor = scale.flatten()
+            grad_scale = _sum_and_scale(grad_weight, weight, factor)
+            if grad_bias is not None:
+                grad_scale = grad_scale + grad_bias * bias
+                grad_bias = grad_bias * factor
+            grad_scale = grad_scale.view_as(scale)
+        return residual, grad_x, grad_weight, grad_bias, grad_scale, None, grad_shift, None, None
+
+
+def _sum_and_scale(grad_weight: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
+    """The sums (D) over rows of grad_weight * weight (D, C); then scale the rows of grad_weight in place."""
+    if elementwise.suits(grad_weight, weight, factor):
+        return elementwise.sum_products_and_scale(grad_weight, weight, factor)
+    sums = (grad_weight * weight).sum(dim=1)
+    grad_weight.mul_(factor[:, None])
+    return sums
