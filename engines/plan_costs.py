@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import ops
 from args import Config
 from engines.plan import HEAD, LAYER, Placement, layer_ipus, num_stages, stage_of, uses_half
 from models.dalle import TextToImage
@@ -127,7 +128,8 @@ def measure(model: TextToImage, plan: List[Placement], image_size: int) -> List[
         images = torch.empty(1, model.dalle.config.image_seq_len, device="meta", dtype=torch.long)
     text = torch.empty(1, model.dalle.config.text_seq_len, device="meta", dtype=torch.long)
     with torch.no_grad(), recorder:
-        model(text, images)
+        with ops.use("reference"):  # as on an IPU: parts are told by calls of their modules
+            model(text, images)
     for hook in hooks:
         hook.remove()
     seen: Dict[int, None] = {}
