@@ -5,6 +5,7 @@ dispatch.py decides which one runs. Ops know tensors and nothing of models, conf
 
 from ops.attention_ops import Visible, attention, explicit, rotate, sdpa, split_heads
 from ops.dispatch import use, uses_reference
+from ops.explain import explain
 from ops.linear_ops import (
     IDENTITY,
     Function,
@@ -29,6 +30,7 @@ __all__ = [
     "add_feed_forward",
     "add_linear",
     "attention",
+    "explain",
     "explicit",
     "linear",
     "norm_linear",

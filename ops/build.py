@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import IO, Iterator, List, Optional, Tuple
+from typing import IO, Dict, Iterator, List, Optional, Tuple
 
 import torch
 
@@ -41,12 +41,19 @@ _MAX_BYTES = 1 << 26
 """More than any compiled file has."""
 
 
+reasons: Dict[str, str] = {}
+"""Why `library` returned None, by its names."""
+
+
 @functools.lru_cache(maxsize=None)
 def library(name: str) -> Optional[ctypes.CDLL]:
     """Return the functions of `name`.c, compiled for this machine, or None where that cannot be done."""
+    reasons.pop(name, None)
     if os.environ.get(SWITCH, "").lower() in ("off", "0", "no", "false"):
+        reasons[name] = "{}={}".format(SWITCH, os.environ[SWITCH])
         return None
     if not sys.platform.startswith("linux"):
+        reasons[name] = "nothing is compiled on {}".format(sys.platform)
         return None
     try:
         return _built(name)
@@ -54,6 +61,7 @@ def library(name: str) -> Optional[ctypes.CDLL]:
         reason = getattr(error, "stderr", None) or str(error)
         lines: List[str] = reason.strip().splitlines() or [str(error)]
         first = next((line for line in lines if "error" in line), lines[0])
+        reasons[name] = first
         logger.info("Native kernels are disabled (%s); PyTorch computes the same, slower", first)
         return None
 

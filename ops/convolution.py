@@ -56,6 +56,11 @@ def _transformed(weight: Tensor, columns: int) -> Tensor:
     return points.unflatten(2, (-1, columns)).permute(2, 0, 1, 3).contiguous().float()
 
 
+def available() -> bool:
+    """Whether there are such kernels on this machine."""
+    return _library() is not None
+
+
 #: Of each weight that was convolved with: what its transform was made from, and the transform.
 _transforms: "WeakIdKeyDictionary" = WeakIdKeyDictionary()
 

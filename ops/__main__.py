@@ -1,0 +1,5 @@
+"""`python -m ops`: which implementation of each op runs on this machine, and why."""
+
+from ops.explain import main
+
+main()

@@ -1,0 +1,47 @@
+"""What runs on this machine, and why: `python -m ops`."""
+
+from typing import List, NamedTuple, Optional
+
+import torch
+
+from ops import build, convolution, dispatch, elementwise, matmul, native_attention
+
+PYTORCH = "PyTorch"
+
+
+class Choice(NamedTuple):
+    """Which implementation of an op runs here for float32 on a CPU."""
+
+    op: str
+    implementation: str
+    reason: str
+
+
+def _choice(op: str, source: str, available: bool, tensors: List[torch.Tensor], missing: str = "") -> Choice:
+    refused = dispatch.refusal(*tensors)
+    if refused is None and not available:
+        refused = build.reasons.get(source) or missing or "no compiled kernels"
+    return Choice(op, PYTORCH if refused else "csrc/{}.c".format(source), refused or "compiled for this processor")
+
+
+def explain(like: Optional[torch.Tensor] = None) -> List[Choice]:
+    """Return a line for each op with a native implementation: what would run for tensors like this one (any shape).
+
+    like: a tensor whose device and type are asked for; None: float32 on the CPU. Sizes and strides that a kernel does
+    not take, and gradients where it knows none, leave single calls to PyTorch besides.
+    """
+    tensors = [torch.empty(1) if like is None else like]
+    there = build.library("rows") is not None
+    return [
+        _choice("matmul", "matrix", matmul.available(), tensors, "the processor has no matrix unit (AMX)"),
+        _choice("attention in training", "attention", native_attention.available(), tensors),
+        _choice("gelu, dropout, residual add, gradient norm", "training", elementwise.suits(), tensors),
+        _choice("3x3 convolution, group norm with swish", "convolution", convolution.available(), tensors),
+        _choice("decoding codes, sampling from logits", "rows", there, tensors),
+    ]
+
+
+def main() -> None:
+    """Print the choices."""
+    for choice in explain():
+        print("{:<44}{:<20}{}".format(*choice))  # noqa: T201
