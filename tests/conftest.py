@@ -14,9 +14,9 @@ from utils.caches import cache_folder
 
 #: Warnings are errors where everything is installed as pinned, in the tests and in the programs they start. With other
 #: versions one may be no fault of ours: pytest lists it. A DeprecationWarning is meant for the module that it names.
-#: Pillow reads pictures with broken EXIF data, as we do, and says so.
+#: What Pillow and PyTorch say of a file that is damaged on purpose is meant for its owner.
 STRICT = ["error::{}Warning".format(kind) for kind in ("Future", "Runtime", "User")]
-STRICT += ["ignore:Corrupt EXIF data:UserWarning"]
+STRICT += ["ignore:Corrupt EXIF data:UserWarning", "ignore:Detected pickle protocol:UserWarning"]
 OURS = r"(test_\w+|args|benchmarks|bpe|dalle|data|engines|evaluate|examples_utils|generate|log|models|train\w*|utils)\b"
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
