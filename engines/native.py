@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from args import Config, OptimizerConfig
 from data.order import draw
-from engines import sharding
+from engines import muon, sharding
 from engines.base import Engine, StepResult, parameter_groups
 from engines.memory import peak_bytes, total_bytes, training_memory
 from models.config import DalleConfig
@@ -137,6 +137,7 @@ def make_optimizers(model: TextToImage, options: OptimizerConfig) -> List[torch.
         groups = parameter_groups(model, options.weight_decay)
         return [kind(groups, betas=betas, eps=options.eps, fused=fused, **common)]
     matrices = [p for p in model.dalle.transformer.parameters() if p.dim() == 2]
+    muon.choose_precision(matrices[0].device)
     known = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     return [

@@ -356,3 +356,22 @@ def test_command_line_errors_are_one_line(folder, tmp_path):
         last = result.stderr.strip().splitlines()[-1]
         assert last.startswith("error: ") and hint in last
         assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this PyTorch has no Muon")
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (9, 9)])
+def test_muon_computes_in_float32_where_bfloat16_is_emulated(shape, monkeypatch):
+    from engines import muon
+
+    module = torch.optim._muon
+    theirs = module._zeropower_via_newtonschulz
+    monkeypatch.setattr(module, "_zeropower_via_newtonschulz", theirs)  # what it was comes back
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    muon.choose_precision(torch.device("cpu"))
+    ours = module._zeropower_via_newtonschulz
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    arguments = (gradient, (3.4445, -4.775, 2.0315), 5, 1e-7)
+    assert ours is muon.orthogonalized and ours(*arguments).dtype == torch.float32
+    spread = torch.linalg.svdvals(ours(*arguments))  # of an orthogonal matrix all are 1
+    assert 0.5 < float(spread.min()) and float(spread.max()) < 1.3
+    torch.testing.assert_close(ours(*arguments), theirs(*arguments).float(), rtol=0, atol=0.05)
