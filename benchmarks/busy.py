@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 from statistics import median
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -64,13 +64,18 @@ def measure(config: str, task: str, options: argparse.Namespace) -> List[str]:
     return lines
 
 
-def main() -> None:
-    """Run it."""
+def read_options(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", nargs="+", default=["demo", "L16"], choices=["demo", "L16"])
     parser.add_argument("--turns", type=int, default=5, help="timed turns of each contestant, after one to warm up")
     parser.add_argument("--output", default="output/busy", help="folder of the contestants' log")
-    options = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    """Run it."""
+    options = read_options()
     log.setup()
     Path(options.output).mkdir(parents=True, exist_ok=True)
     counts = "".join("{:>10}".format("{} threads".format(n)) for n in range(1, len(os.sched_getaffinity(0)) + 1))

@@ -15,7 +15,7 @@ import pytest
 
 import args as train_args
 import log
-from benchmarks import compare_peers
+from benchmarks import busy, compare_peers
 from examples_utils import chart, cli, metrics, process, report, runner
 from examples_utils.command import build_command
 from examples_utils.machine import Machine, why_skipped
@@ -784,5 +784,8 @@ def test_train_takes_the_flags_of_every_shipped_entry(name, tmp_path):
         elif "compare_peers.py" in words:
             options = compare_peers.read_options(words[words.index("compare_peers.py") + 1:])
             assert train_args.parse(["--config", options.config, "--generated-data"])
+        elif "busy.py" in words:
+            for name in busy.read_options(words[words.index("busy.py") + 1:]).configs:
+                assert train_args.parse(["--config", name, "--generated-data"])
         else:
             assert "generate.py" in words and "--dalle_path" in words
