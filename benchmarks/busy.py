@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 from statistics import median
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, Optional, Sequence, Tuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -33,13 +33,12 @@ WORK: Dict[Tuple[str, str], Tuple[int, Dict[str, object]]] = {
 """What is timed, by configuration and task: samples in it, and the request."""
 
 
-def measure(config: str, task: str, options: argparse.Namespace) -> List[str]:
-    """Time one piece of work with 0 (chosen), 1, ... threads, alone and beside busy processes; lines of the table."""
+def measure(config: str, task: str, options: argparse.Namespace) -> None:
+    """Print what one piece of work gives with 0 (chosen), 1, ... threads, alone and beside busy processes."""
     cores = len(os.sched_getaffinity(0))
     samples, request = WORK[config, task]
     threads = [0, *range(1, cores + 1)]
     fixed = {"device": "cpu", "precision": "fp32", "compile": False, "matmul_precision": None, "output": options.output}
-    lines = []
     workers = [
         Worker(OURS, task, argparse.Namespace(config=config, threads=count, batch_size=samples, **fixed))
         for count in threads
@@ -56,12 +55,11 @@ def measure(config: str, task: str, options: argparse.Namespace) -> List[str]:
             rates = [samples / median(own) for own in seconds]
             share = rates[0] / max(rates[1:])
             columns = "".join("{:>10.2f}".format(rate) for rate in rates)
-            lines.append("{:<8}{:<18}{:>5}{}{:>10.2f}".format(config, task, busy, columns, share))
-            print(lines[-1], flush=True)  # noqa: T201
+            line = "{:<8}{:<18}{:>5}{}{:>10.2f}".format(config, task, busy, columns, share)
+            print(line, flush=True)  # noqa: T201
     finally:
         for worker in workers:
             worker.close()
-    return lines
 
 
 def read_options(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:

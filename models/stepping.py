@@ -3,7 +3,7 @@
 A token of a few images is many small operations and a pass over all weights. Here the modules' attributes are read
 once and not for every token, and on a CPU weights are laid out for the rows there are: in each product with a handful
 of rows MKL rearranges the weight, which costs more than the product; rearranged once, 8 rows take about half the time
-(AVX-512, L16). Where kernels of our own can be had, they do all of it (kernels/rows.py).
+(AVX-512, L16). Where kernels of our own can be had, they do all of it (native_rows.py).
 
 Letters: B rows (images, twice as many with guidance), D width, H heads, K width of a head.
 """

@@ -89,9 +89,6 @@ def shift_image(x: Tensor, grid: int, start: int = 0) -> Tensor:
     return torch.cat([above, left * inside, kept[:, start:]], dim=-1)
 
 
-Shift = Callable[[Tensor], Tensor]
-
-
 class Block(nn.Module):
     """One layer: an attention branch, then a feed-forward branch."""
 
@@ -105,7 +102,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         attend: Callable[[Tensor], Tuple[Tensor, ops.Function]],
-        shifts: Tuple[Optional[Shift], Optional[Shift]],
+        shifts: Tuple[Optional[ops.Between], Optional[ops.Between]],
     ) -> Tensor:
         """The block. attend: what comes between `qkv` and `out`; shifts: those of tokens in both branches, or None."""
         attention, feed_forward = self.attention.fn, self.feed_forward.fn

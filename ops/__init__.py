@@ -8,6 +8,7 @@ from ops.dispatch import use, uses_reference
 from ops.explain import explain
 from ops.linear_ops import (
     IDENTITY,
+    Between,
     Function,
     Matrix,
     Norm,
@@ -21,6 +22,7 @@ from ops.linear_ops import (
 
 __all__ = [
     "IDENTITY",
+    "Between",
     "Function",
     "Matrix",
     "Norm",

@@ -38,18 +38,13 @@ def uses_reference() -> bool:
     return _chosen == REFERENCE
 
 
-def plain() -> bool:
-    """Whether only plain PyTorch may run: it was asked for, or somebody records or compiles what happens."""
-    compiler = getattr(torch, "compiler", None)  # absent before PyTorch 2.1
-    compiling = compiler is not None and hasattr(compiler, "is_compiling") and compiler.is_compiling()
-    return _chosen == REFERENCE or torch.jit.is_tracing() or bool(compiling)
-
-
 def refusal(*tensors: Optional[Tensor]) -> Optional[str]:
     """Return why no native implementation may compute with these tensors (None: absent ones), or None where one may."""
     if _chosen == REFERENCE:
         return "reference implementations are asked for"
-    if plain():
+    compiler = getattr(torch, "compiler", None)  # absent before PyTorch 2.1
+    compiling = compiler is not None and hasattr(compiler, "is_compiling") and compiler.is_compiling()
+    if torch.jit.is_tracing() or compiling:
         return "PyTorch records or compiles"
     for tensor in tensors:
         if tensor is None:
