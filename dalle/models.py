@@ -20,6 +20,7 @@ from models.sampling import SamplingOptions, draw_codes
 from utils.downloads import progress_bar
 from utils.errors import UserError
 from utils.files import PathLike
+from utils.threads import share_cores
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +130,7 @@ class Dalle(nn.Module):
 
         Raises UserError for values that cannot be.
         """
+        share_cores()
         _check_draw(num_candidates, batch_size, prompt)
         sampling = SamplingOptions(top_k, top_p, softmax_temperature, cond_scale)
         sampling.check(temperature="softmax_temperature")

@@ -3,15 +3,18 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 from test_train import ROOT
 
 from utils import threads
 
-# How often a thread other than the main one went to sleep while the main one was busy for a millisecond at a time.
+# A notebook's process, first beside one busy process for each core, then alone. Prints whether threads share the
+# cores, how often a thread other than the main one went to sleep while the main one was busy for a millisecond at a
+# time (beside busy processes), and whether the sleeping team is gone (alone).
 COUNT = """
-import os, sys, time
+import os, subprocess, sys, threading, time
 import torch
 from utils.threads import share_cores
 
@@ -23,20 +26,34 @@ def sleeps():
         total += int(lines["voluntary_ctxt_switches"]) if int(thread) != os.getpid() else 0
     return total
 
+def work_until(wanted):
+    end = time.monotonic() + 60
+    while any(t.name == "sleeping team" for t in threading.enumerate()) != wanted and time.monotonic() < end:
+        x.exp()
+
 torch.set_num_threads(2)
 x = torch.ones(1 << 16)
 x.exp()  # PyTorch's threads are there before anything is set: as in a notebook
-shares = share_cores()
-assert share_cores() == shares  # once is enough
-x.exp()
-time.sleep(0.05)
-before = sleeps()
-for _ in range(100):
-    x.exp()
-    end = time.perf_counter() + 0.001
-    while time.perf_counter() < end:
-        pass
-print(shares, sleeps() - before)
+busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in os.sched_getaffinity(0)]
+try:
+    shares = share_cores()
+    assert share_cores() == shares  # once is enough
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        x.exp()
+    work_until(shares)
+    before = sleeps()
+    for _ in range(100):
+        x.exp()
+        end = time.perf_counter() + 0.001
+        while time.perf_counter() < end:
+            pass
+    count = sleeps() - before
+finally:
+    for process in busy:
+        process.kill()
+        process.wait()
+print(shares, count)
 """
 
 
@@ -51,3 +68,38 @@ def test_threads_that_wait_go_to_sleep(chosen):
         pytest.skip("this PyTorch uses no OpenMP library that is known")
     assert shares == (b"False" if chosen else b"True")
     assert int(count) < 20 if chosen else int(count) > 80
+
+
+class FakeRuntime:
+    """An OpenMP library that counts the teams that were begun."""
+
+    omp_get_thread_num = None
+    begun = 0
+
+    def GOMP_parallel(self, *arguments):
+        self.begun += 1
+
+
+def test_the_team_sleeps_only_while_others_want_the_cores(monkeypatch):
+    # (seconds run, seconds waited) of one thread at each look, and whether the team is alive at the next.
+    looks = [(1.0, 0.0), (2.0, 0.01), (3.0, 0.51), (3.01, 0.6), (4.0, 0.71), (5.0, 0.78), (6.0, 0.79), (6.001, 9.0)]
+    alive = [True, True, False, True, True, True, True, False, False]
+    seen = []
+
+    def look():
+        seen.append(any(thread.name == "sleeping team" for thread in threading.enumerate()))
+        return {"1": looks[len(seen) - 1]} if len(seen) <= len(looks) else {}
+
+    class Over(Exception):
+        pass
+
+    def sleep(seconds):
+        if len(seen) > len(looks):
+            raise Over
+
+    monkeypatch.setattr(threads, "_schedule", look)
+    monkeypatch.setattr(threads.time, "sleep", sleep)
+    runtime = FakeRuntime()
+    with pytest.raises(Over):
+        threads._watch(runtime)
+    assert seen == alive and runtime.begun == 2

@@ -6,22 +6,34 @@ import logging
 import os
 import sys
 import threading
-from typing import List
+import time
+from typing import Dict, List, Tuple
 
 logger = logging.getLogger(__name__)
 
 _CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Environment variables by which a user decides how threads wait."""
 
+_INTERVAL = 0.1
+"""Seconds between two looks at how long the threads waited for a core."""
+
+_BUSY, _QUIET = 0.1, 0.05
+"""Seconds that threads waited for a core, for each second that they ran. Measured: 0.00 to 0.02 alone, 0.45 to 1.0
+beside one busy process or one for each core, whether they spin or sleep."""
+
+_WORK = 0.02
+"""Seconds that the threads must have run before that ratio says anything."""
+
 
 @functools.lru_cache(maxsize=None)
 def share_cores() -> bool:
-    """Let threads that wait for each other sleep soon, instead of spinning for milliseconds. Returns whether they do.
+    """While other processes want the cores, let threads that wait for each other sleep. Returns whether they can.
 
     Beside busy processes a thread spins until its time slice ends, while its partner is not scheduled: two threads on
-    two such cores then take 10 to 60 times as long as one. OpenMP reads its environment when PyTorch is imported, which
-    a notebook did long ago, so this works on the loaded library: GNU's spins a thousandth as long once there are more
-    threads than cores, so a sleeping team of as many threads as cores is added; Intel's and LLVM's have a function.
+    two such cores then take 10 to 60 times as long as one. On a quiet machine spinning is faster, by a fifth for a
+    small model. OpenMP reads its environment when PyTorch is imported, which a notebook did long ago, so this works on
+    the loaded library: GNU's spins a thousandth as long once there are more threads than cores, so a sleeping team of
+    as many threads as cores comes and goes; Intel's and LLVM's have a function, called once.
     """
     if not sys.platform.startswith("linux") or any(name in os.environ for name in _CHOSEN):
         return False
@@ -32,7 +44,9 @@ def share_cores() -> bool:
             if hasattr(runtime, "kmp_set_blocktime"):
                 runtime.kmp_set_blocktime(0)
             else:
-                _add_sleeping_team(runtime)
+                runtime.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+                runtime.GOMP_parallel.restype = None
+                threading.Thread(target=_watch, args=(runtime,), name="share cores", daemon=True).start()
             done = True
         except (OSError, AttributeError, RuntimeError) as error:
             logger.debug("threads of %s go on spinning: %s", path, error)
@@ -46,16 +60,54 @@ def _loaded_runtimes() -> List[str]:
     return sorted(path for path in paths if os.path.basename(path).startswith(("libgomp", "libiomp", "libomp")))
 
 
-def _add_sleeping_team(runtime: ctypes.CDLL) -> None:
-    ready = threading.Event()
+def _watch(runtime: ctypes.CDLL) -> None:
+    """Keep a sleeping team while this process waits for cores, and at first, and where Linux does not tell."""
+    team = _SleepingTeam(runtime)
+    before = _schedule()
+    while before:
+        time.sleep(_INTERVAL)
+        now = _schedule()
+        both = now.keys() & before.keys()
+        ran, waited = (sum(now[thread][i] - before[thread][i] for thread in both) for i in (0, 1))
+        if ran < _WORK:
+            continue
+        if waited > _BUSY * ran and not team.is_alive():
+            team = _SleepingTeam(runtime)
+        elif waited < _QUIET * ran and team.is_alive():
+            team.end()
+        before = now
+    team.join()
 
-    def run() -> None:
-        # Any function without effect is a body of the region. The team lives as long as the thread that began it.
-        runtime.GOMP_parallel(runtime.omp_get_thread_num, None, len(os.sched_getaffinity(0)) + 1, 0)
-        ready.set()
-        threading.Event().wait()
 
-    runtime.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    runtime.GOMP_parallel.restype = None
-    threading.Thread(target=run, name="sleeping team", daemon=True).start()
-    ready.wait(timeout=10)
+def _schedule() -> Dict[str, Tuple[float, float]]:
+    """Seconds that each thread of this process ran, and that it waited for a core. Empty where Linux does not tell."""
+    times = {}
+    for thread in os.listdir("/proc/self/task"):
+        try:
+            with open(f"/proc/self/task/{thread}/schedstat") as file:
+                ran, waited, _ = file.read().split()
+        except (OSError, ValueError):
+            continue  # the thread has ended, or this Linux does not count
+        times[thread] = (int(ran) / 1e9, int(waited) / 1e9)
+    return times if any(ran for ran, _ in times.values()) else {}
+
+
+class _SleepingTeam(threading.Thread):
+    """As many sleeping threads of the OpenMP library as there are cores. They end with the thread that began them."""
+
+    def __init__(self, runtime: ctypes.CDLL) -> None:
+        super().__init__(name="sleeping team", daemon=True)
+        self._runtime = runtime
+        self._over = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        # Any function without effect is a body of the region.
+        cores = len(os.sched_getaffinity(0))
+        self._runtime.GOMP_parallel(self._runtime.omp_get_thread_num, None, cores + 1, 0)
+        self._over.wait()
+
+    def end(self) -> None:
+        """End the threads, so that those of others spin again."""
+        self._over.set()
+        self.join()
