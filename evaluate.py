@@ -23,16 +23,15 @@ from torch import Tensor
 
 import log
 from args import Parser
-from dalle.drawing import decode, draw_images, encode
 from dalle.loading import Loaded, load
 from dalle.pictures import Sample, make_sheet, save_picture
 from data import DEMO, create_dataset, epoch_order
 from data.demo import DemoRecord, demo_images, demo_records
 from engines.native import pick_device
 from models.dalle import TextToImage
-from models.sampling import COND_SCALES, TEMPERATURES, SamplingOptions, top_k_count
 from models.vqgan import image_codes
 from models.vqgan_metrics import nearest_pictures
+from sampling import COND_SCALES, TEMPERATURES, Graphs, Sampler, SamplingOptions, decode, encode, top_k_count
 from utils.errors import UsageError, UserError, run_main
 from utils.files import atomic_write, sha256_file
 from utils.flags import add_model_flags, number, parse_flags, path, share_or_count, whole
@@ -288,7 +287,8 @@ def draw_best(loaded: Loaded, text: Tensor, options: argparse.Namespace) -> Tens
     best = torch.full((len(text),), -math.inf)
     pictures = torch.zeros(len(text), 3, loaded.image_size, loaded.image_size, dtype=torch.uint8)
     with log.progress(len(text) * options.best_of, "drawing", unit="image") as bar:
-        for batch in draw_images(loaded, text, options.best_of, options.batch_size, options.seed, sampling):
+        sampler = Sampler(loaded, Graphs(loaded.dalle))
+        for batch in sampler.images(text, options.best_of, options.batch_size, options.seed, sampling):
             share = batch.share
             count = share.end_image - share.first_image
             for row, prompt in enumerate(range(share.first_prompt, share.end_prompt)):

@@ -24,7 +24,6 @@ from torch import Tensor
 import log
 from args import Parser
 from dalle.completion import completion_codes, first_drawn, open_picture, parse_box, transparent_mask
-from dalle.drawing import Batch, Share, complete_caption, draw_images, given_codes, prime_rows
 from dalle.loading import Loaded, load
 from dalle.outputs import PromptFolder, check_folders
 from dalle.pictures import FORMATS, to_pil
@@ -32,7 +31,19 @@ from dalle.reranking import Best, Candidate, ClipRanker
 from data.images import BROKEN_IMAGE_ERRORS, load_image
 from engines.native import pick_device
 from models.quantization import DTYPES
-from models.sampling import COND_SCALES, TEMPERATURES, SamplingOptions, top_k_count
+from sampling import (
+    COND_SCALES,
+    TEMPERATURES,
+    Batch,
+    Graphs,
+    Sampler,
+    SamplingOptions,
+    Share,
+    complete_caption,
+    given_codes,
+    prime_rows,
+    top_k_count,
+)
 from utils.errors import UsageError, UserError, run_main
 from utils.files import sha256_file
 from utils.flags import add_model_flags, number, parse_flags, path, share_or_count, whole
@@ -418,16 +429,9 @@ def draw_captions(
         bar.update(share.num_images, 0, **{"images/s": images_per_second()})
 
     with log.progress(len(captions) * options.num_images * tokens, "drawing", unit="token") as bar:
-        for batch in draw_images(
-            loaded,
-            text,
-            options.num_images,
-            options.batch_size,
-            options.seed,
-            sampling,
-            given,
-            on_token,
-            options.cuda_graphs == "auto",
+        sampler = Sampler(loaded, Graphs(loaded.dalle) if options.cuda_graphs == "auto" else None)
+        for batch in sampler.images(
+            text, options.num_images, options.batch_size, options.seed, sampling, given, on_token
         ):
             writer.write(batch, images_per_second())
     logger.info("throughput: %.3f images/sec", images_per_second())

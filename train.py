@@ -517,11 +517,11 @@ def model_config(config: Config, parts: Parts, start: Optional[Start]) -> DalleC
 def build_model(config: Config, parts: Parts, start: Optional[Start], wanted: DalleConfig) -> TextToImage:
     """A new model, or the one of a checkpoint, whose weights it takes over."""
     if start is None:
-        dalle = DALLE(wanted, config.model.attention_impl)
+        dalle = DALLE(wanted)
     else:
         averaged = None if config.checkpoints.resume else start.checkpoint.ema  # the better ones to start anew from
         weights = start.checkpoint.weights if averaged is None else averaged
-        dalle = build_dalle(wanted, weights, config.model.attention_impl)
+        dalle = build_dalle(wanted, weights)
     logger.info(
         "DALL-E: %.2f M parameters, %d text + %d image tokens",
         sum(p.numel() for p in dalle.parameters()) / 1e6,

@@ -21,13 +21,13 @@ from torch import Tensor
 
 import args
 import engines
+import ops
 import train
 from bpe import load_tokenizer
 from models.config import DalleConfig
 from models.dalle import DALLE, TextToImage
-from models.graphs import Graphs
-from models.sampling import SamplingOptions, draw, draw_codes, guided
 from models.vqgan import PUBLISHED, VQGAN, VqganConfig
+from sampling import Graphs, SamplingOptions, sample_codes
 from utils.memory import keep_freed_memory
 
 OURS = "Mini DALL-E"
@@ -141,7 +141,7 @@ class Ours(Contestant):
         else:
             self.vqgan = channels_last(self.vqgan).to(self.device)
         if task == GENERATE:
-            keep_freed_memory()  # as dalle.drawing does
+            keep_freed_memory()  # as sampling.Sampler does
             self.dalle = DALLE(self.shape).eval().to(self.device, self.autocast or torch.float32)
             self.graphs = Graphs(self.dalle) if self.recorded else None
             return
@@ -154,7 +154,7 @@ class Ours(Contestant):
 
     def draw(self, images: int) -> None:
         options = SamplingOptions(top_k=int(self.shape.num_image_tokens * (1 - DROPPED)))
-        codes = draw_codes(self.dalle, self.text[0], list(range(images)), options, graphs=self.graphs).codes
+        codes = sample_codes(self.dalle, self.text[0], list(range(images)), options, graphs=self.graphs).codes
         with torch.no_grad():
             self.vqgan.decode_by_parts(codes)
 
@@ -170,7 +170,7 @@ class Plain(Contestant):
     for each code, with logits for every position."""
 
     def prepare(self, task: str) -> None:
-        self.dalle = DALLE(self.shape, "sdpa").to(self.device)
+        self.dalle = DALLE(self.shape).to(self.device)
         self.vqgan = self.vqgan.to(self.device)
         self.model = TextToImage(self.dalle, self.vqgan)
         if task == GENERATE:
@@ -192,7 +192,7 @@ class Plain(Contestant):
         codes = self.codes[:1].expand(images, -1).to(self.device)
         _, logits = self.dalle(text, codes)  # unused positions are padded: the published application's shapes are fixed
         uniform = torch.rand(images, device=self.device)
-        draw(guided(logits[:, position], 1.0), uniform, SamplingOptions(top_k=logits.shape[-1] // 2))
+        ops.sample(logits[:, position], uniform, ops.choice_of(images, 1.0, logits.shape[-1] // 2, None, self.device))
 
     def draw(self, images: int) -> None:
         for position in range(self.shape.image_seq_len):

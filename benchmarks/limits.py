@@ -7,10 +7,10 @@ from typing import Any, Callable, Dict, List, Optional
 import torch
 
 from models.config import DalleConfig
-from models.native_rows import read_all
 from models.patterns import allowed_codes
 from ops.matmul import matmul
 from ops.matmul import suits as matmul_suits
+from ops.rows import read_all
 
 #: What their makers' datasheets promise of dense products in half precision, in GFLOP/s, by a part of the name.
 _DATASHEETS = {"H200": 989_000, "H100 PCIe": 756_000, "H100": 989_000, "A100": 312_000, "L40S": 362_000, "L4": 121_000}
@@ -36,9 +36,7 @@ class Work:
 
     def __init__(self, config: DalleConfig) -> None:
         dim, inner = config.dim, config.heads * config.dim_head
-        hidden = config.ff_mult * dim
-        up = 2 * hidden if config.activation == "geglu" else hidden
-        layer = dim * 3 * inner + inner * dim + dim * up + hidden * dim
+        layer = dim * 3 * inner + inner * dim + dim * config.up_width + config.hidden * dim
         heads = dim * (config.text_table_size + config.num_image_tokens)
         self.weights_read = config.depth * layer + dim * config.num_image_tokens
         """Weights that each code of an image must read."""

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from dalle.drawing import encode
 from dalle.loading import Loaded
+from sampling import encode
 from utils.errors import UserError
 
 Picture = Union[Image.Image, Tensor, np.ndarray]

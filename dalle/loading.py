@@ -17,8 +17,8 @@ from models.building import build_dalle
 from models.config import DalleConfig
 from models.dalle import DALLE
 from models.quantization import DTYPES
-from models.stepping import batch_changes_logits
 from models.vqgan import PUBLISHED, VQGAN, VqganConfig, default_vqgan, load_vqgan, load_vqgan_state
+from sampling.native import refusal
 from utils.checkpoints import DalleCheckpoint, read_dalle
 from utils.errors import UsageError, UserError, nearest
 from utils.files import PathLike, sha256_file
@@ -60,7 +60,7 @@ class Loaded(NamedTuple):
 
         With native kernels, so in float32 and int8 on a CPU, it does not.
         """
-        return batch_changes_logits(self.dalle)
+        return refusal(self.dalle, 1) is not None
 
     @property
     def image_size(self) -> int:

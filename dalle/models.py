@@ -5,24 +5,17 @@ model = Dalle.from_pretrained("minDALL-E/1.3B").to("cuda:0")      # or a folder,
 images = model.sampling("a painting of a tree on the ocean", num_candidates=16)   # (16, 3, 256, 256) in [0, 1]
 """
 
-import contextlib
-import logging
-from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Union
+from typing import Any, Callable, List, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor, nn
 
 from dalle.completion import Picture, completion_codes, first_drawn
-from dalle.drawing import image_seed, warn_of_broken_logits
 from dalle.loading import Loaded, load
-from models.graphs import Graphs
-from models.sampling import SamplingOptions, draw_codes
+from sampling import Graphs, Sampler, SamplingOptions, Share
 from utils.downloads import progress_bar
 from utils.errors import UserError
 from utils.files import PathLike
-from utils.threads import share_cores
-
-logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with (codes drawn so far, codes to draw)."""
@@ -130,7 +123,6 @@ class Dalle(nn.Module):
 
         Raises UserError for values that cannot be.
         """
-        share_cores()
         _check_draw(num_candidates, batch_size, prompt)
         sampling = SamplingOptions(top_k, top_p, softmax_temperature, cond_scale)
         sampling.check(temperature="softmax_temperature")
@@ -145,54 +137,12 @@ class Dalle(nn.Module):
             sampling = sampling._replace(top_k=min(int(top_k), config.num_image_tokens))
         if seed is None:
             seed = int(torch.randint(2**31 - 1, ()))
-        seeds = [image_seed(seed, index) for index in range(num_candidates)]
-        codes, likelihoods = [], []
+        sampler = Sampler(self.loaded, self._graphs, floats=True, half=use_fp16)
         steps = config.image_seq_len - (0 if given is None else first_drawn(given))
         with _Counter(progress, num_candidates, steps) as counter:
-            for batch in self._batches(text, seeds, sampling, given, use_fp16, batch_size, counter):
-                codes.append(batch.codes)
-                likelihoods.append(batch.log_likelihood)
-        all_codes = torch.cat(codes)
-        images = self.stage1.decode_by_parts(all_codes)  # in full precision, whatever the transformer computed in
-        log_likelihood = torch.cat(likelihoods)
-        warn_of_broken_logits(log_likelihood)
-        return Candidates(images, all_codes, log_likelihood)
-
-    def _batches(
-        self,
-        text: Tensor,
-        seeds: Sequence[int],
-        sampling: SamplingOptions,
-        given: Optional[Tensor],
-        use_fp16: bool,
-        batch_size: Optional[int],
-        counter: "_Counter",
-    ) -> Any:
-        """Yield what `draw_codes` returns, batch by batch. Without a batch size, halve it until a batch fits."""
-        size, done = min(batch_size or self._likely_batch(len(seeds)), len(seeds)), 0
-        # Weights in bfloat16 compute in it already.
-        on_cuda = use_fp16 and self.device.type == "cuda" and self.stage2.text_emb.weight.dtype == torch.float32
-        while done < len(seeds):
-            part = seeds[done : done + size]
-            counter.begin(done, len(part))
-            try:
-                with torch.autocast("cuda", torch.float16) if on_cuda else contextlib.nullcontext():
-                    drawn = draw_codes(self.stage2, text, part, sampling, given, counter.step, self._graphs)
-            except torch.cuda.OutOfMemoryError:
-                drawn = None  # outside of the handler, which would keep the failed batch's memory alive
-            if drawn is not None:
-                done += len(part)
-                yield drawn
-                continue
-            torch.cuda.empty_cache()
-            if batch_size is not None or size == 1:
-                raise UserError("not enough memory for batch_size {}: lower it".format(size))
-            size = (size + 1) // 2
-            logger.info("not enough memory for %d images at the same time: going on with %d", len(part), size)
-
-    def _likely_batch(self, num: int) -> int:
-        """How many images to try at the same time: all on CUDA, where too many are noticed; few on the CPU."""
-        return num if self.device.type == "cuda" else min(num, 16)
+            batches = sampler.images(text[None], num_candidates, batch_size, seed, sampling, given, counter.step)
+            _, _, codes, likelihoods, images = zip(*batches)
+        return Candidates(torch.cat(images), torch.cat(codes), torch.cat(likelihoods))
 
 
 def _check_draw(num_candidates: int, batch_size: Optional[int], prompt: str) -> None:
@@ -214,7 +164,8 @@ class _Counter:
         self._report = progress if callable(progress) else None
         self._total, self._steps = num_images * steps, steps
         self._bar = progress_bar(self._total, "drawing", "token", progress is True)
-        self._done = self._shown = self._images = 0
+        self._done = self._shown = 0
+        self._share: Optional[Share] = None
 
     def __enter__(self) -> "_Counter":
         self._bar.__enter__()
@@ -223,13 +174,11 @@ class _Counter:
     def __exit__(self, *error: Any) -> None:
         self._bar.__exit__(*error)
 
-    def begin(self, images_before: int, images: int) -> None:
-        """A batch of `images` starts after `images_before` complete ones."""
-        self._done, self._images = images_before * self._steps, images
-
-    def step(self) -> None:
-        """A code of each image of the batch is drawn."""
-        self._done += self._images
+    def step(self, share: Share) -> None:
+        """A code of each image of a batch is sampled."""
+        if share is not self._share:
+            self._share, self._done = share, share.first_image * self._steps
+        self._done += share.num_images
         if self._done > self._shown:
             self._bar.update(self._done - self._shown)
             self._shown = self._done

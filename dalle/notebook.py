@@ -14,10 +14,10 @@ from typing import Any, Dict, List, NamedTuple, Optional
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from dalle.drawing import to_uint8
 from dalle.models import Candidates, Dalle
 from dalle.pictures import label_font, to_pil
 from dalle.reranking import ClipRanker
+from sampling import to_uint8
 from utils.errors import UserError
 from utils.files import PathLike
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+import ops
 from args import Config, OptimizerConfig
 from data.order import draw
 from engines import muon, sharding
@@ -312,6 +313,10 @@ class NativeEngine(Engine):
             return self.module(text, codes)
 
     def step(self, batch: Any) -> StepResult:
+        with ops.use(attention=self.config.model.attention_impl):
+            return self._step(batch)
+
+    def _step(self, batch: Any) -> StepResult:
         self.module.train()
         accumulation = self.batching.accumulation
         sums = torch.zeros(3, device=self.device)
@@ -407,7 +412,8 @@ class NativeEngine(Engine):
             batches += [[0]] * (-(-len(dataset) // (self.world_size * size)) - own)
         sums = torch.zeros(5, dtype=torch.float64, device=self.device)  # three losses, samples, processes that stopped
         self.model.eval()
-        with torch.no_grad(), self._averaged_weights(), self._batches(dataset, batches) as source:
+        attention = ops.use(attention=self.config.model.attention_impl)
+        with attention, torch.no_grad(), self._averaged_weights(), self._batches(dataset, batches) as source:
             for index, batch in enumerate(source):
                 if stop is not None and (stop() if self.sharding is None else self.any(stop())):
                     sums[4] += 1

@@ -66,7 +66,7 @@ def measured(config: Config, model: DalleConfig, vqgan: VqganConfig) -> List[Par
     encodes_images = not config.data.keeps_codes
     with torch.device("meta"):
         encoder = VQGAN(vqgan)
-        built = TextToImage(DALLE(model, "explicit"), encoder if encodes_images else None)
+        built = TextToImage(DALLE(model), encoder if encodes_images else None)
     del encoder.decoder, encoder.post_quant_conv  # training only encodes
     if plan.uses_half(config):
         for parameter in built.parameters():

@@ -19,14 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import log
 from args import Parser
-from dalle.drawing import to_uint8
 from dalle.models import Candidates, Dalle
 from dalle.outputs import folder_name
 from dalle.pictures import save_picture, to_pil
 from dalle.reranking import ClipRanker
 from dalle.utils.utils import clip_score, set_seed
 from engines.native import pick_device
-from models.sampling import TEMPERATURES
+from sampling import TEMPERATURES, to_uint8
 from utils.errors import UserError, run_main
 from utils.flags import number, parse_flags, path, whole
 

@@ -31,11 +31,11 @@ from args import Config, Parser
 from bpe import load_tokenizer
 from bpe.classes import class_file
 from dalle import published
-from dalle.drawing import to_uint8
 from dalle.pictures import make_grid, save_picture
 from dalle.transfer import Downstream, check_shape, image_only, read_downstream
 from data.classes import class_names, imagenet_folders
 from engines import Engine
+from sampling import to_uint8
 from utils.checkpoints import newest_checkpoint, read_dalle
 from utils.errors import UsageError, UserError, run_main
 from utils.files import atomic_write

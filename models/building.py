@@ -1,7 +1,7 @@
 """Build a model around weights that are there already, without making random ones first and holding both.
 
-    dalle = build_dalle(config, checkpoint.weights)                       # takes the tensors out of the dictionary
-    dalle = build_dalle(config, checkpoint.weights, dtype="bfloat16")     # converted one by one
+dalle = build_dalle(config, checkpoint.weights)                       # takes the tensors out of the dictionary
+dalle = build_dalle(config, checkpoint.weights, dtype="bfloat16")     # converted one by one
 """
 
 import contextlib
@@ -40,7 +40,6 @@ def without_weights() -> Iterator[None]:
 def build_dalle(
     config: DalleConfig,
     weights: MutableMapping[str, Tensor],
-    implementation: str = "auto",
     dtype: str = "float32",
 ) -> DALLE:
     """Return a DALL-E with these weights (names of `DALLE.state_dict()`), which are taken out of the dictionary.
@@ -50,7 +49,7 @@ def build_dalle(
     Raises ValueError when names or shapes are not the model's.
     """
     with without_weights():
-        model = DALLE(config, implementation)
+        model = DALLE(config)
     float_type = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     done: Set[nn.Module] = set()
     made: Dict[int, nn.Parameter] = {}  # a parameter that several modules share is made once

@@ -145,6 +145,16 @@ class DalleConfig:
                 )
 
     @property
+    def hidden(self) -> int:
+        """Channels between the two layers of a feed-forward branch."""
+        return self.ff_mult * self.dim
+
+    @property
+    def up_width(self) -> int:
+        """Outputs of the first of them: twice as many where half gate the other half."""
+        return self.hidden * (2 if self.activation == "geglu" else 1)
+
+    @property
     def text_len(self) -> int:
         """P: positions of the text part."""
         return self.text_seq_len + int(self.bos)

@@ -4,15 +4,26 @@ Letters: B batch, T text tokens, P positions of the text part, N image tokens, L
 vocabulary, C codebook size.
 """
 
-from typing import NamedTuple, Optional, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import transformer
 from models.config import DalleConfig
-from models.transformer import Transformer, projection
-from ops import linear
+from models.positions import Positions, text_positions
+from models.transformer import Cache, Project, Transformer, projection
+from ops import Projection, linear
+
+
+class Operands(NamedTuple):
+    """The weights that sampling reads for each chunk, as ops take them."""
+
+    blocks: List[transformer.Operands]
+    image_positions: Optional[Tensor]
+    """(N, D)"""
+    image_head: Projection
 
 
 class Losses(NamedTuple):
@@ -55,7 +66,7 @@ class DALLE(nn.Module):
     model computes one head over V + T + C rows and masks two thirds of it away. Results are equal.
     """
 
-    def __init__(self, config: DalleConfig, implementation: str = "auto") -> None:
+    def __init__(self, config: DalleConfig) -> None:
         super().__init__()
         self.config = config
         self.text_emb = nn.Embedding(config.text_table_size, config.dim)
@@ -63,7 +74,7 @@ class DALLE(nn.Module):
         self.text_pos_emb = nn.Embedding(config.text_len, config.dim) if config.text_positions else None
         positions = {"axial": AxialPositions, "learned": LearnedPositions}.get(config.image_positions)
         self.image_pos_emb = positions(config.grid, config.dim) if positions else None
-        self.transformer = Transformer(config, implementation)
+        self.transformer = Transformer(config)
         self.norm = nn.LayerNorm(config.dim)
         self.text_head = nn.Linear(config.dim, config.text_table_size, bias=config.head_bias)
         self.image_head = nn.Linear(config.dim, config.num_image_tokens, bias=config.head_bias)
@@ -89,11 +100,11 @@ class DALLE(nn.Module):
         pads = torch.arange(text.shape[1], device=text.device) + self.config.num_text_tokens
         return torch.where(text == 0, pads, text)
 
-    def embed_text(self, text: Tensor, start: int = 0) -> Tensor:
-        """Embed text positions from `start` on. `text` (B, n): the ids at these positions, from `text_part`."""
-        x = self.text_emb(text)  # (B, n, D)
+    def embed_text(self, text: Tensor, positions: Optional[Positions] = None) -> Tensor:
+        """Embed positions of the text part, all by default. text (B, n): the ids there, of `text_part` -> (B, n, D)."""
+        x = self.text_emb(text)
         if self.text_pos_emb is not None:
-            x = x + self.text_pos_emb.weight[start : start + text.shape[1]]
+            x = x + (positions or text_positions(0, text.shape[1])).rows(self.text_pos_emb.weight)
         return x
 
     def text_part(self, text: Tensor) -> Tensor:
@@ -101,12 +112,30 @@ class DALLE(nn.Module):
         text = self.text_targets(text)
         return F.pad(text, (1, 0), value=0) if self.config.bos else text
 
-    def embed_codes(self, codes: Tensor, start: int = 0) -> Tensor:
-        """Embed image tokens at image positions from `start` on. (B, n) -> (B, n, D)."""
+    def embed_codes(self, codes: Tensor) -> Tensor:
+        """Embed the first n image tokens. (B, n) -> (B, n, D)."""
         x = self.image_emb(codes)
-        if self.image_pos_emb is not None:
-            x = x + self.image_pos_emb.table()[start : start + codes.shape[1]]
-        return x
+        return x if self.image_pos_emb is None else x + self.image_pos_emb.table()[: codes.shape[1]]
+
+    def operands(self, project: Project = projection) -> Operands:
+        """Look up what `read` needs of the weights."""
+        blocks = [block.operands(project) for block in self.transformer.layers]
+        table = None if self.image_pos_emb is None else self.image_pos_emb.table()
+        return Operands(blocks, table, project(self.image_head))
+
+    def read(self, ids: Tensor, positions: Positions, cache: Cache, operands: Optional[Operands] = None) -> Tensor:
+        """Read a chunk behind what the cache holds, and keep it there; return what the heads take, (B, n, D).
+
+        ids: of `text_part`, (prompts, n), or codes (B, n). The prompt, a given part of an image, the next code and
+        several codes at once are the same call. operands: None looks them up.
+        """
+        own = operands or self.operands()
+        if positions.text:
+            x = self.embed_text(ids, positions)
+        else:
+            x = F.embedding(ids, self.image_emb.weight)
+            x = x if own.image_positions is None else x + positions.rows(own.image_positions)
+        return self.hidden(self.transformer(x, positions, cache, own.blocks))
 
     def _damp(self, x: Tensor) -> Tensor:
         """With `stable`: pass a tenth of the gradient on to the embeddings (CogView's trick), the same value."""

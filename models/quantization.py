@@ -7,13 +7,12 @@ Only weights are quantised: activations, norms, positions and embedding tables s
 from typing import Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ops.int8 import int8_linear
 
 #: --dtype: how the weights of a model that draws are stored.
 DTYPES = ("float32", "bfloat16", "int8")
-
-_PART = 1 << 18  # weights made floats at a time on the CPU: as many as stay in a core's cache (1 MB)
 
 
 def quantize_rows(weight: Tensor) -> Tuple[Tensor, Tensor]:
@@ -36,20 +35,4 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., R)."""
-        if x.device.type == "cpu":
-            out = self._product(x) * self.scale.to(x.dtype)
-        else:
-            # Scaled before the product: sums of up to 127 times as much would overflow in half precision.
-            out = F.linear(x, self.weight.to(x.dtype) * self.scale[:, None].to(x.dtype))
-        return out if self.bias is None else out + self.bias.to(out.dtype)
-
-    def _product(self, x: Tensor) -> Tensor:
-        """x times the unscaled weights, part by part: floats stay in the cache, memory is read for the int8 alone."""
-        rows = max(1, _PART // self.weight.shape[1])
-        # One piece of memory for all parts: a new one for each would be paged in anew, which takes longest of all.
-        floats = torch.empty(rows, self.weight.shape[1], dtype=x.dtype)
-        out = x.new_empty(x.shape[:-1] + self.weight.shape[:1])
-        for start in range(0, len(self.weight), rows):
-            part = self.weight[start : start + rows]
-            out[..., start : start + len(part)] = F.linear(x, floats[: len(part)].copy_(part))
-        return out
+        return int8_linear(x, self.weight, self.scale, self.bias)

@@ -1,9 +1,10 @@
-"""The transformer of both seeds: its block is described by the config, and it can be run whole or step by step.
+"""The transformer of both seeds: its block is described by the config, and it runs whole or chunk by chunk.
 
-Letters: B batch, P positions of the text part, N image tokens, L = P + N - 1 positions, D width.
+Letters: B batch, P positions of the text part, G side of the code grid, N = G * G image tokens, L = P + N - 1
+positions, n positions of a chunk, D width, H heads, K width of a head, R channels that turn.
 """
 
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 
 import ops
 from models.attention import Attention
-from models.cache import LayerCache, make_cache
 from models.config import DalleConfig
 from models.patterns import rotary_angles, visible
+from models.positions import Positions
 
 
 def projection(module: nn.Module) -> ops.Projection:
@@ -22,16 +23,19 @@ def projection(module: nn.Module) -> ops.Projection:
     return ops.Matrix(module.weight, module.bias) if plain else module
 
 
+Project = Callable[[nn.Module], ops.Projection]
+"""How a linear layer is given to ops."""
+
+
 class FeedForward(nn.Module):
-    """(B, L, D) -> (B, L, D) through ff_mult * D hidden channels; geglu computes twice as many, half gates half."""
+    """The parameters of a feed-forward layer: (B, L, D) -> (B, L, D) through ff_mult * D hidden channels."""
 
     def __init__(self, config: DalleConfig) -> None:
         super().__init__()
-        hidden = config.ff_mult * config.dim
         self.activation = config.activation
-        self.up = nn.Linear(config.dim, 2 * hidden if config.activation == "geglu" else hidden, bias=config.ff_bias)
+        self.up = nn.Linear(config.dim, config.up_width, bias=config.ff_bias)
         self.dropout = nn.Dropout(config.ff_dropout)
-        self.down = nn.Linear(hidden, config.dim, bias=config.ff_bias)
+        self.down = nn.Linear(config.hidden, config.dim, bias=config.ff_bias)
 
 
 def layer_scale_init(layer: int) -> float:
@@ -62,14 +66,6 @@ class Residual(nn.Module):
         norm = self.norm_out
         return None if norm is None else ops.Norm(norm.weight, norm.bias, norm.eps)
 
-    def add(self, x: Tensor, branch: Tensor) -> Tensor:
-        """Return x plus the branch's output, normalised and scaled as configured. All (B, L, D)."""
-        if self.norm_out is not None:
-            branch = self.norm_out(branch)
-        if self.scale is not None:
-            return torch.addcmul(x, branch, self.scale)
-        return x + branch
-
 
 def shift_text(x: Tensor) -> Tensor:
     """Take the first half of the channels from the position before (zeros at the first). (B, P, D) -> (B, P, D)."""
@@ -77,16 +73,73 @@ def shift_text(x: Tensor) -> Tensor:
     return torch.cat([F.pad(shifted, (0, 0, 1, 0))[:, :-1], kept], dim=-1)
 
 
-def shift_image(x: Tensor, grid: int, start: int = 0) -> Tensor:
-    """Take a quarter of the channels from the code above, a quarter from the code to the left (zeros at the borders).
+def shift_codes(x: Tensor, above: Tensor, left: Tensor, columns: Tensor) -> Tensor:
+    """Take a quarter of the channels from the code above, and one from the code to the left.
 
-    x (B, n, D) holds image positions 0 .. n-1; returns those from `start` on, (B, n - start, D).
+    x, above, left (B, n, D), above zeros in the first row; columns (n,) or (B, n) of the codes: in column 0 there is
+    nothing to the left -> (B, n, D).
     """
-    above, left, kept = x.split([x.shape[-1] // 4, x.shape[-1] // 4, x.shape[-1] // 2], dim=-1)
-    above = F.pad(above, (0, 0, grid, 0))[:, start : x.shape[1]]
-    left = F.pad(left, (0, 0, 1, 0))[:, start : x.shape[1]]
-    inside = (torch.arange(start, x.shape[1], device=x.device) % grid != 0)[:, None]
-    return torch.cat([above, left * inside, kept[:, start:]], dim=-1)
+    quarter = x.shape[-1] // 4
+    left = left[..., quarter : 2 * quarter] * (columns != 0)[..., None]
+    return torch.cat([above[..., :quarter], left, x[..., 2 * quarter :]], dim=-1)
+
+
+class Context(Protocol):
+    """What the positions that a block runs see of each other and of those before: all at once, or behind a cache."""
+
+    def attend(self, qkv: Tensor, heads: int, angles: Optional[Tensor]) -> Tuple[Tensor, ops.Function]:
+        """qkv (B, n, 3 * H * K) -> a tensor and what makes the heads side by side, (B, n, H * K), of it."""
+
+    def shift(self, x: Tensor, branch: int) -> Tensor:
+        """Shift the tokens of branch 0 (attention) or 1 (feed-forward), (B, n, D) -> (B, n, D)."""
+
+
+class Whole(NamedTuple):
+    """All L positions at once."""
+
+    visible: ops.Visible
+    text_len: int
+    grid: int
+
+    def attend(self, qkv: Tensor, heads: int, angles: Optional[Tensor]) -> Tuple[Tensor, ops.Function]:
+        return ops.attention(qkv, heads, self.visible, angles)
+
+    def shift(self, x: Tensor, branch: int) -> Tensor:
+        text, codes = x[:, : self.text_len], x[:, self.text_len :]
+        above, left = (F.pad(codes, (0, 0, by, 0))[:, : codes.shape[1]] for by in (self.grid, 1))
+        columns = torch.arange(codes.shape[1], device=x.device) % self.grid
+        return torch.cat([shift_text(text), shift_codes(codes, above, left, columns)], dim=1)
+
+
+class Cache(Protocol):
+    """Keys and values of the positions before a chunk (see sampling/cache.py)."""
+
+    def at(self, positions: Positions) -> Sequence[Context]:
+        """What each layer sees of these positions, which are kept for later chunks."""
+
+
+class Operands(NamedTuple):
+    """A block's weights and options as ops take them: looking them up costs more than a small matmul."""
+
+    attention_norm: ops.Norm
+    qkv: ops.Projection
+    out: ops.Projection
+    attention_scale: Optional[Tensor]
+    after_attention: Optional[ops.Norm]
+    feed_forward_norm: ops.Norm
+    up: ops.Projection
+    down: ops.Projection
+    feed_forward_scale: Optional[Tensor]
+    after_feed_forward: Optional[ops.Norm]
+    heads: int
+    activation: str
+    attention_dropout: float
+    feed_forward_dropout: float
+
+    @property
+    def projections(self) -> Tuple[ops.Projection, ...]:
+        """The linear layers."""
+        return self.qkv, self.out, self.up, self.down
 
 
 class Block(nn.Module):
@@ -94,67 +147,43 @@ class Block(nn.Module):
 
     def __init__(self, config: DalleConfig, layer: int, attention: Attention, feed_forward: FeedForward) -> None:
         super().__init__()
-        self.text_len, self.grid, self.shifts = config.text_len, config.grid, config.shift_tokens
+        self.shifts = config.shift_tokens
         self.attention = Residual(config, layer, attention)
         self.feed_forward = Residual(config, layer, feed_forward)
 
-    def _run(
-        self,
-        x: Tensor,
-        attend: Callable[[Tensor], Tuple[Tensor, ops.Function]],
-        shifts: Tuple[Optional[ops.Between], Optional[ops.Between]],
+    def operands(self, project: Project = projection) -> Operands:
+        """Look up the weights. project: how a linear layer is given to ops."""
+        first, second, drops = self.attention, self.feed_forward, self.training
+        attention, feed_forward = first.fn, second.fn
+        return Operands(
+            first.before(), project(attention.qkv), project(attention.out), first.scale, first.after(),
+            second.before(), project(feed_forward.up), project(feed_forward.down), second.scale, second.after(),
+            attention.heads, feed_forward.activation, attention.dropout.p * drops, feed_forward.dropout.p * drops,
+        )  # fmt: skip
+
+    def forward(
+        self, x: Tensor, context: Context, angles: Optional[Tensor] = None, operands: Optional[Operands] = None
     ) -> Tensor:
-        """The block. attend: what comes between `qkv` and `out`; shifts: those of tokens in both branches, or None."""
-        attention, feed_forward = self.attention.fn, self.feed_forward.fn
-        drops = self.training
-        branch = self.attention
-        qkv = ops.norm_linear(x, branch.before(), projection(attention.qkv), shifts[0])  # (B, L, 3 * H * K)
-        heads, before = attend(qkv)
+        """x (B, n, D), angles (n, R), (B, 1, n, R) or None -> (B, n, D). operands: None looks them up."""
+        own = operands or self.operands()
+        shift_first = (lambda x: context.shift(x, 0)) if self.shifts else None
+        shift_second = (lambda x: context.shift(x, 1)) if self.shifts else None
+        qkv = ops.norm_linear(x, own.attention_norm, own.qkv, shift_first)  # (B, n, 3 * H * K)
+        heads, before = context.attend(qkv, own.heads, angles)
         x = ops.add_linear(
-            x, heads, projection(attention.out), branch.scale, before,
-            outer_dropout=attention.dropout.p * drops, after=branch.after(),
+            x, heads, own.out, own.attention_scale, before,
+            outer_dropout=own.attention_dropout, after=own.after_attention,
         )  # fmt: skip
-        branch = self.feed_forward
         return ops.add_feed_forward(
-            x, branch.before(), projection(feed_forward.up), feed_forward.activation, projection(feed_forward.down),
-            branch.scale, feed_forward.dropout.p * drops, branch.after(), shifts[1],
+            x, own.feed_forward_norm, own.up, own.activation, own.down, own.feed_forward_scale,
+            own.feed_forward_dropout, own.after_feed_forward, shift_second,
         )  # fmt: skip
-
-    def _shift(self, x: Tensor) -> Tensor:
-        return torch.cat([shift_text(x[:, : self.text_len]), shift_image(x[:, self.text_len :], self.grid)], dim=1)
-
-    def forward(self, x: Tensor, visible: ops.Visible, angles: Optional[Tensor] = None) -> Tensor:
-        """Run the whole sequence. x (B, L, D), angles (L, R) or None -> (B, L, D)."""
-        shift = self._shift if self.shifts else None
-        return self._run(x, lambda qkv: self.attention.fn.attend(qkv, visible, angles), (shift, shift))
-
-    def extend_text(self, x: Tensor, start: int, cache: LayerCache, angles: Optional[Tensor]) -> Tensor:
-        """Run text positions from `start` on, x (prompts, n, D); with shift_tokens the whole text part at once."""
-        shift = shift_text if self.shifts else None
-        attention = self.attention.fn
-        return self._run(
-            x, lambda qkv: (attention.extend_text(qkv, start, cache, angles), ops.IDENTITY), (shift, shift)
-        )
-
-    def first_codes(self, x: Tensor, cache: LayerCache, mask: Tensor, angles: Optional[Tensor]) -> Tensor:
-        """Run the first n image positions, x (B, n, D). One position after the other is stepping.py's."""
-        shifts = [(lambda x, own=own: self.shift_cached(x, 0, own)) if self.shifts else None for own in cache.history]
-        attention = self.attention.fn
-        return self._run(x, lambda qkv: (attention.first_codes(qkv, cache, mask, angles), ops.IDENTITY), tuple(shifts))
-
-    def shift_cached(self, x: Tensor, start: int, history: Tensor) -> Tensor:
-        """Keep x (B, n, D) of the image positions from `start` on in history (B, N, D) and return them shifted."""
-        end = start + x.shape[1]
-        history[:, start:end] = x
-        # Only the last row of codes can matter: positions before start - grid are never looked at.
-        first = max(0, start - self.grid) // self.grid * self.grid
-        return shift_image(history[:, first:end], self.grid, start - first)
 
 
 class Transformer(nn.Module):
     """A stack of blocks over [text part | image part], with one mask for each attention pattern in use."""
 
-    def __init__(self, config: DalleConfig, implementation: str = "auto") -> None:
+    def __init__(self, config: DalleConfig) -> None:
         super().__init__()
         self.config = config
         attentions: Dict[int, Attention] = {}
@@ -166,7 +195,7 @@ class Transformer(nn.Module):
             )
             ff_id = config.shared_ff_ids[layer % len(config.shared_ff_ids)] if config.shared_ff_ids else layer
             if attention_id not in attentions:
-                attentions[attention_id] = Attention(config, implementation)
+                attentions[attention_id] = Attention(config)
             if ff_id not in feed_forwards:
                 feed_forwards[ff_id] = FeedForward(config)
             self.layers.append(Block(config, layer, attentions[attention_id], feed_forwards[ff_id]))
@@ -177,38 +206,33 @@ class Transformer(nn.Module):
         angles = rotary_angles(config.text_len, config.grid, config.dim_head) if config.rotary else None
         self.register_buffer("angles", angles, persistent=False)
 
-    def visible(self, layer: int) -> ops.Visible:
-        """Who sees whom in a layer."""
-        name = self.config.layer_patterns[layer]
-        return self._visible[name]._replace(mask=getattr(self, "mask_" + name), window=getattr(self, "window_" + name))
+    def context(self, layer: int) -> Whole:
+        """What the positions of a whole sequence see in a layer."""
+        name, config = self.config.layer_patterns[layer], self.config
+        mask, window = getattr(self, "mask_" + name), getattr(self, "window_" + name)
+        return Whole(self._visible[name]._replace(mask=mask, window=window), config.text_len, config.grid)
 
-    def _angles(self, start: int, end: int) -> Optional[Tensor]:
-        return None if self.angles is None else self.angles[start:end]
+    def _angles(self, positions: Optional[Positions], count: int) -> Optional[Tensor]:
+        if self.angles is None or positions is None:
+            return None if self.angles is None else self.angles[:count]
+        text_len = self.config.text_len
+        angles = positions.rows(self.angles[:text_len] if positions.text else self.angles[text_len:])
+        return angles if positions.shared else angles[:, None]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        angles = self._angles(0, x.shape[1])
+    def forward(
+        self,
+        x: Tensor,
+        positions: Optional[Positions] = None,
+        cache: Optional[Cache] = None,
+        operands: Optional[Sequence[Operands]] = None,
+    ) -> Tensor:
+        """Run all L positions, or a chunk of n behind those that the cache holds. x (B, n, D) -> (B, n, D).
+
+        operands: of each block; None looks them up.
+        """
+        angles = self._angles(positions, x.shape[1])
+        contexts: Sequence[Any] = () if cache is None else cache.at(positions)
         for index, layer in enumerate(self.layers):
-            x = layer(x, self.visible(index), angles)
-        return x
-
-    def make_cache(self, prompts: int, images: int, device: torch.device, dtype: torch.dtype) -> List[LayerCache]:
-        """Return empty caches, one for each layer, for `images` images of each of `prompts` prompts."""
-        return [
-            make_cache(self.config, pattern, prompts, images, device, dtype) for pattern in self.config.layer_patterns
-        ]
-
-    def extend_text(self, x: Tensor, start: int, caches: Sequence[LayerCache]) -> Tensor:
-        """Run text positions from `start` on. x (prompts, n, D) -> (prompts, n, D)."""
-        angles = self._angles(start, start + x.shape[1])
-        for layer, cache in zip(self.layers, caches):
-            x = layer.extend_text(x, start, cache, angles)
-        return x
-
-    def first_codes(self, x: Tensor, caches: Sequence[LayerCache]) -> Tensor:
-        """Run the first n image positions. x (B, n, D) -> (B, n, D)."""
-        first = self.config.text_len
-        angles = self._angles(first, first + x.shape[1])
-        for index, (layer, cache) in enumerate(zip(self.layers, caches)):
-            x = layer.first_codes(x, cache, self.visible(index).mask, angles)
+            context = contexts[index] if contexts else self.context(index)
+            x = layer(x, context, angles) if operands is None else layer(x, context, angles, operands[index])
         return x

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models.vqgan_config import VqganConfig
 from models.vqgan_layers import Decoder, Encoder
+from ops.convolution import full_precision, images_at_once
 from utils.caches import cache_folder
 from utils.checkpoint_reading import check_archive
 from utils.errors import UserError, nearest
@@ -37,9 +38,6 @@ __all__ = [
     "load_vqgan_state",
     "read_tensors",
 ]
-
-_DECODED_ON_CPU, _DECODED_ON_GPU = 1, 16
-"""Images that are decoded at the same time."""
 
 
 class VqganOutput(NamedTuple):
@@ -167,13 +165,8 @@ class VQGAN(nn.Module):
         return self.pixels(z).clamp(0.0, 1.0)
 
     def decode_by_parts(self, codes: Tensor) -> Tensor:
-        """`decode`, a few images at a time: those of 256x256 pixels take some 300 MB each while they are decoded.
-
-        On a CPU one at a time: how many a convolution takes decides which of PyTorch's kernels runs, and with it the
-        last bits of pixels. An eighth slower than two at a time, and an image is the same in any batch.
-        """
-        parts = codes.split(_DECODED_ON_CPU if codes.device.type == "cpu" else _DECODED_ON_GPU)
-        return torch.cat([self.decode(part) for part in parts])
+        """`decode`, a few images at a time: those of 256x256 pixels take some 300 MB each while they are decoded."""
+        return torch.cat([self.decode(part) for part in codes.split(images_at_once(codes))])
 
     def forward(self, pixels: Tensor) -> VqganOutput:
         """Training pass over pixels (B, 3, S, S) in [0, 1]."""
@@ -197,12 +190,8 @@ def image_codes(vqgan: Any, images: Tensor) -> Tensor:
     """
     # Pixels of their own for each image: also where an image starts in memory may decide which kernel runs.
     pixels = [image.float() / 255 if image.dtype == torch.uint8 else image.clone() for image in images.split(1)]
-    chosen = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest" if images.is_cpu else "high")
-    try:
+    with full_precision(images):
         return torch.cat([vqgan.encode(image) for image in pixels])
-    finally:
-        torch.set_float32_matmul_precision(chosen)
 
 
 # ---- weights files

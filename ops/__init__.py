@@ -3,8 +3,8 @@
 dispatch.py decides which one runs. Ops know tensors and nothing of models, configurations or caches.
 """
 
-from ops.attention_ops import Visible, attention, explicit, rotate, sdpa, split_heads
-from ops.dispatch import use, uses_reference
+from ops.attention_ops import Visible, attention, explicit, prompt_attention, rotate, sdpa, split_heads
+from ops.dispatch import refusal, use, uses_reference
 from ops.explain import explain
 from ops.linear_ops import (
     IDENTITY,
@@ -16,13 +16,16 @@ from ops.linear_ops import (
     activation,
     add_feed_forward,
     add_linear,
+    for_few_rows,
     linear,
     norm_linear,
 )
+from ops.sampling_ops import Choice, choice_of, sample
 
 __all__ = [
     "IDENTITY",
     "Between",
+    "Choice",
     "Function",
     "Matrix",
     "Norm",
@@ -32,11 +35,16 @@ __all__ = [
     "add_feed_forward",
     "add_linear",
     "attention",
+    "choice_of",
     "explain",
     "explicit",
+    "for_few_rows",
     "linear",
     "norm_linear",
+    "refusal",
+    "prompt_attention",
     "rotate",
+    "sample",
     "sdpa",
     "split_heads",
     "use",

@@ -8,13 +8,13 @@ Letters: B batch, L positions, H heads, K width of a head, P positions of the te
 in a window, R channels that turn.
 """
 
-from typing import Callable, Dict, NamedTuple, Optional, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops import dispatch, native_attention
+from ops import dispatch, native_attention, registered
 from ops.linear_ops import IDENTITY, Function
 from ops.local_attention import from_windows, local_attention, window_weights, windows
 
@@ -32,6 +32,11 @@ class Visible(NamedTuple):
     by_column: bool = False
 
     @property
+    def simple(self) -> bool:
+        """Whether positions see all that comes before them, or besides the text their own row or column alone."""
+        return self.causal or self.lines > 0
+
+    @property
     def lines(self) -> int:
         """G where codes see the earlier ones of their own row or column alone, else 0."""
         return self.window.shape[0] if self.window is not None and self.window.shape[2] == self.window.shape[0] else 0
@@ -44,28 +49,54 @@ _DENSE_ON_GPU = 512
 """Positions up to which a GPU takes one fused kernel under a mask. An estimate: no GPU was measured."""
 
 
-def explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, causal: bool = False) -> Tensor:
-    """Softmax(q k^T / sqrt(K)) v under `mask`, from matmul and softmax alone. (B, H, L, K) each -> (B, H, L, K)."""
-    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))  # (B, H, L, L)
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+def explicit(query: Tensor, key: Tensor, value: Tensor, mask: Optional[Tensor], causal: bool = False) -> Tensor:
+    """Softmax(q k^T / sqrt(K)) v, from matmul and softmax alone. (B, H, L, K), (B, H, m, K) twice -> (B, H, L, K).
+
+    mask (..., L, m): True where a position is seen, or floats to add to the scores; None: all are.
+    """
+    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))  # (B, H, L, m)
+    if mask is not None and mask.dtype != torch.bool:
+        scores = scores + mask
+    elif mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return torch.matmul(torch.softmax(scores, dim=-1), value)
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, causal: bool = False) -> Tensor:
+def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Optional[Tensor], causal: bool = False) -> Tensor:
     """The same by PyTorch's fused kernel, where that is not slow (see _SHORT); `causal`: without reading the mask."""
-    if dispatch.suits(query) and query.shape[2] <= _SHORT and torch.get_float32_matmul_precision() == "medium":
+    short = query.shape[2] <= _SHORT and torch.get_float32_matmul_precision() == "medium"
+    if dispatch.uses_reference() or (short and dispatch.suits(query)):
         return explicit(query, key, value, mask)
     if causal:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
-IMPLEMENTATIONS: Dict[str, Callable[..., Tensor]] = {"sdpa": sdpa, "explicit": explicit}
-"""By name. Besides, "local" computes sparse patterns by window and the dense one by sdpa, and "auto" what pays."""
+def prompt_attention(query: Tensor, text: Tensor, codes: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """Softmax(q k^T / sqrt(K)) v, where the images of a prompt share the text's keys and values.
+
+    query (B, H, n, K), text (2, prompts, H, P, K), codes (2, B, H, m, K), keys and values, B a multiple of the prompts;
+    bias (n, P + m) or (B, 1, n, P + m), added to the scores -> (B, H, n, K).
+    """
+    (rows, heads, count, width), prompts = query.shape, text.shape[1]
+
+    def by_prompt(x: Tensor) -> Tensor:  # (B, H, n, ...) -> (prompts, H, images * n, ...)
+        return x.unflatten(0, (prompts, -1)).transpose(1, 2).flatten(2, 3)
+
+    def by_row(x: Tensor) -> Tensor:
+        return x.unflatten(2, (-1, count)).transpose(1, 2).reshape(rows, heads, count, -1)
+
+    query = query * width**-0.5
+    # All images of a prompt read the same text keys: one matmul for them.
+    on_text = by_row(torch.matmul(by_prompt(query), text[0].transpose(-1, -2)))
+    scores = torch.cat([on_text, torch.matmul(query, codes[0].transpose(-1, -2))], dim=-1)  # (B, H, n, P + m)
+    weights = torch.softmax(scores if bias is None else scores + bias, dim=-1)
+    on_text, on_codes = weights.split([text.shape[3], codes.shape[3]], dim=-1)
+    return torch.matmul(on_codes, codes[1]) + by_row(torch.matmul(by_prompt(on_text), text[1]))
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate the leading channel pairs of x (..., L, K) by angles (L, R)."""
+    """Rotate the leading channel pairs of x (..., L, K) by angles (L, R), or (B, 1, L, R) for x (3, B, H, L, K)."""
     width = angles.shape[-1]
     turned, rest = x[..., :width], x[..., width:]
     pairs = turned.unflatten(-1, (-1, 2))
@@ -73,31 +104,32 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([turned * angles.cos() + quarter * angles.sin(), rest], dim=-1).to(x.dtype)
 
 
-def split_heads(qkv: Tensor, heads: int, angles: Optional[Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
-    """(B, L, 3 * H * K) -> query, key, value, each (B, H, L, K); all turned where there are angles (L, R)."""
-    query, key, value = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    if angles is not None:  # DALLE-pytorch turns the values too
-        query, key, value = (rotate(tensor, angles) for tensor in (query, key, value))
-    return query, key, value
+def split_heads(qkv: Tensor, heads: int, angles: Optional[Tensor]) -> Tensor:
+    """(B, L, 3 * H * K) -> queries, keys and values (3, B, H, L, K), turned where there are angles (see `rotate`)."""
+    parts = qkv.reshape(*qkv.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
+    return parts if angles is None else rotate(parts, angles)  # DALLE-pytorch turns the values too
 
 
 def attention(
-    qkv: Tensor, heads: int, visible: Visible, angles: Optional[Tensor] = None, implementation: str = "auto"
+    qkv: Tensor, heads: int, visible: Visible, angles: Optional[Tensor] = None
 ) -> Tuple[Tensor, Function]:
     """Return a tensor and what makes of it the heads side by side, (B, L, H * K): for `add_linear`.
 
-    qkv (B, L, 3 * H * K), angles (L, R) or None. implementation: "auto", "local", or one of IMPLEMENTATIONS.
+    qkv (B, L, 3 * H * K), angles (L, R) or None.
     """
-    if dispatch.uses_reference():
-        implementation = "explicit"
-    if angles is None and implementation == "auto" and NativeAttention.suits(qkv, visible):
-        return qkv, NativeAttention(visible, heads)
+    implementation = dispatch.attention()
+    if angles is None and implementation == "auto" and visible.simple:
+        if dispatch.compiling():
+            if registered.AVAILABLE and dispatch.refusal(qkv, registered=True) is None and native_attention.exists():
+                return registered.attention(qkv, heads, visible.lines, visible.by_column), IDENTITY
+        elif NativeAttention.suits(qkv, visible):
+            return qkv, NativeAttention(visible, heads)
     if _windowed(qkv, visible, implementation):
         if angles is None and torch.is_grad_enabled():
             return qkv, _Local(visible.window, visible.by_column, heads)
         attended = local_attention(*split_heads(qkv, heads, angles), visible.window, visible.by_column)
     else:
-        attend = IMPLEMENTATIONS.get(implementation, sdpa)
+        attend = explicit if implementation == "explicit" else sdpa
         attended = attend(*split_heads(qkv, heads, angles), visible.mask, visible.causal)
     return attended.transpose(1, 2).flatten(2), IDENTITY
 
@@ -112,13 +144,12 @@ def _windowed(x: Tensor, visible: Visible, implementation: str) -> bool:
 class NativeAttention:
     """Attention to all that comes before, or to the text and one's own row or column, by csrc/attention.c."""
 
-    differentiable = False
+    differentiable, number = False, -1
 
     @staticmethod
     def suits(qkv: Tensor, visible: Visible) -> bool:
         """Whether there is a kernel for it."""
-        known = visible.causal or visible.lines > 0
-        return known and dispatch.suits(qkv) and qkv.is_contiguous() and native_attention.available()
+        return visible.simple and dispatch.suits(qkv) and qkv.is_contiguous() and native_attention.available()
 
     def __init__(self, visible: Visible, heads: int) -> None:
         self.pattern = native_attention.Pattern(heads, visible.lines, visible.by_column)
@@ -156,7 +187,7 @@ class _Parts(NamedTuple):
 class _Local:
     """`local_attention`: qkv (B, L, 3 * H * K) -> (B, L, H * K)."""
 
-    differentiable = False
+    differentiable, number = False, -1
 
     def __init__(self, bias: Tensor, by_column: bool, heads: int) -> None:
         """bias (G, G, W * G), see `Visible`."""

@@ -7,9 +7,10 @@ the largest), and do not depend on what else is in the batch or on the number of
 Letters: B images, C channels, H and W height and width of the result.
 """
 
+import contextlib
 import ctypes
 import functools
-from typing import Any, Optional, Tuple
+from typing import Any, Iterator, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,26 @@ def _transformed(weight: Tensor, columns: int) -> Tensor:
     matrix = torch.tensor(_G, dtype=torch.float64)
     points = torch.einsum("pk,oikl,ql->pqio", matrix, weight.double(), matrix).flatten(0, 1)  # (36, in, out)
     return points.unflatten(2, (-1, columns)).permute(2, 0, 1, 3).contiguous().float()
+
+
+def images_at_once(like: Tensor) -> int:
+    """How many images a network of convolutions is best given at the same time, on the device of this tensor.
+
+    On a CPU one: how many a convolution takes decides which of PyTorch's kernels runs, and with it the last bits of
+    pixels. An eighth slower than two at a time, and an image is the same in any batch.
+    """
+    return 1 if like.is_cpu else 16
+
+
+@contextlib.contextmanager
+def full_precision(like: Tensor) -> Iterator[None]:
+    """Compute float32 matmuls in full precision, on GPUs in TF32, whatever was chosen for the rest of the program."""
+    chosen = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if like.is_cpu else "high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(chosen)
 
 
 def available() -> bool:

@@ -2,28 +2,43 @@
 
     with ops.use("reference"): ...     # plain PyTorch within the context: for tracing, export, IPUs and tests
     ops.use("reference")               # for good
+    with ops.use(attention="sdpa"): ...
 
 Native implementations are for contiguous-enough float32 tensors on a CPU that nobody records or compiles; each op adds
 what its own kernel asks for (sizes, strides, gradients). On GPUs and in other types PyTorch's operators run.
 """
 
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 NATIVE, REFERENCE = "native", "reference"
-_chosen = NATIVE
+ATTENTION = ("auto", "sdpa", "local", "explicit")
+"""Implementations of attention: auto takes what is fastest, a native kernel where there is one."""
+
+
+class _Chosen(NamedTuple):
+    kind: str = NATIVE
+    attention: str = "auto"
+
+
+_chosen = _Chosen()
+_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+"""How many `TorchDispatchMode`s are active."""
 
 
 class use:  # reads as a word: ops.use("reference")
-    """Take this kind of implementations from now on, or within a context: "native" where they suit, or "reference"."""
+    """Take these implementations from now on, or within a context: "native" where they suit, or "reference"."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: Optional[str] = None, attention: Optional[str] = None) -> None:
+        """attention: one of ATTENTION. None: as before. Raises ValueError for unknown ones."""
         global _chosen
-        if kind not in (NATIVE, REFERENCE):
-            raise ValueError("unknown implementations {!r}: there are {!r} and {!r}".format(kind, NATIVE, REFERENCE))
-        self.before, _chosen = _chosen, kind
+        for wanted, known in ((kind, (NATIVE, REFERENCE)), (attention, ATTENTION)):
+            if wanted is not None and wanted not in known:
+                raise ValueError(f"unknown implementations {wanted!r}: there are {', '.join(known)}")
+        self.before = _chosen
+        _chosen = _Chosen(kind or _chosen.kind, attention or _chosen.attention)
 
     def __enter__(self) -> "use":
         return self
@@ -35,17 +50,32 @@ class use:  # reads as a word: ops.use("reference")
 
 def uses_reference() -> bool:
     """Whether reference implementations were asked for."""
-    return _chosen == REFERENCE
+    return _chosen.kind == REFERENCE
 
 
-def refusal(*tensors: Optional[Tensor]) -> Optional[str]:
-    """Return why no native implementation may compute with these tensors (None: absent ones), or None where one may."""
-    if _chosen == REFERENCE:
-        return "reference implementations are asked for"
+def attention() -> str:
+    """The implementation of attention that was asked for, of ATTENTION."""
+    return "explicit" if uses_reference() else _chosen.attention
+
+
+def compiling() -> bool:
+    """Whether torch.compile or torch.export reads this."""
     compiler = getattr(torch, "compiler", None)  # absent before PyTorch 2.1
-    compiling = compiler is not None and hasattr(compiler, "is_compiling") and compiler.is_compiling()
-    if torch.jit.is_tracing() or compiling:
-        return "PyTorch records or compiles"
+    return compiler is not None and hasattr(compiler, "is_compiling") and compiler.is_compiling()
+
+
+def refusal(*tensors: Optional[Tensor], registered: bool = False) -> Optional[str]:
+    """Return why no native implementation may compute with these tensors (None: absent ones), or None where one may.
+
+    registered: it is an operator of PyTorch's (registered.py), which may be compiled.
+    """
+    if uses_reference():
+        return "reference implementations are asked for"
+    if compiling():
+        if not registered:
+            return "PyTorch compiles"
+    elif torch.jit.is_tracing() or _modes():  # who watches operators would not see native functions
+        return "PyTorch records"
     for tensor in tensors:
         if tensor is None:
             continue

@@ -11,6 +11,7 @@ fused ones do not know: a norm behind a branch, dropout without kernels.
 Letters: B batch, L positions, D width of a layer's input, C of its output.
 """
 
+import functools
 from typing import Any, Callable, Dict, NamedTuple, Optional, Protocol, Tuple, Union
 
 import torch
@@ -53,8 +54,9 @@ Between = Callable[[Tensor], Tensor]
 
 
 def _fuses() -> bool:
-    """Whether our autograd functions may run: gradients are wanted, and nobody asks for the reference or records."""
-    return torch.is_grad_enabled() and not dispatch.uses_reference() and not torch.jit.is_tracing()
+    """Whether our autograd functions may run: gradients are wanted, and nobody asks for the reference, records, or
+    compiles: a compiler decides itself what is recomputed, and would split its graph at each of them."""
+    return torch.is_grad_enabled() and not (dispatch.uses_reference() or torch.jit.is_tracing() or dispatch.compiling())
 
 
 # ---- one linear layer
@@ -108,6 +110,50 @@ def _rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2)
 
 
+# ---- the same for inference with a few rows
+
+_PACKED_ROWS = 4
+"""From so many rows on, packed weights are faster. Two or three read them as fast as memory gives them anyway."""
+
+def for_few_rows(matrix: Matrix, rows: int, dtype: torch.dtype) -> Projection:
+    """Return a copy of a linear layer, laid out for inputs of `rows` rows and for no gradient, in another type or not.
+
+    On a CPU a matmul with a handful of rows rearranges the weight, which costs more than the matmul; rearranged once, 8
+    rows take about half the time (AVX-512, L16). In another type than the weight's own: what autocast would cast in
+    each step is cast once.
+    """
+    weight, bias = matrix.weight.detach(), matrix.bias
+    if weight.dtype != dtype:
+        weight, bias = weight.to(dtype), None if bias is None else bias.detach().to(dtype)
+        return lambda x: F.linear(x.to(dtype), weight, bias)
+    if not weight.is_cpu:
+        return matrix
+    if rows >= _PACKED_ROWS and _packs():
+        packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+        multiply = torch.ops.mkl._mkl_linear
+
+        def few(x: Tensor) -> Tensor:
+            fits = x.numel() == rows * x.shape[-1]
+            return multiply(x, packed, weight, bias, rows) if fits else F.linear(x, weight, bias)
+
+        return few
+    columns = weight.t().contiguous().t() if rows == 1 else weight
+    return lambda x: F.linear(x, columns, bias)
+
+
+@functools.lru_cache(maxsize=None)
+def _packs() -> bool:
+    """Whether PyTorch has the matmul with packed weights: 2.0 has its name and nothing behind it."""
+    if not torch.backends.mkl.is_available():
+        return False
+    try:
+        weight = torch.zeros(1, 1)
+        torch.ops.mkl._mkl_linear(weight, torch.ops.mkl._mkl_reorder_linear_weight(weight, 1), weight, None, 1)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return True
+
+
 # ---- a norm before it
 
 
@@ -115,7 +161,7 @@ def norm_linear(x: Tensor, norm: Norm, project: Projection, between: Optional[Be
     """linear(between(norm(x))). (B, L, D) -> (B, L, C)."""
     if isinstance(project, Matrix) and between is None and _fuses():
         return _NormLinear.apply(x, *norm, *project)
-    normed = F.layer_norm(x, x.shape[-1:], *norm)
+    normed = torch.layer_norm(x, x.shape[-1:], *norm)
     return linear(normed if between is None else between(normed), project)
 
 
@@ -155,6 +201,8 @@ class Function(Protocol):
 
     differentiable: bool
     """Whether autograd can differentiate a call; else `recompute` is its gradient."""
+    number: int
+    """Of an activation: what csrc/rows.c calls it."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Compute it."""
@@ -164,7 +212,7 @@ class Function(Protocol):
 
 
 class _Identity:
-    differentiable = True
+    differentiable, number = True, -1
 
     def __call__(self, x: Tensor) -> Tensor:
         return x
@@ -177,7 +225,7 @@ class _Identity:
 class _Geglu:
     """The first half of x, gated by gelu of the second."""
 
-    differentiable = True
+    differentiable, number = True, 0
 
     def __call__(self, x: Tensor) -> Tensor:
         x, gate = x.chunk(2, dim=-1)
@@ -193,7 +241,7 @@ class _Geglu:
 
 
 class _Gelu:
-    differentiable = True
+    differentiable, number = True, 1
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.gelu(x)
@@ -206,7 +254,7 @@ class _Gelu:
 class _QuickGelu:
     """x * sigmoid(1.702 x)"""
 
-    differentiable = True
+    differentiable, number = True, 2
 
     def __call__(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
@@ -218,9 +266,9 @@ class _QuickGelu:
 
 
 class _NativeGelu:
-    """gelu or geglu of x + bias by a kernel."""
+    """The exact gelu, or what it gates, of x + bias by a kernel."""
 
-    differentiable = False
+    differentiable, number = False, -1
 
     def __init__(self, gated: bool) -> None:
         self.gated = gated
@@ -287,8 +335,10 @@ def add_linear(
     differentiable = before.differentiable or not torch.is_grad_enabled()
     active = before(x) if differentiable else _Recomputed.apply(x, before)
     branch = _drop(linear(_drop(active, inner_dropout), project), outer_dropout)
+    if branch.dtype != residual.dtype:
+        branch = branch.to(residual.dtype)
     if after is not None:
-        branch = F.layer_norm(branch, branch.shape[-1:], *after)
+        branch = torch.layer_norm(branch, branch.shape[-1:], *after)
     return residual + branch if scale is None else torch.addcmul(residual, branch, scale)
 
 

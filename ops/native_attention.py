@@ -36,6 +36,12 @@ def available() -> bool:
     return _functions() is not None
 
 
+@getattr(getattr(torch, "compiler", None), "assume_constant_result", lambda function: function)
+def exists() -> bool:
+    """`available` for what is compiled: asked once, not compiled itself."""
+    return available()
+
+
 class Pattern(NamedTuple):
     """Who sees whom. grid 0: there are no codes, all is text, of which each position sees what comes before it."""
 

@@ -11,7 +11,8 @@ from models.config import ATTENTION_PATTERNS, DalleConfig
 from models.dalle import DALLE
 from models.patterns import CONV_KERNEL_SIZE, allowed_codes, build_mask, rotary_angles, window_bias
 from models.transformer import Transformer
-from ops.attention_ops import IMPLEMENTATIONS, explicit, rotate, sdpa
+from ops.attention_ops import explicit, rotate, sdpa
+from ops.dispatch import ATTENTION
 from ops.local_attention import local_attention
 
 TINY = DalleConfig(
@@ -190,16 +191,17 @@ def test_a_window_holds_all_that_a_sparse_pattern_shows(pattern, grid):
         torch.testing.assert_close(local, dense, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "local"])
+@pytest.mark.parametrize("implementation", ATTENTION)
 @pytest.mark.parametrize("pattern", ATTENTION_PATTERNS)
 def test_a_layer_sees_exactly_what_its_mask_allows(pattern, implementation):
     """One layer's output at a position depends on an input exactly where the mask says so."""
     config = dataclasses.replace(TINY, depth=1, grid=6, attn_types=(pattern,))
-    transformer = random_(Transformer(config, implementation)).double()
+    transformer = random_(Transformer(config)).double()
     x = torch.randn(1, config.seq_len, config.dim, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(config.dim, dtype=torch.float64)
     # The jacobian of one number at each position: (L, L, D).
-    rows = torch.autograd.functional.jacobian(lambda inputs: (transformer(inputs)[0] * weight).sum(-1), x)[:, 0]
+    with ops.use(attention=implementation):
+        rows = torch.autograd.functional.jacobian(lambda inputs: (transformer(inputs)[0] * weight).sum(-1), x)[:, 0]
     influence = rows.abs().sum(-1) > 0
     assert torch.equal(influence, build_mask(pattern, config.text_len, config.grid))
 
@@ -240,7 +242,7 @@ def test_patterns_are_dealt_to_layers_in_turn():
     config = dataclasses.replace(TINY, depth=5, attn_types=("full", "axial_row"))
     transformer = Transformer(config)
     for layer, pattern in enumerate(["full", "axial_row", "full", "axial_row", "full"]):
-        assert torch.equal(transformer.visible(layer).mask, build_mask(pattern, config.text_len, config.grid))
+        assert torch.equal(transformer.context(layer).visible.mask, build_mask(pattern, config.text_len, config.grid))
     assert not any("mask" in name for name in transformer.state_dict())  # masks are no part of a checkpoint
 
 

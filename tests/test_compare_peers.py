@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+import ops
 from benchmarks import chart, compare_peers, contestants, limits
 from benchmarks.contestants import (
     GENERATE,
@@ -115,8 +116,8 @@ def test_whole_images_are_interpolated_from_a_few_positions():
 def test_the_work_of_a_step_is_what_pytorch_counts():
     counter = pytest.importorskip("torch.utils.flop_counter").FlopCounterMode(display=False)
     config = DalleConfig(30, 20, 6, 4, 16, 2, 2, 8, attn_types=("full",))
-    model = DALLE(config, "explicit")
-    with counter:
+    model = DALLE(config)
+    with counter, ops.use(attention="explicit"):
         sum(logits.sum() for logits in model(torch.zeros(1, 6, dtype=torch.long), torch.zeros(1, 16).long())).backward()
     work = limits.Work(config)
     length = config.seq_len

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dalle.drawing import decode
 from dalle.loading import load
 from data.demo import demo_images, demo_records
-from models.sampling import SamplingOptions, draw_codes
+from sampling import SamplingOptions, decode, sample_codes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,7 +36,7 @@ def test_the_shipped_model_draws_the_picture_of_a_caption(split, at_least):
     order = torch.randperm(len(demo_records(split)), generator=torch.Generator().manual_seed(0))[:32].tolist()
     chosen = [demo_records(split)[index] for index in order]
     text = loaded.tokenizer.tokenize([record.caption for record in chosen], loaded.dalle.config.text_seq_len)
-    codes = draw_codes(loaded.dalle, text, list(range(32)), SamplingOptions(temperature=0)).codes
+    codes = sample_codes(loaded.dalle, text, list(range(32)), SamplingOptions(temperature=0)).codes
     drawn = loaded.vqgan.decode(codes).flatten(1)
     nearest = torch.cdist(drawn, real).argmin(dim=1).tolist()
     assert sum(everything[index].stem == record.stem for index, record in zip(nearest, chosen)) >= at_least

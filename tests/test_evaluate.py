@@ -13,15 +13,14 @@ import args
 import engines
 import evaluate
 from bpe import load_tokenizer
-from dalle.drawing import decode, encode, image_seed
 from dalle.loading import load
 from dalle.pictures import Sample, make_sheet
 from data.demo import demo_records
 from data.images import load_image
 from models.config import DalleConfig
 from models.dalle import DALLE
-from models.sampling import SamplingOptions, draw_codes
 from models.vqgan import VQGAN, VqganConfig
+from sampling import SamplingOptions, decode, encode, image_seed, sample_codes
 from utils.checkpoints import dalle_checkpoint, save_checkpoint
 from utils.errors import UsageError, UserError
 
@@ -186,7 +185,7 @@ def test_the_likeliest_of_several_images_is_taken(loaded):
     text = loaded.tokenizer.tokenize(["a", "b c", "dog"], 12)
     expected = []
     for row in text:
-        drawn = draw_codes(loaded.dalle, row, [image_seed(5, index) for index in range(6)], SamplingOptions())
+        drawn = sample_codes(loaded.dalle, row, [image_seed(5, index) for index in range(6)], SamplingOptions())
         assert len(set(drawn.log_likelihood.tolist())) > 1
         expected.append(decode(loaded, drawn.codes[drawn.log_likelihood.argmax()][None])[0])
     for batch_size in ("1", "4", "6", "64"):  # an image at a time, a caption in parts, a caption, all together

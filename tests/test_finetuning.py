@@ -100,7 +100,7 @@ def test_what_has_no_place_in_the_layout_is_named(source, changes, message):
     config = DalleConfig(
         **dict(
             dict(num_text_tokens=9, num_image_tokens=8, text_seq_len=4, grid=2, dim=16, depth=2, heads=2, dim_head=8),
-            **dict(ARCHITECTURES["mindalle"], **changes)
+            **dict(ARCHITECTURES["mindalle"], **changes),
         )
     )
     with pytest.raises(UserError, match=message):
@@ -204,7 +204,7 @@ def test_the_estimate_counts_what_is_held():
         depth=42,
         heads=24,
         dim_head=64,
-        **ARCHITECTURES["mindalle"]
+        **ARCHITECTURES["mindalle"],
     )
     memory = training_memory(model, config, "bf16")
     assert memory.weights == memory.gradients == memory.optimizer / 2 == 4 * 1291081728
@@ -227,7 +227,7 @@ def test_the_estimate_of_activations_is_what_autograd_keeps(architecture, half):
         depth=3,
         heads=4,
         dim_head=16,
-        **ARCHITECTURES[architecture]
+        **ARCHITECTURES[architecture],
     )
     config = args.parse(["--config", "unit_test", "--batch-size", "4", "--gradient-accumulation", "1"])
     network = DALLE(dataclasses.replace(model))

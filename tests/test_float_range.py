@@ -11,18 +11,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_kernels_training import attend
-from test_sampling import TEXT, random_codes, random_model
+from test_sampling import TEXT, decode, random_codes, random_model
 
-from models import native_rows as rows
-from models import stepping
-from models.native_rows import Packed
+import ops
 from models.patterns import build_mask, visible
 from models.quantization import Int8Linear
-from models.sampling import SamplingOptions, draw_and_score, prefill
 from models.vqgan_layers import Conv3x3, NormSwish
 from ops import build, convolution, matmul
 from ops import elementwise as training
 from ops.attention_ops import NativeAttention
+from ops.rows import Packed
+from sampling.decoders import Decoder
+from sampling.native import NativeDecoder, best_decoder
 
 pytestmark = pytest.mark.skipif(build.library("training") is None, reason="no C compiler, or kernels are switched off")
 
@@ -111,7 +111,7 @@ def test_matmuls_of_the_row_decoder(kind, chance):
     x = wild(count, depth, high=110)  # int8 sums, up to 127 * 300 times as large, are scaled last: the stated ceiling
     if count > 2:
         x[1] = float("nan")
-    result = Packed(layer)(x)
+    result = Packed(layer.weight, layer.bias, getattr(layer, "scale", None))(x)
     assert odd_rows(result) == ([1] if count > 2 else [])
     keep = [i for i in range(count) if count < 3 or i != 1]
     weight = layer.weight.double() * (layer.scale.double()[:, None] if kind == "int8" else 1)
@@ -333,7 +333,7 @@ def test_sampling_from_logits(chance):
     logits = torch.where(torch.rand(count, size) < 0.05, torch.tensor(-float("inf")), logits)
     logits[:, 0] = logits[:, 0].nan_to_num(neginf=0.0)
     uniform = torch.rand(count, dtype=torch.float64)
-    token, score = draw_and_score(logits, uniform, SamplingOptions(temperature=temperature))
+    token, score = ops.sample(logits, uniform, ops.choice_of(count, temperature, None, None))
     exact = logits.double()
     share = ((exact - exact.amax(1, keepdim=True) if size else exact) / temperature).softmax(1)
     after = share.cumsum(1).gather(1, token[:, None])[:, 0]
@@ -345,7 +345,7 @@ def test_sampling_from_logits(chance):
     assert_within(
         score[known], likelihood[known], likelihood.abs()[known] + 20 + exact.amax(1).abs()[known], 1, lost=1e-6
     )
-    greedy = draw_and_score(logits, uniform, SamplingOptions(temperature=0))[0]
+    greedy = ops.sample(logits, uniform, ops.choice_of(count, 0, None, None))[0]
     assert torch.equal(greedy, logits.argmax(1))
 
 
@@ -359,8 +359,7 @@ def test_steps_of_the_row_decoder(exponent, activation):
     models[1].image_emb.weight.copy_(models[0].image_emb.weight)
     codes, logits = random_codes(3)[:, :9], []
     for model in models:
-        _, caches = prefill(model, TEXT[:1], 3)
-        with stepping.stepping(model, 3) as step:
-            assert (type(step) is rows.RowStepper) == (model is models[0])
-            logits.append(torch.stack([step.logits(step(codes[:, i], i, caches)) for i in range(9)]))
+        decoder = best_decoder(model, 1, 3)[0]
+        assert type(decoder) is (NativeDecoder if model is models[0] else Decoder)
+        logits.append(decode(decoder, TEXT[:1], codes, count=9))
     torch.testing.assert_close(logits[0].double(), logits[1], rtol=1e-4, atol=1e-4)

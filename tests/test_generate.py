@@ -20,7 +20,6 @@ from PIL import Image
 import generate
 from bpe import load_tokenizer
 from dalle import loading
-from dalle.drawing import decode, image_seed, prime_rows, shares, to_uint8
 from dalle.loading import load
 from dalle.models import Dalle
 from dalle.outputs import MAX_NAME_LEN, PromptFolder, folder_name, with_digest
@@ -28,8 +27,9 @@ from dalle.pictures import make_grid
 from data.images import load_image
 from models.config import DalleConfig
 from models.dalle import DALLE
-from models.sampling import SamplingOptions, draw_codes
 from models.vqgan import VQGAN, VqganConfig, load_vqgan
+from sampling import SamplingOptions, decode, image_seed, prime_rows, sample_codes, to_uint8
+from sampling.driver import Share, split
 from utils.checkpoints import dalle_checkpoint, save_checkpoint
 from utils.errors import UsageError, UserError
 from utils.files import sha256_file
@@ -202,7 +202,7 @@ def test_neighbouring_seeds_share_no_image():
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 20))
 def test_batches_cover_every_image_once(num_prompts, num_images, batch_size):
     drawn = []
-    for share in shares(num_prompts, num_images, batch_size):
+    for share in split(Share(0, num_prompts, 0, num_images), batch_size):
         assert 0 < share.num_images <= batch_size
         drawn += [
             (prompt, image)
@@ -230,14 +230,14 @@ def test_several_captions_in_a_batch_draw_what_each_draws_alone(options, cond_sc
     codes[:kept] = torch.arange(kept)
     codes[9] = 3
     sampling = SamplingOptions(top_k=8, cond_scale=cond_scale)
-    together = draw_codes(model, text, range(6), sampling, codes)
+    together = sample_codes(model, text, range(6), sampling, codes)
     for prompt in range(3):
         part = slice(2 * prompt, 2 * prompt + 2)
-        alone = draw_codes(model, text[prompt], range(6)[part], sampling, codes)
+        alone = sample_codes(model, text[prompt], range(6)[part], sampling, codes)
         assert torch.equal(alone.codes, together.codes[part])
         assert torch.allclose(alone.log_likelihood, together.log_likelihood[part], atol=1e-4)
     with pytest.raises(ValueError, match="4 seeds cannot be shared equally by 3 captions"):
-        draw_codes(model, text, range(4))
+        sample_codes(model, text, range(4))
 
 
 # Flags ---------------------------------------------------------------------------------------------------------------
@@ -768,8 +768,8 @@ def test_too_large_a_batch_is_one_line(run, monkeypatch):
     def full(*_, **__):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
 
-    monkeypatch.setattr("dalle.drawing.draw_codes", full)
-    with pytest.raises(UserError, match="not enough memory for a batch of this size: lower --batch_size"):
+    monkeypatch.setattr("sampling.driver.sample_codes", full)
+    with pytest.raises(UserError, match="not enough memory for a batch of 1 images: lower --batch_size"):
         run("a", "--num_images", "1")
 
 

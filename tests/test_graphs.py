@@ -1,4 +1,4 @@
-"""Recorded steps: fixed shapes give what stepping gives, recordings draw the same pictures, and nothing else is needed.
+"""CUDA graphs: positions on the device give the same logits, recordings the same samples, and nothing else is needed.
 
 No GPU is used: a stand-in records the operations and replays them without Python (graph_stand_in.py).
 """
@@ -12,17 +12,15 @@ from functools import partial
 import pytest
 import torch
 from graph_stand_in import Recorder, install
-from test_sampling import EDGES, OPTIONS, TEXT, check_edge, conditional_logits, random_codes, random_model
+from test_sampling import EDGES, OPTIONS, TEXT, check_edge, conditional_logits, decode, random_codes, random_model
 
-from dalle import drawing
 from dalle.loading import Loaded
-from models.cache import LayerCache
-from models.graphs import CudaCapture, Graphs
+from models.positions import Positions, next_code
 from models.quantization import Int8Linear
-from models.sampling import SamplingOptions, draw_codes, first_codes, prefill
-from models.static import StaticStepper
-from models.stepping import stepping
 from models.vqgan import VQGAN, VqganConfig
+from sampling import Graphs, Sampler, SamplingOptions, driver, sample_codes
+from sampling.decoders import Decoder
+from sampling.graphs import CudaCapture
 
 CPU = torch.device("cpu")
 REACHES = (9, 18, 27, 36)
@@ -39,35 +37,24 @@ def recorded(model):
     return Graphs(model, CudaCapture(CPU))
 
 
-def static_steps(model, codes, first, images):
-    """Hidden states after feeding the codes from `first` on, one after the other, at a position on the device."""
-    step = StaticStepper(model, len(codes), REACHES)
-    caches = step.make_caches(len(codes) // images, images)
-    prefill(model, TEXT[: len(codes) // images], images, caches)
-    if first:
-        first_codes(model, codes[:, :first], caches)
-    for position in range(first, 35):
-        reach = next(reach for reach in REACHES if position < reach)
-        yield step.logits(step(codes[:, position], torch.tensor([position]), caches, reach))
+def on_device(position):
+    """A position that the host does not know, and the part of the codes that is read for it."""
+    return Positions.of(torch.tensor([[position]]), next(reach for reach in REACHES if position < reach))
 
 
 # ---- the step
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("images, prompts, first", [(3, 1, 13), (2, 2, 0)])
+@pytest.mark.parametrize("images, prompts, first", [(3, 1, 13), (2, 2, 0), (1, 2, 4)])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_fixed_shapes_give_the_logits_of_stepping(options, images, prompts, first):
+def test_positions_on_the_device_give_the_same_logits(options, images, prompts, first):
     model = random_model(**options)
     codes = random_codes(prompts * images)
-    caches = prefill(model, TEXT[:prompts], images)[1]
-    if first:
-        first_codes(model, codes[:, :first], caches)
-    found = static_steps(model, codes, first, images)
-    with stepping(model, len(codes)) as step:
-        for position in range(first, 35):
-            expected = step.logits(step(codes[:, position], position, caches))
-            torch.testing.assert_close(next(found), expected, rtol=1e-9, atol=1e-9)
+    found, expected = (
+        decode(Decoder(model, prompts, images), TEXT[:prompts], codes, first, step) for step in (on_device, next_code)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()
@@ -75,13 +62,13 @@ def test_fixed_shapes_give_the_logits_of_stepping(options, images, prompts, firs
 def test_caches_are_as_wide_as_the_weights(dtype):
     model = random_model(**OPTIONS["rotary and shift"]).to(dtype)
     codes = random_codes(3)
-    caches = StaticStepper(model, 3, REACHES).make_caches(1, 3)
-    assert isinstance(caches[0], LayerCache) and caches[0].codes.dtype == caches[0].text_key.dtype == dtype
+    decoder = Decoder(model, 1, 3)
+    assert decoder.cache.layers[0].codes.dtype == decoder.cache.layers[0].text.dtype == dtype
     whole = model(TEXT[:1].expand(3, -1), codes)[1].float()
-    for position, logits in enumerate(static_steps(model, codes, 0, 3)):
-        # bfloat16 has 8 bits: logits of this model, which reach 40, are right to a unit in most places.
-        difference = (logits.float() - whole[:, position + 1]).abs().mean()
-        assert difference < (1e-4 if dtype == torch.float32 else 0.5)
+    logits = decode(decoder, TEXT[:1], codes, step=on_device).float()
+    # bfloat16 has 8 bits: logits of this model, which reach 40, are right to a unit in most places.
+    difference = (logits - whole.transpose(0, 1)).abs().mean((1, 2))
+    assert difference.max() < (1e-4 if dtype == torch.float32 else 0.5)
 
 
 @pytest.mark.skipif(torch.__version__ < "2.1", reason="on a CPU autocast leaves attention alone before 2.1")
@@ -90,16 +77,12 @@ def test_linear_layers_compute_in_the_type_of_autocast():
     model = random_model(**OPTIONS["all patterns"]).float()
     codes = random_codes(2)
     with torch.autocast("cpu", torch.bfloat16):
-        found = static_steps(model, codes, 0, 2)
-        caches = prefill(model, TEXT[:1], 2)[1]
-        step = StaticStepper(model, 2, REACHES)
-        assert step.dtype == torch.bfloat16 and step.make_caches(1, 2)[0].codes.dtype == torch.bfloat16
-        with stepping(model, 2) as eager:
-            for position in range(35):
-                expected = eager.logits(eager(codes[:, position], position, caches)).float()
-                with torch.autocast("cpu", enabled=False):
-                    logits = next(found).float()
-                assert (logits - expected).abs().mean() < 0.5
+        decoder = Decoder(model, 1, 2)
+        assert decoder.dtype == decoder.cache.layers[0].codes.dtype == torch.bfloat16
+        expected = decode(Decoder(model, 1, 2), TEXT[:1], codes)
+    assert expected.dtype == torch.bfloat16
+    found = decode(decoder, TEXT[:1], codes, step=on_device)  # casts were done once: autocast is off
+    assert (found.float() - expected.float()).abs().mean((1, 2)).max() < 0.5
 
 
 # ---- recordings
@@ -109,8 +92,8 @@ def test_linear_layers_compute_in_the_type_of_autocast():
 def test_recordings_draw_the_same_images(options, graph):
     model = random_model(**options)
     graphs = recorded(model)
-    expected = draw_codes(model, TEXT, [4, 5, 6, 7], GUIDED)
-    drawn = draw_codes(model, TEXT, [4, 5, 6, 7], GUIDED, graphs=graphs)
+    expected = sample_codes(model, TEXT, [4, 5, 6, 7], GUIDED)
+    drawn = sample_codes(model, TEXT, [4, 5, 6, 7], GUIDED, graphs=graphs)
     assert torch.equal(drawn.codes, expected.codes)
     torch.testing.assert_close(drawn.log_likelihood, expected.log_likelihood, rtol=1e-5, atol=1e-4)
     assert graph.recorded == 4 and graph.replayed == 35 and not graphs.failed
@@ -130,8 +113,8 @@ def test_one_recording_serves_all_batches_of_its_shape(graph):
     given[14:20] = given[25:] = -1
     for row, seeds, kept, fed in ((0, [1, 2], None, 35), (1, [3, 4], given, 21), (0, [1, 2], None, 35)):
         before, steps = graph.replayed, Counter()
-        expected = draw_codes(model, TEXT[row], seeds, given=kept, on_token=partial(steps.update, "a"))
-        drawn = draw_codes(model, TEXT[row], seeds, given=kept, on_token=partial(steps.update, "b"), graphs=graphs)
+        expected = sample_codes(model, TEXT[row], seeds, given=kept, on_token=partial(steps.update, "a"))
+        drawn = sample_codes(model, TEXT[row], seeds, given=kept, on_token=partial(steps.update, "b"), graphs=graphs)
         assert torch.equal(drawn.codes, expected.codes)
         torch.testing.assert_close(drawn.log_likelihood, expected.log_likelihood, rtol=1e-5, atol=1e-4)
         assert graph.replayed - before == fed and steps["a"] == steps["b"] == fed + 1
@@ -143,8 +126,8 @@ def test_given_codes_are_kept(hidden, graph):
     model = random_model()
     given = random_codes(1)[0]
     given[hidden] = -1
-    expected = draw_codes(model, TEXT[0], [1, 2], given=given)
-    drawn = draw_codes(model, TEXT[0], [1, 2], given=given, graphs=recorded(model))
+    expected = sample_codes(model, TEXT[0], [1, 2], given=given)
+    drawn = sample_codes(model, TEXT[0], [1, 2], given=given, graphs=recorded(model))
     assert torch.equal(drawn.codes, expected.codes)
     torch.testing.assert_close(drawn.log_likelihood, expected.log_likelihood, rtol=1e-5, atol=1e-4)
 
@@ -152,24 +135,24 @@ def test_given_codes_are_kept(hidden, graph):
 def test_what_was_drawn_stays_when_the_next_batch_is(graph):
     model = random_model()
     graphs = recorded(model)
-    first = draw_codes(model, TEXT[0], [1], graphs=graphs)
+    first = sample_codes(model, TEXT[0], [1], graphs=graphs)
     before = first.codes.clone(), first.log_likelihood.clone()
-    draw_codes(model, TEXT[1], [2], graphs=graphs)
+    sample_codes(model, TEXT[1], [2], graphs=graphs)
     assert torch.equal(first.codes, before[0]) and torch.equal(first.log_likelihood, before[1])
 
 
 def test_other_weights_are_recorded_anew(graph):
     model = random_model()
     graphs = recorded(model)
-    first = draw_codes(model, TEXT[0], [1], graphs=graphs).codes
+    first = sample_codes(model, TEXT[0], [1], graphs=graphs).codes
     with torch.no_grad():
         model.image_head.bias.normal_(std=3.0)
-    assert not torch.equal(draw_codes(model, TEXT[0], [1], graphs=graphs).codes, first)
+    assert not torch.equal(sample_codes(model, TEXT[0], [1], graphs=graphs).codes, first)
     model.float()
-    assert draw_codes(model, TEXT[0], [1], graphs=graphs).codes.shape == first.shape
+    assert sample_codes(model, TEXT[0], [1], graphs=graphs).codes.shape == first.shape
     assert graph.recorded == 12 and len(graphs.sessions) == 1
     for seeds in ([1, 2], [1, 2, 3]):
-        draw_codes(model, TEXT[0], seeds, graphs=graphs)
+        sample_codes(model, TEXT[0], seeds, graphs=graphs)
     assert len(graphs.sessions) == 2  # no more than two: each has its cache
 
 
@@ -177,26 +160,26 @@ def test_int8_weights_are_recorded_too(graph):
     model = random_model().float()
     for block in model.transformer.layers:
         block.attention.fn.qkv = Int8Linear(block.attention.fn.qkv.weight, None)
-    expected = draw_codes(model, TEXT[0], [1, 2])
-    assert torch.equal(draw_codes(model, TEXT[0], [1, 2], graphs=recorded(model)).codes, expected.codes)
+    expected = sample_codes(model, TEXT[0], [1, 2])
+    assert torch.equal(sample_codes(model, TEXT[0], [1, 2], graphs=recorded(model)).codes, expected.codes)
     assert graph.recorded == 4
 
 
 @pytest.mark.parametrize("grid", [1, 2])
 def test_the_smallest_pictures(grid, graph):
     model = random_model(grid=grid, attn_types=("full", "axial_col"))
-    expected = draw_codes(model, TEXT[0], [1, 2]).codes
-    assert torch.equal(draw_codes(model, TEXT[0], [1, 2], graphs=recorded(model)).codes, expected)
+    expected = sample_codes(model, TEXT[0], [1, 2]).codes
+    assert torch.equal(sample_codes(model, TEXT[0], [1, 2], graphs=recorded(model)).codes, expected)
     assert graph.recorded == (0 if grid == 1 else 2) and graph.replayed == grid * grid - 1
 
 
 def test_a_copy_records_for_itself(graph):
     model = random_model()
     graphs = recorded(model)
-    expected = draw_codes(model, TEXT[0], [1], graphs=graphs).codes
+    expected = sample_codes(model, TEXT[0], [1], graphs=graphs).codes
     copied = copy.deepcopy(graphs)
     assert not copied.sessions and graphs.sessions and copied.model is not model
-    assert torch.equal(draw_codes(copied.model, TEXT[0], [1], graphs=copied).codes, expected) and graph.recorded == 8
+    assert torch.equal(sample_codes(copied.model, TEXT[0], [1], graphs=copied).codes, expected) and graph.recorded == 8
 
 
 @pytest.mark.skipif(torch.__version__ < "2.1", reason="on a CPU autocast leaves attention alone before 2.1")
@@ -204,9 +187,10 @@ def test_under_autocast_steps_are_recorded_in_its_type(graph):
     model = random_model(**OPTIONS["all patterns"]).float()
     graphs = recorded(model)
     with torch.autocast("cpu", torch.bfloat16):
-        drawn = draw_codes(model, TEXT[0], [1, 2, 3], graphs=graphs)
+        drawn = sample_codes(model, TEXT[0], [1, 2, 3], graphs=graphs)
     (session,) = graphs.sessions.values()
-    assert session.step.dtype == session.caches[0].codes.dtype == torch.bfloat16 and graph.replayed == 35
+    assert session.decoder.dtype == session.decoder.cache.layers[0].codes.dtype == torch.bfloat16
+    assert graph.replayed == 35
     logits = conditional_logits(model, TEXT[0], drawn.codes)
     expected = logits.log_softmax(-1).gather(-1, drawn.codes[..., None]).sum((1, 2))
     # 36 codes, each right to a few hundredths of a nat.
@@ -221,22 +205,22 @@ def test_a_batch_is_decoded_while_the_next_is_drawn(graph, monkeypatch):
     vqgan = VQGAN(VqganConfig(num_codes=20, embed_dim=4, resolution=12, z_channels=4, ch=4, ch_mult=(1, 2),
                               num_res_blocks=1, attn_resolutions=(), num_groups=2)).eval()  # fmt: skip
     loaded = Loaded(random_model().float(), vqgan, None, None)
-    expected = list(drawing.draw_images(loaded, TEXT, 3, batch_size=2, seed=1))
+    expected = list(Sampler(loaded).images(TEXT, 3, batch_size=2, seed=1))
     drawn = []
 
-    class Beside(drawing._Decoder):
-        def __init__(self, loaded):
-            super().__init__(loaded)
+    class Beside(driver._Pictures):
+        def __init__(self, model, floats):
+            super().__init__(model, floats)
             self.stream, self.ahead = torch.cuda.Stream(), 1
 
         def start(self, share, *rest):
             drawn.append(share)
             return super().start(share, *rest)
 
-    monkeypatch.setattr(drawing, "_Decoder", Beside)
-    monkeypatch.setattr(drawing, "_room_on_host", torch.empty_like)
+    monkeypatch.setattr(driver, "_Pictures", Beside)
+    monkeypatch.setattr(driver, "_room_on_host", torch.empty_like)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
-    for index, batch in enumerate(drawing.draw_images(loaded, TEXT, 3, batch_size=2, seed=1)):
+    for index, batch in enumerate(Sampler(loaded).images(TEXT, 3, batch_size=2, seed=1)):
         assert drawn[-1] == expected[min(index + 1, 3)].share
         assert batch.share == expected[index].share and batch.seeds == expected[index].seeds
         assert torch.equal(batch.pixels, expected[index].pixels) and torch.equal(batch.codes, expected[index].codes)
@@ -249,8 +233,8 @@ def test_a_batch_is_decoded_while_the_next_is_drawn(graph, monkeypatch):
 
 def test_without_a_gpu_nothing_is_recorded(graph):
     model = random_model()
-    expected = draw_codes(model, TEXT[0], [1])
-    assert torch.equal(draw_codes(model, TEXT[0], [1], graphs=Graphs(model)).codes, expected.codes)
+    expected = sample_codes(model, TEXT[0], [1])
+    assert torch.equal(sample_codes(model, TEXT[0], [1], graphs=Graphs(model)).codes, expected.codes)
     assert not graph.recorded
 
 
@@ -258,7 +242,7 @@ def test_what_cannot_be_recorded_is_drawn_without(graph, monkeypatch, caplog):
     model = random_model()
     graphs = recorded(model)
     head, calls = model.image_head, []
-    expected = draw_codes(model, TEXT[0], [1, 2])
+    expected = sample_codes(model, TEXT[0], [1, 2])
 
     class Asking(torch.nn.Module):
         """Waits for a number."""
@@ -270,7 +254,7 @@ def test_what_cannot_be_recorded_is_drawn_without(graph, monkeypatch, caplog):
     model.image_head = Asking()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert torch.equal(draw_codes(model, TEXT[0], [1, 2], graphs=graphs).codes, expected.codes)
+            assert torch.equal(sample_codes(model, TEXT[0], [1, 2], graphs=graphs).codes, expected.codes)
     assert len(caplog.records) == 1 and "without CUDA graphs: operation not permitted" in caplog.text
     assert calls and not graph.replayed and not graphs.sessions
 
@@ -287,16 +271,16 @@ def test_memory_that_others_hold_is_freed_before_giving_up(graph, monkeypatch):
             return super().__call__(function)
 
     graphs = Graphs(model, Capture(CPU))
-    draw_codes(model, TEXT[0], [1], graphs=graphs)
+    sample_codes(model, TEXT[0], [1], graphs=graphs)
     full += [1, 1]  # also when nothing else is kept any more
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        draw_codes(model, TEXT[0], [1, 2], graphs=graphs)
+        sample_codes(model, TEXT[0], [1, 2], graphs=graphs)
     assert not graphs.sessions and not full
-    draw_codes(model, TEXT[0], [1], graphs=graphs)
-    draw_codes(model, TEXT[0], [1, 2], graphs=graphs)
+    sample_codes(model, TEXT[0], [1], graphs=graphs)
+    sample_codes(model, TEXT[0], [1, 2], graphs=graphs)
     full.append(1)
-    expected = draw_codes(model, TEXT[0], [1, 2, 3]).codes
-    assert torch.equal(draw_codes(model, TEXT[0], [1, 2, 3], graphs=graphs).codes, expected)
+    expected = sample_codes(model, TEXT[0], [1, 2, 3]).codes
+    assert torch.equal(sample_codes(model, TEXT[0], [1, 2, 3], graphs=graphs).codes, expected)
     assert len(graphs.sessions) == 1 and not graphs.failed
 
 
@@ -340,6 +324,6 @@ def test_a_step_is_one_graph_for_the_compiler_at_all_positions():
     with contextlib.ExitStack() as stack:
         stack.callback(dynamo.reset)
         stack.enter_context(dynamo.config.patch(error_on_recompile=True))
-        drawn = draw_codes(model, TEXT[0], [1, 2], GUIDED, graphs=Graphs(model, capture))
-    assert torch.equal(drawn.codes, draw_codes(model, TEXT[0], [1, 2], GUIDED).codes)
+        drawn = sample_codes(model, TEXT[0], [1, 2], GUIDED, graphs=Graphs(model, capture))
+    assert torch.equal(drawn.codes, sample_codes(model, TEXT[0], [1, 2], GUIDED).codes)
     assert 1 <= len(compiled) <= 4

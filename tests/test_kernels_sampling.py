@@ -4,19 +4,18 @@ import copy
 
 import pytest
 import torch
-from test_sampling import OPTIONS, TEXT, random_codes, random_model
+from test_sampling import OPTIONS, TEXT, choice_for, decode, random_codes, random_model, sample
 
-from models import native_rows as rows
-from models import sampling as sampling_module
-from models import stepping as stepping_module
-from models.cache import JoinedCache
-from models.native_rows import Packed, RowStepper, read_all
+import ops
+from models.positions import Positions
 from models.quantization import Int8Linear
-from models.sampling import SamplingOptions, draw, draw_and_score, draw_codes, first_codes, prefill
-from models.stepping import Stepper, stepping
-from ops import build
+from ops import build, rows
+from ops.rows import Packed, read_all
+from sampling import SamplingOptions, decoders, sample_codes
+from sampling.decoders import Decoder
+from sampling.native import NativeDecoder, best_decoder
 
-KERNELS = pytest.mark.skipif(rows._library() is None, reason="there is no C compiler, or DALLE_KERNELS=off")
+KERNELS = pytest.mark.skipif(rows.functions() is None, reason="there is no C compiler, or DALLE_KERNELS=off")
 #: What the configurations of test_sampling.py leave out: widths of vectors and more, whole and odd ones.
 WIDE = {
     "wide heads": {"dim_head": 64, "heads": 3, "dim": 40, "attn_types": ("full", "axial_col"), "sandwich_norm": True},
@@ -40,7 +39,7 @@ def fresh():
 
     def forget():
         build.library.cache_clear()
-        rows._library.cache_clear()
+        rows.functions.cache_clear()
 
     yield forget
     forget()
@@ -53,13 +52,29 @@ def random_floats(**options):
 def steps(model, codes, images, first=0):
     """Logits after each code, fed one after the other, and what fed them."""
     count = torch.get_num_threads()
-    torch.set_num_threads(1)  # what comes before is PyTorch's: on some CPUs its last bits depend on the threads
-    hidden, caches = prefill(model, TEXT[: len(codes) // images], images)
-    if first:
-        first_codes(model, codes[:, :first], caches)
-    torch.set_num_threads(count)
-    with stepping(model, len(codes)) as step:
-        return torch.stack([step.logits(step(codes[:, i], i, caches)) for i in range(first, 35)]), step
+    decoder = best_decoder(model, len(codes) // images, images)[0]
+    prompt = decoder.prompt
+
+    def alone(text):  # what comes before is PyTorch's: on some CPUs its last bits depend on the threads
+        torch.set_num_threads(1)
+        hidden = prompt(text)
+        if not first:
+            torch.set_num_threads(count)
+        return hidden
+
+    feed = decoder.feed
+
+    def fed(own, positions):
+        hidden = feed(own, positions)
+        torch.set_num_threads(count)
+        return hidden
+
+    decoder.prompt, decoder.feed = alone, fed
+    return decode(decoder, TEXT[: len(codes) // images], codes, first)[1:], decoder
+
+
+def packed(layer):
+    return Packed(layer.weight.detach(), layer.bias, getattr(layer, "scale", None))
 
 
 # ---- products
@@ -73,7 +88,7 @@ def test_products_of_all_sizes(depth, outputs, threads):
     threads(1 + outputs % 2)
     for bias in (True, False):
         layer = torch.nn.Linear(depth, outputs, bias=bias)
-        product = Packed(layer)
+        product = packed(layer)
         for count in [*range(1, 14), 16, 25, 37, 48]:
             x = torch.randn(count, depth)
             torch.testing.assert_close(product(x), layer(x), rtol=1e-5, atol=1e-5)
@@ -88,7 +103,7 @@ def test_int8_products_of_all_sizes(depth, outputs, threads):
     threads(1 + outputs % 2)
     for bias in (torch.randn(outputs), None):
         layer = Int8Linear(torch.randn(outputs, depth), bias)
-        product = Packed(layer)
+        product = packed(layer)
         for count in [*range(1, 14), 16, 25, 37]:
             x = torch.randn(count, depth)
             torch.testing.assert_close(product(x), layer(x), rtol=1e-5, atol=1e-4)
@@ -98,7 +113,7 @@ def test_int8_products_of_all_sizes(depth, outputs, threads):
 @KERNELS
 @torch.no_grad()
 @pytest.mark.parametrize("activation", ["geglu", "gelu"])
-def test_int8_steps_give_what_pytorch_gives(activation, monkeypatch, threads):
+def test_int8_steps_give_what_pytorch_gives(activation, threads):
     threads(2)
     model = random_floats(activation=activation)
     for module in list(model.modules()):
@@ -107,10 +122,10 @@ def test_int8_steps_give_what_pytorch_gives(activation, monkeypatch, threads):
                 setattr(module, name, Int8Linear(child.weight, child.bias))
     codes = random_codes(3)
     found, step = steps(model, codes, 3)
-    assert type(step) is RowStepper and sum(packed.scale is not None for packed in step._packed.values()) > 3
-    monkeypatch.setattr(stepping_module, "row_stepper", lambda model, rows: None)
-    expected, step = steps(model, codes, 3)
-    assert type(step) is Stepper
+    assert type(step) is NativeDecoder and sum(own.scale is not None for own in step._packed.values()) > 3
+    with ops.use("reference"):
+        expected, step = steps(model, codes, 3)
+    assert type(step) is Decoder
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -124,7 +139,7 @@ def test_what_is_not_a_number_stays_in_its_row_and_its_column():
     x[9, 3] = 0
     expected = layer(x)
     assert expected[5].isnan().all() and expected[9, 7].isnan() and expected[0, 7].isinf()
-    torch.testing.assert_close(Packed(layer)(x), expected, equal_nan=True)
+    torch.testing.assert_close(packed(layer)(x), expected, equal_nan=True)
 
 
 # ---- the step
@@ -142,7 +157,7 @@ def test_steps_give_the_logits_of_the_whole_pass(options, images, first, count, 
     expected = exact(text, codes)[1][:, first + 1 :].transpose(0, 1)
     usual = (model(text, codes)[1][:, first + 1 :].transpose(0, 1) - expected).abs().max()
     found, step = steps(model, codes, images, first)
-    assert type(step) is RowStepper and usual < 1e-3
+    assert type(step) is NativeDecoder and usual < 1e-3
     assert (found - expected).abs().max() < 3 * usual + 1e-6
 
 
@@ -166,8 +181,8 @@ def test_a_small_model_is_left_to_one_thread():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        with stepping(random_floats(), 1) as small, stepping(random_floats(dim=200), 1) as large:
-            assert small.struct.threads == 1 and large.struct.threads == 2
+        small, large = (NativeDecoder(random_floats(**wide), 1, 1) for wide in ({}, {"dim": 200}))
+        assert small.struct.threads == 1 and large.struct.threads == 2
     finally:
         torch.set_num_threads(before)
 
@@ -175,15 +190,14 @@ def test_a_small_model_is_left_to_one_thread():
 @KERNELS
 @pytest.mark.parametrize("options", [OPTIONS["all patterns"], OPTIONS["mindalle"]], ids=["all patterns", "mindalle"])
 @pytest.mark.parametrize("count", [1, 5])
-def test_the_same_images_are_drawn(options, count, monkeypatch):
+def test_the_same_images_are_sampled(options, count):
     model = random_floats(**options)
     drawing = SamplingOptions(top_k=9, top_p=0.9, temperature=1.2, cond_scale=1.5)
     given = random_codes(1)[0]
     given[4:] = -1
-    found = draw_codes(model, TEXT, range(2 * count), drawing, given)
-    monkeypatch.setattr(stepping_module, "row_stepper", lambda *_: None)
-    monkeypatch.setattr(sampling_module, "draw_rows", lambda *_: None)
-    expected = draw_codes(model, TEXT, range(2 * count), drawing, given)
+    found = sample_codes(model, TEXT, range(2 * count), drawing, given)
+    with ops.use("reference"):
+        expected = sample_codes(model, TEXT, range(2 * count), drawing, given)
     assert torch.equal(found.codes, expected.codes) and len(found.codes.unique()) > 5
     torch.testing.assert_close(found.log_likelihood, expected.log_likelihood, rtol=1e-4, atol=1e-3)
 
@@ -202,31 +216,40 @@ def test_a_broken_weight_is_not_hidden():
 @KERNELS
 @torch.no_grad()
 def test_what_does_not_fit_is_refused():
-    model = random_floats()
-    caches = prefill(model, TEXT, 1)[1]
-    assert type(caches[0]) is JoinedCache
-    with stepping(model, 2) as step:
-        for wrong in (20, -1):
-            with pytest.raises(IndexError, match="not in the table of 20"):
-                step(torch.tensor([1, wrong]), 0, caches)
-        assert step(torch.tensor([1, 19]), 0, caches).shape == (2, 16)
-    with stepping(model, 3) as step, pytest.raises(ValueError, match="2 x 1 images, for 3 rows"):
-        step(torch.tensor([1, 2, 3]), 0, caches)
+    decoder = NativeDecoder(random_floats(), 2, 1)
+    decoder.prompt(TEXT)
+    for wrong in (20, -1):
+        with pytest.raises(IndexError, match="a code is not in the table"):
+            decoder.feed(torch.tensor([[1], [wrong]]), Positions(1, 0))
+    for wrong in (36, -1):
+        with pytest.raises(IndexError, match="a position is not in the table"):
+            decoder.feed(torch.tensor([[1], [2]]), Positions(1, wrong))
+    assert decoder.feed(torch.tensor([[1], [19]]), Positions(1, 0)).shape == (2, 1, 16)
+    with pytest.raises(ValueError, match=r"codes \(3, 1\) for 2 rows"):
+        decoder.feed(torch.tensor([[1], [2], [3]]), Positions(1, 0))
 
 
 @KERNELS
 @torch.no_grad()
-def test_caches_one_after_the_other():
-    """A stepper may be given other caches than before: it must not go on in the old ones."""
-    model = random_floats(**OPTIONS["all patterns"])
-    codes = random_codes(3)
-    expected = [steps(model, codes[:1], 1)[0], steps(model, codes[1:2], 1)[0]]
-    both = [prefill(model, TEXT[:1], 1)[1] for _ in range(2)]
-    with stepping(model, 1) as step:
-        for i in range(35):
-            for index, caches in enumerate(both):
-                logits = step.logits(step(codes[index : index + 1, i], i, caches))
-                assert torch.equal(logits, expected[index][i])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_each_image_at_its_own_position(options):
+    """One image is five codes ahead of the other: each gets what it gets alone."""
+    model = random_floats(**options)
+    codes = random_codes(2)
+    alone = [decode(NativeDecoder(model, 1, 1), TEXT[i : i + 1], codes[i : i + 1])[1:, 0] for i in range(2)]
+    decoder, other = NativeDecoder(model, 2, 1), NativeDecoder(model, 2, 1)
+    for both in (decoder, other):
+        both.prompt(TEXT)
+    for i in range(5):
+        other.feed(codes[:, i : i + 1], Positions(1, i))
+    for layer, theirs in zip(decoder.cache.layers, other.cache.layers):
+        layer.codes[:, 1] = theirs.codes[:, 1]
+        for own, shown in zip(layer.shown, theirs.shown):
+            own[1] = shown[1]
+    for i in range(30):
+        at = torch.tensor([[i], [i + 5]])
+        logits = decoder.logits(decoder.feed(codes.gather(1, at), Positions.of(at, 36))[:, 0])
+        torch.testing.assert_close(logits, torch.stack([alone[0][i], alone[1][i + 5]]), rtol=1e-5, atol=1e-5)
 
 
 # ---- drawing
@@ -255,8 +278,8 @@ def test_kernels_draw_the_tokens_that_pytorch_draws(options, size, threads):
         logits[:, 6] = logits[:, 7] = 2.5  # a tie
     uniform = torch.rand(1000, 2, dtype=torch.float64)[:, 1]
     options = options._replace(top_k=options.top_k and min(options.top_k, size))
-    token, score = draw_and_score(logits, uniform, options)
-    expected = draw(logits, uniform, options)
+    token, score = ops.sample(logits, uniform, choice_for(options, len(logits)))
+    expected = sample(logits, uniform, options)
     assert (token != expected).sum() <= 1  # a number that falls between two tokens up to rounding
     torch.testing.assert_close(score, logits.log_softmax(-1).gather(1, token[:, None])[:, 0], rtol=1e-5, atol=2e-6)
     assert len(token.unique()) > min(size - 1, 5)
@@ -267,11 +290,10 @@ def test_tokens_that_were_filtered_away_are_never_drawn():
     logits = torch.full((2, 1000), 0.1)
     logits[:, 400:600] = torch.linspace(1, 3, 200)
     for options in (SamplingOptions(top_k=200), SamplingOptions(top_k=900, top_p=0.5)):  # 800 ties with the 900th
-        lowest, highest = draw_and_score(logits, torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64), options)[
-            0
-        ].tolist()
+        uniform = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+        lowest, highest = ops.sample(logits, uniform, choice_for(options, 2))[0].tolist()
         assert (lowest, highest) == (400, 599) if options.top_p is None else 400 < lowest < highest == 599
-    equal = draw_and_score(torch.zeros(2, 8), torch.tensor([0.0, 0.999]), SamplingOptions(top_p=0.5))[0]
+    equal = ops.sample(torch.zeros(2, 8), torch.tensor([0.0, 0.999]), choice_for(SamplingOptions(top_p=0.5), 2))[0]
     assert equal.tolist() == [0, 3]
 
 
@@ -282,8 +304,8 @@ def test_broken_logits_are_drawn_from_as_pytorch_does(value):
     logits[1, 30] = value
     for options in (SamplingOptions(), SamplingOptions(top_k=5), SamplingOptions(temperature=0)):
         uniform = torch.tensor([0.3, 0.6, 0.9])
-        token, score = draw_and_score(logits, uniform, options)
-        assert torch.equal(token, draw(logits, uniform, options))
+        token, score = ops.sample(logits, uniform, choice_for(options, 3))
+        assert torch.equal(token, sample(logits, uniform, options))
         assert score.isnan().tolist() == [False, True, False]
 
 
@@ -297,26 +319,26 @@ class Doubling(torch.nn.Linear):
         return 2 * super().forward(x)
 
 
-def fed_by(model):
-    with torch.no_grad(), stepping(model, 2) as step:
-        return type(step)
+def fed_by(model, count=2):
+    decoder, refused = best_decoder(model, 1, count)
+    assert (type(decoder) is Decoder) == (refused is not None)
+    return type(decoder)
 
 
 @KERNELS
 def test_only_floats_on_a_cpu_are_for_kernels(monkeypatch):
     model = random_floats()
-    assert fed_by(model) is RowStepper
-    assert fed_by(copy.deepcopy(model).bfloat16()) is Stepper and fed_by(random_model()) is Stepper
+    assert fed_by(model) is NativeDecoder
+    assert fed_by(copy.deepcopy(model).bfloat16()) is Decoder and fed_by(random_model()) is Decoder
     with torch.autocast("cpu", torch.bfloat16):
-        assert fed_by(model) is Stepper
+        assert fed_by(model) is Decoder
     other = copy.deepcopy(model)
     layer = other.transformer.layers[1].feed_forward.fn
     layer.up = Doubling(layer.up.in_features, layer.up.out_features, bias=False)
-    assert fed_by(other) is Stepper
-    with torch.no_grad(), stepping(model, 97) as step:
-        assert type(step) is Stepper
-    monkeypatch.setattr(stepping_module, "_MAX_BYTES", 1000)
-    assert fed_by(model) is Stepper
+    assert fed_by(other) is Decoder
+    assert fed_by(model, 97) is Decoder
+    monkeypatch.setattr(decoders, "MAX_BYTES", 1000)
+    assert fed_by(model) is Decoder
 
 
 @torch.no_grad()
@@ -328,7 +350,7 @@ def test_without_kernels_pytorch_computes_the_same(name, value, fresh, monkeypat
     monkeypatch.setenv(name, value)
     monkeypatch.delenv("CC", raising=False)
     found, step = steps(model, codes, 1)
-    assert type(step) is Stepper
+    assert type(step) is Decoder
     torch.testing.assert_close(found, before, rtol=1e-5, atol=1e-5)
 
 

@@ -14,12 +14,12 @@ from mindalle_folder import CAPTIONS, GRID, TEXT_LEN, make_folder
 from PIL import Image
 
 from bpe import load_tokenizer
-from dalle import models as api
 from dalle import published
 from dalle.completion import completion_codes, mask_cells, parse_box, picture_pixels, transparent_mask
 from dalle.models import Dalle
 from dalle.utils.utils import set_seed
-from models.sampling import keep_top_k, keep_top_p
+from ops.sampling_ops import keep_top_k, keep_top_p
+from sampling import driver
 from utils.errors import UserError
 from utils.tarballs import unpack_tar
 
@@ -73,9 +73,10 @@ def test_codes_of_images_are_the_published_ones(model):
 def test_top_k_and_top_p_leave_the_published_distributions():
     row = torch.tensor(GOLDEN["row"])
     for k, expected in GOLDEN["top_k"].items():
-        assert torch.allclose(torch.softmax(keep_top_k(row, int(k)), -1), torch.tensor([expected]), atol=1e-5)
+        kept = keep_top_k(row, torch.tensor([[int(k) - 1]]), int(k))
+        assert torch.allclose(torch.softmax(kept, -1), torch.tensor([expected]), atol=1e-5)
     for p, expected in GOLDEN["top_p"].items():
-        kept = keep_top_p(torch.softmax(row, -1), float(p))
+        kept = keep_top_p(torch.softmax(row, -1), torch.tensor([float(p)]))
         # Which of several equal probabilities stays at the edge is up to the sort; how many do is not.
         assert torch.allclose(kept.sort().values, torch.tensor([expected]).sort().values, atol=1e-5)
 
@@ -173,18 +174,18 @@ def test_progress_counts_every_code(model):
 
 
 def test_what_does_not_fit_is_tried_again_with_less(model, monkeypatch):
-    sizes, draw_codes = [], api.draw_codes
+    sizes, sample_codes = [], driver.sample_codes
 
     def limited(stage2, text, seeds, *rest):
         sizes.append(len(seeds))
         if len(seeds) > 2:
             raise torch.cuda.OutOfMemoryError("full")
-        return draw_codes(stage2, text, seeds, *rest)
+        return sample_codes(stage2, text, seeds, *rest)
 
     expected = codes_of(model, num_candidates=5)
-    monkeypatch.setattr(api, "draw_codes", limited)
-    assert torch.equal(codes_of(model, num_candidates=5), expected) and sizes == [5, 3, 2, 2, 1]
-    with pytest.raises(UserError, match="not enough memory for batch_size 3"):
+    monkeypatch.setattr(driver, "sample_codes", limited)
+    assert torch.equal(codes_of(model, num_candidates=5), expected) and sizes == [5, 3, 2, 1, 2]
+    with pytest.raises(UserError, match="not enough memory for a batch of 3 images: lower --batch_size"):
         codes_of(model, batch_size=3)
 
 

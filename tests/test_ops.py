@@ -12,8 +12,9 @@ from test_train import ROOT
 
 import ops
 from models.config import ATTENTION_PATTERNS
+from models.dalle import DALLE
 from models.transformer import Transformer
-from ops import dispatch
+from ops import dispatch, native_attention, registered
 
 
 @pytest.mark.parametrize("activation", ["geglu", "gelu", "quick_gelu"])
@@ -83,3 +84,37 @@ def test_explain_says_what_runs_and_why():
     command = [sys.executable, "-m", "ops"]
     output = subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True).stdout
     assert len(output.splitlines()) == len(ops.explain()) == output.count("DALLE_KERNELS=off")
+
+
+@pytest.mark.skipif(not registered.AVAILABLE, reason="operators with autograd came with PyTorch 2.4")
+@pytest.mark.skipif(not native_attention.available(), reason="no C compiler, or kernels are switched off")
+@pytest.mark.parametrize("how", ["compile", "export"])
+def test_native_attention_stays_in_what_is_compiled_or_exported(how, monkeypatch):
+    torch.manual_seed(1)
+    model = random_(DALLE(dataclasses.replace(TINY, attn_types=("full", "axial_col"), depth=2)))
+    text = torch.randint(1, TINY.num_text_tokens, (2, TINY.text_seq_len))
+    codes = torch.randint(TINY.num_image_tokens, (2, TINY.grid**2))
+    expected = model(text, codes)[1]
+    expected.square().sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    seen = []
+
+    def backend(module, inputs):
+        seen.extend(str(node.target) for node in module.graph.nodes)
+        return module.forward
+
+    if how == "compile":
+        torch._dynamo.reset()
+        found = torch.compile(model, backend=backend, fullgraph=True)(text, codes)[1]
+        found.square().sum().backward()
+        for gradient, parameter in zip(gradients, (p for p in model.parameters() if p.grad is not None)):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
+        torch._dynamo.reset()
+    else:
+        with torch.no_grad():
+            exported = torch.export.export(model, (text, codes))
+            found = exported.module()(text, codes)[1]
+        seen.extend(str(node.target) for node in exported.graph.nodes)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert sum("dalle.attention" in name for name in seen) == 2

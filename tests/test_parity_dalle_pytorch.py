@@ -16,7 +16,8 @@ import torch
 
 from models.config import DalleConfig
 from models.dalle import DALLE
-from models.sampling import SamplingOptions, draw_codes, guided
+from sampling import SamplingOptions, sample_codes
+from sampling.loop import guided
 from utils.checkpoint_formats import from_published
 from utils.checkpoints import read_dalle
 from utils.errors import UserError
@@ -199,7 +200,7 @@ def test_greedy_codes(peer_package, tmp_path, options):
     peer.vae.decode = lambda codes: codes  # hand out the codes instead of a picture
     text, _ = batch()
     expected = peer.generate_images(text, filter_thres=1.0)  # keeps one token
-    drawn = draw_codes(model, text, seeds=[1, 2, 3], options=SamplingOptions(temperature=0))
+    drawn = sample_codes(model, text, seeds=[1, 2, 3], options=SamplingOptions(temperature=0))
     assert torch.equal(drawn.codes, expected)
     assert len(set(expected.flatten().tolist())) > 2  # not a constant picture
 
@@ -213,14 +214,14 @@ def test_guidance(peer_package, tmp_path, cond_scale):
     conditional, null = (model(part, codes)[1] for part in (text, torch.zeros_like(text)))
     # The peer blanks the captions it is given in place, hence the copies.
     expected = split(peer.forward_with_cond_scale(text.clone(), codes, cond_scale=cond_scale))[1]
-    both = conditional if cond_scale == 1 else torch.cat([conditional, null])
-    assert_same(guided(both, cond_scale), expected)
+    both, scales = torch.cat([conditional, null]).flatten(1), torch.tensor([cond_scale] * len(text))
+    assert_same(guided(both, scales), expected.flatten(1))
 
     greedy = torch.zeros(1, 0, dtype=torch.long)
     for _ in range(codes.shape[1]):
         logits = peer.forward_with_cond_scale(text[:1].clone(), greedy, cond_scale=cond_scale)
         greedy = torch.cat([greedy, split(logits)[1][:, -1:].argmax(-1)], dim=1)
-    drawn = draw_codes(model, text[0], seeds=[5], options=SamplingOptions(temperature=0, cond_scale=cond_scale))
+    drawn = sample_codes(model, text[0], seeds=[5], options=SamplingOptions(temperature=0, cond_scale=cond_scale))
     assert torch.equal(drawn.codes, greedy)
 
 

@@ -64,7 +64,7 @@ def test_rows_are_off_by_half_a_step_at_most():
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_gives_the_product_of_the_rounded_weights(bias, monkeypatch):
-    monkeypatch.setattr("models.quantization._PART", 40)  # several parts, the last one smaller
+    monkeypatch.setattr("ops.int8._PART", 40)  # several parts, the last one smaller
     linear = nn.Linear(8, 13, bias=bias)
     layer = Int8Linear(linear.weight, linear.bias)
     rounded = layer.weight * layer.scale[:, None]

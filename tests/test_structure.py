@@ -28,6 +28,7 @@ OURS = {
     "log",
     "models",
     "ops",
+    "sampling",
     "utils",
     "train",
     "generate",
@@ -44,10 +45,11 @@ ARROWS = {
     "models": {"ops", "utils"},
     "data": {"bpe", "utils"},
     "args": {"models", "data", "utils"},
-    "dalle": {"models", "ops", "bpe", "utils"},
+    "sampling": {"models", "ops", "utils"},
+    "dalle": {"models", "sampling", "bpe", "utils"},
     "engines": {"args", "data", "models", "ops", "utils", "log"},
     "examples": OURS - {"generate", "evaluate", "train_vqgan"},
-    "benchmarks": {"args", "bpe", "engines", "log", "models", "ops", "train", "utils"},
+    "benchmarks": {"args", "bpe", "engines", "log", "models", "ops", "sampling", "train", "utils"},
     "examples_utils": {"args", "bpe", "dalle", "data", "engines", "log", "models", "utils"},
 }
 DEVICE_PACKAGES = {"poptorch", "popdist", "popart", "horovod"}

@@ -26,7 +26,7 @@ from data.classes import class_names, imagenet_folders, list_class_images
 from engines.native import NativeEngine
 from models.config import DalleConfig
 from models.dalle import DALLE
-from models.sampling import SamplingOptions, draw_codes
+from sampling import SamplingOptions, sample_codes
 from utils.checkpoints import read_dalle
 from utils.errors import UserError
 from utils.locks import only_writer
@@ -265,7 +265,7 @@ def test_logits_and_greedy_codes_are_the_published_ones(upstream, classes):
     with torch.no_grad():
         logits = model(labels, codes)[1][-1]
     assert torch.allclose(logits.flatten(), torch.tensor(golden["logits"]), atol=2e-4)
-    assert draw_codes(model, labels, [0] * len(labels), SamplingOptions(top_k=1)).codes.tolist() == golden["greedy"]
+    assert sample_codes(model, labels, [0] * len(labels), SamplingOptions(top_k=1)).codes.tolist() == golden["greedy"]
 
 
 def test_only_head_and_start_vectors_are_new(upstream):

@@ -40,16 +40,15 @@ typedef struct {
     norm before, after;  /* `after`: of a branch's output, where it has one */
     linear first, second; /* queries, keys and values, and out; or up and down */
     const float *scale;  /* (D) */
-    float *history;      /* (R, N, D): inputs, where tokens are shifted */
+    float *history;      /* (R, G + N, D): inputs behind a row of zeros, where tokens are shifted */
 } branch;
 
 typedef struct {
     branch attention, feed_forward;
-    const float *text_key, *text_value; /* (R / images, H, P, K) */
-    float *image_key, *image_value;     /* of each row and head `lane` floats, with slots of K floats */
-    int64_t lane;
-    const int32_t *slots;         /* (N): where a code's key and value lie */
-    const int32_t *starts, *seen; /* position i sees the slots seen[starts[i]] up to seen[starts[i + 1]] */
+    const float *text_key, *text_value; /* (R / images, H, P, K), of each prompt and head `text_lane` floats */
+    float *image_key, *image_value;     /* (R, H, N, K), of each row and head `lane` floats */
+    int64_t text_lane, lane;
+    const int32_t *starts, *seen; /* position i sees the codes seen[starts[i]] up to seen[starts[i + 1]] */
 } layer;
 
 typedef struct {
@@ -295,19 +294,18 @@ static void normalise(const norm *by, const float *x, int64_t n, float *out) {
     for (int64_t i = whole; i < n; i++) out[i] = (x[i] - mean) * factor * by->weight[i] + by->bias[i];
 }
 
-/* All rows normalised, and shifted where tokens are: x (R, stride) -> out (D, R). row: room for D floats. */
-static void prepare(const model *m, const branch *b, const float *x, int64_t stride, int64_t position, float *row,
-                    float *out) {
-    int64_t dim = m->dim, rows = m->rows, codes = m->grid * m->grid, quarter = dim / 4;
+/* All rows normalised, and shifted where tokens are: x (R, stride), positions (R) -> out (D, R). row: room for D
+ * floats. */
+static void prepare(const model *m, const branch *b, const float *x, int64_t stride, const int64_t *positions,
+                    float *row, float *out) {
+    int64_t dim = m->dim, rows = m->rows, grid = m->grid, quarter = dim / 4;
     for (int64_t r = 0; r < rows; r++) {
         normalise(&b->before, x + r * stride, dim, row);
         if (b->history) {
-            float *own = b->history + (r * codes + position) * dim;
+            float *own = b->history + (r * (grid + grid * grid) + grid + positions[r]) * dim;
             if (omp_get_thread_num() == 0) memcpy(own, row, dim * sizeof(float));
-            for (int64_t i = 0; i < quarter; i++) {
-                row[i] = position >= m->grid ? own[i - m->grid * dim] : 0.0f;
-                row[quarter + i] = position % m->grid ? own[quarter + i - dim] : 0.0f;
-            }
+            memcpy(row, own - grid * dim, quarter * sizeof(float));
+            for (int64_t i = quarter; i < 2 * quarter; i++) row[i] = positions[r] % grid ? own[i - dim] : 0.0f;
         }
         for (int64_t k = 0; k < dim; k++) out[k * rows + r] = row[k];
     }
@@ -354,8 +352,8 @@ INLINE void attend(const model *m, const layer *l, int64_t r, int64_t h, int64_t
     int64_t rows = m->rows, texts = m->text_len, inner = m->heads * width;
     float *query = qkv + r * stride + h * width, *key = query + inner, *value = key + inner;
     int64_t prompt = r / m->images;
-    const float *text_key = l->text_key + (prompt * m->heads + h) * texts * width;
-    const float *text_value = l->text_value + (prompt * m->heads + h) * texts * width;
+    const float *text_key = l->text_key + (prompt * m->heads + h) * l->text_lane;
+    const float *text_value = l->text_value + (prompt * m->heads + h) * l->text_lane;
     float *image_key = l->image_key + (r * m->heads + h) * l->lane;
     float *image_value = l->image_value + (r * m->heads + h) * l->lane;
     if (m->cosines) {
@@ -364,8 +362,8 @@ INLINE void attend(const model *m, const layer *l, int64_t r, int64_t h, int64_t
         turn(key, cosines, sines, m->turned);
         turn(value, cosines, sines, m->turned);
     }
-    memcpy(image_key + l->slots[position] * width, key, width * sizeof(float));
-    memcpy(image_value + l->slots[position] * width, value, width * sizeof(float));
+    memcpy(image_key + position * width, key, width * sizeof(float));
+    memcpy(image_value + position * width, value, width * sizeof(float));
     float scale = 1.0f / sqrtf(width);
     for (int64_t i = 0; i < width; i++) query[i] *= scale;
 
@@ -444,13 +442,13 @@ static void add(const model *m, const branch *b, const plan *at, const float *x,
     }
 }
 
-static void through(const model *m, const layer *l, const plan *at, int64_t position) {
+static void through(const model *m, const layer *l, const plan *at, const int64_t *positions) {
     int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
     float *stream = m->scratch + at->stream, *qkv = m->scratch + at->qkv, *heads = m->scratch + at->heads;
     float *hidden = m->scratch + at->hidden;
     float *normed = m->scratch + at->own + thread * at->of_thread, *room = normed + at->wide * m->rows;
 
-    prepare(m, &l->attention, stream, at->wide, position, room, normed);
+    prepare(m, &l->attention, stream, at->wide, positions, room, normed);
     ending end = {PLAIN, qkv, at->wide_qkv, NULL, 0};
     multiply(&l->attention.first, normed, m->rows, &end);
 #pragma omp barrier
@@ -458,42 +456,44 @@ static void through(const model *m, const layer *l, const plan *at, int64_t posi
     for (int64_t i = items * thread / threads; i < items * (thread + 1) / threads; i++) {
         int64_t h = i / m->rows, r = i % m->rows; /* images of a prompt one after the other: its text keys stay near */
         if (m->width == 64)
-            attend(m, l, r, h, position, qkv, at->wide_qkv, 64, room, heads);
+            attend(m, l, r, h, positions[r], qkv, at->wide_qkv, 64, room, heads);
         else
-            attend(m, l, r, h, position, qkv, at->wide_qkv, m->width, room, heads);
+            attend(m, l, r, h, positions[r], qkv, at->wide_qkv, m->width, room, heads);
     }
 #pragma omp barrier
     add(m, &l->attention, at, heads, room);
 
-    prepare(m, &l->feed_forward, stream, at->wide, position, room, normed);
+    prepare(m, &l->feed_forward, stream, at->wide, positions, room, normed);
     end = (ending){ACTIVE, hidden, 0, NULL, m->activation};
     multiply(&l->feed_forward.first, normed, m->rows, &end);
 #pragma omp barrier
     add(m, &l->feed_forward, at, hidden, room);
 }
 
-/* Feed the codes (R) at an image position; out (R, D): the stream after the last layer, through the last norm if any.
- * Returns 0, or 1 for a code that is none. */
-int step(const model *m, const int64_t *codes, int64_t position, float *out) {
+/* Feed the codes (R) at their image positions (R); out (R, D): the stream after the last layer, through the last norm if
+ * any. Returns 0, 1 for a code that is none, or 2 for a position that is none. */
+int64_t step(const model *m, const int64_t *codes, const int64_t *positions, float *out) {
     plan at = plan_of(m);
     float *stream = m->scratch + at.stream;
+    int64_t dim = m->dim;
     for (int64_t r = 0; r < m->rows; r++) {
         if (codes[r] < 0 || codes[r] >= m->codes) return 1;
-        memcpy(stream + r * at.wide, m->table + codes[r] * m->dim, m->dim * sizeof(float));
-        for (int64_t i = 0; m->positions && i < m->dim; i++) stream[r * at.wide + i] += m->positions[position * m->dim + i];
+        if (positions[r] < 0 || positions[r] >= m->grid * m->grid) return 2;
+        memcpy(stream + r * at.wide, m->table + codes[r] * dim, dim * sizeof(float));
+        for (int64_t i = 0; m->positions && i < dim; i++) stream[r * at.wide + i] += m->positions[positions[r] * dim + i];
     }
 #pragma omp parallel num_threads(m->threads)
-    for (int64_t i = 0; i < m->layers; i++) through(m, m->stack + i, &at, position);
+    for (int64_t i = 0; i < m->layers; i++) through(m, m->stack + i, &at, positions);
     for (int64_t r = 0; r < m->rows; r++) {
         if (m->last.weight)
-            normalise(&m->last, stream + r * at.wide, m->dim, out + r * m->dim);
+            normalise(&m->last, stream + r * at.wide, dim, out + r * dim);
         else
-            memcpy(out + r * m->dim, stream + r * at.wide, m->dim * sizeof(float));
+            memcpy(out + r * dim, stream + r * at.wide, dim * sizeof(float));
     }
     return 0;
 }
 
-/* ---- drawing */
+/* ---- sampling from logits */
 
 static uint32_t rank_of(float x) { /* whole numbers in the order of floats; not a number is the largest */
     uint32_t bits;
@@ -520,10 +520,15 @@ static uint32_t reached(const float *x, int64_t n, double enough, int shares) {
     return prefix;
 }
 
-/* x = e^(x - its largest) / their sum; returns log of that sum, plus the largest. Padded to LANES with -inf. */
-static double softmax(float *x, int64_t n, int64_t padded) {
-    float top = -INFINITY, sum;
+static float largest(const float *x, int64_t n) {
+    float top = -INFINITY;
     for (int64_t i = 0; i < n; i++) top = x[i] > top ? x[i] : top;
+    return top;
+}
+
+/* x = e^(x - top) / their sum, where `top` is the largest; returns log of that sum, plus the largest. Padded to LANES with
+ * -inf. */
+static double softmax(float *x, int64_t n, int64_t padded, float top) {
     for (int64_t i = n; i < padded; i++) x[i] = -INFINITY;
     vec sums = fill(0);
     for (int64_t i = 0; i < padded; i += LANES) {
@@ -531,35 +536,36 @@ static double softmax(float *x, int64_t n, int64_t padded) {
         store(x + i, e);
         sums += e;
     }
-    sum = sum_of(sums);
+    float sum = sum_of(sums);
     for (int64_t i = 0; i < padded; i += LANES) store(x + i, load(x + i) / sum);
     return top + log(sum);
 }
 
 /* Of each row of logits (rows, stride) a token, where the cumulative distribution passes `uniform`, and what its
- * log-likelihood is without any filter. temperature 0: the likeliest. k 0, p 1: all. space: for each row n floats, in whole
- * vectors. */
-void draw_rows(const float *logits, int64_t rows, int64_t stride, int64_t n, const double *uniform, double temperature,
-               int64_t k, double p, int64_t *tokens, float *scores, float *space, int64_t threads) {
+ * log-likelihood is without any filter. Options of each row: temperature 0 takes the likeliest, top_k 0 and top_p 1 keep
+ * all. space: for each row n floats, in whole vectors. */
+void sample_rows(const float *logits, int64_t rows, int64_t stride, int64_t n, const double *uniform,
+                 const double *temperature, const int64_t *top_k, const double *top_p, int64_t *tokens, float *scores,
+                 float *space, int64_t threads) {
     int64_t padded = up_to(n, LANES);
 #pragma omp parallel for num_threads(threads) if (rows * n >= 4096)
     for (int64_t r = 0; r < rows; r++) {
         const float *own = logits + r * stride;
-        float *room = space + r * padded;
+        float *room = space + r * padded, top = largest(own, n);
+        int64_t token = 0, k = top_k[r];
+        double p = top_p[r];
         memcpy(room, own, n * sizeof(float));
-        double whole = softmax(room, n, padded);
-        int64_t token = 0;
-        if (temperature == 0) {
+        double whole = softmax(room, n, padded, top);
+        if (temperature[r] == 0) {
             for (int64_t i = 1; i < n; i++)
                 if (own[i] > own[token] || (isnan(own[i]) && !isnan(own[token]))) token = i;
         } else {
-            if (k || temperature != 1) {
+            if (k || temperature[r] != 1) {
                 uint32_t last = k && k < n ? reached(own, n, k, 0) : 0;
-                float top = -INFINITY; /* taken away first, or a low temperature would let logits overflow */
-                for (int64_t i = 0; i < n; i++) top = own[i] > top ? own[i] : top;
+                /* The largest is subtracted first, or a low temperature would let logits overflow. */
                 for (int64_t i = 0; i < n; i++)
-                    room[i] = rank_of(own[i]) < last ? -INFINITY : (own[i] - top) / (float)temperature;
-                softmax(room, n, padded);
+                    room[i] = rank_of(own[i]) < last ? -INFINITY : (own[i] - top) / (float)temperature[r];
+                softmax(room, n, padded, largest(room, n));
             }
             if (p < 1) { /* those before which less than p is reached; of equal ones the first */
                 uint32_t last = reached(room, n, p, 1);

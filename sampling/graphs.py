@@ -1,14 +1,17 @@
-"""Drawing with recorded steps: all that a token asks of a GPU is recorded once, in CUDA graphs, and then replayed.
+"""CUDA graphs: all that a token asks of a GPU is recorded once, and then launched as one graph.
 
     graphs = Graphs(model)
-    drawn = draw_codes(model, text, seeds, options, graphs=graphs)    # records; later batches of this shape do not
+    sampled = sample_codes(model, text, seeds, options, graphs=graphs)    # records; later batches of this shape do not
 
-A recording does not touch the host: position, codes, random numbers and what is kept of a picture lie on the device,
-and each replay moves the position on. Draws are those of `draw_codes` without graphs: the same numbers of the same
-seeds, through the same functions.
+A GPU runs an operation of a token in a few microseconds; Python needs longer to ask for it. A recording does not touch
+the host: position, codes, random numbers, options and what is kept of a picture lie on the device, and each replay
+moves the position on. Samples are those of `sample_codes` without graphs: the same numbers of the same seeds, through
+the same functions.
 
-Letters: B images, N image tokens, T text tokens, P positions of the text part.
+Letters: B images, N image tokens.
 """
+
+from __future__ import annotations
 
 import logging
 from collections import OrderedDict
@@ -18,8 +21,10 @@ import torch
 from torch import Tensor
 
 from models.dalle import DALLE
-from models.sampling import Drawn, Request, SamplingOptions, draw, first_codes, guided, prefill
-from models.static import StaticStepper, computed_in
+from models.positions import Positions, device_position
+from sampling.decoders import Decoder, computed_in
+from sampling.loop import Canvas, Request, Sampled, read_request
+from sampling.options import SamplingOptions
 
 logger = logging.getLogger(__name__)
 
@@ -65,73 +70,55 @@ class _Shape(NamedTuple):
 
 
 class Session:
-    """Buffers, caches and recordings for batches of one shape."""
+    """Buffers, cache and recordings for batches of one shape."""
 
     def __init__(self, model: DALLE, shape: _Shape, capture: Capture) -> None:
         config, device = model.config, model.text_emb.weight.device
         prompts, images, options = shape
-        self.model, self.options = model, options
-        self.branches = 2 if options.cond_scale != 1 else 1
-        batch, num_codes = prompts * images, config.image_seq_len
-        self.codes = torch.zeros(batch, num_codes, dtype=torch.long, device=device)
-        self.log_likelihood = torch.zeros(batch, device=device)
-        self.noise = torch.zeros(batch, num_codes, dtype=torch.float64, device=device)
-        self.kept = torch.full((num_codes,), -1, dtype=torch.long, device=device)
-        self.position = torch.zeros(1, dtype=torch.long, device=device)
-        self.images = images
+        branches, num_codes = 2 if options.guided else 1, config.image_seq_len
+        self.canvas = Canvas(prompts * images, num_codes, options, device)
+        self.position = device_position(device)
         parts = min(_PARTS, config.grid)
         self.reaches = [-(-num_codes * part // parts) for part in range(1, parts + 1)]
-        self.step = StaticStepper(model, batch * self.branches, self.reaches)
-        self.caches = self.step.make_caches(prompts * self.branches, images)
+        self.decoder = Decoder(model, prompts * branches, images)
         self.replays: Dict[int, Replay] = {}
-        with torch.autocast(device.type, enabled=False):
+        with self.decoder, torch.autocast(device.type, enabled=False):
             for reach in self.reaches if num_codes > 1 else ():  # nothing follows a single code
                 self.replays[reach] = capture(lambda reach=reach: self.advance(reach))  # type: ignore[misc]
                 self.position.zero_()  # running it beforehand moved it on
 
-    def choose(self, logits: Tensor) -> None:
-        """Draw the code at the position, or take the one that is kept there. Logits of all rows, (B or 2B, C)."""
-        logits = guided(logits, self.options.cond_scale).float()
-        noise = self.noise.index_select(1, self.position)[:, 0]
-        token = draw(logits, noise, self.options)
-        score = torch.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]
-        kept = self.kept.index_select(0, self.position)
-        self.codes.index_copy_(1, self.position, torch.where(kept < 0, token, kept)[:, None])
-        self.log_likelihood.add_(score.masked_fill(kept >= 0, 0.0))
+    def choose(self, hidden: Tensor) -> None:
+        """Sample the code at the position from what predicts it, (R, D)."""
+        at = Positions.of(self.position, self.canvas.codes.shape[1])
+        self.canvas.choose(self.decoder.logits(hidden), at)
 
     def advance(self, reach: int) -> None:
-        """Feed the code at the position, which must lie below `reach`; go on to the next position and draw it."""
-        token = self.codes.index_select(1, self.position)[:, 0].repeat(self.branches)
-        hidden = self.step(token, self.position, self.caches, reach)
+        """Feed the code at the position, which must lie below `reach`; go on to the next position and sample it.
+
+        Only codes before `reach` are read by dense layers: a recording for each part of the codes.
+        """
+        at = Positions.of(self.position, reach)
+        hidden = self.decoder.feed(self.canvas.rows(at), at)[:, 0]
         self.position.add_(1)
-        self.choose(self.step.logits(hidden))
+        self.choose(hidden)
 
     def _begin(self, request: Request) -> int:
-        """Read the prompts and the codes that are given first, and draw the first other code: returns its position."""
-        for cache in self.caches:
-            cache.clear()
-        self.noise.copy_(request.noise)
-        self.kept.copy_(torch.tensor(request.kept))
-        self.codes.zero_()
-        self.log_likelihood.zero_()
-        prefix = request.prefix
-        self.position.fill_(min(prefix, len(request.kept) - 1))
-        hidden, _ = prefill(self.model, request.prompts, self.images, self.caches)
-        hidden = hidden.repeat_interleave(self.images, dim=0)
-        if prefix:
-            self.codes[:, :prefix] = self.kept[:prefix]
-            if prefix < len(request.kept):
-                hidden = first_codes(self.model, self.codes[:, :prefix].repeat(self.branches, 1), self.caches)
-        with torch.autocast(self.codes.device.type, enabled=False):
-            if prefix < len(request.kept):
-                self.choose(self.step.logits(hidden))
+        """Read the prompts and the codes that are given first, and sample the first other: returns its position."""
+        self.decoder.cache.clear()
+        self.canvas.begin(request)
+        prefix, num_codes = request.prefix, len(request.kept)
+        self.position.fill_(min(prefix, num_codes - 1))
+        with self.decoder, torch.autocast(self.position.device.type, enabled=False):  # casts were done once
+            hidden = read_request(self.decoder, self.canvas, request)
+            if prefix < num_codes:
+                self.choose(hidden)
         return prefix
 
-    def run(self, request: Request) -> Drawn:
-        """Draw all codes of a batch. The host runs ahead of the device, but for `on_token` by two rows at most."""
-        num_codes, grid = len(request.kept), self.model.config.grid
+    def run(self, request: Request) -> Sampled:
+        """Sample all codes of a batch. The host runs ahead of the device, but for `on_token` by two rows at most."""
+        num_codes, grid = len(request.kept), self.decoder.model.config.grid
         first = self._begin(request)
-        pace = _Pace(self.codes.device, request.on_token)
+        pace = _Pace(self.position.device, request.on_token)
         if first < num_codes:
             pace.count(1)
         for begin in range(first, num_codes - 1, grid):
@@ -140,7 +127,7 @@ class Session:
                 self.replays[next(reach for reach in self.reaches if position < reach)]()
             pace.count(end - begin)
         pace.finish()
-        return Drawn(self.codes.clone(), self.log_likelihood.clone())
+        return Sampled(*(tensor.clone() for tensor in self.canvas.result()))
 
 
 class _Pace:
@@ -178,7 +165,7 @@ class Graphs:
     """Recordings of a model's steps, made when a batch of their shape comes, for the newest shapes.
 
     capture: how to record; None: CUDA graphs on a CUDA device, and nothing anywhere else. What cannot be recorded is
-    drawn without, which the log says once.
+    sampled without, which the log says once.
     """
 
     def __init__(self, model: DALLE, capture: Optional[Capture] = None) -> None:
@@ -187,8 +174,8 @@ class Graphs:
         self.state: Hashable = None
         self.failed = False
 
-    def draw(self, request: Request) -> Optional[Drawn]:
-        """Draw a batch; None when it has to be drawn without recordings. Raises OutOfMemoryError as drawing does."""
+    def sample(self, request: Request) -> Optional[Sampled]:
+        """Sample a batch; None when that needs to go without recordings. Raises OutOfMemoryError."""
         device = self.model.text_emb.weight.device
         if self.failed or (self.capture is None and device.type != "cuda"):
             return None
@@ -196,18 +183,17 @@ class Graphs:
         if state != self.state:  # trained on, moved or converted: recordings hold on to what was there
             self.clear()
             self.state = state
-        prompts = len(request.prompts) // (2 if request.options.cond_scale != 1 else 1)
-        shape = _Shape(prompts, len(request.noise) // prompts, request.options)
+        shape = _Shape(len(request.uniform) // request.images, request.images, request.options)
         try:
-            return self._draw(request, shape)
+            return self._sample(request, shape)
         except torch.cuda.OutOfMemoryError:
             others = set(self.sessions) - {shape}
             self.clear()
             if not others:
                 raise
-        return self._draw(request, shape)  # without the others; not in the handler, which keeps memory alive
+        return self._sample(request, shape)  # without the others; not in the handler, which keeps memory alive
 
-    def _draw(self, request: Request, shape: "_Shape") -> Optional[Drawn]:
+    def _sample(self, request: Request, shape: _Shape) -> Optional[Sampled]:
         if shape not in self.sessions:
             while len(self.sessions) >= _KEPT:
                 self.sessions.popitem(last=False)
@@ -220,7 +206,7 @@ class Graphs:
                 self.clear()
                 self.failed = True
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                logger.warning("steps cannot be recorded, drawing goes on without CUDA graphs: %s", reason)
+                logger.warning("steps cannot be recorded, sampling goes on without CUDA graphs: %s", reason)
                 return None
         self.sessions.move_to_end(shape)
         return self.sessions[shape].run(request)

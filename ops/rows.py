@@ -1,0 +1,137 @@
+"""Products of a few rows with weights that are read once, and tokens from logits: csrc/rows.c.
+
+Sampling a few images reads all weights for each code, and the arithmetic hides behind that. So weights are laid out
+once in the order in which they are read, by several places in turn (a core gets half as much again from memory that
+way). Sums go in the same order for any number of rows and threads. Float32 on a CPU; weights may be int8.
+
+Letters: R rows, D inputs and N outputs of a linear layer, C tokens of a vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from ops import build, dispatch
+from ops.build import library, pointer
+
+_LANES = 16
+"""Floats in the widest vectors there are."""
+_GRAIN = 1 << 18
+"""Bytes of a layer's weights below which a further thread takes longer to wait for than it helps."""
+address, whole = ctypes.c_void_p, ctypes.c_int64
+
+
+class Linear(ctypes.Structure):
+    """As in rows.c."""
+
+    _fields_ = [(name, address) for name in ("weight", "bias", "scale")] + [("depth", whole), ("panels", whole)]
+
+
+@functools.lru_cache(maxsize=None)
+def functions() -> Optional[ctypes.CDLL]:
+    """The compiled functions of rows.c, or None."""
+    found = library("rows")
+    if found is not None:
+        found.panel_width.restype = found.room_of.restype = whole
+        found.panel_width.argtypes, found.room_of.argtypes = [], [address]
+        for pack in (found.pack, found.pack_bytes):
+            pack.argtypes, pack.restype = [address, whole, whole, whole, address, whole], None
+        found.multiply_rows.argtypes = [address, address, whole, address, address, whole]
+        found.multiply_rows.restype = None
+        found.sample_rows.argtypes, found.sample_rows.restype = (
+            [address, whole, whole, whole, *[address] * 7, whole],
+            None,
+        )
+        found.step.argtypes, found.step.restype = [address, address, address, address], whole
+        found.read_all.argtypes, found.read_all.restype = [address, whole, whole], ctypes.c_double
+    return found
+
+
+def refusal(*tensors: Optional[Tensor]) -> Optional[str]:
+    """Why these functions may not compute with these tensors, or None where they may."""
+    refused = dispatch.refusal(*tensors)
+    if refused is None and functions() is None:
+        return build.reasons.get("rows", "no compiled kernels")
+    return refused
+
+
+def at(tensor: Optional[Tensor]) -> Optional[int]:
+    """The address of a tensor's memory."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def read_all(x: Tensor) -> Optional[float]:
+    """Return the sum of x (float32), read as fast as memory allows, or None where there are no kernels.
+
+    One place at a time gives a core two thirds of what several in turn give it: this is the limit of what sampling one
+    image can reach, and `torch.sum` is not.
+    """
+    if not x.is_contiguous() or refusal(x) is not None:
+        return None
+    return functions().read_all(pointer(x), x.numel(), torch.get_num_threads())
+
+
+def threads_for(layer: int) -> int:
+    """How many threads share the work of a layer of so many bytes."""
+    return max(1, min(torch.get_num_threads(), layer // _GRAIN))
+
+
+class Packed:
+    """A linear layer whose weight (N, D) lies in panels. gated: its second half of outputs gates the first.
+
+    int8 weights are scaled after the sum, not before: that is finite for inputs up to 1e34.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Optional[Tensor], scale: Optional[Tensor] = None, gated: bool = False
+    ) -> None:
+        """weight (N, D) float32, or int8 with scales (N,)."""
+        size = weight.numel() * weight.element_size()
+        self.library, self.threads = functions(), threads_for(size * 4)  # one matmul of some four
+        self.outputs, depth = weight.shape
+        panel = self.library.panel_width()
+        width = panel // 2 if gated else panel  # outputs of each half, or of all, in a panel
+        panels = -(-(self.outputs // 2 if gated else self.outputs) // width)
+
+        def packed(values: Optional[Tensor], depth: int) -> Optional[Tensor]:
+            if values is None:
+                return None
+            pack = self.library.pack_bytes if values.dtype == torch.int8 else self.library.pack
+            values, result = values.detach().contiguous(), values.new_empty(panels * panel * depth)
+            pack(pointer(values), self.outputs, depth, gated, pointer(result), self.threads)
+            return result
+
+        bias = weight.new_zeros(self.outputs, dtype=torch.float32) if bias is None else bias
+        self.weight, self.bias, self.scale = packed(weight, depth), packed(bias, 1), packed(scale, 1)
+        self.bytes = self.weight.numel() * self.weight.element_size()
+        self.struct = Linear(at(self.weight), at(self.bias), at(self.scale), depth, panels)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(R, D) -> (R, N), not for gated ones."""
+        x = x.contiguous()
+        rows, depth = x.shape
+        out, room = x.new_empty(rows, len(self.bias)), x.new_empty(depth * rows)
+        self.library.multiply_rows(
+            ctypes.byref(self.struct), pointer(x), rows, pointer(out), pointer(room), self.threads
+        )
+        return out[:, : self.outputs]
+
+
+def sample(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tuple[Tensor, Tensor]:
+    """See `ops.sampling_ops.sample`: logits (R, C), the others (R,) -> tokens (R,), log-likelihoods (R,)."""
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    count, vocabulary = logits.shape
+    given = [tensor.contiguous() for tensor in (uniform.double(), temperature, top_k, top_p)]
+    room = torch.empty(count * -(-vocabulary // _LANES) * _LANES)
+    tokens, scores = torch.empty(count, dtype=torch.long), torch.empty(count)
+    functions().sample_rows(
+        pointer(logits), count, logits.stride(0), vocabulary, *map(pointer, given),
+        pointer(tokens), pointer(scores), pointer(room), torch.get_num_threads(),
+    )  # fmt: skip
+    return tokens, scores

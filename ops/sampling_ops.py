@@ -1,0 +1,108 @@
+"""One token of each row from logits, under options of its own, and its log-likelihood.
+
+Letters: R rows, C tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from ops import rows
+
+
+class Choice(NamedTuple):
+    """How the token of each row is chosen; what concerns no row at all is known to the host."""
+
+    temperature: Tensor
+    """(R,) float64: logits are divided by it; 0 takes the likeliest token."""
+    top_k: Tensor
+    """(R,) int64: the k likeliest tokens are kept, and those that tie with the k-th; 0 or C and more: all."""
+    top_p: Tensor
+    """(R,) float64: the likeliest tokens up to and including the one that crosses this probability; 1: all."""
+    kth: Tensor
+    """(R, 1): the place of the k-th likeliest token, and `limited` (R, 1): whether it counts."""
+    limited: Tensor
+    most_k: int
+    """At least the largest top_k; 0: no row has one."""
+    any_top_p: bool
+    any_greedy: bool
+    """Whether the temperature of a row is 0."""
+    any_scaled: bool
+    """Whether that of a row is neither 0 nor 1."""
+
+
+def keep_top_k(logits: Tensor, kth: Tensor, most: int) -> Tensor:
+    """Set logits (R, C) below the one at place `kth` (R, 1) < most of their row to -inf; ties with it stay."""
+    threshold = logits.topk(most, dim=-1).values.gather(-1, kth)
+    return logits.masked_fill(logits < threshold, float("-inf"))
+
+
+def keep_top_p(probabilities: Tensor, p: Tensor) -> Tensor:
+    """Zero the tokens after the one that crosses probability p (R,), and renormalise; p >= 1: all. (R, C) -> (R, C)."""
+    p = p[:, None]
+    ordered, order = probabilities.sort(dim=-1, descending=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    # The first always stays: p may round to 0.
+    ordered = ordered.masked_fill((before >= p) & (before > 0) & (p < 1), 0.0)
+    kept = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+    return torch.where(p < 1, kept / kept.sum(dim=-1, keepdim=True), probabilities)
+
+
+def reference(logits: Tensor, uniform: Tensor, choice: Choice) -> Tensor:
+    """Invert the cumulative distribution at `uniform`. logits (R, C), uniform (R,) in [0, 1) -> tokens (R,).
+
+    The random number comes from outside, so that a row's token does not depend on the batch it is in.
+    """
+    greedy = logits.argmax(dim=-1) if choice.any_greedy else None
+    logits = logits.float()
+    if choice.most_k:
+        most = min(choice.most_k, logits.shape[-1])
+        kept = keep_top_k(logits, choice.kth.clamp(max=most - 1), most)
+        logits = torch.where(choice.limited, kept, logits)
+    if choice.any_scaled:  # the largest is subtracted first, or a low temperature would let logits overflow
+        temperature = choice.temperature.to(logits.dtype)[:, None]
+        scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature.masked_fill(temperature == 0, 1.0)
+        logits = torch.where(temperature == 1, logits, scaled)
+    probabilities = torch.softmax(logits, dim=-1)
+    if choice.any_top_p:
+        probabilities = keep_top_p(probabilities, choice.top_p.to(probabilities.dtype))
+    # Scaled by the true sum: rounding must never leave a gap behind the last token that has any probability.
+    cumulative = probabilities.double().cumsum(dim=-1)
+    threshold = uniform.double()[:, None] * cumulative[:, -1:]
+    token = (cumulative <= threshold).sum(dim=-1).clamp(max=logits.shape[-1] - 1)
+    return token if greedy is None else torch.where(choice.temperature == 0, greedy, token)
+
+
+def sample(logits: Tensor, uniform: Tensor, choice: Choice) -> Tuple[Tensor, Tensor]:
+    """Sample a token of each row, (R,), and return its log-likelihood in nats under the unfiltered logits, (R,).
+
+    logits (R, C), uniform (R,) in [0, 1). Where the last of several equally likely tokens do not fit into top_p, the
+    native implementation keeps those with the lowest numbers.
+    """
+    if rows.refusal(logits) is None:
+        return rows.sample(logits, uniform, choice.temperature, choice.top_k, choice.top_p)
+    token = reference(logits, uniform, choice)
+    return token, torch.log_softmax(logits.float(), dim=-1).gather(-1, token[:, None])[:, 0]
+
+
+def choice_of(
+    count: int,
+    temperature: float,
+    top_k: Optional[int],
+    top_p: Optional[float],
+    device: Optional[torch.device] = None,
+) -> Choice:
+    """The same options for `count` rows; None: not limited."""
+    k, p = top_k or 0, 1.0 if top_p is None else top_p
+
+    def full(value: Any, dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.full((count, *shape), value, dtype=dtype, device=device)
+
+    return Choice(
+        full(temperature, torch.float64), full(k, torch.int64), full(p, torch.float64),
+        full(max(k - 1, 0), torch.int64, 1), full(k > 0, torch.bool, 1),
+        k, p < 1, temperature == 0, temperature not in (0, 1),
+    )  # fmt: skip

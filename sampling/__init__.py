@@ -1,0 +1,39 @@
+"""From prompts to codes to pictures: options, cache, decoders, one loop, one driver."""
+
+from sampling.driver import (
+    Batch,
+    Sampler,
+    Share,
+    complete_caption,
+    decode,
+    encode,
+    given_codes,
+    image_seed,
+    prime_rows,
+    to_uint8,
+)
+from sampling.graphs import Graphs
+from sampling.loop import Sampled, complete_text, sample_codes
+from sampling.options import COND_SCALES, DEFAULT_OPTIONS, TEMPERATURES, SamplingOptions, top_k_count
+
+__all__ = [
+    "COND_SCALES",
+    "DEFAULT_OPTIONS",
+    "TEMPERATURES",
+    "Batch",
+    "Graphs",
+    "Sampled",
+    "Sampler",
+    "SamplingOptions",
+    "Share",
+    "complete_caption",
+    "complete_text",
+    "decode",
+    "encode",
+    "given_codes",
+    "image_seed",
+    "prime_rows",
+    "sample_codes",
+    "to_uint8",
+    "top_k_count",
+]

@@ -1,0 +1,101 @@
+"""What feeds codes to a model and gives the logits of the next: by PyTorch, or natively (native.py).
+
+All have the interface of `Decoder`. A decoder refuses by name what it does not know, and the next one takes over:
+recorded CUDA graphs (graphs.py) replay this one's steps.
+
+Letters: R rows (images, twice as many with guidance), n positions of a chunk, D width, C codebook size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, FrozenSet, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ops
+from models.config import DalleConfig
+from models.dalle import DALLE, Operands
+from models.positions import Positions, text_positions
+from models.transformer import projection
+from sampling.cache import Cache
+
+MAX_BYTES = 2 * 2**30
+"""Bytes of weights up to which a second copy is made. Larger models need the memory more than the time."""
+
+
+def unknown_option(config: DalleConfig, known: FrozenSet[str]) -> Optional[str]:
+    """The first model option that is not known and not what it is by default, or None."""
+    for field in dataclasses.fields(config):
+        if field.name not in known and getattr(config, field.name) != field.default:
+            return field.name
+    return None
+
+
+def computed_in(model: DALLE) -> torch.dtype:
+    """The type in which a linear layer computes now, under autocast or not."""
+    like = model.text_emb.weight.detach()[:1, :1]
+    return F.linear(like, like).dtype
+
+
+def is_small(model: DALLE) -> bool:
+    """Whether a second copy of the weights is no burden."""
+    own = model.operands(lambda module: module)
+    layers = [own.image_head, *(layer for block in own.blocks for layer in block.projections)]
+    weights = [layer.weight for layer in layers if hasattr(layer, "weight")]
+    return sum(weight.numel() * 4 for weight in weights) <= MAX_BYTES
+
+
+class Decoder:
+    """Feeds chunks of codes to a model, by its own forward pass over a cache. Weights must not change meanwhile.
+
+        decoder = Decoder(model, prompts, images)
+        hidden = decoder.prompt(text)                   # (prompts, D)
+        with decoder:
+            logits = decoder.logits(hidden)
+            hidden = decoder.feed(codes, positions)     # codes (R, n) -> (R, n, D)
+    """
+
+    def __init__(self, model: DALLE, prompts: int, images: int) -> None:
+        """images: of each of the prompts, which are next to each other in the R = prompts * images rows."""
+        self.model, self.rows, self.dtype = model, prompts * images, computed_in(model)
+        self.cache = Cache(model.config, prompts, images, model.text_emb.weight.device, self.dtype)
+        self.operands = self._operands()
+
+    def _operands(self) -> Operands:
+        weight = self.model.text_emb.weight
+        if self.dtype == weight.dtype and (not is_small(self.model) or ops.refusal(weight) is not None):
+            return self.model.operands()
+        return self.model.operands(self._copied)
+
+    def _copied(self, module: nn.Module) -> ops.Projection:
+        found = projection(module)
+        return ops.for_few_rows(found, self.rows, self.dtype) if isinstance(found, ops.Matrix) else found
+
+    def __enter__(self) -> Decoder:
+        # For a row or two, oneDNN takes longer to set up its gelu than PyTorch's own takes to compute it.
+        self._before = torch.backends.mkldnn.set_flags(False)[0]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        torch.backends.mkldnn.set_flags(self._before)
+
+    def prompt(self, text: Tensor) -> Tensor:
+        """Read each prompt once, text (prompts, T). Returns what predicts its first code, (prompts, D)."""
+        ids = self.model.text_part(text)
+        return self._read(ids, text_positions(0, ids.shape[1]))[:, -1]
+
+    def feed(self, codes: Tensor, positions: Positions) -> Tensor:
+        """Feed codes (R, n) at image positions; return what predicts those that follow each, (R, n, D)."""
+        return self._read(codes, positions)
+
+    def _read(self, ids: Tensor, positions: Positions) -> Tensor:
+        # Copies are laid out for one code of each row; in another type they serve all.
+        fits = positions.count == 1 or self.dtype != self.model.text_emb.weight.dtype
+        return self.model.read(ids, positions, self.cache, self.operands if fits else None)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., C)."""
+        return ops.linear(hidden, self.operands.image_head)

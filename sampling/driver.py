@@ -1,0 +1,264 @@
+"""Captions in, pictures out: which random numbers an image gets, batches over prompts and images, priming, decoding.
+
+    for batch in Sampler(loaded).images(text, num_images=8, batch_size=4, seed=42, options=SamplingOptions(top_k=64)):
+        batch.pixels        # (B, 3, S, S) uint8
+
+The command line, evaluation, the Python API and the notebook all sample here.
+
+Letters: B images, T text tokens, N codes of an image, G side of the code grid, S image height and width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import logging
+from collections import deque
+from typing import Callable, Deque, Iterator, List, NamedTuple, Optional, Protocol, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from models.dalle import DALLE
+from models.vqgan import VQGAN, image_codes
+from sampling.graphs import Graphs
+from sampling.loop import Sampled, complete_text, sample_codes
+from sampling.options import DEFAULT_OPTIONS, SamplingOptions
+from utils.errors import UserError
+from utils.memory import keep_freed_memory
+from utils.threads import share_cores
+
+logger = logging.getLogger(__name__)
+
+PRIME_FRACTION = 0.4375
+"""Share of the rows that a priming image gives where nothing else is said: 14 of 32, as OpenAI primed its DALL-E."""
+
+COMPLETION_INDEX = -1
+"""The "image" whose random numbers complete a caption."""
+
+_LIKELY = 16
+"""Images to try at the same time on a CPU where no batch size is given. On CUDA all: too many are noticed."""
+
+
+class Model(Protocol):
+    """What samples: a DALL-E and its VQGAN on one device, in eval mode."""
+
+    @property
+    def dalle(self) -> DALLE: ...
+
+    @property
+    def vqgan(self) -> VQGAN: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+class Share(NamedTuple):
+    """What a batch samples: images first_image up to end_image of each prompt first_prompt up to end_prompt."""
+
+    first_prompt: int
+    end_prompt: int
+    first_image: int
+    end_image: int
+
+    @property
+    def num_images(self) -> int:
+        """Images in the batch, of all its prompts."""
+        return (self.end_prompt - self.first_prompt) * (self.end_image - self.first_image)
+
+
+class Batch(NamedTuple):
+    """Images sampled together, those of one prompt next to each other, on the CPU (floats: on the model's device)."""
+
+    share: Share
+    seeds: List[int]
+    codes: Tensor
+    """(B, N)"""
+    log_likelihood: Tensor
+    """(B,) nats, of the codes that were sampled."""
+    pixels: Tensor
+    """(B, 3, S, S) uint8, or floats in [0, 1]."""
+
+
+def image_seed(seed: int, index: int) -> int:
+    """The seed of image `index` of a run with --seed `seed`; below 2**48, so that any JSON reader keeps it exact.
+
+    A hash, so that runs with neighbouring seeds have no image in common. It does not depend on the prompt: the same
+    random numbers behind different prompts make them comparable.
+    """
+    return int.from_bytes(hashlib.sha256("{}/{}".format(seed, index).encode("ascii")).digest()[:6], "big")
+
+
+def split(whole: Share, batch_size: int) -> Iterator[Share]:
+    """Split into batches of at most batch_size; several prompts are in one where all their images fit."""
+    together = max(1, batch_size // (whole.end_image - whole.first_image))
+    for prompt in range(whole.first_prompt, whole.end_prompt, together):
+        for image in range(whole.first_image, whole.end_image, batch_size):
+            ends = min(prompt + together, whole.end_prompt), min(image + batch_size, whole.end_image)
+            yield Share(prompt, ends[0], image, ends[1])
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Pixels in [0, 1] -> uint8, rounded; nothing is stretched, what lies outside is clamped."""
+    return (pixels * 255.0 + 0.5).clamp(0, 255).to(torch.uint8)
+
+
+@torch.no_grad()
+def decode(model: Model, codes: Tensor) -> Tensor:
+    """Codes (B, N) -> pictures (B, 3, S, S) uint8 on the CPU."""
+    return to_uint8(model.vqgan.decode_by_parts(codes.to(model.device))).cpu()
+
+
+def encode(model: Model, images: Tensor) -> Tensor:
+    """Pictures (B, 3, S, S) uint8 -> codes (B, N) on the CPU, those that training makes of them."""
+    return image_codes(model.vqgan, images.to(model.device)).cpu()
+
+
+def prime_rows(grid: int) -> int:
+    """The rows of codes a priming image gives by default, at least one."""
+    return max(1, int(PRIME_FRACTION * grid))
+
+
+def given_codes(model: Model, image: Tensor, rows: int) -> Tensor:
+    """Keep the upper `rows` rows of codes of an image (3, S, S) uint8. Returns (N,), -1 where the model samples."""
+    codes = encode(model, image[None])[0]
+    kept = rows * model.dalle.config.grid
+    return torch.cat([codes[:kept], torch.full_like(codes[kept:], -1)])
+
+
+class Sampler:
+    """Samples images with one model, in batches that fit, decoded while the next batch is sampled where that helps."""
+
+    def __init__(self, model: Model, graphs: Optional[Graphs] = None, floats: bool = False, half: bool = False) -> None:
+        """graphs: CUDA graphs of this model to use, if any. floats: pixels as floats in [0, 1], on the model's device.
+
+        half: compute the transformer in float16 on CUDA, unless its weights are in another type than float32.
+        """
+        keep_freed_memory()
+        share_cores()
+        self.model, self.graphs = model, graphs
+        self.half = half and model.device.type == "cuda" and model.dalle.text_emb.weight.dtype == torch.float32
+        self._pictures = _Pictures(model, floats)
+
+    def images(
+        self,
+        text: Tensor,
+        num_images: int,
+        batch_size: Optional[int] = 4,
+        seed: int = 0,
+        options: SamplingOptions = DEFAULT_OPTIONS,
+        given: Optional[Tensor] = None,
+        on_token: Optional[Callable[[Share], None]] = None,
+    ) -> Iterator[Batch]:
+        """Sample num_images images of each caption, text (prompts, T) token ids.
+
+        Image i gets the random numbers of `image_seed(seed, i)`, whatever the batch size and the other captions.
+        batch_size: images at the same time; None: as many as fit, which is found out. given (N,): codes to keep (see
+        `given_codes`). on_token is called after each code of a batch; a batch that did not fit begins again.
+        Raises UserError where there is not enough memory.
+        """
+        size = batch_size or (num_images if self.model.device.type == "cuda" else min(num_images, _LIKELY))
+        todo = deque(split(Share(0, len(text), 0, num_images), size))
+        decoding: Deque[Callable[[], Batch]] = deque()
+        while todo:
+            share = todo.popleft()
+            own = [image_seed(seed, index) for index in range(share.first_image, share.end_image)]
+            seeds = own * (share.end_prompt - share.first_prompt)
+            told = None if on_token is None else functools.partial(on_token, share)
+            prompts = text[share.first_prompt : share.end_prompt]
+            sampled = self._sample(prompts, seeds, options, given, told)
+            if sampled is None:
+                if batch_size is not None or share.num_images == 1:
+                    raise UserError(f"not enough memory for a batch of {share.num_images} images: lower --batch_size")
+                size = (share.num_images + 1) // 2
+                logger.info("not enough memory for %d images at the same time: trying %d", share.num_images, size)
+                todo = deque(part for whole in (share, *todo) for part in split(whole, size))
+                continue
+            decoding.append(self._pictures.start(share, seeds, sampled))
+            if len(decoding) > self._pictures.ahead:
+                yield _checked(decoding.popleft()())
+        while decoding:
+            yield _checked(decoding.popleft()())
+
+    def _sample(
+        self,
+        prompts: Tensor,
+        seeds: List[int],
+        options: SamplingOptions,
+        given: Optional[Tensor],
+        on_token: Optional[Callable[[], None]],
+    ) -> Optional[Sampled]:
+        """Sample a batch, or return None where it does not fit into memory."""
+        try:
+            with torch.autocast("cuda", torch.float16) if self.half else contextlib.nullcontext():
+                return sample_codes(self.model.dalle, prompts, seeds, options, given, on_token, self.graphs)
+        except RuntimeError as error:  # CUDA's is a RuntimeError of its own class, the CPU's a plain one
+            if not isinstance(error, torch.cuda.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+        # Not in the handler, which keeps the failed batch's memory alive.
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+
+def _checked(batch: Batch) -> Batch:
+    warn_of_broken_logits(batch.log_likelihood)
+    return batch
+
+
+def warn_of_broken_logits(log_likelihood: Tensor) -> None:
+    """Say how many images, by their log-likelihoods (B,), come from logits that were infinite or not a number."""
+    broken = int((~log_likelihood.isfinite()).sum())
+    if broken:
+        logger.warning(
+            "the model's logits are not finite for %d of %d images, which show nothing of their captions: its weights "
+            "are damaged, or overflow in half precision",
+            broken,
+            len(log_likelihood),
+        )
+
+
+def _room_on_host(like: Tensor) -> Tensor:
+    """Memory of this size that a GPU copies to while the host does something else."""
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+
+
+class _Pictures:
+    """Decodes what was sampled. A GPU does so on a stream of its own, beside what it is asked for next."""
+
+    def __init__(self, model: Model, floats: bool) -> None:
+        self.model, self.floats = model, floats
+        # One for all batches: what a stream has freed is its own to use again.
+        self.stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" and not floats else None
+        self.ahead = 0 if self.stream is None else 1
+        """Batches that are sampled before one is handed on."""
+
+    @torch.no_grad()
+    def _decode(self, sampled: Sampled) -> Tuple[Tensor, Tensor, Tensor]:
+        pixels = self.model.vqgan.decode_by_parts(sampled.codes)
+        return sampled.codes, sampled.log_likelihood, pixels if self.floats else to_uint8(pixels)
+
+    def start(self, share: Share, seeds: List[int], sampled: Sampled) -> Callable[[], Batch]:
+        """Begin, and return what waits for the pictures."""
+        if self.stream is None:
+            found = self._decode(sampled)
+            return lambda: Batch(share, seeds, *(found if self.floats else (tensor.cpu() for tensor in found)))
+        self.stream.wait_stream(torch.cuda.current_stream(self.model.device))
+        with torch.cuda.stream(self.stream):
+            on_host = [_room_on_host(tensor).copy_(tensor, non_blocking=True) for tensor in self._decode(sampled)]
+            done = torch.cuda.Event()
+            done.record(self.stream)
+        for tensor in sampled:
+            tensor.record_stream(self.stream)
+
+        def wait() -> Batch:
+            done.synchronize()
+            return Batch(share, seeds, *on_host)
+
+        return wait
+
+
+def complete_caption(model: Model, ids: Sequence[int], seed: int, options: SamplingOptions) -> List[int]:
+    """Let the model go on with a caption's token ids. Returns them and what it added, at most T."""
+    return complete_text(model.dalle, ids, image_seed(seed, COMPLETION_INDEX), options)

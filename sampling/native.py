@@ -1,0 +1,208 @@
+"""The native decoder: one code of each image through the whole transformer in one call of ops/csrc/rows.c.
+
+Float32 on a CPU, weights of linear layers may be int8; one code at a time. A whole token is one call, because what
+happens between two matmuls, attention to a row of codes say, takes less than PyTorch needs to be asked for it. What is
+sampled for an image does not depend on the number of images or threads: sums go in the same order for all.
+
+Letters: R rows (images, twice as many with guidance), D width, P text positions, N codes of an image.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from models import transformer
+from models.dalle import DALLE, Operands
+from models.patterns import allowed_codes
+from models.positions import Positions
+from models.quantization import Int8Linear
+from ops import Norm, activation, rows
+from ops.build import pointer
+from ops.rows import Linear, Packed, address, at, threads_for, whole
+from sampling.cache import LayerCache
+from sampling.decoders import Decoder, computed_in, is_small, unknown_option
+
+MOST_ROWS = 96
+"""From there on arithmetic is all that counts, and a matmul that divides its work into blocks is as fast."""
+
+_KNOWN = frozenset(
+    "num_text_tokens num_image_tokens text_seq_len grid dim depth heads dim_head attn_types loss_img_weight "
+    "attn_dropout ff_dropout sandwich_norm layer_scale activation ff_mult qkv_bias out_bias ff_bias head_bias bos "
+    "unique_pads text_positions image_positions rotary shift_tokens stable tie_embeddings shared_attn_ids "
+    "shared_ff_ids init_std".split()
+)
+"""The options of DalleConfig that this decoder implements, or that are nothing to it. Others it refuses by name."""
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [("weight", address), ("bias", address), ("eps", ctypes.c_float)]
+
+
+class _Branch(ctypes.Structure):
+    _fields_ = [
+        ("before", _Norm),
+        ("after", _Norm),
+        ("first", Linear),
+        ("second", Linear),
+        ("scale", address),
+        ("history", address),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [("attention", _Branch), ("feed_forward", _Branch)]
+    _fields_ += [(name, address) for name in ("text_key", "text_value", "image_key", "image_value")]
+    _fields_ += [("text_lane", whole), ("lane", whole), ("starts", address), ("seen", address)]
+
+
+_SIZES = "rows images codes dim heads width text_len grid hidden activation layers threads turned".split()
+_POINTERS = "table positions cosines sines".split()
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [(name, whole) for name in _SIZES] + [(name, address) for name in _POINTERS]
+    _fields_ += [("last", _Norm), ("stack", ctypes.POINTER(_Layer)), ("scratch", address)]
+
+
+class _Seen(NamedTuple):
+    """Which codes each position sees."""
+
+    starts: Tensor
+    """(N + 1,) position i sees seen[starts[i]] up to seen[starts[i + 1]]."""
+    seen: Tensor
+
+
+@functools.lru_cache(maxsize=16)
+def _seen(pattern: str, grid: int) -> _Seen:
+    seen = [row.nonzero()[:, 0] for row in allowed_codes(pattern, grid)]
+    starts = torch.tensor([0] + [len(codes) for codes in seen]).cumsum(0)
+    return _Seen(starts.int(), torch.cat(seen).int())
+
+
+def _norm(norm: Optional[Norm]) -> _Norm:
+    return _Norm(None, None, 0.0) if norm is None else _Norm(at(norm.scale), at(norm.shift), norm.eps)
+
+
+def refusal(model: DALLE, num_rows: int) -> Optional[str]:
+    """Why the native decoder cannot decode so many rows of this model, or None where it can."""
+    unknown = unknown_option(model.config, _KNOWN)
+    if unknown is not None:
+        return f"the native decoder does not know the model option {unknown}"
+    parameters = list(model.transformer.parameters()) + list(model.image_head.parameters())
+    if activation(model.config.activation).number < 0:
+        return f"the native decoder does not know the activation {model.config.activation}"
+    refused = rows.refusal(*parameters, model.norm.weight, model.norm.bias, model.image_emb.weight)
+    if refused is not None:
+        return refused
+    if computed_in(model) != torch.float32:
+        return "under autocast"
+    own = model.operands(lambda module: module)
+    for module in (own.image_head, *(layer for block in own.blocks for layer in block.projections)):
+        if type(module) not in (nn.Linear, Int8Linear):
+            return f"a layer of the kind {type(module).__name__}"
+        if not module.weight.is_cpu:
+            return "weights on another device"
+    if not is_small(model):
+        return "a second copy of the weights would not pay"
+    return f"more than {MOST_ROWS} rows" if num_rows > MOST_ROWS else None
+
+
+class NativeDecoder(Decoder):
+    """Feeds one code of each row natively; prompts and longer chunks by the model's own forward pass."""
+
+    def __init__(self, model: DALLE, prompts: int, images: int) -> None:
+        super().__init__(model, prompts, images)
+        config = model.config
+        self._kept: List[Any] = []  # what is given to C by its address
+        self._packed: Dict[nn.Module, Packed] = {}
+        self._stable = config.stable  # then `DALLE.hidden` does more than a norm
+        angles = model.transformer.angles
+        turned = [None, None] if angles is None else [angles[config.text_len :].cos(), angles[config.text_len :].sin()]
+        tables = [x if x is None else self._keep(x.detach()) for x in (self.operands.image_positions, *turned)]
+        self._layers = (_Layer * config.depth)(*map(self._layer, self.operands.blocks, self.cache.layers))
+        self.struct = _Model(
+            rows=self.rows,
+            images=images,
+            codes=config.num_image_tokens,
+            dim=config.dim,
+            heads=config.heads,
+            width=config.dim_head,
+            text_len=config.text_len,
+            grid=config.grid,
+            hidden=config.hidden,
+            activation=activation(config.activation).number,
+            layers=config.depth,
+            threads=threads_for(sum(packed.bytes for packed in self._packed.values()) // config.depth),
+            turned=0 if angles is None else angles.shape[1],
+            table=at(self._keep(model.image_emb.weight.detach())),
+            positions=at(tables[0]),
+            cosines=at(tables[1]),
+            sines=at(tables[2]),
+            last=_norm(None if self._stable else Norm(model.norm.weight, model.norm.bias, model.norm.eps)),
+            stack=ctypes.cast(self._layers, ctypes.POINTER(_Layer)),
+        )
+        room = rows.functions().room_of(ctypes.byref(self.struct))
+        self.struct.scratch = at(self._keep(torch.zeros(room)))
+        self._head = self._pack(model.image_head)
+
+    def _operands(self) -> Operands:
+        return self.model.operands(lambda module: module)  # weights are packed below
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.contiguous()
+        self._kept.append(tensor)
+        return tensor
+
+    def _pack(self, module: Any, gated: bool = False) -> Packed:
+        if module not in self._packed:  # layers may share it
+            scale = getattr(module, "scale", None)
+            self._packed[module] = Packed(module.weight.detach(), module.bias, scale, gated)
+        return self._packed[module]
+
+    def _layer(self, own: transformer.Operands, cache: LayerCache) -> _Layer:
+        up = self._pack(own.up, gated=self.model.config.up_width > self.model.config.hidden)
+        branches = (
+            self._branch(own.attention_norm, own.after_attention, self._pack(own.qkv), self._pack(own.out)),
+            self._branch(own.feed_forward_norm, own.after_feed_forward, up, self._pack(own.down)),
+        )
+        for branch, scale in zip(branches, (own.attention_scale, own.feed_forward_scale)):
+            if scale is not None:
+                padded = self._keep(torch.zeros(branch.second.panels * rows.functions().panel_width()))
+                padded[: scale.numel()] = scale.detach().flatten()
+                branch.scale = at(padded)
+        for branch, shown in zip(branches, cache.shown):
+            branch.history = at(shown)
+        lanes, seen = (cache.text.stride(2), cache.codes.stride(2)), _seen(cache.pattern, cache.grid)
+        self._kept.append(seen)
+        return _Layer(*branches, *map(at, (*cache.text, *cache.codes)), *lanes, *map(at, seen))
+
+    def _branch(self, before: Norm, after: Optional[Norm], first: Packed, second: Packed) -> _Branch:
+        return _Branch(_norm(before), _norm(after), first.struct, second.struct)
+
+    def feed(self, codes: Tensor, positions: Positions) -> Tensor:
+        if positions.count > 1:
+            return super().feed(codes, positions)
+        if codes.shape != (self.rows, 1):
+            raise ValueError(f"codes {tuple(codes.shape)} for {self.rows} rows")
+        codes, out = codes.contiguous(), torch.empty(self.rows, 1, self.struct.dim)
+        index = torch.tensor([[positions.start]]) if positions.index is None else positions.index
+        index = index.expand(self.rows, 1).contiguous()
+        failed = rows.functions().step(ctypes.byref(self.struct), pointer(codes), pointer(index), pointer(out))
+        if failed:
+            what, given = (("code", codes), ("position", index))[failed - 1]
+            raise IndexError(f"a {what} is not in the table: {given.flatten().tolist()}")
+        return self.model.hidden(out) if self._stable else out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._head(hidden.flatten(0, -2)).unflatten(0, hidden.shape[:-1])
+
+
+def best_decoder(model: DALLE, prompts: int, images: int) -> Tuple[Decoder, Optional[str]]:
+    """The fastest decoder that knows this model, and why it is not the native one."""
+    refused = refusal(model, prompts * images)
+    return (NativeDecoder if refused is None else Decoder)(model, prompts, images), refused
