@@ -79,7 +79,7 @@ def refusal(*tensors: Optional[Tensor], registered: bool = False) -> Optional[st
     for tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        if not registered and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             return "a subclass of Tensor"
         if not tensor.is_cpu:
             return "a tensor on {}".format(tensor.device.type)
