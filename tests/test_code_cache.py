@@ -10,8 +10,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
@@ -25,6 +23,7 @@ import torch
 from fork_server import be_ordinary
 from PIL import Image
 from safetensors.torch import save_file
+from test_train import together
 
 import args
 import engines
@@ -684,25 +683,9 @@ def test_ipus_get_codes_and_no_vqgan(material, tmp_path, monkeypatch):
 
 def test_two_processes_train_as_one_does_without(material, tmp_path):
     without = trained(material, tmp_path / "one", "--cache-codes", "off", "--ff-dropout", "0")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2")
     more = ("--cache-codes", str(tmp_path / "codes"), "--ff-dropout", "0")
-    command = [sys.executable, str(ROOT / "train.py"), *flags(material, tmp_path / "two", *more)]
-    processes = [
-        subprocess.Popen(
-            command,
-            env=dict(environment, RANK=str(rank), LOCAL_RANK=str(rank)),
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=300)[1].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
-    assert "encoding 16 of 16 images" in errors[0] and "encoding images 16/16 (100%) images" in errors[0]
+    (_, errors), _ = together([sys.executable, "train.py", *flags(material, tmp_path / "two", *more)], 2)
+    assert "encoding 16 of 16 images" in errors and "encoding images 16/16 (100%) images" in errors
     assert len(list((tmp_path / "codes").glob("*/*.codes"))) == 4  # of each process, for training and validation
     for (_, _, loss, _), (_, _, expected, _) in zip(losses(tmp_path / "two"), without):
         assert loss == pytest.approx(expected, rel=1e-4)

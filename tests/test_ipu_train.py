@@ -8,14 +8,13 @@ import poptorch_stand_in
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from test_train import fill
 
 import args
 import engines
 import log
 import train
 from models.dalle import DALLE, DalleConfig
-from models.vqgan import VQGAN, VqganConfig
 from utils import checkpoints
 from utils.errors import UsageError
 
@@ -32,29 +31,7 @@ def install(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny VQGAN (16x16 pixels to 4x4 codes) and 18 pictures with two captions each."""
-    folder = tmp_path_factory.mktemp("ipu")
-    config = VqganConfig(
-        resolution=16,
-        ch=8,
-        ch_mult=(1, 1, 1),
-        num_res_blocks=1,
-        attn_resolutions=(),
-        num_codes=16,
-        embed_dim=8,
-        z_channels=8,
-        num_groups=4,
-    )
-    torch.manual_seed(0)
-    save_file(VQGAN(config).state_dict(), str(folder / "vqgan.safetensors"))
-    config.to_yaml(folder / "vqgan.yaml")
-    (folder / "pairs").mkdir()
-    generator = torch.Generator().manual_seed(1)
-    for index in range(18):
-        pixels = torch.randint(0, 256, (16, 16, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / "pairs" / "{:03d}.png".format(index))
-        (folder / "pairs" / "{:03d}.txt".format(index)).write_text("picture {}\nthe {} th\n".format(index, index))
-    return folder
+    return fill(tmp_path_factory.mktemp("ipu"), 18)
 
 
 def flags(folder, out, *more):
@@ -67,14 +44,8 @@ def flags(folder, out, *more):
     ).split()
     return [
         *words,
-        "--input-folder",
-        str(folder / "pairs"),
-        "--vqgan-model-path",
-        str(folder / "vqgan.safetensors"),
-        "--vqgan-config-path",
-        str(folder / "vqgan.yaml"),
-        "--checkpoint-output-dir",
-        str(out / "ckpt"),
+        *("--input-folder", str(folder / "pairs"), "--checkpoint-output-dir", str(out / "ckpt")),
+        *("--vqgan-model-path", str(folder / "vqgan.safetensors"), "--vqgan-config-path", str(folder / "vqgan.yaml")),
         *more,
     ]
 
@@ -157,21 +128,8 @@ def test_compile_only_compiles_and_stops(folder, tmp_path, caplog):
 
 
 def test_wrong_flags_are_told_before_any_data_are_read(tmp_path):
-    config = args.parse(
-        [
-            "--config",
-            "L16",
-            "--device",
-            "ipu",
-            "--input-folder",
-            str(tmp_path / "nowhere"),
-            "--layers-per-ipu",
-            "0",
-            "6",
-            "6",
-            "5",
-        ]
-    )
+    words = "--config L16 --device ipu --layers-per-ipu 0 6 6 5 --input-folder".split()
+    config = args.parse([*words, str(tmp_path / "nowhere")])
     with pytest.raises(UsageError, match="adds up to 17, but the model has 16 layers"):
         engines.create(config)
 

@@ -3,14 +3,12 @@
 import json
 import logging
 import os
-import socket
-import subprocess
 import sys
 
 import poptorch_stand_in
 import pytest
 import torch
-from test_train import ROOT, assert_same, flags, folder, weights  # noqa: F401 (a fixture)
+from test_train import ROOT, assert_same, flags, folder, together, weights  # noqa: F401 (a fixture)
 
 import args
 import engines
@@ -165,19 +163,7 @@ run_main(train.main)
 
 def test_two_processes_agree_on_a_step_that_is_bad_in_one(folder, tmp_path):  # noqa: F811
     (tmp_path / "worker.py").write_text(WORKER.format(tests=str(ROOT / "tests"), root=str(ROOT)))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2")
-    command = [sys.executable, str(tmp_path / "worker.py"), *flags(folder, tmp_path, "--max-steps", "3")]
-    processes = [
-        subprocess.Popen(
-            command, env=dict(environment, RANK=str(rank), LOCAL_RANK="0"), cwd=ROOT, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=200)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    together([sys.executable, str(tmp_path / "worker.py"), *flags(folder, tmp_path, "--max-steps", "3")], 2)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["bad_steps"] for line in lines if line["event"] == "train"] == [0, 1, 1]
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "ckpt/dalle_0_3.pt").values())

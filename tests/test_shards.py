@@ -7,8 +7,6 @@ import logging
 import os
 import pickle
 import random
-import socket
-import subprocess
 import sys
 import tarfile
 import threading
@@ -18,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from test_train import together
 
 import args
 import engines
@@ -611,33 +610,11 @@ def test_two_processes_share_every_sample_out_once(material, tmp_path):
     """Real processes, each with workers: together they see in each step what one process sees in it."""
     more = ("--dataloader-workers", "2", "--validation-fraction", "0", "--cache-codes", str(tmp_path / "codes"))
     command = [sys.executable, "-c", SPLIT, *flags(material, tmp_path, *more)]
-    both = [line for output in together(command, 2) for line in output.splitlines()]
-    (alone,) = together(command, 1)
+    both = [line for output, _ in together(command, 2) for line in output.splitlines()]
+    ((alone, _),) = together(command, 1)
     assert sorted(both) == sorted(alone.splitlines()) and len(both) == 2 * 20
     for epoch in "01":
         assert len({line.split(";")[2] for line in both if line.startswith(epoch)}) >= 18  # two stand in for others
-
-
-def together(command, count):
-    """Run so many processes as torchrun would; return what they wrote."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-    processes = [
-        subprocess.Popen(
-            command,
-            env=dict(os.environ, RANK=str(rank), LOCAL_RANK=str(rank), PYTHONPATH=str(ROOT), **common),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    results = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0] * count, results
-    return [output for output, _ in results]
 
 
 # A VQGAN's training, and other programs' shards

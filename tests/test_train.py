@@ -29,8 +29,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny VQGAN (16x16 pixels to 4x4 codes) and 24 pictures with two captions each."""
-    folder = tmp_path_factory.mktemp("training")
+    return fill(tmp_path_factory.mktemp("training"), 24)
+
+
+def fill(folder, count):
+    """Put a tiny VQGAN (16x16 pixels to 4x4 codes) and so many pictures with two captions each into a folder."""
     config = VqganConfig(
         embed_dim=8,
         num_codes=16,
@@ -49,7 +52,7 @@ def folder(tmp_path_factory):
     config.to_yaml(folder / "vqgan.yaml")
     (folder / "pairs").mkdir()
     generator = torch.Generator().manual_seed(1)
-    for index in range(24):
+    for index in range(count):
         pixels = torch.randint(0, 256, (16, 20, 3), generator=generator, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(folder / "pairs" / "{:03d}.png".format(index))
         (folder / "pairs" / "{:03d}.txt".format(index)).write_text("picture {}\nthe {} th\n".format(index, index))
@@ -58,38 +61,12 @@ def folder(tmp_path_factory):
 
 def flags(folder, out, *more):
     return [
-        "--config",
-        "unit_test",
-        "--input-folder",
-        str(folder / "pairs"),
-        "--image-size",
-        "16",
-        "--batch-size",
-        "2",
-        "--gradient-accumulation",
-        "2",
-        "--epochs",
-        "2",
-        "--max-steps",
-        "0",
-        "--text-seq-len",
-        "8",
-        "--hidden-size",
-        "16",
-        "--dim-head",
-        "8",
-        "--validation-fraction",
-        "0.17",
-        "--device",
-        "cpu",
-        "--vqgan-model-path",
-        str(folder / "vqgan.safetensors"),
-        "--vqgan-config-path",
-        str(folder / "vqgan.yaml"),
-        "--checkpoint-output-dir",
-        str(out / "ckpt"),
-        "--log-every",
-        "1",
+        *("--config", "unit_test", "--input-folder", str(folder / "pairs"), "--image-size", "16"),
+        *("--batch-size", "2", "--gradient-accumulation", "2", "--epochs", "2", "--max-steps", "0"),
+        *("--text-seq-len", "8", "--hidden-size", "16", "--dim-head", "8"),
+        *("--validation-fraction", "0.17", "--device", "cpu"),
+        *("--vqgan-model-path", str(folder / "vqgan.safetensors"), "--vqgan-config-path", str(folder / "vqgan.yaml")),
+        *("--checkpoint-output-dir", str(out / "ckpt"), "--log-every", "1"),
         *more,
     ]
 
@@ -100,6 +77,23 @@ def run(folder, out, *more):
     engine = engines.create(config)
     train.train(config, engine)
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def together(command, count):
+    """Run so many processes as torchrun would; return what each wrote: (stdout, stderr)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = dict(os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(count))
+    common.update(PYTHONPATH=str(ROOT))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [
+        subprocess.Popen(command, env=dict(common, RANK=str(rank), LOCAL_RANK=str(rank)), cwd=ROOT, **pipes)
+        for rank in range(count)
+    ]
+    written = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, written
+    return written
 
 
 def weights(path):
@@ -313,24 +307,7 @@ def test_products_are_as_exact_as_asked_for_until_the_engine_closes(products):
 
 def test_two_processes_equal_one(folder, tmp_path):
     run(folder, tmp_path / "one")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2")
-    command = [sys.executable, str(ROOT / "train.py"), *flags(folder, tmp_path / "two")]
-    processes = [
-        subprocess.Popen(
-            command,
-            env=dict(environment, RANK=str(rank), LOCAL_RANK=str(rank)),
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors.decode()
+    together([sys.executable, "train.py", *flags(folder, tmp_path / "two")], 2)
     one, two = weights(tmp_path / "one/ckpt/dalle_1.pt"), weights(tmp_path / "two/ckpt/dalle_1.pt")
     for key in one:
         assert torch.allclose(one[key], two[key], atol=1e-5), key
