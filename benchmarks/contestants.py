@@ -22,12 +22,12 @@ from torch import Tensor
 import args
 import engines
 import ops
-import train
 from bpe import load_tokenizer
 from models.config import DalleConfig
 from models.dalle import DALLE, TextToImage
-from models.vqgan import PUBLISHED, VQGAN, VqganConfig
+from models.vqgan import VQGAN
 from sampling import Graphs, SamplingOptions, sample_codes
+from training.setup import dalle_config, vqgan_config
 from utils.memory import keep_freed_memory
 
 OURS = "Mini DALL-E"
@@ -72,10 +72,9 @@ def settings(options: argparse.Namespace) -> args.Config:
 
 def shape(config: args.Config, grid: int = 0) -> Tuple[DalleConfig, VQGAN]:
     """The model of a configuration and its VQGAN, of the published size where none is named, with random weights."""
-    path = config.model.vqgan_config_path
-    own = VqganConfig.from_yaml(path) if path else PUBLISHED[train.published_vqgan(config)].config
+    own = vqgan_config(config)
     vqgan = VQGAN(replace(own, resolution=grid * own.downsampling) if grid else own)
-    wanted = train.dalle_config(config, load_tokenizer(config.data.bpe_path), vqgan)
+    wanted = dalle_config(config, load_tokenizer(config.data.bpe_path), vqgan)
     return replace(wanted, grid=grid or wanted.grid), vqgan.eval().requires_grad_(False)
 
 

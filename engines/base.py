@@ -1,4 +1,4 @@
-"""What train.py may ask of a device: the seam between the loop and the engines is one optimizer step."""
+"""What training may ask of a device: the seam between the loop and the engines is one optimizer step."""
 
 import logging
 from typing import Any, Callable, Dict, Generator, List, NamedTuple, Optional

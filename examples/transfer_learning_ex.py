@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import engines
 import log
-import train
 from args import Config, Parser
 from bpe import load_tokenizer
 from bpe.classes import class_file
@@ -36,6 +35,9 @@ from dalle.transfer import Downstream, check_shape, image_only, read_downstream
 from data.classes import class_names, imagenet_folders
 from engines import Engine
 from sampling import to_uint8
+from training.files import check_writable, folders_locked
+from training.run import train
+from training.setup import Parts, Start, build_parts
 from utils.checkpoints import newest_checkpoint, read_dalle
 from utils.errors import UsageError, UserError, run_main
 from utils.files import atomic_write
@@ -99,18 +101,18 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     config = make_config(options, downstream, upstream, folder, resuming)
     engine = engines.create(config)
     try:
-        with Interruption(tell=engine.is_main) as interruption, train.folders_locked(config, engine):
+        with Interruption(tell=engine.is_main) as interruption, folders_locked(config, engine):
             log.setup(config.log_dir, engine.is_main)
             engine.introduce()
             if engine.is_main:
                 write_descriptions(downstream, config)
             engine.barrier()
-            parts = train.build_parts(config, engine)
+            parts = build_parts(config, engine)
             check_data(parts, downstream)
             if engine.is_main and not resuming:
                 show_reconstructions(engine, parts, folder)
             start = None if resuming else make_start(upstream, downstream, options.seed)
-            train.train(config, engine, parts, start, interruption)
+            train(config, engine, parts, start, interruption)
             if engine.is_main and interruption.requested is None:
                 say_how_to_draw(folder, config)
             return interruption.status
@@ -194,13 +196,13 @@ def write_descriptions(downstream: Downstream, config: Config) -> None:
                 config.data.input_folder, len(names), downstream.num_classes
             )
         )
-    train.check_writable(Path(config.checkpoints.checkpoint_output_dir))
+    check_writable(Path(config.checkpoints.checkpoint_output_dir))
     with atomic_write(str(config.data.bpe_path), "wb") as file:
         file.write(class_file(names))
     downstream.stage1.to_yaml(config.model.vqgan_config_path)
 
 
-def check_data(parts: train.Parts, downstream: Downstream) -> None:
+def check_data(parts: Parts, downstream: Downstream) -> None:
     """Raise UserError, in the words of the YAML file, for what training would stop at."""
     if len(parts.train_set) < downstream.total_batch_size:
         raise UserError(
@@ -217,15 +219,15 @@ def check_data(parts: train.Parts, downstream: Downstream) -> None:
         )
 
 
-def make_start(upstream: Path, downstream: Downstream, seed: int) -> train.Start:
+def make_start(upstream: Path, downstream: Downstream, seed: int) -> Start:
     """The upstream model with its head and start vectors replaced."""
     checkpoint = read_dalle(upstream)
     check_shape(downstream, checkpoint)
-    return train.Start(checkpoint.path, image_only(checkpoint, downstream.num_classes, seed))
+    return Start(checkpoint.path, image_only(checkpoint, downstream.num_classes, seed))
 
 
 @torch.no_grad()
-def show_reconstructions(engine: Engine, parts: train.Parts, folder: Path) -> None:
+def show_reconstructions(engine: Engine, parts: Parts, folder: Path) -> None:
     """Save originals above what their codes keep of them. Nothing of it changes while the transformer trains."""
     for split, dataset in (("train", parts.train_set), ("val", parts.validation_set)):
         if dataset is None:

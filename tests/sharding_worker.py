@@ -26,6 +26,7 @@ import args  # noqa: E402
 import engines  # noqa: E402
 import train  # noqa: E402
 from engines import sharding  # noqa: E402
+from training import setup  # noqa: E402
 
 
 def scaler(run):
@@ -39,8 +40,8 @@ def main():
         os.environ["MASTER_PORT"] = str(run["port"])
         with pytest.MonkeyPatch.context() as patch:
             if "model" in run:
-                describe = train.dalle_config
-                patch.setattr(train, "dalle_config", lambda *a: dataclasses.replace(describe(*a), **run["model"]))  # noqa: B023
+                describe = setup.dalle_config
+                patch.setattr(setup, "dalle_config", lambda *a: dataclasses.replace(describe(*a), **run["model"]))  # noqa: B023
             if "poison" in run:
                 test_numerics.poison(patch, set(run["poison"][1]), rank=run["poison"][0])
             if "start" in run and os.environ["RANK"] == "0":  # the other process waits for this one in engines.create

@@ -27,6 +27,7 @@ import train
 import train_vqgan
 import utils.archives
 import utils.checkpoints
+from training import vqgan_options
 from utils.errors import run_main
 from utils.flags import Parser
 
@@ -119,7 +120,7 @@ PARSERS = {
     "train": args.make_parser,
     "generate": generate.make_parser,
     "evaluate": evaluate.make_parser,
-    "train_vqgan": train_vqgan.make_parser,
+    "train_vqgan": vqgan_options.make_parser,
 }
 
 

@@ -148,7 +148,7 @@ def test_the_ipu_path_compiles_with_the_python_of_the_poplar_sdk(tmp_path):
         pytest.skip("no Python 3.8 on this machine; test_structure.py parses every file by its grammar")
     files = [
         str(path)
-        for folder in ("engines", "models", "data", "utils", "bpe")
+        for folder in ("engines", "models", "data", "training", "utils", "bpe")
         for path in sorted((ROOT / folder).rglob("*.py"))
     ]
     files += [str(ROOT / name) for name in ("args.py", "log.py", "train.py")]

@@ -13,8 +13,8 @@ from test_train import flags, folder, run  # noqa: F401 (a fixture)
 
 import args
 import engines
-import train
 from engines.native import NativeEngine
+from training.setup import build_parts
 from utils.errors import UserError
 from utils.loading import make_loader, read
 
@@ -61,7 +61,7 @@ def test_they_end_when_reading_ends_whoever_holds_a_part_of_it(folder, tmp_path,
 def main():
     """What a program may do that uses the engine: keep a loader that is not at its end, and end."""
     engine = engines.create(args.parse())
-    sys.kept = engine.loader(train.build_parts(engine.config).train_set, 0)
+    sys.kept = engine.loader(build_parts(engine.config).train_set, 0)
     list(next(sys.kept))
     assert children() == 2
 

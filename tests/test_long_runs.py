@@ -11,7 +11,7 @@ import torch
 from test_train import flags, folder, run  # noqa: F401
 
 import args
-import train
+from training.setup import build_parts
 from utils.loading import make_loader, read
 
 GROWTH = 4.0
@@ -80,7 +80,7 @@ class Watched(torch.utils.data.Dataset):
 @pytest.mark.slow
 def test_loading_does_not_grow(folder, tmp_path):  # noqa: F811
     """2,000 batches of one loader, in each of its two processes; `test_training_does_not_grow` watches the main one."""
-    pairs = train.build_parts(args.parse(flags(folder, tmp_path))).train_set
+    pairs = build_parts(args.parse(flags(folder, tmp_path))).train_set
     loader = make_loader(Watched(pairs, 8000), 2, batch_size=4, prefetch_factor=4)
     seen = torch.cat(list(read(loader))).double()  # (8000, 3)
     processes = seen[:, 0].unique()

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+from types import SimpleNamespace
 
 import poptorch_stand_in
 import pytest
@@ -15,6 +16,7 @@ import engines
 import train
 from engines.native import NativeEngine
 from models.dalle import TextToImage
+from training.saver import Saver
 from utils.bad_steps import BadSteps
 from utils.errors import UserError
 
@@ -120,7 +122,7 @@ def test_the_way_out_is_one_that_the_device_has(folder, tmp_path, monkeypatch, m
     poptorch_stand_in.install(monkeypatch)
     config = args.parse(flags(folder, tmp_path, *more))
     engine = engines.create(config)
-    saver = train.Saver(config, engine, None, None, tmp_path, None, tmp_path / "dalle_1.pt", None)
+    saver = Saver(SimpleNamespace(config=config, engine=engine), tmp_path / "dalle_1.pt")
     assert saver.way_out().startswith("the last good checkpoint is {}: go on from it".format(saver.newest))
     assert saver.way_out().endswith(advice)
 

@@ -18,9 +18,13 @@ import args
 import engines
 import log
 import train
-import train_vqgan
 from engines.native import NativeEngine
+from models.vqgan import load_vqgan
+from training import vqgan_options
+from training.schedule import Position, Schedule
+from training.vqgan import save_weights
 from utils import checkpoints
+from utils.bad_steps import BadSteps
 from utils.errors import UserError
 from utils.resume import APPLIES, CONTENT, FIXED, FREE
 
@@ -152,9 +156,9 @@ class Saved:
         for path in other.glob("*.png"):
             Image.open(path).transpose(Image.Transpose.ROTATE_90).save(path)
         torch.manual_seed(5)
-        vqgan = train.load_vqgan(folder / "vqgan.safetensors", folder / "vqgan.yaml")
+        vqgan = load_vqgan(folder / "vqgan.safetensors", folder / "vqgan.yaml")
         vqgan.quantize.codebook.data.normal_()
-        train_vqgan.save_weights(out, vqgan, half=False)
+        save_weights(out, vqgan, half=False)
         (out / "vqgan.safetensors").rename(out / (NEW_VQGAN + ".safetensors"))
         yaml = (folder / "vqgan.yaml").read_text()
         assert "resolution: 16" in yaml
@@ -204,14 +208,12 @@ def saved(folder, tmp_path_factory):  # noqa: F811
 
 
 def test_every_option_has_a_verdict_and_a_test():
-    """Found in the parser: a flag that is new in args.py, or train_vqgan.py, needs both."""
+    """Found in the parser: a flag that is new in args.py needs both."""
     selectors = {"-h", "--help", "--config", "--config-file"}  # whose values are those of other options
     assert set(args.make_parser().known_flags()) - selectors == {args.flag_name(name) for name in ANEW}
     rules = args.resume_rules()
     assert rules.keys() == ANEW.keys() and set(rules.values()) == {APPLIES, FIXED, CONTENT, FREE}
-    of_vqgan = [name for names in train_vqgan.AT_RESUME.values() for name in names]
-    flags_of_vqgan = {flag.replace("-", "_")[2:] for flag in train_vqgan.make_parser().known_flags()} - {"", "help"}
-    assert sorted(of_vqgan) == sorted(flags_of_vqgan)
+    assert set(vqgan_options.AT_RESUME.values()) == {APPLIES, FIXED, CONTENT, FREE}
 
 
 @pytest.mark.parametrize("name", ANEW)
@@ -249,11 +251,11 @@ def take_notes(monkeypatch):
     """Note what one step's results do not show, and keep away what is not ours: TensorBoard and Weights & Biases."""
     notes = {"threads": [], "compiled": [], "bad steps": []}
 
-    def bad_steps(limit, *more, made=train.BadSteps):
+    def bad_steps(limit, *more, made=BadSteps):
         notes["bad steps"].append(limit)
         return made(limit, *more)
 
-    monkeypatch.setattr(train, "BadSteps", bad_steps)
+    monkeypatch.setattr("training.run.BadSteps", bad_steps)
     monkeypatch.setattr(torch, "set_num_threads", notes["threads"].append)
     monkeypatch.setattr(torch, "compile", lambda module: notes["compiled"].append(True) or module)
     for name in ("_TensorBoard", "_Wandb"):
@@ -367,11 +369,11 @@ def test_another_batch_goes_on_at_the_right_sample(folder, tmp_path, monkeypatch
     found = rates(tmp_path)
     assert sorted(found) == list(range(1, steps + 1))
     config = args.parse(flags(folder, tmp_path, *batch(*then), *schedule))
-    whole = train.Schedule(config, 24)
+    whole = Schedule(config, 24)
     for step in range(stop, steps):
         done = stop * size + (step - stop) * later
         # The end of the cosine is where the samples end, of which some may have been skipped.
-        at = train.Position(epoch=done // 24, sample_in_epoch=done % 24, samples=done)
+        at = Position(epoch=done // 24, sample_in_epoch=done % 24, samples=done)
         assert found[step + 1] == pytest.approx(whole.learning_rate(at), rel=0.1 if skipped else 1e-12)
 
 
@@ -415,8 +417,8 @@ def test_checkpoints_of_older_versions_are_resumed_with_the_same_bits(folder, tm
 def test_a_new_rate_takes_effect_with_every_schedule(name):
     """Whatever the schedule was at: with a plateau, also after reductions, it is the rate from now on."""
     config = args.Config().replace(lr_scheduler=name, learning_rate=1e-3, epochs=20, batch_size=4)
-    position = train.Position(epoch=15, sample_in_epoch=8, step=92, samples=368)
-    first, lower, same = (train.Schedule(config.replace(learning_rate=rate), 24) for rate in (1e-3, 1e-5, 1e-3))
+    position = Position(epoch=15, sample_in_epoch=8, step=92, samples=368)
+    first, lower, same = (Schedule(config.replace(learning_rate=rate), 24) for rate in (1e-3, 1e-5, 1e-3))
     for _ in range(15):
         first.end_epoch(2.0)
     before = first.learning_rate(position)

@@ -593,10 +593,11 @@ def test_processes_encode_runs_of_neighbours_each_image_once(tmp_path, monkeypat
 
 
 SPLIT = """
-import sys, args, engines, train
+import sys, args, engines
+from training.setup import build_parts
 config = args.parse(sys.argv[1:])
 engine = engines.create(config)
-parts = train.build_parts(config)
+parts = build_parts(config)
 for epoch in range(2):
     for step, batch in enumerate(engine.loader(parts.train_set, epoch)):
         for text, images in batch:

@@ -11,10 +11,11 @@ import torch
 
 import args
 import engines.native
-import train
 from bpe import load_tokenizer
 from models.dalle import DALLE
-from models.vqgan import PUBLISHED, VQGAN, VqganConfig
+from models.vqgan import VQGAN
+from training.schedule import Position, Schedule
+from training.setup import dalle_config, vqgan_config
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = {
@@ -29,6 +30,7 @@ OURS = {
     "models",
     "ops",
     "sampling",
+    "training",
     "utils",
     "train",
     "generate",
@@ -36,7 +38,7 @@ OURS = {
     "train_vqgan",
 }
 
-#: What each part may import of ours. Scripts may import everything but each other; examples the training loop too.
+#: What each part may import of ours. Commands (scripts, examples, benchmarks) may import everything but each other.
 ARROWS = {
     "utils": set(),
     "log": {"utils"},
@@ -48,8 +50,8 @@ ARROWS = {
     "sampling": {"models", "ops", "utils"},
     "dalle": {"models", "sampling", "bpe", "utils"},
     "engines": {"args", "data", "models", "ops", "utils", "log"},
-    "examples": OURS - {"generate", "evaluate", "train_vqgan"},
-    "benchmarks": {"args", "bpe", "engines", "log", "models", "ops", "sampling", "train", "utils"},
+    "training": {"args", "bpe", "dalle", "data", "engines", "log", "models", "utils"},
+    "benchmarks": {"args", "bpe", "engines", "log", "models", "ops", "sampling", "training", "utils"},
     "examples_utils": {"args", "bpe", "dalle", "data", "engines", "log", "models", "utils"},
 }
 DEVICE_PACKAGES = {"poptorch", "popdist", "popart", "horovod"}
@@ -121,19 +123,16 @@ def test_every_shipped_configuration_instantiates(name):
     """At full size, without memory: on the meta device, with its own vocabulary and the codebook it is meant for."""
     config = args.parse(["--config", name, "--generated-data"])
     tokenizer = load_tokenizer(config.data.bpe_path)
-    vqgan = PUBLISHED[train.published_vqgan(config)].config
-    if config.model.vqgan_config_path:
-        vqgan = VqganConfig.from_yaml(config.model.vqgan_config_path)
     with torch.device("meta"):
-        dalle = DALLE(train.dalle_config(config, tokenizer, VQGAN(vqgan)))
+        dalle = DALLE(dalle_config(config, tokenizer, VQGAN(vqgan_config(config))))
     parameters = sum(p.numel() for p in dalle.parameters())
     if name.startswith("L16"):
         assert parameters == pytest.approx(93.6e6 if name != "L16_CLIP_vocab" else 136e6, rel=0.02)
     if name == "minDALLE_1.3B":  # the published vocabulary is smaller than the one at hand
         assert parameters - 2 * 1536 * (tokenizer.vocab_size - 16384) == 1291081728
     assert sum(config.ipu.layers_per_ipu) == config.model.num_hidden_layers
-    schedule = train.Schedule(config, 10 * config.global_batch)
-    assert schedule.learning_rate(train.Position()) > 0
+    schedule = Schedule(config, 10 * config.global_batch)
+    assert schedule.learning_rate(Position()) > 0
     for world_size in (1, 2):
         if config.global_batch % world_size == 0:
             batching = engines.native.share_batch(config.global_batch, config.execution.batch_size, world_size)

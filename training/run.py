@@ -1,0 +1,229 @@
+"""Training of a DALL-E: set-up, epochs of steps, validation, checkpoints, and what is left behind at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import log
+from args import Config
+from dalle.export import check_empty, export_mindalle, export_options
+from engines import Engine
+from models.vqgan import load_vqgan
+from training import resume
+from training.files import check_writable, move_aside
+from training.loop import Loop
+from training.saver import Saver
+from training.schedule import Position, Schedule
+from training.setup import Parts, Start, build_model, build_parts, encode_images, model_config
+from utils import checkpoints
+from utils.bad_steps import BadSteps
+from utils.errors import UserError
+from utils.interrupts import Interruption
+
+logger = logging.getLogger(__name__)
+
+
+def train(
+    config: Config,
+    engine: Engine,
+    parts: Parts | None = None,
+    start: Start | None = None,
+    interruption: Interruption | None = None,
+) -> None:
+    """Build everything, then train: one checkpoint, validation and line of metrics after each epoch.
+
+    parts: those of the run, where they are built already. start: weights to begin from that are in no file, instead of
+    --pretrained-checkpoint. interruption: what to listen to; a run that is asked to stop saves after its step.
+    """
+    run = Run(config, engine, parts, start, interruption or Interruption())
+    if not config.ipu.compile_only:  # else the compiled program is in --executable-cache-dir
+        run.begin()
+        run.train()
+
+
+class Run(Loop):
+    """A run: what it is made of, and its training from `position` to the end or an interruption."""
+
+    def __init__(
+        self, config: Config, engine: Engine, parts: Parts | None, start: Start | None, interruption: Interruption
+    ) -> None:
+        """Build and check all that `train` is told of, and prepare the engine. Raises UserError."""
+        torch.manual_seed(config.execution.random_seed)
+        options = config.checkpoints
+        self.engine, self.interruption, self.steps_per_call = engine, interruption, engine.steps_per_call
+        self.folder = Path(options.checkpoint_output_dir)
+        if engine.is_main and options.checkpoint_output_dir:
+            check_writable(self.folder)
+        start = start or resume.find_start(config, self.folder)
+        self.resumed = start if options.resume else None
+        self.position, self.given_anew = Position(), {}
+        if self.resumed is not None:
+            self.position = resume.saved_position(self.resumed, config)
+            self.given_anew = resume.changed_options(self.resumed, config)
+        self.config = config if parts else resume.with_parts_of(start, config)
+        if engine.is_main and options.export_mindalle and self.resumed is None:
+            check_empty(options.export_mindalle, "--export-mindalle")
+        self.parts = encode_images(self.config, engine, parts or build_parts(self.config, engine), self.position)
+        wanted = model_config(self.config, self.parts, start)
+        if options.export_mindalle:
+            export_options(wanted, self.parts.vqgan.config, self.parts.tokenizer)
+        plan = engine.memory_plan(wanted)
+        if plan:
+            logger.info(plan)
+        model = build_model(self.config, self.parts, start, wanted)
+        self.model_config = model.dalle.config
+        self.schedule = Schedule(self.config, len(self.parts.train_set), engine.steps_per_call)
+        engine.steps_per_epoch(self.schedule.num_samples)  # raises UserError where there is none
+        engine.prepare(model, self.parts.train_set)
+
+    def begin(self) -> None:
+        """Go on where the run was, or make room for its first checkpoint; open metrics and progress."""
+        config, engine, position, resumed = self.config, self.engine, self.position, self.resumed
+        if resumed is not None:
+            resume.restore(self, resumed)
+        if config.checkpoints.resume and engine.mean(torch.tensor(float(position.step))) != position.step:
+            raise UserError(f"--resume: the processes found different checkpoints; they must all see {self.folder}")
+        if engine.is_main and resumed is None and config.checkpoints.checkpoint_output_dir:
+            # Before the first step: whoever resumes this run, killed before it saved, must not find an older one.
+            old = checkpoints.list_checkpoints(self.folder)
+            done = "the checkpoints of an earlier run are now in %s (--resume would have gone on from them)"
+            move_aside(old, "earlier.{}", "--checkpoint-output-dir: cannot make", done)
+        writers = ("tensorboard", "wandb", "wandb_project_name", "wandb_run_name")
+        own: dict[str, Any] = {name: getattr(config.misc, name) for name in writers}
+        own.update(config=config.to_dict(), resume_step=None if resumed is None else position.step)
+        self.metrics = log.Metrics(config.log_dir, engine.is_main, **own)
+        self.saver = Saver(self, None if resumed is None else resumed.path)
+        self.bad_steps = BadSteps(config.optimizer.max_bad_steps, position.step, self.saver.way_out)
+        self.total_steps, limit = self.schedule.total_steps(position), self.schedule.max_seconds
+        left = max(0.0, limit - position.seconds) if limit else 0.0
+        shown: dict[str, Any] = {"is_main": engine.is_main, "plain": False, "max_seconds": left}
+        self.progress = log.progress(self.total_steps, "training", position.step, **shown)
+
+    def train(self) -> None:
+        """Train, and leave behind checkpoints, metrics and loss.png. Raises UserError."""
+        with self.interruption.deferred(), self.metrics, self.progress:
+            self.take_epochs()
+            self.finish()
+            if self.config.checkpoints.export_mindalle and self.finished() and not self.position.validation_due:
+                self.export()
+            self.saver.require_saved()
+
+    def take_epochs(self) -> None:
+        """Train, validate and save from one epoch to the next."""
+        position = self.position
+        if self.finished() and not position.validation_due:
+            logger.info(f"nothing left to train: the run ended at step {position.step}; raise its limits to go on")
+            return
+        while position.epoch < self.config.execution.epochs:
+            left = self.total_steps - position.step
+            loader = self.engine.loader(self.parts.train_set, position.epoch, position.sample_in_epoch, left)
+            with contextlib.closing(loader) as batches:
+                complete = self.take_steps(() if position.validation_due else batches)
+            if complete:
+                with self.progress.paused():
+                    complete = self.end_epoch()
+                if complete and self.finished():
+                    return
+            if not complete or self.interrupted():
+                return self.saver.tell_interrupted()
+
+    def end_epoch(self) -> bool:
+        """Validate, tell the schedule, move to the next epoch and save. False: interrupted while validating."""
+        position, losses = self.position, None
+        epoch, complete = position.epoch, not self.schedule.steps_in_epoch(position.sample_in_epoch)
+        position.validation_due = False
+        if self.parts.validation_set is not None:
+            losses = self.engine.evaluate(self.parts.validation_set, super().interrupted)
+            if losses is None:
+                position.validation_due = True
+                self.saver.save(epoch)
+                return False
+            logger.info(log.validation_line(position.step, epoch, **losses))
+            self.metrics.log("validation", position.step, epoch=epoch, **losses)
+        if complete:
+            self.schedule.end_epoch(None if losses is None else losses["loss"])
+            position.epoch, position.sample_in_epoch = epoch + 1, 0
+        self.saver.save(epoch, complete)
+        return True
+
+    def interrupted(self) -> bool:
+        return self.engine.any(super().interrupted())
+
+    def finished(self) -> bool:
+        return self.schedule.finished(self.position)
+
+    def take_step(self, batch: Any) -> bool:
+        self.mark, self.learning_rate = time.perf_counter(), self.schedule.learning_rate(self.position)
+        self.engine.set_learning_rate(self.learning_rate)
+        self.result = self.engine.step(batch)
+        self.position.advance(self.steps_per_call, self.config.global_batch)
+        step, per_call = self.position.step, self.steps_per_call
+        return step % self.config.misc.log_every < per_call or step == per_call or step >= self.total_steps
+
+    def watch(self) -> None:
+        self.loss, counts = self.engine.mean(self.result.loss), self.result.bad_steps
+        self.bad_steps.look(self.position.step, self.loss, None if counts is None else list(map(int, counts.tolist())))
+
+    def end_step(self, due: bool) -> None:
+        position, losses = self.position, {"loss": self.loss} if due else {}
+        shown = dict(losses)
+        if due:
+            self.schedule.note_loss(self.loss)
+            parts = {"text_loss": self.result.text_loss, "image_loss": self.result.image_loss}
+            losses.update((name, self.engine.mean(part)) for name, part in parts.items() if part is not None)
+        if self.schedule.max_seconds:
+            position.seconds += self.engine.mean(torch.tensor(time.perf_counter() - self.mark))
+        self.progress.update(self.steps_per_call, self.steps_per_call * self.config.global_batch, **shown)
+        if due:
+            self.report(losses)
+
+    def report(self, losses: dict[str, float]) -> None:
+        """Log a step's losses to console, file and metrics."""
+        position, rate, speed = self.position, self.learning_rate, self.progress.samples_per_second
+        loss, text, image = (losses.get(name, math.nan) for name in ("loss", "text_loss", "image_loss"))
+        line = log.step_line(position.step, self.total_steps, position.epoch, loss, text, image, rate, speed)
+        logger.info(line, extra=log.DETAIL)
+        norm = None if self.result.grad_norm is None else float(self.result.grad_norm)
+        about = {"epoch": position.epoch, "learning_rate": rate, "grad_norm": norm, "samples_per_second": speed}
+        self.metrics.log("train", position.step, **about, **losses, bad_steps=self.bad_steps.total)
+
+    def save(self, stopping: bool) -> None:
+        # The last step of an epoch, or of all, is saved by `end_epoch`.
+        goes_on = not self.finished() and self.schedule.steps_in_epoch(self.position.sample_in_epoch)
+        if stopping or (goes_on and self.saver.due()):
+            with self.progress.paused():
+                self.saver.save(self.position.epoch)
+
+    def finish(self) -> None:
+        """Draw loss.png, report what was unreadable, and say where everything is."""
+        if not self.engine.is_main:
+            return
+        if getattr(self.parts.train_set, "num_unreadable", 0):
+            logger.warning(self.parts.train_set.report())
+        logger.info(log.throughput_line(self.progress.overall_samples_per_second))
+        peak = self.engine.peak_memory()
+        if peak is not None:
+            logger.info(f"peak memory: {peak / 1e9:.2f} GB")
+        metrics, curve = self.config.log_dir / "metrics.jsonl", self.config.log_dir / "loss.png"
+        try:
+            if log.plot_losses(metrics, curve):
+                logger.info(f"losses: {metrics} and {curve}")
+        except (UserError, OSError) as error:
+            logger.warning(f"cannot draw {curve} ({error})")
+
+    def export(self) -> None:
+        """--export-mindalle: write the trained model, with averaged weights where there are some."""
+        weights, folder = self.engine.model_state(), self.config.checkpoints.export_mindalle
+        if self.config.optimizer.ema_decay:
+            weights = self.engine.state_dict()["ema"] or weights  # every process takes part
+        if self.engine.is_main and folder:
+            vqgan = load_vqgan(*self.parts.vqgan_paths, channels_last=False)  # the run's may have let its weights go
+            export_mindalle(folder, self.model_config, weights, vqgan, self.parts.tokenizer)
+            logger.info(f"exported {folder}")

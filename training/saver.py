@@ -1,0 +1,111 @@
+"""Checkpoints of a run: the published layout, plus what exact resume needs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+import log
+from training.files import not_finite
+from training.setup import identities
+from utils import checkpoints
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from training.run import Run
+
+logger = logging.getLogger(__name__)
+
+#: Options of IPUs that the published layout has among its hparams, with fp16 and layers_per_ipu.
+IPU_OPTIONS = ("embedding_ipu_id", "embedding_serialization_factor", "cls_ipu_id", "byteio")
+
+
+class Saver:
+    """Writes the checkpoints of a run.
+
+    When one cannot be written, training goes on, for somebody may make room, and a tenth of the usual way later it is
+    tried again. Only a run whose end could not be saved ends with an error.
+    """
+
+    def __init__(self, run: Run, newest: Path | None) -> None:
+        """newest: the checkpoint that the run goes on from."""
+        self.run, self.engine, self.options = run, run.engine, run.config.checkpoints
+        self.folder = Path(self.options.checkpoint_output_dir)
+        self.newest = newest  # the newest checkpoint of this run
+        self.saved_step = -1  # its step, if this process wrote it
+        self.failing = False  # whether the last attempt failed; the same in all processes
+        self.problem: UserError | None = None  # why; only the main process knows
+
+    def due(self) -> bool:
+        """Whether to save after this step, the last one of an epoch aside."""
+        every, per_call = self.options.checkpoint_save_steps, self.engine.steps_per_call
+        if self.failing:
+            every = max(per_call, (every or self.run.schedule.steps_in_epoch()) // 10)
+        return bool(every) and self.run.position.step % every < per_call
+
+    def way_out(self) -> str:
+        """What to do where losses or weights are not finite, for an error's line."""
+        begin = "start again with" if self.newest is None else "go on from it with --resume and"
+        remedies = self.engine.remedies()
+        flags = ", ".join(remedies[:-1]) + " or " + remedies[-1] if remedies[1:] else remedies[0]
+        return f"the last good checkpoint is {self.newest or 'none'}: {begin} {flags}"
+
+    def save(self, epoch: int, complete: bool = False) -> None:
+        """Save, unless this step is saved already, in `epoch` or at its end; drop old ones as configured."""
+        step = self.run.position.step
+        if self.saved_step == step or not self.options.checkpoint_output_dir:
+            return
+        path = self.folder / checkpoints.checkpoint_name(epoch, None if complete else step)
+        weights, state = self.engine.model_state(), self.engine.state_dict()  # every process takes part
+        bad = not_finite(weights)
+        if self.engine.any(bad is not None):
+            where = bad or "in the main process"
+            raise UserError(f"step {step}: weights are not finite ({where}) and were not saved; {self.way_out()}")
+        self.problem = None
+        if self.engine.is_main:
+            try:
+                self.write(path, weights, state)
+            except UserError as error:
+                self.problem = error
+                logger.error(f"step {step}: {error}; the newest checkpoint is {self.newest or 'none'}")
+        self.failing = self.engine.any(self.problem is not None)  # the others wait here for the file
+        if not self.failing:
+            self.saved_step, self.newest = step, path
+
+    def write(self, path: Path, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Write one checkpoint, in the main process. state: of the engine. Raises UserError."""
+        run, config = self.run, self.run.config
+        run.metrics.sync()  # what the file says has happened is on the disk before it
+        begin = time.perf_counter()
+        optimizer, schedule = state.pop("optimizer"), run.schedule.state_dict()
+        hparams = {name: getattr(config.ipu, name) for name in IPU_OPTIONS}
+        hparams.update(layers_per_ipu=list(config.ipu.layers_per_ipu), fp16=config.execution.fp16)
+        training = {
+            "position": dict(vars(run.position)),
+            "engine": state,
+            **identities(config, run.parts),
+            "num_samples": len(run.parts.train_set),
+            "config": config.to_dict(),
+        }
+        shape, epoch = run.model_config.to_dict(), run.position.epoch
+        content = checkpoints.dalle_checkpoint(shape, weights, epoch, optimizer, schedule, hparams, training)
+        checkpoints.save_checkpoint(path, content)
+        logger.info(f"saved {path} in {time.perf_counter() - begin:.1f} s", extra=log.DETAIL)
+        checkpoints.prune_checkpoints(self.folder, self.options.keep_checkpoints)
+
+    def require_saved(self) -> None:
+        """Raise UserError when what the run ended with could not be saved."""
+        if self.problem is not None:
+            raise UserError(f"{self.problem}; the newest checkpoint is {self.newest or 'none'}")
+
+    def tell_interrupted(self) -> None:
+        """Say that the run ends early, and how it goes on."""
+        step = self.run.position.step
+        if self.saved_step == step:
+            logger.info(f"interrupted at step {step}, saved as {self.newest}; --resume goes on")
+        else:
+            logger.warning(f"interrupted at step {step}, not saved")

@@ -1,0 +1,223 @@
+"""What a run is made of: vocabulary, VQGAN, data sets, and the model to train."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import args
+import data
+import log
+from args import Config
+from bpe import Tokenizer, load_tokenizer
+from engines import Engine
+from models.building import build_dalle
+from models.config import ARCHITECTURES, DalleConfig
+from models.dalle import DALLE, TextToImage
+from models.vqgan import PUBLISHED, VQGAN, VqganConfig, default_vqgan, load_vqgan
+from training.schedule import Position
+from utils import checkpoints, resume
+from utils.caches import cache_folder
+from utils.errors import UserError
+from utils.skipped import start_report
+
+logger = logging.getLogger(__name__)
+
+#: Options that say how a model is trained, not what it is.
+TRAINING_OPTIONS = ("loss_img_weight", "attn_dropout", "ff_dropout")
+
+_SAME_NAME = ("text_seq_len", "dim_head", "attn_types", "sandwich_norm", "layer_scale", "init_std", *TRAINING_OPTIONS)
+#: Fields of DalleConfig and the options that decide on them.
+MODEL_OPTIONS = {
+    **{name: name for name in _SAME_NAME},
+    **{"dim": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads"},
+}
+
+#: What was left out of the data, a line for each file, in the folder of the log.
+SKIPPED = "skipped.jsonl"
+
+#: Samples of a --generated-data epoch, unless two global batches need more.
+GENERATED_SAMPLES = 1024
+
+
+class Parts(NamedTuple):
+    """What a run is made of."""
+
+    tokenizer: Tokenizer
+    vqgan_paths: tuple[Path, Path]
+    vqgan: VQGAN
+    train_set: Any
+    validation_set: Any | None
+
+
+class Start(NamedTuple):
+    """A checkpoint to begin from, and its file's name."""
+
+    path: Path
+    checkpoint: checkpoints.DalleCheckpoint
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Its training state."""
+        return self.checkpoint.training or {}
+
+
+def build_parts(config: Config, engine: Engine | None = None) -> Parts:
+    """Open tokenizer, VQGAN and data sets. engine: of the run, where several processes build their parts."""
+    is_main = engine is None or engine.is_main
+    if is_main:
+        start_report(config.log_dir / SKIPPED)
+    if engine is not None:
+        engine.barrier()
+    tokenizer = load_tokenizer(config.data.bpe_path)
+    options, model = config.data, config.model
+    generated = options.generated_data or options.synthetic_data
+    if generated and model.vqgan_model_path is None:
+        # Random pictures need no trained VQGAN: one of the published shape does the same work, without a download.
+        name = published_vqgan(config)
+        logger.info(f"generated data: a VQGAN of the published {name} shape with random weights")
+        vqgan, paths = VQGAN(PUBLISHED[name].config), (Path("random"), Path("random"))
+        vqgan.identity = "random"
+    else:
+        weights, yaml = model.vqgan_model_path, model.vqgan_config_path  # both or none
+        paths = (Path(weights), Path(yaml)) if weights and yaml else default_vqgan(name=published_vqgan(config))
+        vqgan = load_vqgan(*paths)
+    train_set, validation_set = data.create_datasets(
+        input_folder=options.input_folder,
+        tokenizer=tokenizer,
+        text_seq_len=model.text_seq_len,
+        image_size=model.image_size,
+        truncate_captions=options.truncate_captions,
+        seed=config.execution.random_seed,
+        null_cond_prob=model.null_cond_prob,
+        validation_folder=options.validation_folder,
+        validation_holdout=0.0 if generated else options.validation_fraction,
+        num_generated=max(GENERATED_SAMPLES, 2 * config.global_batch) if generated else 0,
+        flip=options.augment == "flip",
+        index_folder=None if options.cache_codes in ("auto", "off") else Path(options.cache_codes) / "shards",
+        max_bad_fraction=options.max_bad_fraction,
+        skipped_file=config.log_dir / SKIPPED,
+        is_main=is_main,
+    )
+    return Parts(tokenizer, paths, vqgan, train_set, validation_set)
+
+
+def encode_images(config: Config, engine: Engine, parts: Parts, position: Position) -> Parts:
+    """Turn images into their codes, each once for all epochs and runs (--cache-codes), and let the VQGAN's weights go.
+
+    position: where the run starts.
+    """
+    options, vqgan = config.data, parts.vqgan
+    if not options.keeps_codes:
+        return parts
+    identity = vqgan.identity
+    if identity == "random":
+        identity = f"random, seed {config.execution.random_seed}, PyTorch {torch.__version__}"
+    cache = data.CodeCache(
+        cache_folder("dalle", "codes") if options.cache_codes == "auto" else options.cache_codes,
+        made_with={"vqgan": identity, "vqgan_config": dataclasses.asdict(vqgan.config)},
+        image_size=config.model.image_size,
+        num_codes=vqgan.num_codes,
+        codes_per_image=(config.model.image_size // vqgan.config.downsampling) ** 2,
+        encode=functools.partial(engine.encode, vqgan),
+        team=data.Team(engine.rank, engine.world_size, engine.mean),
+        workers=options.dataloader_workers,
+        progress=functools.partial(log.progress, unit="image", is_main=engine.is_main),
+    )
+    # A run that ends within its first epoch does not come to all images: those that it leaves out need not be encoded.
+    short = config.execution.max_steps > 0 and position.epoch == 0
+    calls = -(-max(0, config.execution.max_steps - position.step) // engine.steps_per_call)
+    samples, order = position.sample_in_epoch + calls * engine.steps_per_call * config.global_batch, None
+    if config.ipu.compile_only:  # the first one tells the shapes
+        short, samples, parts = True, 1, parts._replace(validation_set=None)
+    if short and samples < len(parts.train_set):
+        order = parts.train_set.order(config.execution.random_seed, 0)[:samples]
+    train_set, validation_set = cache.encoded(parts.train_set, parts.validation_set, order)
+    if train_set is parts.train_set:
+        return parts
+    return parts._replace(train_set=train_set, validation_set=validation_set, vqgan=vqgan.to("meta"))
+
+
+def published_vqgan(config: Config) -> str:
+    """The published VQGAN that a configuration takes where none is given: that of its architecture's authors."""
+    return "f16-1024" if config.model.architecture == "mini-dalle" else "f16-16384"
+
+
+def vqgan_config(config: Config) -> VqganConfig:
+    """The VQGAN that a configuration means, without reading its weights."""
+    path = config.model.vqgan_config_path
+    return VqganConfig.from_yaml(path) if path else PUBLISHED[published_vqgan(config)].config
+
+
+def identities(config: Config, parts: Parts) -> dict[str, dict[str, Any]]:
+    """What vocabulary and VQGAN are, and where they lay: those that a run is resumed with must be the same."""
+    weights, yaml = parts.vqgan_paths
+    return {
+        "tokenizer": dict(parts.tokenizer.identity, path=config.data.bpe_path or ""),
+        "vqgan": {
+            "sha256": parts.vqgan.identity,
+            "options": json.dumps(parts.vqgan.config.to_dict(), sort_keys=True),
+            "weights": str(weights),
+            "config": str(yaml),
+        },
+    }
+
+
+def dalle_config(config: Config, tokenizer: Tokenizer, vqgan: VQGAN) -> DalleConfig:
+    """The model that a configuration, a vocabulary and a VQGAN describe."""
+    options = config.model
+    values: dict[str, Any] = dict(
+        num_text_tokens=tokenizer.vocab_size,
+        num_image_tokens=vqgan.num_codes,
+        grid=options.image_size // vqgan.config.downsampling,
+    )
+    values.update((field, getattr(options, name)) for field, name in MODEL_OPTIONS.items())
+    return DalleConfig(**dict(values, **ARCHITECTURES[options.architecture]))
+
+
+def model_config(config: Config, parts: Parts, start: Start | None) -> DalleConfig:
+    """The model to train: a new one as configured, or that of a checkpoint, trained as configured."""
+    wanted = dalle_config(config, parts.tokenizer, parts.vqgan)
+    if start is None:
+        return wanted
+    own = DalleConfig.from_dict(start.checkpoint.config)
+    if not own.unique_pads:  # minDALL-E's table may have more rows than its vocabulary
+        wanted = dataclasses.replace(wanted, num_text_tokens=max(wanted.num_text_tokens, own.num_text_tokens))
+    for name, option in (
+        ("num_text_tokens", "bpe_path"),
+        ("num_image_tokens", "vqgan_model_path"),
+        ("text_seq_len", "text_seq_len"),
+        ("grid", "image_size"),
+    ):
+        has, needs = getattr(own, name), getattr(wanted, name)
+        if has != needs:
+            raise UserError(f"{start.path} has {name} = {has}, but {args.flag_name(option)} makes it {needs}")
+    differing = resume.changes(wanted.to_dict(), own.to_dict())
+    for name in TRAINING_OPTIONS:
+        differing.pop(name, None)
+    if differing:
+        flags = {field: args.flag_name(option) for field, option in MODEL_OPTIONS.items()}
+        decided = resume.listed(differing, lambda field: flags.get(field, field))
+        logger.warning(f"{start.path} decides on its shape, not the configuration: {decided}")
+    return dataclasses.replace(own, **{name: getattr(wanted, name) for name in TRAINING_OPTIONS})
+
+
+def build_model(config: Config, parts: Parts, start: Start | None, wanted: DalleConfig) -> TextToImage:
+    """A new model, or the one of a checkpoint, whose weights it takes over."""
+    if start is None:
+        dalle = DALLE(wanted)
+    else:
+        averaged = None if config.checkpoints.resume else start.checkpoint.ema  # the better ones to start anew from
+        weights = start.checkpoint.weights if averaged is None else averaged
+        dalle = build_dalle(wanted, weights)
+    size = sum(p.numel() for p in dalle.parameters()) / 1e6
+    tokens = f"{wanted.text_seq_len} text + {wanted.image_seq_len} image tokens"
+    logger.info(f"DALL-E: {size:.2f} M parameters, {tokens}")
+    encoded = isinstance(parts.train_set, data.CodesDataset)
+    return TextToImage(dalle, None if encoded else parts.vqgan, config.model.code_noise)
