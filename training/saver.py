@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Options of IPUs that the published layout has among its hparams, with fp16 and layers_per_ipu.
-IPU_OPTIONS = ("embedding_ipu_id", "embedding_serialization_factor", "cls_ipu_id", "byteio")
+#: Options that the published layout has among its hparams, and that say nothing about the model.
+HPARAMS = ("embedding_ipu_id", "embedding_serialization_factor", "layers_per_ipu", "cls_ipu_id", "fp16", "byteio")
 
 
 class Saver:
@@ -78,18 +78,18 @@ class Saver:
 
     def write(self, path: Path, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Write one checkpoint, in the main process. state: of the engine. Raises UserError."""
-        run, config = self.run, self.run.config
+        run = self.run
         run.metrics.sync()  # what the file says has happened is on the disk before it
         begin = time.perf_counter()
         optimizer, schedule = state.pop("optimizer"), run.schedule.state_dict()
-        hparams = {name: getattr(config.ipu, name) for name in IPU_OPTIONS}
-        hparams.update(layers_per_ipu=list(config.ipu.layers_per_ipu), fp16=config.execution.fp16)
+        options = run.config.to_dict()
+        hparams = {name: options[name] for name in HPARAMS}
         training = {
             "position": dict(vars(run.position)),
             "engine": state,
-            **identities(config, run.parts),
+            **identities(run.config, run.parts),
             "num_samples": len(run.parts.train_set),
-            "config": config.to_dict(),
+            "config": options,
         }
         shape, epoch = run.model_config.to_dict(), run.position.epoch
         content = checkpoints.dalle_checkpoint(shape, weights, epoch, optimizer, schedule, hparams, training)

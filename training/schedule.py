@@ -22,7 +22,7 @@ class Position:
     samples: int = 0
     """Samples trained on in all."""
     seconds: float = 0.0
-    """Time spent in training steps so far, for --max-minutes."""
+    """Time spent in training steps so far, for --max-minutes and, in stage 1, --minutes."""
     validation_due: bool = False
     """The run was interrupted before or during the validation that comes after this step, or resumed with a global
     batch that the rest of the epoch does not fill."""

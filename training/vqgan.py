@@ -61,7 +61,7 @@ def train(args: argparse.Namespace, interruption: Interruption | None = None) ->
 
 
 class Run(Loop):
-    """A training run: the trainer, its images, the time it took so far, and its state on disk."""
+    """A training run: the trainer, its images, how far it has come, and its state on disk."""
 
     def __init__(self, args: argparse.Namespace, interruption: Interruption) -> None:
         """Build all that `args` describe; with --resume the run goes on at the very next step. Raises UserError."""
@@ -94,7 +94,7 @@ class Run(Loop):
         self.logged = replace(self.position)
 
     def begin(self, state: dict[str, Any] | None) -> None:
-        """Start from the beginning, or where a state is. Evaluations and saving take none of the position's time."""
+        """Start from the beginning, or resume a state. `position.seconds` leaves evaluation and saving out."""
         args, drawn = self.args, int(state["drawn"]) if state else 0
         self.position = Position(seconds=float(state["seconds"]) if state else 0.0)
         self.batches = Batches(self.images, args.batch_size, args.random_seed, drawn, args.dataloader_workers)
