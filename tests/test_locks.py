@@ -1,7 +1,9 @@
 """One writer for each folder: a second one is refused, and a killed one leaves no lock behind."""
 
+import errno
 import os
 import signal
+import types
 
 import pytest
 from test_crash import arguments, assert_as_undisturbed, finish, start, undisturbed, wait_for  # noqa: F401 (fixtures)
@@ -9,6 +11,7 @@ from test_train import folder  # noqa: F401
 
 import train_vqgan
 from dalle.outputs import PromptFolder
+from utils import locks
 from utils.errors import UserError
 from utils.locks import only_writer, try_lock
 
@@ -68,6 +71,21 @@ def test_a_lock_lasts_until_it_is_closed_and_survives_no_fork(tmp_path):
         os.close(descriptor)
     del again
     assert try_lock(tmp_path / "lock") is not None
+
+
+@pytest.mark.parametrize("missing", ["on this file system", "on this system"])
+def test_without_locks_everything_goes_on_and_says_so_once(missing, monkeypatch, tmp_path, caplog):
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    without = types.SimpleNamespace(flock=refused, LOCK_EX=2, LOCK_NB=4, LOCK_UN=8)
+    fcntl = None if missing == "on this system" else without
+    monkeypatch.setattr(locks, "fcntl", fcntl)
+    with only_writer(("--a", tmp_path)), only_writer(("--b", tmp_path)), open(str(tmp_path / "file"), "w") as file:
+        for _ in range(2):
+            locks.wait_for_lock(file)
+    warned = [] if fcntl is None else [str(tmp_path / name) for name in (".lock", "file")]
+    assert [record.getMessage().split(": ")[0] for record in caplog.records] == warned
 
 
 def test_what_a_link_in_place_of_a_lock_points_to_is_not_written(tmp_path):

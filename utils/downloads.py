@@ -17,6 +17,7 @@ import shutil
 import socket
 import ssl
 import time
+import types
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -25,6 +26,7 @@ from typing import Any, Dict, Iterator, NoReturn, Optional, Tuple
 
 from utils.errors import UserError
 from utils.files import PathLike, atomic_write
+from utils.locks import wait_for_lock
 
 logger = logging.getLogger(__name__)
 
@@ -283,13 +285,8 @@ def _mismatch(path: Path, checksums: Dict[str, str]) -> str:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Keep other processes (the ranks of one training run, say) from downloading the same file at the same time."""
-    try:
-        import fcntl
-    except ImportError:  # not on this system: processes may fetch the file twice, but never share a part of it
-        yield
-        return
     with open(str(path.with_name("." + path.name + ".lock")), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        wait_for_lock(file)
         yield
         # Only after success: whoever waits for the deleted file, or makes a new one, will find the download complete.
         with contextlib.suppress(FileNotFoundError):
@@ -299,23 +296,10 @@ def _locked(path: Path) -> Iterator[None]:
 # Progress ------------------------------------------------------------------------------------------------------------
 
 
-class _NoBar:
-    """Stands in for tqdm, which a bare Python does not have."""
-
-    def __enter__(self) -> "_NoBar":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        pass
-
-    def update(self, amount: int) -> None:
-        pass
-
-
 def progress_bar(total: Optional[int], name: str, unit: str, progress: bool) -> Any:
     """Return a bar on stderr, with `update`; one that shows nothing without `progress` or without tqdm."""
     try:
         from tqdm import tqdm
     except ImportError:
-        return _NoBar()
+        return contextlib.nullcontext(types.SimpleNamespace(update=lambda amount: None))
     return tqdm(total=total, desc=name, unit=unit, unit_scale=unit == "B", unit_divisor=1000, disable=not progress)

@@ -1,20 +1,24 @@
-"""Locks on folders: one process at a time writes there. A lock ends with its process, so none is ever left over."""
+"""Locks on files and folders: one process at a time writes there. A lock ends with its process: none is left over.
+
+Not filelock: its last version for Python 3.8 empties the file that names the holder, and its forks keep the lock.
+"""
 
 import contextlib
-import errno
+import functools
 import logging
 import os
 import socket
-import sys
 import weakref
 from pathlib import Path
-from typing import Iterator, Optional, Tuple
+from typing import IO, Any, Iterator, Optional, Tuple
 
 from utils.errors import UserError
 from utils.files import PathLike
 
-if sys.platform != "win32":
+try:
     import fcntl
+except ImportError:  # not on this system
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +33,7 @@ class Lock:
     def close(self) -> None:
         """Let go. May be called again."""
         if self._descriptor is not None:
-            with contextlib.suppress(OSError):  # no locks here
+            with contextlib.suppress(OSError, AttributeError):  # no locks here
                 fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # now, whatever a fork has still open
             self.forget()
 
@@ -65,18 +69,36 @@ def try_lock(path: PathLike) -> Optional[Lock]:
     is_folder = os.path.isdir(path)
     new_file = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     descriptor = os.open(path, os.O_RDONLY if is_folder else new_file, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            os.close(descriptor)
-            return None
-        logger.warning("%s: this file system has no locks (%s)", path, error.strerror or error)
+    if not _locked(descriptor, path, getattr(fcntl, "LOCK_NB", 0)):
+        os.close(descriptor)
+        return None
     if not is_folder:
         with contextlib.suppress(OSError):  # a full disk: the lock holds, but does not say whose it is
             os.ftruncate(descriptor, 0)
             os.write(descriptor, "process {} on {}".format(os.getpid(), socket.gethostname()).encode("utf-8"))
     return Lock(descriptor)
+
+
+def wait_for_lock(file: IO[Any]) -> None:
+    """Lock an open file until it is closed, as soon as no other process holds its lock; without locks, go on."""
+    _locked(file.fileno(), file.name)
+
+
+def _locked(descriptor: int, path: PathLike, more_flags: int = 0) -> bool:
+    """Return False if another process holds the lock and the flags say not to wait; True also without locks."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | more_flags)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        _warn("{}: this file system has no locks ({})".format(path, error.strerror or error))
+    return True
+
+
+@functools.lru_cache(maxsize=None)
+def _warn(message: str) -> None:
+    logger.warning("%s", message)
 
 
 def holder(path: PathLike) -> str:

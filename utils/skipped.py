@@ -17,6 +17,7 @@ from typing import IO, Any, Dict, Iterable, Iterator, List, NamedTuple, Optional
 
 from utils.errors import UserError
 from utils.files import PathLike
+from utils.locks import wait_for_lock
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +176,7 @@ class SkipReport:
                     os.makedirs(os.path.dirname(os.path.abspath(self.file)), exist_ok=True)
                 # Without a buffer: what a full disk does not take must not come back when the file is closed.
                 file = open(self.file, "a+b" if write else "rb", buffering=0)
-                _lock(file)
+                wait_for_lock(file)
             except OSError as error:
                 self._complain(error)
         try:
@@ -230,11 +231,3 @@ class SkipReport:
         if not self._told:
             self._told = True
             logger.warning("cannot list what is left out in %s: %s", self.file, error.strerror or error)
-
-
-def _lock(file: IO[bytes]) -> None:
-    try:
-        import fcntl
-    except ImportError:  # not on this system: two processes may list the same file
-        return
-    fcntl.flock(file, fcntl.LOCK_EX)
