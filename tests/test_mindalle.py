@@ -355,7 +355,8 @@ def test_a_published_name_is_fetched_once(tmp_path, monkeypatch):
         ([("a/pipe", (tarfile.FIFOTYPE, ""))], "unsafe entry"),
         ([("a/large", b"x" * 2000)], "more than the 1000 bytes"),
         ([("a/x", b"x"), ("b/x", b"x")], "2 things at its top"),
-        ([("a/x", b"x"), ("a/x", b"y")], "cannot unpack"),
+        ([("a/x", b"x"), ("a/x", b"y")], "unsafe entry 'a/x'"),
+        ([("a", b"x"), ("a/x", b"y")], "cannot unpack"),
     ],
 )
 def test_hostile_archives_are_refused_whole(tmp_path, files, message):
