@@ -250,7 +250,7 @@ class NativeEngine(Engine):
             for block in blocks:
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if execution.shard:
-            self.sharding = sharding.Sharding(self.model, self.device, self.autocast_dtype, self.hosts)
+            self.sharding = sharding.Sharding(self.model, self.device, self.autocast_dtype)
         self.optimizers = make_optimizers(self.model, options)
         if self.sharding is not None:
             self.sharding.localize(self.optimizers)

@@ -52,14 +52,14 @@ def make_scaler(device_type: str, **options: Any) -> Any:
 class Sharding:
     """A model's parameters, of which each process owns a part."""
 
-    def __init__(self, model: TextToImage, device: torch.device, half: Optional[torch.dtype], hosts: Any) -> None:
+    def __init__(self, model: TextToImage, device: torch.device, half: Optional[torch.dtype]) -> None:
         """Share a model on the CPU out, block by block: no device ever holds all of it.
 
-        half: the type that autocast computes in; None for float32. hosts: a gloo group; None: the default group is one.
+        half: the type that autocast computes in; None for float32.
         """
         from torch.distributed.device_mesh import init_device_mesh
 
-        self.model, self.hosts = model, hosts
+        self.model = model
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.mesh = init_device_mesh(device.type, (self.world_size,))
         matrices = {p for p in model.dalle.parameters() if p.dim() == 2}
@@ -235,22 +235,11 @@ class Sharding:
     def _collected(self, part: Tensor, matrix: Any) -> Optional[Tensor]:
         """A whole tensor in the memory of process 0's host, else None. matrix: whose rows `part` are; None: it is all.
 
-        By the hosts' own group: no device need have room for it.
+        One at a time: a device has room for it, since it gathers the largest ones together in every pass. Nothing of
+        torch.distributed.checkpoint.state_dict: it knows neither averages nor an optimizer of rows.
         """
-        part = part.detach().cpu()
-        if matrix is None:
-            return None if self.rank else part.clone()
-        if self.rank:
-            if part.numel():
-                dist.send(part.contiguous(), 0, group=self.hosts)
-            return None
-        whole = torch.empty(matrix.shape, dtype=part.dtype)
-        for process, rows in enumerate(whole.chunk(self.world_size)):
-            if process == 0:
-                rows.copy_(part)
-            else:
-                dist.recv(rows, process, group=self.hosts)
-        return whole
+        whole = part if matrix is None else self._gathered(part, matrix)
+        return None if self.rank else whole.detach().to("cpu", copy=True)
 
 
 def _is_shared_out(tensor: Tensor) -> bool:
