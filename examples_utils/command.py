@@ -11,7 +11,7 @@ from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")
+VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 VIPU_FLAG = re.compile(r"--vipu-(?:partition|server-host|server-port)(?:=|\s+)\S+\s*")
 
 
@@ -27,24 +27,18 @@ class Command:
     def num_processes(self) -> int:
         """N of `mpirun --np N`, else 1: each process then logs its own throughput only."""
         names = [word.rpartition("/")[2] for word in self.words]
-        if "mpirun" in names:
-            launcher = self.words[names.index("mpirun"):max(python_index(self.words), 0)]
-            number = option_value(launcher, "--np")
-            if number is not None and number.isdigit():
-                return max(int(number), 1)
-        return 1
+        launcher = self.words[names.index("mpirun"):python_index(self.words)] if "mpirun" in names else ()
+        number = option_value(launcher, "--np") or ""
+        return max(int(number), 1) if number.isdigit() else 1
 
 
 def option_value(words: Sequence[str], *flags: str) -> Optional[str]:
     """The value of the last `--flag value` or `--flag=value` among the words."""
     value = None
-    for index, word in enumerate(words):
-        flag, equals, after = word.partition("=")
+    for word, after in zip(words, [*words[1:], None]):
+        flag, equals, rest = word.partition("=")
         if flag in flags:
-            if equals:
-                value = after
-            elif index + 1 < len(words):
-                value = words[index + 1]
+            value = rest if equals else after
     return value
 
 
@@ -54,17 +48,21 @@ def build_command(variant: Variant, env: Mapping[str, str], allow_wandb: bool = 
 
     Raises UserError when the entry's cmd cannot be filled in, split, or calls no Python.
     """
-    benchmark = variant.benchmark
-    where = "{}: '{}': cmd".format(benchmark.spec_path.name, benchmark.name)
+    benchmark, unset = variant.benchmark, []
+    where = f"{benchmark.spec_path.name}: '{benchmark.name}': cmd"
+
+    def expanded(match: "re.Match[str]") -> str:
+        name = match[1] or match[2]
+        if name not in env:
+            unset.append(name)
+        return env.get(name, match[0])
+
     try:
         text = benchmark.cmd.format(**variant.params)
-    except KeyError as error:
-        raise UserError("{} names {{{}}}, which is no key of parameters (for a literal brace write {{{{ or }}}})"
-                        .format(where, error.args[0])) from None
-    except (ValueError, IndexError, AttributeError) as error:
-        raise UserError("{}: {} (for a literal brace write {{{{ or }}}})".format(where, error)) from None
-    parts = _absolute_script(text.split(), variant, where)
-    text = " ".join(parts)
+    except (ValueError, LookupError, AttributeError) as error:
+        unknown = f" names {{{error.args[0]}}}, which is no key of parameters" if isinstance(error, KeyError) else ""
+        raise UserError(f"{where}{unknown or f': {error}'} (for a literal brace write {{{{ or }}}})") from None
+    text = " ".join(_absolute_script(text.split(), variant, where))
     try:
         if "--wandb" in text and (compile_only or not (allow_wandb or benchmark.allow_wandb)):
             logger.info("the wandb flags of %s are left out%s", variant.name,
@@ -72,40 +70,21 @@ def build_command(variant: Variant, env: Mapping[str, str], allow_wandb: bool = 
             text = _without_wandb(text)
         if compile_only:
             text = VIPU_FLAG.sub("", text).strip() + " --compile-only"
-        expanded, unset = expand(text, env)
-        return Command(text, tuple(shlex.split(expanded)), tuple(unset))
+        return Command(text, tuple(shlex.split(VARIABLE.sub(expanded, text))), tuple(unset))
     except ValueError as error:
-        raise UserError("{}: {}: {}".format(where, str(error).lower(), text)) from None
-
-
-def expand(text: str, env: Mapping[str, str]) -> Tuple[str, List[str]]:
-    """Replace $NAME and ${NAME} by their values in `env`; names that are not set stay as they are and are returned."""
-    unset = []
-
-    def value(match: "re.Match[str]") -> str:
-        name = match.group(1) or match.group(2)
-        if name in env:
-            return env[name]
-        if re.fullmatch(r"[A-Za-z_]\w*", name):
-            unset.append(name)
-        return match.group(0)
-
-    return VARIABLE.sub(value, text), unset
+        raise UserError(f"{where}: {str(error).lower()}: {text}") from None
 
 
 def python_index(words: Sequence[str]) -> int:
     """Position of the Python that the command calls: the first `python3`, else the first `python`; -1: none."""
-    for name in ("python3", "python"):
-        if name in words:
-            return words.index(name)
-    return -1
+    return next((words.index(name) for name in ("python3", "python") if name in words), -1)
 
 
 def _absolute_script(parts: List[str], variant: Variant, where: str) -> List[str]:
     """Make the word after Python absolute, so that a command copied from the results runs in any folder."""
     index = python_index(parts)
     if index < 0 or index + 1 >= len(parts):
-        raise UserError("{} must call `python3 SCRIPT` or `python3 -m MODULE`: {}".format(where, " ".join(parts)))
+        raise UserError(f"{where} must call `python3 SCRIPT` or `python3 -m MODULE`: {' '.join(parts)}")
     script = parts[index + 1]
     if not script.startswith(("-", "$")):  # a flag such as -m, or a path that a variable makes
         parts[index + 1] = shlex.quote(str((variant.benchmark.folder / script.strip("'\"")).resolve()))
@@ -114,14 +93,10 @@ def _absolute_script(parts: List[str], variant: Variant, where: str) -> List[str
 
 def _without_wandb(text: str) -> str:
     """Drop every flag with wandb in its name, and the word after it unless that is a flag."""
-    kept: List[str] = []
-    words = shlex.split(text)
-    index = 0
-    while index < len(words):
-        if words[index].startswith("-") and "wandb" in words[index]:
-            has_value = index + 1 < len(words) and not words[index + 1].startswith("-")
-            index += 2 if has_value and "=" not in words[index] else 1
-            continue
-        kept.append(words[index])
-        index += 1
-    return " ".join(shlex.quote(word) for word in kept)
+    kept, dropped = [], False
+    for word in shlex.split(text):
+        is_value = dropped and not word.startswith("-")
+        dropped = word.startswith("-") and "wandb" in word and "=" not in word
+        if not is_value and not (word.startswith("-") and "wandb" in word):
+            kept.append(word)
+    return shlex.join(kept)

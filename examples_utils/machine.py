@@ -10,14 +10,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Tuple
+from typing import Dict, Iterator, Mapping, Optional, Tuple
 
 from examples_utils.command import Command, option_value
 from examples_utils.spec import Benchmark
 
 POD = re.compile(r"_pod(\d+)(?:_|$)")
-GLOB = re.compile(r"[*?\[{]")
-PROBE_SECONDS = 120
+DATASET = re.compile(r"\$(?:DATASETS_DIR\b|\{DATASETS_DIR\})([^\s'\":,]*)")
 POPLAR = "POPLAR_SDK_ENABLED"  # set by the SDK's enable.sh
 
 
@@ -46,112 +45,80 @@ class Machine:
 
     def has_ipus(self, number: int) -> bool:
         """Whether so many IPUs are attached."""
-        return self._probe("import poptorch; print(poptorch.ipuHardwareIsAvailable({}))".format(number)) == "True"
+        return self._probe(f"import poptorch; print(poptorch.ipuHardwareIsAvailable({number}))") == "True"
 
     def _probe(self, code: str) -> str:
         """Last line that a Python process prints: importing torch here would keep its memory for all benchmarks."""
         if code not in self._probes:
             try:
-                done = subprocess.run([sys.executable, "-c", code], env=dict(self.env), stdout=subprocess.PIPE,
-                                      stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, timeout=PROBE_SECONDS,
-                                      universal_newlines=True, check=False)
-                printed = done.stdout.strip().splitlines()
+                printed = subprocess.run([sys.executable, "-c", code], env=dict(self.env), stdout=subprocess.PIPE,
+                                         stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, timeout=120, text=True,
+                                         check=False).stdout.strip()
             except (OSError, subprocess.TimeoutExpired):
-                printed = []
-            self._probes[code] = printed[-1] if printed else ""
+                printed = ""
+            self._probes[code] = printed.rpartition("\n")[2]
         return self._probes[code]
 
 
 def why_skipped(benchmark: Benchmark, command: Command, env: Mapping[str, str], machine: Machine,
                 compile_only: bool = False) -> Optional[str]:
     """The reason not to run the command here, or None when nothing it is known to need is missing."""
-    if compile_only and not benchmark.compile_only:
-        return "has no --compile-only mode"
-    ipus, gpus = hardware(benchmark, command)
-    reason = _without_ipus(ipus, command, env, machine, compile_only) if ipus else None
-    if not reason and gpus:
-        reason = _without_gpus(gpus, machine)
-    if not reason:
-        reason = _without_requirement(benchmark, machine)
-    if not reason and benchmark.needs_dataset:
-        reason = _without_dataset(command, env)
-    if not reason and command.unset:
-        reason = "the environment variable {} is not set".format(" and ".join(dict.fromkeys(command.unset)))
-    return reason
+    return next(_missing(benchmark, command, env, machine, compile_only), None)
 
 
 def hardware(benchmark: Benchmark, command: Command) -> Tuple[int, int]:
     """How many IPUs and how many GPUs the entry needs; 0: none."""
-    ipus = gpus = 0
-    for need in benchmark.requires:
-        kind, _, number = need.partition(":")
-        if kind == "ipu":
-            ipus = int(number or 1)
-        elif kind == "cuda":
-            gpus = int(number or 1)
+    needed = {"ipu": 0, "cuda": 0}
+    for kind, _, number in (need.partition(":") for need in benchmark.requires):
+        if kind in needed:
+            needed[kind] = int(number or 1)
     device = option_value(command.words, "--device") or ""
     pod = POD.search(benchmark.name)
     if pod or device.startswith("ipu") or "poprun" in command.words:
-        ipus = max(ipus, int(pod.group(1)) if pod else 1)
+        needed["ipu"] = max(needed["ipu"], int(pod[1]) if pod else 1)
     if device.startswith("cuda"):
         local = option_value(command.words, "--nproc_per_node", "--nproc-per-node") or "1"
-        gpus = max(gpus, int(local) if local.isdigit() else 1)
-    return ipus, gpus
+        needed["cuda"] = max(needed["cuda"], int(local) if local.isdigit() else 1)
+    return needed["ipu"], needed["cuda"]
 
 
-def _without_ipus(number: int, command: Command, env: Mapping[str, str], machine: Machine,
-                  compile_only: bool) -> Optional[str]:
-    if not env.get(POPLAR):
-        return "no Poplar SDK ({} is not set)".format(POPLAR)
-    if not machine.has_package("poptorch"):
-        return "the Python package poptorch is not installed: install the wheel of the Poplar SDK"
-    launched = "poprun" in command.words
-    if launched and not machine.has_program("poprun"):
-        return "poprun of the Poplar SDK is not on the PATH"
-    # poprun makes the partition of IPUs itself, so before it runs they need not be visible.
-    if not launched and not compile_only and not machine.has_ipus(number):
-        return "no {} here".format("IPU is" if number == 1 else "{} IPUs are".format(number))
-    return None
-
-
-def _without_gpus(number: int, machine: Machine) -> Optional[str]:
-    if not machine.has_package("torch"):
-        return "the Python package torch is not installed: pip install -r requirements.txt"
-    found = machine.num_gpus()
-    if found >= number:
-        return None
-    return "PyTorch sees {} here; {} needed".format(
-        "no CUDA GPU" if not found else "only {} CUDA GPU{}".format(found, "" if found == 1 else "s"),
-        "one is" if number == 1 else "{} are".format(number))
-
-
-def _without_requirement(benchmark: Benchmark, machine: Machine) -> Optional[str]:
-    for need in benchmark.requires:
-        kind, _, name = need.partition(":")
+def _missing(benchmark: Benchmark, command: Command, env: Mapping[str, str], machine: Machine,
+             compile_only: bool) -> Iterator[str]:
+    if compile_only and not benchmark.compile_only:
+        yield "has no --compile-only mode"
+    ipus, gpus = hardware(benchmark, command)
+    if ipus:
+        launched = "poprun" in command.words
+        if not env.get(POPLAR):
+            yield f"no Poplar SDK ({POPLAR} is not set)"
+        if not machine.has_package("poptorch"):
+            yield "the Python package poptorch is not installed: install the wheel of the Poplar SDK"
+        if launched and not machine.has_program("poprun"):
+            yield "poprun of the Poplar SDK is not on the PATH"
+        # poprun makes the partition of IPUs itself, so before it runs they need not be visible.
+        if not launched and not compile_only and not machine.has_ipus(ipus):
+            yield "no IPU is here" if ipus == 1 else f"no {ipus} IPUs are here"
+    for kind, _, name in (need.partition(":") for need in (["package:torch"] if gpus else []) + [*benchmark.requires]):
         if kind == "package" and not machine.has_package(name):
-            return "the Python package {} is not installed: pip install -r requirements.txt".format(name)
+            yield f"the Python package {name} is not installed: pip install -r requirements.txt"
         if kind == "program" and not machine.has_program(name):
-            return "the program {} is not on the PATH".format(name)
+            yield f"the program {name} is not on the PATH"
         if kind == "file" and not (benchmark.folder / name).exists():
-            return "{} does not exist".format(benchmark.folder / name)
-    return None
-
-
-def _without_dataset(command: Command, env: Mapping[str, str]) -> Optional[str]:
-    folder = env.get("DATASETS_DIR")
-    if not folder:
-        return "needs real data: set DATASETS_DIR to the folder of the data sets"
-    if not Path(folder).is_dir():
-        return "DATASETS_DIR: {} is no folder".format(folder)
-    for name in _dataset_paths(command.text):
-        path = Path(folder + name)
-        if GLOB.search(path.name):  # shards such as {00000..00099}.tar
-            path = path.parent
-        if not path.exists():
-            return "{} does not exist (DATASETS_DIR is {})".format(path, folder)
-    return None
-
-
-def _dataset_paths(text: str) -> List[str]:
-    """What follows $DATASETS_DIR in the words of a command."""
-    return re.findall(r"\$(?:DATASETS_DIR\b|\{DATASETS_DIR\})([^\s'\":,]*)", text)
+            yield f"{benchmark.folder / name} does not exist"
+    found = machine.num_gpus() if gpus else 0
+    if found < gpus:
+        seen = f"only {found} CUDA GPU{'' if found == 1 else 's'}" if found else "no CUDA GPU"
+        yield f"PyTorch sees {seen} here; {'one is' if gpus == 1 else f'{gpus} are'} needed"
+    if benchmark.needs_dataset:
+        folder = env.get("DATASETS_DIR")
+        if not folder:
+            yield "needs real data: set DATASETS_DIR to the folder of the data sets"
+        elif not Path(folder).is_dir():
+            yield f"DATASETS_DIR: {folder} is no folder"
+        for name in DATASET.findall(command.text):
+            path = Path(f"{folder}{name}")
+            path = path.parent if re.search(r"[*?\[{]", path.name) else path  # shards such as {00000..00099}.tar
+            if not path.exists():
+                yield f"{path} does not exist (DATASETS_DIR is {folder})"
+    if command.unset:
+        yield f"the environment variable {' and '.join(dict.fromkeys(command.unset))} is not set"

@@ -8,7 +8,7 @@ import operator
 import re
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Type
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from examples_utils.spec import Derived, Metric
 from utils.errors import UserError
@@ -29,9 +29,6 @@ _STAGE_ENDS = re.compile(_STAMP + r"(?:End Poplar graph construction|Starting co
 _COMPILED = re.compile(r"Compiled model in *(\d+(?:\.\d+)?) secs")
 
 
-# Metrics of the spec -------------------------------------------------------------------------------------------------
-
-
 def extract(metrics: Sequence[Metric], stdout: Path, stderr: Path, num_processes: int = 1) -> Tuple[Results, List[str]]:
     """Match each metric line by line, stdout first, then stderr, and reduce what it captured.
 
@@ -39,55 +36,48 @@ def extract(metrics: Sequence[Metric], stdout: Path, stderr: Path, num_processes
     Returns the results and, one sentence each, why a metric has no value.
     """
     found: Dict[str, List[str]] = {metric.name: [] for metric in metrics}
-    for path in (stdout, stderr):
-        for line in lines(path):
-            for metric in metrics:
-                found[metric.name] += metric.regexp.findall(line)
+    for line in lines(stdout, stderr):
+        for metric in metrics:
+            found[metric.name] += metric.regexp.findall(line)
     results: Results = {}
     problems = []
     for metric in metrics:
-        value, problem = _reduce(metric, found[metric.name])
-        if value is not None and metric.name == "throughput":
-            value *= num_processes
-        results[metric.name] = {metric.reduction: value}
-        if problem:
-            problems.append(problem)
+        results[metric.name] = {metric.reduction: None}
+        try:
+            value = _reduce(metric, found[metric.name])
+            results[metric.name][metric.reduction] = value * (num_processes if metric.name == "throughput" else 1)
+        except UserError as error:
+            problems.append(str(error))
     return results, problems
 
 
-def lines(path: Path) -> Iterable[str]:
-    """Lines of a log without their ends; a carriage return ends one too, as progress bars use it."""
-    with open(str(path), encoding="utf-8", errors="backslashreplace") as file:
-        for line in file:
-            yield line.rstrip("\n")
+def lines(*paths: Path) -> Iterator[str]:
+    """Lines of logs without their ends; a carriage return ends one too, as progress bars use it."""
+    for path in paths:
+        with open(path, encoding="utf-8", errors="backslashreplace") as file:
+            for line in file:
+                yield line.rstrip("\n")
 
 
-def _reduce(metric: Metric, texts: Sequence[str]) -> Tuple[Optional[float], Optional[str]]:
-    """One value, or why there is none."""
+def _reduce(metric: Metric, texts: Sequence[str]) -> float:
+    """One value. Raises UserError that says why there is none."""
     values = []
     for text in texts:
         try:
             values.append(float(text))
         except ValueError:
-            return None, "{}: '{}' is no number".format(metric.name, text[:40])
-    if not all(math.isfinite(value) for value in values):
-        return None, "{} is not finite in the log".format(metric.name)
+            raise UserError(f"{metric.name}: '{text[:40]}' is no number") from None
+    if not all(map(math.isfinite, values)):
+        raise UserError(f"{metric.name} is not finite in the log")
     if not values:
-        return None, "{}: no line matches '{}'".format(metric.name, metric.regexp.pattern)
+        raise UserError(f"{metric.name}: no line matches '{metric.regexp.pattern}'")
     if len(values) <= metric.skip:
-        return None, "{}: {} matches, which skip: {} leaves out".format(metric.name, len(values), metric.skip)
-    if metric.reduction == "final":
-        return values[-1], None
-    if metric.reduction == "min":
-        return min(values), None
-    if metric.reduction == "value":
-        return values[0], None
-    # The reference leaves out the worst values, which in a log of steps are those of the warm-up.
-    kept = sorted(values, reverse=metric.name == "latency")[metric.skip:]
-    return sum(kept) / len(kept), None
-
-
-# Derived metrics -----------------------------------------------------------------------------------------------------
+        raise UserError(f"{metric.name}: {len(values)} matches, which skip: {metric.skip} leaves out")
+    if metric.reduction == "mean":
+        # The reference leaves out the worst values, which in a log of steps are those of the warm-up.
+        kept = sorted(values, reverse=metric.name == "latency")[metric.skip:]
+        return sum(kept) / len(kept)
+    return {"final": values[-1], "min": min(values), "value": values[0]}[metric.reduction]
 
 
 def derive(derived: Sequence[Derived], results: Results, params: Mapping[str, str]) -> List[str]:
@@ -97,22 +87,20 @@ def derive(derived: Sequence[Derived], results: Results, params: Mapping[str, st
     """
     problems = []
     for item in derived:
-        known: Dict[str, Any] = {name: value for name, values in results.items() for value in values.values()}
-        known.update(params)
-        value: Optional[float] = None
+        known = {name: value for name, values in results.items() for value in values.values()}
+        results[item.name] = {item.reduction: None}
         try:
-            value = evaluate(item.expression, known)
+            results[item.name][item.reduction] = evaluate(item.expression, {**known, **params})
         except UserError as error:
-            problems.append("{}: {}".format(item.name, error))
-        results[item.name] = {item.reduction: value}
+            problems.append(f"{item.name}: {error}")
     return problems
 
 
-_BINARY: Dict[Type[ast.operator], Callable[[float, float], Any]] = {
+_OPERATORS: Dict[type, Callable[..., Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow, ast.UAdd: operator.pos,
+    ast.USub: operator.neg,
 }
-_UNARY: Dict[Type[ast.unaryop], Callable[[float], float]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
 def evaluate(expression: str, names: Mapping[str, Any]) -> float:
@@ -121,40 +109,32 @@ def evaluate(expression: str, names: Mapping[str, Any]) -> float:
     Nothing else is evaluated. All arithmetic is in floating point. Raises UserError.
     """
     try:
-        tree = ast.parse(re.sub(r"\{(\w+)\}", r" \1 ", expression).strip(), mode="eval")
-        value = _value(tree.body, names)
-    except (SyntaxError, RecursionError, MemoryError):
-        raise UserError("'{}' is no arithmetic expression".format(expression)) from None
-    except (ArithmeticError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError("'{}': {}".format(expression, error)) from None
+        value = _value(ast.parse(re.sub(r"\{(\w+)\}", r" \1 ", expression).strip(), mode="eval").body, names)
+    except UserError:
+        raise
+    except (SyntaxError, RecursionError, MemoryError, ValueError):
+        raise UserError(f"'{expression}' is no arithmetic expression") from None
+    except (ArithmeticError, TypeError) as error:  # TypeError: the root of a negative number is complex
+        raise UserError(f"'{expression}': {error}") from None
     if not math.isfinite(value):
-        raise UserError("'{}' is not finite".format(expression))
+        raise UserError(f"'{expression}' is not finite")
     return value
 
 
-def _value(node: ast.AST, names: Mapping[str, Any]) -> float:
+def _value(node: Any, names: Mapping[str, Any]) -> float:
     if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
         return float(node.value)
     if isinstance(node, ast.Name):
         if node.id not in names:
-            raise UserError("no metric or parameter is called '{}'".format(node.id))
+            raise UserError(f"no metric or parameter is called '{node.id}'")
         try:
             return float(names[node.id])
         except (TypeError, ValueError):
-            raise UserError("'{}' is no number but {}".format(node.id, names[node.id])) from None
-    if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
-        value = _BINARY[type(node.op)](_value(node.left, names), _value(node.right, names))
-        if isinstance(value, complex):  # a root of a negative number
-            raise UserError("the result is no real number")
-        return float(value)
-    if isinstance(node, ast.UnaryOp) and type(node.op) in _UNARY:
-        return float(_UNARY[type(node.op)](_value(node.operand, names)))
-    raise UserError("only numbers, metrics, parameters, + - * / // % ** and parentheses are allowed")
-
-
-# Compile time and users' own metrics ---------------------------------------------------------------------------------
+            raise UserError(f"'{node.id}' is no number but {names[node.id]}") from None
+    if not isinstance(node, (ast.BinOp, ast.UnaryOp)) or type(node.op) not in _OPERATORS:
+        raise UserError("only numbers, metrics, parameters, + - * / // % ** and parentheses are allowed")
+    operands = (node.left, node.right) if isinstance(node, ast.BinOp) else (node.operand,)
+    return float(_OPERATORS[type(node.op)](*(_value(operand, names) for operand in operands)))
 
 
 def compile_seconds(stdout: Path, stderr: Path) -> Optional[float]:
@@ -162,21 +142,17 @@ def compile_seconds(stdout: Path, stderr: Path) -> Optional[float]:
 
     None when the log tells neither. Poplar logs to stderr.
     """
-    begins: List[datetime] = []
-    ends: List[datetime] = []
-    said: List[float] = []
-    for path in (stdout, stderr):
-        for line in lines(path):
-            match = _COMPILED.search(line)
-            if match:
-                said.append(float(match.group(1)))
-            for pattern, times in ((_STAGE_BEGINS, begins), (_STAGE_ENDS, ends)):
-                match = pattern.search(line) if path == stderr else None
-                if match:
-                    times.append(datetime.strptime(" ".join(match.groups()), "%Y-%m-%d %H:%M:%S.%f"))
+    def times(pattern: "re.Pattern[str]") -> List[datetime]:
+        found = filter(None, map(pattern.search, lines(stderr)))
+        return [datetime.strptime(" ".join(match.groups()), "%Y-%m-%d %H:%M:%S.%f") for match in found]
+
+    begins, ends = times(_STAGE_BEGINS), times(_STAGE_ENDS)
     if begins and ends and max(ends) > min(begins):
         return (max(ends) - min(begins)).total_seconds()
-    return max(said) if said else None
+    return max((float(match[1]) for match in map(_COMPILED.search, lines(stdout, stderr)) if match), default=None)
+
+
+# Users' own metrics --------------------------------------------------------------------------------------------------
 
 
 def register_custom_metric(name: str, function: MetricFunction) -> None:
@@ -189,28 +165,23 @@ def register_custom_metric(name: str, function: MetricFunction) -> None:
     _registered[name] = function
 
 
-def load_custom_metrics(files: Sequence[str]) -> Dict[str, MetricFunction]:
-    """Import users' Python files and return the functions they registered. Raises UserError naming the file."""
+def load_custom_metrics(files: Sequence[str]) -> None:
+    """Import users' Python files, which register functions. Raises UserError naming the file."""
     _registered.clear()
-    for text in files:
-        path = Path(text).resolve()
+    for path in (Path(text).resolve() for text in files):
         spec = importlib.util.spec_from_file_location(path.stem, str(path))
         if not path.is_file() or spec is None or spec.loader is None:
-            raise UserError("--custom-metrics-files: {} is no Python file".format(path))
+            raise UserError(f"--custom-metrics-files: {path} is no Python file")
         try:
             spec.loader.exec_module(importlib.util.module_from_spec(spec))
         except Exception as error:  # the file is the user's: whatever it raises is for him to see
-            raise UserError("--custom-metrics-files: {}: {}: {}".format(path, type(error).__name__, error)) from error
-    return dict(_registered)
+            raise UserError(f"--custom-metrics-files: {path}: {type(error).__name__}: {error}") from error
 
 
-def apply_custom_metrics(functions: Mapping[str, MetricFunction], results: Results, stdout: Path, stderr: Path,
-                         exitcode: int) -> None:
+def apply_custom_metrics(results: Results, stdout: Path, stderr: Path, exitcode: int) -> None:
     """Call users' functions on the whole output. One that fails is logged, as it says nothing about the benchmark."""
-    if not functions:
-        return
-    texts = [path.read_text(encoding="utf-8", errors="backslashreplace") for path in (stdout, stderr)]
-    for name, function in functions.items():
+    for name, function in _registered.items():
+        texts = [path.read_text(encoding="utf-8", errors="backslashreplace") for path in (stdout, stderr)]
         try:
             results[name] = function(texts[0], texts[1], exitcode)
         except Exception as error:  # the function is the user's

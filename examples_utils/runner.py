@@ -1,5 +1,6 @@
 """Run the variants of the selected benchmarks one after the other and collect what became of each."""
 
+import argparse
 import contextlib
 import hashlib
 import json
@@ -8,16 +9,15 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import IO, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from examples_utils import metrics
 from examples_utils.command import Command, build_command, option_value, python_index
 from examples_utils.machine import POPLAR, Machine, hardware, why_skipped
-from examples_utils.monitor import Progress, ipu_monitor
-from examples_utils.process import Outcome, Output, run
+from examples_utils.process import Outcome, ipu_monitor, progress, run
 from examples_utils.report import FAILED, PASSED, SKIPPED, VariantResult, write_json
 from examples_utils.spec import Benchmark, Variant, variants
 from utils.errors import UserError
@@ -30,23 +30,6 @@ TAIL_LINES = 20
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """The flags that matter while benchmarks run."""
-
-    log_folder: Path
-    log_level: str = "INFO"
-    timeout: Optional[float] = None  # seconds, for each variant
-    progress_period: Optional[float] = None  # seconds; None: 1 on a terminal, else 60
-    allow_wandb: bool = False
-    compile_only: bool = False
-    stop_on_error: bool = False
-    additional_metrics: bool = False
-    profile: bool = False
-    gc_monitor: bool = False
-    custom_metrics: Mapping[str, metrics.MetricFunction] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class _Job:
     """A variant with its command. `env` is the whole environment, `added` what this runner and the entry add to it."""
 
@@ -56,51 +39,55 @@ class _Job:
     added: Mapping[str, str]
     skip: Optional[str]
 
+    @property
+    def folder(self) -> Path:
+        """Where the command runs."""
+        return self.variant.benchmark.folder
 
-def run_benchmarks(benchmarks: Sequence[Benchmark], options: RunOptions, env: Mapping[str, str],
+
+def run_benchmarks(benchmarks: Sequence[Benchmark], flags: argparse.Namespace, logs: Path, env: Mapping[str, str],
                    results: List[VariantResult]) -> None:
     """Run everything and append to `results`, variant by variant, so that they are there after Ctrl-C too.
 
+    flags: of `examples_utils.cli.parse`. logs: a folder that exists.
     Raises UserError before anything runs when an entry cannot be understood.
     """
     machine = Machine(env)
-    jobs = [_prepare(variant, options, env, machine) for benchmark in benchmarks for variant in variants(benchmark)]
+    jobs = [_prepare(variant, flags, env, machine) for benchmark in benchmarks for variant in variants(benchmark)]
     stopped = ""
-    with open(str(options.log_folder / "output.log"), "wb") as combined:
-        for position, job in enumerate(jobs):
-            reason = stopped or job.skip
-            if reason:
-                logger.info("%s: skipped: %s", job.variant.name, reason)
-                results.append(VariantResult(job.variant, SKIPPED, job.command.text, reason))
-                continue
-            logger.info("%s: running (%d of %d)", job.variant.name, position + 1, len(jobs))
-            try:
-                result = _run(job, options, combined)
-            except KeyboardInterrupt:
-                results.append(VariantResult(job.variant, FAILED, job.command.text, "interrupted", exitcode=130))
-                results += [VariantResult(rest.variant, SKIPPED, rest.command.text, "interrupted before it began")
-                            for rest in jobs[position + 1:]]
-                raise
+    with open(logs / "output.log", "wb", buffering=0) as combined:
+        for number, job in enumerate(jobs, start=1):
+            result = VariantResult(job.variant, SKIPPED, job.command.text, stopped or job.skip or "")
             results.append(result)
-            if result.status == FAILED and options.stop_on_error:
-                stopped = "not run, as {} failed and --stop-on-error was given".format(job.variant.name)
+            if result.reason:
+                logger.info("%s: skipped: %s", job.variant.name, result.reason)
+                continue
+            logger.info("%s: running (%d of %d)", job.variant.name, number, len(jobs))
+            try:
+                _run(job, result, flags, logs / folder_name(job.variant.name), combined)
+            except KeyboardInterrupt:
+                results[-1] = VariantResult(job.variant, FAILED, job.command.text, "interrupted", exitcode=130)
+                results += [VariantResult(rest.variant, SKIPPED, rest.command.text, "interrupted before it began")
+                            for rest in jobs[number:]]
+                raise
+            if result.status == FAILED and flags.stop_on_error:
+                stopped = f"not run, as {job.variant.name} failed and --stop-on-error was given"
 
 
-def _prepare(variant: Variant, options: RunOptions, env: Mapping[str, str], machine: Machine) -> _Job:
+def _prepare(variant: Variant, flags: argparse.Namespace, env: Mapping[str, str], machine: Machine) -> _Job:
     benchmark = variant.benchmark
-    command = build_command(variant, dict(env, **benchmark.env), options.allow_wandb, options.compile_only)
+    command = build_command(variant, {**env, **benchmark.env}, flags.allow_wandb, flags.compile_only)
     ipus, _ = hardware(benchmark, command)
     added: Dict[str, str] = {}
     if ipus:
-        added.update(POPLAR_LOG_LEVEL=options.log_level, POPART_LOG_LEVEL=options.log_level)
-    if options.profile and ipus:
+        added.update(POPLAR_LOG_LEVEL=flags.logging, POPART_LOG_LEVEL=flags.logging)
+    if flags.profile and ipus:
         added["POPLAR_ENGINE_OPTIONS"] = _profile_options(variant, env)
-    elif options.profile:
+    elif flags.profile:
         logger.warning("--profile: %s uses no IPU, there is nothing to profile", variant.name)
     added.update(benchmark.env)
-    whole = dict(env, **added)
-    reason = why_skipped(benchmark, command, whole, machine, options.compile_only)
-    return _Job(variant, command, whole, added, reason)
+    whole = {**env, **added}
+    return _Job(variant, command, whole, added, why_skipped(benchmark, command, whole, machine, flags.compile_only))
 
 
 def _profile_options(variant: Variant, env: Mapping[str, str]) -> str:
@@ -110,66 +97,61 @@ def _profile_options(variant: Variant, env: Mapping[str, str]) -> str:
     except ValueError:
         raise UserError("--profile: the environment variable POPLAR_ENGINE_OPTIONS is not JSON") from None
     folder = variant.benchmark.folder / (folder_name(variant.name) + "_profile")
-    return json.dumps(dict(engine, **{"autoReport.all": "true", "autoReport.directory": str(folder),
-                                      "autoReport.outputSerializedGraph": "false"}))
+    return json.dumps({**engine, "autoReport.all": "true", "autoReport.directory": str(folder),
+                       "autoReport.outputSerializedGraph": "false"})
 
 
-def _run(job: _Job, options: RunOptions, combined: IO[bytes]) -> VariantResult:
-    variant = job.variant
-    folder = options.log_folder / folder_name(variant.name)
-    folder.mkdir(parents=True, exist_ok=True)
-    result = VariantResult(variant, FAILED, job.command.text, log_folder=folder, sdk=_sdk(job.env))
+def _run(job: _Job, result: VariantResult, flags: argparse.Namespace, logs: Path, combined: IO[bytes]) -> None:
+    """Run one variant, and fill in its result."""
+    logs.mkdir(parents=True, exist_ok=True)
     logger.info("    command: %s", job.command.text)
-    logger.info("    in: %s", variant.benchmark.folder)
+    logger.info("    in: %s", job.folder)
     for key, value in job.added.items():
         logger.info("    with %s=%s", key, value)
-    outcome = _install_requirements(job, folder, combined)
-    if outcome is None:
-        outcome = _execute(job, folder, options, combined)
-    result.seconds = outcome.seconds
-    result.exitcode = outcome.exitcode
-    result.reason = outcome.problem or ""
+    result.status, result.log_folder, result.start = FAILED, logs, datetime.now()
+    result.sdk = Path(job.env[POPLAR]).resolve().parent if job.env.get(POPLAR) else None
+    outcome = _install_requirements(job, logs, combined) or _execute(job, logs, flags, combined)
+    result.seconds, result.exitcode, result.reason = outcome.seconds, outcome.exitcode, outcome.problem or ""
     if outcome.exitcode and not outcome.problem:
-        result.reason = "exit status {}{}".format(outcome.exitcode, _last_words(folder / "stderr"))
-    _collect(job, result, folder, options)
-    if result.exitcode == 0 and result.reason:
-        result.exitcode = 1
+        result.reason = f"exit status {outcome.exitcode}{_last_words(logs / 'stderr')}"
+    _collect(job, result, logs, flags.compile_only)
+    result.exitcode = result.exitcode or int(bool(result.reason))
     result.status = FAILED if result.reason else PASSED
-    _add_reference_metrics(job, result, options)
+    if flags.additional_metrics:
+        result.results.update({name: {name: value} for name, value in (
+            ("test_duration", result.seconds), ("cmd", " ".join(job.command.words)),
+            ("result", str(result.status == PASSED)), ("git_commit_hash", _commit(job.folder)),
+            ("env", "".join(f"{key}={value} " for key, value in job.added.items())))})
     result.checkpoint = _newest_checkpoint(job, result.start)
-    write_json(folder / "variant_result.json", result.to_dict())
-    _log_result(result, folder)
-    return result
+    write_json(logs / "variant_result.json", result.to_dict())
+    _log_result(result, logs)
 
 
-def _install_requirements(job: _Job, folder: Path, combined: IO[bytes]) -> Optional[Outcome]:
+def _install_requirements(job: _Job, logs: Path, combined: IO[bytes]) -> Optional[Outcome]:
     """pip install what the entry's requirements_file lists; an Outcome only when that failed."""
     name = job.variant.benchmark.requirements_file
     if name is None:
         return None
-    words = (sys.executable, "-m", "pip", "install", "-r", name)
     logger.info("    installing %s", name)
-    outcome = run(words, job.variant.benchmark.folder, job.env, folder / "requirements_stdout",
-                  folder / "requirements_stderr", Output(combined))
+    files = logs / "requirements_stdout", logs / "requirements_stderr"
+    outcome = run((sys.executable, "-m", "pip", "install", "-r", name), job.folder, job.env, *files, combined)
     if outcome.exitcode == 0:
         return None
-    for stream in ("stdout", "stderr"):
-        (folder / ("requirements_" + stream)).replace(folder / stream)
-    return Outcome(outcome.exitcode, outcome.seconds, "requirements_file: pip could not install {}".format(name))
+    for file, stream in zip(files, ("stdout", "stderr")):
+        file.replace(logs / stream)
+    return Outcome(outcome.exitcode, outcome.seconds, f"requirements_file: pip could not install {name}")
 
 
-def _execute(job: _Job, folder: Path, options: RunOptions, combined: IO[bytes]) -> Outcome:
-    benchmark = job.variant.benchmark
+def _execute(job: _Job, logs: Path, flags: argparse.Namespace, combined: IO[bytes]) -> Outcome:
     words, env = _with_this_python(job.command.words, job.env)
-    limits = [limit for limit in (options.timeout, benchmark.timeout) if limit is not None]
     # Unbuffered, or a command that is ended at its time limit would take what it printed with it.
     env.setdefault("PYTHONUNBUFFERED", "1")
+    timeout = min(filter(None, (flags.timeout, job.variant.benchmark.timeout)), default=None)
     with contextlib.ExitStack() as stack:
-        if options.gc_monitor:
-            stack.enter_context(ipu_monitor(folder / "ipu-monitor.jsonl"))
-        progress = stack.enter_context(Progress(job.variant.name, options.progress_period))
-        return run(words, benchmark.folder, env, folder / "stdout", folder / "stderr", Output(combined),
-                   timeout=min(limits) if limits else None, period=progress.period, on_progress=progress)
+        if flags.gc_monitor:
+            stack.enter_context(ipu_monitor(logs / "ipu-monitor.jsonl"))
+        shown = stack.enter_context(progress(job.variant.name, flags.progress_trace_period))
+        return run(words, job.folder, env, logs / "stdout", logs / "stderr", combined, timeout, **shown)
 
 
 def _with_this_python(words: Sequence[str], env: Mapping[str, str]) -> Tuple[List[str], Dict[str, str]]:
@@ -178,102 +160,78 @@ def _with_this_python(words: Sequence[str], env: Mapping[str, str]) -> Tuple[Lis
     Its folder goes to the front of the PATH; where that holds another python3, the word is replaced.
     """
     words, env = list(words), dict(env)
-    folder = os.path.dirname(sys.executable)
-    named = os.path.join(folder, words[python_index(words)])
-    if os.path.realpath(named) == os.path.realpath(sys.executable):
-        env["PATH"] = os.pathsep.join([folder] + [path for path in env.get("PATH", os.defpath).split(os.pathsep)
-                                                  if path != folder])
+    folder, index = os.path.dirname(sys.executable), python_index(words)
+    if os.path.realpath(os.path.join(folder, words[index])) == os.path.realpath(sys.executable):
+        paths = env.get("PATH", os.defpath).split(os.pathsep)
+        env["PATH"] = os.pathsep.join([folder, *(path for path in paths if path != folder)])
     else:
-        words[python_index(words)] = sys.executable
+        words[index] = sys.executable
     return words, env
 
 
-def _collect(job: _Job, result: VariantResult, folder: Path, options: RunOptions) -> None:
+def _collect(job: _Job, result: VariantResult, logs: Path, compile_only: bool) -> None:
     """Read the metrics into the result. A command that failed has none, whatever it printed before."""
-    benchmark = job.variant.benchmark
-    stdout, stderr = folder / "stdout", folder / "stderr"
-    wanted, derived = (benchmark.metrics, benchmark.derived) if not options.compile_only else ((), ())
+    benchmark, files = job.variant.benchmark, (logs / "stdout", logs / "stderr")
+    wanted, derived = (benchmark.metrics, benchmark.derived) if not compile_only else ((), ())
+    compiling = None
     if result.exitcode:
-        result.results = {item.name: {item.reduction: None} for item in tuple(wanted) + tuple(derived)}
-        result.results["total_compiling_time"] = {"mean": None}
+        result.results = {item.name: {item.reduction: None} for items in (wanted, derived) for item in items}
     else:
-        result.results, problems = metrics.extract(wanted, stdout, stderr, job.command.num_processes)
+        result.results, problems = metrics.extract(wanted, *files, job.command.num_processes)
         problems += metrics.derive(derived, result.results, job.variant.params)
         result.reason = "; ".join(problems)
-        result.results["total_compiling_time"] = {"mean": metrics.compile_seconds(stdout, stderr)}
-    metrics.apply_custom_metrics(options.custom_metrics, result.results, stdout, stderr, int(result.exitcode or 0))
-
-
-def _add_reference_metrics(job: _Job, result: VariantResult, options: RunOptions) -> None:
-    if not options.additional_metrics:
-        return
-    result.results.update({name: {name: value} for name, value in (
-        ("test_duration", result.seconds), ("cmd", " ".join(job.command.words)),
-        ("result", str(result.status == PASSED)), ("git_commit_hash", _commit(job.variant.benchmark.folder)),
-        ("env", "".join("{}={} ".format(key, value) for key, value in job.added.items())))})
+        compiling = metrics.compile_seconds(*files)
+    result.results["total_compiling_time"] = {"mean": compiling}
+    metrics.apply_custom_metrics(result.results, *files, result.exitcode or 0)
 
 
 def _commit(folder: Path) -> str:
     try:
-        return subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=str(folder), stderr=subprocess.DEVNULL,
-                                       universal_newlines=True).strip()
+        return subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=folder, stderr=subprocess.DEVNULL,
+                                       text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return "Not a git repo"
-
-
-def _sdk(env: Mapping[str, str]) -> Optional[Path]:
-    """Folder of the Poplar SDK: the parent of the one that POPLAR_SDK_ENABLED names."""
-    return Path(env[POPLAR]).resolve().parent if env.get(POPLAR) else None
 
 
 def _newest_checkpoint(job: _Job, start: datetime) -> Optional[Path]:
     """The newest checkpoint file of this run in --checkpoint-output-dir, or its folder when there is one for each."""
     name = option_value(job.command.words, "--checkpoint-output-dir", "--checkpoint_output_dir")
-    folder = job.variant.benchmark.folder / name if name else None
-    if folder is None or not folder.is_dir():
-        return None
-    candidates = [(path.stat().st_mtime, path) for path in _checkpoints(folder)]
-    newest = max(candidates, default=(0.0, None))
-    return newest[1].resolve() if newest[1] is not None and newest[0] >= start.timestamp() - 1 else None
-
-
-def _checkpoints(folder: Path) -> Iterator[Path]:
-    for path in folder.iterdir():
-        if path.is_file() and CHECKPOINT.fullmatch(path.name):
-            yield path
-        elif path.is_dir() and any(CHECKPOINT.fullmatch(inner.name) for inner in path.iterdir()):
-            yield path
+    found = {}
+    for depth in ("*", "*/*") if name else ():
+        for path in (job.folder / str(name)).glob(depth):
+            if CHECKPOINT.fullmatch(path.name) and path.is_file() and path.stat().st_mtime >= start.timestamp() - 1:
+                found[path.stat().st_mtime] = path if depth == "*" else path.parent
+    return found[max(found)].resolve() if found else None
 
 
 def _last_words(stderr: Path) -> str:
     """`: ` and the last line that names an error, else the last line with a word in it; nothing if there is none."""
     last = named = ""
     for line in metrics.lines(stderr):
-        last = line.strip() if re.search(r"[^\W\d_]", line) else last
-        named = line.strip() if ERROR_LINE.match(line) else named
+        last = line if re.search(r"[^\W\d_]", line) else last
+        named = line if ERROR_LINE.match(line) else named
     words = " ".join((named or last).split())
     return ": " + (words if len(words) <= 200 else words[:197] + "...") if words else ""
 
 
-def _log_result(result: VariantResult, folder: Path) -> None:
-    for name in result.results:
-        if not isinstance(result.value(name), str):
-            logger.info("    %s = %s", name, result.value(name))
+def _log_result(result: VariantResult, logs: Path) -> None:
+    for name, value in ((name, result.value(name)) for name in result.results):
+        if not isinstance(value, str):
+            logger.info("    %s = %s", name, value)
     if result.status == PASSED:
         logger.info("%s: passed in %.1f s", result.variant.name, result.seconds)
         return
     logger.error("%s: failed: %s", result.variant.name, result.reason)
-    tail = [line for line in metrics.lines(folder / "stderr") if line.strip()][-TAIL_LINES:]
+    tail = [line for line in metrics.lines(logs / "stderr") if line.strip()][-TAIL_LINES:]
     if tail:
-        logger.error("last lines of %s:\n    %s", folder / "stderr", "\n    ".join(tail))
+        logger.error("last lines of %s:\n    %s", logs / "stderr", "\n    ".join(tail))
 
 
 def folder_name(variant_name: str) -> str:
     """A variant's name as a folder: parameters may hold slashes, and file systems take 255 bytes."""
-    name = re.sub(r"[^\w.,=+@-]", "_", variant_name)
-    name = "_" + name[1:] if name.startswith(".") else name
+    name = re.sub(r"^\.|[^\w.,=+@-]", "_", variant_name)
     if name == variant_name and len(name.encode()) <= 150:
         return name
     # Different variants must not share a folder after the change.
     digest = hashlib.sha256(variant_name.encode()).hexdigest()[:8]
-    return "{}-{}".format(name.encode()[:150].decode(errors="ignore"), digest)
+    return f"{name.encode()[:150].decode(errors='ignore')}-{digest}"

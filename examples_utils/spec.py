@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Pattern, Sequence, Tuple
 
 from utils.errors import UserError, nearest
+from utils.yaml_files import parse_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -82,101 +83,92 @@ def load_entries(paths: Sequence[str]) -> Dict[str, Tuple[Path, Any]]:
     Raises UserError for a file that is missing, is not YAML or is not a mapping.
     """
     entries: Dict[str, Tuple[Path, Any]] = {}
-    for text in paths:
-        path = Path(text).resolve()
-        for name, value in _load_yaml(path).items():
-            name = str(name)
+    for path in (Path(text).resolve() for text in paths):
+        try:
+            content = parse_yaml(path.read_bytes(), f"--spec: {path} is not a YAML file")
+        except OSError as error:
+            raise UserError(f"--spec: cannot read {path}: {error.strerror or error}") from None
+        if not isinstance(content, dict):
+            raise UserError(f"--spec: {path} must be a YAML mapping of benchmark names to entries")
+        for name, value in ((str(key), value) for key, value in content.items()):
             if name in entries and "options" not in name:
                 logger.warning("'%s' of %s replaces the one of %s", name, path, entries[name][0])
             entries[name] = (path, value)
     return entries
 
 
-def _load_yaml(path: Path) -> Dict[Any, Any]:
-    try:
-        from utils.yaml_files import parse_yaml
-    except ImportError:
-        raise UserError("the Python package PyYAML is not installed: pip install -r requirements.txt") from None
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise UserError("--spec: cannot read {}: {}".format(path, error.strerror or error)) from None
-    content = parse_yaml(text, "--spec: {} is not a YAML file".format(path))
-    if not isinstance(content, dict):
-        raise UserError("--spec: {} must be a YAML mapping of benchmark names to entries".format(path))
-    return content
-
-
 def select(entries: Mapping[str, Tuple[Path, Any]], names: Optional[Sequence[str]],
            include_convergence: bool = False) -> List[Benchmark]:
     """The benchmarks to run: the named ones in the order given, else all; `_conv` ones only when named or included."""
+    known = [name for name in entries if "options" not in name]
     if names is None:
-        names = [name for name in entries
-                 if "options" not in name and (include_convergence or not name.endswith("_conv"))]
-    chosen = []
-    for name in dict.fromkeys(names):
-        if name not in entries:
-            known = [entry for entry in entries if "options" not in entry]
-            raise UserError("--benchmark: no '{}' in the spec.{} It has: {}".format(
-                name, nearest(name, known), ", ".join(known) or "no benchmark"))
-        if "options" in name:
-            raise UserError("--benchmark: '{}' holds options that others share, it is no benchmark".format(name))
-        chosen.append(make_benchmark(name, *entries[name]))
-    if not chosen:
+        names = [name for name in known if include_convergence or not name.endswith("_conv")]
+    if not names:
         raise UserError("--spec: no benchmark to run (names ending in _conv need --include-convergence or --benchmark)")
-    return chosen
+    for name in names:
+        if name not in entries:
+            raise UserError(f"--benchmark: no '{name}' in the spec.{nearest(name, known)} It has: "
+                            + (", ".join(known) or "no benchmark"))
+        if name not in known:
+            raise UserError(f"--benchmark: '{name}' holds options that others share, it is no benchmark")
+    return [make_benchmark(name, *entries[name]) for name in dict.fromkeys(names)]
 
 
 def make_benchmark(name: str, spec_path: Path, entry: Any) -> Benchmark:
     """Check one entry. Raises UserError naming the file, the entry and the key."""
-    where = "{}: '{}'".format(spec_path.name, name)
+    where = f"{spec_path.name}: '{name}'"
     if not isinstance(entry, dict):
-        raise UserError("{} must be a mapping with the key cmd".format(where))
+        raise UserError(f"{where} must be a mapping with the key cmd")
     for key in entry:
         close = nearest(str(key), KNOWN_KEYS)
         if key not in KNOWN_KEYS and key != "requirements_path" and close:
             logger.warning("%s: unknown key '%s' is ignored.%s", where, key, close)
-    cmd = _get(entry, "cmd", str, where, "")
+
+    def get(key: str, kind: Any, default: Any) -> Any:
+        return _get(entry, key, kind, where, default)
+
+    cmd, timeout = get("cmd", str, ""), get("timeout", (int, float), None)
+    requires, output = entry.get("requires"), entry.get("output")
     if not cmd.strip():
-        hint = "; notebooks are not run here" if "notebook" in entry else ""
-        raise UserError("{} has no cmd{}".format(where, hint))
-    timeout = _get(entry, "timeout", (int, float), where, None)
+        raise UserError(f"{where} has no cmd{'; notebooks are not run here' if 'notebook' in entry else ''}")
     if timeout is not None and timeout <= 0:
-        raise UserError("{}: timeout must be more than 0 seconds, not {}".format(where, timeout))
-    requires = entry.get("requires") or []
-    for need in requires if isinstance(requires, list) else [requires]:
+        raise UserError(f"{where}: timeout must be more than 0 seconds, not {timeout}")
+    requires = requires if isinstance(requires, list) else [requires] if requires else []
+    for need in requires:
         if not isinstance(need, str) or not REQUIREMENT.fullmatch(need):
-            raise UserError("{}: requires: '{}' is none of ipu[:N], cuda[:N], package:NAME, program:NAME, file:PATH"
-                            .format(where, need))
+            raise UserError(f"{where}: requires: '{need}' is none of ipu[:N], cuda[:N], package:NAME, program:NAME, "
+                            "file:PATH")
+    env = get("env", dict, {})
+    for key, item in env.items():
+        if not isinstance(item, (str, int, float)) or isinstance(item, bool):
+            raise UserError(f"{where}: env.{key} must be text or a number, not {item!r} (put it in quotes)")
     # The reference decides by these parts of the name whether real data is needed.
-    made_up = "gen" in name or "synth" in name
+    made_up = "gen" in name or "synth" in name or get("generated", bool, False) or get("synthetic", bool, False)
     return Benchmark(
-        name=name, spec_path=spec_path, cmd=cmd,
-        metrics=_metrics(_get(entry, "data", dict, where, {}), where),
-        derived=_derived(_get(entry, "derived", dict, where, {}), where),
+        name=name, spec_path=spec_path, cmd=cmd, timeout=timeout, requires=tuple(requires), needs_dataset=not made_up,
+        metrics=tuple(_metric(str(key), value, f"{where}: data.{key}") for key, value in get("data", dict, {}).items()),
+        derived=tuple(_derived(str(key), value, f"{where}: derived.{key}")
+                      for key, value in get("derived", dict, {}).items()),
         parameters=tuple(_parameters(entry.get("parameters"), where)),
-        env=_env(_get(entry, "env", dict, where, {}), where),
-        location=_get(entry, "location", str, where, ""),
-        timeout=timeout,
-        allow_wandb=_get(entry, "allow_wandb", bool, where, False),
-        needs_dataset=not (made_up or _get(entry, "generated", bool, where, False)
-                           or _get(entry, "synthetic", bool, where, False)),
-        requirements_file=_get(entry, "requirements_file", str, where, None),
-        requires=tuple(requires) if isinstance(requires, list) else (requires,),
-        compile_only=_get(entry, "compile_only", bool, where, True),
-        units=_units(entry.get("output")))
+        env={str(key): str(item) for key, item in env.items()},
+        location=get("location", str, ""),
+        allow_wandb=get("allow_wandb", bool, False),
+        requirements_file=get("requirements_file", str, None),
+        compile_only=get("compile_only", bool, True),
+        # `output: [[unit, metric], ...]`; anything else is ignored, as the reference ignores the whole key.
+        units={str(pair[1]): str(pair[0]) for pair in (output if isinstance(output, list) else [])
+               if isinstance(pair, list) and len(pair) == 2})
 
 
 def variants(benchmark: Benchmark) -> List[Variant]:
     """One variant for each set of parameters, called `name_key_value_...` with sorted keys."""
-    result: List[Variant] = []
+    result: Dict[str, Variant] = {}
     for params in benchmark.parameters:
-        name = benchmark.name + "".join("_{}_{}".format(key, params[key]) for key in sorted(params))
-        if any(other.name == name for other in result):
-            raise UserError("{}: '{}': parameters give the variant {} twice".format(
-                benchmark.spec_path.name, benchmark.name, name))
-        result.append(Variant(benchmark, name, params))
-    return result
+        name = benchmark.name + "".join(f"_{key}_{params[key]}" for key in sorted(params))
+        if name in result:
+            raise UserError(f"{benchmark.spec_path.name}: '{benchmark.name}': parameters give the variant {name} twice")
+        result[name] = Variant(benchmark, name, params)
+    return list(result.values())
 
 
 # Keys ----------------------------------------------------------------------------------------------------------------
@@ -187,47 +179,38 @@ def _get(entry: Mapping[str, Any], key: str, kind: Any, where: str, default: Any
     if value is None:
         return default
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        names = {str: "text", dict: "a mapping", bool: "true or false"}
-        raise UserError("{}: {} must be {}, not {!r}".format(where, key, names.get(kind, "a number"), value))
+        expected = {str: "text", dict: "a mapping", bool: "true or false"}.get(kind, "a number")
+        raise UserError(f"{where}: {key} must be {expected}, not {value!r}")
     return value
 
 
-def _metrics(data: Mapping[str, Any], where: str) -> Tuple[Metric, ...]:
-    metrics = []
-    for name, settings in data.items():
-        here = "{}: data.{}".format(where, name)
-        if not isinstance(settings, dict) or not isinstance(settings.get("regexp"), str):
-            raise UserError("{} must be a mapping with the key regexp".format(here))
-        try:
-            regexp = re.compile(settings["regexp"])
-        except re.error as error:
-            raise UserError("{}.regexp: {}: {}".format(here, error, settings["regexp"])) from None
-        if regexp.groups > 1:
-            raise UserError("{}.regexp has {} groups; it must have one, (?:...) does not count".format(
-                here, regexp.groups))
-        skip = _get(settings, "skip", int, here, 0)
-        if skip < 0:
-            raise UserError("{}.skip must be 0 or more, not {}".format(here, skip))
-        metrics.append(Metric(str(name), regexp, _reduction(settings, here), skip))
-    return tuple(metrics)
+def _metric(name: str, settings: Any, here: str) -> Metric:
+    if not isinstance(settings, dict) or not isinstance(settings.get("regexp"), str):
+        raise UserError(f"{here} must be a mapping with the key regexp")
+    try:
+        regexp = re.compile(settings["regexp"])
+    except re.error as error:
+        raise UserError(f"{here}.regexp: {error}: {settings['regexp']}") from None
+    if regexp.groups > 1:
+        raise UserError(f"{here}.regexp has {regexp.groups} groups; it must have one, (?:...) does not count")
+    skip = _get(settings, "skip", int, here, 0)
+    if skip < 0:
+        raise UserError(f"{here}.skip must be 0 or more, not {skip}")
+    return Metric(name, regexp, _reduction(settings, here), skip)
 
 
-def _derived(data: Mapping[str, Any], where: str) -> Tuple[Derived, ...]:
-    result = []
-    for name, settings in data.items():
-        here = "{}: derived.{}".format(where, name)
-        if not isinstance(settings, dict) or not isinstance(settings.get("expr"), (str, int, float)):
-            raise UserError("{} must be a mapping with the key expr".format(here))
-        result.append(Derived(str(name), str(settings["expr"]), _reduction(settings, here)))
-    return tuple(result)
+def _derived(name: str, settings: Any, here: str) -> Derived:
+    if not isinstance(settings, dict) or not isinstance(settings.get("expr"), (str, int, float)):
+        raise UserError(f"{here} must be a mapping with the key expr")
+    return Derived(name, str(settings["expr"]), _reduction(settings, here))
 
 
-def _reduction(settings: Mapping[str, Any], where: str) -> str:
-    reduction = settings.get("reduction_type", "mean")
+def _reduction(settings: Mapping[str, Any], here: str) -> str:
+    reduction = str(settings.get("reduction_type", "mean"))
     if reduction not in REDUCTIONS:
-        raise UserError("{}.reduction_type: '{}' is none of {}.{}".format(
-            where, reduction, ", ".join(REDUCTIONS), nearest(str(reduction), REDUCTIONS)))
-    return str(reduction)
+        raise UserError(f"{here}.reduction_type: '{reduction}' is none of {', '.join(REDUCTIONS)}."
+                        + nearest(reduction, REDUCTIONS))
+    return reduction
 
 
 def _parameters(value: Any, where: str) -> List[Dict[str, str]]:
@@ -235,28 +218,14 @@ def _parameters(value: Any, where: str) -> List[Dict[str, str]]:
     if value is None:
         return [{}]
     if isinstance(value, list) and len(value) > 1 and all(isinstance(row, list) for row in value):
-        header = [str(key) for key in value[0]]
-        for row in value[1:]:
+        header, *rows = ([str(item) for item in row] for row in value)
+        for row in rows:
             if len(row) != len(header):
-                raise UserError("{}: parameters: the row {} does not fit the header {}".format(where, row, header))
-        return [{key: str(item) for key, item in zip(header, row)} for row in value[1:]]
+                raise UserError(f"{where}: parameters: the row {row} does not fit the header {header}")
+        return [dict(zip(header, row)) for row in rows]
     if isinstance(value, dict) and value:
-        keys = [str(key) for key in value]
         columns = [[part.strip() for part in (map(str, column) if isinstance(column, list) else str(column).split(","))]
                    for column in value.values()]
-        return [dict(zip(keys, reversed(row))) for row in itertools.product(*reversed(columns))]
-    raise UserError("{}: parameters must be a list of a header row and rows, or a mapping of comma-separated values"
-                    .format(where))
-
-
-def _env(value: Mapping[str, Any], where: str) -> Dict[str, str]:
-    for key, item in value.items():
-        if not isinstance(item, (str, int, float)) or isinstance(item, bool):
-            raise UserError("{}: env.{} must be text or a number, not {!r} (put it in quotes)".format(where, key, item))
-    return {str(key): str(item) for key, item in value.items()}
-
-
-def _units(output: Any) -> Dict[str, str]:
-    """`output: [[unit, metric], ...]`; anything else is ignored, as the reference ignores the whole key."""
-    pairs = output if isinstance(output, list) else []
-    return {str(pair[1]): str(pair[0]) for pair in pairs if isinstance(pair, list) and len(pair) == 2}
+        return [dict(zip(map(str, value), reversed(row))) for row in itertools.product(*reversed(columns))]
+    raise UserError(f"{where}: parameters must be a list of a header row and rows, or a mapping of comma-separated "
+                    "values")
