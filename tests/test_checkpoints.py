@@ -479,6 +479,28 @@ def test_newest_passes_over_damaged_ones_and_names_them(tmp_path, caplog):
     assert "dalle_2.pt" in caplog.text and "dalle_2_30" not in caplog.text
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_process_verifies_once_for_all(rank, tmp_path, monkeypatch):
+    for name in ("dalle_1.pt", "dalle_2.pt"):
+        save_checkpoint(tmp_path / name, ours())
+    verified, sent = [], [tmp_path / "dalle_1.pt"]
+    testzip = zipfile.ZipFile.testzip
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda self: (verified.append(self.filename), testzip(self))[1])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+
+    def broadcast(found):
+        found[:] = sent if rank else found
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    newest = newest_checkpoint(tmp_path, together=True)
+    assert newest == (sent[0] if rank else tmp_path / "dalle_2.pt")
+    assert read_dalle(newest, verified=True).epoch == ours()["epoch"]
+    assert verified == ([] if rank else [str(newest)])
+    sent[0] = tmp_path / "elsewhere" / "dalle_2.pt"
+    assert newest_checkpoint(tmp_path, together=True) == (None if rank else newest)
+
+
 def test_pruning_keeps_the_newest(tmp_path):
     names = ["dalle_1.pt", "dalle_2_30.pt", "dalle_2.pt"]
     kept = ["dalle.pt", "notes.txt", ".dalle_other.tmp"]

@@ -31,11 +31,11 @@ def find_start(config: Config, folder: Path) -> Start | None:
         return Start(path, checkpoints.read_dalle(path))
     if not config.checkpoints.resume:
         return None
-    newest = checkpoints.newest_checkpoint(folder)
+    newest = checkpoints.newest_checkpoint(folder, together=True)
     if newest is None:
         logger.info(f"--resume: no complete checkpoint in {folder}, starting from the beginning")
         return None
-    checkpoint = checkpoints.read_dalle(newest)
+    checkpoint = checkpoints.read_dalle(newest, verified=True)
     if checkpoint.training is None:
         raise UserError(f"--resume: {newest} holds no training state; start from it with --pretrained-checkpoint")
     return Start(newest, checkpoint)

@@ -138,11 +138,12 @@ def verify(path: PathLike) -> None:
     For a torch file every entry's CRC is compared, for safetensors the header with the size, and the content with the
     sha256 that our own exports carry.
     """
-    _verify(Path(path))
+    path = Path(path)
+    (_verify_zip if _kind(path) == "torch" else _verify_safetensors)(path)
 
 
-def _verify(path: Path) -> str:
-    """`verify`, returning "torch" or "safetensors"."""
+def _kind(path: Path) -> str:
+    """Return "torch" or "safetensors", as a file begins. Raises UserError for what is neither."""
     if not path.is_file():
         raise UserError(
             "checkpoint {} {}".format(path, "is a folder, not a file" if path.is_dir() else "does not exist")
@@ -153,10 +154,8 @@ def _verify(path: Path) -> str:
     except OSError as error:
         raise UserError("checkpoint {} cannot be read: {}".format(path, error.strerror)) from error
     if start[:4] == _ZIP_MAGIC:
-        _verify_zip(path)
         return "torch"
     if start[8:9] == b"{" or path.suffix == ".safetensors":
-        _verify_safetensors(path)
         return "safetensors"
     raise UserError(
         "{} is no checkpoint: neither written by torch.save (1.6 or newer) nor a safetensors file{}".format(
@@ -250,20 +249,21 @@ def _read_safetensors(path: Path) -> Tuple[Dict[str, str], Weights]:
         ) from error
 
 
-def read_dalle(path: PathLike, to_draw: bool = False) -> DalleCheckpoint:
+def read_dalle(path: PathLike, to_draw: bool = False, verified: bool = False) -> DalleCheckpoint:
     """Read a DALL-E: our own checkpoints and exports, Mini DALL-E, DALLE-pytorch, minDALL-E (the folder or its file).
 
     to_draw: nobody will look at the training state, so where there is one the tensors are views of the file, and what
-    is not looked at takes no memory. They must not be written to.
+    is not looked at takes no memory. They must not be written to. verified: `verify` has just found the file undamaged.
     Only tensors and plain values are read, never code. Raises UserError naming the file and the key for anything that
     is damaged, unknown, or does not fit its own options, before any memory beyond the file's size is taken.
     """
     path = Path(path)
     if path.is_dir() and (path / "stage2_last.ckpt").is_file():
         path = path / "stage2_last.ckpt"
-    kind = _verify(path)
+    if not verified:
+        verify(path)
     try:
-        checkpoint = _from_safetensors(path) if kind == "safetensors" else _from_torch(path, to_draw)
+        checkpoint = _from_safetensors(path) if _kind(path) == "safetensors" else _from_torch(path, to_draw)
     except UserError as error:
         raise error if str(path) in str(error) else UserError("{}: {}".format(path, error)) from error
     _check_model(StoredModel(checkpoint.config, checkpoint.weights, None), path)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from utils import flags
@@ -185,15 +186,27 @@ def list_checkpoints(folder: PathLike) -> List[Path]:
     return [path for _, _, path in sorted(found)]
 
 
-def newest_checkpoint(folder: PathLike) -> Optional[Path]:
-    """Return the newest undamaged checkpoint of a run, or None. Damaged ones are named in a warning and passed over."""
-    for path in reversed(list_checkpoints(folder)):
-        try:
-            verify(path)
-            return path
-        except UserError as error:
-            logger.warning("Passing over a checkpoint: %s", error)
-    return None
+def newest_checkpoint(folder: PathLike, together: bool = False) -> Optional[Path]:
+    """Return the newest undamaged checkpoint of a run, or None. Damaged ones are named in a warning and passed over.
+
+    together: all processes of the process group, where there is one, call this at once, and the first verifies for all.
+    A process that does not see its file gets None.
+    """
+    together = together and dist.is_available() and dist.is_initialized()
+    paths = [] if together and dist.get_rank() else list_checkpoints(folder)
+    found = [next(filter(_is_whole, reversed(paths)), None)]
+    if together:
+        dist.broadcast_object_list(found)
+    return found[0] if found[0] and found[0].is_file() else None
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        verify(path)
+        return True
+    except UserError as error:
+        logger.warning("Passing over a checkpoint: %s", error)
+        return False
 
 
 def prune_checkpoints(folder: PathLike, keep: int) -> List[Path]:
