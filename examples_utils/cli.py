@@ -11,8 +11,9 @@ import sys
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Iterator, List, Optional, Sequence
+from typing import List, Optional, Sequence
 
+import log
 from examples_utils.chart import draw_chart
 from examples_utils.metrics import load_custom_metrics
 from examples_utils.process import GC_MONITOR
@@ -76,53 +77,55 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line. Returns the exit status; raises UserError for what the user got wrong."""
     flags = parse(argv)
+    log.setup(level=flags.logging)
+    if flags.gc_monitor and shutil.which(GC_MONITOR) is None:
+        raise UserError("--gc-monitor: the program gc-monitor is not on the PATH: activate the Poplar SDK, or leave "
+                        "the flag out")
+    for flag in ("no_code_sync", "remove_dirs_after"):
+        if getattr(flags, flag):
+            logger.warning("--%s has no effect: nothing is copied to other hosts here; runs over several hosts need a "
+                           "file system that they share", flag.replace("_", "-"))
+    benchmarks = select(load_entries(flags.spec), flags.benchmark, flags.include_convergence)
+    load_custom_metrics(flags.custom_metrics_files)
+    folder = Path(flags.log_dir or f"log_{datetime.now():%Y-%m-%d-%H.%M.%S.%f}").resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--log-dir: cannot make {folder}: {error.strerror or error}") from None
+    log.setup(folder, level=flags.logging, file_name="console.log")
+    logger.info("logs and results: %s", folder)
+    if flags.requirements_file:
+        _install(Path(flags.requirements_file))
     results: List[VariantResult] = []
+    begin = time.monotonic()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_logged(logging.StreamHandler(sys.stderr), flags.logging))
-        if flags.gc_monitor and shutil.which(GC_MONITOR) is None:
-            raise UserError("--gc-monitor: the program gc-monitor is not on the PATH: activate the Poplar SDK, or "
-                            "leave the flag out")
-        for flag in ("no_code_sync", "remove_dirs_after"):
-            if getattr(flags, flag):
-                logger.warning("--%s has no effect: nothing is copied to other hosts here; runs over several hosts "
-                               "need a file system that they share", flag.replace("_", "-"))
-        benchmarks = select(load_entries(flags.spec), flags.benchmark, flags.include_convergence)
-        load_custom_metrics(flags.custom_metrics_files)
-        logs = Path(flags.log_dir or f"log_{datetime.now():%Y-%m-%d-%H.%M.%S.%f}").resolve()
+        # Benchmarks have sessions of their own and would go on without us: end like after Ctrl-C.
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            stack.callback(signal.signal, number, signal.signal(number, signal.default_int_handler))
         try:
-            logs.mkdir(parents=True, exist_ok=True)
-            console = logging.FileHandler(logs / "console.log", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--log-dir: cannot make {error.filename}: {error.strerror or error}") from None
-        stack.enter_context(_logged(console, flags.logging))
-        logger.info("logs and results: %s", logs)
-        if flags.requirements_file:
-            _install(Path(flags.requirements_file))
-        begin = time.monotonic()
-        try:
-            with _terminable():
-                run_benchmarks(benchmarks, flags, logs, os.environ, results)
+            run_benchmarks(benchmarks, flags, folder, os.environ, results)
         finally:
             if results:
-                save_results(logs, results, flags.additional_metrics, flags.csv_metrics)
-                _show(results, logs, time.monotonic() - begin)
+                save_results(folder, results, flags.additional_metrics, flags.csv_metrics)
+                _show(results, folder, time.monotonic() - begin)
     return int(any(result.status == FAILED for result in results))
 
 
-def _show(results: Sequence[VariantResult], logs: Path, seconds: float) -> None:
+def _show(results: Sequence[VariantResult], folder: Path, seconds: float) -> None:
     """The chart, and the table on stdout and in console.log."""
-    picture = logs / "benchmark_results.png"
+    picture = folder / "benchmark_results.png"
     with contextlib.suppress(FileNotFoundError):  # of an earlier run into this folder
         picture.unlink()
     kinds = "json,csv,xml,png" if draw_chart(picture, results) else "json,csv,xml"
     text = (f"\n{table(results, shutil.get_terminal_size((120, 24)).columns)}\n\n{summary(results)} in "
-            f"{duration(seconds)}; results: {logs}/benchmark_results.{{{kinds}}}\n")
+            f"{duration(seconds)}; results: {folder}/benchmark_results.{{{kinds}}}\n")
     if all(result.status == SKIPPED for result in results):
         text += "nothing was run\n"
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()
-    with open(logs / "console.log", "a", encoding="utf-8") as file:
+    # Where there can be no console.log, it has been said.
+    with contextlib.suppress(OSError), open(folder / "console.log", "a", encoding="utf-8") as file:
         file.write(text)
 
 
@@ -132,35 +135,3 @@ def _install(path: Path) -> None:
     logger.info("installing %s", path)
     if subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-r", str(path)], check=False).returncode:
         raise UserError(f"--requirements-file: pip could not install {path}")
-
-
-@contextlib.contextmanager
-def _logged(handler: logging.Handler, level: str) -> Iterator[None]:
-    """Log this package to a handler while the context lasts."""
-    root = logging.getLogger("examples_utils")
-    before, propagate = root.level, root.propagate
-    handler.setFormatter(logging.Formatter("[%(levelname)s] %(asctime)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
-    root.addHandler(handler)
-    root.setLevel(level)
-    root.propagate = False
-    try:
-        yield
-    finally:
-        root.setLevel(before)
-        root.propagate = propagate
-        root.removeHandler(handler)
-        handler.close()
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Treat SIGTERM and SIGHUP like Ctrl-C: benchmarks have sessions of their own and would go on without us."""
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
