@@ -7,8 +7,9 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
+from examples_utils.command import Command
 from examples_utils.metrics import Results
 from examples_utils.spec import Variant
 from utils.files import atomic_write
@@ -22,12 +23,17 @@ NOT_IN_TABLE = {"throughput", "total_compiling_time", *ADDITIONAL_METRICS} - {"l
 
 @dataclass
 class VariantResult:
-    """What became of one variant. `reason` says why it failed or was skipped; a skipped one has no exit status."""
+    """A variant and what became of it. `reason` says why it failed or was skipped; a skipped one has no exit status.
+
+    env: the whole environment of the command; added: what the runner and the entry add to it.
+    """
 
     variant: Variant
     status: str
-    command: str = ""
+    command: Command = Command("", ())
     reason: str = ""
+    env: Mapping[str, str] = field(default_factory=dict)
+    added: Mapping[str, str] = field(default_factory=dict)
     results: Results = field(default_factory=dict)
     exitcode: Optional[int] = None
     start: datetime = field(default_factory=datetime.now)
@@ -35,6 +41,11 @@ class VariantResult:
     log_folder: Optional[Path] = None
     checkpoint: Optional[Path] = None
     sdk: Optional[Path] = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the command runs."""
+        return self.variant.benchmark.folder
 
     def value(self, metric: str) -> Any:
         """The value of a metric whatever its reduction; None: there is none."""
@@ -49,7 +60,7 @@ class VariantResult:
             "benchmark_name": self.variant.benchmark.name,
             "variant_name": self.variant.name,
             "params": dict(self.variant.params),
-            "command": self.command,
+            "command": self.command.text,
             "results": self.results,
             "start_time": str(self.start),
             "end_time": str(self.start + timedelta(seconds=self.seconds)),

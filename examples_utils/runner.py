@@ -9,13 +9,12 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from examples_utils import metrics
-from examples_utils.command import Command, build_command, option_value, python_index
+from examples_utils.command import build_command, option_value, python_index
 from examples_utils.machine import POPLAR, Machine, hardware, why_skipped
 from examples_utils.process import Outcome, ipu_monitor, progress, run
 from examples_utils.report import FAILED, PASSED, SKIPPED, VariantResult, write_json
@@ -29,52 +28,36 @@ ERROR_LINE = re.compile(r"\s*(?:\[[^\]]*\]:?)*\s*(?:error|[\w.]*(?:Error|Excepti
 TAIL_LINES = 20
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A variant with its command. `env` is the whole environment, `added` what this runner and the entry add to it."""
-
-    variant: Variant
-    command: Command
-    env: Mapping[str, str]
-    added: Mapping[str, str]
-    skip: Optional[str]
-
-    @property
-    def folder(self) -> Path:
-        """Where the command runs."""
-        return self.variant.benchmark.folder
-
-
 def run_benchmarks(benchmarks: Sequence[Benchmark], flags: argparse.Namespace, logs: Path, env: Mapping[str, str],
                    results: List[VariantResult]) -> None:
-    """Run everything and append to `results`, variant by variant, so that they are there after Ctrl-C too.
+    """Run everything, with what became of it in `results`, one for each variant, which are there after Ctrl-C too.
 
     flags: of `examples_utils.cli.parse`. logs: a folder that exists.
     Raises UserError before anything runs when an entry cannot be understood.
     """
     machine = Machine(env)
-    jobs = [_prepare(variant, flags, env, machine) for benchmark in benchmarks for variant in variants(benchmark)]
+    results += [_prepare(variant, flags, env, machine) for benchmark in benchmarks for variant in variants(benchmark)]
     stopped = ""
     with open(logs / "output.log", "wb", buffering=0) as combined:
-        for number, job in enumerate(jobs, start=1):
-            result = VariantResult(job.variant, SKIPPED, job.command.text, stopped or job.skip or "")
-            results.append(result)
+        for number, result in enumerate(results, start=1):
+            name, result.reason = result.variant.name, stopped or result.reason
             if result.reason:
-                logger.info("%s: skipped: %s", job.variant.name, result.reason)
+                logger.info("%s: skipped: %s", name, result.reason)
                 continue
-            logger.info("%s: running (%d of %d)", job.variant.name, number, len(jobs))
+            logger.info("%s: running (%d of %d)", name, number, len(results))
             try:
-                _run(job, result, flags, logs / folder_name(job.variant.name), combined)
+                _run(result, flags, logs / folder_name(name), combined)
             except KeyboardInterrupt:
-                results[-1] = VariantResult(job.variant, FAILED, job.command.text, "interrupted", exitcode=130)
-                results += [VariantResult(rest.variant, SKIPPED, rest.command.text, "interrupted before it began")
-                            for rest in jobs[number:]]
+                result.reason, result.exitcode = "interrupted", 130
+                for rest in results[number:]:
+                    rest.reason = "interrupted before it began"
                 raise
             if result.status == FAILED and flags.stop_on_error:
-                stopped = f"not run, as {job.variant.name} failed and --stop-on-error was given"
+                stopped = f"not run, as {name} failed and --stop-on-error was given"
 
 
-def _prepare(variant: Variant, flags: argparse.Namespace, env: Mapping[str, str], machine: Machine) -> _Job:
+def _prepare(variant: Variant, flags: argparse.Namespace, env: Mapping[str, str], machine: Machine) -> VariantResult:
+    """A result without a run, and with a reason where there cannot be one."""
     benchmark = variant.benchmark
     command = build_command(variant, {**env, **benchmark.env}, flags.allow_wandb, flags.compile_only)
     ipus, _ = hardware(benchmark, command)
@@ -86,8 +69,8 @@ def _prepare(variant: Variant, flags: argparse.Namespace, env: Mapping[str, str]
     elif flags.profile:
         logger.warning("--profile: %s uses no IPU, there is nothing to profile", variant.name)
     added.update(benchmark.env)
-    whole = {**env, **added}
-    return _Job(variant, command, whole, added, why_skipped(benchmark, command, whole, machine, flags.compile_only))
+    reason = why_skipped(benchmark, command, {**env, **added}, machine, flags.compile_only)
+    return VariantResult(variant, SKIPPED, command, reason or "", env={**env, **added}, added=added)
 
 
 def _profile_options(variant: Variant, env: Mapping[str, str]) -> str:
@@ -101,40 +84,40 @@ def _profile_options(variant: Variant, env: Mapping[str, str]) -> str:
                        "autoReport.outputSerializedGraph": "false"})
 
 
-def _run(job: _Job, result: VariantResult, flags: argparse.Namespace, logs: Path, combined: IO[bytes]) -> None:
+def _run(result: VariantResult, flags: argparse.Namespace, logs: Path, combined: IO[bytes]) -> None:
     """Run one variant, and fill in its result."""
-    logs.mkdir(parents=True, exist_ok=True)
-    logger.info("    command: %s", job.command.text)
-    logger.info("    in: %s", job.folder)
-    for key, value in job.added.items():
-        logger.info("    with %s=%s", key, value)
     result.status, result.log_folder, result.start = FAILED, logs, datetime.now()
-    result.sdk = Path(job.env[POPLAR]).resolve().parent if job.env.get(POPLAR) else None
-    outcome = _install_requirements(job, logs, combined) or _execute(job, logs, flags, combined)
+    result.sdk = Path(result.env[POPLAR]).resolve().parent if result.env.get(POPLAR) else None
+    logs.mkdir(parents=True, exist_ok=True)
+    logger.info("    command: %s", result.command.text)
+    logger.info("    in: %s", result.folder)
+    for key, value in result.added.items():
+        logger.info("    with %s=%s", key, value)
+    outcome = _install_requirements(result, logs, combined) or _execute(result, logs, flags, combined)
     result.seconds, result.exitcode, result.reason = outcome.seconds, outcome.exitcode, outcome.problem or ""
     if outcome.exitcode and not outcome.problem:
         result.reason = f"exit status {outcome.exitcode}{_last_words(logs / 'stderr')}"
-    _collect(job, result, logs, flags.compile_only)
+    _collect(result, logs, flags.compile_only)
     result.exitcode = result.exitcode or int(bool(result.reason))
     result.status = FAILED if result.reason else PASSED
     if flags.additional_metrics:
         result.results.update({name: {name: value} for name, value in (
-            ("test_duration", result.seconds), ("cmd", " ".join(job.command.words)),
-            ("result", str(result.status == PASSED)), ("git_commit_hash", _commit(job.folder)),
-            ("env", "".join(f"{key}={value} " for key, value in job.added.items())))})
-    result.checkpoint = _newest_checkpoint(job, result.start)
+            ("test_duration", result.seconds), ("cmd", " ".join(result.command.words)),
+            ("result", str(result.status == PASSED)), ("git_commit_hash", _commit(result.folder)),
+            ("env", "".join(f"{key}={value} " for key, value in result.added.items())))})
+    result.checkpoint = _newest_checkpoint(result)
     write_json(logs / "variant_result.json", result.to_dict())
     _log_result(result, logs)
 
 
-def _install_requirements(job: _Job, logs: Path, combined: IO[bytes]) -> Optional[Outcome]:
+def _install_requirements(result: VariantResult, logs: Path, combined: IO[bytes]) -> Optional[Outcome]:
     """pip install what the entry's requirements_file lists; an Outcome only when that failed."""
-    name = job.variant.benchmark.requirements_file
+    name = result.variant.benchmark.requirements_file
     if name is None:
         return None
     logger.info("    installing %s", name)
     files = logs / "requirements_stdout", logs / "requirements_stderr"
-    outcome = run((sys.executable, "-m", "pip", "install", "-r", name), job.folder, job.env, *files, combined)
+    outcome = run((sys.executable, "-m", "pip", "install", "-r", name), result.folder, result.env, *files, combined)
     if outcome.exitcode == 0:
         return None
     for file, stream in zip(files, ("stdout", "stderr")):
@@ -142,16 +125,16 @@ def _install_requirements(job: _Job, logs: Path, combined: IO[bytes]) -> Optiona
     return Outcome(outcome.exitcode, outcome.seconds, f"requirements_file: pip could not install {name}")
 
 
-def _execute(job: _Job, logs: Path, flags: argparse.Namespace, combined: IO[bytes]) -> Outcome:
-    words, env = _with_this_python(job.command.words, job.env)
+def _execute(result: VariantResult, logs: Path, flags: argparse.Namespace, combined: IO[bytes]) -> Outcome:
+    words, env = _with_this_python(result.command.words, result.env)
     # Unbuffered, or a command that is ended at its time limit would take what it printed with it.
     env.setdefault("PYTHONUNBUFFERED", "1")
-    timeout = min(filter(None, (flags.timeout, job.variant.benchmark.timeout)), default=None)
+    timeout = min(filter(None, (flags.timeout, result.variant.benchmark.timeout)), default=None)
     with contextlib.ExitStack() as stack:
         if flags.gc_monitor:
             stack.enter_context(ipu_monitor(logs / "ipu-monitor.jsonl"))
-        shown = stack.enter_context(progress(job.variant.name, flags.progress_trace_period))
-        return run(words, job.folder, env, logs / "stdout", logs / "stderr", combined, timeout, **shown)
+        shown = stack.enter_context(progress(result.variant.name, flags.progress_trace_period))
+        return run(words, result.folder, env, logs / "stdout", logs / "stderr", combined, timeout, **shown)
 
 
 def _with_this_python(words: Sequence[str], env: Mapping[str, str]) -> Tuple[List[str], Dict[str, str]]:
@@ -169,16 +152,16 @@ def _with_this_python(words: Sequence[str], env: Mapping[str, str]) -> Tuple[Lis
     return words, env
 
 
-def _collect(job: _Job, result: VariantResult, logs: Path, compile_only: bool) -> None:
+def _collect(result: VariantResult, logs: Path, compile_only: bool) -> None:
     """Read the metrics into the result. A command that failed has none, whatever it printed before."""
-    benchmark, files = job.variant.benchmark, (logs / "stdout", logs / "stderr")
+    benchmark, files = result.variant.benchmark, (logs / "stdout", logs / "stderr")
     wanted, derived = (benchmark.metrics, benchmark.derived) if not compile_only else ((), ())
     compiling = None
     if result.exitcode:
         result.results = {item.name: {item.reduction: None} for items in (wanted, derived) for item in items}
     else:
-        result.results, problems = metrics.extract(wanted, *files, job.command.num_processes)
-        problems += metrics.derive(derived, result.results, job.variant.params)
+        result.results, problems = metrics.extract(wanted, *files, result.command.num_processes)
+        problems += metrics.derive(derived, result.results, result.variant.params)
         result.reason = "; ".join(problems)
         compiling = metrics.compile_seconds(*files)
     result.results["total_compiling_time"] = {"mean": compiling}
@@ -193,13 +176,13 @@ def _commit(folder: Path) -> str:
         return "Not a git repo"
 
 
-def _newest_checkpoint(job: _Job, start: datetime) -> Optional[Path]:
+def _newest_checkpoint(result: VariantResult) -> Optional[Path]:
     """The newest checkpoint file of this run in --checkpoint-output-dir, or its folder when there is one for each."""
-    name = option_value(job.command.words, "--checkpoint-output-dir", "--checkpoint_output_dir")
-    found = {}
+    name = option_value(result.command.words, "--checkpoint-output-dir", "--checkpoint_output_dir")
+    found, start = {}, result.start.timestamp() - 1
     for depth in ("*", "*/*") if name else ():
-        for path in (job.folder / str(name)).glob(depth):
-            if CHECKPOINT.fullmatch(path.name) and path.is_file() and path.stat().st_mtime >= start.timestamp() - 1:
+        for path in (result.folder / str(name)).glob(depth):
+            if CHECKPOINT.fullmatch(path.name) and path.is_file() and path.stat().st_mtime >= start:
                 found[path.stat().st_mtime] = path if depth == "*" else path.parent
     return found[max(found)].resolve() if found else None
 
