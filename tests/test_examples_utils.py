@@ -673,6 +673,13 @@ def test_the_module_ends_with_one_line_and_status_2_for_wrong_flags():
     assert done.stderr.count("\n") == 1
 
 
+def test_a_missing_package_is_named():
+    code = "import runpy, sys; sys.modules['psutil'] = None; runpy.run_module('examples_utils', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=str(ROOT), stderr=subprocess.PIPE, universal_newlines=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: the Python package psutil is not installed: pip install -r requirements.txt\n"
+
+
 def test_flags_without_effect_say_so(app, capsys):
     status, _ = bench(app("a_gen: {cmd: python3 train.py}"), "--no-code-sync", "--remove-dirs-after", "--profile")
     err = capsys.readouterr().err

@@ -22,7 +22,8 @@ def cache_folder(*names: str, holding: Optional[str] = None) -> Path:
     """Return the folder of these names in $XDG_CACHE_HOME, or in ~/.cache where that is unset or relative.
 
     holding: what earlier versions kept in ~/.cache whatever the variable said; where it is there, that is the folder.
-    Source: XDG Base Directory Specification 0.8, which says to ignore relative paths.
+    Source: XDG Base Directory Specification 0.8, which says to ignore relative paths. Not platformdirs, whose last
+    version for Python 3.8 takes them, and which would move the caches on macOS.
     """
     root, default = os.environ.get("XDG_CACHE_HOME", ""), Path(os.path.expanduser("~/.cache"), *names)
     if not os.path.isabs(root) or (holding is not None and os.path.exists(str(default / holding))):
