@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any, Callable, Iterator, Mapping, Optional, Sequence, Set
 
 import psutil
+from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -167,26 +168,16 @@ def _tree(root: "subprocess.Popen[bytes]", mark: str, known: Set[psutil.Process]
 def progress(name: str, period: Optional[float] = None) -> Iterator[Mapping[str, Any]]:
     """Yield the `period` and `on_progress` of `run` that show time and newest line: on a terminal (every second) in
     one line that is overwritten, else (every minute) in the log."""
-    terminal = sys.stderr.isatty()
-
-    def overwrite(text: str) -> None:
-        width = shutil.get_terminal_size().columns - 1
-        shown = "".join(letter if letter.isprintable() else " " for letter in text)[:width]
-        sys.stderr.write("\r\033[K" + shown)
-        sys.stderr.flush()
-
     def show(seconds: float, line: str) -> None:
         elapsed = timedelta(seconds=int(seconds))
-        if terminal:
-            overwrite(f"    {name} {elapsed}  {line}")
-        else:
+        if bar.disable:
             logger.info("    %s running for %s: %s", name, elapsed, line)
+        else:
+            text = "".join(letter if letter.isprintable() else " " for letter in f"    {name} {elapsed}  {line}")
+            bar.set_description_str(text[:shutil.get_terminal_size().columns - 1])
 
-    try:
-        yield {"period": period or (1.0 if terminal else 60.0), "on_progress": show}
-    finally:
-        if terminal:
-            overwrite("")
+    with tqdm(bar_format="{desc}", disable=None, leave=False, file=sys.stderr) as bar:
+        yield {"period": period or (60.0 if bar.disable else 1.0), "on_progress": show}
 
 
 @contextlib.contextmanager
