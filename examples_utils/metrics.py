@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
-from examples_utils.spec import Derived, Metric
+from examples_utils.spec import Metric
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def _reduce(metric: Metric, texts: Sequence[str]) -> float:
     return {"final": values[-1], "min": min(values), "value": values[0]}[metric.reduction]
 
 
-def derive(derived: Sequence[Derived], results: Results, params: Mapping[str, str]) -> List[str]:
+def derive(derived: Sequence[Metric], results: Results, params: Mapping[str, str]) -> List[str]:
     """Compute derived metrics into `results`, in their order, so that later ones may use earlier ones.
 
     Returns why those without a value have none.

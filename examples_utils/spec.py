@@ -19,27 +19,27 @@ logger = logging.getLogger(__name__)
 
 REDUCTIONS = ("mean", "final", "min", "value")
 REQUIREMENT = re.compile(r"(ipu|cuda)(:[1-9]\d*)?|(package|program|file):.+")
-KNOWN_KEYS = ("cmd", "data", "derived", "parameters", "env", "location", "timeout", "allow_wandb", "generated",
-              "synthetic", "requirements_file", "requires", "compile_only", "output")
+# Keys of an entry: their type, and what they are where they are missing.
+KEYS: Dict[str, Tuple[Any, Any]] = {
+    "cmd": (str, ""), "data": (dict, {}), "derived": (dict, {}), "env": (dict, {}), "location": (str, ""),
+    "timeout": ((int, float), None), "allow_wandb": (bool, False), "generated": (bool, False),
+    "synthetic": (bool, False), "requirements_file": (str, None), "compile_only": (bool, True),
+}
+KNOWN_KEYS = (*KEYS, "parameters", "requires", "output")
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number read from the log: what `regexp` captures, reduced to one value."""
+    """A number: what `regexp` captures in the log, reduced to one value, or else what `expression` is worth.
+
+    An expression computes with other metrics and the variant's parameters, which it names as {name}.
+    """
 
     name: str
-    regexp: Pattern[str]
+    regexp: Pattern[str] = re.compile("")
+    expression: str = ""
     reduction: str = "mean"  # mean | final | min | value (the first)
     skip: int = 0  # mean leaves out so many of the worst values; the others need more than so many matches
-
-
-@dataclass(frozen=True)
-class Derived:
-    """A number computed from other metrics and the variant's parameters, which `expression` names as {name}."""
-
-    name: str
-    expression: str
-    reduction: str = "mean"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Benchmark:
     spec_path: Path
     cmd: str
     metrics: Tuple[Metric, ...] = ()
-    derived: Tuple[Derived, ...] = ()
+    derived: Tuple[Metric, ...] = ()
     parameters: Tuple[Mapping[str, str], ...] = ({},)  # one mapping a variant
     env: Mapping[str, str] = field(default_factory=dict)
     location: str = ""
@@ -123,11 +123,8 @@ def make_benchmark(name: str, spec_path: Path, entry: Any) -> Benchmark:
         close = nearest(str(key), KNOWN_KEYS)
         if key not in KNOWN_KEYS and key != "requirements_path" and close:
             logger.warning("%s: unknown key '%s' is ignored.%s", where, key, close)
-
-    def get(key: str, kind: Any, default: Any) -> Any:
-        return _get(entry, key, kind, where, default)
-
-    cmd, timeout = get("cmd", str, ""), get("timeout", (int, float), None)
+    values = {key: _get(entry, key, kind, where, default) for key, (kind, default) in KEYS.items()}
+    cmd, timeout, env = values["cmd"], values["timeout"], values["env"]
     requires, output = entry.get("requires"), entry.get("output")
     if not cmd.strip():
         raise UserError(f"{where} has no cmd{'; notebooks are not run here' if 'notebook' in entry else ''}")
@@ -138,23 +135,20 @@ def make_benchmark(name: str, spec_path: Path, entry: Any) -> Benchmark:
         if not isinstance(need, str) or not REQUIREMENT.fullmatch(need):
             raise UserError(f"{where}: requires: '{need}' is none of ipu[:N], cuda[:N], package:NAME, program:NAME, "
                             "file:PATH")
-    env = get("env", dict, {})
     for key, item in env.items():
         if not isinstance(item, (str, int, float)) or isinstance(item, bool):
             raise UserError(f"{where}: env.{key} must be text or a number, not {item!r} (put it in quotes)")
     # The reference decides by these parts of the name whether real data is needed.
-    made_up = "gen" in name or "synth" in name or get("generated", bool, False) or get("synthetic", bool, False)
+    made_up = "gen" in name or "synth" in name or values["generated"] or values["synthetic"]
+    metrics, derived = (
+        tuple(_metric(str(key), value, f"{where}: {part}.{key}", source) for key, value in values[part].items())
+        for part, source in (("data", "regexp"), ("derived", "expr")))
     return Benchmark(
-        name=name, spec_path=spec_path, cmd=cmd, timeout=timeout, requires=tuple(requires), needs_dataset=not made_up,
-        metrics=tuple(_metric(str(key), value, f"{where}: data.{key}") for key, value in get("data", dict, {}).items()),
-        derived=tuple(_derived(str(key), value, f"{where}: derived.{key}")
-                      for key, value in get("derived", dict, {}).items()),
+        name=name, spec_path=spec_path, cmd=cmd, timeout=timeout, metrics=metrics, derived=derived,
+        requires=tuple(requires), needs_dataset=not made_up,
         parameters=tuple(_parameters(entry.get("parameters"), where)),
         env={str(key): str(item) for key, item in env.items()},
-        location=get("location", str, ""),
-        allow_wandb=get("allow_wandb", bool, False),
-        requirements_file=get("requirements_file", str, None),
-        compile_only=get("compile_only", bool, True),
+        **{key: values[key] for key in ("location", "allow_wandb", "requirements_file", "compile_only")},
         # `output: [[unit, metric], ...]`; anything else is ignored, as the reference ignores the whole key.
         units={str(pair[1]): str(pair[0]) for pair in (output if isinstance(output, list) else [])
                if isinstance(pair, list) and len(pair) == 2})
@@ -184,9 +178,17 @@ def _get(entry: Mapping[str, Any], key: str, kind: Any, where: str, default: Any
     return value
 
 
-def _metric(name: str, settings: Any, here: str) -> Metric:
-    if not isinstance(settings, dict) or not isinstance(settings.get("regexp"), str):
-        raise UserError(f"{here} must be a mapping with the key regexp")
+def _metric(name: str, settings: Any, here: str, source: str) -> Metric:
+    """source: the key that says where the number comes from, regexp or expr."""
+    kinds = str if source == "regexp" else (str, int, float)
+    if not isinstance(settings, dict) or not isinstance(settings.get(source), kinds):
+        raise UserError(f"{here} must be a mapping with the key {source}")
+    reduction = str(settings.get("reduction_type", "mean"))
+    if reduction not in REDUCTIONS:
+        raise UserError(f"{here}.reduction_type: '{reduction}' is none of {', '.join(REDUCTIONS)}."
+                        + nearest(reduction, REDUCTIONS))
+    if source == "expr":
+        return Metric(name, expression=str(settings["expr"]), reduction=reduction)
     try:
         regexp = re.compile(settings["regexp"])
     except re.error as error:
@@ -196,21 +198,7 @@ def _metric(name: str, settings: Any, here: str) -> Metric:
     skip = _get(settings, "skip", int, here, 0)
     if skip < 0:
         raise UserError(f"{here}.skip must be 0 or more, not {skip}")
-    return Metric(name, regexp, _reduction(settings, here), skip)
-
-
-def _derived(name: str, settings: Any, here: str) -> Derived:
-    if not isinstance(settings, dict) or not isinstance(settings.get("expr"), (str, int, float)):
-        raise UserError(f"{here} must be a mapping with the key expr")
-    return Derived(name, str(settings["expr"]), _reduction(settings, here))
-
-
-def _reduction(settings: Mapping[str, Any], here: str) -> str:
-    reduction = str(settings.get("reduction_type", "mean"))
-    if reduction not in REDUCTIONS:
-        raise UserError(f"{here}.reduction_type: '{reduction}' is none of {', '.join(REDUCTIONS)}."
-                        + nearest(reduction, REDUCTIONS))
-    return reduction
+    return Metric(name, regexp, reduction=reduction, skip=skip)
 
 
 def _parameters(value: Any, where: str) -> List[Dict[str, str]]:

@@ -20,7 +20,7 @@ from benchmarks import busy, compare_peers
 from examples_utils import chart, cli, metrics, process, report, runner
 from examples_utils.command import build_command
 from examples_utils.machine import Machine, why_skipped
-from examples_utils.spec import Derived, load_entries, make_benchmark, select, variants
+from examples_utils.spec import Metric, load_entries, make_benchmark, select, variants
 from utils.errors import UsageError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -222,8 +222,8 @@ def test_only_throughput_is_multiplied_by_the_processes(logs):
 
 def test_derived_metrics_use_metrics_parameters_and_earlier_ones():
     results = {"throughput": {"final": 8.0}, "loss": {"mean": None}}
-    items = [Derived("each", "{throughput} / {n}"), Derived("twice", "2 * each - -1"), Derived("bad", "{loss} + 1"),
-             Derived("typo", "{lost}")]
+    expressions = {"each": "{throughput} / {n}", "twice": "2 * each - -1", "bad": "{loss} + 1", "typo": "{lost}"}
+    items = [Metric(name, expression=expression) for name, expression in expressions.items()]
     problems = metrics.derive(items, results, {"n": "4"})
     assert results["each"] == {"mean": 2.0} and results["twice"] == {"mean": 5.0} and results["bad"] == {"mean": None}
     assert problems == ["bad: 'loss' is no number but None", "typo: no metric or parameter is called 'lost'"]
