@@ -1,17 +1,18 @@
 """Which image belongs to which captions: images and text files anywhere below a folder, paired by file stem.
 
-    data/COCO/train2017/000000000009.jpg
-    data/COCO/train2017_captions/000000000009.txt       one caption per line
+    data/COCO/train2017/000000000009.jpg                photos/cat/1.png
+    data/COCO/train2017_captions/000000000009.txt       captions/cat/1.txt       one caption per line
 
 The listing also reads the caption files (some seconds for COCO's 118,000), so that empty ones are known before training
 starts. Images are not opened here: that would take many minutes.
 """
 
 import array
+import collections
 import concurrent.futures
 import logging
 import os
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Counter, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from data.images import IMAGE_SUFFIXES
 from utils.errors import UserError
@@ -20,9 +21,12 @@ from utils.skipped import Entry, SkipReport
 
 logger = logging.getLogger(__name__)
 
-_TEXT_SUFFIX = ".txt"
+TEXT_SUFFIXES = (".txt", ".caption", ".cap")
+"""Suffixes of caption files, the preferred one first."""
+
 _MAX_TEXT_BYTES = 1 << 20
 """A caption file is larger than this only by mistake."""
+_SHOWN_SUFFIXES = 8
 _READERS = 8
 _FILES_PER_TASK = 256
 
@@ -76,11 +80,26 @@ class FolderPairs(NamedTuple):
     skipped: List[Skipped]
     num_bad: int = 0
     """Pairs that are there but cannot be used. (Files without a partner are none: COCO has many.)"""
+    unread: str = ""
+    """The types of other files: "3 *.heic, 1 *.json"."""
 
     def report(self) -> str:
         """Return one line: how many pairs there are and what was left out."""
-        line = "{}: {} pairs of image and captions".format(self.folder, len(self.images))
-        return line + "".join("; skipped {}".format(skipped) for skipped in self.skipped)
+        return f"{self.folder}: {len(self.images)} pairs of image and captions" + "".join(
+            f"; skipped {skipped}" for skipped in self.left_out()
+        )
+
+    def left_out(self) -> List[str]:
+        """Return what was left out; beside texts without an image, that may be files of other types, too."""
+        others = f"files of types that are not read: {self.unread}"
+        alone = self.unread and any(skipped.reason == _NO_IMAGE for skipped in self.skipped)
+        return [*map(str, self.skipped), *([others] if alone else [])]
+
+
+def listed_suffixes(counts: "Counter[str]") -> str:
+    """Return "3 *.heic, 1 *.json": the most frequent suffixes, and how often they occur."""
+    names = [f"{count} *{suffix}" for suffix, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+    return ", ".join(names[:_SHOWN_SUFFIXES] + ["..."] * (len(names) > _SHOWN_SUFFIXES))
 
 
 _NO_CAPTIONS, _NO_IMAGE, _NO_FOLDER = "images without captions", "text files without an image", "unreadable folders"
@@ -91,10 +110,10 @@ _UNUSED = (_NO_CAPTIONS, _NO_IMAGE)
 def list_pairs(folder: str, report: Optional[SkipReport] = None) -> FolderPairs:
     """Find the pairs below `folder`; what makes none goes to `report`, too.
 
-    A text belongs to the image of the same stem: to the one beside it, otherwise to the only text of that stem in the
-    whole tree. Images with several candidates elsewhere are ambiguous and skipped, as are images without a text, texts
-    without an image, and texts that are empty, larger than 1 MiB, not UTF-8 or with NUL bytes. Hidden files and folders
-    are ignored.
+    A text belongs to the image of the same stem: to the one beside it, otherwise to the one in a folder of the same
+    name (images/cat/1.png, captions/cat/1.txt), otherwise to the only one of that stem in the whole tree. Images with
+    several candidates are ambiguous and skipped, as are images without a text, texts without an image, and texts that
+    are empty, larger than 1 MiB, not UTF-8 or with NUL bytes. Hidden files and folders are ignored.
 
     Raises UserError when the folder does not exist or holds no pair, or when `report` allows no more bad ones.
     """
@@ -104,9 +123,10 @@ def list_pairs(folder: str, report: Optional[SkipReport] = None) -> FolderPairs:
             "{}: no such folder; give one with images and captions, or 'demo' for the built-in set".format(source)
         )
     skipped: Dict[str, List[str]] = {}
-    images, texts = list_files(folder, skipped)
+    unread: Counter[str] = collections.Counter()
+    images, texts = list_files(folder, skipped, unread)
     chosen = sorted(_match(images, texts, skipped))
-    pairs = FolderPairs(folder, PackedStrings(), PackedStrings(), [])
+    pairs = FolderPairs(folder, PackedStrings(), PackedStrings(), [], unread=listed_suffixes(unread))
     for (image, text), (captions, problem) in zip(chosen, _read_all([text for _, text in chosen])):
         if problem:
             skipped.setdefault(problem, []).append(text)
@@ -121,34 +141,46 @@ def list_pairs(folder: str, report: Optional[SkipReport] = None) -> FolderPairs:
         report.add_all(bad, everywhere=True)
         report.add_unused(Entry(path, reason) for reason in _UNUSED for path in sorted(skipped.get(reason, ())))
     if not len(pairs.images):
-        raise UserError(_nothing_found(source, images, texts, pairs.skipped))
+        raise UserError(_nothing_found(source, images, texts, pairs))
     if report is not None:
         report.check(len(pairs.images) + len(bad))
     return pairs._replace(num_bad=len(bad))
 
 
-def _nothing_found(source: str, images: List[str], texts: List[str], skipped: List[Skipped]) -> str:
-    found = "{} images and {} text files".format(len(images), len(texts))
-    why = "; ".join(str(item) for item in skipped)
+def _nothing_found(source: str, images: List[str], texts: List[str], pairs: FolderPairs) -> str:
+    why = "; ".join(pairs.left_out())
+    why = f"; not read: {pairs.unread}" if pairs.unread and not why else why and f": {why}"
     return (
-        "{}: no pair of image and captions among {} below it{}; expected images ({}) and, with the same "
-        "stem, .txt files with one caption per line, e.g. train2017/000000000009.jpg and "
-        "train2017_captions/000000000009.txt (for COCO: python data/process_trainset.py makes them)".format(
-            source, found, ": " + why if why else "", " ".join("*" + suffix for suffix in IMAGE_SUFFIXES)
-        )
+        f"{source}: no pair of image and captions among {len(images)} images and {len(texts)} text files below it"
+        f"{why}; expected images ({starred(IMAGE_SUFFIXES)}) and, with the same stem, .txt files with one caption per "
+        "line, e.g. train2017/000000000009.jpg and train2017_captions/000000000009.txt. Where captions lie in one list "
+        "(COCO, Karpathy, Flickr8k, metadata.jsonl, CSV, TSV), python data/process_trainset.py --captions LIST "
+        "--out-dir FOLDER makes them"
     )
 
 
-def list_files(folder: str, skipped: Optional[Dict[str, List[str]]] = None) -> Tuple[List[str], List[str]]:
-    """Return the paths of all images and of all text files below `folder`; unreadable folders go to `skipped`."""
+def starred(suffixes: Iterable[str]) -> str:
+    """Return "*.jpg *.png"."""
+    return " ".join("*" + suffix for suffix in suffixes)
+
+
+def list_files(
+    folder: str, skipped: Optional[Dict[str, List[str]]] = None, unread: Optional["Counter[str]"] = None
+) -> Tuple[List[str], List[str]]:
+    """Return the paths of all images and of all text files below `folder`.
+
+    Unreadable folders go to `skipped`; the suffixes of all other files are counted in `unread`.
+    """
     images: List[str] = []
     texts: List[str] = []
     for path in _walk(folder, {} if skipped is None else skipped):
         suffix = os.path.splitext(path)[1].lower()
         if suffix in IMAGE_SUFFIXES:
             images.append(path)
-        elif suffix == _TEXT_SUFFIX:
+        elif suffix in TEXT_SUFFIXES:
             texts.append(path)
+        elif unread is not None:
+            unread[suffix] += 1
     return images, texts
 
 
@@ -189,46 +221,76 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
 
 def _match(images: List[str], texts: List[str], skipped: Dict[str, List[str]]) -> Iterator[Tuple[str, str]]:
     """Yield (image, text) and enter what makes no pair into `skipped` (reason -> paths)."""
+    unused: Dict[str, str] = {}  # path without suffix -> text
+    for text in sorted(texts, key=lambda text: _rank(text, TEXT_SUFFIXES)):
+        unused.setdefault(_place(text), text)
     by_stem: Dict[str, List[str]] = {}
-    for text in texts:
-        by_stem.setdefault(_stem(text), []).append(text)
-    unused = set(texts)
-    elsewhere = []
-    for image in sorted(images):
-        beside = os.path.splitext(image)[0]
-        text = _text_beside(beside, by_stem.get(_stem(image), ()))
-        if text is None:
-            elsewhere.append(image)
-        elif text in unused:
-            unused.remove(text)
-            yield image, text
-        else:
-            skipped.setdefault("images whose captions belong to another image of the same name", []).append(image)
-    for image in elsewhere:
-        candidates = by_stem.get(_stem(image), [])
-        if not candidates:
+    by_folder: Dict[Tuple[str, ...], List[str]] = {}  # (name of the folder, stem)
+    for place in unused:
+        by_stem.setdefault(os.path.basename(place), []).append(place)
+        by_folder.setdefault(_last(place, 2), []).append(place)
+
+    elsewhere, beside = [], set(unused)
+    for image in sorted(images, key=lambda image: (_place(image), _rank(image, IMAGE_SUFFIXES))):
+        if _place(image) in unused:
+            yield image, unused.pop(_place(image))
+        elif _place(image) in beside:  # the same picture in another format
             skipped.setdefault(_NO_CAPTIONS, []).append(image)
-        elif len(candidates) > 1:
-            skipped.setdefault("images with several caption files of their name", []).append(image)
-            unused.difference_update(candidates)
-        elif candidates[0] in unused:
-            unused.remove(candidates[0])
-            yield image, candidates[0]
         else:
+            elsewhere.append(image)
+
+    alone = []
+    for image in elsewhere:
+        candidates = [text for text in by_folder.get(_last(_place(image), 2), ()) if text in unused]
+        found = _closest(_place(image), candidates)
+        if found is None:
+            alone.append(image)
+        else:
+            yield image, unused.pop(found)
+
+    ambiguous: Set[str] = set()
+    for image in alone:
+        candidates = by_stem.get(_stem(image), [])
+        left = [text for text in candidates if text in unused]
+        if len(candidates) == 1 and left:
+            yield image, unused.pop(left[0])
+        elif len(candidates) == 1:
             skipped.setdefault("images whose captions belong to another image of the same name", []).append(image)
-    if unused:
-        skipped[_NO_IMAGE] = list(unused)
+        elif left:
+            skipped.setdefault("images with several caption files of their name", []).append(image)
+            ambiguous.update(left)
+        else:
+            skipped.setdefault(_NO_CAPTIONS, []).append(image)
+    without_image = [text for place, text in unused.items() if place not in ambiguous]
+    if without_image:
+        skipped[_NO_IMAGE] = without_image
 
 
-def _text_beside(path_without_suffix: str, candidates: Iterable[str]) -> Optional[str]:
-    for text in candidates:
-        if os.path.splitext(text)[0] == path_without_suffix:
-            return text
-    return None
+def _place(path: str) -> str:
+    """Return a path without its suffix."""
+    return os.path.splitext(path)[0]
 
 
 def _stem(path: str) -> str:
-    return os.path.splitext(os.path.basename(path))[0]
+    return os.path.basename(_place(path))
+
+
+def _rank(path: str, suffixes: Sequence[str]) -> int:
+    return suffixes.index(os.path.splitext(path)[1].lower())
+
+
+def _last(place: str, count: int) -> Tuple[str, ...]:
+    """Return the last parts of a path."""
+    return tuple(place.split(os.sep)[-count:])
+
+
+def _closest(place: str, candidates: List[str]) -> Optional[str]:
+    """Return the path that agrees with `place` in more of its last parts than any other one; None: no such."""
+    count = 2
+    while len(candidates) > 1 and count <= place.count(os.sep):
+        count += 1
+        candidates = [text for text in candidates if _last(text, count) == _last(place, count)]
+    return candidates[0] if len(candidates) == 1 else None
 
 
 def _read_all(paths: List[str]) -> Iterator[Tuple[str, str]]:

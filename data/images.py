@@ -19,9 +19,10 @@ from PIL import Image, UnidentifiedImageError
 
 from utils.files import open_regular
 
-IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg", ".bmp", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg", ".bmp", ".webp", ".jfif", ".jpe", ".gif", ".tif", ".tiff")
+"""Of two images with one name, the suffix that comes first here has the captions."""
 
-_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
 """Formats that are read, whatever the file is called: large collections hold misnamed files.
 
 Pillow knows more, but some of them start other programs (EPS: Ghostscript).

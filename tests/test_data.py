@@ -171,6 +171,65 @@ def test_each_folder_may_use_the_same_stems(tmp_path):
     assert [pairs.captions[0], pairs.captions[1]] == ["from a", "from b"]
 
 
+@pytest.mark.parametrize("text_first", [True, False])
+def test_parallel_trees_pair_by_the_names_of_their_folders(tmp_path, text_first):
+    texts, images = ("a", "b") if text_first else ("b", "a")
+    for part in ("train/red", "train/blue", "val/red"):
+        write_pair(tmp_path / images / part, "0", part)
+        (tmp_path / texts / part).mkdir(parents=True)
+        (tmp_path / images / part / "0.txt").rename(tmp_path / texts / part / "0.txt")
+    write_pair(tmp_path / images / "train" / "green", "0")
+    (tmp_path / images / "train" / "green" / "0.txt").unlink()
+    pairs = list_pairs(str(tmp_path))
+    for number in range(3):
+        assert pairs.images[number] == str(tmp_path / images / pairs.captions[number] / "0.png")
+    assert pairs.num_bad == 0 and [skipped.reason for skipped in pairs.skipped] == ["images without captions"]
+
+
+def test_a_folder_of_the_same_name_decides_only_where_it_is_the_only_one(tmp_path):
+    write_pair(tmp_path / "images" / "red", "0")
+    for folder in ("labels", "captions"):
+        (tmp_path / folder / "red").mkdir(parents=True)
+        (tmp_path / folder / "red" / "0.txt").write_text("which?")
+    (tmp_path / "images" / "red" / "0.txt").unlink()
+    write_pair(tmp_path, "good")
+    (skipped,) = list_pairs(str(tmp_path)).skipped
+    assert skipped.reason == "images with several caption files of their name"
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.tif", "a.TIFF", "a.jfif", "a.jpe"])
+@pytest.mark.parametrize("text", ["a.txt", "a.caption", "a.cap"])
+def test_less_common_suffixes_are_read(tmp_path, name, text):
+    kind = {"gif": "GIF", "tif": "TIFF", "tiff": "TIFF"}.get(name[2:].lower(), "JPEG")
+    Image.new("RGB", (20, 16), (200, 30, 60)).save(str(tmp_path / name), kind)
+    (tmp_path / text).write_text("a red picture")
+    dataset = folder_dataset(tmp_path)
+    _, image = dataset[0]
+    assert dataset.captions(0) == ["a red picture"] and (image[:, 4, 4] - torch.tensor([200, 30, 60])).abs().max() < 4
+
+
+def test_the_usual_type_of_several_has_the_captions(tmp_path):
+    for suffix in (".gif", ".jpg", ".tif"):
+        write_pair(tmp_path, "1", suffix=suffix)
+    (tmp_path / "1.caption").write_text("tags")
+    pairs = list_pairs(str(tmp_path))
+    assert [pairs.images[0], pairs.captions[0]] == [str(tmp_path / "1.jpg"), "one\ntwo\nthree"] and pairs.num_bad == 0
+
+
+def test_files_of_other_types_are_named_where_texts_lack_an_image(tmp_path):
+    write_pair(tmp_path, "1")
+    (tmp_path / "1.json").write_text("{}")
+    assert "json" not in list_pairs(str(tmp_path)).report()
+    for name in ("2.heic", "3.HEIC", "2.txt"):
+        (tmp_path / name).write_text("x")
+    report = list_pairs(str(tmp_path)).report()
+    assert "1 text files without an image (such as 2.txt)" in report
+    assert report.endswith("; skipped files of types that are not read: 2 *.heic, 1 *.json")
+    (tmp_path / "1.png").unlink()
+    with pytest.raises(UserError, match=r"2 \*.heic.*data/process_trainset.py --captions"):
+        list_pairs(str(tmp_path))
+
+
 def test_links_are_followed_and_loops_end(tmp_path):
     write_pair(tmp_path / "elsewhere", "1")
     root = tmp_path / "root"

@@ -84,6 +84,8 @@ GOOD_IMAGES = {
     "png called.jpg": as_bytes(picture(), "PNG"),
     "jpeg called.png": as_bytes(picture(), "JPEG"),
     "webp called.bmp": as_bytes(picture(), "WEBP"),
+    "cmyk lzw.tif": as_bytes(picture().convert("CMYK"), "TIFF", compression="tiff_lzw"),
+    "grey 16 bit.tiff": as_bytes(Image.new("I;16", (20, 16), 30000), "TIFF"),
     "-rf.jpg": as_bytes(picture(), "JPEG"),
     "\u202egpj.emoji \U0001f469\U0001f3fd.jpg": as_bytes(picture(), "JPEG"),
 }
@@ -92,6 +94,7 @@ BAD_IMAGES = {
     "also truncated.png": (as_bytes(NOISE, "PNG")[:300], "damaged pictures"),
     "zero.jpg": (b"", "files that are no picture"),
     "html.jpg": (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "files that are no picture"),
+    "cut off.tif": (as_bytes(NOISE, "TIFF", compression="tiff_lzw")[:9000], "files that are no picture"),
     "zeros.png": (bytes(5000), "files that are no picture"),
     "postscript.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "files that are no picture"),
     "svg.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "files that are no picture"),

@@ -188,6 +188,8 @@ def make_reader(name, folder):
             ("BMP", {}),
             ("GIF", {}),
             ("WEBP", {}),
+            ("TIFF", {}),
+            ("TIFF", {"compression": "tiff_lzw"}),
         ):
             picture = Image.new("P" if kind == "GIF" else "RGB", (9, 7), 5)
             picture.save(str(folder / "seed"), kind, **options)
