@@ -212,6 +212,11 @@ class DataConfig(Section):
     generated_data: bool = option(False, "train on random data made on the host", resume=APPLIES)
     synthetic_data: bool = option(False, "train on random data made on the device (IPU; elsewhere as --generated-data)",
                                   resume=APPLIES)
+    shard_images: Optional[str] = option(None, "suffixes of the images in shards, with commas between (img,jpg); none: "
+                                               "those of folders, and img", resume=APPLIES)
+    shard_captions: Optional[str] = option(None, "where the captions in shards are, the best first, with commas "
+                                                 "between: keys of .json members, or suffixes of text members; none: "
+                                                 "caption,text,TEXT,txt,cap", resume=APPLIES)
     max_bad_fraction: float = option(0.01, "share of the pairs that may be left out (damaged images, captions that are "
                                            "no text); what is, skipped.jsonl in the log folder lists", ge=0, le=1,
                                      resume=APPLIES)

@@ -7,8 +7,9 @@ from data.classes import list_class_images
 from data.datasets import DemoDataset, GeneratedDataset, ImageTextFolder, PairDataset, TextSettings
 from data.demo import demo_records
 from data.folder import list_pairs
+from data.shard_index import Members
 from data.shards import ImageTextShards, find_shards, open_shards
-from utils.errors import UserError
+from utils.errors import UsageError, UserError
 from utils.files import PathLike
 from utils.skipped import SkipReport
 
@@ -34,6 +35,8 @@ def create_dataset(
     num_generated: int = 0,
     flip: bool = False,
     index_folder: Optional[PathLike] = None,
+    shard_images: Optional[str] = None,
+    shard_captions: Optional[str] = None,
     max_bad_fraction: float = 0.01,
     skipped_file: Optional[PathLike] = None,
     is_main: bool = True,
@@ -47,6 +50,7 @@ def create_dataset(
     num_generated: more than 0 makes so many random pairs instead; `input_folder` is then not read.
     flip: mirror every other image, see `PairDataset`.
     index_folder: where the indexes of shards are kept; None: `data.shards.default_index_folder()`.
+    shard_images, shard_captions: names of members of shards, see `data.shard_index.Members.named`.
     max_bad_fraction, skipped_file, is_main: how many pairs of a folder may be left out, where those are listed, and
     whether this process lists what every process finds: see utils/skipped.py. flag: where the folder comes from.
     The other arguments are those of `TextSettings`; image_size is in pixels.
@@ -67,10 +71,14 @@ def create_dataset(
         classes = getattr(tokenizer, "classes", None)
         listing = find_shards(input_folder) if classes is None else None
         if listing is not None:
-            dataset = ImageTextShards(open_shards(listing, index_folder, skipped), settings, image_size, skipped)
+            members = Members.named(shard_images, shard_captions)
+            shards = open_shards(listing, index_folder, skipped, members)
+            dataset = ImageTextShards(shards, settings, image_size, skipped)
         else:
             pairs = list_pairs(input_folder, skipped) if classes is None else list_class_images(input_folder, classes)
             dataset = ImageTextFolder(pairs, settings, image_size, skipped)
+    if (shard_images or shard_captions) and flag == "--input-folder" and not isinstance(dataset, ImageTextShards):
+        raise UsageError("--shard-images and --shard-captions are for webdataset shards, and --input-folder names none")
     dataset.flip = flip
     logger.info("%s", dataset.report())
     dataset.check_captions()
@@ -91,6 +99,8 @@ def create_datasets(
     num_generated: int = 0,
     flip: bool = False,
     index_folder: Optional[PathLike] = None,
+    shard_images: Optional[str] = None,
+    shard_captions: Optional[str] = None,
     max_bad_fraction: float = 0.01,
     skipped_file: Optional[PathLike] = None,
     is_main: bool = True,
@@ -123,6 +133,8 @@ def create_datasets(
             num_generated=generated,
             flip=flip,
             index_folder=index_folder,
+            shard_images=shard_images,
+            shard_captions=shard_captions,
             max_bad_fraction=max_bad_fraction,
             skipped_file=skipped_file,
             is_main=is_main,

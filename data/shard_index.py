@@ -2,7 +2,8 @@
 
     index/cc3m-0123456789ab/00000.tar.index       header (JSON, one line), one record for each image, captions
 
-A sample is what has the same name up to the last dot, whichever program wrote the shard. With the index every image can
+A sample is what has the same name up to the last dot, whichever program wrote the shard; `Members` says which files of
+it are image and captions. With the index every image can
 be read alone, in any order, so shards need no second way of training beside folders: permutations, split over processes
 and workers, and exact resume are the same. Captions lie in the index itself: a run on cached codes reads no shard.
 
@@ -20,21 +21,25 @@ import os
 import re
 import struct
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Counter, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from data.folder import split_captions
 from data.images import IMAGE_SUFFIXES
 from data.tar_members import BLOCK, Member, TarTrouble, Window, name_in_header, tar_members
-from utils.errors import UserError
+from utils.errors import UsageError, UserError
 from utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _RECORD = struct.Struct("<QIQI")  # where an image lies in the shard, its bytes, where its captions lie, their bytes
 _MAX_TEXT = 1 << 20
 _MAX_IMAGE = 1 << 30
 _MAX_OPEN = 64
+_MAX_NAMES, _MAX_NAME_LEN = 20, 60
+
+IMAGE_MEMBERS = IMAGE_SUFFIXES + (".img", ".image")
+CAPTION_MEMBERS = ("caption", "text", "TEXT", "txt", "cap")
 
 UNREADABLE = "shards that cannot be read"
 
@@ -50,6 +55,34 @@ class Skips:
         self.counts.setdefault(reason, [0, example])[0] += number
 
 
+class Members(NamedTuple):
+    """Which members of a shard are images, and where their captions are."""
+
+    images: Tuple[str, ...] = IMAGE_MEMBERS
+    """Suffixes of images, in lower case."""
+    captions: Tuple[str, ...] = CAPTION_MEMBERS
+    """Keys in .json members, and suffixes (in any case) of text members: the first one that has a caption counts."""
+
+    @classmethod
+    def named(cls, images: Optional[str], captions: Optional[str]) -> "Members":
+        """Return those that --shard-images and --shard-captions name, with commas between; None: the usual ones.
+
+        Raises UsageError.
+        """
+
+        def names(flag: str, text: str) -> List[str]:
+            found = [name.strip().lstrip(".") for name in text.split(",")]
+            if not all(found):
+                raise UsageError(f"{flag} {text!r}: expected names with commas between, such as img,jpg")
+            return found
+
+        usual = cls()
+        return cls(
+            tuple("." + name.lower() for name in names("--shard-images", images)) if images else usual.images,
+            tuple(names("--shard-captions", captions)) if captions else usual.captions,
+        )
+
+
 class Scanned(NamedTuple):
     """What a shard holds."""
 
@@ -60,38 +93,55 @@ class Scanned(NamedTuple):
     texts: bytes
     """Captions, UTF-8, those of an image separated by line breaks."""
     skips: Skips
+    unread: Dict[str, int]
+    """How often members of other suffixes are there, and ("key 'url'") keys in .json members without a caption."""
 
 
 # What is in it --------------------------------------------------------------------------------------------------------
 
 
-def scan(descriptor: int, size: int, shard: str) -> Scanned:
+def scan(descriptor: int, size: int, shard: str, members: Members) -> Scanned:
     """Read the headers and captions of an open shard; `shard` is its name in examples. Raises OSError."""
     skips = Skips()
+    unread: Counter[str] = collections.Counter()
     images: Dict[str, Member] = {}
-    captions: Dict[str, Dict[str, Tuple[str, str]]] = {}  # key -> kind of file -> (captions, what is wrong with it)
+    captions: Dict[str, Dict[str, Tuple[str, str]]] = {}  # key -> name in `members` -> (captions, what is wrong)
+    names = {"." + name.lower(): name for name in reversed(members.captions)}
     window = Window(descriptor)
     try:
         for member in tar_members(window.read, size):
             key, suffix = os.path.splitext(member.name)
             suffix = suffix.lower()
+            while key.startswith("./"):  # of some of a sample's members, when they were added by different programs
+                key = key[2:]
             if os.path.basename(key).startswith("."):
                 continue
-            if suffix in IMAGE_SUFFIXES:
+            if suffix in members.images:
                 if key in images or member.size > _MAX_IMAGE:
                     reason = "images of 1 GB and more" if member.size > _MAX_IMAGE else "images of a name used before"
                     skips.add(reason, "{}/{}".format(shard, member.name))
                 else:
                     images[key] = member
-            elif suffix in _PARSERS:
-                captions.setdefault(key, {}).setdefault(suffix, _read_captions(window, member, suffix))
+            elif suffix in names or suffix == ".json":
+                found = captions.setdefault(key, {})
+                if member.size > _MAX_TEXT:
+                    found.setdefault(suffix, ("", "captions of 1 MB and more"))
+                elif suffix == ".json":
+                    for name, text in _json_captions(window.read(member.offset, member.size), members, unread):
+                        found[name] = text
+                else:
+                    text = split_captions(window.read(member.offset, member.size))
+                    if not found.get(names[suffix], ("", ""))[0]:  # a key of a .json member goes first
+                        found[names[suffix]] = text
+            else:
+                _count(unread, suffix)
     except TarTrouble as trouble:
         skips.add(str(trouble), shard)
     paired, bare, texts = [], [], bytearray()
     for key, member in images.items():
         found = captions.pop(key, {})
         # A json file gives a caption as it is; in the txt file beside it a line break within would make two of one.
-        text = next((found[suffix][0] for suffix in _PARSERS if suffix in found and found[suffix][0]), "")
+        text = next((found[name][0] for name in members.captions if name in found and found[name][0]), "")
         if text:
             content = text.encode("utf-8", "replace")
             paired.append((member.offset, member.size, len(texts), len(content)))
@@ -102,28 +152,34 @@ def scan(descriptor: int, size: int, shard: str) -> Scanned:
         skips.add(problem, "{}/{}".format(shard, member.name))
     if captions:
         skips.add("captions without an image", "{}/{}".format(shard, min(captions)), len(captions))
-    return Scanned(paired + bare, len(paired), bytes(texts), skips)
+    return Scanned(paired + bare, len(paired), bytes(texts), skips, dict(unread))
 
 
-def _read_captions(window: Window, member: Member, suffix: str) -> Tuple[str, str]:
-    if member.size > _MAX_TEXT:
-        return "", "captions of 1 MB and more"
-    return _PARSERS[suffix](window.read(member.offset, member.size))
+def _count(unread: "Counter[str]", name: str) -> None:
+    name = name[:_MAX_NAME_LEN]
+    if name in unread or len(unread) < _MAX_NAMES:
+        unread[name] += 1
 
 
-def _json_captions(content: bytes) -> Tuple[str, str]:
-    """Return (captions joined by line breaks, "") or ("", what is wrong). The key is img2dataset's."""
+def _json_captions(content: bytes, members: Members, unread: "Counter[str]") -> Iterator[Tuple[str, Tuple[str, str]]]:
+    """Yield (name, (captions joined by line breaks, "")) of a .json member, or ("json", ("", what is wrong))."""
     try:
         values = json.loads(content)
     except (ValueError, RecursionError):
-        return "", "json files that cannot be read"
-    value = values.get("caption") if isinstance(values, dict) else None
-    lines = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-    lines = [" ".join(line.split()) for line in lines if isinstance(line, str) and line.strip()]
-    return "\n".join(lines), "" if lines else "json files without a caption"
-
-
-_PARSERS: Dict[str, Callable[[bytes], Tuple[str, str]]] = {".json": _json_captions, ".txt": split_captions}
+        yield "json", ("", "json files that cannot be read")
+        return
+    values, captions = values if isinstance(values, dict) else {}, 0
+    for name in members.captions:
+        value = values.get(name)
+        lines = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+        lines = [" ".join(line.split()) for line in lines if isinstance(line, str) and line.strip()]
+        if lines:
+            captions += 1
+            yield name, ("\n".join(lines), "")
+    if not captions:
+        for key in values:
+            _count(unread, f"key '{key}'")
+        yield "json", ("", "json files without a caption")
 
 
 # The index ------------------------------------------------------------------------------------------------------------
@@ -181,6 +237,7 @@ class ShardIndex:
         self.size, self.mtime_ns = int(values["size"]), int(values["mtime_ns"])
         self.num_pairs, self.num_images = int(values["pairs"]), int(values["images"])
         self.skips = Skips(values["skipped"])
+        self.unread: Dict[str, int] = values.get("unread", {})
         self.body_size = self.num_images * _RECORD.size + int(values["texts"])
 
     def captions(self, image: int, files: OpenFiles) -> str:
@@ -231,13 +288,13 @@ class ShardIndex:
         return os.pread(descriptor, len(self._header), 0) == self._header
 
 
-def open_index(shard: str, folder: Path) -> ShardIndex:
+def open_index(shard: str, folder: Path, members: Members) -> ShardIndex:
     """Return the index of a shard: from its file in `folder`, or by reading the shard when there is none that fits.
 
     It is made whole or not at all, so any number of processes may do this at the same time; two at worst do the same
     work. Where the file cannot be written the index stays in memory. A shard that cannot be read has no images.
     """
-    file = _index_file(shard, folder)
+    file = _index_file(shard, folder, members)
     try:
         descriptor = os.open(shard, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     except OSError:
@@ -247,7 +304,7 @@ def open_index(shard: str, folder: Path) -> ShardIndex:
         stored = _stored(shard, file, found)
         if stored is not None:
             return stored
-        scanned = scan(descriptor, found.st_size, os.path.basename(shard))
+        scanned = scan(descriptor, found.st_size, os.path.basename(shard), members)
     except OSError:
         return _without_images(shard)
     finally:
@@ -263,11 +320,12 @@ def open_index(shard: str, folder: Path) -> ShardIndex:
     return ShardIndex(shard, header, str(file))
 
 
-def _index_file(shard: str, folder: Path) -> Path:
+def _index_file(shard: str, folder: Path, members: Members) -> Path:
     parent, name = os.path.split(os.path.realpath(shard))
     digest = hashlib.sha256(parent.encode("utf-8", "surrogateescape")).hexdigest()[:12]
     readable = re.sub(r"[^A-Za-z0-9._-]", "_", os.path.basename(parent))[:60]
-    return folder / "{}-{}".format(readable, digest) / "{}.index".format(name)
+    named = "" if members == Members() else "." + hashlib.sha256(repr(members).encode("utf-8")).hexdigest()[:8]
+    return folder / "{}-{}".format(readable, digest) / "{}{}.index".format(name, named)
 
 
 def _stored(shard: str, file: Path, found: os.stat_result) -> Optional[ShardIndex]:
@@ -295,6 +353,7 @@ def _encoded(shard: str, found: os.stat_result, scanned: Scanned) -> Tuple[bytes
         "images": len(scanned.records),
         "texts": len(scanned.texts),
         "skipped": scanned.skips.counts,
+        "unread": scanned.unread,
     }
     records = b"".join(_RECORD.pack(*record) for record in scanned.records)
     return json.dumps(values).encode("ascii") + b"\n", records + scanned.texts

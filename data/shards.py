@@ -1,13 +1,14 @@
 """Pairs in webdataset shards, as img2dataset writes CC3M and CC12M: tar files of images with a .txt or .json each.
 
     cc3m/{00000..00331}.tar        a pattern (in quotes, for shells expand it too), a glob, one .tar file, or a folder
-        000000012.jpg  000000012.json  000000012.txt  000000013.jpg ...
+        000000012.jpg  000000012.json  000000012.txt  000000013.jpg ...        other names: `Members`
 
 The tar files are indexed (data/shard_index.py); from then on they are a data set like a folder. Only the order of an
 epoch differs: neighbours in a shard stay together in time, so that slow disks and networks are read in long pieces.
 """
 
 import bisect
+import collections
 import concurrent.futures
 import glob
 import io
@@ -17,15 +18,16 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Counter, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 
 from data.datasets import PhotoPairs, TextSettings
-from data.folder import Skipped, list_files
-from data.images import IMAGE_SUFFIXES, load_image
+from data.folder import Skipped, list_files, listed_suffixes, starred
+from data.images import load_image
 from data.order import windowed_order
-from data.shard_index import OpenFiles, ShardIndex, Skips, open_index
+from data.shard_index import UNREADABLE, Members, OpenFiles, ShardIndex, Skips, open_index
+from data.tar_members import COMPRESSED, NO_TAR
 from utils.caches import cache_folder
 from utils.errors import UserError
 from utils.files import PathLike
@@ -41,6 +43,10 @@ WINDOW = 64
 
 UNPAIRED = ("images without captions", "captions without an image")
 """What is left out without being a bad pair."""
+
+MISSING = "shards that do not exist"
+LOST = (MISSING, UNREADABLE, NO_TAR, COMPRESSED)
+"""Whole shards, of which nobody knows how many pairs they hold."""
 
 _READERS = 8
 _MAX_SHARDS = 1_000_000
@@ -132,11 +138,13 @@ def _expand_braces(pattern: str) -> List[str]:
 class Shards:
     """Indexed shards. Copies for other processes take the indexes along, but no open file."""
 
-    def __init__(self, listing: Listing, index_folder: Optional[PathLike] = None) -> None:
-        """index_folder: where indexes are kept; None: ~/.cache/dalle/shards."""
-        self.folder = listing.pattern
+    def __init__(
+        self, listing: Listing, index_folder: Optional[PathLike] = None, members: Optional[Members] = None
+    ) -> None:
+        """index_folder: where indexes are kept; None: ~/.cache/dalle/shards. members: None for the usual ones."""
+        self.folder, self.members = listing.pattern, Members() if members is None else members
         folder = cache_folder("dalle", "shards") if index_folder is None else Path(index_folder)
-        self.indexes = _open_indexes(listing, folder)
+        self.indexes = _open_indexes(listing, folder, self.members)
         problems = [index.problem for index in self.indexes if index.problem]
         if problems:
             message = "cannot keep the index of %d of %d shards in %s (%s): it stays in memory"
@@ -151,7 +159,7 @@ class Shards:
         """Their names below it."""
         skips = Skips()
         if listing.missing:
-            skips.add("shards that do not exist", listing.missing[0], len(listing.missing))
+            skips.add(MISSING, listing.missing[0], len(listing.missing))
         for index in self.indexes:
             for reason, (number, example) in index.skips.counts.items():
                 skips.add(reason, example, number)
@@ -164,8 +172,13 @@ class Shards:
 
     @property
     def num_bad(self) -> int:
-        """Pairs that are there but cannot be used; a shard that cannot be read counts as one."""
-        return sum(skipped.num_files for skipped in self.skipped if skipped.reason not in UNPAIRED)
+        """Pairs that are there but cannot be used; a shard that is cut off or damaged counts as one."""
+        return sum(skipped.num_files for skipped in self.skipped if skipped.reason not in UNPAIRED + LOST)
+
+    @property
+    def num_lost(self) -> int:
+        """Shards of which nothing can be used."""
+        return sum(skipped.num_files for skipped in self.skipped if skipped.reason in LOST)
 
     @property
     def num_images(self) -> int:
@@ -183,14 +196,28 @@ class Shards:
     def report(self) -> str:
         """Return one line: how many pairs there are and what was left out."""
         line = "{}: {} pairs of image and captions in {} shards".format(self.folder, self.num_pairs, len(self.indexes))
-        return line + "".join("; skipped {}".format(skipped) for skipped in self.skipped)
+        line += "".join("; skipped {}".format(skipped) for skipped in self.skipped)
+        return line + self.unread() if self.num_pairs < self.num_images else line
+
+    def unread(self) -> str:
+        """Return what else is in the shards: "; not read: 18 *.cap", "; keys of their .json: 'url', 'TEXT'", or ""."""
+        counts: Counter[str] = collections.Counter()
+        for index in self.indexes:
+            counts.update(index.unread)
+        keys = [name[len("key ") :] for name, _ in counts.most_common() if name.startswith("key ")]
+        suffixes = listed_suffixes(
+            collections.Counter({name: count for name, count in counts.items() if not name.startswith("key ")})
+        )
+        return (f"; not read: {suffixes}" if suffixes else "") + (
+            f"; keys of json files without a caption: {', '.join(keys)}" if keys else ""
+        )
 
     def _locate(self, starts: List[int], number: int) -> Tuple[ShardIndex, int]:
         shard = bisect.bisect_right(starts, number) - 1
         return self.indexes[shard], number - starts[shard]
 
 
-def _open_indexes(listing: Listing, folder: Path) -> List[ShardIndex]:
+def _open_indexes(listing: Listing, folder: Path, members: Members) -> List[ShardIndex]:
     """Return the index of each shard, in order. Several are read at a time: disks and networks are slow to answer.
 
     Processes that do this at the same time begin at different shards and find the others' work done when they come to
@@ -202,7 +229,7 @@ def _open_indexes(listing: Listing, folder: Path) -> List[ShardIndex]:
     indexes: Dict[int, ShardIndex] = {}
     told = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(_READERS) as executor:
-        for shard, index in zip(order, executor.map(lambda i: open_index(listing.paths[i], folder), order)):
+        for shard, index in zip(order, executor.map(lambda i: open_index(listing.paths[i], folder, members), order)):
             indexes[shard] = index
             if time.monotonic() - told > _SECONDS_BETWEEN_REPORTS:
                 told = time.monotonic()
@@ -211,27 +238,35 @@ def _open_indexes(listing: Listing, folder: Path) -> List[ShardIndex]:
 
 
 def open_shards(
-    listing: Listing, index_folder: Optional[PathLike] = None, report: Optional[SkipReport] = None
+    listing: Listing,
+    index_folder: Optional[PathLike] = None,
+    report: Optional[SkipReport] = None,
+    members: Optional[Members] = None,
 ) -> Shards:
     """Return shards of which at least one holds a pair. What makes no pair goes to `report`, too.
 
-    Raises UserError where there is no pair, or when `report` allows no more bad ones.
+    Raises UserError where there is no pair, or when `report` allows no more bad ones, or no more shards that are lost.
     """
-    shards = Shards(listing, index_folder)
+    shards = Shards(listing, index_folder, members)
     if not shards.num_pairs:
         why = "; ".join(str(skipped) for skipped in shards.skipped)
         raise UserError(
-            "--input-folder {}: no pair of image and caption in {} shards{}; expected images ({}) and, with the same "
-            "name, .txt or .json files, as img2dataset writes them".format(
+            "--input-folder {}: no pair of image and caption in {} shards{}{}; expected images ({}) and, with the same "
+            "name, captions (of {}, as suffix of a text or key in a .json); name others with --shard-images and "
+            "--shard-captions".format(
                 listing.pattern,
                 len(listing.paths),
                 ": " + why if why else "",
-                " ".join("*" + suffix for suffix in IMAGE_SUFFIXES),
+                shards.unread(),
+                starred(shards.members.images),
+                ", ".join(shards.members.captions),
             )
         )
     if report is not None:
         for skipped in shards.skipped:
-            report.add_count(skipped.reason, skipped.example, skipped.num_files, bad=skipped.reason not in UNPAIRED)
+            bad = skipped.reason not in UNPAIRED + LOST
+            report.add_count(skipped.reason, skipped.example, skipped.num_files, bad)
+        report.check(len(listing.paths) + len(listing.missing), shards.num_lost, "shards")
         report.check(shards.num_pairs + shards.num_bad)
     return shards
 

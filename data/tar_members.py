@@ -11,8 +11,8 @@ _WINDOW = 8192
 _MAX_HEADER = 1 << 20
 _PAX_RECORD = re.compile(rb"(\d{1,7}) ([^=]+)=")
 
-CUT_OFF = "ends of shards that were cut off"
-DAMAGED = "rests of shards behind damage"
+CUT_OFF = "truncated shards, used up to that point"
+DAMAGED = "damaged shards, used up to that point"
 NO_TAR = "shards that are no tar files"
 COMPRESSED = "compressed shards (decompress them: nothing inside can be found at once)"
 
@@ -61,7 +61,7 @@ def tar_members(read: Callable[[int, int], bytes], end: int) -> Iterator[Member]
             offset = data + -(-length // BLOCK) * BLOCK
             continue
         if kind == b"S":
-            raise TarTrouble("rests of shards behind a sparse file")
+            raise TarTrouble("shards with sparse files, used up to that point")
         length = length if size is None else size
         if kind in (b"0", b"\0", b"7"):
             if data + length > end:

@@ -123,6 +123,8 @@ ANEW = {
     "truncate_captions": ({"truncate_captions": False}, "--truncate-captions"),
     "generated_data": {"generated_data": True},
     "synthetic_data": {"synthetic_data": True},
+    "shard_images": ({"shard_images": "img"}, "--shard-images"),
+    "shard_captions": ({"shard_captions": "cap"}, "--shard-captions"),
     "max_bad_fraction": ({"max_bad_fraction": 0.0}, "--max-bad-fraction"),
     "dataloader_workers": {"dataloader_workers": 1},
     "cache_codes": {"cache_codes": "off"},

@@ -24,6 +24,7 @@ import train
 from data import CodeCache, Team, TextSettings, create_dataset, create_datasets, epoch_order, shard_index, shards
 from data.datasets import ImageTextFolder
 from data.folder import list_pairs
+from data.images import load_image
 from data.order import windowed_order
 from data.shards import ImageTextShards, Shards, find_shards, open_shards
 from data.tar_members import TarTrouble, tar_members
@@ -31,6 +32,7 @@ from data.uncaptioned import Batches, open_images
 from models.vqgan import VQGAN, VqganConfig
 from utils import checkpoints
 from utils.errors import UsageError, UserError
+from utils.skipped import SkipReport
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE, T = 8, 16
@@ -241,13 +243,93 @@ def test_what_makes_no_pair_is_counted_and_named(tmp_path, caplog):
         "1 images of a name used before (such as c.tar/1.png)",
         "1 caption files that are not UTF-8 (such as c.tar/7.png)",
         "1 captions of 1 MB and more (such as d.tar/8.png)",
-        "1 ends of shards that were cut off (such as e.tar)",
+        "1 truncated shards, used up to that point (such as e.tar)",
         "2 shards that are no tar files (such as f.tar)",
         "1 compressed shards",
-        "1 rests of shards behind damage (such as i.tar)",
+        "1 damaged shards, used up to that point (such as i.tar)",
         "1 shards that do not exist (such as {})".format(tmp_path / "s" / "j.tar"),
     ):
         assert expected in report
+
+
+NAMED = {
+    "img and cap": ({}, ["a.img", "a.cap"]),
+    "jpeg and caption": ({}, ["a.jpeg", "a.caption"]),
+    "capitals": ({}, ["a.JPG", "a.TXT"]),
+    "webp and text": ({}, ["a.webp", "a.text"]),
+    "key text": ({}, ["a.png", ("a.json", '{"text": "a cat", "url": "u"}')]),
+    "key TEXT": ({}, ["a.png", ("a.json", '{"TEXT": "a cat", "caption": " "}')]),
+    "dots": ({}, ["./d/a.jpg", "d/a.txt"]),
+    "own key": ({"shard_captions": "top,txt"}, ["a.png", ("a.json", '{"caption": "no", "top": "a cat"}'), "a.cap"]),
+    "own suffixes": ({"shard_images": "picture", "shard_captions": ".words"}, ["a.picture", "a.words", "a.png"]),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_members_by_their_usual_names_and_by_flag(tmp_path, name):
+    options, members = NAMED[name]
+    named = shard_index.Members.named(options.get("shard_images"), options.get("shard_captions"))
+    contents = []
+    for member in members:
+        path, text = member if isinstance(member, tuple) else (member, "a cat")
+        is_image = os.path.splitext(path)[1].lower() in named.images
+        contents.append((path, picture(1) if is_image else text.encode()))
+    write_tar(tmp_path / "0.tar", contents)
+    common = dict(tokenizer=Letters(), text_seq_len=T, image_size=SIZE, index_folder=tmp_path / "index")
+    dataset = create_dataset(input_folder=str(tmp_path / "0.tar"), **common, **options)
+    assert len(dataset) == 1 and dataset.captions(0) == ["a cat"]
+    assert torch.equal(dataset[0][1], load_image(io.BytesIO(picture(1)), SIZE))
+
+
+def test_other_names_find_an_index_of_their_own(tmp_path):
+    write_tar(tmp_path / "0.tar", [("a.png", picture(1)), ("a.txt", b"one"), ("a.cap", b"two")])
+    for captions, expected in (("txt", "one"), ("cap", "two"), (None, "one"), ("cap", "two")):
+        members = shard_index.Members.named(None, captions)
+        found = open_shards(find_shards(str(tmp_path / "0.tar")), tmp_path / "index", members=members)
+        assert all_captions(found) == [expected]
+
+
+@pytest.mark.parametrize(
+    "members, expected",
+    [
+        (
+            ["a.picture", "b.picture", "a.words"],
+            r"not read: 2 \*.picture, 1 \*.words; expected images .*--shard-images",
+        ),
+        (["a.png", ("a.json", b'{"top": "a cat", "url": "u"}')], "json files without a caption: 'top', 'url'; .*txt"),
+    ],
+)
+def test_members_of_other_names_are_said(tmp_path, members, expected):
+    contents = [member if isinstance(member, tuple) else (member, b"x") for member in members]
+    write_tar(tmp_path / "0.tar", contents)
+    with pytest.raises(UserError, match=expected):
+        opened(tmp_path / "0.tar", tmp_path)
+    write_tar(tmp_path / "1.tar", [*contents, ("z.png", picture(1)), ("z.txt", b"z")])
+    found = opened(tmp_path / "1.tar", tmp_path)
+    assert ("json files" in found.report()) == (found.num_images > 1) and found.num_pairs == 1
+
+
+@pytest.mark.parametrize("options", [{"shard_images": "img"}, {"shard_captions": "a,,b"}])
+def test_flags_of_shards_are_refused_where_they_cannot_be_heeded(tmp_path, options):
+    write_tar(tmp_path / "s" / "0.tar", [("a.img", picture(1)), ("a.txt", b"a")])
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "a.png").write_bytes(picture(1))
+    (tmp_path / "f" / "a.txt").write_text("a")
+    with pytest.raises(UsageError, match="--shard-"):
+        folder = tmp_path / ("s" if "shard_captions" in options else "f")
+        create_dataset(input_folder=str(folder), tokenizer=Letters(), text_seq_len=T, image_size=SIZE, **options)
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_lost_shards_are_counted_as_shards(tmp_path, lost):
+    write_shards(tmp_path, (90, 90))
+    (tmp_path / "00002.tar").write_bytes(b"no tar" * 200)
+    pattern = str(tmp_path / ("{00000..00003}.tar" if lost == 2 else "{00000,00001,00003,00000}.tar"))
+    report = SkipReport(None, 0.01, "--input-folder " + pattern)
+    with pytest.raises(UserError, match="--input-folder .*: {} of {} shards cannot be used".format(lost, 2 + lost)):
+        open_shards(find_shards(pattern), tmp_path / "index", report)
+    found = open_shards(find_shards(pattern), tmp_path / "index", SkipReport(None, 0.5, "--input-folder"))
+    assert found.num_pairs == 180 and found.num_bad == 0 and found.num_lost == lost
 
 
 def test_a_shard_that_is_cut_off_anywhere_keeps_its_good_part(tmp_path):
@@ -335,7 +417,7 @@ def test_the_index_is_made_once_and_again_for_shards_that_changed(tmp_path, monk
     write_shards(tmp_path)
     scanned = []
     scan = shard_index.scan
-    monkeypatch.setattr(shard_index, "scan", lambda fd, size, name: scanned.append(name) or scan(fd, size, name))
+    monkeypatch.setattr(shard_index, "scan", lambda *given: scanned.append(given[2]) or scan(*given))
     first = all_captions(opened(tmp_path, tmp_path))
     assert len(scanned) == 4 and len(first) == 20
     assert all_captions(opened(tmp_path / "*.tar", tmp_path)) == first and len(scanned) == 4

@@ -101,6 +101,8 @@ def build_parts(config: Config, engine: Engine | None = None) -> Parts:
         num_generated=max(GENERATED_SAMPLES, 2 * config.global_batch) if generated else 0,
         flip=options.augment == "flip",
         index_folder=None if options.cache_codes in ("auto", "off") else Path(options.cache_codes) / "shards",
+        shard_images=options.shard_images,
+        shard_captions=options.shard_captions,
         max_bad_fraction=options.max_bad_fraction,
         skipped_file=config.log_dir / SKIPPED,
         is_main=is_main,

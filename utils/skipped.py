@@ -146,15 +146,18 @@ class SkipReport:
         """Return "; all are listed in FILE", or "" where nothing is."""
         return "; all are listed in {}".format(self.file) if self.file is not None and self._size() else ""
 
-    def check(self, total: int) -> None:
-        """Raise UserError when more than `max_bad_fraction` of `total` samples are bad."""
-        bad = self.num_bad
+    def check(self, total: int, bad: Optional[int] = None, unit: str = "samples") -> None:
+        """Raise UserError when more than `max_bad_fraction` of `total` samples, or other units, are bad.
+
+        bad: how many are; None: all that this report counted as bad samples.
+        """
+        bad = self.num_bad if bad is None else bad
         if bad <= self.max_bad_fraction * total:
             return
         raise UserError(
-            "{}: {} of {} samples cannot be used, more than {} {:g} allows: {}; mend or remove them, or raise {} to go "
+            "{}: {} of {} {} cannot be used, more than {} {:g} allows: {}; mend or remove them, or raise {} to go "
             "on without them".format(
-                self.source, bad, total, self.flag, self.max_bad_fraction, self.summary(), self.flag
+                self.source, bad, total, unit, self.flag, self.max_bad_fraction, self.summary(), self.flag
             )
         )
 
