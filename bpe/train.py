@@ -3,9 +3,10 @@
     python -m bpe.train --captions captions_train2017.json --vocab-size 8192 --output bpe/my_vocab.txt
     python -m bpe.train --captions PAIRS --vocab-size 16384 --kind char --output FOLDER     # minDALL-E's kind
 
-Captions come from COCO caption files (.json), folders of text files (.txt, searched at every depth) and single text
-files; text files hold one caption per line. The ids 0-3 are pad, unknown, begin and end; the word start U+2581 is 4,
-then come the characters, the most frequent first, then the merges. Equal captions give an equal file on every machine.
+Captions come from lists (COCO's and other JSON, JSON lines, tables: utils/caption_lists.py), folders of text files
+(.txt, searched at every depth) and single text files; text files hold one caption per line. The ids 0-3 are pad,
+unknown, begin and end; the word start U+2581 is 4, then come the characters, the most frequent first, then the merges.
+Equal captions give an equal file on every machine.
 """
 
 import argparse
@@ -15,11 +16,12 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Counter, Dict, Iterable, Iterator, List, Sequence, Set, Tuple
+from typing import Counter, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
 
 from tqdm import tqdm
 
 from utils import flags
+from utils.caption_lists import find_list, read_text
 from utils.errors import UsageError, UserError, run_main
 from utils.files import atomic_write, sha256_file
 
@@ -32,66 +34,55 @@ SPECIALS = {"unk": 1, "pad": 0, "bos": 2, "eos": 3}
 Pair = Tuple[int, int]
 
 
-def read_captions(paths: Sequence[str]) -> Iterator[str]:
-    """Yield the captions of COCO files, folders and text files.
+def read_captions(paths: Sequence[str], caption_column: Optional[str] = None) -> Iterator[str]:
+    """Yield the captions of lists (see utils/caption_lists.py), folders and text files.
 
-    Raises `UserError` for what is none of these, and in the end where there was no caption.
+    caption_column: their column or JSON key in the lists. Raises `UserError` for what is none of these, and in the end
+    where there was no caption.
     """
-    found = False
-    for caption in _read_each(paths):
+    found, problems = False, Problems()
+    for caption in _read_each(paths, caption_column, problems):
         found = found or bool(caption.strip())
         yield caption
+    shown = ", ".join(paths)[:200]
     if not found:
-        raise UserError("--captions {}: no caption in it".format(", ".join(paths)[:200]))
+        why = f": {problems.first}" if problems.count else ""
+        raise UserError(f"--captions {shown}: no caption in it{why}")
+    if problems.count:
+        logger.warning("--captions %s: %d entries have no caption: %s", shown, problems.count, problems.first)
 
 
-def _read_each(paths: Sequence[str]) -> Iterator[str]:
+class Problems:
+    """Counts the entries of lists that have no caption."""
+
+    count, first = 0, ""
+
+    def add(self, text: str) -> None:
+        self.count += 1
+        self.first = self.first or text
+
+
+def _read_each(paths: Sequence[str], caption_column: Optional[str], problems: Problems) -> Iterator[str]:
     for name in paths:
         path = Path(name)
         if path.is_dir():
             files = sorted(file for file in path.rglob("*.txt") if file.is_file())
             if not files:
                 raise UserError("--captions {}: no .txt file in this folder".format(name))
+            if caption_column is not None:
+                raise UsageError("--caption-column is for lists of captions; --captions {} is a folder".format(name))
             for file in tqdm(files, desc="Reading captions", unit=" files", disable=None, leave=False):
-                yield from _read_lines(file)
-        elif path.suffix.lower() == ".json":
-            yield from _read_coco(path)
+                yield from read_text(file).split("\n")
         else:
-            yield from _read_lines(path)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise UserError("--captions {}: no such file or folder".format(path)) from error
-    except UnicodeDecodeError as error:
-        raise UserError("--captions {}: not a text file in UTF-8 ({})".format(path, error.reason)) from error
-    except (OSError, ValueError) as error:
-        raise UserError("--captions {}: cannot be read ({})".format(path, error)) from error
-
-
-def _read_lines(path: Path) -> Iterator[str]:
-    return iter(_read_text(path).split("\n"))
-
-
-def _read_coco(path: Path) -> Iterator[str]:
-    try:
-        content = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError("--captions {}: not valid JSON ({})".format(path, error)) from error
-    annotations = content.get("annotations") if isinstance(content, dict) else None
-    if not isinstance(annotations, list):
-        raise UserError("--captions {}: no list 'annotations', so not a COCO caption file".format(path))
-    for number, annotation in enumerate(annotations):
-        caption = annotation.get("caption") if isinstance(annotation, dict) else None
-        if not isinstance(caption, str):
-            raise UserError(
-                "--captions {}: annotation {} has no text 'caption'; give the captions_*.json file".format(path, number)
-            )
-        yield caption
+            text = read_text(path)
+            found = find_list(path, text, None, caption_column, with_images=False)
+            if found is None:
+                yield from text.split("\n")
+                continue
+            for row in found.rows:
+                if row.problem:
+                    problems.add(f"{row.name} {row.problem}")
+                yield from row.captions
 
 
 def count_words(captions: Iterable[str]) -> Counter[str]:
@@ -257,7 +248,14 @@ def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="FILE_OR_DIR",
-        help="COCO captions (.json), folders of .txt files, or text files with one caption per line",
+        help="lists of captions (COCO's and other JSON, JSON lines, CSV, TSV), folders of .txt files, or text files "
+        "with one caption per line",
+    )
+    parser.add_argument(
+        "--caption-column",
+        metavar="NAME",
+        help="column or JSON key of the captions in a list, or its number in a table without a header (default: the "
+        "usual names)",
     )
     parser.add_argument(
         "--vocab-size", type=flags.whole(1), required=True, metavar="N", help="number of ids (8192 for L16)"
@@ -288,7 +286,8 @@ def _write_char_vocabulary(options: argparse.Namespace) -> None:
     from .char_bpe import write_files
     from .char_train import learn_char_vocabulary  # which needs this module
 
-    vocabulary, merges = learn_char_vocabulary(read_captions(options.captions), options.vocab_size)
+    captions = read_captions(options.captions, options.caption_column)
+    vocabulary, merges = learn_char_vocabulary(captions, options.vocab_size)
     try:
         write_files(options.output, vocabulary, merges)
     except OSError as error:
@@ -302,7 +301,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.kind == "char":
         return _write_char_vocabulary(options)
-    vocabulary = learn_vocabulary(read_captions(options.captions), options.vocab_size, options.coverage)
+    captions = read_captions(options.captions, options.caption_column)
+    vocabulary = learn_vocabulary(captions, options.vocab_size, options.coverage)
     try:
         with atomic_write(options.output) as file:
             file.write(format_vocabulary(vocabulary))

@@ -17,10 +17,8 @@ from typing import IO, Any, Optional, Tuple, Type, Union
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from utils.files import IMAGE_SUFFIXES as IMAGE_SUFFIXES
 from utils.files import open_regular
-
-IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg", ".bmp", ".webp", ".jfif", ".jpe", ".gif", ".tif", ".tiff")
-"""Of two images with one name, the suffix that comes first here has the captions."""
 
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
 """Formats that are read, whatever the file is called: large collections hold misnamed files.

@@ -1,19 +1,21 @@
-"""COCO's caption file as one text file per image, the form that training reads.
+"""A list of captions as one text file per image, the form that training reads.
 
     python data/process_trainset.py
     python data/process_trainset.py --captions annotations/captions_val2017.json --out-dir val2017_captions
+    python data/process_trainset.py --captions flickr8k/captions.txt --out-dir flickr8k/captions
 
-The text file has the name of the image (000000000009.txt) and one caption per line. Captions are cleaned: line breaks
-become blanks, blanks collapse, " ." becomes ".". Empty ones, annotations given twice, of unknown images or of another
-form than COCO's are left out and listed in skipped.jsonl in --out-dir; should they be more than --max-bad-fraction, no
-text file is written. Each file is written whole or not at all, and only where its content changes, so the command can
-be interrupted and run again.
+The list is COCO's or Karpathy's JSON, other JSON or JSON lines with an image and a caption in each object, or a table
+(see utils/caption_lists.py, which tells them apart). The text file has the name of the image (000000000009.txt) and one
+caption per line; where images in different folders have the same name, it lies in a folder as theirs. Captions are
+cleaned: line breaks become blanks, blanks collapse, " ." becomes ".". Empty ones, annotations given twice, of unknown
+images or without image or caption are left out and listed in skipped.jsonl in --out-dir; should they be more than
+--max-bad-fraction, no text file is written. Each file is written whole or not at all, and only where its content
+changes, so the command can be interrupted and run again.
 
 It needs neither PyTorch nor any other package of the project than tqdm. For the 591,753 captions of COCO's training
 set it takes about 330 MB of memory and less than half a minute.
 """
 
-import json
 import logging
 import os
 import reprlib
@@ -28,8 +30,9 @@ if __name__ == "__main__" and sys.path[0] != str(ROOT):
 
 from tqdm import tqdm  # noqa: E402
 
+from utils.caption_lists import Image, Row, is_image_name, read_list  # noqa: E402
 from utils.errors import UserError, run_main  # noqa: E402
-from utils.files import PathLike, open_regular  # noqa: E402
+from utils.files import PathLike  # noqa: E402
 from utils.flags import Parser, number, parse_flags, path  # noqa: E402
 from utils.skipped import Entry, SkipReport, start_report  # noqa: E402
 
@@ -38,24 +41,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_CAPTIONS = ROOT / "data" / "COCO" / "annotations" / "captions_train2017.json"
 DEFAULT_OUT_DIR = ROOT / "data" / "COCO" / "train2017_captions"
 SKIPPED = "skipped.jsonl"
-
-_MAX_JSON_BYTES = 1 << 31  # twenty times COCO's
-_MAX_DIGITS = 18
-
-
-class _Annotation(NamedTuple):
-    """What is kept of one entry of "annotations"; fields that the entry lacks are None."""
-
-    image_id: Any
-    caption: Any
-    id: Any
-
-
-class _Image(NamedTuple):
-    """What is kept of one entry of "images"."""
-
-    id: Any
-    file_name: Any
 
 
 class Counts(NamedTuple):
@@ -73,7 +58,7 @@ class Counts(NamedTuple):
     unknown: int
     """Captions dropped because "images" does not list their image."""
     wrong: int
-    """Entries dropped because they are of another form than COCO's."""
+    """Entries dropped because they lack an image or a caption."""
     without: int
     """Images listed that have no caption and get no file."""
 
@@ -85,7 +70,7 @@ class Counts(NamedTuple):
             (self.empty, "empty captions"),
             (self.repeated, "annotations whose id came before"),
             (self.unknown, "captions of images that the file does not list"),
-            (self.wrong, "entries that are not of COCO's form"),
+            (self.wrong, "entries without image or caption"),
             (self.without, "images without captions"),
         )
         return text + "".join("; left out {} {}".format(number, what) for number, what in dropped if number)
@@ -98,85 +83,96 @@ def clean_caption(caption: str) -> str:
 
 
 def process_captions(
-    captions_json: PathLike, out_dir: PathLike, progress: bool = False, max_bad_fraction: float = 0.01
+    captions: PathLike,
+    out_dir: PathLike,
+    progress: bool = False,
+    max_bad_fraction: float = 0.01,
+    image_column: Optional[str] = None,
+    caption_column: Optional[str] = None,
 ) -> Counts:
-    """Write one text file per image of COCO's caption file `captions_json` into `out_dir`, which is made if needed.
+    """Write one text file per image of the list `captions` into `out_dir`, which is made if needed.
 
-    Raises UserError for a file that is missing, cut off or not of COCO's form, for more than `max_bad_fraction` of its
-    annotations (0 to 1) that cannot be used, and when writing fails.
+    image_column, caption_column: keys or columns to take instead of the usual ones, see utils/caption_lists.py.
+    Raises UserError for a file that is missing, cut off or no list of captions, for more than `max_bad_fraction` of its
+    entries (0 to 1) that cannot be used, and when writing fails.
     """
     out_dir = Path(out_dir)
-    skipped = SkipReport(out_dir / SKIPPED, max_bad_fraction, "--captions {}".format(captions_json))
+    skipped = SkipReport(out_dir / SKIPPED, max_bad_fraction, "--captions {}".format(captions))
     start_report(out_dir / SKIPPED)
-    stems, captions, counts = _read(Path(captions_json), skipped)
+    stems, lines_of, counts = _read(Path(captions), skipped, image_column, caption_column)
     written = 0
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        for image_id, lines in tqdm(captions.items(), desc="captions", unit=" images", disable=not progress):
+        for image_id, lines in tqdm(lines_of.items(), desc="captions", unit=" images", disable=not progress):
             written += _write_if_changed(out_dir / (stems[image_id] + ".txt"), "\n".join(lines) + "\n")
     except OSError as error:
         raise UserError("--out-dir {}: cannot write: {}".format(out_dir, error)) from error
     return counts._replace(written=written)
 
 
-_EMPTY = "annotations with an empty caption"
+_EMPTY = "entries with an empty caption"
 _REPEATED = "annotations whose id came before"
 _UNKNOWN = "annotations of images that the file does not list"
-_WRONG = "annotations that are not of COCO's form"
+_WRONG = "entries without image or caption"
 _WRONG_IMAGE = "images that are not of COCO's form"
 
 
-def _read(path: Path, skipped: SkipReport) -> Tuple[Dict[Any, str], Dict[Any, List[str]], Counts]:
-    """Return ({image id: stem of its file}, {image id: captions}, counts with `written` still 0)."""
-    content = _parse(path)
+def _read(
+    path: Path, skipped: SkipReport, image_column: Optional[str], caption_column: Optional[str]
+) -> Tuple[Dict[Any, str], Dict[Any, List[str]], Counts]:
+    """Return ({image: stem of its text file}, {image: captions}, counts with `written` still 0)."""
+    content = read_list(path, image_column, caption_column)
     bad: List[Entry] = []
-    stems = _stems(path, content.get("images"), bad)
-    listed = bool(stems)
+    names = _names(path, content.images, bad)
+    listed = bool(names)
     captions: Dict[Any, List[str]] = {}
     seen: Set[Any] = set()
-    for index, entry in enumerate(content["annotations"]):
-        reason, detail = _problem(entry), ""
+    total = 0
+    for row in content.rows:
+        total += max(1, len(row.captions))
+        reason, detail = _problem(row), ""
         if reason:
             reason, detail = _WRONG, reason
-        elif entry.id is not None and entry.id in seen:
-            reason, detail = _REPEATED, "id {!r}".format(entry.id)
-        elif listed and entry.image_id not in stems:
-            reason, detail = _UNKNOWN, "image_id {}".format(_shown(entry.image_id))
-        else:
-            caption = clean_caption(entry.caption)
-            reason = "" if caption else _EMPTY
-        if isinstance(entry, _Annotation) and _is_id(entry.id):
-            seen.add(entry.id)
-        if reason:
-            bad.append(Entry("annotation {}".format(index), reason, detail))
-            continue
-        if not listed and entry.image_id not in captions:
+        elif row.id is not None and row.id in seen:
+            reason, detail = _REPEATED, "id {!r}".format(row.id)
+        elif listed and row.image not in names:
+            reason, detail = _UNKNOWN, "image_id {}".format(_shown(row.image))
+        if row.id is not None and _is_id(row.id):
+            seen.add(row.id)
+        if not reason and row.image not in names:
             try:
-                stems[entry.image_id] = _stem(entry.image_id, None)
+                # COCO's ids are names as they are; elsewhere a name ends with the suffix of an image.
+                is_file = isinstance(row.image, str) and is_image_name(row.image)
+                names[row.image] = _name(row.image, row.image if is_file else None)
             except UserError as error:
-                bad.append(Entry("annotation {}".format(index), _WRONG, str(error)))
-                continue
-        captions.setdefault(entry.image_id, []).append(caption)
-    return stems, captions, _judge(path, skipped, bad, content, stems, captions)
+                reason, detail = _WRONG, str(error)
+        if reason:
+            bad.append(Entry(row.name, reason, detail))
+            continue
+        lines = [line for line in map(clean_caption, row.captions) if line]
+        bad += [Entry(row.name, _EMPTY)] * (len(row.captions) - len(lines))
+        if lines:
+            captions.setdefault(row.image, []).extend(lines)
+    counts = _judge(path, skipped, bad, total, names, captions)
+    return _stems(path, {image: names[image] for image in captions}), captions, counts
 
 
 def _judge(
     path: Path,
     skipped: SkipReport,
     bad: List[Entry],
-    content: Dict[str, Any],
-    stems: Dict[Any, str],
+    total: int,
+    names: Dict[Any, PurePosixPath],
     captions: Dict[Any, List[str]],
 ) -> Counts:
     """List what is bad, and return the counts. Raises UserError when it is too much, or nothing is left."""
     kinds = Counter(entry.reason for entry in bad)
-    if content["annotations"]:
+    if total:
         skipped.add_all(bad)
-        skipped.check(len(content["annotations"]) + kinds[_WRONG_IMAGE])
+        skipped.check(total + kinds[_WRONG_IMAGE])
     if not captions:
         why = " ({})".format(skipped.summary()) if bad else ""
         raise UserError("--captions {}: no caption in it{}".format(path, why))
-    _check_stems_differ(path, {image_id: stems[image_id] for image_id in captions})
     return Counts(
         images=len(captions),
         captions=sum(len(lines) for lines in captions.values()),
@@ -185,71 +181,19 @@ def _judge(
         repeated=kinds[_REPEATED],
         unknown=kinds[_UNKNOWN],
         wrong=kinds[_WRONG] + kinds[_WRONG_IMAGE],
-        without=len(stems) - len(captions),
+        without=len(names) - len(captions),
     )
 
 
-def _parse(path: Path) -> Dict[str, Any]:
-    """Return the file's top-level object with `_Annotation`s and `_Image`s in it."""
-    try:
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > _MAX_JSON_BYTES:
-                raise UserError("--captions {}: too large to be COCO's captions".format(path))
-            raw = file.read(size)
-        text = raw.decode("utf-8-sig")
-    except FileNotFoundError as error:
-        raise UserError(
-            "--captions {}: no such file; COCO's captions are in annotations_trainval2017.zip, which "
-            "utils/download_coco_dataset.sh fetches".format(path)
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError("--captions {}: not a JSON file (it is not UTF-8 text)".format(path)) from error
-    except OSError as error:
-        raise UserError("--captions {}: cannot be read: {}".format(path, error)) from error
-    try:
-        # Reducing each entry as it is read keeps memory at a third: most of an entry is not needed here.
-        content = json.loads(text, object_hook=_reduce, parse_int=_whole)
-    except json.JSONDecodeError as error:
-        if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
-            raise UserError("--captions {}: the file is cut off; fetch it again".format(path)) from error
-        raise UserError("--captions {}: not a JSON file: {}".format(path, error)) from error
-    except RecursionError as error:
-        raise UserError("--captions {}: nested too deeply to be COCO's captions".format(path)) from error
-    if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
-        raise UserError("--captions {}: no list 'annotations' in it; expected COCO's captions_*.json".format(path))
-    return content
-
-
-def _whole(digits: str) -> Any:
-    """Read a whole number of JSON; one beyond any id becomes a float, which no id is (long ones take for ever)."""
-    return int(digits) if len(digits) <= _MAX_DIGITS else float(digits[:_MAX_DIGITS])
-
-
-def _reduce(entry: Dict[str, Any]) -> Any:
-    """Return what is needed of a JSON object (called for every one in the file, the innermost first)."""
-    if "image_id" in entry:
-        return _Annotation(entry["image_id"], entry.get("caption"), entry.get("id"))
-    if "file_name" in entry:
-        return _Image(entry.get("id"), entry["file_name"])
-    if "annotations" in entry or "images" in entry:
-        return entry
-    return None
-
-
-def _problem(entry: Any) -> str:
-    """Return what keeps an entry of "annotations" from being a caption, or ""."""
-    if not isinstance(entry, _Annotation):
-        return "has no 'image_id'; expected COCO's captions_*.json"
-    if not _is_id(entry.image_id):
-        return "has an 'image_id' that is neither a whole number nor a text: {}".format(_shown(entry.image_id))
-    if entry.caption is None:
-        return "has no 'caption'; expected captions_*.json, not instances_*.json"
-    if not isinstance(entry.caption, str):
-        return "has a 'caption' that is no text: {}".format(_shown(entry.caption))
-    if entry.id is not None and not _is_id(entry.id):
-        return "has an 'id' that is neither a whole number nor a text: {!r}".format(entry.id)
-    return ""
+def _problem(row: Row) -> str:
+    """Return what keeps an entry from being a caption of an image, or ""."""
+    if row.image is None or row.image == "":
+        return row.problem if row.problem.startswith(("has no", "is no")) else "names no image"
+    if not _is_id(row.image):
+        return "has an image that is neither a whole number nor a text: {}".format(_shown(row.image))
+    if row.id is not None and not _is_id(row.id):
+        return "has an 'id' that is neither a whole number nor a text: {!r}".format(row.id)
+    return row.problem
 
 
 def _is_id(value: Any) -> bool:
@@ -260,51 +204,57 @@ def _shown(value: Any) -> str:
     return reprlib.repr(value)
 
 
-def _stems(path: Path, images: Optional[List[Any]], bad: List[Entry]) -> Dict[Any, str]:
-    """Return {image id: stem} of the file's "images"; empty when it has none. What is none of COCO's goes to `bad`."""
+def _names(path: Path, images: Optional[List[Any]], bad: List[Entry]) -> Dict[Any, PurePosixPath]:
+    """Return {image id: name without suffix} of COCO's "images", if there are any. What is wrong goes to `bad`."""
     if images is None:
         return {}
     if not isinstance(images, list):
         raise UserError("--captions {}: 'images' must be a list".format(path))
-    stems: Dict[Any, str] = {}
+    names: Dict[Any, PurePosixPath] = {}
     for index, image in enumerate(images):
-        name = "image {}".format(index)
-        if not isinstance(image, _Image) or not _is_id(image.id) or not isinstance(image.file_name, str):
-            bad.append(Entry(name, _WRONG_IMAGE, "lacks a valid 'id' or 'file_name'"))
+        entry = "image {}".format(index)
+        if not isinstance(image, Image) or not _is_id(image.id) or not isinstance(image.file_name, str):
+            bad.append(Entry(entry, _WRONG_IMAGE, "lacks a valid 'id' or 'file_name'"))
             continue
         try:
-            stem = _stem(image.id, image.file_name)
+            name = _name(image.id, image.file_name)
         except UserError as error:
-            bad.append(Entry(name, _WRONG_IMAGE, str(error)))
+            bad.append(Entry(entry, _WRONG_IMAGE, str(error)))
             continue
-        if stems.setdefault(image.id, stem) != stem:
-            detail = "id {!r} is of the file {!r}, too".format(image.id, stems[image.id])
-            bad.append(Entry(name, _WRONG_IMAGE, detail))
-    return stems
+        if names.setdefault(image.id, name) != name:
+            detail = "id {!r} is of the file {!r}, too".format(image.id, str(names[image.id]))
+            bad.append(Entry(entry, _WRONG_IMAGE, detail))
+    return names
 
 
-def _stem(image_id: Any, file_name: Optional[str]) -> str:
-    """Return the stem of an image's file: of its name where known, else its id in twelve digits, as COCO has it."""
-    name = str(image_id) if file_name is None else file_name
-    # Only the last part of a name counts, so that no name leads out of --out-dir.
-    last = PurePosixPath(name.replace("\\", "/").replace("\0", "")).name
-    stem = last if file_name is None else PurePosixPath(last).stem
-    stem = stem.encode("utf-8", "replace").decode("utf-8")
-    if isinstance(image_id, int) and (file_name is None or not stem.strip(".")):
-        return "{:012d}".format(image_id)
+def _name(image: Any, file_name: Optional[str]) -> PurePosixPath:
+    """Return an image's folders and stem: of its file where known, else its id, in twelve digits as COCO has it."""
+    name = str(image) if file_name is None else file_name
+    # Without what leads out of --out-dir.
+    parts = name.replace("\\", "/").replace("\0", "").encode("utf-8", "replace").decode("utf-8").split("/")
+    stem = parts[-1] if file_name is None else PurePosixPath(parts[-1]).stem
+    if isinstance(image, int) and (file_name is None or not stem.strip(".")):
+        stem = "{:012d}".format(image)
     if not stem.strip("."):
-        raise UserError("image id {} gives no file name".format(_shown(image_id)))
-    return stem
+        raise UserError("image id {} gives no file name".format(_shown(image)))
+    return PurePosixPath(*(part for part in parts[:-1] if part.strip(".") and ":" not in part), stem)
 
 
-def _check_stems_differ(path: Path, stems: Dict[Any, str]) -> None:
-    """Raise UserError when two images would share a text file."""
+def _stems(path: Path, names: Dict[Any, PurePosixPath]) -> Dict[Any, str]:
+    """Return {image: path of its text file without suffix}: its stem, below its folders where stems are not enough.
+
+    Raises UserError when two images would share a text file.
+    """
+    stems = {image: name.name for image, name in names.items()}
+    if len(set(stems.values())) < len(stems):
+        stems = {image: str(name) for image, name in names.items()}
     owners: Dict[str, Any] = {}
-    for image_id, stem in stems.items():
+    for image, stem in stems.items():
         if stem in owners:
-            message = "--captions {}: images {!r} and {!r} have files of the same name '{}'; split the file by folder"
-            raise UserError(message.format(path, owners[stem], image_id, stem))
-        owners[stem] = image_id
+            message = "--captions {}: images {!r} and {!r} have files of the same name '{}'; split the list"
+            raise UserError(message.format(path, owners[stem], image, stem))
+        owners[stem] = image
+    return stems
 
 
 def _write_if_changed(path: Path, text: str) -> bool:
@@ -320,6 +270,7 @@ def _write_if_changed(path: Path, text: str) -> bool:
                 return False
     except FileNotFoundError:
         pass
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(".{}.{}.tmp".format(path.name, os.getpid()))
     try:
         with open(str(temporary), "wb") as file:
@@ -334,10 +285,17 @@ def _write_if_changed(path: Path, text: str) -> bool:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Read the flags and convert."""
-    parser = Parser(description="Turn COCO's caption JSON into one text file per image.")
+    parser = Parser(description="Turn a list of captions (JSON, JSON lines, CSV, TSV) into one text file per image.")
     parser.add_argument(
-        "--captions", type=path, default=str(DEFAULT_CAPTIONS), metavar="JSON", help="default: %(default)s"
+        "--captions", type=path, default=str(DEFAULT_CAPTIONS), metavar="FILE", help="default: %(default)s"
     )
+    for what in ("image", "caption"):
+        parser.add_argument(
+            f"--{what}-column",
+            metavar="NAME",
+            help=f"column or JSON key of the {what}, or its number in a table without a header (default: the usual "
+            "names)",
+        )
     parser.add_argument(
         "--out-dir", type=path, default=str(DEFAULT_OUT_DIR), metavar="DIR", help="default: %(default)s"
     )
@@ -346,11 +304,18 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         type=number(0, 1),
         default=0.01,
         metavar="F",
-        help="share of the annotations that may be left out; default: %(default)s",
+        help="share of the captions that may be left out; default: %(default)s",
     )
     flags = parse_flags(parser, argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    counts = process_captions(flags.captions, flags.out_dir, progress=True, max_bad_fraction=flags.max_bad_fraction)
+    counts = process_captions(
+        flags.captions,
+        flags.out_dir,
+        progress=True,
+        max_bad_fraction=flags.max_bad_fraction,
+        image_column=flags.image_column,
+        caption_column=flags.caption_column,
+    )
     logger.info("%s: %s", flags.out_dir, counts)
 
 

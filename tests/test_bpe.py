@@ -424,9 +424,9 @@ def test_several_inputs_add_up_and_the_command_runs_as_a_module(tmp_path):
         ("missing.json", None, "no such file"),
         ("image.jpg", b"\xff\xd8\xff\xe0", "not a text file"),
         ("binary.json", b"\xff\xd8\xff\xe0", "not a text file"),
-        ("broken.json", b'{"annotations": [', "not valid JSON"),
+        ("broken.json", b'{"annotations": [', "cut off"),
         ("list.json", b"[1]", "no list 'annotations'"),
-        ("instances.json", b'{"annotations": [{"bbox": []}]}', "annotation 0 has no text 'caption'"),
+        ("instances.json", b'{"annotations": [{"bbox": []}]}', "annotation 0 has no 'image_id' and no 'caption'"),
         ("empty.txt", b"\n \n", "no caption"),
         ("empty.json", b'{"annotations": []}', "no caption"),
     ],
@@ -455,6 +455,9 @@ def test_bad_input_ends_with_one_line_and_leaves_the_old_file(
         ({"--vocab-size": "9"}, 1, "at least 18"),
         ({"--output": "lines.txt/vocab"}, 1, "cannot be written"),
         ({"--captions": "empty"}, 1, "no .txt file in this folder"),
+        ({"--captions": "captions", "--caption-column": "x"}, 2, "--caption-column is for lists"),
+        ({"--captions": "captions.json", "--caption-column": "x"}, 1, "keys found: caption"),
+        ({"--caption-column": "x"}, 1, "in its first line, 'A cat sits on a mat.'"),
     ],
 )
 def test_wrong_flags_are_explained(changes, expected_status, complaint, tmp_path, monkeypatch, capsys):

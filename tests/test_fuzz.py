@@ -46,6 +46,7 @@ READERS = {
     "vqgan legacy.ckpt": 4,
     "vqgan.yaml": 2,
     "coco.json": 4,
+    "caption list": 4,
     "yttm vocabulary": 4,
     "char vocabulary": 3,
     "configs.yaml": 1,
@@ -97,6 +98,16 @@ def coco_seeds():
     annotations = [{"image_id": number % 3, "id": number, "caption": "a cat ."} for number in range(6)]
     whole = json.dumps({"info": {}, "images": images, "annotations": annotations})
     return [whole.encode(), json.dumps({"annotations": annotations}).encode()]
+
+
+LISTS = [
+    b'{"images": [{"filename": "1.jpg", "sentences": [{"raw": "a"}, {"raw": "b"}]}], "dataset": "x"}',
+    b'[{"image": "1.jpg", "caption": "a"}, {"image": "2.jpg", "caption": ["b", "c"]}]',
+    b'{"file_name": "1.jpg", "text": "a"}\n{"file_name": "2.jpg", "text": "b"}\n',
+    b'image,caption\n1.jpg,"a, ""b"""\n2.jpg,c\n',
+    b"image_name| n| comment\n1.jpg| 0| a\n2.jpg| 1| b\n",
+    b"1.jpg#0\ta\n1.jpg#1\tb\n",
+]
 
 
 def char_files(content):
@@ -162,6 +173,8 @@ def make_reader(name, folder):
         seeds, read = [yaml.safe_dump(TINY_VQGAN.to_dict()).encode()], lambda: check_size(VqganConfig.from_yaml(path))
     elif name == "coco.json":
         seeds, read = coco_seeds(), lambda: process_captions(path, folder / "out", max_bad_fraction=0.5)
+    elif name == "caption list":
+        seeds, read = LISTS, lambda: process_captions(path, folder / "out", max_bad_fraction=0.5)
     elif name == "yttm vocabulary":
         seeds, read = [YTTM], lambda: load_tokenizer(str(path)).encode("abc cba")
     elif name == "char vocabulary":

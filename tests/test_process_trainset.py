@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bpe.train import read_captions
 from data.process_trainset import clean_caption, main, process_captions
 from utils.errors import UsageError, UserError
 
@@ -76,7 +77,7 @@ def test_one_file_per_image_named_as_the_image(tmp_path):
     assert "1 empty captions" in text and "1 captions of images that the file does not list" in text
     listed = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
     assert [(line["path"], line["reason"]) for line in listed] == [
-        ("annotation 2", "annotations with an empty caption"),
+        ("annotation 2", "entries with an empty caption"),
         ("annotation 5", "annotations whose id came before"),
         ("annotation 6", "annotations of images that the file does not list"),
     ]
@@ -131,7 +132,7 @@ WRONG = {
     '{"annotations": []}': "no caption in it",
     '{"annotations": [{"image_id": 1, "caption": "a"}], "images": 3}': "'images' must be a list",
     '{"annotations": [{"image_id": 1, "caption": "a"}, {"image_id": 2, "caption": "b"}], "images": '
-    '[{"id": 1, "file_name": "a/1.jpg"}, {"id": 2, "file_name": "b/1.jpg"}]}': "same name '1'",
+    '[{"id": 1, "file_name": "a/1.jpg"}, {"id": 2, "file_name": "a/1.png"}]}': "same name 'a/1'",
     "[" * 100000: "nested too deeply",
 }
 
@@ -149,8 +150,8 @@ def test_wrong_files_end_in_one_line_that_names_the_file(tmp_path, content):
 
 BAD_ENTRIES = {
     '{"image_id": 1, "caption": " "}': "an empty caption",
-    "7": "not of COCO's form",
-    '{"caption": "b"}': "has no 'image_id'",
+    "7": "has no 'image_id'",
+    '{"caption": "b"}': "names no image",
     '{"image_id": 1.5, "caption": "a"}': "neither a whole number nor a text: 1.5",
     '{"image_id": true, "caption": "a"}': "neither a whole number nor a text: True",
     '{"image_id": -1, "caption": "a"}': "neither a whole number nor a text: -1",
@@ -204,6 +205,123 @@ def test_nothing_but_bad_entries_is_an_error(tmp_path):
     source.write_text('{"annotations": [{"image_id": 1, "caption": ""}]}')
     with pytest.raises(UserError, match="no caption in it"):
         process_captions(source, tmp_path / "out", max_bad_fraction=1)
+
+
+SENTENCES = [{"raw": "A cat .", "tokens": ["a", "cat"]}, {"raw": "A dog"}]
+LISTS = {
+    "Karpathy": json.dumps(
+        {"dataset": "coco", "images": [{"filepath": "val2014", "filename": "1.jpg", "sentences": SENTENCES}]}
+    ),
+    "JSON": '[{"image": "1.jpg", "caption": "A cat .", "image_id": 7}, {"image": "1.jpg", "caption": "A dog"}]',
+    "JSON within": '{"info": [{"x": 1}], "data": [{"img_path": "a/1.jpg", "Text": ["A cat .", "A dog"]}]}',
+    "JSON of names": '{"a/1.jpg": ["A cat .", "A dog"]}',
+    "JSON lines": '{"file_name": "1.jpg", "text": "A cat ."}\n\n{"file_name": "1.jpg", "text": "A dog"}\n',
+    "one JSON line": '{"file_name": "1.jpg", "text": ["A cat .", "A dog"]}\n',
+    "Flickr8k": 'image,caption\n1.jpg,A cat .\n1.jpg,"A dog"\n',
+    "Flickr8k tokens": "1.jpg#0\tA cat .\r\n1.jpg#1\tA dog\r\n",
+    "Flickr30k": "image_name| comment_number| comment\n1.jpg| 0| A cat .\n1.jpg| 1| A dog\n",
+    "Flickr30k of Hugging Face": 'raw,filename,split\n"[""A cat ."", ""A dog""]",1.jpg,train\n',
+    "CSV with an index": ",filepath,title,caption\n0,a/1.jpg,x,A cat .\n1,a/1.jpg,y,A dog\n",
+    "CSV without a header": "1.jpg,A cat .\n1.jpg,A dog\n",
+    "TSV": 'path\ttext\n\n1.jpg\t"A cat ."\n1.jpg\tA dog\n',
+    "semicolons": "\ufeffimage;caption\n1.jpg;A cat .\n1.jpg;A dog\n",
+}
+NAMED = {
+    "columns": ("who;what\n1.jpg;A cat .\n1.jpg;A dog\n", "who", "what"),
+    "numbers": ("A cat .\thttp://x/1.jpg\nA dog\thttp://x/1.jpg\n", "2", "1"),
+    "keys": ('[{"name": "1.jpg", "alt": ["A cat .", "A dog"], "caption": "no"}]', "name", "alt"),
+    "keys of lines": ('{"id": "1.jpg", "top": "A cat ."}\n{"id": "1.jpg", "top": "A dog"}', "id", "top"),
+    "keys in COCO": ('{"annotations": [{"image_id": 1, "alt": ["A cat .", "A dog"]}]}', "image_id", "alt"),
+}
+
+
+@pytest.mark.parametrize("suffix", ["txt", "json", "csv"])
+@pytest.mark.parametrize("name", [*LISTS, *NAMED])
+def test_lists_are_told_by_what_is_in_them(tmp_path, name, suffix):
+    content, image, caption = NAMED[name] if name in NAMED else (LISTS[name], None, None)
+    source = tmp_path / ("list." + suffix)
+    source.write_bytes(content.encode())
+    flags = ["--captions", str(source), "--out-dir", str(tmp_path / "out")]
+    main(flags + (["--image-column", image, "--caption-column", caption] if name in NAMED else []))
+    (written,) = (path for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert written.read_text() == "A cat.\nA dog\n" and written.name in ("1.txt", "000000000001.txt")
+    assert sorted(read_captions([str(source)], caption)) == ["A cat .", "A dog"]
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ("image,caption\n1.jpg,A cat, red\n", {"1": "A cat, red"}),  # a comma without quotes
+        ('image,caption\n1.jpg,"A cat,\nred ""x"""\n', {"1": 'A cat, red "x"'}),
+        ('1.jpg#0\t"A" cat says "B"\n', {"1": '"A" cat says "B"'}),
+        ('image\tcaption\n1.jpg\t"a ""cat"""\n2.jpg\t"half\n', {"1": 'a "cat"', "2": '"half'}),
+        (
+            "image,caption\na/1.jpg,one\nb\\1.jpg,two\n../../c/2.jpg,three\n",
+            {"a/1": "one", "b/1": "two", "c/2": "three"},
+        ),
+        (
+            '[{"image": "COCO_1.5", "caption": "a"}, {"image": 9, "caption": "b"}]',
+            {"COCO_1.5": "a", "000000000009": "b"},
+        ),
+    ],
+)
+def test_cells_and_names(tmp_path, content, expected):
+    (tmp_path / "list").write_text(content)
+    process_captions(tmp_path / "list", tmp_path / "out")
+    found = {path.relative_to(tmp_path / "out"): path.read_text() for path in (tmp_path / "out").rglob("*.txt")}
+    assert found == {Path(name + ".txt"): text + "\n" for name, text in expected.items()}
+
+
+@pytest.mark.parametrize(
+    "content, detail",
+    [
+        ("image_name| comment_number| comment\n" + "1.jpg| 0| a\n" * 99 + "1.jpg| 4   A dog\n", "has 2 columns, not 3"),
+        ("image,caption\n" + "1.jpg,a\n" * 99 + ",b\n", "names no image"),
+        ("image,caption\n" + "1.jpg,a\n" * 99 + "1.jpg,\n", ""),
+        ('{"image": "1.jpg", "text": "a"}\n' * 99 + '{"image": "1.jpg", "te\n', "is no JSON object"),
+        ('{"image": "1.jpg", "text": "a"}\n' * 99 + '{"image": "1.jpg", "text": 3}\n', "'text' that is no text: 3"),
+        (
+            '{"image": "1.jpg", "text": "a"}\n' * 99 + '{"image": {}, "text": "a"}\n',
+            "neither a whole number nor a text",
+        ),
+    ],
+)
+def test_bad_rows_are_left_out_and_listed(tmp_path, content, detail):
+    (tmp_path / "list").write_text(content)
+    assert process_captions(tmp_path / "list", tmp_path / "out").captions == 99
+    line = json.loads((tmp_path / "out" / "skipped.jsonl").read_text())
+    assert (
+        detail in line["detail"]
+        and bool(line["detail"]) == bool(detail)
+        and line["path"].endswith(("99", "100", "101"))
+    )
+    assert len([caption for caption in read_captions([str(tmp_path / "list")]) if caption]) in (99, 100)
+    with pytest.raises(UserError, match="--max-bad-fraction 0.001"):
+        process_captions(tmp_path / "list", tmp_path / "out", max_bad_fraction=0.001)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.csv", "who,what\n1.jpg,A cat\n", "in its first line, 'who,what';.*--image-column and --caption-column"),
+        ("a.json", '[{"who": "1.jpg", "what": "A cat"}]', "keys found: who, what.*--caption-column"),
+        ("a.jsonl", '{"who": "1.jpg"}\n{"what": "A cat"}\n', "keys found: who, what.*--caption-column"),
+    ],
+)
+def test_lists_that_cannot_be_told_show_their_names(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        process_captions(tmp_path / name, tmp_path / "out")
+    with pytest.raises(UserError, match=message):
+        list(read_captions([str(tmp_path / name)]))
+    with pytest.raises(UserError, match="--caption-column"):
+        process_captions(tmp_path / name, tmp_path / "out", image_column="who", caption_column="other")
+
+
+@pytest.mark.parametrize("content", ["a sign with letters, text\nimage\n", "[A sign] x\n{y\n", "1, 2\n3\n", '"a", b\n'])
+def test_text_is_no_list(tmp_path, content):
+    (tmp_path / "lines.txt").write_text(content)
+    assert list(read_captions([str(tmp_path / "lines.txt")])) == content.split("\n")
 
 
 def test_missing_and_binary_files(tmp_path):

@@ -11,6 +11,9 @@ from typing import IO, Any, Iterator, Union
 
 PathLike = Union[str, "os.PathLike[str]"]
 
+IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg", ".bmp", ".webp", ".jfif", ".jpe", ".gif", ".tif", ".tiff")
+"""Of two images with one name, the suffix that comes first here has the captions."""
+
 
 @contextlib.contextmanager
 def atomic_write(path: PathLike, mode: str = "w", permissions: int = 0o666) -> Iterator[IO[Any]]:
