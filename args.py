@@ -205,8 +205,8 @@ class DataConfig(Section):
                                               resume=APPLIES)
     validation_fraction: float = option(0.01, "without --validation-folder: share of the pairs held out for "
                                               "validation; 0: none", ge=0, le=0.5, resume=FIXED)
-    bpe_path: Optional[str] = option(None, "YouTokenToMe vocabulary, or list of classes; none: the CLIP vocabulary",
-                                     path="find", resume=CONTENT)
+    bpe_path: Optional[str] = option(None, "YouTokenToMe vocabulary, tokenizer.json of Hugging Face, or list of "
+                                           "classes; none: the CLIP vocabulary", path="find", resume=CONTENT)
     truncate_captions: bool = option(False, "cut captions that are longer than --text-seq-len instead of stopping",
                                      resume=APPLIES)
     generated_data: bool = option(False, "train on random data made on the host", resume=APPLIES)

@@ -1,5 +1,5 @@
-"""Text tokenizers: YouTokenToMe, CLIP and character BPE vocabularies, and lists of classes, behind one interface (see
-`bpe.tokenizer`)."""
+"""Text tokenizers: YouTokenToMe, CLIP, character BPE and Hugging Face vocabularies, and lists of classes, behind one
+interface (see `bpe.tokenizer`)."""
 
 import contextlib
 import gzip
@@ -15,10 +15,11 @@ from utils.errors import UserError
 from .char_bpe import CharBpeTokenizer
 from .classes import ClassTokenizer, is_class_header
 from .clip import CLIP_VOCABULARY, ClipTokenizer, is_clip_header
-from .tokenizer import MAX_VOCABULARY_BYTES, Tokenizer, read_vocabulary_bytes
+from .hf import FILE_NAME, HfTokenizer
+from .tokenizer import MAX_VOCABULARY_BYTES, Tokenizer, read_vocabulary_bytes, warn_of_unknown
 from .yttm import YttmTokenizer
 
-__all__ = ["Tokenizer", "find_vocabulary", "load_tokenizer"]
+__all__ = ["Tokenizer", "find_vocabulary", "load_tokenizer", "warn_of_unknown"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +43,18 @@ def find_vocabulary(path: str) -> str:
 def load_tokenizer(bpe_path: Optional[str] = None) -> Tokenizer:
     """Return the tokenizer of a vocabulary file.
 
-    None means the shipped CLIP vocabulary. A path is either a YouTokenToMe vocabulary (text) or a CLIP vocabulary
-    (`bpe_simple_vocab_16e6.txt`, plain or gzip); which of the two, the content tells. A folder holds a character BPE
-    vocabulary: `*-vocab.json` and `*-merges.txt`, as in minDALL-E's `tokenizer` folder. A file that begins with
-    `#classes` lists classes (see `bpe.classes`). See `find_vocabulary` for paths of the published application.
-    Raises `UserError` when the file is missing or is none of these.
+    None means the shipped CLIP vocabulary. A path is a YouTokenToMe vocabulary (text), a CLIP vocabulary
+    (`bpe_simple_vocab_16e6.txt`, plain or gzip) or a `tokenizer.json` of Hugging Face (see `bpe.hf`); which of them,
+    the content tells. A folder holds a `tokenizer.json`, or a character BPE vocabulary: `*-vocab.json` and
+    `*-merges.txt`, as in minDALL-E's `tokenizer` folder. A file that begins with `#classes` lists classes (see
+    `bpe.classes`). See `find_vocabulary` for paths of the published application. Raises `UserError` when the file is
+    missing or is none of these.
     """
     path = CLIP_VOCABULARY if bpe_path is None else find_vocabulary(str(bpe_path))
     with contextlib.suppress(OSError):  # a name that is too long, a folder that cannot be read: said below
-        if any(Path(path).glob("*vocab.json")):
+        if (Path(path) / FILE_NAME).is_file():
+            path = os.path.join(path, FILE_NAME)
+        elif any(Path(path).glob("*vocab.json")):
             return CharBpeTokenizer(path)
     content = read_vocabulary_bytes(path)
     if content[:2] == b"\x1f\x8b":
@@ -65,4 +69,6 @@ def load_tokenizer(bpe_path: Optional[str] = None) -> Tokenizer:
         return ClassTokenizer(content, path)
     if is_clip_header(content):
         return ClipTokenizer(content, path)
+    if content.lstrip()[:1] == b"{":
+        return HfTokenizer(content, path)
     return YttmTokenizer(content, path)

@@ -16,7 +16,7 @@ from typing import Any, Dict, Iterable, List, Optional, Tuple
 from utils.errors import UserError
 from utils.files import PathLike, atomic_write
 
-from .tokenizer import PAD_ID, Tokenizer, read_vocabulary_bytes
+from .tokenizer import MAX_VOCABULARY_SIZE, PAD_ID, Tokenizer, read_vocabulary_bytes, whole_characters
 
 PAD, UNK = "[PAD]", "[UNK]"
 _SPECIAL = re.compile(r"(\[PAD\]|\[UNK\])")
@@ -44,7 +44,7 @@ def parse_vocabulary(content: bytes, path: str) -> Dict[str, int]:
     if not isinstance(vocabulary, dict) or not vocabulary:
         raise UserError("--bpe-path {}: no table of tokens".format(path))
     ids = list(vocabulary.values())
-    if any(isinstance(id_, bool) or not isinstance(id_, int) or not 0 <= id_ < 1 << 24 for id_ in ids):
+    if any(isinstance(id_, bool) or not isinstance(id_, int) or not 0 <= id_ < MAX_VOCABULARY_SIZE for id_ in ids):
         raise UserError("--bpe-path {}: its ids are no whole numbers from 0 on".format(path))
     if len(set(ids)) != len(ids):
         raise UserError("--bpe-path {}: two tokens have the same id".format(path))
@@ -92,9 +92,8 @@ class Words:
 
     def of(self, text: str) -> List[str]:
         """Return the words of a text, in order."""
-        # Lone surrogates (undecodable bytes of a command line) are no characters: U+FFFD stands for them, and goes.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return [word for word, _ in self._splitter.pre_tokenize_str(self._normalizer.normalize_str(text))]
+        text = self._normalizer.normalize_str(whole_characters(text))  # in which U+FFFD goes
+        return [word for word, _ in self._splitter.pre_tokenize_str(text)]
 
 
 class CharBpeTokenizer(Tokenizer):
@@ -147,6 +146,11 @@ class CharBpeTokenizer(Tokenizer):
 
     def _model_word(self, word: str) -> str:
         return word
+
+    def unknown(self, text: str) -> List[str]:
+        words = [word for word in self._split(text) if word not in (PAD, UNK)]
+        tokens = [token for word in words for token in (*word[:-1], word[-1] + WORD_END)]
+        return [token[0] for token in tokens if token not in self._vocabulary]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`, words separated by blanks, without [PAD] and [UNK]."""

@@ -1,11 +1,12 @@
 """What every tokenizer can do: text to ids, ids to text, and captions to one padded tensor.
 
-Both vocabularies of this project split a text into words and merge each word by ranked pairs (byte pair encoding), a
+The vocabularies of this project split a text into words and merge each word by ranked pairs (byte pair encoding), a
 word never depending on its neighbours. So the merging itself is left to the `BPE` model of HF `tokenizers`, and its
 results are remembered per word: captions use few different words, which makes a look-up the common case.
 """
 
 import abc
+import logging
 from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Sequence, Union
 
 from utils.errors import UserError
@@ -14,14 +15,26 @@ from utils.files import open_regular
 if TYPE_CHECKING:
     import torch
 
+logger = logging.getLogger(__name__)
+
 PAD_ID = 0  # in every vocabulary: the model turns each 0 of a text into the pad id of its position
 
 # Bounds of the memory of merged words: about 20 MB when full.
 _MAX_KNOWN_WORDS = 1 << 16
 _MAX_KNOWN_WORD_LEN = 64
+_SHOWN = 8
 
 MAX_VOCABULARY_BYTES = 1 << 26
 """Far above any vocabulary (the largest here has 3 MB); keeps a video given by mistake out of memory."""
+
+
+MAX_VOCABULARY_SIZE = 1 << 24
+"""Ids at most: a table of embeddings for more fits nowhere."""
+
+
+def whole_characters(text: str) -> str:
+    """Return `text` with U+FFFD for lone surrogates (undecodable bytes of a command line), which are no characters."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def read_vocabulary_bytes(path: str) -> bytes:
@@ -93,16 +106,22 @@ class Tokenizer(abc.ABC):
         """Return the ids of one word."""
         if self._model is None:
             self._model = self._build_model()
-        try:
-            tokens = self._model.tokenize(self._model_word(word))
-        except UnicodeEncodeError:
-            # A lone surrogate (undecodable bytes of a command line) is no character: U+FFFD stands for it.
-            repaired = word.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            tokens = self._model.tokenize(self._model_word(repaired))
-        ids = [token.id for token in tokens]
+        ids = self._word_ids(word)
         if len(self._known_words) < _MAX_KNOWN_WORDS and len(word) <= _MAX_KNOWN_WORD_LEN:
             self._known_words[word] = ids
         return ids
+
+    def _word_ids(self, word: str) -> List[int]:
+        """Return the ids that `_model` gives one word."""
+        try:
+            tokens = self._model.tokenize(self._model_word(word))
+        except UnicodeEncodeError:
+            tokens = self._model.tokenize(self._model_word(whole_characters(word)))
+        return [token.id for token in tokens]
+
+    def unknown(self, text: str) -> List[str]:
+        """Return the characters of `text` that no token stands for; by default, as with bytes, there are none."""
+        return []
 
     def encode(self, text: str) -> List[int]:
         """Return the ids of `text`, without <bos>, <eos> or pads; an empty text has none."""
@@ -136,3 +155,24 @@ class Tokenizer(abc.ABC):
                 )
             rows.append(ids[:text_seq_len] + [PAD_ID] * (text_seq_len - len(ids)))
         return torch.tensor(rows, dtype=torch.long).view(len(rows), text_seq_len)
+
+
+def warn_of_unknown(tokenizer: Tokenizer, texts: Iterable[str], source: str, at_least: float = 0.01) -> float:
+    """Return the share of the characters in `texts` that the vocabulary lacks; log a warning from `at_least` on.
+
+    source: where the texts are from, such as "--text". White space does not count.
+    """
+    total, unknown = 0, []
+    for text in texts:
+        total += len("".join(text.split()))
+        unknown += tokenizer.unknown(text)
+    share = len(unknown) / max(total, 1)
+    if unknown and share >= at_least:
+        logger.warning(
+            "%s: the vocabulary lacks %.3g %% of the characters (such as %s), in whose place the model sees <UNK>; "
+            "learn one from such captions with python -m bpe.train, and train with it (--bpe-path)",
+            source,
+            100 * share,
+            " ".join(list(dict.fromkeys(unknown))[:_SHOWN]),
+        )
+    return share

@@ -64,18 +64,19 @@ class Problems:
 
 def _read_each(paths: Sequence[str], caption_column: Optional[str], problems: Problems) -> Iterator[str]:
     for name in paths:
-        path = Path(name)
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*.txt") if file.is_file())
+        files = [Path(name)]
+        if files[0].is_dir():
+            files = sorted(file for file in files[0].rglob("*.txt") if file.is_file())
             if not files:
                 raise UserError("--captions {}: no .txt file in this folder".format(name))
             if caption_column is not None:
                 raise UsageError("--caption-column is for lists of captions; --captions {} is a folder".format(name))
-            for file in tqdm(files, desc="Reading captions", unit=" files", disable=None, leave=False):
-                yield from read_text(file).split("\n")
-        else:
-            text = read_text(path)
-            found = find_list(path, text, None, caption_column, with_images=False)
+        progress = tqdm(
+            files, desc="Reading captions", unit=" files", disable=None if len(files) > 1 else True, leave=False
+        )
+        for file in progress:
+            text = read_text(file)
+            found = find_list(file, text, None, caption_column, with_images=False)
             if found is None:
                 yield from text.split("\n")
                 continue

@@ -143,6 +143,7 @@ class YttmTokenizer(Tokenizer):
 
     def __init__(self, content: bytes, path: str) -> None:
         self._vocabulary = parse_vocabulary(content, path)
+        self._characters = frozenset(char for char, _ in self._vocabulary.chars)
         super().__init__(self._vocabulary.size, hashlib.sha256(content).hexdigest())
 
     @property
@@ -181,6 +182,9 @@ class YttmTokenizer(Tokenizer):
 
     def _model_word(self, word: str) -> str:
         return WORD_START + word
+
+    def unknown(self, text: str) -> List[str]:
+        return [char for word in split_words(text) for char in word if char not in self._characters]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`, words separated by one blank; unknown characters appear as <UNK>."""

@@ -3,6 +3,7 @@
 import logging
 from typing import TYPE_CHECKING, Optional, Tuple, Union
 
+from bpe import warn_of_unknown
 from data.classes import list_class_images
 from data.datasets import DemoDataset, GeneratedDataset, ImageTextFolder, PairDataset, TextSettings
 from data.demo import demo_records
@@ -82,6 +83,8 @@ def create_dataset(
     dataset.flip = flip
     logger.info("%s", dataset.report())
     dataset.check_captions()
+    if not num_generated:
+        warn_of_unknown(tokenizer, dataset.some_captions(), "{} {}".format(flag, input_folder))
     return dataset
 
 

@@ -32,6 +32,7 @@ MAX_REPLACEMENTS = 16
 """An unreadable image is replaced by another one; so many unreadable ones in a row are an error."""
 
 _TOKENIZE_BATCH = 1024
+_SOME = 1000
 _CHARACTERS_PER_TOKEN = 1000
 """Far above any token's length: a caption to be cut to T tokens is cut to this times T characters before."""
 
@@ -132,6 +133,11 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
                 batch = []
         if batch:
             self.settings.tokenizer.tokenize(batch, self.settings.text_seq_len)
+
+    def some_captions(self) -> Iterator[str]:
+        """Yield captions of pairs spread over the data set, of all where they are few."""
+        for index in range(0, len(self), -(-len(self) // _SOME)):
+            yield from self.captions(self.pair_at(index))
 
     def report(self) -> str:
         """Return one line on the data found and on what was left out so far."""

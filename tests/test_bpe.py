@@ -20,7 +20,7 @@ import torch
 import args
 import bpe
 import bpe.train
-from bpe import load_tokenizer
+from bpe import load_tokenizer, warn_of_unknown
 from bpe.clip import CLIP_VOCABULARY
 from bpe.yttm import parse_vocabulary
 from utils.errors import UserError, run_main
@@ -211,7 +211,7 @@ def test_the_smallest_file_is_read(tmp_path):
         (b"", "empty"),
         (b" \n\n", "empty"),
         (b"\x89PNG\r\n\x1a\n\x00\x00", "not a vocabulary"),
-        (b'{"model": {"type": "BPE"}}', "not a vocabulary"),
+        (b'{"model": {"type": "BPE"}}', "package cannot use it"),
         (b"a cat\n", "not a vocabulary"),
         (b"7", "first line"),
         (b"1-2 3", "not a vocabulary"),
@@ -470,3 +470,143 @@ def test_wrong_flags_are_explained(changes, expected_status, complaint, tmp_path
     assert status == expected_status
     assert complaint in errors and "Traceback" not in errors
     assert not (tmp_path / "vocab.txt").exists()
+
+
+# tokenizer.json of Hugging Face --------------------------------------------------------------------------------------
+
+CORPUS = ["a red circle", "a blue square and 2 cats", "\u4e00\u53ea\u7ea2\u8272\u7684\u5706", "caf\u00e9 na\u00efve"]
+TEXTS = [
+    *CORPUS,
+    "",
+    " ",
+    "A green\ncircle!",
+    "\u5706\u9ed1 cat",
+    "[PAD] a [UNK]",
+    "\U0001f469\U0001f3fd",
+    "e\u0301",
+    "half \ud83d",
+]
+
+
+def hf_tokenizer(kind):
+    """A tokenizer of the package itself, as downloaded ones are: [PAD] is 0, [CLS] and [SEP] around a text."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    if kind == "byte-level":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    elif kind == "bert":
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer, tokenizer.decoder = normalizers.BertNormalizer(), decoders.WordPiece()
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(vocab_size=90, special_tokens=special)
+    elif kind == "unigram":
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="[UNK]")
+    else:
+        tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=special)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "bert", "unigram", "whitespace"])
+def test_ids_of_a_tokenizer_json_are_those_of_the_package(kind, tmp_path):
+    reference, path = hf_tokenizer(kind), tmp_path / "tokenizer.json"
+    reference.save(str(path))
+    tokenizer = load_tokenizer(str(path))
+    assert tokenizer.identity == {"type": "hf", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    assert load_tokenizer(str(tmp_path)).identity == tokenizer.identity
+    for text in TEXTS:
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        expected = reference.encode(whole, add_special_tokens=False).ids
+        assert tokenizer.encode(text) == expected == pickle.loads(pickle.dumps(tokenizer)).encode(text)
+        assert tokenizer.decode(expected + [0, 10**6]) == reference.decode([id_ for id_ in expected if id_])
+    assert tokenizer.vocab_size == reference.get_vocab_size()
+    assert tokenizer.tokenize(CORPUS[:2], 40).shape == (2, 40)
+    unknown = {"byte-level": [], "bert": ["\u9ed1"]}.get(kind, ["\u9ed1"])
+    assert tokenizer.unknown("a \u9ed1 circle") == unknown
+
+
+def test_what_a_tokenizer_json_asks_for_beside_its_ids_is_ignored(tmp_path):
+    reference, path = hf_tokenizer("whitespace"), tmp_path / "t"
+    expected = reference.encode(CORPUS[1], add_special_tokens=False).ids
+    reference.enable_truncation(3)
+    reference.enable_padding(length=50)
+    reference.model.dropout = 0.9
+    reference.save(str(path))
+    assert json.loads(path.read_text())["model"]["dropout"] is not None
+    tokenizer = load_tokenizer(str(path))
+    assert all(tokenizer.encode(CORPUS[1] + " " * count) == expected for count in range(20))
+
+
+@pytest.mark.parametrize("special", [["[UNK]", "[PAD]"], []])
+def test_a_tokenizer_json_without_a_pad_at_zero_is_worth_a_warning(special, tmp_path, caplog):
+    from tokenizers import Tokenizer, models, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]" if special else None))
+    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=50, special_tokens=special))
+    tokenizer.save(str(tmp_path / "t.json"))
+    load_tokenizer(str(tmp_path / "t.json"))
+    (record,) = caplog.records
+    assert "{!r} has the id 0, which is the pad".format(tokenizer.id_to_token(0)) in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        ("{", "damaged JSON"),
+        ('{"[PAD]": 0, "a": 1}', "no tokenizer.json of Hugging Face"),
+        (
+            '{"model": {"type": "WordPiece", "unk_token": "[UNK]", "vocab": {"a": 0}}}',
+            "the tokenizers package cannot use",
+        ),
+        ('{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "no tokens"),
+        ('{"model": {"type": "BPE", "vocab": {"a": 4000000000}, "merges": []}}', "an id above"),
+    ],
+)
+def test_other_json_is_no_vocabulary(content, complaint, tmp_path):
+    (tmp_path / "v.json").write_text(content)
+    with pytest.raises(UserError, match="--bpe-path .*" + complaint):
+        load_tokenizer(str(tmp_path / "v.json"))
+
+
+# Characters that a vocabulary lacks ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, yttm, char, clip",
+    [
+        ("a red circle", "", "", ""),
+        ("a \u4e00\u53ea", "\u4e00\u53ea", "\u4e00\u53ea", ""),
+        ("[PAD] x\u2581y [UNK]", "[[", "\u2581", ""),
+    ],
+)
+def test_unknown_characters_of_each_kind(text, yttm, char, clip, tmp_path):
+    letters = b"".join(b"%d %d\n" % (number, number - 92) for number in range(97, 118))
+    (tmp_path / "yttm").write_bytes(b"22 0\n9601 4\n" + letters + b"1 0 2 3")
+    small = load_tokenizer(str(tmp_path / "yttm"))
+    assert small.unknown("azu") == ["z"] and small.unknown(" \t") == []
+    assert "".join(load_tokenizer(str(SHIPPED)).unknown(text)) == yttm
+    assert "".join(load_tokenizer(str(ROOT / "bpe" / "demo_char")).unknown(text)) == char
+    assert "".join(load_tokenizer().unknown(text)) == clip
+
+
+@pytest.mark.parametrize(
+    "texts, share", [(["\u4e00\u53ea", "a b"], 0.5), (["a cat"], 0), ([], 0), (["a" * 150 + "\u4e00"], 1 / 151)]
+)
+def test_unknown_characters_are_worth_a_warning(texts, share, caplog):
+    assert warn_of_unknown(load_tokenizer(str(SHIPPED)), texts, "--text") == pytest.approx(share)
+    assert len(caplog.records) == (share > 0.01)
+    if caplog.records:
+        message = caplog.records[0].getMessage()
+        assert message.startswith("--text: the vocabulary lacks 50 % of the characters (such as \u4e00 \u53ea)")
+        assert "python -m bpe.train" in message and "--bpe-path" in message

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings, strategies
 from PIL import Image, ImageOps
 
+from bpe import load_tokenizer
 from data import CodesDataset, GeneratedDataset, ImageTextFolder, TextSettings, create_dataset, create_datasets
 from data import datasets as datasets_module
 from data.folder import PackedStrings, list_pairs
@@ -27,6 +28,9 @@ class Letters:
     """A tokenizer of one id per character, small enough to see through; knows what the data sets ask of one."""
 
     vocab_size = 300
+
+    def unknown(self, text):
+        return []
 
     def tokenize(self, texts, text_seq_len, truncate=False):
         texts = [texts] if isinstance(texts, str) else texts
@@ -467,6 +471,17 @@ def test_too_long_captions_are_found_before_training(tmp_path):
             untruncated.set_epoch(epoch)
             untruncated[0]
     assert untruncated.num_unreadable == 0
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+def test_captions_that_the_vocabulary_lacks_are_worth_a_warning(tmp_path, caplog, truncate):
+    for number in range(3):
+        write_pair(tmp_path, str(number), "\u4e00\u53ea\n\u732b cat" if number else "cats")
+    vocabulary = load_tokenizer(str(Path(__file__).resolve().parents[1] / "bpe" / "demo_vocab.txt"))
+    common = dict(input_folder=str(tmp_path), text_seq_len=9, image_size=8, truncate_captions=truncate)
+    create_dataset(tokenizer=vocabulary, **common)
+    (message,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert message.startswith("--input-folder {}: the vocabulary lacks 37.5 % of the characters".format(tmp_path))
 
 
 def test_loader_processes_see_the_epoch_and_report_what_they_could_not_read(tmp_path):

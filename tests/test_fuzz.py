@@ -49,6 +49,7 @@ READERS = {
     "caption list": 4,
     "yttm vocabulary": 4,
     "char vocabulary": 3,
+    "tokenizer.json": 4,
     "configs.yaml": 1,
     "benchmarks.yml": 1,
     "image": 4,
@@ -177,6 +178,21 @@ def make_reader(name, folder):
         seeds, read = LISTS, lambda: process_captions(path, folder / "out", max_bad_fraction=0.5)
     elif name == "yttm vocabulary":
         seeds, read = [YTTM], lambda: load_tokenizer(str(path)).encode("abc cba")
+    elif name == "tokenizer.json":
+        models = [
+            {"type": "BPE", "unk_token": "u", "vocab": {"u": 0, "a": 1, "b": 2, "ab": 3}, "merges": ["a b"]},
+            {"type": "WordPiece", "unk_token": "u", "vocab": {"u": 0, "##b": 1}},
+            {"type": "Unigram", "unk_id": 0, "vocab": [["u", 0], ["a", -1.5], ["b", -2]]},
+        ]
+        models[1].update(continuing_subword_prefix="##", max_input_chars_per_word=9)
+        splitter = {"type": "BertPreTokenizer"}
+        seeds = [json.dumps({"version": "1.0", "pre_tokenizer": splitter, "model": model}).encode() for model in models]
+
+        def read():
+            tokenizer = load_tokenizer(str(path))
+            tokenizer.decode(tokenizer.encode("abc cba"))
+            tokenizer.unknown("abc cba")
+
     elif name == "char vocabulary":
         (folder / "char").mkdir()
         seeds = [CHAR]

@@ -303,7 +303,7 @@ def test_bad_rows_are_left_out_and_listed(tmp_path, content, detail):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.csv", "who,what\n1.jpg,A cat\n", "in its first line, 'who,what';.*--image-column and --caption-column"),
+        ("a.csv", "who,what\n1.jpg,A cat\n", "in its first line, 'who,what';.*--caption-column"),
         ("a.json", '[{"who": "1.jpg", "what": "A cat"}]', "keys found: who, what.*--caption-column"),
         ("a.jsonl", '{"who": "1.jpg"}\n{"what": "A cat"}\n', "keys found: who, what.*--caption-column"),
     ],

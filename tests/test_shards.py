@@ -43,6 +43,9 @@ class Letters:
 
     vocab_size = 300
 
+    def unknown(self, text):
+        return []
+
     def tokenize(self, texts, text_seq_len, truncate=False):
         texts = [texts] if isinstance(texts, str) else texts
         rows = torch.zeros(len(texts), text_seq_len, dtype=torch.int64)
