@@ -145,6 +145,7 @@ class Shards:
         self.folder, self.members = listing.pattern, Members() if members is None else members
         folder = cache_folder("dalle", "shards") if index_folder is None else Path(index_folder)
         self.indexes = _open_indexes(listing, folder, self.members)
+        self.num_shards = len(listing.paths) + len(listing.missing)
         problems = [index.problem for index in self.indexes if index.problem]
         if problems:
             message = "cannot keep the index of %d of %d shards in %s (%s): it stays in memory"
@@ -179,6 +180,13 @@ class Shards:
     def num_lost(self) -> int:
         """Shards of which nothing can be used."""
         return sum(skipped.num_files for skipped in self.skipped if skipped.reason in LOST)
+
+    def check_lost(self, report: SkipReport) -> None:
+        """Note the shards that are lost. Raises UserError where they are a larger share of all than `report` allows."""
+        for skipped in self.skipped:
+            if skipped.reason in LOST:
+                report.add_count(skipped.reason, skipped.example, skipped.num_files, bad=False)
+        report.check(self.num_shards, self.num_lost, "shards")
 
     @property
     def num_images(self) -> int:
@@ -264,9 +272,9 @@ def open_shards(
         )
     if report is not None:
         for skipped in shards.skipped:
-            bad = skipped.reason not in UNPAIRED + LOST
-            report.add_count(skipped.reason, skipped.example, skipped.num_files, bad)
-        report.check(len(listing.paths) + len(listing.missing), shards.num_lost, "shards")
+            if skipped.reason not in LOST:
+                report.add_count(skipped.reason, skipped.example, skipped.num_files, skipped.reason not in UNPAIRED)
+        shards.check_lost(report)
         report.check(shards.num_pairs + shards.num_bad)
     return shards
 

@@ -218,7 +218,9 @@ def _shard_images(
 ) -> Tuple[ImageSource, ImageSource]:
     logger.info("%s: %d images in %d shards", shards.folder, shards.num_images, len(shards.indexes))
     if shards.num_images < 2:
-        raise UserError("--input-folder {}: fewer than two images in the shards".format(shards.folder))
+        message = "--input-folder {}: fewer than two images in the shards{}"
+        raise UserError(message.format(shards.folder, shards.unread()))
+    shards.check_lost(skips[0])
     numbers = split_holdout(shards.num_images, min(num_heldout, max(1, shards.num_images // 10)), seed)
     train, heldout = (ShardImages(shards, part, image_size, skipped) for part, skipped in zip(numbers, skips))
     return train, heldout

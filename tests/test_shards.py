@@ -302,11 +302,15 @@ def test_other_names_find_an_index_of_their_own(tmp_path):
         (["a.png", ("a.json", b'{"top": "a cat", "url": "u"}')], "json files without a caption: 'top', 'url'; .*txt"),
     ],
 )
-def test_members_of_other_names_are_said(tmp_path, members, expected):
+def test_members_of_other_names_are_said(tmp_path, monkeypatch, members, expected):
     contents = [member if isinstance(member, tuple) else (member, b"x") for member in members]
     write_tar(tmp_path / "0.tar", contents)
     with pytest.raises(UserError, match=expected):
         opened(tmp_path / "0.tar", tmp_path)
+    if members[0] == "a.picture":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        with pytest.raises(UserError, match=r"fewer than two images in the shards; not read: 2 \*.picture"):
+            open_images(str(tmp_path / "0.tar"), SIZE, 2, seed=1)
     write_tar(tmp_path / "1.tar", [*contents, ("z.png", picture(1)), ("z.txt", b"z")])
     found = opened(tmp_path / "1.tar", tmp_path)
     assert ("json files" in found.report()) == (found.num_images > 1) and found.num_pairs == 1
@@ -324,13 +328,16 @@ def test_flags_of_shards_are_refused_where_they_cannot_be_heeded(tmp_path, optio
 
 
 @pytest.mark.parametrize("lost", [1, 2])
-def test_lost_shards_are_counted_as_shards(tmp_path, lost):
+def test_lost_shards_are_counted_as_shards(tmp_path, monkeypatch, lost):
     write_shards(tmp_path, (90, 90))
     (tmp_path / "00002.tar").write_bytes(b"no tar" * 200)
     pattern = str(tmp_path / ("{00000..00003}.tar" if lost == 2 else "{00000,00001,00003,00000}.tar"))
     report = SkipReport(None, 0.01, "--input-folder " + pattern)
     with pytest.raises(UserError, match="--input-folder .*: {} of {} shards cannot be used".format(lost, 2 + lost)):
         open_shards(find_shards(pattern), tmp_path / "index", report)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="{} of {} shards cannot be used".format(lost, 2 + lost)):
+        open_images(pattern, SIZE, 2, seed=1, max_bad_fraction=0.01)
     found = open_shards(find_shards(pattern), tmp_path / "index", SkipReport(None, 0.5, "--input-folder"))
     assert found.num_pairs == 180 and found.num_bad == 0 and found.num_lost == lost
 
