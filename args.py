@@ -216,7 +216,7 @@ class DataConfig(Section):
                                                "those of folders, and img", resume=APPLIES)
     shard_captions: Optional[str] = option(None, "where the captions in shards are, the best first, with commas "
                                                  "between: keys of .json members, or suffixes of text members; none: "
-                                                 "caption,text,TEXT,txt,cap", resume=APPLIES)
+                                                 "caption,txt,text,TEXT,cap", resume=APPLIES)
     max_bad_fraction: float = option(0.01, "share of the pairs that may be left out (damaged images, captions that are "
                                            "no text); what is, skipped.jsonl in the log folder lists", ge=0, le=1,
                                      resume=APPLIES)

@@ -6,6 +6,7 @@ file asks for are ignored. Id 0 is the pad, as everywhere here; where another to
 """
 
 import hashlib
+import importlib.metadata
 import json
 import logging
 from typing import Any, Dict, Iterable, List, Set
@@ -35,7 +36,8 @@ class HfTokenizer(Tokenizer):
             ids: Dict[str, int] = tokenizer.get_vocab()
             tokenizer.encode("a \ue000")  # shows whether it can do with characters that it lacks
         except Exception as error:  # the package raises nothing more special
-            raise UserError(f"--bpe-path {path}: the tokenizers package cannot use it: {error}") from error
+            version = importlib.metadata.version("tokenizers")
+            raise UserError(f"--bpe-path {path}: the package tokenizers {version} cannot use it: {error}") from error
         if not ids or max(ids.values()) >= MAX_VOCABULARY_SIZE:
             raise UserError(f"--bpe-path {path}: it has no tokens, or an id above {MAX_VOCABULARY_SIZE - 1}")
         super().__init__(max(ids.values()) + 1, hashlib.sha256(content).hexdigest())

@@ -4,9 +4,9 @@
     python -m bpe.train --captions PAIRS --vocab-size 16384 --kind char --output FOLDER     # minDALL-E's kind
 
 Captions come from lists (COCO's and other JSON, JSON lines, tables: utils/caption_lists.py), folders of text files
-(.txt, searched at every depth) and single text files; text files hold one caption per line. The ids 0-3 are pad,
-unknown, begin and end; the word start U+2581 is 4, then come the characters, the most frequent first, then the merges.
-Equal captions give an equal file on every machine.
+(.txt, .caption, searched at every depth) and single text files; text files hold one caption per line. The ids 0-3 are
+pad, unknown, begin and end; the word start U+2581 is 4, then come the characters, the most frequent first, then the
+merges. Equal captions give an equal file on every machine.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from utils import flags
 from utils.caption_lists import find_list, read_text
 from utils.errors import UsageError, UserError, run_main
-from utils.files import atomic_write, sha256_file
+from utils.files import TEXT_SUFFIXES, atomic_write, sha256_file
 
 from .yttm import WORD_START, YttmVocabulary, format_vocabulary, split_words
 
@@ -66,7 +66,7 @@ def _read_each(paths: Sequence[str], caption_column: Optional[str], problems: Pr
     for name in paths:
         files = [Path(name)]
         if files[0].is_dir():
-            files = sorted(file for file in files[0].rglob("*.txt") if file.is_file())
+            files = sorted(f for f in files[0].rglob("*") if f.suffix.lower() in TEXT_SUFFIXES and f.is_file())
             if not files:
                 raise UserError("--captions {}: no .txt file in this folder".format(name))
             if caption_column is not None:

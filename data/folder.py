@@ -16,13 +16,10 @@ from typing import Counter, Dict, Iterable, Iterator, List, NamedTuple, Optional
 
 from data.images import IMAGE_SUFFIXES
 from utils.errors import UserError
-from utils.files import open_regular
+from utils.files import TEXT_SUFFIXES, open_regular
 from utils.skipped import Entry, SkipReport
 
 logger = logging.getLogger(__name__)
-
-TEXT_SUFFIXES = (".txt", ".caption", ".cap")
-"""Suffixes of caption files, the preferred one first."""
 
 _MAX_TEXT_BYTES = 1 << 20
 """A caption file is larger than this only by mistake."""

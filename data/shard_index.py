@@ -39,7 +39,7 @@ _MAX_OPEN = 64
 _MAX_NAMES, _MAX_NAME_LEN = 20, 60
 
 IMAGE_MEMBERS = IMAGE_SUFFIXES + (".img", ".image")
-CAPTION_MEMBERS = ("caption", "text", "TEXT", "txt", "cap")
+CAPTION_MEMBERS = ("caption", "txt", "text", "TEXT", "cap")
 
 UNREADABLE = "shards that cannot be read"
 

@@ -211,7 +211,7 @@ def test_the_smallest_file_is_read(tmp_path):
         (b"", "empty"),
         (b" \n\n", "empty"),
         (b"\x89PNG\r\n\x1a\n\x00\x00", "not a vocabulary"),
-        (b'{"model": {"type": "BPE"}}', "package cannot use it"),
+        (b'{"model": {"type": "BPE"}}', "cannot use it"),
         (b"a cat\n", "not a vocabulary"),
         (b"7", "first line"),
         (b"1-2 3", "not a vocabulary"),
@@ -378,7 +378,7 @@ def write_sources(folder):
     (folder / "captions.json").write_text(json.dumps({"annotations": [{"caption": text} for text in TEXT]}))
     (folder / "captions" / "deep").mkdir(parents=True)
     (folder / "captions" / "1.txt").write_text(TEXT[0] + "\n")
-    (folder / "captions" / "deep" / "2.TXT.txt").write_text("Two cats sit\na m\u00e4t\n", encoding="utf-8")
+    (folder / "captions" / "deep" / "2.TXT.caption").write_text("Two cats sit\na m\u00e4t\n", encoding="utf-8")
     (folder / "captions" / "3.jpg").write_bytes(b"\xff\xd8")
     (folder / "lines.txt").write_text("A cat sits on a mat.\r\nTwo cats\r\nsit\r\n\r\na m\u00e4t", encoding="utf-8-sig")
 
@@ -567,7 +567,7 @@ def test_a_tokenizer_json_without_a_pad_at_zero_is_worth_a_warning(special, tmp_
         ('{"[PAD]": 0, "a": 1}', "no tokenizer.json of Hugging Face"),
         (
             '{"model": {"type": "WordPiece", "unk_token": "[UNK]", "vocab": {"a": 0}}}',
-            "the tokenizers package cannot use",
+            "cannot use it",
         ),
         ('{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "no tokens"),
         ('{"model": {"type": "BPE", "vocab": {"a": 4000000000}, "merges": []}}', "an id above"),

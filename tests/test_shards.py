@@ -262,6 +262,7 @@ NAMED = {
     "webp and text": ({}, ["a.webp", "a.text"]),
     "key text": ({}, ["a.png", ("a.json", '{"text": "a cat", "url": "u"}')]),
     "key TEXT": ({}, ["a.png", ("a.json", '{"TEXT": "a cat", "caption": " "}')]),
+    "txt before such keys": ({}, ["a.png", ("a.json", '{"text": "no", "TEXT": "no"}'), "a.txt"]),
     "dots": ({}, ["./d/a.jpg", "d/a.txt"]),
     "own key": ({"shard_captions": "top,txt"}, ["a.png", ("a.json", '{"caption": "no", "top": "a cat"}'), "a.cap"]),
     "own suffixes": ({"shard_images": "picture", "shard_captions": ".words"}, ["a.picture", "a.words", "a.png"]),

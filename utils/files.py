@@ -14,6 +14,9 @@ PathLike = Union[str, "os.PathLike[str]"]
 IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg", ".bmp", ".webp", ".jfif", ".jpe", ".gif", ".tif", ".tiff")
 """Of two images with one name, the suffix that comes first here has the captions."""
 
+TEXT_SUFFIXES = (".txt", ".caption", ".cap")
+"""Suffixes of caption files, the preferred one first."""
+
 
 @contextlib.contextmanager
 def atomic_write(path: PathLike, mode: str = "w", permissions: int = 0o666) -> Iterator[IO[Any]]:
