@@ -12,6 +12,7 @@ import pickle
 import random
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ import bpe.train
 from bpe import load_tokenizer, warn_of_unknown
 from bpe.clip import CLIP_VOCABULARY
 from bpe.yttm import parse_vocabulary
+from dalle import loading
 from utils.errors import UserError, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -546,6 +548,19 @@ def test_what_a_tokenizer_json_asks_for_beside_its_ids_is_ignored(tmp_path):
     assert json.loads(path.read_text())["model"]["dropout"] is not None
     tokenizer = load_tokenizer(str(path))
     assert all(tokenizer.encode(CORPUS[1] + " " * count) == expected for count in range(20))
+
+
+@pytest.mark.parametrize("beside", ["tokenizer.json", "words/tokenizer.json"])
+def test_a_tokenizer_json_is_found_again_by_what_a_checkpoint_notes(beside, tmp_path, monkeypatch):
+    path = tmp_path / beside
+    path.parent.mkdir(exist_ok=True)
+    hf_tokenizer("whitespace").save(str(path))
+    noted = dict(load_tokenizer(str(path)).identity, path=str(path.parent) if "/" in beside else "was/" + beside)
+    checkpoint = types.SimpleNamespace(path=tmp_path / "dalle.pt", identity={"tokenizer": noted}, format="ours")
+    assert loading._open_tokenizer(None, checkpoint).identity["sha256"] == noted["sha256"]
+    path.write_bytes(path.read_bytes() + b"\n")
+    with pytest.raises(UserError, match="is not to be found: give it with --bpe_path"):
+        loading._open_tokenizer(None, checkpoint)
 
 
 @pytest.mark.parametrize("special", [["[UNK]", "[PAD]"], []])
