@@ -214,8 +214,11 @@ LISTS = {
     ),
     "JSON": '[{"image": "1.jpg", "caption": "A cat .", "image_id": 7}, {"image": "1.jpg", "caption": "A dog"}]',
     "JSON within": '{"info": [{"x": 1}], "data": [{"img_path": "a/1.jpg", "Text": ["A cat .", "A dog"]}]}',
+    "JSON with other annotations": '[{"image": "1.jpg", "caption": ["A cat .", "A dog"], "annotations": [{"x": 1}]}]',
     "JSON of names": '{"a/1.jpg": ["A cat .", "A dog"]}',
     "JSON lines": '{"file_name": "1.jpg", "text": "A cat ."}\n\n{"file_name": "1.jpg", "text": "A dog"}\n',
+    "JSON lines with others": '{"image": "1.jpg", "caption": "A cat .", "annotations": []}\n'
+    '{"image": "1.jpg", "caption": "A dog", "annotations": []}\n',
     "one JSON line": '{"file_name": "1.jpg", "text": ["A cat .", "A dog"]}\n',
     "Flickr8k": 'image,caption\n1.jpg,A cat .\n1.jpg,"A dog"\n',
     "Flickr8k tokens": "1.jpg#0\tA cat .\r\n1.jpg#1\tA dog\r\n",

@@ -92,11 +92,13 @@ def find_list(
     """`read_list` of the text of a file; None where it is neither JSON nor a table that can be told from other text."""
     keys = _Keys(path, image_key, caption_key, with_images)
     if _JSON_START.match(text):
-        if not (image_key or caption_key) and re.search(r'"annotations"\s*:\s*\[', text):
-            return _coco(_load(path, text, _reduce))
         lines = re.match(r"\s*(.*)\n\s*\S", text)
         if lines is not None and _is_json(lines.group(1)):
             return CaptionList(_json_lines(text, keys))
+        if not (image_key or caption_key) and re.search(r'"annotations"\s*:\s*\[', text):
+            content = _load(path, text, _reduce)
+            if isinstance(content, dict) and isinstance(content.get("annotations"), list):
+                return CaptionList(_coco_rows(content["annotations"]), content.get("images"))
         return CaptionList(_json_rows(text, keys))
     rows = _table(text.lstrip("\r\n"), keys)
     return None if rows is None else CaptionList(rows)
@@ -241,11 +243,6 @@ def _reduce(entry: Dict[str, Any]) -> Any:
     if "file_name" in entry:
         return Image(entry.get("id"), entry["file_name"])
     return entry if "annotations" in entry or "images" in entry else None
-
-
-def _coco(content: Dict[str, Any]) -> CaptionList:
-    annotations = content.get("annotations") if isinstance(content, dict) else None
-    return CaptionList(_coco_rows(annotations if isinstance(annotations, list) else []), content.get("images"))
 
 
 def _coco_rows(annotations: List[Any]) -> Iterator[Row]:
