@@ -23,6 +23,7 @@ from torch import Tensor
 
 import log
 from args import Parser
+from bpe import warn_of_unknown
 from dalle.completion import completion_codes, first_drawn, open_picture, parse_box, transparent_mask
 from dalle.loading import Loaded, load
 from dalle.outputs import PromptFolder, check_folders
@@ -201,6 +202,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     )
     given = read_prime(options, loaded) if options.image is None else read_completion(options, loaded)
     ranker = None if options.clip_path is None else ClipRanker(options.clip_path, loaded.device)
+    warn_of_unknown(loaded.tokenizer, prompts, "--prompts_file" if options.text is None else "--text")
     captions = [read_caption(prompt, loaded, options) for prompt in prompts]
     draw_captions(captions, loaded, options, given, ranker)
 

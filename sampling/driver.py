@@ -170,7 +170,8 @@ class Sampler:
             sampled = self._sample(prompts, seeds, options, given, told)
             if sampled is None:
                 if batch_size is not None or share.num_images == 1:
-                    raise UserError(f"not enough memory for a batch of {share.num_images} images: lower --batch_size")
+                    count = f"{share.num_images} image{'s' if share.num_images > 1 else ''}"
+                    raise UserError(f"not enough memory for a batch of {count}: lower --batch_size")
                 size = (share.num_images + 1) // 2
                 logger.info("not enough memory for %d images at the same time: trying %d", share.num_images, size)
                 todo = deque(part for whole in (share, *todo) for part in split(whole, size))

@@ -764,12 +764,17 @@ def test_a_link_in_place_of_a_file_is_replaced_and_the_outputs_folder_may_be_one
     assert not [name for name in names if (tmp_path / "elsewhere" / "a_cat" / name).is_symlink()]
 
 
+def test_words_that_the_vocabulary_lacks_are_told(run, caplog):
+    run("一个苹果", "--num_images", "1")
+    assert "--text: the vocabulary lacks 100 % of the characters" in caplog.text
+
+
 def test_too_large_a_batch_is_one_line(run, monkeypatch):
     def full(*_, **__):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
 
     monkeypatch.setattr("sampling.driver.sample_codes", full)
-    with pytest.raises(UserError, match="not enough memory for a batch of 1 images: lower --batch_size"):
+    with pytest.raises(UserError, match="not enough memory for a batch of 1 image: lower --batch_size"):
         run("a", "--num_images", "1")
 
 
