@@ -9,7 +9,7 @@ Letters: R rows (images, twice as many with guidance), n positions of a chunk, D
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, FrozenSet, Optional
+from typing import Any, Dict, FrozenSet, Optional
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from models.dalle import DALLE, Operands
 from models.positions import Positions, text_positions
 from models.transformer import projection
 from sampling.cache import Cache
+
+Copies = Dict[Any, Any]
+"""Copies of weights in a decoder's layout."""
 
 MAX_BYTES = 2 * 2**30
 """Bytes of weights up to which a second copy is made. Larger models need the memory more than the time."""
@@ -58,9 +61,13 @@ class Decoder:
             hidden = decoder.feed(codes, positions)     # codes (R, n) -> (R, n, D)
     """
 
-    def __init__(self, model: DALLE, prompts: int, images: int) -> None:
-        """images: of each of the prompts, which are next to each other in the R = prompts * images rows."""
+    def __init__(self, model: DALLE, prompts: int, images: int, copies: Optional[Copies] = None) -> None:
+        """images: of each of the prompts, which are next to each other in the R = prompts * images rows.
+
+        copies: of weights, kept for the decoders of later batches of the same model, whose weights must not change.
+        """
         self.model, self.rows, self.dtype = model, prompts * images, computed_in(model)
+        self.copies: Copies = {} if copies is None else copies
         self.cache = Cache(model.config, prompts, images, model.text_emb.weight.device, self.dtype)
         self.operands = self._operands()
 
@@ -68,11 +75,15 @@ class Decoder:
         weight = self.model.text_emb.weight
         if self.dtype == weight.dtype and (not is_small(self.model) or ops.refusal(weight) is not None):
             return self.model.operands()
+        if any(key[1:] != (self.rows, self.dtype) for key in self.copies):
+            self.copies.clear()
         return self.model.operands(self._copied)
 
     def _copied(self, module: nn.Module) -> ops.Projection:
-        found = projection(module)
-        return ops.for_few_rows(found, self.rows, self.dtype) if isinstance(found, ops.Matrix) else found
+        found, key = projection(module), (module, self.rows, self.dtype)
+        if isinstance(found, ops.Matrix) and key not in self.copies:
+            self.copies[key] = ops.for_few_rows(found, self.rows, self.dtype)
+        return self.copies.get(key, found)
 
     def __enter__(self) -> Decoder:
         # For a row or two, oneDNN takes longer to set up its gelu than PyTorch's own takes to compute it.

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from models.dalle import DALLE
 from models.vqgan import VQGAN, image_codes
+from sampling.decoders import Copies
 from sampling.graphs import Graphs
 from sampling.loop import Sampled, complete_text, sample_codes
 from sampling.options import DEFAULT_OPTIONS, SamplingOptions
@@ -161,13 +162,14 @@ class Sampler:
         size = batch_size or (num_images if self.model.device.type == "cuda" else min(num_images, _LIKELY))
         todo = deque(split(Share(0, len(text), 0, num_images), size))
         decoding: Deque[Callable[[], Batch]] = deque()
+        copies: Copies = {}
         while todo:
             share = todo.popleft()
             own = [image_seed(seed, index) for index in range(share.first_image, share.end_image)]
             seeds = own * (share.end_prompt - share.first_prompt)
             told = None if on_token is None else functools.partial(on_token, share)
             prompts = text[share.first_prompt : share.end_prompt]
-            sampled = self._sample(prompts, seeds, options, given, told)
+            sampled = self._sample(prompts, seeds, options, given, told, copies)
             if sampled is None:
                 if batch_size is not None or share.num_images == 1:
                     count = f"{share.num_images} image{'s' if share.num_images > 1 else ''}"
@@ -189,11 +191,12 @@ class Sampler:
         options: SamplingOptions,
         given: Optional[Tensor],
         on_token: Optional[Callable[[], None]],
+        copies: Copies,
     ) -> Optional[Sampled]:
         """Sample a batch, or return None where it does not fit into memory."""
         try:
             with torch.autocast("cuda", torch.float16) if self.half else contextlib.nullcontext():
-                return sample_codes(self.model.dalle, prompts, seeds, options, given, on_token, self.graphs)
+                return sample_codes(self.model.dalle, prompts, seeds, options, given, on_token, self.graphs, copies)
         except RuntimeError as error:  # CUDA's is a RuntimeError of its own class, the CPU's a plain one
             if not isinstance(error, torch.cuda.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise

@@ -16,7 +16,7 @@ import ops
 from models.dalle import DALLE
 from models.positions import Positions, next_code, text_positions
 from sampling.cache import Cache
-from sampling.decoders import Decoder
+from sampling.decoders import Copies, Decoder
 from sampling.native import best_decoder
 from sampling.options import DEFAULT_OPTIONS, SamplingOptions
 
@@ -132,12 +132,14 @@ def sample_codes(
     given: Optional[Tensor] = None,
     on_token: Optional[Callable[[], None]] = None,
     graphs: Optional[Recorded] = None,
+    copies: Optional[Copies] = None,
 ) -> Sampled:
     """Sample the codes of len(seeds) images: all of one caption, or equally many of each of several.
 
     text (T,) or (prompts, T) token ids; seeds: one for each image, the first caption's first. given (N,): codes to
     keep in every image, -1 where the model shall sample (image completion, priming). on_token is called after each
-    code. graphs: a `sampling.graphs.Graphs` of this model, which samples the same in less time on a GPU.
+    code. graphs: a `sampling.graphs.Graphs` of this model, which samples the same in less time on a GPU. copies: an
+    empty dictionary for the weights in a decoder's layout, to be given to later calls while the weights stay the same.
     Returns codes (B, N) on the model's device, images of one caption next to each other. Raises UserError for options
     that are out of range.
     """
@@ -152,7 +154,7 @@ def sample_codes(
     kept = [-1] * num_codes if given is None else given.tolist()
     request = Request(prompts, uniforms(seeds, num_codes).to(device), kept, options, on_token)
     sampled = None if graphs is None else graphs.sample(request)
-    return _sample(model, request) if sampled is None else sampled
+    return _sample(model, request, copies) if sampled is None else sampled
 
 
 @functools.lru_cache(maxsize=None)
@@ -160,10 +162,10 @@ def _say(refused: str) -> None:
     logger.info("decoding by PyTorch: %s", refused)
 
 
-def _sample(model: DALLE, request: Request) -> Sampled:
+def _sample(model: DALLE, request: Request, copies: Optional[Copies]) -> Sampled:
     """Sample a batch code by code."""
     kept, (batch, num_codes) = request.kept, request.uniform.shape
-    decoder, refused = best_decoder(model, len(request.prompts), request.images)
+    decoder, refused = best_decoder(model, len(request.prompts), request.images, copies)
     if refused is not None:
         _say(refused)
     canvas = Canvas(batch, num_codes, request.options, request.uniform.device)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from ops import Norm, activation, rows
 from ops.build import pointer
 from ops.rows import Linear, Packed, address, at, threads_for, whole
 from sampling.cache import LayerCache
-from sampling.decoders import Decoder, computed_in, is_small, unknown_option
+from sampling.decoders import Copies, Decoder, computed_in, is_small, unknown_option
 
 MOST_ROWS = 96
 """From there on arithmetic is all that counts, and a matmul that divides its work into blocks is as fast."""
@@ -115,16 +115,16 @@ def refusal(model: DALLE, num_rows: int) -> Optional[str]:
 class NativeDecoder(Decoder):
     """Feeds one code of each row natively; prompts and longer chunks by the model's own forward pass."""
 
-    def __init__(self, model: DALLE, prompts: int, images: int) -> None:
-        super().__init__(model, prompts, images)
+    def __init__(self, model: DALLE, prompts: int, images: int, copies: Optional[Copies] = None) -> None:
+        super().__init__(model, prompts, images, copies)
         config = model.config
         self._kept: List[Any] = []  # what is given to C by its address
-        self._packed: Dict[nn.Module, Packed] = {}
         self._stable = config.stable  # then `DALLE.hidden` does more than a norm
         angles = model.transformer.angles
         turned = [None, None] if angles is None else [angles[config.text_len :].cos(), angles[config.text_len :].sin()]
         tables = [x if x is None else self._keep(x.detach()) for x in (self.operands.image_positions, *turned)]
         self._layers = (_Layer * config.depth)(*map(self._layer, self.operands.blocks, self.cache.layers))
+        layers = {layer for block in self.operands.blocks for layer in block.projections}
         self.struct = _Model(
             rows=self.rows,
             images=images,
@@ -137,7 +137,7 @@ class NativeDecoder(Decoder):
             hidden=config.hidden,
             activation=activation(config.activation).number,
             layers=config.depth,
-            threads=threads_for(sum(packed.bytes for packed in self._packed.values()) // config.depth),
+            threads=threads_for(sum(self.copies[layer, "native"].bytes for layer in layers) // config.depth),
             turned=0 if angles is None else angles.shape[1],
             table=at(self._keep(model.image_emb.weight.detach())),
             positions=at(tables[0]),
@@ -159,10 +159,11 @@ class NativeDecoder(Decoder):
         return tensor
 
     def _pack(self, module: Any, gated: bool = False) -> Packed:
-        if module not in self._packed:  # layers may share it
+        key = (module, "native")
+        if key not in self.copies:  # layers may share it
             scale = getattr(module, "scale", None)
-            self._packed[module] = Packed(module.weight.detach(), module.bias, scale, gated)
-        return self._packed[module]
+            self.copies[key] = Packed(module.weight.detach(), module.bias, scale, gated)
+        return self.copies[key]
 
     def _layer(self, own: transformer.Operands, cache: LayerCache) -> _Layer:
         up = self._pack(own.up, gated=self.model.config.up_width > self.model.config.hidden)
@@ -202,7 +203,9 @@ class NativeDecoder(Decoder):
         return self._head(hidden.flatten(0, -2)).unflatten(0, hidden.shape[:-1])
 
 
-def best_decoder(model: DALLE, prompts: int, images: int) -> Tuple[Decoder, Optional[str]]:
+def best_decoder(
+    model: DALLE, prompts: int, images: int, copies: Optional[Copies] = None
+) -> Tuple[Decoder, Optional[str]]:
     """The fastest decoder that knows this model, and why it is not the native one."""
     refused = refusal(model, prompts * images)
-    return (NativeDecoder if refused is None else Decoder)(model, prompts, images), refused
+    return (NativeDecoder if refused is None else Decoder)(model, prompts, images, copies), refused

@@ -172,6 +172,24 @@ def test_decoding_leaves_no_trace(dtype):
     assert torch.backends.mkldnn.set_flags(before)[0]
 
 
+@pytest.mark.parametrize("kind", ["native", "PyTorch"])
+def test_copies_of_weights_serve_later_batches(kind, monkeypatch):
+    model = random_model().float()
+    if kind == "PyTorch":
+        monkeypatch.setattr("sampling.native.MOST_ROWS", 0)
+    elif refusal(model, 1) is not None:
+        pytest.skip("no native kernels")
+    copies = {}
+    first = sample_codes(model, TEXT[0], [1, 2], copies=copies)
+    kept = dict(copies)
+    again = sample_codes(model, TEXT[1], [3, 4], copies=copies)
+    assert kept and all(copies[key] is value for key, value in kept.items()) and len(copies) == len(kept)
+    assert torch.equal(first.codes, sample_codes(model, TEXT[0], [1, 2]).codes)
+    assert torch.equal(again.codes, sample_codes(model, TEXT[1], [3, 4]).codes)
+    alone = sample_codes(model, TEXT[1], [3], copies=copies)  # another number of rows
+    assert torch.equal(alone.codes[0], again.codes[0])
+
+
 # ---- what a decoder does not know
 
 
