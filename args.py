@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type
 
-from utils.checkpoint_shapes import shown
 from utils.errors import UsageError, UserError, nearest
 from utils.flags import Parser
 from utils.resume import APPLIES, CONTENT, FIXED, FREE
+from utils.untrusted import shown
 from utils.yaml_files import parse_yaml
 
 DEFAULT_CONFIG_FILE = Path(__file__).resolve().parent / "configs.yaml"

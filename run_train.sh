@@ -25,7 +25,7 @@ fi
 found=$(PYTHONPATH="$root" "$python" -c '
 import sys, args
 from engines.ipu.hosts import find_popdist
-from utils.checkpoints import newest_checkpoint
+from checkpoints import newest_checkpoint
 config = args.parse(sys.argv[1:])
 ipu, data, folder = config.ipu, config.data, config.checkpoints.checkpoint_output_dir
 if ipu.plan or ipu.compile_only or data.generated_data or data.synthetic_data or not folder: sys.exit()

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from bpe import Tokenizer
 from bpe.char_bpe import CharBpeTokenizer
+from checkpoints.mindalle import mindalle_options, to_mindalle
 from dalle.loading import load
 from dalle.published import STAGE1, STAGE2, TOKENIZER
 from models.config import DalleConfig
 from models.vqgan import VQGAN
 from models.vqgan_config import VqganConfig, stage1_options
-from utils.checkpoint_mindalle import mindalle_options, to_mindalle
 from utils.errors import UserError, run_main
 from utils.files import PathLike, atomic_write
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bpe import Tokenizer, load_tokenizer
+from checkpoints import DalleCheckpoint, read_dalle
 from dalle import published
 from models.building import build_dalle
 from models.config import DalleConfig
@@ -19,7 +20,6 @@ from models.dalle import DALLE
 from models.quantization import DTYPES
 from models.vqgan import PUBLISHED, VQGAN, VqganConfig, default_vqgan, load_vqgan, load_vqgan_state
 from sampling.native import refusal
-from utils.checkpoints import DalleCheckpoint, read_dalle
 from utils.errors import UsageError, UserError, nearest
 from utils.files import PathLike, sha256_file
 
@@ -76,7 +76,7 @@ def load(
     device: Union[str, torch.device] = "cpu",
     dtype: str = "float32",
 ) -> Loaded:
-    """Load a checkpoint in any layout that utils.checkpoints reads, or "demo", the shipped model.
+    """Load a checkpoint in any layout that checkpoints reads, or "demo", the shipped model.
 
     "minDALL-E/1.3B" stands for that published model, which is downloaded; a folder in its layout holds its own
     vocabulary and VQGAN. Otherwise, bpe_path None: the vocabulary the model was trained with, where it is still to be

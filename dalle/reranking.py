@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from dalle.utils.utils import features
-from utils.checkpoint_shapes import is_number, shown
 from utils.errors import UserError
 from utils.files import PathLike, open_regular
+from utils.untrusted import is_number, shown
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Tuple
 import torch
 from torch import Tensor
 
+from checkpoints import DalleCheckpoint
 from dalle.published import stage1_config
 from models.vqgan_config import VqganConfig
-from utils.checkpoints import DalleCheckpoint
 from utils.errors import UserError, nearest
 from utils.files import PathLike
 from utils.yaml_files import MAX_BYTES, parse_yaml

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 
 from args import Config
+from checkpoints.trust import aliases, expected_shapes
 from models.config import DalleConfig
-from utils.checkpoint_shapes import aliases, expected_shapes
 
 _STATE_BYTES = {"Adam": 8, "AdamW": 8, "Muon": 4, "Adafactor": 0}
 """Of optimizer state for each weight; Muon's matrices have one moment (its few other weights two), Adafactor keeps sums

@@ -29,6 +29,7 @@ import log
 from args import Config, Parser
 from bpe import load_tokenizer
 from bpe.classes import class_file
+from checkpoints import newest_checkpoint, read_dalle
 from dalle import published
 from dalle.pictures import make_grid, save_picture
 from dalle.transfer import Downstream, check_shape, image_only, read_downstream
@@ -38,7 +39,6 @@ from sampling import to_uint8
 from training.files import check_writable, folders_locked
 from training.run import train
 from training.setup import Parts, Start, build_parts
-from utils.checkpoints import newest_checkpoint, read_dalle
 from utils.errors import UsageError, UserError, run_main
 from utils.files import atomic_write
 from utils.flags import number, parse_flags, path, whole

@@ -19,10 +19,10 @@ from models.vqgan_config import VqganConfig
 from models.vqgan_layers import Decoder, Encoder
 from ops.convolution import full_precision, images_at_once
 from utils.caches import cache_folder
-from utils.checkpoint_reading import check_archive
 from utils.errors import UserError, nearest
 from utils.files import PathLike, sha256_file
 from utils.memory import freed_memory_kept
+from utils.untrusted import check_archive
 
 logger = logging.getLogger(__name__)
 

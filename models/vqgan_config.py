@@ -5,9 +5,9 @@ from typing import Any, Dict, Mapping, Optional, Tuple
 
 import yaml
 
-from utils.checkpoint_shapes import shown
 from utils.errors import UserError, nearest
 from utils.files import PathLike, atomic_write, open_regular
+from utils.untrusted import shown
 from utils.yaml_files import MAX_BYTES, parse_yaml
 
 # The YAML names a class to import. Nothing is ever imported on a file's word: only how the name ends is looked at.

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from checkpoints import read_dalle
 from models.config import DalleConfig
 from models.dalle import DALLE
-from utils.checkpoints import read_dalle
 from utils.errors import UserError
 
 TINY = DalleConfig(

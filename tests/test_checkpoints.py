@@ -10,12 +10,7 @@ import zipfile
 import pytest
 import torch
 
-from models.config import DalleConfig
-from models.dalle import DALLE
-from utils import checkpoints
-from utils.checkpoint_shapes import DEFAULTS, MAX_SEQ_LEN, REQUIRED, aliases, complete_config, expected_shapes
-from utils.checkpoints import (
-    check_state,
+from checkpoints import (
     checkpoint_name,
     dalle_checkpoint,
     export_safetensors,
@@ -26,6 +21,11 @@ from utils.checkpoints import (
     save_checkpoint,
     verify,
 )
+from checkpoints.__main__ import main
+from checkpoints.reading import check_state
+from checkpoints.trust import DEFAULTS, MAX_SEQ_LEN, REQUIRED, aliases, complete_config, expected_shapes
+from models.config import DalleConfig
+from models.dalle import DALLE
 from utils.errors import UserError, run_main
 
 TINY = DalleConfig(
@@ -393,7 +393,7 @@ def test_export_takes_averaged_weights_unless_told_not_to(tmp_path):
     ema = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     save_checkpoint(tmp_path / "dalle_2.pt", ours(model, training={"engine": {"ema": ema}}))
     for flags, expected in (([], ema), (["--no-ema"], model.state_dict())):
-        checkpoints.main(["export", str(tmp_path / "dalle_2.pt"), str(tmp_path / "out.safetensors"), *flags])
+        main(["export", str(tmp_path / "dalle_2.pt"), str(tmp_path / "out.safetensors"), *flags])
         weights = read_dalle(tmp_path / "out.safetensors").weights
         assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
 
@@ -449,7 +449,7 @@ def test_refused_safetensors(tmp_path, metadata, message):
 def test_command_line_ends_with_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["checkpoints", "verify", str(tmp_path / "no.pt")])
     with pytest.raises(SystemExit) as exit_:
-        run_main(checkpoints.main)
+        run_main(main)
     assert exit_.value.code == 1
     assert capsys.readouterr().err == "error: checkpoint {} does not exist\n".format(tmp_path / "no.pt")
 

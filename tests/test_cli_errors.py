@@ -19,6 +19,7 @@ from PIL import Image
 
 import args
 import bpe.train
+import checkpoints.__main__
 import data.process_trainset
 import evaluate
 import examples_utils.cli
@@ -26,7 +27,6 @@ import generate
 import train
 import train_vqgan
 import utils.archives
-import utils.checkpoints
 from training import vqgan_options
 from utils.errors import run_main
 from utils.flags import Parser
@@ -42,7 +42,7 @@ MAINS = {
     "process_trainset": data.process_trainset.main,
     "bpe.train": bpe.train.main,
     "examples_utils": examples_utils.cli.main,
-    "checkpoints": utils.checkpoints.main,
+    "checkpoints": checkpoints.__main__.main,
     "archives": utils.archives.main,
 }
 # What each command needs beside the flag that is wrong.
@@ -363,7 +363,7 @@ def test_the_parser_says_nothing_itself(capfd):
 SCRIPTS = [
     (["train.py", "--config", "demo", "--batch-size", "x"], 2, "--batch-size"),
     (["-m", "bpe.train", "--vocab-size", "x", "--captions", "a", "--output", "b"], 2, "--vocab-size"),
-    (["-m", "utils.checkpoints", "verify", "missing.pt"], 1, "missing.pt"),
+    (["-m", "checkpoints", "verify", "missing.pt"], 1, "missing.pt"),
     (["data/process_trainset.py", "--captions", "missing.json"], 1, "missing.json"),
 ]
 

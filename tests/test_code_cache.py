@@ -26,13 +26,13 @@ from safetensors.torch import save_file
 from test_train import together
 
 import args
+import checkpoints
 import engines
 import train
 from data import CodeCache, DemoDataset, ImageTextFolder, Team, TextSettings, code_cache, code_files
 from data.demo import DemoRecord
 from data.folder import list_pairs
 from models.vqgan import VQGAN, VqganConfig, image_codes
-from utils import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE, CODES = 8, 4

@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_train import ROOT, flags, folder, run  # noqa: F401 (a fixture)
 
-from utils import checkpoints
+import checkpoints
 
 STEPS = 10  # of `arguments`: five in each of two epochs, validated after each
 LAST = "dalle_1.pt"
@@ -100,7 +100,7 @@ MOMENTS = {
     "in a step": ("engines.native:NativeEngine._update_weights", 4, "before"),
     "writing a checkpoint": ("torch.serialization:_save", 2, "after"),
     "before its rename": ("utils.files:os.fsync", 6, "after"),
-    "after its rename": ("utils.checkpoints:prune_checkpoints", 2, "before"),
+    "after its rename": ("checkpoints:prune_checkpoints", 2, "before"),
     "in validation": ("engines.native:NativeEngine._averaged_weights", 1, "after"),
     "between metrics and checkpoint": ("log:_JsonLines.write", 7, "after"),
 }

@@ -13,6 +13,7 @@ import args
 import engines
 import evaluate
 from bpe import load_tokenizer
+from checkpoints import dalle_checkpoint, save_checkpoint
 from dalle.loading import load
 from dalle.pictures import Sample, make_sheet
 from data.demo import demo_records
@@ -21,7 +22,6 @@ from models.config import DalleConfig
 from models.dalle import DALLE
 from models.vqgan import VQGAN, VqganConfig
 from sampling import SamplingOptions, decode, encode, image_seed, sample_codes
-from utils.checkpoints import dalle_checkpoint, save_checkpoint
 from utils.errors import UsageError, UserError
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz:-\u2581"

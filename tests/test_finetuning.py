@@ -12,6 +12,7 @@ from mindalle_folder import TEXT_LEN, make_folder
 from PIL import Image
 
 import args
+import checkpoints
 import dalle.export
 import engines
 import train
@@ -22,7 +23,6 @@ from engines.memory import training_memory
 from models.config import ARCHITECTURES, DalleConfig
 from models.dalle import DALLE
 from models.vqgan_config import VqganConfig, stage1_config, stage1_options
-from utils import checkpoints
 from utils.errors import UsageError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -23,6 +23,7 @@ from safetensors.torch import save as save_tensors
 import args
 import generate
 from bpe import load_tokenizer
+from checkpoints import dalle_checkpoint, export_safetensors, read_dalle, save_checkpoint
 from dalle.completion import mask_cells, parse_box
 from dalle.outputs import PromptFolder, folder_name
 from data.images import BROKEN_IMAGE_ERRORS, load_image
@@ -32,7 +33,6 @@ from models.config import DalleConfig
 from models.dalle import DALLE
 from models.vqgan import VQGAN, check_size, load_vqgan_state
 from models.vqgan_config import VqganConfig
-from utils.checkpoints import dalle_checkpoint, export_safetensors, read_dalle, save_checkpoint
 from utils.errors import UserError
 from utils.memory import return_freed_memory
 from utils.yaml_files import parse_yaml
@@ -454,7 +454,7 @@ def test_any_words_of_a_command_line(words):
 @given(strategies.dictionaries(strategies.sampled_from(sorted(TINY.to_dict())), VALUE, max_size=4))
 @FEW
 def test_any_options_of_a_stored_model(values):
-    from utils.checkpoint_shapes import complete_config
+    from checkpoints.trust import complete_config
 
     try:
         config = complete_config(dict(TINY.to_dict(), **values))

@@ -19,6 +19,7 @@ from PIL import Image
 
 import generate
 from bpe import load_tokenizer
+from checkpoints import dalle_checkpoint, save_checkpoint
 from dalle import loading
 from dalle.loading import load
 from dalle.models import Dalle
@@ -30,7 +31,6 @@ from models.dalle import DALLE
 from models.vqgan import VQGAN, VqganConfig, load_vqgan
 from sampling import SamplingOptions, decode, image_seed, prime_rows, sample_codes, to_uint8
 from sampling.driver import Share, split
-from utils.checkpoints import dalle_checkpoint, save_checkpoint
 from utils.errors import UsageError, UserError
 from utils.files import sha256_file
 

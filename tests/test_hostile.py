@@ -16,6 +16,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import checkpoints
+import checkpoints.__main__
 import evaluate
 import generate
 import train
@@ -24,7 +26,7 @@ from dalle.loading import load
 from models.vqgan import load_vqgan, load_vqgan_state
 from models.vqgan_config import DEMO_CONFIGS
 from training.run import Run
-from utils import archives, checkpoints
+from utils import archives
 from utils.archives import unpack
 from utils.errors import UserError
 from utils.files import sha256_file
@@ -106,7 +108,7 @@ READERS = {
         [*VQGAN, "{}/out", "--perceptual-weights", "{}/e"],
     ),
     "train_vqgan --resume": (evil_vqgan, "out/training.pt", train_vqgan, [*VQGAN, "{}/out", "--resume"]),
-    "checkpoints export": (evil_dalle, "e", checkpoints, ["export", "{}/e", "{}/o"]),
+    "checkpoints export": (evil_dalle, "e", checkpoints.__main__, ["export", "{}/e", "{}/o"]),
 }
 
 

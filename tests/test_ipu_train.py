@@ -11,11 +11,11 @@ from PIL import Image
 from test_train import fill
 
 import args
+import checkpoints
 import engines
 import log
 import train
 from models.dalle import DALLE, DalleConfig
-from utils import checkpoints
 from utils.errors import UsageError
 
 

@@ -286,7 +286,7 @@ def test_what_a_folder_lacks_is_named(folder, tmp_path):
 
 
 def test_other_checkpoints_are_read_too(model, folder, tmp_path):
-    from utils.checkpoints import dalle_checkpoint, save_checkpoint
+    from checkpoints import dalle_checkpoint, save_checkpoint
 
     state, config = model.stage2.state_dict(), dict(model.stage2.config.to_dict())
     config["num_text_tokens"] = model.tokenizer.vocab_size

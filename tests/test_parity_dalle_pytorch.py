@@ -14,12 +14,12 @@ from importlib import metadata
 import pytest
 import torch
 
+from checkpoints import read_dalle
+from checkpoints.formats import from_published
 from models.config import DalleConfig
 from models.dalle import DALLE
 from sampling import SamplingOptions, sample_codes
 from sampling.loop import guided
-from utils.checkpoint_formats import from_published
-from utils.checkpoints import read_dalle
 from utils.errors import UserError
 
 PACKAGES = ("dalle_pytorch", "einops", "axial_positional_embedding", "rotary_embedding_torch")

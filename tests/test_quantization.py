@@ -7,6 +7,7 @@ import torch
 from mindalle_folder import make_folder, merges_and_vocabulary
 from torch import nn
 
+from checkpoints import dalle_checkpoint, save_checkpoint
 from dalle import published
 from dalle.loading import load
 from dalle.models import Dalle
@@ -15,7 +16,6 @@ from models.config import ARCHITECTURES, DalleConfig
 from models.dalle import DALLE
 from models.quantization import DTYPES, Int8Linear, quantize_rows
 from ops import build
-from utils.checkpoints import dalle_checkpoint, save_checkpoint
 from utils.errors import UserError
 
 SMALL = DalleConfig(

@@ -15,6 +15,7 @@ from PIL import Image
 from test_train import ROOT, assert_same, flags, folder, run, weights  # noqa: F401 (a fixture)
 
 import args
+import checkpoints
 import engines
 import log
 import train
@@ -23,7 +24,6 @@ from models.vqgan import load_vqgan
 from training import vqgan_options
 from training.schedule import Position, Schedule
 from training.vqgan import save_weights
-from utils import checkpoints
 from utils.bad_steps import BadSteps
 from utils.errors import UserError
 from utils.resume import APPLIES, CONTENT, FIXED, FREE

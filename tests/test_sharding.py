@@ -12,11 +12,11 @@ import torch
 from test_train import ROOT, assert_same, flags, folder, run  # noqa: F401 (a fixture)
 
 import args
+import checkpoints
 import engines
 from engines import plan, sharding
 from engines.memory import training_memory
 from models.config import DalleConfig
-from utils import checkpoints
 from utils.errors import UsageError
 
 pytest.importorskip("torch.distributed.fsdp", reason="this PyTorch has no FSDP")

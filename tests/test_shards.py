@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from test_train import together
 
 import args
+import checkpoints
 import engines
 import train
 from data import CodeCache, Team, TextSettings, create_dataset, create_datasets, epoch_order, shard_index, shards
@@ -30,7 +31,6 @@ from data.shards import ImageTextShards, Shards, find_shards, open_shards
 from data.tar_members import TarTrouble, tar_members
 from data.uncaptioned import Batches, open_images
 from models.vqgan import VQGAN, VqganConfig
-from utils import checkpoints
 from utils.errors import UsageError, UserError
 from utils.skipped import SkipReport
 

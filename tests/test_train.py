@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import args
+import checkpoints
 import engines
 import train
 from engines.native import parameter_groups, share_batch
@@ -20,7 +21,6 @@ from models.config import DalleConfig
 from models.dalle import DALLE, TextToImage
 from models.vqgan import VQGAN
 from models.vqgan_config import VqganConfig
-from utils import checkpoints
 from utils.errors import UsageError, UserError
 from utils.schedules import Plateau, cosine_factor, epoch_factor
 

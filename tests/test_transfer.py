@@ -20,6 +20,7 @@ from PIL import Image
 import generate
 from bpe import load_tokenizer
 from bpe.classes import ClassTokenizer, class_file
+from checkpoints import read_dalle
 from dalle.models import Dalle
 from dalle.transfer import check_shape, image_only, read_downstream
 from data.classes import class_names, imagenet_folders, list_class_images
@@ -27,7 +28,6 @@ from engines.native import NativeEngine
 from models.config import DalleConfig
 from models.dalle import DALLE
 from sampling import SamplingOptions, sample_codes
-from utils.checkpoints import read_dalle
 from utils.errors import UserError
 from utils.locks import only_writer
 

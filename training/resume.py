@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ContextManager
 
 import args
+import checkpoints
 from args import Config
 from bpe import find_vocabulary
 from dalle import published
@@ -15,7 +16,7 @@ from models.config import DalleConfig
 from training.files import reading
 from training.schedule import Position
 from training.setup import MODEL_OPTIONS, Start, identities
-from utils import checkpoints, resume
+from utils import resume
 from utils.errors import UserError
 
 if TYPE_CHECKING:

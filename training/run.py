@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+import checkpoints
 import log
 from args import Config
 from dalle.export import check_empty, export_mindalle, export_options
@@ -22,7 +23,6 @@ from training.loop import Loop
 from training.saver import Saver
 from training.schedule import Position, Schedule
 from training.setup import Parts, Start, build_model, build_parts, encode_images, model_config
-from utils import checkpoints
 from utils.bad_steps import BadSteps
 from utils.errors import UserError
 from utils.interrupts import Interruption

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+import checkpoints
 import log
 from training.files import not_finite
 from training.setup import identities
-from utils import checkpoints
 from utils.errors import UserError
 
 if TYPE_CHECKING:

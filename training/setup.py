@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 import args
+import checkpoints
 import data
 import log
 from args import Config
@@ -22,7 +23,7 @@ from models.config import ARCHITECTURES, DalleConfig
 from models.dalle import DALLE, TextToImage
 from models.vqgan import PUBLISHED, VQGAN, VqganConfig, default_vqgan, load_vqgan
 from training.schedule import Position
-from utils import checkpoints, resume
+from utils import resume
 from utils.caches import cache_folder
 from utils.errors import UserError
 from utils.skipped import start_report

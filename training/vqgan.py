@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import log
 from args import flag_name
+from checkpoints import save_checkpoint, verify
 from dalle.pictures import save_picture, to_pil
 from data import DEMO
 from data.uncaptioned import Batches, ImageSource, open_images
@@ -31,7 +32,6 @@ from training.schedule import Position
 from training.vqgan_options import AT_RESUME, choose_config
 from utils import resume
 from utils.bad_steps import BadSteps
-from utils.checkpoints import save_checkpoint, verify
 from utils.errors import UsageError, UserError
 from utils.files import atomic_write
 from utils.interrupts import Interruption

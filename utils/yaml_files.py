@@ -1,7 +1,7 @@
 """YAML from anywhere: plain values only, and neither time nor memory beyond the text's size.
 
 YAML can name classes to build, and its aliases and merge keys can make a gigabyte of a few lines. Safe loading makes
-plain values only, and aliases mere references to one value: so never print a value whole (utils.checkpoint_shapes.shown
+plain values only, and aliases mere references to one value: so never print a value whole (utils.untrusted.shown
 cuts it short), and merged keys are counted here.
 """
 

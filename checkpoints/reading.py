@@ -1,26 +1,27 @@
 """Reading checkpoints that come from anywhere: nothing in them is run, nothing is built unchecked."""
 
+from __future__ import annotations
+
 import hashlib
 import inspect
 import json
 import logging
-import zipfile
 from pathlib import Path
-from typing import Any, Dict, Mapping, MutableMapping, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Mapping, MutableMapping, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
 
-from utils.checkpoint_formats import StoredModel, Weights, from_published, overlap
-from utils.checkpoint_mindalle import from_mindalle, is_mindalle
-from utils.checkpoint_shapes import aliases, complete_config, expected_shapes, num_layers, shown
+from checkpoints.formats import StoredModel, Weights, from_published, overlap
+from checkpoints.mindalle import from_mindalle, is_mindalle
+from checkpoints.trust import aliases, complete_config, expected_shapes, num_layers
 from utils.errors import UserError
 from utils.files import PathLike, open_regular
+from utils.untrusted import ZIP_MAGIC, shown, verify_zip
 
 logger = logging.getLogger(__name__)
 
 SAFETENSORS_FORMAT = "mini-dalle"
-_ZIP_MAGIC = b"PK\x03\x04"
 _CAN_MAP = "mmap" in inspect.signature(torch.load).parameters  # from PyTorch 2.1 on
 
 
@@ -29,27 +30,27 @@ class DalleCheckpoint(NamedTuple):
 
     path: Path
     """The file it was read from."""
-    config: Dict[str, Any]
+    config: dict[str, Any]
     """Options for `DalleConfig.from_dict`, every one of them."""
     weights: Weights
     """Parameters under the names of `models.dalle.DALLE`, on the CPU, in the stored precision."""
     format: str
     """"ours", "mini-dalle", "dalle-pytorch", "mindalle" or "safetensors"."""
-    hparams: Dict[str, Any]
+    hparams: dict[str, Any]
     """The file's own options, as they are."""
     epoch: int
     """Complete epochs of training (0 where the file does not say)."""
-    vqgan_weights: Optional[Weights]
+    vqgan_weights: Weights | None
     """The VQGAN inside the file under taming-transformers' names, if there is one."""
-    identity: Dict[str, Any]
+    identity: dict[str, Any]
     """What the model was trained with, {"tokenizer": {...}, "vqgan": {...}}; empty where the file does not say."""
-    ema: Optional[Weights]
+    ema: Weights | None
     """Averaged weights under the names of `weights`, where the training kept some."""
-    opt_state: Optional[Dict[str, Any]]
+    opt_state: dict[str, Any] | None
     """The optimizer's state; only in our own checkpoints."""
-    scheduler_state: Optional[Dict[str, Any]]
+    scheduler_state: dict[str, Any] | None
     """The learning-rate schedule's state; only in our own checkpoints."""
-    training: Optional[Dict[str, Any]]
+    training: dict[str, Any] | None
     """What the engine needs to go on at the next step; only in our own checkpoints."""
 
 
@@ -58,15 +59,15 @@ class DalleCheckpoint(NamedTuple):
 
 def check_state(expected: Mapping[str, Sequence[int]], weights: Mapping[str, Tensor], path: PathLike) -> None:
     """Compare weights with the expected shapes, strictly. Raises UserError naming the file and a few differences."""
-    problems = ["'{}' is missing".format(name) for name in expected if name not in weights]
-    problems += ["{} is unexpected".format(shown(name)) for name in weights if name not in expected]
+    problems = [f"'{name}' is missing" for name in expected if name not in weights]
+    problems += [f"{shown(name)} is unexpected" for name in weights if name not in expected]
     problems += [
-        "'{}' has shape {} instead of {}".format(name, tuple(weights[name].shape), tuple(shape))
+        f"'{name}' has shape {tuple(weights[name].shape)} instead of {tuple(shape)}"
         for name, shape in expected.items()
         if name in weights and tuple(weights[name].shape) != tuple(shape)
     ]
     if problems:
-        more = " and {} more".format(len(problems) - 3) if len(problems) > 3 else ""
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(
             "{}: the weights do not fit the model's options: {}{}".format(path, ", ".join(problems[:3]), more)
         )
@@ -83,14 +84,12 @@ def _check_tensors(weights: Any) -> None:
             or tensor.layout != torch.strided
             or tensor.is_meta
         ):
-            raise UserError("weight {} is no plain tensor".format(shown(name)))
+            raise UserError(f"weight {shown(name)} is no plain tensor")
         if tensor.is_quantized or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise UserError(
-                "weight {} of shape {} claims more than the file holds".format(shown(name), tuple(tensor.shape))
-            )
+            raise UserError(f"weight {shown(name)} of shape {tuple(tensor.shape)} claims more than the file holds")
 
 
-def check_claims(value: Any, seen: Optional[Set[int]] = None, depth: int = 0) -> None:
+def check_claims(value: Any, seen: set[int] | None = None, depth: int = 0) -> None:
     """Refuse tensors, anywhere in plain containers, that claim more elements than the file holds. Raises UserError."""
     seen = set() if seen is None else seen
     if depth > 20:
@@ -102,7 +101,7 @@ def check_claims(value: Any, seen: Optional[Set[int]] = None, depth: int = 0) ->
             raise UserError("its state holds a tensor that is no plain one")
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise UserError(
-                "its state holds a tensor of shape {} that claims more than the file holds".format(tuple(value.shape))
+                f"its state holds a tensor of shape {tuple(value.shape)} that claims more than the file holds"
             )
     elif isinstance(value, (Mapping, list, tuple)):
         seen.add(id(value))
@@ -115,21 +114,17 @@ def _check_model(model: StoredModel, path: Path) -> None:
     depth = model.config["depth"]
     if depth != num_layers(model.weights):
         raise UserError(
-            "{}: option 'depth' is {}, but there are weights for {} layers".format(
-                path, depth, num_layers(model.weights)
-            )
+            f"{path}: option 'depth' is {depth}, but there are weights for {num_layers(model.weights)} layers"
         )
     check_state(expected_shapes(model.config), model.weights, path)
     same = aliases(model.config)
     own = [tensor for name, tensor in model.weights.items() if name not in same]
     for name, tensor in model.weights.items():
         if not tensor.is_floating_point():
-            raise UserError(
-                "{}: weight '{}' holds {} instead of floating-point numbers".format(path, name, tensor.dtype)
-            )
+            raise UserError(f"{path}: weight '{name}' holds {tensor.dtype} instead of floating-point numbers")
     # Many weights may be views of one small tensor, which the model would then store one by one.
     if overlap(own):
-        raise UserError("{}: the weights claim more memory than the file holds".format(path))
+        raise UserError(f"{path}: the weights claim more memory than the file holds")
 
 
 def verify(path: PathLike) -> None:
@@ -139,7 +134,7 @@ def verify(path: PathLike) -> None:
     sha256 that our own exports carry.
     """
     path = Path(path)
-    (_verify_zip if _kind(path) == "torch" else _verify_safetensors)(path)
+    (verify_zip if _kind(path) == "torch" else _verify_safetensors)(path)
 
 
 def _kind(path: Path) -> str:
@@ -152,8 +147,8 @@ def _kind(path: Path) -> str:
         with open(path, "rb") as file:
             start = file.read(9)
     except OSError as error:
-        raise UserError("checkpoint {} cannot be read: {}".format(path, error.strerror)) from error
-    if start[:4] == _ZIP_MAGIC:
+        raise UserError(f"checkpoint {path} cannot be read: {error.strerror}") from error
+    if start[:4] == ZIP_MAGIC:
         return "torch"
     if start[8:9] == b"{" or path.suffix == ".safetensors":
         return "safetensors"
@@ -164,46 +159,10 @@ def _kind(path: Path) -> str:
     )
 
 
-def check_archive(path: PathLike) -> None:
-    """Check a file that torch.save may have written; one that is no archive (torch before 1.6) passes.
-
-    Raises UserError for a damaged archive, and for a compressed one: torch writes none, and they can be bombs.
-    """
-    with open(str(path), "rb") as file:
-        start = file.read(len(_ZIP_MAGIC))
-    if start == _ZIP_MAGIC:
-        _verify_zip(Path(path))
-
-
-def _verify_zip(path: Path) -> None:
-    size = path.stat().st_size
-    try:
-        with zipfile.ZipFile(str(path)) as archive:
-            entries = archive.infolist()
-            # torch.save compresses nothing, so a file never unpacks to more than itself.
-            bomb = (
-                any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-                or sum(e.file_size for e in entries) > size
-            )
-            bad = None if bomb else archive.testzip()
-    except Exception as error:  # a damaged archive raises almost anything: BadZipFile, EOFError, struct.error, ...
-        raise UserError(
-            "checkpoint {} is damaged or incomplete ({}); use another one, or copy it again".format(path, error)
-        ) from error
-    if bomb:
-        raise UserError("{} is a compressed archive, which torch.save does not write; it was not opened".format(path))
-    if bad is not None:
-        raise UserError(
-            "checkpoint {} is damaged (checksum of {}); use another one, or copy it again".format(path, shown(bad))
-        )
-
-
 def _verify_safetensors(path: Path) -> None:
     metadata, tensors = _read_safetensors(path)
     if "sha256" in metadata and metadata["sha256"] != tensors_digest(tensors):
-        raise UserError(
-            "checkpoint {} is damaged (sha256 of its weights); use another one, or copy it again".format(path)
-        )
+        raise UserError(f"checkpoint {path} is damaged (sha256 of its weights); use another one, or copy it again")
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -218,7 +177,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 # ---- reading
 
 
-def _load_torch(path: Path, mapped: bool) -> Dict[str, Any]:
+def _load_torch(path: Path, mapped: bool) -> dict[str, Any]:
     # PyTorch maps files by their name, which need not be text.
     is_text = not any("\ud800" <= character <= "\udfff" for character in str(path))
     options = {"mmap": True} if mapped and _CAN_MAP and is_text else {}
@@ -227,17 +186,17 @@ def _load_torch(path: Path, mapped: bool) -> Dict[str, Any]:
     except Exception as error:  # whatever a stranger's pickle makes the restricted unpickler raise; none of it ran
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(
-            "{} holds more than tensors and plain values and was not opened ({}: {}); "
-            "keep only its weights and options, saved with torch.save".format(path, type(error).__name__, reason)
+            f"{path} holds more than tensors and plain values and was not opened ({type(error).__name__}: {reason}); "
+            "keep only its weights and options, saved with torch.save"
         ) from error
     if not isinstance(document, Mapping):
-        raise UserError("{} is no checkpoint of a DALL-E: it holds a {}".format(path, type(document).__name__))
+        raise UserError(f"{path} is no checkpoint of a DALL-E: it holds a {type(document).__name__}")
     for part in ("opt_state", "scheduler_state", "training"):
         check_claims(document.get(part))
     return dict(document)
 
 
-def _read_safetensors(path: Path) -> Tuple[Dict[str, str], Weights]:
+def _read_safetensors(path: Path) -> tuple[dict[str, str], Weights]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -245,7 +204,7 @@ def _read_safetensors(path: Path) -> Tuple[Dict[str, str], Weights]:
             return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            "checkpoint {} is damaged or incomplete ({}); use another one, or copy it again".format(path, error)
+            f"checkpoint {path} is damaged or incomplete ({error}); use another one, or copy it again"
         ) from error
 
 
@@ -265,17 +224,17 @@ def read_dalle(path: PathLike, to_draw: bool = False, verified: bool = False) ->
     try:
         checkpoint = _from_safetensors(path) if _kind(path) == "safetensors" else _from_torch(path, to_draw)
     except UserError as error:
-        raise error if str(path) in str(error) else UserError("{}: {}".format(path, error)) from error
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
     _check_model(StoredModel(checkpoint.config, checkpoint.weights, None), path)
     if checkpoint.ema is not None:
         check_state(expected_shapes(checkpoint.config), checkpoint.ema, path)
     return checkpoint
 
 
-def _optional_table(document: Mapping[str, Any], name: str) -> Optional[Dict[str, Any]]:
+def _optional_table(document: Mapping[str, Any], name: str) -> dict[str, Any] | None:
     value = document.get(name)
     if value is not None and not isinstance(value, dict):
-        raise UserError("'{}' is no table".format(name))
+        raise UserError(f"'{name}' is no table")
     return value
 
 
@@ -283,11 +242,11 @@ def _epoch(value: Any) -> int:
     if value is None:
         return 0
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise UserError("'epoch' must be a whole number, not {}".format(shown(value)))
+        raise UserError(f"'epoch' must be a whole number, not {shown(value)}")
     return value
 
 
-def _ema(training: Optional[Mapping[str, Any]]) -> Optional[Weights]:
+def _ema(training: Mapping[str, Any] | None) -> Weights | None:
     """The averaged weights that the native engine keeps in its state."""
     engine = _optional_table(training or {}, "engine") or {}
     weights = _optional_table(engine, "ema")
@@ -310,7 +269,7 @@ def _from_torch(path: Path, to_draw: bool) -> DalleCheckpoint:
         raise UserError("neither 'hparams' nor 'config' is there to tell the model's options")
     version = document.get("version")
     if not isinstance(version, (str, type(None))):
-        raise UserError("'version' has the impossible value {}".format(shown(version)))
+        raise UserError(f"'version' has the impossible value {shown(version)}")
     model = from_published(document["weights"], hparams or {}, version, config)
     if config is not None:
         kind = "ours"
@@ -356,10 +315,10 @@ def _from_mindalle(path: Path, weights: Any) -> DalleCheckpoint:
             with open_regular(config_path) as file:
                 content = file.read(MAX_BYTES + 1)
         except OSError as error:
-            raise UserError("{} cannot be read: {}".format(config_path, error.strerror or error)) from error
-        options = parse_yaml(content, "{} cannot be read".format(config_path))
+            raise UserError(f"{config_path} cannot be read: {error.strerror or error}") from error
+        options = parse_yaml(content, f"{config_path} cannot be read")
         if not isinstance(options, Mapping):
-            raise UserError("{} is no minDALL-E configuration".format(config_path))
+            raise UserError(f"{config_path} is no minDALL-E configuration")
     model = from_mindalle(weights, options)
     return DalleCheckpoint(
         path, model.config, model.weights, "mindalle", dict(options), 0, None, {}, None, None, None, None
@@ -370,14 +329,14 @@ def _from_safetensors(path: Path) -> DalleCheckpoint:
     metadata, weights = _read_safetensors(path)
     if metadata.get("format") != SAFETENSORS_FORMAT or "config" not in metadata:
         raise UserError(
-            "it carries no options of a DALL-E; only files made by 'python -m utils.checkpoints export' can be read"
+            "it carries no options of a DALL-E; only files made by 'python -m checkpoints export' can be read"
         )
-    values: Dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, default in (("config", {}), ("hparams", {}), ("identity", {}), ("epoch", 0)):
         try:
             values[name] = json.loads(metadata.get(name, json.dumps(default)))
         except (ValueError, RecursionError) as error:
-            raise UserError("its header's '{}' is no JSON".format(name)) from error
+            raise UserError(f"its header's '{name}' is no JSON") from error
     config = complete_config(values["config"])
     if config["depth"] != num_layers(weights):
         raise UserError(

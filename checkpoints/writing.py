@@ -1,51 +1,33 @@
-"""Checkpoints of a run: written whole or not at all, listed, pruned, exported; reading is in checkpoint_reading.py.
+"""Checkpoints of a run: written whole or not at all, listed, pruned, exported.
 
 A run writes `dalle_{epoch}.pt` at the end of each epoch, counted from 0 as the published application does (800 epochs
 end with dalle_799.pt), and `dalle_{epoch}_{step}.pt` inside one, after `step` optimizer steps since the start of the
 training. In both, the file's "epoch" counts complete epochs.
-
-    python -m utils.checkpoints export dalle_20.pt model.safetensors --half
-    python -m utils.checkpoints verify dalle_20.pt
 """
+
+from __future__ import annotations
 
 import json
 import logging
 import re
-import sys
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from utils import flags
-from utils.checkpoint_formats import hparams_from_config, to_published
-from utils.checkpoint_reading import (
+from checkpoints.formats import hparams_from_config, to_published
+from checkpoints.reading import (
     SAFETENSORS_FORMAT,
     DalleCheckpoint,
     check_state,
-    read_dalle,
     tensors_digest,
     verify,
 )
-from utils.checkpoint_shapes import aliases, complete_config, expected_shapes
-from utils.errors import UserError, run_main
+from checkpoints.trust import aliases, complete_config, expected_shapes
+from utils.errors import UserError
 from utils.files import PathLike, atomic_write
-
-__all__ = [
-    "DalleCheckpoint",
-    "check_state",
-    "checkpoint_name",
-    "dalle_checkpoint",
-    "export_safetensors",
-    "list_checkpoints",
-    "newest_checkpoint",
-    "prune_checkpoints",
-    "read_dalle",
-    "save_checkpoint",
-    "verify",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -61,19 +43,17 @@ def _require_plain(value: Any, where: str) -> None:
     if type(value) is dict:
         for key, item in value.items():
             _require_plain(key, where + " key")
-            _require_plain(item, "{}[{!r}]".format(where, key))
+            _require_plain(item, f"{where}[{key!r}]")
     elif type(value) in (list, tuple):
         for index, item in enumerate(value):
-            _require_plain(item, "{}[{}]".format(where, index))
+            _require_plain(item, f"{where}[{index}]")
     elif value is not None and type(value) not in (str, int, float, bool, Tensor, torch.nn.Parameter):
-        raise TypeError(
-            "{} is a {}: only tensors and plain values can be read back".format(where, type(value).__name__)
-        )
+        raise TypeError(f"{where} is a {type(value).__name__}: only tensors and plain values can be read back")
 
 
 def _write_reason(error: BaseException) -> str:
     """What the operating system said: torch.save wraps a failed write in a RuntimeError that does not."""
-    cause: Optional[BaseException] = error
+    cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError):
             return cause.strerror or str(cause)
@@ -81,7 +61,7 @@ def _write_reason(error: BaseException) -> str:
     return str(error).split("\n")[0]
 
 
-def save_checkpoint(path: PathLike, checkpoint: Dict[str, Any]) -> None:
+def save_checkpoint(path: PathLike, checkpoint: dict[str, Any]) -> None:
     """Write a checkpoint atomically, so that `torch.load(path, weights_only=True)` reads it.
 
     Raises TypeError on values that could not be read back, UserError when the file cannot be written (any older file of
@@ -92,18 +72,18 @@ def save_checkpoint(path: PathLike, checkpoint: Dict[str, Any]) -> None:
         with atomic_write(path, "wb") as file:
             torch.save(checkpoint, file)
     except (OSError, RuntimeError) as error:
-        raise UserError("cannot write the checkpoint {}: {}".format(path, _write_reason(error))) from error
+        raise UserError(f"cannot write the checkpoint {path}: {_write_reason(error)}") from error
 
 
 def dalle_checkpoint(
     config: Mapping[str, Any],
     state: Mapping[str, Tensor],
     epoch: int,
-    opt_state: Optional[Dict[str, Any]] = None,
-    scheduler_state: Optional[Dict[str, Any]] = None,
-    hparams_extra: Optional[Mapping[str, Any]] = None,
-    training: Optional[Dict[str, Any]] = None,
-) -> Dict[str, Any]:
+    opt_state: dict[str, Any] | None = None,
+    scheduler_state: dict[str, Any] | None = None,
+    hparams_extra: Mapping[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Return a checkpoint in Mini DALL-E's published layout, with `config` and `training` added.
 
     config: `DalleConfig.to_dict()`; state: `DALLE.state_dict()`; epoch: complete epochs; hparams_extra: options about
@@ -130,7 +110,7 @@ def dalle_checkpoint(
 
 
 def export_safetensors(
-    checkpoint: DalleCheckpoint, path: PathLike, dtype: Optional[torch.dtype] = None, ema: bool = True
+    checkpoint: DalleCheckpoint, path: PathLike, dtype: torch.dtype | None = None, ema: bool = True
 ) -> None:
     """Write a model's weights and options, and nothing of its training, as safetensors.
 
@@ -149,9 +129,7 @@ def export_safetensors(
         tensors[name] = tensor.detach().cpu().to(dtype or tensor.dtype, copy=True).contiguous()
         if not torch.isfinite(tensors[name]).all():
             raise UserError(
-                "weight '{}' does not fit {} (or is not finite); export without --half".format(
-                    name, tensors[name].dtype
-                )
+                f"weight '{name}' does not fit {tensors[name].dtype} (or is not finite); export without --half"
             )
     metadata = {
         "format": SAFETENSORS_FORMAT,
@@ -165,20 +143,20 @@ def export_safetensors(
         with atomic_write(path, "wb") as file:
             file.write(save(tensors, metadata=metadata))
     except OSError as error:
-        raise UserError("cannot write {}: {}".format(path, _write_reason(error))) from error
+        raise UserError(f"cannot write {path}: {_write_reason(error)}") from error
 
 
 # ---- the checkpoints of a run
 
 
-def checkpoint_name(epoch: int, step: Optional[int] = None) -> str:
+def checkpoint_name(epoch: int, step: int | None = None) -> str:
     """Return the file name at the end of `epoch` (from 0); with `step`, for that optimizer step inside it."""
-    return "dalle_{}.pt".format(epoch) if step is None else "dalle_{}_{}.pt".format(epoch, step)
+    return f"dalle_{epoch}.pt" if step is None else f"dalle_{epoch}_{step}.pt"
 
 
-def list_checkpoints(folder: PathLike) -> List[Path]:
+def list_checkpoints(folder: PathLike) -> list[Path]:
     """Return a run's checkpoints, complete or not, in the order of training, the newest last."""
-    found: List[Tuple[int, float, Path]] = []
+    found: list[tuple[int, float, Path]] = []
     for path in Path(folder).glob("dalle_*.pt"):
         match = _FILE_NAME.fullmatch(path.name)
         if match and path.is_file():
@@ -186,7 +164,7 @@ def list_checkpoints(folder: PathLike) -> List[Path]:
     return [path for _, _, path in sorted(found)]
 
 
-def newest_checkpoint(folder: PathLike, together: bool = False) -> Optional[Path]:
+def newest_checkpoint(folder: PathLike, together: bool = False) -> Path | None:
     """Return the newest undamaged checkpoint of a run, or None. Damaged ones are named in a warning and passed over.
 
     together: all processes of the process group, where there is one, call this at once, and the first verifies for all.
@@ -209,14 +187,14 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def prune_checkpoints(folder: PathLike, keep: int) -> List[Path]:
+def prune_checkpoints(folder: PathLike, keep: int) -> list[Path]:
     """Delete all but the newest `keep` checkpoints of a run (0: keep all) and half-written ones of a killed process.
 
     Returns what was deleted. To be called by the one process that writes, after its write. A file that cannot be
     deleted is named in a warning.
     """
     if keep < 0:
-        raise ValueError("keep must be at least 0, not {}".format(keep))
+        raise ValueError(f"keep must be at least 0, not {keep}")
     old: Iterable[Path] = list_checkpoints(folder)[:-keep] if keep else []
     leftovers = [path for path in Path(folder).glob(".dalle_*.tmp") if _LEFTOVER.fullmatch(path.name)]
     deleted = []
@@ -227,32 +205,3 @@ def prune_checkpoints(folder: PathLike, keep: int) -> List[Path]:
         except OSError as error:
             logger.warning("Cannot delete the old checkpoint %s: %s", path, error.strerror)
     return deleted
-
-
-def main(arguments: Optional[Sequence[str]] = None) -> None:
-    """Export or verify a checkpoint from the command line."""
-    parser = flags.Parser(prog="python -m utils.checkpoints", description="Export or verify a DALL-E checkpoint.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    export = commands.add_parser("export", help="write weights and options, without the training state, as safetensors")
-    export.add_argument(
-        "checkpoint", type=flags.path, help="any checkpoint that can be read (.pt, .ckpt, .safetensors)"
-    )
-    export.add_argument("out", type=flags.path, help="file to write (.safetensors)")
-    export.add_argument("--half", action="store_true", help="store in half precision")
-    export.add_argument(
-        "--no-ema", action="store_true", help="take the plain weights even where averaged ones are stored"
-    )
-    check = commands.add_parser("verify", help="check that a file is complete and undamaged")
-    check.add_argument("checkpoint", type=flags.path)
-    options = parser.parse_args(arguments)
-    if options.command == "verify":
-        verify(options.checkpoint)
-        sys.stdout.write("{} is complete\n".format(options.checkpoint))
-        return
-    checkpoint = read_dalle(options.checkpoint)
-    export_safetensors(checkpoint, options.out, torch.float16 if options.half else None, ema=not options.no_ema)
-    sys.stdout.write("wrote {} ({:.1f} MB)\n".format(options.out, Path(options.out).stat().st_size / 1e6))
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -3,15 +3,18 @@
 A fully causal GPT over text and codes: no <bos>, no padding ids of its own, learned positions, biases on q, k and v.
 """
 
+from __future__ import annotations
+
 import re
-from typing import Any, Dict, Mapping, MutableMapping
+from typing import Any, Mapping, MutableMapping
 
 import torch
 from torch import Tensor
 
-from utils.checkpoint_formats import StoredModel, Weights, overlap
-from utils.checkpoint_shapes import complete_config, shown
+from checkpoints.formats import StoredModel, Weights, overlap
+from checkpoints.trust import complete_config
 from utils.errors import UserError
+from utils.untrusted import shown
 
 #: What an absent key of config.yaml stands for: the published 1.3B model.
 DEFAULTS = {
@@ -57,7 +60,7 @@ def from_mindalle(weights: MutableMapping[str, Tensor], options: Mapping[str, An
     Raises UserError on an unknown weight or an option without counterpart.
     """
     renamed: Weights = {}
-    projections: Dict[str, Dict[str, Tensor]] = {}
+    projections: dict[str, dict[str, Tensor]] = {}
     if overlap(weights.values()):
         raise UserError("several weights are stored as one and the same")
     for name in list(weights):
@@ -65,16 +68,14 @@ def from_mindalle(weights: MutableMapping[str, Tensor], options: Mapping[str, An
         stem, _, kind = name.rpartition(".")
         layer = re.fullmatch(r"blocks\.(\d{1,6})\.(.+)", stem)
         if stem in _OUTSIDE_NAMES and kind in ("weight", "bias"):
-            renamed["{}.{}".format(_OUTSIDE_NAMES[stem], kind)] = tensor
+            renamed[f"{_OUTSIDE_NAMES[stem]}.{kind}"] = tensor
         elif layer and layer.group(2) in _LAYER_NAMES:
-            renamed["transformer.layers.{}.{}.{}".format(int(layer.group(1)), _LAYER_NAMES[layer.group(2)], kind)] = (
-                tensor
-            )
+            renamed[f"transformer.layers.{int(layer.group(1))}.{_LAYER_NAMES[layer.group(2)]}.{kind}"] = tensor
         elif layer and layer.group(2) in tuple("attn." + projection for projection in _PROJECTIONS):
-            fused = "transformer.layers.{}.attention.fn.qkv.{}".format(int(layer.group(1)), kind)
+            fused = f"transformer.layers.{int(layer.group(1))}.attention.fn.qkv.{kind}"
             projections.setdefault(fused, {})[layer.group(2)[len("attn.") :]] = weights.pop(name)
         elif not name.endswith("attn.mask"):  # a buffer: the causal mask
-            raise UserError("weight {} belongs to no known layout of minDALL-E".format(shown(name)))
+            raise UserError(f"weight {shown(name)} belongs to no known layout of minDALL-E")
     for fused, parts in projections.items():
         for projection in _PROJECTIONS:
             if projection not in parts:
@@ -87,7 +88,7 @@ def from_mindalle(weights: MutableMapping[str, Tensor], options: Mapping[str, An
     return StoredModel(config_from_yaml(options, renamed), renamed, None)
 
 
-def config_from_yaml(options: Mapping[str, Any], renamed: Mapping[str, Tensor]) -> Dict[str, Any]:
+def config_from_yaml(options: Mapping[str, Any], renamed: Mapping[str, Tensor]) -> dict[str, Any]:
     """Turn minDALL-E's config.yaml (as a dictionary) into a complete configuration; the weights tell of biases."""
     stage = options.get("stage2") or {}
     hparams = stage.get("hparams") if isinstance(stage, Mapping) else None
@@ -102,7 +103,7 @@ def config_from_yaml(options: Mapping[str, Any], renamed: Mapping[str, Tensor]) 
     for name, number in value.items():
         if name != "gelu_use_approx" and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
             raise UserError(
-                "config.yaml: stage2 option {} must be a whole number of at least 1, not {}".format(name, shown(number))
+                f"config.yaml: stage2 option {name} must be a whole number of at least 1, not {shown(number)}"
             )
     if hparams.get("n_dense_layers", value["n_layers"]) != value["n_layers"]:
         raise UserError("config.yaml: n_dense_layers other than n_layers is not supported")
@@ -139,7 +140,7 @@ def config_from_yaml(options: Mapping[str, Any], renamed: Mapping[str, Tensor]) 
 # ---- writing
 
 #: Options of a model that the layout can say nothing about, with the values they must have.
-_FIXED: Dict[str, Any] = {
+_FIXED: dict[str, Any] = {
     "bos": False,
     "unique_pads": False,
     "layer_scale": False,
@@ -156,7 +157,7 @@ _FIXED: Dict[str, Any] = {
 }
 
 
-def mindalle_options(config: Mapping[str, Any]) -> Dict[str, Any]:
+def mindalle_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the table "stage2" of config.yaml for a model's options (`DalleConfig.to_dict()`).
 
     Raises UserError naming an option for which minDALL-E's layout has no place.
@@ -165,8 +166,8 @@ def mindalle_options(config: Mapping[str, Any]) -> Dict[str, Any]:
     for name, value in _FIXED.items():
         if config[name] != value:
             raise UserError(
-                "minDALL-E's layout has no place for the model option {} = {}; train with --architecture "
-                "mindalle".format(name, shown(config[name]))
+                f"minDALL-E's layout has no place for the model option {name} = {shown(config[name])}; train with "
+                "--architecture mindalle"
             )
     if set(config["attn_types"]) != {"full"}:
         raise UserError("minDALL-E's layout has no attention patterns: attn_types must be full")
@@ -205,9 +206,9 @@ def to_mindalle(weights: Mapping[str, Tensor]) -> Weights:
         layer = re.fullmatch(r"transformer\.layers\.(\d+)\.(.+)", stem)
         if layer and layer.group(2) == "attention.fn.qkv":
             for projection, part in zip(_PROJECTIONS, tensor.chunk(3)):
-                renamed["blocks.{}.attn.{}.{}".format(layer.group(1), projection, kind)] = part.clone()
+                renamed[f"blocks.{layer.group(1)}.attn.{projection}.{kind}"] = part.clone()
         elif layer:
-            renamed["blocks.{}.{}.{}".format(layer.group(1), inside[layer.group(2)], kind)] = tensor.contiguous()
+            renamed[f"blocks.{layer.group(1)}.{inside[layer.group(2)]}.{kind}"] = tensor.contiguous()
         else:
-            renamed["{}.{}".format(outside[stem], kind)] = tensor.contiguous()
+            renamed[f"{outside[stem]}.{kind}"] = tensor.contiguous()
     return renamed

@@ -4,18 +4,21 @@ Inside the application a model has the parameter names of `models.dalle.DALLE` (
 `models.config.DalleConfig` as a plain dictionary. Published are
   Mini DALL-E       names with `model.` in front, options in `hparams` (what the application itself writes),
   DALLE-pytorch     nearly the same names, more options, wrappers (`.fn.`) in the names that come and go with them.
-(minDALL-E has names of its own: see checkpoint_mindalle.py.) UserErrors name the weight or the option; the caller puts
+(minDALL-E has names of its own: see mindalle.py.) UserErrors name the weight or the option; the caller puts
 the file's name in front.
 """
 
+from __future__ import annotations
+
 import re
-from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterable, Mapping, NamedTuple
 
 import torch
 from torch import Tensor
 
-from utils.checkpoint_shapes import complete_config, is_number, shown, text_table_size
+from checkpoints.trust import complete_config, text_table_size
 from utils.errors import UserError
+from utils.untrusted import is_number, shown
 
 Weights = Dict[str, Tensor]
 
@@ -26,11 +29,11 @@ CAUSAL_CONV_VERSION = (1, 5)
 class StoredModel(NamedTuple):
     """A model in internal terms."""
 
-    config: Dict[str, Any]
+    config: dict[str, Any]
     """Options for DalleConfig.from_dict, every one of them."""
     weights: Weights
     """Internal names, in the stored precision; may be views of the stored tensors."""
-    vqgan: Optional[Weights]
+    vqgan: Weights | None
     """The VQGAN's weights under taming-transformers' names, where the file holds them."""
 
 
@@ -93,9 +96,7 @@ def to_published(weights: Mapping[str, Tensor]) -> Weights:
         match = re.match(r"transformer\.layers\.(\d+)\.(attention|feed_forward)\.(.+)", name)
         if match:
             layer, branch, rest = match.groups()
-            published[
-                "transformer.layers.{}.{}.{}".format(layer, _BRANCHES.index(branch), _published_rest(branch, rest))
-            ] = tensor
+            published[f"transformer.layers.{layer}.{_BRANCHES.index(branch)}.{_published_rest(branch, rest)}"] = tensor
         elif name == "image_pos_emb.rows":
             published["image_pos_emb.weights_0"] = tensor[None]
         elif name == "image_pos_emb.columns":
@@ -114,15 +115,15 @@ def _published_rest(branch: str, rest: str) -> str:
     stem, kind = rest.rsplit(".", 1)
     for published, internal in _BRANCH_NAMES[_BRANCHES.index(branch)].items():
         if internal == stem:
-            return "{}{}.{}".format("fn.fn." if stem.startswith("fn.") else "fn.", published, kind)
-    raise ValueError("weight '{}.{}' has no published name".format(branch, rest))
+            return f"{'fn.fn.' if stem.startswith('fn.') else 'fn.'}{published}.{kind}"
+    raise ValueError(f"weight '{branch}.{rest}' has no published name")
 
 
-def _rename(weights: Mapping[str, Tensor]) -> Tuple[Weights, Weights]:
+def _rename(weights: Mapping[str, Tensor]) -> tuple[Weights, Weights]:
     """Published names without `model.` -> (internal names, but `to_logits.1.*` as it is; what was set aside)."""
     renamed: Weights = {}
     aside: Weights = {}
-    parts: List[Tuple[int, Tensor]] = []
+    parts: list[tuple[int, Tensor]] = []
     for name, tensor in weights.items():
         layer = _LAYER_NAME.fullmatch(name)
         part = re.fullmatch(r"text_emb\.split_embeddings\.(\d{1,6})\.weight", name)
@@ -135,7 +136,7 @@ def _rename(weights: Mapping[str, Tensor]) -> Tuple[Weights, Weights]:
         elif name.startswith("image_pos_emb.") and name[len("image_pos_emb.") :] in _AXIAL_NAMES:
             if tensor.dim() != 4 or tensor.shape[0] != 1:
                 raise UserError(
-                    "weight '{}' has shape {} instead of (1, g, 1, d) or (1, 1, g, d)".format(name, tuple(tensor.shape))
+                    f"weight '{name}' has shape {tuple(tensor.shape)} instead of (1, g, 1, d) or (1, 1, g, d)"
                 )
             renamed["image_pos_emb." + _AXIAL_NAMES[name[len("image_pos_emb.") :]]] = tensor[0]
         elif name in ("to_logits.1.weight", "to_logits.1.bias"):
@@ -147,13 +148,9 @@ def _rename(weights: Mapping[str, Tensor]) -> Tuple[Weights, Weights]:
         ):
             aside[name] = tensor
         elif name.startswith("transformer.layers.blocks."):
-            raise UserError(
-                "option 'reversible' (weight {}) is not supported: train the model without it".format(shown(name))
-            )
+            raise UserError(f"option 'reversible' (weight {shown(name)}) is not supported: train the model without it")
         else:
-            raise UserError(
-                "weight {} belongs to no known layout (Mini DALL-E, DALLE-pytorch, minDALL-E)".format(shown(name))
-            )
+            raise UserError(f"weight {shown(name)} belongs to no known layout (Mini DALL-E, DALLE-pytorch, minDALL-E)")
     if parts:
         pieces = [tensor for _, tensor in sorted(parts, key=lambda item: item[0])]
         if any(piece.dim() != 2 or piece.shape[1] != pieces[0].shape[1] for piece in pieces):
@@ -166,7 +163,7 @@ def _rename(weights: Mapping[str, Tensor]) -> Tuple[Weights, Weights]:
 
 def overlap(tensors: Iterable[Tensor]) -> bool:
     """Whether tensors share so much storage that copying them takes more memory than their file did."""
-    held: Dict[int, int] = {}
+    held: dict[int, int] = {}
     claimed = 0
     for tensor in tensors:
         storage = tensor.untyped_storage()
@@ -179,15 +176,15 @@ def _internal_name(name: str, layer: int, branch: int, rest: str) -> str:
     stem, _, kind = rest.rpartition(".")
     internal = _BRANCH_NAMES[branch].get(stem or rest)
     if internal is None or (kind not in ("weight", "bias")) != (internal == "scale"):
-        raise UserError("weight {} belongs to no known layout of a layer".format(shown(name)))
-    return "transformer.layers.{}.{}.{}{}".format(layer, _BRANCHES[branch], internal, "." + kind if stem else "")
+        raise UserError(f"weight {shown(name)} belongs to no known layout of a layer")
+    return f"transformer.layers.{layer}.{_BRANCHES[branch]}.{internal}" + ("." + kind if stem else "")
 
 
 def from_published(
     weights: Mapping[str, Tensor],
     hparams: Mapping[str, Any],
-    version: Optional[str] = None,
-    config: Optional[Mapping[str, Any]] = None,
+    version: str | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> StoredModel:
     """Read the weights of Mini DALL-E (names start with `model.`) or DALLE-pytorch (they do not).
 
@@ -223,32 +220,30 @@ def _split_head(weights: Weights, text_rows: int) -> None:
             continue
         if head.dim() == 0 or head.shape[0] <= text_rows:
             raise UserError(
-                "weight 'to_logits.1.{}' has shape {}, too few rows for {} text tokens".format(
-                    kind, tuple(head.shape), text_rows
-                )
+                f"weight 'to_logits.1.{kind}' has shape {tuple(head.shape)}, too few rows for {text_rows} text tokens"
             )
         weights["text_head." + kind], weights["image_head." + kind] = head[:text_rows], head[text_rows:]
 
 
-def _whole(hparams: Mapping[str, Any], name: str, default: Optional[int] = None) -> int:
+def _whole(hparams: Mapping[str, Any], name: str, default: int | None = None) -> int:
     value = hparams.get(name, default)
     if value is None or isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError("'hparams' must hold a whole number of at least 1 as '{}', not {}".format(name, shown(value)))
+        raise UserError(f"'hparams' must hold a whole number of at least 1 as '{name}', not {shown(value)}")
     return value
 
 
 def _number(hparams: Mapping[str, Any], name: str, default: float) -> float:
     value = hparams.get(name, default)
     if not is_number(value):
-        raise UserError("'hparams' must hold a number from 0 on as '{}', not {}".format(name, shown(value)))
+        raise UserError(f"'hparams' must hold a number from 0 on as '{name}', not {shown(value)}")
     return float(value)
 
 
-def _patterns(hparams: Mapping[str, Any], causal_conv: bool) -> List[str]:
+def _patterns(hparams: Mapping[str, Any], causal_conv: bool) -> list[str]:
     value = hparams.get("attn_types") or ("full",)
     value = value.split(",") if isinstance(value, str) else value
     if not isinstance(value, (list, tuple)) or not all(isinstance(pattern, str) for pattern in value):
-        raise UserError("option 'attn_types' has the impossible value {}".format(shown(value)))
+        raise UserError(f"option 'attn_types' has the impossible value {shown(value)}")
     patterns = [pattern.strip() for pattern in value]
     for pattern in patterns:
         if pattern not in ("full", "axial_row", "axial_col", "conv_like"):
@@ -260,13 +255,13 @@ def _patterns(hparams: Mapping[str, Any], causal_conv: bool) -> List[str]:
     return ["conv_causal" if pattern == "conv_like" and causal_conv else pattern for pattern in patterns]
 
 
-def _shared_ids(value: Any, name: str) -> Optional[List[int]]:
+def _shared_ids(value: Any, name: str) -> list[int] | None:
     """Number shared layers by first appearance: DALLE-pytorch's trainer stores the ids as strings."""
     if value is None:
         return None
     if not isinstance(value, (list, tuple)) or not value or not all(isinstance(item, (int, str)) for item in value):
-        raise UserError("option '{}' has the impossible value {}".format(name, shown(value)))
-    seen: Dict[Any, int] = {}
+        raise UserError(f"option '{name}' has the impossible value {shown(value)}")
+    seen: dict[Any, int] = {}
     return [seen.setdefault(item, len(seen)) for item in value]
 
 
@@ -277,16 +272,15 @@ def _is_newer(version: str) -> bool:
 
 def _rows_and_grid(
     renamed: Mapping[str, Tensor], aside: Mapping[str, Tensor], text_rows: int, text_len: int
-) -> Tuple[int, int]:
+) -> tuple[int, int]:
     """Return (codebook size, side of the code grid), which no option holds: they are read off the weights' shapes."""
     if "to_logits.1.weight" not in renamed or renamed["to_logits.1.weight"].dim() != 2:
         raise UserError("weight 'to_logits.1.weight' is missing or no matrix")
     codes = renamed["to_logits.1.weight"].shape[0] - text_rows
     if codes < 1:
         raise UserError(
-            "'to_logits.1.weight' has {} rows, too few for num_text_tokens + text_seq_len = {}".format(
-                codes + text_rows, text_rows
-            )
+            f"'to_logits.1.weight' has {codes + text_rows} rows, too few for num_text_tokens + text_seq_len = "
+            f"{text_rows}"
         )
     if "image_pos_emb.rows" in renamed:
         return codes, renamed["image_pos_emb.rows"].shape[0]
@@ -304,9 +298,9 @@ def config_from_hparams(
     hparams: Mapping[str, Any],
     renamed: Mapping[str, Tensor],
     aside: Mapping[str, Tensor],
-    version: Optional[str],
+    version: str | None,
     shift: bool,
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """Turn published options into a complete configuration.
 
     `renamed` and `aside` are the weights (for what only their shapes or names tell), `version` that of DALLE-pytorch or
@@ -317,12 +311,12 @@ def config_from_hparams(
         raise UserError("'hparams' is no table of options")
     for name, value in hparams.items():
         if not isinstance(name, str) or not isinstance(value, (str, int, float, list, tuple, type(None))):
-            raise UserError("option {} has the impossible value {}".format(shown(name), shown(value)))
+            raise UserError(f"option {shown(name)} has the impossible value {shown(value)}")
         if name in ("reversible", "sparse_attn", "noncausal_attn_len") and value not in (None, False, 0):
-            raise UserError("option '{}' is not supported: train the model without it".format(name))
+            raise UserError(f"option '{name}' is not supported: train the model without it")
         if name not in _MODEL_OPTIONS | _RUNTIME_OPTIONS and value not in (None, False, 0):
             raise UserError(
-                "unknown option {} (value {}): what it does to the model is not known".format(shown(name), shown(value))
+                f"unknown option {shown(name)} (value {shown(value)}): what it does to the model is not known"
             )
     text_tokens, text_seq_len = _whole(hparams, "num_text_tokens"), _whole(hparams, "text_seq_len")
     codes, grid = _rows_and_grid(renamed, aside, text_tokens + text_seq_len, text_seq_len + 1)
@@ -357,7 +351,7 @@ def config_from_hparams(
     )
 
 
-def hparams_from_config(config: Mapping[str, Any], extra: Mapping[str, Any]) -> Dict[str, Any]:
+def hparams_from_config(config: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
     """Return Mini DALL-E's `hparams` for a configuration; `extra` holds the options about IPUs and precision."""
     names = (
         "num_text_tokens",

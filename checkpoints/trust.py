@@ -4,18 +4,20 @@ A checkpoint comes from anywhere: its options are checked for type and range, an
 memory is taken on their word. Names and options are those of `models.dalle.DALLE` and `models.config.DalleConfig`.
 """
 
+from __future__ import annotations
+
 import re
-import reprlib
-from typing import Any, Dict, Mapping, Tuple
+from typing import Any, Mapping, Tuple
 
 from utils.errors import UserError, nearest
+from utils.untrusted import is_number, shown
 
 Shape = Tuple[int, ...]
 
 #: Options without which no model can be built; all are whole numbers of at least 1.
 REQUIRED = ("num_text_tokens", "num_image_tokens", "text_seq_len", "grid", "dim", "depth", "heads", "dim_head")
 #: The other options of models.config.DalleConfig with its defaults (a test holds the two together).
-DEFAULTS: Dict[str, Any] = {
+DEFAULTS: dict[str, Any] = {
     "attn_types": ["full"],
     "loss_img_weight": 7.0,
     "attn_dropout": 0.0,
@@ -44,21 +46,6 @@ DEFAULTS: Dict[str, Any] = {
 MAX_SEQ_LEN = 32768
 
 
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 120
-_SHORT.maxlevel = 2
-
-
-def shown(value: Any) -> str:
-    """A value or name from a stranger's file, cut short for a message: nested references could print without end."""
-    return _SHORT.repr(value)
-
-
-def is_number(value: Any) -> bool:
-    """Whether an option's value is a plain number of a reasonable size (not NaN, not infinite, not negative)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e9
-
-
 def _fits(value: Any, default: Any) -> bool:
     if isinstance(default, bool):
         return isinstance(value, bool)
@@ -72,7 +59,7 @@ def _fits(value: Any, default: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(type(item) is items for item in value)
 
 
-def complete_config(values: Any) -> Dict[str, Any]:
+def complete_config(values: Any) -> dict[str, Any]:
     """Return a stored configuration with every option present. Raises UserError on unknown, missing or wrong ones."""
     if not isinstance(values, Mapping):
         raise UserError("'config' is no table of model options")
@@ -85,15 +72,15 @@ def complete_config(values: Any) -> Dict[str, Any]:
     config = {}
     for name in REQUIRED:
         if name not in values:
-            raise UserError("model option '{}' is missing".format(name))
+            raise UserError(f"model option '{name}' is missing")
         config[name] = values[name]
     config.update((name, values.get(name, default)) for name, default in DEFAULTS.items())
     for name, value in config.items():
         default = 1 if name in REQUIRED else DEFAULTS[name]
         if not (value is None and default is None) and not _fits(value, default):
-            raise UserError("model option '{}' has the impossible value {}".format(name, shown(value)))
+            raise UserError(f"model option '{name}' has the impossible value {shown(value)}")
         if name.endswith("_dropout") and value > 1:
-            raise UserError("model option '{}' is a probability, not {}".format(name, shown(value)))
+            raise UserError(f"model option '{name}' is a probability, not {shown(value)}")
         config[name] = list(value) if isinstance(value, (list, tuple)) else value
     length = config["text_seq_len"] + config["grid"] ** 2
     if length > MAX_SEQ_LEN:
@@ -109,7 +96,7 @@ def text_table_size(config: Mapping[str, Any]) -> int:
     return config["num_text_tokens"] + (config["text_seq_len"] if config["unique_pads"] else 0)
 
 
-def _branch_shapes(config: Mapping[str, Any]) -> Dict[str, Shape]:
+def _branch_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
     """Shapes of one layer's weights."""
     dim, inner, hidden = config["dim"], config["heads"] * config["dim_head"], config["ff_mult"] * config["dim"]
     up = 2 * hidden if config["activation"] == "geglu" else hidden
@@ -119,23 +106,23 @@ def _branch_shapes(config: Mapping[str, Any]) -> Dict[str, Shape]:
         "feed_forward.fn.up": (up, dim, config["ff_bias"]),
         "feed_forward.fn.down": (dim, hidden, config["ff_bias"]),
     }
-    shapes: Dict[str, Shape] = {}
+    shapes: dict[str, Shape] = {}
     for name, (rows, columns, bias) in linear.items():
         shapes[name + ".weight"] = (rows, columns)
         if bias:
             shapes[name + ".bias"] = (rows,)
     for branch in ("attention", "feed_forward"):
         for norm in ("norm", "norm_out") if config["sandwich_norm"] else ("norm",):
-            shapes["{}.{}.weight".format(branch, norm)] = shapes["{}.{}.bias".format(branch, norm)] = (dim,)
+            shapes[f"{branch}.{norm}.weight"] = shapes[f"{branch}.{norm}.bias"] = (dim,)
         if config["layer_scale"]:
             shapes[branch + ".scale"] = (1, 1, dim)
     return shapes
 
 
-def expected_shapes(config: Mapping[str, Any]) -> Dict[str, Shape]:
+def expected_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
     """Return the shape of every weight of a model with these (complete) options, under its internal name."""
     dim, grid, table, codes = config["dim"], config["grid"], text_table_size(config), config["num_image_tokens"]
-    shapes: Dict[str, Shape] = {"text_emb.weight": (table, dim), "image_emb.weight": (codes, dim)}
+    shapes: dict[str, Shape] = {"text_emb.weight": (table, dim), "image_emb.weight": (codes, dim)}
     if config["text_positions"]:
         shapes["text_pos_emb.weight"] = (config["text_seq_len"] + int(config["bos"]), dim)
     if config["image_positions"] == "axial":
@@ -144,7 +131,7 @@ def expected_shapes(config: Mapping[str, Any]) -> Dict[str, Shape]:
         shapes["image_pos_emb.weight"] = (grid * grid, dim)
     layer_shapes = _branch_shapes(config)
     for layer in range(config["depth"]):
-        shapes.update(("transformer.layers.{}.{}".format(layer, name), shape) for name, shape in layer_shapes.items())
+        shapes.update((f"transformer.layers.{layer}.{name}", shape) for name, shape in layer_shapes.items())
     shapes.update({"norm.weight": (dim,), "norm.bias": (dim,)})
     for head, rows in (("text_head", table), ("image_head", codes)):
         shapes[head + ".weight"] = (rows, dim)
@@ -153,21 +140,19 @@ def expected_shapes(config: Mapping[str, Any]) -> Dict[str, Shape]:
     return shapes
 
 
-def aliases(config: Mapping[str, Any]) -> Dict[str, str]:
+def aliases(config: Mapping[str, Any]) -> dict[str, str]:
     """Return which weights are the same tensor as another one: {name: the name that stands for both}."""
     same = {}
     if config["tie_embeddings"]:
         same.update({"text_emb.weight": "text_head.weight", "image_emb.weight": "image_head.weight"})
     shapes = _branch_shapes(config)
     for branch, ids in (("attention", config["shared_attn_ids"]), ("feed_forward", config["shared_ff_ids"])):
-        first: Dict[int, int] = {}
+        first: dict[int, int] = {}
         for layer in range(config["depth"]) if ids else ():
             source = first.setdefault(ids[layer % len(ids)], layer)
             for name in shapes if source != layer else ():
                 if name.startswith(branch + ".fn."):
-                    same["transformer.layers.{}.{}".format(layer, name)] = "transformer.layers.{}.{}".format(
-                        source, name
-                    )
+                    same[f"transformer.layers.{layer}.{name}"] = f"transformer.layers.{source}.{name}"
     return same
 
 

@@ -1,0 +1,25 @@
+"""Checkpoints of a DALL-E: formats, reading, writing, and trust (what a stranger's file may ask for)."""
+
+from checkpoints.reading import DalleCheckpoint, read_dalle, verify
+from checkpoints.writing import (
+    checkpoint_name,
+    dalle_checkpoint,
+    export_safetensors,
+    list_checkpoints,
+    newest_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+
+__all__ = [
+    "DalleCheckpoint",
+    "checkpoint_name",
+    "dalle_checkpoint",
+    "export_safetensors",
+    "list_checkpoints",
+    "newest_checkpoint",
+    "prune_checkpoints",
+    "read_dalle",
+    "save_checkpoint",
+    "verify",
+]
