@@ -11,16 +11,15 @@ the file's name in front.
 from __future__ import annotations
 
 import re
-from typing import Any, Dict, Iterable, Mapping, NamedTuple
+from typing import Any, Mapping, NamedTuple
 
 import torch
 from torch import Tensor
 
-from checkpoints.trust import complete_config, text_table_size
+from checkpoints.trust import Weights, model_config, overlap
+from models.config import DalleConfig
 from utils.errors import UserError
 from utils.untrusted import is_number, shown
-
-Weights = Dict[str, Tensor]
 
 #: Since this version DALLE-pytorch's "conv_like" is the window that ends at a code; before, the one centred on it.
 CAUSAL_CONV_VERSION = (1, 5)
@@ -29,8 +28,7 @@ CAUSAL_CONV_VERSION = (1, 5)
 class StoredModel(NamedTuple):
     """A model in internal terms."""
 
-    config: dict[str, Any]
-    """Options for DalleConfig.from_dict, every one of them."""
+    config: DalleConfig
     weights: Weights
     """Internal names, in the stored precision; may be views of the stored tensors."""
     vqgan: Weights | None
@@ -161,17 +159,6 @@ def _rename(weights: Mapping[str, Tensor]) -> tuple[Weights, Weights]:
     return renamed, aside
 
 
-def overlap(tensors: Iterable[Tensor]) -> bool:
-    """Whether tensors share so much storage that copying them takes more memory than their file did."""
-    held: dict[int, int] = {}
-    claimed = 0
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        held[storage.data_ptr()] = storage.nbytes()
-        claimed += tensor.numel() * tensor.element_size()
-    return claimed > sum(held.values())
-
-
 def _internal_name(name: str, layer: int, branch: int, rest: str) -> str:
     stem, _, kind = rest.rpartition(".")
     internal = _BRANCH_NAMES[branch].get(stem or rest)
@@ -199,18 +186,18 @@ def from_published(
     }
     renamed, aside = _rename(stripped)
     if config is not None:
-        config = complete_config(config)
+        model = model_config(config, renamed)
     else:
         shift = any(re.match(r"transformer\.layers\.layers\.\d+\.1\.(fn\.){3,}net", name) for name in stripped)
-        config = config_from_hparams(hparams, renamed, aside, None if mini else version or "0", shift)
-    _split_head(renamed, text_table_size(config))
-    if config["tie_embeddings"]:
+        model = config_from_hparams(hparams, renamed, aside, None if mini else version or "0", shift)
+    _split_head(renamed, model.text_table_size)
+    if model.tie_embeddings:
         for part in ("text", "image"):
             if part + "_head.weight" in renamed:
                 renamed.setdefault(part + "_emb.weight", renamed[part + "_head.weight"])
     prefix = "vae.model."
     vqgan = {name[len(prefix) :]: tensor for name, tensor in aside.items() if name.startswith(prefix)}
-    return StoredModel(config, renamed, vqgan or None)
+    return StoredModel(model, renamed, vqgan or None)
 
 
 def _split_head(weights: Weights, text_rows: int) -> None:
@@ -247,11 +234,8 @@ def _patterns(hparams: Mapping[str, Any], causal_conv: bool) -> list[str]:
     patterns = [pattern.strip() for pattern in value]
     for pattern in patterns:
         if pattern not in ("full", "axial_row", "axial_col", "conv_like"):
-            raise UserError(
-                "option 'attn_types' names {}, which is not supported{}".format(
-                    shown(pattern), ": it needs DeepSpeed's sparse attention" if pattern == "sparse" else ""
-                )
-            )
+            hint = ": it needs DeepSpeed's sparse attention" if pattern == "sparse" else ""
+            raise UserError(f"option 'attn_types' names {shown(pattern)}, which is not supported{hint}")
     return ["conv_causal" if pattern == "conv_like" and causal_conv else pattern for pattern in patterns]
 
 
@@ -300,8 +284,8 @@ def config_from_hparams(
     aside: Mapping[str, Tensor],
     version: str | None,
     shift: bool,
-) -> dict[str, Any]:
-    """Turn published options into a complete configuration.
+) -> DalleConfig:
+    """Turn published options into a configuration.
 
     `renamed` and `aside` are the weights (for what only their shapes or names tell), `version` that of DALLE-pytorch or
     None for Mini DALL-E, `shift` what to take for an absent shift_tokens.
@@ -323,7 +307,7 @@ def config_from_hparams(
     rotary = bool(hparams.get("rotary_emb", "transformer.pos_emb" in aside))
     tied = bool(hparams.get("share_input_output_emb", "text_emb.linear.weight" in aside))
     sandwich = "transformer.layers.0.attention.norm_out.weight" in renamed
-    return complete_config(
+    return model_config(
         {
             "num_text_tokens": text_tokens,
             "num_image_tokens": codes,
@@ -347,11 +331,12 @@ def config_from_hparams(
             "tie_embeddings": tied,
             "shared_attn_ids": _shared_ids(hparams.get("shared_attn_ids"), "shared_attn_ids"),
             "shared_ff_ids": _shared_ids(hparams.get("shared_ff_ids"), "shared_ff_ids"),
-        }
+        },
+        renamed,
     )
 
 
-def hparams_from_config(config: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+def hparams_from_config(config: DalleConfig, extra: Mapping[str, Any]) -> dict[str, Any]:
     """Return Mini DALL-E's `hparams` for a configuration; `extra` holds the options about IPUs and precision."""
     names = (
         "num_text_tokens",
@@ -366,7 +351,6 @@ def hparams_from_config(config: Mapping[str, Any], extra: Mapping[str, Any]) -> 
         "ff_dropout",
         "attn_dropout",
     )
-    hparams = {name: config[name] for name in names}
-    hparams["attn_types"] = tuple(config["attn_types"])
+    hparams = {name: getattr(config, name) for name in names}
     hparams.update(extra)
     return hparams

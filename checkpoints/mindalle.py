@@ -11,8 +11,9 @@ from typing import Any, Mapping, MutableMapping
 import torch
 from torch import Tensor
 
-from checkpoints.formats import StoredModel, Weights, overlap
-from checkpoints.trust import complete_config
+from checkpoints.formats import StoredModel
+from checkpoints.trust import Weights, model_config, overlap
+from models.config import DalleConfig
 from utils.errors import UserError
 from utils.untrusted import shown
 
@@ -77,28 +78,25 @@ def from_mindalle(weights: MutableMapping[str, Tensor], options: Mapping[str, An
         elif not name.endswith("attn.mask"):  # a buffer: the causal mask
             raise UserError(f"weight {shown(name)} belongs to no known layout of minDALL-E")
     for fused, parts in projections.items():
+        names = fused.replace("fn.qkv", "*")
         for projection in _PROJECTIONS:
             if projection not in parts:
-                raise UserError(
-                    "weight '{}' has no counterpart for the {}".format(fused.replace("fn.qkv", "*"), projection)
-                )
+                raise UserError(f"weight '{names}' has no counterpart for the {projection}")
         if len({part.shape for part in parts.values()}) > 1 or parts["key"].dim() == 0:
-            raise UserError("weights '{}' differ in shape".format(fused.replace("fn.qkv", "*")))
+            raise UserError(f"weights '{names}' differ in shape")
         renamed[fused] = torch.cat([parts.pop(projection) for projection in _PROJECTIONS])
     return StoredModel(config_from_yaml(options, renamed), renamed, None)
 
 
-def config_from_yaml(options: Mapping[str, Any], renamed: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Turn minDALL-E's config.yaml (as a dictionary) into a complete configuration; the weights tell of biases."""
+def config_from_yaml(options: Mapping[str, Any], renamed: Mapping[str, Tensor]) -> DalleConfig:
+    """Turn minDALL-E's config.yaml (as a dictionary) into a configuration; the weights tell of biases."""
     stage = options.get("stage2") or {}
     hparams = stage.get("hparams") if isinstance(stage, Mapping) else None
     hparams = hparams or {}
     if not isinstance(stage, Mapping) or not isinstance(hparams, Mapping):
         raise UserError("config.yaml: stage2 and its hparams must be tables of options")
     if stage.get("type", "transformer1d") != "transformer1d":
-        raise UserError(
-            "config.yaml: stage2.type {} is not supported; known: transformer1d".format(shown(stage["type"]))
-        )
+        raise UserError(f"config.yaml: stage2.type {shown(stage['type'])} is not supported; known: transformer1d")
     value = {name: hparams.get(name, stage.get(name, default)) for name, default in DEFAULTS.items()}
     for name, number in value.items():
         if name != "gelu_use_approx" and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
@@ -111,9 +109,9 @@ def config_from_yaml(options: Mapping[str, Any], renamed: Mapping[str, Tensor]) 
         raise UserError("config.yaml: embed_dim {embed_dim} does not divide into n_heads {n_heads}".format(**value))
     grid = int(round(value["ctx_len_img"] ** 0.5))
     if grid * grid != value["ctx_len_img"]:
-        raise UserError("config.yaml: ctx_len_img {} is no square grid of codes".format(value["ctx_len_img"]))
+        raise UserError(f"config.yaml: ctx_len_img {value['ctx_len_img']} is no square grid of codes")
     first = "transformer.layers.0."
-    return complete_config(
+    return model_config(
         {
             "num_text_tokens": value["vocab_size_txt"],
             "num_image_tokens": value["vocab_size_img"],
@@ -133,7 +131,8 @@ def config_from_yaml(options: Mapping[str, Any], renamed: Mapping[str, Tensor]) 
             "out_bias": first + "attention.fn.out.bias" in renamed,
             "ff_bias": first + "feed_forward.fn.up.bias" in renamed,
             "head_bias": "text_head.bias" in renamed,
-        }
+        },
+        renamed,
     )
 
 
@@ -157,41 +156,40 @@ _FIXED: dict[str, Any] = {
 }
 
 
-def mindalle_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the table "stage2" of config.yaml for a model's options (`DalleConfig.to_dict()`).
+def mindalle_options(config: DalleConfig) -> dict[str, Any]:
+    """Return the table "stage2" of config.yaml for a model's options.
 
     Raises UserError naming an option for which minDALL-E's layout has no place.
     """
-    config = complete_config(config)
     for name, value in _FIXED.items():
-        if config[name] != value:
+        if getattr(config, name) != value:
             raise UserError(
-                f"minDALL-E's layout has no place for the model option {name} = {shown(config[name])}; train with "
-                "--architecture mindalle"
+                f"minDALL-E's layout has no place for the model option {name} = {shown(getattr(config, name))}; "
+                "train with --architecture mindalle"
             )
-    if set(config["attn_types"]) != {"full"}:
+    if set(config.attn_types) != {"full"}:
         raise UserError("minDALL-E's layout has no attention patterns: attn_types must be full")
-    if config["heads"] * config["dim_head"] != config["dim"]:
+    if config.heads * config.dim_head != config.dim:
         raise UserError("minDALL-E's layout asks for heads x dim_head = dim")
-    if config["activation"] == "geglu" or config["qkv_bias"] != config["out_bias"]:
+    if config.activation == "geglu" or config.qkv_bias != config.out_bias:
         raise UserError("minDALL-E's layout has no geglu, and biases on all attention projections or on none")
     return {
         "type": "transformer1d",
-        "vocab_size_txt": config["num_text_tokens"],
-        "vocab_size_img": config["num_image_tokens"],
+        "vocab_size_txt": config.num_text_tokens,
+        "vocab_size_img": config.num_image_tokens,
         "hparams": {
-            "embed_dim": config["dim"],
-            "n_layers": config["depth"],
-            "n_heads": config["heads"],
-            "n_dense_layers": config["depth"],
-            "ctx_len_img": config["grid"] ** 2,
-            "ctx_len_txt": config["text_seq_len"],
+            "embed_dim": config.dim,
+            "n_layers": config.depth,
+            "n_heads": config.heads,
+            "n_dense_layers": config.depth,
+            "ctx_len_img": config.grid**2,
+            "ctx_len_txt": config.text_seq_len,
             "embd_pdrop": 0.0,
-            "resid_pdrop": float(config["attn_dropout"]),
+            "resid_pdrop": float(config.attn_dropout),
             "attn_pdrop": 0.0,
-            "mlp_bias": config["ff_bias"],
-            "attn_bias": config["qkv_bias"],
-            "gelu_use_approx": config["activation"] == "quick_gelu",
+            "mlp_bias": config.ff_bias,
+            "attn_bias": config.qkv_bias,
+            "gelu_use_approx": config.activation == "quick_gelu",
         },
     }
 

@@ -7,14 +7,24 @@ import inspect
 import json
 import logging
 from pathlib import Path
-from typing import Any, Mapping, MutableMapping, NamedTuple, Sequence
+from typing import Any, Mapping, MutableMapping, NamedTuple
 
 import torch
 from torch import Tensor
 
-from checkpoints.formats import StoredModel, Weights, from_published, overlap
+from checkpoints.formats import from_published
 from checkpoints.mindalle import from_mindalle, is_mindalle
-from checkpoints.trust import aliases, complete_config, expected_shapes, num_layers
+from checkpoints.trust import (
+    Weights,
+    aliases,
+    check_claims,
+    check_model,
+    check_state,
+    check_tensors,
+    empty_weights,
+    model_config,
+)
+from models.config import DalleConfig
 from utils.errors import UserError
 from utils.files import PathLike, open_regular
 from utils.untrusted import ZIP_MAGIC, shown, verify_zip
@@ -38,93 +48,23 @@ class DalleCheckpoint(NamedTuple):
     """"ours", "mini-dalle", "dalle-pytorch", "mindalle" or "safetensors"."""
     hparams: dict[str, Any]
     """The file's own options, as they are."""
-    epoch: int
+    epoch: int = 0
     """Complete epochs of training (0 where the file does not say)."""
-    vqgan_weights: Weights | None
+    vqgan_weights: Weights | None = None
     """The VQGAN inside the file under taming-transformers' names, if there is one."""
-    identity: dict[str, Any]
+    identity: dict[str, Any] = {}
     """What the model was trained with, {"tokenizer": {...}, "vqgan": {...}}; empty where the file does not say."""
-    ema: Weights | None
+    ema: Weights | None = None
     """Averaged weights under the names of `weights`, where the training kept some."""
-    opt_state: dict[str, Any] | None
+    opt_state: dict[str, Any] | None = None
     """The optimizer's state; only in our own checkpoints."""
-    scheduler_state: dict[str, Any] | None
+    scheduler_state: dict[str, Any] | None = None
     """The learning-rate schedule's state; only in our own checkpoints."""
-    training: dict[str, Any] | None
+    training: dict[str, Any] | None = None
     """What the engine needs to go on at the next step; only in our own checkpoints."""
 
 
 # ---- checking
-
-
-def check_state(expected: Mapping[str, Sequence[int]], weights: Mapping[str, Tensor], path: PathLike) -> None:
-    """Compare weights with the expected shapes, strictly. Raises UserError naming the file and a few differences."""
-    problems = [f"'{name}' is missing" for name in expected if name not in weights]
-    problems += [f"{shown(name)} is unexpected" for name in weights if name not in expected]
-    problems += [
-        f"'{name}' has shape {tuple(weights[name].shape)} instead of {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in weights and tuple(weights[name].shape) != tuple(shape)
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(
-            "{}: the weights do not fit the model's options: {}{}".format(path, ", ".join(problems[:3]), more)
-        )
-
-
-def _check_tensors(weights: Any) -> None:
-    """Refuse what is no plain floating-point weight, and tensors that claim more elements than the file holds."""
-    if not isinstance(weights, Mapping) or not weights:
-        raise UserError("its weights are no table of tensors")
-    for name, tensor in weights.items():
-        if (
-            not isinstance(name, str)
-            or not isinstance(tensor, Tensor)
-            or tensor.layout != torch.strided
-            or tensor.is_meta
-        ):
-            raise UserError(f"weight {shown(name)} is no plain tensor")
-        if tensor.is_quantized or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise UserError(f"weight {shown(name)} of shape {tuple(tensor.shape)} claims more than the file holds")
-
-
-def check_claims(value: Any, seen: set[int] | None = None, depth: int = 0) -> None:
-    """Refuse tensors, anywhere in plain containers, that claim more elements than the file holds. Raises UserError."""
-    seen = set() if seen is None else seen
-    if depth > 20:
-        raise UserError("its state is nested too deeply")
-    if id(value) in seen:
-        return  # a container may be referred to from many places, and each of these in turn
-    if isinstance(value, Tensor):
-        if value.layout != torch.strided or value.is_meta or value.is_quantized:
-            raise UserError("its state holds a tensor that is no plain one")
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise UserError(
-                f"its state holds a tensor of shape {tuple(value.shape)} that claims more than the file holds"
-            )
-    elif isinstance(value, (Mapping, list, tuple)):
-        seen.add(id(value))
-        for item in value.values() if isinstance(value, Mapping) else value:
-            check_claims(item, seen, depth + 1)
-
-
-def _check_model(model: StoredModel, path: Path) -> None:
-    """Check a model's weights against its options, before anything is built from them."""
-    depth = model.config["depth"]
-    if depth != num_layers(model.weights):
-        raise UserError(
-            f"{path}: option 'depth' is {depth}, but there are weights for {num_layers(model.weights)} layers"
-        )
-    check_state(expected_shapes(model.config), model.weights, path)
-    same = aliases(model.config)
-    own = [tensor for name, tensor in model.weights.items() if name not in same]
-    for name, tensor in model.weights.items():
-        if not tensor.is_floating_point():
-            raise UserError(f"{path}: weight '{name}' holds {tensor.dtype} instead of floating-point numbers")
-    # Many weights may be views of one small tensor, which the model would then store one by one.
-    if overlap(own):
-        raise UserError(f"{path}: the weights claim more memory than the file holds")
 
 
 def verify(path: PathLike) -> None:
@@ -140,9 +80,7 @@ def verify(path: PathLike) -> None:
 def _kind(path: Path) -> str:
     """Return "torch" or "safetensors", as a file begins. Raises UserError for what is neither."""
     if not path.is_file():
-        raise UserError(
-            "checkpoint {} {}".format(path, "is a folder, not a file" if path.is_dir() else "does not exist")
-        )
+        raise UserError(f"checkpoint {path} {'is a folder, not a file' if path.is_dir() else 'does not exist'}")
     try:
         with open(path, "rb") as file:
             start = file.read(9)
@@ -153,9 +91,8 @@ def _kind(path: Path) -> str:
     if start[8:9] == b"{" or path.suffix == ".safetensors":
         return "safetensors"
     raise UserError(
-        "{} is no checkpoint: neither written by torch.save (1.6 or newer) nor a safetensors file{}".format(
-            path, "; it is empty" if not start else ""
-        )
+        f"{path} is no checkpoint: neither written by torch.save (1.6 or newer) nor a safetensors file"
+        + ("" if start else "; it is empty")
     )
 
 
@@ -223,11 +160,16 @@ def read_dalle(path: PathLike, to_draw: bool = False, verified: bool = False) ->
         verify(path)
     try:
         checkpoint = _from_safetensors(path) if _kind(path) == "safetensors" else _from_torch(path, to_draw)
+        own = empty_weights(DalleConfig.from_dict(checkpoint.config))
+        if checkpoint.format == "safetensors":  # holds a weight once that has several names
+            for name, source in aliases(own).items():
+                if source in checkpoint.weights:
+                    checkpoint.weights.setdefault(name, checkpoint.weights[source])
+        check_model(own, checkpoint.weights, path)
+        if checkpoint.ema is not None:
+            check_state(own, checkpoint.ema, path)
     except UserError as error:
         raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
-    _check_model(StoredModel(checkpoint.config, checkpoint.weights, None), path)
-    if checkpoint.ema is not None:
-        check_state(expected_shapes(checkpoint.config), checkpoint.ema, path)
     return checkpoint
 
 
@@ -251,7 +193,7 @@ def _ema(training: Mapping[str, Any] | None) -> Weights | None:
     engine = _optional_table(training or {}, "engine") or {}
     weights = _optional_table(engine, "ema")
     if weights is not None:
-        _check_tensors(weights)
+        check_tensors(weights)
     return weights
 
 
@@ -263,7 +205,7 @@ def _from_torch(path: Path, to_draw: bool) -> DalleCheckpoint:
         return _from_mindalle(path, document.pop("state_dict", document))
     if isinstance(document["weights"], str):  # left by DeepSpeed runs of DALLE-pytorch beside the real weights
         raise UserError("it holds no weights, only a note of a DeepSpeed run; consolidate that run's checkpoint first")
-    _check_tensors(document["weights"])
+    check_tensors(document["weights"])
     hparams, config = _optional_table(document, "hparams"), _optional_table(document, "config")
     if hparams is None and config is None:
         raise UserError("neither 'hparams' nor 'config' is there to tell the model's options")
@@ -286,7 +228,7 @@ def _from_torch(path: Path, to_draw: bool) -> DalleCheckpoint:
     vqgan = {name: tensor for name, tensor in (model.vqgan or {}).items() if not name.startswith("loss.")}
     return DalleCheckpoint(
         path,
-        model.config,
+        model.config.to_dict(),
         model.weights,
         kind,
         hparams or {},
@@ -305,7 +247,7 @@ def _from_mindalle(path: Path, weights: Any) -> DalleCheckpoint:
         raise UserError(
             "it holds neither 'weights' (Mini DALL-E, DALLE-pytorch) nor the weights of a minDALL-E stage 2"
         )
-    _check_tensors(weights)
+    check_tensors(weights)
     options: Any = {}
     config_path = path.parent / "config.yaml"
     if config_path.is_file():
@@ -320,9 +262,7 @@ def _from_mindalle(path: Path, weights: Any) -> DalleCheckpoint:
         if not isinstance(options, Mapping):
             raise UserError(f"{config_path} is no minDALL-E configuration")
     model = from_mindalle(weights, options)
-    return DalleCheckpoint(
-        path, model.config, model.weights, "mindalle", dict(options), 0, None, {}, None, None, None, None
-    )
+    return DalleCheckpoint(path, model.config.to_dict(), model.weights, "mindalle", dict(options))
 
 
 def _from_safetensors(path: Path) -> DalleCheckpoint:
@@ -337,25 +277,12 @@ def _from_safetensors(path: Path) -> DalleCheckpoint:
             values[name] = json.loads(metadata.get(name, json.dumps(default)))
         except (ValueError, RecursionError) as error:
             raise UserError(f"its header's '{name}' is no JSON") from error
-    config = complete_config(values["config"])
-    if config["depth"] != num_layers(weights):
-        raise UserError(
-            "option 'depth' is {}, but there are weights for {} layers".format(config["depth"], num_layers(weights))
-        )
-    for name, source in aliases(config).items():
-        if source in weights:
-            weights.setdefault(name, weights[source])
     return DalleCheckpoint(
         path,
-        config,
+        model_config(values["config"], weights).to_dict(),
         weights,
         "safetensors",
         _optional_table(values, "hparams") or {},
         _epoch(values["epoch"]),
-        None,
-        _optional_table(values, "identity") or {},
-        None,
-        None,
-        None,
-        None,
+        identity=_optional_table(values, "identity") or {},
     )

@@ -1,49 +1,37 @@
-"""What a stored configuration must look like and which weights it asks for, without building the model.
+"""What a stranger's file may ask for: options of the right type and size, and weights that are there.
 
-A checkpoint comes from anywhere: its options are checked for type and range, and its weights against them, before any
-memory is taken on their word. Names and options are those of `models.dalle.DALLE` and `models.config.DalleConfig`.
+A checkpoint comes from anywhere: its options are checked before a model is built from them, on the meta device, which
+tells the weights it needs; and the file's are compared with those before any memory is taken on their word.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from typing import Any, Mapping, Tuple
+from typing import Any, Dict, Iterable, Mapping
 
+import torch
+from torch import Tensor
+
+from models.config import DalleConfig
+from models.dalle import DALLE
 from utils.errors import UserError, nearest
+from utils.files import PathLike
 from utils.untrusted import is_number, shown
 
-Shape = Tuple[int, ...]
+Weights = Dict[str, Tensor]
 
-#: Options without which no model can be built; all are whole numbers of at least 1.
-REQUIRED = ("num_text_tokens", "num_image_tokens", "text_seq_len", "grid", "dim", "depth", "heads", "dim_head")
-#: The other options of models.config.DalleConfig with its defaults (a test holds the two together).
-DEFAULTS: dict[str, Any] = {
-    "attn_types": ["full"],
-    "loss_img_weight": 7.0,
-    "attn_dropout": 0.0,
-    "ff_dropout": 0.0,
-    "sandwich_norm": False,
-    "layer_scale": True,
-    "activation": "geglu",
-    "ff_mult": 4,
-    "qkv_bias": False,
-    "out_bias": True,
-    "ff_bias": True,
-    "head_bias": True,
-    "bos": True,
-    "unique_pads": True,
-    "text_positions": True,
-    "image_positions": "axial",
-    "rotary": False,
-    "shift_tokens": False,
-    "stable": False,
-    "tie_embeddings": False,
-    "shared_attn_ids": None,
-    "shared_ff_ids": None,
-    "init_std": 0.0,
-}
 #: Longest sequence a checkpoint may ask for: its attention masks take the square of it in bytes (here 1 GiB).
 MAX_SEQ_LEN = 32768
+#: Most layers, channels of one, and tokens: those of any model there is, so that building one without weights is quick.
+MAX_DEPTH, MAX_WIDTH, MAX_TOKENS = 1024, 1 << 20, 10**9
+
+#: Every option of a model with a value that says what it may be: its default, or 1 for the counts that have none.
+_OPTIONS = {
+    field.name: 1 if field.default is dataclasses.MISSING else field.default
+    for field in dataclasses.fields(DalleConfig)
+}
+_REQUIRED = [field.name for field in dataclasses.fields(DalleConfig) if field.default is dataclasses.MISSING]
 
 
 def _fits(value: Any, default: Any) -> bool:
@@ -55,107 +43,136 @@ def _fits(value: Any, default: Any) -> bool:
         return is_number(value)
     if isinstance(default, str):
         return isinstance(value, str)
+    if value is None:
+        return default is None
     items = int if default is None else str  # shared_*_ids or attn_types
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(type(item) is items for item in value)
 
 
-def complete_config(values: Any) -> dict[str, Any]:
-    """Return a stored configuration with every option present. Raises UserError on unknown, missing or wrong ones."""
+def model_config(values: Any, weights: Mapping[str, Any]) -> DalleConfig:
+    """Check stored options. weights: those of the same file under internal names, whose layers must be as many.
+
+    Raises UserError naming an option that is unknown, missing or wrong, or asks for more than any model needs.
+    """
     if not isinstance(values, Mapping):
         raise UserError("'config' is no table of model options")
-    known = set(REQUIRED) | set(DEFAULTS)
     for name in values:
-        if name not in known:
-            raise UserError(
-                "unknown model option {}.{}".format(shown(name), nearest(name, known) if isinstance(name, str) else "")
-            )
-    config = {}
-    for name in REQUIRED:
+        if name not in _OPTIONS:
+            hint = nearest(name, _OPTIONS) if isinstance(name, str) else ""
+            raise UserError(f"unknown model option {shown(name)}.{hint}")
+    for name in _REQUIRED:
         if name not in values:
             raise UserError(f"model option '{name}' is missing")
-        config[name] = values[name]
-    config.update((name, values.get(name, default)) for name, default in DEFAULTS.items())
+    config = dict(_OPTIONS, **values)
     for name, value in config.items():
-        default = 1 if name in REQUIRED else DEFAULTS[name]
-        if not (value is None and default is None) and not _fits(value, default):
+        if not _fits(value, _OPTIONS[name]):
             raise UserError(f"model option '{name}' has the impossible value {shown(value)}")
         if name.endswith("_dropout") and value > 1:
             raise UserError(f"model option '{name}' is a probability, not {shown(value)}")
-        config[name] = list(value) if isinstance(value, (list, tuple)) else value
-    length = config["text_seq_len"] + config["grid"] ** 2
-    if length > MAX_SEQ_LEN:
-        raise UserError(
-            "text_seq_len {} and grid {} ask for {} positions; at most {} are supported".format(
-                config["text_seq_len"], config["grid"], length, MAX_SEQ_LEN
-            )
-        )
-    return config
+    layers = len({name.split(".")[2] for name in weights if re.match(r"transformer\.layers\.\d+\.", name)})
+    if config["depth"] != layers:
+        raise UserError(f"option 'depth' is {config['depth']}, but there are weights for {layers} layers")
+    width = max(config["dim"] * config["ff_mult"], config["heads"] * config["dim_head"])
+    for names, asked, what, limit in (
+        ("text_seq_len grid", config["text_seq_len"] + config["grid"] ** 2, "positions", MAX_SEQ_LEN),
+        ("dim ff_mult heads dim_head", width, "channels", MAX_WIDTH),
+        ("num_text_tokens", config["num_text_tokens"], "tokens", MAX_TOKENS),
+        ("num_image_tokens", config["num_image_tokens"], "tokens", MAX_TOKENS),
+        ("depth", config["depth"], "layers", MAX_DEPTH),
+    ):
+        if asked > limit:
+            options = " and ".join(f"{name} {config[name]}" for name in names.split())
+            raise UserError(f"with {options} the model has {asked} {what}; at most {limit} are supported")
+    return DalleConfig.from_dict(config)
 
 
-def text_table_size(config: Mapping[str, Any]) -> int:
-    return config["num_text_tokens"] + (config["text_seq_len"] if config["unique_pads"] else 0)
+def empty_weights(config: DalleConfig) -> Weights:
+    """Return a model's weights under its own names, on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        return DALLE(config).state_dict(keep_vars=True)
 
 
-def _branch_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
-    """Shapes of one layer's weights."""
-    dim, inner, hidden = config["dim"], config["heads"] * config["dim_head"], config["ff_mult"] * config["dim"]
-    up = 2 * hidden if config["activation"] == "geglu" else hidden
-    linear = {
-        "attention.fn.qkv": (3 * inner, dim, config["qkv_bias"]),
-        "attention.fn.out": (dim, inner, config["out_bias"]),
-        "feed_forward.fn.up": (up, dim, config["ff_bias"]),
-        "feed_forward.fn.down": (dim, hidden, config["ff_bias"]),
-    }
-    shapes: dict[str, Shape] = {}
-    for name, (rows, columns, bias) in linear.items():
-        shapes[name + ".weight"] = (rows, columns)
-        if bias:
-            shapes[name + ".bias"] = (rows,)
-    for branch in ("attention", "feed_forward"):
-        for norm in ("norm", "norm_out") if config["sandwich_norm"] else ("norm",):
-            shapes[f"{branch}.{norm}.weight"] = shapes[f"{branch}.{norm}.bias"] = (dim,)
-        if config["layer_scale"]:
-            shapes[branch + ".scale"] = (1, 1, dim)
-    return shapes
-
-
-def expected_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
-    """Return the shape of every weight of a model with these (complete) options, under its internal name."""
-    dim, grid, table, codes = config["dim"], config["grid"], text_table_size(config), config["num_image_tokens"]
-    shapes: dict[str, Shape] = {"text_emb.weight": (table, dim), "image_emb.weight": (codes, dim)}
-    if config["text_positions"]:
-        shapes["text_pos_emb.weight"] = (config["text_seq_len"] + int(config["bos"]), dim)
-    if config["image_positions"] == "axial":
-        shapes.update({"image_pos_emb.rows": (grid, 1, dim), "image_pos_emb.columns": (1, grid, dim)})
-    elif config["image_positions"] == "learned":
-        shapes["image_pos_emb.weight"] = (grid * grid, dim)
-    layer_shapes = _branch_shapes(config)
-    for layer in range(config["depth"]):
-        shapes.update((f"transformer.layers.{layer}.{name}", shape) for name, shape in layer_shapes.items())
-    shapes.update({"norm.weight": (dim,), "norm.bias": (dim,)})
-    for head, rows in (("text_head", table), ("image_head", codes)):
-        shapes[head + ".weight"] = (rows, dim)
-        if config["head_bias"]:
-            shapes[head + ".bias"] = (rows,)
-    return shapes
-
-
-def aliases(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return which weights are the same tensor as another one: {name: the name that stands for both}."""
-    same = {}
-    if config["tie_embeddings"]:
-        same.update({"text_emb.weight": "text_head.weight", "image_emb.weight": "image_head.weight"})
-    shapes = _branch_shapes(config)
-    for branch, ids in (("attention", config["shared_attn_ids"]), ("feed_forward", config["shared_ff_ids"])):
-        first: dict[int, int] = {}
-        for layer in range(config["depth"]) if ids else ():
-            source = first.setdefault(ids[layer % len(ids)], layer)
-            for name in shapes if source != layer else ():
-                if name.startswith(branch + ".fn."):
-                    same[f"transformer.layers.{layer}.{name}"] = f"transformer.layers.{source}.{name}"
+def aliases(weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return which weights of a model are the same tensor as another one: {name: the name that stands for both}."""
+    same: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, tensor in sorted(weights.items(), key=lambda item: "_emb." in item[0]):  # a head stands for its table
+        if first.setdefault(id(tensor), name) != name:
+            same[name] = first[id(tensor)]
     return same
 
 
-def num_layers(weights: Mapping[str, Any]) -> int:
-    """Count the layers that weights with internal names belong to."""
-    return len({name.split(".")[2] for name in weights if re.match(r"transformer\.layers\.\d+\.", name)})
+def check_state(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: PathLike) -> None:
+    """Compare weights with those of the model (`empty_weights`), strictly.
+
+    Raises UserError naming the file and a few differences.
+    """
+    problems = [f"'{name}' is missing" for name in expected if name not in weights]
+    problems += [f"{shown(name)} is unexpected" for name in weights if name not in expected]
+    problems += [
+        f"'{name}' has shape {tuple(weights[name].shape)} instead of {tuple(own.shape)}"
+        for name, own in expected.items()
+        if name in weights and weights[name].shape != own.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{path}: the weights do not fit the model's options: {', '.join(problems[:3])}{more}")
+
+
+def check_tensors(weights: Any) -> None:
+    """Refuse what is no plain floating-point weight, and tensors that claim more elements than the file holds."""
+    if not isinstance(weights, Mapping) or not weights:
+        raise UserError("its weights are no table of tensors")
+    for name, tensor in weights.items():
+        if (
+            not isinstance(name, str)
+            or not isinstance(tensor, Tensor)
+            or tensor.layout != torch.strided
+            or tensor.is_meta
+        ):
+            raise UserError(f"weight {shown(name)} is no plain tensor")
+        if tensor.is_quantized or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UserError(f"weight {shown(name)} of shape {tuple(tensor.shape)} claims more than the file holds")
+
+
+def check_claims(value: Any, seen: set[int] | None = None, depth: int = 0) -> None:
+    """Refuse tensors, anywhere in plain containers, that claim more elements than the file holds. Raises UserError."""
+    seen = set() if seen is None else seen
+    if depth > 20:
+        raise UserError("its state is nested too deeply")
+    if id(value) in seen:
+        return  # a container may be referred to from many places, and each of these in turn
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_meta or value.is_quantized:
+            raise UserError("its state holds a tensor that is no plain one")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise UserError(
+                f"its state holds a tensor of shape {tuple(value.shape)} that claims more than the file holds"
+            )
+    elif isinstance(value, (Mapping, list, tuple)):
+        seen.add(id(value))
+        for item in value.values() if isinstance(value, Mapping) else value:
+            check_claims(item, seen, depth + 1)
+
+
+def check_model(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: PathLike) -> None:
+    """Check a file's weights against those of the model that its options describe (`empty_weights`)."""
+    check_state(own, weights, path)
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"weight '{name}' holds {tensor.dtype} instead of floating-point numbers")
+    # Many weights may be views of one small tensor, which the model would then store one by one.
+    same = aliases(own)
+    if overlap(tensor for name, tensor in weights.items() if name not in same):
+        raise UserError("the weights claim more memory than the file holds")
+
+
+def overlap(tensors: Iterable[Tensor]) -> bool:
+    """Whether tensors share so much storage that copying them takes more memory than their file did."""
+    held: dict[int, int] = {}
+    claimed = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        claimed += tensor.numel() * tensor.element_size()
+    return claimed > sum(held.values())

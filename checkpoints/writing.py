@@ -21,11 +21,11 @@ from checkpoints.formats import hparams_from_config, to_published
 from checkpoints.reading import (
     SAFETENSORS_FORMAT,
     DalleCheckpoint,
-    check_state,
     tensors_digest,
     verify,
 )
-from checkpoints.trust import aliases, complete_config, expected_shapes
+from checkpoints.trust import aliases, check_state, empty_weights, model_config
+from models.config import DalleConfig
 from utils.errors import UserError
 from utils.files import PathLike, atomic_write
 
@@ -91,17 +91,17 @@ def dalle_checkpoint(
     `training` has "tokenizer" and "vqgan" (their identities) and, in "engine", "ema" (averaged weights or None).
     The VQGAN is frozen and not stored: its identity says which one it was.
     """
-    config = complete_config(config)
     state = {name: tensor.detach().cpu() for name, tensor in state.items()}
-    check_state(expected_shapes(config), state, "the model to be saved")
+    model = model_config(config, state)
+    check_state(empty_weights(model), state, "the model to be saved")
     return {
-        "hparams": hparams_from_config(config, hparams_extra or {}),
+        "hparams": hparams_from_config(model, hparams_extra or {}),
         "vae_params": None,
         "epoch": epoch,
         "weights": to_published(state),
         "opt_state": opt_state,
         "scheduler_state": scheduler_state,
-        "config": config,
+        "config": model.to_dict(),
         "training": dict(training or {}),
     }
 
@@ -120,7 +120,7 @@ def export_safetensors(
     from safetensors.torch import save
 
     weights = checkpoint.ema if ema and checkpoint.ema is not None else checkpoint.weights
-    same = aliases(checkpoint.config)
+    same = aliases(empty_weights(DalleConfig.from_dict(checkpoint.config)))
     tensors = {}
     for name, tensor in weights.items():
         if name in same:

@@ -38,7 +38,7 @@ def export_options(config: DalleConfig, vqgan: VqganConfig, tokenizer: Tokenizer
             "minDALL-E's layout holds a character BPE vocabulary, not one of the kind {}: train with one, a folder, as "
             "--bpe-path (python -m bpe.train --kind char learns one)".format(tokenizer.identity["type"])
         )
-    stage2 = mindalle_options(config.to_dict())
+    stage2 = mindalle_options(config)
     return {
         "dataset": {"context_length": config.text_seq_len},
         "stage1": stage1_options(vqgan),

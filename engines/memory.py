@@ -3,7 +3,6 @@
 Counted are tensors that stay: weights, gradients, moments, and what each layer keeps for its backward pass.
 """
 
-import math
 import os
 import sys
 from typing import NamedTuple
@@ -11,8 +10,8 @@ from typing import NamedTuple
 import torch
 
 from args import Config
-from checkpoints.trust import aliases, expected_shapes
 from models.config import DalleConfig
+from models.dalle import DALLE
 
 _STATE_BYTES = {"Adam": 8, "AdamW": 8, "Muon": 4, "Adafactor": 0}
 """Of optimizer state for each weight; Muon's matrices have one moment (its few other weights two), Adafactor keeps sums
@@ -46,13 +45,14 @@ def training_memory(model: DalleConfig, config: Config, precision: str, processe
 
     Not in it: Python and PyTorch themselves (about 0.5 GB), scratch memory of kernels, images on their way.
     """
-    shapes, same = expected_shapes(model.to_dict()), aliases(model.to_dict())
-    count = sum(math.prod(shape) for name, shape in shapes.items() if name not in same)
+    with torch.device("meta"):
+        dalle = DALLE(model)
+    count = sum(weight.numel() for weight in dalle.parameters())
     state = _STATE_BYTES[config.optimizer.optimizer] + (4 if config.optimizer.ema_decay else 0)
     if not config.execution.shard:
         return Memory(4.0 * count, 4.0 * count, float(state * count), activations(model, config, precision, count))
     own = count / processes
-    blocks = sum(math.prod(shape) for name, shape in shapes.items() if ".layers." in name and name not in same)
+    blocks = sum(weight.numel() for weight in dalle.transformer.layers.parameters())
     if model.shared_attn_ids or model.shared_ff_ids:
         blocks = 0  # gathered with the rest
     # Whole for a time: embeddings and heads with their gradients, and two blocks, one ahead of the one that runs.
