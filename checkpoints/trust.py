@@ -88,8 +88,8 @@ def model_config(values: Any, weights: Mapping[str, Any]) -> DalleConfig:
 
 def empty_weights(config: DalleConfig) -> Weights:
     """Return a model's weights under its own names, on the meta device: shapes without memory."""
-    with torch.device("meta"):
-        return DALLE(config).state_dict(keep_vars=True)
+    with torch.device("meta"):  # where PyTorch 2.0 cannot compute rotary angles, which are no weights
+        return DALLE(dataclasses.replace(config, rotary=False)).state_dict(keep_vars=True)
 
 
 def aliases(weights: Mapping[str, Tensor]) -> dict[str, str]:

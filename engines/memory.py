@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 
 from args import Config
+from checkpoints.trust import aliases, empty_weights
 from models.config import DalleConfig
-from models.dalle import DALLE
 
 _STATE_BYTES = {"Adam": 8, "AdamW": 8, "Muon": 4, "Adafactor": 0}
 """Of optimizer state for each weight; Muon's matrices have one moment (its few other weights two), Adafactor keeps sums
@@ -45,14 +45,15 @@ def training_memory(model: DalleConfig, config: Config, precision: str, processe
 
     Not in it: Python and PyTorch themselves (about 0.5 GB), scratch memory of kernels, images on their way.
     """
-    with torch.device("meta"):
-        dalle = DALLE(model)
-    count = sum(weight.numel() for weight in dalle.parameters())
+    weights = empty_weights(model)
+    same = aliases(weights)
+    sizes = {name: weight.numel() for name, weight in weights.items() if name not in same}
+    count = sum(sizes.values())
     state = _STATE_BYTES[config.optimizer.optimizer] + (4 if config.optimizer.ema_decay else 0)
     if not config.execution.shard:
         return Memory(4.0 * count, 4.0 * count, float(state * count), activations(model, config, precision, count))
     own = count / processes
-    blocks = sum(weight.numel() for weight in dalle.transformer.layers.parameters())
+    blocks = sum(size for name, size in sizes.items() if ".layers." in name)
     if model.shared_attn_ids or model.shared_ff_ids:
         blocks = 0  # gathered with the rest
     # Whole for a time: embeddings and heads with their gradients, and two blocks, one ahead of the one that runs.
