@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-import threading
+from typing import ClassVar
 
 import pytest
 from test_train import ROOT
@@ -70,36 +70,37 @@ def test_threads_that_wait_go_to_sleep(chosen):
     assert int(count) < 20 if chosen else int(count) > 80
 
 
-class FakeRuntime:
-    """An OpenMP library that counts the teams that were begun."""
+class Team:
+    """A sleeping team, which counts those that were begun."""
 
-    omp_get_thread_num = None
-    begun = 0
+    begun: ClassVar[list] = []
 
-    def GOMP_parallel(self, *arguments):
-        self.begun += 1
+    def __init__(self):
+        self.begun.append(self)
+        self.alive = True
+
+    def is_alive(self):
+        return self.alive
+
+    def end(self):
+        self.alive = False
 
 
-def test_the_team_sleeps_only_while_others_want_the_cores(monkeypatch):
-    # (seconds run, seconds waited) of one thread at each look, and whether the team is alive at the next.
+def test_the_team_sleeps_only_while_others_want_the_cores():
+    # Seconds that a thread ran and waited for a core, at each look, and whether the team is alive then.
     looks = [(1.0, 0.0), (2.0, 0.01), (3.0, 0.51), (3.01, 0.6), (4.0, 0.71), (5.0, 0.78), (6.0, 0.79), (6.001, 9.0)]
-    alive = [True, True, False, True, True, True, True, False, False]
+    alive = [True, True, False, True, True, True, True, False]
     seen = []
-
-    def look():
-        seen.append(any(thread.name == "sleeping team" for thread in threading.enumerate()))
-        return {"1": looks[len(seen) - 1]} if len(seen) <= len(looks) else {}
 
     class Over(Exception):
         pass
 
-    def sleep(seconds):
-        if len(seen) > len(looks):
+    def look():
+        if len(seen) == len(looks):
             raise Over
+        seen.append(Team.begun[-1].is_alive())
+        return {"1": looks[len(seen) - 1]}
 
-    monkeypatch.setattr(threads, "_schedule", look)
-    monkeypatch.setattr(threads.time, "sleep", sleep)
-    runtime = FakeRuntime()
     with pytest.raises(Over):
-        threads._watch(runtime)
-    assert seen == alive and runtime.begun == 2
+        threads._watch(Team, look, lambda seconds: None)
+    assert seen == alive and len(Team.begun) == 2

@@ -6,8 +6,7 @@ import logging
 import os
 import sys
 import threading
-import time
-from typing import Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +45,8 @@ def share_cores() -> bool:
             else:
                 runtime.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
                 runtime.GOMP_parallel.restype = None
-                threading.Thread(target=_watch, args=(runtime,), name="share cores", daemon=True).start()
+                watch = (functools.partial(_SleepingTeam, runtime), _schedule, threading.Event().wait)
+                threading.Thread(target=_watch, args=watch, name="share cores", daemon=True).start()
             done = True
         except (OSError, AttributeError, RuntimeError) as error:
             logger.debug("threads of %s go on spinning: %s", path, error)
@@ -60,19 +60,23 @@ def _loaded_runtimes() -> List[str]:
     return sorted(path for path in paths if os.path.basename(path).startswith(("libgomp", "libiomp", "libomp")))
 
 
-def _watch(runtime: ctypes.CDLL) -> None:
+def _watch(
+    new_team: Callable[[], Any],
+    schedule: Callable[[], Dict[str, Tuple[float, float]]],
+    wait: Callable[[float], Any],
+) -> None:
     """Keep a sleeping team while this process waits for cores, and at first, and where Linux does not tell."""
-    team = _SleepingTeam(runtime)
-    before = _schedule()
+    team = new_team()
+    before = schedule()
     while before:
-        time.sleep(_INTERVAL)
-        now = _schedule()
+        wait(_INTERVAL)
+        now = schedule()
         both = now.keys() & before.keys()
         ran, waited = (sum(now[thread][i] - before[thread][i] for thread in both) for i in (0, 1))
         if ran < _WORK:
             continue
         if waited > _BUSY * ran and not team.is_alive():
-            team = _SleepingTeam(runtime)
+            team = new_team()
         elif waited < _QUIET * ran and team.is_alive():
             team.end()
         before = now
