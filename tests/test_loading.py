@@ -80,7 +80,7 @@ ENDINGS = {
     "Ctrl-C while images are encoded": ("train", WORKERS[:2], (*ENCODE, int(signal.SIGINT)), 130),
     "a defect in validation": ("train", WORKERS, (*VALIDATE, "RuntimeError"), 1),
     "a loader that is kept": ("test_loading", WORKERS, None, 0),
-    "stage 1, a defect": ("train_vqgan", (), ("models.vqgan_training:Trainer.step", 2, "after", "RuntimeError"), 1),
+    "stage 1, a defect": ("train_vqgan", (), ("training.vqgan_trainer:Trainer.step", 2, "after", "RuntimeError"), 1),
     "evaluation, a defect": ("evaluate", (), ("models.dalle:TextToImage.forward", 1, "after", "RuntimeError"), 1),
 }
 

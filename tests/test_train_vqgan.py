@@ -20,10 +20,10 @@ from models.discriminator import Adversary, PatchDiscriminator
 from models.perceptual import PerceptualDistance, load_perceptual
 from models.vqgan import VqganConfig, load_vqgan
 from models.vqgan_metrics import code_use, nearest_pictures, psnr, reconstruct, retrieval
-from models.vqgan_training import Trainer, learning_rate
 from training import vqgan
 from training.vqgan import train
 from training.vqgan_options import AT_RESUME, CONFIGS, choose_config, parse_args
+from training.vqgan_trainer import Trainer, learning_rate
 from utils.errors import UsageError, UserError
 from utils.interrupts import Interruption
 from utils.resume import FIXED
@@ -63,7 +63,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def narrow_discriminator(monkeypatch):
-    monkeypatch.setattr("models.vqgan_training.Adversary", functools.partial(Adversary, width=8))
+    monkeypatch.setattr("training.vqgan_trainer.Adversary", functools.partial(Adversary, width=8))
 
 
 def arguments(folder, *more):

@@ -25,11 +25,11 @@ from data.uncaptioned import Batches, ImageSource, open_images
 from engines.native import pick_device
 from models.vqgan import VQGAN, check_size, load_vqgan
 from models.vqgan_metrics import Reconstructions, code_use, psnr, reconstruct, retrieval
-from models.vqgan_training import Trainer, TrainingOptions
 from training.files import move_aside, not_finite, reading, writing
 from training.loop import Loop
 from training.schedule import Position
 from training.vqgan_options import AT_RESUME, choose_config
+from training.vqgan_trainer import Trainer, TrainingOptions
 from utils import resume
 from utils.bad_steps import BadSteps
 from utils.errors import UsageError, UserError

@@ -8,7 +8,7 @@ from typing import Any, Sequence
 from args import Parser
 from models.vqgan import PUBLISHED, VqganConfig
 from models.vqgan_config import DEMO_CONFIGS
-from models.vqgan_training import TrainingOptions
+from training.vqgan_trainer import TrainingOptions
 from utils.errors import UsageError, nearest
 from utils.flags import number, parse_flags, path, whole
 from utils.resume import APPLIES, CONTENT, FIXED, FREE
