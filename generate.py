@@ -144,8 +144,8 @@ def make_parser() -> Parser:
         type=whole(0, 2**63 - 1),
         default=42,
         metavar="N",
-        help="image i is the same for the same seed, whatever the batch size in float32 and int8 on a CPU; in bfloat16 "
-        "and on a GPU rounding depends on it (default: 42)",
+        help="image i is the same for the same seed, whatever the batch size (up to 96, with guidance 48) in float32 "
+        "and int8 on a CPU; in bfloat16 and on a GPU rounding depends on it (default: 42)",
     )
     drawing.add_argument(
         "--dtype",
@@ -462,6 +462,7 @@ def describe_run(loaded: Loaded, options: argparse.Namespace) -> Dict[str, Any]:
             "format",
         )
     }
+    branches = 1 if options.cond_scale == 1 else 2
     checkpoint = {
         "name": str(options.dalle_path),
         "sha256": sha256_file(loaded.checkpoint.path),
@@ -471,7 +472,7 @@ def describe_run(loaded: Loaded, options: argparse.Namespace) -> Dict[str, Any]:
     return {
         "settings": settings,
         "device": str(loaded.device),
-        "batch_size_changes_images": loaded.batch_changes_images,
+        "batch_size_changes_images": loaded.batch_changes_images(options.batch_size * branches),
         "checkpoint": checkpoint,
         "tokenizer": loaded.tokenizer.identity,
         "vqgan": {"sha256": loaded.vqgan.identity},

@@ -115,7 +115,8 @@ class Dalle(nn.Module):
         including the one that crosses this probability (None: all). softmax_temperature: 0 takes the likeliest.
         device: moves the model there first. use_fp16: half precision in the transformer, on CUDA only, unless the
         weights are bfloat16.
-        seed: candidate i depends on it and i alone, whatever the batch size (in bfloat16 and on a GPU up to rounding);
+        seed: candidate i depends on it and i alone, whatever the batch size (above 96, in bfloat16 and on a
+        GPU up to rounding);
         None: from torch's generator (`set_seed`).
         cond_scale: classifier-free guidance, for models trained with it (1: none).
         batch_size: candidates drawn at the same time; None: as many as fit. progress: a bar, none, or a function.
@@ -149,10 +150,10 @@ def _check_draw(num_candidates: int, batch_size: Optional[int], prompt: str) -> 
     problems: List[str] = []
     if not isinstance(prompt, str):
         problems.append("prompt must be a text, not {!r}".format(type(prompt).__name__))
-    if num_candidates < 1:
-        problems.append("num_candidates must be at least 1")
-    if batch_size is not None and batch_size < 1:
-        problems.append("batch_size must be at least 1, or None for as many as fit")
+    if not isinstance(num_candidates, int) or num_candidates < 1:
+        problems.append(f"num_candidates must be a whole number of at least 1, not {num_candidates!r}")
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        problems.append(f"batch_size must be a whole number of at least 1, or None: as many as fit, not {batch_size!r}")
     if problems:
         raise UserError(problems[0])
 

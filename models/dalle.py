@@ -118,7 +118,7 @@ class DALLE(nn.Module):
         return x if self.image_pos_emb is None else x + self.image_pos_emb.table()[: codes.shape[1]]
 
     def operands(self, project: Project = projection) -> Operands:
-        """Look up what `read` needs of the weights."""
+        """Look up what `read` needs of the weights; nothing is dropped there, in training mode either."""
         blocks = [block.operands(project) for block in self.transformer.layers]
         table = None if self.image_pos_emb is None else self.image_pos_emb.table()
         return Operands(blocks, table, project(self.image_head))

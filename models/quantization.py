@@ -1,4 +1,4 @@
-"""Weights in fewer bits for drawing: bfloat16, or int8 with a scale for each row (see building.py, which puts them in).
+"""Weights in fewer bits for sampling: bfloat16, or int8 with a scale for each row (building.py puts them in).
 
 Only weights are quantised: activations, norms, positions and embedding tables stay in floating point. minDALL-E's
 1.29 G parameters take 5.2 GB in float32, 2.6 GB in bfloat16 and 1.4 GB in int8.

@@ -151,9 +151,9 @@ class Block(nn.Module):
         self.attention = Residual(config, layer, attention)
         self.feed_forward = Residual(config, layer, feed_forward)
 
-    def operands(self, project: Project = projection) -> Operands:
-        """Look up the weights. project: how a linear layer is given to ops."""
-        first, second, drops = self.attention, self.feed_forward, self.training
+    def operands(self, project: Project = projection, drops: bool = False) -> Operands:
+        """Look up the weights. project: how a linear layer is given to ops; drops: whether there is dropout."""
+        first, second = self.attention, self.feed_forward
         attention, feed_forward = first.fn, second.fn
         return Operands(
             first.before(), project(attention.qkv), project(attention.out), first.scale, first.after(),
@@ -165,7 +165,7 @@ class Block(nn.Module):
         self, x: Tensor, context: Context, angles: Optional[Tensor] = None, operands: Optional[Operands] = None
     ) -> Tensor:
         """x (B, n, D), angles (n, R), (B, 1, n, R) or None -> (B, n, D). operands: None looks them up."""
-        own = operands or self.operands()
+        own = operands or self.operands(drops=self.training)
         shift_first = (lambda x: context.shift(x, 0)) if self.shifts else None
         shift_second = (lambda x: context.shift(x, 1)) if self.shifts else None
         qkv = ops.norm_linear(x, own.attention_norm, own.qkv, shift_first)  # (B, n, 3 * H * K)

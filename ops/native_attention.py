@@ -51,6 +51,8 @@ class Pattern(NamedTuple):
 
     def shape(self, qkv: Tensor) -> Shape:
         """qkv (B, L, 3 * H * K), L = P + G * G - 1 or P."""
+        if qkv.dtype != torch.float32 or not qkv.is_cpu:  # an exported model may have been moved or converted
+            raise ValueError(f"native attention takes float32 on a CPU, not {qkv.dtype} on {qkv.device.type}")
         batch, length, width = qkv.shape
         text = length - self.grid**2 + 1 if self.grid else length
         if width % (3 * self.heads) or text < 1:

@@ -96,7 +96,7 @@ def choice_of(
     device: Optional[torch.device] = None,
 ) -> Choice:
     """The same options for `count` rows; None: not limited."""
-    k, p = top_k or 0, 1.0 if top_p is None else top_p
+    k, p = min(int(top_k or 0), 2**62), 1.0 if top_p is None else top_p
 
     def full(value: Any, dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.full((count, *shape), value, dtype=dtype, device=device)

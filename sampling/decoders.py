@@ -22,9 +22,6 @@ from models.positions import Positions, text_positions
 from models.transformer import projection
 from sampling.cache import Cache
 
-Copies = Dict[Any, Any]
-"""Copies of weights in a decoder's layout."""
-
 MAX_BYTES = 2 * 2**30
 """Bytes of weights up to which a second copy is made. Larger models need the memory more than the time."""
 
@@ -51,9 +48,25 @@ def is_small(model: DALLE) -> bool:
     return sum(weight.numel() * 4 for weight in weights) <= MAX_BYTES
 
 
+class Copies:
+    """Copies of weights in one layout at a time, kept from batch to batch."""
+
+    def __init__(self) -> None:
+        self.layout: Any = None
+        self.weights: Dict[Any, Any] = {}
+        """By the module they are of."""
+
+    def of(self, layout: Any) -> Dict[Any, Any]:
+        """Those in this layout; those in another are let go."""
+        if layout != self.layout:
+            self.layout, self.weights = layout, {}
+        return self.weights
+
+
 class Decoder:
     """Feeds chunks of codes to a model, by its own forward pass over a cache. Weights must not change meanwhile.
 
+        # under torch.no_grad()
         decoder = Decoder(model, prompts, images)
         hidden = decoder.prompt(text)                   # (prompts, D)
         with decoder:
@@ -67,31 +80,29 @@ class Decoder:
         copies: of weights, kept for the decoders of later batches of the same model, whose weights must not change.
         """
         self.model, self.rows, self.dtype = model, prompts * images, computed_in(model)
-        self.copies: Copies = {} if copies is None else copies
+        self.copies = Copies() if copies is None else copies
         self.cache = Cache(model.config, prompts, images, model.text_emb.weight.device, self.dtype)
+        self._casts, self._lays_out = self.dtype != model.text_emb.weight.dtype, False
         self.operands = self._operands()
 
     def _operands(self) -> Operands:
-        weight = self.model.text_emb.weight
-        if self.dtype == weight.dtype and (not is_small(self.model) or ops.refusal(weight) is not None):
-            return self.model.operands()
-        if any(key[1:] != (self.rows, self.dtype) for key in self.copies):
-            self.copies.clear()
-        return self.model.operands(self._copied)
+        self._lays_out = not self._casts and is_small(self.model) and ops.refusal(self.model.text_emb.weight) is None
+        return self.model.operands(self._copied) if self._lays_out or self._casts else self.model.operands()
 
     def _copied(self, module: nn.Module) -> ops.Projection:
-        found, key = projection(module), (module, self.rows, self.dtype)
-        if isinstance(found, ops.Matrix) and key not in self.copies:
-            self.copies[key] = ops.for_few_rows(found, self.rows, self.dtype)
-        return self.copies.get(key, found)
+        found, copies = projection(module), self.copies.of((self._casts or self.rows, self.dtype))
+        if isinstance(found, ops.Matrix) and module not in copies:
+            copies[module] = ops.for_few_rows(found, self.rows, self.dtype)
+        return copies.get(module, found)
 
     def __enter__(self) -> Decoder:
-        # For a row or two, oneDNN takes longer to set up its gelu than PyTorch's own takes to compute it.
-        self._before = torch.backends.mkldnn.set_flags(False)[0]
+        if self._lays_out:  # for a row or two, oneDNN takes longer to set up its gelu than PyTorch's own runs
+            self._before = torch.backends.mkldnn.set_flags(False)[0]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        torch.backends.mkldnn.set_flags(self._before)
+        if self._lays_out:
+            torch.backends.mkldnn.set_flags(self._before)
 
     def prompt(self, text: Tensor) -> Tensor:
         """Read each prompt once, text (prompts, T). Returns what predicts its first code, (prompts, D)."""
@@ -104,7 +115,7 @@ class Decoder:
 
     def _read(self, ids: Tensor, positions: Positions) -> Tensor:
         # Copies are laid out for one code of each row; in another type they serve all.
-        fits = positions.count == 1 or self.dtype != self.model.text_emb.weight.dtype
+        fits = positions.count == 1 or self._casts
         return self.model.read(ids, positions, self.cache, self.operands if fits else None)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -162,15 +162,15 @@ class Sampler:
         size = batch_size or (num_images if self.model.device.type == "cuda" else min(num_images, _LIKELY))
         todo = deque(split(Share(0, len(text), 0, num_images), size))
         decoding: Deque[Callable[[], Batch]] = deque()
-        copies: Copies = {}
+        copies = Copies()
         while todo:
             share = todo.popleft()
             own = [image_seed(seed, index) for index in range(share.first_image, share.end_image)]
             seeds = own * (share.end_prompt - share.first_prompt)
             told = None if on_token is None else functools.partial(on_token, share)
             prompts = text[share.first_prompt : share.end_prompt]
-            sampled = self._sample(prompts, seeds, options, given, told, copies)
-            if sampled is None:
+            pictures = self._start(share, prompts, seeds, options, given, told, copies)
+            if pictures is None:
                 if batch_size is not None or share.num_images == 1:
                     count = f"{share.num_images} image{'s' if share.num_images > 1 else ''}"
                     raise UserError(f"not enough memory for a batch of {count}: lower --batch_size")
@@ -178,25 +178,27 @@ class Sampler:
                 logger.info("not enough memory for %d images at the same time: trying %d", share.num_images, size)
                 todo = deque(part for whole in (share, *todo) for part in split(whole, size))
                 continue
-            decoding.append(self._pictures.start(share, seeds, sampled))
+            decoding.append(pictures)
             if len(decoding) > self._pictures.ahead:
                 yield _checked(decoding.popleft()())
         while decoding:
             yield _checked(decoding.popleft()())
 
-    def _sample(
+    def _start(
         self,
+        share: Share,
         prompts: Tensor,
         seeds: List[int],
         options: SamplingOptions,
         given: Optional[Tensor],
         on_token: Optional[Callable[[], None]],
         copies: Copies,
-    ) -> Optional[Sampled]:
-        """Sample a batch, or return None where it does not fit into memory."""
+    ) -> Optional[Callable[[], Batch]]:
+        """Sample a batch and return what waits for its pictures, or None where it does not fit into memory."""
         try:
             with torch.autocast("cuda", torch.float16) if self.half else contextlib.nullcontext():
-                return sample_codes(self.model.dalle, prompts, seeds, options, given, on_token, self.graphs, copies)
+                found = sample_codes(self.model.dalle, prompts, seeds, options, given, on_token, self.graphs, copies)
+            return self._pictures.start(share, seeds, found)
         except RuntimeError as error:  # CUDA's is a RuntimeError of its own class, the CPU's a plain one
             if not isinstance(error, torch.cuda.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from models.dalle import DALLE
 from models.positions import Positions, device_position
-from sampling.decoders import Decoder, computed_in
+from sampling.decoders import Copies, Decoder, computed_in
 from sampling.loop import Canvas, Request, Sampled, read_request
 from sampling.options import SamplingOptions
 
@@ -72,7 +72,7 @@ class _Shape(NamedTuple):
 class Session:
     """Buffers, cache and recordings for batches of one shape."""
 
-    def __init__(self, model: DALLE, shape: _Shape, capture: Capture) -> None:
+    def __init__(self, model: DALLE, shape: _Shape, capture: Capture, copies: Copies) -> None:
         config, device = model.config, model.text_emb.weight.device
         prompts, images, options = shape
         branches, num_codes = 2 if options.guided else 1, config.image_seq_len
@@ -80,7 +80,7 @@ class Session:
         self.position = device_position(device)
         parts = min(_PARTS, config.grid)
         self.reaches = [-(-num_codes * part // parts) for part in range(1, parts + 1)]
-        self.decoder = Decoder(model, prompts * branches, images)
+        self.decoder = Decoder(model, prompts * branches, images, copies)
         self.replays: Dict[int, Replay] = {}
         with self.decoder, torch.autocast(device.type, enabled=False):
             for reach in self.reaches if num_codes > 1 else ():  # nothing follows a single code
@@ -171,6 +171,7 @@ class Graphs:
     def __init__(self, model: DALLE, capture: Optional[Capture] = None) -> None:
         self.model, self.capture = model, capture
         self.sessions: "OrderedDict[_Shape, Session]" = OrderedDict()
+        self.copies = Copies()
         self.state: Hashable = None
         self.failed = False
 
@@ -178,6 +179,7 @@ class Graphs:
         """Sample a batch; None when that needs to go without recordings. Raises OutOfMemoryError."""
         device = self.model.text_emb.weight.device
         if self.failed or (self.capture is None and device.type != "cuda"):
+            self.clear()  # of a model that was moved away
             return None
         state = (device, computed_in(self.model), _weights(self.model))
         if state != self.state:  # trained on, moved or converted: recordings hold on to what was there
@@ -199,7 +201,7 @@ class Graphs:
                 self.sessions.popitem(last=False)
             capture = self.capture or CudaCapture(self.model.text_emb.weight.device)
             try:
-                self.sessions[shape] = Session(self.model, shape, capture)
+                self.sessions[shape] = Session(self.model, shape, capture, self.copies)
             except torch.cuda.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -213,11 +215,12 @@ class Graphs:
 
     def __getstate__(self) -> Dict[str, Any]:
         """Copies and files get no recordings: those belong to this model's memory."""
-        return dict(self.__dict__, sessions=OrderedDict(), state=None)
+        return dict(self.__dict__, sessions=OrderedDict(), state=None, copies=Copies())
 
     def clear(self) -> None:
         """Forget all recordings, and free their memory."""
         self.sessions.clear()
+        self.copies = Copies()
 
 
 def _weights(model: DALLE) -> Hashable:

@@ -138,8 +138,8 @@ def sample_codes(
 
     text (T,) or (prompts, T) token ids; seeds: one for each image, the first caption's first. given (N,): codes to
     keep in every image, -1 where the model shall sample (image completion, priming). on_token is called after each
-    code. graphs: a `sampling.graphs.Graphs` of this model, which samples the same in less time on a GPU. copies: an
-    empty dictionary for the weights in a decoder's layout, to be given to later calls while the weights stay the same.
+    code. graphs: a `sampling.graphs.Graphs` of this model, which samples the same in less time on a GPU. copies: of
+    weights in a decoder's layout, to be given to later calls too while the weights stay the same.
     Returns codes (B, N) on the model's device, images of one caption next to each other. Raises UserError for options
     that are out of range.
     """

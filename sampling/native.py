@@ -137,7 +137,7 @@ class NativeDecoder(Decoder):
             hidden=config.hidden,
             activation=activation(config.activation).number,
             layers=config.depth,
-            threads=threads_for(sum(self.copies[layer, "native"].bytes for layer in layers) // config.depth),
+            threads=threads_for(sum(self._pack(layer).bytes for layer in layers) // config.depth),
             turned=0 if angles is None else angles.shape[1],
             table=at(self._keep(model.image_emb.weight.detach())),
             positions=at(tables[0]),
@@ -159,11 +159,11 @@ class NativeDecoder(Decoder):
         return tensor
 
     def _pack(self, module: Any, gated: bool = False) -> Packed:
-        key = (module, "native")
-        if key not in self.copies:  # layers may share it
+        copies = self.copies.of("native")
+        if module not in copies:  # layers may share it
             scale = getattr(module, "scale", None)
-            self.copies[key] = Packed(module.weight.detach(), module.bias, scale, gated)
-        return self.copies[key]
+            copies[module] = Packed(module.weight.detach(), module.bias, scale, gated)
+        return copies[module]
 
     def _layer(self, own: transformer.Operands, cache: LayerCache) -> _Layer:
         up = self._pack(own.up, gated=self.model.config.up_width > self.model.config.hidden)

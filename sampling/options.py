@@ -34,7 +34,7 @@ class SamplingOptions(NamedTuple):
             allowed, meaning = _ALLOWED[name]
             try:
                 fits = allowed.holds(value) and (name != "top_k" or value == int(value))
-            except TypeError:  # no number
+            except (TypeError, OverflowError):  # no number, or none that a float can hold
                 fits = value is None and name in ("top_k", "top_p")
             if not fits:
                 raise UserError(f"{names.get(name, name)} must be {meaning.format(allowed)}, got {value!r}")

@@ -106,7 +106,7 @@ class StandInStream:
 
 
 def install(monkeypatch):
-    """Put stand-ins in torch.cuda for what models/graphs.py takes from there. Returns the class of the graphs."""
+    """Put stand-ins in torch.cuda for what sampling/graphs.py takes from there. Returns the class of the graphs."""
 
     class Graph(StandInGraph):
         pass

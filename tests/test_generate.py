@@ -769,11 +769,12 @@ def test_words_that_the_vocabulary_lacks_are_told(run, caplog):
     assert "--text: the vocabulary lacks 100 % of the characters" in caplog.text
 
 
-def test_too_large_a_batch_is_one_line(run, monkeypatch):
+@pytest.mark.parametrize("where", ["sampling.driver.sample_codes", "models.vqgan.VQGAN.decode_by_parts"])
+def test_too_large_a_batch_is_one_line(where, run, monkeypatch):
     def full(*_, **__):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
 
-    monkeypatch.setattr("sampling.driver.sample_codes", full)
+    monkeypatch.setattr(where, full)
     with pytest.raises(UserError, match="not enough memory for a batch of 1 image: lower --batch_size"):
         run("a", "--num_images", "1")
 

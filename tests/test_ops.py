@@ -118,3 +118,6 @@ def test_native_attention_stays_in_what_is_compiled_or_exported(how, monkeypatch
         seen.extend(str(node.target) for node in exported.graph.nodes)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert sum("dalle.attention" in name for name in seen) == 2
+    if how == "export":
+        with pytest.raises(ValueError, match="float32 on a CPU, not torch.float64 on cpu"):
+            exported.module().double()(text, codes)

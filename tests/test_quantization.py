@@ -149,8 +149,9 @@ def test_the_api_draws_with_every_dtype(folder, dtype):
     images = model.sampling("a painting of the sea", device="cpu", **options)
     assert images.shape == (3, 3, 16, 16) and images.dtype == torch.float32 and torch.isfinite(images).all()
     if build.library("rows") is not None:
-        assert model.loaded.batch_changes_images == (dtype == "bfloat16")
-    if not model.loaded.batch_changes_images:
+        assert model.loaded.batch_changes_images(96) == (dtype == "bfloat16")
+    assert model.loaded.batch_changes_images(97)
+    if not model.loaded.batch_changes_images(1):
         assert torch.equal(images, model.sampling("a painting of the sea", batch_size=2, **options))
     kinds = {type(module) for module in model.stage2.modules()}
     assert (Int8Linear in kinds) == (dtype == "int8") and not any(p.requires_grad for p in model.parameters())

@@ -12,7 +12,7 @@ from models.dalle import DALLE
 from models.positions import Positions, next_code
 from ops.sampling_ops import keep_top_k, keep_top_p
 from sampling import SamplingOptions, complete_text, sample_codes, top_k_count
-from sampling.decoders import Decoder
+from sampling.decoders import Copies, Decoder
 from sampling.loop import guided, uniforms
 from sampling.native import refusal
 from utils.errors import UserError
@@ -179,15 +179,23 @@ def test_copies_of_weights_serve_later_batches(kind, monkeypatch):
         monkeypatch.setattr("sampling.native.MOST_ROWS", 0)
     elif refusal(model, 1) is not None:
         pytest.skip("no native kernels")
-    copies = {}
+    copies = Copies()
     first = sample_codes(model, TEXT[0], [1, 2], copies=copies)
-    kept = dict(copies)
+    kept, layout = dict(copies.weights), copies.layout
     again = sample_codes(model, TEXT[1], [3, 4], copies=copies)
-    assert kept and all(copies[key] is value for key, value in kept.items()) and len(copies) == len(kept)
+    assert kept and copies.weights == kept and copies.layout == layout
     assert torch.equal(first.codes, sample_codes(model, TEXT[0], [1, 2]).codes)
     assert torch.equal(again.codes, sample_codes(model, TEXT[1], [3, 4]).codes)
     alone = sample_codes(model, TEXT[1], [3], copies=copies)  # another number of rows
     assert torch.equal(alone.codes[0], again.codes[0])
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_model_in_training_mode_drops_nothing_when_it_samples(native):
+    model = random_model(attn_dropout=0.3, ff_dropout=0.3).to(torch.float32 if native else torch.float64)
+    expected = sample_codes(model, TEXT, [1, 2])
+    found = sample_codes(model.train(), TEXT, [1, 2])
+    assert torch.equal(found.codes, expected.codes) and torch.equal(found.log_likelihood, expected.log_likelihood)
 
 
 # ---- what a decoder does not know
@@ -467,6 +475,7 @@ def test_options_at_the_ends_of_their_ranges(options, decoder, monkeypatch):
         ({"top_k": 0}, "top_k must be a whole number of at least 1, or None for all codes, got 0"),
         ({"top_k": 2.5}, "top_k must be a whole number"),
         ({"top_k": math.inf}, "top_k must be a whole number"),
+        ({"top_k": 10**400}, "top_k must be a whole number"),
     ],
     ids=str,
 )

@@ -66,6 +66,17 @@ def _watch(
     wait: Callable[[float], Any],
 ) -> None:
     """Keep a sleeping team while this process waits for cores, and at first, and where Linux does not tell."""
+    try:
+        _keep_team(new_team, schedule, wait)
+    except (OSError, RuntimeError) as error:  # no further thread may be started
+        logger.debug("threads go on as they are: %s", error)
+
+
+def _keep_team(
+    new_team: Callable[[], Any],
+    schedule: Callable[[], Dict[str, Tuple[float, float]]],
+    wait: Callable[[float], Any],
+) -> None:
     team = new_team()
     before = schedule()
     while before:

@@ -1,4 +1,4 @@
-/* One code of each image through the whole transformer, for the few rows that drawing has: memory is read once, for the
+/* One code of each image through the whole transformer, for the few rows that sampling has: memory is read once, for the
  * weights, and what happens between two products stays in the caches.
  *
  * A weight (N, D) lies as panels (N / PANEL, D, PANEL): what is read next lies next, and threads share panels out. A
