@@ -64,19 +64,24 @@ _RUNTIME_OPTIONS = frozenset(
         "optimize_for_inference",
     )
 )
+_HPARAMS = (
+    "num_text_tokens",
+    "text_seq_len",
+    "dim",
+    "depth",
+    "heads",
+    "dim_head",
+    "loss_img_weight",
+    "attn_types",
+    "sandwich_norm",
+    "ff_dropout",
+    "attn_dropout",
+)
+"""What Mini DALL-E writes of a model."""
+
 _MODEL_OPTIONS = frozenset(
     (
-        "num_text_tokens",
-        "text_seq_len",
-        "dim",
-        "depth",
-        "heads",
-        "dim_head",
-        "loss_img_weight",
-        "attn_types",
-        "sandwich_norm",
-        "ff_dropout",
-        "attn_dropout",
+        *_HPARAMS,
         "stable",
         "shift_tokens",
         "rotary_emb",
@@ -338,19 +343,6 @@ def config_from_hparams(
 
 def hparams_from_config(config: DalleConfig, extra: Mapping[str, Any]) -> dict[str, Any]:
     """Return Mini DALL-E's `hparams` for a configuration; `extra` holds the options about IPUs and precision."""
-    names = (
-        "num_text_tokens",
-        "text_seq_len",
-        "dim",
-        "depth",
-        "heads",
-        "dim_head",
-        "loss_img_weight",
-        "attn_types",
-        "sandwich_norm",
-        "ff_dropout",
-        "attn_dropout",
-    )
-    hparams = {name: getattr(config, name) for name in names}
+    hparams = {name: getattr(config, name) for name in _HPARAMS}
     hparams.update(extra)
     return hparams

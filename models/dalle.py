@@ -25,6 +25,11 @@ class Operands(NamedTuple):
     """(N, D)"""
     image_head: Projection
 
+    @property
+    def projections(self) -> List[Projection]:
+        """All linear layers."""
+        return [self.image_head, *(layer for block in self.blocks for layer in block.projections)]
+
 
 class Losses(NamedTuple):
     """Mean cross-entropies in nats: of the step (weighted), of the text tokens, of the image tokens."""

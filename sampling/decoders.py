@@ -42,8 +42,7 @@ def computed_in(model: DALLE) -> torch.dtype:
 
 def is_small(model: DALLE) -> bool:
     """Whether a second copy of the weights is no burden."""
-    own = model.operands(lambda module: module)
-    layers = [own.image_head, *(layer for block in own.blocks for layer in block.projections)]
+    layers = model.operands(lambda module: module).projections
     weights = [layer.weight for layer in layers if hasattr(layer, "weight")]
     return sum(weight.numel() * 4 for weight in weights) <= MAX_BYTES
 

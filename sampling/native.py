@@ -101,8 +101,7 @@ def refusal(model: DALLE, num_rows: int) -> Optional[str]:
         return refused
     if computed_in(model) != torch.float32:
         return "under autocast"
-    own = model.operands(lambda module: module)
-    for module in (own.image_head, *(layer for block in own.blocks for layer in block.projections)):
+    for module in model.operands(lambda module: module).projections:
         if type(module) not in (nn.Linear, Int8Linear):
             return f"a layer of the kind {type(module).__name__}"
         if not module.weight.is_cpu:
