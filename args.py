@@ -7,6 +7,7 @@ Nothing is parsed at import and nothing here knows a device.
     config = parse(["--config", "L16", "--batch-size", "4"])
     config.execution.batch_size, config.global_batch
 """
+from __future__ import annotations
 
 import argparse
 import dataclasses
@@ -295,7 +296,7 @@ class Config:
         return Path(self.misc.log_dir) if self.misc.log_dir else Path(folder).parent
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Config":
+    def from_dict(cls, values: Mapping[str, Any]) -> Config:
         """Build from a flat mapping as `to_dict` makes it; what is absent takes its default."""
         values = dict(values)
         name = values.pop("config", "default")
@@ -305,7 +306,7 @@ class Config:
             sections[attribute] = section(**{key: values.pop(key) for key in own if key in values})
         if values:
             key = sorted(values)[0]
-            raise UsageError("unknown option '{}'.{}".format(key, nearest(key, option_names())))
+            raise UsageError(f"unknown option '{key}'.{nearest(key, option_names())}")
         return cls(name=name, **sections)
 
     def to_dict(self) -> Dict[str, Any]:
@@ -316,22 +317,24 @@ class Config:
                 flat[key] = list(value) if isinstance(value, tuple) else value
         return flat
 
-    def replace(self, **values: Any) -> "Config":
+    def replace(self, **values: Any) -> Config:
         """A copy with some options changed, whatever their section; checked like any other."""
         return Config.from_dict(dict(self.to_dict(), **values))
 
     def describe(self) -> str:
         """Several lines for the log: the global batch and, by section, every option that is not at its default."""
         run = self.execution
-        lines = ["configuration {}: global batch {} = {} (batch_size) x {} (gradient_accumulation) x {} "
-                 "(replication_factor)".format(self.name, run.global_batch, run.batch_size, run.gradient_accumulation,
-                                               run.replication_factor)]
+        lines = [
+            f"configuration {self.name}: global batch {run.global_batch} = {run.batch_size} (batch_size) x "
+            f"{run.gradient_accumulation} (gradient_accumulation) x {run.replication_factor} "
+            "(replication_factor)"
+        ]
         for attribute, section in SECTIONS.items():
             own = getattr(self, attribute)
-            changed = ["{}={}".format(spec.name, _shown(getattr(own, spec.name))) for spec in _options(section)
+            changed = [f"{spec.name}={_shown(getattr(own, spec.name))}" for spec in _options(section)
                        if getattr(own, spec.name) != spec.default]
             if changed:
-                lines += textwrap.wrap("  ".join(changed), 118, initial_indent="  {:<12}".format(attribute),
+                lines += textwrap.wrap("  ".join(changed), 118, initial_indent=f"  {attribute:<12}",
                                        subsequent_indent=" " * 14, break_long_words=False, break_on_hyphens=False)
         return "\n".join(lines)
 
@@ -369,9 +372,9 @@ def parse(argv: Optional[Sequence[str]] = None, default_config: str = "unit_test
     specs = {spec.name: spec for section in SECTIONS.values() for spec in _options(section)}
     values = {}
     for key, value in load_configuration(config_file, name).items():
-        where = "{}, configuration '{}': ".format(config_file.name, name)
+        where = f"{config_file.name}, configuration '{name}': "
         if key not in specs:
-            raise UsageError("{}unknown key '{}'.{}".format(where, key, nearest(str(key), specs)))
+            raise UsageError(f"{where}unknown key '{key}'.{nearest(str(key), specs)}")
         values[key] = _checked(specs[key], value, where + key, is_text=False)
     for key, value in flags.items():
         values[key] = _checked(specs[key], value, flag_name(key), is_text=True)
@@ -397,9 +400,9 @@ def make_parser(default_config: str = "unit_test") -> Parser:
                            "'none' empties an option that may be empty.",
                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120))
     parser.add_argument("--config", default=argparse.SUPPRESS, metavar="NAME",
-                        help="configuration to use (default: {})".format(default_config))
+                        help=f"configuration to use (default: {default_config})")
     parser.add_argument("--config-file", default=argparse.SUPPRESS, metavar="PATH",
-                        help="file of named configurations (default: {})".format(DEFAULT_CONFIG_FILE.name))
+                        help=f"file of named configurations (default: {DEFAULT_CONFIG_FILE.name})")
     for attribute, section in SECTIONS.items():
         group = parser.add_argument_group("IPU" if attribute == "ipu" else attribute)
         for spec in _options(section):
@@ -428,10 +431,10 @@ def _parse_flags(parser: Parser, argv: Optional[Sequence[str]]) -> Dict[str, Any
     if rest:
         word = rest[0].partition("=")[0]
         if word.endswith(".tar"):
-            raise UsageError("unexpected argument '{}': put patterns of shards in quotes, as in --input-folder "
-                             "'DIR/{{00000..00099}}.tar'".format(word))
+            raise UsageError(f"unexpected argument '{word}': put patterns of shards in quotes, as in --input-folder "
+                             "'DIR/{00000..00099}.tar'")
         if not word.startswith("-"):
-            raise UsageError("unexpected argument '{}': options are given as flags; --help lists them".format(word))
+            raise UsageError(f"unexpected argument '{word}': options are given as flags; --help lists them")
         raise UsageError("unknown flag '{}'.{} --help lists all flags".format(
             word, nearest(word.replace("_", "-"), known)))
     return vars(flags)
@@ -494,14 +497,14 @@ def _item_type(kind: Any) -> Any:
 
 def _bounds(spec: Any) -> List[str]:
     words = (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
-    return ["{} {}".format(word, _shown(spec.metadata[key])) for key, word in words if key in spec.metadata]
+    return [f"{word} {_shown(spec.metadata[key])}" for key, word in words if key in spec.metadata]
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
-        return "{:g}".format(value)
+        return f"{value:g}"
     if isinstance(value, (tuple, list)):
         return ", ".join(_shown(item) for item in value)
     return str(value)
@@ -518,9 +521,8 @@ def _checked(spec: Any, value: Any, where: str, is_text: bool) -> Any:
     is_text: the value was typed on the command line, where everything is text; in YAML a number must be a number
     (only floats may be text, because YAML 1.1 reads 3e-4 as text).
     """
-    if _is_optional(spec.type):
-        if value is None or (is_text and value.lower() in ("none", "")):
-            return None
+    if _is_optional(spec.type) and (value is None or (is_text and value.lower() in ("none", ""))):
+        return None
     if not _is_tuple(spec.type):
         return _checked_item(spec, value, where, is_text)
     if isinstance(value, str):
@@ -532,7 +534,7 @@ def _checked(spec: Any, value: Any, where: str, is_text: bool) -> Any:
         else:
             items.append((item, is_text))
     if not items:
-        raise UsageError("{}: needs at least one value".format(where))
+        raise UsageError(f"{where}: needs at least one value")
     return tuple(_checked_item(spec, item, where, text) for item, text in items)
 
 
@@ -548,14 +550,14 @@ def _checked_item(spec: Any, value: Any, where: str, is_text: bool) -> Any:
     if "choices" in limits and value not in limits["choices"]:
         raise UsageError("{}: expected one of {}, got {}.{}".format(
             where, ", ".join(limits["choices"]), _quoted(value), nearest(value, limits["choices"])))
-    if ("ge" in limits and value < limits["ge"] or "gt" in limits and value <= limits["gt"]
-            or "le" in limits and value > limits["le"] or "lt" in limits and value >= limits["lt"]):
+    if (("ge" in limits and value < limits["ge"]) or ("gt" in limits and value <= limits["gt"])
+            or ("le" in limits and value > limits["le"]) or ("lt" in limits and value >= limits["lt"])):
         raise UsageError("{}: must be {}, got {}".format(where, " and ".join(_bounds(spec)), _quoted(value)))
     if limits.get("path"):
         if not value and limits.get("empty"):
             return value
         if not value or "\0" in value:
-            raise UsageError("{}: {} is not a path".format(where, _quoted(value)))
+            raise UsageError(f"{where}: {_quoted(value)} is not a path")
         return os.path.expanduser(value)
     return value
 
@@ -600,19 +602,19 @@ def load_configuration(config_file: Path, name: str) -> Dict[str, Any]:
     try:
         content = Path(config_file).read_bytes()
     except OSError as error:
-        raise UsageError("--config-file: cannot read {}: {}".format(config_file, error.strerror or error)) from None
+        raise UsageError(f"--config-file: cannot read {config_file}: {error.strerror or error}") from None
     try:
         configurations = parse_yaml(content, str(config_file), unique_keys=True)
     except UserError as error:
         raise UsageError(str(error)) from None
     if not isinstance(configurations, dict):
-        raise UsageError("{}: expected a mapping of configuration names".format(config_file))
+        raise UsageError(f"{config_file}: expected a mapping of configuration names")
     names = [key for key in configurations if isinstance(key, str) and not key.startswith(".") and key != "defaults"]
     if name not in names:
         raise UsageError("--config: {} has no configuration '{}'.{} It has: {}".format(
             config_file.name, name, nearest(name, names), ", ".join(names)))
     if not isinstance(configurations[name], dict):
-        raise UsageError("{}: configuration '{}' must be a mapping of options".format(config_file.name, name))
+        raise UsageError(f"{config_file.name}: configuration '{name}' must be a mapping of options")
     return configurations[name]
 
 
@@ -623,9 +625,8 @@ def _check_mindalle(model: ModelConfig) -> None:
     if set(model.attn_types) != {"full"}:
         raise UsageError("--attn-types: every layer of --architecture mindalle attends to all before it; give full")
     if model.num_attention_heads * model.dim_head != model.hidden_size:
-        raise UsageError("--dim-head {}: the heads of --architecture mindalle share its width, so "
-                         "--num-attention-heads x --dim-head must be --hidden-size {}".format(
-                             model.dim_head, model.hidden_size))
+        raise UsageError(f"--dim-head {model.dim_head}: the heads of --architecture mindalle share its width, so "
+                         f"--num-attention-heads x --dim-head must be --hidden-size {model.hidden_size}")
 
 
 def _find(path: str, folder: Path) -> str:

@@ -8,6 +8,7 @@ Retrieval@1, on the demo set: the model draws one image from each held-out capti
 counts when the nearest of all pictures of the set by pixel distance is the caption's own. No model can do better than
 the VQGAN that draws its codes, so the same number for reconstructions of the true pictures stands beside it.
 """
+from __future__ import annotations
 
 import argparse
 import contextlib
@@ -16,7 +17,7 @@ import json
 import logging
 import math
 import sys
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Iterator, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -133,7 +134,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure as the command line says."""
     options = parse_flags(make_parser(), argv)
     check_options(options)
@@ -146,12 +147,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         pick_device(options.device, 0),
     )
     dataset = open_data(loaded, options)
-    result: Dict[str, Any] = {
+    result: dict[str, Any] = {
         "checkpoint": describe_checkpoint(loaded, options.dalle_path),
         "data": {"input_folder": options.input_folder, "num_pairs": len(dataset)},
         "validation": validation_loss(loaded, dataset, options),
     }
-    groups: List[Tuple[str, List[Sample]]] = []
+    groups: list[tuple[str, list[Sample]]] = []
     if options.input_folder == DEMO:
         result["data"]["split"] = options.split
     if options.input_folder == DEMO and not options.skip_retrieval:
@@ -174,22 +175,21 @@ def written(flag: str, target: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError("{} {}: {}".format(flag, target, error.strerror or error)) from error
+        raise UserError(f"{flag} {target}: {error.strerror or error}") from error
 
 
 def check_options(options: argparse.Namespace) -> None:
     """Checks over several flags."""
     if options.best_of > 1 and options.temperature == 0:
         raise UsageError(
-            "--best_of {}: at --temperature 0 all images of a caption are the same; give a --temperature, 1 say".format(
-                options.best_of
-            )
+            f"--best_of {options.best_of}: at --temperature 0 all images of a caption are the same; give a "
+            "--temperature, 1 say"
         )
     if options.sheet is not None and not options.sheet.endswith((".png", ".jpg")):
-        raise UsageError("--sheet: the file's name must end in .png or .jpg, not {!r}".format(options.sheet))
+        raise UsageError(f"--sheet: the file's name must end in .png or .jpg, not {options.sheet!r}")
 
 
-def describe_checkpoint(loaded: Loaded, name: str) -> Dict[str, Any]:
+def describe_checkpoint(loaded: Loaded, name: str) -> dict[str, Any]:
     """Which model was measured."""
     return {
         "name": name,
@@ -222,7 +222,7 @@ def open_data(loaded: Loaded, options: argparse.Namespace) -> Any:
 
 
 @torch.no_grad()
-def validation_loss(loaded: Loaded, dataset: Any, options: argparse.Namespace) -> Dict[str, float]:
+def validation_loss(loaded: Loaded, dataset: Any, options: argparse.Namespace) -> dict[str, float]:
     """Mean loss over all pairs: nats for a token, and what follows from it."""
     model = TextToImage(loaded.dalle).eval()
     batches = read(make_loader(dataset, options.dataloader_workers, batch_size=options.batch_size))
@@ -260,7 +260,7 @@ def finite(value: Any) -> Any:
 class Gallery(NamedTuple):
     """All pictures of the demo set."""
 
-    records: List[DemoRecord]
+    records: list[DemoRecord]
     images: Tensor
     """(n, 3, S, S) uint8"""
 
@@ -270,7 +270,7 @@ class Gallery(NamedTuple):
         return torch.tensor([place[record.stem] for record in records])
 
 
-def training_records(records: Sequence[DemoRecord], count: int) -> List[DemoRecord]:
+def training_records(records: Sequence[DemoRecord], count: int) -> list[DemoRecord]:
     """A fixed choice of training records: those whose hash is smallest, in the order of the set."""
 
     def draw(record: DemoRecord) -> bytes:
@@ -302,7 +302,7 @@ def draw_best(loaded: Loaded, text: Tensor, options: argparse.Namespace) -> Tens
 
 def retrieve(
     loaded: Loaded, gallery: Gallery, records: Sequence[DemoRecord], options: argparse.Namespace
-) -> Tuple[Dict[str, Any], List[Sample]]:
+) -> tuple[dict[str, Any], list[Sample]]:
     """Retrieval@1 of images drawn from these records' captions and of reconstructions, and samples to look at."""
     own = gallery.positions(records)
     real = gallery.images[own]
@@ -324,11 +324,11 @@ def retrieve(
 
 def measure_retrieval(
     loaded: Loaded, options: argparse.Namespace
-) -> Tuple[Dict[str, Any], List[Tuple[str, List[Sample]]]]:
+) -> tuple[dict[str, Any], list[tuple[str, list[Sample]]]]:
     """Retrieval@1 for the held-out captions and for 200 training captions among all pictures of the demo set."""
     records = demo_records("all")
     gallery = Gallery(records, demo_images(records, loaded.image_size))
-    result: Dict[str, Any] = {
+    result: dict[str, Any] = {
         "pictures": len(records),
         "temperature": options.temperature,
         "top_k": options.top_k,
@@ -358,7 +358,7 @@ def measure_retrieval(
     return result, groups
 
 
-def sample_pairs(loaded: Loaded, dataset: Any, options: argparse.Namespace) -> List[Sample]:
+def sample_pairs(loaded: Loaded, dataset: Any, options: argparse.Namespace) -> list[Sample]:
     """A few pairs of any data for a contact sheet, drawn from their captions."""
     count = min(SHEET_SAMPLES[0], len(dataset))
     text, images = zip(*(dataset[index * len(dataset) // count] for index in range(count)))
@@ -374,7 +374,7 @@ def sample_pairs(loaded: Loaded, dataset: Any, options: argparse.Namespace) -> L
 # Report --------------------------------------------------------------------------------------------------------------
 
 
-def report(result: Dict[str, Any]) -> str:
+def report(result: dict[str, Any]) -> str:
     """The numbers as text."""
     checkpoint, losses = result["checkpoint"], result["validation"]
     data = "{input_folder} ({num_pairs} pairs)".format(**result["data"])

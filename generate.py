@@ -8,6 +8,7 @@
 
 Images go to <outputs_dir>/<prompt with _ for blanks>/: 0.jpg, 1.jpg, ..., caption.txt, grid.png and generation.json.
 """
+from __future__ import annotations
 
 import argparse
 import logging
@@ -15,7 +16,7 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set
+from typing import Any, NamedTuple, Sequence
 
 import torch
 from PIL import Image
@@ -61,7 +62,7 @@ class Caption(NamedTuple):
     """As it was given."""
     text: str
     """The prompt, or with --gentxt the caption it became."""
-    ids: List[int]
+    ids: list[int]
     """Token ids, at most T."""
 
 
@@ -184,7 +185,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Draw as the command line says."""
     options = parse_flags(make_parser(), argv)
     check_options(options)
@@ -219,7 +220,7 @@ def check_options(options: argparse.Namespace) -> None:
         raise UsageError("--image and --prime_image exclude each other: --mask can mark the lower rows, too")
     if options.keep is not None and options.keep > options.num_images:
         raise UsageError(
-            "--keep {}: only --num_images {} are drawn of each caption".format(options.keep, options.num_images)
+            f"--keep {options.keep}: only --num_images {options.num_images} are drawn of each caption"
         )
 
 
@@ -228,22 +229,22 @@ def make_folder(folder: str) -> None:
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError("--outputs_dir {}: {}".format(folder, error.strerror or error)) from error
+        raise UserError(f"--outputs_dir {folder}: {error.strerror or error}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError("--outputs_dir {}: no permission to write there".format(folder))
+        raise UserError(f"--outputs_dir {folder}: no permission to write there")
 
 
-def read_prompts(options: argparse.Namespace) -> List[str]:
+def read_prompts(options: argparse.Namespace) -> list[str]:
     """The captions of --text and --prompts_file without surrounding blanks, each once, empty ones left out."""
     texts = [] if options.text is None else options.text.split("|")
     if options.prompts_file is not None:
         try:
             texts += Path(options.prompts_file).read_text(encoding="utf-8-sig").splitlines()
         except OSError as error:
-            raise UserError("--prompts_file {}: {}".format(options.prompts_file, error.strerror or error)) from error
+            raise UserError(f"--prompts_file {options.prompts_file}: {error.strerror or error}") from error
         except UnicodeDecodeError as error:
             raise UserError(
-                "--prompts_file {} is no UTF-8 text (byte {})".format(options.prompts_file, error.start)
+                f"--prompts_file {options.prompts_file} is no UTF-8 text (byte {error.start})"
             ) from error
     # Bytes of the command line that are no text arrive as lone surrogates, which no file can hold.
     texts = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip() for text in texts]
@@ -256,7 +257,7 @@ def read_prompts(options: argparse.Namespace) -> List[str]:
     return prompts
 
 
-def read_prime(options: argparse.Namespace, loaded: Loaded) -> Optional[Tensor]:
+def read_prime(options: argparse.Namespace, loaded: Loaded) -> Tensor | None:
     """The codes (N,) that --prime_image gives, -1 where the model draws; None without the flag."""
     if options.prime_image is None:
         return None
@@ -264,16 +265,14 @@ def read_prime(options: argparse.Namespace, loaded: Loaded) -> Optional[Tensor]:
     rows = prime_rows(grid) if options.prime_rows is None else options.prime_rows
     if rows >= grid:
         raise UsageError(
-            "--prime_rows: the model draws {0} rows of codes, so at most {1} can be given, not {2}".format(
-                grid, grid - 1, rows
-            )
+            f"--prime_rows: the model draws {grid} rows of codes, so at most {grid - 1} can be given, not {rows}"
         )
     options.prime_rows = rows
     try:
         return given_codes(loaded, load_image(options.prime_image, loaded.image_size), rows)
     except BROKEN_IMAGE_ERRORS as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError("--prime_image {} cannot be read: {}".format(options.prime_image, reason)) from error
+        raise UserError(f"--prime_image {options.prime_image} cannot be read: {reason}") from error
 
 
 def read_completion(options: argparse.Namespace, loaded: Loaded) -> Tensor:
@@ -284,7 +283,7 @@ def read_completion(options: argparse.Namespace, loaded: Loaded) -> Tensor:
         mask = parse_box(options.mask) or _read_picture("--mask", os.path.expanduser(options.mask))
     if mask is None:
         raise UsageError(
-            "--image needs --mask, which says what to draw anew: {} is not transparent".format(options.image)
+            f"--image needs --mask, which says what to draw anew: {options.image} is not transparent"
         )
     return completion_codes(loaded, picture, mask)
 
@@ -338,13 +337,13 @@ class Writer:
         self,
         captions: Sequence[Caption],
         options: argparse.Namespace,
-        about: Dict[str, Any],
-        ranker: Optional[ClipRanker] = None,
+        about: dict[str, Any],
+        ranker: ClipRanker | None = None,
     ) -> None:
         self.captions, self.options, self.about, self.ranker = captions, options, about, ranker
-        self.folders: Dict[int, PromptFolder] = {}  # of captions that are not complete yet
-        self.best: Dict[int, Best] = {}  # the same, when images are ranked
-        self.taken: Set[str] = set()
+        self.folders: dict[int, PromptFolder] = {}  # of captions that are not complete yet
+        self.best: dict[int, Best] = {}  # the same, when images are ranked
+        self.taken: set[str] = set()
 
     def write(self, batch: Batch, images_per_second: float) -> None:
         """Write a batch, and the grids of the captions that it completes."""
@@ -382,7 +381,7 @@ class Writer:
     def _finish(self, index: int, folder: PromptFolder, images_per_second: float) -> None:
         ranked = self.best.pop(index).ordered() if index in self.best else []
         for candidate in ranked:
-            note: Dict[str, Any] = {"candidate": candidate.number}
+            note: dict[str, Any] = {"candidate": candidate.number}
             if self.ranker is not None:
                 note["clip_score"] = candidate.score
             folder.add(
@@ -411,8 +410,8 @@ def draw_captions(
     captions: Sequence[Caption],
     loaded: Loaded,
     options: argparse.Namespace,
-    given: Optional[Tensor],
-    ranker: Optional[ClipRanker] = None,
+    given: Tensor | None,
+    ranker: ClipRanker | None = None,
 ) -> None:
     """Draw and write the images of all captions."""
     config = loaded.config
@@ -439,7 +438,7 @@ def draw_captions(
     logger.info("throughput: %.3f images/sec", images_per_second())
 
 
-def describe_run(loaded: Loaded, options: argparse.Namespace) -> Dict[str, Any]:
+def describe_run(loaded: Loaded, options: argparse.Namespace) -> dict[str, Any]:
     """What generation.json says of the run: settings, and which files were used."""
     settings = {
         key: getattr(options, key)

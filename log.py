@@ -5,6 +5,7 @@ A writer that fails while training runs (a full disk, a lost connection) says so
 Lines that benchmarks read are made here, so that their form is fixed in one place: `step_line`, `throughput_line` and
 `compiled_line`.
 """
+from __future__ import annotations
 
 import collections
 import contextlib
@@ -17,7 +18,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
-from typing import IO, Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Union
+from typing import IO, Any, Callable, Iterator, Mapping, Sequence
 
 from tqdm import tqdm
 
@@ -86,8 +87,8 @@ class _PlainFormatter(logging.Formatter):
         return super().format(record)
 
 
-def setup(log_dir: Optional[PathLike] = None, is_main: bool = True, level: Union[int, str] = "info",
-          file_name: str = "train.log") -> Optional[Path]:
+def setup(log_dir: PathLike | None = None, is_main: bool = True, level: int | str = "info",
+          file_name: str = "train.log") -> Path | None:
     """Send log records to stderr and, when a folder is given, to the end of `<log_dir>/<file_name>`.
 
     Only the main process writes; the others show errors alone. May be called again: it replaces what it set up before.
@@ -129,18 +130,17 @@ def step_line(step: int, total_steps: int, epoch: int, loss: float, text_loss: f
 
 def validation_line(step: int, epoch: int, loss: float, text_loss: float, image_loss: float) -> str:
     """The line of one validation; without the words that benchmarks take for the training loss."""
-    return "validation at step {}, epoch {}: {:.4f} (text {:.4f}, image {:.4f})".format(
-        step, epoch, loss, text_loss, image_loss)
+    return f"validation at step {step}, epoch {epoch}: {loss:.4f} (text {text_loss:.4f}, image {image_loss:.4f})"
 
 
 def throughput_line(samples_per_second: float) -> str:
     """`throughput: 85.30 samples/sec`"""
-    return "throughput: {:.2f} samples/sec".format(samples_per_second)
+    return f"throughput: {samples_per_second:.2f} samples/sec"
 
 
 def compiled_line(seconds: float) -> str:
     """`Compiled model in 12.3 secs`"""
-    return "Compiled model in {:.1f} secs".format(seconds)
+    return f"Compiled model in {seconds:.1f} secs"
 
 
 def duration(seconds: float) -> str:
@@ -150,8 +150,8 @@ def duration(seconds: float) -> str:
     whole = int(max(seconds, 0) + 0.5)
     for size, unit, part, part_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
         if whole >= size:
-            return "{}{}{:02d}{}".format(whole // size, unit, whole % size // part, part_unit)
-    return "{}s".format(whole)
+            return f"{whole // size}{unit}{whole % size // part:02d}{part_unit}"
+    return f"{whole}s"
 
 
 # Progress ------------------------------------------------------------------------------------------------------------
@@ -160,19 +160,21 @@ def duration(seconds: float) -> str:
 class Progress:
     """Counts steps: a bar on a terminal, elsewhere a plain log line every `interval` seconds. Made by `progress`."""
 
-    def __init__(self, total: Optional[int], desc: str, initial: int, unit: str, is_main: bool, max_seconds: float,
+    def __init__(self, total: int | None, desc: str, initial: int, unit: str, is_main: bool, max_seconds: float,
                  interval: float, plain: bool) -> None:
         self.total, self.desc, self.unit, self.count = total, desc, unit, initial
         self._initial = initial
         self._deadline = time.monotonic() + max_seconds if max_seconds else math.inf
         # (time, count, samples) after each of the last updates; the first entry is the start.
-        self._recent: Deque[Tuple[float, int, int]] = collections.deque([(time.monotonic(), initial, 0)], maxlen=50)
-        self._first: Optional[Tuple[float, int]] = None  # (time, samples) after the first update
+        self._recent: collections.deque[tuple[float, int, int]] = collections.deque(
+            [(time.monotonic(), initial, 0)], maxlen=50
+        )
+        self._first: tuple[float, int] | None = None  # (time, samples) after the first update
         self._samples = 0
         self._interval = interval if is_main and plain else math.inf
         self._last_line = time.monotonic()
-        self._shown: Dict[str, float] = {}
-        self._bar: Optional[Any] = None
+        self._shown: dict[str, float] = {}
+        self._bar: Any | None = None
         if is_main and sys.stderr.isatty():
             self._interval = math.inf
             self._bar = tqdm(total=total, initial=initial, desc=desc, unit=unit, file=sys.stderr, dynamic_ncols=True,
@@ -219,12 +221,12 @@ class Progress:
 
     def postfix(self) -> str:
         """`loss 2.3651, 85.1 samples/s, 3m20s left`"""
-        parts = ["{} {:.4f}".format(name, value) for name, value in self._shown.items()]
+        parts = [f"{name} {value:.4f}" for name, value in self._shown.items()]
         if self._samples:
             rate, name = self.samples_per_second, "samples" if self.unit == "step" else self.unit + "s"
             parts.append("{:.{}f} {}/s".format(rate, 1 if rate < 100 else 0, name))
         if math.isfinite(self.seconds_left):
-            parts.append("{} left".format(duration(self.seconds_left)))
+            parts.append(f"{duration(self.seconds_left)} left")
         return ", ".join(parts)
 
     @contextlib.contextmanager
@@ -242,7 +244,7 @@ class Progress:
 
     def _log_line(self) -> None:
         self._last_line = time.monotonic()
-        of = "/{} ({:.0f}%)".format(self.total, 100 * self.count / self.total) if self.total else ""
+        of = f"/{self.total} ({100 * self.count / self.total:.0f}%)" if self.total else ""
         postfix = self.postfix()
         logger.info("%s %d%s %ss%s", self.desc, self.count, of, self.unit, ", " + postfix if postfix else "")
 
@@ -255,14 +257,14 @@ class Progress:
             self._log_line()
         self._interval = math.inf
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.close()
 
 
-def progress(total: Optional[int], desc: str = "", initial: int = 0, unit: str = "step", is_main: bool = True,
+def progress(total: int | None, desc: str = "", initial: int = 0, unit: str = "step", is_main: bool = True,
              max_seconds: float = 0.0, interval: float = 30.0, plain: bool = True) -> Progress:
     """Progress of `total` steps (None: unknown), of which `initial` are done; use it in a `with` statement.
 
@@ -289,12 +291,12 @@ class Metrics:
     """
 
     def __init__(self, log_dir: PathLike, is_main: bool = True, tensorboard: bool = False, wandb: bool = False,
-                 wandb_project_name: str = "miniDALL-E", wandb_run_name: Optional[str] = None,
-                 config: Optional[Mapping[str, Any]] = None, resume_step: Optional[int] = None) -> None:
+                 wandb_project_name: str = "miniDALL-E", wandb_run_name: str | None = None,
+                 config: Mapping[str, Any] | None = None, resume_step: int | None = None) -> None:
         self._log_dir = Path(log_dir)
         self.path = self._log_dir / "metrics.jsonl"
-        self._writers: Dict[str, Any] = {}
-        self._known: Set[Tuple[Any, Any]] = set()  # events at the very step a resumed run starts from
+        self._writers: dict[str, Any] = {}
+        self._known: set[tuple[Any, Any]] = set()  # events at the very step a resumed run starts from
         if not is_main:
             return
         if tensorboard:
@@ -310,19 +312,19 @@ class Metrics:
             logger.warning("%s in %s cannot be written (%s): going on without it", name, self._log_dir,
                            error.strerror or error)
 
-    def _open_file(self, resume_step: Optional[int]) -> "_JsonLines":
+    def _open_file(self, resume_step: int | None) -> _JsonLines:
         self._log_dir.mkdir(parents=True, exist_ok=True)
         self._prepare_file(resume_step)
         return _JsonLines(self.path)
 
-    def _prepare_file(self, resume_step: Optional[int]) -> None:
+    def _prepare_file(self, resume_step: int | None) -> None:
         if not self.path.exists():
             return
         if resume_step is None:
             number = 1
-            while self.path.with_name("metrics.{}.jsonl".format(number)).exists():
+            while self.path.with_name(f"metrics.{number}.jsonl").exists():
                 number += 1
-            os.replace(str(self.path), str(self.path.with_name("metrics.{}.jsonl".format(number))))
+            os.replace(str(self.path), str(self.path.with_name(f"metrics.{number}.jsonl")))
             return
         kept = [event for event in read_metrics(self.path) if event["step"] <= resume_step]
         self._known = {(event["event"], event["step"]) for event in kept if event["step"] == resume_step}
@@ -359,14 +361,14 @@ class Metrics:
                 logger.warning("%s could not be closed (%s: %s)", name, type(error).__name__, error)
         self._writers = {}
 
-    def __enter__(self) -> "Metrics":
+    def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.close()
 
 
-def _plain(value: Any) -> Union[None, bool, int, float, str]:
+def _plain(value: Any) -> bool | int | float | str | None:
     """A JSON value: None for numbers that JSON does not know."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
@@ -378,8 +380,9 @@ def _import(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError("--{0} needs a package that cannot be imported ({1}): pip install {0}".format(
-            package, error)) from None
+        raise UserError(
+            f"--{package} needs a package that cannot be imported ({error}): pip install {package}"
+        ) from None
 
 
 class _JsonLines:
@@ -410,21 +413,21 @@ class _JsonLines:
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path, resume_step: Optional[int]) -> None:
+    def __init__(self, folder: Path, resume_step: int | None) -> None:
         module = _import("torch.utils.tensorboard", "tensorboard")
         self._writer = module.SummaryWriter(str(folder), purge_step=None if resume_step is None else resume_step + 1)
 
     def write(self, event: str, step: int, values: Mapping[str, Any]) -> None:
         for key, value in _numbers(values):
-            self._writer.add_scalar("{}/{}".format(event, key), value, step)
+            self._writer.add_scalar(f"{event}/{key}", value, step)
 
     def close(self) -> None:
         self._writer.close()
 
 
 class _Wandb:
-    def __init__(self, folder: Path, project: str, name: Optional[str], config: Optional[Mapping[str, Any]],
-                 resume_step: Optional[int]) -> None:
+    def __init__(self, folder: Path, project: str, name: str | None, config: Mapping[str, Any] | None,
+                 resume_step: int | None) -> None:
         wandb = _import("wandb", "wandb")
         folder.mkdir(parents=True, exist_ok=True)
         id_file = folder / "wandb_run_id.txt"
@@ -435,22 +438,22 @@ class _Wandb:
                                    resume="allow" if resumed else None, settings=wandb.Settings(console="off"))
         except Exception as error:
             # No account, no network, a refused project: all are wandb's own errors.
-            raise UserError("--wandb: {} Without an account, set WANDB_MODE=offline".format(error)) from None
+            raise UserError(f"--wandb: {error} Without an account, set WANDB_MODE=offline") from None
         with atomic_write(id_file) as file:
             file.write(run_id + "\n")
 
     def write(self, event: str, step: int, values: Mapping[str, Any]) -> None:
-        self._run.log({"{}/{}".format(event, key): value for key, value in _numbers(values)}, step=step)
+        self._run.log({f"{event}/{key}": value for key, value in _numbers(values)}, step=step)
 
     def close(self) -> None:
         self._run.finish()
 
 
-def _numbers(values: Mapping[str, Any]) -> List[Tuple[str, float]]:
+def _numbers(values: Mapping[str, Any]) -> list[tuple[str, float]]:
     return [(key, value) for key, value in values.items() if isinstance(value, (int, float))]
 
 
-def read_metrics(path: PathLike) -> List[Dict[str, Any]]:
+def read_metrics(path: PathLike) -> list[dict[str, Any]]:
     """The events of a metrics.jsonl; lines that are cut off or no events (a crash, a full disk) are left out."""
     events = []
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -467,7 +470,7 @@ def read_metrics(path: PathLike) -> List[Dict[str, Any]]:
 # Curve ---------------------------------------------------------------------------------------------------------------
 
 
-def smoothed(values: Sequence[float], half_window: int) -> List[float]:
+def smoothed(values: Sequence[float], half_window: int) -> list[float]:
     """Centred moving average over 2 * half_window + 1 values, fewer at the ends.
 
     Unlike an exponential average it does not lag, so that a falling training loss is not drawn above the validation
@@ -496,7 +499,7 @@ def plot_losses(jsonl_path: PathLike, png_path: PathLike) -> bool:
     try:
         events = read_metrics(jsonl_path)
     except OSError as error:
-        raise UserError("cannot read the metrics {}: {}".format(jsonl_path, error.strerror or error)) from None
+        raise UserError(f"cannot read the metrics {jsonl_path}: {error.strerror or error}") from None
     train = _curve(events, "train", "loss")
     if not train[0]:
         return False
@@ -505,7 +508,7 @@ def plot_losses(jsonl_path: PathLike, png_path: PathLike) -> bool:
     axes = figure.add_subplot()
     half = len(train[0]) // 60  # a window of about a thirtieth of the run
     marker = "." if len(train[0]) < 30 else ""  # a short run's curve is hardly a line
-    important: List[float] = []
+    important: list[float] = []
     axes.plot(*train, color="tab:blue", alpha=0.25, linewidth=0.8)
     for key, label, colour, width in (("loss", "train", "tab:blue", 2.0),
                                       ("image_loss", "train: image", "tab:orange", 1.2),
@@ -515,12 +518,12 @@ def plot_losses(jsonl_path: PathLike, png_path: PathLike) -> bool:
             values = smoothed(values, half)
             important += values
             axes.plot(steps, values, color=colour, linewidth=width, marker=marker,
-                      label="{} {:.3f}".format(label, values[-1]))
+                      label=f"{label} {values[-1]:.3f}")
     steps, values = _curve(events, "validation", "loss")
     if steps:
         important += values
         axes.plot(steps, values, color="tab:red", linewidth=1.6, marker="o", markersize=4,
-                  label="validation {:.3f}".format(values[-1]))
+                  label=f"validation {values[-1]:.3f}")
     # Single spikes must not flatten the curves.
     low, high = min(important), max(important)
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
@@ -528,7 +531,7 @@ def plot_losses(jsonl_path: PathLike, png_path: PathLike) -> bool:
     axes.set_xlabel("optimizer step")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title("Loss after {:,} steps (smoothed; pale: each step)".format(train[0][-1]))
+    axes.set_title(f"Loss after {train[0][-1]:,} steps (smoothed; pale: each step)")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right")
     with atomic_write(png_path, "wb") as file:
@@ -536,7 +539,7 @@ def plot_losses(jsonl_path: PathLike, png_path: PathLike) -> bool:
     return True
 
 
-def _curve(events: Sequence[Mapping[str, Any]], event: str, key: str) -> Tuple[List[int], List[float]]:
+def _curve(events: Sequence[Mapping[str, Any]], event: str, key: str) -> tuple[list[int], list[float]]:
     """Steps and finite values of one number."""
     points = [(item["step"], item[key]) for item in events
               if item["event"] == event and isinstance(item.get(key), (int, float)) and math.isfinite(item[key])]

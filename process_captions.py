@@ -2,6 +2,7 @@
 
 python process_captions.py
 """
+from __future__ import annotations
 
 import runpy
 from pathlib import Path

@@ -7,6 +7,7 @@
 
 The loop never asks which device it has: engines/ does.
 """
+from __future__ import annotations
 
 import logging
 import sys

@@ -8,6 +8,7 @@
 Writes into --output: vqgan.safetensors and vqgan.yaml (for --vqgan_model_path and --vqgan_config_path),
 metrics.jsonl, reconstructions.png (rows of originals, each above its reconstructions) and training.pt (for --resume).
 """
+from __future__ import annotations
 
 from pathlib import Path
 

@@ -7,6 +7,7 @@
 Starts its own competitors: one endless loop for each core. All contestants are processes that take turns, so that
 whatever else the machine does meets all of them.
 """
+from __future__ import annotations
 
 import argparse
 import os
@@ -14,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 from statistics import median
-from typing import Dict, Optional, Sequence, Tuple
+from typing import Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -24,7 +25,7 @@ from benchmarks.compare_peers import Worker, alternate, processor  # noqa: E402
 from benchmarks.contestants import GENERATE, OURS, TRAIN_CODES  # noqa: E402
 from utils.errors import run_main  # noqa: E402
 
-WORK: Dict[Tuple[str, str], Tuple[int, Dict[str, object]]] = {
+WORK: dict[tuple[str, str], tuple[int, dict[str, object]]] = {
     ("demo", GENERATE): (16, {"do": "draw", "images": 16}),
     ("demo", TRAIN_CODES): (4, {"do": "train"}),
     ("L16", GENERATE): (1, {"do": "draw", "images": 1}),
@@ -54,15 +55,15 @@ def measure(config: str, task: str, options: argparse.Namespace) -> None:
                     competitor.wait()
             rates = [samples / median(own) for own in seconds]
             share = rates[0] / max(rates[1:])
-            columns = "".join("{:>10.2f}".format(rate) for rate in rates)
-            line = "{:<8}{:<18}{:>5}{}{:>10.2f}".format(config, task, busy, columns, share)
+            columns = "".join(f"{rate:>10.2f}" for rate in rates)
+            line = f"{config:<8}{task:<18}{busy:>5}{columns}{share:>10.2f}"
             print(line, flush=True)  # noqa: T201
     finally:
         for worker in workers:
             worker.close()
 
 
-def read_options(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def read_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", nargs="+", default=["demo", "L16"], choices=["demo", "L16"])
@@ -76,8 +77,8 @@ def main() -> None:
     options = read_options()
     log.setup()
     Path(options.output).mkdir(parents=True, exist_ok=True)
-    counts = "".join("{:>10}".format("{} threads".format(n)) for n in range(1, len(os.sched_getaffinity(0)) + 1))
-    print("samples/s on {}; busy: other processes".format(processor()))  # noqa: T201
+    counts = "".join("{:>10}".format(f"{n} threads") for n in range(1, len(os.sched_getaffinity(0)) + 1))
+    print(f"samples/s on {processor()}; busy: other processes")  # noqa: T201
     print("{:<8}{:<18}{:>5}{:>10}{}{:>10}".format("config", "task", "busy", "chosen", counts, "of best"))  # noqa: T201
     for config, task in WORK:
         if config in options.configs:

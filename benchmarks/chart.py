@@ -1,12 +1,13 @@
 """compare_peers.png: a panel for training, one for each number of images, and how cost grows."""
+from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 OURS_COLOUR, OTHER_COLOUR, LIMIT_COLOUR = "#3a6ea5", "#b8c4d0", "#c0504d"
 
 
-def panels(report: Dict[str, Any]) -> List[Tuple[str, str, List[Tuple[str, float, bool]], float]]:
+def panels(report: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, float, bool]], float]]:
     """(title, unit, [(name, value, ours)], limit or 0) of each bar panel."""
     result = []
     machine = report["machine"]
@@ -24,7 +25,7 @@ def panels(report: Dict[str, Any]) -> List[Tuple[str, str, List[Tuple[str, float
     return [(t, u, [(n, v, n.startswith("Mini")) for n, v in bars], limit) for t, u, bars, limit in result]
 
 
-def draw(report: Dict[str, Any], path: Path) -> None:
+def draw(report: dict[str, Any], path: Path) -> None:
     """Draw the report to a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -47,7 +48,7 @@ def draw(report: Dict[str, Any], path: Path) -> None:
         values = [value for _, value, _ in bars]
         colours = [OURS_COLOUR if ours else OTHER_COLOUR for _, _, ours in bars]
         drawn = axes.barh(range(len(bars)), values, color=colours, height=0.65)
-        axes.bar_label(drawn, labels=["{:.3g}".format(value) for value in values], padding=4, fontsize=9)
+        axes.bar_label(drawn, labels=[f"{value:.3g}" for value in values], padding=4, fontsize=9)
         axes.set_yticks(range(len(bars)), [name for name, _, _ in bars], fontsize=8)
         axes.invert_yaxis()
         axes.set_title(title, fontsize=10, loc="left")
@@ -57,7 +58,7 @@ def draw(report: Dict[str, Any], path: Path) -> None:
             axes.axvline(limit, color=LIMIT_COLOUR, linestyle="--", linewidth=1.2)
             inside = limit > 0.8 * axes.get_xlim()[1]
             axes.annotate(
-                "limit {:.3g} ".format(limit) if inside else " limit {:.3g}".format(limit),
+                f"limit {limit:.3g} " if inside else f" limit {limit:.3g}",
                 (limit, 0.02), xycoords=("data", "axes fraction"), fontsize=8, color=LIMIT_COLOUR,
                 ha="right" if inside else "left", va="bottom",
             )

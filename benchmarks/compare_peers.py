@@ -13,6 +13,7 @@ draws whole images). The peer is left out where it is not installed:
 
     pip install einops && pip install --no-deps dalle-pytorch==1.6.6 axial-positional-embedding rotary-embedding-torch
 """
+from __future__ import annotations
 
 import argparse
 import functools
@@ -26,7 +27,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 from statistics import median
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, NamedTuple, Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -54,7 +55,7 @@ from utils.files import atomic_write  # noqa: E402
 logger = logging.getLogger(__name__)
 
 #: Who does what. The peer reads codes as well as images; drawing is where its cache matters.
-ENTRIES: Dict[str, Tuple[str, ...]] = {
+ENTRIES: dict[str, tuple[str, ...]] = {
     TRAIN_CODES: (OURS, PEER),
     TRAIN_IMAGES: (OURS, PLAIN, PEER),
     GENERATE: (OURS, UNRECORDED, REPAIRED, PEER, PLAIN),
@@ -72,13 +73,13 @@ class Measured(NamedTuple):
     task: str
     images: int
     """Images drawn together, or samples of a training step."""
-    seconds: List[float]
+    seconds: list[float]
     """A training step, or all images from caption to pixels."""
     peak: int
     """Bytes: the most its process ever held."""
     interpolated: bool
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return dict(self._asdict(), median=median(self.seconds))
 
 
@@ -98,11 +99,11 @@ class Worker:
         )
         self.parameters = self._answer()["parameters"]
 
-    def _answer(self) -> Dict[str, Any]:
+    def _answer(self) -> dict[str, Any]:
         line = self.process.stdout.readline()
         if not line:
             self.close()
-            raise UserError("{} ({}) ended early: see {}".format(self.name, self.task, self.log.name))
+            raise UserError(f"{self.name} ({self.task}) ended early: see {self.log.name}")
         return json.loads(line)
 
     def ask(self, **request: Any) -> float:
@@ -120,9 +121,9 @@ class Worker:
         self.log.close()
 
 
-def alternate(workers: List[Worker], turns: int, turn: Any) -> List[List[float]]:
+def alternate(workers: list[Worker], turns: int, turn: Any) -> list[list[float]]:
     """Let the workers take turns after one to warm up; each one's seconds. Peers that end early leave the list."""
-    seconds: List[List[float]] = [[] for _ in workers]
+    seconds: list[list[float]] = [[] for _ in workers]
     for index in range(turns + 1):
         for worker, own in list(zip(workers, seconds)):
             try:
@@ -139,7 +140,7 @@ def alternate(workers: List[Worker], turns: int, turn: Any) -> List[List[float]]
     return seconds
 
 
-def measure_training(names: Sequence[str], task: str, options: argparse.Namespace) -> List[Measured]:
+def measure_training(names: Sequence[str], task: str, options: argparse.Namespace) -> list[Measured]:
     """One training task: every contestant's steps, in turns."""
     workers = [Worker(name, task, options) for name in names]
     try:
@@ -161,7 +162,7 @@ def draw_seconds(worker: Worker, images: int, num_codes: int, exact: bool) -> fl
     return (tokens + (costs[0] + costs[-1]) / 2) + worker.ask(do="decode", images=images)
 
 
-def measure_drawing(names: Sequence[str], options: argparse.Namespace, num_codes: int) -> List[Measured]:
+def measure_drawing(names: Sequence[str], options: argparse.Namespace, num_codes: int) -> list[Measured]:
     """Drawing, for each number of images: every contestant in turns."""
     workers = [Worker(name, GENERATE, options) for name in names]
     found = []
@@ -174,21 +175,21 @@ def measure_drawing(names: Sequence[str], options: argparse.Namespace, num_codes
             for worker, own in zip(workers, seconds):
                 interpolated = worker.name in WHOLE_SEQUENCE and not options.exact
                 found.append(Measured(worker.name, GENERATE, images, own, worker.peak, interpolated))
-            logger.info("drawing %d: %s", images, ", ".join("%s %.1f s" % (m.name, median(m.seconds)) for m in found))
+            logger.info("drawing %d: %s", images, ", ".join(f"{m.name} {median(m.seconds):.1f} s" for m in found))
         return found
     finally:
         for worker in workers:
             worker.close()
 
 
-def measure_growth(options: argparse.Namespace) -> Dict[str, List[Dict[str, float]]]:
+def measure_growth(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     """How this project's cost grows with the batch and with the grid."""
-    growth: Dict[str, List[Dict[str, float]]] = {"batch": [], "grid": []}
+    growth: dict[str, list[dict[str, float]]] = {"batch": [], "grid": []}
     for axis, values in (("batch", options.growth_batches), ("grid", options.growth_grids)):
         for value in values:
             batch, grid = (value, 0) if axis == "batch" else (options.batch_size, value)
             images = value if axis == "batch" else 1
-            point: Dict[str, float] = {axis: value}
+            point: dict[str, float] = {axis: value}
             for key, task, request in (
                 ("train", TRAIN_CODES, {"do": "train"}),
                 ("draw", GENERATE, {"do": "draw", "images": images}),
@@ -207,7 +208,7 @@ def measure_growth(options: argparse.Namespace) -> Dict[str, List[Dict[str, floa
     return growth
 
 
-def ratio(found: Sequence[Measured], task: str, other: str, other_task: str, images: int) -> Optional[float]:
+def ratio(found: Sequence[Measured], task: str, other: str, other_task: str, images: int) -> float | None:
     """How many times faster this project is than another: the median of the turns' ratios."""
     by = {(m.name, m.task, m.images): m.seconds for m in found}
     ours, theirs = by.get((OURS, task, images)), by.get((other, other_task, images))
@@ -216,26 +217,26 @@ def ratio(found: Sequence[Measured], task: str, other: str, other_task: str, ima
     return median(b / a for a, b in zip(ours, theirs))
 
 
-def summary(found: Sequence[Measured], report: Dict[str, Any], options: argparse.Namespace) -> Dict[str, Any]:
+def summary(found: Sequence[Measured], report: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """The figures that the project is held to: ratios to the peers, and shares of what the machine allows."""
     batch, machine = options.batch_size, report["machine"]
     by = {(m.name, m.task, m.images): m for m in found}
-    result: Dict[str, Any] = {}
+    result: dict[str, Any] = {}
 
-    def add(key: str, value: Optional[float]) -> None:
+    def add(key: str, value: float | None) -> None:
         if value is not None:
             result[key] = round(value, 3)
 
     for name in (UNRECORDED, PEER, PLAIN, REPAIRED):
-        label = "training on codes, speed over {} (images)".format(name)
+        label = f"training on codes, speed over {name} (images)"
         add(label, ratio(found, TRAIN_CODES, name, TRAIN_IMAGES, batch))
-        add("training on images, speed over {}".format(name), ratio(found, TRAIN_IMAGES, name, TRAIN_IMAGES, batch))
+        add(f"training on images, speed over {name}", ratio(found, TRAIN_IMAGES, name, TRAIN_IMAGES, batch))
         for images in options.images:
-            label = "drawing {}, speed over {}".format(images, name)
+            label = f"drawing {images}, speed over {name}"
             add(label, ratio(found, GENERATE, name, GENERATE, images))
     ours, peer = by.get((OURS, TRAIN_CODES, batch)), by.get((PEER, TRAIN_IMAGES, batch))
     if ours and peer:
-        add("training on codes, peak memory of {}".format(PEER), ours.peak / peer.peak)
+        add(f"training on codes, peak memory of {PEER}", ours.peak / peer.peak)
     if ours:
         speed = report["gflop_per_sample"] * batch / median(ours.seconds)
         add("training on codes, share of the matrix product's speed", speed / machine["gflop_per_second"])
@@ -249,7 +250,7 @@ def summary(found: Sequence[Measured], report: Dict[str, Any], options: argparse
     return result
 
 
-def table(found: Sequence[Measured], report: Dict[str, Any]) -> str:
+def table(found: Sequence[Measured], report: dict[str, Any]) -> str:
     """The report for a terminal."""
     machine = report["machine"]
     lines = [
@@ -267,13 +268,13 @@ def table(found: Sequence[Measured], report: Dict[str, Any]) -> str:
             )
         )
     if any(m.interpolated for m in found):
-        lines.append("* interpolated from {} positions of an image, plus decoding".format(len(POSITIONS)))
+        lines.append(f"* interpolated from {len(POSITIONS)} positions of an image, plus decoding")
     lines.append("")
-    lines += ["{:<80}{:>8.2f}".format(key, value) for key, value in report["summary"].items()]
+    lines += [f"{key:<80}{value:>8.2f}" for key, value in report["summary"].items()]
     return "\n".join(lines)
 
 
-def read_options(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def read_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="L16", help="configuration (default: L16)")
@@ -308,7 +309,7 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def describe(options: argparse.Namespace) -> Dict[str, Any]:
+def describe(options: argparse.Namespace) -> dict[str, Any]:
     """Everything known before anything is timed."""
     config = settings(options)
     wanted, vqgan = shape(config)
@@ -325,7 +326,7 @@ def describe(options: argparse.Namespace) -> Dict[str, Any]:
     return {
         "config": options.config,
         "device": options.device,
-        "precision": options.precision + (" ({} products)".format(products) if options.matmul_precision else ""),
+        "precision": options.precision + (f" ({products} products)" if options.matmul_precision else ""),
         "date": datetime.now().strftime("%Y-%m-%d %H:%M"),
         "command": " ".join(["python", *sys.argv]),
         "parameters": work.parameters / 1e6,
@@ -357,7 +358,7 @@ def main() -> None:
         names = [name for name in names if name != UNRECORDED]  # nothing is recorded there
     begin, report = time.perf_counter(), describe(options)
     speed: limits.Machine = report.pop("speed")
-    found: List[Measured] = []
+    found: list[Measured] = []
     for task in options.tasks:
         members = [name for name in ENTRIES[task] if name in names]
         speed.measure()
@@ -365,7 +366,7 @@ def main() -> None:
             found += measure_drawing(members, options, report["num_codes"])
         else:
             found += measure_training(members, task, options)
-            logger.info("%s: %s", task, ", ".join("%s %.2f s" % (m.name, median(m.seconds)) for m in found))
+            logger.info("%s: %s", task, ", ".join(f"{m.name} {median(m.seconds):.2f} s" for m in found))
     speed.measure()
     report["machine"].update(speed.to_dict())
     report["results"] = [m.to_dict() for m in found]

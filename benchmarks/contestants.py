@@ -5,6 +5,7 @@
 reads one JSON object a line from stdin (what to do) and answers with one on stdout (seconds it took). Every contestant
 has the same shape of model with random weights, the same random captions, codes and images.
 """
+from __future__ import annotations
 
 import argparse
 import importlib
@@ -14,7 +15,7 @@ import sys
 import time
 import types
 from dataclasses import replace
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ TASKS = (TRAIN_CODES, TRAIN_IMAGES, GENERATE)
 DROPPED = 0.5
 
 #: Packages that dalle-pytorch 1.6.6 imports and no part of it needs here, with the names it takes from them.
-STUBS: Dict[str, Tuple[str, ...]] = {
+STUBS: dict[str, tuple[str, ...]] = {
     "requests": (),
     "omegaconf": ("OmegaConf",),
     "taming": (),
@@ -70,7 +71,7 @@ def settings(options: argparse.Namespace) -> args.Config:
     return args.parse(flags)
 
 
-def shape(config: args.Config, grid: int = 0) -> Tuple[DalleConfig, VQGAN]:
+def shape(config: args.Config, grid: int = 0) -> tuple[DalleConfig, VQGAN]:
     """The model of a configuration and its VQGAN, of the published size where none is named, with random weights."""
     own = vqgan_config(config)
     vqgan = VQGAN(replace(own, resolution=grid * own.downsampling) if grid else own)
@@ -295,7 +296,7 @@ def import_peer() -> Any:
     return package
 
 
-KINDS: Dict[str, Callable[[argparse.Namespace], Contestant]] = {
+KINDS: dict[str, Callable[[argparse.Namespace], Contestant]] = {
     OURS: Ours,
     UNRECORDED: Unrecorded,
     PLAIN: Plain,
@@ -312,7 +313,7 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def perform(contestant: Contestant, request: Dict[str, Any]) -> None:
+def perform(contestant: Contestant, request: dict[str, Any]) -> None:
     """Do what a line asks for."""
     what = request.pop("do")
     getattr(contestant, what)(**request)
@@ -320,7 +321,7 @@ def perform(contestant: Contestant, request: Dict[str, Any]) -> None:
         torch.cuda.synchronize(contestant.device)
 
 
-def options_of(argv: List[str]) -> argparse.Namespace:
+def options_of(argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=NAMES)

@@ -1,8 +1,9 @@
 """What a machine allows: the work in a step and an image, and the speeds of a matrix product and of reading memory."""
+from __future__ import annotations
 
 import time
 from statistics import median
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable
 
 import torch
 
@@ -16,7 +17,7 @@ from ops.rows import read_all
 _DATASHEETS = {"H200": 989_000, "H100 PCIe": 756_000, "H100": 989_000, "A100": 312_000, "L40S": 362_000, "L4": 121_000}
 
 
-def datasheet(name: str, precision: str) -> Optional[float]:
+def datasheet(name: str, precision: str) -> float | None:
     """The speed in GFLOP/s that a GPU's datasheet gives for its matrix product; None where we do not know one."""
     if precision == "fp32":
         return None
@@ -67,9 +68,9 @@ class Machine:
         self.device = device
         self.matrix = torch.randn(side, side, device=device, dtype=dtype)
         self.vector = torch.ones(100_000_000 if device == "cpu" else 2_000_000_000, device=device)
-        self.products: List[float] = []
-        self.own_products: List[float] = []
-        self.reads: List[float] = []
+        self.products: list[float] = []
+        self.own_products: list[float] = []
+        self.reads: list[float] = []
 
     def _timed(self, function: Callable[[], Any]) -> float:
         def call() -> None:
@@ -93,7 +94,7 @@ class Machine:
             seconds = min(seconds, self._timed(lambda: read_all(self.vector)))
         self.reads.append(self.vector.numel() * 4 / seconds / 1e9)
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Medians of all measurements, and these."""
         return {
             "gflop_per_second": median(self.products),

@@ -1,5 +1,6 @@
 """Text tokenizers: YouTokenToMe, CLIP, character BPE and Hugging Face vocabularies, and lists of classes, behind one
 interface (see `bpe.tokenizer`)."""
+from __future__ import annotations
 
 import contextlib
 import gzip
@@ -8,7 +9,6 @@ import logging
 import os
 import zlib
 from pathlib import Path
-from typing import Optional
 
 from utils.errors import UserError
 
@@ -40,7 +40,7 @@ def find_vocabulary(path: str) -> str:
     return path
 
 
-def load_tokenizer(bpe_path: Optional[str] = None) -> Tokenizer:
+def load_tokenizer(bpe_path: str | None = None) -> Tokenizer:
     """Return the tokenizer of a vocabulary file.
 
     None means the shipped CLIP vocabulary. A path is a YouTokenToMe vocabulary (text), a CLIP vocabulary
@@ -62,9 +62,9 @@ def load_tokenizer(bpe_path: Optional[str] = None) -> Tokenizer:
             with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
                 content = file.read(MAX_VOCABULARY_BYTES + 1)
         except (OSError, EOFError, ValueError, zlib.error) as error:
-            raise UserError("--bpe-path {}: damaged gzip file ({}); fetch it again".format(path, error)) from error
+            raise UserError(f"--bpe-path {path}: damaged gzip file ({error}); fetch it again") from error
         if len(content) > MAX_VOCABULARY_BYTES:
-            raise UserError("--bpe-path {}: unpacks to more than any vocabulary has".format(path))
+            raise UserError(f"--bpe-path {path}: unpacks to more than any vocabulary has")
     if is_class_header(content):
         return ClassTokenizer(content, path)
     if is_clip_header(content):

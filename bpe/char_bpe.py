@@ -6,12 +6,13 @@ stand alone, accents stay), lower-cased, and cut at white space and around punct
 vocabulary lacks is [UNK] (1), and [PAD] is 0. Both names mean their ids inside a text, too. This equals
 `CharBPETokenizer(..., unk_token="[UNK]", lowercase=True)` with the special token [PAD].
 """
+from __future__ import annotations
 
 import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Iterable
 
 from utils.errors import UserError
 from utils.files import PathLike, atomic_write
@@ -28,37 +29,35 @@ def _only_file(folder: Path, pattern: str) -> str:
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
         raise UserError(
-            "--bpe-path {}: a folder must hold one file {} (a character BPE vocabulary), not {}".format(
-                folder, pattern, len(found)
-            )
+            f"--bpe-path {folder}: a folder must hold one file {pattern} (a character BPE vocabulary), not {len(found)}"
         )
     return str(found[0])
 
 
-def parse_vocabulary(content: bytes, path: str) -> Dict[str, int]:
+def parse_vocabulary(content: bytes, path: str) -> dict[str, int]:
     """Return {token: id} of a vocabulary file; `path` is for messages. Raises `UserError` if it is none."""
     try:
         vocabulary = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError("--bpe-path {}: no JSON ({})".format(path, error)) from error
+        raise UserError(f"--bpe-path {path}: no JSON ({error})") from error
     if not isinstance(vocabulary, dict) or not vocabulary:
-        raise UserError("--bpe-path {}: no table of tokens".format(path))
+        raise UserError(f"--bpe-path {path}: no table of tokens")
     ids = list(vocabulary.values())
     if any(isinstance(id_, bool) or not isinstance(id_, int) or not 0 <= id_ < MAX_VOCABULARY_SIZE for id_ in ids):
-        raise UserError("--bpe-path {}: its ids are no whole numbers from 0 on".format(path))
+        raise UserError(f"--bpe-path {path}: its ids are no whole numbers from 0 on")
     if len(set(ids)) != len(ids):
-        raise UserError("--bpe-path {}: two tokens have the same id".format(path))
+        raise UserError(f"--bpe-path {path}: two tokens have the same id")
     if vocabulary.get(PAD) != PAD_ID or UNK not in vocabulary:
-        raise UserError("--bpe-path {}: it needs the tokens {} with id 0 and {}".format(path, PAD, UNK))
+        raise UserError(f"--bpe-path {path}: it needs the tokens {PAD} with id 0 and {UNK}")
     return vocabulary
 
 
-def parse_merges(content: bytes, vocabulary: Dict[str, int], path: str) -> List[Tuple[str, str]]:
+def parse_merges(content: bytes, vocabulary: dict[str, int], path: str) -> list[tuple[str, str]]:
     """Return the merges of a file, best first; `path` is for messages. Raises `UserError` if damaged."""
     try:
         lines = content.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise UserError("--bpe-path {}: no UTF-8 text (byte {})".format(path, error.start)) from error
+        raise UserError(f"--bpe-path {path}: no UTF-8 text (byte {error.start})") from error
     merges = []
     for number, line in enumerate(lines, 1):
         line = line.rstrip("\r")
@@ -66,9 +65,9 @@ def parse_merges(content: bytes, vocabulary: Dict[str, int], path: str) -> List[
             continue
         left, _, right = line.partition(" ")
         if not left or not right or " " in right:
-            raise UserError("--bpe-path {}: line {} is no merge of two tokens".format(path, number))
+            raise UserError(f"--bpe-path {path}: line {number} is no merge of two tokens")
         if not {left, right, left + right} <= vocabulary.keys():
-            raise UserError("--bpe-path {}: line {} merges tokens that the vocabulary lacks".format(path, number))
+            raise UserError(f"--bpe-path {path}: line {number} merges tokens that the vocabulary lacks")
         merges.append((left, right))
     return merges
 
@@ -90,7 +89,7 @@ class Words:
         self._normalizer = normalizers.Sequence([normalizers.BertNormalizer(lowercase=False), normalizers.Lowercase()])
         self._splitter = pre_tokenizers.BertPreTokenizer()
 
-    def of(self, text: str) -> List[str]:
+    def of(self, text: str) -> list[str]:
         """Return the words of a text, in order."""
         text = self._normalizer.normalize_str(whole_characters(text))  # in which U+FFFD goes
         return [word for word, _ in self._splitter.pre_tokenize_str(text)]
@@ -110,7 +109,7 @@ class CharBpeTokenizer(Tokenizer):
         super().__init__(max(self._texts) + 1, hashlib.sha256(content + b"\0" + merges).hexdigest())
 
     @property
-    def identity(self) -> Dict[str, str]:
+    def identity(self) -> dict[str, str]:
         return {"type": "char_bpe", "sha256": self._sha256}
 
     def save(self, folder: PathLike) -> None:
@@ -119,9 +118,9 @@ class CharBpeTokenizer(Tokenizer):
 
     def _forget_tables(self) -> None:
         super()._forget_tables()
-        self._words: Optional[Words] = None
+        self._words: Words | None = None
 
-    def __getstate__(self) -> Dict[str, Any]:
+    def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         del state["_words"]
         return state
@@ -134,12 +133,12 @@ class CharBpeTokenizer(Tokenizer):
     def _split(self, text: str) -> Iterable[str]:
         if self._words is None:
             self._words = Words()
-        words: List[str] = []
+        words: list[str] = []
         for piece in _SPECIAL.split(text):
             words += [piece] if piece in (PAD, UNK) else self._words.of(piece)
         return words
 
-    def _merge(self, word: str) -> List[int]:
+    def _merge(self, word: str) -> list[int]:
         if word in (PAD, UNK):  # no other word holds a bracket beside a letter
             return [self._vocabulary[word]]
         return super()._merge(word)
@@ -147,7 +146,7 @@ class CharBpeTokenizer(Tokenizer):
     def _model_word(self, word: str) -> str:
         return word
 
-    def unknown(self, text: str) -> List[str]:
+    def unknown(self, text: str) -> list[str]:
         words = [word for word in self._split(text) if word not in (PAD, UNK)]
         tokens = [token for word in words for token in (*word[:-1], word[-1] + WORD_END)]
         return [token[0] for token in tokens if token not in self._vocabulary]

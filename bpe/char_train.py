@@ -3,10 +3,11 @@
 Equal captions give equal files on every machine: [PAD] 0, [UNK] 1, the characters inside and at the end (`</w>`) of
 words, the most frequent first, then the merges.
 """
+from __future__ import annotations
 
 import collections
 import json
-from typing import Counter, Dict, Iterable, List, Tuple
+from typing import Counter, Iterable
 
 from utils.errors import UserError
 
@@ -14,16 +15,16 @@ from .char_bpe import PAD, UNK, WORD_END, Words
 from .train import learn_merges
 
 
-def learn_char_vocabulary(captions: Iterable[str], vocab_size: int) -> Tuple[bytes, bytes]:
+def learn_char_vocabulary(captions: Iterable[str], vocab_size: int) -> tuple[bytes, bytes]:
     """Return the content of the two files, `*-vocab.json` and `*-merges.txt`, of at most `vocab_size` tokens.
 
     Raises `UserError` when there are no captions or `vocab_size` is too small for the characters alone.
     """
     splitter = Words()
-    words: Counter[Tuple[str, ...]] = collections.Counter()
+    words: Counter[tuple[str, ...]] = collections.Counter()
     for caption in captions:
         for word in splitter.of(caption):
-            words[tuple(word[:-1]) + (word[-1] + WORD_END,)] += 1
+            words[(*tuple(word[:-1]), word[-1] + WORD_END)] += 1
     if not words:
         raise UserError("--captions: no caption in them")
     counts: Counter[str] = collections.Counter()
@@ -33,10 +34,11 @@ def learn_char_vocabulary(captions: Iterable[str], vocab_size: int) -> Tuple[byt
     tokens = [PAD, UNK] + [symbol for symbol, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
     if vocab_size < len(tokens):
         raise UserError(
-            "--vocab-size {} cannot hold the {} characters of these captions (inside and at the end of words): give at "
-            "least {}".format(vocab_size, len(tokens) - 2, len(tokens))
+            f"--vocab-size {vocab_size} cannot hold the {len(tokens) - 2} characters of these captions (inside and "
+            "at the end of words): give at "
+            f"least {len(tokens)}"
         )
-    ids: Dict[str, int] = {token: index for index, token in enumerate(tokens)}
+    ids: dict[str, int] = {token: index for index, token in enumerate(tokens)}
     ordered = sorted(words.items())  # so that the order in which captions are read changes nothing
     merges = learn_merges(
         [[ids[symbol] for symbol in word] for word, _ in ordered],
@@ -51,7 +53,7 @@ def learn_char_vocabulary(captions: Iterable[str], vocab_size: int) -> Tuple[byt
     return _files(tokens, pairs)
 
 
-def _files(tokens: List[str], merges: List[Tuple[str, str]]) -> Tuple[bytes, bytes]:
+def _files(tokens: list[str], merges: list[tuple[str, str]]) -> tuple[bytes, bytes]:
     vocabulary = json.dumps({token: index for index, token in enumerate(tokens)}, ensure_ascii=False)
     lines = ["#version: 0.2"] + ["{} {}".format(*merge) for merge in merges]
     return vocabulary.encode("utf-8"), ("\n".join(lines) + "\n").encode("utf-8")

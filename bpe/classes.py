@@ -4,10 +4,11 @@ A file of it is `#classes N`, then N lines with one name each. Class k (from 0, 
 k + 1; 0, elsewhere the pad, says that no class is asked for. A vocabulary of no classes belongs to an unconditional
 model: it reads every text as nothing.
 """
+from __future__ import annotations
 
 import hashlib
 import re
-from typing import Any, Dict, Iterable, List, Sequence
+from typing import Any, Iterable, Sequence
 
 from utils.errors import UserError, nearest
 
@@ -27,9 +28,9 @@ def class_file(names: Sequence[str]) -> bytes:
     for name in names:
         if not name.strip() or name != name.strip() or len(name.splitlines()) != 1:
             raise UserError(
-                "{!r} cannot be the name of a class: it is blank, or blanks or line breaks end it".format(name)
+                f"{name!r} cannot be the name of a class: it is blank, or blanks or line breaks end it"
             )
-    lines = ["#classes {}".format(len(names)), *names]
+    lines = [f"#classes {len(names)}", *names]
     return ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape")
 
 
@@ -41,22 +42,22 @@ class ClassTokenizer(Tokenizer):
         names = content[header.end() :].decode("utf-8", "surrogateescape").splitlines() if header else []
         if header is None or len(names) != int(header.group(1)):
             raise UserError(
-                "--bpe-path {}: no list of classes: after `#classes N` it needs N names, one a line".format(path)
+                f"--bpe-path {path}: no list of classes: after `#classes N` it needs N names, one a line"
             )
         if len(set(names)) != len(names) or not all(name.strip() for name in names):
-            raise UserError("--bpe-path {}: a class is named twice, or has a blank name".format(path))
+            raise UserError(f"--bpe-path {path}: a class is named twice, or has a blank name")
         super().__init__(len(names) + 1, hashlib.sha256(content).hexdigest())
-        self.classes: List[str] = names
+        self.classes: list[str] = names
         self._ids = {name: index + 1 for index, name in enumerate(names)}
 
     @property
-    def identity(self) -> Dict[str, str]:
+    def identity(self) -> dict[str, str]:
         return {"type": "classes", "sha256": self._sha256}
 
     def _split(self, text: str) -> Iterable[str]:
         return [text.strip()] if text.strip() and self.classes else []
 
-    def _merge(self, word: str) -> List[int]:
+    def _merge(self, word: str) -> list[int]:
         """Return the id of a class: by its name, or where none is called so by its number from 0."""
         if word in self._ids:
             return [self._ids[word]]
@@ -64,9 +65,8 @@ class ClassTokenizer(Tokenizer):
             return [int(word) + 1]
         shown = ", ".join(self.classes[:_SHOWN]) + (", ..." if len(self.classes) > _SHOWN else "")
         raise UserError(
-            "{!r} is no class of this model.{} It knows {} (0 to {}): {}".format(
-                word[:80], nearest(word, self.classes), len(self.classes), len(self.classes) - 1, shown
-            )
+            f"{word[:80]!r} is no class of this model.{nearest(word, self.classes)} It knows {len(self.classes)} (0 "
+            f"to {len(self.classes) - 1}): {shown}"
         )
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -9,12 +9,13 @@ The file: a header, then one merge per line, of which the first 48,894 count. Id
 per merge, <|startoftext|>, <|endoftext|>. Id 0, the pad, is also "!" inside a piece: the published application has it
 so. The ids of a CLIP text encoder's own <|startoftext|> and <|endoftext|> are not added.
 """
+from __future__ import annotations
 
 import hashlib
 import html
 import re
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Tuple
+from typing import Any, Iterable
 
 from utils.errors import UserError
 
@@ -40,7 +41,7 @@ def is_clip_header(content: bytes) -> bool:
     return content.startswith(_HEADER)
 
 
-def _byte_chars() -> List[str]:
+def _byte_chars() -> list[str]:
     """Return the character that stands for each byte in the file: itself where printable, else one from U+0100 on."""
     chars = []
     next_free = 0x100
@@ -56,17 +57,17 @@ def _byte_chars() -> List[str]:
 _BYTE_CHARS = _byte_chars()
 
 
-def parse_merges(content: bytes, path: str) -> List[Tuple[str, str]]:
+def parse_merges(content: bytes, path: str) -> list[tuple[str, str]]:
     """Return the merges of an uncompressed vocabulary file; `path` is for messages. Raises `UserError` if damaged."""
     try:
         lines = content.decode("utf-8").split("\n")[1 : _NUM_MERGES + 1]
     except UnicodeDecodeError as error:
-        raise UserError("--bpe-path {}: a damaged CLIP vocabulary ({})".format(path, error.reason)) from error
+        raise UserError(f"--bpe-path {path}: a damaged CLIP vocabulary ({error.reason})") from error
     merges = [tuple(line.split()) for line in lines]
     if len(merges) < _NUM_MERGES or any(len(merge) != 2 for merge in merges):
         raise UserError(
-            "--bpe-path {}: a damaged CLIP vocabulary ({} merges are not there as two tokens each); "
-            "fetch it again".format(path, _NUM_MERGES)
+            f"--bpe-path {path}: a damaged CLIP vocabulary ({_NUM_MERGES} merges are not there as two tokens each); "
+            "fetch it again"
         )
     return [(left, right) for left, right in merges]
 
@@ -89,25 +90,25 @@ class ClipTokenizer(Tokenizer):
         known = set(texts)
         if len(known) != len(texts) or not all(left in known and right in known for left, right in self._merges):
             raise UserError(
-                "--bpe-path {}: a damaged CLIP vocabulary (a token twice or missing); fetch it again".format(path)
+                f"--bpe-path {path}: a damaged CLIP vocabulary (a token twice or missing); fetch it again"
             )
         super().__init__(len(texts), hashlib.sha256(content).hexdigest())
 
     @property
-    def identity(self) -> Dict[str, str]:
+    def identity(self) -> dict[str, str]:
         return {"type": "clip", "sha256": self._sha256}
 
     def _forget_tables(self) -> None:
         super()._forget_tables()
         self._splitter: Any = None
-        self._token_bytes: List[bytes] = []
+        self._token_bytes: list[bytes] = []
 
-    def __getstate__(self) -> Dict[str, Any]:
+    def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         del state["_splitter"], state["_token_bytes"]
         return state
 
-    def _token_texts(self) -> List[str]:
+    def _token_texts(self) -> list[str]:
         """Return the text of each id, as the file writes it."""
         # Sorting puts the bytes that stand for themselves first, which is the order of the ids.
         alphabet = sorted(_BYTE_CHARS)
@@ -131,7 +132,7 @@ class ClipTokenizer(Tokenizer):
             self._splitter = pre_tokenizers.Split(Regex(_PIECE), behavior="removed", invert=True)
         return [piece for piece, _ in self._splitter.pre_tokenize_str(text)]
 
-    def _merge(self, word: str) -> List[int]:
+    def _merge(self, word: str) -> list[int]:
         if word in (_START, _END):
             return [self.vocab_size - (2 if word == _START else 1)]
         return super()._merge(word)

@@ -4,12 +4,13 @@ Chinese and multilingual vocabularies come so: BERT's WordPiece, byte-level BPE,
 special tokens that a model of text wants around them ([CLS], <s>); truncation, padding and dropout of merges that the
 file asks for are ignored. Id 0 is the pad, as everywhere here; where another token has it, that token reads as nothing.
 """
+from __future__ import annotations
 
 import hashlib
 import importlib.metadata
 import json
 import logging
-from typing import Any, Dict, Iterable, List, Set
+from typing import Any, Iterable
 
 from utils.errors import UserError
 
@@ -33,7 +34,7 @@ class HfTokenizer(Tokenizer):
             self._json = content.decode("utf-8")
         try:
             tokenizer = _read(self._json)
-            ids: Dict[str, int] = tokenizer.get_vocab()
+            ids: dict[str, int] = tokenizer.get_vocab()
             tokenizer.encode("a \ue000")  # shows whether it can do with characters that it lacks
         except Exception as error:  # the package raises nothing more special
             version = importlib.metadata.version("tokenizers")
@@ -44,11 +45,11 @@ class HfTokenizer(Tokenizer):
         self._unk_id = ids.get(str(model.get("unk_token")), model.get("unk_id"))
         special = [token.get("id") for token in table.get("added_tokens") or () if token.get("special")]
         zero = tokenizer.id_to_token(PAD_ID)
-        if zero is not None and (PAD_ID not in special or PAD_ID == self._unk_id):
+        if zero is not None and (PAD_ID not in special or self._unk_id == PAD_ID):
             logger.warning("--bpe-path %s: %r has the id 0, which is the pad here: it reads as nothing", path, zero)
 
     @property
-    def identity(self) -> Dict[str, str]:
+    def identity(self) -> dict[str, str]:
         return {"type": "hf", "sha256": self._sha256}
 
     def _build_model(self) -> Any:
@@ -64,16 +65,16 @@ class HfTokenizer(Tokenizer):
     def _split(self, text: str) -> Iterable[str]:
         return [text]
 
-    def _word_ids(self, word: str) -> List[int]:
-        ids: List[int] = self._encoded(word).ids
+    def _word_ids(self, word: str) -> list[int]:
+        ids: list[int] = self._encoded(word).ids
         return ids
 
     def _model_word(self, word: str) -> str:
         return word
 
-    def unknown(self, text: str) -> List[str]:
+    def unknown(self, text: str) -> list[str]:
         text = whole_characters(text)
-        known: Set[int] = set()
+        known: set[int] = set()
         encoded = self._encoded(text)
         for id_, (start, end) in zip(encoded.ids, encoded.offsets):
             if id_ != self._unk_id:
@@ -94,7 +95,7 @@ def _read(text: str) -> Any:
     return HfModel.from_str(text)
 
 
-def _parse(content: bytes, path: str) -> Dict[str, Any]:
+def _parse(content: bytes, path: str) -> dict[str, Any]:
     """Return the table in a file. Raises `UserError` where it is no `tokenizer.json`."""
     try:
         table = json.loads(content.decode("utf-8"))

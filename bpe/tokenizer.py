@@ -4,10 +4,11 @@ The vocabularies of this project split a text into words and merge each word by 
 word never depending on its neighbours. So the merging itself is left to the `BPE` model of HF `tokenizers`, and its
 results are remembered per word: captions use few different words, which makes a look-up the common case.
 """
+from __future__ import annotations
 
 import abc
 import logging
-from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Sequence, Union
+from typing import TYPE_CHECKING, Any, Iterable, Sequence
 
 from utils.errors import UserError
 from utils.files import open_regular
@@ -44,13 +45,13 @@ def read_vocabulary_bytes(path: str) -> bytes:
             content = file.read(MAX_VOCABULARY_BYTES + 1)
     except FileNotFoundError as error:
         raise UserError(
-            "--bpe-path {}: no such file; learn a vocabulary with `python -m bpe.train` or use "
-            "bpe/bpe_yttm_vocab.txt".format(path)
+            f"--bpe-path {path}: no such file; learn a vocabulary with `python -m bpe.train` or use "
+            "bpe/bpe_yttm_vocab.txt"
         ) from error
     except (OSError, ValueError) as error:
-        raise UserError("--bpe-path {}: cannot be read ({})".format(path, error)) from error
+        raise UserError(f"--bpe-path {path}: cannot be read ({error})") from error
     if len(content) > MAX_VOCABULARY_BYTES:
-        raise UserError("--bpe-path {}: too large to be a vocabulary file".format(path))
+        raise UserError(f"--bpe-path {path}: too large to be a vocabulary file")
     return content
 
 
@@ -69,21 +70,21 @@ class Tokenizer(abc.ABC):
         self._forget_tables()
 
     def _forget_tables(self) -> None:
-        self._known_words: Dict[str, List[int]] = {}
+        self._known_words: dict[str, list[int]] = {}
         self._model: Any = None  # tokenizers.models.BPE, built when the first word is merged
 
-    def __getstate__(self) -> Dict[str, Any]:
+    def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         del state["_known_words"], state["_model"]
         return state
 
-    def __setstate__(self, state: Dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget_tables()
 
     @property
     @abc.abstractmethod
-    def identity(self) -> Dict[str, str]:
+    def identity(self) -> dict[str, str]:
         """What a checkpoint stores to recognise its tokenizer: "type" and "sha256" of the vocabulary's content."""
 
     @abc.abstractmethod
@@ -102,7 +103,7 @@ class Tokenizer(abc.ABC):
     def _model_word(self, word: str) -> str:
         """Return `word` in the characters of `_model`'s vocabulary."""
 
-    def _merge(self, word: str) -> List[int]:
+    def _merge(self, word: str) -> list[int]:
         """Return the ids of one word."""
         if self._model is None:
             self._model = self._build_model()
@@ -111,7 +112,7 @@ class Tokenizer(abc.ABC):
             self._known_words[word] = ids
         return ids
 
-    def _word_ids(self, word: str) -> List[int]:
+    def _word_ids(self, word: str) -> list[int]:
         """Return the ids that `_model` gives one word."""
         try:
             tokens = self._model.tokenize(self._model_word(word))
@@ -119,24 +120,24 @@ class Tokenizer(abc.ABC):
             tokens = self._model.tokenize(self._model_word(whole_characters(word)))
         return [token.id for token in tokens]
 
-    def unknown(self, text: str) -> List[str]:
+    def unknown(self, text: str) -> list[str]:
         """Return the characters of `text` that no token stands for; by default, as with bytes, there are none."""
         return []
 
-    def encode(self, text: str) -> List[int]:
+    def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without <bos>, <eos> or pads; an empty text has none."""
         known_words = self._known_words
-        ids: List[int] = []
+        ids: list[int] = []
         for word in self._split(text):
             word_ids = known_words.get(word)
             ids += self._merge(word) if word_ids is None else word_ids
         return ids
 
-    def encode_batch(self, texts: Sequence[str]) -> List[List[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return `encode(text)` for each text."""
         return [self.encode(text) for text in texts]
 
-    def tokenize(self, texts: Union[str, Sequence[str]], text_seq_len: int, truncate: bool = False) -> "torch.Tensor":
+    def tokenize(self, texts: str | Sequence[str], text_seq_len: int, truncate: bool = False) -> torch.Tensor:
         """Return the ids of B texts (one text counts as B = 1) as a LongTensor (B, text_seq_len), right-padded with 0.
 
         Raises `UserError` when a text has more than `text_seq_len` tokens, unless `truncate` cuts it there.
@@ -150,8 +151,9 @@ class Tokenizer(abc.ABC):
             if len(ids) > text_seq_len and not truncate:
                 shown = text if len(text) <= 200 else text[:200] + "..."
                 raise UserError(
-                    "caption {!r} has {} tokens, more than --text-seq-len {}: pass --truncate-captions to cut it, or "
-                    "raise --text-seq-len".format(shown, len(ids), text_seq_len)
+                    f"caption {shown!r} has {len(ids)} tokens, more than --text-seq-len {text_seq_len}: pass "
+                    "--truncate-captions to cut it, or "
+                    "raise --text-seq-len"
                 )
             rows.append(ids[:text_seq_len] + [PAD_ID] * (text_seq_len - len(ids)))
         return torch.tensor(rows, dtype=torch.long).view(len(rows), text_seq_len)

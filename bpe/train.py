@@ -8,6 +8,7 @@ Captions come from lists (COCO's and other JSON, JSON lines, tables: utils/capti
 pad, unknown, begin and end; the word start U+2581 is 4, then come the characters, the most frequent first, then the
 merges. Equal captions give an equal file on every machine.
 """
+from __future__ import annotations
 
 import argparse
 import collections
@@ -16,7 +17,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Counter, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Counter, Iterable, Iterator, Sequence, Tuple
 
 from tqdm import tqdm
 
@@ -34,7 +35,7 @@ SPECIALS = {"unk": 1, "pad": 0, "bos": 2, "eos": 3}
 Pair = Tuple[int, int]
 
 
-def read_captions(paths: Sequence[str], caption_column: Optional[str] = None) -> Iterator[str]:
+def read_captions(paths: Sequence[str], caption_column: str | None = None) -> Iterator[str]:
     """Yield the captions of lists (see utils/caption_lists.py), folders and text files.
 
     caption_column: their column or JSON key in the lists. Raises `UserError` for what is none of these, and in the end
@@ -62,15 +63,15 @@ class Problems:
         self.first = self.first or text
 
 
-def _read_each(paths: Sequence[str], caption_column: Optional[str], problems: Problems) -> Iterator[str]:
+def _read_each(paths: Sequence[str], caption_column: str | None, problems: Problems) -> Iterator[str]:
     for name in paths:
         files = [Path(name)]
         if files[0].is_dir():
             files = sorted(f for f in files[0].rglob("*") if f.suffix.lower() in TEXT_SUFFIXES and f.is_file())
             if not files:
-                raise UserError("--captions {}: no .txt file in this folder".format(name))
+                raise UserError(f"--captions {name}: no .txt file in this folder")
             if caption_column is not None:
-                raise UsageError("--caption-column is for lists of captions; --captions {} is a folder".format(name))
+                raise UsageError(f"--caption-column is for lists of captions; --captions {name} is a folder")
         progress = tqdm(
             files, desc="Reading captions", unit=" files", disable=None if len(files) > 1 else True, leave=False
         )
@@ -94,14 +95,14 @@ def count_words(captions: Iterable[str]) -> Counter[str]:
     return words
 
 
-def choose_alphabet(words: Counter[str], coverage: float) -> List[str]:
+def choose_alphabet(words: Counter[str], coverage: float) -> list[str]:
     """Return the most frequent characters, in order: the fewest that make up `coverage` (0-1] of all of them."""
     counts: Counter[str] = collections.Counter()
     for word, count in words.items():
         for char in word:
             counts[char] += count
     needed = coverage * sum(counts.values())
-    alphabet: List[str] = []
+    alphabet: list[str] = []
     covered = 0
     for char, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         if covered >= needed:
@@ -111,14 +112,14 @@ def choose_alphabet(words: Counter[str], coverage: float) -> List[str]:
     return alphabet
 
 
-def _segments(words: Counter[str], ids: Dict[str, int]) -> Tuple[List[List[int]], List[int]]:
+def _segments(words: Counter[str], ids: dict[str, int]) -> tuple[list[list[int]], list[int]]:
     """Return the ids of each stretch of known characters in the words, and how often it occurs.
 
     An unknown character separates stretches, because nothing merges across it when text is encoded.
     """
-    stretches: Counter[Tuple[int, ...]] = collections.Counter()
+    stretches: Counter[tuple[int, ...]] = collections.Counter()
     for word, count in words.items():
-        current: List[int] = [ids[WORD_START]]
+        current: list[int] = [ids[WORD_START]]
         for char in word:
             if char in ids:
                 current.append(ids[char])
@@ -131,16 +132,16 @@ def _segments(words: Counter[str], ids: Dict[str, int]) -> Tuple[List[List[int]]
     return [list(stretch) for stretch, _ in ordered], [count for _, count in ordered]
 
 
-def _pairs(tokens: List[int]) -> Iterator[Pair]:
+def _pairs(tokens: list[int]) -> Iterator[Pair]:
     """Yield the adjacent pairs that could merge at the same time: "aaa" holds "aa" once."""
     last_overlaps = False
-    for left, right, before in zip(tokens, tokens[1:], [-1] + tokens):
+    for left, right, before in zip(tokens, tokens[1:], [-1, *tokens]):
         last_overlaps = left == right == before and not last_overlaps
         if not last_overlaps:
             yield left, right
 
 
-def _merged(tokens: List[int], pair: Pair, result: int) -> List[int]:
+def _merged(tokens: list[int], pair: Pair, result: int) -> list[int]:
     """Return `tokens` with each occurrence of `pair`, from the left, replaced by `result`."""
     merged = []
     position = 0
@@ -155,27 +156,27 @@ def _merged(tokens: List[int], pair: Pair, result: int) -> List[int]:
 
 
 def learn_merges(
-    tokens: List[List[int]], counts: List[int], first_id: int, num_merges: int
-) -> List[Tuple[int, int, int]]:
+    tokens: list[list[int]], counts: list[int], first_id: int, num_merges: int
+) -> list[tuple[int, int, int]]:
     """Return up to `num_merges` merges (left, right, result), each of the pair that is the most frequent by then.
 
     `tokens` holds the ids of each word and is changed in place; `counts` how often each word occurs. Results are
     numbered from `first_id`. Of equally frequent pairs, the one of older tokens goes first. Fewer merges come back when
     every word has become one token.
     """
-    totals: Dict[Pair, int] = collections.defaultdict(int)
-    places: Dict[Pair, Set[int]] = collections.defaultdict(set)
+    totals: dict[Pair, int] = collections.defaultdict(int)
+    places: dict[Pair, set[int]] = collections.defaultdict(set)
     for word, word_tokens in enumerate(tokens):
         for pair in _pairs(word_tokens):
             totals[pair] += counts[word]
             places[pair].add(word)
 
-    def entry(pair: Pair) -> Tuple[int, int, Pair]:
+    def entry(pair: Pair) -> tuple[int, int, Pair]:
         return -totals[pair], max(pair), pair
 
     queue = [entry(pair) for pair in totals]
     heapq.heapify(queue)
-    merges: List[Tuple[int, int, int]] = []
+    merges: list[tuple[int, int, int]] = []
     progress = tqdm(total=num_merges, desc="Learning merges", unit=" merges", disable=None, leave=False)
     while queue and len(merges) < num_merges:
         negative_total, _, pair = heapq.heappop(queue)
@@ -184,7 +185,7 @@ def learn_merges(
         result = first_id + len(merges)
         merges.append((pair[0], pair[1], result))
         progress.update()
-        changed: Set[Pair] = set()
+        changed: set[Pair] = set()
         for word in places[pair]:
             before = tokens[word]
             after = _merged(before, pair, result)
@@ -218,15 +219,16 @@ def learn_vocabulary(captions: Iterable[str], vocab_size: int, coverage: float =
     words = count_words(captions)
     if not words:
         raise UserError("--captions: no caption in them")
-    alphabet = [WORD_START] + choose_alphabet(words, coverage)
+    alphabet = [WORD_START, *choose_alphabet(words, coverage)]
     first_char_id = len(SPECIALS)
     ids = {char: first_char_id + place for place, char in enumerate(alphabet)}
     first_merge_id = first_char_id + len(alphabet)
     logger.info("%d words, %d of them different; %d characters", sum(words.values()), len(words), len(alphabet))
     if vocab_size < first_merge_id:
         raise UserError(
-            "--vocab-size {} cannot hold the {} characters of these captions: give at least {} or lower "
-            "--coverage".format(vocab_size, len(alphabet), first_merge_id)
+            f"--vocab-size {vocab_size} cannot hold the {len(alphabet)} characters of these captions: give at least "
+            f"{first_merge_id} or lower "
+            "--coverage"
         )
     tokens, counts = _segments(words, ids)
     merges = learn_merges(tokens, counts, first_merge_id, vocab_size - first_merge_id)
@@ -279,7 +281,7 @@ def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     options = flags.parse_flags(parser, arguments)
     if Path(options.output).is_dir() and options.kind == "yttm":
-        raise UsageError("--output {} is a folder; give the path of a file".format(options.output))
+        raise UsageError(f"--output {options.output} is a folder; give the path of a file")
     return options
 
 
@@ -292,7 +294,7 @@ def _write_char_vocabulary(options: argparse.Namespace) -> None:
     try:
         write_files(options.output, vocabulary, merges)
     except OSError as error:
-        raise UserError("--output {}: cannot be written ({})".format(options.output, error)) from error
+        raise UserError(f"--output {options.output}: cannot be written ({error})") from error
     logger.info("Wrote %s: %d ids", options.output, len(json.loads(vocabulary)))
 
 
@@ -308,7 +310,7 @@ def main() -> None:
         with atomic_write(options.output) as file:
             file.write(format_vocabulary(vocabulary))
     except OSError as error:
-        raise UserError("--output {}: cannot be written ({})".format(options.output, error)) from error
+        raise UserError(f"--output {options.output}: cannot be written ({error})") from error
     logger.info("Wrote %s: %d ids, sha256 %s", options.output, vocabulary.size, sha256_file(options.output))
 
 

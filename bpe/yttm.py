@@ -10,10 +10,11 @@ rank and then leftmost first. White space is tab, line feed, vertical tab, form 
 itself, and nothing else: a no-break space is a character like any other. A run of characters that the vocabulary lacks
 becomes one <UNK>. Nothing is lower-cased or normalised.
 """
+from __future__ import annotations
 
 import hashlib
 import re
-from typing import Any, Dict, Iterable, List, NamedTuple, Tuple
+from typing import Any, Iterable, NamedTuple
 
 from utils.errors import UserError
 
@@ -21,8 +22,8 @@ from .tokenizer import PAD_ID, Tokenizer
 
 WORD_START = "\u2581"
 _SPACES = "\t-\r " + WORD_START
-_WORD = re.compile("[^{}]+".format(_SPACES))
-_IS_SPACE = re.compile("[{}]".format(_SPACES))
+_WORD = re.compile(f"[^{_SPACES}]+")
+_IS_SPACE = re.compile(f"[{_SPACES}]")
 
 _MAX_CHARACTERS = 1 << 25  # of all tokens together: real ones have some 10 each
 
@@ -35,11 +36,11 @@ _SPECIAL_TEXTS = {"unk": "<UNK>", "bos": "<BOS>", "eos": "<EOS>"}
 class YttmVocabulary(NamedTuple):
     """The content of a vocabulary file."""
 
-    chars: List[Tuple[str, int]]
+    chars: list[tuple[str, int]]
     """(character, id)."""
-    merges: List[Tuple[int, int, int]]
+    merges: list[tuple[int, int, int]]
     """(left id, right id, result id), best rank first."""
-    specials: Dict[str, int]
+    specials: dict[str, int]
     """Ids of "unk", "pad", "bos", "eos"; -1 for one that the vocabulary does not have (never unk or pad)."""
 
     @property
@@ -48,15 +49,15 @@ class YttmVocabulary(NamedTuple):
         return len(self.chars) + len(self.merges) + sum(id_ >= 0 for id_ in self.specials.values())
 
 
-def split_words(text: str) -> List[str]:
+def split_words(text: str) -> list[str]:
     """Return the words of `text` as youtokentome cuts them, without U+2581 in front."""
     return _WORD.findall(text)
 
 
 def format_vocabulary(vocabulary: YttmVocabulary) -> str:
     """Return the text of a vocabulary file."""
-    lines = ["{} {}".format(len(vocabulary.chars), len(vocabulary.merges))]
-    lines += ["{} {}".format(ord(char), id_) for char, id_ in vocabulary.chars]
+    lines = [f"{len(vocabulary.chars)} {len(vocabulary.merges)}"]
+    lines += [f"{ord(char)} {id_}" for char, id_ in vocabulary.chars]
     lines += ["{} {} {}".format(*merge) for merge in vocabulary.merges]
     lines.append(" ".join(str(vocabulary.specials[name]) for name in ("unk", "pad", "bos", "eos")))
     return "\n".join(lines) + "\n"
@@ -67,7 +68,7 @@ def parse_vocabulary(content: bytes, path: str) -> YttmVocabulary:
 
     def wrong(what: str) -> UserError:
         return UserError(
-            "--bpe-path {}: {}; give a YouTokenToMe vocabulary, such as `python -m bpe.train` writes".format(path, what)
+            f"--bpe-path {path}: {what}; give a YouTokenToMe vocabulary, such as `python -m bpe.train` writes"
         )
 
     if not content.strip():
@@ -79,27 +80,26 @@ def parse_vocabulary(content: bytes, path: str) -> YttmVocabulary:
     try:
         numbers = [int(number) for number in content.split()]
     except ValueError as error:
-        raise wrong("not a vocabulary file ({})".format(str(error)[:100])) from error
+        raise wrong(f"not a vocabulary file ({str(error)[:100]})") from error
     if len(numbers) < 2 or numbers[0] < 1 or numbers[1] < 0:
         raise wrong("not a vocabulary file (its first line is not 'num_chars num_merges')")
     num_chars, num_merges = numbers[:2]
     expected = 2 + 2 * num_chars + 3 * num_merges + 4
     if len(numbers) != expected:
         raise wrong(
-            "{} numbers where its first line, {} characters and {} merges, asks for {} (truncated or damaged)".format(
-                len(numbers), num_chars, num_merges, expected
-            )
+            f"{len(numbers)} numbers where its first line, {num_chars} characters and {num_merges} merges, asks for "
+            f"{expected} (truncated or damaged)"
         )
     end = 2 + 2 * num_chars
     code_points = numbers[2:end:2]
     for code_point in code_points:
         valid = 0 <= code_point < 0xD800 or 0xDFFF < code_point < 0x110000
         if not valid or (_IS_SPACE.match(chr(code_point)) and chr(code_point) != WORD_START):
-            raise wrong("{} is not the code point of a character".format(code_point))
+            raise wrong(f"{code_point} is not the code point of a character")
     if len(set(code_points)) != num_chars:
         raise wrong("the same character twice")
     if ord(WORD_START) not in code_points:
-        raise wrong("the word start U+2581 ({}) is not among its characters".format(ord(WORD_START)))
+        raise wrong(f"the word start U+2581 ({ord(WORD_START)}) is not among its characters")
     chars = list(zip(map(chr, code_points), numbers[3:end:2]))
     merges = list(zip(numbers[end:-4:3], numbers[end + 1 : -4 : 3], numbers[end + 2 : -4 : 3]))
     specials = dict(zip(("unk", "pad", "bos", "eos"), numbers[-4:]))
@@ -119,22 +119,22 @@ def _check_ids(vocabulary: YttmVocabulary, wrong: Any) -> None:
     present = [id_ for id_ in specials.values() if id_ != -1]
     for id_ in present + [id_ for _, id_ in vocabulary.chars] + [merge[2] for merge in vocabulary.merges]:
         if not 0 <= id_ < vocabulary.size:
-            raise wrong("id {} is not in [0, {})".format(id_, vocabulary.size))
+            raise wrong(f"id {id_} is not in [0, {vocabulary.size})")
         if id_ in seen:
-            raise wrong("id {} is used twice".format(id_))
+            raise wrong(f"id {id_} is used twice")
         seen.add(id_)
     texts = {id_: char for char, id_ in vocabulary.chars}
     seen_texts, total = set(), 0
     for left, right, result in vocabulary.merges:
         if left not in texts or right not in texts:
-            raise wrong("merge {} {} {} joins a token that no earlier line makes".format(left, right, result))
+            raise wrong(f"merge {left} {right} {result} joins a token that no earlier line makes")
         texts[result] = texts[left] + texts[right]
         total += len(texts[result])
         if total > _MAX_CHARACTERS:  # each merge may double a token's length
             raise wrong("its tokens are too long")
         # Learning by merging never makes one text in two ways, and the merging model tells tokens apart by their text.
         if texts[result] in seen_texts:
-            raise wrong("two tokens stand for {!r}".format(texts[result]))
+            raise wrong(f"two tokens stand for {texts[result]!r}")
         seen_texts.add(texts[result])
 
 
@@ -147,19 +147,19 @@ class YttmTokenizer(Tokenizer):
         super().__init__(self._vocabulary.size, hashlib.sha256(content).hexdigest())
 
     @property
-    def identity(self) -> Dict[str, str]:
+    def identity(self) -> dict[str, str]:
         return {"type": "yttm", "sha256": self._sha256}
 
     def _forget_tables(self) -> None:
         super()._forget_tables()
-        self._texts: Dict[int, str] = {}
+        self._texts: dict[int, str] = {}
 
-    def __getstate__(self) -> Dict[str, Any]:
+    def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         del state["_texts"]
         return state
 
-    def _token_texts(self) -> Dict[int, str]:
+    def _token_texts(self) -> dict[int, str]:
         """Return the text of each id that has one."""
         if not self._texts:
             texts = {id_: char for char, id_ in self._vocabulary.chars}
@@ -183,7 +183,7 @@ class YttmTokenizer(Tokenizer):
     def _model_word(self, word: str) -> str:
         return WORD_START + word
 
-    def unknown(self, text: str) -> List[str]:
+    def unknown(self, text: str) -> list[str]:
         return [char for word in split_words(text) for char in word if char not in self._characters]
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -1,4 +1,5 @@
 """Checkpoints of a DALL-E: formats, reading, writing, and trust (what a stranger's file may ask for)."""
+from __future__ import annotations
 
 from checkpoints.reading import DalleCheckpoint, read_dalle, verify
 from checkpoints.writing import (

@@ -256,7 +256,7 @@ def _shared_ids(value: Any, name: str) -> list[int] | None:
 
 def _is_newer(version: str) -> bool:
     numbers = [int(number) for number in re.findall(r"\d{1,6}", version)[:2]]
-    return tuple(numbers + [0, 0])[:2] >= CAUSAL_CONV_VERSION
+    return tuple([*numbers, 0, 0])[:2] >= CAUSAL_CONV_VERSION
 
 
 def _rows_and_grid(
@@ -275,7 +275,7 @@ def _rows_and_grid(
         return codes, renamed["image_pos_emb.rows"].shape[0]
     if "transformer.pos_emb" in aside and aside["transformer.pos_emb"].dim() >= 2:
         positions = aside["transformer.pos_emb"].shape[-2] - text_len
-        grid = int(round(max(positions, 0) ** 0.5))
+        grid = round(max(positions, 0) ** 0.5)
         if grid and grid * grid == positions:
             return codes, grid
     raise UserError(

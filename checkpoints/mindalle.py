@@ -107,7 +107,7 @@ def config_from_yaml(options: Mapping[str, Any], renamed: Mapping[str, Tensor]) 
         raise UserError("config.yaml: n_dense_layers other than n_layers is not supported")
     if value["embed_dim"] % value["n_heads"]:
         raise UserError("config.yaml: embed_dim {embed_dim} does not divide into n_heads {n_heads}".format(**value))
-    grid = int(round(value["ctx_len_img"] ** 0.5))
+    grid = round(value["ctx_len_img"] ** 0.5)
     if grid * grid != value["ctx_len_img"]:
         raise UserError(f"config.yaml: ctx_len_img {value['ctx_len_img']} is no square grid of codes")
     first = "transformer.layers.0."

@@ -52,7 +52,7 @@ class DalleCheckpoint(NamedTuple):
     """Complete epochs of training (0 where the file does not say)."""
     vqgan_weights: Weights | None = None
     """The VQGAN inside the file under taming-transformers' names, if there is one."""
-    identity: dict[str, Any] = {}
+    identity: dict[str, Any] = {}  # noqa: RUF012 - of a NamedTuple, and nobody changes it
     """What the model was trained with, {"tokenizer": {...}, "vqgan": {...}}; empty where the file does not say."""
     ema: Weights | None = None
     """Averaged weights under the names of `weights`, where the training kept some."""
@@ -138,7 +138,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, str], Weights]:
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}
+            return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"checkpoint {path} is damaged or incomplete ({error}); use another one, or copy it again"

@@ -6,9 +6,10 @@ a code only as far as it lies before it in reading order: the model draws from t
 
 Letters: G side of the code grid, N = G * G codes, S image height and width.
 """
+from __future__ import annotations
 
 import re
-from typing import Any, Optional, Tuple, Union
+from typing import Any, Tuple, Union
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ Picture = Union[Image.Image, Tensor, np.ndarray]
 Box = Tuple[float, float, float, float]
 
 
-def parse_box(text: str) -> Optional[Box]:
+def parse_box(text: str) -> Box | None:
     """Read "left,top,right,bottom", fractions of the picture's sides; None when the text is something else.
 
     Raises UserError for a box of this form that holds nothing or leaves the picture.
@@ -35,9 +36,7 @@ def parse_box(text: str) -> Optional[Box]:
     box = [float(part) for part in parts if re.fullmatch(r"\s*[0-9]*\.?[0-9]+\s*", part)]
     if not (len(parts) == len(box) == 4 and 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
         raise UserError(
-            "mask {}: a box is left,top,right,bottom with 0 <= left < right <= 1 and 0 <= top < bottom <= 1".format(
-                text
-            )
+            f"mask {text}: a box is left,top,right,bottom with 0 <= left < right <= 1 and 0 <= top < bottom <= 1"
         )
     left, top, right, bottom = box
     return left, top, right, bottom
@@ -74,7 +73,7 @@ def picture_pixels(picture: Picture, size: int) -> Tensor:
     else:
         pixels = picture.cpu()
     if tuple(pixels.shape) != (3, size, size):
-        raise UserError("image: expected 3 x {0} x {0} pixels, got {1}".format(size, tuple(pixels.shape)))
+        raise UserError(f"image: expected 3 x {size} x {size} pixels, got {tuple(pixels.shape)}")
     if pixels.is_floating_point():
         pixels = (pixels * 255.0 + 0.5).clamp(0, 255)
     return pixels.to(torch.uint8)
@@ -98,7 +97,7 @@ def mask_cells(mask: Any, grid: int, size: int) -> Tensor:
             cells = _pixel_cells(marked, grid)
         else:
             raise UserError(
-                "mask: expected {0} x {0} codes or {1} x {1} pixels, got {2}".format(grid, size, tuple(marked.shape))
+                f"mask: expected {grid} x {grid} codes or {size} x {size} pixels, got {tuple(marked.shape)}"
             )
     if not cells.any():
         raise UserError("mask: nothing is marked for drawing; white parts are drawn, black parts stay")
@@ -118,7 +117,7 @@ def _box_cells(box: Box, grid: int) -> Tensor:
     return (rows[:, None] & columns[None]).flatten()
 
 
-def transparent_mask(picture: Image.Image) -> Optional[Image.Image]:
+def transparent_mask(picture: Image.Image) -> Image.Image | None:
     """A mask that marks the transparent parts of a picture; None when it has none."""
     if not ("A" in picture.getbands() or "transparency" in picture.info):
         return None

@@ -6,12 +6,13 @@
 A folder of config.yaml, stage1_last.ckpt (VQGAN), stage2_last.ckpt (transformer) and tokenizer/. What it holds is read
 back bit for bit.
 """
+from __future__ import annotations
 
 import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Sequence
+from typing import Any, Mapping, Sequence
 
 import torch
 import yaml
@@ -31,7 +32,7 @@ from utils.files import PathLike, atomic_write
 logger = logging.getLogger(__name__)
 
 
-def export_options(config: DalleConfig, vqgan: VqganConfig, tokenizer: Tokenizer) -> Dict[str, Any]:
+def export_options(config: DalleConfig, vqgan: VqganConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the content of config.yaml. Raises UserError for what has no place in the layout."""
     if not isinstance(tokenizer, CharBpeTokenizer):
         raise UserError(
@@ -53,9 +54,9 @@ def check_empty(folder: PathLike, flag: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         occupied = any(folder.iterdir())
     except OSError as error:
-        raise UserError("{} {}: {}".format(flag, folder, error.strerror or error)) from error
+        raise UserError(f"{flag} {folder}: {error.strerror or error}") from error
     if occupied:
-        raise UserError("{} {}: the folder is not empty; give a new one".format(flag, folder))
+        raise UserError(f"{flag} {folder}: the folder is not empty; give a new one")
 
 
 def export_mindalle(
@@ -83,7 +84,7 @@ def export_mindalle(
         raise UserError("{} cannot be written: {}".format(folder, str(error).split("\n")[0])) from error
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Export a checkpoint from the command line."""
     parser = argparse.ArgumentParser(prog="python -m dalle.export", description="Write a model in minDALL-E's layout.")
     parser.add_argument("checkpoint", help="any checkpoint of minDALL-E's architecture")
@@ -95,7 +96,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     check_empty(options.folder, "folder")
     loaded = load(options.checkpoint, options.bpe_path, options.vqgan_model_path, options.vqgan_config_path)
     export_mindalle(options.folder, loaded.config, loaded.dalle.state_dict(), loaded.vqgan, loaded.tokenizer)
-    sys.stdout.write("wrote {}\n".format(options.folder))
+    sys.stdout.write(f"wrote {options.folder}\n")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
 loaded = load("demo")                        # the model that comes with this repository
 loaded = load("output/ckpt/dalle_799.pt")    # tokenizer and VQGAN: those it was trained with, if they are still there
 """
+from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Iterator, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,10 +71,10 @@ class Loaded(NamedTuple):
 
 def load(
     dalle_path: PathLike,
-    bpe_path: Optional[PathLike] = None,
-    vqgan_model_path: Optional[PathLike] = None,
-    vqgan_config_path: Optional[PathLike] = None,
-    device: Union[str, torch.device] = "cpu",
+    bpe_path: PathLike | None = None,
+    vqgan_model_path: PathLike | None = None,
+    vqgan_config_path: PathLike | None = None,
+    device: str | torch.device = "cpu",
     dtype: str = "float32",
 ) -> Loaded:
     """Load a checkpoint in any layout that checkpoints reads, or "demo", the shipped model.
@@ -146,25 +147,27 @@ def _check_exists(path: Path) -> None:
         )
     if path.is_dir() and not (path / published.STAGE2).is_file():
         raise UserError(
-            "--dalle_path {}: no folder in minDALL-E's layout (it lacks {}); of other folders give one of the "
-            "checkpoint files".format(path, published.STAGE2)
+            f"--dalle_path {path}: no folder in minDALL-E's layout (it lacks {published.STAGE2}); of other folders "
+            "give one of the "
+            "checkpoint files"
         )
 
 
 def _lacks(path: Path, name: str, flags: str) -> UserError:
-    return UserError("{} lacks {}, which it needs: put it there, or give {}".format(path.parent, name, flags))
+    return UserError(f"{path.parent} lacks {name}, which it needs: put it there, or give {flags}")
 
 
 def _check_demo() -> None:
     for path in (_DEMO_DALLE, _DEMO_VQGAN, _DEMO_VQGAN_CONFIG, _DEMO_VOCABULARY):
         if not path.is_file():
             raise UserError(
-                "--dalle_path demo: {} is missing, which comes with the repository; get a complete copy, or train "
-                "a model with `bash run_train.sh` and give its checkpoint".format(path.relative_to(ROOT))
+                f"--dalle_path demo: {path.relative_to(ROOT)} is missing, which comes with the repository; get a "
+                "complete copy, or train "
+                "a model with `bash run_train.sh` and give its checkpoint"
             )
 
 
-def recorded_files(checkpoint: DalleCheckpoint, part: str) -> Dict[str, str]:
+def recorded_files(checkpoint: DalleCheckpoint, part: str) -> dict[str, str]:
     """What the checkpoint notes of its "tokenizer" or "vqgan": sha256 and paths. Only text: files may say anything."""
     table: Any = checkpoint.identity.get(part)
     return (
@@ -184,7 +187,7 @@ def _places(recorded: str, checkpoint_path: Path) -> Iterator[Path]:
 # Tokenizer -----------------------------------------------------------------------------------------------------------
 
 
-def _open_tokenizer(given: Optional[PathLike], checkpoint: DalleCheckpoint) -> Tokenizer:
+def _open_tokenizer(given: PathLike | None, checkpoint: DalleCheckpoint) -> Tokenizer:
     path = checkpoint.path
     recorded = recorded_files(checkpoint, "tokenizer")
     sha256 = recorded.get("sha256")
@@ -201,7 +204,7 @@ def _open_tokenizer(given: Optional[PathLike], checkpoint: DalleCheckpoint) -> T
         if not (path.parent / published.TOKENIZER).is_dir():
             raise _lacks(path, published.TOKENIZER + "/", "--bpe_path")
         return load_tokenizer(str(path.parent / published.TOKENIZER))
-    candidates: List[Path] = []
+    candidates: list[Path] = []
     if sha256:
         candidates += _places(recorded["path"], path) if recorded.get("path") else ()
         candidates += sorted((ROOT / "bpe").glob("*.txt"))
@@ -226,7 +229,7 @@ def _open_tokenizer(given: Optional[PathLike], checkpoint: DalleCheckpoint) -> T
 # VQGAN ---------------------------------------------------------------------------------------------------------------
 
 
-def _open_vqgan(weights: Optional[PathLike], config: Optional[PathLike], checkpoint: DalleCheckpoint) -> VQGAN:
+def _open_vqgan(weights: PathLike | None, config: PathLike | None, checkpoint: DalleCheckpoint) -> VQGAN:
     path = checkpoint.path
     recorded = recorded_files(checkpoint, "vqgan")
     sha256 = recorded.get("sha256")
@@ -276,20 +279,19 @@ def _open_vqgan(weights: Optional[PathLike], config: Optional[PathLike], checkpo
     return vqgan
 
 
-def _vqgan_places(recorded: Dict[str, str], path: Path) -> Iterator[Tuple[Path, Path]]:
+def _vqgan_places(recorded: dict[str, str], path: Path) -> Iterator[tuple[Path, Path]]:
     if recorded.get("weights") and recorded.get("config"):
-        for weights, config in zip(_places(recorded["weights"], path), _places(recorded["config"], path)):
-            yield weights, config
+        yield from zip(_places(recorded["weights"], path), _places(recorded["config"], path))
     yield _DEMO_VQGAN, _DEMO_VQGAN_CONFIG
 
 
-def _published_name(recorded: Dict[str, str]) -> str:
+def _published_name(recorded: dict[str, str]) -> str:
     """The published model a recorded path speaks of, else f16-1024, the application's default."""
     file_name = Path(recorded.get("weights", "")).name
     return next((name for name, published in PUBLISHED.items() if published.weights_name == file_name), "f16-1024")
 
 
-def _stored_vqgan(weights: Dict[str, Tensor], config_path: Optional[PathLike], path: Path) -> VQGAN:
+def _stored_vqgan(weights: dict[str, Tensor], config_path: PathLike | None, path: Path) -> VQGAN:
     """Build the VQGAN inside the checkpoint: as the YAML says, else as the published model whose shapes it has."""
     configs = (
         [VqganConfig.from_yaml(config_path)] if config_path is not None else [p.config for p in PUBLISHED.values()]
@@ -299,11 +301,11 @@ def _stored_vqgan(weights: Dict[str, Tensor], config_path: Optional[PathLike], p
         if vqgan is not None:
             return vqgan
     if config_path is not None:
-        raise UserError("--vqgan_config_path {} does not describe the VQGAN inside {}".format(config_path, path))
-    raise UserError("the VQGAN inside {} is no published one: give its YAML file with --vqgan_config_path".format(path))
+        raise UserError(f"--vqgan_config_path {config_path} does not describe the VQGAN inside {path}")
+    raise UserError(f"the VQGAN inside {path} is no published one: give its YAML file with --vqgan_config_path")
 
 
-def _build_vqgan(config: VqganConfig, weights: Dict[str, Tensor]) -> Optional[VQGAN]:
+def _build_vqgan(config: VqganConfig, weights: dict[str, Tensor]) -> VQGAN | None:
     """Build a frozen VQGAN around weights; None when they have other names or shapes than the options say."""
     with torch.device("meta"):
         vqgan = VQGAN(config)

@@ -4,8 +4,9 @@ from dalle.models import Dalle
 model = Dalle.from_pretrained("minDALL-E/1.3B").to("cuda:0")      # or a folder, a checkpoint file, "demo"
 images = model.sampling("a painting of a tree on the ocean", num_candidates=16)   # (16, 3, 256, 256) in [0, 1]
 """
+from __future__ import annotations
 
-from typing import Any, Callable, List, NamedTuple, Optional, Union
+from typing import Any, Callable, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class Candidates(NamedTuple):
     log_likelihood: Tensor
     """(N,) nats, of the codes that were drawn, by the model without temperature and cut-offs."""
 
-    def best(self, num: int) -> "Candidates":
+    def best(self, num: int) -> Candidates:
         """The `num` likeliest ones, the likeliest first."""
         order = torch.argsort(self.log_likelihood, descending=True)[:num]
         return Candidates(self.images[order], self.codes[order], self.log_likelihood[order])
@@ -51,11 +52,11 @@ class Dalle(nn.Module):
     def from_pretrained(
         cls,
         path: PathLike,
-        bpe_path: Optional[PathLike] = None,
-        vqgan_model_path: Optional[PathLike] = None,
-        vqgan_config_path: Optional[PathLike] = None,
+        bpe_path: PathLike | None = None,
+        vqgan_model_path: PathLike | None = None,
+        vqgan_config_path: PathLike | None = None,
         dtype: str = "float32",
-    ) -> "Dalle":
+    ) -> Dalle:
         """Load "minDALL-E/1.3B" (downloaded once, 5 GB), a folder in its layout, "demo", or any checkpoint we read.
 
         Vocabulary and VQGAN are found beside the weights, or given. dtype: "float32", "bfloat16" (half the memory) or
@@ -81,11 +82,11 @@ class Dalle(nn.Module):
     def sampling(
         self,
         prompt: str,
-        top_k: Optional[int] = 256,
-        top_p: Optional[float] = None,
+        top_k: int | None = 256,
+        top_p: float | None = None,
         softmax_temperature: float = 1.0,
         num_candidates: int = 96,
-        device: Union[None, str, torch.device] = None,
+        device: str | torch.device | None = None,
         use_fp16: bool = True,
         **options: Any,
     ) -> Tensor:
@@ -93,20 +94,20 @@ class Dalle(nn.Module):
         return self.draw(prompt, top_k, top_p, softmax_temperature, num_candidates, device, use_fp16, **options).images
 
     @torch.no_grad()
-    def draw(
+    def draw(  # noqa: PLR0913 - minDALL-E's positions, then ours by name
         self,
         prompt: str,
-        top_k: Optional[int] = 256,
-        top_p: Optional[float] = None,
+        top_k: int | None = 256,
+        top_p: float | None = None,
         softmax_temperature: float = 1.0,
         num_candidates: int = 96,
-        device: Union[None, str, torch.device] = None,
+        device: str | torch.device | None = None,
         use_fp16: bool = True,
-        seed: Optional[int] = None,
+        seed: int | None = None,
         cond_scale: float = 1.0,
-        batch_size: Optional[int] = None,
-        progress: Union[bool, Progress] = True,
-        image: Optional[Picture] = None,
+        batch_size: int | None = None,
+        progress: bool | Progress = True,
+        image: Picture | None = None,
         mask: Any = None,
     ) -> Candidates:
         """Draw candidates for a prompt, which is cut after the tokens that the model reads.
@@ -146,10 +147,10 @@ class Dalle(nn.Module):
         return Candidates(torch.cat(images), torch.cat(codes), torch.cat(likelihoods))
 
 
-def _check_draw(num_candidates: int, batch_size: Optional[int], prompt: str) -> None:
-    problems: List[str] = []
+def _check_draw(num_candidates: int, batch_size: int | None, prompt: str) -> None:
+    problems: list[str] = []
     if not isinstance(prompt, str):
-        problems.append("prompt must be a text, not {!r}".format(type(prompt).__name__))
+        problems.append(f"prompt must be a text, not {type(prompt).__name__!r}")
     if not isinstance(num_candidates, int) or num_candidates < 1:
         problems.append(f"num_candidates must be a whole number of at least 1, not {num_candidates!r}")
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
@@ -161,14 +162,14 @@ def _check_draw(num_candidates: int, batch_size: Optional[int], prompt: str) -> 
 class _Counter:
     """Counts codes over batches, for a bar or for the caller's function; a batch that is tried again counts anew."""
 
-    def __init__(self, progress: Union[bool, Progress], num_images: int, steps: int) -> None:
+    def __init__(self, progress: bool | Progress, num_images: int, steps: int) -> None:
         self._report = progress if callable(progress) else None
         self._total, self._steps = num_images * steps, steps
         self._bar = progress_bar(self._total, "drawing", "token", progress is True)
         self._done = self._shown = 0
-        self._share: Optional[Share] = None
+        self._share: Share | None = None
 
-    def __enter__(self) -> "_Counter":
+    def __enter__(self) -> _Counter:
         self._bar.__enter__()
         return self
 

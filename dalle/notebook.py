@@ -6,10 +6,11 @@
 
 Needs ipywidgets (python -m pip install ipywidgets notebook).
 """
+from __future__ import annotations
 
 import io
 import math
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -31,14 +32,14 @@ _WHITE, _INK = (255, 255, 255), (32, 32, 32)
 class Ranking(NamedTuple):
     """The order of images, the best first."""
 
-    order: List[int]
-    labels: List[str]
+    order: list[int]
+    labels: list[str]
     """What stands below each image, in that order."""
     by: str
     """What decided."""
 
 
-def rank(prompt: str, drawn: Candidates, ranker: Optional[ClipRanker] = None) -> Ranking:
+def rank(prompt: str, drawn: Candidates, ranker: ClipRanker | None = None) -> Ranking:
     """Order candidates by CLIP's similarity to the prompt, without a ranker by the model's own likelihood."""
     if ranker is None:
         # Per code, so that the number means the same for any size of image.
@@ -86,7 +87,7 @@ class Gallery:
     def __init__(
         self,
         model: Dalle,
-        clip: Optional[PathLike] = None,
+        clip: PathLike | None = None,
         prompt: str = "grinning cat",
         num_candidates: int = 16,
     ) -> None:
@@ -96,8 +97,8 @@ class Gallery:
         """
         self.model = model
         self.ranker = None if clip is None else ClipRanker(clip, model.device)
-        self.drawn: Optional[Candidates] = None
-        self.ranking: Optional[Ranking] = None
+        self.drawn: Candidates | None = None
+        self.ranking: Ranking | None = None
         widgets = _widgets()
         style, wide = {"description_width": "110px"}, widgets.Layout(width="420px")
 
@@ -122,7 +123,7 @@ class Gallery:
         row = widgets.HBox([self.button, self.bar])
         self.panel = widgets.VBox([*self.controls.values(), row, self.status, self.picture])
 
-    def settings(self) -> Dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """What the controls say, as arguments of `Dalle.draw`."""
         values = {name: widget.value for name, widget in self.controls.items()}
         return dict(values, top_k=values["top_k"] or None)
@@ -135,7 +136,7 @@ class Gallery:
         self.ranking = rank(settings["prompt"], self.drawn, self.ranker)
         sheet = ranked_sheet(self.drawn.images, self.ranking)
         self.picture.value, self.picture.layout.display = to_png(sheet), None
-        self.status.value = "{} images, ordered by {}, the best first".format(len(self.ranking.order), self.ranking.by)
+        self.status.value = f"{len(self.ranking.order)} images, ordered by {self.ranking.by}, the best first"
         return sheet
 
     def _progress(self, done: int, total: int) -> None:
@@ -146,7 +147,7 @@ class Gallery:
         try:
             self.draw()
         except UserError as error:  # there is no console to show it on
-            self.status.value = "error: {}".format(error)
+            self.status.value = f"error: {error}"
         except KeyboardInterrupt:
             self.status.value = "interrupted"
         finally:

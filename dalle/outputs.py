@@ -6,6 +6,7 @@
 A prompt that was drawn before replaces its earlier images, all of them: what the earlier generation.json lists is
 deleted when the first new image is there. Files that it does not list are never deleted, only reported.
 """
+from __future__ import annotations
 
 import contextlib
 import hashlib
@@ -16,7 +17,7 @@ import os
 import re
 import unicodedata
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Set
+from typing import Any, Iterable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 MAX_NAME_LEN = 100
 """Characters of a folder's name."""
 _MAX_NAME_BYTES = 240  # file systems allow 255 bytes, and a letter may have four
-_IMAGE_NAME = re.compile(r"[0-9]{1,9}\.(?:%s)" % "|".join(FORMATS))
+_IMAGE_NAME = re.compile(rf"[0-9]{{1,9}}\.(?:{'|'.join(FORMATS)})")
 # Names that some systems or tools take for something else, whatever their ending.
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
 _REPORT = "generation.json"
@@ -78,7 +79,7 @@ class PromptFolder:
     """The files of one prompt. After each `add` they agree with each other: an interrupted run leaves what it drew."""
 
     def __init__(
-        self, outputs_dir: Path, prompt: str, taken: Set[str], image_format: str, about: Dict[str, Any]
+        self, outputs_dir: Path, prompt: str, taken: set[str], image_format: str, about: dict[str, Any]
     ) -> None:
         """Make the folder, for this process alone. Raises UserError where that is impossible.
 
@@ -88,16 +89,16 @@ class PromptFolder:
         self.prompt, self.format, self.about = prompt, image_format, about
         self.path = outputs_dir / _free_name(outputs_dir, prompt, taken)
         taken.add(_folded(self.path.name))
-        self._images: List[Dict[str, Any]] = []
-        self._grid: List[Tensor] = []
+        self._images: list[dict[str, Any]] = []
+        self._grid: list[Tensor] = []
         self._started = False
         with _written(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = try_lock(self.path)
         if self._lock is None:
             raise UserError(
-                "--outputs_dir: another process is writing images into {}; wait for it, or choose another "
-                "--outputs_dir".format(self.path)
+                f"--outputs_dir: another process is writing images into {self.path}; wait for it, or choose another "
+                "--outputs_dir"
             )
 
     def add(
@@ -106,7 +107,7 @@ class PromptFolder:
         seeds: Sequence[int],
         codes: Tensor,
         log_likelihood: Tensor,
-        notes: Optional[Sequence[Dict[str, Any]]] = None,
+        notes: Sequence[dict[str, Any]] | None = None,
     ) -> None:
         """Write images (B, 3, S, S) uint8, numbered on from the last one, and list their seeds and codes (B, N).
 
@@ -117,7 +118,7 @@ class PromptFolder:
         with _written(self.path):
             rows = zip(pictures, seeds, codes.tolist(), log_likelihood.tolist(), notes or [{}] * len(seeds))
             for picture, seed, row, likelihood, note in rows:
-                name = "{}.{}".format(len(self._images), self.format)
+                name = f"{len(self._images)}.{self.format}"
                 save_picture(to_pil(picture), self.path / name)
                 if len(self._grid) < GRID_LIMIT:
                     self._grid.append(picture)
@@ -151,7 +152,7 @@ class PromptFolder:
                 logger.warning(
                     "%s already holds %s, which no %s lists: left there unless a new image has the name",
                     self.path,
-                    unlisted[0] if len(unlisted) == 1 else "{} images".format(len(unlisted)),
+                    unlisted[0] if len(unlisted) == 1 else f"{len(unlisted)} images",
                     _REPORT,
                 )
             with atomic_write(self.path / "caption.txt") as file:
@@ -162,7 +163,7 @@ class PromptFolder:
         head = dict({"prompt": self.prompt, "complete": complete}, **self.about)
         # One line for a key and for an image: indenting would give each code a line of its own.
         lines = [
-            "  {}: {}".format(json.dumps(key), json.dumps(value, ensure_ascii=False)) for key, value in head.items()
+            f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items()
         ]
         rows = ["    " + json.dumps(image) for image in self._images]
         with atomic_write(self.path / _REPORT) as file:
@@ -177,12 +178,12 @@ def _writable(text: str) -> str:
 
 def check_folders(outputs_dir: Path, prompts: Iterable[str]) -> None:
     """Raise UserError where the folder of one of these prompts cannot be had, before hours of sampling."""
-    taken: Set[str] = set()
+    taken: set[str] = set()
     for prompt in prompts:
         taken.add(_folded(_free_name(outputs_dir, prompt, taken)))
 
 
-def _free_name(outputs_dir: Path, prompt: str, taken: Set[str]) -> str:
+def _free_name(outputs_dir: Path, prompt: str, taken: set[str]) -> str:
     """The prompt's folder name, with a digest when another prompt of this run or of an earlier one has it."""
     name = folder_name(prompt)
     for candidate in (name, with_digest(name, prompt), with_digest(name, prompt, 64)):
@@ -190,15 +191,15 @@ def _free_name(outputs_dir: Path, prompt: str, taken: Set[str]) -> str:
             continue
         if os.path.islink(str(outputs_dir / candidate)):
             raise UserError(
-                "--outputs_dir: {} is a symbolic link, and what it points to is never replaced; remove it or choose "
-                "another --outputs_dir".format(outputs_dir / candidate)
+                f"--outputs_dir: {outputs_dir / candidate} is a symbolic link, and what it points to is never "
+                "replaced; remove it or choose "
+                "another --outputs_dir"
             )
         if _owner(outputs_dir / candidate) in (None, prompt):
             return candidate
     raise UserError(
-        "--outputs_dir {}: the folder {} belongs to another prompt; delete it or choose another --outputs_dir".format(
-            outputs_dir, candidate
-        )
+        f"--outputs_dir {outputs_dir}: the folder {candidate} belongs to another prompt; delete it or choose another "
+        "--outputs_dir"
     )
 
 
@@ -207,7 +208,7 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
-def _report(folder: Path) -> Dict[str, Any]:
+def _report(folder: Path) -> dict[str, Any]:
     """An earlier run's generation.json; empty when there is none, or it is none of ours."""
     try:
         with open(str(folder / _REPORT), encoding="utf-8") as file:
@@ -217,7 +218,7 @@ def _report(folder: Path) -> Dict[str, Any]:
     return report if isinstance(report, dict) else {}
 
 
-def _owner(folder: Path) -> Optional[str]:
+def _owner(folder: Path) -> str | None:
     """The prompt that an existing folder belongs to, if it says so."""
     prompt = _report(folder).get("prompt")
     return prompt if isinstance(prompt, str) else None
@@ -240,4 +241,4 @@ def _written(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError("--outputs_dir: cannot write {}: {}".format(path, error.strerror or error)) from error
+        raise UserError(f"--outputs_dir: cannot write {path}: {error.strerror or error}") from error

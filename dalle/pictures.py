@@ -1,7 +1,8 @@
 """Tensors as picture files, and pictures side by side: the grid of a prompt, the contact sheet of an evaluation."""
+from __future__ import annotations
 
 import math
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -54,11 +55,11 @@ class Sample(NamedTuple):
     real: Tensor
     reconstruction: Tensor
     generated: Tensor
-    found: Optional[bool] = None
+    found: bool | None = None
     """Whether the generated picture was told apart (retrieval); None: not asked."""
 
 
-def make_sheet(groups: Sequence[Tuple[str, Sequence[Sample]]]) -> Image.Image:
+def make_sheet(groups: Sequence[tuple[str, Sequence[Sample]]]) -> Image.Image:
     """A contact sheet: for each group a heading, then its samples: real, reconstruction, generated, caption below.
 
     A frame around the generated picture says whether it was found: green yes, red no.
@@ -90,7 +91,7 @@ def make_sheet(groups: Sequence[Tuple[str, Sequence[Sample]]]) -> Image.Image:
 
 
 def _draw_sample(
-    sheet: Image.Image, draw: ImageDraw.ImageDraw, sample: Sample, corner: Tuple[int, int], side: int, gap: int
+    sheet: Image.Image, draw: ImageDraw.ImageDraw, sample: Sample, corner: tuple[int, int], side: int, gap: int
 ) -> None:
     left, upper = corner
     for number, image in enumerate((sample.real, sample.reconstruction, sample.generated)):
@@ -107,10 +108,10 @@ def _draw_sample(
         )
 
 
-def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> List[str]:
+def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
     """Break a caption into at most two lines of `width` pixels; what does not fit ends in an ellipsis."""
     text = " ".join(text[:300].split())
-    lines: List[str] = []
+    lines: list[str] = []
     for _ in range(2):
         end = len(text)
         while end and font.getlength(text[:end]) > width:

@@ -5,10 +5,10 @@
 
 The published weights are licensed CC-BY-NC-SA 4.0: not for commercial use.
 """
+from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Optional
 
 from models.vqgan_config import VqganConfig, stage1_config
 from utils.caches import cache_folder
@@ -30,7 +30,7 @@ PUBLISHED_MODELS = {
 _MAX_ARCHIVE_BYTES = 8 << 30  # of the published 5 GB, and of what they unpack to
 
 
-def resolve(path_or_name: PathLike, cache_dir: Optional[PathLike] = None) -> Path:
+def resolve(path_or_name: PathLike, cache_dir: PathLike | None = None) -> Path:
     """Return the folder of a published model's name, fetched if need be; any other path as it is.
 
     The archive goes to `cache_dir` (default: ~/.cache/minDALL-E), is resumed when interrupted, checked against its md5,
@@ -59,8 +59,8 @@ def read_stage1_config(folder: Path) -> VqganConfig:
         with open_regular(path) as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise UserError("{} cannot be read: {}".format(path, error.strerror or error)) from error
-    document = parse_yaml(content, "{} cannot be read".format(path))
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    document = parse_yaml(content, f"{path} cannot be read")
     if not isinstance(document, dict):
-        raise UserError("{} is no minDALL-E configuration".format(path))
+        raise UserError(f"{path} is no minDALL-E configuration")
     return stage1_config(document, str(path))

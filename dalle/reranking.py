@@ -3,12 +3,13 @@
 ranker = ClipRanker("clip-vit-base-patch32")            # a folder with config.json, weights, tokenizer
 scores = ranker.similarity("a cat", pictures)           # (N,) cosine similarities
 """
+from __future__ import annotations
 
 import contextlib
 import json
 import logging
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple, Union
+from typing import Any, Iterator, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ class Best:
 
     def __init__(self, keep: int) -> None:
         self._keep = keep
-        self._best: List[Candidate] = []
+        self._best: list[Candidate] = []
 
     def add(self, candidate: Candidate) -> None:
         """Take an image into account."""
@@ -56,53 +57,53 @@ class Best:
         self._best.sort(key=_rank)
         del self._best[self._keep :]
 
-    def ordered(self) -> List[Candidate]:
+    def ordered(self) -> list[Candidate]:
         """The images that are left, the best first."""
         return list(self._best)
 
 
-def _rank(candidate: Candidate) -> Tuple[float, int]:
+def _rank(candidate: Candidate) -> tuple[float, int]:
     return (-candidate.score if candidate.score == candidate.score else float("inf"), candidate.number)
 
 
 class ClipRanker:
     """A CLIP model with its tokenizer and its preparation of pictures, on one device, in float32."""
 
-    def __init__(self, path: PathLike, device: Union[str, torch.device] = "cpu") -> None:
+    def __init__(self, path: PathLike, device: str | torch.device = "cpu") -> None:
         """Load a folder, or a name that `transformers` downloads. Raises UserError where that is impossible."""
         self.path, self.device = str(path), torch.device(device)
         try:
             from transformers import AutoTokenizer, CLIPModel
         except ImportError as error:
             raise UserError(
-                "--clip_path needs the package transformers: python -m pip install transformers ({})".format(error)
+                f"--clip_path needs the package transformers: python -m pip install transformers ({error})"
             ) from error
         local = Path(self.path).expanduser()
         if local.exists() and not (local / "config.json").is_file():
-            raise UserError("--clip_path {}: no folder of a CLIP model (it lacks config.json)".format(path))
+            raise UserError(f"--clip_path {path}: no folder of a CLIP model (it lacks config.json)")
         name = str(local) if local.exists() else self.path
         only_local = local.exists()
         if only_local:
             _check_config(path, local / "config.json")
         # Weights that come as pickles are read without running what they hold (weights_only); safetensors hold no code,
         # and code beside the model is not imported.
-        settings: Dict[str, Any] = {"local_files_only": only_local, "trust_remote_code": False}
+        settings: dict[str, Any] = {"local_files_only": only_local, "trust_remote_code": False}
         with _load_errors(self.path, only_local):
             self.model = CLIPModel.from_pretrained(name, weights_only=True, **settings)
             self.model = self.model.float().eval().to(self.device)
             self.tokenizer = AutoTokenizer.from_pretrained(name, **settings)
             self._size, self._mean, self._std = self._preparation(name, only_local)
 
-    def _preparation(self, name: str, only_local: bool) -> Tuple[int, Tensor, Tensor]:
+    def _preparation(self, name: str, only_local: bool) -> tuple[int, Tensor, Tensor]:
         """Side of the pictures, mean and deviation of each channel (3, 1, 1): from the model's file, else CLIP's."""
-        table: Dict[str, Any] = {}
+        table: dict[str, Any] = {}
         file = Path(name) / _FILE
         if only_local and file.is_file():
             table = _read_table(file)
         mean, std = table.get("image_mean", _MEAN), table.get("image_std", _STD)
         for values in (mean, std):
             if not (isinstance(values, (list, tuple)) and len(values) == 3 and all(map(is_number, values))):
-                raise ValueError("{}: image_mean and image_std must be three numbers each".format(_FILE))
+                raise ValueError(f"{_FILE}: image_mean and image_std must be three numbers each")
         size = self.model.config.vision_config.image_size
         return size, torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
 
@@ -150,18 +151,18 @@ _LIMITS = {
 _MAX_CONFIG_BYTES = 1 << 20
 
 
-def _read_table(file: Path) -> Dict[str, Any]:
+def _read_table(file: Path) -> dict[str, Any]:
     """Read a JSON object. Raises ValueError or OSError."""
     with open_regular(file) as source:
         content = source.read(_MAX_CONFIG_BYTES + 1)
     if len(content) > _MAX_CONFIG_BYTES:
-        raise ValueError("{} is too large".format(file.name))
+        raise ValueError(f"{file.name} is too large")
     try:
         table = json.loads(content.decode("utf-8"))
     except RecursionError:
-        raise ValueError("{} is nested too deeply".format(file.name)) from None
+        raise ValueError(f"{file.name} is nested too deeply") from None
     if not isinstance(table, dict):
-        raise ValueError("{} is no table of options".format(file.name))
+        raise ValueError(f"{file.name} is no table of options")
     return table
 
 
@@ -170,15 +171,14 @@ def _check_config(path: PathLike, file: Path) -> None:
     try:
         table = _read_table(file)
     except (OSError, ValueError) as error:
-        raise UserError("--clip_path {}: config.json cannot be read: {}".format(path, error)) from error
+        raise UserError(f"--clip_path {path}: config.json cannot be read: {error}") from error
     for part in (table, table.get("text_config"), table.get("vision_config")):
         for name, limit in _LIMITS.items() if isinstance(part, dict) else ():
             value = part.get(name)
             if value is not None and not (type(value) is int and 1 <= value <= limit):
                 raise UserError(
-                    "--clip_path {}: config.json asks for {} {}, which is no whole number from 1 to {}".format(
-                        path, name, shown(value), limit
-                    )
+                    f"--clip_path {path}: config.json asks for {name} {shown(value)}, which is no whole number from "
+                    f"1 to {limit}"
                 )
 
 

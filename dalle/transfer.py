@@ -6,9 +6,10 @@
 The model stays a DALLE: its text is one token, the class (see bpe/classes.py), in front of the codes. Token table and
 positions of the codes, blocks and last norm are kept; the start vectors and the head are new.
 """
+from __future__ import annotations
 
 import math
-from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Tuple
+from typing import Any, Iterable, Mapping, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from utils.yaml_files import MAX_BYTES, parse_yaml
 _WEIGHT_STD = 0.02  # of new tables and heads, as in minDALL-E
 
 #: Every key of the published configurations with its default, which also gives its type; `stage1` has its own reader.
-_KEYS: Dict[str, Dict[str, Any]] = {
+_KEYS: dict[str, dict[str, Any]] = {
     "dataset": {
         "dataset": "imagenet",
         "image_resolution": 256,
@@ -78,8 +79,18 @@ _KEYS: Dict[str, Dict[str, Any]] = {
 _STAGE1_KEYS = {
     "stage1": ("type", "embed_dim", "n_embed", "hparams"),
     "stage1.hparams": (
-        ("double_z", "z_channels", "resolution", "in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks")
-        + ("attn_resolutions", "pdrop")
+        (
+            "double_z",
+            "z_channels",
+            "resolution",
+            "in_channels",
+            "out_ch",
+            "ch",
+            "ch_mult",
+            "num_res_blocks",
+            "attn_resolutions",
+            "pdrop",
+        )
     ),
 }
 
@@ -110,12 +121,12 @@ class Downstream(NamedTuple):
     stage1: VqganConfig
     image_size: int
     """Height and width in pixels."""
-    shape: Dict[str, Any]
+    shape: dict[str, Any]
     """stage2.hparams, and vocab_size_img."""
     learning_rate: float
     min_learning_rate: float
     """What the cosine ends at."""
-    betas: Tuple[float, float]
+    betas: tuple[float, float]
     weight_decay: float
     clip_grad_norm: float
     local_batch_size: int
@@ -129,23 +140,23 @@ class Downstream(NamedTuple):
 def read_downstream(path: PathLike) -> Downstream:
     """Read a YAML file of minDALL-E's form. Raises UserError naming the file and the key."""
     document = _document(path)
-    values: Dict[str, Any] = {}
-    for section in _KEYS:
-        values.update(_values(path, section, _table(path, section, document, _KEYS[section])))
+    values: dict[str, Any] = {}
+    for section, keys in _KEYS.items():
+        values.update(_values(path, section, _table(path, section, document, keys)))
     for section, known in _STAGE1_KEYS.items():
         _table(path, section, document, known)
     for key, (wanted, why) in _FIXED.items():
         if values[key] != wanted:
-            raise UserError("{}: {} can only be {}, not {}: {}".format(path, key, wanted, values[key], why))
+            raise UserError(f"{path}: {key} can only be {wanted}, not {values[key]}: {why}")
     shape = {key[len("stage2.hparams.") :]: value for key, value in values.items() if key.startswith("stage2.hparams.")}
     shape["vocab_size_img"] = values["stage2.vocab_size_img"]
     if values["stage2.use_cls_cond"] and not shape["n_classes"]:
-        raise UserError("{}: stage2.use_cls_cond needs stage2.hparams.n_classes, the number of classes".format(path))
+        raise UserError(f"{path}: stage2.use_cls_cond needs stage2.hparams.n_classes, the number of classes")
     betas = values["optimizer.betas"]
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise UserError("{}: optimizer.betas must be two numbers of at least 0 and below 1".format(path))
+        raise UserError(f"{path}: optimizer.betas must be two numbers of at least 0 and below 1")
     if values["optimizer.base_lr"] <= 0 or values["optimizer.min_lr"] > values["optimizer.base_lr"]:
-        raise UserError("{}: optimizer.base_lr must be above 0 and at least optimizer.min_lr".format(path))
+        raise UserError(f"{path}: optimizer.base_lr must be above 0 and at least optimizer.min_lr")
     return Downstream(
         shape["n_classes"] if values["stage2.use_cls_cond"] else 0,
         stage1_config({"stage1": document.get("stage1")}, str(path)),
@@ -168,14 +179,14 @@ def _document(path: PathLike) -> Mapping[str, Any]:
         with open(path, "rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise UserError("--config-downstream {}: {}".format(path, error.strerror or error)) from None
-    document = parse_yaml(content, "{} is no YAML".format(path))
+        raise UserError(f"--config-downstream {path}: {error.strerror or error}") from None
+    document = parse_yaml(content, f"{path} is no YAML")
     if not isinstance(document, dict):
-        raise UserError("{}: expected the tables dataset, stage1, stage2, optimizer and experiment".format(path))
+        raise UserError(f"{path}: expected the tables dataset, stage1, stage2, optimizer and experiment")
     known = ["dataset", "stage1", "stage2", "optimizer", "experiment"]
     for key in document:
         if key not in known:
-            raise UserError("{}: unknown key {!r}.{}".format(path, key, nearest(str(key), known)))
+            raise UserError(f"{path}: unknown key {key!r}.{nearest(str(key), known)}")
     return document
 
 
@@ -185,21 +196,21 @@ def _table(path: PathLike, section: str, document: Mapping[str, Any], keys: Iter
     for part in section.split("."):
         table = table.get(part) or {}
         if not isinstance(table, dict):
-            raise UserError("{}: {} must be a table of options".format(path, section))
+            raise UserError(f"{path}: {section} must be a table of options")
     known = list(keys) + (["hparams"] if section == "stage2" else [])
     for key in table:
         if key not in known:
-            raise UserError("{}: unknown key '{}.{}'.{}".format(path, section, key, nearest(str(key), known)))
+            raise UserError(f"{path}: unknown key '{section}.{key}'.{nearest(str(key), known)}")
     return table
 
 
-def _values(path: PathLike, section: str, table: Mapping[str, Any]) -> Dict[str, Any]:
+def _values(path: PathLike, section: str, table: Mapping[str, Any]) -> dict[str, Any]:
     """The checked values of one section: {"section.key": value}, defaults where nothing is said."""
     values = {}
     for key, default in _KEYS[section].items():
         value = table.get(key)
-        where = "{}: {}.{}".format(path, section, key)
-        values["{}.{}".format(section, key)] = default if value is None else _checked(where, value, default)
+        where = f"{path}: {section}.{key}"
+        values[f"{section}.{key}"] = default if value is None else _checked(where, value, default)
     return values
 
 
@@ -207,7 +218,7 @@ def _checked(where: str, value: Any, default: Any) -> Any:
     """A value of the default's type; numbers from 0 on, whole ones from 1 on unless the default is 0."""
     if isinstance(default, list):
         if not isinstance(value, list):
-            raise UserError("{} must be a list of numbers, not {!r}".format(where, value))
+            raise UserError(f"{where} must be a list of numbers, not {value!r}")
         return [_checked(where, item, default[0]) for item in value]
     if isinstance(default, float):
         try:  # YAML 1.1 reads 1e-4 as text
@@ -215,20 +226,20 @@ def _checked(where: str, value: Any, default: Any) -> Any:
         except ValueError:
             number = -1.0
         if not (math.isfinite(number) and number >= 0):
-            raise UserError("{} must be a number of at least 0, not {!r}".format(where, value))
+            raise UserError(f"{where} must be a number of at least 0, not {value!r}")
         return number
     if type(value) is not type(default):
         words = {bool: "true or false", int: "a whole number", str: "a text"}
-        raise UserError("{} must be {}, not {!r}".format(where, words[type(default)], value))
+        raise UserError(f"{where} must be {words[type(default)]}, not {value!r}")
     if type(default) is int and value < (1 if default else 0):
-        raise UserError("{} must be at least {}, not {}".format(where, 1 if default else 0, value))
+        raise UserError(f"{where} must be at least {1 if default else 0}, not {value}")
     return value
 
 
 def check_shape(downstream: Downstream, checkpoint: DalleCheckpoint) -> None:
     """Raise UserError naming the key where a configuration describes another model than the checkpoint holds."""
     config, shape = checkpoint.config, downstream.shape
-    own: List[Tuple[str, Any]] = [
+    own: list[tuple[str, Any]] = [
         ("hparams.embed_dim", config["dim"]),
         ("hparams.n_layers", config["depth"]),
         ("hparams.n_dense_layers", config["depth"]),
@@ -287,5 +298,5 @@ def image_only(checkpoint: DalleCheckpoint, num_classes: int, seed: int = 0) -> 
     )
 
 
-def _normal(shape: Tuple[int, int], std: float, generator: torch.Generator) -> Tensor:
+def _normal(shape: tuple[int, int], std: float, generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator) * std

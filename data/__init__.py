@@ -1,4 +1,5 @@
 """Pairs of text and image: COCO-style folders, the built-in demo set, and what turns them into tensors."""
+from __future__ import annotations
 
 from data.code_cache import CodeCache, Team
 from data.create import DEMO, create_dataset, create_datasets

@@ -1,23 +1,24 @@
 """Images sorted into folders by class, as ImageNet is: <folder>/<class>/.../image.jpg."""
+from __future__ import annotations
 
 import os
-from typing import List, Sequence, Tuple
+from typing import Sequence
 
 from data.folder import FolderPairs, PackedStrings, Skipped, list_files
-from data.images import IMAGE_SUFFIXES
 from utils.errors import UserError
+from utils.files import IMAGE_SUFFIXES
 
 
-def class_names(folder: str) -> List[str]:
+def class_names(folder: str) -> list[str]:
     """The classes of a folder: the names of its folders, sorted. Raises UserError where there are none."""
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
         raise UserError(
-            "{} cannot be read as a folder of classes: {}".format(folder, error.strerror or error)
+            f"{folder} cannot be read as a folder of classes: {error.strerror or error}"
         ) from None
     if not names:
-        raise UserError("{} holds no folders: give one with a folder of images for each class".format(folder))
+        raise UserError(f"{folder} holds no folders: give one with a folder of images for each class")
     return names
 
 
@@ -31,7 +32,7 @@ def list_class_images(folder: str, classes: Sequence[str]) -> FolderPairs:
     """
     if not os.path.isdir(folder):
         raise UserError(
-            "--input-folder {}: no such folder; give one with a folder of images for each class".format(folder)
+            f"--input-folder {folder}: no such folder; give one with a folder of images for each class"
         )
     pairs = FolderPairs(folder, PackedStrings(), PackedStrings(), [])
     known, outside = set(classes), []
@@ -57,7 +58,7 @@ def list_class_images(folder: str, classes: Sequence[str]) -> FolderPairs:
     return pairs
 
 
-def imagenet_folders(folder: str) -> Tuple[str, str]:
+def imagenet_folders(folder: str) -> tuple[str, str]:
     """Training and validation folder of an ImageNet folder: train and val in it; without train itself, and ""."""
     train, validation = os.path.join(folder, "train"), os.path.join(folder, "val")
     if not os.path.isdir(train):

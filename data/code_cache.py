@@ -8,6 +8,7 @@ The images of a data set keep their codes as long as nothing changes that codes 
 are made of a file, and name, size and time of the file itself. What is new, changed or damaged (data/code_files.py) is
 encoded, nothing else; so an interrupted run goes on where it stopped.
 """
+from __future__ import annotations
 
 import contextlib
 import errno
@@ -18,7 +19,7 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import numpy
 import torch
@@ -50,7 +51,7 @@ class Team(NamedTuple):
 
     rank: int = 0
     size: int = 1
-    mean: Optional[Callable[[Tensor], float]] = None
+    mean: Callable[[Tensor], float] | None = None
     """Average of a scalar over all processes, which must all call it."""
 
     def total(self, number: int) -> int:
@@ -63,18 +64,18 @@ class Team(NamedTuple):
 class CodeCache:
     """Gives data sets whose images are codes, and makes the codes that are not there yet."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - by name
         self,
         folder: PathLike,
         *,
-        made_with: Dict[str, Any],
+        made_with: dict[str, Any],
         image_size: int,
         num_codes: int,
         codes_per_image: int,
         encode: Callable[[Tensor], Tensor],
-        team: Optional[Team] = None,
+        team: Team | None = None,
         workers: int = 0,
-        progress: Optional[Callable[[int, str], Any]] = None,
+        progress: Callable[[int, str], Any] | None = None,
     ) -> None:
         """folder: where the caches of any number of data sets lie; where it cannot be used, `encoded` goes on without.
 
@@ -89,8 +90,8 @@ class CodeCache:
         self.team = Team() if team is None else team
 
     def encoded(
-        self, train_set: PairDataset, validation_set: Optional[PairDataset], positions: Optional[Tensor] = None
-    ) -> Tuple[Any, Any]:
+        self, train_set: PairDataset, validation_set: PairDataset | None, positions: Tensor | None = None
+    ) -> tuple[Any, Any]:
         """Return the same data sets with codes for images; or as they are, with a warning, where that cannot be.
 
         positions: LongTensor of those positions in the training set that will be used; None: all. Items elsewhere have
@@ -113,9 +114,9 @@ class CodeCache:
         manifest = json.loads(json.dumps(dict(self.made_with, images=pairs.origin(), record=str(self.dtype))))
         digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode("ascii")).hexdigest()
         name = re.sub(r"[^A-Za-z0-9._-]", "_", os.path.basename(pairs.origin()))[:60]
-        return Place(self.folder / "{}-{}".format(name, digest[:12]), manifest, self.dtype)
+        return Place(self.folder / f"{name}-{digest[:12]}", manifest, self.dtype)
 
-    def _encoded(self, pairs: PairDataset, positions: Optional[Tensor]) -> CodesDataset:
+    def _encoded(self, pairs: PairDataset, positions: Tensor | None) -> CodesDataset:
         place, forms = self.place(pairs), pairs.num_variants
         chosen = range(len(pairs)) if positions is None else positions.tolist()
         # Arrays, not sets and lists: of the 12 million images of a large collection those would take gigabytes.
@@ -182,14 +183,14 @@ class CodeCache:
         left, writer = len(rows), place.writer()
         with contextlib.closing(source), contextlib.closing(writer), self._shown(total) as progress:
             while total:
-                batch: List[Tuple[int, Optional[Tensor]]] = next(source, [])
+                batch: list[tuple[int, Tensor | None]] = next(source, [])
                 self._together(lambda: writer.write(self._records(batch)))  # noqa: B023 (called at once)
                 left -= len(batch)
                 before, total = total, self.team.total(left)
                 progress.update(before - total, before - total)
             self._together(writer.sync)
 
-    def _records(self, batch: Sequence[Tuple[int, Optional[Tensor]]]) -> numpy.ndarray:
+    def _records(self, batch: Sequence[tuple[int, Tensor | None]]) -> numpy.ndarray:
         """Return the records of (identity, image or None where it is unreadable)."""
         records = numpy.zeros(len(batch), dtype=self.dtype)
         images = [image for _, image in batch if image is not None]
@@ -205,7 +206,7 @@ class CodeCache:
 
     # Several processes, several runs
 
-    def _together(self, work: Optional[Callable[[], Any]]) -> Any:
+    def _together(self, work: Callable[[], Any] | None) -> Any:
         """Do something that may fail for want of space or rights; if it fails in one process, raise in all."""
         result, problem = None, 0
         try:
@@ -220,7 +221,7 @@ class CodeCache:
 
     def _visible(self, place: Place, identities: numpy.ndarray) -> Records:
         """Return the records as soon as every process sees all of them."""
-        records: List[Records] = []
+        records: list[Records] = []
 
         def all_there() -> bool:
             records[:] = [self._together(place.read)]
@@ -240,7 +241,7 @@ class CodeCache:
     @contextlib.contextmanager
     def _alone(self, place: Place) -> Iterator[None]:
         """Hold the lock of a place: the first process for all. They wait together, in short steps."""
-        lock: Optional[Lock] = None
+        lock: Lock | None = None
         told = -60.0
         try:
             while True:
@@ -267,7 +268,7 @@ class _NoProgress:
     def update(self, steps: int, samples: int) -> None:
         pass
 
-    def __enter__(self) -> "_NoProgress":
+    def __enter__(self) -> _NoProgress:
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -280,11 +281,11 @@ class _NoProgress:
 def image_identity(pairs: PairDataset, row: int) -> int:
     """Return 64 bits that name the image of a row (see CodesDataset) as it is now."""
     pair, form = divmod(row, pairs.num_variants)
-    text = "{} {}".format(form, pairs.image_identity(pair)).encode("utf-8", "surrogateescape")
+    text = f"{form} {pairs.image_identity(pair)}".encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def _read_image(pairs: PairDataset, row: int) -> Optional[Tensor]:
+def _read_image(pairs: PairDataset, row: int) -> Tensor | None:
     """Return the image of a row, uint8 (3, S, S), or None where it is unreadable."""
     try:
         return pairs.image_variant(*divmod(row, pairs.num_variants))
@@ -314,7 +315,7 @@ class _Pictures(torch.utils.data.Dataset):  # type: ignore[type-arg]
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Tuple[int, Optional[Tensor]]:
+    def __getitem__(self, index: int) -> tuple[int, Tensor | None]:
         return int(self.identities[index]), _read_image(self.pairs, int(self.rows[index]))
 
 

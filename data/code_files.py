@@ -8,6 +8,7 @@
 A record holds the identity of an image, its codes and a checksum over both. A record that a crash, a full disk or a bad
 sector cut off or changed therefore counts as absent, and no file needs to say how far another one was written.
 """
+from __future__ import annotations
 
 import bisect
 import contextlib
@@ -17,7 +18,7 @@ import os
 import uuid
 import zlib
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Iterator, Sequence
 
 import numpy
 
@@ -70,11 +71,11 @@ class Records:
         # Of several records of one image, those with codes come first.
         order = numpy.lexsort((~self.readable[good], identities))
         self._numbers, self._identities = good[order], identities[order]
-        self._maps: Dict[int, numpy.ndarray] = {}
+        self._maps: dict[int, numpy.ndarray] = {}
         for file in range(len(self.paths)):
             self._mapped(file)
 
-    def __getstate__(self) -> Dict[str, Any]:
+    def __getstate__(self) -> dict[str, Any]:
         return dict(vars(self), _maps={})
 
     def find(self, identities: numpy.ndarray) -> numpy.ndarray:
@@ -122,7 +123,7 @@ class CodeRows:
 class Place:
     """A folder of records, their manifest and lock. It need not exist yet."""
 
-    def __init__(self, folder: Path, manifest: Dict[str, Any], dtype: numpy.dtype) -> None:
+    def __init__(self, folder: Path, manifest: dict[str, Any], dtype: numpy.dtype) -> None:
         """manifest: what the records here must have been made of and with, as JSON gives it back."""
         self.folder, self.manifest, self.dtype = folder, manifest, dtype
 
@@ -153,11 +154,11 @@ class Place:
                     file.write(records.content(number))
                 os.unlink(name)  # a run that is reading it keeps it to its end
 
-    def writer(self) -> "Writer":
+    def writer(self) -> Writer:
         """Return what appends records to a new file."""
         return Writer(self._new_path())
 
-    def lock(self) -> Optional[Lock]:
+    def lock(self) -> Lock | None:
         """Return the lock, or None if another process holds it. Raises OSError.
 
         It lasts until it is closed or this process ends, in whatever way: no lock is ever left over.
@@ -170,7 +171,7 @@ class Place:
         """Return who holds the lock, in words."""
         return holder(self.folder / "lock")
 
-    def _paths(self) -> List[Path]:
+    def _paths(self) -> list[Path]:
         try:
             names = os.listdir(str(self.folder))  # a glob finds nothing in a folder that it cannot read
         except FileNotFoundError:
@@ -178,7 +179,7 @@ class Place:
         return sorted(self.folder / name for name in names if name.endswith(".codes"))
 
     def _new_path(self) -> Path:
-        return self.folder / "{}.codes".format(uuid.uuid4().hex[:16])
+        return self.folder / f"{uuid.uuid4().hex[:16]}.codes"
 
 
 class Writer:
@@ -186,7 +187,7 @@ class Writer:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: Optional[Any] = None
+        self._file: Any | None = None
 
     def write(self, records: numpy.ndarray) -> None:
         """Append records. Raises OSError; what was written until then stays good."""
@@ -209,16 +210,15 @@ class Writer:
 
 def _blocks(path: str, size: int) -> Iterator[bytes]:
     """Yield the records of a file, many at a time. Not from mapped memory, where a bad disk would end the process."""
-    with contextlib.suppress(FileNotFoundError):  # another run has just replaced it
-        with open(path, "rb") as file:
-            while True:
-                block = file.read(_RECORDS_AT_ONCE * size)
-                if len(block) < size:
-                    return
-                yield block[: len(block) // size * size]
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:  # another run has just replaced it
+        while True:
+            block = file.read(_RECORDS_AT_ONCE * size)
+            if len(block) < size:
+                return
+            yield block[: len(block) // size * size]
 
 
-def _checks(block: bytes, size: int) -> List[int]:
+def _checks(block: bytes, size: int) -> list[int]:
     """Return the checksum that each record in a block should hold in its last 4 bytes."""
     view = memoryview(block)
     return [zlib.crc32(view[start : start + size - 4]) for start in range(0, len(block), size)]

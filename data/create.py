@@ -1,7 +1,8 @@
 """From the data options to data sets: a folder, shards, the built-in demo set or random data, split for validation."""
+from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Optional, Tuple, Union
+from typing import TYPE_CHECKING
 
 from bpe import warn_of_unknown
 from data.classes import list_class_images
@@ -23,10 +24,10 @@ DEMO = "demo"
 """The name that stands for the built-in set wherever a folder is expected; a folder of this name is "./demo"."""
 
 
-def create_dataset(
+def create_dataset(  # noqa: PLR0913
     *,
-    input_folder: Optional[str],
-    tokenizer: "Tokenizer",
+    input_folder: str | None,
+    tokenizer: Tokenizer,
     text_seq_len: int,
     image_size: int,
     truncate_captions: bool = False,
@@ -35,11 +36,11 @@ def create_dataset(
     demo_split: str = "all",
     num_generated: int = 0,
     flip: bool = False,
-    index_folder: Optional[PathLike] = None,
-    shard_images: Optional[str] = None,
-    shard_captions: Optional[str] = None,
+    index_folder: PathLike | None = None,
+    shard_images: str | None = None,
+    shard_captions: str | None = None,
     max_bad_fraction: float = 0.01,
-    skipped_file: Optional[PathLike] = None,
+    skipped_file: PathLike | None = None,
     is_main: bool = True,
     flag: str = "--input-folder",
 ) -> PairDataset:
@@ -68,7 +69,7 @@ def create_dataset(
     elif input_folder == DEMO:
         dataset = DemoDataset(demo_records(demo_split), settings, image_size)
     else:
-        skipped = SkipReport(skipped_file, max_bad_fraction, "{} {}".format(flag, input_folder), is_main=is_main)
+        skipped = SkipReport(skipped_file, max_bad_fraction, f"{flag} {input_folder}", is_main=is_main)
         classes = getattr(tokenizer, "classes", None)
         listing = find_shards(input_folder) if classes is None else None
         if listing is not None:
@@ -84,30 +85,30 @@ def create_dataset(
     logger.info("%s", dataset.report())
     dataset.check_captions()
     if not num_generated:
-        warn_of_unknown(tokenizer, dataset.some_captions(), "{} {}".format(flag, input_folder))
+        warn_of_unknown(tokenizer, dataset.some_captions(), f"{flag} {input_folder}")
     return dataset
 
 
-def create_datasets(
+def create_datasets(  # noqa: PLR0913
     *,
-    input_folder: Optional[str],
-    tokenizer: "Tokenizer",
+    input_folder: str | None,
+    tokenizer: Tokenizer,
     text_seq_len: int,
     image_size: int,
     truncate_captions: bool = False,
     seed: int = 42,
     null_cond_prob: float = 0.0,
-    validation_folder: Optional[str] = None,
-    validation_holdout: Union[int, float] = 0.01,
+    validation_folder: str | None = None,
+    validation_holdout: int | float = 0.01,
     num_generated: int = 0,
     flip: bool = False,
-    index_folder: Optional[PathLike] = None,
-    shard_images: Optional[str] = None,
-    shard_captions: Optional[str] = None,
+    index_folder: PathLike | None = None,
+    shard_images: str | None = None,
+    shard_captions: str | None = None,
     max_bad_fraction: float = 0.01,
-    skipped_file: Optional[PathLike] = None,
+    skipped_file: PathLike | None = None,
     is_main: bool = True,
-) -> Tuple[PairDataset, Optional[PairDataset]]:
+) -> tuple[PairDataset, PairDataset | None]:
     """Return (training set, validation set or None); arguments as in `create_dataset`.
 
     The validation set is `validation_folder` where given, else the held-out records of the demo set, else the share
@@ -117,7 +118,7 @@ def create_datasets(
     """
 
     def create(
-        folder: Optional[str],
+        folder: str | None,
         null_cond_prob: float = 0.0,
         demo_split: str = "all",
         generated: int = 0,

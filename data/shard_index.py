@@ -12,6 +12,7 @@ the very next sample, and processes get equal numbers of samples only by repeati
 has an index, but knows no damaged shards, needs a list of shards and their lengths made beforehand, keeps indexes as
 pickles and maps every shard; both need Python 3.10. What is shared is the format, and the package that expands braces.
 """
+from __future__ import annotations
 
 import collections
 import hashlib
@@ -21,13 +22,12 @@ import os
 import re
 import struct
 from pathlib import Path
-from typing import Any, Callable, Counter, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Counter, Iterator, NamedTuple
 
 from data.folder import split_captions
-from data.images import IMAGE_SUFFIXES
 from data.tar_members import BLOCK, Member, TarTrouble, Window, name_in_header, tar_members
 from utils.errors import UsageError, UserError
-from utils.files import atomic_write
+from utils.files import IMAGE_SUFFIXES, atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ _MAX_IMAGE = 1 << 30
 _MAX_OPEN = 64
 _MAX_NAMES, _MAX_NAME_LEN = 20, 60
 
-IMAGE_MEMBERS = IMAGE_SUFFIXES + (".img", ".image")
+IMAGE_MEMBERS = (*IMAGE_SUFFIXES, ".img", ".image")
 CAPTION_MEMBERS = ("caption", "txt", "text", "TEXT", "cap")
 
 UNREADABLE = "shards that cannot be read"
@@ -47,8 +47,8 @@ UNREADABLE = "shards that cannot be read"
 class Skips:
     """Counts what makes no pair, by reason, with an example of each."""
 
-    def __init__(self, counts: Optional[Dict[str, Any]] = None) -> None:
-        self.counts: Dict[str, List[Any]] = dict(counts or {})
+    def __init__(self, counts: dict[str, Any] | None = None) -> None:
+        self.counts: dict[str, list[Any]] = dict(counts or {})
         """reason -> [number, example]"""
 
     def add(self, reason: str, example: str, number: int = 1) -> None:
@@ -58,19 +58,19 @@ class Skips:
 class Members(NamedTuple):
     """Which members of a shard are images, and where their captions are."""
 
-    images: Tuple[str, ...] = IMAGE_MEMBERS
+    images: tuple[str, ...] = IMAGE_MEMBERS
     """Suffixes of images, in lower case."""
-    captions: Tuple[str, ...] = CAPTION_MEMBERS
+    captions: tuple[str, ...] = CAPTION_MEMBERS
     """Keys in .json members, and suffixes (in any case) of text members: the first one that has a caption counts."""
 
     @classmethod
-    def named(cls, images: Optional[str], captions: Optional[str]) -> "Members":
+    def named(cls, images: str | None, captions: str | None) -> Members:
         """Return those that --shard-images and --shard-captions name, with commas between; None: the usual ones.
 
         Raises UsageError.
         """
 
-        def names(flag: str, text: str) -> List[str]:
+        def names(flag: str, text: str) -> list[str]:
             found = [name.strip().lstrip(".") for name in text.split(",")]
             if not all(found):
                 raise UsageError(f"{flag} {text!r}: expected names with commas between, such as img,jpg")
@@ -86,14 +86,14 @@ class Members(NamedTuple):
 class Scanned(NamedTuple):
     """What a shard holds."""
 
-    records: List[Tuple[int, int, int, int]]
+    records: list[tuple[int, int, int, int]]
     """Of each image, see _RECORD. Those with captions come first, each group in the order of the shard."""
     num_pairs: int
     """Images with captions."""
     texts: bytes
     """Captions, UTF-8, those of an image separated by line breaks."""
     skips: Skips
-    unread: Dict[str, int]
+    unread: dict[str, int]
     """How often members of other suffixes are there, and ("key 'url'") keys in .json members without a caption."""
 
 
@@ -104,8 +104,8 @@ def scan(descriptor: int, size: int, shard: str, members: Members) -> Scanned:
     """Read the headers and captions of an open shard; `shard` is its name in examples. Raises OSError."""
     skips = Skips()
     unread: Counter[str] = collections.Counter()
-    images: Dict[str, Member] = {}
-    captions: Dict[str, Dict[str, Tuple[str, str]]] = {}  # key -> name in `members` -> (captions, what is wrong)
+    images: dict[str, Member] = {}
+    captions: dict[str, dict[str, tuple[str, str]]] = {}  # key -> name in `members` -> (captions, what is wrong)
     names = {"." + name.lower(): name for name in reversed(members.captions)}
     window = Window(descriptor)
     try:
@@ -119,7 +119,7 @@ def scan(descriptor: int, size: int, shard: str, members: Members) -> Scanned:
             if suffix in members.images:
                 if key in images or member.size > _MAX_IMAGE:
                     reason = "images of 1 GB and more" if member.size > _MAX_IMAGE else "images of a name used before"
-                    skips.add(reason, "{}/{}".format(shard, member.name))
+                    skips.add(reason, f"{shard}/{member.name}")
                 else:
                     images[key] = member
             elif suffix in names or suffix == ".json":
@@ -149,19 +149,19 @@ def scan(descriptor: int, size: int, shard: str, members: Members) -> Scanned:
             continue
         bare.append((member.offset, member.size, 0, 0))
         problem = next((problem for _, problem in found.values()), "images without captions")
-        skips.add(problem, "{}/{}".format(shard, member.name))
+        skips.add(problem, f"{shard}/{member.name}")
     if captions:
-        skips.add("captions without an image", "{}/{}".format(shard, min(captions)), len(captions))
+        skips.add("captions without an image", f"{shard}/{min(captions)}", len(captions))
     return Scanned(paired + bare, len(paired), bytes(texts), skips, dict(unread))
 
 
-def _count(unread: "Counter[str]", name: str) -> None:
+def _count(unread: Counter[str], name: str) -> None:
     name = name[:_MAX_NAME_LEN]
     if name in unread or len(unread) < _MAX_NAMES:
         unread[name] += 1
 
 
-def _json_captions(content: bytes, members: Members, unread: "Counter[str]") -> Iterator[Tuple[str, Tuple[str, str]]]:
+def _json_captions(content: bytes, members: Members, unread: Counter[str]) -> Iterator[tuple[str, tuple[str, str]]]:
     """Yield (name, (captions joined by line breaks, "")) of a .json member, or ("json", ("", what is wrong))."""
     try:
         values = json.loads(content)
@@ -189,9 +189,9 @@ class OpenFiles:
     """The descriptors of the files read last, in this process: thousands of shards may not be open all at once."""
 
     def __init__(self) -> None:
-        self._open: "collections.OrderedDict[str, int]" = collections.OrderedDict()
+        self._open: collections.OrderedDict[str, int] = collections.OrderedDict()
 
-    def __getstate__(self) -> Dict[str, Any]:
+    def __getstate__(self) -> dict[str, Any]:
         return {"_open": collections.OrderedDict()}
 
     def __del__(self) -> None:
@@ -217,7 +217,7 @@ class OpenFiles:
             descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             if not check(descriptor):
                 os.close(descriptor)
-                raise UserError("{} changed while it was in use; start again (with --resume)".format(path))
+                raise UserError(f"{path} changed while it was in use; start again (with --resume)")
             self._open[path] = descriptor
             if len(self._open) > _MAX_OPEN:
                 os.close(self._open.popitem(last=False)[1])
@@ -228,7 +228,7 @@ class OpenFiles:
 class ShardIndex:
     """Where images and captions of a shard lie. Little of it is in memory: the rest is read from its file."""
 
-    def __init__(self, shard: str, header: bytes, file: Optional[str], body: bytes = b"") -> None:
+    def __init__(self, shard: str, header: bytes, file: str | None, body: bytes = b"") -> None:
         """header: as in the file. body: what follows it, where there is no file."""
         self.shard, self.file, self._header, self._body = shard, file, header, body
         self.problem = ""
@@ -237,7 +237,7 @@ class ShardIndex:
         self.size, self.mtime_ns = int(values["size"]), int(values["mtime_ns"])
         self.num_pairs, self.num_images = int(values["pairs"]), int(values["images"])
         self.skips = Skips(values["skipped"])
-        self.unread: Dict[str, int] = values.get("unread", {})
+        self.unread: dict[str, int] = values.get("unread", {})
         self.body_size = self.num_images * _RECORD.size + int(values["texts"])
 
     def captions(self, image: int, files: OpenFiles) -> str:
@@ -250,7 +250,7 @@ class ShardIndex:
         offset, size, _, _ = self._record(image, files)
         return files.read(self.shard, offset, size, self._is_same_shard)
 
-    def offsets(self, files: OpenFiles) -> List[int]:
+    def offsets(self, files: OpenFiles) -> list[int]:
         """Return where in the shard each image begins."""
         records = self._read(0, self.num_images * _RECORD.size, files)
         return [offset for offset, _, _, _ in _RECORD.iter_unpack(records)]
@@ -265,11 +265,11 @@ class ShardIndex:
         """Return shard and name of an image, for messages; a name of more than 100 bytes may be cut off."""
         try:
             header = files.read(self.shard, self._record(image, files)[0] - BLOCK, BLOCK, self._is_same_shard)
-            return "{}/{}".format(self.shard, name_in_header(header))
+            return f"{self.shard}/{name_in_header(header)}"
         except (OSError, UserError):
-            return "image {} of {}".format(image, self.shard)
+            return f"image {image} of {self.shard}"
 
-    def _record(self, image: int, files: OpenFiles) -> Tuple[int, int, int, int]:
+    def _record(self, image: int, files: OpenFiles) -> tuple[int, int, int, int]:
         return _RECORD.unpack(self._read(image * _RECORD.size, _RECORD.size, files))  # type: ignore[return-value]
 
     def _read(self, offset: int, size: int, files: OpenFiles) -> bytes:
@@ -277,7 +277,7 @@ class ShardIndex:
             return self._body[offset : offset + size]
         content = files.read(self.file, len(self._header) + offset, size, self._is_same_index)
         if len(content) < size:
-            raise UserError("{} was cut off while it was in use; delete it and start again".format(self.file))
+            raise UserError(f"{self.file} was cut off while it was in use; delete it and start again")
         return content
 
     def _is_same_shard(self, descriptor: int) -> bool:
@@ -325,10 +325,10 @@ def _index_file(shard: str, folder: Path, members: Members) -> Path:
     digest = hashlib.sha256(parent.encode("utf-8", "surrogateescape")).hexdigest()[:12]
     readable = re.sub(r"[^A-Za-z0-9._-]", "_", os.path.basename(parent))[:60]
     named = "" if members == Members() else "." + hashlib.sha256(repr(members).encode("utf-8")).hexdigest()[:8]
-    return folder / "{}-{}".format(readable, digest) / "{}{}.index".format(name, named)
+    return folder / f"{readable}-{digest}" / f"{name}{named}.index"
 
 
-def _stored(shard: str, file: Path, found: os.stat_result) -> Optional[ShardIndex]:
+def _stored(shard: str, file: Path, found: os.stat_result) -> ShardIndex | None:
     """Return the index in a file, if it is whole and of this shard as it is now."""
     try:
         with open(str(file), "rb") as stored:
@@ -343,7 +343,7 @@ def _stored(shard: str, file: Path, found: os.stat_result) -> Optional[ShardInde
     return index if same and size == len(header) + index.body_size else None
 
 
-def _encoded(shard: str, found: os.stat_result, scanned: Scanned) -> Tuple[bytes, bytes]:
+def _encoded(shard: str, found: os.stat_result, scanned: Scanned) -> tuple[bytes, bytes]:
     values = {
         "format": _FORMAT,
         "shard": os.path.realpath(shard),

@@ -6,6 +6,7 @@
 The tar files are indexed (data/shard_index.py); from then on they are a data set like a folder. Only the order of an
 epoch differs: neighbours in a shard stay together in time, so that slow disks and networks are read in long pieces.
 """
+from __future__ import annotations
 
 import bisect
 import collections
@@ -18,7 +19,7 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Counter, Dict, List, NamedTuple, Optional, Tuple
+from typing import Counter, NamedTuple
 
 import torch
 
@@ -61,18 +62,18 @@ class Listing(NamedTuple):
     """The shards that a pattern names."""
 
     pattern: str
-    paths: List[str]
-    missing: List[str]
+    paths: list[str]
+    missing: list[str]
     """Those named one by one that are not there."""
 
 
-def find_shards(pattern: str) -> Optional[Listing]:
+def find_shards(pattern: str) -> Listing | None:
     """Return the shards that --input-folder names, or None where it names a folder of files.
 
     A folder counts as shards when .tar files lie in it and no image below it. Raises UserError for remote shards and
     patterns that fit nothing.
     """
-    where = "--input-folder {}: ".format(pattern)
+    where = f"--input-folder {pattern}: "
     if _REMOTE.match(pattern):
         raise UserError(
             where + "shards are read from disks only, for they are read in any order; fetch them first, then name them "
@@ -87,7 +88,7 @@ def find_shards(pattern: str) -> Optional[Listing]:
         if not _is_shard_name(pattern):
             raise UserError(where + "neither a folder nor a .tar file (compressed shards must be decompressed first)")
         return Listing(pattern, [pattern], [])
-    paths: Dict[str, bool] = {}
+    paths: dict[str, bool] = {}
     for path in _expand_braces(pattern):
         if glob.has_magic(path):
             paths.update((found, True) for found in sorted(glob.glob(path)) if _is_shard_name(found))
@@ -96,7 +97,7 @@ def find_shards(pattern: str) -> Optional[Listing]:
     if not paths and not glob.has_magic(pattern):
         return None  # a folder that does not exist
     if not any(paths.values()):
-        raise UserError(where + "no such .tar file{}".format(_example(list(paths))))
+        raise UserError(where + f"no such .tar file{_example(list(paths))}")
     return Listing(pattern, [path for path in paths if paths[path]], [path for path in paths if not paths[path]])
 
 
@@ -104,31 +105,29 @@ def _is_shard_name(path: str) -> bool:
     return path.lower().endswith(".tar") and not os.path.basename(path).startswith(".")
 
 
-def _example(paths: List[str]) -> str:
-    return " (such as {})".format(paths[0]) if len(paths) > 1 else ""
+def _example(paths: list[str]) -> str:
+    return f" (such as {paths[0]})" if len(paths) > 1 else ""
 
 
-def _expand_braces(pattern: str) -> List[str]:
+def _expand_braces(pattern: str) -> list[str]:
     if "{" not in pattern:
         return [pattern]
     try:
         from braceexpand import braceexpand
     except ImportError as error:
         raise UserError(
-            "--input-folder {}: patterns with braces need the package braceexpand: pip install braceexpand".format(
-                pattern
-            )
+            f"--input-folder {pattern}: patterns with braces need the package braceexpand: pip install braceexpand"
         ) from error
     # Each range becomes a list in there before the first path comes out.
     ranges = re.findall(r"\{(-?\d{1,18})\.\.(-?\d{1,18})(?=\.\.|\})", pattern)
     if re.search(r"\d{19}", pattern) or any(abs(int(last) - int(first)) >= _MAX_SHARDS for first, last in ranges):
-        raise UserError("--input-folder {}: that are more than {} shards".format(pattern, _MAX_SHARDS))
+        raise UserError(f"--input-folder {pattern}: that are more than {_MAX_SHARDS} shards")
     try:
         paths = list(itertools.islice(braceexpand(pattern), _MAX_SHARDS + 1))
     except ValueError as error:
-        raise UserError("--input-folder {}: a brace has no partner".format(pattern)) from error
+        raise UserError(f"--input-folder {pattern}: a brace has no partner") from error
     if len(paths) > _MAX_SHARDS:
-        raise UserError("--input-folder {}: that are more than {} shards".format(pattern, _MAX_SHARDS))
+        raise UserError(f"--input-folder {pattern}: that are more than {_MAX_SHARDS} shards")
     return paths
 
 
@@ -139,7 +138,7 @@ class Shards:
     """Indexed shards. Copies for other processes take the indexes along, but no open file."""
 
     def __init__(
-        self, listing: Listing, index_folder: Optional[PathLike] = None, members: Optional[Members] = None
+        self, listing: Listing, index_folder: PathLike | None = None, members: Members | None = None
     ) -> None:
         """index_folder: where indexes are kept; None: ~/.cache/dalle/shards. members: None for the usual ones."""
         self.folder, self.members = listing.pattern, Members() if members is None else members
@@ -193,18 +192,18 @@ class Shards:
         """Images with or without captions."""
         return self.image_starts[-1]
 
-    def pair(self, number: int) -> Tuple[ShardIndex, int]:
+    def pair(self, number: int) -> tuple[ShardIndex, int]:
         """Return (shard, number of the image in it) of a pair."""
         return self._locate(self.pair_starts, number)
 
-    def image(self, number: int) -> Tuple[ShardIndex, int]:
+    def image(self, number: int) -> tuple[ShardIndex, int]:
         """Return (shard, number in it) of an image."""
         return self._locate(self.image_starts, number)
 
     def report(self) -> str:
         """Return one line: how many pairs there are and what was left out."""
-        line = "{}: {} pairs of image and captions in {} shards".format(self.folder, self.num_pairs, len(self.indexes))
-        line += "".join("; skipped {}".format(skipped) for skipped in self.skipped)
+        line = f"{self.folder}: {self.num_pairs} pairs of image and captions in {len(self.indexes)} shards"
+        line += "".join(f"; skipped {skipped}" for skipped in self.skipped)
         return line + self.unread() if self.num_pairs < self.num_images else line
 
     def unread(self) -> str:
@@ -220,12 +219,12 @@ class Shards:
             f"; keys of json files without a caption: {', '.join(keys)}" if keys else ""
         )
 
-    def _locate(self, starts: List[int], number: int) -> Tuple[ShardIndex, int]:
+    def _locate(self, starts: list[int], number: int) -> tuple[ShardIndex, int]:
         shard = bisect.bisect_right(starts, number) - 1
         return self.indexes[shard], number - starts[shard]
 
 
-def _open_indexes(listing: Listing, folder: Path, members: Members) -> List[ShardIndex]:
+def _open_indexes(listing: Listing, folder: Path, members: Members) -> list[ShardIndex]:
     """Return the index of each shard, in order. Several are read at a time: disks and networks are slow to answer.
 
     Processes that do this at the same time begin at different shards and find the others' work done when they come to
@@ -234,7 +233,7 @@ def _open_indexes(listing: Listing, folder: Path, members: Members) -> List[Shar
     count = len(listing.paths)
     first = os.getpid() * 7919 % count
     order = [*range(first, count), *range(first)]
-    indexes: Dict[int, ShardIndex] = {}
+    indexes: dict[int, ShardIndex] = {}
     told = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(_READERS) as executor:
         for shard, index in zip(order, executor.map(lambda i: open_index(listing.paths[i], folder, members), order)):
@@ -247,9 +246,9 @@ def _open_indexes(listing: Listing, folder: Path, members: Members) -> List[Shar
 
 def open_shards(
     listing: Listing,
-    index_folder: Optional[PathLike] = None,
-    report: Optional[SkipReport] = None,
-    members: Optional[Members] = None,
+    index_folder: PathLike | None = None,
+    report: SkipReport | None = None,
+    members: Members | None = None,
 ) -> Shards:
     """Return shards of which at least one holds a pair. What makes no pair goes to `report`, too.
 
@@ -285,13 +284,13 @@ class ImageTextShards(PhotoPairs):
     neighbours = NEIGHBOURS
 
     def __init__(
-        self, shards: Shards, settings: TextSettings, image_size: int, skipped: Optional[SkipReport] = None
+        self, shards: Shards, settings: TextSettings, image_size: int, skipped: SkipReport | None = None
     ) -> None:
         super().__init__(shards, shards.num_pairs, settings, image_size, skipped)
-        self._offsets: Optional[Tuple[ShardIndex, List[int]]] = None
-        self._asked: Dict[Tuple[str, int], None] = {}  # runs of neighbours that are being read, the latest last
+        self._offsets: tuple[ShardIndex, list[int]] | None = None
+        self._asked: dict[tuple[str, int], None] = {}  # runs of neighbours that are being read, the latest last
 
-    def captions(self, pair: int) -> List[str]:
+    def captions(self, pair: int) -> list[str]:
         shard, image = self.pairs.pair(pair)
         captions: str = shard.captions(image, self.pairs.files)
         return captions.split("\n")
@@ -328,7 +327,7 @@ class ImageTextShards(PhotoPairs):
         # Whoever asks for this asks for all images of a shard, one after the other.
         if self._offsets is None or self._offsets[0] is not shard:
             self._offsets = (shard, shard.offsets(self.pairs.files))
-        return "{} {} {} {}".format(name, shard.size, shard.mtime_ns, self._offsets[1][image])
+        return f"{name} {shard.size} {shard.mtime_ns} {self._offsets[1][image]}"
 
     def order(self, seed: int, epoch: int) -> torch.Tensor:
         pairs = torch.arange(len(self)) if self._indices is None else self._indices

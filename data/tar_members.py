@@ -1,8 +1,9 @@
 """Which files a tar file holds, and where: its headers alone, up to the first that is wrong."""
+from __future__ import annotations
 
 import os
 import re
-from typing import Callable, Iterator, NamedTuple, Optional, Tuple
+from typing import Callable, Iterator, NamedTuple
 
 BLOCK = 512
 """Bytes of a header; contents are filled up to a multiple of them."""
@@ -38,8 +39,8 @@ def tar_members(read: Callable[[int, int], bytes], end: int) -> Iterator[Member]
     of CC12M; this takes a third of that. Read are the formats that tarfile writes: ustar, GNU and pax.
     """
     offset = 0
-    name: Optional[str] = None
-    size: Optional[int] = None
+    name: str | None = None
+    size: int | None = None
     while True:
         block = read(offset, BLOCK)
         if len(block) < BLOCK:
@@ -74,7 +75,7 @@ def tar_members(read: Callable[[int, int], bytes], end: int) -> Iterator[Member]
         name = size = None
 
 
-def _checked_header(block: bytes, offset: int) -> Tuple[bytes, int]:
+def _checked_header(block: bytes, offset: int) -> tuple[bytes, int]:
     """Return (type, size) of a header block."""
     try:
         checksum = int(block[148:156].strip(b"\0 ") or b"-1", 8)
@@ -98,7 +99,7 @@ def name_in_header(block: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
-def _pax_values(content: bytes, name: Optional[str], size: Optional[int]) -> Tuple[Optional[str], Optional[int]]:
+def _pax_values(content: bytes, name: str | None, size: int | None) -> tuple[str | None, int | None]:
     """Return name and size of the next member as a pax header says, otherwise those given."""
     start = 0
     while start < len(content):

@@ -2,11 +2,12 @@
 
 Letters: B images, S image height and width.
 """
+from __future__ import annotations
 
 import io
 import logging
 import os
-from typing import IO, Any, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from typing import IO, Any, Iterator, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -15,11 +16,11 @@ from torch.utils.data import Dataset
 from data.create import DEMO
 from data.demo import demo_images, demo_records
 from data.folder import PackedStrings, list_files
-from data.images import BROKEN_IMAGE_ERRORS, IMAGE_SUFFIXES, load_image, why_unreadable
+from data.images import BROKEN_IMAGE_ERRORS, load_image, why_unreadable
 from data.order import epoch_order, split_holdout, windowed_order
 from data.shards import NEIGHBOURS, WINDOW, Shards, find_shards
 from utils.errors import UserError
-from utils.files import PathLike
+from utils.files import IMAGE_SUFFIXES, PathLike
 from utils.loading import make_loader, read
 from utils.skipped import Entry, SkipReport
 
@@ -31,16 +32,16 @@ class Fetched(NamedTuple):
 
     images: Tensor
     """uint8 (n, 3, S, S): in the order they were asked for, without those that cannot be read."""
-    unreadable: List[Entry]
+    unreadable: list[Entry]
     """Each image that cannot be read."""
 
 
 class ImageSource(Dataset):
     """Numbered images. `source[numbers]` fetches several at once, from any process."""
 
-    def __init__(self, skipped: Optional[SkipReport] = None) -> None:
+    def __init__(self, skipped: SkipReport | None = None) -> None:
         """skipped: where unreadable images are listed, and how many there may be (default: nowhere, any number)."""
-        self.unreadable: Set[str] = set()
+        self.unreadable: set[str] = set()
         """Paths of the images that `take` was told of as unreadable."""
         self.skipped = SkipReport(max_bad_fraction=1.0) if skipped is None else skipped
 
@@ -68,7 +69,7 @@ class ImageSource(Dataset):
         if fetched.unreadable:
             self.skipped.add_all(fetched.unreadable)
         if len(self.unreadable) == len(self):
-            raise UserError("none of {} images can be read, such as {}".format(len(self), next(iter(self.unreadable))))
+            raise UserError(f"none of {len(self)} images can be read, such as {next(iter(self.unreadable))}")
         if fetched.unreadable:
             self.skipped.check(len(self))
         return fetched.images
@@ -98,7 +99,7 @@ class ImagesInMemory(ImageSource):
 class PhotoSource(ImageSource):
     """Other people's photos, prepared as for training on captions: the centre square, resized to S."""
 
-    def __init__(self, image_size: int, skipped: Optional[SkipReport] = None) -> None:
+    def __init__(self, image_size: int, skipped: SkipReport | None = None) -> None:
         super().__init__(skipped)
         self.image_size = image_size
 
@@ -106,13 +107,13 @@ class PhotoSource(ImageSource):
         """Return where an image lies, for messages."""
         raise NotImplementedError
 
-    def file(self, number: int) -> Union[str, IO[bytes]]:
+    def file(self, number: int) -> str | IO[bytes]:
         """Return the file of an image, as a path or opened. Raises OSError."""
         raise NotImplementedError
 
     def __getitem__(self, numbers: Sequence[int]) -> Fetched:
         images = [torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)]
-        unreadable: List[Entry] = []
+        unreadable: list[Entry] = []
         for number in numbers:
             try:
                 images.append(load_image(self.file(number), self.image_size)[None])
@@ -126,7 +127,7 @@ class PhotoSource(ImageSource):
 class ImageFiles(PhotoSource):
     """Image files of a folder."""
 
-    def __init__(self, paths: PackedStrings, image_size: int, skipped: Optional[SkipReport] = None) -> None:
+    def __init__(self, paths: PackedStrings, image_size: int, skipped: SkipReport | None = None) -> None:
         super().__init__(image_size, skipped)
         self.paths = paths
 
@@ -144,7 +145,7 @@ class ShardImages(PhotoSource):
     """Some of the images in webdataset shards, with or without captions."""
 
     def __init__(
-        self, shards: Shards, numbers: torch.Tensor, image_size: int, skipped: Optional[SkipReport] = None
+        self, shards: Shards, numbers: torch.Tensor, image_size: int, skipped: SkipReport | None = None
     ) -> None:
         super().__init__(image_size, skipped)
         self.shards = shards
@@ -171,8 +172,8 @@ def open_images(
     num_heldout: int,
     seed: int,
     max_bad_fraction: float = 1.0,
-    skipped_file: Optional[PathLike] = None,
-) -> Tuple[ImageSource, ImageSource]:
+    skipped_file: PathLike | None = None,
+) -> tuple[ImageSource, ImageSource]:
     """Training and held-out images below a folder, in webdataset shards, or of the demo set (whose split is fixed).
 
     max_bad_fraction, skipped_file: how many images may be left out, and where those are listed: utils/skipped.py.
@@ -190,7 +191,7 @@ def open_images(
         skips = _skip_reports(folder, max_bad_fraction, skipped_file)
         return _shard_images(Shards(listing), image_size, num_heldout, seed, skips)
     if not os.path.isdir(folder):
-        raise UserError("--input-folder {}: no such folder; give one with images, or 'demo'".format(folder))
+        raise UserError(f"--input-folder {folder}: no such folder; give one with images, or 'demo'")
     paths = sorted(list_files(folder)[0])
     if len(paths) < 2:
         raise UserError(
@@ -207,15 +208,15 @@ def open_images(
     return train, heldout
 
 
-def _skip_reports(folder: str, max_bad_fraction: float, file: Optional[PathLike]) -> List[SkipReport]:
+def _skip_reports(folder: str, max_bad_fraction: float, file: PathLike | None) -> list[SkipReport]:
     """The reports of training and held-out images, which are counted apart."""
-    source = "--input-folder {}".format(folder)
+    source = f"--input-folder {folder}"
     return [SkipReport(file, max_bad_fraction, name) for name in (source, source + " (held-out images)")]
 
 
 def _shard_images(
     shards: Shards, image_size: int, num_heldout: int, seed: int, skips: Sequence[SkipReport]
-) -> Tuple[ImageSource, ImageSource]:
+) -> tuple[ImageSource, ImageSource]:
     logger.info("%s: %d images in %d shards", shards.folder, shards.num_images, len(shards.indexes))
     if shards.num_images < 2:
         message = "--input-folder {}: fewer than two images in the shards{}"
@@ -243,7 +244,7 @@ class Batches:
             make_loader(source, workers, batch_size=None, sampler=self._numbers(), collate_fn=_as_is)
         )
 
-    def _numbers(self) -> Iterator[List[int]]:
+    def _numbers(self) -> Iterator[list[int]]:
         per_epoch = len(self.source) // self.batch_size
         epoch, batch = divmod(self.drawn, per_epoch)
         while True:

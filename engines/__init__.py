@@ -1,7 +1,7 @@
 """Engines run a model on a kind of device; all outside this package is written for one device and one process."""
+from __future__ import annotations
 
 import os
-from typing import Tuple
 
 from args import Config
 from engines.base import Engine, StepResult
@@ -23,7 +23,7 @@ def create(config: Config) -> Engine:
         try:
             engine: Engine = IpuEngine(config.replace(device="ipu"))
         except UsageError as error:
-            raise UsageError("{} ({})".format(error, reason) if reason else str(error)) from None
+            raise UsageError(f"{error} ({reason})" if reason else str(error)) from None
     else:
         from engines.native import NativeEngine  # imported here: an IPU host need not be able to import it
 
@@ -32,7 +32,7 @@ def create(config: Config) -> Engine:
     return engine
 
 
-def _choose(config: Config) -> Tuple[bool, str]:
+def _choose(config: Config) -> tuple[bool, str]:
     """Whether to train on IPUs, and what --device auto found, for the log."""
     from engines.ipu.hosts import find_popdist, find_poptorch, first_line
 
@@ -40,20 +40,22 @@ def _choose(config: Config) -> Tuple[bool, str]:
     if find_popdist() is not None:
         if device in ("cpu", "cuda"):
             raise UsageError(
-                "--device {}: poprun has started this process, and each would train alone there; leave --device out, "
-                "or start without poprun".format(device)
+                f"--device {device}: poprun has started this process, and each would train alone there; leave "
+                "--device out, "
+                "or start without poprun"
             )
         return True, "--device auto: IPUs, because poprun has started this process" if device == "auto" else ""
     if device == "ipu" and num_processes > 1:
         raise UsageError(
-            "--device ipu: torchrun has started {} processes, and each would train alone there; start one, or several "
-            "with poprun".format(num_processes)
+            f"--device ipu: torchrun has started {num_processes} processes, and each would train alone there; start "
+            "one, or several "
+            "with poprun"
         )
     if device != "auto":
         return device == "ipu", ""
     poptorch, problem = find_poptorch()
     if poptorch is None:
-        return False, "--device auto: no IPUs, PopTorch cannot be imported ({})".format(problem) if problem else ""
+        return False, f"--device auto: no IPUs, PopTorch cannot be imported ({problem})" if problem else ""
     if num_processes > 1:
         return False, "--device auto: no IPUs, because torchrun has started this process"
     if config.ipu.compile_only:
@@ -61,7 +63,7 @@ def _choose(config: Config) -> Tuple[bool, str]:
     try:
         found = poptorch.ipuHardwareIsAvailable()
     except Exception as error:
-        return False, "--device auto: no IPUs, PopTorch cannot look for them ({})".format(first_line(error))
+        return False, f"--device auto: no IPUs, PopTorch cannot look for them ({first_line(error)})"
     if not found:
         return False, "--device auto: no IPUs, PopTorch finds none here"
     return True, "--device auto: the IPUs that PopTorch finds here; --device cpu trains without them"

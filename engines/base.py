@@ -1,7 +1,8 @@
 """What training may ask of a device: the seam between the loop and the engines is one optimizer step."""
+from __future__ import annotations
 
 import logging
-from typing import Any, Callable, Dict, Generator, List, NamedTuple, Optional
+from typing import Any, Callable, Generator, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +22,18 @@ class StepResult(NamedTuple):
 
     loss: Tensor
     """Mean loss of the samples this process saw, nats."""
-    text_loss: Optional[Tensor] = None
+    text_loss: Tensor | None = None
     """Its text part."""
-    image_loss: Optional[Tensor] = None
+    image_loss: Tensor | None = None
     """Its image part."""
-    grad_norm: Optional[Tensor] = None
+    grad_norm: Tensor | None = None
     """Euclidean norm of the whole gradient before clipping; None where the device keeps it to itself."""
-    bad_steps: Optional[Tensor] = None
+    bad_steps: Tensor | None = None
     """Steps left out because their gradient was not finite, (2,): since the training began, and in a row up to now. The
     same in every process; None where the device takes such steps all the same."""
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> List[Dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split trainable parameters into those with weight decay and vectors (biases, norms, LayerScale) without."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trainable if p.numel() != max(p.shape)]
@@ -73,19 +74,18 @@ class Engine:
         """
         if not whole_steps(num_samples, self.config.global_batch, self.steps_per_call):
             raise UserError(
-                "{} training samples do not fill one {}; lower --gradient-accumulation or give more data".format(
-                    num_samples, self._call()
-                )
+                f"{num_samples} training samples do not fill one {self._call()}; lower --gradient-accumulation or "
+                "give more data"
             )
         return whole_steps(num_samples - start, self.config.global_batch, self.steps_per_call)
 
     def _call(self) -> str:
         """What one call of `step` takes, for messages."""
         flags = "--batch-size x --gradient-accumulation x --replication-factor"
-        return "global batch of {} ({})".format(self.config.global_batch, flags)
+        return f"global batch of {self.config.global_batch} ({flags})"
 
     def loader(
-        self, dataset: Any, epoch: int, start: int = 0, left: Optional[int] = None
+        self, dataset: Any, epoch: int, start: int = 0, left: int | None = None
     ) -> Generator[Any, None, None]:
         """Yield one batch for each call of `step` in `epoch`, from its sample `start` on.
 
@@ -114,14 +114,14 @@ class Engine:
         """Train on one batch of `loader`."""
         raise NotImplementedError
 
-    def evaluate(self, dataset: Any, stop: Optional[Callable[[], bool]] = None) -> Optional[Dict[str, float]]:
+    def evaluate(self, dataset: Any, stop: Callable[[], bool] | None = None) -> dict[str, float] | None:
         """Return mean loss, text_loss and image_loss (nats) over a whole dataset, without training.
 
         stop: asked now and then; where it is true in any process, an engine may return None in all before it is done.
         """
         raise NotImplementedError
 
-    def remedies(self) -> List[str]:
+    def remedies(self) -> list[str]:
         """What makes losses and gradients that are not finite less likely here: flags, for an error's way out."""
         options = self.config.optimizer
         return ["a lower --learning-rate"] + ([] if options.clip_grad_norm else ["--clip-grad-norm 1"])
@@ -130,7 +130,7 @@ class Engine:
         """One line on the memory that training a model will take; empty where that is told elsewhere (--plan)."""
         return ""
 
-    def peak_memory(self) -> Optional[int]:
+    def peak_memory(self) -> int | None:
         """Bytes that this process held at most up to now; None where the engine cannot tell."""
         return None
 
@@ -146,21 +146,21 @@ class Engine:
         """Whether it is true in any process; every process must ask."""
         return flag if self.world_size == 1 else self.mean(torch.tensor(float(flag))) > 0
 
-    def model_state(self) -> Dict[str, Tensor]:
+    def model_state(self) -> dict[str, Tensor]:
         """Weights of the DALL-E under its own module names, on the CPU.
 
         Every process must call it; they need be complete in the main process alone.
         """
         raise NotImplementedError
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Everything else that exact resume needs: optimizer, loss scale, averaged weights, random states.
 
         Every process must call it; it need be complete in the main process alone.
         """
         raise NotImplementedError
 
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`'s result."""
         raise NotImplementedError
 

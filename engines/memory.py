@@ -2,6 +2,7 @@
 
 Counted are tensors that stay: weights, gradients, moments, and what each layer keeps for its backward pass.
 """
+from __future__ import annotations
 
 import os
 import sys
@@ -36,7 +37,7 @@ class Memory(NamedTuple):
     def describe(self) -> str:
         """One line."""
         return "memory for training: about {:.2f} GB = {}".format(
-            self.total / 1e9, " + ".join("{:.2f} {}".format(part / 1e9, name) for name, part in self._asdict().items())
+            self.total / 1e9, " + ".join(f"{part / 1e9:.2f} {name}" for name, part in self._asdict().items())
         )
 
 

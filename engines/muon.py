@@ -1,12 +1,11 @@
 """Muon on CPUs that have no instructions for bfloat16."""
-
-from typing import Tuple
+from __future__ import annotations
 
 import torch
 from torch import Tensor
 
 
-def orthogonalized(grad: Tensor, ns_coefficients: Tuple[float, float, float], ns_steps: int, eps: float) -> Tensor:
+def orthogonalized(grad: Tensor, ns_coefficients: tuple[float, float, float], ns_steps: int, eps: float) -> Tensor:
     """The Newton-Schulz iteration of torch.optim.Muon (Jordan et al. 2024), in float32. (M, N) -> (M, N)."""
     a, b, c = ns_coefficients
     x = grad.float()

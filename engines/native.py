@@ -2,6 +2,7 @@
 
 Several processes each hold the model (DistributedDataParallel), or share it out (--shard, see sharding.py).
 """
+from __future__ import annotations
 
 import contextlib
 import functools
@@ -9,7 +10,7 @@ import logging
 import os
 import time
 from itertools import islice
-from typing import Any, Callable, ContextManager, Dict, Generator, Iterable, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, ContextManager, Generator, Iterable, Iterator, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -63,10 +64,9 @@ def share_batch(global_batch: int, batch_size: int, world_size: int) -> Batching
     """
     if global_batch % world_size:
         raise UsageError(
-            "the global batch of {} (--batch-size x --gradient-accumulation x --replication-factor) cannot be shared "
-            "equally by {} processes; change --gradient-accumulation or torchrun's --nproc-per-node".format(
-                global_batch, world_size
-            )
+            f"the global batch of {global_batch} (--batch-size x --gradient-accumulation x --replication-factor) "
+            "cannot be shared "
+            f"equally by {world_size} processes; change --gradient-accumulation or torchrun's --nproc-per-node"
         )
     per_rank = global_batch // world_size
     micro = next(size for size in range(min(batch_size, per_rank), 0, -1) if per_rank % size == 0)
@@ -82,7 +82,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __iter__(self) -> Iterator[List[int]]:
+    def __iter__(self) -> Iterator[list[int]]:
         return (self.rows[index].tolist() for index in range(len(self.rows)))
 
 
@@ -94,13 +94,12 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
     if wanted == "cuda":
         if not torch.cuda.is_available():
             raise UsageError(
-                "--device cuda: PyTorch {} sees no CUDA GPU here; use --device cpu or auto".format(torch.__version__)
+                f"--device cuda: PyTorch {torch.__version__} sees no CUDA GPU here; use --device cpu or auto"
             )
         if local_rank >= torch.cuda.device_count():
             raise UsageError(
-                "torchrun started more processes than the {} GPUs of this machine; lower --nproc-per-node".format(
-                    torch.cuda.device_count()
-                )
+                f"torchrun started more processes than the {torch.cuda.device_count()} GPUs of this machine; lower "
+                "--nproc-per-node"
             )
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
@@ -112,7 +111,7 @@ def multiplies_bf16() -> bool:
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
-def make_optimizers(model: TextToImage, options: OptimizerConfig) -> List[torch.optim.Optimizer]:
+def make_optimizers(model: TextToImage, options: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """Return the optimizer of all trainable parameters; with Muon two: it for the blocks' matrices, AdamW for the rest.
 
     Adafactor (arXiv 1804.04235) keeps next to no state; its steps are relative to the size of the weights.
@@ -121,7 +120,7 @@ def make_optimizers(model: TextToImage, options: OptimizerConfig) -> List[torch.
     arXiv 2502.16982, section 2.2) both take the same learning rate.
     """
     betas, name = (options.beta1, options.beta2), options.optimizer
-    common: Dict[str, Any] = {"lr": options.learning_rate}
+    common: dict[str, Any] = {"lr": options.learning_rate}
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     on_gpu = all(p.is_cuda for p in model.dalle.parameters())
     fused = on_gpu or version >= (2, 4)  # on the CPU only newer versions have fused kernels
@@ -130,7 +129,7 @@ def make_optimizers(model: TextToImage, options: OptimizerConfig) -> List[torch.
         name = "AdamW"
     if name == "Adafactor":
         if not hasattr(torch.optim, "Adafactor"):
-            raise UsageError("--optimizer Adafactor needs PyTorch 2.5 or newer, this is {}".format(torch.__version__))
+            raise UsageError(f"--optimizer Adafactor needs PyTorch 2.5 or newer, this is {torch.__version__}")
         # One weight after the other: the multi-tensor form would hold squares of all gradients at the same time.
         return [torch.optim.Adafactor(parameter_groups(model, options.weight_decay), foreach=False, **common)]
     if name != "Muon":
@@ -147,7 +146,7 @@ def make_optimizers(model: TextToImage, options: OptimizerConfig) -> List[torch.
     ]
 
 
-def _make_scaler(device_type: str, options: Dict[str, Any]) -> Any:
+def _make_scaler(device_type: str, options: dict[str, Any]) -> Any:
     """Return a GradScaler. Before PyTorch 2.3 there was one for CUDA only; disabled it does nothing, on any device."""
     if hasattr(torch.amp, "GradScaler"):
         return torch.amp.GradScaler(device_type, **options)
@@ -174,20 +173,20 @@ class NativeEngine(Engine):
             dist.init_process_group("nccl" if self.name == "cuda" else "gloo")
             # Questions between hosts, of which no device need know: asking them there would wait for its work.
             self.hosts = dist.new_group(backend="gloo") if self.name == "cuda" else None
-        self.sharding: Optional[sharding.Sharding] = None
+        self.sharding: sharding.Sharding | None = None
         precision = execution.native_precision(self.name)
         self.autocast_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.precision = precision
         scale = {"enabled": precision == "fp16", "init_scale": float(config.optimizer.loss_scaling)}
         self.scaler = sharding.make_scaler(self.name, **scale) if execution.shard else _make_scaler(self.name, scale)
-        self.former_products: Optional[str] = None  # of engines that chose a precision, the last one must close first
+        self.former_products: str | None = None  # of engines that chose a precision, the last one must close first
         if execution.matmul_precision is not None or self.name == "cuda":
             self.former_products = torch.get_float32_matmul_precision()
             torch.set_float32_matmul_precision(execution.matmul_precision or "high")
         if self.name == "cuda":
             torch.backends.cudnn.allow_tf32 = True
-        self.model: Optional[TextToImage] = None
-        self.averaged: Optional[Dict[str, Tensor]] = None
+        self.model: TextToImage | None = None
+        self.averaged: dict[str, Tensor] | None = None
         self.num_updates = 0
         self.bad_steps = torch.zeros(2, device=self.device)  # left out: in all, in a row
 
@@ -197,7 +196,7 @@ class NativeEngine(Engine):
         return "{}, {}{}{}: global batch {} = {} process{} x {} micro-batch{} x {} sample{}".format(
             self.device,
             self.precision,
-            ", products of {} precision".format(products) if products else "",
+            f", products of {products} precision" if products else "",
             ", model shared out over the processes" if self.config.execution.shard else "",
             batching.global_batch,
             batching.world_size,
@@ -211,7 +210,7 @@ class NativeEngine(Engine):
     # Data
 
     def loader(
-        self, dataset: Any, epoch: int, start: int = 0, left: Optional[int] = None
+        self, dataset: Any, epoch: int, start: int = 0, left: int | None = None
     ) -> Generator[Any, None, None]:
         dataset.set_epoch(epoch)
         order = dataset.order(self.config.execution.random_seed, epoch)
@@ -225,7 +224,7 @@ class NativeEngine(Engine):
             for _ in range(steps):
                 yield islice(source, batching.accumulation)
 
-    def _batches(self, dataset: Any, numbers: Iterable[List[int]]) -> ContextManager[Iterator[Any]]:
+    def _batches(self, dataset: Any, numbers: Iterable[list[int]]) -> ContextManager[Iterator[Any]]:
         workers = self.config.data.dataloader_workers
         loader = make_loader(
             dataset,
@@ -236,7 +235,7 @@ class NativeEngine(Engine):
         )
         return contextlib.closing(read(loader))
 
-    def _to_device(self, batch: Any) -> List[Tensor]:
+    def _to_device(self, batch: Any) -> list[Tensor]:
         return [tensor.to(self.device, non_blocking=True) for tensor in batch]
 
     # Model
@@ -373,7 +372,7 @@ class NativeEngine(Engine):
                     optimizer.step()
         self.scaler.update()  # in half precision: a smaller scale after a bad step
 
-    def _weights(self) -> Dict[str, Tensor]:
+    def _weights(self) -> dict[str, Tensor]:
         """This process's part of each weight by name (all of it without --shard), in the memory that the model uses."""
         return self.model.dalle.state_dict() if self.sharding is None else self.sharding.weights()
 
@@ -401,7 +400,7 @@ class NativeEngine(Engine):
             for key, value in weights.items():
                 value.copy_(own[key])
 
-    def evaluate(self, dataset: Any, stop: Optional[Callable[[], bool]] = None) -> Optional[Dict[str, float]]:
+    def evaluate(self, dataset: Any, stop: Callable[[], bool] | None = None) -> dict[str, float] | None:
         dataset.set_epoch(0)
         mine = list(range(self.rank, len(dataset), self.world_size))
         size = max(self.batching.micro, 8)
@@ -433,7 +432,7 @@ class NativeEngine(Engine):
         total, text_loss, image_loss = (sums[:3] / sums[3].clamp(min=1)).tolist()
         return {"loss": total, "text_loss": text_loss, "image_loss": image_loss}
 
-    def remedies(self) -> List[str]:
+    def remedies(self) -> list[str]:
         precision = {"fp16": ["--precision bf16 or fp32"], "bf16": ["--precision fp32"]}
         return super().remedies() + precision.get(self.precision, [])
 
@@ -450,7 +449,7 @@ class NativeEngine(Engine):
             )
         return plan.describe()
 
-    def peak_memory(self) -> Optional[int]:
+    def peak_memory(self) -> int | None:
         return peak_bytes(self.device)
 
     def set_learning_rate(self, learning_rate: float) -> None:
@@ -474,12 +473,12 @@ class NativeEngine(Engine):
 
     # State
 
-    def model_state(self) -> Dict[str, Tensor]:
+    def model_state(self) -> dict[str, Tensor]:
         if self.sharding is not None:
             return self.sharding.collect(self.sharding.weights())
         return {key: value.detach().cpu().clone() for key, value in self.model.dalle.state_dict().items()}
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         random_state = {"cpu": torch.get_rng_state()}
         if self.name == "cuda":
             random_state["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -506,7 +505,7 @@ class NativeEngine(Engine):
             "threads": torch.get_num_threads(),
         }
 
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         if state.get("engine") != "native":
             logger.warning(
                 "the checkpoint's optimizer state is of another engine (%s): it is dropped", state.get("engine")
@@ -516,8 +515,9 @@ class NativeEngine(Engine):
         groups = [[len(group["params"]) for group in part["param_groups"]] for part in parts]
         if groups != [[len(group["params"]) for group in optimizer.param_groups] for optimizer in self.optimizers]:
             raise UserError(
-                "--resume: the checkpoint's optimizer is another one than --optimizer {}; resume with the one it was "
-                "trained with, or start from it with --pretrained-checkpoint".format(self.config.optimizer.optimizer)
+                "--resume: the checkpoint's optimizer is another one than --optimizer "
+                f"{self.config.optimizer.optimizer}; resume with the one it was "
+                "trained with, or start from it with --pretrained-checkpoint"
             )
         for optimizer, part in zip(self.optimizers, parts):
             if self.sharding is not None:

@@ -2,9 +2,10 @@
 
 Letters: S pipeline stages, M micro-batches of one optimizer step (gradient accumulation).
 """
+from __future__ import annotations
 
 from itertools import accumulate
-from typing import Dict, List, NamedTuple, Optional
+from typing import NamedTuple
 
 from args import Config, IpuConfig
 from models.config import DalleConfig
@@ -27,7 +28,7 @@ class Placement(NamedTuple):
     ipu: int
 
 
-def layer_ipus(ipu: IpuConfig) -> List[int]:
+def layer_ipus(ipu: IpuConfig) -> list[int]:
     """Return the IPU of each transformer layer, in order."""
     return [index for index, count in enumerate(ipu.layers_per_ipu) for _ in range(count)]
 
@@ -37,7 +38,7 @@ def head_ipu(ipu: IpuConfig) -> int:
     return ipu.ipus_per_replica - 1 if ipu.cls_ipu_id is None else ipu.cls_ipu_id
 
 
-def pipeline_plan(config: Config, encodes_images: bool = True) -> List[Placement]:
+def pipeline_plan(config: Config, encodes_images: bool = True) -> list[Placement]:
     """Return every part of the model with its IPU, in the order in which a forward pass comes to them.
 
     encodes_images: the VQGAN runs on IPU 0, in front of the embeddings; False when the data are image codes already.
@@ -50,7 +51,7 @@ def pipeline_plan(config: Config, encodes_images: bool = True) -> List[Placement
     return plan
 
 
-def block_starts(plan: List[Placement]) -> List[Placement]:
+def block_starts(plan: list[Placement]) -> list[Placement]:
     """Return the modules at which another IPU takes over.
 
     What runs before the first of them is on IPU 0. Each start is one pipeline stage more, also a return to an IPU.
@@ -59,12 +60,12 @@ def block_starts(plan: List[Placement]) -> List[Placement]:
     return [placement for placement, previous in zip(plan, before) if placement.ipu != previous]
 
 
-def num_stages(plan: List[Placement]) -> int:
+def num_stages(plan: list[Placement]) -> int:
     """Return S, the stages of the forward pipeline."""
     return 1 + len(block_starts(plan))
 
 
-def stage_of(plan: List[Placement]) -> List[int]:
+def stage_of(plan: list[Placement]) -> list[int]:
     """Return the pipeline stage (0, 1, ...) of each entry of a plan."""
     starts = {placement.path for placement in block_starts(plan)}
     return list(accumulate(int(placement.path in starts) for placement in plan))
@@ -83,14 +84,14 @@ def bubble(stages: int, accumulation: int) -> float:
 # Checks ------------------------------------------------------------------------------------------------------------
 
 
-def check(config: Config, model: Optional[DalleConfig] = None) -> None:
+def check(config: Config, model: DalleConfig | None = None) -> None:
     """Raise UsageError for the first thing that keeps a configuration (and a model, if known) from training on IPUs."""
     found = problems(config, model)
     if found:
         raise UsageError(found[0])
 
 
-def problems(config: Config, model: Optional[DalleConfig] = None) -> List[str]:
+def problems(config: Config, model: DalleConfig | None = None) -> list[str]:
     """Return what keeps a configuration from training on IPUs, a line each: the flag, what is wrong, the way out."""
     found = _layout_problems(config.ipu, model.depth if model else config.model.num_hidden_layers)
     if not found:  # the rest needs a plan that can be drawn
@@ -104,85 +105,81 @@ def _power_of_two(number: int) -> bool:
     return number & (number - 1) == 0
 
 
-def _layout_problems(ipu: IpuConfig, depth: int) -> List[str]:
+def _layout_problems(ipu: IpuConfig, depth: int) -> list[str]:
     found = []
     ipus, layers = ipu.ipus_per_replica, " ".join(map(str, ipu.layers_per_ipu))
     if not _power_of_two(ipus):
         found.append(
-            "--ipus-per-replica {}: IPUs come in powers of two; give the next one, and 0 in --layers-per-ipu "
-            "for IPUs that are to stay empty".format(ipus)
+            f"--ipus-per-replica {ipus}: IPUs come in powers of two; give the next one, and 0 in --layers-per-ipu "
+            "for IPUs that are to stay empty"
         )
     if len(ipu.layers_per_ipu) != ipus:
         found.append(
-            "--layers-per-ipu {}: {} numbers for --ipus-per-replica {}; give one for each IPU".format(
-                layers, len(ipu.layers_per_ipu), ipus
-            )
+            f"--layers-per-ipu {layers}: {len(ipu.layers_per_ipu)} numbers for --ipus-per-replica {ipus}; give one "
+            "for each IPU"
         )
     if sum(ipu.layers_per_ipu) != depth:
         found.append(
-            "--layers-per-ipu {}: adds up to {}, but the model has {} layers (--num-hidden-layers); "
-            "--plan auto proposes a division".format(layers, sum(ipu.layers_per_ipu), depth)
+            f"--layers-per-ipu {layers}: adds up to {sum(ipu.layers_per_ipu)}, but the model has {depth} layers "
+            "(--num-hidden-layers); "
+            "--plan auto proposes a division"
         )
     for flag, index in (("--cls-ipu-id", head_ipu(ipu)), ("--embedding-ipu-id", ipu.embedding_ipu_id)):
         if index >= ipus:
-            found.append("{} {}: --ipus-per-replica {} has IPUs 0 to {}".format(flag, index, ipus, ipus - 1))
+            found.append(f"{flag} {index}: --ipus-per-replica {ipus} has IPUs 0 to {ipus - 1}")
     if len(ipu.matmul_proportion) not in (1, ipus):
         found.append(
-            "--matmul-proportion: {} numbers for {} IPUs; give one for all or one for each".format(
-                len(ipu.matmul_proportion), ipus
-            )
+            f"--matmul-proportion: {len(ipu.matmul_proportion)} numbers for {ipus} IPUs; give one for all or one for "
+            "each"
         )
     return found
 
 
-def _pipeline_problems(config: Config) -> List[str]:
+def _pipeline_problems(config: Config) -> list[str]:
     stages = num_stages(pipeline_plan(config))
     accumulation = config.execution.gradient_accumulation
     if stages > 1 and accumulation < min_accumulation(stages):
         return [
-            "--gradient-accumulation {}: a pipeline of {} stages needs at least {} (2 x stages - 1)".format(
-                accumulation, stages, min_accumulation(stages)
-            )
+            f"--gradient-accumulation {accumulation}: a pipeline of {stages} stages needs at least "
+            f"{min_accumulation(stages)} (2 x stages - 1)"
         ]
     return []
 
 
-def _model_problems(config: Config, model: DalleConfig) -> List[str]:
+def _model_problems(config: Config, model: DalleConfig) -> list[str]:
     found = []
     ipu, rows = config.ipu, model.text_table_size
     factor = ipu.embedding_serialization_factor
     if rows % factor:
         nearest = max(divisor for divisor in range(1, factor) if rows % divisor == 0)
         found.append(
-            "--embedding-serialization-factor {}: does not divide the {} rows of the text table; {} does".format(
-                factor, rows, nearest
-            )
+            f"--embedding-serialization-factor {factor}: does not divide the {rows} rows of the text table; "
+            f"{nearest} does"
         )
     if model.tie_embeddings and (factor > 1 or head_ipu(ipu) != ipu.embedding_ipu_id):
         found.append(
             "this model's embeddings and heads share weights, which must lie on one IPU, in one piece: give "
-            "--cls-ipu-id {} and --embedding-serialization-factor 1".format(ipu.embedding_ipu_id)
+            f"--cls-ipu-id {ipu.embedding_ipu_id} and --embedding-serialization-factor 1"
         )
     ipus = layer_ipus(ipu)
     for shared in filter(None, (model.shared_attn_ids, model.shared_ff_ids)):
-        where: Dict[int, int] = {}  # the IPU of each set of shared weights
+        where: dict[int, int] = {}  # the IPU of each set of shared weights
         for layer, index in enumerate(ipus):
             if where.setdefault(shared[layer % len(shared)], index) != index:
                 found.append(
-                    "--layers-per-ipu: layer {} shares weights with a layer on IPU {}, so it must lie there too".format(
-                        layer, where[shared[layer % len(shared)]]
-                    )
+                    f"--layers-per-ipu: layer {layer} shares weights with a layer on IPU "
+                    f"{where[shared[layer % len(shared)]]}, so it must lie there too"
                 )
                 break
     return found
 
 
-def _option_problems(config: Config) -> List[str]:
+def _option_problems(config: Config) -> list[str]:
     run, ipu, optimizer = config.execution, config.ipu, config.optimizer
     found = []
     if not _power_of_two(run.replication_factor):
         found.append(
-            "--replication-factor {}: IPUs come in powers of two; give 1, 2, 4, ...".format(run.replication_factor)
+            f"--replication-factor {run.replication_factor}: IPUs come in powers of two; give 1, 2, 4, ..."
         )
     if ipu.enable_rts and run.replication_factor == 1:
         found.append(
@@ -194,18 +191,16 @@ def _option_problems(config: Config) -> List[str]:
             "--async-dataloader false or a larger --batch-size"
         )
     if optimizer.optimizer not in ("Adam", "AdamW"):
-        found.append("--optimizer {}: IPUs have Adam and AdamW; give one of them".format(optimizer.optimizer))
+        found.append(f"--optimizer {optimizer.optimizer}: IPUs have Adam and AdamW; give one of them")
     if optimizer.enable_als and not uses_half(config):
         found.append("--enable-als scales losses for half precision; add --fp16, or leave it out")
     if optimizer.ema_decay:
         found.append(
-            "--ema-decay {:g}: weights are not averaged on IPUs; give --ema-decay 0".format(optimizer.ema_decay)
+            f"--ema-decay {optimizer.ema_decay:g}: weights are not averaged on IPUs; give --ema-decay 0"
         )
     if config.model.attention_impl in ("sdpa", "local"):
         found.append(
-            "--attention-impl {}: IPUs take the explicit product; give explicit or auto".format(
-                config.model.attention_impl
-            )
+            f"--attention-impl {config.model.attention_impl}: IPUs take the explicit product; give explicit or auto"
         )
     if run.compile:
         found.append(

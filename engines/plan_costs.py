@@ -3,8 +3,9 @@
 The model runs once on PyTorch's `meta` device, which computes shapes and nothing else; every operator it calls counts.
 Needs no SDK. Left out is what only the compiler knows: program code, exchange buffers, scratch memory of operators.
 """
+from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +43,8 @@ class IpuCost(NamedTuple):
     """One IPU of a replica. Memory in bytes for a whole micro-batch, FLOPs of training on one sample."""
 
     ipu: int
-    stages: Tuple[int, ...]
-    parts: Tuple[str, ...]
+    stages: tuple[int, ...]
+    parts: tuple[str, ...]
     layers: int
     parameters: int
     weights: float
@@ -101,7 +102,7 @@ def _flops(func: Any, args: Sequence[Any], result: Tensor) -> float:
     return 0.0
 
 
-def measure(model: TextToImage, plan: List[Placement], image_size: int) -> List[PartCost]:
+def measure(model: TextToImage, plan: list[Placement], image_size: int) -> list[PartCost]:
     """Return what each part of a plan costs.
 
     model: on the meta device, with the element types and the attention it will have on the IPU.
@@ -130,12 +131,11 @@ def measure(model: TextToImage, plan: List[Placement], image_size: int) -> List[
     else:
         images = torch.empty(1, model.dalle.config.image_seq_len, device="meta", dtype=torch.long)
     text = torch.empty(1, model.dalle.config.text_seq_len, device="meta", dtype=torch.long)
-    with torch.no_grad(), recorder:
-        with ops.use("reference"):  # as on an IPU: parts are told by calls of their modules
-            model(text, images)
+    with torch.no_grad(), recorder, ops.use("reference"):  # as on an IPU: parts are told by calls of their modules
+        model(text, images)
     for hook in hooks:
         hook.remove()
-    seen: Dict[int, None] = {}
+    seen: dict[int, None] = {}
     costs = []
     for index, (placement, stage) in enumerate(zip(plan, stage_of(plan))):
         module = modules.get(placement.path)
@@ -172,7 +172,7 @@ def in_flight(stage: int, stages: int) -> int:
     return 2 * (stages - 1 - stage) + 1
 
 
-def ipu_costs(config: Config, parts: List[PartCost]) -> List[IpuCost]:
+def ipu_costs(config: Config, parts: list[PartCost]) -> list[IpuCost]:
     """Add up the parts on each IPU of a replica."""
     stages = max(part.stage for part in parts) + 1
     return [
@@ -181,12 +181,12 @@ def ipu_costs(config: Config, parts: List[PartCost]) -> List[IpuCost]:
     ]
 
 
-def _tokens(parts: List[PartCost]) -> int:
+def _tokens(parts: list[PartCost]) -> int:
     """Bytes of the hidden state between two layers: what enters a stage."""
     return max(part.stored_bytes for part in parts)
 
 
-def _ipu_cost(config: Config, ipu: int, parts: List[PartCost], stages: int, entering: int) -> IpuCost:
+def _ipu_cost(config: Config, ipu: int, parts: list[PartCost], stages: int, entering: int) -> IpuCost:
     batch = config.execution.batch_size
     paths = tuple(part.placement.path for part in parts)
     trained = [part for part in parts if part.placement.path != "vqgan"]
@@ -213,9 +213,9 @@ def _ipu_cost(config: Config, ipu: int, parts: List[PartCost], stages: int, ente
     )
 
 
-def _working(parts: List[PartCost], stages: int) -> int:
+def _working(parts: list[PartCost], stages: int) -> int:
     """The largest of: a layer computed again; embeddings together; norm, heads and loss together; the VQGAN's peak."""
-    groups: Dict[str, int] = {}
+    groups: dict[str, int] = {}
     for part in parts:
         path = part.placement.path
         if path == "vqgan":
@@ -239,7 +239,7 @@ def state_bytes(config: Config) -> float:
     return (first + 4) / (config.execution.replication_factor if config.ipu.enable_rts else 1)
 
 
-def balance(ipus: List[IpuCost]) -> float:
+def balance(ipus: list[IpuCost]) -> float:
     """Return mean / largest of the FLOPs of the IPUs: 1 when all are equally busy."""
     busiest = max(ipu.flops for ipu in ipus)
     return sum(ipu.flops for ipu in ipus) / len(ipus) / busiest
@@ -248,7 +248,7 @@ def balance(ipus: List[IpuCost]) -> float:
 # The best division ---------------------------------------------------------------------------------------------------
 
 
-def divide(config: Config, parts: List[PartCost]) -> Tuple[int, ...]:
+def divide(config: Config, parts: list[PartCost]) -> tuple[int, ...]:
     """Return the `layers_per_ipu` whose busiest IPU has least to compute; of these, the one with the least memory.
 
     Only divisions that fit into memory count; when none does, the one whose fullest IPU holds least.
@@ -258,7 +258,7 @@ def divide(config: Config, parts: List[PartCost]) -> Tuple[int, ...]:
     stages = max(2, num_stages([part.placement for part in parts])) if ipus > 1 else 1
     layers = [part for part in parts if part.placement.path.startswith(LAYER)]
     others = [[part for part in parts if part.placement.ipu == ipu and part not in layers] for ipu in range(ipus)]
-    costs: Dict[Tuple[int, int, int], IpuCost] = {}
+    costs: dict[tuple[int, int, int], IpuCost] = {}
 
     def cost(ipu: int, first: int, last: int) -> IpuCost:
         """The IPU's cost with layers first .. last - 1, as if every IPU after it were a stage."""
@@ -276,15 +276,15 @@ def divide(config: Config, parts: List[PartCost]) -> Tuple[int, ...]:
     most *= 1 + 1e-9
 
     def memory(*place: int) -> float:
-        return cost(*place).memory if most == never or fits(*place) and cost(*place).flops <= most else never
+        return cost(*place).memory if most == never or (fits(*place) and cost(*place).flops <= most) else never
 
     return _partition(ipus, len(layers), memory)[1]
 
 
-def _partition(ipus: int, layers: int, cost: Callable[[int, int, int], float]) -> Tuple[float, Tuple[int, ...]]:
+def _partition(ipus: int, layers: int, cost: Callable[[int, int, int], float]) -> tuple[float, tuple[int, ...]]:
     """Divide `layers`, in order, so that the largest cost(ipu, first, last) is least: return it and the counts."""
     # best[n]: (largest cost so far, counts) with the first n layers on the IPUs so far
-    best: List[Tuple[float, Tuple[int, ...]]] = [(float("inf"), ())] * (layers + 1)
+    best: list[tuple[float, tuple[int, ...]]] = [(float("inf"), ())] * (layers + 1)
     best[0] = (0.0, ())
     for ipu in range(ipus):
         best = [
@@ -300,7 +300,7 @@ def _partition(ipus: int, layers: int, cost: Callable[[int, int, int], float]) -
     return best[layers]
 
 
-def moved(parts: List[PartCost], config: Config) -> List[PartCost]:
+def moved(parts: list[PartCost], config: Config) -> list[PartCost]:
     """Return the same costs for another `layers_per_ipu`."""
     ipus = layer_ipus(config.ipu)
     places = [

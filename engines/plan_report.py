@@ -3,9 +3,10 @@
 python train.py --config L16 --plan          # what the configuration says
 python train.py --config L16 --plan auto     # and the best division of the layers
 """
+from __future__ import annotations
 
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Tuple
+from typing import NamedTuple
 
 import torch
 
@@ -35,11 +36,11 @@ class Division(NamedTuple):
 
     name: str
     config: Config
-    placements: List[Placement]
-    ipus: List[IpuCost]
+    placements: list[Placement]
+    ipus: list[IpuCost]
 
 
-def divisions(config: Config, model: DalleConfig, vqgan: VqganConfig) -> List[Division]:
+def divisions(config: Config, model: DalleConfig, vqgan: VqganConfig) -> list[Division]:
     """Return the configuration's division unless it is impossible, and with --plan auto the best one."""
     ipus, depth = config.ipu.ipus_per_replica, model.depth
     given = config
@@ -61,7 +62,7 @@ def divisions(config: Config, model: DalleConfig, vqgan: VqganConfig) -> List[Di
     return found
 
 
-def measured(config: Config, model: DalleConfig, vqgan: VqganConfig) -> List[PartCost]:
+def measured(config: Config, model: DalleConfig, vqgan: VqganConfig) -> list[PartCost]:
     """Build the model on the meta device as the IPU engine would run it, and return what its parts cost."""
     encodes_images = not config.data.keeps_codes
     with torch.device("meta"):
@@ -74,7 +75,7 @@ def measured(config: Config, model: DalleConfig, vqgan: VqganConfig) -> List[Par
     return plan_costs.measure(built, plan.pipeline_plan(config, encodes_images), config.model.image_size)
 
 
-def describe(config: Config, model: DalleConfig, found: List[Division]) -> str:
+def describe(config: Config, model: DalleConfig, found: list[Division]) -> str:
     """Return the text of --plan: a table for each division, what it means, and what keeps it from training."""
     run, ipu = config.execution, config.ipu
     lines = [
@@ -92,18 +93,18 @@ def describe(config: Config, model: DalleConfig, found: List[Division]) -> str:
         CODES_AHEAD if config.data.keeps_codes else IMAGES_ON_IPU,
     ]
     for division in found:
-        lines += ["", "{}: {}".format(division.name, list(division.config.ipu.layers_per_ipu)), ""]
-        lines += table(division) + ["", summary(division)]
+        lines += ["", f"{division.name}: {list(division.config.ipu.layers_per_ipu)}", ""]
+        lines += [*table(division), "", summary(division)]
         lines += ["problem: " + problem for problem in plan.problems(division.config, model)]
     if not found:
         lines += ["problem: " + problem for problem in plan.problems(config, model)]
-    return "\n".join(lines + ["", NOTE.format(IPU_MEMORY / 1e6)])
+    return "\n".join([*lines, "", NOTE.format(IPU_MEMORY / 1000000.0)])
 
 
-def table(division: Division) -> List[str]:
+def table(division: Division) -> list[str]:
     """Return the lines of a division's table: one IPU each, and their heading."""
     total = sum(ipu.flops for ipu in division.ipus)
-    rows: List[Tuple[str, ...]] = [
+    rows: list[tuple[str, ...]] = [
         ("IPU", "stage", "modules", "M params", *MEMORY, "total", "of IPU", "GFLOPs", "share")
     ]
     for ipu in division.ipus:
@@ -112,12 +113,12 @@ def table(division: Division) -> List[str]:
                 str(ipu.ipu),
                 ",".join(map(str, ipu.stages)) or "-",
                 modules(ipu.parts),
-                "{:.1f}".format(ipu.parameters / 1e6),
-                *["{:.1f}".format(value / 1e6) for value in memory(ipu)],
-                "{:.1f}".format(ipu.memory / 1e6),
-                "{:.0f}%".format(100 * ipu.memory / IPU_MEMORY),
-                "{:.1f}".format(ipu.flops / 1e9),
-                "{:.0f}%".format(100 * ipu.flops / total),
+                f"{ipu.parameters / 1e6:.1f}",
+                *[f"{value / 1e6:.1f}" for value in memory(ipu)],
+                f"{ipu.memory / 1e6:.1f}",
+                f"{100 * ipu.memory / IPU_MEMORY:.0f}%",
+                f"{ipu.flops / 1e9:.1f}",
+                f"{100 * ipu.flops / total:.0f}%",
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -131,21 +132,21 @@ def table(division: Division) -> List[str]:
     ]
 
 
-def memory(ipu: IpuCost) -> Tuple[float, ...]:
+def memory(ipu: IpuCost) -> tuple[float, ...]:
     """Return the bytes of an IPU's parts of memory, in the order of MEMORY."""
     return tuple(getattr(ipu, name) for name in MEMORY)
 
 
-def modules(paths: Tuple[str, ...]) -> str:
+def modules(paths: tuple[str, ...]) -> str:
     """Shorten the paths on an IPU: runs of layers become one word, positions go with their embedding."""
-    words: List[str] = []
+    words: list[str] = []
     layers = [int(path[len(LAYER) :]) for path in paths if path.startswith(LAYER)]
     for path in paths:
         if not path.startswith(LAYER):
             words += [] if path in plan.POSITIONS else [path.replace("dalle.", "")]
         elif int(path[len(LAYER) :]) == layers[0]:
             words.append(
-                "layers {}-{}".format(layers[0], layers[-1]) if len(layers) > 1 else "layer {}".format(layers[0])
+                f"layers {layers[0]}-{layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
             )
     return " ".join(words) or "(empty)"
 
@@ -172,7 +173,7 @@ def summary(division: Division) -> str:
     )
 
 
-def draw(found: List[Division], path: Path) -> None:
+def draw(found: list[Division], path: Path) -> None:
     """Write a picture of the divisions: a row each, memory on the left, arithmetic on the right."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -182,12 +183,12 @@ def draw(found: List[Division], path: Path) -> None:
     bars = max(len(division.ipus) for division in found)
     figure = Figure(figsize=(max(9.0, 3.0 + 1.1 * bars), 3.6 * len(found)), constrained_layout=True)
     axes = figure.subplots(len(found), 2, squeeze=False)
-    colours: Dict[str, str] = dict(zip(MEMORY, ("#3b6ea8", "#7aa6d6", "#c9dcf0", "#e08e45", "#f4cda5")))
+    colours: dict[str, str] = dict(zip(MEMORY, ("#3b6ea8", "#7aa6d6", "#c9dcf0", "#e08e45", "#f4cda5")))
     top = max([IPU_MEMORY] + [ipu.memory for division in found for ipu in division.ipus]) / 1e6
     most = max(ipu.flops for division in found for ipu in division.ipus) / 1e9
     for (left, right), division in zip(axes, found):
         labels = [
-            "IPU {}\n{}".format(ipu.ipu, "{} layers".format(ipu.layers) if ipu.layers else "") for ipu in division.ipus
+            "IPU {}\n{}".format(ipu.ipu, f"{ipu.layers} layers" if ipu.layers else "") for ipu in division.ipus
         ]
         places = range(len(labels))
         base = [0.0] * len(labels)
@@ -198,13 +199,13 @@ def draw(found: List[Division], path: Path) -> None:
         left.axhline(IPU_MEMORY / 1e6, color="#a03030", linestyle="--", linewidth=1)
         left.set_ylim(0, top * 1.08)
         left.set_ylabel("MB (dashed: one IPU)")
-        left.set_title("{}: {}".format(division.config.name, list(division.config.ipu.layers_per_ipu)), loc="left")
+        left.set_title(f"{division.config.name}: {list(division.config.ipu.layers_per_ipu)}", loc="left")
         values = [ipu.flops / 1e9 for ipu in division.ipus]
         right.bar(places, values, color="#5b8c5a", width=0.7)
         right.axhline(sum(values) / len(values), color="#555555", linestyle="--", linewidth=1)
         right.set_ylim(0, most * 1.08)
         right.set_ylabel("GFLOPs of a sample (dashed: mean)")
-        right.set_title(division.name + ", balance {:.0%}".format(plan_costs.balance(division.ipus)), loc="left")
+        right.set_title(division.name + f", balance {plan_costs.balance(division.ipus):.0%}", loc="left")
         for axis in (left, right):
             axis.set_xticks(places)
             axis.set_xticklabels(labels)

@@ -8,10 +8,11 @@ What optimizer, clipping and averaging work on are plain tensors: this process's
 FSDP2 gathers from. So they compute what they compute without --shard, with the same kernels, and checkpoints are the
 same too: whole tensors, collected one by one in the memory of process 0's host.
 """
+from __future__ import annotations
 
 import contextlib
 import inspect
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Iterator
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,7 @@ def check(world_size: int) -> None:
     except ImportError:
         usable = False
     if not usable:
-        raise UsageError("--shard needs PyTorch 2.7 or newer, this is {}".format(torch.__version__))
+        raise UsageError(f"--shard needs PyTorch 2.7 or newer, this is {torch.__version__}")
 
 
 def make_scaler(device_type: str, **options: Any) -> Any:
@@ -52,7 +53,7 @@ def make_scaler(device_type: str, **options: Any) -> Any:
 class Sharding:
     """A model's parameters, of which each process owns a part."""
 
-    def __init__(self, model: TextToImage, device: torch.device, half: Optional[torch.dtype]) -> None:
+    def __init__(self, model: TextToImage, device: torch.device, half: torch.dtype | None) -> None:
         """Share a model on the CPU out, block by block: no device ever holds all of it.
 
         half: the type that autocast computes in; None for float32.
@@ -73,7 +74,7 @@ class Sharding:
         self.rows = {p: nn.Parameter(_local(p)) for p in model.dalle.parameters() if p.dim() == 2}
         self.matrix_of = {rows: matrix for matrix, rows in self.rows.items()}
 
-    def _wrap(self, half: Optional[torch.dtype], ignored: Any) -> None:
+    def _wrap(self, half: torch.dtype | None, ignored: Any) -> None:
         """Let FSDP2 deal out all parameters but the ignored ones.
 
         In half precision autocast stays on, and blocks are gathered in that type: autocast would make the very same
@@ -85,7 +86,7 @@ class Sharding:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         config = self.model.dalle.config
-        settings: Dict[str, Any] = {"mesh": self.mesh, "ignored_params": ignored}
+        settings: dict[str, Any] = {"mesh": self.mesh, "ignored_params": ignored}
         blocks = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
         if not (config.shared_attn_ids or config.shared_ff_ids):  # what layers share is gathered once for all of them
             for block in self.model.dalle.transformer.layers:
@@ -94,7 +95,7 @@ class Sharding:
 
     # Training
 
-    def localize(self, optimizers: List[torch.optim.Optimizer]) -> None:
+    def localize(self, optimizers: list[torch.optim.Optimizer]) -> None:
         """Let new optimizers work on this process's rows."""
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -191,17 +192,17 @@ class Sharding:
     # State
 
     @torch.no_grad()
-    def weights(self) -> Dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         """This process's part of each of the DALL-E's weights, by name, in the memory that training uses."""
         return {name: _local(value) for name, value in self.model.dalle.state_dict().items()}
 
-    def collect(self, parts: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def collect(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors on the CPU in process 0, nothing elsewhere. parts: as of `weights`. All must call it."""
         matrices = self._matrices()
         found = {name: self._collected(part, matrices.get(name)) for name, part in parts.items()}
         return {name: whole for name, whole in found.items() if whole is not None}
 
-    def distribute(self, whole: Dict[str, Tensor], device: torch.device) -> Dict[str, Tensor]:
+    def distribute(self, whole: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """The other way: this process's parts, on the device, of whole tensors that each process has read."""
         matrices = self._matrices()
         return {
@@ -209,7 +210,7 @@ class Sharding:
             for name, value in whole.items()
         }
 
-    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> Dict[str, Any]:
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """The optimizer's state_dict as it is without --shard, complete in process 0 alone. All must call it."""
         state = optimizer.state_dict()
         state["state"] = dict(state["state"])
@@ -222,17 +223,17 @@ class Sharding:
                 }
         return state
 
-    def distribute_optimizer_state(self, optimizer: torch.optim.Optimizer, state: Dict[str, Any]) -> None:
+    def distribute_optimizer_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Leave in a whole state_dict only what the optimizer's `load_state_dict` is to get in this process."""
         for index, parameter in enumerate(_parameters(optimizer)):
             values = state["state"].get(index, {})
             if parameter in self.matrix_of:
                 values.update({key: self._own(values[key]).clone() for key in _MOMENTS if key in values})
 
-    def _matrices(self) -> Dict[str, Any]:
+    def _matrices(self) -> dict[str, Any]:
         return {name: value for name, value in self.model.dalle.state_dict().items() if _is_shared_out(value)}
 
-    def _collected(self, part: Tensor, matrix: Any) -> Optional[Tensor]:
+    def _collected(self, part: Tensor, matrix: Any) -> Tensor | None:
         """A whole tensor in the memory of process 0's host, else None. matrix: whose rows `part` are; None: it is all.
 
         One at a time: a device has room for it, since it gathers the largest ones together in every pass. Nothing of
@@ -252,6 +253,6 @@ def _local(tensor: Any) -> Tensor:
     return tensor.to_local() if _is_shared_out(tensor) else tensor
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> List[nn.Parameter]:
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """In the order of state_dict's numbers."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]

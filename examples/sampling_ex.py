@@ -6,12 +6,13 @@
 Images go to <result-path>/<prompt>_0.png (the best), <prompt>_1.png, ... Without --clip-path, OpenAI's package `clip`
 orders them where it is installed, else the model's own likelihood.
 """
+from __future__ import annotations
 
 import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Sequence
 
 import numpy as np
 
@@ -56,7 +57,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Draw, order, save."""
     options = parse_flags(make_parser(), argv)
     log.setup()
@@ -64,7 +65,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError("--result-path {}: {}".format(folder, error.strerror or error)) from error
+        raise UserError(f"--result-path {folder}: {error.strerror or error}") from error
     set_seed(options.seed)
     device = pick_device(options.device, 0)
     ranker = None if options.clip_path is None else ClipRanker(options.clip_path, device)
@@ -80,11 +81,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     order = rank(options.prompt, drawn, ranker, device)[: options.keep]
     pictures = to_uint8(drawn.images).cpu()
     for place, index in enumerate(order.tolist()):
-        save_picture(to_pil(pictures[index]), folder / "{}_{}.png".format(folder_name(options.prompt), place))
+        save_picture(to_pil(pictures[index]), folder / f"{folder_name(options.prompt)}_{place}.png")
     logger.info("%s: %d of %d images, the best first: %s", folder, len(order), len(pictures), order.tolist())
 
 
-def rank(prompt: str, drawn: Candidates, ranker: Optional[ClipRanker], device: Any) -> np.ndarray:
+def rank(prompt: str, drawn: Candidates, ranker: ClipRanker | None, device: Any) -> np.ndarray:
     """Indices of the images, the best first: by the ranker, OpenAI's CLIP, or likelihood."""
     images = drawn.images.cpu().numpy().transpose(0, 2, 3, 1)
     if ranker is not None:

@@ -12,13 +12,14 @@ The checkpoints are ordinary ones, of which the class is the prompt:
 Unlike the published script this one takes the centre square of every training image instead of a random one, so that
 its codes are computed once and not in every epoch.
 """
+from __future__ import annotations
 
 import argparse
 import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any, List, Optional, Sequence
+from typing import Any, Sequence
 
 import torch
 
@@ -84,14 +85,14 @@ def make_parser() -> Parser:
     return parser
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Prepare data and start, then train as train.py does. Returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     options = parse_flags(make_parser(), words)
     upstream = published.resolve(options.path_upstream)
     if not (upstream / published.STAGE1).is_file():
         raise UserError(
-            "--path-upstream {}: no folder with {} and {}".format(upstream, published.STAGE1, published.STAGE2)
+            f"--path-upstream {upstream}: no folder with {published.STAGE1} and {published.STAGE2}"
         )
     if options.n_gpus > 1 and "WORLD_SIZE" not in os.environ:
         start_processes(options.n_gpus, words)
@@ -120,7 +121,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         engine.close()
 
 
-def start_processes(num: int, words: List[str]) -> None:
+def start_processes(num: int, words: list[str]) -> None:
     """Become torchrun, which runs this script `num` times."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num)]
     os.execv(sys.executable, [*command, str(Path(__file__).resolve()), *words])
@@ -131,12 +132,11 @@ def make_config(options: Any, downstream: Downstream, upstream: Path, folder: Pa
     per_micro_step = downstream.local_batch_size * options.n_gpus
     if downstream.total_batch_size % per_micro_step:
         raise UserError(
-            "{}: experiment.total_batch_size {} is no multiple of local_batch_size {} x --n-gpus {}".format(
-                options.config_downstream, downstream.total_batch_size, downstream.local_batch_size, options.n_gpus
-            )
+            f"{options.config_downstream}: experiment.total_batch_size {downstream.total_batch_size} is no multiple "
+            f"of local_batch_size {downstream.local_batch_size} x --n-gpus {options.n_gpus}"
         )
     if not Path(options.imagenet_path).is_dir():
-        raise UsageError("--imagenet-path {}: no such folder".format(options.imagenet_path))
+        raise UsageError(f"--imagenet-path {options.imagenet_path}: no such folder")
     train_folder, validation_folder = imagenet_folders(options.imagenet_path)
     shape = downstream.shape
     return Config.from_dict(
@@ -192,9 +192,8 @@ def write_descriptions(downstream: Downstream, config: Config) -> None:
     names = class_names(str(config.data.input_folder)) if downstream.num_classes else []
     if len(names) != downstream.num_classes:
         raise UserError(
-            "{} holds {} classes: set stage2.hparams.n_classes (now {}) to that number".format(
-                config.data.input_folder, len(names), downstream.num_classes
-            )
+            f"{config.data.input_folder} holds {len(names)} classes: set stage2.hparams.n_classes (now "
+            f"{downstream.num_classes}) to that number"
         )
     check_writable(Path(config.checkpoints.checkpoint_output_dir))
     with atomic_write(str(config.data.bpe_path), "wb") as file:
@@ -206,9 +205,8 @@ def check_data(parts: Parts, downstream: Downstream) -> None:
     """Raise UserError, in the words of the YAML file, for what training would stop at."""
     if len(parts.train_set) < downstream.total_batch_size:
         raise UserError(
-            "{} training images do not fill one batch: lower experiment.total_batch_size, now {}".format(
-                len(parts.train_set), downstream.total_batch_size
-            )
+            f"{len(parts.train_set)} training images do not fill one batch: lower experiment.total_batch_size, now "
+            f"{downstream.total_batch_size}"
         )
     codes = (downstream.image_size // parts.vqgan.config.downsampling) ** 2
     if codes != downstream.shape["ctx_len_img"]:
@@ -237,7 +235,7 @@ def show_reconstructions(engine: Engine, parts: Parts, folder: Path) -> None:
         device = next(parts.vqgan.parameters()).device
         again = to_uint8(torch.cat([parts.vqgan.decode(row.to(device)) for row in codes.split(4)])).cpu()
         for name, pictures in (("originals", images), ("reconstructions", again)):
-            save_picture(make_grid(list(pictures)), folder / "{}_{}.png".format(name, split))
+            save_picture(make_grid(list(pictures)), folder / f"{name}_{split}.png")
     logger.info("%s: originals and reconstructions of %d images", folder, len(images))
 
 
@@ -246,7 +244,7 @@ def say_how_to_draw(folder: Path, config: Config) -> None:
     newest = newest_checkpoint(folder / "ckpt")
     classes = getattr(load_tokenizer(config.data.bpe_path), "classes", None)
     if newest is not None:
-        prompt = '"{}"'.format(classes[0]) if classes else "any"
+        prompt = f'"{classes[0]}"' if classes else "any"
         logger.info("to draw: python generate.py --dalle_path %s --text %s --num_images 16", newest, prompt)
 
 

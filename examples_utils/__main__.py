@@ -1,4 +1,5 @@
 """Entry point: python3 -m examples_utils benchmark --spec benchmarks.yml [--benchmark NAME ...] [flags]"""
+from __future__ import annotations
 
 from utils.errors import UserError, run_main
 

@@ -1,8 +1,9 @@
 """benchmark_results.png: the throughput of every variant that has one, a panel for each unit."""
+from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Sequence
 
 from examples_utils.report import VariantResult, number
 
@@ -11,9 +12,9 @@ logger = logging.getLogger(__name__)
 LOG_SCALE_FROM = 50  # ratio of the largest to the smallest bar above which a linear scale hides the small ones
 
 
-def draw_chart(path: Path, results: Sequence[VariantResult]) -> Optional[Path]:
+def draw_chart(path: Path, results: Sequence[VariantResult]) -> Path | None:
     """Draw to `path` and return it; None, with a line in the log, without matplotlib or without any throughput."""
-    panels: Dict[str, List[Tuple[str, float]]] = {}
+    panels: dict[str, list[tuple[str, float]]] = {}
     for result in results:
         value, name = result.value("throughput"), result.variant.name
         if isinstance(value, (int, float)) and value > 0:
@@ -40,7 +41,7 @@ def draw_chart(path: Path, results: Sequence[VariantResult]) -> Optional[Path]:
     return path
 
 
-def _draw_panel(axes: Any, unit: str, bars: Sequence[Tuple[str, float]]) -> None:
+def _draw_panel(axes: Any, unit: str, bars: Sequence[tuple[str, float]]) -> None:
     names, values = zip(*bars)
     drawn = axes.barh(range(len(values)), values, color="#3a6ea5", height=0.6)
     axes.bar_label(drawn, labels=list(map(number, values)), padding=4, fontsize=9)

@@ -1,4 +1,5 @@
 """The command line of `python3 -m examples_utils benchmark`, with the flags of the reference."""
+from __future__ import annotations
 
 import argparse
 import contextlib
@@ -11,7 +12,7 @@ import sys
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import List, Optional, Sequence
+from typing import Sequence
 
 import log
 from examples_utils.chart import draw_chart
@@ -59,7 +60,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the flags. Raises UsageError, one line, for those that are unknown, wrong or cannot work here."""
     flags = parse_flags(make_parser(), argv)
     if flags.command is None:
@@ -74,7 +75,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     return flags
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status; raises UserError for what the user got wrong."""
     flags = parse(argv)
     log.setup(level=flags.logging)
@@ -96,7 +97,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     logger.info("logs and results: %s", folder)
     if flags.requirements_file:
         _install(Path(flags.requirements_file))
-    results: List[VariantResult] = []
+    results: list[VariantResult] = []
     begin = time.monotonic()
     with contextlib.ExitStack() as stack:
         # Benchmarks have sessions of their own and would go on without us: end like after Ctrl-C.

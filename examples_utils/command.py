@@ -1,10 +1,11 @@
 """From the `cmd` of an entry to the words of a process. No shell is involved; the rules are those of the reference."""
+from __future__ import annotations
 
 import logging
 import re
 import shlex
 from dataclasses import dataclass
-from typing import List, Mapping, Optional, Sequence, Tuple
+from typing import Mapping, Sequence
 
 from examples_utils.spec import Variant
 from utils.errors import UserError
@@ -20,8 +21,8 @@ class Command:
     """What to run: `text` is what the results call the command, `words` the process's arguments."""
 
     text: str
-    words: Tuple[str, ...]
-    unset: Tuple[str, ...] = ()  # environment variables that the command names and nobody set
+    words: tuple[str, ...]
+    unset: tuple[str, ...] = ()  # environment variables that the command names and nobody set
 
     @property
     def num_processes(self) -> int:
@@ -32,7 +33,7 @@ class Command:
         return max(int(number), 1) if number.isdigit() else 1
 
 
-def option_value(words: Sequence[str], *flags: str) -> Optional[str]:
+def option_value(words: Sequence[str], *flags: str) -> str | None:
     """The value of the last `--flag value` or `--flag=value` among the words."""
     value = None
     for word, after in zip(words, [*words[1:], None]):
@@ -51,7 +52,7 @@ def build_command(variant: Variant, env: Mapping[str, str], allow_wandb: bool = 
     benchmark, unset = variant.benchmark, []
     where = f"{benchmark.spec_path.name}: '{benchmark.name}': cmd"
 
-    def expanded(match: "re.Match[str]") -> str:
+    def expanded(match: re.Match[str]) -> str:
         name = match[1] or match[2]
         if name not in env:
             unset.append(name)
@@ -80,7 +81,7 @@ def python_index(words: Sequence[str]) -> int:
     return next((words.index(name) for name in ("python3", "python") if name in words), -1)
 
 
-def _absolute_script(parts: List[str], variant: Variant, where: str) -> List[str]:
+def _absolute_script(parts: list[str], variant: Variant, where: str) -> list[str]:
     """Make the word after Python absolute, so that a command copied from the results runs in any folder."""
     index = python_index(parts)
     if index < 0 or index + 1 >= len(parts):

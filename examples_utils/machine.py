@@ -3,6 +3,7 @@
 An entry says what it needs through the key `requires`, through its command (`--device cuda`, `poprun`, `$DATASETS_DIR`)
 and through its name (`..._pod16` runs on 16 IPUs, by the convention of the published benchmarks).
 """
+from __future__ import annotations
 
 import importlib.util
 import re
@@ -10,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, Iterator, Mapping, Optional, Tuple
+from typing import Iterator, Mapping
 
 from examples_utils.command import Command, option_value
 from examples_utils.spec import Benchmark
@@ -25,7 +26,7 @@ class Machine:
 
     def __init__(self, env: Mapping[str, str]) -> None:
         self.env = env
-        self._probes: Dict[str, str] = {}
+        self._probes: dict[str, str] = {}
 
     def has_package(self, name: str) -> bool:
         """Whether the Python that runs the benchmarks (this one) can import the package."""
@@ -61,12 +62,12 @@ class Machine:
 
 
 def why_skipped(benchmark: Benchmark, command: Command, env: Mapping[str, str], machine: Machine,
-                compile_only: bool = False) -> Optional[str]:
+                compile_only: bool = False) -> str | None:
     """The reason not to run the command here, or None when nothing it is known to need is missing."""
     return next(_missing(benchmark, command, env, machine, compile_only), None)
 
 
-def hardware(benchmark: Benchmark, command: Command) -> Tuple[int, int]:
+def hardware(benchmark: Benchmark, command: Command) -> tuple[int, int]:
     """How many IPUs and how many GPUs the entry needs; 0: none."""
     needed = {"ipu": 0, "cuda": 0}
     for kind, _, number in (need.partition(":") for need in benchmark.requires):

@@ -1,4 +1,5 @@
 """Numbers out of logs: regular expressions with a reduction, derived expressions, compile time, users' functions."""
+from __future__ import annotations
 
 import ast
 import importlib.util
@@ -8,7 +9,7 @@ import operator
 import re
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, Mapping, Sequence
 
 from examples_utils.spec import Metric
 from utils.errors import UserError
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 Results = Dict[str, Any]  # metric -> {reduction: value or None}
 MetricFunction = Callable[[str, str, int], Any]
 
-_registered: Dict[str, MetricFunction] = {}
+_registered: dict[str, MetricFunction] = {}
 
 # Stages of a compilation as Poplar and PopART log them at level INFO, each line with its time in front.
 _STAMP = r"(\d{4}-\d{2}-\d{2})[T ](\d{2}:\d{2}:\d{2}\.\d{6}).*? "
@@ -29,13 +30,13 @@ _STAGE_ENDS = re.compile(_STAMP + r"(?:End Poplar graph construction|Starting co
 _COMPILED = re.compile(r"Compiled model in *(\d+(?:\.\d+)?) secs")
 
 
-def extract(metrics: Sequence[Metric], stdout: Path, stderr: Path, num_processes: int = 1) -> Tuple[Results, List[str]]:
+def extract(metrics: Sequence[Metric], stdout: Path, stderr: Path, num_processes: int = 1) -> tuple[Results, list[str]]:
     """Match each metric line by line, stdout first, then stderr, and reduce what it captured.
 
     num_processes: factor on `throughput`, for commands (mpirun) whose processes log their own share only.
     Returns the results and, one sentence each, why a metric has no value.
     """
-    found: Dict[str, List[str]] = {metric.name: [] for metric in metrics}
+    found: dict[str, list[str]] = {metric.name: [] for metric in metrics}
     for line in lines(stdout, stderr):
         for metric in metrics:
             found[metric.name] += metric.regexp.findall(line)
@@ -80,7 +81,7 @@ def _reduce(metric: Metric, texts: Sequence[str]) -> float:
     return {"final": values[-1], "min": min(values), "value": values[0]}[metric.reduction]
 
 
-def derive(derived: Sequence[Metric], results: Results, params: Mapping[str, str]) -> List[str]:
+def derive(derived: Sequence[Metric], results: Results, params: Mapping[str, str]) -> list[str]:
     """Compute derived metrics into `results`, in their order, so that later ones may use earlier ones.
 
     Returns why those without a value have none.
@@ -96,7 +97,7 @@ def derive(derived: Sequence[Metric], results: Results, params: Mapping[str, str
     return problems
 
 
-_OPERATORS: Dict[type, Callable[..., Any]] = {
+_OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow, ast.UAdd: operator.pos,
     ast.USub: operator.neg,
@@ -137,12 +138,12 @@ def _value(node: Any, names: Mapping[str, Any]) -> float:
     return float(_OPERATORS[type(node.op)](*(_value(operand, names) for operand in operands)))
 
 
-def compile_seconds(stdout: Path, stderr: Path) -> Optional[float]:
+def compile_seconds(stdout: Path, stderr: Path) -> float | None:
     """From the first stage that Poplar or PopART began to the last it ended; else what `Compiled model in` says.
 
     None when the log tells neither. Poplar logs to stderr.
     """
-    def times(pattern: "re.Pattern[str]") -> List[datetime]:
+    def times(pattern: re.Pattern[str]) -> list[datetime]:
         found = filter(None, map(pattern.search, lines(stderr)))
         return [datetime.strptime(" ".join(match.groups()), "%Y-%m-%d %H:%M:%S.%f") for match in found]
 

@@ -3,6 +3,7 @@
 The command gets its own session and a mark in its environment. Both, and the chain of parents, tell later which
 processes are its descendants, also those (of torchrun, mpirun, poprun) that left the session or lost their parent.
 """
+from __future__ import annotations
 
 import contextlib
 import json
@@ -19,7 +20,7 @@ import uuid
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import IO, Any, Callable, Iterator, Mapping, Optional, Sequence, Set
+from typing import IO, Any, Callable, Iterator, Mapping, Sequence
 
 import psutil
 from tqdm import tqdm
@@ -39,11 +40,11 @@ class Outcome:
 
     exitcode: int
     seconds: float
-    problem: Optional[str] = None
+    problem: str | None = None
 
 
-def run(words: Sequence[str], cwd: Path, env: Mapping[str, str], stdout: Path, stderr: Path, combined: IO[bytes],
-        timeout: Optional[float] = None, period: float = 1.0,
+def run(words: Sequence[str], cwd: Path, env: Mapping[str, str], stdout: Path, stderr: Path, combined: IO[bytes],  # noqa: PLR0913
+        timeout: float | None = None, period: float = 1.0,
         on_progress: Callable[[float, str], None] = lambda seconds, line: None) -> Outcome:
     """Run `words` in `cwd` with exactly `env`.
 
@@ -64,7 +65,7 @@ def run(words: Sequence[str], cwd: Path, env: Mapping[str, str], stdout: Path, s
         return Outcome(127 if isinstance(error, FileNotFoundError) else 126, 0.0, problem)
     threads = [threading.Thread(target=_copy, args=(pipe, path, combined, tail), daemon=True)
                for pipe, path in ((process.stdout, stdout), (process.stderr, stderr))]
-    exitcode: Optional[int] = None
+    exitcode: int | None = None
     try:
         for thread in threads:
             thread.start()
@@ -119,15 +120,15 @@ def _last_line(tail: bytearray) -> str:
 # The process tree ----------------------------------------------------------------------------------------------------
 
 
-def end_tree(process: "subprocess.Popen[bytes]", mark: str) -> int:
+def end_tree(process: subprocess.Popen[bytes], mark: str) -> int:
     """End the process and all its descendants: SIGTERM, and SIGKILL for those that are still there after GRACE.
 
     Returns how many descendants (without the process itself) had to be ended.
     """
-    victims: Set[psutil.Process] = set()
+    victims: set[psutil.Process] = set()
     for number in (signal.SIGTERM, signal.SIGKILL):
         until = time.monotonic() + GRACE
-        signalled: Set[psutil.Process] = set()
+        signalled: set[psutil.Process] = set()
         while time.monotonic() < until:
             alive = _tree(process, mark, victims)
             if not alive:
@@ -141,7 +142,7 @@ def end_tree(process: "subprocess.Popen[bytes]", mark: str) -> int:
     return sum(victim.pid != process.pid for victim in victims)
 
 
-def _tree(root: "subprocess.Popen[bytes]", mark: str, known: Set[psutil.Process]) -> Set[psutil.Process]:
+def _tree(root: subprocess.Popen[bytes], mark: str, known: set[psutil.Process]) -> set[psutil.Process]:
     """Living processes of the session of `root`, those that carry the mark or are known, and their descendants."""
     parents, found = {}, set()
     # Where the root has ended, its number may already be another's.
@@ -165,7 +166,7 @@ def _tree(root: "subprocess.Popen[bytes]", mark: str, known: Set[psutil.Process]
 
 
 @contextlib.contextmanager
-def progress(name: str, period: Optional[float] = None) -> Iterator[Mapping[str, Any]]:
+def progress(name: str, period: float | None = None) -> Iterator[Mapping[str, Any]]:
     """Yield the `period` and `on_progress` of `run` that show time and newest line: on a terminal (every second) in
     one line that is overwritten, else (every minute) in the log."""
     def show(seconds: float, line: str) -> None:

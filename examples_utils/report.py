@@ -1,13 +1,14 @@
 """Result files in the reference's formats (JSON, CSV, JUnit XML) and the table on the terminal."""
+from __future__ import annotations
 
 import csv
 import json
 import textwrap
-import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Mapping, Sequence
+from xml.etree import ElementTree
 
 from examples_utils.command import Command
 from examples_utils.metrics import Results
@@ -30,17 +31,17 @@ class VariantResult:
 
     variant: Variant
     status: str
-    command: Command = Command("", ())
+    command: Command = Command("", ())  # noqa: RUF009 - a NamedTuple
     reason: str = ""
     env: Mapping[str, str] = field(default_factory=dict)
     added: Mapping[str, str] = field(default_factory=dict)
     results: Results = field(default_factory=dict)
-    exitcode: Optional[int] = None
+    exitcode: int | None = None
     start: datetime = field(default_factory=datetime.now)
     seconds: float = 0.0
-    log_folder: Optional[Path] = None
-    checkpoint: Optional[Path] = None
-    sdk: Optional[Path] = None
+    log_folder: Path | None = None
+    checkpoint: Path | None = None
+    sdk: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -52,7 +53,7 @@ class VariantResult:
         found = self.results.get(metric)
         return next(iter(found.values()), None) if isinstance(found, dict) else found
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The record of the JSON files: the reference's keys, and `status` and `reason`."""
         logs = {name[3:]: str(self.log_folder / name) for name in ("stdout", "stderr") if self.log_folder}
         return {
@@ -89,7 +90,7 @@ def save_results(folder: Path, results: Sequence[VariantResult], additional: boo
 
     additional: more CSV columns; extra_metrics: CSV columns of the user's choice.
     """
-    by_benchmark: Dict[str, List[Dict[str, Any]]] = {}
+    by_benchmark: dict[str, list[dict[str, Any]]] = {}
     suite = ElementTree.Element("testsuite", name="benchmarks", tests=str(len(results)),
                                 failures=str(_count(results, FAILED)), skipped=str(_count(results, SKIPPED)))
     columns = list(dict.fromkeys([*CSV_METRICS, *(ADDITIONAL_METRICS if additional else ()), *extra_metrics]))
@@ -145,7 +146,7 @@ def _row(cells: Sequence[str], columns: Sequence[int]) -> str:
                      for index, cell in enumerate(cells[:len(columns)]))
 
 
-def _with_reason(begin: str, reason: str, width: int) -> List[str]:
+def _with_reason(begin: str, reason: str, width: int) -> list[str]:
     """Name, status and (of what ran) time, then the reason over the rest of the line, or below where that is narrow."""
     if width - len(begin) < 30:
         return [begin.rstrip(), *textwrap.wrap(reason, max(width, 20), initial_indent="    ", subsequent_indent="    ")]

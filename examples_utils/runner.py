@@ -1,4 +1,5 @@
 """Run the variants of the selected benchmarks one after the other and collect what became of each."""
+from __future__ import annotations
 
 import argparse
 import contextlib
@@ -11,7 +12,7 @@ import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import IO, Mapping, Sequence
 
 from examples_utils import metrics
 from examples_utils.command import build_command, option_value, python_index
@@ -29,7 +30,7 @@ TAIL_LINES = 20
 
 
 def run_benchmarks(benchmarks: Sequence[Benchmark], flags: argparse.Namespace, logs: Path, env: Mapping[str, str],
-                   results: List[VariantResult]) -> None:
+                   results: list[VariantResult]) -> None:
     """Run everything, with what became of it in `results`, one for each variant, which are there after Ctrl-C too.
 
     flags: of `examples_utils.cli.parse`. logs: a folder that exists.
@@ -61,7 +62,7 @@ def _prepare(variant: Variant, flags: argparse.Namespace, env: Mapping[str, str]
     benchmark = variant.benchmark
     command = build_command(variant, {**env, **benchmark.env}, flags.allow_wandb, flags.compile_only)
     ipus, _ = hardware(benchmark, command)
-    added: Dict[str, str] = {}
+    added: dict[str, str] = {}
     if ipus:
         added.update(POPLAR_LOG_LEVEL=flags.logging, POPART_LOG_LEVEL=flags.logging)
     if flags.profile and ipus:
@@ -110,7 +111,7 @@ def _run(result: VariantResult, flags: argparse.Namespace, logs: Path, combined:
     _log_result(result, logs)
 
 
-def _install_requirements(result: VariantResult, logs: Path, combined: IO[bytes]) -> Optional[Outcome]:
+def _install_requirements(result: VariantResult, logs: Path, combined: IO[bytes]) -> Outcome | None:
     """pip install what the entry's requirements_file lists; an Outcome only when that failed."""
     name = result.variant.benchmark.requirements_file
     if name is None:
@@ -137,7 +138,7 @@ def _execute(result: VariantResult, logs: Path, flags: argparse.Namespace, combi
         return run(words, result.folder, env, logs / "stdout", logs / "stderr", combined, timeout, **shown)
 
 
-def _with_this_python(words: Sequence[str], env: Mapping[str, str]) -> Tuple[List[str], Dict[str, str]]:
+def _with_this_python(words: Sequence[str], env: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
     """Let `python3` mean the Python of this runner: the first one of the PATH may have none of our packages.
 
     Its folder goes to the front of the PATH; where that holds another python3, the word is replaced.
@@ -176,7 +177,7 @@ def _commit(folder: Path) -> str:
         return "Not a git repo"
 
 
-def _newest_checkpoint(result: VariantResult) -> Optional[Path]:
+def _newest_checkpoint(result: VariantResult) -> Path | None:
     """The newest checkpoint file of this run in --checkpoint-output-dir, or its folder when there is one for each."""
     name = option_value(result.command.words, "--checkpoint-output-dir", "--checkpoint_output_dir")
     found, start = {}, result.start.timestamp() - 1

@@ -4,13 +4,14 @@ Names containing `options` hold shared parts for YAML anchors. Keys that are not
 does; three of ours rely on that: `requires` (what the entry needs to run), `compile_only: false` (it has no such mode)
 and `output` (pairs of unit and metric, used as units in the table and the chart).
 """
+from __future__ import annotations
 
 import itertools
 import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Pattern, Sequence, Tuple
+from typing import Any, Mapping, Pattern, Sequence
 
 from utils.errors import UserError, nearest
 from utils.yaml_files import parse_yaml
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 REDUCTIONS = ("mean", "final", "min", "value")
 REQUIREMENT = re.compile(r"(ipu|cuda)(:[1-9]\d*)?|(package|program|file):.+")
 # Keys of an entry: their type, and what they are where they are missing.
-KEYS: Dict[str, Tuple[Any, Any]] = {
+KEYS: dict[str, tuple[Any, Any]] = {
     "cmd": (str, ""), "data": (dict, {}), "derived": (dict, {}), "env": (dict, {}), "location": (str, ""),
     "timeout": ((int, float), None), "allow_wandb": (bool, False), "generated": (bool, False),
     "synthetic": (bool, False), "requirements_file": (str, None), "compile_only": (bool, True),
@@ -49,16 +50,16 @@ class Benchmark:
     name: str
     spec_path: Path
     cmd: str
-    metrics: Tuple[Metric, ...] = ()
-    derived: Tuple[Metric, ...] = ()
-    parameters: Tuple[Mapping[str, str], ...] = ({},)  # one mapping a variant
+    metrics: tuple[Metric, ...] = ()
+    derived: tuple[Metric, ...] = ()
+    parameters: tuple[Mapping[str, str], ...] = ({},)  # one mapping a variant
     env: Mapping[str, str] = field(default_factory=dict)
     location: str = ""
-    timeout: Optional[float] = None  # seconds
+    timeout: float | None = None  # seconds
     allow_wandb: bool = False
     needs_dataset: bool = True
-    requirements_file: Optional[str] = None
-    requires: Tuple[str, ...] = ()
+    requirements_file: str | None = None
+    requires: tuple[str, ...] = ()
     compile_only: bool = True
     units: Mapping[str, str] = field(default_factory=dict)  # metric -> unit
 
@@ -77,12 +78,12 @@ class Variant:
     params: Mapping[str, str]
 
 
-def load_entries(paths: Sequence[str]) -> Dict[str, Tuple[Path, Any]]:
+def load_entries(paths: Sequence[str]) -> dict[str, tuple[Path, Any]]:
     """Read spec files: {entry name: (spec file, its YAML value)} in file order; of equal names the last file's counts.
 
     Raises UserError for a file that is missing, is not YAML or is not a mapping.
     """
-    entries: Dict[str, Tuple[Path, Any]] = {}
+    entries: dict[str, tuple[Path, Any]] = {}
     for path in (Path(text).resolve() for text in paths):
         try:
             content = parse_yaml(path.read_bytes(), f"--spec: {path} is not a YAML file")
@@ -97,8 +98,8 @@ def load_entries(paths: Sequence[str]) -> Dict[str, Tuple[Path, Any]]:
     return entries
 
 
-def select(entries: Mapping[str, Tuple[Path, Any]], names: Optional[Sequence[str]],
-           include_convergence: bool = False) -> List[Benchmark]:
+def select(entries: Mapping[str, tuple[Path, Any]], names: Sequence[str] | None,
+           include_convergence: bool = False) -> list[Benchmark]:
     """The benchmarks to run: the named ones in the order given, else all; `_conv` ones only when named or included."""
     known = [name for name in entries if "options" not in name]
     if names is None:
@@ -154,9 +155,9 @@ def make_benchmark(name: str, spec_path: Path, entry: Any) -> Benchmark:
                if isinstance(pair, list) and len(pair) == 2})
 
 
-def variants(benchmark: Benchmark) -> List[Variant]:
+def variants(benchmark: Benchmark) -> list[Variant]:
     """One variant for each set of parameters, called `name_key_value_...` with sorted keys."""
-    result: Dict[str, Variant] = {}
+    result: dict[str, Variant] = {}
     for params in benchmark.parameters:
         name = benchmark.name + "".join(f"_{key}_{params[key]}" for key in sorted(params))
         if name in result:
@@ -201,7 +202,7 @@ def _metric(name: str, settings: Any, here: str, source: str) -> Metric:
     return Metric(name, regexp, reduction=reduction, skip=skip)
 
 
-def _parameters(value: Any, where: str) -> List[Dict[str, str]]:
+def _parameters(value: Any, where: str) -> list[dict[str, str]]:
     """A header row and rows: a variant a row. A mapping of comma-separated values: their product, first key fastest."""
     if value is None:
         return [{}]

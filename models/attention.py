@@ -2,6 +2,7 @@
 
 Letters: D width, H heads, K width of a head.
 """
+from __future__ import annotations
 
 from torch import nn
 

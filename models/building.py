@@ -3,10 +3,11 @@
 dalle = build_dalle(config, checkpoint.weights)                       # takes the tensors out of the dictionary
 dalle = build_dalle(config, checkpoint.weights, dtype="bfloat16")     # converted one by one
 """
+from __future__ import annotations
 
 import contextlib
 import threading
-from typing import Any, Dict, Iterator, MutableMapping, Optional, Set
+from typing import Any, Iterator, MutableMapping
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ def without_weights() -> Iterator[None]:
     """
     thread = threading.get_ident()
 
-    def to_meta(_module: nn.Module, _name: str, parameter: Optional[Tensor]) -> Any:
+    def to_meta(_module: nn.Module, _name: str, parameter: Tensor | None) -> Any:
         if parameter is None or parameter.is_meta or threading.get_ident() != thread:
             return None
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
@@ -51,8 +52,8 @@ def build_dalle(
     with without_weights():
         model = DALLE(config)
     float_type = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    done: Set[nn.Module] = set()
-    made: Dict[int, nn.Parameter] = {}  # a parameter that several modules share is made once
+    done: set[nn.Module] = set()
+    made: dict[int, nn.Parameter] = {}  # a parameter that several modules share is made once
     for path, module in list(model.named_modules(remove_duplicate=False)):
         tensors = {leaf: _take(weights, path, leaf, own) for leaf, own in module.named_parameters(recurse=False)}
         if module in done:
@@ -75,8 +76,8 @@ def build_dalle(
 def _take(weights: MutableMapping[str, Tensor], path: str, leaf: str, empty: Tensor) -> Tensor:
     name = path + "." + leaf if path else leaf
     if name not in weights:
-        raise ValueError("weight {} is missing".format(name))
+        raise ValueError(f"weight {name} is missing")
     tensor = weights.pop(name)
     if tensor.shape != empty.shape:
-        raise ValueError("{} has shape {} instead of {}".format(name, tuple(tensor.shape), tuple(empty.shape)))
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)} instead of {tuple(empty.shape)}")
     return tensor

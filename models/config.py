@@ -1,9 +1,10 @@
 """What a DALL-E is, as data: all that is needed to build one again, nothing about how or where it is trained."""
+from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import Any, Dict, Mapping, Optional, Tuple
+from typing import Any, Mapping
 
 from utils.errors import UserError, nearest
 
@@ -21,7 +22,7 @@ _MINDALLE = {
 }
 
 #: The options of DalleConfig that make an architecture (--architecture); what they leave out is size and training.
-ARCHITECTURES: Dict[str, Dict[str, Any]] = {
+ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mini-dalle": {},
     "mindalle": _MINDALLE,
     "image-gpt": dict(_MINDALLE, text_positions=False),
@@ -53,7 +54,7 @@ class DalleConfig:
     """H: attention heads of a layer."""
     dim_head: int
     """K: width of one head; the attention's inner width is H * K."""
-    attn_types: Tuple[str, ...] = ("full",)
+    attn_types: tuple[str, ...] = ("full",)
     """Attention pattern of each layer, repeated in turn when shorter than `depth`."""
     loss_img_weight: float = 7.0
     """w in loss = (text + w * image) / (w + 1)."""
@@ -93,9 +94,9 @@ class DalleConfig:
     """Embedding gradients scaled by 0.1 and the last hidden state divided by its largest element (CogView)."""
     tie_embeddings: bool = False
     """The token tables are the head's rows."""
-    shared_attn_ids: Optional[Tuple[int, ...]] = None
+    shared_attn_ids: tuple[int, ...] | None = None
     """Layers with the same id share one attention; repeated in turn. None: nothing is shared."""
-    shared_ff_ids: Optional[Tuple[int, ...]] = None
+    shared_ff_ids: tuple[int, ...] | None = None
     """Layers with the same id share one feed-forward layer; repeated in turn. None: nothing is shared."""
     init_std: float = 0.0
     """Standard deviation of normal initialisation with zero biases (minDALL-E: 0.02); 0: PyTorch's own."""
@@ -112,7 +113,7 @@ class DalleConfig:
             "dim_head",
         ):
             if getattr(self, name) < 1:
-                raise UserError("model option {} must be at least 1, not {!r}".format(name, getattr(self, name)))
+                raise UserError(f"model option {name} must be at least 1, not {getattr(self, name)!r}")
         if not self.attn_types:
             raise UserError(
                 "model option attn_types names no attention pattern; give at least one of "
@@ -126,22 +127,23 @@ class DalleConfig:
                     )
                 )
         if self.activation not in ("geglu", "gelu", "quick_gelu"):
-            raise UserError("unknown activation {!r}; known: geglu, gelu, quick_gelu".format(self.activation))
+            raise UserError(f"unknown activation {self.activation!r}; known: geglu, gelu, quick_gelu")
         if self.image_positions not in ("axial", "learned", "none"):
-            raise UserError("unknown image_positions {!r}; known: axial, learned, none".format(self.image_positions))
+            raise UserError(f"unknown image_positions {self.image_positions!r}; known: axial, learned, none")
         if self.shift_tokens and self.dim % 4:
-            raise UserError("shift_tokens needs a width (dim) divisible by 4, not {}".format(self.dim))
+            raise UserError(f"shift_tokens needs a width (dim) divisible by 4, not {self.dim}")
         self._check_shared_attention()
 
     def _check_shared_attention(self) -> None:
         """Layers that share an attention have one pattern: the attention is one module, with one mask."""
-        patterns: Dict[int, str] = {}
+        patterns: dict[int, str] = {}
         for layer, pattern in enumerate(self.layer_patterns if self.shared_attn_ids else ()):
             shared = self.shared_attn_ids[layer % len(self.shared_attn_ids)]
             if patterns.setdefault(shared, pattern) != pattern:
                 raise UserError(
-                    "layers that share attention {} (shared_attn_ids) have different patterns in attn_types: {} and "
-                    "{}".format(shared, patterns[shared], pattern)
+                    f"layers that share attention {shared} (shared_attn_ids) have different patterns in attn_types: "
+                    f"{patterns[shared]} and "
+                    f"{pattern}"
                 )
 
     @property
@@ -175,24 +177,24 @@ class DalleConfig:
         return self.num_text_tokens + (self.text_seq_len if self.unique_pads else 0)
 
     @property
-    def layer_patterns(self) -> Tuple[str, ...]:
+    def layer_patterns(self) -> tuple[str, ...]:
         """The attention pattern of each layer, `depth` of them."""
         return tuple(islice(cycle(self.attn_types), self.depth))
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the configuration as plain values (tuples as lists), for a checkpoint or JSON."""
         return {
             key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "DalleConfig":
+    def from_dict(cls, values: Mapping[str, Any]) -> DalleConfig:
         """Build from `to_dict`'s result. Raises UserError on an unknown or a missing key."""
         known = {field.name for field in dataclasses.fields(cls)}
         for key in values:
             if key not in known:
-                raise UserError("unknown model option {!r}.{}".format(key, nearest(key, known)))
+                raise UserError(f"unknown model option {key!r}.{nearest(key, known)}")
         try:
             return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
         except TypeError as error:
-            raise UserError("incomplete model options: {}".format(error)) from error
+            raise UserError(f"incomplete model options: {error}") from error

@@ -3,8 +3,9 @@
 Letters: B batch, T text tokens, P positions of the text part, N image tokens, L = P + N - 1 positions, D width, V text
 vocabulary, C codebook size.
 """
+from __future__ import annotations
 
-from typing import List, NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +21,13 @@ from ops import Projection, linear
 class Operands(NamedTuple):
     """The weights that sampling reads for each chunk, as ops take them."""
 
-    blocks: List[transformer.Operands]
-    image_positions: Optional[Tensor]
+    blocks: list[transformer.Operands]
+    image_positions: Tensor | None
     """(N, D)"""
     image_head: Projection
 
     @property
-    def projections(self) -> List[Projection]:
+    def projections(self) -> list[Projection]:
         """All linear layers."""
         return [self.image_head, *(layer for block in self.blocks for layer in block.projections)]
 
@@ -105,7 +106,7 @@ class DALLE(nn.Module):
         pads = torch.arange(text.shape[1], device=text.device) + self.config.num_text_tokens
         return torch.where(text == 0, pads, text)
 
-    def embed_text(self, text: Tensor, positions: Optional[Positions] = None) -> Tensor:
+    def embed_text(self, text: Tensor, positions: Positions | None = None) -> Tensor:
         """Embed positions of the text part, all by default. text (B, n): the ids there, of `text_part` -> (B, n, D)."""
         x = self.text_emb(text)
         if self.text_pos_emb is not None:
@@ -128,7 +129,7 @@ class DALLE(nn.Module):
         table = None if self.image_pos_emb is None else self.image_pos_emb.table()
         return Operands(blocks, table, project(self.image_head))
 
-    def read(self, ids: Tensor, positions: Positions, cache: Cache, operands: Optional[Operands] = None) -> Tensor:
+    def read(self, ids: Tensor, positions: Positions, cache: Cache, operands: Operands | None = None) -> Tensor:
         """Read a chunk behind what the cache holds, and keep it there; return what the heads take, (B, n, D).
 
         ids: of `text_part`, (prompts, n), or codes (B, n). The prompt, a given part of an image, the next code and
@@ -152,7 +153,7 @@ class DALLE(nn.Module):
             x = x / x.amax(dim=-1, keepdim=True).detach()
         return self.norm(x)
 
-    def forward(self, text: Tensor, codes: Tensor) -> Tuple[Tensor, Tensor]:
+    def forward(self, text: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits of the text tokens and of the codes.
 
         text (B, T) token ids, 0 = pad; codes (B, N). Returns (B, P - 1, V or V + T) and (B, N, C): row i of the first
@@ -188,7 +189,7 @@ class TextToImage(nn.Module):
     it is, so it learns to trust the caption more than codes that may be wrong, as its own are when it draws.
     """
 
-    def __init__(self, dalle: DALLE, vqgan: Optional[nn.Module] = None, code_noise: float = 0.0) -> None:
+    def __init__(self, dalle: DALLE, vqgan: nn.Module | None = None, code_noise: float = 0.0) -> None:
         super().__init__()
         self.dalle = dalle
         self.vqgan = vqgan
@@ -196,7 +197,7 @@ class TextToImage(nn.Module):
         if vqgan is not None:
             vqgan.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> "TextToImage":
+    def train(self, mode: bool = True) -> TextToImage:
         super().train(mode)
         if self.vqgan is not None:
             self.vqgan.eval()

@@ -2,8 +2,9 @@
 
 Letters: B images, S image height and width, h and w height and width of the map of patch scores.
 """
+from __future__ import annotations
 
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ class PatchDiscriminator(nn.Sequential):
     """Images (B, C, S, S) in [0, 1] -> one score for each overlapping patch (B, 1, h, w); high means real."""
 
     def __init__(self, channels: int = 3, width: int = 64, num_layers: int = 3) -> None:
-        layers: List[nn.Module] = [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        layers: list[nn.Module] = [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         widths = [width * min(2**i, 8) for i in range(num_layers + 1)]
         for i in range(1, num_layers + 1):
             stride = 2 if i < num_layers else 1
@@ -53,7 +54,7 @@ class Adversary:
         balance = (theirs / (ours + 1e-4)).clamp(0.0, 1e4).detach()
         return self.weight * balance * loss
 
-    def backward(self, real: Tensor, fake: Tensor) -> Tuple[Tensor, Tensor]:
+    def backward(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
         """Hinge loss on real images and reconstructions (both (B, C, S, S)) and its gradient, which `update` takes.
 
         Returns the loss and the gradient's Euclidean norm.
@@ -73,21 +74,21 @@ class Adversary:
             group["lr"] = learning_rate
         self.optimizer.step()
 
-    def statistics(self) -> List[Tensor]:
+    def statistics(self) -> list[Tensor]:
         """Copies of the averages that normalisation keeps, for `restore`."""
         return [buffer.clone() for buffer in self.model.buffers()]
 
     @torch.no_grad()
-    def restore(self, statistics: List[Tensor]) -> None:
+    def restore(self, statistics: list[Tensor]) -> None:
         """Undo what forward passes since `statistics` did to the averages."""
         for buffer, value in zip(self.model.buffers(), statistics):
             buffer.copy_(value)
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` takes to go on."""
         return {"model": dict(self.model.state_dict()), "optimizer": self.optimizer.state_dict()}
 
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the state that `state_dict` returned."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -3,8 +3,7 @@
 Letters: P positions of the text part, G side of the code grid, N = G * G codes, W rows in a window, L positions, R
 channels that turn.
 """
-
-from typing import Optional
+from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -42,11 +41,11 @@ def allowed_codes(pattern: str, grid: int) -> Tensor:
         allowed = (down >= 0) & (down <= reach) & (right >= 0) & (right <= reach)
         allowed &= (down % CONV_DILATION == 0) & (right % CONV_DILATION == 0)
     else:
-        raise ValueError("unknown attention pattern {!r}".format(pattern))
+        raise ValueError(f"unknown attention pattern {pattern!r}")
     return allowed.tril()
 
 
-def window_rows(pattern: str) -> Optional[int]:
+def window_rows(pattern: str) -> int | None:
     """Return W, the rows of codes (columns for axial_col) that a position sees, or None for a dense pattern."""
     return _CONV_ROWS.get(pattern)
 

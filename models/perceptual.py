@@ -4,8 +4,9 @@ The weights are the user's: torchvision's `vgg16` state dict (keys `features.N.w
 weights of LPIPS 0.1 (keys `linN.model.1.weight`); without the latter all channels weigh the same.
 Letters: B images, C channels, H and W height and width of a feature map.
 """
+from __future__ import annotations
 
-from typing import Dict, List, Sequence
+from typing import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ class PerceptualDistance(nn.Module):
         self.register_buffer("scale", torch.tensor(_SCALE).view(1, 3, 1, 1))
         self.features = nn.ModuleDict()
         index, width = 0, 3
-        self.stages: List[List[str]] = []
+        self.stages: list[list[str]] = []
         for stage in _STAGES:
             names = []
             for channels in stage:
@@ -45,9 +46,9 @@ class PerceptualDistance(nn.Module):
             self.stages.append(names)
             index += 1
         for i, stage in enumerate(_STAGES):
-            self.register_buffer("lin{}".format(i), torch.full((1, stage[-1], 1, 1), 1.0 / stage[-1]))
+            self.register_buffer(f"lin{i}", torch.full((1, stage[-1], 1, 1), 1.0 / stage[-1]))
 
-    def maps(self, images: Tensor) -> List[Tensor]:
+    def maps(self, images: Tensor) -> list[Tensor]:
         """The last ReLU output of each stage, each (B, C, H, W), with unit-length channel vectors."""
         x = (images * 2.0 - 1.0 - self.shift) / self.scale
         maps = []
@@ -64,7 +65,7 @@ class PerceptualDistance(nn.Module):
         with torch.no_grad():
             wanted = self.maps(targets)
         for i, (ours, theirs) in enumerate(zip(self.maps(images), wanted)):
-            weight = getattr(self, "lin{}".format(i))  # (1, C, 1, 1)
+            weight = getattr(self, f"lin{i}")  # (1, C, 1, 1)
             total = total + ((ours - theirs).pow(2) * weight).sum(dim=1).mean()
         return total
 
@@ -72,9 +73,9 @@ class PerceptualDistance(nn.Module):
 def load_perceptual(paths: Sequence[PathLike]) -> PerceptualDistance:
     """Load VGG-16 (first file) and LPIPS linear weights (second file, if given). Raises UserError naming the key."""
     if not 1 <= len(paths) <= 2:
-        raise UserError("--perceptual-weights takes one or two files (VGG-16, LPIPS), not {}".format(len(paths)))
+        raise UserError(f"--perceptual-weights takes one or two files (VGG-16, LPIPS), not {len(paths)}")
     model = PerceptualDistance()
-    wanted: Dict[str, Tensor] = {n: v for n, v in model.state_dict().items() if n.startswith("features.")}
+    wanted: dict[str, Tensor] = {n: v for n, v in model.state_dict().items() if n.startswith("features.")}
     _fill(wanted, read_tensors(paths[0], "--perceptual-weights"), "{}", paths[0])
     if len(paths) == 2:
         wanted = {n: v for n, v in model.state_dict().items() if n.startswith("lin")}
@@ -82,12 +83,12 @@ def load_perceptual(paths: Sequence[PathLike]) -> PerceptualDistance:
     return model.eval().requires_grad_(False)
 
 
-def _fill(wanted: Dict[str, Tensor], found: Dict[str, Tensor], pattern: str, path: PathLike) -> None:
+def _fill(wanted: dict[str, Tensor], found: dict[str, Tensor], pattern: str, path: PathLike) -> None:
     for name, value in wanted.items():
         key = pattern.format(name)
         if key not in found or found[key].shape != value.shape:
             raise UserError(
-                "--perceptual-weights {}: '{}' with shape {} is missing".format(path, key, tuple(value.shape))
+                f"--perceptual-weights {path}: '{key}' with shape {tuple(value.shape)} is missing"
             )
         with torch.no_grad():
             value.copy_(found[key])

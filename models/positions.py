@@ -5,8 +5,9 @@ knows are indices: the same for all images (what a CUDA graph replays), or each 
 
 Letters: B images, n positions of the chunk, N image positions.
 """
+from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +18,9 @@ class Positions(NamedTuple):
 
     count: int
     """n"""
-    start: Optional[int] = None
+    start: int | None = None
     """The first of n consecutive positions, the same in every image; None: see `index`."""
-    index: Optional[Tensor] = None
+    index: Tensor | None = None
     """(1, n) for all images, or (B, n)."""
     text: bool = False
     """Positions of the text part instead of the image."""
@@ -27,7 +28,7 @@ class Positions(NamedTuple):
     """Image positions of `index` are smaller than this."""
 
     @classmethod
-    def of(cls, index: Tensor, reach: int) -> "Positions":
+    def of(cls, index: Tensor, reach: int) -> Positions:
         """Image positions (1, n) or (B, n) that only the device knows, all below `reach`."""
         return cls(index.shape[1], index=index, reach=reach)
 

@@ -3,8 +3,7 @@
 Only weights are quantised: activations, norms, positions and embedding tables stay in floating point. minDALL-E's
 1.29 G parameters take 5.2 GB in float32, 2.6 GB in bfloat16 and 1.4 GB in int8.
 """
-
-from typing import Optional, Tuple
+from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from ops.int8 import int8_linear
 DTYPES = ("float32", "bfloat16", "int8")
 
 
-def quantize_rows(weight: Tensor) -> Tuple[Tensor, Tensor]:
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round each row to 255 steps of its own. (R, C) floats -> (R, C) int8, (R,) float32 scales."""
     weight = weight.detach().float()
     scale = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
@@ -25,7 +24,7 @@ def quantize_rows(weight: Tensor) -> Tuple[Tensor, Tensor]:
 class Int8Linear(nn.Module):
     """A linear layer whose weight is kept as int8 (R, C) with a scale (R,): half a step of error at most."""
 
-    def __init__(self, weight: Tensor, bias: Optional[Tensor]) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """Quantise a float weight (R, C); the bias (R,) stays as it is."""
         super().__init__()
         quantised, scale = quantize_rows(weight)

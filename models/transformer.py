@@ -3,8 +3,9 @@
 Letters: B batch, P positions of the text part, G side of the code grid, N = G * G image tokens, L = P + N - 1
 positions, n positions of a chunk, D width, H heads, K width of a head, R channels that turn.
 """
+from __future__ import annotations
 
-from typing import Any, Callable, Dict, NamedTuple, Optional, Protocol, Sequence, Tuple
+from typing import Any, Callable, NamedTuple, Protocol, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,7 @@ class Residual(nn.Module):
         """The norm at the beginning of the branch."""
         return ops.Norm(self.norm.weight, self.norm.bias, self.norm.eps)
 
-    def after(self) -> Optional[ops.Norm]:
+    def after(self) -> ops.Norm | None:
         """The norm at its end, if there is one."""
         norm = self.norm_out
         return None if norm is None else ops.Norm(norm.weight, norm.bias, norm.eps)
@@ -87,7 +88,7 @@ def shift_codes(x: Tensor, above: Tensor, left: Tensor, columns: Tensor) -> Tens
 class Context(Protocol):
     """What the positions that a block runs see of each other and of those before: all at once, or behind a cache."""
 
-    def attend(self, qkv: Tensor, heads: int, angles: Optional[Tensor]) -> Tuple[Tensor, ops.Function]:
+    def attend(self, qkv: Tensor, heads: int, angles: Tensor | None) -> tuple[Tensor, ops.Function]:
         """qkv (B, n, 3 * H * K) -> a tensor and what makes the heads side by side, (B, n, H * K), of it."""
 
     def shift(self, x: Tensor, branch: int) -> Tensor:
@@ -101,7 +102,7 @@ class Whole(NamedTuple):
     text_len: int
     grid: int
 
-    def attend(self, qkv: Tensor, heads: int, angles: Optional[Tensor]) -> Tuple[Tensor, ops.Function]:
+    def attend(self, qkv: Tensor, heads: int, angles: Tensor | None) -> tuple[Tensor, ops.Function]:
         return ops.attention(qkv, heads, self.visible, angles)
 
     def shift(self, x: Tensor, branch: int) -> Tensor:
@@ -124,20 +125,20 @@ class Operands(NamedTuple):
     attention_norm: ops.Norm
     qkv: ops.Projection
     out: ops.Projection
-    attention_scale: Optional[Tensor]
-    after_attention: Optional[ops.Norm]
+    attention_scale: Tensor | None
+    after_attention: ops.Norm | None
     feed_forward_norm: ops.Norm
     up: ops.Projection
     down: ops.Projection
-    feed_forward_scale: Optional[Tensor]
-    after_feed_forward: Optional[ops.Norm]
+    feed_forward_scale: Tensor | None
+    after_feed_forward: ops.Norm | None
     heads: int
     activation: str
     attention_dropout: float
     feed_forward_dropout: float
 
     @property
-    def projections(self) -> Tuple[ops.Projection, ...]:
+    def projections(self) -> tuple[ops.Projection, ...]:
         """The linear layers."""
         return self.qkv, self.out, self.up, self.down
 
@@ -162,7 +163,7 @@ class Block(nn.Module):
         )  # fmt: skip
 
     def forward(
-        self, x: Tensor, context: Context, angles: Optional[Tensor] = None, operands: Optional[Operands] = None
+        self, x: Tensor, context: Context, angles: Tensor | None = None, operands: Operands | None = None
     ) -> Tensor:
         """x (B, n, D), angles (n, R), (B, 1, n, R) or None -> (B, n, D). operands: None looks them up."""
         own = operands or self.operands(drops=self.training)
@@ -186,8 +187,8 @@ class Transformer(nn.Module):
     def __init__(self, config: DalleConfig) -> None:
         super().__init__()
         self.config = config
-        attentions: Dict[int, Attention] = {}
-        feed_forwards: Dict[int, FeedForward] = {}
+        attentions: dict[int, Attention] = {}
+        feed_forwards: dict[int, FeedForward] = {}
         self.layers = nn.ModuleList()
         for layer in range(config.depth):
             attention_id = (
@@ -212,7 +213,7 @@ class Transformer(nn.Module):
         mask, window = getattr(self, "mask_" + name), getattr(self, "window_" + name)
         return Whole(self._visible[name]._replace(mask=mask, window=window), config.text_len, config.grid)
 
-    def _angles(self, positions: Optional[Positions], count: int) -> Optional[Tensor]:
+    def _angles(self, positions: Positions | None, count: int) -> Tensor | None:
         if self.angles is None or positions is None:
             return None if self.angles is None else self.angles[:count]
         text_len = self.config.text_len
@@ -222,9 +223,9 @@ class Transformer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        positions: Optional[Positions] = None,
-        cache: Optional[Cache] = None,
-        operands: Optional[Sequence[Operands]] = None,
+        positions: Positions | None = None,
+        cache: Cache | None = None,
+        operands: Sequence[Operands] | None = None,
     ) -> Tensor:
         """Run all L positions, or a chunk of n behind those that the cache holds. x (B, n, D) -> (B, n, D).
 

@@ -2,6 +2,7 @@
 
 Letters: B images, D embed_dim, K num_codes, g codes along one side, N = g*g codes per image, S image height and width.
 """
+from __future__ import annotations
 
 import contextlib
 import logging
@@ -9,7 +10,7 @@ import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Iterator, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,7 @@ class VectorQuantizer(nn.Module):
         bias = -0.5 * self.codebook.float().pow(2).sum(dim=1)  # (K,)
         return torch.argmax(F.linear(flat, self.codebook, bias.to(flat.dtype)), dim=-1)
 
-    def forward(self, z: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features (B, D, g, g) -> quantised features (straight-through gradient), loss, codes (B, N)."""
         with torch.no_grad():
             codes = self.codes(z)
@@ -104,7 +105,7 @@ class GumbelQuantizer(nn.Module):
         """Features (B, D, g, g) -> codes (B, N)."""
         return torch.argmax(self.proj(z), dim=1).flatten(1)
 
-    def forward(self, z: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features (B, D, g, g) -> quantised features, loss, codes (B, N); hard samples, soft gradients."""
         logits = self.proj(z)  # (B, K, g, g)
         one_hot = F.gumbel_softmax(logits, tau=self.temperature, hard=True, dim=1)  # (B, K, g, g)
@@ -123,11 +124,11 @@ class VQGAN(nn.Module):
     def __init__(self, config: VqganConfig) -> None:
         super().__init__()
         self.config = config
-        self.identity: Optional[str] = None
+        self.identity: str | None = None
         """sha256 of the weights file it was loaded from, if any."""
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quantize: Union[VectorQuantizer, GumbelQuantizer]
+        self.quantize: VectorQuantizer | GumbelQuantizer
         self.quantize = VectorQuantizer(config) if config.variant == "vq" else GumbelQuantizer(config)
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
@@ -157,9 +158,9 @@ class VQGAN(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, N) -> pixels (B, 3, S, S) in [0, 1]."""
-        grid = self.grid if codes.shape[1] == self.grid**2 else int(round(codes.shape[1] ** 0.5))
+        grid = self.grid if codes.shape[1] == self.grid**2 else round(codes.shape[1] ** 0.5)
         if grid * grid != codes.shape[1]:
-            raise ValueError("{} codes per image do not form a square grid".format(codes.shape[1]))
+            raise ValueError(f"{codes.shape[1]} codes per image do not form a square grid")
         z = F.embedding(codes, self.quantize.codebook)  # (B, N, D)
         z = z.transpose(1, 2).reshape(codes.shape[0], self.config.embed_dim, grid, grid)  # (B, D, g, g)
         return self.pixels(z).clamp(0.0, 1.0)
@@ -210,7 +211,7 @@ _LIGHTNING_CLASSES = (
 @contextlib.contextmanager
 def _placeholders_allowed() -> Iterator[None]:
     """Let `torch.load(weights_only=True)` see empty placeholder classes under Lightning's names."""
-    placeholders: List[Any] = []
+    placeholders: list[Any] = []
     for name in _LIGHTNING_CLASSES:
         module, _, qualname = name.rpartition(".")
         placeholders.append(type(qualname, (), {"__module__": module, "__qualname__": qualname}))
@@ -238,19 +239,20 @@ def _read_file(path: Path, flag: str) -> Any:
         try:
             return load_file(str(path))
         except SafetensorError as error:
-            raise UserError("{} {} is not a readable safetensors file: {}".format(flag, path, error)) from None
+            raise UserError(f"{flag} {path} is not a readable safetensors file: {error}") from None
     try:
         with _placeholders_allowed():
             return torch.load(str(path), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0][:200]
         raise UserError(
-            "{} {} holds more than tensors and was not opened ({}); save its 'state_dict' alone, for example as "
-            "safetensors".format(flag, path, reason)
+            f"{flag} {path} holds more than tensors and was not opened ({reason}); save its 'state_dict' alone, for "
+            "example as "
+            "safetensors"
         ) from None
     except Exception as error:  # whatever a damaged or hostile pickle makes the restricted unpickler raise
         reason = str(error).split("\n")[0][:200] or type(error).__name__
-        raise UserError("{} {} cannot be read: {}".format(flag, path, reason)) from None
+        raise UserError(f"{flag} {path} cannot be read: {reason}") from None
 
 
 def _check_tensor(name: str, tensor: Tensor) -> int:
@@ -258,11 +260,11 @@ def _check_tensor(name: str, tensor: Tensor) -> int:
     plain = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
     size = tensor.numel() * tensor.element_size()
     if not plain or size > tensor.untyped_storage().nbytes():
-        raise UserError("weight '{}' is no plain tensor, or claims more than the file holds".format(name[:200]))
+        raise UserError(f"weight '{name[:200]}' is no plain tensor, or claims more than the file holds")
     return size
 
 
-def read_tensors(path: PathLike, flag: str) -> Dict[str, Tensor]:
+def read_tensors(path: PathLike, flag: str) -> dict[str, Tensor]:
     """Read the named tensors of a `.safetensors` file or of a torch file (its "state_dict" entry if there is one).
 
     Returns float32 tensors on the CPU (a file may hold half precision). Nothing but tensors and plain containers is
@@ -271,7 +273,7 @@ def read_tensors(path: PathLike, flag: str) -> Dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         what = "this is a folder, give a file" if path.is_dir() else "there is no such file"
-        raise UserError("{} {}: {}".format(flag, path, what))
+        raise UserError(f"{flag} {path}: {what}")
     check_archive(path)
     document = _read_file(path, flag)
     state = document.get("state_dict", document) if isinstance(document, dict) else None
@@ -281,59 +283,57 @@ def read_tensors(path: PathLike, flag: str) -> Dict[str, Tensor]:
             try:
                 size += _check_tensor(name, value)
             except UserError as error:
-                raise UserError("{} {}: {}".format(flag, path, error)) from None
+                raise UserError(f"{flag} {path}: {error}") from None
             # Many names may stand for one tensor, which would become as many copies.
             if size > 2 * path.stat().st_size:
-                raise UserError("{} {}: its weights claim more memory than the file holds".format(flag, path))
+                raise UserError(f"{flag} {path}: its weights claim more memory than the file holds")
             tensors[name] = value.float() if value.is_floating_point() else value
     if not tensors:
-        raise UserError("{} {} holds no named tensors".format(flag, path))
+        raise UserError(f"{flag} {path} holds no named tensors")
     return tensors
 
 
-def load_vqgan_state(path: PathLike) -> Dict[str, Tensor]:
+def load_vqgan_state(path: PathLike) -> dict[str, Tensor]:
     """Read a VQGAN's float32 tensors from a `.ckpt` or `.safetensors` file, without its training losses (`loss.*`)."""
     return {
         name: value for name, value in read_tensors(path, "--vqgan_model_path").items() if not name.startswith("loss.")
     }
 
 
-def check_size(config: VqganConfig) -> Dict[str, Tensor]:
+def check_size(config: VqganConfig) -> dict[str, Tensor]:
     """Return the weights of a model without taking their memory. Raises UserError for one that is absurdly large."""
     with torch.device("meta"):
         expected = VQGAN(config).state_dict()
     count = sum(value.numel() for value in expected.values())
     if count > _MAX_PARAMETERS:
         raise UserError(
-            "VQGAN configuration: it asks for {:.3g} parameters; at most {:.3g} are built".format(
-                count, _MAX_PARAMETERS
-            )
+            f"VQGAN configuration: it asks for {count:.3g} parameters; at most {_MAX_PARAMETERS:.3g} are built"
         )
     return expected
 
 
-def _check_state(state: Dict[str, Tensor], config: VqganConfig, weights: PathLike, config_path: PathLike) -> None:
+def _check_state(state: dict[str, Tensor], config: VqganConfig, weights: PathLike, config_path: PathLike) -> None:
     """Raise UserError for the first missing, unknown or misshapen tensor, before the model takes memory."""
     try:
         expected = check_size(config)
     except UserError as error:
-        raise UserError("{}: {}".format(config_path, error)) from None
-    problems = ["'{}' is missing".format(name) for name in expected if name not in state]
-    problems += ["'{}' is unknown".format(name) for name in state if name not in expected]
+        raise UserError(f"{config_path}: {error}") from None
+    problems = [f"'{name}' is missing" for name in expected if name not in state]
+    problems += [f"'{name}' is unknown" for name in state if name not in expected]
     problems += [
-        "'{}' has shape {} instead of {}".format(name, tuple(state[name].shape), tuple(value.shape))
+        f"'{name}' has shape {tuple(state[name].shape)} instead of {tuple(value.shape)}"
         for name, value in expected.items()
         if name in state and state[name].shape != value.shape
     ]
     if problems:
-        more = " (and {} more)".format(len(problems) - 3) if len(problems) > 3 else ""
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise UserError(
             "--vqgan_model_path {} does not fit {}: {}{}".format(weights, config_path, ", ".join(problems[:3]), more)
         )
 
 
 def load_vqgan(
-    weights_path: PathLike, config_path: PathLike, device: Union[str, torch.device] = "cpu", channels_last: bool = True
+    weights_path: PathLike, config_path: PathLike, device: str | torch.device = "cpu", channels_last: bool = True
 ) -> VQGAN:
     """Load a frozen VQGAN in eval mode, float32, with `identity` set to the sha256 of its weights file.
 
@@ -368,7 +368,7 @@ class PublishedVqgan:
 
 _MAX_DOWNLOAD = {".ckpt": 2 << 30, ".yml": 1 << 18}  # bytes; the largest of the published ones has 0.98 GB
 _SHARE = "https://heibox.uni-heidelberg.de/f/{}/?dl=1"
-PUBLISHED: Dict[str, PublishedVqgan] = {
+PUBLISHED: dict[str, PublishedVqgan] = {
     "f16-1024": PublishedVqgan(
         _SHARE.format("140747ba53464f49b476"),
         _SHARE.format("6ecf2af6c658432c8298"),
@@ -393,7 +393,7 @@ PUBLISHED: Dict[str, PublishedVqgan] = {
 }
 
 
-def default_vqgan(cache_dir: Optional[PathLike] = None, name: str = "f16-1024") -> Tuple[Path, Path]:
+def default_vqgan(cache_dir: PathLike | None = None, name: str = "f16-1024") -> tuple[Path, Path]:
     """Return (weights, YAML) of a published model, downloading what `cache_dir` (default ~/.cache/dalle) lacks.
 
     Raises UserError that says what to fetch by hand and where to put it when a download fails.
@@ -417,9 +417,8 @@ def default_vqgan(cache_dir: Optional[PathLike] = None, name: str = "f16-1024") 
             download(url, path, size_limit=_MAX_DOWNLOAD[path.suffix])
         except (OSError, UserError) as error:
             raise UserError(
-                "the published VQGAN {} could not be downloaded ({}); fetch {} by hand and save it as {}, and {} as "
-                "{}, or give --vqgan_model_path and --vqgan_config_path".format(
-                    name, error, published.weights_url, weights, published.config_url, config
-                )
+                f"the published VQGAN {name} could not be downloaded ({error}); fetch {published.weights_url} by "
+                f"hand and save it as {weights}, and {published.config_url} as "
+                f"{config}, or give --vqgan_model_path and --vqgan_config_path"
             ) from None
     return weights, config

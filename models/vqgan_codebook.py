@@ -2,8 +2,9 @@
 
 Letters: B images, D embed_dim, K num_codes, M feature vectors of a batch.
 """
+from __future__ import annotations
 
-from typing import Any, Dict, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ class CodebookUpkeep:
     are hardly used to features of the current batch, so that a small codebook does not waste entries.
     """
 
-    def __init__(self, model: VQGAN, decay: Optional[float] = 0.99, usage_decay: float = 0.99) -> None:
+    def __init__(self, model: VQGAN, decay: float | None = 0.99, usage_decay: float = 0.99) -> None:
         if not isinstance(model.quantize, VectorQuantizer):
             raise ValueError("only the vq variant has a codebook to keep")
         self.codebook = model.quantize.embedding.weight
@@ -79,12 +80,12 @@ class CodebookUpkeep:
             self.total[dead] = chosen
         return dead
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` takes to go on; the codebook itself belongs to the model."""
         return {"usage": self.usage, "count": self.count, "total": self.total}
 
     @torch.no_grad()
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the state that `state_dict` returned."""
         for name in ("usage", "count", "total"):
             getattr(self, name).copy_(state[name])

@@ -1,7 +1,8 @@
 """What a VQGAN is made of, read from and written to the YAML layouts of taming-transformers and minDALL-E."""
+from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Dict, Mapping, Optional, Tuple
+from typing import Any, Mapping
 
 import yaml
 
@@ -47,11 +48,11 @@ class VqganConfig:
     """Channels of the encoder's output and the decoder's input."""
     ch: int = 128
     """Channels at full resolution, before the multipliers."""
-    ch_mult: Tuple[int, ...] = (1, 1, 2, 2, 4)
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
     """Channel multiplier for each resolution, full resolution first; each further level halves height and width."""
     num_res_blocks: int = 2
     """Residual blocks per level of the encoder; the decoder has one more."""
-    attn_resolutions: Tuple[int, ...] = (16,)
+    attn_resolutions: tuple[int, ...] = (16,)
     """Feature-map heights at which every residual block is followed by self-attention."""
     in_channels: int = 3
     """Channels of the input image."""
@@ -67,41 +68,39 @@ class VqganConfig:
 
     def __post_init__(self) -> None:
         if self.variant not in _TARGET_OF_VARIANT:
-            raise UserError("VQGAN configuration: variant '{}' is not one of vq, gumbel".format(self.variant))
+            raise UserError(f"VQGAN configuration: variant '{self.variant}' is not one of vq, gumbel")
         for name, limit in _LIMITS.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
                 raise UserError(
-                    "VQGAN configuration: {} must be a positive whole number, {} at most, not {}".format(
-                        name, limit, shown(value)
-                    )
+                    f"VQGAN configuration: {name} must be a positive whole number, {limit} at most, not {shown(value)}"
                 )
         for name in ("ch_mult", "attn_resolutions"):
             values = getattr(self, name)
             if not all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in values):
-                raise UserError("VQGAN configuration: {} must list positive whole numbers".format(name))
+                raise UserError(f"VQGAN configuration: {name} must list positive whole numbers")
             if len(values) > _MAX_LEVELS:
-                raise UserError("VQGAN configuration: {} lists more than {} levels".format(name, _MAX_LEVELS))
+                raise UserError(f"VQGAN configuration: {name} lists more than {_MAX_LEVELS} levels")
         if not self.ch_mult:
             raise UserError("VQGAN configuration: ch_mult must name at least one level")
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
-            raise UserError("VQGAN configuration: dropout must be in [0, 1), not {}".format(shown(self.dropout)))
+            raise UserError(f"VQGAN configuration: dropout must be in [0, 1), not {shown(self.dropout)}")
         if self.resolution % self.downsampling:
             raise UserError(
-                "VQGAN configuration: resolution {} is not a multiple of {}, the pixels that ch_mult and "
-                "patch_size give a code along one side".format(self.resolution, self.downsampling)
+                f"VQGAN configuration: resolution {self.resolution} is not a multiple of {self.downsampling}, the "
+                "pixels that ch_mult and "
+                "patch_size give a code along one side"
             )
-        for multiplier in (1,) + self.ch_mult:
+        for multiplier in (1, *self.ch_mult):
             if self.ch * multiplier > _MAX_CHANNELS:
                 raise UserError(
-                    "VQGAN configuration: {} channels (ch * ch_mult) are more than {}".format(
-                        self.ch * multiplier, _MAX_CHANNELS
-                    )
+                    f"VQGAN configuration: {self.ch * multiplier} channels (ch * ch_mult) are more than {_MAX_CHANNELS}"
                 )
             if self.ch * multiplier % self.num_groups:
                 raise UserError(
-                    "VQGAN configuration: {} channels (ch * ch_mult) do not split into {} GroupNorm groups; "
-                    "set ddconfig.num_groups".format(self.ch * multiplier, self.num_groups)
+                    f"VQGAN configuration: {self.ch * multiplier} channels (ch * ch_mult) do not split into "
+                    f"{self.num_groups} GroupNorm groups; "
+                    "set ddconfig.num_groups"
                 )
         if self.variant == "gumbel" and self.embed_dim != self.z_channels:
             raise UserError("VQGAN configuration: the gumbel variant needs embed_dim equal to z_channels")
@@ -121,7 +120,7 @@ class VqganConfig:
         return self.resolution // self.downsampling
 
     @classmethod
-    def from_dict(cls, document: Mapping[str, Any], source: str = "VQGAN configuration") -> "VqganConfig":
+    def from_dict(cls, document: Mapping[str, Any], source: str = "VQGAN configuration") -> VqganConfig:
         """Build the configuration from a parsed taming-transformers document `{"model": {"target", "params"}}`.
 
         A document with the key "stage1" instead is minDALL-E's config.yaml. Keys that describe training or data are
@@ -134,14 +133,14 @@ class VqganConfig:
         target = target[:200] if isinstance(target, str) else shown(target)
         variant = next((v for name, v in _VARIANT_OF_TARGET.items() if target.split(".")[-1] == name), None)
         if variant is None:
-            raise UserError("{}: model.target '{}' ends in neither VQModel nor GumbelVQ".format(source, target))
+            raise UserError(f"{source}: model.target '{target}' ends in neither VQModel nor GumbelVQ")
         params = _mapping(model, "params", source + ": model")
         network = _mapping(params, "ddconfig", source + ": model.params")
         if network.get("double_z"):
             raise UserError(
-                "{}: model.params.ddconfig.double_z is true; that is an autoencoder without codes".format(source)
+                f"{source}: model.params.ddconfig.double_z is true; that is an autoencoder without codes"
             )
-        values: Dict[str, Any] = {"variant": variant}
+        values: dict[str, Any] = {"variant": variant}
         for name, key, where in (("num_codes", "n_embed", params), ("embed_dim", "embed_dim", params)):
             values[name] = _required(where, key, source + ": model.params")
         for key in (
@@ -160,30 +159,30 @@ class VqganConfig:
                 values[key] = network[key]
         for key in ("ch_mult", "attn_resolutions"):
             if not isinstance(values[key], (list, tuple)):
-                raise UserError("{}: model.params.ddconfig.{} must be a list".format(source, key))
+                raise UserError(f"{source}: model.params.ddconfig.{key} must be a list")
             values[key] = tuple(values[key])
         try:
             return cls(**values)
         except UserError as error:
-            raise UserError("{}: {}".format(source, error)) from None
+            raise UserError(f"{source}: {error}") from None
 
     @classmethod
-    def from_yaml(cls, path: PathLike) -> "VqganConfig":
+    def from_yaml(cls, path: PathLike) -> VqganConfig:
         """Read a YAML file of either layout. Raises UserError when it is missing, malformed or incomplete."""
         try:
             with open_regular(path) as file:
                 content = file.read(MAX_BYTES + 1)
         except OSError as error:
             reason = error.strerror or error
-            raise UserError("VQGAN configuration {} cannot be read: {}".format(path, reason)) from None
-        document = parse_yaml(content, "VQGAN configuration {} is not valid YAML".format(path))
+            raise UserError(f"VQGAN configuration {path} cannot be read: {reason}") from None
+        document = parse_yaml(content, f"VQGAN configuration {path} is not valid YAML")
         if not isinstance(document, dict):
-            raise UserError("VQGAN configuration {} holds no mapping with a 'model' key".format(path))
+            raise UserError(f"VQGAN configuration {path} holds no mapping with a 'model' key")
         return cls.from_dict(document, str(path))
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the taming-transformers document that `from_dict` reads back to an equal configuration."""
-        network: Dict[str, Any] = {"double_z": False}
+        network: dict[str, Any] = {"double_z": False}
         for key in (
             "z_channels",
             "resolution",
@@ -211,7 +210,7 @@ class VqganConfig:
 
 
 #: What absent keys of stage1 in minDALL-E's config.yaml stand for: the VQGAN that it was published with.
-_STAGE1_DEFAULTS: Dict[str, Any] = {
+_STAGE1_DEFAULTS: dict[str, Any] = {
     "z_channels": 256,
     "resolution": 256,
     "in_channels": 3,
@@ -231,7 +230,7 @@ def stage1_config(document: Mapping[str, Any], source: str) -> VqganConfig:
     stage = document.get("stage1") or {}
     hparams = (stage.get("hparams") or {}) if isinstance(stage, Mapping) else None
     if not isinstance(stage, Mapping) or not isinstance(hparams, Mapping):
-        raise UserError("{}: stage1 and its hparams must be tables of options".format(source))
+        raise UserError(f"{source}: stage1 and its hparams must be tables of options")
     if stage.get("type", "vqgan") != "vqgan":
         raise UserError("{}: stage1.type {} is not supported; known: vqgan".format(source, shown(stage["type"])))
     network = dict(_STAGE1_DEFAULTS, **{str(key): value for key, value in hparams.items() if key != "pdrop"})
@@ -243,13 +242,13 @@ def stage1_config(document: Mapping[str, Any], source: str) -> VqganConfig:
     return VqganConfig.from_dict({"model": {"target": "VQModel", "params": params}}, source + ": stage1")
 
 
-def stage1_options(config: VqganConfig) -> Dict[str, Any]:
+def stage1_options(config: VqganConfig) -> dict[str, Any]:
     """Return what `stage1_config` reads back to an equal configuration, but for its dropout: the table "stage1".
 
     Raises UserError for a variant that minDALL-E does not have.
     """
     if config.variant != "vq":
-        raise UserError("minDALL-E's layout has no VQGAN of the variant {}; use one of vq".format(config.variant))
+        raise UserError(f"minDALL-E's layout has no VQGAN of the variant {config.variant}; use one of vq")
     params = config.to_dict()["model"]["params"]
     hparams = {key: value for key, value in params["ddconfig"].items() if key != "dropout"}
     return {
@@ -272,7 +271,7 @@ _SMALL = VqganConfig(
     num_groups=8,
     patch_size=4,
 )
-DEMO_CONFIGS: Dict[str, VqganConfig] = {
+DEMO_CONFIGS: dict[str, VqganConfig] = {
     "f8_demo": _SMALL,
     "f16_demo": replace(_SMALL, num_codes=2048, ch_mult=(3, 4, 5)),
 }
@@ -282,14 +281,14 @@ DEMO_CONFIGS: Dict[str, VqganConfig] = {
 def _mapping(document: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any]:
     value = document.get(key)
     if not isinstance(value, dict):
-        raise UserError("{}: the mapping '{}' is missing.{}".format(source, key, _nearest(key, document)))
+        raise UserError(f"{source}: the mapping '{key}' is missing.{_nearest(key, document)}")
     return value
 
 
 def _required(document: Mapping[str, Any], key: str, source: str) -> Any:
-    value: Optional[Any] = document.get(key)
+    value: Any | None = document.get(key)
     if value is None:
-        raise UserError("{}: the key '{}' is missing.{}".format(source, key, _nearest(key, document)))
+        raise UserError(f"{source}: the key '{key}' is missing.{_nearest(key, document)}")
     return value
 
 

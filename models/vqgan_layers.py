@@ -3,8 +3,9 @@
 Module names follow the published checkpoints, so that their state dicts load as they are.
 Letters: B images, C channels, H and W height and width in pixels or features, P = H*W positions.
 """
+from __future__ import annotations
 
-from typing import Iterable, Optional, Sequence, cast
+from typing import Iterable, Sequence, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ class Conv3x3(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, residual: Optional[Tensor] = None, doubled: bool = False) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, doubled: bool = False) -> Tensor:
         """(B, in, H, W) -> (B, out, H, W); see `ops.convolution.conv3x3`."""
         return conv3x3(x, self.weight, self.bias, residual, doubled)
 

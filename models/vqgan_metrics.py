@@ -2,8 +2,9 @@
 
 Pictures are uint8. Letters: n and m pictures, N codes per picture, S picture height and width, K codes in the codebook.
 """
+from __future__ import annotations
 
-from typing import Any, Dict, Iterable, List, NamedTuple
+from typing import Any, Iterable, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class Reconstructions(NamedTuple):
     codes: Tensor
     """(n, N)."""
 
-    def figures(self, num_codes: int) -> Dict[str, float]:
+    def figures(self, num_codes: int) -> dict[str, float]:
         """PSNR and use of the codebook."""
         return {"psnr": psnr(self.originals, self.images), **code_use(self.codes, num_codes)}
 
@@ -31,7 +32,7 @@ class Reconstructions(NamedTuple):
 def reconstruct(model: VQGAN, parts: Iterable[Tensor], device: Any = "cpu") -> Reconstructions:
     """Encode and decode pictures that come in parts (B, 3, S, S). Raises UserError where there is none."""
     model.eval()
-    done: List[Reconstructions] = []
+    done: list[Reconstructions] = []
     for originals in parts:
         codes = model.encode(originals.to(device).float() / 255)
         images = (model.decode(codes) * 255).round().to(torch.uint8)
@@ -47,7 +48,7 @@ def psnr(pictures: Tensor, others: Tensor) -> float:
     return float((20.0 * torch.log10(255.0 / error.clamp_min(1e-5).sqrt())).mean())
 
 
-def code_use(codes: Tensor, num_codes: int) -> Dict[str, float]:
+def code_use(codes: Tensor, num_codes: int) -> dict[str, float]:
     """Share of K = num_codes that appears in codes (n, N), and the perplexity of its use (K where all appear alike)."""
     share = torch.bincount(codes.flatten(), minlength=num_codes).double() / codes.numel()  # (K,)
     entropy = -(share * share.clamp_min(1e-12).log()).sum()

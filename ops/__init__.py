@@ -2,6 +2,7 @@
 
 dispatch.py decides which one runs. Ops know tensors and nothing of models, configurations or caches.
 """
+from __future__ import annotations
 
 from ops.attention_ops import Visible, attention, explicit, prompt_attention, rotate, sdpa, split_heads
 from ops.dispatch import refusal, use, uses_reference
@@ -41,8 +42,8 @@ __all__ = [
     "for_few_rows",
     "linear",
     "norm_linear",
-    "refusal",
     "prompt_attention",
+    "refusal",
     "rotate",
     "sample",
     "sdpa",

@@ -1,4 +1,5 @@
 """`python -m ops`: which implementation of each op runs on this machine, and why."""
+from __future__ import annotations
 
 from ops.explain import main
 

@@ -7,8 +7,9 @@ sparse pattern shows (local_attention.py), and a native kernel. Those that can b
 Letters: B batch, L positions, H heads, K width of a head, P positions of the text part, G side of the code grid, W rows
 in a window, R channels that turn.
 """
+from __future__ import annotations
 
-from typing import NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ class Visible(NamedTuple):
     """(L, L), True where a row's position may attend to a column's."""
     causal: bool = False
     """The mask is the plain lower triangle."""
-    window: Optional[Tensor] = None
+    window: Tensor | None = None
     """(G, G, W * G): codes see the text and their window of W rows (columns with `by_column`), of which this is added
     to the scores, 0 or -inf. None: codes see more than a window."""
     by_column: bool = False
@@ -49,7 +50,7 @@ _DENSE_ON_GPU = 512
 """Positions up to which a GPU takes one fused kernel under a mask. An estimate: no GPU was measured."""
 
 
-def explicit(query: Tensor, key: Tensor, value: Tensor, mask: Optional[Tensor], causal: bool = False) -> Tensor:
+def explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
     """Softmax(q k^T / sqrt(K)) v, from matmul and softmax alone. (B, H, L, K), (B, H, m, K) twice -> (B, H, L, K).
 
     mask (..., L, m): True where a position is seen, or floats to add to the scores; None: all are.
@@ -62,7 +63,7 @@ def explicit(query: Tensor, key: Tensor, value: Tensor, mask: Optional[Tensor], 
     return torch.matmul(torch.softmax(scores, dim=-1), value)
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Optional[Tensor], causal: bool = False) -> Tensor:
+def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
     """The same by PyTorch's fused kernel, where that is not slow (see _SHORT); `causal`: without reading the mask."""
     short = query.shape[2] <= _SHORT and torch.get_float32_matmul_precision() == "medium"
     if dispatch.uses_reference() or (short and dispatch.suits(query)):
@@ -72,7 +73,7 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Optional[Tensor], caus
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
-def prompt_attention(query: Tensor, text: Tensor, codes: Tensor, bias: Optional[Tensor]) -> Tensor:
+def prompt_attention(query: Tensor, text: Tensor, codes: Tensor, bias: Tensor | None) -> Tensor:
     """Softmax(q k^T / sqrt(K)) v, where the images of a prompt share the text's keys and values.
 
     query (B, H, n, K), text (2, prompts, H, P, K), codes (2, B, H, m, K), keys and values, B a multiple of the prompts;
@@ -104,15 +105,15 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([turned * angles.cos() + quarter * angles.sin(), rest], dim=-1).to(x.dtype)
 
 
-def split_heads(qkv: Tensor, heads: int, angles: Optional[Tensor]) -> Tensor:
+def split_heads(qkv: Tensor, heads: int, angles: Tensor | None) -> Tensor:
     """(B, L, 3 * H * K) -> queries, keys and values (3, B, H, L, K), turned where there are angles (see `rotate`)."""
     parts = qkv.reshape(*qkv.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
     return parts if angles is None else rotate(parts, angles)  # DALLE-pytorch turns the values too
 
 
 def attention(
-    qkv: Tensor, heads: int, visible: Visible, angles: Optional[Tensor] = None
-) -> Tuple[Tensor, Function]:
+    qkv: Tensor, heads: int, visible: Visible, angles: Tensor | None = None
+) -> tuple[Tensor, Function]:
     """Return a tensor and what makes of it the heads side by side, (B, L, H * K): for `add_linear`.
 
     qkv (B, L, 3 * H * K), angles (L, R) or None.
@@ -195,7 +196,7 @@ class _Local:
         self.grid = bias.shape[0]
         self.rows = bias.shape[2] // self.grid
 
-    def _split(self, x: Tensor, parts: int) -> Tuple[Tensor, int]:
+    def _split(self, x: Tensor, parts: int) -> tuple[Tensor, int]:
         """(B, L, parts * H * K) -> a view (parts, B, H, L, K) and P."""
         x = x.unflatten(2, (parts, self.heads, -1))
         return x.permute(2, 0, 3, 1, 4), x.shape[1] - self.grid**2 + 1

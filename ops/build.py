@@ -9,6 +9,7 @@ compiler and processor: another machine with the same home builds its own. Its l
 could have written is not loaded, and what is damaged is compiled again. Where that folder will not do, compiled files
 are kept in `$XDG_RUNTIME_DIR/dalle/kernels` or in a folder of this user in the temporary folder.
 """
+from __future__ import annotations
 
 import ctypes
 import functools
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import IO, Dict, Iterator, List, Optional, Tuple
+from typing import IO, Iterator
 
 import torch
 
@@ -41,25 +42,25 @@ _MAX_BYTES = 1 << 26
 """More than any compiled file has."""
 
 
-reasons: Dict[str, str] = {}
+reasons: dict[str, str] = {}
 """Why `library` returned None, by its names."""
 
 
 @functools.lru_cache(maxsize=None)
-def library(name: str) -> Optional[ctypes.CDLL]:
+def library(name: str) -> ctypes.CDLL | None:
     """Return the functions of `name`.c, compiled for this machine, or None where that cannot be done."""
     reasons.pop(name, None)
     if os.environ.get(SWITCH, "").lower() in ("off", "0", "no", "false"):
-        reasons[name] = "{}={}".format(SWITCH, os.environ[SWITCH])
+        reasons[name] = f"{SWITCH}={os.environ[SWITCH]}"
         return None
     if not sys.platform.startswith("linux"):
-        reasons[name] = "nothing is compiled on {}".format(sys.platform)
+        reasons[name] = f"nothing is compiled on {sys.platform}"
         return None
     try:
         return _built(name)
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
-        lines: List[str] = reason.strip().splitlines() or [str(error)]
+        lines: list[str] = reason.strip().splitlines() or [str(error)]
         first = next((line for line in lines if "error" in line), lines[0])
         reasons[name] = first
         logger.info("Native kernels are disabled (%s); PyTorch computes the same, slower", first)
@@ -92,7 +93,7 @@ def _built(name: str) -> ctypes.CDLL:
     digest = hashlib.sha256(version + " ".join(_FLAGS).encode() + _processor().encode())
     for source in (*sorted(_FOLDER.glob("*.h")), _FOLDER / (name + ".c")):
         digest.update(source.read_bytes())
-    file_name = "{}-{}.so".format(name, digest.hexdigest()[:20])
+    file_name = f"{name}-{digest.hexdigest()[:20]}.so"
     return _stored(file_name) or _compiled(compiler, name, file_name)
 
 
@@ -118,14 +119,14 @@ def _workshop() -> str:
         return str(trusted_folder(*next(_places())))
 
 
-def _call(command: List[str], folder: str) -> None:
+def _call(command: list[str], folder: str) -> None:
     subprocess.run(
         command,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         check=True,
         timeout=_SECONDS,
-        universal_newlines=True,
+        text=True,
         env=dict(os.environ, TMPDIR=folder),
     )
 
@@ -133,16 +134,16 @@ def _call(command: List[str], folder: str) -> None:
 # What is kept from run to run -----------------------------------------------------------------------------------------
 
 
-def _places() -> Iterator[Tuple[Path, int]]:
+def _places() -> Iterator[tuple[Path, int]]:
     """Yield the folders where compiled files may be kept, the best first, and the mode that each is made with."""
     yield cache_folder("dalle", "kernels"), 0o755
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     if os.path.isabs(runtime):
         yield Path(runtime, "dalle", "kernels"), 0o700
-    yield Path(tempfile.gettempdir(), "dalle-{}".format(os.geteuid()), "kernels"), 0o700
+    yield Path(tempfile.gettempdir(), f"dalle-{os.geteuid()}", "kernels"), 0o700
 
 
-def _stored(file_name: str) -> Optional[ctypes.CDLL]:
+def _stored(file_name: str) -> ctypes.CDLL | None:
     """Load a file that is kept, or return None. A folder that is missing or out of reach keeps nothing."""
     for folder, _ in _places():
         path = folder / file_name
@@ -154,14 +155,14 @@ def _stored(file_name: str) -> Optional[ctypes.CDLL]:
                     return _load(file_name, content, file)
                 problem = "wrong checksum"
         except UntrustedError as error:
-            why = "{} {}".format(error.filename, error.strerror)
-            _warn("native kernels refused: {}; private ones are used until only you may write there".format(why))
+            why = f"{error.filename} {error.strerror}"
+            _warn(f"native kernels refused: {why}; private ones are used until only you may write there")
             continue
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             continue
         except OSError as error:
             problem = str(error)
-        _warn("{} is damaged ({}): rebuilding".format(path, problem))
+        _warn(f"{path} is damaged ({problem}): rebuilding")
     return None
 
 
@@ -174,7 +175,7 @@ def _keep(file_name: str, content: bytes) -> None:
                 file.write(content + _checksum(file_name, content))
             return
         except OSError as error:
-            problems.append("{}: {}".format(error.filename or folder, error.strerror or error))
+            problems.append(f"{error.filename or folder}: {error.strerror or error}")
     _warn(
         "native kernels are compiled again in each run, for they cannot be kept ({}); set XDG_CACHE_HOME to a folder "
         "that only you may write".format("; ".join(problems))
@@ -201,7 +202,7 @@ def _load(file_name: str, content: bytes, file: IO[bytes]) -> ctypes.CDLL:
 
 def _load_descriptor(descriptor: int) -> ctypes.CDLL:
     # Never closed: the dynamic loader knows libraries by path, and would take the next one of this number for this one.
-    return ctypes.CDLL("/proc/self/fd/{}".format(descriptor))
+    return ctypes.CDLL(f"/proc/self/fd/{descriptor}")
 
 
 @functools.lru_cache(maxsize=None)
@@ -210,6 +211,6 @@ def _warn(message: str) -> None:
     logger.warning("%s", message)
 
 
-def pointer(tensor: Optional[torch.Tensor]) -> ctypes.c_void_p:
+def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     """The address of a tensor's first element, for a function of `library`."""
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

@@ -6,11 +6,12 @@ the largest), and do not depend on what else is in the batch or on the number of
 
 Letters: B images, C channels, H and W height and width of the result.
 """
+from __future__ import annotations
 
 import contextlib
 import ctypes
 import functools
-from typing import Any, Iterator, Optional, Tuple
+from typing import Any, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ _G = (
 
 
 @functools.lru_cache(maxsize=None)
-def _library() -> Optional[ctypes.CDLL]:
+def _library() -> ctypes.CDLL | None:
     found = library("convolution")
     if found is not None:
         long, whole, address = ctypes.c_long, ctypes.c_int32, ctypes.c_void_p
@@ -83,12 +84,12 @@ def available() -> bool:
 
 
 #: Of each weight that was convolved with: what its transform was made from, and the transform.
-_transforms: "WeakIdKeyDictionary" = WeakIdKeyDictionary()
+_transforms: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def conv3x3_refusal(
-    x: Tensor, weight: Tensor, residual: Optional[Tensor] = None, doubled: bool = False
-) -> Optional[str]:
+    x: Tensor, weight: Tensor, residual: Tensor | None = None, doubled: bool = False
+) -> str | None:
     """Return why no kernel convolves these (see `conv3x3`), or None where one does."""
     problem = dispatch.refusal(x, weight, residual)
     if problem is not None:
@@ -106,7 +107,7 @@ def conv3x3_refusal(
 
 
 def conv3x3(
-    x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: Optional[Tensor] = None, doubled: bool = False
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, doubled: bool = False
 ) -> Tensor:
     """Convolve x (B, in, H, W), with zeros around, one pixel wide; or x (B, in, H/2, W/2) with each pixel `doubled` in
     both directions. weight (out, in, 3, 3). Add `residual` (B, out, H, W), whose memory may be used for the result.
@@ -124,7 +125,7 @@ def conv3x3(
     return result if residual is None else add(residual, result)
 
 
-def _doubled(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+def _doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Of the nine positions that a pixel of the result sees, at most four differ: their weights are added up
     beforehand, which leaves a transposed 4x4 convolution with stride 2, 4/9 of the arithmetic, half of the time."""
     # Which of the three rows (columns) of weights each row of the larger kernel adds up.
@@ -134,8 +135,8 @@ def _doubled(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
 
 
 def _winograd(
-    x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: Optional[Tensor], doubled: bool
-) -> Optional[Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, doubled: bool
+) -> Tensor | None:
     """`conv3x3` by a kernel. None where a result is not finite: its numbers overflow earlier than those of a plain
     sum."""
     kernels = _library()
@@ -158,7 +159,7 @@ def _winograd(
 
 def _transform_of(weight: Tensor, kernels: Any) -> Tensor:
     made_from = (weight.data_ptr(), weight._version)
-    kept: Optional[Tuple[Tuple[int, int], Tensor]] = _transforms.get(weight)
+    kept: tuple[tuple[int, int], Tensor] | None = _transforms.get(weight)
     if kept is None or kept[0] != made_from:
         kept = _transforms[weight] = made_from, _transformed(weight.detach(), kernels.columns())
     return kept[1]

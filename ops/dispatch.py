@@ -7,8 +7,9 @@
 Native implementations are for contiguous-enough float32 tensors on a CPU that nobody records or compiles; each op adds
 what its own kernel asks for (sizes, strides, gradients). On GPUs and in other types PyTorch's operators run.
 """
+from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,20 +32,20 @@ _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 class use:  # reads as a word: ops.use("reference")
     """Take these implementations from now on, or within a context: "native" where they suit, or "reference"."""
 
-    def __init__(self, kind: Optional[str] = None, attention: Optional[str] = None) -> None:
+    def __init__(self, kind: str | None = None, attention: str | None = None) -> None:
         """attention: one of ATTENTION. None: as before. Raises ValueError for unknown ones."""
-        global _chosen
+        global _chosen  # noqa: PLW0603 - one choice for the process
         for wanted, known in ((kind, (NATIVE, REFERENCE)), (attention, ATTENTION)):
             if wanted is not None and wanted not in known:
                 raise ValueError(f"unknown implementations {wanted!r}: there are {', '.join(known)}")
         self.before = _chosen
         _chosen = _Chosen(kind or _chosen.kind, attention or _chosen.attention)
 
-    def __enter__(self) -> "use":
+    def __enter__(self) -> use:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        global _chosen
+        global _chosen  # noqa: PLW0603 - one choice for the process
         _chosen = self.before
 
 
@@ -64,7 +65,7 @@ def compiling() -> bool:
     return compiler is not None and hasattr(compiler, "is_compiling") and compiler.is_compiling()
 
 
-def refusal(*tensors: Optional[Tensor], registered: bool = False) -> Optional[str]:
+def refusal(*tensors: Tensor | None, registered: bool = False) -> str | None:
     """Return why no native implementation may compute with these tensors (None: absent ones), or None where one may.
 
     registered: it is an operator of PyTorch's (registered.py), which may be compiled.
@@ -82,13 +83,13 @@ def refusal(*tensors: Optional[Tensor], registered: bool = False) -> Optional[st
         if not registered and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             return "a subclass of Tensor"
         if not tensor.is_cpu:
-            return "a tensor on {}".format(tensor.device.type)
+            return f"a tensor on {tensor.device.type}"
         if tensor.dtype != torch.float32:
             return "a tensor of {}".format(str(tensor.dtype).replace("torch.", ""))
     return None
 
 
-def suits(*tensors: Optional[Tensor]) -> bool:
+def suits(*tensors: Tensor | None) -> bool:
     """Whether a native implementation may compute with these tensors."""
     return refusal(*tensors) is None
 

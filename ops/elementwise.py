@@ -1,8 +1,9 @@
 """What surrounds the matmuls of a training step, by csrc/training.c: for contiguous float32 tensors on a CPU."""
+from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Optional, Sequence, Tuple
+from typing import Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from ops.build import library, pointer
 
 
 @functools.lru_cache(maxsize=None)
-def _functions() -> Optional[ctypes.CDLL]:
+def _functions() -> ctypes.CDLL | None:
     found = library("training")
     if found is not None:
         address, size = ctypes.c_void_p, ctypes.c_long
@@ -28,7 +29,7 @@ def _functions() -> Optional[ctypes.CDLL]:
     return found
 
 
-def suits(*tensors: Optional[Tensor]) -> bool:
+def suits(*tensors: Tensor | None) -> bool:
     """Whether there are kernels here, and they may compute with these."""
     return (
         dispatch.suits(*tensors)
@@ -37,28 +38,28 @@ def suits(*tensors: Optional[Tensor]) -> bool:
     )
 
 
-def _size(x: Tensor) -> Tuple[int, int]:
+def _size(x: Tensor) -> tuple[int, int]:
     """Rows, and how many numbers are in each."""
     return x[..., 0].numel(), x.shape[-1]
 
 
-def _expect(shape: torch.Size, *tensors: Optional[Tensor]) -> None:
+def _expect(shape: torch.Size, *tensors: Tensor | None) -> None:
     for tensor in tensors:
         if tensor is not None and tensor.shape != shape:
-            raise ValueError("shape {}, expected {}".format(tuple(tensor.shape), tuple(shape)))
+            raise ValueError(f"shape {tuple(tensor.shape)}, expected {tuple(shape)}")
     _expect_contiguous(*tensors)
 
 
-def _expect_contiguous(*tensors: Optional[Tensor]) -> None:
+def _expect_contiguous(*tensors: Tensor | None) -> None:
     if not all(tensor is None or tensor.is_contiguous() for tensor in tensors):
         raise ValueError("tensors must be contiguous")
 
 
-def gelu(x: Tensor, gated: bool, bias: Optional[Tensor] = None) -> Tensor:
+def gelu(x: Tensor, gated: bool, bias: Tensor | None = None) -> Tensor:
     """gelu(x + bias), or the first half of x + bias (..., n) times gelu of the second where it is gated."""
     rows, width = _size(x)
     if gated and width % 2:
-        raise ValueError("no halves: {}".format(width))
+        raise ValueError(f"no halves: {width}")
     _expect_contiguous(x)
     _expect(x.shape[-1:], bias)
     width //= 1 + gated
@@ -68,7 +69,7 @@ def gelu(x: Tensor, gated: bool, bias: Optional[Tensor] = None) -> Tensor:
 
 
 def gelu_backward(
-    x: Tensor, gated: bool, grad_output: Tensor, grad_input: Tensor, bias: Optional[Tensor] = None
+    x: Tensor, gated: bool, grad_output: Tensor, grad_input: Tensor, bias: Tensor | None = None
 ) -> None:
     """Write the gradient for x to `grad_input`, and what `gelu` gives over `grad_output`."""
     rows, width = _size(grad_output)
@@ -79,7 +80,7 @@ def gelu_backward(
     _functions().gelu_backward(rows, width, gated, pointer(x), pointer(bias), pointer(grad_output), pointer(grad_input))
 
 
-def add_branch(residual: Tensor, scale: Optional[Tensor], bias: Optional[Tensor], branch: Tensor) -> Tensor:
+def add_branch(residual: Tensor, scale: Tensor | None, bias: Tensor | None, branch: Tensor) -> Tensor:
     """Let `branch` (..., D) become residual + scale * (branch + bias), scale (1, 1, D), bias (D), and return it."""
     rows, width = _size(branch)
     _expect(branch.shape, branch, residual)
@@ -105,7 +106,7 @@ def drop(x: Tensor, seed: int, probability: float) -> Tensor:
     masks one number after the other, which takes a fifth of a small model's step.
     """
     if not 0 <= probability < 1 or not x.is_contiguous():
-        raise ValueError("probability {} is not in [0, 1), or the tensor is not contiguous".format(probability))
+        raise ValueError(f"probability {probability} is not in [0, 1), or the tensor is not contiguous")
     _functions().drop(x.numel(), seed, probability, pointer(x))
     return x
 

@@ -1,6 +1,7 @@
 """What runs on this machine, and why: `python -m ops`."""
+from __future__ import annotations
 
-from typing import List, NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 
@@ -17,14 +18,14 @@ class Choice(NamedTuple):
     reason: str
 
 
-def _choice(op: str, source: str, available: bool, tensors: List[torch.Tensor], missing: str = "") -> Choice:
+def _choice(op: str, source: str, available: bool, tensors: list[torch.Tensor], missing: str = "") -> Choice:
     refused = dispatch.refusal(*tensors)
     if refused is None and not available:
         refused = build.reasons.get(source) or missing or "no compiled kernels"
-    return Choice(op, PYTORCH if refused else "csrc/{}.c".format(source), refused or "compiled for this processor")
+    return Choice(op, PYTORCH if refused else f"csrc/{source}.c", refused or "compiled for this processor")
 
 
-def explain(like: Optional[torch.Tensor] = None) -> List[Choice]:
+def explain(like: torch.Tensor | None = None) -> list[Choice]:
     """Return a line for each op with a native implementation: what would run for tensors like this one (any shape).
 
     like: a tensor whose device and type are asked for; None: float32 on the CPU. Sizes and strides that a kernel does

@@ -5,8 +5,6 @@ Letters: C inputs, R outputs.
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +13,7 @@ _PART = 1 << 18
 """Weights made floats at a time on the CPU: as many as stay in a core's cache (1 MB)."""
 
 
-def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Optional[Tensor]) -> Tensor:
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., C) times weight (R, C) int8, scaled by row (R,) float32, plus bias (R,) -> (..., R)."""
     if x.is_cpu:
         out = _unscaled(x, weight) * scale.to(x.dtype)

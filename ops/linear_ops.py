@@ -10,9 +10,10 @@ fused ones do not know: a norm behind a branch, dropout without kernels.
 
 Letters: B batch, L positions, D width of a layer's input, C of its output.
 """
+from __future__ import annotations
 
 import functools
-from typing import Any, Callable, Dict, NamedTuple, Optional, Protocol, Tuple, Union
+from typing import Any, Callable, NamedTuple, Optional, Protocol, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ class Matrix(NamedTuple):
 
     weight: Tensor
     """(C, D)"""
-    bias: Optional[Tensor]
+    bias: Tensor | None
     """(C,)"""
 
 
@@ -77,7 +78,7 @@ class _Linear(torch.autograd.Function):
     """F.linear by the native matmul, of x (rows, D)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
         return matmul(x, weight.t(), bias=bias)
@@ -89,7 +90,7 @@ class _Linear(torch.autograd.Function):
         return matmul(grad_output, weight), grad_weight, grad_output.sum(dim=0) if ctx.has_bias else None
 
 
-def _linear_into(result: Tensor, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+def _linear_into(result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear with a place for the result, (..., C)."""
     matmul(_rows(x), weight.t(), result.view(-1, result.shape[-1]), bias)
     return result
@@ -157,7 +158,7 @@ def _packs() -> bool:
 # ---- a norm before it
 
 
-def norm_linear(x: Tensor, norm: Norm, project: Projection, between: Optional[Between] = None) -> Tensor:
+def norm_linear(x: Tensor, norm: Norm, project: Projection, between: Between | None = None) -> Tensor:
     """linear(between(norm(x))). (B, L, D) -> (B, L, C)."""
     if isinstance(project, Matrix) and between is None and _fuses():
         return _NormLinear.apply(x, *norm, *project)
@@ -170,7 +171,7 @@ class _NormLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor, bias: Optional[Tensor]
+        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
         result = None if autocasts(x) else x.new_empty(*x.shape[:-1], len(weight))  # before what is freed again
         normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], scale, shift, eps)
@@ -273,16 +274,16 @@ class _NativeGelu:
     def __init__(self, gated: bool) -> None:
         self.gated = gated
 
-    def __call__(self, x: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return elementwise.gelu(x, self.gated, bias)
 
-    def recompute(self, x: Tensor, grad_output: Tensor, grad_input: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+    def recompute(self, x: Tensor, grad_output: Tensor, grad_input: Tensor, bias: Tensor | None = None) -> Tensor:
         elementwise.gelu_backward(x, self.gated, grad_output, grad_input, bias)
         return grad_output
 
 
 IDENTITY: Function = _Identity()
-_ACTIVATIONS: Dict[str, Function] = {"geglu": _Geglu(), "gelu": _Gelu(), "quick_gelu": _QuickGelu()}
+_ACTIVATIONS: dict[str, Function] = {"geglu": _Geglu(), "gelu": _Gelu(), "quick_gelu": _QuickGelu()}
 _NATIVE_ACTIVATIONS = {"geglu": _NativeGelu(gated=True), "gelu": _NativeGelu(gated=False)}
 """Those that take the bias of the linear layer before them too."""
 
@@ -304,7 +305,7 @@ class _Dropout(NamedTuple):
     probability: float
 
     @classmethod
-    def of(cls, probability: float) -> "Optional[_Dropout]":
+    def of(cls, probability: float) -> _Dropout | None:
         """A new one, by PyTorch's random numbers, or None where nothing is dropped."""
         return cls(int(torch.randint(2**63 - 1, ())), probability) if probability else None
 
@@ -317,11 +318,11 @@ def add_linear(
     residual: Tensor,
     x: Tensor,
     project: Projection,
-    scale: Optional[Tensor] = None,
+    scale: Tensor | None = None,
     before: Function = IDENTITY,
     inner_dropout: float = 0.0,
     outer_dropout: float = 0.0,
-    after: Optional[Norm] = None,
+    after: Norm | None = None,
 ) -> Tensor:
     """residual + scale * after(drop(linear(drop(before(x))))), scale (1, 1, D) or None for 1.
 
@@ -342,16 +343,16 @@ def add_linear(
     return residual + branch if scale is None else torch.addcmul(residual, branch, scale)
 
 
-def add_feed_forward(
+def add_feed_forward(  # noqa: PLR0913 - what one branch is made of
     x: Tensor,
     norm: Norm,
     up: Projection,
     name: str,
     down: Projection,
-    scale: Optional[Tensor] = None,
+    scale: Tensor | None = None,
     dropout: float = 0.0,
-    after: Optional[Norm] = None,
-    between: Optional[Between] = None,
+    after: Norm | None = None,
+    between: Between | None = None,
 ) -> Tensor:
     """x + scale * after(down(drop(activation(up(between(norm(x))))))), scale (1, 1, D) or None for 1.
 
@@ -359,10 +360,9 @@ def add_feed_forward(
     """
     before = _NATIVE_ACTIVATIONS.get(name)
     knows = isinstance(up, Matrix) and isinstance(down, Matrix) and after is None and between is None
-    if before is not None and knows and _fuses():
-        if elementwise.suits(x, *up, *down, scale) and not autocasts(x):
-            hidden = _NormLinear.apply(x, *norm, up.weight, None)
-            return _AddLinear.apply(x, hidden, *down, scale, before, up.bias, _Dropout.of(dropout), None)
+    if before is not None and knows and _fuses() and elementwise.suits(x, *up, *down, scale) and not autocasts(x):
+        hidden = _NormLinear.apply(x, *norm, up.weight, None)
+        return _AddLinear.apply(x, hidden, *down, scale, before, up.bias, _Dropout.of(dropout), None)
     hidden = norm_linear(x, norm, up, between)
     return add_linear(x, hidden, down, scale, activation(name), inner_dropout=dropout, after=after)
 
@@ -403,17 +403,17 @@ class _AddLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913 - autograd takes no keywords
         ctx: Any,
         residual: Tensor,
         x: Tensor,
         weight: Tensor,
-        bias: Optional[Tensor],
-        scale: Optional[Tensor],
+        bias: Tensor | None,
+        scale: Tensor | None,
         before: Function,
-        shift: Optional[Tensor],
-        inner: Optional[_Dropout],
-        outer: Optional[_Dropout],
+        shift: Tensor | None,
+        inner: _Dropout | None,
+        outer: _Dropout | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, scale, shift)
         ctx.before, ctx.inner, ctx.outer = before, inner, outer

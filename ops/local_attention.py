@@ -6,6 +6,7 @@ those, a layer of L16 computes a third of the dense product, at 512x512 pixels a
 Letters: B batch, P positions of the text part, G side of the code grid, W rows in a window, L positions, H heads, K
 width of a head. Grids lie by column where the window of a position is made of columns (`by_column`).
 """
+from __future__ import annotations
 
 import torch
 import torch.nn.functional as F

@@ -5,10 +5,10 @@ Their error is no larger than that of PyTorch's matmuls, which use the vector un
 ("high": factors of 16 bits, where TF32 on a GPU has 11) or a sixth ("medium": bfloat16, 8 bits). Sums are float32 in
 any case.
 """
+from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ _PARTS = {"highest": 3, "high": 2, "medium": 1}
 
 
 @functools.lru_cache(maxsize=None)
-def _functions() -> Optional[ctypes.CDLL]:
+def _functions() -> ctypes.CDLL | None:
     found = library("matrix")
     if found is None or not found.multiplies():
         return None
@@ -34,12 +34,12 @@ def _functions() -> Optional[ctypes.CDLL]:
     return found
 
 
-def available(*tensors: Optional[Tensor]) -> bool:
+def available(*tensors: Tensor | None) -> bool:
     """Whether there is a matrix unit, and it may serve these."""
     return dispatch.suits(*tensors) and _functions() is not None
 
 
-def suits(a: Tensor, b: Tensor, out: Optional[Tensor] = None) -> bool:
+def suits(a: Tensor, b: Tensor, out: Tensor | None = None) -> bool:
     """Whether `matmul` uses the matrix unit for these."""
     return (
         min(*a.shape, *b.shape) >= _LEAST
@@ -50,14 +50,14 @@ def suits(a: Tensor, b: Tensor, out: Optional[Tensor] = None) -> bool:
     )
 
 
-def matmul(a: Tensor, b: Tensor, out: Optional[Tensor] = None, bias: Optional[Tensor] = None) -> Tensor:
+def matmul(a: Tensor, b: Tensor, out: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """Return a @ b + bias, of (M, K), (K, N) and (N), which is written to `out` (M, N) where that is given."""
     if not suits(a, b, out):
         return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
     (rows, depth), columns = a.shape, b.shape[1]
     result = a.new_empty(rows, columns) if out is None else out
     if len(b) != depth or result.shape != (rows, columns):
-        raise ValueError("no matmul: {} @ {} to {}".format(tuple(a.shape), tuple(b.shape), tuple(result.shape)))
+        raise ValueError(f"no matmul: {tuple(a.shape)} @ {tuple(b.shape)} to {tuple(result.shape)}")
     (a_line, a_step), (b_step, b_line) = a.stride(), b.stride()
     failed = _functions().product(
         rows, columns, depth,
@@ -67,5 +67,5 @@ def matmul(a: Tensor, b: Tensor, out: Optional[Tensor] = None, bias: Optional[Te
     if failed == 2:  # numbers that are not finite, or too large for the unit: PyTorch decides what they give
         torch.mm(a, b, out=result)
     elif failed:
-        raise MemoryError("there is no memory for the matmul of {} and {}".format(tuple(a.shape), tuple(b.shape)))
+        raise MemoryError(f"there is no memory for the matmul of {tuple(a.shape)} and {tuple(b.shape)}")
     return result if bias is None else result.add_(bias)

@@ -2,10 +2,11 @@
 
 Letters: B batch, L positions, H heads, K width of a head, P positions of the text part, G side of the code grid.
 """
+from __future__ import annotations
 
 import ctypes
 import functools
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class Shape(ctypes.Structure):
 
 
 @functools.lru_cache(maxsize=None)
-def _functions() -> Optional[ctypes.CDLL]:
+def _functions() -> ctypes.CDLL | None:
     found = library("attention")
     if found is not None:
         address, size = ctypes.c_void_p, ctypes.c_long
@@ -56,7 +57,7 @@ class Pattern(NamedTuple):
         batch, length, width = qkv.shape
         text = length - self.grid**2 + 1 if self.grid else length
         if width % (3 * self.heads) or text < 1:
-            raise ValueError("no queries, keys and values of {} heads: {}".format(self.heads, tuple(qkv.shape)))
+            raise ValueError(f"no queries, keys and values of {self.heads} heads: {tuple(qkv.shape)}")
         return Shape(batch, length, self.heads, width // (3 * self.heads), text, self.grid, self.by_column)
 
 
@@ -84,7 +85,7 @@ def backward(qkv: Tensor, pattern: Pattern, grad_output: Tensor, grad_qkv: Tenso
     shape = pattern.shape(qkv)
     wanted = (*qkv.shape[:2], qkv.shape[2] // 3)
     if grad_output.shape != wanted or grad_qkv.shape != qkv.shape:
-        raise ValueError("gradients of other shapes: {}, {}".format(tuple(grad_output.shape), tuple(grad_qkv.shape)))
+        raise ValueError(f"gradients of other shapes: {tuple(grad_output.shape)}, {tuple(grad_qkv.shape)}")
     if not (qkv.is_contiguous() and grad_output.is_contiguous() and grad_qkv.is_contiguous()):
         raise ValueError("queries, keys, values and gradients must be contiguous")
     scratch = _scratch(shape, True, qkv)

@@ -6,7 +6,7 @@ Under `torch.compile` and `torch.export` a call of C would end the graph; these 
 
 from __future__ import annotations
 
-from typing import Any, Tuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,11 +42,11 @@ if AVAILABLE:
     def _(qkv: Tensor, grad_output: Tensor, heads: int, grid: int, by_column: bool) -> Tensor:
         return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
-    def _keep(ctx: Any, inputs: Tuple[Any, ...], output: Tensor) -> None:
+    def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         qkv, *ctx.pattern = inputs
         ctx.save_for_backward(qkv)
 
-    def _backward(ctx: Any, grad_output: Tensor) -> Tuple[Any, ...]:
+    def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         return attention_backward(ctx.saved_tensors[0], grad_output, *ctx.pattern), None, None, None
 
     attention.register_autograd(_backward, setup_context=_keep)

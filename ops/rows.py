@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ class Linear(ctypes.Structure):
 
 
 @functools.lru_cache(maxsize=None)
-def functions() -> Optional[ctypes.CDLL]:
+def functions() -> ctypes.CDLL | None:
     """The compiled functions of rows.c, or None."""
     found = library("rows")
     if found is not None:
@@ -52,7 +51,7 @@ def functions() -> Optional[ctypes.CDLL]:
     return found
 
 
-def refusal(*tensors: Optional[Tensor]) -> Optional[str]:
+def refusal(*tensors: Tensor | None) -> str | None:
     """Why these functions may not compute with these tensors, or None where they may."""
     refused = dispatch.refusal(*tensors)
     if refused is None and functions() is None:
@@ -60,12 +59,12 @@ def refusal(*tensors: Optional[Tensor]) -> Optional[str]:
     return refused
 
 
-def at(tensor: Optional[Tensor]) -> Optional[int]:
+def at(tensor: Tensor | None) -> int | None:
     """The address of a tensor's memory."""
     return None if tensor is None else tensor.data_ptr()
 
 
-def read_all(x: Tensor) -> Optional[float]:
+def read_all(x: Tensor) -> float | None:
     """Return the sum of x (float32), read as fast as memory allows, or None where there are no kernels.
 
     One place at a time gives a core two thirds of what several in turn give it: this is the limit of what sampling one
@@ -88,7 +87,7 @@ class Packed:
     """
 
     def __init__(
-        self, weight: Tensor, bias: Optional[Tensor], scale: Optional[Tensor] = None, gated: bool = False
+        self, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None, gated: bool = False
     ) -> None:
         """weight (N, D) float32, or int8 with scales (N,)."""
         size = weight.numel() * weight.element_size()
@@ -98,7 +97,7 @@ class Packed:
         width = panel // 2 if gated else panel  # outputs of each half, or of all, in a panel
         panels = -(-(self.outputs // 2 if gated else self.outputs) // width)
 
-        def packed(values: Optional[Tensor], depth: int) -> Optional[Tensor]:
+        def packed(values: Tensor | None, depth: int) -> Tensor | None:
             if values is None:
                 return None
             pack = self.library.pack_bytes if values.dtype == torch.int8 else self.library.pack
@@ -122,7 +121,7 @@ class Packed:
         return out[:, : self.outputs]
 
 
-def sample(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tuple[Tensor, Tensor]:
+def sample(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
     """See `ops.sampling_ops.sample`: logits (R, C), the others (R,) -> tokens (R,), log-likelihoods (R,)."""
     if logits.stride(1) != 1:
         logits = logits.contiguous()

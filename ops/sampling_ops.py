@@ -5,7 +5,7 @@ Letters: R rows, C tokens of the vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ def reference(logits: Tensor, uniform: Tensor, choice: Choice) -> Tensor:
     return token if greedy is None else torch.where(choice.temperature == 0, greedy, token)
 
 
-def sample(logits: Tensor, uniform: Tensor, choice: Choice) -> Tuple[Tensor, Tensor]:
+def sample(logits: Tensor, uniform: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
     """Sample a token of each row, (R,), and return its log-likelihood in nats under the unfiltered logits, (R,).
 
     logits (R, C), uniform (R,) in [0, 1). Where the last of several equally likely tokens do not fit into top_p, the
@@ -91,9 +91,9 @@ def sample(logits: Tensor, uniform: Tensor, choice: Choice) -> Tuple[Tensor, Ten
 def choice_of(
     count: int,
     temperature: float,
-    top_k: Optional[int],
-    top_p: Optional[float],
-    device: Optional[torch.device] = None,
+    top_k: int | None,
+    top_p: float | None,
+    device: torch.device | None = None,
 ) -> Choice:
     """The same options for `count` rows; None: not limited."""
     k, p = min(int(top_k or 0), 2**62), 1.0 if top_p is None else top_p

@@ -1,4 +1,5 @@
 """From prompts to codes to pictures: options, cache, decoders, one loop, one driver."""
+from __future__ import annotations
 
 from sampling.driver import (
     Batch,

@@ -10,7 +10,7 @@ heads, K width of a head, D width, W codes that a sparse pattern shows at most, 
 from __future__ import annotations
 
 import functools
-from typing import Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +26,11 @@ from models.transformer import shift_codes, shift_text
 class Sight(NamedTuple):
     """What a chunk sees of the codes under one pattern."""
 
-    codes: Union[slice, Tensor]
+    codes: slice | Tensor
     """Which codes are looked at: a slice, (m,) for all images, or (B, m)."""
-    joint: Union[slice, Tensor]
+    joint: slice | Tensor
     """The same where codes lie behind the text: the text part, then these codes."""
-    bias: Optional[Tensor]
+    bias: Tensor | None
     """Added to the scores of text and codes, 0 or -inf: (n, P + m) or (B, 1, n, P + m). None: all are seen."""
 
 
@@ -50,7 +50,7 @@ class _Pattern:
         self.allowed = self._bias(allowed).to(device, dtype)
         """(N, P + N)"""
         most = max(len(codes) for codes in seen)
-        self.table: Optional[Tensor] = None
+        self.table: Tensor | None = None
         """(N, W), where a pattern shows few codes: which; and what is added to their scores, (N, P + W)."""
         if most < config.image_seq_len:
             self.table = torch.stack([F.pad(codes, (0, most - len(codes))) for codes in seen]).to(device)
@@ -76,7 +76,7 @@ class _Pattern:
         return Sight(codes, joint, bias if at.shared else bias[:, None])
 
 
-def _evenly(places: Tensor, device: torch.device) -> Union[slice, Tensor]:
+def _evenly(places: Tensor, device: torch.device) -> slice | Tensor:
     """Places (m,) as a slice where they lie at equal distances: a view then, instead of a copy."""
     steps = places.diff().unique().tolist()
     if len(steps) > 1:
@@ -90,7 +90,7 @@ def _pattern(name: str, config: DalleConfig, device: torch.device, dtype: torch.
     return _Pattern(name, config, device, dtype)
 
 
-def _select(keys: Tensor, which: Union[slice, Tensor]) -> Tensor:
+def _select(keys: Tensor, which: slice | Tensor) -> Tensor:
     """(2, B, H, positions, K) -> (2, B, H, m, K)."""
     if isinstance(which, slice):
         if which.step is None:  # a third faster than by index
@@ -121,21 +121,21 @@ class LayerCache:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device, dtype=dtype)
 
-        self.joint: Optional[Tensor] = None
+        self.joint: Tensor | None = None
         if images == 1:
             self.joint = zeros(2, prompts, config.heads, text_len + num_codes, config.dim_head)
             self.text, self.codes = self.joint.split([text_len, num_codes], dim=3)
         else:
             self.text = zeros(2, prompts, config.heads, text_len, config.dim_head)
             self.codes = zeros(2, rows, config.heads, num_codes, config.dim_head)
-        self.shown: List[Tensor] = []
+        self.shown: list[Tensor] = []
         if config.shift_tokens:
             self.shown = [zeros(rows, config.grid + num_codes, config.dim) for _ in range(2)]
             self.columns = torch.arange(num_codes, device=device) % config.grid
-        self.at: Optional[Positions] = None
-        self.sight: Optional[Sight] = None
+        self.at: Positions | None = None
+        self.sight: Sight | None = None
 
-    def attend(self, qkv: Tensor, heads: int, angles: Optional[Tensor]) -> Tuple[Tensor, ops.Function]:
+    def attend(self, qkv: Tensor, heads: int, angles: Tensor | None) -> tuple[Tensor, ops.Function]:
         """Keep keys and values of the chunk and attend from there. (B, n, 3 * H * K) -> (B, n, H * K)."""
         at, parts = self.at, ops.split_heads(qkv, heads, angles)  # (3, B, H, n, K)
         if at.text:
@@ -179,9 +179,9 @@ class Cache:
         self.layers = [LayerCache(config, pattern, prompts, images, device, dtype) for pattern in config.layer_patterns]
         self._patterns = {name: _pattern(name, config, device, dtype) for name in set(config.layer_patterns)}
 
-    def at(self, positions: Positions) -> List[LayerCache]:
+    def at(self, positions: Positions) -> list[LayerCache]:
         """The layers, set to the next chunk."""
-        sights: Dict[str, Optional[Sight]] = {
+        sights: dict[str, Sight | None] = {
             name: None if positions.text else pattern.sight(positions) for name, pattern in self._patterns.items()
         }
         for layer in self.layers:

@@ -9,7 +9,7 @@ Letters: R rows (images, twice as many with guidance), n positions of a chunk, D
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Dict, FrozenSet, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ MAX_BYTES = 2 * 2**30
 """Bytes of weights up to which a second copy is made. Larger models need the memory more than the time."""
 
 
-def unknown_option(config: DalleConfig, known: FrozenSet[str]) -> Optional[str]:
+def unknown_option(config: DalleConfig, known: frozenset[str]) -> str | None:
     """The first model option that is not known and not what it is by default, or None."""
     for field in dataclasses.fields(config):
         if field.name not in known and getattr(config, field.name) != field.default:
@@ -52,10 +52,10 @@ class Copies:
 
     def __init__(self) -> None:
         self.layout: Any = None
-        self.weights: Dict[Any, Any] = {}
+        self.weights: dict[Any, Any] = {}
         """By the module they are of."""
 
-    def of(self, layout: Any) -> Dict[Any, Any]:
+    def of(self, layout: Any) -> dict[Any, Any]:
         """Those in this layout; those in another are let go."""
         if layout != self.layout:
             self.layout, self.weights = layout, {}
@@ -73,7 +73,7 @@ class Decoder:
             hidden = decoder.feed(codes, positions)     # codes (R, n) -> (R, n, D)
     """
 
-    def __init__(self, model: DALLE, prompts: int, images: int, copies: Optional[Copies] = None) -> None:
+    def __init__(self, model: DALLE, prompts: int, images: int, copies: Copies | None = None) -> None:
         """images: of each of the prompts, which are next to each other in the R = prompts * images rows.
 
         copies: of weights, kept for the decoders of later batches of the same model, whose weights must not change.

@@ -15,7 +15,7 @@ import functools
 import hashlib
 import logging
 from collections import deque
-from typing import Callable, Deque, Iterator, List, NamedTuple, Optional, Protocol, Sequence, Tuple
+from typing import Callable, Iterator, NamedTuple, Protocol, Sequence
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ class Batch(NamedTuple):
     """Images sampled together, those of one prompt next to each other, on the CPU (floats: on the model's device)."""
 
     share: Share
-    seeds: List[int]
+    seeds: list[int]
     codes: Tensor
     """(B, N)"""
     log_likelihood: Tensor
@@ -88,7 +88,7 @@ def image_seed(seed: int, index: int) -> int:
     A hash, so that runs with neighbouring seeds have no image in common. It does not depend on the prompt: the same
     random numbers behind different prompts make them comparable.
     """
-    return int.from_bytes(hashlib.sha256("{}/{}".format(seed, index).encode("ascii")).digest()[:6], "big")
+    return int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode("ascii")).digest()[:6], "big")
 
 
 def split(whole: Share, batch_size: int) -> Iterator[Share]:
@@ -131,7 +131,7 @@ def given_codes(model: Model, image: Tensor, rows: int) -> Tensor:
 class Sampler:
     """Samples images with one model, in batches that fit, decoded while the next batch is sampled where that helps."""
 
-    def __init__(self, model: Model, graphs: Optional[Graphs] = None, floats: bool = False, half: bool = False) -> None:
+    def __init__(self, model: Model, graphs: Graphs | None = None, floats: bool = False, half: bool = False) -> None:
         """graphs: CUDA graphs of this model to use, if any. floats: pixels as floats in [0, 1], on the model's device.
 
         half: compute the transformer in float16 on CUDA, unless its weights are in another type than float32.
@@ -146,11 +146,11 @@ class Sampler:
         self,
         text: Tensor,
         num_images: int,
-        batch_size: Optional[int] = 4,
+        batch_size: int | None = 4,
         seed: int = 0,
         options: SamplingOptions = DEFAULT_OPTIONS,
-        given: Optional[Tensor] = None,
-        on_token: Optional[Callable[[Share], None]] = None,
+        given: Tensor | None = None,
+        on_token: Callable[[Share], None] | None = None,
     ) -> Iterator[Batch]:
         """Sample num_images images of each caption, text (prompts, T) token ids.
 
@@ -161,7 +161,7 @@ class Sampler:
         """
         size = batch_size or (num_images if self.model.device.type == "cuda" else min(num_images, _LIKELY))
         todo = deque(split(Share(0, len(text), 0, num_images), size))
-        decoding: Deque[Callable[[], Batch]] = deque()
+        decoding: deque[Callable[[], Batch]] = deque()
         copies = Copies()
         while todo:
             share = todo.popleft()
@@ -188,12 +188,12 @@ class Sampler:
         self,
         share: Share,
         prompts: Tensor,
-        seeds: List[int],
+        seeds: list[int],
         options: SamplingOptions,
-        given: Optional[Tensor],
-        on_token: Optional[Callable[[], None]],
+        given: Tensor | None,
+        on_token: Callable[[], None] | None,
         copies: Copies,
-    ) -> Optional[Callable[[], Batch]]:
+    ) -> Callable[[], Batch] | None:
         """Sample a batch and return what waits for its pictures, or None where it does not fit into memory."""
         try:
             with torch.autocast("cuda", torch.float16) if self.half else contextlib.nullcontext():
@@ -241,11 +241,11 @@ class _Pictures:
         """Batches that are sampled before one is handed on."""
 
     @torch.no_grad()
-    def _decode(self, sampled: Sampled) -> Tuple[Tensor, Tensor, Tensor]:
+    def _decode(self, sampled: Sampled) -> tuple[Tensor, Tensor, Tensor]:
         pixels = self.model.vqgan.decode_by_parts(sampled.codes)
         return sampled.codes, sampled.log_likelihood, pixels if self.floats else to_uint8(pixels)
 
-    def start(self, share: Share, seeds: List[int], sampled: Sampled) -> Callable[[], Batch]:
+    def start(self, share: Share, seeds: list[int], sampled: Sampled) -> Callable[[], Batch]:
         """Begin, and return what waits for the pictures."""
         if self.stream is None:
             found = self._decode(sampled)
@@ -265,6 +265,6 @@ class _Pictures:
         return wait
 
 
-def complete_caption(model: Model, ids: Sequence[int], seed: int, options: SamplingOptions) -> List[int]:
+def complete_caption(model: Model, ids: Sequence[int], seed: int, options: SamplingOptions) -> list[int]:
     """Let the model go on with a caption's token ids. Returns them and what it added, at most T."""
     return complete_text(model.dalle, ids, image_seed(seed, COMPLETION_INDEX), options)

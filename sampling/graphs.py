@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from typing import Any, Callable, Dict, Hashable, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Hashable, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class Session:
         parts = min(_PARTS, config.grid)
         self.reaches = [-(-num_codes * part // parts) for part in range(1, parts + 1)]
         self.decoder = Decoder(model, prompts * branches, images, copies)
-        self.replays: Dict[int, Replay] = {}
+        self.replays: dict[int, Replay] = {}
         with self.decoder, torch.autocast(device.type, enabled=False):
             for reach in self.reaches if num_codes > 1 else ():  # nothing follows a single code
                 self.replays[reach] = capture(lambda reach=reach: self.advance(reach))  # type: ignore[misc]
@@ -133,9 +133,9 @@ class Session:
 class _Pace:
     """Tells `on_token` about codes when they are there, and keeps the host from running further ahead than that."""
 
-    def __init__(self, device: torch.device, on_token: Optional[Callable[[], None]]) -> None:
+    def __init__(self, device: torch.device, on_token: Callable[[], None] | None) -> None:
         self.device, self.on_token = device, on_token
-        self.waiting: List[Tuple[Any, int]] = []
+        self.waiting: list[tuple[Any, int]] = []
 
     def count(self, codes: int) -> None:
         """So many codes more were asked for. Waits for those before: the device always has a row to work on."""
@@ -168,14 +168,14 @@ class Graphs:
     sampled without, which the log says once.
     """
 
-    def __init__(self, model: DALLE, capture: Optional[Capture] = None) -> None:
+    def __init__(self, model: DALLE, capture: Capture | None = None) -> None:
         self.model, self.capture = model, capture
-        self.sessions: "OrderedDict[_Shape, Session]" = OrderedDict()
+        self.sessions: OrderedDict[_Shape, Session] = OrderedDict()
         self.copies = Copies()
         self.state: Hashable = None
         self.failed = False
 
-    def sample(self, request: Request) -> Optional[Sampled]:
+    def sample(self, request: Request) -> Sampled | None:
         """Sample a batch; None when that needs to go without recordings. Raises OutOfMemoryError."""
         device = self.model.text_emb.weight.device
         if self.failed or (self.capture is None and device.type != "cuda"):
@@ -195,7 +195,7 @@ class Graphs:
                 raise
         return self._sample(request, shape)  # without the others; not in the handler, which keeps memory alive
 
-    def _sample(self, request: Request, shape: _Shape) -> Optional[Sampled]:
+    def _sample(self, request: Request, shape: _Shape) -> Sampled | None:
         if shape not in self.sessions:
             while len(self.sessions) >= _KEPT:
                 self.sessions.popitem(last=False)
@@ -213,7 +213,7 @@ class Graphs:
         self.sessions.move_to_end(shape)
         return self.sessions[shape].run(request)
 
-    def __getstate__(self) -> Dict[str, Any]:
+    def __getstate__(self) -> dict[str, Any]:
         """Copies and files get no recordings: those belong to this model's memory."""
         return dict(self.__dict__, sessions=OrderedDict(), state=None, copies=Copies())
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Callable, List, NamedTuple, Optional, Protocol, Sequence
+from typing import Callable, NamedTuple, Protocol, Sequence
 
 import torch
 from torch import Tensor
@@ -50,10 +50,10 @@ class Request(NamedTuple):
     """(prompts, T), or (2 * prompts, T) with guidance: then the same number of empty ones follow."""
     uniform: Tensor
     """(B, N) uniform numbers, one for each code."""
-    kept: List[int]
+    kept: list[int]
     """N codes to keep in every image, -1 where the model samples."""
     options: SamplingOptions
-    on_token: Optional[Callable[[], None]] = None
+    on_token: Callable[[], None] | None = None
 
     @property
     def prefix(self) -> int:
@@ -119,7 +119,7 @@ def read_request(decoder: Decoder, canvas: Canvas, request: Request) -> Tensor:
 class Recorded(Protocol):
     """What samples a batch in another way where it can (see graphs.py), and returns None where it cannot."""
 
-    def sample(self, request: Request) -> Optional[Sampled]:
+    def sample(self, request: Request) -> Sampled | None:
         """Sample the batch, or nothing."""
 
 
@@ -129,10 +129,10 @@ def sample_codes(
     text: Tensor,
     seeds: Sequence[int],
     options: SamplingOptions = DEFAULT_OPTIONS,
-    given: Optional[Tensor] = None,
-    on_token: Optional[Callable[[], None]] = None,
-    graphs: Optional[Recorded] = None,
-    copies: Optional[Copies] = None,
+    given: Tensor | None = None,
+    on_token: Callable[[], None] | None = None,
+    graphs: Recorded | None = None,
+    copies: Copies | None = None,
 ) -> Sampled:
     """Sample the codes of len(seeds) images: all of one caption, or equally many of each of several.
 
@@ -162,7 +162,7 @@ def _say(refused: str) -> None:
     logger.info("decoding by PyTorch: %s", refused)
 
 
-def _sample(model: DALLE, request: Request, copies: Optional[Copies]) -> Sampled:
+def _sample(model: DALLE, request: Request, copies: Copies | None) -> Sampled:
     """Sample a batch code by code."""
     kept, (batch, num_codes) = request.kept, request.uniform.shape
     decoder, refused = best_decoder(model, len(request.prompts), request.images, copies)
@@ -184,7 +184,7 @@ def _sample(model: DALLE, request: Request, copies: Optional[Copies]) -> Sampled
 
 
 @torch.no_grad()
-def complete_text(model: DALLE, ids: Sequence[int], seed: int, options: SamplingOptions = DEFAULT_OPTIONS) -> List[int]:
+def complete_text(model: DALLE, ids: Sequence[int], seed: int, options: SamplingOptions = DEFAULT_OPTIONS) -> list[int]:
     """Go on writing a caption after `ids` until the model predicts a pad or T tokens are reached. Returns all ids."""
     options.check()
     config, device = model.config, model.text_emb.weight.device

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +31,39 @@ MOST_ROWS = 96
 """From there on arithmetic is all that counts, and a matmul that divides its work into blocks is as fast."""
 
 _KNOWN = frozenset(
-    "num_text_tokens num_image_tokens text_seq_len grid dim depth heads dim_head attn_types loss_img_weight "
-    "attn_dropout ff_dropout sandwich_norm layer_scale activation ff_mult qkv_bias out_bias ff_bias head_bias bos "
-    "unique_pads text_positions image_positions rotary shift_tokens stable tie_embeddings shared_attn_ids "
-    "shared_ff_ids init_std".split()
+    [
+        "num_text_tokens",
+        "num_image_tokens",
+        "text_seq_len",
+        "grid",
+        "dim",
+        "depth",
+        "heads",
+        "dim_head",
+        "attn_types",
+        "loss_img_weight",
+        "attn_dropout",
+        "ff_dropout",
+        "sandwich_norm",
+        "layer_scale",
+        "activation",
+        "ff_mult",
+        "qkv_bias",
+        "out_bias",
+        "ff_bias",
+        "head_bias",
+        "bos",
+        "unique_pads",
+        "text_positions",
+        "image_positions",
+        "rotary",
+        "shift_tokens",
+        "stable",
+        "tie_embeddings",
+        "shared_attn_ids",
+        "shared_ff_ids",
+        "init_std",
+    ]
 )
 """The options of DalleConfig that this decoder implements, or that are nothing to it. Others it refuses by name."""
 
@@ -60,8 +89,22 @@ class _Layer(ctypes.Structure):
     _fields_ += [("text_lane", whole), ("lane", whole), ("starts", address), ("seen", address)]
 
 
-_SIZES = "rows images codes dim heads width text_len grid hidden activation layers threads turned".split()
-_POINTERS = "table positions cosines sines".split()
+_SIZES = [
+    "rows",
+    "images",
+    "codes",
+    "dim",
+    "heads",
+    "width",
+    "text_len",
+    "grid",
+    "hidden",
+    "activation",
+    "layers",
+    "threads",
+    "turned",
+]
+_POINTERS = ["table", "positions", "cosines", "sines"]
 
 
 class _Model(ctypes.Structure):
@@ -84,11 +127,11 @@ def _seen(pattern: str, grid: int) -> _Seen:
     return _Seen(starts.int(), torch.cat(seen).int())
 
 
-def _norm(norm: Optional[Norm]) -> _Norm:
+def _norm(norm: Norm | None) -> _Norm:
     return _Norm(None, None, 0.0) if norm is None else _Norm(at(norm.scale), at(norm.shift), norm.eps)
 
 
-def refusal(model: DALLE, num_rows: int) -> Optional[str]:
+def refusal(model: DALLE, num_rows: int) -> str | None:
     """Why the native decoder cannot decode so many rows of this model, or None where it can."""
     unknown = unknown_option(model.config, _KNOWN)
     if unknown is not None:
@@ -114,10 +157,10 @@ def refusal(model: DALLE, num_rows: int) -> Optional[str]:
 class NativeDecoder(Decoder):
     """Feeds one code of each row natively; prompts and longer chunks by the model's own forward pass."""
 
-    def __init__(self, model: DALLE, prompts: int, images: int, copies: Optional[Copies] = None) -> None:
+    def __init__(self, model: DALLE, prompts: int, images: int, copies: Copies | None = None) -> None:
         super().__init__(model, prompts, images, copies)
         config = model.config
-        self._kept: List[Any] = []  # what is given to C by its address
+        self._kept: list[Any] = []  # what is given to C by its address
         self._stable = config.stable  # then `DALLE.hidden` does more than a norm
         angles = model.transformer.angles
         turned = [None, None] if angles is None else [angles[config.text_len :].cos(), angles[config.text_len :].sin()]
@@ -181,7 +224,7 @@ class NativeDecoder(Decoder):
         self._kept.append(seen)
         return _Layer(*branches, *map(at, (*cache.text, *cache.codes)), *lanes, *map(at, seen))
 
-    def _branch(self, before: Norm, after: Optional[Norm], first: Packed, second: Packed) -> _Branch:
+    def _branch(self, before: Norm, after: Norm | None, first: Packed, second: Packed) -> _Branch:
         return _Branch(_norm(before), _norm(after), first.struct, second.struct)
 
     def feed(self, codes: Tensor, positions: Positions) -> Tensor:
@@ -203,8 +246,8 @@ class NativeDecoder(Decoder):
 
 
 def best_decoder(
-    model: DALLE, prompts: int, images: int, copies: Optional[Copies] = None
-) -> Tuple[Decoder, Optional[str]]:
+    model: DALLE, prompts: int, images: int, copies: Copies | None = None
+) -> tuple[Decoder, str | None]:
     """The fastest decoder that knows this model, and why it is not the native one."""
     refused = refusal(model, prompts * images)
     return (NativeDecoder if refused is None else Decoder)(model, prompts, images, copies), refused

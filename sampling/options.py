@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from utils.errors import UserError
 from utils.flags import Range
@@ -14,9 +14,9 @@ TEMPERATURES, COND_SCALES = Range(1e-6, 1e6, or_zero=True), Range(0, 1e6)
 class SamplingOptions(NamedTuple):
     """How a token is sampled from its logits."""
 
-    top_k: Optional[int] = None
+    top_k: int | None = None
     """Keep the k likeliest tokens, and those that tie with the k-th. None: all."""
-    top_p: Optional[float] = None
+    top_p: float | None = None
     """Keep the likeliest tokens up to and including the one that crosses this probability. None: all."""
     temperature: float = 1.0
     """Logits are divided by it; 0 takes the likeliest token."""
@@ -50,7 +50,7 @@ _ALLOWED = {
 DEFAULT_OPTIONS = SamplingOptions()
 
 
-def top_k_count(top_k: float, vocabulary: int) -> Optional[int]:
+def top_k_count(top_k: float, vocabulary: int) -> int | None:
     """Read --top_k: below 1 a share of the vocabulary to drop, max(int((1 - t) * n), 1) stay; else a count; 0: None."""
     if top_k == 0:
         return None

@@ -1,4 +1,5 @@
 """What all tests share: --slow, single-threaded PyTorch, warnings as errors, and the real photos where they are."""
+from __future__ import annotations
 
 import logging
 import os
@@ -15,7 +16,7 @@ from utils.caches import cache_folder
 #: Warnings are errors where everything is installed as pinned, in the tests and in the programs they start. With other
 #: versions one may be no fault of ours: pytest lists it. A DeprecationWarning is meant for the module that it names.
 #: What Pillow and PyTorch say of a file that is damaged on purpose is meant for its owner.
-STRICT = ["error::{}Warning".format(kind) for kind in ("Future", "Runtime", "User")]
+STRICT = [f"error::{kind}Warning" for kind in ("Future", "Runtime", "User")]
 STRICT += ["ignore:Corrupt EXIF data:UserWarning", "ignore:Detected pickle protocol:UserWarning"]
 OURS = r"(test_\w+|args|benchmarks|bpe|dalle|data|engines|evaluate|examples_utils|generate|log"
 OURS += r"|models|ops|train\w*|utils)\b"

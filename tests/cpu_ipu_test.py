@@ -4,6 +4,7 @@
 
 This is the only test that needs the hardware, and the only one that says anything about the compiler.
 """
+from __future__ import annotations
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from ipu_helpers import Pairs, largest_difference, make_config, make_model, trai
 try:
     import poptorch
 except Exception as error:  # the SDK's modules fail in many ways where it is not enabled
-    pytest.skip("PopTorch cannot be imported here ({}): nothing was tested".format(error), allow_module_level=True)
+    pytest.skip(f"PopTorch cannot be imported here ({error}): nothing was tested", allow_module_level=True)
 
 from engines.ipu import IpuEngine
 
@@ -21,7 +22,7 @@ def need(ipus):
     if not hasattr(poptorch, "ipuHardwareIsAvailable"):
         pytest.skip("this poptorch is not PopTorch: nothing was tested")
     if not poptorch.ipuHardwareIsAvailable(ipus):
-        pytest.skip("{} IPUs are not to be had here: nothing was tested".format(ipus))
+        pytest.skip(f"{ipus} IPUs are not to be had here: nothing was tested")
 
 
 @pytest.mark.parametrize("stages", [1, 2, 4])

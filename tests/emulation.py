@@ -1,4 +1,5 @@
 """The matrix unit that matrix.c asks for: this processor's own, or one in portable C (see amx_emulation.h)."""
+from __future__ import annotations
 
 import contextlib
 import functools

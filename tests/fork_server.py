@@ -6,6 +6,7 @@ As a program it is the server: JSON lines in, JSON lines out. It has never run a
         pid = server.start(["--config", "unit_test"], log=path, RANK="0")
         status = server.wait(pid)            # exit status, or minus the signal that ended it
 """
+from __future__ import annotations
 
 import ctypes
 import gc
@@ -62,13 +63,13 @@ class ForkServer:
         """SIGKILL when the process has used so much CPU time: a moment that other work on the machine does not move."""
         deadline, ticks = time.monotonic() + seconds, os.sysconf("SC_CLK_TCK")
         while True:
-            state, *fields = Path("/proc/{}/stat".format(pid)).read_text().rpartition(")")[2].split()
+            state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             if state == "Z":
                 return  # it has ended
             if int(fields[10]) + int(fields[11]) >= ticks * cpu_seconds:  # in the system and outside it, all threads
                 os.kill(pid, signal.SIGKILL)
                 return
-            assert time.monotonic() < deadline, "process {} does not go on".format(pid)
+            assert time.monotonic() < deadline, f"process {pid} does not go on"
             time.sleep(0.001)
 
     def wait(self, pid, seconds=600):
@@ -81,7 +82,7 @@ class ForkServer:
                 return status
             if time.monotonic() > deadline:
                 os.kill(pid, signal.SIGKILL)
-                raise TimeoutError("process {} did not end within {} s".format(pid, seconds))
+                raise TimeoutError(f"process {pid} did not end within {seconds} s")
             time.sleep(0.02)
 
 

@@ -5,6 +5,7 @@ their addresses, and its result goes where it went. What CUDA refuses while it r
 the host wait for a number, and data that come from the host. What the recorded operations had computed is spoilt
 afterwards, as a real recording computes nothing.
 """
+from __future__ import annotations
 
 import contextlib
 import inspect
@@ -43,7 +44,7 @@ class Recorder(TorchDispatchMode):
         name = function.overloadpacket.__name__
         by_mask = name.startswith("index") and any(tensor.dtype == torch.bool for tensor in tensors(args[1:2]))
         if name in REFUSED or by_mask:
-            raise RuntimeError("operation not permitted when stream is capturing: {}".format(function))
+            raise RuntimeError(f"operation not permitted when stream is capturing: {function}")
         result = function(*args, **(kwargs or {}))
         self.operations.append((function, args, kwargs or {}, result))
         return result

@@ -1,4 +1,5 @@
 """What the IPU tests share: a tiny model, data whose captions change with the epoch, and training without IPUs."""
+from __future__ import annotations
 
 import torch
 

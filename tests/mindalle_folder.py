@@ -1,4 +1,5 @@
 """A tiny model in minDALL-E's published layout: weights from a formula, so that they are the same everywhere."""
+from __future__ import annotations
 
 import json
 import math
@@ -46,8 +47,8 @@ def merges_and_vocabulary():
     """A small character BPE, learned from CAPTIONS the simple way: the most frequent pair first, ties by name."""
     words = {}
     for caption in CAPTIONS:
-        for word in "".join(c if c.isalnum() else " {} ".format(c) for c in caption.lower()).split():
-            symbols = tuple(word[:-1]) + (word[-1] + "</w>",)
+        for word in "".join(c if c.isalnum() else f" {c} " for c in caption.lower()).split():
+            symbols = (*tuple(word[:-1]), word[-1] + "</w>")
             words[symbols] = words.get(symbols, 0) + 1
     alphabet = sorted({symbol for word in words for symbol in word} | set("abcdefghijklmnopqrstuvwxyz"))
     merges = []
@@ -113,7 +114,7 @@ def stage2_shapes(texts):
             ("mlp.0", 4 * WIDTH, WIDTH),
             ("mlp.2", WIDTH, 4 * WIDTH),
         ):
-            stem = "blocks.{}.{}.".format(layer, name)
+            stem = f"blocks.{layer}.{name}."
             shapes[stem + "weight"] = (rows, columns) if columns else (rows,)
             shapes[stem + "bias"] = (rows,)
     return shapes

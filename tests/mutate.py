@@ -2,6 +2,7 @@
 
 python tests/mutate.py 100000          # so many inputs over all readers of tests/test_fuzz.py; prints figures
 """
+from __future__ import annotations
 
 import random
 import time
@@ -57,9 +58,8 @@ class Figures:
         self.failures = []
 
     def __str__(self):
-        return "{} accepted, {} refused, slowest {:.2f} s, {} failures".format(
-            self.accepted, self.refused, self.slowest, len(self.failures)
-        )
+        counts = f"{self.accepted} accepted, {self.refused} refused, {len(self.failures)} failures"
+        return f"{counts}, slowest {self.slowest:.2f} s"
 
 
 def fuzz(read, seeds, refusals, count, seed, patience=5.0, most_failures=5):
@@ -78,7 +78,7 @@ def fuzz(read, seeds, refusals, count, seed, patience=5.0, most_failures=5):
         taken = time.process_time() - begin
         figures.slowest = max(figures.slowest, taken)
         if taken > patience:
-            figures.failures.append((number, content, TimeoutError("{:.1f} s".format(taken))))
+            figures.failures.append((number, content, TimeoutError(f"{taken:.1f} s")))
         if len(figures.failures) >= most_failures:
             break
     return figures
@@ -104,10 +104,8 @@ if __name__ == "__main__":
             figures = fuzz(read, seeds, refusals, count, seed=1)
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             sys.stdout.write(
-                "{}: {} inputs in {:.0f} s: {}; peak {:.0f} MB\n".format(
-                    name, count, time.time() - begin, figures, peak
-                )
+                f"{name}: {count} inputs in {time.time() - begin:.0f} s: {figures}; peak {peak:.0f} MB\n"
             )
             for number, content, error in figures.failures:
-                sys.stdout.write("  input {}: {!r}: {!r}\n".format(number, error, content[:300]))
+                sys.stdout.write(f"  input {number}: {error!r}: {content[:300]!r}\n")
             sys.stdout.flush()

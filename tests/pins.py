@@ -1,4 +1,5 @@
 """What constraints/ and requirements.txt pin, and what is installed instead."""
+from __future__ import annotations
 
 import re
 import sys
@@ -11,7 +12,7 @@ PYTHON = "{}.{}".format(*sys.version_info)
 
 def read_pins(python=PYTHON):
     """{package: version} of one Python's constraints file; empty where there is none."""
-    path = ROOT / "constraints" / "py{}.txt".format(python)
+    path = ROOT / "constraints" / f"py{python}.txt"
     lines = path.read_text().splitlines() if path.is_file() else []
     return dict(line.split("==") for line in lines if not line.startswith("#"))
 
@@ -19,7 +20,7 @@ def read_pins(python=PYTHON):
 def other_versions():
     """What is installed in another version than the pinned one, PyTorch included."""
     if not read_pins():
-        return ["Python {} (constraints: 3.10 to 3.13)".format(PYTHON)]
+        return [f"Python {PYTHON} (constraints: 3.10 to 3.13)"]
     torch = re.search(r"^torch==([\d.]+)", (ROOT / "requirements.txt").read_text(), re.M)
     pins = dict(read_pins(), torch=torch.group(1))
     found = []
@@ -29,5 +30,5 @@ def other_versions():
         except metadata.PackageNotFoundError:
             continue
         if installed != version:
-            found.append("{} {} (pinned: {})".format(name, installed, version))
+            found.append(f"{name} {installed} (pinned: {version})")
     return found

@@ -6,6 +6,7 @@ to the host only when asked for. Capture runs the model on the `meta` device, wh
 tensor made on the CPU fails; execution runs it on the CPU in float32 (poptorch_stand_in_device.py). It says nothing
 about what the compiler does: lowering, memory, half precision, stochastic rounding, sharded state, speed.
 """
+from __future__ import annotations
 
 import copy
 import enum
@@ -53,17 +54,17 @@ class _Settings:
     def _set(self, key, value, kind):
         if self._owner._frozen:
             raise AttributeError("Can't modify frozen Options")
-        assert type(value) is kind, "Unexpected type {} for option {}. Expected {}".format(type(value), key, kind)
+        assert type(value) is kind, f"Unexpected type {type(value)} for option {key}. Expected {kind}"
         self._values[key] = value
         return self
 
     def __setattr__(self, name, value):
-        raise AttributeError("{}: set options through their methods".format(name))
+        raise AttributeError(f"{name}: set options through their methods")
 
     def __getattr__(self, name):
         values = object.__getattribute__(self, "__dict__").get("_values", {})
         if name not in values:
-            raise AttributeError("Invalid attribute {}.".format(name))
+            raise AttributeError(f"Invalid attribute {name}.")
         return values[name]
 
     def __deepcopy__(self, memo):
@@ -220,7 +221,7 @@ def recomputationCheckpoint(*tensors):
 def serializedMatMul(lhs, rhs, mode, factor=0, keep_precision=False):
     assert isinstance(mode, MatMulSerializationMode) and type(factor) is int and type(keep_precision) is bool
     if mode is MatMulSerializationMode.OutputChannels and rhs.shape[-1] % factor:
-        raise Error("serialization factor {} does not divide {} output channels".format(factor, rhs.shape[-1]))
+        raise Error(f"serialization factor {factor} does not divide {rhs.shape[-1]} output channels")
     if device.CAPTURES:
         device.CAPTURES[-1].serialized.append(factor)
     return torch.matmul(lhs, rhs)

@@ -1,4 +1,5 @@
 """The stand-in's "device": capture on PyTorch's meta device, execution on the CPU. See poptorch_stand_in.py."""
+from __future__ import annotations
 
 import copy
 from collections import OrderedDict
@@ -51,7 +52,7 @@ class Capture(TorchDispatchMode):
         assert isinstance(user_id, str) and isinstance(ipu_id, int) and ipu_id >= 0
         stage = self.stage + 1 if self.auto_increment and user_id not in self.blocks else ipu_id
         if stage < self.stage:
-            raise Error("block {} is in stage {}, after stage {}".format(user_id, stage, self.stage))
+            raise Error(f"block {user_id} is in stage {stage}, after stage {self.stage}")
         self.switches += ipu_id != self.ipu
         self.blocks.append(user_id)
         self.ipu, self.stage = ipu_id, stage
@@ -60,17 +61,17 @@ class Capture(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = op_name(func)
         if name not in NAMED_OPS:
-            raise Error("No shape inference handler for aten::{}".format(name))
+            raise Error(f"No shape inference handler for aten::{name}")
         self.ops.add(name)
         self.cross_entropies += name in ("nll_loss_forward", "cross_entropy_loss")
         for value in _tensors(args):
             if value.device.type != "meta" and value.dim():
-                raise Error("aten::{} takes a tensor on the {}: give it device=x.device".format(name, value.device))
+                raise Error(f"aten::{name} takes a tensor on the {value.device}: give it device=x.device")
             if id(value) in self.owners:
                 self.weights.setdefault(self.owners[id(value)], set()).add(self.ipu)
         result = func(*args, **(kwargs or {}))
         if any(value.device.type != "meta" for value in _tensors([result])):
-            raise Error("aten::{} makes a tensor on the CPU: give it device=x.device".format(name))
+            raise Error(f"aten::{name} makes a tensor on the CPU: give it device=x.device")
         return result
 
 
@@ -79,8 +80,7 @@ def _tensors(values):
         if isinstance(value, torch.Tensor):
             yield value
         elif isinstance(value, (list, tuple)):
-            for inner in _tensors(value):
-                yield inner
+            yield from _tensors(value)
 
 
 # Optimizers ----------------------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ class VariableAttributes:
         self.variable, self.allowed = set(variable), set(allowed)
 
     def markAsConstant(self, name):
-        assert name in self.allowed, "Unknown attribute {}".format(name)
+        assert name in self.allowed, f"Unknown attribute {name}"
         self.variable.discard(name)
 
 
@@ -107,7 +107,7 @@ class _Optimizer:
             first,
             second,
         )
-        self.variable_attrs = VariableAttributes(given, list(self.defaults) + ["loss_scaling"])
+        self.variable_attrs = VariableAttributes(given, [*list(self.defaults), "loss_scaling"])
         self.ipu_state = {"ipu_state": None, "ipu_param": None}
         self.executor = None
         self.to_device = False
@@ -244,9 +244,8 @@ class Executor:
         count = iterations * accumulation * replicas
         for tensor in inputs:
             assert tensor.shape[0] % count == 0, (
-                "Invalid batch dimension: In the input {}, the batch dimension ({}) must be a multiple of {}".format(
-                    tuple(tensor.shape), tensor.shape[0], count
-                )
+                f"Invalid batch dimension: In the input {tuple(tensor.shape)}, the batch dimension "
+                f"({tensor.shape[0]}) must be a multiple of {count}"
             )
         assert all(p.is_contiguous() for p in self._user_model.parameters()), "weights are copied as they lie in memory"
         self._capture([tensor[: tensor.shape[0] // count] for tensor in inputs])
@@ -279,19 +278,17 @@ class Executor:
         capture, stages = self.capture, self.capture.switches + 1
         ipus = max(capture.used_ipus) + 1
         if ipus & (ipus - 1) and not self.options.auto_round_num_ipus:
-            raise Error("the model uses {} IPUs; they are reserved in powers of 2".format(ipus))
+            raise Error(f"the model uses {ipus} IPUs; they are reserved in powers of 2")
         shared = {}
         for name, used_on in capture.weights.items():
             shared.setdefault(id(host.get(name)) if name in host else name, set()).update(used_on)
         if any(len(used_on) > 1 for used_on in shared.values()):
-            raise Error("a weight is used on more than one IPU: {}".format(capture.weights))
+            raise Error(f"a weight is used on more than one IPU: {capture.weights}")
         iterations, accumulation, _ = self._micro_batches
         if self._optimizer is None:
             if stages > 1 and iterations < stages:
                 raise Error(
-                    "deviceIterations must be greater than or equal to the number of pipeline stages ({})".format(
-                        stages
-                    )
+                    f"deviceIterations must be greater than or equal to the number of pipeline stages ({stages})"
                 )
             return
         if capture.losses == 0 and capture.cross_entropies == 0:
@@ -300,9 +297,8 @@ class Executor:
             raise Error("Multiple independent losses found in graph")
         if stages > 1 and accumulation < 2 * stages - 1:
             raise Error(
-                "gradientAccumulation must be greater than or equal to the number of pipeline stages ({})".format(
-                    2 * stages - 1
-                )
+                "gradientAccumulation must be greater than or equal to the number of pipeline stages "
+                f"({2 * stages - 1})"
             )
 
     def _make_device_optimizer(self):
@@ -420,7 +416,7 @@ class Executor:
             self.attachToDevice()
         signature = [(tensor.shape, tensor.dtype) for tensor in inputs]
         if signature != self._signature:
-            raise Error("expected inputs {}, got {}".format(self._signature, signature))
+            raise Error(f"expected inputs {self._signature}, got {signature}")
         if self._optimizer is not None and self._optimizer.to_device:
             self._write_optimizer_state()
         iterations, accumulation, replicas = self._micro_batches
@@ -483,7 +479,7 @@ class Executor:
         elif mode == 3:  # Sum
             kept = [sum(step[replica] for iteration in values for step in iteration) for replica in range(replicas)]
         else:
-            raise Error("output mode {} is not part of the stand-in".format(mode))
+            raise Error(f"output mode {mode} is not part of the stand-in")
         if replicas == 1:
             return kept[0]
         return torch.stack(kept) if kept[0].dim() == 0 else torch.cat(kept)

@@ -6,6 +6,7 @@ A run may have "start": a checkpoint to be put into its folder first, "poison": 
 test_numerics.poison), "model": fields of DalleConfig that no flag has, and "scale": the first scale of fp16 gradients,
 for which the command line would want a GPU.
 """
+from __future__ import annotations
 
 import dataclasses
 import json

@@ -1,4 +1,5 @@
 """Options: precedence, types, ranges, names, inheritance and the shipped configurations."""
+from __future__ import annotations
 
 import dataclasses
 import re
@@ -11,7 +12,7 @@ from models.config import ARCHITECTURES, DalleConfig
 from utils.errors import UsageError
 
 PUBLISHED = ["L16", "L16_POD16", "L16_POD64", "L16_CLIP_vocab"]
-SHIPPED = PUBLISHED + ["unit_test", "demo", "minDALLE_1.3B", "minDALLE_tiny"]
+SHIPPED = [*PUBLISHED, "unit_test", "demo", "minDALLE_1.3B", "minDALLE_tiny"]
 SMALL = """
 base: &base
   input_folder: demo
@@ -103,7 +104,7 @@ def test_both_spellings_of_a_flag():
 @pytest.mark.parametrize("words, value", [(["--fp16"], True), (["--fp16", "true"], True), (["--fp16", "False"], False),
                                           (["--fp16=0"], False), ([], True)])
 def test_boolean_flags_stand_alone_or_take_a_value(words, value):
-    assert parse(["--config", "L16"] + words).execution.fp16 is value
+    assert parse(["--config", "L16", *words]).execution.fp16 is value
 
 
 def test_tuples_with_blanks_and_commas():
@@ -214,7 +215,7 @@ def test_a_key_inherited_and_given_is_no_duplicate(tmp_path):
 @pytest.mark.parametrize("order, epochs", [("*g, *other, *base", 2), ("*base, *other, *g", 4)])
 def test_the_first_of_several_sources_wins(tmp_path, order, epochs):
     # As YAML defines it. PyYAML 6.0.4 takes the last.
-    text = SMALL + "g: &g {{epochs: 2}}\nother: &other {{epochs: 4}}\nlast: {{<<: [{}]}}\n".format(order)
+    text = SMALL + f"g: &g {{epochs: 2}}\nother: &other {{epochs: 4}}\nlast: {{<<: [{order}]}}\n"
     config = parse(["--config-file", write(tmp_path, text), "--config", "last"])
     assert (config.execution.epochs, config.execution.batch_size) == (epochs, 3)
 
@@ -270,7 +271,7 @@ def test_paths_are_looked_for_beside_the_configuration_file(tmp_path, monkeypatc
     assert config.misc.log_dir == "logs"  # what is written goes to the working directory
     (elsewhere / "vocab.txt").write_text("y")
     assert parse(words).data.bpe_path == "vocab.txt"
-    assert parse(words + ["--bpe-path", "absent.txt"]).data.bpe_path == "absent.txt"
+    assert parse([*words, "--bpe-path", "absent.txt"]).data.bpe_path == "absent.txt"
 
 
 def test_log_folder_is_beside_the_checkpoints_unless_given():
@@ -310,11 +311,11 @@ def test_help_has_the_groups_and_every_flag(capsys):
         parse(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    positions = [text.index("\n{}:\n".format(title)) for title in
+    positions = [text.index(f"\n{title}:\n") for title in
                  ("execution", "IPU", "optimizer", "model", "data", "checkpoints", "misc")]
     assert positions == sorted(positions)
     for name in args.option_names():
-        assert re.search(r"^  {}\b".format(args.flag_name(name)), text, re.MULTILINE), name
+        assert re.search(rf"^  {args.flag_name(name)}\b", text, re.MULTILINE), name
     seed_flags = """
         config batch-size epochs device-iterations replication-factor gradient-accumulation stochastic-rounding
         embedding-serialization-factor enable-half-partials enable-rts optimizer-state-offchip ipus-per-replica
@@ -327,4 +328,4 @@ def test_help_has_the_groups_and_every_flag(capsys):
         compile-only executable-cache-dir profile-dir
     """
     for flag in seed_flags.split():
-        assert "--{} ".format(flag) in text, flag
+        assert f"--{flag} " in text, flag

@@ -1,4 +1,5 @@
 """Who sees whom: masks against their definition position by position, and two implementations of one product."""
+from __future__ import annotations
 
 import copy
 import dataclasses

@@ -3,6 +3,7 @@
 What youtokentome 1.0.6 and dalle-pytorch 1.6.6 say is in assets/bpe_golden.json (made by assets/bpe_make_golden.py),
 so that equality with them is tested without installing them.
 """
+from __future__ import annotations
 
 import collections
 import gzip
@@ -97,7 +98,7 @@ def merge_by_definition(ids, merges):
         if not candidates:
             return ids
         _, at = min(candidates)
-        ids = ids[:at] + [ranks[ids[at], ids[at + 1]][1]] + ids[at + 2 :]
+        ids = [*ids[:at], ranks[ids[at], ids[at + 1]][1], *ids[at + 2:]]
 
 
 def test_encoding_follows_the_definition_on_words_of_few_letters():
@@ -285,10 +286,10 @@ def test_paths_of_the_published_application_find_the_shipped_vocabularies(folder
     monkeypatch.chdir(tmp_path)
     caplog.set_level("INFO")
     path = folder + "/bpe_yttm_vocab.txt"
-    (tmp_path / "configs.yaml").write_text("L16:\n  bpe_path: {}\n".format(path))
+    (tmp_path / "configs.yaml").write_text(f"L16:\n  bpe_path: {path}\n")
     config = args.parse(["--config-file", "configs.yaml", "--config", "L16", "--generated-data"])
     assert load_tokenizer(config.data.bpe_path).identity == load_tokenizer(str(SHIPPED)).identity
-    assert caplog.messages == ["vocabulary {}: taking {}".format(path, SHIPPED)]
+    assert caplog.messages == [f"vocabulary {path}: taking {SHIPPED}"]
     for missing in (folder + "/other.txt", str(tmp_path / "models/bpe/bpe_yttm_vocab.txt")):
         with pytest.raises(UserError, match="no such file"):
             load_tokenizer(missing)
@@ -410,12 +411,12 @@ def test_several_inputs_add_up_and_the_command_runs_as_a_module(tmp_path):
         str(tmp_path / "lines.txt"),
     ]
     command += ["--vocab-size", "500", "--output", str(tmp_path / "vocab.txt")]
-    result = subprocess.run(command, cwd=str(ROOT), stderr=subprocess.PIPE, universal_newlines=True)
+    result = subprocess.run(command, cwd=str(ROOT), stderr=subprocess.PIPE, text=True)
     assert result.returncode == 0
     assert "22 words, 10 of them different" in result.stderr
     # Fewer tokens than asked for is worth a warning, and the file is whole.
     size = load_tokenizer(str(tmp_path / "vocab.txt")).vocab_size
-    assert "the vocabulary has {} instead of --vocab-size 500".format(size) in result.stderr
+    assert f"the vocabulary has {size} instead of --vocab-size 500" in result.stderr
     assert load_tokenizer(str(tmp_path / "vocab.txt")).encode("A cat") != []
 
 
@@ -531,7 +532,7 @@ def test_ids_of_a_tokenizer_json_are_those_of_the_package(kind, tmp_path):
         whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         expected = reference.encode(whole, add_special_tokens=False).ids
         assert tokenizer.encode(text) == expected == pickle.loads(pickle.dumps(tokenizer)).encode(text)
-        assert tokenizer.decode(expected + [0, 10**6]) == reference.decode([id_ for id_ in expected if id_])
+        assert tokenizer.decode([*expected, 0, 10 ** 6]) == reference.decode([id_ for id_ in expected if id_])
     assert tokenizer.vocab_size == reference.get_vocab_size()
     assert tokenizer.tokenize(CORPUS[:2], 40).shape == (2, 40)
     unknown = {"byte-level": [], "bert": ["\u9ed1"]}.get(kind, ["\u9ed1"])
@@ -572,7 +573,7 @@ def test_a_tokenizer_json_without_a_pad_at_zero_is_worth_a_warning(special, tmp_
     tokenizer.save(str(tmp_path / "t.json"))
     load_tokenizer(str(tmp_path / "t.json"))
     (record,) = caplog.records
-    assert "{!r} has the id 0, which is the pad".format(tokenizer.id_to_token(0)) in record.getMessage()
+    assert f"{tokenizer.id_to_token(0)!r} has the id 0, which is the pad" in record.getMessage()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 """Where caches lie, and which folders and files count as this user's own."""
+from __future__ import annotations
 
 import os
 import stat
@@ -33,7 +34,7 @@ def test_models_that_were_fetched_earlier_are_found(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
 
     def nothing(url, path, **_):
-        raise UserError("would be {}".format(path))
+        raise UserError(f"would be {path}")
 
     monkeypatch.setattr("utils.downloads.download", nothing)
     monkeypatch.setattr(published, "download", nothing)
@@ -75,7 +76,7 @@ def test_missing_folders_are_made_for_their_owner_alone(tmp_path):
 def test_a_folder_that_others_may_write_is_refused(mode, tmp_path):
     folder = trusted_folder(tmp_path / "a" / "b" / "c", 0o755)
     folder.chmod(mode)
-    with pytest.raises(UntrustedError, match="may be written by others .mode {:o}".format(mode)):
+    with pytest.raises(UntrustedError, match=f"may be written by others .mode {mode:o}"):
         trusted_folder(folder)
     folder.chmod(0o755)
     folder.parent.parent.chmod(mode)

@@ -1,4 +1,5 @@
 """Others' checkpoints: every layout reads as the model it is, and what cannot be expressed is refused by name."""
+from __future__ import annotations
 
 import dataclasses
 import pickle
@@ -152,7 +153,7 @@ def test_reads_half_precision_split_embeddings_and_newer_position_names(tmp_path
     # Twelve pieces: sorted as text, piece 10 would come before piece 2.
     pieces = torch.tensor_split(weights.pop("model.text_emb.weight"), 12)
     for index, piece in reversed(list(enumerate(pieces))):
-        weights["model.text_emb.split_embeddings.{}.weight".format(index)] = piece.clone()
+        weights[f"model.text_emb.split_embeddings.{index}.weight"] = piece.clone()
     for axis in "01":
         weights["model.image_pos_emb.weights." + axis] = weights.pop("model.image_pos_emb.weights_" + axis)
     document["weights"] = {name: tensor.half() for name, tensor in weights.items()}
@@ -191,7 +192,7 @@ def mindalle_weights(width=8, layers=2, texts=9, codes=7, text_len=3, image_len=
         "head_img.weight": (codes, width),
     }
     for layer in range(layers):
-        block = "blocks.{}.".format(layer)
+        block = f"blocks.{layer}."
         for name, size in (
             ("ln1", (width,)),
             ("ln2", (width,)),
@@ -223,7 +224,7 @@ def mindalle_logits(w, text, codes, heads, quick):
         1,
     )
     for layer in range(2):
-        block = "blocks.{}.".format(layer)
+        block = f"blocks.{layer}."
         normed = norm(x, block + "ln1")
         q, k, v = (
             linear(normed, block + "attn." + name).unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -245,8 +246,8 @@ def test_reads_mindalle(tmp_path, quick):
     saved(tmp_path, {"state_dict": weights}, "stage2_last.ckpt")
     (tmp_path / "config.yaml").write_text(
         "stage2:\n  type: transformer1d\n  vocab_size_txt: 9\n  vocab_size_img: 7\n"
-        "  hparams: {{embed_dim: 8, n_layers: 2, n_dense_layers: 2, n_heads: 4, ctx_len_img: 4, ctx_len_txt: 3, "
-        "gelu_use_approx: {}}}\n".format(str(quick).lower())
+        "  hparams: {embed_dim: 8, n_layers: 2, n_dense_layers: 2, n_heads: 4, ctx_len_img: 4, ctx_len_txt: 3, "
+        f"gelu_use_approx: {str(quick).lower()}}}\n"
     )
     checkpoint = read_dalle(tmp_path)  # the folder
     assert checkpoint.format == "mindalle" and checkpoint.path.name == "stage2_last.ckpt"

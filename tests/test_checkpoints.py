@@ -1,4 +1,5 @@
 """This application's checkpoints: exact round trips, damage, refused options, export, and the files of a run."""
+from __future__ import annotations
 
 import dataclasses
 import errno

@@ -2,6 +2,7 @@
 
 The commands run in this process, with their real `main` under the real `run_main`; a few run as real processes, too.
 """
+from __future__ import annotations
 
 import gzip
 import io
@@ -169,7 +170,7 @@ NEAR = [
 
 @pytest.mark.parametrize("program, flag, near", NEAR)
 def test_the_nearest_flag_is_named(program, flag, near, command):
-    check(command(program, [*BASE[program].split(), flag + "=3"]), 2, flag, "Did you mean '{}'".format(near))
+    check(command(program, [*BASE[program].split(), flag + "=3"]), 2, flag, f"Did you mean '{near}'")
 
 
 # Missing files and files of the wrong kind ----------------------------------------------------------------------------
@@ -372,7 +373,7 @@ SCRIPTS = [
 @pytest.mark.parametrize("words, status, name", SCRIPTS)
 def test_as_processes(words, status, name):
     done = subprocess.run(
-        [sys.executable, *words], cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=600
+        [sys.executable, *words], cwd=str(ROOT), capture_output=True, timeout=600
     )
     lines = done.stderr.decode("utf-8").splitlines()
     assert done.returncode == status and len(lines) == 1 and lines[0].startswith("error: ") and name in lines[0]

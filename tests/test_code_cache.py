@@ -1,4 +1,5 @@
 """The code cache: equal to encoding in every step, and never trusting what changed, broke off or was damaged."""
+from __future__ import annotations
 
 import contextlib
 import copy
@@ -75,8 +76,8 @@ def write_photos(folder, count=20):
     generator = torch.Generator().manual_seed(3)
     for index in range(count):
         pixels = torch.randint(0, 256, (SIZE, SIZE + 4, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / "{:02}.png".format(index))
-        (folder / "{:02}.txt".format(index)).write_text("p{0}a\np{0}b\np{0}c\n".format(index))
+        Image.fromarray(pixels.numpy()).save(folder / f"{index:02}.png")
+        (folder / f"{index:02}.txt").write_text(f"p{index}a\np{index}b\np{index}c\n")
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def assert_same_items(codes, images):
 @pytest.mark.parametrize("broken", [(), (3, 4, 11)])
 def test_items_are_those_of_the_images(photos, tmp_path, broken, flip):
     for index in broken:
-        break_image(photos / "{:02}.png".format(index))
+        break_image(photos / f"{index:02}.png")
     sets = []
     for _ in range(2):
         images = photo_set(photos, seed=5, null_cond_prob=0.2)
@@ -190,7 +191,7 @@ def test_only_what_a_short_run_uses_is_encoded(photos, tmp_path):
 
 
 def test_the_demo_and_random_images_have_identities_of_their_own(photos, tmp_path):
-    records = [DemoRecord("{:02}".format(i), "c", photos / "{:02}.png".format(i)) for i in range(20)]
+    records = [DemoRecord(f"{i:02}", "c", photos / f"{i:02}.png") for i in range(20)]
     encoder = Encoder()
     for part, expected in ((records[:12], 12), (records[12:], 20), (records, 20)):
         dataset, _ = cache_in(tmp_path, encoder).encoded(DemoDataset(part, TextSettings(Letters(), 8), SIZE), None)
@@ -401,7 +402,7 @@ def test_a_second_run_waits_and_takes_what_the_first_one_made(photos, tmp_path, 
 
     def watch():
         deadline = time.monotonic() + 60
-        while "waiting for process {}".format(os.getpid()) not in caplog.text and time.monotonic() < deadline:
+        while f"waiting for process {os.getpid()}" not in caplog.text and time.monotonic() < deadline:
             time.sleep(0.01)
         go_on.set()
         return "waiting for" in caplog.text
@@ -421,7 +422,7 @@ def test_the_lock_of_a_killed_process_is_free(photos, tmp_path):
         time.sleep(60)
         os._exit(0)
     assert os.read(ready, 1) == b"y"
-    assert place.lock() is None and place.lock_holder().startswith("process {} on".format(child))
+    assert place.lock() is None and place.lock_holder().startswith(f"process {child} on")
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     lock = place.lock()
@@ -511,7 +512,7 @@ def test_a_cache_that_cannot_be_used_costs_one_warning(photos, tmp_path, caplog,
         dataset, _ = encoded(photos, codes)
         assert isinstance(dataset, ImageTextFolder)
         [record] = [record for record in caplog.records if record.levelno >= logging.WARNING]
-        assert "cannot keep image codes in {} (".format(codes) in record.message, record.message
+        assert f"cannot keep image codes in {codes} (" in record.message, record.message
 
     try:
         without_rights_of_root(check)

@@ -1,4 +1,5 @@
 """The comparison with peers: every contestant does its task, ratios and limits are what they say, a report is made."""
+from __future__ import annotations
 
 import importlib.util
 import json
@@ -88,7 +89,7 @@ def test_a_peer_that_a_gpu_has_no_room_for_does_not_end_the_run(device):
         def step(self):
             self.turns += 1
             if self.turns == self.at:
-                raise UserError("{} ended early".format(self.name))
+                raise UserError(f"{self.name} ended early")
             return float(self.turns)
 
     workers = [Fails(OURS, 0), Fails(PEER, 2), Fails(PLAIN, 0)]

@@ -1,4 +1,5 @@
 """Runs that are killed, terminated, interrupted or lose their newest files: --resume ends with the undisturbed bits."""
+from __future__ import annotations
 
 import json
 import os
@@ -149,7 +150,7 @@ def test_a_save_waits_for_the_disk_before_anything_older_goes(folder, tmp_path, 
         events.append((kind, re.sub(r"^\.(.*\.pt)\..*\.tmp$", r"\1 unfinished", Path(path).name)))
         return result
 
-    monkeypatch.setattr(os, "fsync", lambda file: noted("sync", os.readlink("/proc/self/fd/%d" % file), fsync, file))
+    monkeypatch.setattr(os, "fsync", lambda file: noted("sync", os.readlink(f"/proc/self/fd/{file}"), fsync, file))
     monkeypatch.setattr(os, "replace", lambda old, new: noted("replace", new, replace, old, new))
     monkeypatch.setattr(Path, "unlink", lambda path, *more: noted("delete", path, unlink, path, *more))
     options = ("--checkpoint-save-steps", "1", "--keep-checkpoints", "1", "--max-steps", "3", "--cache-codes", "off")
@@ -220,7 +221,7 @@ def test_fifty_kills_at_random_moments(server, folder, tmp_path, undisturbed, pr
         killed += disturb(server, folder, out, processes, seconds, choice, kills=min(10, 50 - killed))
         assert_as_undisturbed(out, expected)
         runs += 1
-    print("{} kills in {} runs of {} process(es)".format(killed, runs, processes))
+    print(f"{killed} kills in {runs} runs of {processes} process(es)")
 
 
 # Asked to stop
@@ -229,7 +230,7 @@ def test_fifty_kills_at_random_moments(server, folder, tmp_path, undisturbed, pr
 def wait_for(out, text, seconds=300):
     deadline = time.monotonic() + seconds
     while text not in ((out / "stderr.log").read_text() if (out / "stderr.log").exists() else ""):
-        assert time.monotonic() < deadline, "no {!r} in {} s".format(text, seconds)
+        assert time.monotonic() < deadline, f"no {text!r} in {seconds} s"
         time.sleep(0.01)
 
 
@@ -245,7 +246,7 @@ def test_asked_to_stop_it_saves_at_the_next_step(server, folder, tmp_path, undis
         os.kill(pid, number)
     assert [server.wait(pid) for pid in pids] == [status] * processes
     (saved,) = (tmp_path / "ckpt").glob("*.pt")
-    assert "saved as {}; --resume goes on".format(saved) in (tmp_path / "stderr.log").read_text()
+    assert f"saved as {saved}; --resume goes on" in (tmp_path / "stderr.log").read_text()
     assert (tmp_path / "loss.png").exists()
     finish(server, start(server, folder, tmp_path, "--resume", *only_epochs, processes=processes), tmp_path)
     assert_as_undisturbed(tmp_path, undisturbed(processes)[0])

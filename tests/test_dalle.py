@@ -1,4 +1,5 @@
 """The DALL-E: its loss by hand, its heads in parts, its options, and the frozen VQGAN in front of it."""
+from __future__ import annotations
 
 import dataclasses
 import math
@@ -230,7 +231,7 @@ class Brightness(nn.Module):
         self.dropout = nn.Dropout(0.5)
 
     def encode(self, pixels):
-        assert pixels.dtype == torch.float32 and 0 <= float(pixels.min()) and float(pixels.max()) <= 1
+        assert pixels.dtype == torch.float32 and float(pixels.min()) >= 0 and float(pixels.max()) <= 1
         means = F.adaptive_avg_pool2d(pixels.mean(1, keepdim=True), 2).flatten(1)
         return (self.dropout(means) * self.gain).round().long()
 

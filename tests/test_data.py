@@ -1,4 +1,5 @@
 """Data sets: pairing of files, pixels, what is skipped or replaced, choices that depend on seed, epoch and index."""
+from __future__ import annotations
 
 import collections
 import logging
@@ -37,7 +38,7 @@ class Letters:
         rows = torch.zeros(len(texts), text_seq_len, dtype=torch.int64)
         for row, text in zip(rows, texts):
             if len(text) > text_seq_len and not truncate:
-                raise UserError("caption {!r} is too long: --truncate-captions".format(text))
+                raise UserError(f"caption {text!r} is too long: --truncate-captions")
             ids = [ord(character) % 299 + 1 for character in text[:text_seq_len]]
             row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
         return rows
@@ -353,7 +354,7 @@ def test_items_are_text_and_image(tmp_path):
 
 def test_captions_depend_on_seed_epoch_and_index_only(tmp_path):
     for number in range(30):
-        write_pair(tmp_path, "{:02}".format(number))
+        write_pair(tmp_path, f"{number:02}")
     dataset = folder_dataset(tmp_path, seed=5)
     by_epoch = []
     for epoch in range(20):
@@ -371,7 +372,7 @@ def test_captions_depend_on_seed_epoch_and_index_only(tmp_path):
 
 def test_subsets_keep_the_captions_of_the_whole_and_have_their_own_epoch(tmp_path):
     for number in range(10):
-        write_pair(tmp_path, str(number), "a{0}\nb{0}\nc{0}".format(number))
+        write_pair(tmp_path, str(number), f"a{number}\nb{number}\nc{number}")
     dataset = folder_dataset(tmp_path)
     part = dataset.subset(torch.tensor([7, 2, 5])).subset(torch.tensor([2, 0]))
     dataset.set_epoch(3)
@@ -402,7 +403,7 @@ def test_some_captions_are_left_out_for_guidance_but_not_in_validation(tmp_path)
 
 def test_unreadable_images_are_replaced_the_same_way_every_time_and_counted(tmp_path, caplog):
     for number in range(12):
-        write_pair(tmp_path, "{:02}".format(number), "n{:02}".format(number), color=(number, 0, 0))
+        write_pair(tmp_path, f"{number:02}", f"n{number:02}", color=(number, 0, 0))
     for broken in ("03", "04"):
         path = tmp_path / (broken + ".png")
         path.write_bytes(path.read_bytes()[:40])
@@ -421,7 +422,7 @@ def test_unreadable_images_are_replaced_the_same_way_every_time_and_counted(tmp_
 
 def test_a_replacement_stays_within_the_subset(tmp_path):
     for number in range(10):
-        write_pair(tmp_path, str(number), "n{}".format(number))
+        write_pair(tmp_path, str(number), f"n{number}")
     (tmp_path / "4.png").write_bytes(b"no image")
     part = folder_dataset(tmp_path).subset(torch.tensor([4, 8]))
     assert words(part[0][0]) == "n8"
@@ -435,14 +436,14 @@ def dataset_of_folder(folder, max_bad_fraction):
 def test_nothing_but_unreadable_images_is_an_error(tmp_path):
     for number in range(3):
         write_pair(tmp_path, str(number))
-        (tmp_path / "{}.png".format(number)).write_bytes(b"no image")
+        (tmp_path / f"{number}.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="^--input-folder .*: 3 of the 3 images cannot be read, such as .*; mend"):
         dataset_of_folder(tmp_path, 1)[1]
 
 
 def test_nothing_but_unreadable_images_held_out_is_an_error_that_says_so(tmp_path):
     for number in range(40):
-        write_pair(tmp_path, "{:02}".format(number))
+        write_pair(tmp_path, f"{number:02}")
     train, held_out = dataset_of_folder(tmp_path, 0.1).split(2)
     names = [held_out.image_name(pair) for pair in held_out._indices.tolist()]
     for name in names:
@@ -450,7 +451,7 @@ def test_nothing_but_unreadable_images_held_out_is_an_error_that_says_so(tmp_pat
     with pytest.raises(UserError) as raised:
         held_out[0]
     said = str(raised.value)
-    assert said.startswith("--input-folder {}: 2 of the 2 images held out for validation cannot be".format(tmp_path))
+    assert said.startswith(f"--input-folder {tmp_path}: 2 of the 2 images held out for validation cannot be")
     assert any(name in said for name in names) and said.endswith("or hold out more by --validation-fraction")
     assert len([train[index] for index in range(len(train))]) == 38
 
@@ -481,12 +482,12 @@ def test_captions_that_the_vocabulary_lacks_are_worth_a_warning(tmp_path, caplog
     common = dict(input_folder=str(tmp_path), text_seq_len=9, image_size=8, truncate_captions=truncate)
     create_dataset(tokenizer=vocabulary, **common)
     (message,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
-    assert message.startswith("--input-folder {}: the vocabulary lacks 37.5 % of the characters".format(tmp_path))
+    assert message.startswith(f"--input-folder {tmp_path}: the vocabulary lacks 37.5 % of the characters")
 
 
 def test_loader_processes_see_the_epoch_and_report_what_they_could_not_read(tmp_path):
     for number in range(8):
-        write_pair(tmp_path, str(number), "\n".join("c{}{}".format(number, line) for line in range(5)))
+        write_pair(tmp_path, str(number), "\n".join(f"c{number}{line}" for line in range(5)))
     (tmp_path / "5.png").write_bytes(b"no image")
     dataset = folder_dataset(tmp_path)
     loader = torch.utils.data.DataLoader(
@@ -532,8 +533,8 @@ def test_generated_data_is_random_but_fixed():
 @pytest.mark.parametrize("kind", ["tensor", "numpy"])
 def test_codes_take_the_place_of_images(tmp_path, kind):
     for number in range(4):
-        write_pair(tmp_path, str(number), "n{}".format(number))
-        (tmp_path / "{}.png".format(number)).write_bytes(b"never opened")
+        write_pair(tmp_path, str(number), f"n{number}")
+        (tmp_path / f"{number}.png").write_bytes(b"never opened")
     codes = torch.arange(4 * 6, dtype=torch.int32).view(4, 6)
     if kind == "numpy":
         codes = pytest.importorskip("numpy").arange(4 * 6, dtype="uint16").reshape(4, 6)
@@ -560,8 +561,8 @@ def test_images_that_were_never_encoded_are_refused(tmp_path):
 
 def test_create_datasets_from_folders_and_random_data(tmp_path, caplog):
     for number in range(10):
-        write_pair(tmp_path / "train", str(number), "n{}".format(number))
-        write_pair(tmp_path / "val", "v{}".format(number), "v{}".format(number))
+        write_pair(tmp_path / "train", str(number), f"n{number}")
+        write_pair(tmp_path / "val", f"v{number}", f"v{number}")
     common = dict(tokenizer=Letters(), text_seq_len=T, image_size=8, null_cond_prob=1.0)
     with caplog.at_level(logging.INFO):
         train, validation = create_datasets(input_folder=str(tmp_path / "train"), validation_holdout=0.2, **common)
@@ -581,7 +582,7 @@ def test_create_datasets_from_folders_and_random_data(tmp_path, caplog):
 def test_create_datasets_of_the_demo(monkeypatch):
     from data import demo
 
-    records = [demo.DemoRecord(str(number), "caption {}".format(number), Path(str(number))) for number in range(4)]
+    records = [demo.DemoRecord(str(number), f"caption {number}", Path(str(number))) for number in range(4)]
     monkeypatch.setattr("data.create.demo_records", lambda split: records[:3] if split == "train" else records[3:])
     monkeypatch.setattr(demo, "load_demo_image", lambda record, size: torch.full((3, size, size), int(record.stem)))
     common = dict(input_folder="demo", tokenizer=Letters(), text_seq_len=T, image_size=8)

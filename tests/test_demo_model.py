@@ -1,4 +1,5 @@
 """The shipped demo: its files are small, its vocabulary is repeatable, and it draws what its captions say."""
+from __future__ import annotations
 
 import subprocess
 import sys

@@ -1,4 +1,5 @@
 """Dirty data: whatever lies in a folder, training uses what is good, lists the rest once, and stops above a limit."""
+from __future__ import annotations
 
 import inspect
 import io
@@ -181,7 +182,7 @@ def test_what_is_good_is_read_and_the_rest_listed_once_with_its_reason(dirty, tm
     expected.update((name + ".txt", reason) for name, (_, reason) in BAD_CAPTIONS.items())
     assert found == dict(expected, **{"pipe.txt": "caption files that cannot be read"})
     assert len(lines(report)) == len(found) + 2  # and the two images without captions, which are no bad pairs
-    assert "listed in {}".format(report) in dataset.report()
+    assert f"listed in {report}" in dataset.report()
 
 
 def test_loader_processes_list_each_file_once(dirty, tmp_path):
@@ -204,8 +205,8 @@ def test_more_than_the_limit_is_one_error_that_names_flag_counts_and_file(dirty,
         dataset_of(dirty, skipped_file=report)
     message = str(raised.value)
     bad = len(BAD_CAPTIONS) + PIPES
-    assert "--input-folder {}".format(dirty) in message and "--max-bad-fraction 0.01" in message
-    assert "{} of {} samples".format(bad, NUM_GOOD + NUM_BAD + PIPES) in message and str(report) in message
+    assert f"--input-folder {dirty}" in message and "--max-bad-fraction 0.01" in message
+    assert f"{bad} of {NUM_GOOD + NUM_BAD + PIPES} samples" in message and str(report) in message
     assert "2 caption files with NUL bytes (such as " in message and "\n" not in message
     assert sum(line["bad"] for line in lines(report)) == bad
 
@@ -213,10 +214,10 @@ def test_more_than_the_limit_is_one_error_that_names_flag_counts_and_file(dirty,
 @pytest.mark.parametrize("workers", [0, 2])
 def test_images_above_the_limit_end_the_loading_wherever_they_are_read(tmp_path, workers):
     for number in range(100):
-        (tmp_path / "{:03}.png".format(number)).write_bytes(GOOD_IMAGES["1x1.png"])
-        (tmp_path / "{:03}.txt".format(number)).write_text("a cat")
+        (tmp_path / f"{number:03}.png").write_bytes(GOOD_IMAGES["1x1.png"])
+        (tmp_path / f"{number:03}.txt").write_text("a cat")
     for number in (3, 50, 51, 99):
-        (tmp_path / "{:03}.png".format(number)).write_bytes(b"no picture")
+        (tmp_path / f"{number:03}.png").write_bytes(b"no picture")
     report = tmp_path / "out" / "skipped.jsonl"
 
     def read(limit):
@@ -338,7 +339,8 @@ def train_flags(folder, out, vqgan, *more):
         "--text-seq-len 16 --hidden-size 8 --dim-head 8 --num-attention-heads 1 --device cpu --truncate-captions "
         "--checkpoint-save-steps 0 --validation-fraction 0.2"
     )
-    return text.split() + [
+    return [
+        *text.split(),
         "--input-folder",
         str(folder),
         "--bpe-path",
@@ -370,7 +372,7 @@ def test_two_processes_stop_at_the_limit_in_one_line_each(dirty, tmp_path, vqgan
     flags = train_flags(dirty, tmp_path, vqgan, "--max-bad-fraction", str(limit), "--cache-codes", cache)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        command + ["train.py", *flags], cwd=str(ROOT), stderr=subprocess.PIPE, timeout=300, encoding="utf-8"
+        [*command, "train.py", *flags], cwd=str(ROOT), stderr=subprocess.PIPE, timeout=300, encoding="utf-8"
     )
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -1,4 +1,5 @@
 """Disks that are full, folders that vanish or may not be written: what was finished stays, and training goes on."""
+from __future__ import annotations
 
 import errno
 import json
@@ -98,7 +99,7 @@ def test_a_checkpoint_folder_that_cannot_be_written_is_named_at_once(server, fol
     assert server.wait(pid) == 1
     text = (tmp_path / "stderr").read_text()
     why = {"read-only": "Permission denied", "a file": "Not a directory"}[reason]
-    assert "Traceback" not in text and "error: --checkpoint-output-dir {}/ckpt: {}".format(bad, why) in text
+    assert "Traceback" not in text and f"error: --checkpoint-output-dir {bad}/ckpt: {why}" in text
 
 
 # Logs and metrics
@@ -131,7 +132,7 @@ def test_tensorboard_that_cannot_be_made(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=writer))
     with log.Metrics(tmp_path, tensorboard=True) as metrics:
         metrics.log("train", 1, loss=1.0)
-    assert "TensorBoard in {} cannot be written (Permission denied)".format(tmp_path) in caplog.text
+    assert f"TensorBoard in {tmp_path} cannot be written (Permission denied)" in caplog.text
     assert steps(tmp_path) == [1]
 
 

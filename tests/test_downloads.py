@@ -1,9 +1,11 @@
 """Downloads from a server in this process: resumed, verified, atomic, honest about failures; COCO's script too."""
+from __future__ import annotations
 
 import concurrent.futures
 import hashlib
 import http.server
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -37,7 +39,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.statuses = []  # of the next answers, instead of a file
         self.redirect = None
         self.send_length = True
-        self.url = "http://127.0.0.1:{}".format(self.server_address[1])
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -60,10 +62,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             start = int(asked[len("bytes=") : -1])
             if start >= len(body):
                 self.send_response(416)
-                self.send_header("Content-Range", "bytes */{}".format(len(body)))
+                self.send_header("Content-Range", f"bytes */{len(body)}")
                 return self.end_headers()
             self.send_response(206)
-            self.send_header("Content-Range", "bytes {}-{}/{}".format(start, len(body) - 1, len(body)))
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
         else:
             self.send_response(200)
         if server.etag:
@@ -116,7 +118,7 @@ def test_cut_connections_are_resumed(server, tmp_path, pauses):
     fetch(server, tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == CONTENT and names(tmp_path) == ["x"]
     assert [asked for _, asked in server.requests] == [None] + [
-        "bytes={}-".format(n) for n in (100000, 150000, 150000, 150001)
+        f"bytes={n}-" for n in (100000, 150000, 150000, 150001)
     ]
     assert pauses == [1, 1, 2, 1]  # longer when nothing was gained
 
@@ -133,7 +135,7 @@ def test_a_later_process_goes_on_from_the_part(server, tmp_path, monkeypatch):
 
 def test_a_part_of_another_version_is_never_continued(server, tmp_path):
     (tmp_path / "x.part").write_bytes(b"old" * 1000)
-    (tmp_path / "x.part.json").write_text('{"url": "%s/file.bin", "validator": "\\"v0\\""}' % server.url)
+    (tmp_path / "x.part.json").write_text(json.dumps({"url": f"{server.url}/file.bin", "validator": '"v0"'}))
     fetch(server, tmp_path / "x")  # the server answers If-Range: "v0" with the whole file
     assert (tmp_path / "x").read_bytes() == CONTENT
 
@@ -161,7 +163,7 @@ def test_with_a_checksum_any_part_is_tried_and_a_wrong_one_is_dropped(server, tm
 
 def test_a_part_that_is_complete_needs_only_its_name(server, tmp_path):
     (tmp_path / "x.part").write_bytes(CONTENT)
-    (tmp_path / "x.part.json").write_text('{"url": "%s/file.bin", "validator": "\\"v1\\""}' % server.url)
+    (tmp_path / "x.part.json").write_text(json.dumps({"url": f"{server.url}/file.bin", "validator": '"v1"'}))
     fetch(server, tmp_path / "x")
     assert server.requests == [("/file.bin", "bytes=307200-")] and (tmp_path / "x").read_bytes() == CONTENT
     (tmp_path / "y.part").write_bytes(CONTENT + b"more")
@@ -194,7 +196,7 @@ def test_a_missing_file_says_what_to_do_by_hand(server, tmp_path, pauses):
     with pytest.raises(UserError) as raised:
         download(server.url + "/gone.zip", tmp_path / "gone.zip", progress=False)
     message = str(raised.value)
-    assert "{}/gone.zip".format(server.url) in message and "HTTP status 404" in message
+    assert f"{server.url}/gone.zip" in message and "HTTP status 404" in message
     assert "fetch it by hand and save it as {}".format(tmp_path / "gone.zip") in message and "\n" not in message
     assert pauses == [] and len(server.requests) == 1
 
@@ -206,7 +208,7 @@ def test_no_server_at_all(tmp_path, pauses):
 
 
 def test_a_wrong_checksum_leaves_no_file(server, tmp_path):
-    with pytest.raises(UserError, match="its sha256 is {}, not 00".format(SHA256)):
+    with pytest.raises(UserError, match=f"its sha256 is {SHA256}, not 00"):
         fetch(server, tmp_path / "x", sha256="00" * 32)
     with pytest.raises(UserError, match="its md5 is"):
         fetch(server, tmp_path / "x", sha256=SHA256, md5="00" * 16)
@@ -285,7 +287,7 @@ def zip_of(files):
     return buffer.getvalue()
 
 
-FILES = {"photos/{:012d}.jpg".format(number): bytes([number]) * 20000 for number in range(30)}
+FILES = {f"photos/{number:012d}.jpg": bytes([number]) * 20000 for number in range(30)}
 
 
 def unpacked(folder):
@@ -327,7 +329,7 @@ def test_little_space_and_an_interruption(server, tmp_path, monkeypatch):
     assert rest < len(content) / 2 and len(unpacked(out)) == 20 and not (tmp_path / "a.zip").exists()
     monkeypatch.setattr(archives, "_unpack_member", original)
     fetch(server, tmp_path / "a.zip", sha256=digest)
-    assert server.requests[-1][1] == "bytes={}-".format(rest)
+    assert server.requests[-1][1] == f"bytes={rest}-"
     assert archives.unpack(tmp_path / "a.zip", out, progress=False) == 10
     assert unpacked(out) == FILES and names(tmp_path) == ["out"]
 
@@ -360,9 +362,9 @@ COCO = {
         {"annotations/captions_train2017.json": b"{}", "annotations/captions_val2017.json": b"{}"},
         ("annotations", "captions_*2017.json", 2),
     ),
-    "zips/val2017.zip": ({"val2017/{:012d}.jpg".format(n): b"v" * 3000 for n in range(5)}, ("val2017", "*.jpg", 5)),
+    "zips/val2017.zip": ({f"val2017/{n:012d}.jpg": b"v" * 3000 for n in range(5)}, ("val2017", "*.jpg", 5)),
     "zips/train2017.zip": (
-        {"train2017/{:012d}.jpg".format(n): b"t" * 3000 for n in range(9)},
+        {f"train2017/{n:012d}.jpg": b"t" * 3000 for n in range(9)},
         ("train2017", "*.jpg", 9),
     ),
 }
@@ -386,8 +388,8 @@ def coco(server, tmp_path):
         settings.update(environment)
         script = str(ROOT / "utils" / "download_coco_dataset.sh")
         return subprocess.run(
-            ["bash", script] + list(flags), cwd=str(tmp_path), env=settings, timeout=120,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+            ["bash", script, *list(flags)], cwd=str(tmp_path), env=settings, timeout=120,
+            capture_output=True, text=True,
         )  # fmt: skip
 
     return run
@@ -433,5 +435,5 @@ def test_the_script_is_what_shellcheck_likes():
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
     script = str(ROOT / "utils" / "download_coco_dataset.sh")
-    done = subprocess.run(["shellcheck", script], stdout=subprocess.PIPE, universal_newlines=True)
+    done = subprocess.run(["shellcheck", script], stdout=subprocess.PIPE, text=True)
     assert done.returncode == 0, done.stdout

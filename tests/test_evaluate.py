@@ -1,4 +1,5 @@
 """evaluate.py: losses by hand, retrieval among nearly equal pictures, the best of several images, the contact sheet."""
+from __future__ import annotations
 
 import json
 import math
@@ -33,9 +34,9 @@ def model(tmp_path_factory):
     """A tiny model: checkpoint path. Letters as tokens, 24 codes on a 4x4 grid of a 16x16 image."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
-    chars = ["{} {}".format(ord(letter), 4 + index) for index, letter in enumerate(LETTERS)]
+    chars = [f"{ord(letter)} {4 + index}" for index, letter in enumerate(LETTERS)]
     vocabulary = folder / "letters.txt"
-    vocabulary.write_text("\n".join(["{} 0".format(len(chars)), *chars, "1 0 2 3"]) + "\n", encoding="utf-8")
+    vocabulary.write_text("\n".join([f"{len(chars)} 0", *chars, "1 0 2 3"]) + "\n", encoding="utf-8")
     config = VqganConfig(
         num_codes=24,
         embed_dim=4,
@@ -57,7 +58,7 @@ def model(tmp_path_factory):
         parameter.data *= 6
     save_checkpoint(folder / "dalle.pt", dalle_checkpoint(dalle.config.to_dict(), dalle.state_dict(), 2))
     flags = ["--dalle_path", str(folder / "dalle.pt"), "--bpe_path", str(vocabulary), "--device", "cpu"]
-    return flags + ["--vqgan_model_path", str(folder / "vqgan.ckpt"), "--vqgan_config_path", str(folder / "vqgan.yaml")]
+    return [*flags, "--vqgan_model_path", str(folder / "vqgan.ckpt"), "--vqgan_config_path", str(folder / "vqgan.yaml")]
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +74,8 @@ def pairs(tmp_path):
     folder.mkdir()
     for index, caption in enumerate(CAPTIONS):
         colours = torch.randint(0, 256, (3, 3, 3), dtype=torch.uint8).numpy()
-        Image.fromarray(colours).resize((20, 16), Image.Resampling.BICUBIC).save(folder / "{}.png".format(index))
-        (folder / "{}.txt".format(index)).write_text(caption + "\n", encoding="utf-8")
+        Image.fromarray(colours).resize((20, 16), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(caption + "\n", encoding="utf-8")
     return folder
 
 
@@ -93,7 +94,7 @@ def test_loss_is_the_mean_over_all_pairs_whatever_the_batch(model, loaded, pairs
     """
     plain = VQGAN.encode
     monkeypatch.setattr(VQGAN, "encode", lambda self, pixels: (plain(self, pixels) + 5 * len(pixels)) % self.num_codes)
-    images = torch.stack([load_image(str(pairs / "{}.png".format(index)), 16) for index in range(5)])
+    images = torch.stack([load_image(str(pairs / f"{index}.png"), 16) for index in range(5)])
     trained_on = engines.create(args.parse(["--device", "cpu"])).encode(loaded.vqgan, images)
     assert torch.equal(encode(loaded, images), trained_on)
     text_losses, image_losses = [], []
@@ -119,14 +120,14 @@ def test_loss_is_the_mean_over_all_pairs_whatever_the_batch(model, loaded, pairs
         assert result["data"] == {"input_folder": str(pairs), "num_pairs": 5} and "retrieval" not in result
         assert result["checkpoint"]["epoch"] == 2 and len(result["checkpoint"]["sha256"]) == 64
     printed = capsys.readouterr().out
-    assert "image      {:.4f} nats for a code".format(image_loss) in printed
-    assert "{:.4f} bits for a code (drawn blindly: {:.2f})".format(image_loss / math.log(2), math.log2(24)) in printed
+    assert f"image      {image_loss:.4f} nats for a code" in printed
+    assert f"{image_loss / math.log(2):.4f} bits for a code (drawn blindly: {math.log2(24):.2f})" in printed
 
 
 def test_max_pairs_takes_the_same_pairs_every_time(model, pairs, tmp_path):
     def losses(count):
         evaluate.main(
-            model + ["--input_folder", str(pairs), "--max_pairs", str(count), "--json", str(tmp_path / "report.json")]
+            [*model, "--input_folder", str(pairs), "--max_pairs", str(count), "--json", str(tmp_path / "report.json")]
         )
         return json.loads((tmp_path / "report.json").read_text())
 
@@ -137,7 +138,7 @@ def test_max_pairs_takes_the_same_pairs_every_time(model, pairs, tmp_path):
 
 def test_captions_beyond_the_models_length_are_cut(model, pairs):
     (pairs / "0.txt").write_text("a very long caption of many letters\n", encoding="utf-8")
-    evaluate.main(model + ["--input_folder", str(pairs)])
+    evaluate.main([*model, "--input_folder", str(pairs)])
 
 
 def test_numbers_that_json_does_not_know_are_null():
@@ -234,7 +235,7 @@ def test_the_demo_set_from_beginning_to_end(model, small_demo, tmp_path, capsys)
     assert line.format(**retrieval["heldout"]) in printed
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 600 and sheet.height > 200
-    evaluate.main(model + ["--split", "train", "--skip_retrieval", "--json", str(tmp_path / "train.json")])
+    evaluate.main([*model, "--split", "train", "--skip_retrieval", "--json", str(tmp_path / "train.json")])
     result = json.loads((tmp_path / "train.json").read_text())
     assert result["data"]["num_pairs"] == 10 and "retrieval" not in result
 
@@ -243,7 +244,7 @@ def test_the_demo_set_from_beginning_to_end(model, small_demo, tmp_path, capsys)
 
 
 def test_sheet_of_any_data(model, pairs, tmp_path):
-    evaluate.main(model + ["--input_folder", str(pairs), "--sheet", str(tmp_path / "sheet.jpg")])
+    evaluate.main([*model, "--input_folder", str(pairs), "--sheet", str(tmp_path / "sheet.jpg")])
     with Image.open(tmp_path / "sheet.jpg") as sheet:
         assert sheet.format == "JPEG"
 
@@ -287,9 +288,9 @@ def test_usage_errors(model, flags, message):
 
 def test_user_errors(model, pairs, tmp_path):
     with pytest.raises(UserError, match="/nowhere"):
-        evaluate.main(model + ["--input_folder", "/nowhere"])
-    with pytest.raises(UserError, match="--json {}: Is a directory".format(tmp_path)):
-        evaluate.main(model + ["--input_folder", str(pairs), "--json", str(tmp_path)])
+        evaluate.main([*model, "--input_folder", "/nowhere"])
+    with pytest.raises(UserError, match=f"--json {tmp_path}: Is a directory"):
+        evaluate.main([*model, "--input_folder", str(pairs), "--json", str(tmp_path)])
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--sheet {}/file/sheet.png: ".format(tmp_path)):
-        evaluate.main(model + ["--input_folder", str(pairs), "--sheet", str(tmp_path / "file" / "sheet.png")])
+    with pytest.raises(UserError, match=f"--sheet {tmp_path}/file/sheet.png: "):
+        evaluate.main([*model, "--input_folder", str(pairs), "--sheet", str(tmp_path / "file" / "sheet.png")])

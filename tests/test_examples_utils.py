@@ -1,4 +1,5 @@
 """The benchmark runner: spec format, commands, metrics, processes, skipping, result files, exit status."""
+from __future__ import annotations
 
 import csv
 import itertools
@@ -8,8 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from xml.etree import ElementTree
 
 import psutil
 import pytest
@@ -264,7 +265,7 @@ def run(tmp_path, monkeypatch):
         with open(str(tmp_path / "both"), "wb", buffering=0) as combined:
             outcome = process.run([sys.executable, "-c", source], tmp_path, dict(os.environ, PYTHONUNBUFFERED="1"),
                                   tmp_path / "out", tmp_path / "err", combined, **settings)
-        return (outcome,) + tuple((tmp_path / name).read_text() for name in ("out", "err", "both"))
+        return (outcome, *tuple((tmp_path / name).read_text() for name in ("out", "err", "both")))
 
     return call
 
@@ -426,7 +427,7 @@ def test_the_machine_is_asked_once_and_in_another_process(tmp_path):
 def bench(spec, *flags):
     """Run the command line; returns (exit status, log folder)."""
     folder = spec.parent / "logs"
-    return cli.main(["benchmark", "--spec", str(spec), "--log-dir", str(folder)] + list(flags)), folder
+    return cli.main(["benchmark", "--spec", str(spec), "--log-dir", str(folder), *list(flags)]), folder
 
 
 def read_json(folder):
@@ -552,14 +553,14 @@ def test_the_smaller_time_limit_counts(app, monkeypatch):
 
 def test_the_newest_checkpoint_of_the_run_is_found(app):
     source = "import pathlib; pathlib.Path('ckpt').mkdir(exist_ok=True); pathlib.Path('ckpt/dalle_1.pt').touch()"
-    spec = app("a_gen:\n  cmd: python3 -c \"{}\" --checkpoint-output-dir ckpt\n".format(source))
+    spec = app(f"a_gen:\n  cmd: python3 -c \"{source}\" --checkpoint-output-dir ckpt\n")
     _, folder = bench(spec)
     assert read_json(folder)["a_gen"][0]["latest_checkpoint_path"] == str(spec.parent / "ckpt" / "dalle_1.pt")
 
 
 def test_entries_run_in_their_location_with_their_environment_and_this_python(app):
     source = "import os, sys; print(os.getcwd(), os.environ['WHO'], sys.prefix)"
-    spec = app("a_gen:\n  location: sub\n  env: {{WHO: me}}\n  cmd: python3 -c \"{}\"\n".format(source))
+    spec = app(f"a_gen:\n  location: sub\n  env: {{WHO: me}}\n  cmd: python3 -c \"{source}\"\n")
     (spec.parent / "sub").mkdir()
     status, folder = bench(spec)
     assert status == 0
@@ -571,10 +572,10 @@ def test_python3_means_the_python_of_the_runner(tmp_path, monkeypatch):
     for name in ("python3.8", "python3"):
         (tmp_path / "venv" / name).touch()
     (tmp_path / "venv" / "python").symlink_to("python3")
-    env = {"PATH": "/usr/bin:{0}/venv:/bin".format(tmp_path)}
+    env = {"PATH": f"/usr/bin:{tmp_path}/venv:/bin"}
     monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "python"))
     words, changed = runner._with_this_python(["poprun", "python3", "t.py"], env)
-    assert words == ["poprun", "python3", "t.py"] and changed["PATH"] == "{}/venv:/usr/bin:/bin".format(tmp_path)
+    assert words == ["poprun", "python3", "t.py"] and changed["PATH"] == f"{tmp_path}/venv:/usr/bin:/bin"
     monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "python3.8"))  # python3 beside it is another one
     assert runner._with_this_python(["python3", "t.py"], env) == ([sys.executable, "t.py"], env)
 
@@ -585,7 +586,7 @@ def test_ipu_flags_reach_ipu_entries(app, monkeypatch):
     monkeypatch.setattr(Machine, "has_package", lambda self, name: True)
     monkeypatch.setattr(Machine, "has_ipus", lambda self, number: True)
     source = "import os; print(os.environ['POPLAR_ENGINE_OPTIONS'], os.environ['POPLAR_LOG_LEVEL'])"
-    spec = app("a_gen_pod4:\n  cmd: python3 -c \"{}\"\n".format(source))
+    spec = app(f"a_gen_pod4:\n  cmd: python3 -c \"{source}\"\n")
     tool = spec.parent / "gc-monitor"
     tool.write_text("#!/bin/sh\necho '{\"cards\": 1}'\n")
     tool.chmod(0o755)
@@ -605,8 +606,8 @@ def test_ipu_flags_reach_ipu_entries(app, monkeypatch):
 def test_requirements_are_installed_first_and_failing_that_the_entry_fails(app, status):
     spec = app("a_gen: {cmd: python3 train.py, requirements_file: more.txt}")
     # A pip of our own: `python -m` looks in the working directory first.
-    (spec.parent / "pip.py").write_text("import sys\nprint('pip', *sys.argv[1:], file=sys.stderr)\nsys.exit({})"
-                                        .format(status))
+    (spec.parent / "pip.py").write_text(f"import sys\nprint('pip', *sys.argv[1:], file=sys.stderr)\nsys.exit({status})"
+                                        )
     assert bench(spec)[0] == (1 if status else 0)
     found = read_json(spec.parent / "logs")["a_gen"][0]
     if status:
@@ -661,13 +662,13 @@ def test_what_cannot_work_is_said_before_anything_runs(app, monkeypatch, flags, 
     spec = app("a_gen: {cmd: python3 train.py}")
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match=message):
-        cli.main(["benchmark", "--spec", str(spec)] + flags)
+        cli.main(["benchmark", "--spec", str(spec), *flags])
     assert not list(spec.parent.glob("**/stdout"))
 
 
 def test_the_module_ends_with_one_line_and_status_2_for_wrong_flags():
     done = subprocess.run([sys.executable, "-m", "examples_utils", "benchmark", "--sepc", "x"], cwd=str(ROOT),
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, check=False)
+                          capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: unknown flag '--sepc'. Did you mean '--spec'?")
     assert done.stderr.count("\n") == 1
@@ -675,7 +676,7 @@ def test_the_module_ends_with_one_line_and_status_2_for_wrong_flags():
 
 def test_a_missing_package_is_named():
     code = "import runpy, sys; sys.modules['psutil'] = None; runpy.run_module('examples_utils', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=str(ROOT), stderr=subprocess.PIPE, universal_newlines=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=str(ROOT), stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     assert done.stderr == "error: the Python package psutil is not installed: pip install -r requirements.txt\n"
 
@@ -753,7 +754,7 @@ def test_the_shipped_spec_has_the_published_entries_and_reads_our_log_lines(tmp_
     entries = {item.name: item for item in shipped()}
     published = ["pytorch_minidalle_train_{}_pod{}".format(*pair)
                  for pair in itertools.product(("real", "gen"), (4, 16, 64))]
-    assert set(published + ["pytorch_minidalle_train_real_pod64_conv"]) <= set(entries)
+    assert set([*published, "pytorch_minidalle_train_real_pod64_conv"]) <= set(entries)
     for name, item in entries.items():
         assert item.needs_dataset == ("_real" in name) == ("$DATASETS_DIR" in item.cmd), name
         assert item.compile_only == ("train.py" in item.cmd), name  # it alone has --compile-only
@@ -761,7 +762,7 @@ def test_the_shipped_spec_has_the_published_entries_and_reads_our_log_lines(tmp_
              log.throughput_line(85.3), log.compiled_line(12.34)]
     (tmp_path / "o").write_text("\n".join(lines))
     (tmp_path / "e").touch()
-    for name in published + ["dalle_train_cpu_gen"]:
+    for name in [*published, "dalle_train_cpu_gen"]:
         found, problems = metrics.extract(entries[name].metrics, tmp_path / "o", tmp_path / "e")
         assert problems == [] and found["throughput"] == {"final": 85.3} and found["loss"] == {"final": 2.5}
         assert found["compile_time"] == {"mean": 12.3}
@@ -793,7 +794,7 @@ def test_train_takes_the_flags_of_every_shipped_entry(name, tmp_path):
             options = compare_peers.read_options(words[words.index("compare_peers.py") + 1:])
             assert train_args.parse(["--config", options.config, "--generated-data"])
         elif "busy.py" in words:
-            for name in busy.read_options(words[words.index("busy.py") + 1:]).configs:
-                assert train_args.parse(["--config", name, "--generated-data"])
+            for config_name in busy.read_options(words[words.index("busy.py") + 1:]).configs:
+                assert train_args.parse(["--config", config_name, "--generated-data"])
         else:
             assert "generate.py" in words and "--dalle_path" in words

@@ -1,4 +1,5 @@
 """minDALL-E's architecture in training: from nothing, from its layout, and back into it; memory estimates."""
+from __future__ import annotations
 
 import dataclasses
 import json
@@ -39,14 +40,14 @@ def pairs(tmp_path_factory):
     generator = torch.Generator().manual_seed(1)
     for index in range(12):
         pixels = torch.randint(0, 256, (16, 16, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / "{}.png".format(index))
-        (folder / "{}.txt".format(index)).write_text("a painting of cat {}".format(index))
+        Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"a painting of cat {index}")
     return folder
 
 
 def flags(pairs, out, *more):
     words = "--config minDALLE_tiny --bpe-path none --vqgan-model-path none --vqgan-config-path none --image-size 16"
-    words += " --text-seq-len {} --batch-size 4 --max-steps 0 --epochs 1 --device cpu".format(TEXT_LEN)
+    words += f" --text-seq-len {TEXT_LEN} --batch-size 4 --max-steps 0 --epochs 1 --device cpu"
     words += " --validation-fraction 0 --log-every 1"
     folders = ["--input-folder", str(pairs), "--checkpoint-output-dir", str(out / "ckpt")]
     return words.split() + folders + list(map(str, more))
@@ -181,7 +182,7 @@ def test_an_export_that_cannot_work_is_refused_before_training(source, pairs, tm
 @pytest.mark.slow
 def test_the_tiny_configuration_trains_from_nothing_on_the_demo_and_is_exported(tmp_path):
     words = ["--config", "minDALLE_tiny", "--device", "cpu", "--checkpoint-output-dir", str(tmp_path / "ckpt")]
-    config = args.parse(words + ["--export-mindalle", str(tmp_path / "out")])
+    config = args.parse([*words, "--export-mindalle", str(tmp_path / "out")])
     train.train(config, engines.create(config))
     events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [event["loss"] for event in events if event["event"] == "train"]
@@ -240,9 +241,9 @@ def test_the_estimate_of_activations_is_what_autograd_keeps(architecture, half):
         return tensor
 
     text, codes = torch.randint(1, 50, (4, 12)), torch.randint(0, 60, (4, 36))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            network.loss(*network(text, codes), text, codes)
+    saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with saved, torch.autocast("cpu", torch.bfloat16, enabled=half):
+        network.loss(*network(text, codes), text, codes)
     held = sum(size for address, (size, _) in kept.items() if address not in weights)
     estimate = training_memory(model, config, "bf16" if half else "fp32").activations
     assert 0.75 < estimate / held < 1.35

@@ -3,6 +3,7 @@
 An error may be some times K * eps * sum(|a| |b|) of a sum of K products wherever that sum is finite, and what a float
 loses where it is subnormal. What is not finite stays in its row, its head or its tile.
 """
+from __future__ import annotations
 
 import random
 from unittest import mock
@@ -56,7 +57,7 @@ def assert_within(result, exact, sums, terms, eps=EPS, lost=LOST, times=4):
     assert known.any() or not known.numel()
     error = (result.double() - exact).abs()[known]
     bound = times * terms * (eps * sums[known] + lost)
-    assert bool((error <= bound).all()), "{} times too far off".format(float((error / bound).nan_to_num(1e99).max()))
+    assert bool((error <= bound).all()), f"{float((error / bound).nan_to_num(1e99).max())} times too far off"
 
 
 def odd_rows(x):

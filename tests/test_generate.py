@@ -1,4 +1,5 @@
 """generate.py and the part of dalle/ that it stands on: loading, drawing, folders of prompts, files."""
+from __future__ import annotations
 
 import dataclasses
 import json
@@ -56,8 +57,8 @@ class Files:
         torch.manual_seed(0)
         self.folder = folder
         self.vocabulary = folder / "letters.txt"
-        chars = ["{} {}".format(ord(letter), 4 + index) for index, letter in enumerate(LETTERS)]
-        self.vocabulary.write_text("\n".join(["{} 0".format(len(chars)), *chars, "1 0 2 3"]) + "\n", encoding="utf-8")
+        chars = [f"{ord(letter)} {4 + index}" for index, letter in enumerate(LETTERS)]
+        self.vocabulary.write_text("\n".join([f"{len(chars)} 0", *chars, "1 0 2 3"]) + "\n", encoding="utf-8")
         self.tokenizer = load_tokenizer(str(self.vocabulary))
         self.vqgan_model, self.vqgan_config = folder / "vqgan.ckpt", folder / "vqgan.yaml"
         vqgan = VQGAN(VQGAN_CONFIG)
@@ -111,7 +112,7 @@ def run(files, tmp_path):
 
     def run(text, *flags):
         argv = ["--dalle_path", str(files.dalle), "--outputs_dir", str(tmp_path / "out"), "--device", "cpu", *flags]
-        generate.main(argv if text is None else argv + ["--text", text])
+        generate.main(argv if text is None else [*argv, "--text", text])
         return {
             path.parent.name: json.loads(path.read_text(encoding="utf-8"))
             for path in (tmp_path / "out").glob("*/generation.json")
@@ -142,7 +143,7 @@ def test_writes_the_published_layout_and_a_report(files, run, tmp_path, caplog):
     )
     assert report["tokenizer"] == files.tokenizer.identity
     assert report["text_tokens"] == files.tokenizer.encode("a plate of food.")[:10]
-    assert [image["file"] for image in report["images"]] == ["{}.jpg".format(index) for index in range(5)]
+    assert [image["file"] for image in report["images"]] == [f"{index}.jpg" for index in range(5)]
     assert [image["seed"] for image in report["images"]] == [image_seed(7, index) for index in range(5)]
     with Image.open(folder / "0.jpg") as image:
         assert image.format == "JPEG" and image.size == (16, 16)
@@ -156,7 +157,7 @@ def test_pixels_are_the_decoded_codes_without_stretching(loaded, run, tmp_path):
     report = run("a", "--num_images", "3", "--format", "png")["a"]
     pictures = decode(loaded, torch.tensor(codes_of(report)))
     for index, picture in enumerate(pictures):
-        assert torch.equal(load_image(str(tmp_path / "out" / "a" / "{}.png".format(index)), 16), picture)
+        assert torch.equal(load_image(str(tmp_path / "out" / "a" / f"{index}.png"), 16), picture)
     assert to_uint8(torch.tensor([-1.0, 0.0, 0.25, 0.5, 1.0, 2.0])).tolist() == [0, 0, 64, 128, 255, 255]
 
 

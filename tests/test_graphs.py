@@ -2,6 +2,7 @@
 
 No GPU is used: a stand-in records the operations and replays them without Python (graph_stand_in.py).
 """
+from __future__ import annotations
 
 import contextlib
 import copy
@@ -299,7 +300,7 @@ def test_the_stand_in_runs_no_python_and_refuses_what_cuda_refuses(graph):
     counter.zero_(), position.zero_()
     replay(), replay()
     assert len(calls) == 2 and float(counter) == 4 and int(position) == 2
-    for refused in (lambda: counter.item(), lambda: bool(counter > 1), lambda: torch.tensor([1.0]),
+    for refused in (counter.item, lambda: bool(counter > 1), lambda: torch.tensor([1.0]),
                     lambda: counter[counter > 0]):  # fmt: skip
         with pytest.raises(RuntimeError, match="not permitted when stream is capturing"), Recorder():
             refused()

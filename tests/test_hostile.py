@@ -2,6 +2,7 @@
 
 The payload is a real one: loaded by a trusting reader it makes a file, which a test shows first.
 """
+from __future__ import annotations
 
 import json
 import os
@@ -80,8 +81,8 @@ def evil_vqgan(trap):
     return {"state_dict": demo_weights(), "callbacks": Payload(trap)}
 
 
-TRAIN = "--config demo --device cpu --max-steps 1 --cache-codes off --checkpoint-output-dir".split()
-VQGAN = "--input-folder demo --device cpu --steps 1 --output".split()
+TRAIN = ["--config", "demo", "--device", "cpu", "--max-steps", "1", "--cache-codes", "off", "--checkpoint-output-dir"]
+VQGAN = ["--input-folder", "demo", "--device", "cpu", "--steps", "1", "--output"]
 # What to run: (document, where it lies, command). {} is the folder of the test.
 READERS = {
     "train --pretrained-checkpoint": (evil_dalle, "e", train, [*TRAIN, "{}/out", "--pretrained-checkpoint", "{}/e"]),
@@ -165,7 +166,7 @@ def test_a_clip_model_of_absurd_size_is_refused_before_it_is_built(part, name, v
     from dalle.reranking import ClipRanker
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", part: {name: value}}))
-    with pytest.raises(UserError, match="--clip_path .*{}".format(name)):
+    with pytest.raises(UserError, match=f"--clip_path .*{name}"):
         ClipRanker(tmp_path)
 
 
@@ -224,10 +225,10 @@ def test_a_state_whose_parts_refer_to_each_other_takes_no_time(tmp_path):
 
 def test_a_compressed_archive_is_not_unpacked_as_weights(tmp_path):
     torch.save(demo_weights(), str(tmp_path / "v.ckpt"))
-    with zipfile.ZipFile(str(tmp_path / "v.ckpt")) as source:
-        with zipfile.ZipFile(str(tmp_path / "bomb.ckpt"), "w", zipfile.ZIP_DEFLATED) as target:
-            for entry in source.infolist():
-                target.writestr(entry.filename, source.read(entry))
+    bomb = zipfile.ZipFile(str(tmp_path / "bomb.ckpt"), "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(str(tmp_path / "v.ckpt")) as source, bomb:
+        for entry in source.infolist():
+            bomb.writestr(entry.filename, source.read(entry))
     with pytest.raises(UserError, match="compressed archive"):
         load_vqgan_state(tmp_path / "bomb.ckpt")
 
@@ -285,7 +286,7 @@ def test_bombs_of_archives_are_not_unpacked(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists() and (tmp_path / "a.zip").exists()
     with tarfile.open(str(tmp_path / "a.tar"), "w") as archive:
         for number in range(10002):
-            archive.addfile(tarfile.TarInfo("top/{}".format(number)))
+            archive.addfile(tarfile.TarInfo(f"top/{number}"))
     with pytest.raises(UserError, match="more than 10000 files"):
         unpack_tar(tmp_path / "a.tar", tmp_path / "top", 1 << 30)
     assert not (tmp_path / "top").exists()

@@ -1,4 +1,5 @@
 """What is installed: the pinned versions of constraints/, by utils/setup_env.sh, once; and that warnings count then."""
+from __future__ import annotations
 
 import os
 import subprocess
@@ -28,7 +29,7 @@ def requirements(python):
 
 def test_the_readme_names_the_pythons_that_have_constraints():
     assert sorted(path.name for path in (ROOT / "constraints").iterdir()) == [
-        "py3.{}.txt".format(minor) for minor in (10, 11, 12, 13, 8)
+        f"py3.{minor}.txt" for minor in (10, 11, 12, 13, 8)
     ]
     assert "Python 3.10 to 3.13 (3.8 on IPUs)" in (ROOT / "README.md").read_text()
 
@@ -156,6 +157,6 @@ def test_warnings_are_errors_here_and_in_programs(kind):
     with pytest.raises(kind):
         warnings.warn("ours", kind, stacklevel=1)
     warnings.warn_explicit("of others", DeprecationWarning, "logging/x.py", 1, module="logging.x")
-    program = "import warnings; warnings.warn('x', {})".format(kind.__name__)
+    program = f"import warnings; warnings.warn('x', {kind.__name__})"
     done = subprocess.run([sys.executable, "-c", program], env=dict(os.environ), stderr=subprocess.PIPE)
     assert done.returncode == (kind is not DeprecationWarning)

@@ -1,4 +1,5 @@
 """The graph that an IPU would get: L16 at full size, captured on the meta device, in operators that PopTorch names."""
+from __future__ import annotations
 
 import operator
 import shutil
@@ -27,7 +28,7 @@ def captured(config, model, *inputs):
     """The graph of a training step on one micro-batch, traced by PyTorch's own tracer."""
     placed = place(model, pipeline_plan(config))
     step = IpuStep(model).train()
-    graph = make_fx(lambda *tensors: step(*tensors))(*inputs).graph
+    graph = make_fx(step)(*inputs).graph
     return graph, placed
 
 

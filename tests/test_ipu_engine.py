@@ -1,4 +1,5 @@
 """The IPU engine over a stand-in for PopTorch (see poptorch_stand_in.py): equal to the native engine, step by step."""
+from __future__ import annotations
 
 import importlib
 import itertools
@@ -245,7 +246,7 @@ def test_blocks_begin_where_the_plan_says_and_weights_lie_there():
     engine = IpuEngine(config)
     engine.prepare(make_model(with_vqgan=True), Pairs(samples_for(config), images=True))
     capture = engine.executor.capture
-    assert capture.blocks == ["dalle.transformer.layers.{}".format(layer) for layer in range(3)]
+    assert capture.blocks == [f"dalle.transformer.layers.{layer}" for layer in range(3)]
     ipus = {name.replace("model.", "", 1): used for name, used in capture.weights.items()}
     planned = {placement.path: placement.ipu for placement in engine.plan}
     for name, used in ipus.items():
@@ -689,7 +690,7 @@ def test_poprun_never_means_one_run_for_each_process(poprun, poptorch, monkeypat
     assert (engine.name, engine.rank, engine.world_size) == ("ipu", 1, 2)
     assert engine.device_choice == "--device auto: IPUs, because poprun has started this process"
     for device in ("cpu", "cuda"):
-        with pytest.raises(UsageError, match="--device {}: poprun has started this process".format(device)):
+        with pytest.raises(UsageError, match=f"--device {device}: poprun has started this process"):
             engines.create(config.replace(device=device))
     monkeypatch.setitem(sys.modules, "poptorch", None)
     with pytest.raises(UsageError, match="PopTorch cannot be imported .*because poprun has started this process"):

@@ -1,4 +1,5 @@
 """The placement plan: pure arithmetic, checked against hand-made cases, the published divisions and a count by hand."""
+from __future__ import annotations
 
 import itertools
 
@@ -90,7 +91,7 @@ def test_the_plan_names_every_part_of_a_model():
     ],
 )
 def test_a_block_begins_where_the_ipu_changes(ipus, starts, stages):
-    placements = [Placement("part{}".format(index), ipu) for index, ipu in enumerate(ipus)]
+    placements = [Placement(f"part{index}", ipu) for index, ipu in enumerate(ipus)]
     assert plan.block_starts(placements) == [placements[index] for index in starts]
     assert plan.num_stages(placements) == stages
     assert plan.stage_of(placements)[-1] == stages - 1
@@ -304,7 +305,7 @@ def test_the_table_says_what_lies_where():
 
 def test_the_proposal_comes_beside_the_given_division_or_alone():
     text, found = report(ipus_per_replica=2, layers_per_ipu=[3, 0], plan="auto")
-    assert [division.config.ipu.layers_per_ipu[0] for division in found][0] == 3 and len(found) == 2
+    assert next(division.config.ipu.layers_per_ipu[0] for division in found) == 3 and len(found) == 2
     assert plan_costs.balance(found[1].ipus) >= plan_costs.balance(found[0].ipus)
     best = list(found[1].config.ipu.layers_per_ipu)
     text, found = report(ipus_per_replica=2, layers_per_ipu=best, plan="auto")

@@ -4,6 +4,7 @@ PopTorch, popdist and horovod are stand-ins; what passes between the processes, 
 
     python tests/test_ipu_poprun.py INDEX COUNT STORE FLAG...      one of the processes; the tests start them
 """
+from __future__ import annotations
 
 import json
 import os
@@ -120,13 +121,23 @@ def test_two_processes_train_what_one_trains(tmp_path, folder, monkeypatch):  # 
     poptorch_stand_in.install(monkeypatch)
     monkeypatch.setattr(log, "plot_losses", lambda *_: False)
     one, both, nothing = (tmp_path / name for name in ("one", "both", "nothing"))
-    layout = "--ipus-per-replica 2 --layers-per-ipu 0 3 --gradient-accumulation 3 --replication-factor 2".split()
+    layout = [
+        "--ipus-per-replica",
+        "2",
+        "--layers-per-ipu",
+        "0",
+        "3",
+        "--gradient-accumulation",
+        "3",
+        "--replication-factor",
+        "2",
+    ]
     expected = run(folder, one, *layout)
     assert [line["step"] for line in expected] == [1, 2, 2, 3, 4, 4]
     # The second process would have another order, other captions, other pairs held out and other first weights.
     codes = ["--cache-codes", str(tmp_path / "codes")]  # each process encodes its share of the images
     first, second = flags(folder, both, *layout, *codes), flags(folder, nothing, *layout, *codes, "--random-seed", "7")
-    poprun(tmp_path / "store1", [words + ["--max-steps", "3"] for words in (first, second)])
+    poprun(tmp_path / "store1", [[*words, "--max-steps", "3"] for words in (first, second)])
     assert not list(nothing.rglob("*.pt")) and not list(nothing.rglob("*.jsonl")) and not list(nothing.rglob("*.log"))
     states = newest(both).training["engine"]["random_states"]
     assert states.shape[0] == 2 and states[0, 0] == states[1, 0] == 42 and states[0, 1] != states[1, 1]

@@ -1,4 +1,5 @@
 """train.py --device ipu, from flags to checkpoints, over the stand-in for PopTorch: the loop must not notice it."""
+from __future__ import annotations
 
 import json
 import logging
@@ -36,12 +37,45 @@ def folder(tmp_path_factory):
 
 def flags(folder, out, *more):
     """The command line of a tiny run: 15 pairs for training, 7 in a step, 3 for validation."""
-    words = (
-        "--config unit_test --device ipu --image-size 16 --batch-size 1 --gradient-accumulation 7 --epochs 2 "
-        "--max-steps 0 --text-seq-len 8 --hidden-size 16 --dim-head 8 --num-hidden-layers 3 --ipus-per-replica 4 "
-        "--layers-per-ipu 0 1 1 1 --embedding-serialization-factor 4 --validation-fraction 0.17 --log-every 1 "
-        "--lr-scheduler ReduceLROnPlateau"
-    ).split()
+    words = [
+        "--config",
+        "unit_test",
+        "--device",
+        "ipu",
+        "--image-size",
+        "16",
+        "--batch-size",
+        "1",
+        "--gradient-accumulation",
+        "7",
+        "--epochs",
+        "2",
+        "--max-steps",
+        "0",
+        "--text-seq-len",
+        "8",
+        "--hidden-size",
+        "16",
+        "--dim-head",
+        "8",
+        "--num-hidden-layers",
+        "3",
+        "--ipus-per-replica",
+        "4",
+        "--layers-per-ipu",
+        "0",
+        "1",
+        "1",
+        "1",
+        "--embedding-serialization-factor",
+        "4",
+        "--validation-fraction",
+        "0.17",
+        "--log-every",
+        "1",
+        "--lr-scheduler",
+        "ReduceLROnPlateau",
+    ]
     return [
         *words,
         *("--input-folder", str(folder / "pairs"), "--checkpoint-output-dir", str(out / "ckpt")),
@@ -128,7 +162,7 @@ def test_compile_only_compiles_and_stops(folder, tmp_path, caplog):
 
 
 def test_wrong_flags_are_told_before_any_data_are_read(tmp_path):
-    words = "--config L16 --device ipu --layers-per-ipu 0 6 6 5 --input-folder".split()
+    words = ["--config", "L16", "--device", "ipu", "--layers-per-ipu", "0", "6", "6", "5", "--input-folder"]
     config = args.parse([*words, str(tmp_path / "nowhere")])
     with pytest.raises(UsageError, match="adds up to 17, but the model has 16 layers"):
         engines.create(config)

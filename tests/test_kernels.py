@@ -1,4 +1,5 @@
 """Kernels in C beside PyTorch's operators: how they are built, convolutions, norms."""
+from __future__ import annotations
 
 import copy
 import logging

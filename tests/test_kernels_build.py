@@ -1,4 +1,5 @@
 """Compiled kernels on disk: what others could have written is refused, what is damaged is compiled again."""
+from __future__ import annotations
 
 import logging
 import os
@@ -21,7 +22,7 @@ class Answer:
     def __init__(self, root, monkeypatch, caplog):
         self.root, self.caplog, self.compiled = root, caplog, 0
         self.kept = root / "cache" / "dalle" / "kernels"
-        self.temporary = root / "tmp" / "dalle-{}".format(os.geteuid()) / "kernels"
+        self.temporary = root / "tmp" / f"dalle-{os.geteuid()}" / "kernels"
         self.trap = root / "trap"
         call = build._call
         for name in ("source", "cache", "run", "tmp"):
@@ -83,7 +84,7 @@ def test_what_others_could_have_compiled_is_never_loaded(answer, kind, what):
         give_away(target)
     why = "belongs to another user (uid 65534)" if what == "of another user" else "may be written by others"
     [line] = answer.ask(compiles=True)
-    assert "refused: {} {}".format(target, why) in line
+    assert f"refused: {target} {why}" in line
     if kind == "a file":  # a new one has replaced it
         assert answer.ask(compiles=False) == []
     else:  # nothing in there is touched
@@ -118,7 +119,7 @@ def test_a_damaged_file_is_compiled_again(answer, damage):
     path = answer.file()
     path.write_bytes(DAMAGES[damage](path.read_bytes(), answer.other_library(signed=False)))
     [line] = answer.ask(compiles=True)
-    assert line == "{} is damaged (wrong checksum): rebuilding".format(path)
+    assert line == f"{path} is damaged (wrong checksum): rebuilding"
     assert answer.ask(compiles=False) == []
 
 

@@ -1,4 +1,5 @@
 """Products by the matrix unit: as exact as PyTorch's in float32, in any shape, on any threads."""
+from __future__ import annotations
 
 import threading
 

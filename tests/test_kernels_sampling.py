@@ -1,4 +1,5 @@
 """Kernels for drawing: they compute what PyTorch does, whatever the sizes, and are left out where they cannot."""
+from __future__ import annotations
 
 import copy
 

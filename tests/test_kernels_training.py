@@ -1,4 +1,5 @@
 """Kernels of our own for the training step: the results and gradients of PyTorch's, in any shape, on any threads."""
+from __future__ import annotations
 
 import dataclasses
 import os

@@ -1,4 +1,5 @@
 """Processes that read data: they end with their use, and no program waits for them at its exit, however it ends."""
+from __future__ import annotations
 
 import multiprocessing
 import os
@@ -102,6 +103,6 @@ def test_no_program_waits_for_them_at_its_exit(server, folder, tmp_path, script,
 
 
 def test_more_processes_than_cores_are_nothing_to_warn_of():
-    code = "from utils.loading import make_loader; make_loader(range(3), workers={})".format(2 + (os.cpu_count() or 1))
+    code = f"from utils.loading import make_loader; make_loader(range(3), workers={2 + (os.cpu_count() or 1)})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")

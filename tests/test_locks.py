@@ -1,4 +1,5 @@
 """One writer for each folder: a second one is refused, and a killed one leaves no lock behind."""
+from __future__ import annotations
 
 import errno
 import os
@@ -28,7 +29,7 @@ def test_a_second_training_into_the_same_folder_is_refused(server, folder, tmp_p
         second = server.start(arguments(folder, tmp_path, *more), tmp_path.parent / "second.log")
         assert server.wait(second) == 1
         error = (tmp_path.parent / "second.log").read_text().splitlines()[-1]
-        assert error.startswith("error: {} {}: process {} on ".format(flag, where, first)), error
+        assert error.startswith(f"error: {flag} {where}: process {first} on "), error
     after = sorted((path.name, path.stat().st_size) for path in tmp_path.rglob("*") if "other" not in path.parts)
     assert after == before
     os.kill(first, signal.SIGCONT)
@@ -99,9 +100,9 @@ def test_what_a_link_in_place_of_a_lock_points_to_is_not_written(tmp_path):
 
 def test_a_folder_given_twice_is_locked_once(tmp_path):
     with only_writer(("--a", tmp_path), ("--b", tmp_path)):
-        with pytest.raises(UserError, match="--c .*: process {} on .* already writing there".format(os.getpid())):
-            with only_writer(("--c", tmp_path)):
-                pass
+        refused = pytest.raises(UserError, match=f"--c .*: process {os.getpid()} on .* already writing there")
+        with refused, only_writer(("--c", tmp_path)):
+            pass
     with only_writer(("--a", tmp_path)):
         pass
 

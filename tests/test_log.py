@@ -1,4 +1,5 @@
 """Log lines, log file, progress, metric writers and the loss curve."""
+from __future__ import annotations
 
 import io
 import json
@@ -89,8 +90,8 @@ def test_a_log_file_that_cannot_be_made_or_written_is_only_a_warning(tmp_path, c
     assert "going on without it" in capsys.readouterr().err
 
     log.setup(tmp_path)
-    file = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)
-            and handler.baseFilename == str(tmp_path / "train.log")][0]
+    file = next(handler for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)
+            and handler.baseFilename == str(tmp_path / "train.log"))
     monkeypatch.setattr(file, "stream", types.SimpleNamespace(write=full_disk, flush=full_disk, close=lambda: None))
     logging.getLogger("a").info("one")
     logging.getLogger("a").info("two")
@@ -228,7 +229,7 @@ def test_metrics_in_a_folder_that_cannot_be_made(tmp_path, caplog):
 @pytest.mark.parametrize("name, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
 def test_a_missing_package_is_named_with_the_way_out(tmp_path, monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)  # what Python does with a module that cannot be imported
-    with pytest.raises(UserError, match="--{0} needs .* pip install {0}$".format(name)):
+    with pytest.raises(UserError, match=f"--{name} needs .* pip install {name}$"):
         log.Metrics(tmp_path, **{name: True})
 
 

@@ -1,4 +1,5 @@
 """Over 2,000 steps or images: memory, open files and processes do not grow."""
+from __future__ import annotations
 
 import json
 import os
@@ -20,12 +21,12 @@ GROWTH = 4.0
 
 def watch(server, pid, progress, total, seconds=1500):
     """Wait for a process; returns (progress, MB, open files, child processes) of many moments."""
-    seen, deadline, proc = [], time.monotonic() + seconds, Path("/proc/{}".format(pid))
+    seen, deadline, proc = [], time.monotonic() + seconds, Path(f"/proc/{pid}")
     while True:
         try:
             status = (proc / "status").read_text()
             memory = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:")) / 1024
-            children = (proc / "task/{}/children".format(pid)).read_text().split()
+            children = (proc / f"task/{pid}/children").read_text().split()
             seen.append((progress(), memory, len(list((proc / "fd").iterdir())), len(children)))
         except (OSError, StopIteration):
             break  # it has ended
@@ -37,10 +38,10 @@ def watch(server, pid, progress, total, seconds=1500):
 
 def check(seen, total, what):
     quarters = [[row for row in seen if low <= row[0] / total < low + 0.25] for low in (0.25, 0.5, 0.75)]
-    assert all(len(quarter) >= 5 for quarter in quarters), "too few moments: {}".format(len(seen))
+    assert all(len(quarter) >= 5 for quarter in quarters), f"too few moments: {len(seen)}"
     memory = [statistics.median(row[1] for row in quarter) for quarter in quarters]
     files, children = ([max(row[column] for row in quarter) for quarter in quarters] for column in (2, 3))
-    print("{}: {} moments, MB {}, open files {}, processes {}".format(what, len(seen), memory, files, children))
+    print(f"{what}: {len(seen)} moments, MB {memory}, open files {files}, processes {children}")
     assert memory[-1] - memory[0] < GROWTH, memory
     assert files[-1] <= files[0] and children[-1] <= children[0], (files, children)
 
@@ -57,7 +58,7 @@ def test_training_does_not_grow(server, folder, tmp_path, workers):  # noqa: F81
         metrics = tmp_path / "metrics.jsonl"
         return len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
 
-    check(watch(server, pid, steps, 2048), 2048, "training, {} workers".format(workers))
+    check(watch(server, pid, steps, 2048), 2048, f"training, {workers} workers")
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-2]["step"] == 2048 and lines[-1]["event"] == "validation"
 
@@ -88,7 +89,7 @@ def test_loading_does_not_grow(folder, tmp_path):  # noqa: F811
     for process in processes:
         early, late = (rows[rows[:, 0] == process] for rows in (seen[2000:4000], seen[6000:]))
         memory = [float(rows[:, 1].median()) for rows in (early, late)]
-        print("a loader process: MB {}, open files {:.0f}".format(memory, late[:, 2].max()))
+        print(f"a loader process: MB {memory}, open files {late[:, 2].max():.0f}")
         # A batch on its way to the main process is an open file; how many wait there depends on who is faster.
         files = [float(rows[:, 2].median()) for rows in (early, late)]
         assert memory[1] - memory[0] < GROWTH and abs(files[1] - files[0]) <= 4
@@ -98,7 +99,7 @@ def test_loading_does_not_grow(folder, tmp_path):  # noqa: F811
 def test_generation_does_not_grow(server, folder, tmp_path):  # noqa: F811
     """2,000 images of 250 captions."""
     run(folder, tmp_path, "--max-steps", "1")
-    (tmp_path / "prompts.txt").write_text("".join("picture {}\n".format(number) for number in range(250)))
+    (tmp_path / "prompts.txt").write_text("".join(f"picture {number}\n" for number in range(250)))
     checkpoint = tmp_path / "ckpt/dalle_0_1.pt"
     options = ["--dalle_path", str(checkpoint), "--prompts_file", str(tmp_path / "prompts.txt"), "--num_images", "8"]
     options += ["--outputs_dir", str(tmp_path / "out"), "--device", "cpu", "--batch_size", "8"]

@@ -1,4 +1,5 @@
 """What this process keeps of the memory that it frees."""
+from __future__ import annotations
 
 import subprocess
 import sys

@@ -1,4 +1,5 @@
 """The sampling notebook: its controls and ranking in this process, and the notebook itself in a kernel, clicked."""
+from __future__ import annotations
 
 import io
 import json
@@ -139,7 +140,7 @@ def test_the_notebook_runs_and_its_button_draws():
     nbformat = pytest.importorskip("nbformat", reason="needs nbformat, nbclient and ipykernel (requirements-dev.txt)")
     nbclient = pytest.importorskip("nbclient", reason="needs nbformat, nbclient and ipykernel (requirements-dev.txt)")
     for package in ("ipykernel", "ipywidgets"):
-        pytest.importorskip(package, reason="needs {} (requirements-dev.txt)".format(package))
+        pytest.importorskip(package, reason=f"needs {package} (requirements-dev.txt)")
     document = nbformat.read(str(NOTEBOOK), as_version=4)
     first = next(cell for cell in document.cells if cell.cell_type == "code")
     assert "num_candidates=16" in first.source

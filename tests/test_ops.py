@@ -1,4 +1,5 @@
 """Ops: one place decides which implementation runs, and all of them give what the reference gives."""
+from __future__ import annotations
 
 import dataclasses
 import os

@@ -4,6 +4,7 @@ Our model is always the one that `read_dalle` makes of a checkpoint which the pe
 and model are checked together. The peer's package is a test requirement, installed without its own requirements: what
 it only imports (VQGANs, downloads) is replaced by empty modules while these tests run.
 """
+from __future__ import annotations
 
 import importlib
 import importlib.util

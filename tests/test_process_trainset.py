@@ -1,4 +1,5 @@
 """COCO's caption JSON to text files: the clean-up rules, repetition, every wrong file, and the three commands."""
+from __future__ import annotations
 
 import json
 import os
@@ -144,7 +145,7 @@ def test_wrong_files_end_in_one_line_that_names_the_file(tmp_path, content):
     with pytest.raises(UserError) as raised:
         process_captions(source, tmp_path / "out")
     message = str(raised.value)
-    assert WRONG[content] in message and "--captions {}".format(source) in message and "\n" not in message
+    assert WRONG[content] in message and f"--captions {source}" in message and "\n" not in message
     assert not (tmp_path / "out").exists()
 
 
@@ -169,7 +170,7 @@ BAD_ENTRIES = {
 def test_bad_entries_are_left_out_listed_and_limited(tmp_path, entry):
     good = ", ".join('{"image_id": 1, "caption": "good"}' for _ in range(19))
     source, out = tmp_path / "captions.json", tmp_path / "out"
-    source.write_text('{"annotations": [%s, %s]}' % (entry, good))
+    source.write_text(f'{{"annotations": [{entry}, {good}]}}')
     counts = process_captions(source, out, max_bad_fraction=0.05)
     # The first of two with the same id is a good one.
     assert "good" in (out / "000000000001.txt").read_text() and counts.captions - entry.count("5}, ") == 19
@@ -194,7 +195,8 @@ def test_bad_entries_are_left_out_listed_and_limited(tmp_path, entry):
 def test_bad_images_are_left_out_and_listed(tmp_path, image, detail):
     source = tmp_path / "captions.json"
     source.write_text(
-        '{"images": [{"id": 1, "file_name": "1.jpg"}, %s], "annotations": [{"image_id": 1, "caption": "a"}]}' % image
+        f'{{"images": [{{"id": 1, "file_name": "1.jpg"}}, {image}], '
+        '"annotations": [{"image_id": 1, "caption": "a"}]}'
     )
     assert process_captions(source, tmp_path / "out", max_bad_fraction=0.5).wrong == 1
     assert detail in json.loads((tmp_path / "out" / "skipped.jsonl").read_text())["detail"]
@@ -360,7 +362,7 @@ def test_unknown_flags_are_usage_errors(tmp_path):
 def test_the_commands(tmp_path, command):
     source = write_json(tmp_path / "c.json", [annotation(139, "A room .")])
     flags = ["--captions", str(source), "--out-dir", str(tmp_path / "out")]
-    done = subprocess.run([sys.executable] + command + flags, cwd=str(ROOT), stderr=subprocess.PIPE, timeout=120)
+    done = subprocess.run([sys.executable, *command, *flags], cwd=str(ROOT), stderr=subprocess.PIPE, timeout=120)
     assert done.returncode == 0 and b"1 captions of 1 images; 1 text files written" in done.stderr
     assert (tmp_path / "out" / "000000000139.txt").read_bytes() == b"A room.\n"
 

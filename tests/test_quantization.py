@@ -1,4 +1,5 @@
 """Weights in fewer bits, and building a model around weights that are there: close logits, shared layers, memory."""
+from __future__ import annotations
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """docs/reliability.md: every promise names a proof that exists, and says so where only the slow suite runs it."""
+from __future__ import annotations
 
 import ast
 import re
@@ -27,5 +28,5 @@ def test_every_promise_names_a_test_that_exists():
             if file not in tests:
                 tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
                 tests[file] = {node.name: is_slow(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
-            assert name in tests[file], "{}: no {} in {}".format(promise, name, file)
-            assert tests[file][name] == bool(slow), "{}: is {} slow?".format(promise, name)
+            assert name in tests[file], f"{promise}: no {name} in {file}"
+            assert tests[file][name] == bool(slow), f"{promise}: is {name} slow?"

@@ -1,4 +1,5 @@
 """Images ordered by CLIP or likelihood, and completion, in generate.py, the API and the sampling example."""
+from __future__ import annotations
 
 import json
 import logging
@@ -148,7 +149,7 @@ def test_clip_orders_the_images_and_keep_cuts(run, monkeypatch, tmp_path):
         assert [image["codes"] for image in images] == [plain[index]["codes"] for index in order[:kept]]
         assert [image["seed"] for image in images] == [plain[index]["seed"] for index in order[:kept]]
         assert np.allclose([image["clip_score"] for image in images], np.array(means)[order[:kept]] / 255, atol=1e-6)
-        assert [image["file"] for image in images] == ["{}.png".format(index) for index in range(kept)]
+        assert [image["file"] for image in images] == [f"{index}.png" for index in range(kept)]
     assert len(list((tmp_path / "out" / "white").glob("[0-9].png"))) == 2
     dark = run("other|white", "--num_images", "3", "--clip_path", "x", "--batch_size", "64")["other"]["images"]
     assert [image["clip_score"] for image in dark] == sorted((image["clip_score"] for image in dark), reverse=True)

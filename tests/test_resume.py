@@ -1,4 +1,5 @@
 """--resume: options given anew take effect or are refused by name, and position and schedules count in samples."""
+from __future__ import annotations
 
 import functools
 import hashlib

@@ -1,4 +1,5 @@
 """Drawing: cached logits are those of the whole pass, filters keep what they promise, draws follow the distribution."""
+from __future__ import annotations
 
 import dataclasses
 import math
@@ -306,7 +307,7 @@ def test_several_captions_in_one_batch_are_drawn_like_each_alone():
             assert torch.equal(together.codes[3 * index : 3 * index + 3], alone.codes)
             torch.testing.assert_close(together.log_likelihood[3 * index : 3 * index + 3], alone.log_likelihood)
     for seeds in ([], [1, 2, 3]):
-        with pytest.raises(ValueError, match="{} seeds".format(len(seeds))):
+        with pytest.raises(ValueError, match=f"{len(seeds)} seeds"):
             sample_codes(model, TEXT, seeds)
 
 
@@ -314,7 +315,7 @@ def test_numbers_of_a_row_depend_on_its_seed_alone():
     rows = uniforms([7, 8, 7], 50)
     assert rows.shape == (3, 50) and torch.equal(rows[0], rows[2]) and not torch.equal(rows[0], rows[1])
     assert torch.equal(uniforms([8], 20)[0], rows[1, :20])
-    assert 0 <= float(rows.min()) and float(rows.max()) < 1
+    assert float(rows.min()) >= 0 and float(rows.max()) < 1
 
 
 def test_drawing_leaves_the_global_generator_alone():

@@ -1,4 +1,5 @@
 """--shard: two processes that share a model out compute what two processes with a model each do, bit for bit."""
+from __future__ import annotations
 
 import json
 import os
@@ -63,7 +64,7 @@ def flat(value, name=""):
         items = enumerate(value)
     else:
         return {name: value}
-    return {key: leaf for part, inner in items for key, leaf in flat(inner, "{}.{}".format(name, part)).items()}
+    return {key: leaf for part, inner in items for key, leaf in flat(inner, f"{name}.{part}").items()}
 
 
 def contents(path):

@@ -1,4 +1,5 @@
 """Webdataset shards: read like any tar file, a data set like a folder, never worse for damage."""
+from __future__ import annotations
 
 import contextlib
 import io
@@ -80,14 +81,14 @@ def write_shards(folder, counts=(7, 1, 6, 6), broken=()):
         members = []
         for _ in range(count):
             content = picture(number)[:60] if number in broken else picture(number)
-            members.append(("{:04}.png".format(number), content))
+            members.append((f"{number:04}.png", content))
             if number % 2:
-                members.append(("{:04}.json".format(number), json.dumps({"caption": "p{}".format(number)}).encode()))
+                members.append((f"{number:04}.json", json.dumps({"caption": f"p{number}"}).encode()))
             else:
-                text = "p{0}a\np{0}b\np{0}c".format(number).encode()
-                members.append(("{:04}.txt".format(number), text))
+                text = f"p{number}a\np{number}b\np{number}c".encode()
+                members.append((f"{number:04}.txt", text))
             number += 1
-        write_tar(folder / "{:05}.tar".format(shard), members)
+        write_tar(folder / f"{shard:05}.tar", members)
     return folder
 
 
@@ -134,7 +135,7 @@ def test_members_are_those_that_tarfile_finds(tmp_path, tar_format):
                 entry.mtime, entry.pax_headers = 1.5, {"comment": "a=b path=no size=3", "SCHILY.xattr.x": "ö"}
             tar.addfile(entry, io.BytesIO(bytes(entry.size)))
             for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE):
-                other = tarfile.TarInfo("other{}".format(number))
+                other = tarfile.TarInfo(f"other{number}")
                 other.type, other.linkname = kind, "a.jpg"
                 tar.addfile(other)
     found = members_by_us(path)
@@ -207,7 +208,7 @@ def test_pairs_as_img2dataset_writes_them(tmp_path):
 def test_what_makes_no_pair_is_counted_and_named(tmp_path, caplog):
     good = [("1.png", picture(1)), ("1.txt", b"good")]
     members = {
-        "a": good + [("2.png", picture(2)), ("x/3.txt", b"alone"), ("4.png", picture(4)), ("4.txt", b" \n")],
+        "a": [*good, ("2.png", picture(2)), ("x/3.txt", b"alone"), ("4.png", picture(4)), ("4.txt", b" \n")],
         "b": [("5.png", picture(5)), ("5.json", b"{no json"), ("6.png", picture(6)), ("6.json", b'{"url": "u"}')],
         "c": good + good + [("7.png", picture(7)), ("7.txt", b"\xff\xfe"), ("._1.png", b"mac"), ("8.png", picture(8))],
         "d": [("9.png", picture(9)), ("9.json", b"[" * 100000), ("8.png", picture(8)), ("8.txt", b"t" * (2 << 20))],
@@ -334,10 +335,10 @@ def test_lost_shards_are_counted_as_shards(tmp_path, monkeypatch, lost):
     (tmp_path / "00002.tar").write_bytes(b"no tar" * 200)
     pattern = str(tmp_path / ("{00000..00003}.tar" if lost == 2 else "{00000,00001,00003,00000}.tar"))
     report = SkipReport(None, 0.01, "--input-folder " + pattern)
-    with pytest.raises(UserError, match="--input-folder .*: {} of {} shards cannot be used".format(lost, 2 + lost)):
+    with pytest.raises(UserError, match=f"--input-folder .*: {lost} of {2 + lost} shards cannot be used"):
         open_shards(find_shards(pattern), tmp_path / "index", report)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(UserError, match="{} of {} shards cannot be used".format(lost, 2 + lost)):
+    with pytest.raises(UserError, match=f"{lost} of {2 + lost} shards cannot be used"):
         open_images(pattern, SIZE, 2, seed=1, max_bad_fraction=0.01)
     found = open_shards(find_shards(pattern), tmp_path / "index", SkipReport(None, 0.5, "--input-folder"))
     assert found.num_pairs == 180 and found.num_bad == 0 and found.num_lost == lost
@@ -378,7 +379,7 @@ def test_patterns_globs_folders_and_single_shards(tmp_path):
     write_shards(tmp_path / "b", (1,))
     (tmp_path / "a" / "00000.parquet").write_text("")
     (tmp_path / "a" / "00000_stats.json").write_text("{}")
-    every = [str(tmp_path / "a" / "{:05}.tar".format(number)) for number in range(3)]
+    every = [str(tmp_path / "a" / f"{number:05}.tar") for number in range(3)]
     for pattern in ("a/{00000..00002}.tar", "a/*.tar", "a/*", "a", "a/{00000,00001,00002}.tar", "a/0000[0-2].tar"):
         assert find_shards(str(tmp_path / pattern)).paths == every
     assert find_shards(every[1]).paths == every[1:2]
@@ -433,15 +434,15 @@ def test_the_index_is_made_once_and_again_for_shards_that_changed(tmp_path, monk
     assert len(scanned) == 4 and len(first) == 20
     assert all_captions(opened(tmp_path / "*.tar", tmp_path)) == first and len(scanned) == 4
     write_tar(tmp_path / "00001.tar", [("n.png", picture(99)), ("n.txt", b"new")])
-    assert all_captions(opened(tmp_path, tmp_path)) == first[:7] + ["new"] + first[8:]
+    assert all_captions(opened(tmp_path, tmp_path)) == [*first[:7], "new", *first[8:]]
     assert scanned[4:] == ["00001.tar"]
     files = sorted((tmp_path / "index").glob("*/*"))
-    assert [file.name for file in files] == ["{:05}.tar.index".format(number) for number in range(4)]
+    assert [file.name for file in files] == [f"{number:05}.tar.index" for number in range(4)]
     files[0].write_bytes(files[0].read_bytes()[:-1])
     files[1].write_bytes(b"")
     files[2].write_bytes(b"null\n" + files[2].read_bytes())
     files[3].write_bytes(files[3].read_bytes().replace(b'"pairs": 6', b'"pairs": 6.5'))
-    assert all_captions(opened(tmp_path, tmp_path)) == first[:7] + ["new"] + first[8:]
+    assert all_captions(opened(tmp_path, tmp_path)) == [*first[:7], "new", *first[8:]]
     assert len(scanned) == 8 or len(scanned) == 9
 
 
@@ -717,7 +718,7 @@ def test_two_processes_share_every_sample_out_once(material, tmp_path):
 def test_a_vqgan_trains_on_all_images_of_shards(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_shards(tmp_path / "s", (3, 4, 5), broken=(4,))
-    write_tar(tmp_path / "s" / "x.tar", [("{}.png".format(n), picture(n)) for n in range(12, 20)])  # no captions
+    write_tar(tmp_path / "s" / "x.tar", [(f"{n}.png", picture(n)) for n in range(12, 20)])  # no captions
     train_images, heldout = open_images(str(tmp_path / "s"), SIZE, 2, seed=1)
     assert len(train_images) == 18 and len(heldout) == 2
     with contextlib.closing(Batches(train_images, 6, seed=1, workers=2)) as batches:
@@ -731,10 +732,10 @@ def test_shards_of_webdatasets_own_writer(tmp_path):
     webdataset = pytest.importorskip("webdataset", reason="webdataset (requirements-dev.txt) is not installed")
     with webdataset.ShardWriter(str(tmp_path / "%05d.tar"), maxcount=4, verbose=0) as writer:
         for number in range(10):
-            sample = {"__key__": "{:09}".format(number), "png": picture(number), "json": {"caption": "c%d" % number}}
-            writer.write(dict(sample, txt="c%d" % number))
+            sample = {"__key__": f"{number:09}", "png": picture(number), "json": {"caption": f"c{number}"}}
+            writer.write(dict(sample, txt=f"c{number}"))
     dataset = dataset_of(tmp_path / "{00000..00002}.tar", tmp_path)
-    assert [dataset.captions(pair) for pair in range(10)] == [["c{}".format(number)] for number in range(10)]
+    assert [dataset.captions(pair) for pair in range(10)] == [[f"c{number}"] for number in range(10)]
     reader = webdataset.WebDataset(str(tmp_path / "{00000..00002}.tar"), shardshuffle=False)
     for number, sample in enumerate(reader):
         index, image = dataset.pairs.pair(number)

@@ -1,4 +1,5 @@
 """The house keeps its order: imports point one way, configurations instantiate, documents name what exists."""
+from __future__ import annotations
 
 import ast
 import re
@@ -87,7 +88,7 @@ def test_imports_point_one_way():
     for part, path in sources():
         allowed = ARROWS.get(part, OURS - {"train", "generate", "evaluate", "train_vqgan"}) | {part}
         wrong += [
-            "{} imports {}".format(path.relative_to(ROOT), name)
+            f"{path.relative_to(ROOT)} imports {name}"
             for name in imported(path)
             if name in OURS and name not in allowed
         ]
@@ -147,13 +148,13 @@ def test_documents_name_files_that_exist():
         text = (ROOT / name).read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", text):
             if not ((ROOT / name).parent / target).exists():
-                missing.append("{}: {}".format(name, target))
+                missing.append(f"{name}: {target}")
     assert not missing
 
 
 def test_the_readme_lists_every_flag_of_training():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    missing = [name for name in map(args.flag_name, args.option_names()) if "`{}`".format(name) not in text]
+    missing = [name for name in map(args.flag_name, args.option_names()) if f"`{name}`" not in text]
     assert not missing
 
 

@@ -1,4 +1,5 @@
 """Threads that wait for each other leave their cores to others."""
+from __future__ import annotations
 
 import os
 import subprocess

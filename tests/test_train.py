@@ -1,4 +1,5 @@
 """Training end to end on hand-made data: batch arithmetic, loop, resume, two processes, precision, checkpoints."""
+from __future__ import annotations
 
 import json
 import os
@@ -54,8 +55,8 @@ def fill(folder, count):
     generator = torch.Generator().manual_seed(1)
     for index in range(count):
         pixels = torch.randint(0, 256, (16, 20, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / "pairs" / "{:03d}.png".format(index))
-        (folder / "pairs" / "{:03d}.txt".format(index)).write_text("picture {}\nthe {} th\n".format(index, index))
+        Image.fromarray(pixels.numpy()).save(folder / "pairs" / f"{index:03d}.png")
+        (folder / "pairs" / f"{index:03d}.txt").write_text(f"picture {index}\nthe {index} th\n")
     return folder
 
 
@@ -296,7 +297,7 @@ def test_products_are_as_exact_as_asked_for_until_the_engine_closes(products):
     for precision in ("high", "medium"):
         engine = engines.create(args.parse([*flags, "--matmul-precision", precision]))
         assert torch.get_float32_matmul_precision() == precision
-        assert "products of {} precision".format(precision) in engine.describe()
+        assert f"products of {precision} precision" in engine.describe()
         engine.close()
         assert torch.get_float32_matmul_precision() == "highest"
     products("high")
@@ -350,5 +351,5 @@ def test_muon_computes_in_float32_where_bfloat16_is_emulated(shape, monkeypatch)
     arguments = (gradient, (3.4445, -4.775, 2.0315), 5, 1e-7)
     assert ours is muon.orthogonalized and ours(*arguments).dtype == torch.float32
     spread = torch.linalg.svdvals(ours(*arguments))  # of an orthogonal matrix all are 1
-    assert 0.5 < float(spread.min()) and float(spread.max()) < 1.3
+    assert float(spread.min()) > 0.5 and float(spread.max()) < 1.3
     torch.testing.assert_close(ours(*arguments), theirs(*arguments).float(), rtol=0, atol=0.05)

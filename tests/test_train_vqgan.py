@@ -1,4 +1,5 @@
 """Stage-1 training: it learns, writes files that load, holds images out, and explains what it cannot do."""
+from __future__ import annotations
 
 import contextlib
 import functools
@@ -54,7 +55,7 @@ def folder(tmp_path):
         top, left = random.integers(0, 20, 2)
         picture[top : top + 20, left : left + 20] = random.integers(0, 255, 3)
         Image.fromarray(picture).save(
-            str(images.parent / "a{}.png".format(i) if i % 2 else images / "b{}.jpg".format(i))
+            str(images.parent / f"a{i}.png" if i % 2 else images / f"b{i}.jpg")
         )
     (images / "notes.txt").write_text("no image")
     TINY.to_yaml(tmp_path / "tiny.yaml")
@@ -173,7 +174,7 @@ def flat(state, name=""):
     """{path: value}, tensors as bytes."""
     if isinstance(state, (dict, list, tuple)):
         items = state.items() if isinstance(state, dict) else enumerate(state)
-        return {key: value for part, item in items for key, value in flat(item, "{}.{}".format(name, part)).items()}
+        return {key: value for part, item in items for key, value in flat(item, f"{name}.{part}").items()}
     return {name: state.detach().cpu().numpy().tobytes() if isinstance(state, torch.Tensor) else state}
 
 
@@ -260,8 +261,8 @@ def test_perceptual_distance(tmp_path, monkeypatch):
     widths = [3] + [width for stage in stages for width in stage]
     state = {"classifier.0.bias": torch.zeros(3)}
     for index, inputs, outputs in zip(VGG_LAYERS, widths, widths[1:]):
-        state["features.{}.weight".format(index)] = torch.randn(outputs, inputs, 3, 3) * (2.0 / (9 * inputs)) ** 0.5
-        state["features.{}.bias".format(index)] = torch.zeros(outputs)
+        state[f"features.{index}.weight"] = torch.randn(outputs, inputs, 3, 3) * (2.0 / (9 * inputs)) ** 0.5
+        state[f"features.{index}.bias"] = torch.zeros(outputs)
     torch.save(state, str(tmp_path / "vgg.pth"))
     model = load_perceptual([tmp_path / "vgg.pth"])
     assert isinstance(model, PerceptualDistance) and not any(p.requires_grad for p in model.parameters())
@@ -276,9 +277,9 @@ def test_perceptual_distance(tmp_path, monkeypatch):
     mean, deviation = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
     x = (image * 2 - 1 - mean.view(1, 3, 1, 1)) / deviation.view(1, 3, 1, 1)
     for index in (0, 2):
-        x = torch.relu(torch.nn.functional.conv2d(x, state["features.{}.weight".format(index)], padding=1))
+        x = torch.relu(torch.nn.functional.conv2d(x, state[f"features.{index}.weight"], padding=1))
     assert torch.allclose(maps[0], torch.nn.functional.normalize(x, dim=1), atol=1e-5)
-    linear = {"lin{}.model.1.weight".format(i): torch.zeros(1, s[-1], 1, 1) for i, s in enumerate(stages)}
+    linear = {f"lin{i}.model.1.weight": torch.zeros(1, s[-1], 1, 1) for i, s in enumerate(stages)}
     torch.save(linear, str(tmp_path / "lpips.pth"))
     assert float(load_perceptual([tmp_path / "vgg.pth", tmp_path / "lpips.pth"])(other.detach(), image)) == 0.0
     del state["features.28.weight"]
@@ -313,7 +314,7 @@ def without_times(folder):
 
 @pytest.mark.parametrize("extra", [[], ["--discriminator-start", "2"]])
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(folder, monkeypatch, narrow_discriminator, extra):
-    options = ["--steps", "6", "--save-every", "3", "--revive-every", "2", "--continuous-start", "0.3"] + extra
+    options = ["--steps", "6", "--save-every", "3", "--revive-every", "2", "--continuous-start", "0.3", *extra]
     train(arguments(folder, *options))
     expected, events = weights(folder), without_times(folder)
     with monkeypatch.context() as patch:
@@ -356,7 +357,7 @@ def test_a_state_that_cannot_be_written_is_tried_again(folder, monkeypatch, capl
 
     def full_at_first(path, state):
         if state["trainer"]["step"] < 4:
-            raise UserError("cannot write the checkpoint {}: No space left on device".format(path))
+            raise UserError(f"cannot write the checkpoint {path}: No space left on device")
         save(path, state)
 
     monkeypatch.setattr(vqgan, "save_checkpoint", full_at_first)
@@ -372,7 +373,7 @@ def test_clock_goes_on_after_a_stop(folder, monkeypatch):
     with pytest.raises(Stopped):
         train(arguments(folder, *options))
     state = torch.load(str(folder / "out" / "training.pt"), weights_only=True)
-    assert 0 < state["seconds"] and state["trainer"]["step"] == 4
+    assert state["seconds"] > 0 and state["trainer"]["step"] == 4
     args = arguments(folder, *options, "--resume")
     args.minutes = state["seconds"] / 120.0  # no time is left
     train(args)

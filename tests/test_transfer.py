@@ -1,4 +1,5 @@
 """Transfer learning: image-only models, of classes or of none, from a tiny model in minDALL-E's layout."""
+from __future__ import annotations
 
 import importlib.util
 import json
@@ -57,7 +58,7 @@ def imagenet(tmp_path_factory):
                     .repeat(4, 1)
                 )
                 pixels[0, 0, 0] = index  # never the same file twice
-                Image.fromarray(pixels).save(folder / "{}.JPEG".format(index), format="PNG")
+                Image.fromarray(pixels).save(folder / f"{index}.JPEG", format="PNG")
     return root
 
 
@@ -108,7 +109,7 @@ def write(path, **changes):
 
 @pytest.mark.parametrize("name, classes", [("uncond", 0), ("clscond", 1000)])
 def test_the_shipped_configurations_are_the_published_ones(name, classes):
-    found = read_downstream(ROOT / "configs" / "transfer-imagenet-{}-gen.yaml".format(name))
+    found = read_downstream(ROOT / "configs" / f"transfer-imagenet-{name}-gen.yaml")
     assert found.num_classes == classes and found.image_size == 256 and found.stage1.num_codes == 16384
     assert (found.learning_rate, found.min_learning_rate, found.betas) == (1e-4, 0.0, (0.9, 0.95))
     assert (found.weight_decay, found.clip_grad_norm) == (0.0, 4.0)
@@ -211,9 +212,9 @@ def naive_logits(weights, start, codes, heads):
         return weights[name + ".weight"] @ x + weights[name + ".bias"]
 
     rows = [weights["tok_emb_img.weight"][code] + weights["pos_emb_img.weight"][i] for i, code in enumerate(codes[:-1])]
-    rows = [start.double()] + rows
+    rows = [start.double(), *rows]
     for layer in range(STAGE2["n_layers"]):
-        stem = "blocks.{}.".format(layer)
+        stem = f"blocks.{layer}."
         inputs = [norm(row, stem + "ln1") for row in rows]
         query, key, value = ([linear(x, stem + "attn." + n) for x in inputs] for n in ("query", "key", "value"))
         size = len(start) // heads
@@ -307,8 +308,8 @@ def test_a_model_of_classes_draws_what_each_class_looks_like(example, upstream, 
     trained = losses(folder)
     assert trained[0] == pytest.approx(math.log(CODES), abs=1.0) and trained[-1] < 0.4 < losses(folder, "validation")[0]
     for split in ("train", "val"):
-        assert Image.open(folder / "originals_{}.png".format(split)).size[0] > 16
-        assert (folder / "reconstructions_{}.png".format(split)).is_file()
+        assert Image.open(folder / f"originals_{split}.png").size[0] > 16
+        assert (folder / f"reconstructions_{split}.png").is_file()
     newest = folder / "ckpt" / "dalle_39.pt"
     assert sorted(path.name for path in newest.parent.glob("*.pt")) == ["dalle_38.pt", "dalle_39.pt"]
     model = Dalle.from_pretrained(newest)
@@ -318,10 +319,20 @@ def test_a_model_of_classes_draws_what_each_class_looks_like(example, upstream, 
     assert torch.equal(drawn["0"], drawn[CLASSES[0]])
     for name in CLASSES:
         own, other = (real_codes(model, imagenet / "train" / kind) for kind in (name, *(set(CLASSES) - {name})))
-        assert agreement(drawn[name], own) > 0.8 > 0.5 > agreement(drawn[name], other)
+        assert agreement(drawn[name], own) > 0.8 and agreement(drawn[name], other) < 0.5
     generate.main(
-        ["--dalle_path", str(newest), "--text", CLASSES[1], "--num_images", "2", "--device", "cpu"]
-        + ["--outputs_dir", str(tmp_path / "out")]
+        [
+            "--dalle_path",
+            str(newest),
+            "--text",
+            CLASSES[1],
+            "--num_images",
+            "2",
+            "--device",
+            "cpu",
+            "--outputs_dir",
+            str(tmp_path / "out"),
+        ]
     )
     assert (tmp_path / "out" / "light_wood" / "1.jpg").is_file()
     with pytest.raises(UserError, match="'cat' is no class of this model"):

@@ -1,4 +1,5 @@
 """The VQGAN: published names and shapes, the arithmetic, and what its files may and may not hold."""
+from __future__ import annotations
 
 import os
 import pickle
@@ -117,7 +118,7 @@ def test_encode_and_decode_shapes(config):
     model = tiny(config)
     codes = model.encode(torch.rand(2, 3, 32, 32))
     assert codes.shape == (2, config.grid**2) and codes.dtype == torch.int64
-    assert 0 <= int(codes.min()) and int(codes.max()) < config.num_codes
+    assert int(codes.min()) >= 0 and int(codes.max()) < config.num_codes
     pixels = model.decode(codes)
     assert pixels.shape == (2, 3, 32, 32)
     assert float(pixels.detach().min()) >= 0.0 and float(pixels.detach().max()) <= 1.0
@@ -353,7 +354,7 @@ def test_target_is_never_imported(tmp_path):
     assert not (tmp_path / "trap").exists()
 
 
-@pytest.mark.parametrize("config", list(p.config for p in PUBLISHED.values()) + [TINY, TINY_GUMBEL])
+@pytest.mark.parametrize("config", [*list(p.config for p in PUBLISHED.values()), TINY, TINY_GUMBEL])
 def test_configuration_round_trip(tmp_path, config):
     config.to_yaml(tmp_path / "c.yaml")
     assert VqganConfig.from_yaml(tmp_path / "c.yaml") == config

@@ -3,11 +3,12 @@
 Letters: B images, S image height and width, N codes per image, D embed_dim, g codes along one side, M = B*N feature
 vectors.
 """
+from __future__ import annotations
 
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ class TrainingOptions:
     """Weight of codebook and commitment loss."""
     perceptual_weight: float = 1.0
     """Weight of the perceptual term, where there is one."""
-    discriminator_start: Optional[int] = None
+    discriminator_start: int | None = None
     """Step from which a patch discriminator takes part; None: there is none."""
     discriminator_weight: float = 0.8
     """Weight of the adversarial term."""
@@ -75,7 +76,7 @@ class Trainer:
         options: TrainingOptions,
         device: torch.device,
         codebook_ready: bool,
-        perceptual: Optional[nn.Module] = None,
+        perceptual: nn.Module | None = None,
     ) -> None:
         self.model, self.options, self.device = model, options, device
         self.codebook_ready = codebook_ready
@@ -83,11 +84,11 @@ class Trainer:
         self.step_number = 0
         self.bad_steps = [0, 0]
         """Steps left out because loss or gradient was not finite: in all, and in a row up to now."""
-        self.upkeep: Optional[CodebookUpkeep] = None
+        self.upkeep: CodebookUpkeep | None = None
         if model.config.variant == "vq":
             self.upkeep = CodebookUpkeep(model, 0.99 if options.codebook_update == "ema" else None)
         # Kept as a list: walking through the modules at every step would take its time.
-        self._parameters: List[Tensor] = list(model.parameters())
+        self._parameters: list[Tensor] = list(model.parameters())
         trained = [p for p in self._parameters if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": options.weight_decay},
@@ -95,8 +96,8 @@ class Trainer:
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95))
         self._average = copy.deepcopy(model).requires_grad_(False)
-        self._averages: List[Tensor] = list(self._average.parameters())
-        self.adversary: Optional[Adversary] = None
+        self._averages: list[Tensor] = list(self._average.parameters())
+        self.adversary: Adversary | None = None
         if options.discriminator_start is not None:
             self.adversary = Adversary(model.config.out_ch, options.learning_rate, options.discriminator_weight, device)
 
@@ -113,7 +114,7 @@ class Trainer:
             loss = loss + options.perceptual_weight * self.perceptual(images, pixels)
         return loss
 
-    def step(self, images: Tensor, progress: float) -> Dict[str, Tensor]:
+    def step(self, images: Tensor, progress: float) -> dict[str, Tensor]:
         """One optimizer step on uint8 images (B, 3, S, S); returns losses as tensors.
 
         `progress`, from 0 to 1, is how far the run has come: it decides the learning rate. Where the loss or a gradient
@@ -125,7 +126,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         features = model.features(pixels)  # (B, D, g, g)
-        codes: Optional[Tensor] = None
+        codes: Tensor | None = None
         if self.codebook_ready:
             quantised, codebook_loss, codes = model.quantize(features)
         else:
@@ -170,7 +171,7 @@ class Trainer:
         self.upkeep.initialise(torch.cat(features).flatten(2).transpose(1, 2).flatten(0, 1))
         self._average.quantize.codebook.copy_(self.model.quantize.codebook)
 
-    def _keep_codebook(self, features: Tensor, codes: Tensor, progress: float) -> Optional[Tensor]:
+    def _keep_codebook(self, features: Tensor, codes: Tensor, progress: float) -> Tensor | None:
         if self.upkeep is None:
             return None
         flat = features.flatten(2).transpose(1, 2).flatten(0, 1)  # (M, D)
@@ -182,14 +183,14 @@ class Trainer:
         return None
 
     @torch.no_grad()
-    def _update_average(self, revived: Optional[Tensor]) -> None:
+    def _update_average(self, revived: Tensor | None) -> None:
         decay = min(self.options.ema_decay, (1.0 + self.step_number) / (10.0 + self.step_number))
         torch._foreach_lerp_(self._averages, self._parameters, 1.0 - decay)
         if revived is not None:
             # A moved code is a new code: an average with the old place would be neither.
             self._average.quantize.codebook[revived] = self.model.quantize.codebook[revived]
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on at the very next step: tensors and plain values."""
         return {
             "step": self.step_number,
@@ -204,7 +205,7 @@ class Trainer:
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
 
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the state that `state_dict` of a trainer of the same model returned, random numbers included."""
         self.step_number, self.codebook_ready = state["step"], state["codebook_ready"]
         self.bad_steps = [int(count) for count in state.get("bad_steps", (0, 0))]

@@ -2,6 +2,7 @@
 
 python -m utils.archives --sha256 HEX --unpack data/COCO URL FILE.zip
 """
+from __future__ import annotations
 
 import contextlib
 import logging
@@ -11,7 +12,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
-from typing import Optional, Sequence
+from typing import Sequence
 
 from utils.downloads import download, forget_part, progress_bar
 from utils.errors import UserError, run_main
@@ -49,7 +50,7 @@ def unpack(archive: PathLike, folder: PathLike, progress: bool = True) -> int:
                 _check_member(archive, member.filename)
             limit = max(_MAX_RATIO * archive.stat().st_size, _MAX_SMALL)
             if len(members) > _MAX_FILES or sum(member.file_size for member in members) > limit:
-                raise UserError("{} unpacks to far more than it should; it is not unpacked".format(archive))
+                raise UserError(f"{archive} unpacks to far more than it should; it is not unpacked")
             missing = [member for member in members if not _has_size(folder / member.filename, member.file_size)]
             short = shutil.disk_usage(str(archive.parent)).free < _space(missing)
             if short:
@@ -67,9 +68,9 @@ def unpack(archive: PathLike, folder: PathLike, progress: bool = True) -> int:
             archive.unlink()
         forget_part(part)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, struct.error) as error:
-        raise UserError("{} is damaged ({}); delete it and fetch it again".format(archive, error)) from error
+        raise UserError(f"{archive} is damaged ({error}); delete it and fetch it again") from error
     except OSError as error:
-        raise UserError("cannot unpack {} into {}: {}".format(archive, folder, error)) from error
+        raise UserError(f"cannot unpack {archive} into {folder}: {error}") from error
     return len(missing)
 
 
@@ -77,7 +78,7 @@ def _check_member(archive: Path, name: str) -> None:
     """Raise UserError for a file that would land outside of the folder."""
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name:
-        raise UserError("{} holds a file with the unsafe name {!r}; it is not unpacked".format(archive, name))
+        raise UserError(f"{archive} holds a file with the unsafe name {name!r}; it is not unpacked")
 
 
 def _has_size(path: Path, size: int) -> bool:
@@ -93,7 +94,7 @@ def _unpack_member(content: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Pa
     """Unpack one file whole or not at all; reading to its end checks its CRC."""
     target = folder / member.filename
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(".{}.tmp".format(target.name))
+    temporary = target.with_name(f".{target.name}.tmp")
     try:
         with content.open(member) as source, open(str(temporary), "wb") as file:
             shutil.copyfileobj(source, file, _BLOCK)
@@ -104,7 +105,7 @@ def _unpack_member(content: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Pa
         raise
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Read the flags, download, unpack."""
     parser = Parser(description="Download a file, and unpack it.", prog="utils.archives")
     parser.add_argument("url")

@@ -1,8 +1,9 @@
 """Steps whose loss or gradient is not finite: told of in the log, and too many in a row end the run."""
+from __future__ import annotations
 
 import logging
 import math
-from typing import Callable, Optional, Sequence
+from typing import Callable, Sequence
 
 from utils.errors import UserError
 
@@ -22,7 +23,7 @@ class BadSteps:
         """Whether to look after this step, logged or not: often enough to notice `limit` bad steps in a row."""
         return bool(self.limit) and step % self.limit < per_call
 
-    def look(self, step: int, loss: float, counts: Optional[Sequence[int]]) -> None:
+    def look(self, step: int, loss: float, counts: Sequence[int] | None) -> None:
         """Note how many bad steps there were, up to this one. Raises UserError when there were too many in a row.
 
         counts: steps left out, in all and in a row up to now; None where the loss alone can be watched.
@@ -45,7 +46,6 @@ class BadSteps:
             self.told = self.total
         if self.limit and self.row >= self.limit:
             raise UserError(
-                "step {}: loss or gradient not finite {} times in a row (--max-bad-steps {}); {}".format(
-                    step, self.row, self.limit, self.way_out()
-                )
+                f"step {step}: loss or gradient not finite {self.row} times in a row (--max-bad-steps {self.limit}); "
+                f"{self.way_out()}"
             )

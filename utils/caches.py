@@ -4,13 +4,14 @@
     folder = trusted_folder(cache_folder("dalle", "kernels"), 0o755)   # UntrustedError where others may change it
     with open_trusted(folder / name) as file: ...
 """
+from __future__ import annotations
 
 import contextlib
 import errno
 import os
 import stat
 from pathlib import Path
-from typing import IO, Optional
+from typing import IO
 
 from utils.files import PathLike, open_regular
 
@@ -18,7 +19,7 @@ _MAX_LINKS = 40
 """Symbolic links in a path before it counts as a loop, as on Linux."""
 
 
-def cache_folder(*names: str, holding: Optional[str] = None) -> Path:
+def cache_folder(*names: str, holding: str | None = None) -> Path:
     """Return the folder of these names in $XDG_CACHE_HOME, or in ~/.cache where that is unset or relative.
 
     holding: what earlier versions kept in ~/.cache whatever the variable said; where it is there, that is the folder.
@@ -35,7 +36,7 @@ class UntrustedError(OSError):
     """Somebody besides this user and root may change what lies at a path."""
 
 
-def trusted_folder(folder: PathLike, mode: Optional[int] = None, shared: bool = False) -> Path:
+def trusted_folder(folder: PathLike, mode: int | None = None, shared: bool = False) -> Path:
     """Return the folder, without links in its path, if only this user and root may write there or replace its path.
 
     mode: of the folders that are made where they are missing; None: they are not made. shared: a sticky folder such as
@@ -58,7 +59,7 @@ def open_trusted(path: PathLike) -> IO[bytes]:
     return file
 
 
-def _resolved(path: Path, mode: Optional[int], links: int) -> Path:
+def _resolved(path: Path, mode: int | None, links: int) -> Path:
     """Follow an absolute path from the root on. Nobody else can change the part that is checked already."""
     if path == path.parent:
         _check(path, os.lstat(str(path)), passing=True)
@@ -87,8 +88,8 @@ def _check(path: PathLike, found: os.stat_result, passing: bool = False) -> None
     if passing:
         owners.add(os.lstat("/").st_uid)  # root under another number, in a container that maps users
     if found.st_uid not in owners:
-        raise UntrustedError(errno.EPERM, "belongs to another user (uid {})".format(found.st_uid), str(path))
+        raise UntrustedError(errno.EPERM, f"belongs to another user (uid {found.st_uid})", str(path))
     harmless = stat.S_ISLNK(found.st_mode) or (passing and found.st_mode & stat.S_ISVTX)
     if found.st_mode & 0o022 and not harmless:
         mode = stat.S_IMODE(found.st_mode)
-        raise UntrustedError(errno.EPERM, "may be written by others (mode {:o})".format(mode), str(path))
+        raise UntrustedError(errno.EPERM, f"may be written by others (mode {mode:o})", str(path))

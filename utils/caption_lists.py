@@ -9,6 +9,7 @@
 
 Nothing but the standard library is needed, and of large JSON files only what is asked for stays in memory.
 """
+from __future__ import annotations
 
 import csv
 import io
@@ -17,7 +18,7 @@ import os
 import re
 import reprlib
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Iterable, Iterator, NamedTuple, Sequence
 
 from utils.errors import UserError
 from utils.files import IMAGE_SUFFIXES, open_regular
@@ -44,7 +45,7 @@ class Row(NamedTuple):
     """Which entry it is, for messages."""
     image: Any
     """Its image: a file name, or an id; None where the entry has none. May be anything that JSON can express."""
-    captions: List[str]
+    captions: list[str]
     problem: str = ""
     """Why there are no captions."""
     id: Any = None
@@ -62,12 +63,12 @@ class CaptionList(NamedTuple):
     """What a file holds."""
 
     rows: Iterable[Row]
-    images: Optional[List[Any]] = None
+    images: list[Any] | None = None
     """COCO's "images", each an `Image` unless it is no such thing: names of files for the ids in `rows`."""
 
 
 def read_list(
-    path: Path, image_key: Optional[str] = None, caption_key: Optional[str] = None, with_images: bool = True
+    path: Path, image_key: str | None = None, caption_key: str | None = None, with_images: bool = True
 ) -> CaptionList:
     """Return the entries of a file.
 
@@ -87,8 +88,8 @@ def read_list(
 
 
 def find_list(
-    path: Path, text: str, image_key: Optional[str], caption_key: Optional[str], with_images: bool
-) -> Optional[CaptionList]:
+    path: Path, text: str, image_key: str | None, caption_key: str | None, with_images: bool
+) -> CaptionList | None:
     """`read_list` of the text of a file; None where it is neither JSON nor a table that can be told from other text."""
     keys = _Keys(path, image_key, caption_key, with_images)
     if _JSON_START.match(text):
@@ -131,14 +132,14 @@ def read_text(path: Path) -> str:
 class _Keys:
     """Finds the keys of image and caption among those of a file."""
 
-    def __init__(self, path: Path, image: Optional[str], caption: Optional[str], with_images: bool) -> None:
+    def __init__(self, path: Path, image: str | None, caption: str | None, with_images: bool) -> None:
         self.path, self.image, self.caption, self.with_images = path, image, caption, with_images
         self.wanted = {key.lower() for key in (*IMAGE_KEYS, *CAPTION_KEYS, image, caption) if key}
 
-    def choose(self, names: Sequence[str]) -> Optional[Tuple[Optional[str], str]]:
+    def choose(self, names: Sequence[str]) -> tuple[str | None, str] | None:
         """Return (image key, caption key) among names; None where one is missing."""
         image, caption = _pick(names, self.image, IMAGE_KEYS), _pick(names, self.caption, CAPTION_KEYS)
-        if caption is None or image is None and self.with_images:
+        if caption is None or (image is None and self.with_images):
             return None
         return image, caption
 
@@ -150,10 +151,10 @@ class _Keys:
             f"image and a caption, or a table with a header; name other keys or columns with {flags}"
         )
 
-    def reduce(self, seen: Dict[str, None]) -> Any:
+    def reduce(self, seen: dict[str, None]) -> Any:
         """Return a hook for JSON objects that keeps what may be wanted, and notes the names of their keys in `seen`."""
 
-        def hook(entry: Dict[str, Any]) -> Dict[str, Any]:
+        def hook(entry: dict[str, Any]) -> dict[str, Any]:
             for key in entry:
                 if len(seen) < _SHOWN_KEYS:
                     seen.setdefault(key)
@@ -162,7 +163,7 @@ class _Keys:
         return hook
 
 
-def _pick(names: Sequence[str], given: Optional[str], usual: Sequence[str]) -> Optional[str]:
+def _pick(names: Sequence[str], given: str | None, usual: Sequence[str]) -> str | None:
     if given is not None:
         return given if given in names else None
     lower = {name.lower(): name for name in reversed(names)}
@@ -170,7 +171,7 @@ def _pick(names: Sequence[str], given: Optional[str], usual: Sequence[str]) -> O
 
 
 def _is_nested(key: str, value: Any) -> bool:
-    return is_image_name(key) or isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+    return is_image_name(key) or (isinstance(value, list) and bool(value) and isinstance(value[0], dict))
 
 
 def is_image_name(name: str) -> bool:
@@ -178,7 +179,7 @@ def is_image_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
-def _captions(value: Any) -> Optional[List[str]]:
+def _captions(value: Any) -> list[str] | None:
     """Return the captions in a value of JSON: a text, or a list of texts or of Karpathy's sentences; None: neither."""
     if isinstance(value, str):
         if value.startswith('["'):  # a list in a cell of a table, as in Flickr30k's table of Hugging Face
@@ -236,7 +237,7 @@ class _Annotation(NamedTuple):
     id: Any
 
 
-def _reduce(entry: Dict[str, Any]) -> Any:
+def _reduce(entry: dict[str, Any]) -> Any:
     """Return what is needed of an object in COCO's file (called for every one, the innermost first)."""
     if "image_id" in entry or "caption" in entry:
         return _Annotation(entry.get("image_id"), entry.get("caption"), entry.get("id"))
@@ -245,7 +246,7 @@ def _reduce(entry: Dict[str, Any]) -> Any:
     return entry if "annotations" in entry or "images" in entry else None
 
 
-def _coco_rows(annotations: List[Any]) -> Iterator[Row]:
+def _coco_rows(annotations: list[Any]) -> Iterator[Row]:
     for index, entry in enumerate(annotations):
         name = f"annotation {index}"
         if not isinstance(entry, _Annotation):
@@ -261,7 +262,7 @@ def _coco_rows(annotations: List[Any]) -> Iterator[Row]:
 
 
 def _json_rows(text: str, keys: _Keys) -> Iterator[Row]:
-    seen: Dict[str, None] = {}
+    seen: dict[str, None] = {}
     content = _load(keys.path, text, keys.reduce(seen))
     if isinstance(content, dict) and content and all(is_image_name(key) for key in content):
         return (_row(f"entry {name!r}", name, value, "caption") for name, value in content.items())
@@ -277,10 +278,10 @@ def _json_rows(text: str, keys: _Keys) -> Iterator[Row]:
 
 
 def _json_lines(text: str, keys: _Keys) -> Iterator[Row]:
-    seen: Dict[str, None] = {}
+    seen: dict[str, None] = {}
     hook = keys.reduce(seen)
 
-    def entries() -> Iterator[Tuple[str, Any]]:
+    def entries() -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(io.StringIO(text), 1):
             if line.strip():
                 try:
@@ -295,13 +296,13 @@ def _json_lines(text: str, keys: _Keys) -> Iterator[Row]:
     return (_entry(name, entry, *chosen) for name, entry in found)
 
 
-def _choose(entries: List[Any], keys: _Keys) -> Optional[Tuple[Optional[str], str]]:
+def _choose(entries: list[Any], keys: _Keys) -> tuple[str | None, str] | None:
     """Return the keys of the first entry that has what is needed."""
     found = (keys.choose(list(entry)) for entry in entries if isinstance(entry, dict))
     return next((chosen for chosen in found if chosen is not None), None)
 
 
-def _entry(name: str, entry: Any, image: Optional[str], caption: str) -> Row:
+def _entry(name: str, entry: Any, image: str | None, caption: str) -> Row:
     if not isinstance(entry, dict):
         return Row(name, None, [], "is no JSON object")
     return _row(name, None if image is None else entry.get(image), entry.get(caption), caption)
@@ -315,14 +316,14 @@ class _Table(NamedTuple):
 
     delimiter: str
     header: bool
-    image: Optional[int]
+    image: int | None
     caption: int
     caption_name: str
     width: int
     """Columns; 0: as many as a line has, of which the caption takes the last ones."""
 
 
-def _table(text: str, keys: _Keys) -> Optional[Iterator[Row]]:
+def _table(text: str, keys: _Keys) -> Iterator[Row] | None:
     """Return the rows of a table, None where the text is no table that can be told."""
     first = re.match(r"[^\r\n]*", text)[0]  # type: ignore[index]
     found = (_with_header(first, delimiter, keys) for delimiter in _DELIMITERS)
@@ -335,7 +336,7 @@ def _table(text: str, keys: _Keys) -> Optional[Iterator[Row]]:
     return None
 
 
-def _with_header(first: str, delimiter: str, keys: _Keys) -> Optional[_Table]:
+def _with_header(first: str, delimiter: str, keys: _Keys) -> _Table | None:
     names = next(_cells(first, delimiter), [])
     chosen = keys.choose(names)
     if chosen is None:
@@ -347,23 +348,23 @@ def _with_header(first: str, delimiter: str, keys: _Keys) -> Optional[_Table]:
     return _Table(delimiter, True, place, names.index(caption), caption, len(names))
 
 
-def _without_header(first: str, keys: _Keys) -> Optional[_Table]:
+def _without_header(first: str, keys: _Keys) -> _Table | None:
     """By the numbers of columns, or where the first column is an image and the last one its caption."""
     for delimiter in _DELIMITERS:
         cells = next(_cells(first, delimiter), [])
         numbers = [int(key) if key and re.fullmatch("[0-9]{1,3}", key) else 0 for key in (keys.image, keys.caption)]
         if keys.caption is not None and len(cells) > 1 and 1 <= numbers[1] <= len(cells):
-            if keys.image is None and not keys.with_images or 1 <= numbers[0] <= len(cells):
+            if (keys.image is None and not keys.with_images) or 1 <= numbers[0] <= len(cells):
                 image = numbers[0] - 1 if numbers[0] else None
                 return _Table(delimiter, False, image, numbers[1] - 1, f"column {numbers[1]}", len(cells))
         elif keys.caption is None and keys.image is None and len(cells) > 1:
+            column = 1 if delimiter == "," else len(cells) - 1  # commas are in captions, too
             if is_image_name(_NUMBER_OF_CAPTION.sub("", cells[0])):
-                column = 1 if delimiter == "," else len(cells) - 1  # commas are in captions, too
                 return _Table(delimiter, False, 0, column, f"column {column + 1}", column + 1)
     return None
 
 
-def _cells(text: str, delimiter: str) -> Iterator[List[str]]:
+def _cells(text: str, delimiter: str) -> Iterator[list[str]]:
     """Yield the cells of each line. A quote in a TSV may be a mere letter, where it would swallow lines."""
     plain = delimiter in "\t|"
     options = {"delimiter": delimiter, "quoting": csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL}
@@ -381,17 +382,17 @@ def _table_rows(text: str, table: _Table, keys: _Keys) -> Iterator[Row]:
     number = 0
     try:
         for number, cells in enumerate(_cells(text, table.delimiter), 1):
-            if not any(cells) or table.header and number == 1:
+            if not any(cells) or (table.header and number == 1):
                 continue
             yield _table_row(f"row {number}", cells, table)
     except csv.Error as error:
         raise UserError(f"--captions {keys.path}: row {number + 1} cannot be read ({error})") from error
 
 
-def _table_row(name: str, cells: List[str], table: _Table) -> Row:
+def _table_row(name: str, cells: list[str], table: _Table) -> Row:
     if len(cells) > table.width and table.caption == table.width - 1:  # commas in a caption without quotes
         join = table.delimiter + " " * (table.delimiter in ",;")
-        cells = cells[: table.caption] + [join.join(cells[table.caption :])]
+        cells = [*cells[:table.caption], join.join(cells[table.caption:])]
     image = None
     if table.image is not None and table.image < len(cells):
         image = _NUMBER_OF_CAPTION.sub("", cells[table.image])

@@ -6,6 +6,7 @@
 While a download runs its bytes are in `<path>.part`, with what the server said about them in `<path>.part.json`, so
 that a later call, also in another process, goes on where this one stopped, but only if the server still has that file.
 """
+from __future__ import annotations
 
 import contextlib
 import hashlib
@@ -22,7 +23,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
-from typing import Any, Dict, Iterator, NoReturn, Optional, Tuple
+from typing import Any, Iterator, NoReturn
 
 from utils.errors import UserError
 from utils.files import PathLike, atomic_write
@@ -49,9 +50,9 @@ class _Retry(Exception):
 def download(
     url: str,
     path: PathLike,
-    sha256: Optional[str] = None,
-    md5: Optional[str] = None,
-    size_limit: Optional[int] = None,
+    sha256: str | None = None,
+    md5: str | None = None,
+    size_limit: int | None = None,
     progress: bool = True,
 ) -> Path:
     """Make `path` hold what is at `url`, and return it.
@@ -89,14 +90,14 @@ def download(
             os.replace(str(part), str(path))
             forget_part(part)
     except OSError as error:
-        raise UserError("cannot save {} as {}: {}".format(url, path, error)) from error
+        raise UserError(f"cannot save {url} as {path}: {error}") from error
     return path
 
 
 # Attempts ------------------------------------------------------------------------------------------------------------
 
 
-def _fetch(url: str, part: Path, verified: bool, size_limit: Optional[int], progress: bool, path: Path) -> bool:
+def _fetch(url: str, part: Path, verified: bool, size_limit: int | None, progress: bool, path: Path) -> bool:
     """Fill `part`, resuming what is in it; return whether any of it was there before."""
     resumed = part.is_file() and part.stat().st_size > 0
     failures, most = 0, part.stat().st_size if resumed else 0
@@ -115,12 +116,12 @@ def _fetch(url: str, part: Path, verified: bool, size_limit: Optional[int], prog
             time.sleep(pause)
 
 
-def _attempt(url: str, part: Path, verified: bool, size_limit: Optional[int], progress: bool, path: Path) -> None:
+def _attempt(url: str, part: Path, verified: bool, size_limit: int | None, progress: bool, path: Path) -> None:
     """Ask for what `part` lacks and append it. Raises _Retry, or UserError when trying again is of no use."""
     start, validator = _resume_point(url, part, verified)
     request = urllib.request.Request(url, headers={"User-Agent": "mini-dalle", "Accept-Encoding": "identity"})
     if start:
-        request.add_header("Range", "bytes={}-".format(start))
+        request.add_header("Range", f"bytes={start}-")
         if validator:
             request.add_header("If-Range", validator)
     try:
@@ -133,7 +134,7 @@ def _attempt(url: str, part: Path, verified: bool, size_limit: Optional[int], pr
                 return
             forget_part(part)
             raise _Retry("the server has a different file now") from error
-        reason = "HTTP status {} ({})".format(error.code, error.reason)
+        reason = f"HTTP status {error.code} ({error.reason})"
         if error.code in _RETRY_STATUSES:
             raise _Retry(reason) from error
         _give_up(url, path, reason)
@@ -146,7 +147,7 @@ def _attempt(url: str, part: Path, verified: bool, size_limit: Optional[int], pr
 
 
 def _receive(
-    response: Any, url: str, part: Path, start: int, size_limit: Optional[int], progress: bool, path: Path
+    response: Any, url: str, part: Path, start: int, size_limit: int | None, progress: bool, path: Path
 ) -> None:
     """Write a response's body to `part`, after the first `start` bytes when the server agreed to that."""
     if response.status != 206 or _range_start(response.headers) != start:
@@ -156,7 +157,7 @@ def _receive(
     if response.headers.get_content_type() == "text/html" and path.suffix.lower() not in (".html", ".htm"):
         _give_up(url, path, "the server sent a web page instead of the file")
     if size_limit is not None and total is not None and total > size_limit:
-        _give_up(url, path, "it has {} bytes, more than the {} expected".format(total, size_limit))
+        _give_up(url, path, f"it has {total} bytes, more than the {size_limit} expected")
     free = shutil.disk_usage(str(part.parent)).free
     if total is not None and total - start > free:
         message = "{} needs {:.1f} GB of space, but only {:.1f} GB are free at {}"
@@ -173,11 +174,11 @@ def _receive(
             size += len(block)
             if size_limit is not None and size > size_limit:
                 forget_part(part)
-                _give_up(url, path, "it has more than the {} bytes expected".format(size_limit))
+                _give_up(url, path, f"it has more than the {size_limit} bytes expected")
             file.write(block)
             bar.update(len(block))
     if total is not None and size < total:
-        raise _Retry("the connection ended after {} of {} bytes".format(size, total))
+        raise _Retry(f"the connection ended after {size} of {total} bytes")
 
 
 def _blocks(response: Any) -> Iterator[bytes]:
@@ -211,11 +212,11 @@ def _check_address(url: str, verified: bool, first_url: str, path: Path) -> None
     except ValueError:
         safe = False
     if not safe:
-        _give_up(first_url, path, "{} is no https address".format(url))
+        _give_up(first_url, path, f"{url} is no https address")
 
 
 def _give_up(url: str, path: Path, reason: str) -> NoReturn:
-    raise UserError("cannot download {}: {}; fetch it by hand and save it as {}".format(url, reason, path))
+    raise UserError(f"cannot download {url}: {reason}; fetch it by hand and save it as {path}")
 
 
 # What is known of a part ---------------------------------------------------------------------------------------------
@@ -232,14 +233,14 @@ def forget_part(part: Path) -> None:
             file.unlink()
 
 
-def _resume_point(url: str, part: Path, verified: bool) -> Tuple[int, str]:
+def _resume_point(url: str, part: Path, verified: bool) -> tuple[int, str]:
     """Return (bytes that may be kept, what identifies the server's file); (0, "") to start from nothing.
 
     Without identification a part is resumed only when a checksum will tell whether that went well.
     """
     if not part.is_file():
         return 0, ""
-    notes: Dict[str, Any] = {}
+    notes: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
         notes = json.loads(_notes(part).read_text(encoding="utf-8"))
     validator = notes.get("validator") if isinstance(notes, dict) and notes.get("url") == url else None
@@ -266,7 +267,7 @@ def _total_size(headers: Any) -> int:
     return int(total) if total.isdigit() else -1
 
 
-def _mismatch(path: Path, checksums: Dict[str, str]) -> str:
+def _mismatch(path: Path, checksums: dict[str, str]) -> str:
     """Return "" if the file has the expected checksums, else what differs."""
     if not checksums:
         return ""
@@ -278,7 +279,7 @@ def _mismatch(path: Path, checksums: Dict[str, str]) -> str:
     for name, expected in checksums.items():
         found = digests[name].hexdigest()
         if found != expected:
-            return "its {} is {}, not {}".format(name, found, expected)
+            return f"its {name} is {found}, not {expected}"
     return ""
 
 
@@ -296,7 +297,7 @@ def _locked(path: Path) -> Iterator[None]:
 # Progress ------------------------------------------------------------------------------------------------------------
 
 
-def progress_bar(total: Optional[int], name: str, unit: str, progress: bool) -> Any:
+def progress_bar(total: int | None, name: str, unit: str, progress: bool) -> Any:
     """Return a bar on stderr, with `update`; one that shows nothing without `progress` or without tqdm."""
     try:
         from tqdm import tqdm

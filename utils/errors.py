@@ -1,10 +1,11 @@
 """The two errors that a user may cause, and how a script ends with them: one line on stderr, no traceback."""
+from __future__ import annotations
 
 import difflib
 import os
 import re
 import sys
-from typing import Callable, Iterable, Optional
+from typing import Callable, Iterable
 
 
 class UserError(ValueError):
@@ -22,10 +23,10 @@ _IN_WORKER = re.compile(r"\ACaught \w+ in DataLoader worker process \d+\.\nOrigi
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the known name closest to `name`, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return " Did you mean '{}'?".format(matches[0]) if matches else ""
+    return f" Did you mean '{matches[0]}'?" if matches else ""
 
 
-def run_main(main: Callable[[], Optional[int]]) -> None:
+def run_main(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit with what it returns (None: 0), 2 after `UsageError`, 1 after another `UserError`.
 
     An `OSError` that names a file ends with 1 and a line, too: files vanish and disks fill at any place.

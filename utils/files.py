@@ -1,4 +1,5 @@
 """Files that are either complete or absent: atomic writing and content hashes."""
+from __future__ import annotations
 
 import contextlib
 import errno
@@ -27,7 +28,7 @@ def atomic_write(path: PathLike, mode: str = "w", permissions: int = 0o666) -> I
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = str(path.parent / ".{}.{}.tmp".format(path.name[:100], uuid.uuid4().hex[:16]))
+    temporary = str(path.parent / f".{path.name[:100]}.{uuid.uuid4().hex[:16]}.tmp")
 
     def opener(name: str, flags: int) -> int:
         return os.open(name, flags, permissions)  # mkstemp would not take them, and the umask is not one thread's own

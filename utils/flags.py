@@ -3,12 +3,13 @@
 parser = Parser(...); parser.add_argument("--num_images", type=whole(1), default=128)
 options = parse_flags(parser, argv)
 """
+from __future__ import annotations
 
 import argparse
 import math
 import os
 import sys
-from typing import Any, Callable, Dict, List, NamedTuple, NoReturn, Optional, Sequence
+from typing import Any, Callable, NamedTuple, NoReturn, Sequence
 
 from utils.errors import UsageError, nearest
 
@@ -22,21 +23,21 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message[len("argument ") :] if message.startswith("argument ") else message)
 
-    def known_flags(self) -> List[str]:
+    def known_flags(self) -> list[str]:
         """Every flag, as it is documented."""
         return [text for action in self._actions for text in action.option_strings]
 
 
-def whole(low: int, high: Optional[int] = None) -> Callable[[str], int]:
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
     """Return an argparse type: a whole number from `low` to `high` (None: no limit)."""
 
     def convert(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError("expected a whole number, got {!r}".format(text[:80])) from None
+            raise argparse.ArgumentTypeError(f"expected a whole number, got {text[:80]!r}") from None
         if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError("must be {}, got {}".format(Range(low, high), text[:80]))
+            raise argparse.ArgumentTypeError(f"must be {Range(low, high)}, got {text[:80]}")
         return value
 
     return convert
@@ -46,7 +47,7 @@ class Range(NamedTuple):
     """Finite numbers from `low` (with `above`: larger than it) to `high` (None: no limit), and 0 with `or_zero`."""
 
     low: float
-    high: Optional[float] = None
+    high: float | None = None
     above: bool = False
     or_zero: bool = False
 
@@ -58,8 +59,8 @@ class Range(NamedTuple):
         return inside and math.isfinite(value) and (self.high is None or value <= self.high)
 
     def __str__(self) -> str:
-        text = "above {:g}".format(self.low) if self.above else "at least {:g}".format(self.low)
-        text += "" if self.high is None else " and at most {:g}".format(self.high)
+        text = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
+        text += "" if self.high is None else f" and at most {self.high:g}"
         return text + (", or 0" if self.or_zero else "")
 
 
@@ -71,9 +72,9 @@ def number(*limits: Any, **more: Any) -> Callable[[str], float]:
         try:
             value = float(text)
         except ValueError:
-            raise argparse.ArgumentTypeError("expected a number, got {!r}".format(text[:80])) from None
+            raise argparse.ArgumentTypeError(f"expected a number, got {text[:80]!r}") from None
         if not allowed.holds(value):
-            raise argparse.ArgumentTypeError("must be {}, got {}".format(allowed, text[:80]))
+            raise argparse.ArgumentTypeError(f"must be {allowed}, got {text[:80]}")
         return value
 
     return convert
@@ -83,14 +84,14 @@ def share_or_count(text: str) -> float:
     """An argparse type: a share from 0 to below 1, or a whole number."""
     value = number(0)(text)
     if value >= 1 and value != int(value):
-        raise argparse.ArgumentTypeError("a share below 1 or a whole number, not {:g}".format(value))
+        raise argparse.ArgumentTypeError(f"a share below 1 or a whole number, not {value:g}")
     return value
 
 
 def path(text: str) -> str:
     """An argparse type: a path, `~` expanded; not empty."""
     if not text or "\0" in text:
-        raise argparse.ArgumentTypeError("{!r} is not a path".format(text[:80]))
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a path")
     return os.path.expanduser(text)
 
 
@@ -126,7 +127,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parse_flags(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse `argv` (default: the process's arguments); flags may be spelled with - or _.
 
     A value may start with a single dash (`--text -rf`). Raises UsageError for unknown flags, naming the nearest one,
@@ -141,18 +142,18 @@ def parse_flags(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] =
         word = rest[0].partition("=")[0]
         if not word.startswith("-"):
             raise UsageError(
-                "unexpected argument '{}': put a value of several words in quotes; --help lists the flags".format(word)
+                f"unexpected argument '{word}': put a value of several words in quotes; --help lists the flags"
             )
         hint = nearest(word.replace("-", "_"), known)
         for name, flag in known.items():
-            hint = hint.replace("'{}'".format(name), "'{}'".format(flag))
-        raise UsageError("unknown flag '{}'.{} --help lists the flags".format(word, hint))
+            hint = hint.replace(f"'{name}'", f"'{flag}'")
+        raise UsageError(f"unknown flag '{word}'.{hint} --help lists the flags")
     return options
 
 
-def _canonical_words(argv: List[str], known: Dict[str, str], takes_value: Dict[str, bool]) -> List[str]:
+def _canonical_words(argv: list[str], known: dict[str, str], takes_value: dict[str, bool]) -> list[str]:
     """Spell known flags as the parser does, and tie values that look like short flags to theirs (`--text=-rf`)."""
-    words: List[str] = []
+    words: list[str] = []
     tie = False  # the word before is a flag that waits for its value
     for word in argv:
         flag, equals, value = word.partition("=")

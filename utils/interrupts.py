@@ -1,11 +1,12 @@
 """SIGTERM and Ctrl-C: a run ends at its next step, with all that it has reached saved."""
+from __future__ import annotations
 
 import contextlib
 import os
 import signal
 import time
 from types import FrameType
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Iterator
 
 _AT_ONCE_AFTER = 1.0
 """Seconds between one Ctrl-C and another that means it: launchers pass it on to processes that had it already."""
@@ -20,10 +21,10 @@ class Interruption:
 
     def __init__(self, tell: bool = True) -> None:
         """tell: say on stderr that a signal was heard."""
-        self.requested: Optional[int] = None
+        self.requested: int | None = None
         """The first signal that was noted."""
         self._tell, self._deferring, self._heard_at = tell, False, 0.0
-        self._before: Dict[int, Any] = {}
+        self._before: dict[int, Any] = {}
 
     @property
     def status(self) -> int:
@@ -39,7 +40,7 @@ class Interruption:
         finally:
             self._deferring = False
 
-    def __enter__(self) -> "Interruption":
+    def __enter__(self) -> Interruption:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._hear)
         return self
@@ -48,7 +49,7 @@ class Interruption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: Optional[FrameType]) -> None:
+    def _hear(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         again = number == signal.SIGINT == self.requested and now - self._heard_at > _AT_ONCE_AFTER
         if again or not self._deferring:

@@ -2,6 +2,7 @@
 
     for batch in read(make_loader(dataset, workers=4, batch_size=32)): ...
 """
+from __future__ import annotations
 
 import contextlib
 import signal

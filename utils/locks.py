@@ -2,6 +2,7 @@
 
 Not filelock: its last version for Python 3.8 empties the file that names the holder, and its forks keep the lock.
 """
+from __future__ import annotations
 
 import contextlib
 import functools
@@ -10,7 +11,7 @@ import os
 import socket
 import weakref
 from pathlib import Path
-from typing import IO, Any, Iterator, Optional, Tuple
+from typing import IO, Any, Iterator
 
 from utils.errors import UserError
 from utils.files import PathLike
@@ -27,7 +28,7 @@ class Lock:
     """A lock that this process holds, until `close` or its end."""
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor: Optional[int] = descriptor
+        self._descriptor: int | None = descriptor
         _held.add(self)
 
     def close(self) -> None:
@@ -47,7 +48,7 @@ class Lock:
         self.close()
 
 
-_held: "weakref.WeakSet[Lock]" = weakref.WeakSet()
+_held: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 
 def _let_go() -> None:
@@ -60,7 +61,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_let_go)
 
 
-def try_lock(path: PathLike) -> Optional[Lock]:
+def try_lock(path: PathLike) -> Lock | None:
     """Lock a folder that exists, or a file, made where it is missing; None if another process holds the lock.
 
     A file then says who holds it; what a link points to is not written. On file systems without locks, says so and goes
@@ -75,7 +76,7 @@ def try_lock(path: PathLike) -> Optional[Lock]:
     if not is_folder:
         with contextlib.suppress(OSError):  # a full disk: the lock holds, but does not say whose it is
             os.ftruncate(descriptor, 0)
-            os.write(descriptor, "process {} on {}".format(os.getpid(), socket.gethostname()).encode("utf-8"))
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     return Lock(descriptor)
 
 
@@ -92,7 +93,7 @@ def _locked(descriptor: int, path: PathLike, more_flags: int = 0) -> bool:
     except (BlockingIOError, PermissionError):
         return False
     except OSError as error:
-        _warn("{}: this file system has no locks ({})".format(path, error.strerror or error))
+        _warn(f"{path}: this file system has no locks ({error.strerror or error})")
     return True
 
 
@@ -109,7 +110,7 @@ def holder(path: PathLike) -> str:
 
 
 @contextlib.contextmanager
-def only_writer(*folders: Tuple[str, Path]) -> Iterator[None]:
+def only_writer(*folders: tuple[str, Path]) -> Iterator[None]:
     """Within the context no other process may write into these (flag, folder) through `only_writer`.
 
     Makes missing folders. Raises UserError that names flag, folder and the other process. A folder where no lock can be

@@ -1,4 +1,5 @@
 """How this process gets its memory from the system."""
+from __future__ import annotations
 
 import contextlib
 import ctypes

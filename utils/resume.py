@@ -1,4 +1,5 @@
 """What --resume does with options that are given anew: other values than the run was saved with."""
+from __future__ import annotations
 
 from typing import Any, Callable, Collection, Dict, Mapping, Tuple
 
@@ -28,7 +29,7 @@ def changes(saved: Any, now: Mapping[str, Any]) -> Changes:
 def refuse(found: Changes, fixed: Collection[str], flag: Callable[[str], str], path: PathLike, way_out: str) -> None:
     """Raise UsageError that names the flags of all changes to `fixed` options; `path` is what was to be resumed."""
     differing = [
-        "{} {}, not {}".format(flag(name), _typed(was), _typed(now))
+        f"{flag(name)} {_typed(was)}, not {_typed(now)}"
         for name, (was, now) in found.items()
         if name in fixed
     ]
@@ -40,11 +41,11 @@ def refuse(found: Changes, fixed: Collection[str], flag: Callable[[str], str], p
 def listed(found: Changes, flag: Callable[[str], str]) -> str:
     """Changes for the log."""
     return ", ".join(
-        "{} {} instead of {}".format(flag(name), _typed(now), _typed(was)) for name, (was, now) in found.items()
+        f"{flag(name)} {_typed(now)} instead of {_typed(was)}" for name, (was, now) in found.items()
     )
 
 
-def load_moments(optimizer: Any, state: Dict[str, Any]) -> None:
+def load_moments(optimizer: Any, state: dict[str, Any]) -> None:
     """Give an optimizer of PyTorch its saved moments; its options (weight decay, betas, ...) stay those of this run."""
     options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)

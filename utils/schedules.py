@@ -1,7 +1,8 @@
 """Learning-rate schedules as plain functions of how far training has come, and the one that looks at the loss."""
+from __future__ import annotations
 
 import math
-from typing import Any, Dict
+from typing import Any
 
 import torch
 
@@ -61,12 +62,12 @@ class Plateau:
         """Take note of an epoch's loss."""
         self._scheduler.step(loss)
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Plain values that `load_state_dict` takes."""
         kept = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
         return dict({key: getattr(self._scheduler, key) for key in kept}, learning_rate=self.learning_rate)
 
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state_dict."""
         for key, value in state.items():
             if key == "learning_rate":

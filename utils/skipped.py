@@ -7,13 +7,14 @@
 The file is the one channel between processes: loader processes and the ranks of a run append to it, one JSON object a
 line, and read there what the others found. So each file counts once, whichever process meets it and however often.
 """
+from __future__ import annotations
 
 import contextlib
 import errno
 import json
 import logging
 import os
-from typing import IO, Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import IO, Any, Iterable, Iterator, NamedTuple
 
 from utils.errors import UserError
 from utils.files import PathLike
@@ -46,7 +47,7 @@ class SkipReport:
 
     def __init__(
         self,
-        file: Optional[PathLike] = None,
+        file: PathLike | None = None,
         max_bad_fraction: float = 0.01,
         source: str = "data",
         flag: str = "--max-bad-fraction",
@@ -59,8 +60,8 @@ class SkipReport:
         """
         self.file = None if file is None else str(file)
         self.max_bad_fraction, self.source, self.flag, self.is_main = max_bad_fraction, source, flag, is_main
-        self._seen: Dict[str, str] = {}  # path -> reason of bad samples
-        self._kinds: Dict[str, List[Any]] = {}  # reason -> [number, example], also of what is no sample
+        self._seen: dict[str, str] = {}  # path -> reason of bad samples
+        self._kinds: dict[str, list[Any]] = {}  # reason -> [number, example], also of what is no sample
         self._counted = 0  # bad samples that `add_count` was told of
         self._offset = 0
         self._told = False
@@ -132,7 +133,7 @@ class SkipReport:
                 self._read_others(file)
         return len(self._seen) + self._counted
 
-    def kinds(self) -> List[Tuple[int, str, str]]:
+    def kinds(self) -> list[tuple[int, str, str]]:
         """Return (number, reason, example) of each kind of file left out, bad or unused."""
         self.num_bad  # noqa: B018 (reads what other processes found)
         return [(number, reason, example) for reason, (number, example) in sorted(self._kinds.items())]
@@ -144,9 +145,9 @@ class SkipReport:
 
     def where(self) -> str:
         """Return "; all are listed in FILE", or "" where nothing is."""
-        return "; all are listed in {}".format(self.file) if self.file is not None and self._size() else ""
+        return f"; all are listed in {self.file}" if self.file is not None and self._size() else ""
 
-    def check(self, total: int, bad: Optional[int] = None, unit: str = "samples") -> None:
+    def check(self, total: int, bad: int | None = None, unit: str = "samples") -> None:
         """Raise UserError when more than `max_bad_fraction` of `total` samples, or other units, are bad.
 
         bad: how many are; None: all that this report counted as bad samples.
@@ -155,10 +156,9 @@ class SkipReport:
         if bad <= self.max_bad_fraction * total:
             return
         raise UserError(
-            "{}: {} of {} {} cannot be used, more than {} {:g} allows: {}; mend or remove them, or raise {} to go "
-            "on without them".format(
-                self.source, bad, total, unit, self.flag, self.max_bad_fraction, self.summary(), self.flag
-            )
+            f"{self.source}: {bad} of {total} {unit} cannot be used, more than {self.flag} {self.max_bad_fraction:g} "
+            f"allows: {self.summary()}; mend or remove them, or raise {self.flag} to go "
+            "on without them"
         )
 
     # The file
@@ -170,9 +170,9 @@ class SkipReport:
             return 0
 
     @contextlib.contextmanager
-    def _locked(self, write: bool) -> Iterator[Optional[IO[bytes]]]:
+    def _locked(self, write: bool) -> Iterator[IO[bytes] | None]:
         """Open the file for this process alone; None where that is impossible, which ends no run: it is a report."""
-        file: Optional[IO[bytes]] = None
+        file: IO[bytes] | None = None
         if self.file is not None and (write or self._size()):
             try:
                 if write:
@@ -188,7 +188,7 @@ class SkipReport:
             if file is not None:
                 file.close()
 
-    def _read_others(self, file: Optional[IO[bytes]]) -> None:
+    def _read_others(self, file: IO[bytes] | None) -> None:
         """Take over what other processes appended since the last look."""
         size = self._size()
         if file is None or size <= self._offset:

@@ -1,4 +1,5 @@
 """Tar archives from the web, unpacked without trusting their names: only plain files and folders, only inside."""
+from __future__ import annotations
 
 import contextlib
 import os
@@ -21,20 +22,20 @@ def unpack_tar(archive: PathLike, folder: PathLike, size_limit: int) -> None:
     Raises UserError for such archives, damaged ones, and when writing fails.
     """
     archive, folder = Path(archive), Path(folder)
-    temporary = folder.with_name(".{}.{}.tmp".format(folder.name, os.getpid()))
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         _extract(archive, temporary, size_limit)
         tops = list(temporary.iterdir())
         if len(tops) != 1 or not tops[0].is_dir():
-            raise UserError("{} holds {} things at its top, not one folder".format(archive, len(tops)))
+            raise UserError(f"{archive} holds {len(tops)} things at its top, not one folder")
         if not folder.is_dir():  # another process may have been faster
             os.replace(str(tops[0]), str(folder))
         with contextlib.suppress(FileNotFoundError):
             archive.unlink()
     except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise UserError("{} is damaged ({}); delete it and fetch it again".format(archive, error)) from error
+        raise UserError(f"{archive} is damaged ({error}); delete it and fetch it again") from error
     except OSError as error:
-        raise UserError("cannot unpack {} into {}: {}".format(archive, folder, error)) from error
+        raise UserError(f"cannot unpack {archive} into {folder}: {error}") from error
     finally:
         shutil.rmtree(str(temporary), ignore_errors=True)
 
@@ -47,15 +48,15 @@ def _extract(archive: Path, target: Path, size_limit: int) -> None:
         content.extraction_filter = getattr(tarfile, "data_filter", None)  # type: ignore[assignment]
         for number, member in enumerate(content):
             if number >= _MAX_FILES:
-                raise UserError("{} holds more than {} files".format(archive, _MAX_FILES))
+                raise UserError(f"{archive} holds more than {_MAX_FILES} files")
             parts = PurePosixPath(member.name).parts
             unsafe = member.name.startswith("/") or ".." in parts or "\\" in member.name or ":" in member.name
             path = target.joinpath(*parts)
             if unsafe or not (member.isreg() or member.isdir()) or path.is_file():  # one that comes twice
-                raise UserError("{} holds the unsafe entry {!r}; it is not unpacked".format(archive, member.name))
+                raise UserError(f"{archive} holds the unsafe entry {member.name!r}; it is not unpacked")
             size += member.size
             if size > size_limit:
-                raise UserError("{} unpacks to more than the {} bytes expected".format(archive, size_limit))
+                raise UserError(f"{archive} unpacks to more than the {size_limit} bytes expected")
             if member.isdir():  # without the filter, tarfile would make a folder that only this user can read
                 path.mkdir(parents=True, exist_ok=True)
             else:

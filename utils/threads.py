@@ -1,4 +1,5 @@
 """How this process's threads share the cores with other processes."""
+from __future__ import annotations
 
 import ctypes
 import functools
@@ -6,7 +7,7 @@ import logging
 import os
 import sys
 import threading
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def share_cores() -> bool:
     return done
 
 
-def _loaded_runtimes() -> List[str]:
+def _loaded_runtimes() -> list[str]:
     """The files of the OpenMP libraries in this process."""
     with open("/proc/self/maps") as maps:
         paths = {line.split(maxsplit=5)[5].strip() for line in maps if "omp" in line and line.count("/")}
@@ -62,7 +63,7 @@ def _loaded_runtimes() -> List[str]:
 
 def _watch(
     new_team: Callable[[], Any],
-    schedule: Callable[[], Dict[str, Tuple[float, float]]],
+    schedule: Callable[[], dict[str, tuple[float, float]]],
     wait: Callable[[float], Any],
 ) -> None:
     """Keep a sleeping team while this process waits for cores, and at first, and where Linux does not tell."""
@@ -74,7 +75,7 @@ def _watch(
 
 def _keep_team(
     new_team: Callable[[], Any],
-    schedule: Callable[[], Dict[str, Tuple[float, float]]],
+    schedule: Callable[[], dict[str, tuple[float, float]]],
     wait: Callable[[float], Any],
 ) -> None:
     team = new_team()
@@ -94,7 +95,7 @@ def _keep_team(
     team.join()
 
 
-def _schedule() -> Dict[str, Tuple[float, float]]:
+def _schedule() -> dict[str, tuple[float, float]]:
     """Seconds that each thread of this process ran, and that it waited for a core. Empty where Linux does not tell."""
     times = {}
     for thread in os.listdir("/proc/self/task"):

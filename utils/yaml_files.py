@@ -4,8 +4,9 @@ YAML can name classes to build, and its aliases and merge keys can make a gigaby
 plain values only, and aliases mere references to one value: so never print a value whole (utils.untrusted.shown
 cuts it short), and merged keys are counted here.
 """
+from __future__ import annotations
 
-from typing import Any, Dict
+from typing import Any
 
 import yaml
 
@@ -28,7 +29,7 @@ class _BoundedLoader(yaml.SafeLoader):
 
         So says https://yaml.org/type/merge.html; PyYAML 6.0.4 takes the last source, and older ones keep every copy.
         """
-        inherited: Dict[Any, Any] = {}
+        inherited: dict[Any, Any] = {}
         own = []
         for key, value in node.value:
             if key.tag != _MERGE:
@@ -67,7 +68,7 @@ class _UniqueKeyLoader(_BoundedLoader):
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(
-                        None, None, "key '{}' is given twice".format(key.value), key.start_mark
+                        None, None, f"key '{key.value}' is given twice", key.start_mark
                     )
                 seen.add(key.value)
         return node
@@ -79,16 +80,16 @@ def parse_yaml(content: bytes, where: str, unique_keys: bool = False) -> Any:
     unique_keys: a key given twice in one mapping is an error.
     """
     if len(content) > MAX_BYTES:
-        raise UserError("{}: too large to be a configuration ({} bytes at most)".format(where, MAX_BYTES))
+        raise UserError(f"{where}: too large to be a configuration ({MAX_BYTES} bytes at most)")
     try:
         return yaml.load(content, Loader=_UniqueKeyLoader if unique_keys else _BoundedLoader)
     except RecursionError as error:
-        raise UserError("{}: nested too deeply".format(where)) from error
+        raise UserError(f"{where}: nested too deeply") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = ", line {}".format(mark.line + 1) if mark else ""
+        line = f", line {mark.line + 1}" if mark else ""
         problem = " ".join(str(getattr(error, "problem", None) or error).split())[:200]
-        raise UserError("{}{}: {}".format(where, line, problem)) from error
+        raise UserError(f"{where}{line}: {problem}") from error
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
         # What PyYAML's own constructors raise for a date that is none, an empty number, !!bool of a word, ...
-        raise UserError("{}: a value that is none of its kind ({})".format(where, str(error)[:100])) from error
+        raise UserError(f"{where}: a value that is none of its kind ({str(error)[:100]})") from error

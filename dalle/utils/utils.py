@@ -2,9 +2,10 @@
 
 from dalle.utils.utils import clip_score, set_seed
 """
+from __future__ import annotations
 
 import random
-from typing import Any, Callable, Optional, Sequence, Union
+from typing import Any, Callable, Sequence
 
 import numpy as np
 import torch
@@ -30,8 +31,8 @@ def clip_score(
     images: np.ndarray,
     model_clip: Any,
     preprocess_clip: Any = None,
-    device: Union[None, str, torch.device] = None,
-    tokenizer: Optional[Callable[..., Any]] = None,
+    device: str | torch.device | None = None,
+    tokenizer: Callable[..., Any] | None = None,
 ) -> np.ndarray:
     """Return the images' indices (N,), the one that fits the prompt best first. See `clip_similarity`."""
     scores = clip_similarity(prompt, images, model_clip, preprocess_clip, device, tokenizer)
@@ -44,8 +45,8 @@ def clip_similarity(
     images: np.ndarray,
     model_clip: Any,
     preprocess_clip: Any = None,
-    device: Union[None, str, torch.device] = None,
-    tokenizer: Optional[Callable[..., Any]] = None,
+    device: str | torch.device | None = None,
+    tokenizer: Callable[..., Any] | None = None,
 ) -> Tensor:
     """Return the cosine similarity (N,) of each image with the prompt. images: (N, H, W, 3) floats in [0, 1].
 
@@ -58,7 +59,7 @@ def clip_similarity(
     """
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] != 3:
-        raise UserError("images: expected an array (N, H, W, 3), got {}".format(images.shape))
+        raise UserError(f"images: expected an array (N, H, W, 3), got {images.shape}")
     if images.dtype != np.uint8:
         images = (np.clip(images, 0.0, 1.0) * 255).astype(np.uint8)  # cut off, as the published code does
     pictures = [Image.fromarray(image) for image in images]
@@ -70,9 +71,8 @@ def clip_similarity(
     if hasattr(model_clip, "get_image_features"):
         return _transformers_style(prompt, pictures, model_clip, preprocess_clip, device)
     raise UserError(
-        "model_clip is a {}: expected a model of clip, open_clip or transformers, or a ClipRanker".format(
-            type(model_clip).__name__
-        )
+        f"model_clip is a {type(model_clip).__name__}: expected a model of clip, open_clip or transformers, or a "
+        "ClipRanker"
     )
 
 
@@ -108,7 +108,7 @@ def _clip_tokenizer(model: Any) -> Callable[..., Any]:
 
         return clip.tokenize
     except ImportError as error:
-        raise UserError("give clip_score the model's tokenizer: {}".format(error)) from error
+        raise UserError(f"give clip_score the model's tokenizer: {error}") from error
 
 
 def _transformers_style(

@@ -1,7 +1,8 @@
 """Samples in the order in which the replicas take them, and PopTorch's data loader over it."""
+from __future__ import annotations
 
 import copy
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,12 +34,12 @@ class Stream(torch.utils.data.Dataset):  # type: ignore[type-arg]
         self,
         dataset: Any,
         seed: int,
-        position: Tuple[int, int],
+        position: tuple[int, int],
         epochs: int,
-        steps: Tuple[int, int],
-        shares: Tuple[int, int, int],
+        steps: tuple[int, int],
+        shares: tuple[int, int, int],
         dtype: Any,
-        left: Optional[int] = None,
+        left: int | None = None,
     ) -> None:
         """position: (epoch, sample) to start from. epochs: where to end. steps: in the rest of that epoch, and in each
         later one. shares: (samples of this process in a step, its number, number of processes). dtype: element type of
@@ -53,7 +54,7 @@ class Stream(torch.utils.data.Dataset):  # type: ignore[type-arg]
         self.steps = self.steps if left is None else min(self.steps, left)
         self._epoch = -1
         self._own: Any = None
-        self._order: List[int] = []
+        self._order: list[int] = []
 
     def __getstate__(self) -> Any:
         return dict(vars(self), _epoch=-1, _own=None, _order=[])  # every worker finds its own epoch
@@ -61,9 +62,9 @@ class Stream(torch.utils.data.Dataset):  # type: ignore[type-arg]
     def __len__(self) -> int:
         return self.steps * self.share
 
-    def __getitem__(self, index: int) -> Tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if not 0 <= index < len(self):
-            raise IndexError("sample {} of {}".format(index, len(self)))
+            raise IndexError(f"sample {index} of {len(self)}")
         step, within = divmod(index, self.share)
         epoch, start = self.first_epoch, self.start
         if step >= self.first_steps:
@@ -94,9 +95,9 @@ class Padded(torch.utils.data.Dataset):  # type: ignore[type-arg]
     def __len__(self) -> int:
         return self.filled
 
-    def __getitem__(self, index: int) -> Tuple[Tensor, Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         if not 0 <= index < len(self):
-            raise IndexError("sample {} of {}".format(index, len(self)))
+            raise IndexError(f"sample {index} of {len(self)}")
         source = self.process + index * self.processes
         counts = source < len(self.dataset)
         text, image = self.dataset[source if counts else 0]
@@ -116,7 +117,7 @@ def make_loader(poptorch: Any, options: Any, config: Config, samples: Any, ahead
     ahead: load the next batches while the device works, in a process of its own.
     """
     workers = config.data.dataloader_workers
-    settings: Dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     if ahead:
         run = config.execution
         combined = run.batch_size * options.device_iterations * options.replication_factor

@@ -5,10 +5,11 @@
 
 The model is built for one device and changed from outside (model.py); where its parts go is engines/plan.py's business.
 """
+from __future__ import annotations
 
 import logging
 import time
-from typing import Any, Callable, Dict, Generator, List, Optional
+from typing import Any, Callable, Generator
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class IpuEngine(Engine):
         self._loader: Any = None
         self._source: Any = None  # its iterator
         self._source_at: Any = None  # (data set, epoch, sample) of the batch that comes next
-        self._device_rate: Optional[float] = None  # the learning rate that the device has
+        self._device_rate: float | None = None  # the learning rate that the device has
 
     @property
     def share(self) -> int:
@@ -73,10 +74,10 @@ class IpuEngine(Engine):
 
     def _call(self) -> str:
         flags = "--batch-size x --gradient-accumulation x --replication-factor x --device-iterations"
-        return "call of the device, which takes {} ({})".format(self.config.global_batch * self.iterations, flags)
+        return f"call of the device, which takes {self.config.global_batch * self.iterations} ({flags})"
 
     def loader(
-        self, dataset: Any, epoch: int, start: int = 0, left: Optional[int] = None
+        self, dataset: Any, epoch: int, start: int = 0, left: int | None = None
     ) -> Generator[Any, None, None]:
         per_call = self.config.global_batch * self.iterations
         calls = self.steps_per_epoch(len(dataset), start) // self.iterations
@@ -90,11 +91,11 @@ class IpuEngine(Engine):
             self._source_at = (dataset, epoch + 1, 0) if call == calls else (dataset, epoch, start + call * per_call)
             yield next(self._source)
 
-    def _go_to(self, dataset: Any, epoch: int, start: int, left: Optional[int]) -> None:
+    def _go_to(self, dataset: Any, epoch: int, start: int, left: int | None) -> None:
         """Let the loader go on where it is; only where another place is asked for, start a new one."""
-        if self._source_at is not None and self._source_at[0] is dataset and self._source_at[1:] == (epoch, start):
-            if epoch < self.config.execution.epochs:  # where the stream ends
-                return
+        at, ends = self._source_at, epoch >= self.config.execution.epochs  # where the stream ends
+        if not ends and at is not None and at[0] is dataset and at[1:] == (epoch, start):
+            return
         self._stop_loader()
         samples = Stream(
             dataset,
@@ -115,7 +116,7 @@ class IpuEngine(Engine):
             self._loader.terminate()
             self._loader = None
 
-    def _example(self, encodes_images: bool) -> List[Tensor]:
+    def _example(self, encodes_images: bool) -> list[Tensor]:
         """Zeros of the shapes and types of a batch."""
         samples, model = self.share * self.iterations, self.model.dalle.config
         text = torch.zeros(samples, model.text_seq_len, dtype=torch.long)
@@ -152,7 +153,7 @@ class IpuEngine(Engine):
         loss, text_loss, image_loss = (value.float().mean() / micro_batches for value in sums)
         return StepResult(loss, text_loss, image_loss)
 
-    def evaluate(self, dataset: Any, stop: Optional[Callable[[], bool]] = None) -> Optional[Dict[str, float]]:
+    def evaluate(self, dataset: Any, stop: Callable[[], bool] | None = None) -> dict[str, float] | None:
         dataset.set_epoch(0)
         # Both programs want the same IPUs: they take turns. Detaching brings weights and optimizer state to the host,
         # and each attaches again, with the newest weights, when it is called.
@@ -178,7 +179,7 @@ class IpuEngine(Engine):
         loss = (text_loss + weight * image_loss) / (weight + 1)
         return {"loss": loss, "text_loss": text_loss, "image_loss": image_loss}
 
-    def remedies(self) -> List[str]:
+    def remedies(self) -> list[str]:
         return super().remedies() + (["a lower --loss-scaling", "--precision fp32"] if self.half else [])
 
     def set_learning_rate(self, learning_rate: float) -> None:
@@ -194,12 +195,12 @@ class IpuEngine(Engine):
 
     # State
 
-    def model_state(self) -> Dict[str, Tensor]:
+    def model_state(self) -> dict[str, Tensor]:
         self.executor.copyWeightsToHostIfNeeded()
         return canonical_state(self.model.dalle)
 
     @property
-    def _layout(self) -> Dict[str, Any]:
+    def _layout(self) -> dict[str, Any]:
         """What must be equal for an optimizer state of the device to fit."""
         return {
             "embedding_serialization_factor": self.config.ipu.embedding_serialization_factor,
@@ -207,7 +208,7 @@ class IpuEngine(Engine):
             "optimizer": self.config.optimizer.optimizer,
         }
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         # Each process knows the random state of its own replicas, which differ: the checkpoint holds a row of each.
         own = torch.tensor([signed(int(value)) for value in self.executor.rng_state], dtype=torch.int64)
         return {
@@ -218,7 +219,7 @@ class IpuEngine(Engine):
             "random_states": self.hosts.gather(own),
         }
 
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         if state.get("engine") != self.name or state["layout"] != self._layout:
             logger.warning(
                 "the checkpoint's optimizer state is dropped: it is of another engine or layout (%s)",

@@ -2,10 +2,11 @@
 
 Gradients never pass here: the devices reduce them. The hosts share the first weights, the seed and what is logged.
 """
+from __future__ import annotations
 
 import importlib
 import os
-from typing import Any, Dict, Optional, Tuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def find_poptorch() -> Tuple[Optional[Any], str]:
+def find_poptorch() -> tuple[Any | None, str]:
     """Return the module `poptorch` and "", or None and why it cannot be used: "" where it is not installed at all."""
     try:
         poptorch = importlib.import_module("poptorch")
@@ -45,7 +46,7 @@ def import_poptorch() -> Any:
     return poptorch
 
 
-def find_popdist() -> Optional[Any]:
+def find_popdist() -> Any | None:
     """Return the module `popdist` where poprun has started this process, else None."""
     try:
         popdist = importlib.import_module("popdist")
@@ -74,7 +75,7 @@ class Hosts:
         """Return the seed of process 0."""
         return seed
 
-    def broadcast_weights(self, weights: Dict[str, Tensor]) -> None:
+    def broadcast_weights(self, weights: dict[str, Tensor]) -> None:
         """Overwrite the weights with those of process 0."""
 
     def gather(self, values: Tensor) -> Tensor:
@@ -96,8 +97,9 @@ class PoprunHosts(Hosts):
         super().__init__(int(popdist.getNumTotalReplicas()))
         if self.replicas != replicas:
             raise UsageError(
-                "--replication-factor {}: poprun has started {} replicas; give both the same number "
-                "(poprun --num-replicas)".format(replicas, self.replicas)
+                f"--replication-factor {replicas}: poprun has started {self.replicas} replicas; give both the same "
+                "number "
+                "(poprun --num-replicas)"
             )
         self.local_replicas = int(popdist.getNumLocalReplicas())
         self.count, self.index = int(popdist.getNumInstances()), int(popdist.getInstanceIndex())
@@ -114,7 +116,7 @@ class PoprunHosts(Hosts):
     def broadcast_seed(self, seed: int) -> int:
         return int(self.horovod.broadcast(torch.tensor([seed], dtype=torch.int64), root_rank=0))
 
-    def broadcast_weights(self, weights: Dict[str, Tensor]) -> None:
+    def broadcast_weights(self, weights: dict[str, Tensor]) -> None:
         self.horovod.broadcast_parameters(weights, root_rank=0)
 
     def gather(self, values: Tensor) -> Tensor:

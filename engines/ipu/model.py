@@ -3,9 +3,10 @@
 `poptorch` is imported where a forward pass calls it: modules stay copyable, and importing this file needs no SDK.
 Letters as in models/: B batch, T text tokens, N image tokens, D width, V rows of the text table.
 """
+from __future__ import annotations
 
 import copy
-from typing import Any, Dict, List, Optional, Set, Tuple, Union
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ class SerializedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids (B, n) -> (B, n, D): each id is found in exactly one part, the others add zeros."""
-        found: List[Tensor] = []
+        found: list[Tensor] = []
         for index, part in enumerate(self.parts):
             local = ids - index * self.rows
             inside = (local >= 0) & (local < self.rows)
@@ -94,7 +95,7 @@ class IpuStep(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, text: Tensor, images: Tensor, counts: Optional[Tensor] = None) -> Tuple[Tensor, ...]:
+    def forward(self, text: Tensor, images: Tensor, counts: Tensor | None = None) -> tuple[Tensor, ...]:
         """text (B, T); images as TextToImage takes them; counts (B,), 1.0 or 0.0, for evaluation."""
         import poptorch
 
@@ -105,7 +106,7 @@ class IpuStep(nn.Module):
         # The loss has two cross-entropies in it: without the mark PopTorch finds "multiple independent losses".
         return poptorch.identity_loss(losses.total, reduction="none"), losses.text, losses.image
 
-    def loss_sums(self, text: Tensor, images: Tensor, counts: Tensor) -> Tuple[Tensor, Tensor]:
+    def loss_sums(self, text: Tensor, images: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sums over samples of each one's mean text loss and mean image loss, times what it counts."""
         dalle = self.model.dalle
         codes = self.model.codes(images)
@@ -135,14 +136,14 @@ def to_dtype(model: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def place(model: TextToImage, plan: List[Placement]) -> Set[str]:
+def place(model: TextToImage, plan: list[Placement]) -> set[str]:
     """Begin a block at each change of IPU and keep each layer's result for the backward pass.
 
     Returns a set that takes in the path of each block that begins, so that one that never does can be told.
     """
     import poptorch
 
-    begun: Set[str] = set()
+    begun: set[str] = set()
     for placement in block_starts(plan):
         module = model.get_submodule(placement.path)
         module.register_forward_pre_hook(_Note(begun, placement.path))
@@ -156,13 +157,13 @@ def place(model: TextToImage, plan: List[Placement]) -> Set[str]:
 class _Note:
     """A hook that notes that a module was called."""
 
-    def __init__(self, calls: Set[str], path: str) -> None:
+    def __init__(self, calls: set[str], path: str) -> None:
         self.calls, self.path = calls, path
 
     def __call__(self, *_: Any) -> None:
         self.calls.add(self.path)
 
-    def __deepcopy__(self, memo: Any) -> "_Note":
+    def __deepcopy__(self, memo: Any) -> _Note:
         return self  # a copy of the model reports to the same set
 
 
@@ -172,10 +173,10 @@ def _checkpoint(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
     return poptorch.recomputationCheckpoint(output)
 
 
-def canonical_state(dalle: nn.Module) -> Dict[str, Tensor]:
+def canonical_state(dalle: nn.Module) -> dict[str, Tensor]:
     """Return a DALL-E's weights under the names it had before `adapt`, as plain float32 tensors of their own."""
-    state: Dict[str, Tensor] = {}
-    parts: Dict[str, List[Tensor]] = {}
+    state: dict[str, Tensor] = {}
+    parts: dict[str, list[Tensor]] = {}
     for key, value in dalle.state_dict().items():
         value = plain(value).float()
         module, _, rest = key.partition(".parts.")
@@ -188,6 +189,6 @@ def canonical_state(dalle: nn.Module) -> Dict[str, Tensor]:
     return state
 
 
-def plain(value: Union[Tensor, nn.Parameter]) -> Tensor:
+def plain(value: Tensor | nn.Parameter) -> Tensor:
     """Return a copy on the host as a bare Tensor: PopTorch gives a model's parameters a class of its own."""
     return value.detach().cpu().clone().as_subclass(torch.Tensor)

@@ -1,6 +1,7 @@
 """From the configuration to PopTorch: its options and its optimizer. Every execution flag ends up here."""
+from __future__ import annotations
 
-from typing import Any, Dict, List
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,13 +59,13 @@ def _common(poptorch: Any, config: Config, hosts: Hosts, seed: int) -> Any:
     return options
 
 
-def memory_proportions(proportions: Any, ipus: int) -> Dict[str, float]:
+def memory_proportions(proportions: Any, ipus: int) -> dict[str, float]:
     """Return PopTorch's name and the share of each IPU; a single share holds for all."""
-    shares: List[float] = list(proportions) * (ipus if len(proportions) == 1 else 1)
-    return {"IPU{}".format(index): share for index, share in enumerate(shares)}
+    shares: list[float] = list(proportions) * (ipus if len(proportions) == 1 else 1)
+    return {f"IPU{index}": share for index, share in enumerate(shares)}
 
 
-def engine_options(profile_dir: Any) -> Dict[str, str]:
+def engine_options(profile_dir: Any) -> dict[str, str]:
     """Return the options of the Poplar engine; into `profile_dir` it writes a report for the PopVision analysers."""
     options = {"opt.useAutoloader": "true", "target.syncReplicasIndependently": "true"}
     if profile_dir is not None:
@@ -83,7 +84,7 @@ def build_optimizer(poptorch: Any, config: Config, model: nn.Module) -> Any:
     """Return PopTorch's Adam or AdamW over the trainable parameters."""
     options, half = config.optimizer, uses_half(config)
     kind = {"Adam": poptorch.optim.Adam, "AdamW": poptorch.optim.AdamW}[options.optimizer]
-    settings: Dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     if half:
         settings["loss_scaling"] = float(options.loss_scaling)
     if options.clip_grad_norm:

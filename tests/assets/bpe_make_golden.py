@@ -7,6 +7,7 @@ dalle-pytorch 1.6.6 unpacked in a folder. Also trains tests/assets/bpe_youtokent
 on captions and awkward texts, so that the comparison covers a vocabulary that youtokentome made itself.
 Run it from the root of the repository. Nothing here is imported from the project.
 """
+from __future__ import annotations
 
 import argparse
 import hashlib
@@ -126,7 +127,7 @@ def awkward_texts():
     spaces = [chr(code) for code in range(0x110000) if chr(code).isspace()]
     controls = [chr(code) for code in [*range(32), *range(127, 160)]]
     texts = list(TEXTS)
-    texts += ["a{0}cat {0}{0} dog{0}".format(char) for char in dict.fromkeys(spaces + controls)]
+    texts += [f"a{char}cat {char}{char} dog{char}" for char in dict.fromkeys(spaces + controls)]
     # Mixtures: pieces of words, characters that a vocabulary has and lacks, every kind of blank.
     draw = random.Random(0)
     pieces = [
@@ -218,7 +219,7 @@ def main():
         texts,
         clip.vocab_size,
     )
-    rows = ",\n".join("{}: {}".format(json.dumps(key), json.dumps(value)) for key, value in golden.items())
+    rows = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in golden.items())
     (ASSETS / "bpe_golden.json").write_text("{" + rows + "}\n")
 
 

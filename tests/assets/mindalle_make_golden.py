@@ -5,6 +5,7 @@
 Needs that code (commit e548007), einops and tokenizers. What else its package imports at its top is stood in for: the
 modules used here do not need it.
 """
+from __future__ import annotations
 
 import importlib
 import json
