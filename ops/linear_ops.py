@@ -212,58 +212,34 @@ class Function(Protocol):
         """Compute it again, and write the gradient for x to `grad_input`. `grad_output` may be overwritten."""
 
 
-class _Identity:
-    differentiable, number = True, -1
+class Recompute:
+    """A function of PyTorch's operators, which autograd differentiates when it is recomputed."""
+
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], number: int = -1, differentiable: bool = True
+    ) -> None:
+        """differentiable: False keeps its input alone wherever gradients are wanted, see `Function`."""
+        self.function, self.number, self.differentiable = function, number, differentiable
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x
+        return self.function(x)
 
     def recompute(self, x: Tensor, grad_output: Tensor, grad_input: Tensor) -> Tensor:
-        grad_input.copy_(grad_output)
-        return x
+        with torch.enable_grad():
+            own = x.detach().requires_grad_()
+            result = self.function(own)
+        grad_input.copy_(torch.autograd.grad(result, own, grad_output)[0])
+        return result.detach()
 
 
-class _Geglu:
+def _geglu(x: Tensor) -> Tensor:
     """The first half of x, gated by gelu of the second."""
-
-    differentiable, number = True, 0
-
-    def __call__(self, x: Tensor) -> Tensor:
-        x, gate = x.chunk(2, dim=-1)
-        return x * F.gelu(gate)
-
-    def recompute(self, x: Tensor, grad_output: Tensor, grad_input: Tensor) -> Tensor:
-        x, gate = x.chunk(2, dim=-1)
-        grad_x, grad_gate = grad_input.chunk(2, dim=-1)
-        active = F.gelu(gate)
-        torch.mul(grad_output, active, out=grad_x)
-        torch.ops.aten.gelu_backward.grad_input(grad_output.mul_(x), gate, grad_input=grad_gate)
-        return active.mul_(x)
+    x, gate = x.chunk(2, dim=-1)
+    return x * F.gelu(gate)
 
 
-class _Gelu:
-    differentiable, number = True, 1
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.gelu(x)
-
-    def recompute(self, x: Tensor, grad_output: Tensor, grad_input: Tensor) -> Tensor:
-        torch.ops.aten.gelu_backward.grad_input(grad_output, x, grad_input=grad_input)
-        return F.gelu(x)
-
-
-class _QuickGelu:
-    """x * sigmoid(1.702 x)"""
-
-    differentiable, number = True, 2
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-    def recompute(self, x: Tensor, grad_output: Tensor, grad_input: Tensor) -> Tensor:
-        gate = torch.sigmoid(1.702 * x)
-        torch.mul(grad_output.mul_(gate), 1 + 1.702 * x * (1 - gate), out=grad_input)
-        return gate.mul_(x)
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
 
 
 class _NativeGelu:
@@ -282,8 +258,10 @@ class _NativeGelu:
         return grad_output
 
 
-IDENTITY: Function = _Identity()
-_ACTIVATIONS: dict[str, Function] = {"geglu": _Geglu(), "gelu": _Gelu(), "quick_gelu": _QuickGelu()}
+IDENTITY: Function = Recompute(lambda x: x)
+_ACTIVATIONS: dict[str, Function] = {
+    "geglu": Recompute(_geglu, 0), "gelu": Recompute(F.gelu, 1), "quick_gelu": Recompute(_quick_gelu, 2),
+}  # fmt: skip
 _NATIVE_ACTIVATIONS = {"geglu": _NativeGelu(gated=True), "gelu": _NativeGelu(gated=False)}
 """Those that take the bias of the linear layer before them too."""
 
