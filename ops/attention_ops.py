@@ -125,16 +125,19 @@ def attention(
                 return registered.attention(qkv, heads, visible.lines, visible.by_column), IDENTITY
         elif NativeAttention.suits(qkv, visible):
             return qkv, NativeAttention(visible, heads)
-    if _windowed(qkv, visible, implementation):
+    window = visible.window if _windowed(qkv, visible, implementation) else None
+    if window is not None:
 
         def attend(qkv: Tensor) -> Tensor:
-            attended = local_attention(*split_heads(qkv, heads, angles), visible.window, visible.by_column)
+            query, key, value = split_heads(qkv, heads, angles)
+            attended = local_attention(query, key, value, window, visible.by_column)
             return attended.transpose(1, 2).flatten(2)
 
         # Windows and weights take more memory than all else in a block. A compiler decides that itself.
         return qkv, Recompute(attend, differentiable=dispatch.compiling())
     fused = explicit if implementation == "explicit" else sdpa
-    attended = fused(*split_heads(qkv, heads, angles), visible.mask, visible.causal)
+    query, key, value = split_heads(qkv, heads, angles)
+    attended = fused(query, key, value, visible.mask, visible.causal)
     return attended.transpose(1, 2).flatten(2), IDENTITY
 
 

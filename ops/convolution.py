@@ -40,7 +40,7 @@ _G = (
 
 
 @functools.lru_cache(maxsize=None)
-def _library() -> ctypes.CDLL | None:
+def _library() -> Any:
     found = library("convolution")
     if found is not None:
         long, whole, address = ctypes.c_long, ctypes.c_int32, ctypes.c_void_p

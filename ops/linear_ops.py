@@ -306,9 +306,8 @@ def add_linear(
 
     residual (B, L, D), x (B, L, anything) -> (B, L, D). Dropout probabilities are those of training: 0 otherwise.
     """
-    drops = bool(inner_dropout or outer_dropout)
-    knows = isinstance(project, Matrix) and after is None and (not drops or _drops_natively(x))
-    if knows and _fuses():
+    drops = inner_dropout or outer_dropout
+    if isinstance(project, Matrix) and after is None and (not drops or _drops_natively(x)) and _fuses():
         inner, outer = _Dropout.of(inner_dropout), _Dropout.of(outer_dropout)
         return _AddLinear.apply(residual, x, *project, scale, before, None, inner, outer)
     differentiable = before.differentiable or not torch.is_grad_enabled()
@@ -337,8 +336,8 @@ def add_feed_forward(  # noqa: PLR0913 - what one branch is made of
     (B, L, D) -> (B, L, D). The same as `norm_linear` and `add_linear`; native activations take the bias of `up` along.
     """
     before = _NATIVE_ACTIVATIONS.get(name)
-    knows = isinstance(up, Matrix) and isinstance(down, Matrix) and after is None and between is None
-    if before is not None and knows and _fuses() and elementwise.suits(x, *up, *down, scale) and not autocasts(x):
+    plain = before is not None and after is None and between is None and _fuses() and not autocasts(x)
+    if plain and isinstance(up, Matrix) and isinstance(down, Matrix) and elementwise.suits(x, *up, *down, scale):
         hidden = _NormLinear.apply(x, *norm, up.weight, None)
         return _AddLinear.apply(x, hidden, *down, scale, before, up.bias, _Dropout.of(dropout), None)
     hidden = norm_linear(x, norm, up, between)
@@ -399,7 +398,7 @@ class _AddLinear(torch.autograd.Function):
             branch = F.linear(before(x), weight, bias)
             return residual + branch if scale is None else torch.addcmul(residual, branch, scale)
         result = torch.empty_like(residual)
-        active = before(x) if shift is None else before(x, shift)
+        active = before(x) if shift is None else before(x, shift)  # type: ignore[call-arg]  # a native activation
         if inner is not None:
             inner.drop(active)
         if outer is not None:

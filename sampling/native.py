@@ -104,7 +104,7 @@ def refusal(model: DALLE, num_rows: int) -> str | None:
     for module in model.operands(lambda module: module).projections:
         if type(module) not in (nn.Linear, Int8Linear):
             return f"a layer of the kind {type(module).__name__}"
-        if not module.weight.is_cpu:
+        if not module.weight.is_cpu:  # type: ignore[union-attr]
             return "weights on another device"
     if not is_small(model):
         return "a second copy of the weights would not pay"
