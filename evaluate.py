@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 import log
-from args import Parser
 from dalle.loading import Loaded, load
 from dalle.pictures import Sample, make_sheet, save_picture
 from data import DEMO, create_dataset, epoch_order
@@ -35,7 +34,7 @@ from models.vqgan_metrics import nearest_pictures
 from sampling import COND_SCALES, TEMPERATURES, Graphs, Sampler, SamplingOptions, decode, encode, top_k_count
 from utils.errors import UsageError, UserError, run_main
 from utils.files import atomic_write, sha256_file
-from utils.flags import add_model_flags, number, parse_flags, path, share_or_count, whole
+from utils.flags import Parser, add_model_flags, number, parse_flags, path, share_or_count, whole
 from utils.loading import make_loader, read
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,6 @@ from PIL import Image
 from torch import Tensor
 
 import log
-from args import Parser
 from bpe import warn_of_unknown
 from dalle.completion import completion_codes, first_drawn, open_picture, parse_box, transparent_mask
 from dalle.loading import Loaded, load
@@ -48,7 +47,7 @@ from sampling import (
 )
 from utils.errors import UsageError, UserError, run_main
 from utils.files import sha256_file
-from utils.flags import add_model_flags, number, parse_flags, path, share_or_count, whole
+from utils.flags import Parser, add_model_flags, number, parse_flags, path, share_or_count, whole
 
 logger = logging.getLogger(__name__)
 

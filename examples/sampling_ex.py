@@ -19,7 +19,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import log
-from args import Parser
 from dalle.models import Candidates, Dalle
 from dalle.outputs import folder_name
 from dalle.pictures import save_picture, to_pil
@@ -28,7 +27,7 @@ from dalle.utils.utils import clip_score, set_seed
 from engines.native import pick_device
 from sampling import TEMPERATURES, to_uint8
 from utils.errors import UserError, run_main
-from utils.flags import number, parse_flags, path, whole
+from utils.flags import Parser, number, parse_flags, path, whole
 
 logger = logging.getLogger("sampling_ex")
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import engines
 import log
-from args import Config, Parser
+from args import Config
 from bpe import load_tokenizer
 from bpe.classes import class_file
 from checkpoints import newest_checkpoint, read_dalle
@@ -42,7 +42,7 @@ from training.run import train
 from training.setup import Parts, Start, build_parts
 from utils.errors import UsageError, UserError, run_main
 from utils.files import atomic_write
-from utils.flags import number, parse_flags, path, whole
+from utils.flags import Parser, number, parse_flags, path, whole
 from utils.interrupts import Interruption
 
 logger = logging.getLogger("transfer_learning_ex")

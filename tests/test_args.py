@@ -140,7 +140,7 @@ def test_none_empties_an_option_that_may_be_empty():
     (["--learning-rate", "abc"], "--learning-rate: expected a number"),
     (["--learning-rate", "nan"], "--learning-rate: expected a number"),
     (["--learning-rate", "0"], "--learning-rate: must be above 0"),
-    (["--weight-decay", "-1"], "--weight-decay: must be at least 0, got -1.0"),
+    (["--weight-decay", "-1"], "--weight-decay: must be at least 0, got -1"),
     (["--validation-fraction", "0.6"], "--validation-fraction: must be at least 0 and at most 0.5, got 0.6"),
     (["--matmul-proportion", "0.2", "1.2"], "--matmul-proportion: must be above 0 and at most 1, got 1.2"),
     (["--ema-decay", "1"], "--ema-decay: must be at least 0 and below 1"),

@@ -118,7 +118,7 @@ def check(result, status, *names):
 # Wrong types and unknown flags ----------------------------------------------------------------------------------------
 
 PARSERS = {
-    "train": args.make_parser,
+    "train": args.COMMAND.parser,
     "generate": generate.make_parser,
     "evaluate": evaluate.make_parser,
     "train_vqgan": vqgan_options.make_parser,

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 import log
-from args import flag_name
 from checkpoints import save_checkpoint, verify
 from dalle.pictures import save_picture, to_pil
 from data import DEMO
@@ -35,6 +34,7 @@ from utils.bad_steps import BadSteps
 from utils.errors import UsageError, UserError
 from utils.files import atomic_write
 from utils.interrupts import Interruption
+from utils.options import flag_name
 from utils.resume import APPLIES, FIXED
 from utils.skipped import start_report
 

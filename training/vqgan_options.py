@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any, Sequence
 
-from args import Parser
 from models.vqgan import PUBLISHED, VqganConfig
 from models.vqgan_config import DEMO_CONFIGS
 from training.vqgan_trainer import TrainingOptions
 from utils.errors import UsageError, nearest
-from utils.flags import number, parse_flags, path, whole
+from utils.flags import Parser, number, parse_flags, path, whole
 from utils.resume import APPLIES, CONTENT, FIXED, FREE
 
 CONFIGS: dict[str, VqganConfig] = {**{name: published.config for name, published in PUBLISHED.items()}, **DEMO_CONFIGS}

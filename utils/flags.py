@@ -1,4 +1,4 @@
-"""Command-line flags of scripts without a configuration file: both spellings, ranges, errors of one line.
+"""Options that several commands take, each declared once; `utils.options.again` puts one into another table.
 
 parser = Parser(...); parser.add_argument("--num_images", type=whole(1), default=128)
 options = parse_flags(parser, argv)
@@ -9,9 +9,64 @@ import argparse
 import math
 import os
 import sys
+from dataclasses import dataclass
 from typing import Any, Callable, NamedTuple, NoReturn, Sequence
 
 from utils.errors import UsageError, nearest
+from utils.options import REQUIRED, Options, option
+
+
+@dataclass(frozen=True)
+class PartsOptions(Options, title="model"):
+    """Vocabulary and VQGAN: arguments of `dalle.loading.load`."""
+
+    bpe_path: str | None = option(None, "vocabulary of YouTokenToMe, tokenizer.json of Hugging Face, or list of "
+                                  "classes", none="the one the model was trained with, where it is found, else CLIP's",
+                                  path=True)
+    vqgan_model_path: str | None = option(None, "weights of the VQGAN (.ckpt or .safetensors)", path=True,
+                                          none="those the model was trained with, where they are found, else the "
+                                          "published f16-1024 model, downloaded")
+    vqgan_config_path: str | None = option(None, "YAML file of the VQGAN", path=True, none="that of its weights")
+
+
+@dataclass(frozen=True)
+class ModelOptions(PartsOptions, title="model"):
+    """Which model to load."""
+
+    dalle_path: str = option(REQUIRED, "checkpoint of the model, folder in minDALL-E's layout or minDALL-E/1.3B; demo: "
+                             "the one that comes with this repository", path=True)
+
+
+@dataclass(frozen=True)
+class DeviceOptions(Options, title="device"):
+    """Where and how to compute."""
+
+    device: str = option("auto", "where to compute; auto: cuda if there is one, else cpu",
+                         choices=("auto", "cpu", "cuda"))
+    threads: int = option(0, "CPU threads; 0: as PyTorch chooses", ge=0)
+    matmul_precision: str | None = option(None, "how exactly float32 matrix products take their factors, as "
+                                          "torch.set_float32_matmul_precision says: highest (float32), high (TF32 on a "
+                                          "GPU, 16 bits on a CPU with AMX), medium (bfloat16)",
+                                          none="high on a GPU, highest on a CPU", choices=("highest", "high", "medium"))
+
+
+@dataclass(frozen=True)
+class DataOptions(Options, title="data"):
+    """Which images and captions to read."""
+
+    input_folder: str = option(REQUIRED, "folder of images and captions, webdataset shards such as "
+                               "'DIR/{00000..00099}.tar', or 'demo' for the built-in set", path=True)
+    max_bad_fraction: float = option(0.01, "share of the data that may be skipped because it cannot be read; "
+                                     "skipped.jsonl beside the results lists it", ge=0, le=1)
+    dataloader_workers: int = option(0, "processes that read data", ge=0, le=1024)
+
+
+@dataclass(frozen=True)
+class CaptionOptions(Options):
+    """How a list of captions is read (utils/caption_lists.py)."""
+
+    caption_column: str | None = option(None, "column or JSON key of the caption, or its number in a table without a "
+                                        "header", none="the usual names")
 
 
 class Parser(argparse.ArgumentParser):
