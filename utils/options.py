@@ -14,16 +14,16 @@ read as text, because Python 3.8 could not evaluate it. Flags are shown with hyp
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import functools
 import math
 import os
 import re
 import sys
-from dataclasses import field
-from typing import Any, Generic, Mapping, NamedTuple, NoReturn, Sequence, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, Iterator, Mapping, NamedTuple, NoReturn, Sequence, TypeVar
 
-from utils.errors import UsageError, nearest
+from utils.errors import UsageError, UserError, nearest
 from utils.untrusted import shown
 
 VERSION = "1.0.0"
@@ -36,6 +36,7 @@ _TYPES: dict[str, Any] = {"bool": bool, "int": int, "float": float, "str": str}
 _ANNOTATION = re.compile(r"(?P<many>tuple\[)?(?P<type>bool|int|float|str)(?(many), \.\.\.\])(?P<optional> \| None)?")
 _EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _METAVARS = {bool: "BOOL", int: "N", float: "F", str: "NAME"}
+_FLAG = re.compile(r"(?<![\w-])--([a-z0-9]+(?:-[a-z0-9]+)*)")
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -121,7 +122,8 @@ class Option(NamedTuple):
         floats may be text, because YAML 1.1 reads 3e-4 as text).
         """
         where = where or self.flag
-        if self.optional and (value is None or (is_text and value.lower() in ("none", ""))):
+        empty = ("none",) if self.settings.get("path") else ("none", "")  # a path may be a variable that is not set
+        if self.optional and (value is None or (is_text and isinstance(value, str) and value.lower() in empty)):
             return None
         if not self.many:
             return self._checked_item(value, where, is_text)
@@ -183,13 +185,12 @@ def again(table: type[Options], name: str, **changes: Any) -> Any:
     return field(default=settings.pop("default", first.default), metadata=settings)
 
 
+@dataclass(frozen=True)
 class Options:
     """Base of all tables: frozen dataclasses. Checks every value, also those given in code or by `replace`."""
 
-    title = ""
-
     def __init_subclass__(cls, title: str = "") -> None:
-        cls.title = title
+        cls.title = title  # type: ignore[attr-defined]
 
     def __post_init__(self) -> None:
         specs = options_of(type(self))
@@ -202,11 +203,11 @@ class Options:
             value = getattr(self, spec.name)
             if value != spec.default or type(value) is not type(spec.default):
                 object.__setattr__(self, spec.name, spec.checked(value))
-        needed = {spec.name: spec for spec in specs}
+        by_name = {spec.name: spec for spec in specs}
         for spec in specs:
-            needs = spec.settings.get("needs")
-            if needs and getattr(self, spec.name) != spec.default and getattr(self, needs) in (None, False, ()):
-                raise UsageError(f"{spec.flag} needs {flag_name(needs)}: {needed[needs].settings['help']}")
+            needed = by_name.get(spec.settings.get("needs", ""))
+            if needed and getattr(self, spec.name) != spec.default and getattr(self, needed.name) == needed.default:
+                raise UsageError(f"{spec.flag} needs {needed.flag}: {needed.settings['help']}")
         self.check()
 
     def check(self) -> None:
@@ -220,16 +221,20 @@ class Options:
 T = TypeVar("T", bound=Options)
 
 
-@functools.lru_cache(maxsize=None)
+_TABLES: dict[Any, tuple[Option, ...]] = {}
+
+
 def options_of(table: type[Options]) -> tuple[Option, ...]:
     """The options of a table, those of the tables it inherits first."""
-    found = []
-    for spec in dataclasses.fields(table):  # type: ignore[arg-type]
-        kind = _ANNOTATION.fullmatch(str(spec.type))
-        assert kind is not None, f"{table.__name__}.{spec.name}: {spec.type}"
-        many, optional = kind["many"] is not None, kind["optional"] is not None
-        found.append(Option(spec.name, spec.default, _TYPES[kind["type"]], many, optional, spec.metadata))
-    return tuple(found)
+    if table not in _TABLES:
+        found = []
+        for spec in dataclasses.fields(table):
+            kind = _ANNOTATION.fullmatch(str(spec.type))
+            assert kind is not None, f"{table.__name__}.{spec.name}: {spec.type}"
+            many, optional = kind["many"] is not None, kind["optional"] is not None
+            found.append(Option(spec.name, spec.default, _TYPES[kind["type"]], many, optional, spec.metadata))
+        _TABLES[table] = tuple(found)
+    return _TABLES[table]
 
 
 def groups(table: type[Options]) -> list[tuple[str, list[Option]]]:
@@ -240,13 +245,26 @@ def groups(table: type[Options]) -> list[tuple[str, list[Option]]]:
     for owner in [*owners[1:], table]:
         inherited = {name for base in owner.__bases__ for name in getattr(base, "__dataclass_fields__", ())}
         own = [specs[spec.name] for spec in dataclasses.fields(owner) if spec.name not in inherited]
-        found += [(owner.title, own)] if own else []  # type: ignore[attr-defined]
+        found += [(getattr(owner, "title", ""), own)] if own else []
     return found
 
 
 def flag_name(name: str) -> str:
     """`batch_size` -> `--batch-size`."""
     return "--" + name.replace("_", "-")
+
+
+@contextlib.contextmanager
+def as_arguments(**names: str) -> Iterator[None]:
+    """Within, errors name arguments of Python instead of flags: bpe_path for --bpe-path, or what `names` has for it."""
+    try:
+        yield
+    except UserError as error:
+        def argument(found: re.Match[str]) -> str:
+            name = found[1].replace("-", "_")
+            return names.get(name, name)
+
+        raise type(error)(_FLAG.sub(argument, str(error))) from error
 
 
 def display(value: Any) -> str:
@@ -309,7 +327,8 @@ class Command(Generic[T]):
 
     def __init__(self, name: str, about: str, table: type[T], *more: type[Options]) -> None:
         self.name, self.about, self.table = name, about, table
-        self.groups = [group for part in (table, *more) for group in groups(part)]
+        tables: tuple[type[Options], ...] = (table, *more)
+        self.groups = [group for part in tables for group in groups(part)]
         self.specs = {spec.name: spec for _, specs in self.groups for spec in specs}
 
     def parser(self) -> Parser:
@@ -383,7 +402,7 @@ class Command(Generic[T]):
         if not word.startswith("-"):
             return UsageError(f"unexpected argument '{word}': options are given as flags, and a value of several words "
                               "in quotes; --help lists the flags")
-        near = nearest(word.replace("_", "-"), (spec.flag for spec in self.specs.values()))
+        near = nearest(word.replace("_", "-"), ["--help", "--version", *(spec.flag for spec in self.specs.values())])
         return UsageError(f"unknown flag '{word}'.{near} --help lists the flags")
 
 
