@@ -38,17 +38,17 @@ if [ -z "$found" ]; then
 fi
 { read -r newest; read -r log_dir; read -r input_folder; } <<< "$found"
 if [ "$input_folder" = demo ]; then
-    "$python" "$root/evaluate.py" --dalle_path "$newest" --json "$log_dir/evaluation.json" --sheet "$log_dir/samples.png"
+    "$python" "$root/evaluate.py" --dalle-path "$newest" --json "$log_dir/evaluation.json" --sheet "$log_dir/samples.png"
     echo
     echo "pictures drawn from captions, beside the real ones:  $log_dir/samples.png"
     example="woman astronaut: medium-dark skin tone"
 else
     example="A plate of food has potatoes and fruit."
-    "$python" "$root/generate.py" --dalle_path "$newest" --outputs_dir "$log_dir/samples" --num_images 4 \
+    "$python" "$root/generate.py" --dalle-path "$newest" --outputs-dir "$log_dir/samples" --num-images 4 \
         --text "$example|A man riding a wave on top of a surfboard.|Two dogs are playing in the snow."
     echo
     echo "pictures drawn from captions:  $log_dir/samples/*/grid.png"
 fi
 echo "losses:                        $log_dir/loss.png"
 echo "checkpoint:                    $newest"
-echo "draw more:                     $python $root/generate.py --dalle_path $newest --text \"$example\""
+echo "draw more:                     $python $root/generate.py --dalle-path $newest --text \"$example\""

@@ -2,10 +2,10 @@
 
     python train_vqgan.py --input-folder demo --minutes 10 --output output/vqgan
     python train_vqgan.py --input-folder demo --minutes 10 --output output/vqgan --resume    # go on after a stop
-    python train_vqgan.py --input-folder DIR --vqgan_model_path W.ckpt --vqgan_config_path C.yaml \\
+    python train_vqgan.py --input-folder DIR --vqgan-model-path W.ckpt --vqgan-config-path C.yaml \\
         --learning-rate 1e-4 --steps 10000 --output output/vqgan
 
-Writes into --output: vqgan.safetensors and vqgan.yaml (for --vqgan_model_path and --vqgan_config_path),
+Writes into --output: vqgan.safetensors and vqgan.yaml (for --vqgan-model-path and --vqgan-config-path),
 metrics.jsonl, reconstructions.png (rows of originals, each above its reconstructions) and training.pt (for --resume).
 """
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import log
 from training.vqgan import train
-from training.vqgan_options import parse_args
+from training.vqgan_options import COMMAND
 from utils.errors import run_main
 from utils.interrupts import Interruption
 from utils.locks import only_writer
@@ -22,7 +22,7 @@ from utils.locks import only_writer
 
 def main() -> int:
     """Command-line entry. Returns the exit status."""
-    args = parse_args()
+    args = COMMAND.parse()
     log.setup()
     with Interruption() as interruption, only_writer(("--output", Path(args.output))):
         train(args, interruption)

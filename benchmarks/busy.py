@@ -9,21 +9,22 @@ whatever else the machine does meets all of them.
 """
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import log  # noqa: E402
-from benchmarks.compare_peers import Worker, alternate, processor  # noqa: E402
+from benchmarks.compare_peers import PeerOptions, Worker, alternate, processor  # noqa: E402
 from benchmarks.contestants import GENERATE, OURS, TRAIN_CODES  # noqa: E402
 from utils.errors import run_main  # noqa: E402
+from utils.files import make_folder  # noqa: E402
+from utils.options import Command, Options, again, option  # noqa: E402
 
 WORK: dict[tuple[str, str], tuple[int, dict[str, object]]] = {
     ("demo", GENERATE): (16, {"do": "draw", "images": 16}),
@@ -34,14 +35,28 @@ WORK: dict[tuple[str, str], tuple[int, dict[str, object]]] = {
 """What is timed, by configuration and task: samples in it, and the request."""
 
 
-def measure(config: str, task: str, options: argparse.Namespace) -> None:
+CONFIGS = tuple(dict.fromkeys(config for config, _ in WORK))
+
+
+@dataclass(frozen=True)
+class BusyOptions(Options):
+    """The flags of this command."""
+
+    configs: tuple[str, ...] = option(CONFIGS, "whose work is timed", choices=CONFIGS)
+    turns: int = again(PeerOptions, "turns", help="timed turns of each contestant, after one to warm up")
+    output: str = again(PeerOptions, "output", default="output/busy", help="folder of the contestants' log")
+
+
+COMMAND = Command("benchmarks/busy.py", "Time this project beside busy processes.", BusyOptions)
+
+
+def measure(config: str, task: str, options: BusyOptions) -> None:
     """Print what one piece of work gives with 0 (chosen), 1, ... threads, alone and beside busy processes."""
     cores = len(os.sched_getaffinity(0))
     samples, request = WORK[config, task]
     threads = [0, *range(1, cores + 1)]
-    fixed = {"device": "cpu", "precision": "fp32", "compile": False, "matmul_precision": None, "output": options.output}
     workers = [
-        Worker(OURS, task, argparse.Namespace(config=config, threads=count, batch_size=samples, **fixed))
+        Worker(OURS, task, PeerOptions(config=config, threads=count, batch_size=samples, output=options.output))
         for count in threads
     ]
     try:
@@ -63,20 +78,11 @@ def measure(config: str, task: str, options: argparse.Namespace) -> None:
             worker.close()
 
 
-def read_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--configs", nargs="+", default=["demo", "L16"], choices=["demo", "L16"])
-    parser.add_argument("--turns", type=int, default=5, help="timed turns of each contestant, after one to warm up")
-    parser.add_argument("--output", default="output/busy", help="folder of the contestants' log")
-    return parser.parse_args(argv)
-
-
 def main() -> None:
     """Run it."""
-    options = read_options()
+    options = COMMAND.parse()
     log.setup()
-    Path(options.output).mkdir(parents=True, exist_ok=True)
+    make_folder("--output", options.output)
     counts = "".join("{:>10}".format(f"{n} threads") for n in range(1, len(os.sched_getaffinity(0)) + 1))
     print(f"samples/s on {processor()}; busy: other processes")  # noqa: T201
     print("{:<8}{:<18}{:>5}{:>10}{}{:>10}".format("config", "task", "busy", "chosen", counts, "of best"))  # noqa: T201

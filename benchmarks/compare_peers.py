@@ -15,7 +15,6 @@ draws whole images). The peer is left out where it is not installed:
 """
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib.util
 import json
@@ -24,6 +23,7 @@ import platform
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from statistics import median
@@ -46,11 +46,13 @@ from benchmarks.contestants import (  # noqa: E402
     TRAIN_CODES,
     TRAIN_IMAGES,
     UNRECORDED,
+    SettingOptions,
     settings,
     shape,
 )
 from utils.errors import UserError, run_main  # noqa: E402
-from utils.files import atomic_write  # noqa: E402
+from utils.files import atomic_write, make_folder  # noqa: E402
+from utils.options import Command, option  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +66,24 @@ ENTRIES: dict[str, tuple[str, ...]] = {
 WHOLE_SEQUENCE = (PEER, PLAIN)
 #: Positions of an image at which those are timed, as shares of its codes.
 POSITIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class PeerOptions(SettingOptions):
+    """The flags of this command."""
+
+    images: tuple[int, ...] = option((1, 8, 32), "images sampled at once", ge=1)
+    turns: int = option(5, "turns, after one to warm up; fewer for many images", ge=1)
+    tasks: tuple[str, ...] = option(tuple(ENTRIES), "what is timed", choices=tuple(ENTRIES))
+    contestants: tuple[str, ...] = option(NAMES, "who is timed", choices=NAMES)
+    exact: bool = option(False, "sample whole images with the slow contestants too")
+    growth: bool = option(False, "also measure growth with batch and grid")
+    growth_batches: tuple[int, ...] = option((1, 2, 4, 8, 16, 32), "batches of --growth", ge=1, needs="growth")
+    growth_grids: tuple[int, ...] = option((16, 20, 24, 28, 32), "grids of --growth", ge=1, needs="growth")
+    output: str = option("output/compare_peers", "folder for the JSON and the chart", path=True)
+
+
+COMMAND = Command("benchmarks/compare_peers.py", "Time this project beside its peers.", PeerOptions)
 
 
 class Measured(NamedTuple):
@@ -86,7 +106,7 @@ class Measured(NamedTuple):
 class Worker:
     """A contestant's process."""
 
-    def __init__(self, name: str, task: str, options: argparse.Namespace, batch: int = 0, grid: int = 0) -> None:
+    def __init__(self, name: str, task: str, options: PeerOptions, batch: int = 0, grid: int = 0) -> None:
         self.name, self.task, self.device, self.peak = name, task, options.device, 0
         command = [sys.executable, "-m", "benchmarks.contestants", name, task, "--config", options.config]
         command += ["--device", options.device, "--precision", options.precision, "--threads", str(options.threads)]
@@ -140,7 +160,7 @@ def alternate(workers: list[Worker], turns: int, turn: Any) -> list[list[float]]
     return seconds
 
 
-def measure_training(names: Sequence[str], task: str, options: argparse.Namespace) -> list[Measured]:
+def measure_training(names: Sequence[str], task: str, options: PeerOptions) -> list[Measured]:
     """One training task: every contestant's steps, in turns."""
     workers = [Worker(name, task, options) for name in names]
     try:
@@ -162,7 +182,7 @@ def draw_seconds(worker: Worker, images: int, num_codes: int, exact: bool) -> fl
     return (tokens + (costs[0] + costs[-1]) / 2) + worker.ask(do="decode", images=images)
 
 
-def measure_drawing(names: Sequence[str], options: argparse.Namespace, num_codes: int) -> list[Measured]:
+def measure_drawing(names: Sequence[str], options: PeerOptions, num_codes: int) -> list[Measured]:
     """Drawing, for each number of images: every contestant in turns."""
     workers = [Worker(name, GENERATE, options) for name in names]
     found = []
@@ -182,7 +202,7 @@ def measure_drawing(names: Sequence[str], options: argparse.Namespace, num_codes
             worker.close()
 
 
-def measure_growth(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+def measure_growth(options: PeerOptions) -> dict[str, list[dict[str, float]]]:
     """How this project's cost grows with the batch and with the grid."""
     growth: dict[str, list[dict[str, float]]] = {"batch": [], "grid": []}
     for axis, values in (("batch", options.growth_batches), ("grid", options.growth_grids)):
@@ -217,7 +237,7 @@ def ratio(found: Sequence[Measured], task: str, other: str, other_task: str, ima
     return median(b / a for a, b in zip(ours, theirs))
 
 
-def summary(found: Sequence[Measured], report: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+def summary(found: Sequence[Measured], report: dict[str, Any], options: PeerOptions) -> dict[str, Any]:
     """The figures that the project is held to: ratios to the peers, and shares of what the machine allows."""
     batch, machine = options.batch_size, report["machine"]
     by = {(m.name, m.task, m.images): m for m in found}
@@ -274,32 +294,6 @@ def table(found: Sequence[Measured], report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def read_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="L16", help="configuration (default: L16)")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: fp32")
-    parser.add_argument("--matmul-precision", choices=("highest", "high", "medium"),
-                        help="of float32 products, for all contestants (default: high on a GPU, highest on a CPU)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
-    parser.add_argument("--batch-size", type=int, default=2, help="samples of a training step (default: 2)")
-    parser.add_argument("--images", type=int, nargs="+", default=[1, 8, 32], help="drawn at once (default: 1 8 32)")
-    parser.add_argument("--turns", type=int, default=5, help="turns, after one to warm up; fewer for many images")
-    parser.add_argument("--tasks", nargs="+", choices=list(ENTRIES), default=list(ENTRIES), help="default: all")
-    parser.add_argument("--contestants", nargs="+", choices=NAMES, default=list(NAMES), help="default: all")
-    parser.add_argument("--compile", action="store_true", help="this project trains with torch.compile")
-    parser.add_argument("--exact", action="store_true", help="draw whole images with the slow contestants too")
-    parser.add_argument("--growth", action="store_true", help="also measure growth with batch and grid")
-    parser.add_argument("--growth-batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--growth-grids", type=int, nargs="+", default=[16, 20, 24, 28, 32])
-    parser.add_argument("--output", default="output/compare_peers", help="folder for the JSON and the chart")
-    options = parser.parse_args(argv)
-    if min([options.batch_size, options.turns, *options.images]) < 1 or options.threads < 0:
-        parser.error("--batch-size, --turns and --images take numbers from 1 up")
-    return options
-
-
 def processor() -> str:
     """The processor's name, or the GPU's."""
     try:
@@ -309,7 +303,7 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def describe(options: argparse.Namespace) -> dict[str, Any]:
+def describe(options: PeerOptions) -> dict[str, Any]:
     """Everything known before anything is timed."""
     config = settings(options)
     wanted, vqgan = shape(config)
@@ -346,8 +340,8 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print the table, write JSON and chart."""
-    options = read_options()
-    Path(options.output).mkdir(parents=True, exist_ok=True)
+    options = COMMAND.parse()
+    make_folder("--output", options.output)
     log.setup()
     names = list(options.contestants)
     if importlib.util.find_spec("dalle_pytorch") is None:

@@ -7,14 +7,13 @@ has the same shape of model with random weights, the same random captions, codes
 """
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import resource
 import sys
 import time
 import types
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Callable
 
 import torch
@@ -29,7 +28,10 @@ from models.dalle import DALLE, TextToImage
 from models.vqgan import VQGAN
 from sampling import Graphs, SamplingOptions, sample_codes
 from training.setup import dalle_config, vqgan_config
+from utils.errors import run_main
+from utils.flags import DeviceOptions
 from utils.memory import keep_freed_memory
+from utils.options import REQUIRED, Command, Options, again, option
 
 OURS = "Mini DALL-E"
 UNRECORDED = "Mini DALL-E, no CUDA graphs"
@@ -55,7 +57,33 @@ STUBS: dict[str, tuple[str, ...]] = {
 }
 
 
-def settings(options: argparse.Namespace) -> args.Config:
+@dataclass(frozen=True)
+class SettingOptions(Options):
+    """Which model, and how it computes: the same for all contestants."""
+
+    config: str = again(args.Selection, "config", default="L16", help="configuration")
+    device: str = again(DeviceOptions, "device", default="cpu", choices=("cpu", "cuda"), help="where to compute")
+    precision: str = again(args.ExecutionConfig, "precision", default="fp32", choices=("fp32", "bf16", "fp16"),
+                           help="arithmetic of the transformer")
+    matmul_precision: str | None = again(DeviceOptions, "matmul_precision")
+    threads: int = again(DeviceOptions, "threads")
+    batch_size: int = option(2, "samples of a training step", ge=1)
+    compile: bool = option(False, "this project trains with torch.compile")
+
+
+@dataclass(frozen=True)
+class ContestantOptions(SettingOptions):
+    """The options of this command."""
+
+    name: str = option(REQUIRED, "who", choices=NAMES, positional=True, metavar="NAME")
+    task: str = option(REQUIRED, "does what", choices=TASKS, positional=True, metavar="TASK")
+    grid: int = option(0, "codes along a side; 0: as configured", ge=0)
+
+
+COMMAND = Command("python -m benchmarks.contestants", "Do what lines on stdin say.", ContestantOptions)
+
+
+def settings(options: SettingOptions) -> args.Config:
     """The configuration, one micro-batch a step, nothing read and nothing written."""
     flags = ["--config", options.config, "--generated-data", "--batch-size", str(options.batch_size)]
     flags += ["--gradient-accumulation", "1", "--replication-factor", "1", "--device", options.device]
@@ -88,7 +116,7 @@ def channels_last(vqgan: VQGAN) -> VQGAN:
 class Contestant:
     """What every contestant has: the shape, random inputs, a device."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: ContestantOptions) -> None:
         self.config = settings(options)
         self.engine = engines.create(self.config)  # checks the device, sets threads and precision
         self.device = torch.device(options.device)
@@ -296,7 +324,7 @@ def import_peer() -> Any:
     return package
 
 
-KINDS: dict[str, Callable[[argparse.Namespace], Contestant]] = {
+KINDS: dict[str, Callable[[ContestantOptions], Contestant]] = {
     OURS: Ours,
     UNRECORDED: Unrecorded,
     PLAIN: Plain,
@@ -321,25 +349,9 @@ def perform(contestant: Contestant, request: dict[str, Any]) -> None:
         torch.cuda.synchronize(contestant.device)
 
 
-def options_of(argv: list[str]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=NAMES)
-    parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--matmul-precision")
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--grid", type=int, default=0)
-    parser.add_argument("--compile", action="store_true")
-    return parser.parse_args(argv)
-
-
 def main() -> None:
     """Serve requests until stdin ends."""
-    options = options_of(sys.argv[1:])
+    options = COMMAND.parse()
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever else prints must not come between the answers
     contestant = KINDS[options.name](options)
     contestant.prepare(options.task)
@@ -358,4 +370,4 @@ def count(contestant: Contestant) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -10,21 +10,21 @@ merges. Equal captions give an equal file on every machine.
 """
 from __future__ import annotations
 
-import argparse
 import collections
 import heapq
 import json
 import logging
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Counter, Iterable, Iterator, Sequence, Tuple
 
 from tqdm import tqdm
 
-from utils import flags
 from utils.caption_lists import find_list, read_text
 from utils.errors import UsageError, UserError, run_main
-from utils.files import TEXT_SUFFIXES, atomic_write, sha256_file
+from utils.files import TEXT_SUFFIXES, atomic_write, check_writable, make_folder, sha256_file
+from utils.flags import CaptionOptions
+from utils.options import REQUIRED, Command, option
 
 from .yttm import WORD_START, YttmVocabulary, format_vocabulary, split_words
 
@@ -243,49 +243,31 @@ def learn_vocabulary(captions: Iterable[str], vocab_size: int, coverage: float =
     return vocabulary
 
 
-def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = flags.Parser(prog="python -m bpe.train", description="Learn a YouTokenToMe vocabulary from captions.")
-    parser.add_argument(
-        "--captions",
-        type=flags.path,
-        nargs="+",
-        required=True,
-        metavar="FILE_OR_DIR",
-        help="lists of captions (COCO's and other JSON, JSON lines, CSV, TSV), folders of .txt files, or text files "
-        "with one caption per line",
-    )
-    parser.add_argument(
-        "--caption-column",
-        metavar="NAME",
-        help="column or JSON key of the captions in a list, or its number in a table without a header (default: the "
-        "usual names)",
-    )
-    parser.add_argument(
-        "--vocab-size", type=flags.whole(1), required=True, metavar="N", help="number of ids (8192 for L16)"
-    )
-    parser.add_argument(
-        "--output", type=flags.path, required=True, metavar="PATH", help="where to write the vocabulary"
-    )
-    parser.add_argument(
-        "--coverage",
-        type=flags.number(0, 1, above=True),
-        default=1.0,
-        metavar="SHARE",
-        help="share of all characters to know, in (0, 1]; rarer ones become <UNK> (default: 1.0)",
-    )
-    parser.add_argument(
-        "--kind",
-        choices=("yttm", "char"),
-        default="yttm",
-        help="yttm: YouTokenToMe's, a file; char: character BPE as minDALL-E's, a folder (default: yttm)",
-    )
-    options = flags.parse_flags(parser, arguments)
-    if Path(options.output).is_dir() and options.kind == "yttm":
-        raise UsageError(f"--output {options.output} is a folder; give the path of a file")
-    return options
+@dataclass(frozen=True)
+class VocabularyOptions(CaptionOptions):
+    """The flags of this command."""
+
+    captions: tuple[str, ...] = option(REQUIRED, "lists of captions (COCO's and other JSON, JSON lines, CSV, TSV), "
+                                       "folders of .txt files, or text files with one caption per line", path=True)
+    vocab_size: int = option(REQUIRED, "number of ids (8192 for L16)", ge=1)
+    output: str = option(REQUIRED, "where to write the vocabulary", path=True)
+    coverage: float = option(1.0, "share of all characters to know; rarer ones become <UNK> (--kind yttm)",
+                             gt=0, le=1)
+    kind: str = option("yttm", "yttm: YouTokenToMe's, a file; char: character BPE as minDALL-E's, a folder",
+                       choices=("yttm", "char"))
+
+    def check(self) -> None:
+        """Raise UsageError for options that contradict each other."""
+        if Path(self.output).is_dir() and self.kind == "yttm":
+            raise UsageError(f"--output {self.output} is a folder; give the path of a file")
+        if self.coverage != 1 and self.kind == "char":
+            raise UsageError("--coverage is for --kind yttm, not for --kind char")
 
 
-def _write_char_vocabulary(options: argparse.Namespace) -> None:
+COMMAND = Command("python -m bpe.train", "Learn a vocabulary from captions.", VocabularyOptions)
+
+
+def _write_char_vocabulary(options: VocabularyOptions) -> None:
     from .char_bpe import write_files
     from .char_train import learn_char_vocabulary  # which needs this module
 
@@ -300,7 +282,11 @@ def _write_char_vocabulary(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run the command of the module's documentation."""
-    options = _parse_arguments(sys.argv[1:])
+    options = COMMAND.parse()
+    if options.kind == "yttm":
+        check_writable("--output", options.output)
+    else:
+        make_folder("--output", options.output)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.kind == "char":
         return _write_char_vocabulary(options)

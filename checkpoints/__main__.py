@@ -7,6 +7,7 @@ python -m checkpoints verify dalle_20.pt
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Sequence
 
@@ -14,30 +15,41 @@ import torch
 
 from checkpoints.reading import read_dalle, verify
 from checkpoints.writing import export_safetensors
-from utils import flags
 from utils.errors import run_main
+from utils.options import REQUIRED, Command, Options, again, choose, option
+
+
+@dataclass(frozen=True)
+class VerifyOptions(Options):
+    """The options of `verify`."""
+
+    checkpoint: str = option(REQUIRED, "file to check", path=True, positional=True, metavar="CHECKPOINT")
+
+
+@dataclass(frozen=True)
+class ExportOptions(Options):
+    """The options of `export`."""
+
+    checkpoint: str = again(VerifyOptions, "checkpoint", help="any that can be read (.pt, .ckpt, .safetensors)")
+    out: str = option(REQUIRED, "file to write (.safetensors)", path=True, positional=True, metavar="OUT")
+    half: bool = option(False, "store in half precision")
+    no_ema: bool = option(False, "take the plain weights even where averaged ones are stored")
+
+
+NAME = "python -m checkpoints"
+EXPORT = Command(f"{NAME} export", "Write weights and options, no training state, as safetensors.", ExportOptions)
+VERIFY = Command(f"{NAME} verify", "Check that a file is complete and undamaged.", VerifyOptions)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Export or verify a checkpoint from the command line."""
-    parser = flags.Parser(prog="python -m checkpoints", description="Export or verify a DALL-E checkpoint.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    export = commands.add_parser("export", help="write weights and options, without the training state, as safetensors")
-    export.add_argument(
-        "checkpoint", type=flags.path, help="any checkpoint that can be read (.pt, .ckpt, .safetensors)"
-    )
-    export.add_argument("out", type=flags.path, help="file to write (.safetensors)")
-    export.add_argument("--half", action="store_true", help="store in half precision")
-    export.add_argument(
-        "--no-ema", action="store_true", help="take the plain weights even where averaged ones are stored"
-    )
-    check = commands.add_parser("verify", help="check that a file is complete and undamaged")
-    check.add_argument("checkpoint", type=flags.path)
-    options = parser.parse_args(arguments)
-    if options.command == "verify":
-        verify(options.checkpoint)
-        sys.stdout.write(f"{options.checkpoint} is complete\n")
+    command, words = choose(NAME, {"export": EXPORT, "verify": VERIFY}, arguments)
+    if command == "verify":
+        checked = VERIFY.parse(words)
+        verify(checked.checkpoint)
+        sys.stdout.write(f"{checked.checkpoint} is complete\n")
         return
+    options = EXPORT.parse(words)
     checkpoint = read_dalle(options.checkpoint)
     export_safetensors(checkpoint, options.out, torch.float16 if options.half else None, ema=not options.no_ema)
     sys.stdout.write(f"wrote {options.out} ({Path(options.out).stat().st_size / 1e6:.1f} MB)\n")

@@ -8,9 +8,9 @@ back bit for bit.
 """
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
@@ -27,7 +27,9 @@ from models.config import DalleConfig
 from models.vqgan import VQGAN
 from models.vqgan_config import VqganConfig, stage1_options
 from utils.errors import UserError, run_main
-from utils.files import PathLike, atomic_write
+from utils.files import PathLike, atomic_write, make_folder
+from utils.flags import PartsOptions
+from utils.options import REQUIRED, Command, option
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +51,7 @@ def export_options(config: DalleConfig, vqgan: VqganConfig, tokenizer: Tokenizer
 
 def check_empty(folder: PathLike, flag: str) -> None:
     """Raise UserError unless the folder is empty or can be made: nobody's model is overwritten."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        occupied = any(folder.iterdir())
-    except OSError as error:
-        raise UserError(f"{flag} {folder}: {error.strerror or error}") from error
-    if occupied:
+    if any(make_folder(flag, folder).iterdir()):
         raise UserError(f"{flag} {folder}: the folder is not empty; give a new one")
 
 
@@ -84,16 +80,22 @@ def export_mindalle(
         raise UserError("{} cannot be written: {}".format(folder, str(error).split("\n")[0])) from error
 
 
+@dataclass(frozen=True)
+class ExportOptions(PartsOptions):
+    """The options of this command."""
+
+    checkpoint: str = option(REQUIRED, "any checkpoint of minDALL-E's architecture", path=True, positional=True,
+                             metavar="CHECKPOINT")
+    folder: str = option(REQUIRED, "new folder to write", path=True, positional=True, metavar="FOLDER")
+
+
+COMMAND = Command("python -m dalle.export", "Write a model in minDALL-E's layout.", ExportOptions)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Export a checkpoint from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m dalle.export", description="Write a model in minDALL-E's layout.")
-    parser.add_argument("checkpoint", help="any checkpoint of minDALL-E's architecture")
-    parser.add_argument("folder", help="new folder to write")
-    parser.add_argument("--bpe-path", metavar="DIR", help="vocabulary (default: the one it was trained with)")
-    parser.add_argument("--vqgan-model-path", metavar="FILE", help="VQGAN (default: the one it was trained with)")
-    parser.add_argument("--vqgan-config-path", metavar="FILE", help="YAML file of the VQGAN")
-    options = parser.parse_args(arguments)
-    check_empty(options.folder, "folder")
+    options = COMMAND.parse(arguments)
+    check_empty(options.folder, "FOLDER")
     loaded = load(options.checkpoint, options.bpe_path, options.vqgan_model_path, options.vqgan_config_path)
     export_mindalle(options.folder, loaded.config, loaded.dalle.state_dict(), loaded.vqgan, loaded.tokenizer)
     sys.stdout.write(f"wrote {options.folder}\n")

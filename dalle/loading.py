@@ -27,7 +27,7 @@ from utils.files import PathLike, sha256_file
 logger = logging.getLogger(__name__)
 
 DEMO = "demo"
-"""The --dalle_path that stands for the shipped model; a file of this name is "./demo"."""
+"""The --dalle-path that stands for the shipped model; a file of this name is "./demo"."""
 
 ROOT = Path(__file__).resolve().parent.parent
 _DEMO_DALLE = ROOT / "models" / "demo" / "dalle.safetensors"
@@ -107,7 +107,7 @@ def load(
     spare = 0 if config.unique_pads else max(config.num_text_tokens - tokenizer.vocab_size, 0)
     if tokenizer.vocab_size + spare != config.num_text_tokens:
         raise UserError(
-            "--bpe_path {}: this vocabulary has {} entries, but the model of --dalle_path {} was trained with {}; give "
+            "--bpe-path {}: this vocabulary has {} entries, but the model of --dalle-path {} was trained with {}; give "
             "the vocabulary it was trained with".format(
                 bpe_path or "(the CLIP vocabulary, by default)", tokenizer.vocab_size, path, config.num_text_tokens
             )
@@ -115,7 +115,7 @@ def load(
     vqgan = _open_vqgan(vqgan_model_path, vqgan_config_path, checkpoint)
     if vqgan.num_codes != config.num_image_tokens:
         raise UserError(
-            "--vqgan_model_path {}: this VQGAN has {} codes, but the model of --dalle_path {} was trained with {}; "
+            "--vqgan-model-path {}: this VQGAN has {} codes, but the model of --dalle-path {} was trained with {}; "
             "give the VQGAN it was trained with".format(
                 vqgan_model_path or "(by default)", vqgan.num_codes, path, config.num_image_tokens
             )
@@ -130,10 +130,19 @@ def load(
         )
     weights = checkpoint.weights if checkpoint.ema is None else checkpoint.ema
     dalle = build_dalle(config, weights, dtype=dtype).to(device).eval().requires_grad_(False)
+    options = {"config": (checkpoint.training or {}).get("config")}
     about = checkpoint._replace(
-        weights={}, vqgan_weights=None, ema=None, opt_state=None, scheduler_state=None, training=None
+        weights={}, vqgan_weights=None, ema=None, opt_state=None, scheduler_state=None, training=options
     )
     return Loaded(dalle, vqgan.to(device), tokenizer, about)
+
+
+def warn_of_guidance(loaded: Loaded, cond_scale: float) -> None:
+    """Warn where guidance is asked of a model whose checkpoint says that it was not trained for it."""
+    options = (loaded.checkpoint.training or {}).get("config")
+    if cond_scale != 1 and isinstance(options, dict) and options.get("null_cond_prob") == 0:
+        logger.warning("--cond-scale %g: the model was trained with --null-cond-prob 0 and never saw a missing "
+                       "caption, so guidance may only distort images", cond_scale)
 
 
 def _check_exists(path: Path) -> None:
@@ -141,13 +150,13 @@ def _check_exists(path: Path) -> None:
     names = [DEMO, *published.PUBLISHED_MODELS]
     if not path.exists():
         raise UserError(
-            "--dalle_path {}: there is no such file, folder or published model.{} Known by name: {}".format(
+            "--dalle-path {}: there is no such file, folder or published model.{} Known by name: {}".format(
                 path, nearest(str(path), names), ", ".join(names)
             )
         )
     if path.is_dir() and not (path / published.STAGE2).is_file():
         raise UserError(
-            f"--dalle_path {path}: no folder in minDALL-E's layout (it lacks {published.STAGE2}); of other folders "
+            f"--dalle-path {path}: no folder in minDALL-E's layout (it lacks {published.STAGE2}); of other folders "
             "give one of the "
             "checkpoint files"
         )
@@ -161,7 +170,7 @@ def _check_demo() -> None:
     for path in (_DEMO_DALLE, _DEMO_VQGAN, _DEMO_VQGAN_CONFIG, _DEMO_VOCABULARY):
         if not path.is_file():
             raise UserError(
-                f"--dalle_path demo: {path.relative_to(ROOT)} is missing, which comes with the repository; get a "
+                f"--dalle-path demo: {path.relative_to(ROOT)} is missing, which comes with the repository; get a "
                 "complete copy, or train "
                 "a model with `bash run_train.sh` and give its checkpoint"
             )
@@ -195,14 +204,14 @@ def _open_tokenizer(given: PathLike | None, checkpoint: DalleCheckpoint) -> Toke
         tokenizer = load_tokenizer(str(given))
         if sha256 and tokenizer.identity["sha256"] != sha256:
             logger.warning(
-                "--bpe_path %s is not the vocabulary that %s was trained with: its ids may mean other words to it",
+                "--bpe-path %s is not the vocabulary that %s was trained with: its ids may mean other words to it",
                 given,
                 path,
             )
         return tokenizer
     if checkpoint.format == "mindalle":
         if not (path.parent / published.TOKENIZER).is_dir():
-            raise _lacks(path, published.TOKENIZER + "/", "--bpe_path")
+            raise _lacks(path, published.TOKENIZER + "/", "--bpe-path")
         return load_tokenizer(str(path.parent / published.TOKENIZER))
     candidates: list[Path] = []
     if sha256:
@@ -219,7 +228,7 @@ def _open_tokenizer(given: PathLike | None, checkpoint: DalleCheckpoint) -> Toke
     tokenizer = load_tokenizer(None)
     if sha256 and tokenizer.identity["sha256"] != sha256:
         raise UserError(
-            "the vocabulary that {} was trained with ({}) is not to be found: give it with --bpe_path".format(
+            "the vocabulary that {} was trained with ({}) is not to be found: give it with --bpe-path".format(
                 path, recorded.get("path") or "sha256 " + sha256[:80]
             )
         )
@@ -235,11 +244,11 @@ def _open_vqgan(weights: PathLike | None, config: PathLike | None, checkpoint: D
     sha256 = recorded.get("sha256")
     if weights is not None:
         if config is None:
-            raise UsageError("--vqgan_model_path needs --vqgan_config_path, the YAML file that belongs to it")
+            raise UsageError("--vqgan-model-path needs --vqgan-config-path, the YAML file that belongs to it")
         vqgan = load_vqgan(weights, config)
         if sha256 and vqgan.identity != sha256:
             logger.warning(
-                "--vqgan_model_path %s is not the VQGAN that %s was trained with: its codes may mean other pictures",
+                "--vqgan-model-path %s is not the VQGAN that %s was trained with: its codes may mean other pictures",
                 weights,
                 path,
             )
@@ -247,11 +256,11 @@ def _open_vqgan(weights: PathLike | None, config: PathLike | None, checkpoint: D
     if checkpoint.vqgan_weights is not None:
         return _stored_vqgan(checkpoint.vqgan_weights, config, path)
     if config is not None:
-        raise UsageError("--vqgan_config_path needs --vqgan_model_path, the weights that belong to it")
+        raise UsageError("--vqgan-config-path needs --vqgan-model-path, the weights that belong to it")
     if checkpoint.format == "mindalle":
         stage1 = path.parent / published.STAGE1
         if not stage1.is_file():
-            raise _lacks(path, published.STAGE1, "--vqgan_model_path and --vqgan_config_path")
+            raise _lacks(path, published.STAGE1, "--vqgan-model-path and --vqgan-config-path")
         vqgan = _build_vqgan(published.read_stage1_config(path.parent), load_vqgan_state(stage1))
         if vqgan is None:
             raise UserError("{} does not fit stage1 of {}".format(stage1, path.parent / "config.yaml"))
@@ -267,13 +276,13 @@ def _open_vqgan(weights: PathLike | None, config: PathLike | None, checkpoint: D
             published.weights_name for published in PUBLISHED.values()
         ]:
             raise UserError(
-                "the VQGAN that {} was trained with ({}) is not to be found: give it with --vqgan_model_path and "
-                "--vqgan_config_path".format(path, recorded["weights"])
+                "the VQGAN that {} was trained with ({}) is not to be found: give it with --vqgan-model-path and "
+                "--vqgan-config-path".format(path, recorded["weights"])
             )
     vqgan = load_vqgan(*default_vqgan(name=_published_name(recorded)))
     if sha256 and vqgan.identity != sha256:
         logger.warning(
-            "the published VQGAN is not the one that %s was trained with; give that one with --vqgan_model_path",
+            "the published VQGAN is not the one that %s was trained with; give that one with --vqgan-model-path",
             path,
         )
     return vqgan
@@ -301,8 +310,8 @@ def _stored_vqgan(weights: dict[str, Tensor], config_path: PathLike | None, path
         if vqgan is not None:
             return vqgan
     if config_path is not None:
-        raise UserError(f"--vqgan_config_path {config_path} does not describe the VQGAN inside {path}")
-    raise UserError(f"the VQGAN inside {path} is no published one: give its YAML file with --vqgan_config_path")
+        raise UserError(f"--vqgan-config-path {config_path} does not describe the VQGAN inside {path}")
+    raise UserError(f"the VQGAN inside {path} is no published one: give its YAML file with --vqgan-config-path")
 
 
 def _build_vqgan(config: VqganConfig, weights: dict[str, Tensor]) -> VQGAN | None:

@@ -17,6 +17,7 @@ from sampling import Graphs, Sampler, SamplingOptions, Share
 from utils.downloads import progress_bar
 from utils.errors import UserError
 from utils.files import PathLike
+from utils.options import as_arguments
 
 Progress = Callable[[int, int], None]
 """Called with (codes drawn so far, codes to draw)."""
@@ -62,7 +63,8 @@ class Dalle(nn.Module):
         Vocabulary and VQGAN are found beside the weights, or given. dtype: "float32", "bfloat16" (half the memory) or
         "int8" (a quarter), of the transformer's weights. Raises UserError when something is missing.
         """
-        return cls(load(path, bpe_path, vqgan_model_path, vqgan_config_path, dtype=dtype))
+        with as_arguments(dalle_path="path"):
+            return cls(load(path, bpe_path, vqgan_model_path, vqgan_config_path, dtype=dtype))
 
     @property
     def loaded(self) -> Loaded:

@@ -97,8 +97,8 @@ class PromptFolder:
             lock = try_lock(self.path)
         if lock is None:
             raise UserError(
-                f"--outputs_dir: another process is writing images into {self.path}; wait for it, or choose another "
-                "--outputs_dir"
+                f"--outputs-dir: another process is writing images into {self.path}; wait for it, or choose another "
+                "--outputs-dir"
             )
         self._lock = lock
 
@@ -192,15 +192,15 @@ def _free_name(outputs_dir: Path, prompt: str, taken: set[str]) -> str:
             continue
         if os.path.islink(str(outputs_dir / candidate)):
             raise UserError(
-                f"--outputs_dir: {outputs_dir / candidate} is a symbolic link, and what it points to is never "
+                f"--outputs-dir: {outputs_dir / candidate} is a symbolic link, and what it points to is never "
                 "replaced; remove it or choose "
-                "another --outputs_dir"
+                "another --outputs-dir"
             )
         if _owner(outputs_dir / candidate) in (None, prompt):
             return candidate
     raise UserError(
-        f"--outputs_dir {outputs_dir}: the folder {candidate} belongs to another prompt; delete it or choose another "
-        "--outputs_dir"
+        f"--outputs-dir {outputs_dir}: the folder {candidate} belongs to another prompt; delete it or choose another "
+        "--outputs-dir"
     )
 
 
@@ -242,4 +242,4 @@ def _written(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"--outputs_dir: cannot write {path}: {error.strerror or error}") from error
+        raise UserError(f"--outputs-dir: cannot write {path}: {error.strerror or error}") from error

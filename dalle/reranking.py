@@ -76,11 +76,11 @@ class ClipRanker:
             from transformers import AutoTokenizer, CLIPModel
         except ImportError as error:
             raise UserError(
-                f"--clip_path needs the package transformers: python -m pip install transformers ({error})"
+                f"--clip-path needs the package transformers: python -m pip install transformers ({error})"
             ) from error
         local = Path(self.path).expanduser()
         if local.exists() and not (local / "config.json").is_file():
-            raise UserError(f"--clip_path {path}: no folder of a CLIP model (it lacks config.json)")
+            raise UserError(f"--clip-path {path}: no folder of a CLIP model (it lacks config.json)")
         name = str(local) if local.exists() else self.path
         only_local = local.exists()
         if only_local:
@@ -171,7 +171,7 @@ def _check_config(path: PathLike, file: Path) -> None:
     try:
         table = _read_table(file)
     except (OSError, ValueError) as error:
-        raise UserError(f"--clip_path {path}: config.json cannot be read: {error}") from error
+        raise UserError(f"--clip-path {path}: config.json cannot be read: {error}") from error
     for part in (table, table.get("text_config"), table.get("vision_config")):
         if not isinstance(part, dict):
             continue
@@ -179,7 +179,7 @@ def _check_config(path: PathLike, file: Path) -> None:
             value = part.get(name)
             if value is not None and not (type(value) is int and 1 <= value <= limit):
                 raise UserError(
-                    f"--clip_path {path}: config.json asks for {name} {shown(value)}, which is no whole number from "
+                    f"--clip-path {path}: config.json asks for {name} {shown(value)}, which is no whole number from "
                     f"1 to {limit}"
                 )
 
@@ -191,7 +191,7 @@ def _load_errors(path: str, only_local: bool) -> Iterator[None]:
     except Exception as error:  # whatever transformers raises for a folder that is damaged or hostile
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            "--clip_path {}: cannot be {} as a CLIP model: {}".format(
+            "--clip-path {}: cannot be {} as a CLIP model: {}".format(
                 path, "read" if only_local else "found here or downloaded", reason
             )
         ) from error

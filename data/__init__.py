@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from data.code_cache import CodeCache, Team
-from data.create import DEMO, create_dataset, create_datasets
+from data.create import DEMO, DataSettings, create_dataset, create_datasets
 from data.datasets import CodesDataset, DemoDataset, GeneratedDataset, ImageTextFolder, PairDataset, TextSettings
 from data.order import epoch_order, split_holdout
 
@@ -10,6 +10,7 @@ __all__ = [
     "DEMO",
     "CodeCache",
     "CodesDataset",
+    "DataSettings",
     "DemoDataset",
     "GeneratedDataset",
     "ImageTextFolder",

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from bpe import warn_of_unknown
@@ -24,90 +25,90 @@ DEMO = "demo"
 """The name that stands for the built-in set wherever a folder is expected; a folder of this name is "./demo"."""
 
 
-def create_dataset(  # noqa: PLR0913
-    *,
+@dataclass(frozen=True)
+class DataSettings:
+    """How pairs are read, and which are mirrored or skipped."""
+
+    text_seq_len: int
+    """Tokens of a caption."""
+    image_size: int
+    """Height and width in pixels."""
+    truncate_captions: bool = False
+    seed: int = 42
+    null_cond_prob: float = 0.0
+    """These are of `TextSettings`."""
+    num_generated: int = 0
+    """More than 0 makes so many random pairs instead; no folder is read."""
+    flip: bool = False
+    """Mirror every other image, see `PairDataset`."""
+    index_folder: PathLike | None = None
+    """Where the indexes of shards are kept; None: `data.shards.default_index_folder()`."""
+    shard_images: str | None = None
+    shard_captions: str | None = None
+    """Names of members of shards, see `data.shard_index.Members.named`."""
+    max_bad_fraction: float = 0.01
+    skipped_file: PathLike | None = None
+    is_main: bool = True
+    """How many pairs may be skipped, where those are listed, and whether this process does: see utils/skipped.py."""
+
+
+def create_dataset(
     input_folder: str | None,
     tokenizer: Tokenizer,
-    text_seq_len: int,
-    image_size: int,
-    truncate_captions: bool = False,
-    seed: int = 42,
-    null_cond_prob: float = 0.0,
+    settings: DataSettings,
+    *,
     demo_split: str = "all",
-    num_generated: int = 0,
-    flip: bool = False,
-    index_folder: PathLike | None = None,
-    shard_images: str | None = None,
-    shard_captions: str | None = None,
-    max_bad_fraction: float = 0.01,
-    skipped_file: PathLike | None = None,
-    is_main: bool = True,
     flag: str = "--input-folder",
 ) -> PairDataset:
     """Return one data set and log what is in it.
 
     input_folder: a folder, webdataset shards (data/shards.py), or "demo" for the built-in set (of which `demo_split`
         takes "train", "heldout" or "all"). With a vocabulary of classes it is a folder that holds one folder of images
-        for each class (see data/classes.py).
-    num_generated: more than 0 makes so many random pairs instead; `input_folder` is then not read.
-    flip: mirror every other image, see `PairDataset`.
-    index_folder: where the indexes of shards are kept; None: `data.shards.default_index_folder()`.
-    shard_images, shard_captions: names of members of shards, see `data.shard_index.Members.named`.
-    max_bad_fraction, skipped_file, is_main: how many pairs of a folder may be left out, where those are listed, and
-    whether this process lists what every process finds: see utils/skipped.py. flag: where the folder comes from.
-    The other arguments are those of `TextSettings`; image_size is in pixels.
+        for each class (see data/classes.py). flag: where it comes from.
 
     Raises UserError for a missing or empty folder, one with too many bad pairs, and for captions that are too long and
     not to be truncated.
     """
-    settings = TextSettings(tokenizer, text_seq_len, truncate_captions, seed, null_cond_prob)
+    text = TextSettings(
+        tokenizer, settings.text_seq_len, settings.truncate_captions, settings.seed, settings.null_cond_prob
+    )
     dataset: PairDataset
-    if num_generated:
-        dataset = GeneratedDataset(num_generated, settings, image_size)
+    if settings.num_generated:
+        dataset = GeneratedDataset(settings.num_generated, text, settings.image_size)
     elif input_folder is None:
         raise UserError("--input-folder: give a folder of images and captions, or 'demo' for the built-in set")
     elif input_folder == DEMO:
-        dataset = DemoDataset(demo_records(demo_split), settings, image_size)
+        dataset = DemoDataset(demo_records(demo_split), text, settings.image_size)
     else:
-        skipped = SkipReport(skipped_file, max_bad_fraction, f"{flag} {input_folder}", is_main=is_main)
+        source = f"{flag} {input_folder}"
+        skipped = SkipReport(settings.skipped_file, settings.max_bad_fraction, source, is_main=settings.is_main)
         classes = getattr(tokenizer, "classes", None)
         listing = find_shards(input_folder) if classes is None else None
         if listing is not None:
-            members = Members.named(shard_images, shard_captions)
-            shards = open_shards(listing, index_folder, skipped, members)
-            dataset = ImageTextShards(shards, settings, image_size, skipped)
+            members = Members.named(settings.shard_images, settings.shard_captions)
+            shards = open_shards(listing, settings.index_folder, skipped, members)
+            dataset = ImageTextShards(shards, text, settings.image_size, skipped)
         else:
             pairs = list_pairs(input_folder, skipped) if classes is None else list_class_images(input_folder, classes)
-            dataset = ImageTextFolder(pairs, settings, image_size, skipped)
-    if (shard_images or shard_captions) and flag == "--input-folder" and not isinstance(dataset, ImageTextShards):
+            dataset = ImageTextFolder(pairs, text, settings.image_size, skipped)
+    named = settings.shard_images or settings.shard_captions
+    if named and flag == "--input-folder" and not isinstance(dataset, ImageTextShards):
         raise UsageError("--shard-images and --shard-captions are for webdataset shards, and --input-folder names none")
-    dataset.flip = flip
+    dataset.flip = settings.flip
     logger.info("%s", dataset.report())
     dataset.check_captions()
-    if not num_generated:
+    if not settings.num_generated:
         warn_of_unknown(tokenizer, dataset.some_captions(), f"{flag} {input_folder}")
     return dataset
 
 
-def create_datasets(  # noqa: PLR0913
-    *,
+def create_datasets(
     input_folder: str | None,
     tokenizer: Tokenizer,
-    text_seq_len: int,
-    image_size: int,
-    truncate_captions: bool = False,
-    seed: int = 42,
-    null_cond_prob: float = 0.0,
+    settings: DataSettings,
+    *,
     validation_folder: str | None = None,
     validation_holdout: int | float = 0.01,
-    num_generated: int = 0,
-    flip: bool = False,
-    index_folder: PathLike | None = None,
-    shard_images: str | None = None,
-    shard_captions: str | None = None,
-    max_bad_fraction: float = 0.01,
-    skipped_file: PathLike | None = None,
-    is_main: bool = True,
 ) -> tuple[PairDataset, PairDataset | None]:
     """Return (training set, validation set or None); arguments as in `create_dataset`.
 
@@ -116,41 +117,14 @@ def create_datasets(  # noqa: PLR0913
     records are never trained on, whatever that number.) None of its captions is left out, none of its images mirrored,
     and in epoch 0, at which it stays as long as nobody moves it, its captions are always the same.
     """
-
-    def create(
-        folder: str | None,
-        null_cond_prob: float = 0.0,
-        demo_split: str = "all",
-        generated: int = 0,
-        flip: bool = False,
-        flag: str = "--input-folder",
-    ) -> PairDataset:
-        return create_dataset(
-            input_folder=folder,
-            tokenizer=tokenizer,
-            text_seq_len=text_seq_len,
-            image_size=image_size,
-            truncate_captions=truncate_captions,
-            seed=seed,
-            null_cond_prob=null_cond_prob,
-            demo_split=demo_split,
-            num_generated=generated,
-            flip=flip,
-            index_folder=index_folder,
-            shard_images=shard_images,
-            shard_captions=shard_captions,
-            max_bad_fraction=max_bad_fraction,
-            skipped_file=skipped_file,
-            is_main=is_main,
-            flag=flag,
-        )
-
-    train = create(input_folder, null_cond_prob, "train", num_generated, flip)
+    train = create_dataset(input_folder, tokenizer, settings, demo_split="train")
+    clean = replace(settings, null_cond_prob=0.0, num_generated=0, flip=False)
     if validation_folder is not None:
         try:
-            return train, create(validation_folder, demo_split="heldout", flag="--validation-folder")
+            flag = "--validation-folder"
+            return train, create_dataset(validation_folder, tokenizer, clean, demo_split="heldout", flag=flag)
         except UserError as error:
             raise UserError(str(error).replace("--input-folder", "--validation-folder")) from error
     if isinstance(train, DemoDataset):
-        return train, create(DEMO, demo_split="heldout") if validation_holdout else None
+        return train, create_dataset(DEMO, tokenizer, clean, demo_split="heldout") if validation_holdout else None
     return train.split(validation_holdout)

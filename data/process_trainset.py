@@ -22,6 +22,7 @@ import os
 import reprlib
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Sequence
 
@@ -33,8 +34,9 @@ from tqdm import tqdm  # noqa: E402
 
 from utils.caption_lists import Image, Row, is_image_name, read_list  # noqa: E402
 from utils.errors import UserError, run_main  # noqa: E402
-from utils.files import PathLike  # noqa: E402
-from utils.flags import Parser, number, parse_flags, path  # noqa: E402
+from utils.files import PathLike, make_folder  # noqa: E402
+from utils.flags import CaptionOptions, DataOptions  # noqa: E402
+from utils.options import Command, again, option  # noqa: E402
 from utils.skipped import Entry, SkipReport, start_report  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,19 @@ logger = logging.getLogger(__name__)
 DEFAULT_CAPTIONS = ROOT / "data" / "COCO" / "annotations" / "captions_train2017.json"
 DEFAULT_OUT_DIR = ROOT / "data" / "COCO" / "train2017_captions"
 SKIPPED = "skipped.jsonl"
+
+
+@dataclass(frozen=True)
+class CaptionFileOptions(CaptionOptions):
+    """The flags of this command."""
+
+    captions: str = option(str(DEFAULT_CAPTIONS), "list of captions: JSON, JSON lines, CSV or TSV", path=True)
+    image_column: str | None = again(CaptionOptions, "caption_column", help="the same of the image")
+    out_dir: str = option(str(DEFAULT_OUT_DIR), "folder for the text files", path=True)
+    max_bad_fraction: float = again(DataOptions, "max_bad_fraction")
+
+
+COMMAND = Command("process_trainset.py", "Turn a list of captions into one text file per image.", CaptionFileOptions)
 
 
 class Counts(NamedTuple):
@@ -101,8 +116,8 @@ def process_captions(
     start_report(out_dir / SKIPPED)
     stems, lines_of, counts = _read(Path(captions), skipped, image_column, caption_column)
     written = 0
+    make_folder("--out-dir", out_dir)
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
         for image_id, lines in tqdm(lines_of.items(), desc="captions", unit=" images", disable=not progress):
             written += _write_if_changed(out_dir / (stems[image_id] + ".txt"), "\n".join(lines) + "\n")
     except OSError as error:
@@ -285,28 +300,7 @@ def _write_if_changed(path: Path, text: str) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the flags and convert."""
-    parser = Parser(description="Turn a list of captions (JSON, JSON lines, CSV, TSV) into one text file per image.")
-    parser.add_argument(
-        "--captions", type=path, default=str(DEFAULT_CAPTIONS), metavar="FILE", help="default: %(default)s"
-    )
-    for what in ("image", "caption"):
-        parser.add_argument(
-            f"--{what}-column",
-            metavar="NAME",
-            help=f"column or JSON key of the {what}, or its number in a table without a header (default: the usual "
-            "names)",
-        )
-    parser.add_argument(
-        "--out-dir", type=path, default=str(DEFAULT_OUT_DIR), metavar="DIR", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--max-bad-fraction",
-        type=number(0, 1),
-        default=0.01,
-        metavar="F",
-        help="share of the captions that may be left out; default: %(default)s",
-    )
-    flags = parse_flags(parser, argv)
+    flags = COMMAND.parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     counts = process_captions(
         flags.captions,

@@ -8,9 +8,9 @@ orders them where it is installed, else the model's own likelihood.
 """
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -19,53 +19,48 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import log
-from args import Parser
+from dalle.generation import GenerateOptions
 from dalle.models import Candidates, Dalle
 from dalle.outputs import folder_name
 from dalle.pictures import save_picture, to_pil
 from dalle.reranking import ClipRanker
 from dalle.utils.utils import clip_score, set_seed
 from engines.native import pick_device
-from sampling import TEMPERATURES, to_uint8
-from utils.errors import UserError, run_main
-from utils.flags import number, parse_flags, path, whole
+from sampling import SamplingFlags, to_uint8
+from utils.errors import run_main
+from utils.files import make_folder
+from utils.flags import DeviceOptions
+from utils.options import Command, Options, again, option
 
 logger = logging.getLogger("sampling_ex")
 
 
-def make_parser() -> Parser:
-    """The flags: the published ones, and those that a machine without CUDA or network needs."""
-    parser = Parser(
-        prog="sampling_ex.py",
-        description="Draw candidates for a prompt and save the best.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
-    )
-    parser.add_argument("-n", "--num_candidates", type=whole(1), default=96, help="images to draw (default: 96)")
-    parser.add_argument("--prompt", default="A painting of a tree on the ocean")
-    parser.add_argument("--softmax-temperature", type=number(*TEMPERATURES), default=1.0, metavar="T")
-    parser.add_argument("--top-k", type=whole(1), default=256, metavar="K", help="256 or less is recommended")
-    parser.add_argument("--top-p", type=number(0, 1, above=True), metavar="P", help="0.0 < top-p <= 1.0")
-    parser.add_argument("--seed", type=whole(0, 2**31 - 1), default=0)
-    parser.add_argument(
-        "--model", default="minDALL-E/1.3B", help="name, folder or checkpoint (default: minDALL-E/1.3B, 5 GB)"
-    )
-    parser.add_argument("--clip-path", type=path, metavar="DIR|NAME", help="CLIP model of transformers")
-    parser.add_argument("--keep", type=whole(1), default=16, metavar="N", help="images to save (default: 16)")
-    parser.add_argument("--batch-size", type=whole(1), metavar="N", help="images at a time (default: what fits)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--result-path", type=path, default="./figures", metavar="DIR")
-    return parser
+@dataclass(frozen=True)
+class ExampleOptions(Options):
+    """The published flags, and those that a machine without CUDA or network needs."""
+
+    num_candidates: int = option(96, "images to sample", ge=1, short="-n")
+    prompt: str = option("A painting of a tree on the ocean", "caption of the images", metavar="PROMPT")
+    softmax_temperature: float = again(SamplingFlags, "temperature")
+    top_k: int = option(256, "likeliest codes to sample from; 256 or less is recommended", ge=1, metavar="K")
+    top_p: float | None = again(SamplingFlags, "top_p", default=None, none="all")
+    seed: int = option(0, "seed of the images", ge=0, le=2**31 - 1)
+    model: str = option("minDALL-E/1.3B", "name (5 GB are downloaded), folder or checkpoint")
+    clip_path: str | None = again(GenerateOptions, "clip_path", none="OpenAI's package clip, or the likelihood")
+    keep: int = option(16, "images to save", ge=1)
+    batch_size: int | None = again(SamplingFlags, "batch_size", default=None, none="what fits")
+    device: str = again(DeviceOptions, "device")
+    result_path: str = option("./figures", "folder of the images", path=True)
+
+
+COMMAND = Command("sampling_ex.py", "Sample candidates for a prompt and save the best.", ExampleOptions)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw, order, save."""
-    options = parse_flags(make_parser(), argv)
+    options = COMMAND.parse(argv)
     log.setup()
-    folder = Path(options.result_path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--result-path {folder}: {error.strerror or error}") from error
+    folder = make_folder("--result-path", options.result_path)
     set_seed(options.seed)
     device = pick_device(options.device, 0)
     ranker = None if options.clip_path is None else ClipRanker(options.clip_path, device)

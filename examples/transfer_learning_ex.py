@@ -7,17 +7,17 @@ IMAGENET holds train/<class>/<image> and val/<class>/<image>, or <class>/<image>
 <result-path>/<name of the configuration>/: ckpt/dalle_{epoch}.pt, reconstructions_{train,val}.png, metrics.jsonl, ...
 The checkpoints are ordinary ones, of which the class is the prompt:
 
-    python generate.py --dalle_path output/transfer/transfer-imagenet-clscond-gen/ckpt/dalle_7.pt --text n01440764
+    python generate.py --dalle-path output/transfer/transfer-imagenet-clscond-gen/ckpt/dalle_7.pt --text n01440764
 
 Unlike the published script this one takes the centre square of every training image instead of a random one, so that
 its codes are computed once and not in every epoch.
 """
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import engines
 import log
-from args import Config, Parser
+from args import CheckpointsConfig, Config, DataConfig, ExecutionConfig, MiscConfig, ModelConfig
 from bpe import load_tokenizer
 from bpe.classes import class_file
 from checkpoints import newest_checkpoint, read_dalle
@@ -42,8 +42,9 @@ from training.run import train
 from training.setup import Parts, Start, build_parts
 from utils.errors import UsageError, UserError, run_main
 from utils.files import atomic_write
-from utils.flags import number, parse_flags, path, whole
+from utils.flags import DeviceOptions
 from utils.interrupts import Interruption
+from utils.options import REQUIRED, Command, Options, again, option
 
 logger = logging.getLogger("transfer_learning_ex")
 
@@ -51,44 +52,36 @@ SHOWN = 16
 """Images in each picture of originals and reconstructions."""
 
 
-def make_parser() -> Parser:
-    """The flags: the published ones, and those that other machines and longer runs need."""
-    parser = Parser(
-        prog="transfer_learning_ex.py",
-        description="Train an image-only model (class-conditional or not) from a minDALL-E.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
-    )
-    parser.add_argument("-d", "--config-downstream", type=path, required=True, metavar="YAML", help="what to train")
-    parser.add_argument(
-        "-u", "--path-upstream", type=path, required=True, metavar="DIR|NAME", help="minDALL-E/1.3B, or such a folder"
-    )
-    parser.add_argument("-r", "--result-path", type=path, required=True, metavar="DIR")
-    parser.add_argument("--imagenet-path", type=path, required=True, metavar="DIR", help="images in folders by class")
-    parser.add_argument("--n-gpus", type=whole(1), default=1, metavar="N", help="processes to train with (default: 1)")
-    parser.add_argument("--seed", type=whole(0, 2**31 - 1), default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --result-path")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: as experiment.use_amp says"
-    )
-    parser.add_argument("--activation-checkpointing", action="store_true", help="less memory, a third more time")
-    parser.add_argument(
-        "--null-cond-prob", type=number(0, 1), default=0.0, metavar="P", help="share of classes left out, for guidance"
-    )
-    parser.add_argument("--max-steps", type=whole(0), default=0, metavar="N", help="stop after N steps; 0: no limit")
-    parser.add_argument("--keep-checkpoints", type=whole(0), default=2, metavar="N", help="0: all (default: 2)")
-    parser.add_argument(
-        "--dataloader-workers", type=whole(0), default=4, metavar="N", help="processes that read images"
-    )
-    parser.add_argument("--cache-codes", type=path, default="auto", metavar="DIR|auto|off", help="as in train.py")
-    parser.add_argument("--tensorboard", action="store_true")
-    return parser
+@dataclass(frozen=True)
+class TransferOptions(Options):
+    """The published flags, and those that other machines and longer runs need."""
+
+    config_downstream: str = option(REQUIRED, "what to train", path=True, short="-d", metavar="YAML")
+    path_upstream: str = option(REQUIRED, "minDALL-E/1.3B, or such a folder", path=True, short="-u", metavar="DIR|NAME")
+    result_path: str = option(REQUIRED, "folder for all that the run writes", path=True, short="-r", metavar="DIR")
+    imagenet_path: str = option(REQUIRED, "images in folders by class", path=True, metavar="DIR")
+    n_gpus: int = option(1, "processes to train with", ge=1)
+    seed: int = option(0, "seed of weights and data order", ge=0, le=2**31 - 1)
+    resume: bool = option(False, "go on from the newest checkpoint of --result-path")
+    device: str = again(DeviceOptions, "device")
+    precision: str = again(ExecutionConfig, "precision", help="arithmetic; auto: as experiment.use_amp says")
+    activation_checkpointing: bool = again(ExecutionConfig, "activation_checkpointing")
+    null_cond_prob: float = again(ModelConfig, "null_cond_prob", help="share of classes left out, for guidance")
+    max_steps: int = again(ExecutionConfig, "max_steps")
+    keep_checkpoints: int = again(CheckpointsConfig, "keep_checkpoints", default=2)
+    dataloader_workers: int = again(DataConfig, "dataloader_workers", default=4)
+    cache_codes: str = again(DataConfig, "cache_codes")
+    tensorboard: bool = again(MiscConfig, "tensorboard")
+
+
+COMMAND = Command("transfer_learning_ex.py", "Train an image-only model (class-conditional or not) from a minDALL-E.",
+                  TransferOptions)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prepare data and start, then train as train.py does. Returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    options = parse_flags(make_parser(), words)
+    options = COMMAND.parse(words)
     upstream = published.resolve(options.path_upstream)
     if not (upstream / published.STAGE1).is_file():
         raise UserError(
@@ -245,7 +238,7 @@ def say_how_to_draw(folder: Path, config: Config) -> None:
     classes = getattr(load_tokenizer(config.data.bpe_path), "classes", None)
     if newest is not None:
         prompt = f'"{classes[0]}"' if classes else "any"
-        logger.info("to draw: python generate.py --dalle_path %s --text %s --num_images 16", newest, prompt)
+        logger.info("to draw: python generate.py --dalle-path %s --text %s --num-images 16", newest, prompt)
 
 
 if __name__ == "__main__":

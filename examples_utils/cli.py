@@ -1,7 +1,6 @@
 """The command line of `python3 -m examples_utils benchmark`, with the flags of the reference."""
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
@@ -12,67 +11,27 @@ import sys
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import Sequence
+from typing import Any, Mapping, Sequence
 
 import log
 from examples_utils.chart import draw_chart
 from examples_utils.metrics import load_custom_metrics
+from examples_utils.options import parse
 from examples_utils.process import GC_MONITOR
 from examples_utils.report import FAILED, SKIPPED, VariantResult, duration, save_results, summary, table
 from examples_utils.runner import run_benchmarks
-from examples_utils.spec import load_entries, select
-from utils.errors import UsageError, UserError
-from utils.flags import Parser, parse_flags, whole
+from examples_utils.spec import load_entries, make_benchmark, select
+from utils.errors import UserError
+from utils.files import make_folder
 
 logger = logging.getLogger(__name__)
 
-PROGRAM = "python3 -m examples_utils"
-
-
-def make_parser() -> Parser:
-    """The parser, with `benchmark` as its one command."""
-    parser = Parser(prog=PROGRAM, description="Run the benchmarks of spec files, collect their metrics and write logs, "
-                    "tables and a chart. Exit status: 0, or 1 when one failed, 2 for wrong flags.")
-    add = parser.add_argument
-    add("command", nargs="?", choices=("benchmark",), help="run the benchmarks of spec files")
-    add("--spec", nargs="+", default=["./benchmarks.yml"], metavar="FILE", help="YAML files of benchmarks")
-    add("--benchmark", nargs="+", metavar="NAME", help="run only these, in this order")
-    add("--include-convergence", action="store_true", help="run those too whose names end in _conv")
-    add("--timeout", type=whole(1), metavar="S", help="seconds after which a benchmark is ended and has failed")
-    add("--stop-on-error", action="store_true", help="do not run the rest after one has failed")
-    add("--compile-only", action="store_true", help="append --compile-only to the commands; no metrics are read")
-    add("--allow-wandb", action="store_true", help="keep the --wandb flags of the commands")
-    add("--log-dir", metavar="DIR", help="folder for logs and results (default: ./log_<date-time>)")
-    add("--logging", choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"), default="INFO",
-        help="level of this log and of Poplar's")
-    add("--progress-trace-period", type=whole(1), metavar="S",
-        help="seconds between progress lines (default: 1 on a terminal, else 60)")
-    add("--additional-metrics", action="store_true", help="more columns in the CSV: duration, loss, command, commit")
-    add("--csv-metrics", nargs="+", default=[], metavar="METRIC", help="further metrics as columns of the CSV")
-    add("--custom-metrics-files", nargs="+", default=[], metavar="FILE",
-        help="Python files that call examples_utils.register_custom_metric")
-    add("--requirements-file", metavar="FILE", help="pip install this before the benchmarks")
-    add("--profile", action="store_true", help="PopVision profiles of the benchmarks on IPUs")
-    add("--gc-monitor", action="store_true", help="record what gc-monitor of the Poplar SDK says every 5 seconds")
-    add("--upload-checkpoints", nargs="+", choices=("wandb", "s3"), default=[], help="not possible here")
-    add("--no-code-sync", action="store_true", help="no effect: code is never copied to other hosts here")
-    add("--remove-dirs-after", action="store_true", help="no effect: nothing is copied to other hosts here")
-    return parser
-
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the flags. Raises UsageError, one line, for those that are unknown, wrong or cannot work here."""
-    flags = parse_flags(make_parser(), argv)
-    if flags.command is None:
-        raise UsageError(f"name a command: {PROGRAM} benchmark --spec benchmarks.yml")
-    if flags.upload_checkpoints:
-        advice = {"s3": "the reference sends them to a bucket of Graphcore; copy the file that latest_checkpoint_path "
-                        "in the results names to a bucket of your own",
-                  "wandb": "the reference adds them to a run on a server of Graphcore; give train.py --wandb and run "
-                           "with --allow-wandb to follow a run on a server of your own"}
-        target = flags.upload_checkpoints[0]
-        raise UsageError(f"--upload-checkpoints {target} is not possible here: {advice[target]}")
-    return flags
+def listing(entries: Mapping[str, tuple[Path, Any]]) -> str:
+    """A line for each benchmark: its name, and its command."""
+    names = [name for name in entries if "options" not in name]
+    width = max(map(len, names), default=0)
+    commands = [" ".join(make_benchmark(name, *entries[name]).cmd.split()) for name in names]
+    return "".join(f"{name:<{width}}  {command}\n" for name, command in zip(names, commands))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,13 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(flags, flag):
             logger.warning("--%s has no effect: nothing is copied to other hosts here; runs over several hosts need a "
                            "file system that they share", flag.replace("_", "-"))
-    benchmarks = select(load_entries(flags.spec), flags.benchmark, flags.include_convergence)
+    entries = load_entries(flags.spec)
+    if flags.list:
+        sys.stdout.write(listing(entries))
+        return 0
+    benchmarks = select(entries, flags.benchmark, flags.include_convergence)
     load_custom_metrics(flags.custom_metrics_files)
-    folder = Path(flags.log_dir or f"log_{datetime.now():%Y-%m-%d-%H.%M.%S.%f}").resolve()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--log-dir: cannot make {folder}: {error.strerror or error}") from None
+    folder = make_folder("--log-dir", Path(flags.log_dir or f"log_{datetime.now():%Y-%m-%d-%H.%M.%S.%f}").resolve())
     log.setup(folder, level=flags.logging, file_name="console.log")
     logger.info("logs and results: %s", folder)
     if flags.requirements_file:

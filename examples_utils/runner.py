@@ -1,7 +1,6 @@
 """Run the variants of the selected benchmarks one after the other and collect what became of each."""
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -17,6 +16,7 @@ from typing import IO, Mapping, Sequence
 from examples_utils import metrics
 from examples_utils.command import build_command, option_value, python_index
 from examples_utils.machine import POPLAR, Machine, hardware, why_skipped
+from examples_utils.options import BenchmarkOptions
 from examples_utils.process import Outcome, ipu_monitor, progress, run
 from examples_utils.report import FAILED, PASSED, SKIPPED, VariantResult, write_json
 from examples_utils.spec import Benchmark, Variant, variants
@@ -29,7 +29,7 @@ ERROR_LINE = re.compile(r"\s*(?:\[[^\]]*\]:?)*\s*(?:error|[\w.]*(?:Error|Excepti
 TAIL_LINES = 20
 
 
-def run_benchmarks(benchmarks: Sequence[Benchmark], flags: argparse.Namespace, logs: Path, env: Mapping[str, str],
+def run_benchmarks(benchmarks: Sequence[Benchmark], flags: BenchmarkOptions, logs: Path, env: Mapping[str, str],
                    results: list[VariantResult]) -> None:
     """Run everything, with what became of it in `results`, one for each variant, which are there after Ctrl-C too.
 
@@ -57,7 +57,7 @@ def run_benchmarks(benchmarks: Sequence[Benchmark], flags: argparse.Namespace, l
                 stopped = f"not run, as {name} failed and --stop-on-error was given"
 
 
-def _prepare(variant: Variant, flags: argparse.Namespace, env: Mapping[str, str], machine: Machine) -> VariantResult:
+def _prepare(variant: Variant, flags: BenchmarkOptions, env: Mapping[str, str], machine: Machine) -> VariantResult:
     """A result without a run, and with a reason where there cannot be one."""
     benchmark = variant.benchmark
     command = build_command(variant, {**env, **benchmark.env}, flags.allow_wandb, flags.compile_only)
@@ -85,7 +85,7 @@ def _profile_options(variant: Variant, env: Mapping[str, str]) -> str:
                        "autoReport.outputSerializedGraph": "false"})
 
 
-def _run(result: VariantResult, flags: argparse.Namespace, logs: Path, combined: IO[bytes]) -> None:
+def _run(result: VariantResult, flags: BenchmarkOptions, logs: Path, combined: IO[bytes]) -> None:
     """Run one variant, and fill in its result."""
     result.status, result.log_folder, result.start = FAILED, logs, datetime.now()
     result.sdk = Path(result.env[POPLAR]).resolve().parent if result.env.get(POPLAR) else None
@@ -126,7 +126,7 @@ def _install_requirements(result: VariantResult, logs: Path, combined: IO[bytes]
     return Outcome(outcome.exitcode, outcome.seconds, f"requirements_file: pip could not install {name}")
 
 
-def _execute(result: VariantResult, logs: Path, flags: argparse.Namespace, combined: IO[bytes]) -> Outcome:
+def _execute(result: VariantResult, logs: Path, flags: BenchmarkOptions, combined: IO[bytes]) -> Outcome:
     words, env = _with_this_python(result.command.words, result.env)
     # Unbuffered, or a command that is ended at its time limit would take what it printed with it.
     env.setdefault("PYTHONUNBUFFERED", "1")

@@ -296,7 +296,7 @@ def read_tensors(path: PathLike, flag: str) -> dict[str, Tensor]:
 def load_vqgan_state(path: PathLike) -> dict[str, Tensor]:
     """Read a VQGAN's float32 tensors from a `.ckpt` or `.safetensors` file, without its training losses (`loss.*`)."""
     return {
-        name: value for name, value in read_tensors(path, "--vqgan_model_path").items() if not name.startswith("loss.")
+        name: value for name, value in read_tensors(path, "--vqgan-model-path").items() if not name.startswith("loss.")
     }
 
 
@@ -328,7 +328,7 @@ def _check_state(state: dict[str, Tensor], config: VqganConfig, weights: PathLik
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise UserError(
-            "--vqgan_model_path {} does not fit {}: {}{}".format(weights, config_path, ", ".join(problems[:3]), more)
+            "--vqgan-model-path {} does not fit {}: {}{}".format(weights, config_path, ", ".join(problems[:3]), more)
         )
 
 
@@ -419,6 +419,6 @@ def default_vqgan(cache_dir: PathLike | None = None, name: str = "f16-1024") -> 
             raise UserError(
                 f"the published VQGAN {name} could not be downloaded ({error}); fetch {published.weights_url} by "
                 f"hand and save it as {weights}, and {published.config_url} as "
-                f"{config}, or give --vqgan_model_path and --vqgan_config_path"
+                f"{config}, or give --vqgan-model-path and --vqgan-config-path"
             ) from None
     return weights, config

@@ -2,5 +2,6 @@
 from __future__ import annotations
 
 from ops.explain import main
+from utils.errors import run_main
 
-main()
+run_main(main)

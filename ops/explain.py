@@ -1,11 +1,12 @@
 """What runs on this machine, and why: `python -m ops`."""
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Sequence
 
 import torch
 
 from ops import build, convolution, dispatch, elementwise, matmul, native_attention
+from utils.options import Command, Options
 
 PYTORCH = "PyTorch"
 
@@ -42,7 +43,11 @@ def explain(like: torch.Tensor | None = None) -> list[Choice]:
     ]
 
 
-def main() -> None:
+COMMAND = Command("python -m ops", "Say which implementation of each op runs on this machine, and why.", Options)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the choices."""
+    COMMAND.parse(argv)
     for choice in explain():
         print("{:<44}{:<20}{}".format(*choice))  # noqa: T201

@@ -15,7 +15,7 @@ from sampling.driver import (
 )
 from sampling.graphs import Graphs
 from sampling.loop import Sampled, complete_text, sample_codes
-from sampling.options import COND_SCALES, DEFAULT_OPTIONS, TEMPERATURES, SamplingOptions, top_k_count
+from sampling.options import COND_SCALES, DEFAULT_OPTIONS, TEMPERATURES, SamplingFlags, SamplingOptions, top_k_count
 
 __all__ = [
     "COND_SCALES",
@@ -25,6 +25,7 @@ __all__ = [
     "Graphs",
     "Sampled",
     "Sampler",
+    "SamplingFlags",
     "SamplingOptions",
     "Share",
     "complete_caption",

@@ -173,7 +173,7 @@ class Sampler:
             if pictures is None:
                 if batch_size is not None or share.num_images == 1:
                     count = f"{share.num_images} image{'s' if share.num_images > 1 else ''}"
-                    raise UserError(f"not enough memory for a batch of {count}: lower --batch_size")
+                    raise UserError(f"not enough memory for a batch of {count}: lower --batch-size")
                 size = (share.num_images + 1) // 2
                 logger.info("not enough memory for %d images at the same time: trying %d", share.num_images, size)
                 todo = deque(part for whole in (share, *todo) for part in split(whole, size))

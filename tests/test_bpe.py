@@ -453,10 +453,10 @@ def test_bad_input_ends_with_one_line_and_leaves_the_old_file(
         ({"--vocab-size": "0"}, 2, "--vocab-size: must be at least 1, got 0"),
         ({"--vocab-size": "x"}, 2, "--vocab-size"),
         ({"--coverage": "0"}, 2, "--coverage: must be above 0"),
-        ({"--coverage": "nan"}, 2, "--coverage: must be above 0"),
+        ({"--coverage": "nan"}, 2, "--coverage: expected a number"),
         ({"--output": "."}, 2, "--output"),
         ({"--vocab-size": "9"}, 1, "at least 18"),
-        ({"--output": "lines.txt/vocab"}, 1, "cannot be written"),
+        ({"--output": "lines.txt/vocab"}, 1, "lines.txt is a file, not a folder"),
         ({"--captions": "empty"}, 1, "no .txt file in this folder"),
         ({"--captions": "captions", "--caption-column": "x"}, 2, "--caption-column is for lists"),
         ({"--captions": "captions.json", "--caption-column": "x"}, 1, "keys found: caption"),
@@ -560,7 +560,7 @@ def test_a_tokenizer_json_is_found_again_by_what_a_checkpoint_notes(beside, tmp_
     checkpoint = types.SimpleNamespace(path=tmp_path / "dalle.pt", identity={"tokenizer": noted}, format="ours")
     assert loading._open_tokenizer(None, checkpoint).identity["sha256"] == noted["sha256"]
     path.write_bytes(path.read_bytes() + b"\n")
-    with pytest.raises(UserError, match="is not to be found: give it with --bpe_path"):
+    with pytest.raises(UserError, match="is not to be found: give it with --bpe-path"):
         loading._open_tokenizer(None, checkpoint)
 
 

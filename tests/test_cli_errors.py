@@ -21,16 +21,20 @@ from PIL import Image
 import args
 import bpe.train
 import checkpoints.__main__
+import dalle.export
 import data.process_trainset
 import evaluate
 import examples_utils.cli
+import examples_utils.options
 import generate
 import train
 import train_vqgan
 import utils.archives
+from dalle import evaluation, generation
+from ops.explain import main as ops_main
 from training import vqgan_options
 from utils.errors import run_main
-from utils.flags import Parser
+from utils.options import VERSION, Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_VQGAN, DEMO_YAML = ROOT / "models" / "demo" / "vqgan.safetensors", ROOT / "models" / "demo" / "vqgan.yaml"
@@ -45,6 +49,8 @@ MAINS = {
     "examples_utils": examples_utils.cli.main,
     "checkpoints": checkpoints.__main__.main,
     "archives": utils.archives.main,
+    "dalle.export": dalle.export.main,
+    "ops": ops_main,
 }
 # What each command needs beside the flag that is wrong.
 BASE = {
@@ -57,6 +63,8 @@ BASE = {
     "examples_utils": "benchmark --spec benchmarks.yml --log-dir out/logs",
     "checkpoints": "",
     "archives": "",
+    "dalle.export": "",
+    "ops": "",
 }
 
 
@@ -103,6 +111,14 @@ def command(place, tmp_path, monkeypatch, capfd):
     return run
 
 
+def without(program, flag):
+    """What a command needs, without one of its flags."""
+    words = BASE[program].split()
+    if flag in words:
+        del words[words.index(flag) : words.index(flag) + 2]
+    return words
+
+
 def check(result, status, *names):
     """One line that starts with "error: ", names what is wrong, and is the last one; no traceback anywhere."""
     code, lines = result
@@ -117,54 +133,54 @@ def check(result, status, *names):
 
 # Wrong types and unknown flags ----------------------------------------------------------------------------------------
 
-PARSERS = {
-    "train": args.make_parser,
-    "generate": generate.make_parser,
-    "evaluate": evaluate.make_parser,
-    "train_vqgan": vqgan_options.make_parser,
+COMMANDS = {
+    "train": args.COMMAND,
+    "generate": generation.COMMAND,
+    "evaluate": evaluation.COMMAND,
+    "train_vqgan": vqgan_options.COMMAND,
+    "process_trainset": data.process_trainset.COMMAND,
+    "bpe.train": bpe.train.COMMAND,
+    "examples_utils": examples_utils.options.COMMAND,
 }
 
 
-def flags_of(program):
-    """Every flag of a command that takes a value of its own kind (no path, no text)."""
-    takes_any = ("PATH", "NAME", "FILE", "DIR", "PROMPT", "FILE|BOX", "DIR|NAME")
-    for action in PARSERS[program]()._actions:
-        if action.option_strings and action.nargs != 0 and action.metavar not in takes_any:
-            yield action.option_strings[-1]
-
-
-@pytest.mark.parametrize("program", PARSERS)
+@pytest.mark.parametrize("program", COMMANDS)
 def test_a_value_of_the_wrong_type_names_its_flag(program, command):
-    flags = list(flags_of(program))
-    assert len(flags) > 5
-    base = BASE[program].split()
-    for flag in flags:
-        for value in ("wrong!", "1e400"):
-            if value == "1e400" and flag not in ("--batch-size", "--batch_size", "--learning-rate", "--temperature"):
-                continue
-            words = [word for word in base if word != "demo" or program != "train"] if flag == "--config" else base
-            check(command(program, [*words, flag + "=" + value]), 2, flag)
+    base, flags = BASE[program].split(), [spec for spec in COMMANDS[program].specs.values() if takes_one_kind(spec)]
+    assert flags
+    for spec in flags:
+        for value in ("wrong!", *(["1e400"] if spec.name in ("batch_size", "learning_rate", "temperature") else [])):
+            check(command(program, [*base, spec.flag + "=" + value]), 2, spec.flag)
 
 
-@pytest.mark.parametrize("program", sorted(set(MAINS) - {"checkpoints", "archives"}))
-@pytest.mark.parametrize("flag, near", [("--no-such-flag-at-all", None), ("--", None)])
-def test_unknown_flags(program, flag, near, command):
-    words = BASE[program].split()
-    if flag == "--":
-        words = [*words, "--", "stray"]
-    else:
-        words.append(flag)
-    check(command(program, words), 2, flag)
+def takes_one_kind(spec):
+    """Whether an option takes something else than any text or path."""
+    return spec.kind is not str or "choices" in spec.settings
+
+
+@pytest.mark.parametrize("program", MAINS)
+def test_the_version_is_that_of_the_project(program, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [program, "--version"])
+    with pytest.raises(SystemExit) as ended:
+        run_main(MAINS[program])
+    assert not ended.value.code and capsys.readouterr().out == f"mini-dalle {VERSION}\n"
+
+
+@pytest.mark.parametrize("program", sorted(set(MAINS) - {"checkpoints", "archives", "dalle.export"}))
+@pytest.mark.parametrize("words, named", [("--no-such-flag-at-all", "--no-such-flag-at-all"), ("-- stray", "--")])
+def test_unknown_flags(program, words, named, command):
+    check(command(program, [*BASE[program].split(), *words.split()]), 2, named)
 
 
 NEAR = [
     ("train", "--batchsize", "--batch-size"),
-    ("generate", "--num_image", "--num_images"),
-    ("evaluate", "--inputfolder", "--input_folder"),
+    ("generate", "--num_image", "--num-images"),
+    ("evaluate", "--inputfolder", "--input-folder"),
     ("train_vqgan", "--minute", "--minutes"),
     ("process_trainset", "--outdir", "--out-dir"),
     ("bpe.train", "--vocabsize", "--vocab-size"),
     ("examples_utils", "--includeconvergence", "--include-convergence"),
+    ("ops", "--versio", "--version"),
 ]
 
 
@@ -178,7 +194,6 @@ def test_the_nearest_flag_is_named(program, flag, near, command):
 VQGAN = {"vqgan-model-path": str(DEMO_VQGAN), "vqgan-config-path": str(DEMO_YAML)}
 KINDS = ["missing", "folder", "empty", "text.txt", "html", "list.json", "yaml.yaml", "binary", "pickle", "packed.gz"]
 KINDS += ["packed.zip", "picture.png", "other.pt", "list.pt"]
-PICTURE_FLAGS = {"--prime_image", "--image", "--mask"}
 # (command, flag, other words, kinds of files that are right for it)
 FILES = [
     ("train", "--bpe-path", "", ()),
@@ -210,23 +225,16 @@ FILES = [
     "program, flag, others, right", FILES, ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_missing_files_and_files_of_the_wrong_kind(program, flag, others, right, command):
-    others = others.format(config=DEMO_YAML, model=DEMO_VQGAN).split()
-    base = BASE[program].split()
-    if flag in base:
-        at = base.index(flag)
-        del base[at : at + 2]
+    others, base = others.format(config=DEMO_YAML, model=DEMO_VQGAN).split(), without(program, flag)
     for kind in KINDS:
         if kind not in right:
             status, lines = command(program, [*base, *others, flag, kind])
             check((status, lines), 1, kind)
 
 
-USAGE_FILES = [("--config-file", kind) for kind in KINDS]
-
-
-@pytest.mark.parametrize("flag, kind", USAGE_FILES)
-def test_a_file_of_configurations_is_part_of_the_usage(flag, kind, command):
-    check(command("train", [flag, kind, "--config", "demo", "--generated-data"]), 2, kind)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_of_configurations_is_part_of_the_usage(kind, command):
+    check(command("train", ["--config-file", kind, "--config", "demo", "--generated-data"]), 2, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -247,10 +255,7 @@ FOLDERS = [
 @pytest.mark.parametrize("program, flag", FOLDERS)
 @pytest.mark.parametrize("kind", ["missing", "folder", "text.txt", "picture.png"])
 def test_folders_of_data(program, flag, kind, command):
-    words = BASE[program].split()
-    if flag in words:
-        del words[words.index(flag) : words.index(flag) + 2]
-    check(command(program, [*words, flag, kind]), 1, flag.replace("_", "-"), kind)
+    check(command(program, [*without(program, flag), flag, kind]), 1, flag.replace("_", "-"), kind)
 
 
 # Where to write -------------------------------------------------------------------------------------------------------
@@ -268,47 +273,24 @@ OUTPUTS = [
 
 @pytest.mark.parametrize("program, flag, target", OUTPUTS)
 def test_places_that_cannot_be_written(program, flag, target, command):
-    words = BASE[program].split()
-    if flag in words:
-        del words[words.index(flag) : words.index(flag) + 2]
-    check(command(program, [*words, flag, target]), 1, flag, "text.txt")
+    words = [*without(program, flag), flag, target]
+    check(command(program, words), 1, flag.replace("_", "-"), "text.txt is a file, not a folder")
 
 
 # Contradictions, unknown names, absent flags --------------------------------------------------------------------------
 
-WORDS = [
-    # usage
+WORDS = [  # more of them are in test_args.py, test_generate.py, test_evaluate.py, test_train_vqgan.py
     ("train", "--config demmo", 2, ["--config", "demmo", "Did you mean 'demo'"]),
-    ("train", "--config demo --input-folder none", 2, ["--input-folder"]),
-    ("train", "--config demo --resume --pretrained-checkpoint x", 2, ["--resume", "--pretrained-checkpoint"]),
-    ("train", "--config demo --vqgan-config-path none", 2, ["--vqgan-model-path", "--vqgan-config-path"]),
-    ("train", "--config demo --generated-data --synthetic-data", 2, ["--generated-data", "--synthetic-data"]),
-    ("train", "--config demo --vae-path text.txt", 2, ["--vae-path"]),
-    ("train", "--config demo --attn-types fulll", 2, ["--attn-types", "Did you mean 'full'"]),
-    ("train", "--config demo --device cpu --precision fp16", 2, ["--precision"]),
-    ("train", "--config demo --batch-size 0", 2, ["--batch-size", "at least 1"]),
     ("train", "--config demo --max-bad-fraction 2", 2, ["--max-bad-fraction", "at most 1"]),
     ("train", "demo", 2, ["demo"]),
-    ("generate", "--text a", 2, ["--dalle_path"]),
+    ("generate", "--text a", 2, ["--dalle-path"]),
     ("generate", "--dalle_path demo", 2, ["--text"]),
-    ("generate", "--dalle_path demo --text |", 2, ["--text"]),
-    ("generate", "--dalle_path demo --text a --mask 0,0,1,1", 2, ["--mask", "--image"]),
-    ("generate", "--dalle_path demo --text a --image x --prime_image y", 2, ["--image", "--prime_image"]),
-    ("generate", "--dalle_path demo --text a --prime_rows 1", 2, ["--prime_rows", "--prime_image"]),
-    ("generate", "--dalle_path demo --text a --keep 9 --num_images 3", 2, ["--keep", "--num_images"]),
-    ("generate", "--dalle_path demo --text a --top_p 0", 2, ["--top_p"]),
-    ("generate", "--dalle_path demo --text a --vqgan_config_path x.yaml", 2, ["--vqgan_model_path"]),
+    ("generate", "--dalle_path demo --text a --vqgan_config_path x.yaml", 2, ["--vqgan-model-path"]),
     ("generate", "--dalle_path demo --text a --image picture.png --mask 0,0,2,1 --num_images 1", 1, ["0,0,2,1"]),
-    ("generate", "--dalle_path demo --text a --clip_path folder --num_images 1", 1, ["--clip_path", "folder"]),
-    ("evaluate", "--skip_retrieval", 2, ["--dalle_path"]),
-    ("evaluate", "--dalle_path demo --best_of 3", 2, ["--best_of", "--temperature"]),
-    ("evaluate", "--dalle_path demo --sheet a.gif", 2, ["--sheet", ".png"]),
-    ("train_vqgan", "--input-folder demo --output out", 2, ["--steps", "--minutes"]),
-    ("train_vqgan", "--input-folder demo --output out --steps 1 --minutes 1", 2, ["--minutes", "--steps"]),
+    ("generate", "--dalle_path demo --text a --clip_path folder --num_images 1", 1, ["--clip-path", "folder"]),
+    ("evaluate", "--skip_retrieval", 2, ["--dalle-path"]),
     ("train_vqgan", "--input-folder demo --output out --steps 1 --config f9", 2, ["--config", "f9"]),
-    ("train_vqgan", "--input-folder demo --output out --steps 1 --vqgan_model_path x", 2, ["--vqgan_config_path"]),
     ("train_vqgan", "--input-folder demo --output out --steps 1 --config missing.yaml", 1, ["missing.yaml"]),
-    ("train_vqgan", "--input-folder demo --output out --steps 1 --resume --save-every 0", 2, ["--save-every"]),
     ("process_trainset", "--captions", 2, ["--captions"]),
     ("process_trainset", "--max-bad-fraction 2", 2, ["--max-bad-fraction"]),
     ("bpe.train", "--captions text.txt", 2, ["--vocab-size", "--output"]),
@@ -316,15 +298,17 @@ WORDS = [
     ("bpe.train", "--captions text.txt --vocab-size 2 --output o", 1, ["--vocab-size"]),
     ("bpe.train", "--captions text.txt --vocab-size 30 --output folder", 2, ["--output", "folder"]),
     ("bpe.train", "--captions text.txt --vocab-size 30 --output o --coverage 2", 2, ["--coverage"]),
-    ("examples_utils", "", 2, ["benchmark"]),
-    ("examples_utils", "bench", 2, ["bench"]),
     ("examples_utils", "benchmark --benchmark no_such --spec benchmarks.yml", 1, ["--benchmark", "no_such"]),
-    ("examples_utils", "benchmark --timeout 0", 2, ["--timeout"]),
-    ("checkpoints", "", 2, ["command"]),
-    ("checkpoints", "exprot a b", 2, ["exprot"]),
-    ("checkpoints", "export a", 2, ["out"]),
+    ("checkpoints", "", 2, ["command", "export or verify"]),
+    ("checkpoints", "exprot a b", 2, ["exprot", "export or verify", "Did you mean 'export'"]),
+    ("checkpoints", "export a", 2, ["OUT"]),
     ("checkpoints", "verify a --half", 2, ["--half"]),
-    ("archives", "", 2, ["url"]),
+    ("dalle.export", "a", 2, ["FOLDER"]),
+    ("dalle.export", "a text.txt", 1, ["FOLDER text.txt", "is a file, not a folder"]),
+    ("ops", "stray", 2, ["stray"]),
+    ("bpe.train", "--captions text.txt --vocab-size 30 --output o --kind char --coverage 0.9", 2, ["--coverage"]),
+    ("train_vqgan", "--input-folder demo --output out --steps 1 --discriminator-weight 1", 2, ["-start"]),
+    ("archives", "", 2, ["URL"]),
     ("archives", "http://example.org/a.zip a.zip", 1, ["https"]),
     ("archives", "ftp://example.org/a.zip a.zip", 1, ["ftp"]),
     ("archives", "https://example.org/a.zip a.zip --size-limit x", 2, ["--size-limit"]),
@@ -346,10 +330,7 @@ def test_contradictions_and_unknown_names(program, words, status, names, command
 @pytest.mark.parametrize("value", ["x\ny", "x\udcff", "-rf", "$(touch trap)", "x" * 5000, "../../../x", "\u202ex"])
 def test_odd_names_of_files_stay_one_line(value, command):
     for program, flag in (("train", "--bpe-path"), ("generate", "--dalle_path"), ("process_trainset", "--captions")):
-        words = BASE[program].split()
-        if flag in words:
-            del words[words.index(flag) : words.index(flag) + 2]
-        code, lines = command(program, [*words, flag + "=" + value])
+        code, lines = command(program, [*without(program, flag), flag + "=" + value])
         assert code == 1 and lines[-1].startswith("error: "), lines
         assert not any("Traceback" in line for line in lines) and not os.path.exists("trap")
 

@@ -37,7 +37,7 @@ needs_peer = pytest.mark.skipif(
 
 
 def contestant(name, task):
-    made = contestants.KINDS[name](contestants.options_of([name, task, "--config", "demo"]))
+    made = contestants.KINDS[name](contestants.COMMAND.parse([name, task, "--config", "demo"]))
     made.prepare(task)
     return made
 
@@ -146,7 +146,7 @@ def report_of(found, options):
 
 
 def test_ratios_are_medians_of_turns_and_limits_come_from_the_machine(tmp_path):
-    options = compare_peers.read_options(["--images", "1"])
+    options = compare_peers.COMMAND.parse(["--images", "1"])
     found = [
         measured(OURS, TRAIN_CODES, [2.0, 1.0, 4.0], peak=6),
         measured(PEER, TRAIN_IMAGES, [4.0, 3.0, 20.0]),
@@ -171,7 +171,7 @@ def test_ratios_are_medians_of_turns_and_limits_come_from_the_machine(tmp_path):
 
 def test_the_gpu_benchmark_finds_its_figures_in_the_table():
     """What benchmarks.yml looks for, in the table of a run on a GPU whose datasheet is known."""
-    options = compare_peers.read_options(["--device", "cuda", "--precision", "bf16", "--images", "96"])
+    options = compare_peers.COMMAND.parse(["--device", "cuda", "--precision", "bf16", "--images", "96"])
     found = [
         measured(OURS, TRAIN_CODES, [1.0]),
         measured(OURS, GENERATE, [1.25], images=96),
@@ -189,15 +189,15 @@ def test_the_gpu_benchmark_finds_its_figures_in_the_table():
 
 def test_on_a_gpu_all_train_without_recomputing_and_ours_may_be_compiled():
     flags = [OURS, TRAIN_CODES, "--config", "minDALLE_1.3B", "--device", "cuda", "--precision", "bf16", "--compile"]
-    execution = contestants.settings(contestants.options_of(flags)).execution
+    execution = contestants.settings(contestants.COMMAND.parse(flags)).execution
     assert execution.compile and not execution.activation_checkpointing
 
 
 def test_products_are_as_exact_for_all_as_asked_for():
     flags = [OURS, TRAIN_CODES, "--config", "L16", "--matmul-precision"]
     for wanted in ("highest", "medium"):
-        assert contestants.settings(contestants.options_of([*flags, wanted])).execution.matmul_precision == wanted
-    assert contestants.settings(contestants.options_of(flags[:-1])).execution.matmul_precision is None
+        assert contestants.settings(contestants.COMMAND.parse([*flags, wanted])).execution.matmul_precision == wanted
+    assert contestants.settings(contestants.COMMAND.parse(flags[:-1])).execution.matmul_precision is None
 
 
 def test_datasheets_are_known_by_the_names_that_gpus_report():

@@ -14,7 +14,15 @@ from hypothesis import given, settings, strategies
 from PIL import Image, ImageOps
 
 from bpe import load_tokenizer
-from data import CodesDataset, GeneratedDataset, ImageTextFolder, TextSettings, create_dataset, create_datasets
+from data import (
+    CodesDataset,
+    DataSettings,
+    GeneratedDataset,
+    ImageTextFolder,
+    TextSettings,
+    create_dataset,
+    create_datasets,
+)
 from data import datasets as datasets_module
 from data.folder import PackedStrings, list_pairs
 from data.images import BROKEN_IMAGE_ERRORS, image_to_tensor, load_image, prepare_image, to_rgb
@@ -429,8 +437,8 @@ def test_a_replacement_stays_within_the_subset(tmp_path):
 
 
 def dataset_of_folder(folder, max_bad_fraction):
-    arguments = dict(input_folder=str(folder), tokenizer=Letters(), text_seq_len=T, image_size=8)
-    return create_dataset(max_bad_fraction=max_bad_fraction, truncate_captions=True, **arguments)
+    settings = DataSettings(T, 8, truncate_captions=True, max_bad_fraction=max_bad_fraction)
+    return create_dataset(str(folder), Letters(), settings)
 
 
 def test_nothing_but_unreadable_images_is_an_error(tmp_path):
@@ -458,10 +466,9 @@ def test_nothing_but_unreadable_images_held_out_is_an_error_that_says_so(tmp_pat
 
 def test_too_long_captions_are_found_before_training(tmp_path):
     write_pair(tmp_path, "a", "short\nfar too long for twelve ids\n")
-    arguments = dict(input_folder=str(tmp_path), tokenizer=Letters(), text_seq_len=T, image_size=8)
     with pytest.raises(UserError, match="far too long.*--truncate-captions"):
-        create_dataset(**arguments)
-    dataset = create_dataset(truncate_captions=True, **arguments)
+        create_dataset(str(tmp_path), Letters(), DataSettings(T, 8))
+    dataset = create_dataset(str(tmp_path), Letters(), DataSettings(T, 8, truncate_captions=True))
     assert {words(dataset[0][0]) for epoch in range(20) if dataset.set_epoch(epoch) is None} == {
         "short",
         "far too long",
@@ -479,8 +486,7 @@ def test_captions_that_the_vocabulary_lacks_are_worth_a_warning(tmp_path, caplog
     for number in range(3):
         write_pair(tmp_path, str(number), "\u4e00\u53ea\n\u732b cat" if number else "cats")
     vocabulary = load_tokenizer(str(Path(__file__).resolve().parents[1] / "bpe" / "demo_vocab.txt"))
-    common = dict(input_folder=str(tmp_path), text_seq_len=9, image_size=8, truncate_captions=truncate)
-    create_dataset(tokenizer=vocabulary, **common)
+    create_dataset(str(tmp_path), vocabulary, DataSettings(9, 8, truncate_captions=truncate))
     (message,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
     assert message.startswith(f"--input-folder {tmp_path}: the vocabulary lacks 37.5 % of the characters")
 
@@ -563,20 +569,18 @@ def test_create_datasets_from_folders_and_random_data(tmp_path, caplog):
     for number in range(10):
         write_pair(tmp_path / "train", str(number), f"n{number}")
         write_pair(tmp_path / "val", f"v{number}", f"v{number}")
-    common = dict(tokenizer=Letters(), text_seq_len=T, image_size=8, null_cond_prob=1.0)
+    common = (Letters(), DataSettings(T, 8, null_cond_prob=1.0))
     with caplog.at_level(logging.INFO):
-        train, validation = create_datasets(input_folder=str(tmp_path / "train"), validation_holdout=0.2, **common)
+        train, validation = create_datasets(str(tmp_path / "train"), *common, validation_holdout=0.2)
     assert caplog.text.count("10 pairs of image and captions") == 1
     assert (len(train), len(validation)) == (8, 2)
     assert words(train[0][0]) == "" and words(validation[0][0]).startswith("n")
-    train, validation = create_datasets(
-        input_folder=str(tmp_path / "train"), validation_folder=str(tmp_path / "val"), **common
-    )
+    train, validation = create_datasets(str(tmp_path / "train"), *common, validation_folder=str(tmp_path / "val"))
     assert len(train) == 10 and words(validation[0][0]) == "v0"
-    train, validation = create_datasets(input_folder=None, num_generated=30, validation_holdout=0, **common)
+    train, validation = create_datasets(None, Letters(), DataSettings(T, 8, num_generated=30), validation_holdout=0)
     assert len(train) == 30 and validation is None
     with pytest.raises(UserError, match="--input-folder"):
-        create_dataset(input_folder=None, **common)
+        create_dataset(None, *common)
 
 
 def test_create_datasets_of_the_demo(monkeypatch):
@@ -585,14 +589,14 @@ def test_create_datasets_of_the_demo(monkeypatch):
     records = [demo.DemoRecord(str(number), f"caption {number}", Path(str(number))) for number in range(4)]
     monkeypatch.setattr("data.create.demo_records", lambda split: records[:3] if split == "train" else records[3:])
     monkeypatch.setattr(demo, "load_demo_image", lambda record, size: torch.full((3, size, size), int(record.stem)))
-    common = dict(input_folder="demo", tokenizer=Letters(), text_seq_len=T, image_size=8)
-    train, validation = create_datasets(**common)
+    common = ("demo", Letters(), DataSettings(T, 8))
+    train, validation = create_datasets(*common)
     assert len(train) == 3 and len(validation) == 1
     text, image = validation[0]
     assert words(text) == "caption 3" and image.dtype == torch.uint8 and bool((image == 3).all())
     image.zero_()
     assert bool((validation[0][1] == 3).all()), "an item must not be a window into the set"
-    assert create_datasets(validation_holdout=0, **common)[1] is None
+    assert create_datasets(*common, validation_holdout=0)[1] is None
     assert datasets_module.DemoDataset(records, TextSettings(Letters(), T), 8).report().startswith("demo set: 4 ")
 
 
@@ -605,9 +609,7 @@ def test_real_photos(tmp_path):
 
     (tmp_path / "val2017").symlink_to(REAL / "val2017", target_is_directory=True)
     process_captions(REAL / "annotations" / "captions_val2017.json", tmp_path / "val2017_captions")
-    dataset = create_dataset(
-        input_folder=str(tmp_path), tokenizer=Letters(), text_seq_len=400, image_size=64, truncate_captions=False
-    )
+    dataset = create_dataset(str(tmp_path), Letters(), DataSettings(400, 64))
     assert len(dataset) == 80 and dataset.pairs.skipped == []
     images = torch.stack([dataset[index][1] for index in range(80)])
     assert tuple(images.shape) == (80, 3, 64, 64) and dataset.num_unreadable == 0

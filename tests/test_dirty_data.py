@@ -24,7 +24,7 @@ import args
 import engines
 import train
 from bpe import load_tokenizer
-from data import ImageTextFolder, TextSettings, create_dataset
+from data import DataSettings, ImageTextFolder, TextSettings, create_dataset
 from data.folder import list_pairs
 from data.images import MAX_PIXELS
 from models.vqgan import VQGAN, VqganConfig
@@ -156,14 +156,8 @@ def lines(file):
 
 
 def dataset_of(folder, **options):
-    return create_dataset(
-        input_folder=str(folder),
-        tokenizer=load_tokenizer(VOCABULARY),
-        text_seq_len=T,
-        image_size=16,
-        truncate_captions=True,
-        **options,
-    )
+    settings = DataSettings(T, 16, truncate_captions=True, **options)
+    return create_dataset(str(folder), load_tokenizer(VOCABULARY), settings)
 
 
 def test_what_is_good_is_read_and_the_rest_listed_once_with_its_reason(dirty, tmp_path):

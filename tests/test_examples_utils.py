@@ -643,10 +643,12 @@ def test_ctrl_c_ends_the_command_and_keeps_the_results(app):
 
 
 @pytest.mark.parametrize("words, message", [
-    ([], "name a command"), (["bench"], "invalid choice"), (["benchmark", "--timout", "3"], "Did you mean '--timeout'"),
+    ([], "name a command"), (["bench"], "command 'bench': expected benchmark"),
+    (["benchmark", "--timout", "3"], "Did you mean '--timeout'"),
     (["benchmark", "--timeout", "x"], "--timeout: expected a whole number, got 'x'"),
     (["benchmark", "--timeout", "0"], "--timeout: must be at least 1, got 0"),
-    (["benchmark", "--logging", "LOUD"], "invalid choice"), (["benchmark", "--spec"], "expected at least one argument"),
+    (["benchmark", "--logging", "LOUD"], "--logging: expected one of DEBUG"),
+    (["benchmark", "--spec"], "expected at least one argument"),
     (["benchmark", "--upload-checkpoints", "s3"], "copy the file that latest_checkpoint_path"),
     (["benchmark", "--upload-checkpoints", "wandb"], "--allow-wandb")])
 def test_wrong_flags_are_usage_errors_of_one_line(words, message):
@@ -657,7 +659,7 @@ def test_wrong_flags_are_usage_errors_of_one_line(words, message):
 @pytest.mark.parametrize("flags, message", [
     (["--benchmark", "b"], "no 'b' in the spec"), (["--custom-metrics-files", "no.py"], "no.py is no Python file"),
     (["--gc-monitor"], "gc-monitor is not on the PATH"), (["--requirements-file", "no.txt"], "no.txt does not exist"),
-    (["--log-dir", "train.py"], "--log-dir: cannot make")])
+    (["--log-dir", "train.py"], "--log-dir .*is a file, not a folder")])
 def test_what_cannot_work_is_said_before_anything_runs(app, monkeypatch, flags, message):
     spec = app("a_gen: {cmd: python3 train.py}")
     monkeypatch.setenv("PATH", "/nowhere")
@@ -679,6 +681,13 @@ def test_a_missing_package_is_named():
     done = subprocess.run([sys.executable, "-c", code], cwd=str(ROOT), stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     assert done.stderr == "error: the Python package psutil is not installed: pip install -r requirements.txt\n"
+
+
+def test_list_names_the_benchmarks_and_runs_none(app, capsys):
+    spec = app("my_options: {cmd: x}\na_gen: {cmd: python3  train.py}\nlonger_gen: {cmd: python3 generate.py}")
+    assert cli.main(["benchmark", "--list", "--spec", str(spec)]) == 0
+    assert capsys.readouterr().out == "a_gen       python3 train.py\nlonger_gen  python3 generate.py\n"
+    assert not list(spec.parent.glob("log*"))
 
 
 def test_flags_without_effect_say_so(app, capsys):
@@ -791,10 +800,10 @@ def test_train_takes_the_flags_of_every_shipped_entry(name, tmp_path):
             config = train_args.parse(words[words.index("train.py") + 1:])
             assert config.execution.device in ("cpu", "cuda", "ipu")
         elif "compare_peers.py" in words:
-            options = compare_peers.read_options(words[words.index("compare_peers.py") + 1:])
+            options = compare_peers.COMMAND.parse(words[words.index("compare_peers.py") + 1:])
             assert train_args.parse(["--config", options.config, "--generated-data"])
         elif "busy.py" in words:
-            for config_name in busy.read_options(words[words.index("busy.py") + 1:]).configs:
+            for config_name in busy.COMMAND.parse(words[words.index("busy.py") + 1:]).configs:
                 assert train_args.parse(["--config", config_name, "--generated-data"])
         else:
             assert "generate.py" in words and "--dalle_path" in words

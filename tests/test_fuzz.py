@@ -11,6 +11,7 @@ import json
 import resource
 import warnings
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,6 @@ from PIL import Image
 from safetensors.torch import save as save_tensors
 
 import args
-import generate
 from bpe import load_tokenizer
 from checkpoints import dalle_checkpoint, export_safetensors, read_dalle, save_checkpoint
 from dalle.completion import mask_cells, parse_box
@@ -515,7 +515,7 @@ def test_any_caption_is_tokenized_and_cleaned(text):
     assert "\n" not in clean_caption(text)
 
 
-DEMO_TOKENIZER = load_tokenizer(str(generate.Path(generate.__file__).parent / "bpe" / "demo_vocab.txt"))
+DEMO_TOKENIZER = load_tokenizer(str(Path(args.__file__).parent / "bpe" / "demo_vocab.txt"))
 CLIP_TOKENIZER = load_tokenizer(None)
 
 

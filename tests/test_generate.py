@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_model import VQGAN_CONFIG, TinyModel
 
 import generate
 from bpe import load_tokenizer
@@ -36,69 +38,11 @@ from utils.errors import UsageError, UserError
 from utils.files import sha256_file
 
 ROOT = Path(__file__).resolve().parents[1]
-LETTERS = "abcdefghijklmnopqrstuvwxyz\u2581"
-VQGAN_CONFIG = VqganConfig(
-    num_codes=24,
-    embed_dim=4,
-    resolution=16,
-    z_channels=4,
-    ch=8,
-    ch_mult=(1, 2, 2),
-    num_res_blocks=1,
-    attn_resolutions=(),
-    num_groups=4,
-)
-
-
-class Files:
-    """A tiny model on disk: checkpoint, vocabulary of letters, VQGAN of 24 codes on a 4x4 grid of a 16x16 image."""
-
-    def __init__(self, folder: Path) -> None:
-        torch.manual_seed(0)
-        self.folder = folder
-        self.vocabulary = folder / "letters.txt"
-        chars = [f"{ord(letter)} {4 + index}" for index, letter in enumerate(LETTERS)]
-        self.vocabulary.write_text("\n".join([f"{len(chars)} 0", *chars, "1 0 2 3"]) + "\n", encoding="utf-8")
-        self.tokenizer = load_tokenizer(str(self.vocabulary))
-        self.vqgan_model, self.vqgan_config = folder / "vqgan.ckpt", folder / "vqgan.yaml"
-        vqgan = VQGAN(VQGAN_CONFIG)
-        torch.nn.init.normal_(vqgan.quantize.embedding.weight)
-        VQGAN_CONFIG.to_yaml(self.vqgan_config)
-        torch.save({"state_dict": vqgan.state_dict()}, self.vqgan_model)
-        self.model = DALLE(
-            DalleConfig(self.tokenizer.vocab_size, 24, 10, 4, 24, 2, 2, 12, attn_types=("full", "axial_row"))
-        )
-        for name, parameter in self.model.named_parameters():  # a new model is nearly indifferent: give it opinions
-            if name.endswith(".scale"):
-                parameter.data.fill_(2.0)
-            elif name.startswith("image_head."):
-                parameter.data *= 6
-            elif name == "text_head.bias":
-                parameter.data[
-                    [0, *range(self.tokenizer.vocab_size, len(parameter))]
-                ] = -50.0  # pads: captions never end
-        self.identity = {
-            "tokenizer": dict(self.tokenizer.identity, path=str(self.vocabulary)),
-            "vqgan": {
-                "sha256": sha256_file(self.vqgan_model),
-                "weights": str(self.vqgan_model),
-                "config": str(self.vqgan_config),
-            },
-        }
-        self.dalle = self.save("dalle_3.pt", self.identity)
-
-    def save(self, name, training, weights=None, config=None):
-        path = self.folder / name
-        config = config or self.model.config
-        save_checkpoint(
-            path, dalle_checkpoint(config.to_dict(), weights or self.model.state_dict(), 3, training=training)
-        )
-        return path
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    return Files(tmp_path_factory.mktemp("model"))
+    return TinyModel(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -132,15 +76,13 @@ def test_writes_the_published_layout_and_a_report(files, run, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     report = run("a plate of food.", "--num_images", "5", "--batch_size", "2", "--seed", "7")["a_plate_of_food."]
     folder = tmp_path / "out" / "a_plate_of_food."
-    assert sorted(path.name for path in folder.iterdir()) == sorted(
-        ["0.jpg", "1.jpg", "2.jpg", "3.jpg", "4.jpg", "caption.txt", "grid.png", "generation.json"]
-    )
+    names = {"0.jpg", "1.jpg", "2.jpg", "3.jpg", "4.jpg", "caption.txt", "grid.png", "generation.json"}
+    assert {path.name for path in folder.iterdir()} == names
     assert (folder / "caption.txt").read_text() == "a plate of food.\n"
     assert report["prompt"] == report["caption"] == "a plate of food." and report["complete"] is True
     assert report["settings"]["top_k"] == 0.99 and report["settings"]["num_images"] == 5
-    assert report["checkpoint"]["sha256"] == sha256_file(files.dalle) and report["vqgan"]["sha256"] == sha256_file(
-        files.vqgan_model
-    )
+    assert report["checkpoint"]["sha256"] == sha256_file(files.dalle)
+    assert report["vqgan"]["sha256"] == sha256_file(files.vqgan_model)
     assert report["tokenizer"] == files.tokenizer.identity
     assert report["text_tokens"] == files.tokenizer.encode("a plate of food.")[:10]
     assert [image["file"] for image in report["images"]] == [f"{index}.jpg" for index in range(5)]
@@ -205,17 +147,11 @@ def test_batches_cover_every_image_once(num_prompts, num_images, batch_size):
     drawn = []
     for share in split(Share(0, num_prompts, 0, num_images), batch_size):
         assert 0 < share.num_images <= batch_size
-        drawn += [
-            (prompt, image)
-            for prompt in range(share.first_prompt, share.end_prompt)
-            for image in range(share.first_image, share.end_image)
-        ]
-    assert sorted(drawn) == [(prompt, image) for prompt in range(num_prompts) for image in range(num_images)]
+        images = range(share.first_image, share.end_image)
+        drawn += itertools.product(range(share.first_prompt, share.end_prompt), images)
     # A prompt's images come in their order, so that they can be written as they come.
-    assert all(
-        [image for prompt, image in drawn if prompt == wanted] == list(range(num_images))
-        for wanted in range(num_prompts)
-    )
+    expected = list(itertools.product(range(num_prompts), range(num_images)))
+    assert sorted(drawn, key=lambda pair: pair[0]) == expected
 
 
 @pytest.mark.parametrize("options", [{}, {"shift_tokens": True, "rotary": True}])
@@ -280,10 +216,8 @@ def test_greedy_top_k_top_p_and_temperature(run):
     assert free[0] != greedy[0]
     assert codes_of(run("a", "--num_images", "3", "--top_k", "24")["a"]) == free
     assert codes_of(run("a", "--num_images", "3", "--top_k", "0", "--temperature", "0.5")["a"]) != free
-    # Half of 24 codes, as a share and as a count.
-    assert codes_of(run("a", "--num_images", "2", "--top_k", "0.5")["a"]) == codes_of(
-        run("a", "--num_images", "2", "--top_k", "12")["a"]
-    )
+    share, count = (codes_of(run("a", "--num_images", "2", "--top_k", half)["a"]) for half in ("0.5", "12"))
+    assert share == count  # half of 24 codes
 
 
 def test_guidance_changes_the_image_and_scale_0_ignores_the_caption(run):
@@ -298,12 +232,11 @@ def test_priming_keeps_the_upper_rows(loaded, run, tmp_path):
     picture.save(tmp_path / "prime.png")
     with torch.no_grad():
         own = loaded.vqgan.encode(load_image(str(tmp_path / "prime.png"), 16)[None].float() / 255)[0].tolist()
-    report = run(
-        "a", "--num_images", "3", "--top_k", "0", "--prime_image", str(tmp_path / "prime.png"), "--prime_rows", "3"
-    )["a"]
+    prime = ("--prime_image", str(tmp_path / "prime.png"))
+    report = run("a", "--num_images", "3", "--top_k", "0", *prime, "--prime_rows", "3")["a"]
     assert all(codes[:12] == own[:12] for codes in codes_of(report))
     assert len({tuple(codes[12:]) for codes in codes_of(report)}) > 1
-    report = run("a", "--num_images", "1", "--prime_image", str(tmp_path / "prime.png"))["a"]
+    report = run("a", "--num_images", "1", *prime)["a"]
     assert codes_of(report)[0][:4] == own[:4] and report["settings"]["prime_rows"] == 1
     assert [prime_rows(grid) for grid in (1, 4, 8, 16, 32)] == [1, 1, 3, 7, 14]
 
@@ -321,37 +254,20 @@ def test_prompts_of_a_file_and_of_text(run, tmp_path, caplog):
     reports = run(None, "--prompts_file", str(tmp_path / "prompts.txt"), "--num_images", "1")
     assert set(reports) == {"first_line", "b|c"}
     assert "1 of the captions are given more than once" in caplog.text
-    assert set(run("x| y ||", "--prompts_file", str(tmp_path / "prompts.txt"), "--num_images", "1")) == {
-        "first_line",
-        "b|c",
-        "x",
-        "y",
-    }
+    reports = run("x| y ||", "--prompts_file", str(tmp_path / "prompts.txt"), "--num_images", "1")
+    assert set(reports) == {"first_line", "b|c", "x", "y"}
 
 
 def test_both_spellings_of_flags_and_values_with_a_dash(files, tmp_path):
-    generate.main(
-        [
-            "--dalle-path",
-            str(files.dalle),
-            "--text",
-            "-rf",
-            "--num-images=1",
-            "--batch-size",
-            "1",
-            "--outputs-dir",
-            str(tmp_path),
-        ]
-    )
+    words = ["--dalle-path", str(files.dalle), "--text", "-rf", "--num-images=1", "--batch-size", "1"]
+    generate.main([*words, "--outputs_dir", str(tmp_path)])
     assert json.loads((tmp_path / folder_name("-rf") / "generation.json").read_text())["prompt"] == "-rf"
 
 
 def test_a_long_caption_is_cut_with_a_warning(run, files, caplog):
     report = run("abcdefghijklmnop", "--num_images", "1")["abcdefghijklmnop"]
     assert report["text_tokens"] == files.tokenizer.encode("abcdefghijklmnop")[:10]
-    assert (
-        "the model reads 10 tokens of a caption, the end of 'abcdefghijklmnop' (17 tokens) is left out" in caplog.text
-    )
+    assert "10 tokens of a caption, the end of 'abcdefghijklmnop' (17 tokens) is left out" in caplog.text
 
 
 def test_ten_megabytes_of_text(run, files, tmp_path):
@@ -364,18 +280,9 @@ def test_ten_megabytes_of_text(run, files, tmp_path):
 
 
 def test_the_ordinary_name_is_the_published_one():
-    for prompt in (
-        "A plate of food has potatoes and fruit.",
-        "woman astronaut: medium-dark skin tone",
-        "été à la plage",
-        "一只猫",
-        "two  blanks",
-        "a" * 150,
-        "🧑🏽\u200d🚀 in space",
-        "what?!",
-        "50% *off*",
-        "a_b",
-    ):
+    prompts = "A plate of food has potatoes and fruit.|woman astronaut: medium-dark skin tone|été à la plage|一只猫"
+    prompts += "|two  blanks|🧑🏽\u200d🚀 in space|what?!|50% *off*|a_b|" + "a" * 150
+    for prompt in prompts.split("|"):
         assert folder_name(prompt) == prompt.replace(" ", "_")[:100]
 
 
@@ -384,31 +291,22 @@ hostile = st.text(alphabet=st.sampled_from("./\\-~ \0\n\r\t\u2028\u202eaé猫�
 )
 
 
+def hostile_examples(test):
+    for prompt in ["../../etc/passwd", "/etc/passwd", "..", ".", "\\\\server\\share", "-rf", "~root", "CON", "nul.txt",
+                   "\0", "🧑" * 100]:
+        test = example(prompt)(test)
+    return test
+
+
 @settings(max_examples=300, deadline=None)
 @given(hostile)
-@example("../../etc/passwd")
-@example("/etc/passwd")
-@example("..")
-@example(".")
-@example("\\\\server\\share")
-@example("-rf")
-@example("~root")
-@example("CON")
-@example("nul.txt")
-@example("\0")
-@example("🧑" * 100)
+@hostile_examples
 def test_no_prompt_leaves_its_folder(prompt):
     name = folder_name(prompt)
     assert 0 < len(name) <= MAX_NAME_LEN and len(name.encode("utf-8")) <= 255
     assert not set(name) & set("/\\\0\n\r ") and name[0] not in "-.~"
-    assert not {unicodedata.category(character) for character in name.replace("\u200d", "")} & {
-        "Cc",
-        "Cf",
-        "Cs",
-        "Zl",
-        "Zp",
-        "Zs",
-    }
+    kinds = {unicodedata.category(character) for character in name.replace("\u200d", "")}
+    assert not kinds & {"Cc", "Cf", "Cs", "Zl", "Zp", "Zs"}
     assert (Path("/outputs") / name).parent == Path("/outputs") and name not in (".", "..", "CON", "nul.txt")
     assert folder_name(prompt) == name and len(with_digest(name, prompt).encode("utf-8")) <= 255
 
@@ -435,14 +333,8 @@ def test_a_new_run_replaces_the_old_one_whole(run, tmp_path, caplog):
     folder = tmp_path / "out" / "a"
     (folder / "notes.txt").write_text("mine")
     run("a", "--num_images", "2")
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "0.jpg",
-        "1.jpg",
-        "caption.txt",
-        "generation.json",
-        "grid.png",
-        "notes.txt",
-    ]
+    names = {"0.jpg", "1.jpg", "caption.txt", "generation.json", "grid.png", "notes.txt"}
+    assert {path.name for path in folder.iterdir()} == names
     (folder / "7.jpg").write_bytes(b"from somewhere else")
     assert "already holds" not in caplog.text
     run("a", "--num_images", "1")
@@ -455,11 +347,8 @@ def test_an_old_report_cannot_name_other_files(run, tmp_path):
     folder.mkdir(parents=True)
     for name in ("../keep.jpg", "caption.jpg", "0.txt"):
         (folder / name).write_text("keep")
-    for images in (
-        [{"file": name} for name in ("../keep.jpg", "caption.jpg", "0.txt", "/etc/passwd", 5, None)] + [7],
-        "x",
-        {"a": 1},
-    ):
+    listed = [{"file": name} for name in ("../keep.jpg", "caption.jpg", "0.txt", "/etc/passwd", 5, None)] + [7]
+    for images in (listed, "x", {"a": 1}):
         (folder / "generation.json").write_text(json.dumps({"prompt": "a", "images": images}))
         run("a", "--num_images", "1")
         assert all((folder / name).exists() for name in ("../keep.jpg", "caption.jpg", "0.txt"))
@@ -483,11 +372,8 @@ def test_an_interrupted_run_leaves_a_report_of_what_is_there(run, tmp_path, monk
     folder = tmp_path / "out" / "a"
     report = json.loads((folder / "generation.json").read_text())
     assert report["complete"] is False and report["settings"]["seed"] == 2
-    assert (
-        [image["file"] for image in report["images"]]
-        == sorted(path.name for path in folder.glob("*.jpg"))
-        == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
-    )
+    written = sorted(path.name for path in folder.glob("*.jpg"))
+    assert [image["file"] for image in report["images"]] == written == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
 
 
 def test_paths_whose_bytes_are_no_text(run, files, tmp_path):
@@ -502,12 +388,8 @@ def test_paths_whose_bytes_are_no_text(run, files, tmp_path):
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):
     folder = PromptFolder(tmp_path, "a", set(), "png", {})
-    folder.add(
-        torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
-        [1],
-        torch.zeros(1, 2, dtype=torch.long),
-        torch.tensor([float("nan")]),
-    )
+    pixels, codes = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(1, 2, dtype=torch.long)
+    folder.add(pixels, [1], codes, torch.tensor([float("nan")]))
     folder.finish()
     assert json.loads((tmp_path / "a" / "generation.json").read_text())["images"][0]["log_likelihood"] is None
 
@@ -530,53 +412,40 @@ def test_parts_are_found_beside_a_checkpoint_that_moved(files, tmp_path):
     assert load(files.save("moved.pt", identity)).vqgan.identity == sha256_file(files.vqgan_model)
     alone = tmp_path / "moved.pt"
     alone.write_bytes((files.folder / "moved.pt").read_bytes())
-    with pytest.raises(
-        UserError, match=r"the vocabulary .* \(/gone/letters.txt\) is not to be found: give it with --bpe_path"
-    ):
+    gone = r"{} .* \(/gone/{}\) is not to be found: give it with {}"
+    with pytest.raises(UserError, match=gone.format("the vocabulary", "letters.txt", "--bpe-path")):
         load(alone)
-    with pytest.raises(
-        UserError, match=r"the VQGAN .* \(/gone/vqgan.ckpt\) is not to be found: give it with --vqgan_model_path"
-    ):
+    with pytest.raises(UserError, match=gone.format("the VQGAN", "vqgan.ckpt", "--vqgan-model-path")):
         load(alone, bpe_path=files.vocabulary)
     assert load(alone, files.vocabulary, files.vqgan_model, files.vqgan_config).image_size == 16
 
 
 def test_a_file_that_changed_since_training_is_not_taken(files, tmp_path):
-    (tmp_path / "letters.txt").write_text(
-        files.vocabulary.read_text(encoding="utf-8").replace("97 4", "65 4"), encoding="utf-8"
-    )
-    identity = dict(files.identity, tokenizer=dict(files.identity["tokenizer"], path=str(tmp_path / "letters.txt")))
-    assert load(files.save("changed.pt", identity)).tokenizer.encode("a") == files.tokenizer.encode(
-        "a"
-    )  # the one beside it
+    other = files.other_vocabulary(tmp_path)
+    identity = dict(files.identity, tokenizer=dict(files.identity["tokenizer"], path=str(other)))
+    tokenizer = load(files.save("changed.pt", identity)).tokenizer
+    assert tokenizer.encode("a") == files.tokenizer.encode("a")  # the one beside it
 
 
 def test_other_parts_than_in_training_are_taken_with_a_warning(files, tmp_path, caplog):
-    (tmp_path / "other.txt").write_text(
-        files.vocabulary.read_text(encoding="utf-8").replace("97 4", "65 4"), encoding="utf-8"
-    )
-    vqgan = VQGAN(VQGAN_CONFIG)
-    torch.save(vqgan.state_dict(), tmp_path / "other.ckpt")
-    load(files.dalle, tmp_path / "other.txt", tmp_path / "other.ckpt", files.vqgan_config)
-    assert "--bpe_path {} is not the vocabulary that".format(tmp_path / "other.txt") in caplog.text
-    assert "--vqgan_model_path {} is not the VQGAN that".format(tmp_path / "other.ckpt") in caplog.text
+    other = files.other_vocabulary(tmp_path)
+    torch.save(VQGAN(VQGAN_CONFIG).state_dict(), tmp_path / "other.ckpt")
+    load(files.dalle, other, tmp_path / "other.ckpt", files.vqgan_config)
+    assert f"--bpe-path {other} is not the vocabulary that" in caplog.text
+    assert f"--vqgan-model-path {tmp_path / 'other.ckpt'} is not the VQGAN that" in caplog.text
 
 
 def test_parts_that_do_not_fit_are_refused(files, tmp_path):
-    with pytest.raises(
-        UserError, match=r"--bpe_path .*8192 entries, but the model of --dalle_path .* was trained with 31"
-    ):
+    with pytest.raises(UserError, match=r"--bpe-path .*8192 .* the model of --dalle-path .* was trained with 31"):
         load(files.dalle, ROOT / "bpe" / "bpe_yttm_vocab.txt")
     config = VqganConfig(**dict(vars(VQGAN_CONFIG), num_codes=12))
     config.to_yaml(tmp_path / "small.yaml")
     torch.save(VQGAN(config).state_dict(), tmp_path / "small.ckpt")
-    with pytest.raises(
-        UserError, match=r"--vqgan_model_path .*12 codes, but the model of --dalle_path .* was trained with 24"
-    ):
+    with pytest.raises(UserError, match=r"--vqgan-model-path .*12 codes.* --dalle-path .* was trained with 24"):
         load(files.dalle, None, tmp_path / "small.ckpt", tmp_path / "small.yaml")
-    with pytest.raises(UsageError, match="--vqgan_model_path needs --vqgan_config_path"):
+    with pytest.raises(UsageError, match="--vqgan-model-path needs --vqgan-config-path"):
         load(files.dalle, None, tmp_path / "small.ckpt")
-    with pytest.raises(UsageError, match="--vqgan_config_path needs --vqgan_model_path"):
+    with pytest.raises(UsageError, match="--vqgan-config-path needs --vqgan-model-path"):
         load(files.dalle, None, None, tmp_path / "small.yaml")
 
 
@@ -585,9 +454,7 @@ def test_without_any_note_the_defaults_are_taken(files, monkeypatch):
         loading, "default_vqgan", lambda name: (files.vqgan_model, files.vqgan_config) if name == "f16-1024" else None
     )
     unknown = files.save("unknown.pt", {})
-    with pytest.raises(
-        UserError, match=r"--bpe_path \(the CLIP vocabulary, by default\): this vocabulary has 49408 entries"
-    ):
+    with pytest.raises(UserError, match=r"--bpe-path \(the CLIP vocabulary, by default\): .* has 49408 entries"):
         load(unknown)
     assert load(unknown, bpe_path=files.vocabulary).vqgan.identity == sha256_file(files.vqgan_model)
     hostile = files.save("hostile.pt", {"tokenizer": {"sha256": 5, "path": ["x"]}, "vqgan": "none"})
@@ -603,7 +470,7 @@ def test_the_vqgan_inside_a_published_checkpoint_is_used(files, tmp_path):
     stored = load(tmp_path / "published.pt", files.vocabulary, None, files.vqgan_config)
     codes = torch.arange(16)[None]
     assert stored.checkpoint.format == "mini-dalle" and torch.equal(stored.vqgan.decode(codes), vqgan.decode(codes))
-    with pytest.raises(UserError, match="is no published one: give its YAML file with --vqgan_config_path"):
+    with pytest.raises(UserError, match="is no published one: give its YAML file with --vqgan-config-path"):
         load(tmp_path / "published.pt", files.vocabulary)
 
 
@@ -614,31 +481,17 @@ def test_averaged_weights_draw(files):
 
 
 def test_half_precision_weights_draw_in_float32(files):
-    path = files.save(
-        "half.pt", files.identity, {name: tensor.half() for name, tensor in files.model.state_dict().items()}
-    )
+    half = {name: tensor.half() for name, tensor in files.model.state_dict().items()}
+    path = files.save("half.pt", files.identity, half)
     assert load(path).dalle.image_head.weight.dtype == torch.float32
 
 
-def test_a_grid_other_than_the_vqgans_own(files, tmp_path):
+def test_a_grid_other_than_the_vqgans_own(files, run, tmp_path):
     """Convolutions take any size: a model trained at 24x24 pixels with a VQGAN made for 16x16 draws 24x24."""
     config = DalleConfig(files.tokenizer.vocab_size, 24, 10, 6, 24, 1, 2, 12)
     path = files.save("wide.pt", files.identity, DALLE(config).state_dict(), config)
-    generate.main(
-        [
-            "--dalle_path",
-            str(path),
-            "--text",
-            "a",
-            "--num_images",
-            "1",
-            "--outputs_dir",
-            str(tmp_path),
-            "--format",
-            "png",
-        ]
-    )
-    with Image.open(tmp_path / "a" / "0.png") as image:
+    run("a", "--num_images", "1", "--format", "png", "--dalle_path", str(path))
+    with Image.open(tmp_path / "out" / "a" / "0.png") as image:
         assert image.size == (24, 24)
 
 
@@ -652,92 +505,81 @@ def test_demo_means_the_shipped_files(files, monkeypatch, tmp_path):
         monkeypatch.setattr(loading, name, path)
     assert load("demo").checkpoint.path == files.dalle
     monkeypatch.setattr(loading, "_DEMO_DALLE", ROOT / "models" / "demo" / "absent.safetensors")
-    with pytest.raises(UserError, match="--dalle_path demo: models/demo/absent.safetensors is missing"):
+    with pytest.raises(UserError, match="--dalle-path demo: models/demo/absent.safetensors is missing"):
         load("demo")
 
 
 # Errors --------------------------------------------------------------------------------------------------------------
 
 
-def _touch(path: Path, content: bytes = b"") -> str:
-    path.write_bytes(content)
-    return str(path)
+USAGE = [
+    ("", "--text: give a caption, or a file of captions with --prompts-file"),
+    ("--text |", "--text: there is no caption in it"),
+    ("--text a --num_images 0", "--num-images: must be at least 1 and at most 1000000, got 0"),
+    ("--text a --num_images many", "--num-images: expected a whole number, got 'many'"),
+    ("--text a --batch_size -1", "--batch-size: must be at least 1"),
+    ("--text a --top_k -0.1", "--top-k: must be at least 0, got -0.1"),
+    ("--text a --top_k 1.5", "--top-k: must be a share below 1 or a whole number, got 1.5"),
+    ("--text a --top_p 0", "--top-p: must be above 0 and at most 1"),
+    ("--text a --top_p 1.1", "--top-p: must be above 0 and at most 1"),
+    ("--text a --temperature nan", "--temperature: expected a number, got 'nan'"),
+    ("--text a --temperature 1e-38", "--temperature: must be at least 1e-06 and at most 1e+06, or 0, got 1e-38"),
+    ("--text a --cond_scale inf", "--cond-scale: expected a number, got 'inf'"),
+    ("--text a --cond_scale 1e38", "--cond-scale: must be at least 0 and at most 1e+06, got 1e38"),
+    ("--text a --seed 1e3", "--seed: expected a whole number"),
+    ("--text a --format gif", "--format: expected one of jpg, png, got 'gif'"),
+    ("--text a --device ipu", "--device: expected one of auto, cpu, cuda, got 'ipu'"),
+    ("--text a --topk 5", "unknown flag '--topk'. Did you mean '--top-k'?"),
+    ("--text a on mat", "unexpected argument 'on': options are given as flags, and a value of several words in quotes"),
+    ("--text", "--text: expected one argument"),
+    ("--text a --prime_rows 2", "--prime-rows needs --prime-image: picture whose upper part"),
+    ("--text a --prompts_file=", "--prompts-file"),
+]
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ([], "--text: give a caption to draw, or a file of captions with --prompts_file"),
-        (["--text", " | "], "--text: there is no caption in it"),
-        (["--text", "a", "--num_images", "0"], "--num_images: must be at least 1 and at most"),
-        (["--text", "a", "--num_images", "many"], "--num_images: expected a whole number, got 'many'"),
-        (["--text", "a", "--batch_size", "-1"], "--batch_size: must be at least 1"),
-        (["--text", "a", "--top_k", "-0.1"], "--top_k: must be at least 0, got -0.1"),
-        (["--text", "a", "--top_k", "1.5"], "--top_k: a share below 1 or a whole number"),
-        (["--text", "a", "--top_p", "0"], "--top_p: must be above 0 and at most 1"),
-        (["--text", "a", "--top_p", "1.1"], "--top_p: must be above 0 and at most 1"),
-        (["--text", "a", "--temperature", "nan"], "--temperature: must be at least 1e-06 and at most 1e+06, or 0, got"),
-        (["--text", "a", "--temperature", "1e-38"], "--temperature: must be at least 1e-06"),
-        (["--text", "a", "--cond_scale", "inf"], "--cond_scale: must be at least 0 and at most 1e+06, got inf"),
-        (["--text", "a", "--cond_scale", "1e38"], "--cond_scale: must be at least 0 and at most 1e+06, got 1e38"),
-        (["--text", "a", "--seed", "1e3"], "--seed: expected a whole number"),
-        (["--text", "a", "--format", "gif"], "--format: invalid choice: 'gif'"),
-        (["--text", "a", "--device", "ipu"], "--device: invalid choice: 'ipu'"),
-        (["--text", "a", "--topk", "5"], "unknown flag '--topk'. Did you mean '--top_k'?"),
-        (["--text", "a cat", "on", "a mat"], "unexpected argument 'on': put a value of several words in quotes"),
-        (["--text"], "--text: expected one argument"),
-        (["--text", "a", "--prime_rows", "2"], "--prime_rows needs --prime_image"),
-        (["--text", "a", "--prompts_file", ""], "--prompts_file: '' is not a path"),
-    ],
-)
+@pytest.mark.parametrize("flags, message", USAGE)
 def test_usage_errors(files, tmp_path, flags, message):
     with pytest.raises(UsageError) as error:
-        generate.main(["--dalle_path", str(files.dalle), "--outputs_dir", str(tmp_path / "out"), *flags])
+        generate.main(["--dalle_path", str(files.dalle), "--outputs_dir", str(tmp_path / "out"), *flags.split()])
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_user_errors(files, tmp_path):
-    def fails(message, *flags, text="a"):
+def test_user_errors(run, tmp_path):
+    bad, latin, picture = tmp_path / "bad.pt", tmp_path / "latin.txt", tmp_path / "image.png"
+    bad.write_bytes(b"text")
+    latin.write_bytes(b"a\xe9")
+    Image.new("RGB", (8, 8)).save(picture)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_bytes(b"")
+    unknown = "--dalle-path /nowhere.pt: there is no such file, folder or published model. Known by name: demo"
+    for message, *flags in (
+        (unknown, "--dalle_path", "/nowhere.pt"),
+        ("is no checkpoint", "--dalle_path", str(bad)),
+        ("--prompts-file /nowhere.txt: No such file or directory", "--prompts_file", "/nowhere.txt"),
+        ("is no UTF-8 text (byte 1)", "--prompts_file", str(latin)),
+        (f"--outputs-dir {bad}: {bad} is a file, not a folder", "--outputs_dir", str(bad), "--dalle_path", str(bad)),
+        ("--prime-image /nowhere.png cannot be read: No such file", "--prime_image", "/nowhere.png"),
+        (f"--prime-image {bad} cannot be read", "--prime_image", str(bad)),
+        ("--prime-rows: the model samples 4 rows", "--prime_image", str(picture), "--prime_rows", "4"),
+        (f"--outputs-dir: cannot write {tmp_path / 'out' / 'a'}: File exists",),
+        *([] if torch.cuda.is_available() else [("--device cuda", "--device", "cuda")]),
+    ):
         with pytest.raises(UserError) as error:
-            generate.main(
-                [
-                    "--dalle_path",
-                    str(files.dalle),
-                    "--text",
-                    text,
-                    "--num_images",
-                    "1",
-                    "--outputs_dir",
-                    str(tmp_path / "out"),
-                    *flags,
-                ]
-            )
+            run("a", "--num_images", "1", *flags)
         assert message in str(error.value)
 
-    fails(
-        "--dalle_path /nowhere.pt: there is no such file, folder or published model. Known by name: demo",
-        "--dalle_path",
-        "/nowhere.pt",
-    )
-    fails("is no checkpoint", "--dalle_path", _touch(tmp_path / "bad.pt", b"text"))
-    fails("--prompts_file /nowhere.txt: No such file or directory", "--prompts_file", "/nowhere.txt")
-    fails("is no UTF-8 text (byte 1)", "--prompts_file", _touch(tmp_path / "latin.txt", b"a\xe9"))
-    fails("--outputs_dir {}: File exists".format(tmp_path / "bad.pt"), "--outputs_dir", str(tmp_path / "bad.pt"))
-    fails("--prime_image /nowhere.png cannot be read: No such file", "--prime_image", "/nowhere.png")
-    fails("--prime_image {} cannot be read".format(tmp_path / "bad.pt"), "--prime_image", str(tmp_path / "bad.pt"))
-    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
-    fails(
-        "--prime_rows: the model draws 4 rows of codes, so at most 3 can be given, not 4",
-        "--prime_image",
-        str(tmp_path / "image.png"),
-        "--prime_rows",
-        "4",
-    )
-    _touch(tmp_path / "out" / "a")
-    fails("--outputs_dir: cannot write {}: File exists".format(tmp_path / "out" / "a"))
-    if not torch.cuda.is_available():
-        fails("--device cuda", "--device", "cuda")
+
+def test_in_python_errors_name_arguments():
+    with pytest.raises(UserError, match=r"^path dem: there is no such .* Did you mean 'demo'\? Known by name: demo"):
+        Dalle.from_pretrained("dem")
+
+
+@pytest.mark.parametrize("share, scale, told", [(0.0, "2", 1), (0.1, "2", 0), (0.0, "1", 0)])
+def test_guidance_of_a_model_that_was_not_trained_for_it_is_told_of(files, run, caplog, share, scale, told):
+    model = files.save("guided.pt", dict(files.identity, config={"null_cond_prob": share}))
+    run("a|b", "--num_images", "2", "--batch_size", "1", "--cond_scale", scale, "--dalle_path", str(model))
+    assert caplog.text.count("was trained with --null-cond-prob 0") == told
 
 
 @pytest.mark.parametrize("target", ["../elsewhere", "another", "nowhere", "a_cat"])
@@ -748,7 +590,7 @@ def test_a_link_in_place_of_a_prompts_folder_is_refused_before_anything_is_drawn
         (folder / "generation.json").write_text(json.dumps({"prompt": "a cat", "images": [{"file": "0.jpg"}]}))
     (tmp_path / "out" / "a_cat").symlink_to(target)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match="--outputs_dir: .*/out/a_cat is a symbolic link"):
+    with pytest.raises(UserError, match="--outputs-dir: .*/out/a_cat is a symbolic link"):
         run("a dog|a cat", "--num_images", "1")
     assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "elsewhere" / "0.jpg").read_text() == "precious"
 
@@ -776,7 +618,7 @@ def test_too_large_a_batch_is_one_line(where, run, monkeypatch):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
 
     monkeypatch.setattr(where, full)
-    with pytest.raises(UserError, match="not enough memory for a batch of 1 image: lower --batch_size"):
+    with pytest.raises(UserError, match="not enough memory for a batch of 1 image: lower --batch-size"):
         run("a", "--num_images", "1")
 
 
@@ -785,4 +627,4 @@ def test_as_a_script_errors_are_one_line_on_stderr():
         [sys.executable, str(ROOT / "generate.py"), "--dalle_path", "x.pt"], capture_output=True, text=True, timeout=300
     )
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "error: --text: give a caption to draw, or a file of captions with --prompts_file\n"
+    assert result.stderr == "error: --text: give a caption, or a file of captions with --prompts-file\n"

@@ -151,7 +151,7 @@ def test_code_in_a_clip_folder_never_runs(name, tmp_path):
     tokenizer = {"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["evil.X", "evil.X"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     torch.save({"x": Payload(tmp_path / "trap")}, str(folder / name))
-    with pytest.raises(UserError, match="--clip_path"):
+    with pytest.raises(UserError, match="--clip-path"):
         ClipRanker(folder)
     assert not (tmp_path / "trap").exists()
 
@@ -166,7 +166,7 @@ def test_a_clip_model_of_absurd_size_is_refused_before_it_is_built(part, name, v
     from dalle.reranking import ClipRanker
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", part: {name: value}}))
-    with pytest.raises(UserError, match=f"--clip_path .*{name}"):
+    with pytest.raises(UserError, match=f"--clip-path .*{name}"):
         ClipRanker(tmp_path)
 
 
@@ -176,7 +176,7 @@ def test_a_clip_folder_that_is_none_is_refused(content, tmp_path):
     from dalle.reranking import ClipRanker
 
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UserError, match="--clip_path"):
+    with pytest.raises(UserError, match="--clip-path"):
         ClipRanker(tmp_path)
 
 

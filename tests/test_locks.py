@@ -113,7 +113,7 @@ def test_stage_1_and_generation_are_refused_too(tmp_path, monkeypatch):
     with only_writer(("--output", tmp_path)), pytest.raises(UserError, match="--output .* already writing there"):
         train_vqgan.main()
     first = PromptFolder(tmp_path, "a cat", set(), "png", {})
-    with pytest.raises(UserError, match="--outputs_dir: another process is writing images into .*a_cat"):
+    with pytest.raises(UserError, match="--outputs-dir: another process is writing images into .*a_cat"):
         PromptFolder(tmp_path, "a cat", set(), "png", {})
     PromptFolder(tmp_path, "a dog", set(), "png", {})
     del first

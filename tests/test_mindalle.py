@@ -187,7 +187,7 @@ def test_what_does_not_fit_is_tried_again_with_less(model, monkeypatch):
     expected = codes_of(model, num_candidates=5)
     monkeypatch.setattr(driver, "sample_codes", limited)
     assert torch.equal(codes_of(model, num_candidates=5), expected) and sizes == [5, 3, 2, 1, 2]
-    with pytest.raises(UserError, match="not enough memory for a batch of 3 images: lower --batch_size"):
+    with pytest.raises(UserError, match="not enough memory for a batch of 3 images: lower --batch-size"):
         codes_of(model, batch_size=3)
 
 
@@ -274,13 +274,13 @@ def test_what_a_folder_lacks_is_named(folder, tmp_path):
         Dalle.from_pretrained("minDALL-E/1.4B")
     with pytest.raises(UserError, match="no folder in minDALL-E's layout"):
         Dalle.from_pretrained(tmp_path)
-    for name, flag in (("stage1_last.ckpt", "--vqgan_model_path"), ("tokenizer", "--bpe_path")):
+    for name, argument in (("stage1_last.ckpt", "vqgan_model_path"), ("tokenizer", "bpe_path")):
         part = tmp_path / name
         part.mkdir()
         for path in folder.iterdir():
             if path.name != name:
                 (part / path.name).symlink_to(path)
-        with pytest.raises(UserError, match=f"{part} lacks {name}.*{flag}"):
+        with pytest.raises(UserError, match=f"{part} lacks {name}.* give {argument}"):
             Dalle.from_pretrained(part)
 
 

@@ -342,7 +342,7 @@ def test_missing_and_binary_files(tmp_path):
 def test_unwritable_folder_is_one_line(tmp_path):
     source = write_json(tmp_path / "c.json", [annotation(1, "a")])
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--out-dir .*cannot write"):
+    with pytest.raises(UserError, match="--out-dir .*is a file, not a folder"):
         process_captions(source, tmp_path / "file")
     long_name = write_json(tmp_path / "long.json", [annotation("n" * 300, "a")])
     with pytest.raises(UserError, match="--out-dir .*cannot write"):

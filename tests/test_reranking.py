@@ -14,6 +14,7 @@ from mindalle_folder import CAPTIONS, FormulaClip, clip_images, clip_preprocess,
 from PIL import Image
 
 import generate
+from dalle import generation
 from dalle.completion import completion_codes
 from dalle.loading import load
 from dalle.reranking import Best, Candidate, ClipRanker
@@ -142,7 +143,7 @@ def test_clip_orders_the_images_and_keep_cuts(run, monkeypatch, tmp_path):
     plain = run("white", "--num_images", "5")["white"]["images"]
     means = [float(np.asarray(Image.open(tmp_path / "out" / "white" / image["file"])).mean()) for image in plain]
     order = sorted(range(5), key=lambda index: -means[index])
-    monkeypatch.setattr(generate, "ClipRanker", Brightness)
+    monkeypatch.setattr(generation, "ClipRanker", Brightness)
     for flags, kept in (((), 5), (("--keep", "2", "--batch_size", "2"), 2)):
         images = run("white", "--num_images", "5", "--clip_path", "x", *flags)["white"]["images"]
         assert [image["candidate"] for image in images] == order[:kept]
@@ -202,9 +203,9 @@ def test_completion_keeps_what_the_mask_leaves(run, folder, tmp_path):
     "flags, message",
     [
         (["--mask", "0,0,1,1"], "--mask needs --image"),
-        (["--image", "a.png", "--prime_image", "b.png"], "--image and --prime_image exclude each other"),
+        (["--image", "a.png", "--prime-image", "b.png"], "--image and --prime-image exclude each other"),
         (["--image", "/nowhere.png", "--mask", "0,0,1,1"], "--image /nowhere.png cannot be read: No such file"),
-        (["--keep", "9", "--num_images", "8"], "--keep 9: only --num_images 8 are drawn"),
+        (["--keep", "9", "--num-images", "8"], "--keep 9: only --num-images 8 are sampled"),
         (["--keep", "0"], "--keep: must be at least 1"),
     ],
 )
@@ -223,6 +224,7 @@ def test_the_sampling_example_saves_the_best(folder, tmp_path, monkeypatch, capl
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setitem(sys.modules, "clip", None)
     example = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "sampling_ex", example)  # where dataclasses look their module up
     spec.loader.exec_module(example)
     caplog.set_level(logging.INFO)
     flags = ["--model", str(folder), "-n", "5", "--prompt", "a/cat", "--keep", "3", "--seed", "4", "--device", "cpu"]
@@ -285,8 +287,8 @@ def test_a_local_clip_scores_without_network(clip_folder, monkeypatch, images):
 
 def test_a_wrong_clip_path_is_named(tmp_path):
     pytest.importorskip("transformers")
-    with pytest.raises(UserError, match=r"--clip_path .*: no folder of a CLIP model \(it lacks config.json\)"):
+    with pytest.raises(UserError, match=r"--clip-path .*: no folder of a CLIP model \(it lacks config.json\)"):
         ClipRanker(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="--clip_path .*cannot be read as a CLIP model"):
+    with pytest.raises(UserError, match="--clip-path .*cannot be read as a CLIP model"):
         ClipRanker(tmp_path)

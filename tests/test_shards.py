@@ -23,7 +23,17 @@ import args
 import checkpoints
 import engines
 import train
-from data import CodeCache, Team, TextSettings, create_dataset, create_datasets, epoch_order, shard_index, shards
+from data import (
+    CodeCache,
+    DataSettings,
+    Team,
+    TextSettings,
+    create_dataset,
+    create_datasets,
+    epoch_order,
+    shard_index,
+    shards,
+)
 from data.datasets import ImageTextFolder
 from data.folder import list_pairs
 from data.images import load_image
@@ -222,15 +232,8 @@ def test_what_makes_no_pair_is_counted_and_named(tmp_path, caplog):
     (tmp_path / "s" / "h.tar").write_bytes(b"\x1f\x8b" + bytes(1000))
     (tmp_path / "s" / "i.tar").write_bytes(whole.replace(b"x/3.txt", b"x/3.tyt"))
     with caplog.at_level(logging.INFO):
-        dataset = create_dataset(
-            input_folder=str(tmp_path / "s" / "{a..j}.tar"),
-            tokenizer=Letters(),
-            text_seq_len=T,
-            image_size=SIZE,
-            index_folder=tmp_path / "index",
-            max_bad_fraction=1,
-            skipped_file=tmp_path / "skipped.jsonl",
-        )
+        more = dict(index_folder=tmp_path / "index", max_bad_fraction=1, skipped_file=tmp_path / "skipped.jsonl")
+        dataset = create_dataset(str(tmp_path / "s" / "{a..j}.tar"), Letters(), DataSettings(T, SIZE, **more))
     assert len(dataset) == 3
     listed = {line["reason"]: line for line in map(json.loads, (tmp_path / "skipped.jsonl").read_text().splitlines())}
     assert listed["images without captions"]["number"] == 3 and not listed["images without captions"]["bad"]
@@ -280,8 +283,8 @@ def test_members_by_their_usual_names_and_by_flag(tmp_path, name):
         is_image = os.path.splitext(path)[1].lower() in named.images
         contents.append((path, picture(1) if is_image else text.encode()))
     write_tar(tmp_path / "0.tar", contents)
-    common = dict(tokenizer=Letters(), text_seq_len=T, image_size=SIZE, index_folder=tmp_path / "index")
-    dataset = create_dataset(input_folder=str(tmp_path / "0.tar"), **common, **options)
+    settings = DataSettings(T, SIZE, index_folder=tmp_path / "index", **options)
+    dataset = create_dataset(str(tmp_path / "0.tar"), Letters(), settings)
     assert len(dataset) == 1 and dataset.captions(0) == ["a cat"]
     assert torch.equal(dataset[0][1], load_image(io.BytesIO(picture(1)), SIZE))
 
@@ -326,7 +329,7 @@ def test_flags_of_shards_are_refused_where_they_cannot_be_heeded(tmp_path, optio
     (tmp_path / "f" / "a.txt").write_text("a")
     with pytest.raises(UsageError, match="--shard-"):
         folder = tmp_path / ("s" if "shard_captions" in options else "f")
-        create_dataset(input_folder=str(folder), tokenizer=Letters(), text_seq_len=T, image_size=SIZE, **options)
+        create_dataset(str(folder), Letters(), DataSettings(T, SIZE, **options))
 
 
 @pytest.mark.parametrize("lost", [1, 2])
@@ -528,14 +531,12 @@ def test_copies_for_loader_processes_read_the_same(tmp_path):
 def test_validation_pairs_are_taken_from_shards_and_from_shards_of_their_own(tmp_path):
     write_shards(tmp_path / "a")
     write_shards(tmp_path / "b", (2, 2))
-    common = dict(tokenizer=Letters(), text_seq_len=T, image_size=SIZE, index_folder=tmp_path / "index")
-    train_set, validation_set = create_datasets(input_folder=str(tmp_path / "a"), validation_holdout=0.2, **common)
+    common = (Letters(), DataSettings(T, SIZE, index_folder=tmp_path / "index"))
+    train_set, validation_set = create_datasets(str(tmp_path / "a"), *common, validation_holdout=0.2)
     pairs = [{part.pair_at(index) for index in range(len(part))} for part in (train_set, validation_set)]
     assert len(pairs[0]) == 16 and len(pairs[1]) == 4 and not pairs[0] & pairs[1]
     train_set, validation_set = create_datasets(
-        input_folder=str(tmp_path / "a" / "*.tar"),
-        validation_folder=str(tmp_path / "b" / "{00000..00001}.tar"),
-        **common,
+        str(tmp_path / "a" / "*.tar"), *common, validation_folder=str(tmp_path / "b" / "{00000..00001}.tar")
     )
     assert len(train_set) == 20 and len(validation_set) == 4
 

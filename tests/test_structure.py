@@ -13,10 +13,12 @@ import torch
 import args
 import engines.native
 from bpe import load_tokenizer
+from docs import make_flags
 from models.dalle import DALLE
 from models.vqgan import VQGAN
 from training.schedule import Position, Schedule
 from training.setup import dalle_config, vqgan_config
+from utils.options import VERSION
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = {
@@ -51,7 +53,7 @@ ARROWS = {
     "data": {"bpe", "utils"},
     "args": {"models", "data", "utils"},
     "sampling": {"models", "ops", "utils"},
-    "dalle": {"checkpoints", "models", "sampling", "bpe", "utils"},
+    "dalle": {"checkpoints", "data", "models", "sampling", "bpe", "log", "utils"},
     "engines": {"args", "checkpoints", "data", "models", "ops", "utils", "log"},
     "training": {"args", "bpe", "checkpoints", "dalle", "data", "engines", "log", "models", "utils"},
     "benchmarks": {"args", "bpe", "engines", "log", "models", "ops", "sampling", "training", "utils"},
@@ -152,10 +154,13 @@ def test_documents_name_files_that_exist():
     assert not missing
 
 
-def test_the_readme_lists_every_flag_of_training():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    missing = [name for name in map(args.flag_name, args.option_names()) if f"`{name}`" not in text]
-    assert not missing
+def test_the_list_of_flags_is_that_of_the_declarations():
+    text = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
+    assert text == make_flags.page(), "docs/flags.md is stale: python -m docs.make_flags writes it anew"
+
+
+def test_the_version_is_said_once():
+    assert f'\nversion = "{VERSION}"\n' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 def commands():

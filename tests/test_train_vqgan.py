@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import signal
@@ -23,7 +24,7 @@ from models.vqgan import VqganConfig, load_vqgan
 from models.vqgan_metrics import code_use, nearest_pictures, psnr, reconstruct, retrieval
 from training import vqgan
 from training.vqgan import train
-from training.vqgan_options import AT_RESUME, CONFIGS, choose_config, parse_args
+from training.vqgan_options import AT_RESUME, COMMAND, CONFIGS, choose_config
 from training.vqgan_trainer import Trainer, learning_rate
 from utils.errors import UsageError, UserError
 from utils.interrupts import Interruption
@@ -72,7 +73,7 @@ def arguments(folder, *more):
     fixed += ["--batch-size", "8", "--log-every", "1"]
     if "--vqgan_model_path" not in more:
         fixed += ["--config", str(folder / "tiny.yaml")]
-    return parse_args(fixed + list(more))
+    return COMMAND.parse(fixed + list(more))
 
 
 def rows(folder):
@@ -375,8 +376,7 @@ def test_clock_goes_on_after_a_stop(folder, monkeypatch):
     state = torch.load(str(folder / "out" / "training.pt"), weights_only=True)
     assert state["seconds"] > 0 and state["trainer"]["step"] == 4
     args = arguments(folder, *options, "--resume")
-    args.minutes = state["seconds"] / 120.0  # no time is left
-    train(args)
+    train(dataclasses.replace(args, minutes=state["seconds"] / 120.0))  # no time is left
     assert rows(folder)[-1]["step"] == 4
 
 
@@ -387,7 +387,7 @@ def test_resume_refuses_what_does_not_fit(folder):
     for more, message in (
         (["--batch-size", "4"], "--batch-size 8, not 4; .*another --output"),
         (["--continuous-start", "0.5"], "--continuous-start 0.1, not 0.5"),  # the codebook is there already
-        (others, "other weights than --vqgan_model_path"),
+        (others, "other weights than --vqgan-model-path"),
     ):
         with pytest.raises(UsageError, match=message):
             train(arguments(folder, "--steps", "3", "--resume", *more))
@@ -492,13 +492,13 @@ def test_retrieval_finds_the_nearest_picture():
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ([], "--steps --minutes"),
-        (["--steps", "1", "--minutes", "1"], "--minutes: not allowed with argument --steps"),
+        ([], "--steps and --minutes: give one"),
+        (["--steps", "1", "--minutes", "1"], "--steps and --minutes: give one"),
         (["--steps", "0"], "--steps: must be at least 1"),
         (["--steps", "x"], "--steps: expected a whole number"),
         (["--steps", "1", "--ema-decay", "1"], "--ema-decay"),
         (["--steps", "1", "--continuous-start", "1"], "--continuous-start"),
-        (["--steps", "1", "--vqgan_model_path", "w"], "--vqgan_config_path"),
+        (["--steps", "1", "--vqgan_model_path", "w"], "--vqgan-config-path"),
         (["--steps", "1", "--vqgan_model_path", "w", "--vqgan_config_path", "c", "--config", "x"], "--config is for"),
         (["--steps", "1", "--perceptual-weights", "a", "b", "c"], "--perceptual-weights"),
         (["--steps", "1", "--resume", "--save-every", "0"], "--save-every"),

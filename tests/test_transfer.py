@@ -66,6 +66,7 @@ def imagenet(tmp_path_factory):
 def example():
     spec = importlib.util.spec_from_file_location("transfer_learning_ex", ROOT / "examples" / "transfer_learning_ex.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules["transfer_learning_ex"] = module  # where dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 

@@ -447,7 +447,7 @@ def test_failed_download_says_what_to_fetch(tmp_path, monkeypatch):
         published.weights_url,
         published.config_url,
         str(tmp_path / published.weights_name),
-        "--vqgan_model_path",
+        "--vqgan-model-path",
         "no route",
     ):
         assert words in str(caught.value)

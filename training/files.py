@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from pathlib import Path
 from typing import ContextManager, Iterator, Mapping, Sequence
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from args import Config
 from engines import Engine
 from utils.errors import UserError
-from utils.files import PathLike
+from utils.files import PathLike, make_folder
 from utils.locks import only_writer
 
 logger = logging.getLogger(__name__)
@@ -54,10 +53,7 @@ def reading(state: PathLike, problem: str, way_out: str = "") -> Iterator[None]:
 
 def check_writable(folder: Path) -> None:
     """Raise UserError when checkpoints cannot be written: before training, not after hours of it."""
-    with writing("--checkpoint-output-dir", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(str(folder), os.W_OK | os.X_OK):
-        raise UserError(f"--checkpoint-output-dir {folder}: no permission to write there")
+    make_folder("--checkpoint-output-dir", folder)
 
 
 def not_finite(weights: Mapping[str, Tensor]) -> str | None:

@@ -89,16 +89,12 @@ def build_parts(config: Config, engine: Engine | None = None) -> Parts:
         weights, yaml = model.vqgan_model_path, model.vqgan_config_path  # both or none
         paths = (Path(weights), Path(yaml)) if weights and yaml else default_vqgan(name=published_vqgan(config))
         vqgan = load_vqgan(*paths)
-    train_set, validation_set = data.create_datasets(
-        input_folder=options.input_folder,
-        tokenizer=tokenizer,
+    settings = data.DataSettings(
         text_seq_len=model.text_seq_len,
         image_size=model.image_size,
         truncate_captions=options.truncate_captions,
         seed=config.execution.random_seed,
         null_cond_prob=model.null_cond_prob,
-        validation_folder=options.validation_folder,
-        validation_holdout=0.0 if generated else options.validation_fraction,
         num_generated=max(GENERATED_SAMPLES, 2 * config.global_batch) if generated else 0,
         flip=options.augment == "flip",
         index_folder=None if options.cache_codes in ("auto", "off") else Path(options.cache_codes) / "shards",
@@ -107,6 +103,13 @@ def build_parts(config: Config, engine: Engine | None = None) -> Parts:
         max_bad_fraction=options.max_bad_fraction,
         skipped_file=config.log_dir / SKIPPED,
         is_main=is_main,
+    )
+    train_set, validation_set = data.create_datasets(
+        options.input_folder,
+        tokenizer,
+        settings,
+        validation_folder=options.validation_folder,
+        validation_holdout=0.0 if generated else options.validation_fraction,
     )
     return Parts(tokenizer, paths, vqgan, train_set, validation_set)
 

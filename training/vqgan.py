@@ -5,11 +5,10 @@ Letters: B images, S image height and width, N codes per image.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 import log
-from args import flag_name
 from checkpoints import save_checkpoint, verify
 from dalle.pictures import save_picture, to_pil
 from data import DEMO
@@ -28,13 +26,14 @@ from models.vqgan_metrics import Reconstructions, code_use, psnr, reconstruct, r
 from training.files import move_aside, not_finite, reading, writing
 from training.loop import Loop
 from training.schedule import Position
-from training.vqgan_options import AT_RESUME, choose_config
-from training.vqgan_trainer import Trainer, TrainingOptions
+from training.vqgan_options import AT_RESUME, VqganOptions, choose_config
+from training.vqgan_trainer import Trainer
 from utils import resume
 from utils.bad_steps import BadSteps
 from utils.errors import UsageError, UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, make_folder
 from utils.interrupts import Interruption
+from utils.options import flag_name
 from utils.resume import APPLIES, FIXED
 from utils.skipped import start_report
 
@@ -48,7 +47,7 @@ EVALUATED = 256
 NO_STATE, NO_FILE = "is no state of train_vqgan.py", "--output: cannot write"
 
 
-def train(args: argparse.Namespace, interruption: Interruption | None = None) -> dict[str, float]:
+def train(args: VqganOptions, interruption: Interruption | None = None) -> dict[str, float]:
     """Run the whole job described by `args`; returns the final figures, none where it was interrupted.
 
     Raises UserError.
@@ -63,7 +62,7 @@ def train(args: argparse.Namespace, interruption: Interruption | None = None) ->
 class Run(Loop):
     """A training run: the trainer, its images, how far it has come, and its state on disk."""
 
-    def __init__(self, args: argparse.Namespace, interruption: Interruption) -> None:
+    def __init__(self, args: VqganOptions, interruption: Interruption) -> None:
         """Build all that `args` describe; with --resume the run goes on at the very next step. Raises UserError."""
         torch.manual_seed(args.random_seed)
         self.args, self.interruption, self.folder = args, interruption, Path(args.output)
@@ -72,8 +71,7 @@ class Run(Loop):
         split = (args.validation_images, args.random_seed)
         images = open_images(args.input_folder, config.resolution, *split, args.max_bad_fraction, skipped)
         self.images, self.held_out = images
-        with writing(NO_FILE, self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder("--output", self.folder)
         start_report(skipped)
         size = sum(p.numel() for p in trainer.model.parameters()) / 1e6
         logger.info(
@@ -110,7 +108,10 @@ class Run(Loop):
     def progress(self) -> float:
         """How far the run has come: 0 at its start, 1 at its end."""
         steps, minutes = self.args.steps, self.args.minutes
-        return self.position.step / steps if steps else self.position.seconds / (60.0 * minutes)
+        if steps is not None:
+            return self.position.step / steps
+        assert minutes is not None  # `VqganOptions.check` has seen to it
+        return self.position.seconds / (60.0 * minutes)
 
     def train(self) -> dict[str, float]:
         """Train to the end and save the result; returns its figures, none where the run was interrupted."""
@@ -210,9 +211,9 @@ class Run(Loop):
         return newest + " a lower --learning-rate or --clip-grad-norm"
 
 
-def make_trainer(args: argparse.Namespace, device: torch.device) -> Trainer:
+def make_trainer(args: VqganOptions, device: torch.device) -> Trainer:
     """The model that `args` describe, with all that trains it. Raises UserError."""
-    if args.vqgan_model_path:
+    if args.vqgan_model_path and args.vqgan_config_path:  # both or none
         model = load_vqgan(args.vqgan_model_path, args.vqgan_config_path, device).requires_grad_(True)
     else:
         config = choose_config(args.config or "f8_demo")
@@ -224,8 +225,7 @@ def make_trainer(args: argparse.Namespace, device: torch.device) -> Trainer:
         from models.perceptual import load_perceptual
 
         perceptual = load_perceptual(args.perceptual_weights).to(device)
-    options = TrainingOptions(**{field.name: getattr(args, field.name) for field in fields(TrainingOptions)})
-    return Trainer(model, options, device, bool(args.vqgan_model_path), perceptual)
+    return Trainer(model, args, device, bool(args.vqgan_model_path), perceptual)
 
 
 def listed(figures: dict[str, float]) -> str:
@@ -233,7 +233,7 @@ def listed(figures: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
 
 
-def read_state(args: argparse.Namespace, model: VQGAN) -> dict[str, Any] | None:
+def read_state(args: VqganOptions, model: VQGAN) -> dict[str, Any] | None:
     """Read what `Run.write` wrote, tensors and plain values alone; None without --resume or where there is nothing yet.
 
     model: as `args` describe it. Raises UserError when the file is damaged, or of a run that these options do not fit.
@@ -259,8 +259,8 @@ def read_state(args: argparse.Namespace, model: VQGAN) -> dict[str, Any] | None:
     if not same_config:
         raise UsageError(f"--resume: {file} was written with another --config")
     if not same_start:
-        raise UsageError(f"--resume: {file} began with other weights than --vqgan_model_path names now")
-    found = {name: values for name, values in found.items() if AT_RESUME.get(name) == APPLIES}
+        raise UsageError(f"--resume: {file} began with other weights than --vqgan-model-path names now")
+    found = {name: found[name] for name, rule in AT_RESUME.items() if rule == APPLIES and name in found}
     if found:
         logger.info(f"given anew: {resume.listed(found, flag_name)}")
     return state

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
 from typing import Any, Iterator
 
 import torch
@@ -16,39 +15,8 @@ from torch import Tensor, nn
 from models.discriminator import Adversary
 from models.vqgan import VQGAN
 from models.vqgan_codebook import CodebookUpkeep
+from training.vqgan_options import TrainingOptions
 from utils.resume import load_moments
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """How a VQGAN is trained."""
-
-    batch_size: int = 32
-    """Images per step."""
-    learning_rate: float = 2e-3
-    """Peak of a linear warm-up and a cosine down to zero."""
-    weight_decay: float = 1e-4
-    """AdamW decay of weights with two or more dimensions."""
-    clip_grad_norm: float = 1.0
-    """Largest gradient norm."""
-    ema_decay: float = 0.995
-    """Moving average of the weights that is evaluated and saved; 0: the weights themselves."""
-    codebook_update: str = "ema"
-    """How entries follow the features (vq variant): "ema" (moving averages) or "gradient" (the codebook loss)."""
-    revive_every: int = 50
-    """Steps between looks for unused codes; 0: never."""
-    l1_weight: float = 1.0
-    """Weight of the mean absolute error on the [-1, 1] scale."""
-    l2_weight: float = 2.0
-    """Weight of the mean squared error on the [-1, 1] scale."""
-    codebook_weight: float = 1.0
-    """Weight of codebook and commitment loss."""
-    perceptual_weight: float = 1.0
-    """Weight of the perceptual term, where there is one."""
-    discriminator_start: int | None = None
-    """Step from which a patch discriminator takes part; None: there is none."""
-    discriminator_weight: float = 0.8
-    """Weight of the adversarial term."""
 
 
 def learning_rate(peak: float, progress: float, warmup: float = 0.03) -> float:

@@ -11,13 +11,14 @@ import shutil
 import struct
 import zipfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Sequence
 
 from utils.downloads import download, forget_part, progress_bar
 from utils.errors import UserError, run_main
 from utils.files import PathLike
-from utils.flags import Parser, parse_flags, whole
+from utils.options import REQUIRED, Command, Options, option
 
 logger = logging.getLogger(__name__)
 
@@ -105,15 +106,23 @@ def _unpack_member(content: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Pa
         raise
 
 
+@dataclass(frozen=True)
+class DownloadOptions(Options):
+    """The options of this command."""
+
+    url: str = option(REQUIRED, "where from", positional=True, metavar="URL")
+    path: str = option(REQUIRED, "file to write", positional=True, path=True, metavar="PATH")
+    sha256: str | None = option(None, "expected checksum")
+    size_limit: int | None = option(None, "largest size to accept, in bytes", ge=0)
+    unpack: str | None = option(None, "unpack the zip archive here and delete it", path=True)
+
+
+COMMAND = Command("python -m utils.archives", "Download a file, and unpack it.", DownloadOptions)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the flags, download, unpack."""
-    parser = Parser(description="Download a file, and unpack it.", prog="utils.archives")
-    parser.add_argument("url")
-    parser.add_argument("path")
-    parser.add_argument("--sha256", help="expected checksum")
-    parser.add_argument("--size-limit", type=whole(0), help="largest size to accept, in bytes")
-    parser.add_argument("--unpack", metavar="DIR", help="unpack the zip archive here and delete it")
-    flags = parse_flags(parser, argv)
+    flags = COMMAND.parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     path = download(flags.url, flags.path, sha256=flags.sha256, size_limit=flags.size_limit)
     if flags.unpack:

@@ -10,6 +10,8 @@ import uuid
 from pathlib import Path
 from typing import IO, Any, Iterator, Union
 
+from utils.errors import UserError
+
 PathLike = Union[str, "os.PathLike[str]"]
 
 IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg", ".bmp", ".webp", ".jfif", ".jpe", ".gif", ".tif", ".tiff")
@@ -56,6 +58,30 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def make_folder(flag: str, folder: PathLike, shown: PathLike = "") -> Path:
+    """Make a folder for results, before the work is done. Raises UserError where nothing could be written there.
+
+    shown: what the flag holds, where it is not the folder.
+    """
+    folder, where = Path(folder), f"{flag} {shown or folder}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        file = next((place for place in (folder, *folder.parents) if os.path.isfile(place)), None)
+        reason = error.strerror or error if file is None else f"{file} is a file, not a folder"
+        raise UserError(f"{where}: {reason}") from error
+    if not os.access(str(folder), os.W_OK | os.X_OK):
+        raise UserError(f"{where}: no permission to write there")
+    return folder
+
+
+def check_writable(flag: str, file: PathLike) -> None:
+    """Make the folder of a file that is to be written later. Raises UserError where it could not be."""
+    if Path(file).is_dir():
+        raise UserError(f"{flag} {file}: is a folder, not a file")
+    make_folder(flag, Path(file).parent, file)
 
 
 def open_regular(path: PathLike, more_flags: int = 0) -> IO[bytes]:

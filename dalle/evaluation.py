@@ -1,0 +1,322 @@
+"""What evaluate.py does: the loss of a trained model on pairs, and how well its demo pictures are recognised."""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Sequence
+
+import torch
+from torch import Tensor
+
+import log
+from dalle.loading import Loaded, warn_of_guidance
+from dalle.pictures import Sample
+from data import DEMO, DataSettings, create_dataset, epoch_order
+from data.demo import DemoRecord, demo_images, demo_records
+from models.dalle import TextToImage
+from models.vqgan import image_codes
+from models.vqgan_metrics import nearest_pictures
+from sampling import Graphs, Sampler, SamplingFlags, decode, encode
+from utils.errors import UsageError
+from utils.files import sha256_file
+from utils.flags import DataOptions, ModelOptions, PartsOptions
+from utils.loading import make_loader, read
+from utils.options import Command, Options, again, option
+
+TRAINING_CAPTIONS = 200
+"""Training captions that retrieval samples from."""
+SHEET_SAMPLES = (36, 24)
+"""Samples of a contact sheet at most: held out (or of any other data), training."""
+
+
+@dataclass(frozen=True)
+class PairOptions(DataOptions, title="loss"):
+    """Which pairs to measure the loss on."""
+
+    input_folder: str = again(DataOptions, "input_folder", default=DEMO)
+    split: str = option("heldout", "part of the demo set", choices=("heldout", "train", "all"))
+    max_pairs: int | None = option(None, "measure the loss on so many pairs only, always the same ones", ge=1,
+                                   none="all")
+
+
+@dataclass(frozen=True)
+class RetrievalOptions(SamplingFlags, title="retrieval on the demo set"):
+    """How to sample the pictures that are to be recognised."""
+
+    batch_size: int = again(SamplingFlags, "batch_size", default=32, help="pairs, or images sampled, at the same time")
+    top_k: float = again(SamplingFlags, "top_k", default=0.0)
+    temperature: float = again(SamplingFlags, "temperature", default=0.0)
+    skip_retrieval: bool = option(False, "measure the loss alone")
+    best_of: int = option(1, "of N images take the one the model finds likeliest; with a --temperature", ge=1, le=4096)
+
+
+@dataclass(frozen=True)
+class ReportOptions(Options, title="results"):
+    """Where the results go."""
+
+    json: str | None = option(None, "write the numbers there as JSON", path=True, metavar="FILE")
+    sheet: str | None = option(None, "write a contact sheet there, as .png or .jpg: caption, real picture, "
+                               "reconstruction, generated picture", path=True, metavar="FILE")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(ModelOptions, PartsOptions, PairOptions, RetrievalOptions, ReportOptions):
+    """The flags of evaluate.py."""
+
+    @property
+    def samples(self) -> bool:
+        """Whether images are sampled at all."""
+        return self.sheet is not None or (self.input_folder == DEMO and not self.skip_retrieval)
+
+    def check(self) -> None:
+        """Raise UsageError for options that contradict each other."""
+        if self.best_of > 1 and self.temperature == 0:
+            raise UsageError(f"--best-of {self.best_of}: at --temperature 0 all images of a caption are the same; give "
+                             "a --temperature, 1 say")
+        if self.sheet is not None and not self.sheet.endswith((".png", ".jpg")):
+            raise UsageError(f"--sheet: the file's name must end in .png or .jpg, not {self.sheet!r}")
+        unused = {"--top-k", "--top-p", "--temperature", "--cond-scale", "--best-of"} & set(self.given())
+        if unused and not self.samples:
+            raise UsageError(f"{min(unused)}: nothing is sampled but for retrieval on the demo set, or with --sheet")
+        if self.input_folder != DEMO and "--split" in self.given():
+            raise UsageError(f"--split is for the demo set, not for --input-folder {self.input_folder}")
+
+
+COMMAND = Command("evaluate.py", "Measure a trained model.", EvaluateOptions)
+
+
+def evaluate(options: EvaluateOptions, loaded: Loaded) -> tuple[dict[str, Any], list[tuple[str, list[Sample]]]]:
+    """Measure what the options ask for: the numbers, and titled samples for a contact sheet."""
+    dataset = open_data(loaded, options)
+    result: dict[str, Any] = {
+        "checkpoint": describe_checkpoint(loaded, options.dalle_path),
+        "data": {"input_folder": options.input_folder, "num_pairs": len(dataset)},
+        "validation": validation_loss(loaded, dataset, options),
+    }
+    if options.samples:
+        warn_of_guidance(loaded, options.cond_scale)
+    groups: list[tuple[str, list[Sample]]] = []
+    if options.input_folder == DEMO:
+        result["data"]["split"] = options.split
+    if options.input_folder == DEMO and not options.skip_retrieval:
+        result["retrieval"], groups = measure_retrieval(loaded, options)
+    elif options.sheet is not None:
+        groups = [(options.input_folder, sample_pairs(loaded, dataset, options))]
+    return result, groups
+
+
+def describe_checkpoint(loaded: Loaded, name: str) -> dict[str, Any]:
+    """Which model was measured."""
+    return {
+        "name": name,
+        "sha256": sha256_file(loaded.checkpoint.path),
+        "epoch": loaded.checkpoint.epoch,
+        "parameters": sum(parameter.numel() for parameter in loaded.dalle.parameters()),
+        "codebook": loaded.config.num_image_tokens,
+        "codes": loaded.config.image_seq_len,
+    }
+
+
+# Validation loss -----------------------------------------------------------------------------------------------------
+
+
+def open_data(loaded: Loaded, options: EvaluateOptions) -> Any:
+    """The pairs to measure on. Captions are cut to what the model reads."""
+    settings = DataSettings(
+        text_seq_len=loaded.config.text_seq_len,
+        image_size=loaded.image_size,
+        truncate_captions=True,
+        seed=options.seed,
+        max_bad_fraction=options.max_bad_fraction,
+    )
+    dataset = create_dataset(options.input_folder, loaded.tokenizer, settings, demo_split=options.split)
+    if options.max_pairs is not None and options.max_pairs < len(dataset):
+        dataset = dataset.subset(epoch_order(len(dataset), options.seed, 0)[: options.max_pairs])
+    return dataset
+
+
+@torch.no_grad()
+def validation_loss(loaded: Loaded, dataset: Any, options: EvaluateOptions) -> dict[str, float]:
+    """Mean loss over all pairs: nats for a token, and what follows from it."""
+    model = TextToImage(loaded.dalle).eval()
+    batches = read(make_loader(dataset, options.dataloader_workers, batch_size=options.batch_size))
+    sums = torch.zeros(3, dtype=torch.float64)
+    with contextlib.closing(batches), log.progress(len(dataset), "measuring", unit="pair") as bar:
+        for text, images in batches:
+            losses = model(text.to(loaded.device), image_codes(loaded.vqgan, images.to(loaded.device)))
+            sums += torch.stack(tuple(losses)).double().cpu() * len(text)  # the last batch may be smaller
+            bar.update(len(text), len(text))
+    loss, text_loss, image_loss = (sums / len(dataset)).tolist()
+    return {
+        "loss": loss,
+        "text_loss": text_loss,
+        "image_loss": image_loss,
+        "bits_per_code": image_loss / math.log(2),
+        "text_perplexity": _exp(text_loss),
+        "image_perplexity": _exp(image_loss),
+    }
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, 709.0))  # beyond lies infinity; NaN stays NaN
+
+
+def finite(value: Any) -> Any:
+    """The same tables with null for numbers that JSON does not know (the losses of a model that has diverged)."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# Retrieval -----------------------------------------------------------------------------------------------------------
+
+
+class Gallery(NamedTuple):
+    """All pictures of the demo set."""
+
+    records: list[DemoRecord]
+    images: Tensor
+    """(n, 3, S, S) uint8"""
+
+    def positions(self, records: Sequence[DemoRecord]) -> Tensor:
+        """Where these records are in the gallery, LongTensor."""
+        place = {record.stem: index for index, record in enumerate(self.records)}
+        return torch.tensor([place[record.stem] for record in records])
+
+
+def training_records(records: Sequence[DemoRecord], count: int) -> list[DemoRecord]:
+    """A fixed choice of training records: those whose hash is smallest, in the order of the set."""
+
+    def draw(record: DemoRecord) -> bytes:
+        return hashlib.sha256(b"evaluate/" + record.stem.encode("ascii")).digest()
+
+    return sorted(sorted(records, key=draw)[:count], key=lambda record: record.stem)
+
+
+def draw_best(loaded: Loaded, text: Tensor, options: EvaluateOptions) -> Tensor:
+    """One image for each caption, text (n, T): the likeliest of --best-of. Returns (n, 3, S, S) uint8."""
+    sampling = options.sampling(loaded.config.num_image_tokens)
+    best = torch.full((len(text),), -math.inf)
+    pictures = torch.zeros(len(text), 3, loaded.image_size, loaded.image_size, dtype=torch.uint8)
+    with log.progress(len(text) * options.best_of, "sampling", unit="image") as bar:
+        sampler = Sampler(loaded, Graphs(loaded.dalle))
+        for batch in sampler.images(text, options.best_of, options.batch_size, options.seed, sampling):
+            share = batch.share
+            count = share.end_image - share.first_image
+            for row, prompt in enumerate(range(share.first_prompt, share.end_prompt)):
+                own = slice(row * count, (row + 1) * count)
+                likelihood, index = batch.log_likelihood[own].max(dim=0)
+                if likelihood > best[prompt] or share.first_image == 0:
+                    best[prompt], pictures[prompt] = likelihood, batch.pixels[own][index]
+            bar.update(share.num_images, share.num_images)
+    return pictures
+
+
+def retrieve(
+    loaded: Loaded, gallery: Gallery, records: Sequence[DemoRecord], options: EvaluateOptions
+) -> tuple[dict[str, Any], list[Sample]]:
+    """Retrieval@1 of images sampled from these records' captions and of reconstructions, and samples to look at."""
+    own = gallery.positions(records)
+    real = gallery.images[own]
+    reconstructions = torch.cat([decode(loaded, encode(loaded, part)) for part in real.split(options.batch_size)])
+    text = loaded.tokenizer.tokenize([record.caption for record in records], loaded.config.text_seq_len, truncate=True)
+    generated = draw_best(loaded, text, options)
+    found = nearest_pictures(generated, gallery.images, loaded.device) == own
+    found_again = nearest_pictures(reconstructions, gallery.images, loaded.device) == own
+    samples = [
+        Sample(record.caption, real[index], reconstructions[index], generated[index], bool(found[index]))
+        for index, record in enumerate(records)
+    ]
+    return {
+        "captions": len(records),
+        "generated": float(found.float().mean()),
+        "reconstructions": float(found_again.float().mean()),
+    }, samples
+
+
+def measure_retrieval(
+    loaded: Loaded, options: EvaluateOptions
+) -> tuple[dict[str, Any], list[tuple[str, list[Sample]]]]:
+    """Retrieval@1 for the held-out captions and for 200 training captions among all pictures of the demo set."""
+    records = demo_records("all")
+    gallery = Gallery(records, demo_images(records, loaded.image_size))
+    result: dict[str, Any] = {
+        "pictures": len(records),
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "cond_scale": options.cond_scale,
+        "best_of": options.best_of,
+        "seed": options.seed,
+    }
+    groups = []
+    for name, chosen, shown in (
+        ("heldout", demo_records("heldout"), SHEET_SAMPLES[0]),
+        ("train", training_records(demo_records("train"), TRAINING_CAPTIONS), SHEET_SAMPLES[1]),
+    ):
+        numbers, samples = retrieve(loaded, gallery, chosen, options)
+        result[name] = numbers
+        spread = [samples[index * len(samples) // shown] for index in range(shown)] if len(samples) > shown else samples
+        groups.append(
+            (
+                "{} captions: {:.1%} of {} found (reconstructions {:.1%})".format(
+                    "held-out" if name == "heldout" else "training",
+                    numbers["generated"],
+                    numbers["captions"],
+                    numbers["reconstructions"],
+                ),
+                spread,
+            )
+        )
+    return result, groups
+
+
+def sample_pairs(loaded: Loaded, dataset: Any, options: EvaluateOptions) -> list[Sample]:
+    """A few pairs of any data for a contact sheet, sampled from their captions."""
+    count = min(SHEET_SAMPLES[0], len(dataset))
+    text, images = zip(*(dataset[index * len(dataset) // count] for index in range(count)))
+    real = torch.stack(images)
+    reconstructions = torch.cat([decode(loaded, encode(loaded, part)) for part in real.split(options.batch_size)])
+    generated = draw_best(loaded, torch.stack(text), options)
+    return [
+        Sample(loaded.tokenizer.decode(row.tolist()), *pictures)
+        for row, *pictures in zip(text, real, reconstructions, generated)
+    ]
+
+
+# Report --------------------------------------------------------------------------------------------------------------
+
+
+def report(result: dict[str, Any]) -> str:
+    """The numbers as text."""
+    checkpoint, losses = result["checkpoint"], result["validation"]
+    data = "{input_folder} ({num_pairs} pairs)".format(**result["data"])
+    if "split" in result["data"]:
+        data = "demo set, {split} ({num_pairs} pairs)".format(**result["data"])
+    lines = [
+        "checkpoint   {} (sha256 {}..., {:.2f} M parameters)".format(
+            checkpoint["name"], checkpoint["sha256"][:12], checkpoint["parameters"] / 1e6
+        ),
+        "data         " + data,
+        "loss         {:.4f} nats".format(losses["loss"]),
+        "  text       {:.4f} nats for a token, perplexity {:.2f}".format(
+            losses["text_loss"], losses["text_perplexity"]
+        ),
+        "  image      {:.4f} nats for a code, perplexity {:.2f}".format(
+            losses["image_loss"], losses["image_perplexity"]
+        ),
+        "             {:.4f} bits for a code (at random: {:.2f})".format(
+            losses["bits_per_code"], math.log2(checkpoint["codebook"])
+        ),
+    ]
+    if "retrieval" in result:
+        retrieval = result["retrieval"]
+        lines.append("retrieval@1 among {} pictures".format(retrieval["pictures"]))
+        for name, label in (("heldout", "held-out"), ("train", "training")):
+            lines.append(
+                "  {}   {captions} captions: generated {generated:.1%}, reconstructions {reconstructions:.1%}".format(
+                    label, **retrieval[name]
+                )
+            )
+    return "\n".join(lines)
