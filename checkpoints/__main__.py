@@ -12,7 +12,8 @@ from typing import Sequence
 
 import torch
 
-from checkpoints.reading import read_dalle, verify
+from checkpoints.files import verify
+from checkpoints.reading import read_dalle
 from checkpoints.writing import export_safetensors
 from utils import flags
 from utils.errors import run_main

@@ -25,6 +25,7 @@ import args
 import generate
 from bpe import load_tokenizer
 from checkpoints import dalle_checkpoint, export_safetensors, read_dalle, save_checkpoint
+from checkpoints.vqgan import check_size, load_vqgan_state
 from dalle.completion import mask_cells, parse_box
 from dalle.outputs import PromptFolder, folder_name
 from data.images import BROKEN_IMAGE_ERRORS, load_image
@@ -32,7 +33,7 @@ from data.process_trainset import clean_caption, process_captions
 from examples_utils.spec import load_entries, select
 from models.config import DalleConfig
 from models.dalle import DALLE
-from models.vqgan import VQGAN, check_size, load_vqgan_state
+from models.vqgan import VQGAN
 from models.vqgan_config import VqganConfig
 from utils.errors import UserError
 from utils.memory import return_freed_memory

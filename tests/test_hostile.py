@@ -23,8 +23,8 @@ import evaluate
 import generate
 import train
 import train_vqgan
+from checkpoints.vqgan import load_vqgan, load_vqgan_state
 from dalle.loading import load
-from models.vqgan import load_vqgan, load_vqgan_state
 from models.vqgan_config import DEMO_CONFIGS
 from training.run import Run
 from utils import archives

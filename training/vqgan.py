@@ -19,11 +19,12 @@ from torch import Tensor, nn
 import log
 from args import flag_name
 from checkpoints import save_checkpoint, verify
+from checkpoints.vqgan import check_size, load_vqgan
 from dalle.pictures import save_picture, to_pil
 from data import DEMO
 from data.uncaptioned import Batches, ImageSource, open_images
 from engines.native import pick_device
-from models.vqgan import VQGAN, check_size, load_vqgan
+from models.vqgan import VQGAN
 from models.vqgan_metrics import Reconstructions, code_use, psnr, reconstruct, retrieval
 from training.files import move_aside, not_finite, reading, writing
 from training.loop import Loop
@@ -221,7 +222,7 @@ def make_trainer(args: argparse.Namespace, device: torch.device) -> Trainer:
         nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
     perceptual: nn.Module | None = None
     if args.perceptual_weights:
-        from models.perceptual import load_perceptual
+        from checkpoints.vqgan import load_perceptual
 
         perceptual = load_perceptual(args.perceptual_weights).to(device)
     options = TrainingOptions(**{field.name: getattr(args, field.name) for field in fields(TrainingOptions)})

@@ -6,8 +6,8 @@ import argparse
 from typing import Any, Sequence
 
 from args import Parser
-from models.vqgan import PUBLISHED, VqganConfig
-from models.vqgan_config import DEMO_CONFIGS
+from checkpoints.vqgan import PUBLISHED
+from models.vqgan_config import DEMO_CONFIGS, VqganConfig
 from training.vqgan_trainer import TrainingOptions
 from utils.errors import UsageError, nearest
 from utils.flags import number, parse_flags, path, whole
