@@ -71,7 +71,8 @@ class Run(Loop):
         self.trainer = trainer = make_trainer(args, pick_device(args.device, 0))
         config, skipped = trainer.model.config, self.folder / SKIPPED
         split = (args.validation_images, args.random_seed)
-        images = open_images(args.input_folder, config.resolution, *split, args.max_bad_fraction, skipped)
+        bad = (args.max_bad_fraction, skipped)
+        images = open_images(args.input_folder, config.resolution, *split, *bad, args.shard_images)
         self.images, self.held_out = images
         with writing(NO_FILE, self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,7 @@ def option(flag: str, resume: str, text: str, **settings: Any) -> tuple[str, str
 
 
 FOLDER = "images at any depth, or in webdataset shards such as 'DIR/{00000..00099}.tar'; or demo"
+SUFFIXES = "of images in shards, with commas between (img,jpg); none: those of folders, and img"
 BAD = "share of the images that may be unreadable; those that are, skipped.jsonl in --output lists"
 STOP = "stop after so many steps in a row whose loss or gradient is not finite; single ones are left out; 0: never"
 CONTINUOUS = "part of the run before features are quantised (from scratch)"
@@ -42,6 +43,7 @@ FLAGS = {
         option("--output", FREE, "for all that the run writes", type=path, required=True, metavar="DIR"),
         option("--validation-images", FIXED, HELD_OUT, type=whole(1), default=256),
         option("--max-bad-fraction", APPLIES, BAD, type=number(0, 1), default=0.01),
+        option("--shard-images", APPLIES, SUFFIXES, metavar="SUFFIXES"),
         option("--dataloader-workers", FREE, "processes that read images", type=whole(0, 1024), default=0),
     ),
     "model": (
