@@ -111,27 +111,19 @@ def load(
     spare = 0 if config.unique_pads else max(config.num_text_tokens - tokenizer.vocab_size, 0)
     if tokenizer.vocab_size + spare != config.num_text_tokens:
         raise UserError(
-            "--bpe_path {}: this vocabulary has {} entries, but the model of --dalle_path {} was trained with {}; give "
-            "the vocabulary it was trained with".format(
-                bpe_path or "(the CLIP vocabulary, by default)", tokenizer.vocab_size, path, config.num_text_tokens
-            )
+            f"--bpe_path {bpe_path or '(the CLIP vocabulary, by default)'}: this vocabulary has {tokenizer.vocab_size} "
+            f"entries, but the model of --dalle_path {path} was trained with {config.num_text_tokens}; give the "
+            "vocabulary it was trained with"
         )
     vqgan = _open_vqgan(vqgan_model_path, vqgan_config_path, checkpoint)
     if vqgan.num_codes != config.num_image_tokens:
         raise UserError(
-            "--vqgan_model_path {}: this VQGAN has {} codes, but the model of --dalle_path {} was trained with {}; "
-            "give the VQGAN it was trained with".format(
-                vqgan_model_path or "(by default)", vqgan.num_codes, path, config.num_image_tokens
-            )
+            f"--vqgan_model_path {vqgan_model_path or '(by default)'}: this VQGAN has {vqgan.num_codes} codes, but the "
+            f"model of --dalle_path {path} was trained with {config.num_image_tokens}; give that one"
         )
     if vqgan.grid != config.grid:
-        logger.info(
-            "the VQGAN was made for %dx%d codes and is used with %dx%d",
-            vqgan.grid,
-            vqgan.grid,
-            config.grid,
-            config.grid,
-        )
+        own, used = vqgan.grid, config.grid
+        logger.info("the VQGAN was made for %dx%d codes and is used with %dx%d", own, own, used, used)
     weights = checkpoint.weights if checkpoint.ema is None else checkpoint.ema
     dalle = build_dalle(config, weights, dtype=dtype).to(device).eval().requires_grad_(False)
     about = checkpoint._replace(
