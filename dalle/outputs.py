@@ -94,12 +94,13 @@ class PromptFolder:
         self._started = False
         with _written(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = try_lock(self.path)
-        if self._lock is None:
+            lock = try_lock(self.path)
+        if lock is None:
             raise UserError(
                 f"--outputs_dir: another process is writing images into {self.path}; wait for it, or choose another "
                 "--outputs_dir"
             )
+        self._lock = lock
 
     def add(
         self,

@@ -173,7 +173,9 @@ def _check_config(path: PathLike, file: Path) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"--clip_path {path}: config.json cannot be read: {error}") from error
     for part in (table, table.get("text_config"), table.get("vision_config")):
-        for name, limit in _LIMITS.items() if isinstance(part, dict) else ():
+        if not isinstance(part, dict):
+            continue
+        for name, limit in _LIMITS.items():
             value = part.get(name)
             if value is not None and not (type(value) is int and 1 <= value <= limit):
                 raise UserError(

@@ -137,8 +137,9 @@ class DalleConfig:
     def _check_shared_attention(self) -> None:
         """Layers that share an attention have one pattern: the attention is one module, with one mask."""
         patterns: dict[int, str] = {}
-        for layer, pattern in enumerate(self.layer_patterns if self.shared_attn_ids else ()):
-            shared = self.shared_attn_ids[layer % len(self.shared_attn_ids)]
+        ids = self.shared_attn_ids or ()
+        for layer, pattern in enumerate(self.layer_patterns if ids else ()):
+            shared = ids[layer % len(ids)]
             if patterns.setdefault(shared, pattern) != pattern:
                 raise UserError(
                     f"layers that share attention {shared} (shared_attn_ids) have different patterns in attn_types: "
@@ -195,6 +196,9 @@ class DalleConfig:
             if key not in known:
                 raise UserError(f"unknown model option {key!r}.{nearest(key, known)}")
         try:
-            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+            options: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+            }
+            return cls(**options)
         except TypeError as error:
             raise UserError(f"incomplete model options: {error}") from error

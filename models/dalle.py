@@ -5,7 +5,7 @@ vocabulary, C codebook size.
 """
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,7 @@ class DALLE(nn.Module):
         self.image_emb = nn.Embedding(config.num_image_tokens, config.dim)
         self.text_pos_emb = nn.Embedding(config.text_len, config.dim) if config.text_positions else None
         positions = {"axial": AxialPositions, "learned": LearnedPositions}.get(config.image_positions)
-        self.image_pos_emb = positions(config.grid, config.dim) if positions else None
+        self.image_pos_emb: Any = positions(config.grid, config.dim) if positions else None
         self.transformer = Transformer(config)
         self.norm = nn.LayerNorm(config.dim)
         self.text_head = nn.Linear(config.dim, config.text_table_size, bias=config.head_bias)
@@ -94,7 +94,7 @@ class DALLE(nn.Module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.init_std)
             if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # an embedding has none
         elif isinstance(module, (AxialPositions, LearnedPositions)):
             for parameter in module.parameters():
                 nn.init.normal_(parameter, std=self.config.init_std)
@@ -125,7 +125,8 @@ class DALLE(nn.Module):
 
     def operands(self, project: Project = projection) -> Operands:
         """Look up what `read` needs of the weights; nothing is dropped there, in training mode either."""
-        blocks = [block.operands(project) for block in self.transformer.layers]
+        layers: Any = self.transformer.layers
+        blocks = [block.operands(project) for block in layers]
         table = None if self.image_pos_emb is None else self.image_pos_emb.table()
         return Operands(blocks, table, project(self.image_head))
 
@@ -192,7 +193,7 @@ class TextToImage(nn.Module):
     def __init__(self, dalle: DALLE, vqgan: nn.Module | None = None, code_noise: float = 0.0) -> None:
         super().__init__()
         self.dalle = dalle
-        self.vqgan = vqgan
+        self.vqgan: Any = vqgan
         self.code_noise = code_noise
         if vqgan is not None:
             vqgan.requires_grad_(False).eval()

@@ -55,7 +55,7 @@ def window_bias(pattern: str, allowed: Tensor, grid: int) -> Tensor:
 
     allowed (N, N): which image position (row) may attend to which (column), causal, N = G * G.
     """
-    rows = window_rows(pattern)
+    rows = window_rows(pattern) or grid
     allowed = allowed.view(grid, grid, grid, grid)  # query row, query column, key row, key column
     if pattern == "axial_col":
         allowed = allowed.permute(1, 0, 3, 2)

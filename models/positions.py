@@ -7,7 +7,7 @@ Letters: B images, n positions of the chunk, N image positions.
 """
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +16,12 @@ from torch import Tensor
 class Positions(NamedTuple):
     """n positions of the text part or of the image."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # not what tuples count
     """n"""
-    start: int | None = None
-    """The first of n consecutive positions, the same in every image; None: see `index`."""
-    index: Tensor | None = None
-    """(1, n) for all images, or (B, n)."""
+    start: Any = None
+    """The first (int) of n consecutive positions, the same in every image; None: see `index`."""
+    index: Any = None
+    """A tensor (1, n) for all images, or (B, n)."""
     text: bool = False
     """Positions of the text part instead of the image."""
     reach: int = 0

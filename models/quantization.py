@@ -24,6 +24,10 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 class Int8Linear(nn.Module):
     """A linear layer whose weight is kept as int8 (R, C) with a scale (R,): half a step of error at most."""
 
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """Quantise a float weight (R, C); the bias (R,) stays as it is."""
         super().__init__()

@@ -20,8 +20,9 @@ from models.positions import Positions
 
 def projection(module: nn.Module) -> ops.Projection:
     """Return a linear layer as ops take it; one of another kind, and the reference's, as the module itself."""
-    plain = type(module) is nn.Linear and not ops.uses_reference()
-    return ops.Matrix(module.weight, module.bias) if plain else module
+    if type(module) is nn.Linear and not ops.uses_reference():
+        return ops.Matrix(module.weight, module.bias)
+    return module
 
 
 Project = Callable[[nn.Module], ops.Projection]
@@ -155,7 +156,8 @@ class Block(nn.Module):
     def operands(self, project: Project = projection, drops: bool = False) -> Operands:
         """Look up the weights. project: how a linear layer is given to ops; drops: whether there is dropout."""
         first, second = self.attention, self.feed_forward
-        attention, feed_forward = first.fn, second.fn
+        attention: Any = first.fn
+        feed_forward: Any = second.fn
         return Operands(
             first.before(), project(attention.qkv), project(attention.out), first.scale, first.after(),
             second.before(), project(feed_forward.up), project(feed_forward.down), second.scale, second.after(),
@@ -183,6 +185,8 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """A stack of blocks over [text part | image part], with one mask for each attention pattern in use."""
+
+    angles: Tensor | None
 
     def __init__(self, config: DalleConfig) -> None:
         super().__init__()
@@ -232,7 +236,7 @@ class Transformer(nn.Module):
         operands: of each block; None looks them up.
         """
         angles = self._angles(positions, x.shape[1])
-        contexts: Sequence[Any] = () if cache is None else cache.at(positions)
+        contexts: Sequence[Any] = () if cache is None or positions is None else cache.at(positions)
         for index, layer in enumerate(self.layers):
             context = contexts[index] if contexts else self.context(index)
             x = layer(x, context, angles) if operands is None else layer(x, context, angles, operands[index])

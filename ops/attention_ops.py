@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops import dispatch, native_attention, registered
-from ops.linear_ops import IDENTITY, Function
-from ops.local_attention import from_windows, local_attention, window_weights, windows
+from ops.linear_ops import IDENTITY, Function, Recompute
+from ops.local_attention import local_attention
 
 
 class Visible(NamedTuple):
@@ -125,13 +125,19 @@ def attention(
                 return registered.attention(qkv, heads, visible.lines, visible.by_column), IDENTITY
         elif NativeAttention.suits(qkv, visible):
             return qkv, NativeAttention(visible, heads)
-    if _windowed(qkv, visible, implementation):
-        if angles is None and torch.is_grad_enabled():
-            return qkv, _Local(visible.window, visible.by_column, heads)
-        attended = local_attention(*split_heads(qkv, heads, angles), visible.window, visible.by_column)
-    else:
-        attend = explicit if implementation == "explicit" else sdpa
-        attended = attend(*split_heads(qkv, heads, angles), visible.mask, visible.causal)
+    window = visible.window if _windowed(qkv, visible, implementation) else None
+    if window is not None:
+
+        def attend(qkv: Tensor) -> Tensor:
+            query, key, value = split_heads(qkv, heads, angles)
+            attended = local_attention(query, key, value, window, visible.by_column)
+            return attended.transpose(1, 2).flatten(2)
+
+        # Windows and weights take more memory than all else in a block. A compiler decides that itself.
+        return qkv, Recompute(attend, differentiable=dispatch.compiling())
+    fused = explicit if implementation == "explicit" else sdpa
+    query, key, value = split_heads(qkv, heads, angles)
+    attended = fused(query, key, value, visible.mask, visible.causal)
     return attended.transpose(1, 2).flatten(2), IDENTITY
 
 
@@ -161,125 +167,3 @@ class NativeAttention:
     def recompute(self, x: Tensor, grad_output: Tensor, grad_input: Tensor) -> Tensor:
         native_attention.backward(x, self.pattern, grad_output, grad_input)
         return grad_output
-
-
-class _Parts(NamedTuple):
-    """Queries (scaled), keys and values of text and codes, and who attends to what how much."""
-
-    text_query: Tensor
-    """(B, H, P, K), and so are text_key and text_value."""
-    text_key: Tensor
-    text_value: Tensor
-    query: Tensor
-    """(B, H, G, G, K); the last position, which is not there, is zeros."""
-    key: Tensor
-    """(B, H, G, W * G, K), and so is value."""
-    value: Tensor
-    text_weights: Tensor
-    """Of the text on itself, (B, H, P, P)."""
-    on_text: Tensor
-    """Of the codes on the text, (B, H, N, P)."""
-    on_window: Tensor
-    """(B, H, G, G, W * G)"""
-    weights: Tensor
-    """Both side by side, (B, H, G, G, P + W * G)."""
-
-
-class _Local:
-    """`local_attention`: qkv (B, L, 3 * H * K) -> (B, L, H * K)."""
-
-    differentiable, number = False, -1
-
-    def __init__(self, bias: Tensor, by_column: bool, heads: int) -> None:
-        """bias (G, G, W * G), see `Visible`."""
-        self.bias, self.by_column, self.heads = bias, by_column, heads
-        self.grid = bias.shape[0]
-        self.rows = bias.shape[2] // self.grid
-
-    def _split(self, x: Tensor, parts: int) -> tuple[Tensor, int]:
-        """(B, L, parts * H * K) -> a view (parts, B, H, L, K) and P."""
-        x = x.unflatten(2, (parts, self.heads, -1))
-        return x.permute(2, 0, 3, 1, 4), x.shape[1] - self.grid**2 + 1
-
-    def _on_grid(self, codes: Tensor) -> Tensor:
-        """`on_grid` in one copy, (..., N - 1, K) -> (..., G, G, K)."""
-        grid = self.grid
-        result = codes.new_empty(*codes.shape[:-2], grid, grid, codes.shape[-1])
-        by_row = result.transpose(-3, -2) if self.by_column else result
-        whole = grid * (grid - 1)
-        by_row[..., :-1, :, :] = codes[..., :whole, :].unflatten(-2, (grid - 1, grid))
-        by_row[..., -1, :-1, :] = codes[..., whole:, :]
-        by_row[..., -1, -1, :] = 0
-        return result
-
-    def _off_grid(self, codes: Tensor, result: Tensor) -> None:
-        """The way back, into the image positions of `result` (B, H, L, K)."""
-        grid, text_len = self.grid, result.shape[2] - self.grid**2 + 1
-        by_row = codes.transpose(2, 3) if self.by_column else codes
-        whole = text_len + grid * (grid - 1)
-        result[:, :, text_len:whole].unflatten(2, (grid - 1, grid)).copy_(by_row[:, :, :-1])
-        result[:, :, whole:] = by_row[:, :, -1, :-1]
-
-    def _parts(self, qkv: Tensor) -> _Parts:
-        heads, text_len = self._split(qkv, 3)
-        text_query, text_key, text_value = heads[:, :, :, :text_len].contiguous().unbind(0)
-        query, key, value = self._on_grid(heads[:, :, :, text_len:]).unbind(0)
-        factor = query.shape[-1] ** -0.5
-        text_query, query = text_query.mul_(factor), query.mul_(factor)
-        key, value = windows(key, self.rows), windows(value, self.rows)
-        later = torch.full((text_len, text_len), float("-inf"), dtype=qkv.dtype, device=qkv.device).triu(1)
-        text_weights = torch.softmax(torch.matmul(text_query, text_key.transpose(-1, -2)).add_(later), dim=-1)
-        weights = window_weights(query, key, text_key, self.bias)
-        on_text, on_window = weights[..., :text_len].flatten(2, 3), weights[..., text_len:]
-        return _Parts(text_query, text_key, text_value, query, key, value, text_weights, on_text, on_window, weights)
-
-    def _attend(self, parts: _Parts, result: Tensor) -> None:
-        """Write what all positions attend to into `result` (B, H, L, K)."""
-        result[:, :, : parts.text_query.shape[2]] = torch.matmul(parts.text_weights, parts.text_value)
-        image = torch.matmul(parts.on_window, parts.value)
-        image += torch.matmul(parts.on_text, parts.text_value).view_as(image)
-        self._off_grid(image, result)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        result = x.new_empty(*x.shape[:2], x.shape[2] // 3)  # before what is freed again
-        with torch.autocast(x.device.type, enabled=False):  # x has the type that products have
-            self._attend(self._parts(x), self._split(result, 1)[0][0])
-        return result
-
-    def recompute(self, x: Tensor, grad_output: Tensor, grad_input: Tensor) -> Tensor:
-        parts = self._parts(x)
-        factor = parts.query.shape[-1] ** -0.5
-        (grad_query, grad_key, grad_value), text_len = self._split(grad_input, 3)
-        gradient = self._split(grad_output, 1)[0][0]  # (B, H, L, K)
-
-        # Text positions among themselves.
-        on_text = gradient[:, :, :text_len].contiguous()
-        grad_text_value = torch.matmul(parts.text_weights.transpose(-1, -2), on_text)
-        on_text = torch.matmul(on_text, parts.text_value.transpose(-1, -2))
-        scores = _softmax_gradient(on_text, parts.text_weights)
-        grad_query[:, :, :text_len] = torch.matmul(scores, parts.text_key).mul_(factor)
-        grad_text_key = torch.matmul(scores.transpose(-1, -2), parts.text_query)
-
-        # Image positions: what they see of the text, and of their window.
-        on_grid = self._on_grid(gradient[:, :, text_len:])
-        codes = on_grid.flatten(2, 3)  # (B, H, N, K)
-        grad_text_value += torch.matmul(parts.on_text.transpose(-1, -2), codes)
-        self._off_grid(from_windows(torch.matmul(parts.on_window.transpose(-1, -2), on_grid), self.rows), grad_value)
-        on_text = torch.matmul(codes, parts.text_value.transpose(-1, -2)).unflatten(2, on_grid.shape[2:4])
-        on_window = torch.matmul(on_grid, parts.value.transpose(-1, -2))
-        scores = _softmax_gradient(torch.cat([on_text, on_window], dim=-1), parts.weights)
-        text_scores, window_scores = scores[..., :text_len].flatten(2, 3), scores[..., text_len:]
-        grad_codes = torch.matmul(window_scores, parts.key)
-        grad_codes += torch.matmul(text_scores, parts.text_key).view_as(grad_codes)
-        self._off_grid(grad_codes.mul_(factor), grad_query)
-        grad_text_key += torch.matmul(text_scores.transpose(-1, -2), parts.query.flatten(2, 3))
-        self._off_grid(from_windows(torch.matmul(window_scores.transpose(-1, -2), parts.query), self.rows), grad_key)
-        grad_key[:, :, :text_len], grad_value[:, :, :text_len] = grad_text_key, grad_text_value
-
-        self._attend(parts, gradient)  # in the place of what came in
-        return grad_output
-
-
-def _softmax_gradient(grad_weights: Tensor, weights: Tensor) -> Tensor:
-    """The gradient for the scores of softmax(scores) = weights."""
-    return torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)

@@ -40,7 +40,7 @@ _G = (
 
 
 @functools.lru_cache(maxsize=None)
-def _library() -> ctypes.CDLL | None:
+def _library() -> Any:
     found = library("convolution")
     if found is not None:
         long, whole, address = ctypes.c_long, ctypes.c_int32, ctypes.c_void_p
@@ -116,22 +116,9 @@ def conv3x3(
         result = _winograd(x, weight, bias, residual, doubled)
         if result is not None:
             return result
-    if not doubled:
-        result = F.conv2d(x, weight, bias, padding=1)
-    elif x.device.type == "cpu" and not dispatch.uses_reference():  # on a GPU it was not measured
-        result = _doubled(x, weight, bias)
-    else:
-        result = F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
+    x = F.interpolate(x, scale_factor=2.0, mode="nearest") if doubled else x
+    result = F.conv2d(x, weight, bias, padding=1)
     return result if residual is None else add(residual, result)
-
-
-def _doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Of the nine positions that a pixel of the result sees, at most four differ: their weights are added up
-    beforehand, which leaves a transposed 4x4 convolution with stride 2, 4/9 of the arithmetic, half of the time."""
-    # Which of the three rows (columns) of weights each row of the larger kernel adds up.
-    sums = weight.new_tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-    weight = torch.einsum("pk,ql,oikl->iopq", sums, sums, weight).to(memory_format=torch.channels_last)
-    return F.conv_transpose2d(x, weight, bias, stride=2, padding=1)
 
 
 def _winograd(

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Sequence
+from typing import Any, Sequence
 
 import torch
 from torch import Tensor
@@ -13,17 +13,18 @@ from ops.build import library, pointer
 
 
 @functools.lru_cache(maxsize=None)
-def _functions() -> ctypes.CDLL | None:
+def _functions() -> Any:
     found = library("training")
     if found is not None:
         address, size = ctypes.c_void_p, ctypes.c_long
-        for function, arguments in (
+        signatures: list[tuple[Any, list[Any]]] = [
             (found.gelu_forward, [size, size, ctypes.c_int, address, address, address]),
             (found.gelu_backward, [size, size, ctypes.c_int, address, address, address, address]),
             (found.add_branch, [size, size, address, address, address, address]),
             (found.sum_products_and_scale, [size, size, address, address, address, address]),
             (found.drop, [size, ctypes.c_uint64, ctypes.c_double, address]),
-        ):
+        ]
+        for function, arguments in signatures:
             function.argtypes, function.restype = arguments, None
         found.norm.argtypes, found.norm.restype = [size, address, address, address], ctypes.c_float
     return found

@@ -212,58 +212,34 @@ class Function(Protocol):
         """Compute it again, and write the gradient for x to `grad_input`. `grad_output` may be overwritten."""
 
 
-class _Identity:
-    differentiable, number = True, -1
+class Recompute:
+    """A function of PyTorch's operators, which autograd differentiates when it is recomputed."""
+
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], number: int = -1, differentiable: bool = True
+    ) -> None:
+        """differentiable: False keeps its input alone wherever gradients are wanted, see `Function`."""
+        self.function, self.number, self.differentiable = function, number, differentiable
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x
+        return self.function(x)
 
     def recompute(self, x: Tensor, grad_output: Tensor, grad_input: Tensor) -> Tensor:
-        grad_input.copy_(grad_output)
-        return x
+        with torch.enable_grad():
+            own = x.detach().requires_grad_()
+            result = self.function(own)
+        grad_input.copy_(torch.autograd.grad(result, own, grad_output)[0])
+        return result.detach()
 
 
-class _Geglu:
+def _geglu(x: Tensor) -> Tensor:
     """The first half of x, gated by gelu of the second."""
-
-    differentiable, number = True, 0
-
-    def __call__(self, x: Tensor) -> Tensor:
-        x, gate = x.chunk(2, dim=-1)
-        return x * F.gelu(gate)
-
-    def recompute(self, x: Tensor, grad_output: Tensor, grad_input: Tensor) -> Tensor:
-        x, gate = x.chunk(2, dim=-1)
-        grad_x, grad_gate = grad_input.chunk(2, dim=-1)
-        active = F.gelu(gate)
-        torch.mul(grad_output, active, out=grad_x)
-        torch.ops.aten.gelu_backward.grad_input(grad_output.mul_(x), gate, grad_input=grad_gate)
-        return active.mul_(x)
+    x, gate = x.chunk(2, dim=-1)
+    return x * F.gelu(gate)
 
 
-class _Gelu:
-    differentiable, number = True, 1
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.gelu(x)
-
-    def recompute(self, x: Tensor, grad_output: Tensor, grad_input: Tensor) -> Tensor:
-        torch.ops.aten.gelu_backward.grad_input(grad_output, x, grad_input=grad_input)
-        return F.gelu(x)
-
-
-class _QuickGelu:
-    """x * sigmoid(1.702 x)"""
-
-    differentiable, number = True, 2
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-    def recompute(self, x: Tensor, grad_output: Tensor, grad_input: Tensor) -> Tensor:
-        gate = torch.sigmoid(1.702 * x)
-        torch.mul(grad_output.mul_(gate), 1 + 1.702 * x * (1 - gate), out=grad_input)
-        return gate.mul_(x)
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
 
 
 class _NativeGelu:
@@ -282,8 +258,10 @@ class _NativeGelu:
         return grad_output
 
 
-IDENTITY: Function = _Identity()
-_ACTIVATIONS: dict[str, Function] = {"geglu": _Geglu(), "gelu": _Gelu(), "quick_gelu": _QuickGelu()}
+IDENTITY: Function = Recompute(lambda x: x)
+_ACTIVATIONS: dict[str, Function] = {
+    "geglu": Recompute(_geglu, 0), "gelu": Recompute(F.gelu, 1), "quick_gelu": Recompute(_quick_gelu, 2),
+}  # fmt: skip
 _NATIVE_ACTIVATIONS = {"geglu": _NativeGelu(gated=True), "gelu": _NativeGelu(gated=False)}
 """Those that take the bias of the linear layer before them too."""
 
@@ -328,9 +306,8 @@ def add_linear(
 
     residual (B, L, D), x (B, L, anything) -> (B, L, D). Dropout probabilities are those of training: 0 otherwise.
     """
-    drops = bool(inner_dropout or outer_dropout)
-    knows = isinstance(project, Matrix) and after is None and (not drops or _drops_natively(x))
-    if knows and _fuses():
+    drops = inner_dropout or outer_dropout
+    if isinstance(project, Matrix) and after is None and (not drops or _drops_natively(x)) and _fuses():
         inner, outer = _Dropout.of(inner_dropout), _Dropout.of(outer_dropout)
         return _AddLinear.apply(residual, x, *project, scale, before, None, inner, outer)
     differentiable = before.differentiable or not torch.is_grad_enabled()
@@ -359,8 +336,8 @@ def add_feed_forward(  # noqa: PLR0913 - what one branch is made of
     (B, L, D) -> (B, L, D). The same as `norm_linear` and `add_linear`; native activations take the bias of `up` along.
     """
     before = _NATIVE_ACTIVATIONS.get(name)
-    knows = isinstance(up, Matrix) and isinstance(down, Matrix) and after is None and between is None
-    if before is not None and knows and _fuses() and elementwise.suits(x, *up, *down, scale) and not autocasts(x):
+    plain = before is not None and after is None and between is None and _fuses() and not autocasts(x)
+    if plain and isinstance(up, Matrix) and isinstance(down, Matrix) and elementwise.suits(x, *up, *down, scale):
         hidden = _NormLinear.apply(x, *norm, up.weight, None)
         return _AddLinear.apply(x, hidden, *down, scale, before, up.bias, _Dropout.of(dropout), None)
     hidden = norm_linear(x, norm, up, between)
@@ -421,7 +398,7 @@ class _AddLinear(torch.autograd.Function):
             branch = F.linear(before(x), weight, bias)
             return residual + branch if scale is None else torch.addcmul(residual, branch, scale)
         result = torch.empty_like(residual)
-        active = before(x) if shift is None else before(x, shift)
+        active = before(x) if shift is None else before(x, shift)  # type: ignore[call-arg]  # a native activation
         if inner is not None:
             inner.drop(active)
         if outer is not None:

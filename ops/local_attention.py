@@ -36,18 +36,6 @@ def windows(codes: Tensor, rows: int) -> Tensor:
     return torch.stack([padded[:, :, first : first + grid] for first in range(rows)], dim=3).flatten(3, 4)
 
 
-def from_windows(parts: Tensor, rows: int) -> Tensor:
-    """Add up what each row got in all windows it is part of. (B, H, G, W * G, K) -> (B, H, G, G, K)."""
-    if rows == 1:
-        return parts
-    grid = parts.shape[2]
-    parts = parts.unflatten(3, (rows, grid))
-    result = parts[:, :, :, rows - 1].clone()
-    for above in range(1, min(rows, grid)):
-        result[:, :, : grid - above] += parts[:, :, above:, rows - 1 - above]
-    return result
-
-
 def window_weights(query: Tensor, key: Tensor, text_key: Tensor, bias: Tensor) -> Tensor:
     """Attention weights of the image positions on the text and on their windows, (B, H, G, G, P + W * G).
 

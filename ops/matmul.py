@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +26,12 @@ _PARTS = {"highest": 3, "high": 2, "medium": 1}
 
 
 @functools.lru_cache(maxsize=None)
-def _functions() -> ctypes.CDLL | None:
+def _functions() -> Any:
     found = library("matrix")
     if found is None or not found.multiplies():
         return None
-    size, address = ctypes.c_long, ctypes.c_void_p
+    size: Any = ctypes.c_long
+    address: Any = ctypes.c_void_p
     found.product.argtypes = [size] * 3 + [address, size, size] * 2 + [size, address, size]
     return found
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class Shape(ctypes.Structure):
 
 
 @functools.lru_cache(maxsize=None)
-def _functions() -> ctypes.CDLL | None:
+def _functions() -> Any:
     found = library("attention")
     if found is not None:
         address, size = ctypes.c_void_p, ctypes.c_long

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class Linear(ctypes.Structure):
 
 
 @functools.lru_cache(maxsize=None)
-def functions() -> ctypes.CDLL | None:
+def functions() -> Any:
     """The compiled functions of rows.c, or None."""
     found = library("rows")
     if found is not None:
@@ -97,16 +98,15 @@ class Packed:
         width = panel // 2 if gated else panel  # outputs of each half, or of all, in a panel
         panels = -(-(self.outputs // 2 if gated else self.outputs) // width)
 
-        def packed(values: Tensor | None, depth: int) -> Tensor | None:
-            if values is None:
-                return None
+        def packed(values: Tensor, depth: int) -> Tensor:
             pack = self.library.pack_bytes if values.dtype == torch.int8 else self.library.pack
             values, result = values.detach().contiguous(), values.new_empty(panels * panel * depth)
             pack(pointer(values), self.outputs, depth, gated, pointer(result), self.threads)
             return result
 
         bias = weight.new_zeros(self.outputs, dtype=torch.float32) if bias is None else bias
-        self.weight, self.bias, self.scale = packed(weight, depth), packed(bias, 1), packed(scale, 1)
+        self.weight, self.bias = packed(weight, depth), packed(bias, 1)
+        self.scale = None if scale is None else packed(scale, 1)
         self.bytes = self.weight.numel() * self.weight.element_size()
         self.struct = Linear(at(self.weight), at(self.bias), at(self.scale), depth, panels)
 

@@ -10,7 +10,7 @@ heads, K width of a head, D width, W codes that a sparse pattern shows at most, 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -132,8 +132,10 @@ class LayerCache:
         if config.shift_tokens:
             self.shown = [zeros(rows, config.grid + num_codes, config.dim) for _ in range(2)]
             self.columns = torch.arange(num_codes, device=device) % config.grid
-        self.at: Positions | None = None
-        self.sight: Sight | None = None
+        self.at: Any = None
+        """The positions of the chunk."""
+        self.sight: Any = None
+        """What they see, a `Sight`; None for the text part."""
 
     def attend(self, qkv: Tensor, heads: int, angles: Tensor | None) -> tuple[Tensor, ops.Function]:
         """Keep keys and values of the chunk and attend from there. (B, n, 3 * H * K) -> (B, n, H * K)."""
@@ -149,7 +151,8 @@ class LayerCache:
             if query.dtype != self.codes.dtype:
                 query = query.to(self.codes.dtype)
             if self.joint is not None:
-                attended = ops.sdpa(query, *_select(self.joint, sight.joint), sight.bias)
+                keys, values = _select(self.joint, sight.joint)
+                attended = ops.sdpa(query, keys, values, sight.bias)
             else:
                 attended = ops.prompt_attention(query, self.text, _select(self.codes, sight.codes), sight.bias)
         if at.count > 1:

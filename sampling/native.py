@@ -31,39 +31,10 @@ MOST_ROWS = 96
 """From there on arithmetic is all that counts, and a matmul that divides its work into blocks is as fast."""
 
 _KNOWN = frozenset(
-    [
-        "num_text_tokens",
-        "num_image_tokens",
-        "text_seq_len",
-        "grid",
-        "dim",
-        "depth",
-        "heads",
-        "dim_head",
-        "attn_types",
-        "loss_img_weight",
-        "attn_dropout",
-        "ff_dropout",
-        "sandwich_norm",
-        "layer_scale",
-        "activation",
-        "ff_mult",
-        "qkv_bias",
-        "out_bias",
-        "ff_bias",
-        "head_bias",
-        "bos",
-        "unique_pads",
-        "text_positions",
-        "image_positions",
-        "rotary",
-        "shift_tokens",
-        "stable",
-        "tie_embeddings",
-        "shared_attn_ids",
-        "shared_ff_ids",
-        "init_std",
-    ]
+    "num_text_tokens num_image_tokens text_seq_len grid dim depth heads dim_head attn_types loss_img_weight "
+    "attn_dropout ff_dropout sandwich_norm layer_scale activation ff_mult qkv_bias out_bias ff_bias head_bias bos "
+    "unique_pads text_positions image_positions rotary shift_tokens stable tie_embeddings shared_attn_ids "
+    "shared_ff_ids init_std".split()
 )
 """The options of DalleConfig that this decoder implements, or that are nothing to it. Others it refuses by name."""
 
@@ -89,22 +60,8 @@ class _Layer(ctypes.Structure):
     _fields_ += [("text_lane", whole), ("lane", whole), ("starts", address), ("seen", address)]
 
 
-_SIZES = [
-    "rows",
-    "images",
-    "codes",
-    "dim",
-    "heads",
-    "width",
-    "text_len",
-    "grid",
-    "hidden",
-    "activation",
-    "layers",
-    "threads",
-    "turned",
-]
-_POINTERS = ["table", "positions", "cosines", "sines"]
+_SIZES = "rows images codes dim heads width text_len grid hidden activation layers threads turned".split()
+_POINTERS = "table positions cosines sines".split()
 
 
 class _Model(ctypes.Structure):
@@ -147,7 +104,7 @@ def refusal(model: DALLE, num_rows: int) -> str | None:
     for module in model.operands(lambda module: module).projections:
         if type(module) not in (nn.Linear, Int8Linear):
             return f"a layer of the kind {type(module).__name__}"
-        if not module.weight.is_cpu:
+        if not module.weight.is_cpu:  # type: ignore[union-attr]
             return "weights on another device"
     if not is_small(model):
         return "a second copy of the weights would not pay"
