@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 from utils.errors import UsageError, UserError, nearest
-from utils.flags import DataOptions, DeviceOptions, PartsOptions
+from utils.flags import DataOptions, DeviceOptions, PartsOptions, ShardOptions
 from utils.options import Command, Options, again, display, flag_name, option, options_of  # noqa: F401 - args.flag_name
 from utils.resume import APPLIES, CONTENT, FIXED, FREE
 from utils.yaml_files import parse_yaml
@@ -189,8 +189,7 @@ class DataConfig(Options, title="data"):
     generated_data: bool = option(False, "train on random data made on the host", resume=APPLIES)
     synthetic_data: bool = option(False, "train on random data made on the device (IPU; elsewhere as --generated-data)",
                                   resume=APPLIES)
-    shard_images: str | None = option(None, "suffixes of the images in shards, with commas between (img,jpg); none: "
-                                               "those of folders, and img", resume=APPLIES)
+    shard_images: str | None = again(ShardOptions, "shard_images", resume=APPLIES)
     shard_captions: str | None = option(None, "where the captions in shards are, the best first, with commas "
                                                  "between: keys of .json members, or suffixes of text members; none: "
                                                  "caption,txt,text,TEXT,cap", resume=APPLIES)

@@ -1,7 +1,8 @@
 """Checkpoints of a DALL-E: formats, reading, writing, and trust (what a stranger's file may ask for)."""
 from __future__ import annotations
 
-from checkpoints.reading import DalleCheckpoint, read_dalle, verify
+from checkpoints.files import verify
+from checkpoints.reading import DalleCheckpoint, read_dalle
 from checkpoints.writing import (
     checkpoint_name,
     dalle_checkpoint,

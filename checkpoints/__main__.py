@@ -13,7 +13,8 @@ from typing import Sequence
 
 import torch
 
-from checkpoints.reading import read_dalle, verify
+from checkpoints.files import verify
+from checkpoints.reading import read_dalle
 from checkpoints.writing import export_safetensors
 from utils.errors import run_main
 from utils.options import REQUIRED, Command, Options, again, choose, option

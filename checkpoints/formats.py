@@ -11,7 +11,7 @@ the file's name in front.
 from __future__ import annotations
 
 import re
-from typing import Any, Mapping, NamedTuple
+from typing import Any, Iterable, Mapping, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,6 +92,21 @@ _MODEL_OPTIONS = frozenset(
 )
 
 
+#: Prefixes of the weights of what DALLE-pytorch trains on instead of a VQGAN.
+_OTHER_VAES = {"vae.enc.": "OpenAIDiscreteVAE", "vae.codebook.": "DiscreteVAE"}
+
+
+def is_published(weights: Iterable[str]) -> bool:
+    """Whether these are names of DALLE-pytorch or Mini DALL-E."""
+    return "to_logits.1.weight" in weights or "model.to_logits.1.weight" in weights
+
+
+def other_vae(weights: Iterable[str]) -> str | None:
+    """The class of DALLE-pytorch's VAE among the weights where it is no VQGAN (files before 1.2 do not name it)."""
+    found = (kind for name in weights for prefix, kind in _OTHER_VAES.items() if name.startswith(prefix))
+    return next(found, None)
+
+
 def to_published(weights: Mapping[str, Tensor]) -> Weights:
     """Rename internal weights to Mini DALL-E's names, `model.` in front. The two heads become one (a copy)."""
     published = {}
@@ -146,7 +161,7 @@ def _rename(weights: Mapping[str, Tensor]) -> tuple[Weights, Weights]:
             renamed[name] = tensor
         elif (
             name.startswith("vae.")
-            or name == "transformer.pos_emb"
+            or name in ("transformer.pos_emb", "logits_mask")  # the mask: before 0.10.8
             or re.fullmatch(r"(text|image)_emb\.linear\.(weight|bias)", name)
         ):
             aside[name] = tensor
@@ -239,8 +254,9 @@ def _patterns(hparams: Mapping[str, Any], causal_conv: bool) -> list[str]:
     patterns = [pattern.strip() for pattern in value]
     for pattern in patterns:
         if pattern not in ("full", "axial_row", "axial_col", "conv_like"):
-            hint = ": it needs DeepSpeed's sparse attention" if pattern == "sparse" else ""
-            raise UserError(f"option 'attn_types' names {shown(pattern)}, which is not supported{hint}")
+            hint = {"sparse": ": it needs DeepSpeed's sparse attention", "mlp": ": a gMLP is no attention"}
+            why = hint.get(pattern, "")
+            raise UserError(f"option 'attn_types' names {shown(pattern)}, which is not supported{why}")
     return ["conv_causal" if pattern == "conv_like" and causal_conv else pattern for pattern in patterns]
 
 
@@ -266,6 +282,11 @@ def _rows_and_grid(
     if "to_logits.1.weight" not in renamed or renamed["to_logits.1.weight"].dim() != 2:
         raise UserError("weight 'to_logits.1.weight' is missing or no matrix")
     codes = renamed["to_logits.1.weight"].shape[0] - text_rows
+    if "text_emb.weight" in renamed and 0 < renamed["text_emb.weight"].shape[0] == text_rows - text_len + 1:
+        raise UserError(
+            "'text_emb.weight' has no rows for pads: DALLE-pytorch before 0.9 masked them, which is not supported; "
+            "train the model anew"
+        )
     if codes < 1:
         raise UserError(
             f"'to_logits.1.weight' has {codes + text_rows} rows, too few for num_text_tokens + text_seq_len = "
@@ -274,7 +295,9 @@ def _rows_and_grid(
     if "image_pos_emb.rows" in renamed:
         return codes, renamed["image_pos_emb.rows"].shape[0]
     if "transformer.pos_emb" in aside and aside["transformer.pos_emb"].dim() >= 2:
-        positions = aside["transformer.pos_emb"].shape[-2] - text_len
+        table = aside["transformer.pos_emb"]
+        # DALLE-pytorch before 1.1.2 stored (1, 1, n, d), without the last position, which no code is predicted from.
+        positions = table.shape[-2] - text_len + (table.dim() == 4)
         grid = round(max(positions, 0) ** 0.5)
         if grid and grid * grid == positions:
             return codes, grid

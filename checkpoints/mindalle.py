@@ -17,6 +17,9 @@ from models.config import DalleConfig
 from utils.errors import UserError
 from utils.untrusted import shown
 
+#: The file of stage 2 in a folder of minDALL-E.
+STAGE2 = "stage2_last.ckpt"
+
 #: What an absent key of config.yaml stands for: the published 1.3B model.
 DEFAULTS = {
     "vocab_size_txt": 16384,

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import json
 import logging
 from pathlib import Path
 from typing import Any, Mapping, MutableMapping, NamedTuple
 
-import torch
-from torch import Tensor
-
-from checkpoints.formats import from_published
-from checkpoints.mindalle import from_mindalle, is_mindalle
+from checkpoints.deepspeed import NOTE, consolidated_weights, note_beside, refuse_parts
+from checkpoints.files import kind, read_safetensors, read_torch, verify
+from checkpoints.formats import from_published, is_published, other_vae
+from checkpoints.mindalle import STAGE2, from_mindalle, is_mindalle
+from checkpoints.names import averaged, part, unwrapped
 from checkpoints.trust import (
     Weights,
     aliases,
@@ -26,13 +24,13 @@ from checkpoints.trust import (
 )
 from models.config import DalleConfig
 from utils.errors import UserError
-from utils.files import PathLike, open_regular
-from utils.untrusted import ZIP_MAGIC, shown, verify_zip
+from utils.files import PathLike
+from utils.untrusted import shown
+from utils.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
 
 SAFETENSORS_FORMAT = "mini-dalle"
-_CAN_MAP = "mmap" in inspect.signature(torch.load).parameters  # from PyTorch 2.1 on
 
 
 class DalleCheckpoint(NamedTuple):
@@ -64,102 +62,20 @@ class DalleCheckpoint(NamedTuple):
     """What the engine needs to go on at the next step; only in our own checkpoints."""
 
 
-# ---- checking
-
-
-def verify(path: PathLike) -> None:
-    """Check that a checkpoint file is complete and undamaged. Raises UserError naming it when not.
-
-    For a torch file every entry's CRC is compared, for safetensors the header with the size, and the content with the
-    sha256 that our own exports carry.
-    """
-    path = Path(path)
-    (verify_zip if _kind(path) == "torch" else _verify_safetensors)(path)
-
-
-def _kind(path: Path) -> str:
-    """Return "torch" or "safetensors", as a file begins. Raises UserError for what is neither."""
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} {'is a folder, not a file' if path.is_dir() else 'does not exist'}")
-    try:
-        with open(path, "rb") as file:
-            start = file.read(9)
-    except OSError as error:
-        raise UserError(f"checkpoint {path} cannot be read: {error.strerror}") from error
-    if start[:4] == ZIP_MAGIC:
-        return "torch"
-    if start[8:9] == b"{" or path.suffix == ".safetensors":
-        return "safetensors"
-    raise UserError(
-        f"{path} is no checkpoint: neither written by torch.save (1.6 or newer) nor a safetensors file"
-        + ("" if start else "; it is empty")
-    )
-
-
-def _verify_safetensors(path: Path) -> None:
-    metadata, tensors = _read_safetensors(path)
-    if "sha256" in metadata and metadata["sha256"] != tensors_digest(tensors):
-        raise UserError(f"checkpoint {path} is damaged (sha256 of its weights); use another one, or copy it again")
-
-
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names and contents, in the order of names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode("utf-8") + b"\0")
-        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-# ---- reading
-
-
-def _load_torch(path: Path, mapped: bool) -> dict[str, Any]:
-    # PyTorch maps files by their name, which need not be text.
-    is_text = not any("\ud800" <= character <= "\udfff" for character in str(path))
-    options = {"mmap": True} if mapped and _CAN_MAP and is_text else {}
-    try:
-        document = torch.load(str(path), map_location="cpu", weights_only=True, **options)
-    except Exception as error:  # whatever a stranger's pickle makes the restricted unpickler raise; none of it ran
-        reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(
-            f"{path} holds more than tensors and plain values and was not opened ({type(error).__name__}: {reason}); "
-            "keep only its weights and options, saved with torch.save"
-        ) from error
-    if not isinstance(document, Mapping):
-        raise UserError(f"{path} is no checkpoint of a DALL-E: it holds a {type(document).__name__}")
-    for part in ("opt_state", "scheduler_state", "training"):
-        check_claims(document.get(part))
-    return dict(document)
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, str], Weights]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"checkpoint {path} is damaged or incomplete ({error}); use another one, or copy it again"
-        ) from error
-
-
 def read_dalle(path: PathLike, to_draw: bool = False, verified: bool = False) -> DalleCheckpoint:
-    """Read a DALL-E: our own checkpoints and exports, Mini DALL-E, DALLE-pytorch, minDALL-E (the folder or its file).
+    """Read a DALL-E: our own checkpoints and exports, Mini DALL-E, DALLE-pytorch (also the folder of a DeepSpeed run),
+    minDALL-E (the folder or its file, or a checkpoint of Lightning).
 
     to_draw: nobody will look at the training state, so where there is one the tensors are views of the file, and what
     is not looked at takes no memory. They must not be written to. verified: `verify` has just found the file undamaged.
     Only tensors and plain values are read, never code. Raises UserError naming the file and the key for anything that
     is damaged, unknown, or does not fit its own options, before any memory beyond the file's size is taken.
     """
-    path = Path(path)
-    if path.is_dir() and (path / "stage2_last.ckpt").is_file():
-        path = path / "stage2_last.ckpt"
+    path = weights_file(Path(path))
     if not verified:
         verify(path)
     try:
-        checkpoint = _from_safetensors(path) if _kind(path) == "safetensors" else _from_torch(path, to_draw)
+        checkpoint = _from_safetensors(path) if kind(path) == "safetensors" else _from_torch(path, to_draw)
         own = empty_weights(DalleConfig.from_dict(checkpoint.config))
         if checkpoint.format == "safetensors":  # holds a weight once that has several names
             for name, source in aliases(own).items():
@@ -171,6 +87,16 @@ def read_dalle(path: PathLike, to_draw: bool = False, verified: bool = False) ->
     except UserError as error:
         raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
     return checkpoint
+
+
+def weights_file(path: Path) -> Path:
+    """Return the file of weights in a folder that is a model of minDALL-E or a DeepSpeed run; other paths as they are.
+
+    Raises UserError for a run whose weights were not consolidated.
+    """
+    if (path / STAGE2).is_file():
+        return path / STAGE2
+    return consolidated_weights(path) if (path / NOTE).is_file() else path
 
 
 def _optional_table(document: Mapping[str, Any], name: str) -> dict[str, Any] | None:
@@ -197,79 +123,110 @@ def _ema(training: Mapping[str, Any] | None) -> Weights | None:
     return weights
 
 
+def _load_torch(path: Path, mapped: bool) -> dict[Any, Any]:
+    document = read_torch(path, mapped)
+    if not isinstance(document, Mapping):
+        raise UserError(f"it is no checkpoint of a DALL-E: it holds a {type(document).__name__}")
+    for name in ("opt_state", "scheduler_state", "training"):
+        check_claims(document.get(name))
+    return dict(document)
+
+
 def _from_torch(path: Path, to_draw: bool) -> DalleCheckpoint:
     document = _load_torch(path, mapped=to_draw)
+    if isinstance(document.get("weights"), str):  # DALLE-pytorch's note beside the parts of a DeepSpeed run
+        path = consolidated_weights(path.parent)
+        verify(path)
+        weights = read_safetensors(path)[1] if kind(path) == "safetensors" else _load_torch(path, mapped=False)
+        return _from_published(path, document, weights)
     if to_draw and document.get("opt_state") is None:  # weights alone, which are better off in memory of their own
         document = _load_torch(path, mapped=False)
-    if "weights" not in document:
-        return _from_mindalle(path, document.pop("state_dict", document))
-    if isinstance(document["weights"], str):  # left by DeepSpeed runs of DALLE-pytorch beside the real weights
-        raise UserError("it holds no weights, only a note of a DeepSpeed run; consolidate that run's checkpoint first")
-    check_tensors(document["weights"])
+    if "weights" in document:
+        return _from_published(path, document, document["weights"])
+    refuse_parts(document)
+    return _from_weights(path, document.pop("state_dict", document))
+
+
+def _from_published(path: Path, document: Mapping[str, Any], weights: Any) -> DalleCheckpoint:
+    """weights: those of `document`, or the consolidated ones of the run whose note it is."""
+    check_tensors(weights)
+    weights = unwrapped(weights)
     hparams, config = _optional_table(document, "hparams"), _optional_table(document, "config")
     if hparams is None and config is None:
         raise UserError("neither 'hparams' nor 'config' is there to tell the model's options")
     version = document.get("version")
     if not isinstance(version, (str, type(None))):
         raise UserError(f"'version' has the impossible value {shown(version)}")
-    model = from_published(document["weights"], hparams or {}, version, config)
+    model = from_published(weights, hparams or {}, version, config)
     if config is not None:
-        kind = "ours"
+        form = "ours"
     else:
-        kind = "mini-dalle" if any(name.startswith("model.") for name in document["weights"]) else "dalle-pytorch"
-    vae_class = document.get("vae_class_name")
+        form = "mini-dalle" if any(name.startswith("model.") for name in weights) else "dalle-pytorch"
+    vae_class = document.get("vae_class_name") or other_vae(weights)
     if isinstance(vae_class, str) and vae_class != "VQGanVAE":
         logger.warning(
             "%s was trained on codes of a %s: this application's VQGAN cannot turn its codes into pictures",
             path,
             shown(vae_class),
         )
-    training = _optional_table(document, "training") if kind == "ours" else None
+    training = _optional_table(document, "training") if form == "ours" else None
     vqgan = {name: tensor for name, tensor in (model.vqgan or {}).items() if not name.startswith("loss.")}
     return DalleCheckpoint(
         path,
         model.config.to_dict(),
         model.weights,
-        kind,
+        form,
         hparams or {},
         _epoch(document.get("epoch")),
         vqgan or None,
         {name: value for name, value in (training or {}).items() if name in ("tokenizer", "vqgan")},
         _ema(training),
-        _optional_table(document, "opt_state") if kind == "ours" else None,
-        _optional_table(document, "scheduler_state") if kind == "ours" else None,
+        _optional_table(document, "opt_state") if form == "ours" else None,
+        _optional_table(document, "scheduler_state") if form == "ours" else None,
         training,
     )
 
 
-def _from_mindalle(path: Path, weights: Any) -> DalleCheckpoint:
-    if not isinstance(weights, MutableMapping) or not is_mindalle(weights):
+def _from_weights(path: Path, document: Any) -> DalleCheckpoint:
+    """Read weights without options in the same file: minDALL-E's, or DALLE-pytorch's consolidated ones."""
+    nothing = "it holds neither 'weights' (Mini DALL-E, DALLE-pytorch) nor the weights of a minDALL-E stage 2"
+    if not isinstance(document, MutableMapping) or not all(isinstance(name, str) for name in document):
+        raise UserError(nothing)
+    every = unwrapped(document)
+    document.clear()  # whoever called holds it, and no tensor is to be held longer than it is needed
+    stage1, stage2 = part(every, "stage1."), part(every, "stage2.")  # of minDALL-E's Lightning module
+    weights = stage2 or every
+    if is_mindalle(weights):
+        check_tensors(every)
+        config_path = path.parent / "config.yaml"
+        options = read_yaml(config_path) if config_path.is_file() else {}
+        weights, vqgan = averaged(weights, path), averaged(stage1, path)
+        every.clear()
+        stage2.clear()
+        model = from_mindalle(weights, options)
+        config = model.config.to_dict()
+        return DalleCheckpoint(path, config, model.weights, "mindalle", options, vqgan_weights=vqgan or None)
+    if "sos" in weights or "sos.weight" in weights:
         raise UserError(
-            "it holds neither 'weights' (Mini DALL-E, DALLE-pytorch) nor the weights of a minDALL-E stage 2"
+            "it is minDALL-E's model of images alone (ImageGPT), which no text reaches: transfer it anew with "
+            "examples/transfer_learning_ex.py, from the text-to-image model"
         )
-    check_tensors(weights)
-    options: Any = {}
-    config_path = path.parent / "config.yaml"
-    if config_path.is_file():
-        from utils.yaml_files import MAX_BYTES, parse_yaml
-
-        try:
-            with open_regular(config_path) as file:
-                content = file.read(MAX_BYTES + 1)
-        except OSError as error:
-            raise UserError(f"{config_path} cannot be read: {error.strerror or error}") from error
-        options = parse_yaml(content, f"{config_path} cannot be read")
-        if not isinstance(options, Mapping):
-            raise UserError(f"{config_path} is no minDALL-E configuration")
-    model = from_mindalle(weights, options)
-    return DalleCheckpoint(path, model.config.to_dict(), model.weights, "mindalle", dict(options))
+    if not is_published(weights):
+        raise UserError(nothing)
+    note = note_beside(path)
+    verify(note)
+    logger.info("%s: its options are those of %s", path, note)
+    return _from_published(path, _load_torch(note, mapped=False), weights)
 
 
 def _from_safetensors(path: Path) -> DalleCheckpoint:
-    metadata, weights = _read_safetensors(path)
+    metadata, weights = read_safetensors(path)
+    if metadata.get("format") != SAFETENSORS_FORMAT and is_published(unwrapped(weights)):
+        return _from_weights(path, weights)
     if metadata.get("format") != SAFETENSORS_FORMAT or "config" not in metadata:
         raise UserError(
-            "it carries no options of a DALL-E; only files made by 'python -m checkpoints export' can be read"
+            "it carries no options of a DALL-E; of safetensors, files made by 'python -m checkpoints export' can be "
+            "read, and consolidated weights of DALLE-pytorch"
         )
     values: dict[str, Any] = {}
     for name, default in (("config", {}), ("hparams", {}), ("identity", {}), ("epoch", 0)):

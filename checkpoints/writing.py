@@ -17,13 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from checkpoints.files import tensors_digest, verify
 from checkpoints.formats import hparams_from_config, to_published
-from checkpoints.reading import (
-    SAFETENSORS_FORMAT,
-    DalleCheckpoint,
-    tensors_digest,
-    verify,
-)
+from checkpoints.reading import SAFETENSORS_FORMAT, DalleCheckpoint
 from checkpoints.trust import aliases, check_state, empty_weights, model_config
 from models.config import DalleConfig
 from utils.errors import UserError

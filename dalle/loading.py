@@ -5,21 +5,25 @@ loaded = load("output/ckpt/dalle_799.pt")    # tokenizer and VQGAN: those it was
 """
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any, Iterator, NamedTuple
 
 import torch
-from torch import Tensor
 
 from bpe import Tokenizer, load_tokenizer
 from checkpoints import DalleCheckpoint, read_dalle
+from checkpoints.deepspeed import NOTE
+from checkpoints.reading import weights_file
+from checkpoints.vqgan import PUBLISHED, build_vqgan, default_vqgan, load_vqgan, load_vqgan_state
 from dalle import published
 from models.building import build_dalle
 from models.config import DalleConfig
 from models.dalle import DALLE
 from models.quantization import DTYPES
-from models.vqgan import PUBLISHED, VQGAN, VqganConfig, default_vqgan, load_vqgan, load_vqgan_state
+from models.vqgan import VQGAN, VqganConfig
+from models.vqgan_config import stage1_config
 from sampling.native import refusal
 from utils.errors import UsageError, UserError, nearest
 from utils.files import PathLike, sha256_file
@@ -107,27 +111,19 @@ def load(
     spare = 0 if config.unique_pads else max(config.num_text_tokens - tokenizer.vocab_size, 0)
     if tokenizer.vocab_size + spare != config.num_text_tokens:
         raise UserError(
-            "--bpe-path {}: this vocabulary has {} entries, but the model of --dalle-path {} was trained with {}; give "
-            "the vocabulary it was trained with".format(
-                bpe_path or "(the CLIP vocabulary, by default)", tokenizer.vocab_size, path, config.num_text_tokens
-            )
+            f"--bpe-path {bpe_path or '(the CLIP vocabulary, by default)'}: this vocabulary has {tokenizer.vocab_size} "
+            f"entries, but the model of --dalle-path {path} was trained with {config.num_text_tokens}; give the "
+            "vocabulary it was trained with"
         )
     vqgan = _open_vqgan(vqgan_model_path, vqgan_config_path, checkpoint)
     if vqgan.num_codes != config.num_image_tokens:
         raise UserError(
-            "--vqgan-model-path {}: this VQGAN has {} codes, but the model of --dalle-path {} was trained with {}; "
-            "give the VQGAN it was trained with".format(
-                vqgan_model_path or "(by default)", vqgan.num_codes, path, config.num_image_tokens
-            )
+            f"--vqgan-model-path {vqgan_model_path or '(by default)'}: this VQGAN has {vqgan.num_codes} codes, but the "
+            f"model of --dalle-path {path} was trained with {config.num_image_tokens}; give that one"
         )
     if vqgan.grid != config.grid:
-        logger.info(
-            "the VQGAN was made for %dx%d codes and is used with %dx%d",
-            vqgan.grid,
-            vqgan.grid,
-            config.grid,
-            config.grid,
-        )
+        own, used = vqgan.grid, config.grid
+        logger.info("the VQGAN was made for %dx%d codes and is used with %dx%d", own, own, used, used)
     weights = checkpoint.weights if checkpoint.ema is None else checkpoint.ema
     dalle = build_dalle(config, weights, dtype=dtype).to(device).eval().requires_grad_(False)
     options = {"config": (checkpoint.training or {}).get("config")}
@@ -154,11 +150,10 @@ def _check_exists(path: Path) -> None:
                 path, nearest(str(path), names), ", ".join(names)
             )
         )
-    if path.is_dir() and not (path / published.STAGE2).is_file():
+    if weights_file(path).is_dir():
         raise UserError(
-            f"--dalle-path {path}: no folder in minDALL-E's layout (it lacks {published.STAGE2}); of other folders "
-            "give one of the "
-            "checkpoint files"
+            f"--dalle-path {path}: no folder in minDALL-E's layout (it lacks {published.STAGE2}) or of a DeepSpeed "
+            f"run (it lacks {NOTE}); of other folders give one of the checkpoint files"
         )
 
 
@@ -254,16 +249,15 @@ def _open_vqgan(weights: PathLike | None, config: PathLike | None, checkpoint: D
             )
         return vqgan
     if checkpoint.vqgan_weights is not None:
-        return _stored_vqgan(checkpoint.vqgan_weights, config, path)
+        return _stored_vqgan(checkpoint, config)
     if config is not None:
         raise UsageError("--vqgan-config-path needs --vqgan-model-path, the weights that belong to it")
     if checkpoint.format == "mindalle":
         stage1 = path.parent / published.STAGE1
         if not stage1.is_file():
             raise _lacks(path, published.STAGE1, "--vqgan-model-path and --vqgan-config-path")
-        vqgan = _build_vqgan(published.read_stage1_config(path.parent), load_vqgan_state(stage1))
-        if vqgan is None:
-            raise UserError("{} does not fit stage1 of {}".format(stage1, path.parent / "config.yaml"))
+        described, where = _stage1_config(checkpoint)
+        vqgan = build_vqgan(described, load_vqgan_state(stage1), f"{stage1}, described by {where}")
         vqgan.identity = sha256_file(stage1)
         return vqgan
     if sha256:
@@ -272,9 +266,8 @@ def _open_vqgan(weights: PathLike | None, config: PathLike | None, checkpoint: D
                 logger.info("VQGAN: %s", place)
                 return load_vqgan(place, place_config)
         # Trained with the published model, it was downloaded to a cache; elsewhere its file has to be given.
-        if Path(recorded.get("weights", "")).name not in [""] + [
-            published.weights_name for published in PUBLISHED.values()
-        ]:
+        names = [model.weights_name for model in PUBLISHED.values()]
+        if Path(recorded.get("weights", "")).name not in ["", *names]:
             raise UserError(
                 "the VQGAN that {} was trained with ({}) is not to be found: give it with --vqgan-model-path and "
                 "--vqgan-config-path".format(path, recorded["weights"])
@@ -297,31 +290,25 @@ def _vqgan_places(recorded: dict[str, str], path: Path) -> Iterator[tuple[Path, 
 def _published_name(recorded: dict[str, str]) -> str:
     """The published model a recorded path speaks of, else f16-1024, the application's default."""
     file_name = Path(recorded.get("weights", "")).name
-    return next((name for name, published in PUBLISHED.items() if published.weights_name == file_name), "f16-1024")
+    return next((name for name, model in PUBLISHED.items() if model.weights_name == file_name), "f16-1024")
 
 
-def _stored_vqgan(weights: dict[str, Tensor], config_path: PathLike | None, path: Path) -> VQGAN:
-    """Build the VQGAN inside the checkpoint: as the YAML says, else as the published model whose shapes it has."""
-    configs = (
-        [VqganConfig.from_yaml(config_path)] if config_path is not None else [p.config for p in PUBLISHED.values()]
-    )
-    for config in configs:
-        vqgan = _build_vqgan(config, weights)
-        if vqgan is not None:
-            return vqgan
+def _stage1_config(checkpoint: DalleCheckpoint) -> tuple[VqganConfig, str]:
+    """The VQGAN of a model in minDALL-E's layout, and where its options are; absent ones are those of the published."""
+    where = str(checkpoint.path.parent / "config.yaml")
+    return stage1_config(checkpoint.hparams, where), where
+
+
+def _stored_vqgan(checkpoint: DalleCheckpoint, config_path: PathLike | None) -> VQGAN:
+    """Build the VQGAN inside the checkpoint: as its YAML says, else as the published model whose shapes it has."""
+    weights, inside = checkpoint.vqgan_weights or {}, f"the VQGAN inside {checkpoint.path}"
     if config_path is not None:
-        raise UserError(f"--vqgan-config-path {config_path} does not describe the VQGAN inside {path}")
-    raise UserError(f"the VQGAN inside {path} is no published one: give its YAML file with --vqgan-config-path")
-
-
-def _build_vqgan(config: VqganConfig, weights: dict[str, Tensor]) -> VQGAN | None:
-    """Build a frozen VQGAN around weights; None when they have other names or shapes than the options say."""
-    with torch.device("meta"):
-        vqgan = VQGAN(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in vqgan.state_dict().items()}
-    if expected != {name: tuple(tensor.shape) for name, tensor in weights.items()}:
-        return None
-    vqgan = vqgan.to_empty(device="cpu")
-    vqgan.load_state_dict(weights)
-    vqgan = vqgan.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return vqgan.eval().requires_grad_(False)
+        described = VqganConfig.from_yaml(config_path)
+        return build_vqgan(described, weights, f"{inside}, described by --vqgan-config-path {config_path}")
+    if checkpoint.format == "mindalle":
+        described, where = _stage1_config(checkpoint)
+        return build_vqgan(described, weights, f"{inside}, described by {where}")
+    for model in PUBLISHED.values():
+        with contextlib.suppress(UserError):
+            return build_vqgan(model.config, weights, inside)
+    raise UserError(f"{inside} is no published one: give its YAML file with --vqgan-config-path")

@@ -10,17 +10,15 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from models.vqgan_config import VqganConfig, stage1_config
+from checkpoints import mindalle
 from utils.caches import cache_folder
 from utils.downloads import download
-from utils.errors import UserError
-from utils.files import PathLike, open_regular
+from utils.files import PathLike
 from utils.tarballs import unpack_tar
-from utils.yaml_files import MAX_BYTES, parse_yaml
 
 logger = logging.getLogger(__name__)
 
-STAGE1, STAGE2, TOKENIZER = "stage1_last.ckpt", "stage2_last.ckpt", "tokenizer"
+STAGE1, STAGE2, TOKENIZER = "stage1_last.ckpt", mindalle.STAGE2, "tokenizer"
 
 #: Address of each published model; the part before the file's name is the archive's md5.
 PUBLISHED_MODELS = {
@@ -48,19 +46,3 @@ def resolve(path_or_name: PathLike, cache_dir: PathLike | None = None) -> Path:
         archive = download(url, root / url.rpartition("/")[2], md5=url.split("/")[-2], size_limit=_MAX_ARCHIVE_BYTES)
         unpack_tar(archive, folder, _MAX_ARCHIVE_BYTES)
     return folder
-
-
-def read_stage1_config(folder: Path) -> VqganConfig:
-    """Read stage1 of a folder's config.yaml; without that file, the published VQGAN's options."""
-    path = folder / "config.yaml"
-    if not path.is_file():
-        return stage1_config({}, str(path))
-    try:
-        with open_regular(path) as file:
-            content = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    document = parse_yaml(content, f"{path} cannot be read")
-    if not isinstance(document, dict):
-        raise UserError(f"{path} is no minDALL-E configuration")
-    return stage1_config(document, str(path))

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from checkpoints import DalleCheckpoint
-from dalle.published import stage1_config
-from models.vqgan_config import VqganConfig
+from models.vqgan_config import VqganConfig, stage1_config
 from utils.errors import UserError, nearest
 from utils.files import PathLike
 from utils.yaml_files import MAX_BYTES, parse_yaml

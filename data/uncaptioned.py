@@ -18,8 +18,9 @@ from data.demo import demo_images, demo_records
 from data.folder import PackedStrings, list_files
 from data.images import BROKEN_IMAGE_ERRORS, load_image, why_unreadable
 from data.order import epoch_order, split_holdout, windowed_order
+from data.shard_index import Members
 from data.shards import NEIGHBOURS, WINDOW, Shards, find_shards
-from utils.errors import UserError
+from utils.errors import UsageError, UserError
 from utils.files import IMAGE_SUFFIXES, PathLike
 from utils.loading import make_loader, read
 from utils.skipped import Entry, SkipReport
@@ -173,23 +174,28 @@ def open_images(
     seed: int,
     max_bad_fraction: float = 1.0,
     skipped_file: PathLike | None = None,
+    shard_images: str | None = None,
 ) -> tuple[ImageSource, ImageSource]:
     """Training and held-out images below a folder, in webdataset shards, or of the demo set (whose split is fixed).
 
     max_bad_fraction, skipped_file: how many images may be left out, and where those are listed: utils/skipped.py.
+    shard_images: suffixes of images in shards, see `data.shard_index.Members.named`.
 
     At most a tenth of the images, but at least one, is held out; which ones depends on the seed. Raises
     UserError.
     """
+    listing = None if folder == DEMO else find_shards(folder)
+    if shard_images and listing is None:
+        raise UsageError("--shard-images is for webdataset shards, and --input-folder names none")
     if folder == DEMO:
         train, heldout = (
             ImagesInMemory(demo_images(demo_records(split), image_size)) for split in ("train", "heldout")
         )
         return train, heldout
-    listing = find_shards(folder)
     if listing is not None:
         skips = _skip_reports(folder, max_bad_fraction, skipped_file)
-        return _shard_images(Shards(listing), image_size, num_heldout, seed, skips)
+        members = Members.named(shard_images, None)
+        return _shard_images(Shards(listing, members=members), image_size, num_heldout, seed, skips)
     if not os.path.isdir(folder):
         raise UserError(f"--input-folder {folder}: no such folder; give one with images, or 'demo'")
     paths = sorted(list_files(folder)[0])
@@ -220,7 +226,7 @@ def _shard_images(
     logger.info("%s: %d images in %d shards", shards.folder, shards.num_images, len(shards.indexes))
     if shards.num_images < 2:
         message = "--input-folder {}: fewer than two images in the shards{}"
-        raise UserError(message.format(shards.folder, shards.unread()))
+        raise UserError(message.format(shards.folder, shards.unread()) + "; --shard-images names other suffixes")
     shards.check_lost(skips[0])
     numbers = split_holdout(shards.num_images, min(num_heldout, max(1, shards.num_images // 10)), seed)
     train, heldout = (ShardImages(shards, part, image_size, skipped) for part, skipped in zip(numbers, skips))

@@ -1,20 +1,14 @@
 """Perceptual distance on VGG-16 features (Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features").
 
-The weights are the user's: torchvision's `vgg16` state dict (keys `features.N.weight`), and optionally the linear
-weights of LPIPS 0.1 (keys `linN.model.1.weight`); without the latter all channels weigh the same.
+The weights are the user's: torchvision's `vgg16`, and optionally the linear weights of LPIPS 0.1; without the latter
+all channels weigh the same.
 Letters: B images, C channels, H and W height and width of a feature map.
 """
 from __future__ import annotations
 
-from typing import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from models.vqgan import read_tensors
-from utils.errors import UserError
-from utils.files import PathLike
 
 # Configuration D of Simonyan and Zisserman 2014: output channels of each convolution; a pooling layer between stages.
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -68,27 +62,3 @@ class PerceptualDistance(nn.Module):
             weight = getattr(self, f"lin{i}")  # (1, C, 1, 1)
             total = total + ((ours - theirs).pow(2) * weight).sum(dim=1).mean()
         return total
-
-
-def load_perceptual(paths: Sequence[PathLike]) -> PerceptualDistance:
-    """Load VGG-16 (first file) and LPIPS linear weights (second file, if given). Raises UserError naming the key."""
-    if not 1 <= len(paths) <= 2:
-        raise UserError(f"--perceptual-weights takes one or two files (VGG-16, LPIPS), not {len(paths)}")
-    model = PerceptualDistance()
-    wanted: dict[str, Tensor] = {n: v for n, v in model.state_dict().items() if n.startswith("features.")}
-    _fill(wanted, read_tensors(paths[0], "--perceptual-weights"), "{}", paths[0])
-    if len(paths) == 2:
-        wanted = {n: v for n, v in model.state_dict().items() if n.startswith("lin")}
-        _fill(wanted, read_tensors(paths[1], "--perceptual-weights"), "{}.model.1.weight", paths[1])
-    return model.eval().requires_grad_(False)
-
-
-def _fill(wanted: dict[str, Tensor], found: dict[str, Tensor], pattern: str, path: PathLike) -> None:
-    for name, value in wanted.items():
-        key = pattern.format(name)
-        if key not in found or found[key].shape != value.shape:
-            raise UserError(
-                f"--perceptual-weights {path}: '{key}' with shape {tuple(value.shape)} is missing"
-            )
-        with torch.no_grad():
-            value.copy_(found[key])

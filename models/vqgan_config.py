@@ -7,13 +7,16 @@ from typing import Any, Mapping
 import yaml
 
 from utils.errors import UserError, nearest
-from utils.files import PathLike, atomic_write, open_regular
+from utils.files import PathLike, atomic_write
 from utils.untrusted import shown
-from utils.yaml_files import MAX_BYTES, parse_yaml
+from utils.yaml_files import read_yaml
 
 # The YAML names a class to import. Nothing is ever imported on a file's word: only how the name ends is looked at.
-_VARIANT_OF_TARGET = {"VQModel": "vq", "GumbelVQ": "gumbel"}
-_TARGET_OF_VARIANT = {variant: "taming.models.vqgan." + name for name, variant in _VARIANT_OF_TARGET.items()}
+_VARIANT_OF_TARGET = {"VQModel": "vq", "VQModelInterface": "vq", "GumbelVQ": "gumbel"}
+_TARGET_OF_VARIANT = {"vq": "taming.models.vqgan.VQModel", "gumbel": "taming.models.vqgan.GumbelVQ"}
+
+#: Options of latent diffusion's encoder and decoder of which we know one value.
+_FIXED = {"attn_type": "vanilla", "use_linear_attn": False, "tanh_out": False, "resamp_with_conv": True}
 
 # Far above any model that can be trained: a stranger's file must not make us build for hours, or fill the memory.
 _LIMITS = {
@@ -75,6 +78,11 @@ class VqganConfig:
                 raise UserError(
                     f"VQGAN configuration: {name} must be a positive whole number, {limit} at most, not {shown(value)}"
                 )
+        if (self.in_channels, self.out_ch) != (3, 3):
+            raise UserError(
+                f"VQGAN configuration: in_channels {self.in_channels}, out_ch {self.out_ch}: only models of colour "
+                "images (3 and 3) are supported; they take grey pictures, too"
+            )
         for name in ("ch_mult", "attn_resolutions"):
             values = getattr(self, name)
             if not all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in values):
@@ -123,26 +131,33 @@ class VqganConfig:
     def from_dict(cls, document: Mapping[str, Any], source: str = "VQGAN configuration") -> VqganConfig:
         """Build the configuration from a parsed taming-transformers document `{"model": {"target", "params"}}`.
 
-        A document with the key "stage1" instead is minDALL-E's config.yaml. Keys that describe training or data are
-        ignored. Raises UserError naming `source` and the key.
+        A model on top of a VQGAN (latent diffusion, taming-transformers' Net2NetTransformer) has it as
+        "first_stage_config". A document with the key "stage1" instead is minDALL-E's config.yaml. Keys that describe
+        training or data are ignored. Raises UserError naming `source` and the key.
         """
         if "stage1" in document and "model" not in document:
             return stage1_config(document, source)
-        model = _mapping(document, "model", source)
+        model, where = _mapping(document, "model", source), f"{source}: model"
+        outer = model.get("params")
+        if isinstance(outer, dict) and isinstance(outer.get("first_stage_config"), dict):
+            model, where = outer["first_stage_config"], f"{where}.params.first_stage_config"
         target = model.get("target")
         target = target[:200] if isinstance(target, str) else shown(target)
         variant = next((v for name, v in _VARIANT_OF_TARGET.items() if target.split(".")[-1] == name), None)
         if variant is None:
-            raise UserError(f"{source}: model.target '{target}' ends in neither VQModel nor GumbelVQ")
-        params = _mapping(model, "params", source + ": model")
-        network = _mapping(params, "ddconfig", source + ": model.params")
+            raise UserError(f"{where}.target '{target}' ends in none of {', '.join(_VARIANT_OF_TARGET)}")
+        params = _mapping(model, "params", where)
+        network = _mapping(params, "ddconfig", where + ".params")
         if network.get("double_z"):
-            raise UserError(
-                f"{source}: model.params.ddconfig.double_z is true; that is an autoencoder without codes"
-            )
+            raise UserError(f"{where}.params.ddconfig.double_z is true; that is an autoencoder without codes")
+        if params.get("remap") is not None:
+            raise UserError(f"{where}.params.remap renumbers the codes, which is not supported; use a model without it")
+        for key, value in _FIXED.items():
+            if network.get(key) not in (None, value):
+                raise UserError(f"{where}.params.ddconfig.{key} can only be {value}, not {shown(network[key])}")
         values: dict[str, Any] = {"variant": variant}
-        for name, key, where in (("num_codes", "n_embed", params), ("embed_dim", "embed_dim", params)):
-            values[name] = _required(where, key, source + ": model.params")
+        for name, key in (("num_codes", "n_embed"), ("embed_dim", "embed_dim")):
+            values[name] = _required(params, key, where + ".params")
         for key in (
             "resolution",
             "z_channels",
@@ -153,13 +168,13 @@ class VqganConfig:
             "in_channels",
             "out_ch",
         ):
-            values[key] = _required(network, key, source + ": model.params.ddconfig")
+            values[key] = _required(network, key, where + ".params.ddconfig")
         for key in ("dropout", "num_groups", "patch_size"):
             if network.get(key) is not None:
                 values[key] = network[key]
         for key in ("ch_mult", "attn_resolutions"):
             if not isinstance(values[key], (list, tuple)):
-                raise UserError(f"{source}: model.params.ddconfig.{key} must be a list")
+                raise UserError(f"{where}.params.ddconfig.{key} must be a list")
             values[key] = tuple(values[key])
         try:
             return cls(**values)
@@ -169,16 +184,7 @@ class VqganConfig:
     @classmethod
     def from_yaml(cls, path: PathLike) -> VqganConfig:
         """Read a YAML file of either layout. Raises UserError when it is missing, malformed or incomplete."""
-        try:
-            with open_regular(path) as file:
-                content = file.read(MAX_BYTES + 1)
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"VQGAN configuration {path} cannot be read: {reason}") from None
-        document = parse_yaml(content, f"VQGAN configuration {path} is not valid YAML")
-        if not isinstance(document, dict):
-            raise UserError(f"VQGAN configuration {path} holds no mapping with a 'model' key")
-        return cls.from_dict(document, str(path))
+        return cls.from_dict(read_yaml(path, "VQGAN configuration"), str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the taming-transformers document that `from_dict` reads back to an equal configuration."""

@@ -9,37 +9,17 @@ import yaml
 
 WIDTH, LAYERS, HEADS, TEXT_LEN, GRID, CODES = 16, 2, 4, 8, 4, 24
 STAGE1 = {
-    "double_z": False,
-    "z_channels": 32,
-    "resolution": 16,
-    "in_channels": 3,
-    "out_ch": 3,
-    "ch": 32,
-    "ch_mult": [1, 1, 2],
-    "num_res_blocks": 1,
-    "attn_resolutions": [4],
-    "pdrop": 0.0,
+    "double_z": False, "z_channels": 32, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32,
+    "ch_mult": [1, 1, 2], "num_res_blocks": 1, "attn_resolutions": [4], "pdrop": 0.0,
 }
 STAGE2 = {
-    "embed_dim": WIDTH,
-    "n_layers": LAYERS,
-    "n_heads": HEADS,
-    "n_dense_layers": LAYERS,
-    "ctx_len_img": GRID * GRID,
-    "ctx_len_txt": TEXT_LEN,
-    "embd_pdrop": 0.0,
-    "resid_pdrop": 0.0,
-    "attn_pdrop": 0.0,
-    "mlp_bias": True,
-    "attn_bias": True,
-    "gelu_use_approx": False,
+    "embed_dim": WIDTH, "n_layers": LAYERS, "n_heads": HEADS, "n_dense_layers": LAYERS, "ctx_len_img": GRID * GRID,
+    "ctx_len_txt": TEXT_LEN, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0, "mlp_bias": True,
+    "attn_bias": True, "gelu_use_approx": False,
 }
 CAPTIONS = [
-    "A painting of a monkey with sunglasses in the frame",
-    "The cat's CAFÉ, on the beach!",
-    "two cats on a red sofa; the other cat is on the floor",
-    "un château à l'île, 中文 text",
-    "a painting of the sea",
+    "A painting of a monkey with sunglasses in the frame", "The cat's CAFÉ, on the beach!",
+    "two cats on a red sofa; the other cat is on the floor", "un château à l'île, 中文 text", "a painting of the sea",
 ]
 
 
@@ -91,32 +71,19 @@ def wave(name, shape):
     return (centre + scale * values).float().reshape(shape)
 
 
-def stage2_shapes(texts):
+def stage2_shapes(texts, codes=CODES, width=WIDTH, layers=LAYERS, text_len=TEXT_LEN, image_len=GRID * GRID):
     """Names and shapes of the transformer's weights."""
-    shapes = {
-        "tok_emb_txt.weight": (texts, WIDTH),
-        "tok_emb_img.weight": (CODES, WIDTH),
-        "pos_emb_txt.weight": (TEXT_LEN, WIDTH),
-        "pos_emb_img.weight": (GRID * GRID, WIDTH),
-        "ln_f.weight": (WIDTH,),
-        "ln_f.bias": (WIDTH,),
-        "head_txt.weight": (texts, WIDTH),
-        "head_img.weight": (CODES, WIDTH),
-    }
-    for layer in range(LAYERS):
-        for name, rows, columns in (
-            ("ln1", WIDTH, 0),
-            ("ln2", WIDTH, 0),
-            ("attn.key", WIDTH, WIDTH),
-            ("attn.query", WIDTH, WIDTH),
-            ("attn.value", WIDTH, WIDTH),
-            ("attn.proj", WIDTH, WIDTH),
-            ("mlp.0", 4 * WIDTH, WIDTH),
-            ("mlp.2", WIDTH, 4 * WIDTH),
-        ):
+    shapes = {"ln_f.weight": (width,), "ln_f.bias": (width,)}
+    for part, rows, length in (("txt", texts, text_len), ("img", codes, image_len)):
+        shapes[f"tok_emb_{part}.weight"] = shapes[f"head_{part}.weight"] = (rows, width)
+        shapes[f"pos_emb_{part}.weight"] = (length, width)
+    square = ("attn.key", "attn.query", "attn.value", "attn.proj")
+    sizes = {"ln1": (width,), "ln2": (width,), **dict.fromkeys(square, (width, width))}
+    sizes.update({"mlp.0": (4 * width, width), "mlp.2": (width, 4 * width)})
+    for layer in range(layers):
+        for name, size in sizes.items():
             stem = f"blocks.{layer}.{name}."
-            shapes[stem + "weight"] = (rows, columns) if columns else (rows,)
-            shapes[stem + "bias"] = (rows,)
+            shapes[stem + "weight"], shapes[stem + "bias"] = size, size[:1]
     return shapes
 
 
@@ -177,12 +144,7 @@ def make_folder(folder):
     config = {
         "dataset": {"context_length": TEXT_LEN},
         "stage1": {"type": "vqgan", "embed_dim": 32, "n_embed": CODES, "hparams": STAGE1},
-        "stage2": {
-            "type": "transformer1d",
-            "vocab_size_txt": texts,
-            "vocab_size_img": CODES,
-            "hparams": STAGE2,
-        },
+        "stage2": {"type": "transformer1d", "vocab_size_txt": texts, "vocab_size_img": CODES, "hparams": STAGE2},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     for name, shapes in (("stage1_last.ckpt", stage1_shapes()), ("stage2_last.ckpt", stage2_shapes(texts))):

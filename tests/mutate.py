@@ -103,9 +103,7 @@ if __name__ == "__main__":
             begin = time.time()
             figures = fuzz(read, seeds, refusals, count, seed=1)
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            sys.stdout.write(
-                f"{name}: {count} inputs in {time.time() - begin:.0f} s: {figures}; peak {peak:.0f} MB\n"
-            )
+            sys.stdout.write(f"{name}: {count} inputs in {time.time() - begin:.0f} s: {figures}; peak {peak:.0f} MB\n")
             for number, content, error in figures.failures:
                 sys.stdout.write(f"  input {number}: {error!r}: {content[:300]!r}\n")
             sys.stdout.flush()

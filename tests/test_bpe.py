@@ -348,11 +348,7 @@ def test_ids_and_counts_of_a_learned_file():
 def test_coverage_leaves_out_the_rarest_characters():
     lines = ["aaaa bbb a\u2603b \U0001f389"]
     assert [char for char, _ in bpe.train.learn_vocabulary(lines, 20).chars] == [
-        "\u2581",
-        "a",
-        "b",
-        "\u2603",
-        "\U0001f389",
+        "\u2581", "a", "b", "\u2603", "\U0001f389",
     ]
     vocabulary = bpe.train.learn_vocabulary(lines, 20, coverage=0.8)
     assert [char for char, _ in vocabulary.chars] == ["\u2581", "a", "b"]
@@ -403,12 +399,7 @@ def test_every_kind_of_input_gives_the_same_file(tmp_path, monkeypatch, capsys):
 def test_several_inputs_add_up_and_the_command_runs_as_a_module(tmp_path):
     write_sources(tmp_path)
     command = [
-        sys.executable,
-        "-m",
-        "bpe.train",
-        "--captions",
-        str(tmp_path / "captions.json"),
-        str(tmp_path / "lines.txt"),
+        sys.executable, "-m", "bpe.train", "--captions", str(tmp_path / "captions.json"), str(tmp_path / "lines.txt"),
     ]
     command += ["--vocab-size", "500", "--output", str(tmp_path / "vocab.txt")]
     result = subprocess.run(command, cwd=str(ROOT), stderr=subprocess.PIPE, text=True)
@@ -479,14 +470,7 @@ def test_wrong_flags_are_explained(changes, expected_status, complaint, tmp_path
 
 CORPUS = ["a red circle", "a blue square and 2 cats", "\u4e00\u53ea\u7ea2\u8272\u7684\u5706", "caf\u00e9 na\u00efve"]
 TEXTS = [
-    *CORPUS,
-    "",
-    " ",
-    "A green\ncircle!",
-    "\u5706\u9ed1 cat",
-    "[PAD] a [UNK]",
-    "\U0001f469\U0001f3fd",
-    "e\u0301",
+    *CORPUS, "", " ", "A green\ncircle!", "\u5706\u9ed1 cat", "[PAD] a [UNK]", "\U0001f469\U0001f3fd", "e\u0301",
     "half \ud83d",
 ]
 
@@ -601,8 +585,7 @@ def test_other_json_is_no_vocabulary(content, complaint, tmp_path):
 @pytest.mark.parametrize(
     "text, yttm, char, clip",
     [
-        ("a red circle", "", "", ""),
-        ("a \u4e00\u53ea", "\u4e00\u53ea", "\u4e00\u53ea", ""),
+        ("a red circle", "", "", ""), ("a \u4e00\u53ea", "\u4e00\u53ea", "\u4e00\u53ea", ""),
         ("[PAD] x\u2581y [UNK]", "[[", "\u2581", ""),
     ],
 )

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from checkpoints import vqgan
 from dalle import published
-from models import vqgan
 from utils.caches import UntrustedError, cache_folder, open_trusted, trusted_folder
 from utils.errors import UserError
 from utils.files import atomic_write

@@ -20,32 +20,18 @@ from checkpoints import (
     prune_checkpoints,
     read_dalle,
     save_checkpoint,
+    trust,
     verify,
 )
 from checkpoints.__main__ import main
-from checkpoints.trust import (
-    MAX_DEPTH,
-    MAX_SEQ_LEN,
-    MAX_TOKENS,
-    MAX_WIDTH,
-    aliases,
-    check_state,
-    empty_weights,
-    model_config,
-)
+from checkpoints.files import read_safetensors
+from checkpoints.trust import aliases, check_state, empty_weights, model_config
 from models.config import DalleConfig
 from models.dalle import DALLE
 from utils.errors import UserError, run_main
 
 TINY = DalleConfig(
-    num_text_tokens=11,
-    num_image_tokens=6,
-    text_seq_len=3,
-    grid=2,
-    dim=8,
-    depth=3,
-    heads=2,
-    dim_head=6,
+    num_text_tokens=11, num_image_tokens=6, text_seq_len=3, grid=2, dim=8, depth=3, heads=2, dim_head=6,
     attn_types=("full", "axial_row"),
 )
 OPTIONS = {
@@ -55,14 +41,8 @@ OPTIONS = {
     "stable tied": {"stable": True, "tie_embeddings": True},
     "shared": {"attn_types": ("full",), "shared_attn_ids": (0, 1), "shared_ff_ids": (4, 4, 2)},
     "mindalle": {
-        "bos": False,
-        "unique_pads": False,
-        "layer_scale": False,
-        "activation": "gelu",
-        "image_positions": "learned",
-        "qkv_bias": True,
-        "head_bias": False,
-        "init_std": 0.02,
+        "bos": False, "unique_pads": False, "layer_scale": False, "activation": "gelu", "image_positions": "learned",
+        "qkv_bias": True, "head_bias": False, "init_std": 0.02,
     },
     "unusual": {"ff_mult": 2, "out_bias": False, "ff_bias": False, "activation": "quick_gelu", "attn_dropout": 0.25},
 }
@@ -98,6 +78,23 @@ def ours(model=None, **parts):
     return dalle_checkpoint(model.config.to_dict(), model.state_dict(), parts.pop("epoch", 2), **parts)
 
 
+def stored(folder, model=None, name="dalle_2.pt", **parts):
+    """The path of such a checkpoint."""
+    save_checkpoint(folder / name, ours(model, **parts))
+    return folder / name
+
+
+def exported(path, dtype=None):
+    """The path of a checkpoint's export."""
+    export_safetensors(read_dalle(path), path.with_name("model.safetensors"), dtype)
+    return path.with_name("model.safetensors")
+
+
+def assert_weights(weights, expected):
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
 # ---- our own files
 
 
@@ -118,16 +115,12 @@ def test_aliases_are_those_of_the_model(options):
 @pytest.mark.parametrize("export", [False, True], ids=["pt", "safetensors"])
 def test_round_trip_is_exact(tmp_path, options, export):
     model = random_model(**options)
-    path = tmp_path / "dalle_2.pt"
-    save_checkpoint(path, ours(model))
-    if export:
-        export_safetensors(read_dalle(path), tmp_path / "model.safetensors")
-        path = tmp_path / "model.safetensors"
+    path = stored(tmp_path, model)
+    path = exported(path) if export else path
     checkpoint = read_dalle(path)
     assert checkpoint.path == path and checkpoint.format == ("safetensors" if export else "ours")
     assert DalleConfig.from_dict(checkpoint.config) == model.config
-    assert set(checkpoint.weights) == set(model.state_dict())
-    assert all(torch.equal(checkpoint.weights[name], tensor) for name, tensor in model.state_dict().items())
+    assert_weights(checkpoint.weights, model.state_dict())
     assert torch.equal(logits(rebuilt(checkpoint)), logits(model))
 
 
@@ -143,80 +136,45 @@ def test_training_state_comes_back(tmp_path):
         "tokenizer": {"type": "yttm", "sha256": "ab"},
         "vqgan": {"sha256": "cd"},
     }
-    path = tmp_path / "dalle_2.pt"
-    save_checkpoint(
-        path, ours(model, opt_state=optimizer.state_dict(), scheduler_state={"last": 0.5}, training=training)
-    )
-    checkpoint = read_dalle(path)
+    states = {"opt_state": optimizer.state_dict(), "scheduler_state": {"last": 0.5}}
+    checkpoint = read_dalle(stored(tmp_path, model, training=training, **states))
     assert checkpoint.epoch == 2 and checkpoint.training["position"] == {"step": 7}
     assert checkpoint.scheduler_state == {"last": 0.5}
     assert checkpoint.identity == {"tokenizer": {"type": "yttm", "sha256": "ab"}, "vqgan": {"sha256": "cd"}}
     assert torch.equal(checkpoint.training["engine"]["random_states"][0]["cpu"], torch.get_rng_state())
-    assert all(torch.equal(checkpoint.ema[name], ema[name]) for name in ema)
+    assert_weights(checkpoint.ema, ema)
     restored = torch.optim.Adam(rebuilt(checkpoint).parameters())
     restored.load_state_dict(checkpoint.opt_state)
     for key, values in optimizer.state_dict()["state"].items():
-        assert all(torch.equal(restored.state_dict()["state"][key][name], value) for name, value in values.items())
+        assert_weights(restored.state_dict()["state"][key], values)
 
 
 def test_published_layout(tmp_path):
     """The file holds exactly the names that the published application knows, with its shapes."""
     extra = {
-        "layers_per_ipu": [0, 1],
-        "embedding_ipu_id": 0,
-        "embedding_serialization_factor": 4,
-        "cls_ipu_id": None,
-        "fp16": True,
-        "byteio": False,
+        "layers_per_ipu": [0, 1], "embedding_ipu_id": 0, "embedding_serialization_factor": 4, "cls_ipu_id": None,
+        "fp16": True, "byteio": False,
     }
-    save_checkpoint(
-        tmp_path / "dalle_5.pt", ours(random_model(depth=1, sandwich_norm=True), epoch=5, hparams_extra=extra)
-    )
-    document = torch.load(tmp_path / "dalle_5.pt", weights_only=True)
+    path = stored(tmp_path, random_model(depth=1, sandwich_norm=True), epoch=5, hparams_extra=extra)
+    document = torch.load(path, weights_only=True)
     assert {"hparams", "vae_params", "epoch", "weights", "opt_state", "scheduler_state"} <= set(document)
     assert document["vae_params"] is None and document["epoch"] == 5
     assert document["hparams"] == dict(
-        extra,
-        num_text_tokens=11,
-        text_seq_len=3,
-        dim=8,
-        depth=1,
-        heads=2,
-        dim_head=6,
-        loss_img_weight=7.0,
-        attn_types=("full", "axial_row"),
-        sandwich_norm=True,
-        ff_dropout=0.0,
-        attn_dropout=0.0,
+        extra, num_text_tokens=11, text_seq_len=3, dim=8, depth=1, heads=2, dim_head=6, loss_img_weight=7.0,
+        attn_types=("full", "axial_row"), sandwich_norm=True, ff_dropout=0.0, attn_dropout=0.0,
     )
     layer = "model.transformer.layers.0."
     assert {name: tuple(tensor.shape) for name, tensor in document["weights"].items()} == {
-        "model.text_emb.weight": (14, 8),
-        "model.image_emb.weight": (6, 8),
-        "model.text_pos_emb.weight": (4, 8),
-        "model.image_pos_emb.weights_0": (1, 2, 1, 8),
-        "model.image_pos_emb.weights_1": (1, 1, 2, 8),
-        layer + "0.scale": (1, 1, 8),
-        layer + "0.fn.norm.weight": (8,),
-        layer + "0.fn.norm.bias": (8,),
-        layer + "0.fn.norm_out.weight": (8,),
-        layer + "0.fn.norm_out.bias": (8,),
-        layer + "0.fn.fn.to_qkv.weight": (36, 8),
-        layer + "0.fn.fn.to_out.0.weight": (8, 12),
-        layer + "0.fn.fn.to_out.0.bias": (8,),
-        layer + "1.scale": (1, 1, 8),
-        layer + "1.fn.norm.weight": (8,),
-        layer + "1.fn.norm.bias": (8,),
-        layer + "1.fn.norm_out.weight": (8,),
-        layer + "1.fn.norm_out.bias": (8,),
-        layer + "1.fn.fn.net.0.weight": (64, 8),
-        layer + "1.fn.fn.net.0.bias": (64,),
-        layer + "1.fn.fn.net.3.weight": (8, 32),
-        layer + "1.fn.fn.net.3.bias": (8,),
-        "model.to_logits.0.weight": (8,),
-        "model.to_logits.0.bias": (8,),
-        "model.to_logits.1.weight": (20, 8),
-        "model.to_logits.1.bias": (20,),
+        "model.text_emb.weight": (14, 8), "model.image_emb.weight": (6, 8), "model.text_pos_emb.weight": (4, 8),
+        "model.image_pos_emb.weights_0": (1, 2, 1, 8), "model.image_pos_emb.weights_1": (1, 1, 2, 8),
+        layer + "0.scale": (1, 1, 8), layer + "0.fn.norm.weight": (8,), layer + "0.fn.norm.bias": (8,),
+        layer + "0.fn.norm_out.weight": (8,), layer + "0.fn.norm_out.bias": (8,),
+        layer + "0.fn.fn.to_qkv.weight": (36, 8), layer + "0.fn.fn.to_out.0.weight": (8, 12),
+        layer + "0.fn.fn.to_out.0.bias": (8,), layer + "1.scale": (1, 1, 8), layer + "1.fn.norm.weight": (8,),
+        layer + "1.fn.norm.bias": (8,), layer + "1.fn.norm_out.weight": (8,), layer + "1.fn.norm_out.bias": (8,),
+        layer + "1.fn.fn.net.0.weight": (64, 8), layer + "1.fn.fn.net.0.bias": (64,),
+        layer + "1.fn.fn.net.3.weight": (8, 32), layer + "1.fn.fn.net.3.bias": (8,), "model.to_logits.0.weight": (8,),
+        "model.to_logits.0.bias": (8,), "model.to_logits.1.weight": (20, 8), "model.to_logits.1.bias": (20,),
     }
 
 
@@ -234,8 +192,7 @@ def test_values_that_could_not_be_read_back_are_refused_when_writing(tmp_path):
 
 
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "dalle_1.pt"
-    save_checkpoint(path, ours())
+    path = stored(tmp_path, name="dalle_1.pt")
     before = path.read_bytes()
 
     def full_disk(checkpoint, file):
@@ -261,11 +218,11 @@ def test_unwritable_folder(tmp_path):
     "values, message",
     [
         ({"dim": 64.0}, "'dim' has the impossible value 64.0"),
-        ({"text_seq_len": MAX_SEQ_LEN, "unique_pads": False, "text_positions": False}, "positions; at most"),
-        ({"dim": MAX_WIDTH}, "channels; at most"),
+        ({"text_seq_len": trust.MAX_SEQ_LEN, "unique_pads": False, "text_positions": False}, "positions; at most"),
+        ({"dim": trust.MAX_WIDTH}, "channels; at most"),
         ({"ff_mult": 10**9}, "channels; at most"),
         ({"heads": 10**9, "dim_head": 10**30}, "channels; at most"),
-        ({"num_text_tokens": MAX_TOKENS + 1}, "num_text_tokens 1000000001 the model has 1000000001 tokens; at most"),
+        ({"num_text_tokens": trust.MAX_TOKENS + 1}, "num_text_tokens 1000000001 the model has 1000000001 tokens"),
         ({"activation": "relu"}, "dalle_2.pt: unknown activation 'relu'"),
         ({"attn_types": []}, "'attn_types' has the impossible value"),
         ({"layer_scale": "yes"}, "'layer_scale' has the impossible value 'yes'"),
@@ -276,16 +233,15 @@ def test_unwritable_folder(tmp_path):
 def test_refused_options_of_our_own_files(tmp_path, values, message):
     document = ours()
     document["config"].update(values)
-    path = tmp_path / "dalle_2.pt"
-    save_checkpoint(path, document)
+    save_checkpoint(tmp_path / "dalle_2.pt", document)
     with pytest.raises(UserError, match=message):
-        read_dalle(path)
+        read_dalle(tmp_path / "dalle_2.pt")
 
 
 def test_more_layers_than_any_model_has_are_refused():
-    weights = dict.fromkeys(f"transformer.layers.{layer}.x" for layer in range(MAX_DEPTH + 1))
+    weights = dict.fromkeys(f"transformer.layers.{layer}.x" for layer in range(trust.MAX_DEPTH + 1))
     with pytest.raises(UserError, match="depth 1025 the model has 1025 layers; at most 1024"):
-        model_config(dict(TINY.to_dict(), depth=MAX_DEPTH + 1), weights)
+        model_config(dict(TINY.to_dict(), depth=trust.MAX_DEPTH + 1), weights)
 
 
 def test_many_views_of_one_small_tensor_are_refused(tmp_path):
@@ -296,10 +252,9 @@ def test_many_views_of_one_small_tensor_are_refused(tmp_path):
     document["weights"] = {
         name: largest[: tensor.numel()].view(tensor.shape) for name, tensor in document["weights"].items()
     }
-    path = tmp_path / "dalle_2.pt"
-    save_checkpoint(path, document)
+    save_checkpoint(tmp_path / "dalle_2.pt", document)
     with pytest.raises(UserError, match="claim more memory than the file holds"):
-        read_dalle(path)
+        read_dalle(tmp_path / "dalle_2.pt")
 
 
 def test_check_state_names_a_few_of_many():
@@ -314,9 +269,8 @@ def test_check_state_names_a_few_of_many():
 
 @pytest.mark.parametrize("name", ["dalle_1.pt", "model.safetensors"])
 def test_cut_off_and_empty_files(tmp_path, name):
+    exported(stored(tmp_path, name="dalle_1.pt"))
     path = tmp_path / name
-    save_checkpoint(tmp_path / "dalle_1.pt", ours())
-    export_safetensors(read_dalle(tmp_path / "dalle_1.pt"), tmp_path / "model.safetensors")
     verify(path)
     content = path.read_bytes()
     for length in (0, 1, 7, 8, 9, 100, len(content) // 2, len(content) - 1):
@@ -330,8 +284,7 @@ def test_cut_off_and_empty_files(tmp_path, name):
 def test_a_flipped_bit_is_found_or_harmless(tmp_path, name):
     """Wherever one bit flips, the file is refused or still reads as what it was (alignment bytes carry nothing)."""
     model = random_model(depth=1)
-    save_checkpoint(tmp_path / "dalle_1.pt", ours(model))
-    export_safetensors(read_dalle(tmp_path / "dalle_1.pt"), tmp_path / "model.safetensors")
+    exported(stored(tmp_path, model, "dalle_1.pt"))
     path = tmp_path / name
     content = path.read_bytes()
     generator = torch.Generator().manual_seed(1)
@@ -347,14 +300,13 @@ def test_a_flipped_bit_is_found_or_harmless(tmp_path, name):
             refused += 1
             continue
         assert DalleConfig.from_dict(checkpoint.config) == model.config
-        assert all(torch.equal(checkpoint.weights[key], tensor) for key, tensor in model.state_dict().items())
+        assert_weights(checkpoint.weights, model.state_dict())
     assert refused > 50
 
 
 def test_every_flip_in_a_weight_is_found(tmp_path):
-    path = tmp_path / "dalle_1.pt"
     model = random_model(depth=1)
-    save_checkpoint(path, ours(model))
+    path = stored(tmp_path, model, "dalle_1.pt")
     content = path.read_bytes()
     needle = model.transformer.layers[0].attention.fn.qkv.weight.detach().numpy().tobytes()
     start = content.index(needle)
@@ -380,8 +332,10 @@ def test_paths_that_are_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match="is a folder"):
         read_dalle(tmp_path)
     (tmp_path / "page.pt").write_text("<html>Not found</html>")
-    with pytest.raises(UserError, match="page.pt is no checkpoint"):
-        read_dalle(tmp_path / "page.pt")
+    torch.save(ours(), tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    for name in ("page.pt", "legacy.pt"):
+        with pytest.raises(UserError, match=name + " is no checkpoint"):
+            read_dalle(tmp_path / name)
 
 
 # ---- export
@@ -389,50 +343,37 @@ def test_paths_that_are_no_checkpoint(tmp_path):
 
 def test_half_precision_export(tmp_path):
     model = random_model()
-    save_checkpoint(tmp_path / "dalle_2.pt", ours(model, training={"tokenizer": {"sha256": "ab"}}))
-    export_safetensors(read_dalle(tmp_path / "dalle_2.pt"), tmp_path / "half.safetensors", torch.float16)
-    checkpoint = read_dalle(tmp_path / "half.safetensors")
-    assert all(torch.equal(checkpoint.weights[name], tensor.half()) for name, tensor in model.state_dict().items())
-    assert (
-        checkpoint.identity == {"tokenizer": {"sha256": "ab"}} and checkpoint.epoch == 2 and checkpoint.training is None
-    )
-    assert checkpoint.hparams["num_text_tokens"] == 11
+    path = stored(tmp_path, model, training={"tokenizer": {"sha256": "ab"}})
+    checkpoint = read_dalle(exported(path, torch.float16))
+    assert_weights(checkpoint.weights, {name: tensor.half() for name, tensor in model.state_dict().items()})
+    assert (checkpoint.identity, checkpoint.epoch) == ({"tokenizer": {"sha256": "ab"}}, 2)
+    assert checkpoint.training is None and checkpoint.hparams["num_text_tokens"] == 11
 
 
 def test_export_takes_averaged_weights_unless_told_not_to(tmp_path):
     model = random_model()
     ema = {name: tensor + 1 for name, tensor in model.state_dict().items()}
-    save_checkpoint(tmp_path / "dalle_2.pt", ours(model, training={"engine": {"ema": ema}}))
+    path = stored(tmp_path, model, training={"engine": {"ema": ema}})
     for flags, expected in (([], ema), (["--no-ema"], model.state_dict())):
-        main(["export", str(tmp_path / "dalle_2.pt"), str(tmp_path / "out.safetensors"), *flags])
-        weights = read_dalle(tmp_path / "out.safetensors").weights
-        assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+        main(["export", str(path), str(tmp_path / "out.safetensors"), *flags])
+        assert_weights(read_dalle(tmp_path / "out.safetensors").weights, expected)
 
 
 def test_shared_weights_are_exported_once(tmp_path):
-    save_checkpoint(
-        tmp_path / "dalle_2.pt", ours(random_model(tie_embeddings=True, attn_types=("full",), shared_attn_ids=(0,)))
-    )
-    export_safetensors(read_dalle(tmp_path / "dalle_2.pt"), tmp_path / "out.safetensors")
-    from safetensors import safe_open
-
-    with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
-        names = set(file.keys())
+    model = random_model(tie_embeddings=True, attn_types=("full",), shared_attn_ids=(0,))
+    names = read_safetensors(exported(stored(tmp_path, model)))[1].keys()
     assert "text_head.weight" in names and "text_emb.weight" not in names
-    assert (
-        "transformer.layers.0.attention.fn.qkv.weight" in names
-        and "transformer.layers.1.attention.fn.qkv.weight" not in names
-    )
+    layers = [f"transformer.layers.{layer}.attention.fn.qkv.weight" for layer in (0, 1)]
+    assert [layer in names for layer in layers] == [True, False]
 
 
 def test_weights_beyond_half_precision_are_not_exported_as_infinity(tmp_path):
     model = random_model()
     with torch.no_grad():
         model.norm.weight[0] = 1e6
-    save_checkpoint(tmp_path / "dalle_2.pt", ours(model))
     with pytest.raises(UserError, match=r"'norm.weight' does not fit torch.float16"):
-        export_safetensors(read_dalle(tmp_path / "dalle_2.pt"), tmp_path / "half.safetensors", torch.float16)
-    assert not (tmp_path / "half.safetensors").exists()
+        exported(stored(tmp_path, model), torch.float16)
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -482,7 +423,7 @@ def test_order_of_a_runs_checkpoints(tmp_path):
 
 def test_newest_passes_over_damaged_ones_and_names_them(tmp_path, caplog):
     for name in ("dalle_1.pt", "dalle_2_30.pt", "dalle_2.pt"):
-        save_checkpoint(tmp_path / name, ours())
+        stored(tmp_path, name=name)
     assert newest_checkpoint(tmp_path).name == "dalle_2.pt"
     (tmp_path / "dalle_2.pt").write_bytes((tmp_path / "dalle_2.pt").read_bytes()[:-200])
     with caplog.at_level(logging.WARNING):
@@ -493,7 +434,7 @@ def test_newest_passes_over_damaged_ones_and_names_them(tmp_path, caplog):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_process_verifies_once_for_all(rank, tmp_path, monkeypatch):
     for name in ("dalle_1.pt", "dalle_2.pt"):
-        save_checkpoint(tmp_path / name, ours())
+        stored(tmp_path, name=name)
     verified, sent = [], [tmp_path / "dalle_1.pt"]
     testzip = zipfile.ZipFile.testzip
     monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda self: (verified.append(self.filename), testzip(self))[1])

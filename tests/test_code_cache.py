@@ -655,7 +655,7 @@ def test_training_goes_on_when_codes_cannot_be_written(material, tmp_path, monke
 
 
 def test_an_images_codes_do_not_depend_on_its_batch(material):
-    from models.vqgan import load_vqgan
+    from checkpoints.vqgan import load_vqgan
 
     vqgan = load_vqgan(material / "vqgan.safetensors", material / "vqgan.yaml")
     images = torch.randint(0, 256, (7, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))

@@ -25,6 +25,7 @@ from safetensors.torch import save as save_tensors
 import args
 from bpe import load_tokenizer
 from checkpoints import dalle_checkpoint, export_safetensors, read_dalle, save_checkpoint
+from checkpoints.vqgan import check_size, load_vqgan_state
 from dalle.completion import mask_cells, parse_box
 from dalle.outputs import PromptFolder, folder_name
 from data.images import BROKEN_IMAGE_ERRORS, load_image
@@ -32,43 +33,25 @@ from data.process_trainset import clean_caption, process_captions
 from examples_utils.spec import load_entries, select
 from models.config import DalleConfig
 from models.dalle import DALLE
-from models.vqgan import VQGAN, check_size, load_vqgan_state
+from models.vqgan import VQGAN
 from models.vqgan_config import VqganConfig
 from utils.errors import UserError
 from utils.memory import return_freed_memory
 from utils.yaml_files import parse_yaml
 
 READERS = {
-    "dalle.pt": 2,
-    "pickle in dalle.pt": 6,
-    "dalle.safetensors": 4,
-    "vqgan.ckpt": 2,
-    "pickle in vqgan.ckpt": 4,
-    "vqgan legacy.ckpt": 4,
-    "vqgan.yaml": 2,
-    "coco.json": 4,
-    "caption list": 4,
-    "yttm vocabulary": 4,
-    "char vocabulary": 3,
-    "tokenizer.json": 4,
-    "configs.yaml": 1,
-    "benchmarks.yml": 1,
-    "image": 4,
+    "dalle.pt": 2, "pickle in dalle.pt": 6, "dalle.safetensors": 4, "vqgan.ckpt": 2, "pickle in vqgan.ckpt": 4,
+    "vqgan legacy.ckpt": 4, "vqgan.yaml": 2, "coco.json": 4, "caption list": 4, "yttm vocabulary": 4,
+    "char vocabulary": 3, "tokenizer.json": 4, "configs.yaml": 1, "benchmarks.yml": 1, "image": 4,
 }
 """Each reader's share of the inputs."""
 
 TINY = DalleConfig(num_text_tokens=7, num_image_tokens=4, text_seq_len=2, grid=2, dim=4, depth=1, heads=1, dim_head=4)
 TINY_VQGAN = VqganConfig(
-    num_codes=4,
-    embed_dim=2,
-    resolution=4,
-    z_channels=2,
-    ch=2,
-    ch_mult=(1, 2),
-    num_res_blocks=1,
-    attn_resolutions=(),
+    num_codes=4, embed_dim=2, resolution=4, z_channels=2, ch=2, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(),
     num_groups=2,
 )
+VQGAN_YAML = yaml.safe_dump(TINY_VQGAN.to_dict()).encode()
 MEMORY = 2 << 30
 """What reading may take beyond what the process had: far less than the gigantic sizes that mutated files ask for."""
 
@@ -77,9 +60,11 @@ def vqgan_seeds(folder, **options):
     torch.manual_seed(0)
     state = VQGAN(TINY_VQGAN).state_dict()
     half = {name: value.half() for name, value in state.items()}
-    torch.save({"state_dict": state}, str(folder / "a"), **options)
-    torch.save(half, str(folder / "b"), **options)
-    return [(folder / "a").read_bytes(), (folder / "b").read_bytes()]
+    inner = {"first_stage_model." + name: value for name, value in state.items()}
+    inner.update({"first_stage_model.model_ema." + name.replace(".", ""): value + 1 for name, value in state.items()})
+    for name, document in (("a", {"state_dict": state}), ("b", half), ("c", {"state_dict": inner})):
+        torch.save(document, str(folder / name), **options)
+    return [(folder / name).read_bytes() for name in "abc"]
 
 
 def dalle_seeds(folder, export):
@@ -157,82 +142,71 @@ def make_pickle_reader(name, folder):
     return read_pickle, [entries[pickled]], refusals
 
 
+def hf_seeds():
+    models = [
+        {"type": "BPE", "unk_token": "u", "vocab": {"u": 0, "a": 1, "b": 2, "ab": 3}, "merges": ["a b"]},
+        {"type": "WordPiece", "unk_token": "u", "vocab": {"u": 0, "##b": 1}, "max_input_chars_per_word": 9},
+        {"type": "Unigram", "unk_id": 0, "vocab": [["u", 0], ["a", -1.5], ["b", -2]]},
+    ]
+    models[1]["continuing_subword_prefix"] = "##"
+    splitter = {"type": "BertPreTokenizer"}
+    return [json.dumps({"version": "1.0", "pre_tokenizer": splitter, "model": model}).encode() for model in models]
+
+
+def image_seeds():
+    kinds = {kind: {} for kind in ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")}
+    kinds["JPEG"] = {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0"}
+    seeds = []
+    for kind, options in [*kinds.items(), ("TIFF", {"compression": "tiff_lzw"})]:
+        file = io.BytesIO()
+        Image.new("P" if kind == "GIF" else "RGB", (9, 7), 5).save(file, kind, **options)
+        seeds.append(file.getvalue())
+    return seeds
+
+
+def use_tokenizer(path):
+    tokenizer = load_tokenizer(str(path))
+    tokenizer.decode(tokenizer.encode("abc cba"))
+    tokenizer.unknown("abc cba")
+
+
+def use_char_tokenizer(path):
+    folder = path.with_name("char")
+    folder.mkdir(exist_ok=True)
+    for suffix, part in zip(("vocab.json", "merges.txt"), char_files(path.read_bytes())):
+        (folder / suffix).write_bytes(part)
+    use_tokenizer(folder)
+
+
 def make_reader(name, folder):
     """Return (function of bytes, seeds, what it may raise)."""
-    path, refusals = folder / "input", UserError
     if name.startswith("pickle in "):
         return make_pickle_reader(name[len("pickle in ") :], folder)
-    if name == "dalle.pt":
-        seeds, read = dalle_seeds(folder, False), lambda: read_dalle(path)
-    elif name == "dalle.safetensors":
-        seeds, read = dalle_seeds(folder, True), lambda: read_dalle(path)
-    elif name == "vqgan.ckpt":
-        seeds, read = vqgan_seeds(folder), lambda: load_vqgan_state(path)
-    elif name == "vqgan legacy.ckpt":
-        seeds = vqgan_seeds(folder, _use_new_zipfile_serialization=False)
-        read = lambda: load_vqgan_state(path)  # noqa: E731
-    elif name == "vqgan.yaml":
-        seeds, read = [yaml.safe_dump(TINY_VQGAN.to_dict()).encode()], lambda: check_size(VqganConfig.from_yaml(path))
-    elif name == "coco.json":
-        seeds, read = coco_seeds(), lambda: process_captions(path, folder / "out", max_bad_fraction=0.5)
-    elif name == "caption list":
-        seeds, read = LISTS, lambda: process_captions(path, folder / "out", max_bad_fraction=0.5)
-    elif name == "yttm vocabulary":
-        seeds, read = [YTTM], lambda: load_tokenizer(str(path)).encode("abc cba")
-    elif name == "tokenizer.json":
-        models = [
-            {"type": "BPE", "unk_token": "u", "vocab": {"u": 0, "a": 1, "b": 2, "ab": 3}, "merges": ["a b"]},
-            {"type": "WordPiece", "unk_token": "u", "vocab": {"u": 0, "##b": 1}},
-            {"type": "Unigram", "unk_id": 0, "vocab": [["u", 0], ["a", -1.5], ["b", -2]]},
-        ]
-        models[1].update(continuing_subword_prefix="##", max_input_chars_per_word=9)
-        splitter = {"type": "BertPreTokenizer"}
-        seeds = [json.dumps({"version": "1.0", "pre_tokenizer": splitter, "model": model}).encode() for model in models]
-
-        def read():
-            tokenizer = load_tokenizer(str(path))
-            tokenizer.decode(tokenizer.encode("abc cba"))
-            tokenizer.unknown("abc cba")
-
-    elif name == "char vocabulary":
-        (folder / "char").mkdir()
-        seeds = [CHAR]
-
-        def read():
-            for suffix, part in zip(("vocab.json", "merges.txt"), char_files(path.read_bytes())):
-                (folder / "char" / suffix).write_bytes(part)
-            load_tokenizer(str(folder / "char")).encode("abc cba")
-
-    elif name == "configs.yaml":
-        seeds = [CONFIGS]
-        flags = ["--config-file", str(path), "--config", "demo", "--generated-data"]
-        read = lambda: args.parse(flags)  # noqa: E731
-    elif name == "benchmarks.yml":
-        seeds, read = [BENCHMARKS], lambda: select(load_entries([str(path)]), None)
-    else:
-        refusals = BROKEN_IMAGE_ERRORS
-        seeds = []
-        for kind, options in (
-            ("PNG", {}),
-            ("JPEG", {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0"}),
-            ("BMP", {}),
-            ("GIF", {}),
-            ("WEBP", {}),
-            ("TIFF", {}),
-            ("TIFF", {"compression": "tiff_lzw"}),
-        ):
-            picture = Image.new("P" if kind == "GIF" else "RGB", (9, 7), 5)
-            picture.save(str(folder / "seed"), kind, **options)
-            seeds.append((folder / "seed").read_bytes())
-        read = lambda: load_image(str(path), 8)  # noqa: E731
+    path = folder / "input"
+    flags = ["--config-file", str(path), "--config", "demo", "--generated-data"]
+    seeds, read = {
+        "dalle.pt": (lambda: dalle_seeds(folder, False), read_dalle),
+        "dalle.safetensors": (lambda: dalle_seeds(folder, True), read_dalle),
+        "vqgan.ckpt": (lambda: vqgan_seeds(folder), load_vqgan_state),
+        "vqgan legacy.ckpt": (lambda: vqgan_seeds(folder, _use_new_zipfile_serialization=False), load_vqgan_state),
+        "vqgan.yaml": (lambda: [VQGAN_YAML], lambda path: check_size(VqganConfig.from_yaml(path))),
+        "coco.json": (coco_seeds, lambda path: process_captions(path, folder / "out", max_bad_fraction=0.5)),
+        "caption list": (lambda: LISTS, lambda path: process_captions(path, folder / "out", max_bad_fraction=0.5)),
+        "yttm vocabulary": (lambda: [YTTM], use_tokenizer),
+        "char vocabulary": (lambda: [CHAR], use_char_tokenizer),
+        "tokenizer.json": (hf_seeds, use_tokenizer),
+        "configs.yaml": (lambda: [CONFIGS], lambda path: args.parse(flags)),
+        "benchmarks.yml": (lambda: [BENCHMARKS], lambda path: select(load_entries([str(path)]), None)),
+        "image": (image_seeds, lambda path: load_image(str(path), 8)),
+    }[name]
 
     def read_bytes(content):
         path.write_bytes(content)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            read()
+            read(path)
 
-    return read_bytes, seeds, refusals
+    return read_bytes, seeds(), BROKEN_IMAGE_ERRORS if name == "image" else UserError
 
 
 @pytest.fixture
@@ -346,19 +320,9 @@ def test_values_that_never_end_are_not_printed(key, tmp_path, limited_memory):
 
 
 HUGE = [
-    ("n_embed", 10**9),
-    ("embed_dim", 10**9),
-    ("ch", 10**9),
-    ("num_res_blocks", 10**9),
-    ("resolution", 2**40),
-    ("z_channels", 10**9),
-    ("ch_mult", [2] * 1000),
-    ("ch_mult", [10**9]),
-    ("attn_resolutions", [4] * 10**5),
-    ("num_groups", 10**9),
-    ("patch_size", 2**40),
-    ("out_ch", 10**9),
-    ("n_embed", 10**200),
+    ("n_embed", 10**9), ("embed_dim", 10**9), ("ch", 10**9), ("num_res_blocks", 10**9), ("resolution", 2**40),
+    ("z_channels", 10**9), ("ch_mult", [2] * 1000), ("ch_mult", [10**9]), ("attn_resolutions", [4] * 10**5),
+    ("num_groups", 10**9), ("patch_size", 2**40), ("out_ch", 10**9), ("n_embed", 10**200),
 ]
 
 
@@ -426,16 +390,8 @@ def test_any_values_of_a_configuration(values):
             TEXT,
             strategies.sampled_from(
                 [
-                    "--batch-size",
-                    "--attn-types",
-                    "--fp16",
-                    "--resume",
-                    "--config",
-                    "demo",
-                    "--generated-data",
-                    "4",
-                    "-1",
-                    "nan",
+                    "--batch-size", "--attn-types", "--fp16", "--resume", "--config", "demo", "--generated-data", "4",
+                    "-1", "nan",
                 ]
             ),
         ),

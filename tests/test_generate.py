@@ -23,6 +23,7 @@ from tiny_model import VQGAN_CONFIG, TinyModel
 import generate
 from bpe import load_tokenizer
 from checkpoints import dalle_checkpoint, save_checkpoint
+from checkpoints.vqgan import load_vqgan
 from dalle import loading
 from dalle.loading import load
 from dalle.models import Dalle
@@ -31,7 +32,7 @@ from dalle.pictures import make_grid
 from data.images import load_image
 from models.config import DalleConfig
 from models.dalle import DALLE
-from models.vqgan import VQGAN, VqganConfig, load_vqgan
+from models.vqgan import VQGAN, VqganConfig
 from sampling import SamplingOptions, decode, image_seed, prime_rows, sample_codes, to_uint8
 from sampling.driver import Share, split
 from utils.errors import UsageError, UserError

@@ -93,7 +93,7 @@ def test_no_program_waits_for_them_at_its_exit(server, folder, tmp_path, script,
         argv = ["--input-folder", str(folder / "pairs"), "--output", str(tmp_path), "--steps", "4", "--batch-size", "4"]
         argv += ["--config", str(folder / "vqgan.yaml"), "--dataloader-workers", "2", "--device", "cpu"]
     if script == "evaluate":
-        argv = ["--dalle_path", "demo", "--max_pairs", "40", "--batch_size", "4", "--dataloader_workers", "2"]
+        argv = ["--dalle-path", "demo", "--max_pairs", "40", "--batch_size", "4", "--dataloader_workers", "2"]
     pid = server.start(argv, tmp_path / "stderr.log", ending, script)
     assert server.wait(pid, seconds=200) == status, (tmp_path / "stderr.log").read_text()[-3000:]
     with pytest.raises(ProcessLookupError):  # the program was a process group: nobody is left of it

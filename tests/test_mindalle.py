@@ -19,6 +19,7 @@ from dalle import published
 from dalle.completion import completion_codes, mask_cells, parse_box, picture_pixels, transparent_mask
 from dalle.models import Dalle
 from dalle.utils.utils import set_seed
+from models.vqgan_config import VqganConfig, stage1_config
 from ops.sampling_ops import keep_top_k, keep_top_p
 from sampling import driver
 from utils.errors import UserError
@@ -295,23 +296,22 @@ def test_other_checkpoints_are_read_too(model, folder, tmp_path):
     for name in ("text_emb.weight", "text_head.weight"):
         state[name] = state[name][: model.tokenizer.vocab_size].clone()
     save_checkpoint(tmp_path / "dalle_1.pt", dalle_checkpoint(config, state, 1))
-    network = published.read_stage1_config(folder)
-    network.to_yaml(tmp_path / "vqgan.yaml")
+    VqganConfig.from_yaml(folder / "config.yaml").to_yaml(tmp_path / "vqgan.yaml")
     other = Dalle.from_pretrained(
         tmp_path / "dalle_1.pt", folder / "tokenizer", folder / "stage1_last.ckpt", tmp_path / "vqgan.yaml"
     )
     assert torch.equal(codes_of(other), codes_of(model))
 
 
-def test_stage1_options_are_checked(folder):
-    assert published.stage1_config({}, "x").num_codes == 16384
+def test_stage1_options_are_checked():
+    assert stage1_config({}, "x").num_codes == 16384
     for document, message in (
         ({"stage1": {"type": "dvae"}}, "stage1.type 'dvae' is not supported"),
         ({"stage1": 5}, "must be tables"),
         ({"stage1": {"hparams": {"ch": "x"}}}, "ch must be a positive whole number"),
     ):
         with pytest.raises(UserError, match=message):
-            published.stage1_config(document, "config.yaml")
+            stage1_config(document, "config.yaml")
 
 
 def tar_of(path, files):

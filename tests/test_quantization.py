@@ -9,13 +9,13 @@ from mindalle_folder import make_folder, merges_and_vocabulary
 from torch import nn
 
 from checkpoints import dalle_checkpoint, save_checkpoint
-from dalle import published
 from dalle.loading import load
 from dalle.models import Dalle
 from models.building import build_dalle, without_weights
 from models.config import ARCHITECTURES, DalleConfig
 from models.dalle import DALLE
 from models.quantization import DTYPES, Int8Linear, quantize_rows
+from models.vqgan_config import VqganConfig
 from ops import build
 from utils.errors import UserError
 
@@ -192,7 +192,7 @@ def test_loading_holds_the_weights_once(folder, tmp_path, trained, dtype):
     size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     moments = {name: torch.ones(2, *tensor.shape) for name, tensor in state.items()} if trained else None
     save_checkpoint(tmp_path / "dalle_0.pt", dalle_checkpoint(config.to_dict(), state, 1, moments))
-    published.read_stage1_config(folder).to_yaml(tmp_path / "vqgan.yaml")
+    VqganConfig.from_yaml(folder / "config.yaml").to_yaml(tmp_path / "vqgan.yaml")
     del state, moments
     files = (tmp_path / "dalle_0.pt", folder / "tokenizer", folder / "stage1_last.ckpt", tmp_path / "vqgan.yaml")
     load(*files, dtype=dtype)  # whatever is imported on the way

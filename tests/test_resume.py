@@ -20,8 +20,8 @@ import checkpoints
 import engines
 import log
 import train
+from checkpoints.vqgan import load_vqgan
 from engines.native import NativeEngine
-from models.vqgan import load_vqgan
 from training import vqgan_options
 from training.schedule import Position, Schedule
 from training.vqgan import save_weights

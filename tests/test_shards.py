@@ -289,6 +289,21 @@ def test_members_by_their_usual_names_and_by_flag(tmp_path, name):
     assert torch.equal(dataset[0][1], load_image(io.BytesIO(picture(1)), SIZE))
 
 
+def test_suffixes_by_flag_for_images_without_captions(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_tar(tmp_path / "0.tar", [("a.view", picture(1)), ("b.VIEW", picture(2)), ("c.png", picture(3))])
+    found = open_images(str(tmp_path / "0.tar"), SIZE, 256, 0, shard_images="view,x")
+    assert [len(part) for part in found] == [1, 1]
+    expected = [load_image(io.BytesIO(picture(number)), SIZE) for number in (1, 2)]
+    images = [part.take(part[[0]])[0] for part in found]
+    assert {image.numpy().tobytes() for image in images} == {image.numpy().tobytes() for image in expected}
+    with pytest.raises(UserError, match="fewer than two images .*not read: .*view.*; --shard-images names"):
+        open_images(str(tmp_path / "0.tar"), SIZE, 256, 0)
+    for folder in ("demo", str(tmp_path)[:-1]):
+        with pytest.raises(UserError, match="--shard-images is for webdataset shards"):
+            open_images(folder, SIZE, 256, 0, shard_images="view")
+
+
 def test_other_names_find_an_index_of_their_own(tmp_path):
     write_tar(tmp_path / "0.tar", [("a.png", picture(1)), ("a.txt", b"one"), ("a.cap", b"two")])
     for captions, expected in (("txt", "one"), ("cap", "two"), (None, "one"), ("cap", "two")):

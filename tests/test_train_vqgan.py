@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from checkpoints.vqgan import load_perceptual, load_vqgan
 from data.demo import DemoRecord, demo_images
 from data.uncaptioned import Batches, open_images
 from models import perceptual
 from models.discriminator import Adversary, PatchDiscriminator
-from models.perceptual import PerceptualDistance, load_perceptual
-from models.vqgan import VqganConfig, load_vqgan
+from models.perceptual import PerceptualDistance
+from models.vqgan import VqganConfig
 from models.vqgan_metrics import code_use, nearest_pictures, psnr, reconstruct, retrieval
 from training import vqgan
 from training.vqgan import train

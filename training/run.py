@@ -14,9 +14,9 @@ import torch
 import checkpoints
 import log
 from args import Config
+from checkpoints.vqgan import load_vqgan
 from dalle.export import check_empty, export_mindalle, export_options
 from engines import Engine
-from models.vqgan import load_vqgan
 from training import resume
 from training.files import check_writable, move_aside
 from training.loop import Loop

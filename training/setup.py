@@ -17,11 +17,12 @@ import data
 import log
 from args import Config
 from bpe import Tokenizer, load_tokenizer
+from checkpoints.vqgan import PUBLISHED, default_vqgan, load_vqgan
 from engines import Engine
 from models.building import build_dalle
 from models.config import ARCHITECTURES, DalleConfig
 from models.dalle import DALLE, TextToImage
-from models.vqgan import PUBLISHED, VQGAN, VqganConfig, default_vqgan, load_vqgan
+from models.vqgan import VQGAN, VqganConfig
 from training.schedule import Position
 from utils import resume
 from utils.caches import cache_folder

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 import log
 from checkpoints import save_checkpoint, verify
+from checkpoints.vqgan import check_size, load_vqgan
 from dalle.pictures import save_picture, to_pil
 from data import DEMO
 from data.uncaptioned import Batches, ImageSource, open_images
 from engines.native import pick_device
-from models.vqgan import VQGAN, check_size, load_vqgan
+from models.vqgan import VQGAN
 from models.vqgan_metrics import Reconstructions, code_use, psnr, reconstruct, retrieval
 from training.files import move_aside, not_finite, reading, writing
 from training.loop import Loop
@@ -69,7 +70,8 @@ class Run(Loop):
         self.trainer = trainer = make_trainer(args, pick_device(args.device, 0))
         config, skipped = trainer.model.config, self.folder / SKIPPED
         split = (args.validation_images, args.random_seed)
-        images = open_images(args.input_folder, config.resolution, *split, args.max_bad_fraction, skipped)
+        bad = (args.max_bad_fraction, skipped)
+        images = open_images(args.input_folder, config.resolution, *split, *bad, args.shard_images)
         self.images, self.held_out = images
         make_folder("--output", self.folder)
         start_report(skipped)
@@ -222,7 +224,7 @@ def make_trainer(args: VqganOptions, device: torch.device) -> Trainer:
         nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
     perceptual: nn.Module | None = None
     if args.perceptual_weights:
-        from models.perceptual import load_perceptual
+        from checkpoints.vqgan import load_perceptual
 
         perceptual = load_perceptual(args.perceptual_weights).to(device)
     return Trainer(model, args, device, bool(args.vqgan_model_path), perceptual)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from models.vqgan import PUBLISHED, VqganConfig
-from models.vqgan_config import DEMO_CONFIGS
+from checkpoints.vqgan import PUBLISHED
+from models.vqgan_config import DEMO_CONFIGS, VqganConfig
 from utils.errors import UsageError, nearest
-from utils.flags import DataOptions, DeviceOptions, PartsOptions
+from utils.flags import DataOptions, DeviceOptions, PartsOptions, ShardOptions
 from utils.options import REQUIRED, Command, Options, again, option
 from utils.resume import APPLIES, CONTENT, FIXED, FREE
 
@@ -23,6 +23,7 @@ class ImageOptions(Options, title="data"):
     output: str = option(REQUIRED, "folder for all that the run writes", path=True, resume=FREE)
     validation_images: int = option(256, "images held out from training, a tenth at most", ge=1, resume=FIXED)
     max_bad_fraction: float = again(DataOptions, "max_bad_fraction", resume=APPLIES)
+    shard_images: str | None = again(ShardOptions, "shard_images", resume=APPLIES)
     dataloader_workers: int = again(DataOptions, "dataloader_workers", resume=FREE)
 
 

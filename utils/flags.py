@@ -53,6 +53,14 @@ class DataOptions(Options, title="data"):
 
 
 @dataclass(frozen=True)
+class ShardOptions(Options, title="data"):
+    """What is read of webdataset shards."""
+
+    shard_images: str | None = option(None, "suffixes of the images in shards, with commas between (img,jpg)",
+                                      none="those of folders, and img")
+
+
+@dataclass(frozen=True)
 class CaptionOptions(Options):
     """How a list of captions is read (utils/caption_lists.py)."""
 

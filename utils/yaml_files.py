@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from utils.errors import UserError
+from utils.files import PathLike, open_regular
 
 MAX_BYTES = 1 << 18
 """Larger than any configuration, and read within a few seconds."""
@@ -93,3 +94,17 @@ def parse_yaml(content: bytes, where: str, unique_keys: bool = False) -> Any:
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
         # What PyYAML's own constructors raise for a date that is none, an empty number, !!bool of a word, ...
         raise UserError(f"{where}: a value that is none of its kind ({str(error)[:100]})") from error
+
+
+def read_yaml(path: PathLike, what: str = "") -> dict[str, Any]:
+    """Return the mapping in a YAML file. Raises UserError, one line that starts with `what` and the file's name."""
+    where = f"{what} {path}".strip()
+    try:
+        with open_regular(path) as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{where} cannot be read: {error.strerror or error}") from error
+    document = parse_yaml(content, f"{where} is not valid YAML")
+    if not isinstance(document, dict):
+        raise UserError(f"{where} holds no mapping of options")
+    return document

@@ -1,0 +1,143 @@
+"""Files of weights, opened: tensors and plain values come out of them, code in them never runs, and is named."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import re
+from pathlib import Path
+from typing import Any, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from checkpoints.trust import Weights
+from utils.errors import UserError
+from utils.files import PathLike
+from utils.untrusted import ZIP_MAGIC, verify_zip
+
+_CAN_MAP = "mmap" in inspect.signature(torch.load).parameters  # from PyTorch 2.1 on
+
+#: Classes that old Lightning checkpoints name as keys of their "callbacks".
+_LIGHTNING_CLASSES = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "pytorch_lightning.callbacks.lr_monitor.LearningRateMonitor",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+)
+_REFUSED = re.compile(r"(?:GLOBAL|[Uu]nsupported class) ([\w.]*\w)")
+_TERMINAL = re.compile(r"\x1b\[[0-9;]*m|[\x00-\x1f\x7f]")
+
+
+def kind(path: Path) -> str:
+    """Return "torch", "legacy" (torch before 1.6, without checksums) or "safetensors", as a file begins.
+
+    Raises UserError for what is none of them.
+    """
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} {'is a folder, not a file' if path.is_dir() else 'does not exist'}")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise UserError(f"checkpoint {path} cannot be read: {error.strerror}") from error
+    if start[:4] == ZIP_MAGIC:
+        return "torch"
+    if start[8:9] == b"{" or path.suffix == ".safetensors":
+        return "safetensors"
+    if start[:1] == b"\x80":
+        return "legacy"
+    raise UserError(
+        f"{path} is no checkpoint: neither written by torch.save nor a safetensors file"
+        + ("" if start else "; it is empty")
+    )
+
+
+def verify(path: PathLike) -> None:
+    """Check that a checkpoint file is complete and undamaged. Raises UserError naming it when not.
+
+    For a torch file every entry's CRC is compared, for safetensors the header with the size, and the content with the
+    sha256 that our own exports carry.
+    """
+    path = Path(path)
+    form = kind(path)
+    if form == "torch":
+        verify_zip(path)
+    elif form == "legacy":
+        raise UserError(
+            f"{path} is no checkpoint that can be verified: it has the format of torch.save before 1.6; load it and "
+            "save it anew with torch.save"
+        )
+    else:
+        metadata, tensors = read_safetensors(path)
+        if "sha256" in metadata and metadata["sha256"] != tensors_digest(tensors):
+            raise UserError(f"checkpoint {path} is damaged (sha256 of its weights); use another one, or copy it again")
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names and contents, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode("utf-8") + b"\0")
+        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def read_torch(path: Path, mapped: bool = False) -> Any:
+    """Return what torch.save wrote, on the CPU. mapped: tensors are views of the file, not to be written to.
+
+    Raises UserError naming the class or function that the file asks for beyond tensors and plain values.
+    """
+    # PyTorch maps files by their name, which need not be text.
+    is_text = not any("\ud800" <= character <= "\udfff" for character in str(path))
+    options = {"mmap": True} if mapped and _CAN_MAP and is_text else {}
+    try:
+        with _placeholders_allowed():
+            return torch.load(str(path), map_location="cpu", weights_only=True, **options)
+    except Exception as error:  # whatever a stranger's pickle makes the restricted unpickler raise; none of it ran
+        # PyTorch's own text is long, in colours, and advises to trust the file.
+        text = _TERMINAL.sub(" ", str(error))
+        refused = _REFUSED.search(text)
+        if refused:
+            raise UserError(
+                f"{path} holds more than tensors and plain values ({refused.group(1)[:120]}) and was not opened; have "
+                "its weights and options saved without that, where the file was made"
+            ) from error
+        reason = " ".join(text.split("WeightsUnpickler error:")[-1].split())[:200]
+        raise UserError(f"{path} cannot be read as weights ({type(error).__name__}: {reason})") from error
+
+
+@contextlib.contextmanager
+def _placeholders_allowed() -> Iterator[None]:
+    """Let `torch.load(weights_only=True)` see empty classes under Lightning's names: nothing of Lightning's runs."""
+    placeholders: list[Any] = []
+    for name in _LIGHTNING_CLASSES:
+        module, _, qualname = name.rpartition(".")
+        placeholders.append(type(qualname, (), {"__module__": module, "__qualname__": qualname}))
+    if hasattr(torch.serialization, "safe_globals"):
+        with torch.serialization.safe_globals(placeholders):
+            yield
+        return
+    # Before torch 2.5 the allow-list is one cached dictionary.
+    from torch import _weights_only_unpickler
+
+    allowed = _weights_only_unpickler._get_allowed_globals()
+    try:
+        allowed.update(zip(_LIGHTNING_CLASSES, placeholders))
+        yield
+    finally:
+        for name in _LIGHTNING_CLASSES:
+            allowed.pop(name, None)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, str], Weights]:
+    """Return (metadata, tensors). Raises UserError naming a file that is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"checkpoint {path} is damaged or incomplete ({error}); use another one, or copy it again"
+        ) from error
