@@ -10,6 +10,9 @@ the VQGAN that draws its codes, so the same number for reconstructions of the tr
 """
 from __future__ import annotations
 
+import utils.start  # noqa: F401 - first: it says what stops the imports below
+
+# isort: split
 import argparse
 import contextlib
 import hashlib
