@@ -13,12 +13,15 @@ from typing import Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     """Run torchrun with these arguments; returns the exit status of the first process that failed, else 0."""
     from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, of which it warns in four lines
     logging.disable(logging.ERROR)
     try:
         run.main(["--standalone", *(sys.argv[1:] if argv is None else argv)])
+    except SignalException as error:  # passed on to the processes, which have ended
+        return 128 + int(error.sigval)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:  # killed: it could say nothing
