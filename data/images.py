@@ -72,6 +72,9 @@ class _Bounded(io.BufferedReader):
         super().__init__(file.detach())  # type: ignore[attr-defined]
         self._size = os.fstat(self.fileno()).st_size
 
+    def __repr__(self) -> str:  # of which Pillow makes its messages
+        return f"'{self.name}'"
+
     def read(self, size: int | None = -1) -> bytes:
         if size is not None and size > self._size:
             size = max(0, self._size - self.tell())

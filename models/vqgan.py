@@ -416,8 +416,9 @@ def default_vqgan(cache_dir: PathLike | None = None, name: str = "f16-1024") -> 
         try:
             download(url, path, size_limit=_MAX_DOWNLOAD[path.suffix])
         except (OSError, UserError) as error:
+            reason = getattr(error, "reason", error)  # alone: its advice is part of the one below
             raise UserError(
-                f"the published VQGAN {name} could not be downloaded ({error}); fetch {published.weights_url} by "
+                f"the published VQGAN {name} could not be downloaded ({reason}); fetch {published.weights_url} by "
                 f"hand and save it as {weights}, and {published.config_url} as "
                 f"{config}, or give --vqgan_model_path and --vqgan_config_path"
             ) from None
