@@ -11,6 +11,7 @@ from typing import ContextManager, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+import data
 from args import Config
 from engines import Engine
 from utils.errors import UserError
@@ -52,12 +53,26 @@ def reading(state: PathLike, problem: str, way_out: str = "") -> Iterator[None]:
         raise UserError(f"--resume: {state} {problem} ({reason}){way_out}") from error
 
 
-def check_writable(folder: Path) -> None:
-    """Raise UserError when checkpoints cannot be written: before training, not after hours of it."""
-    with writing("--checkpoint-output-dir", folder):
+def check_writable(flag: str, folder: Path) -> None:
+    """Raise UserError when results cannot be written to a folder: before training, not after hours of it."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{flag} {folder}: this is a file; give a folder")
+    with writing(flag, folder):
         folder.mkdir(parents=True, exist_ok=True)
     if not os.access(str(folder), os.W_OK | os.X_OK):
-        raise UserError(f"--checkpoint-output-dir {folder}: no permission to write there")
+        raise UserError(f"{flag} {folder}: no permission to write there")
+
+
+def check_folders(config: Config) -> None:
+    """Raise UserError unless the data that a configuration names is there."""
+    options = config.data
+    generated = options.generated_data or options.synthetic_data
+    for flag, folder in (
+        ("--input-folder", None if generated else options.input_folder),
+        ("--validation-folder", options.validation_folder),
+    ):
+        if folder not in (None, data.DEMO):
+            data.require_folder(folder, flag)
 
 
 def not_finite(weights: Mapping[str, Tensor]) -> str | None:

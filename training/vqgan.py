@@ -20,12 +20,12 @@ import log
 from args import flag_name
 from checkpoints import save_checkpoint, verify
 from dalle.pictures import save_picture, to_pil
-from data import DEMO
+from data import DEMO, require_folder
 from data.uncaptioned import Batches, ImageSource, open_images
 from engines.native import pick_device
 from models.vqgan import VQGAN, check_size, load_vqgan
 from models.vqgan_metrics import Reconstructions, code_use, psnr, reconstruct, retrieval
-from training.files import move_aside, not_finite, reading, writing
+from training.files import check_writable, move_aside, not_finite, reading, writing
 from training.loop import Loop
 from training.schedule import Position
 from training.vqgan_options import AT_RESUME, choose_config
@@ -67,20 +67,21 @@ class Run(Loop):
         """Build all that `args` describe; with --resume the run goes on at the very next step. Raises UserError."""
         torch.manual_seed(args.random_seed)
         self.args, self.interruption, self.folder = args, interruption, Path(args.output)
+        check_writable("--output", self.folder)
+        if args.input_folder != DEMO:
+            require_folder(args.input_folder)
         self.trainer = trainer = make_trainer(args, pick_device(args.device, 0))
         config, skipped = trainer.model.config, self.folder / SKIPPED
+        state = read_state(args, trainer.model)
         split = (args.validation_images, args.random_seed)
         images = open_images(args.input_folder, config.resolution, *split, args.max_bad_fraction, skipped)
         self.images, self.held_out = images
-        with writing(NO_FILE, self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
         start_report(skipped)
         size = sum(p.numel() for p in trainer.model.parameters()) / 1e6
         logger.info(
             f"VQGAN f{config.downsampling}, {config.num_codes} codes, {size:.2f} M parameters; {len(self.images)} "
             f"images, {len(self.held_out)} held out; {trainer.device}"
         )
-        state = read_state(args, trainer.model)
         if state is None:
             names = (STATE, WEIGHTS, CONFIG, PICTURES, TRAIN_PICTURES, "metrics.jsonl")
             old = [self.folder / name for name in names if (self.folder / name).is_file()]
