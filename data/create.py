@@ -81,7 +81,7 @@ def create_dataset(  # noqa: PLR0913
             dataset = ImageTextFolder(pairs, settings, image_size, skipped)
     if (shard_images or shard_captions) and flag == "--input-folder" and not isinstance(dataset, ImageTextShards):
         raise UsageError("--shard-images and --shard-captions are for webdataset shards, and --input-folder names none")
-    dataset.flip = flip
+    dataset.flip, dataset.held_out = flip, isinstance(dataset, DemoDataset) and demo_split == "heldout"
     logger.info("%s", dataset.report())
     dataset.check_captions()
     if not num_generated:

@@ -241,6 +241,8 @@ class Run(Loop):
                 logger.info(f"losses: {metrics} and {curve}")
         except (UserError, OSError) as error:
             logger.warning(f"cannot draw {curve} ({error})")
+        if self.saver.newest is not None:
+            logger.info(f"checkpoint: {self.saver.newest}")
 
     def export(self) -> None:
         """--export-mindalle: write the trained model, with averaged weights where there are some."""

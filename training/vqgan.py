@@ -229,9 +229,24 @@ def make_trainer(args: argparse.Namespace, device: torch.device) -> Trainer:
     return Trainer(model, options, device, bool(args.vqgan_model_path), perceptual)
 
 
+#: Figures whose name says no unit, as the console shows them.
+_SHOWN = {
+    "psnr": "PSNR {:.2f} dB",
+    "psnr_train": "training images: PSNR {:.2f} dB",
+    "codes_used": "{:.1%} of the codes used",
+    "perplexity": "perplexity {:.1f} codes",
+    "ceiling_heldout": "{:.1%} of held-out reconstructions nearest to their own picture",
+    "ceiling_train": "{:.1%} of training ones",
+    "images_per_second": "{:.3g} images/s",
+}
+
+
 def listed(figures: dict[str, float]) -> str:
     """Figures for the console."""
-    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
+    shown = {name: value for name, value in figures.items() if value or name != "bad_steps"}
+    return ", ".join(
+        _SHOWN.get(name, name.replace("_", " ") + " {:.4g}").format(value) for name, value in shown.items()
+    )
 
 
 def read_state(args: argparse.Namespace, model: VQGAN) -> dict[str, Any] | None:
