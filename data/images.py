@@ -57,7 +57,10 @@ def load_image(file: str | IO[bytes], image_size: int) -> torch.Tensor:
     """Read a picture as uint8 (3, image_size, image_size). Raises one of BROKEN_IMAGE_ERRORS where that fails."""
     with contextlib.ExitStack() as opened:
         source = opened.enter_context(_Bounded(open_regular(file))) if isinstance(file, str) else file
-        image = opened.enter_context(Image.open(source, formats=_FORMATS))
+        try:
+            image = opened.enter_context(Image.open(source, formats=_FORMATS))
+        except UnidentifiedImageError:  # Pillow names the object that it was given, for those who know Python
+            raise UnidentifiedImageError(f"not one of the formats {', '.join(_FORMATS)}") from None
         check_pixels(image)
         return image_to_tensor(prepare_image(image, image_size))
 
@@ -71,9 +74,6 @@ class _Bounded(io.BufferedReader):
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file.detach())  # type: ignore[attr-defined]
         self._size = os.fstat(self.fileno()).st_size
-
-    def __repr__(self) -> str:  # of which Pillow makes its messages
-        return f"'{self.name}'"
 
     def read(self, size: int | None = -1) -> bytes:
         if size is not None and size > self._size:
