@@ -53,6 +53,8 @@ TRAIN = [
     ("--pretrained-checkpoint minDALL-E/1.3B --input-folder missing", "--input-folder missing: no such folder"),
     (f"{PUBLISHED} --image-size 16 --text-seq-len 1 --truncate-captions false", "--text-seq-len"),
     ("--bpe-path missing.txt", "missing.txt"),
+    (f"{PUBLISHED} --image-size 16 --input-folder full", "--input-folder full: no pair of image and captions"),
+    ("--device cuda", "--device cuda: PyTorch .* sees no CUDA GPU here"),
     ("--vqgan-config-path file", "file"),
     ("--pretrained-checkpoint file", "file is no checkpoint"),
     ("--pretrained-checkpoint demo.safetensors", "demo.safetensors has num_text_tokens = .*, but --bpe-path makes"),
@@ -81,6 +83,7 @@ def place(tmp_path, monkeypatch):
     Path("full", "a").touch()
     Path("demo.safetensors").symlink_to(ROOT / "models" / "demo" / "dalle.safetensors")
     may = os.access
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "closed" and may(path, mode))
     for package in ("wandb", "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, package, None)
