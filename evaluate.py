@@ -10,6 +10,9 @@ the VQGAN that decodes its codes, so the same number for reconstructions of the 
 """
 from __future__ import annotations
 
+import utils.start  # noqa: F401 - first: it says what stops the imports below
+
+# isort: split
 import contextlib
 import json
 import sys

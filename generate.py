@@ -10,6 +10,9 @@ Images go to <outputs-dir>/<prompt with _ for blanks>/: 0.jpg, 1.jpg, ..., capti
 """
 from __future__ import annotations
 
+import utils.start  # noqa: F401 - first: it says what stops the imports below
+
+# isort: split
 from typing import Sequence
 
 import log

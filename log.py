@@ -287,6 +287,7 @@ class Metrics:
 
     resume_step: None starts a new file and moves an older one aside (metrics.1.jsonl, ...). A number goes on with the
     file: lines of later steps, which an interrupted run had written after its last checkpoint, are dropped.
+    metrics.jsonl is begun by `with` or the first event: a run that fails before leaves an earlier one's where it is.
     Raises UserError when a writer that was asked for is not installed.
     """
 
@@ -296,6 +297,7 @@ class Metrics:
         self._log_dir = Path(log_dir)
         self.path = self._log_dir / "metrics.jsonl"
         self._writers: dict[str, Any] = {}
+        self._begin: Callable[[], _JsonLines] | None = None
         self._known: set[tuple[Any, Any]] = set()  # events at the very step a resumed run starts from
         if not is_main:
             return
@@ -303,7 +305,7 @@ class Metrics:
             self._add("TensorBoard", lambda: _TensorBoard(self._log_dir / "tensorboard", resume_step))
         if wandb:
             self._add("wandb", lambda: _Wandb(self._log_dir, wandb_project_name, wandb_run_name, config, resume_step))
-        self._add("metrics.jsonl", lambda: self._open_file(resume_step))
+        self._begin = lambda: self._open_file(resume_step)
 
     def _add(self, name: str, make: Callable[[], Any]) -> None:
         try:
@@ -333,6 +335,7 @@ class Metrics:
 
     def log(self, event: str, step: int, **values: Any) -> None:
         """Write one event. Values are numbers (also 0-d tensors), text or None."""
+        self.__enter__()
         if (event, step) in self._known:
             return
         plain = {key: _plain(value) for key, value in values.items()}
@@ -362,6 +365,9 @@ class Metrics:
         self._writers = {}
 
     def __enter__(self) -> Metrics:
+        if self._begin is not None:
+            self._add("metrics.jsonl", self._begin)
+            self._begin = None
         return self
 
     def __exit__(self, *_: Any) -> None:

@@ -16,7 +16,7 @@ if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
 fi
 case " $* " in *" --help "*|*" -h "*) exec "$python" "$root/train.py" --help;; esac
 if [ "${NPROC:-1}" -gt 1 ]; then
-    "$python" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" "$root/train.py" --config "$config" "$@"
+    PYTHONPATH="$root" "$python" -m utils.launch --nproc-per-node "$NPROC" "$root/train.py" --config "$config" "$@"
 else
     "$python" "$root/train.py" --config "$config" "$@"
 fi

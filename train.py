@@ -9,6 +9,9 @@ The loop never asks which device it has: engines/ does.
 """
 from __future__ import annotations
 
+import utils.start  # noqa: F401 - first: it says what stops the imports below
+
+# isort: split
 import logging
 import sys
 

@@ -10,6 +10,9 @@ metrics.jsonl, reconstructions.png (rows of originals, each above its reconstruc
 """
 from __future__ import annotations
 
+import utils.start  # noqa: F401 - first: it says what stops the imports below
+
+# isort: split
 from pathlib import Path
 
 import log

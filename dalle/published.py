@@ -28,8 +28,8 @@ PUBLISHED_MODELS = {
 _MAX_ARCHIVE_BYTES = 8 << 30  # of the published 5 GB, and of what they unpack to
 
 
-def resolve(path_or_name: PathLike, cache_dir: PathLike | None = None) -> Path:
-    """Return the folder of a published model's name, fetched if need be; any other path as it is.
+def resolve(path_or_name: PathLike, cache_dir: PathLike | None = None, fetch: bool = True) -> Path:
+    """Return the folder of a published model's name, fetched if need be and `fetch` says so; any other path as it is.
 
     The archive goes to `cache_dir` (default: ~/.cache/minDALL-E), is resumed when interrupted, checked against its md5,
     unpacked beside its final place and deleted. Raises UserError when it cannot be had.
@@ -41,7 +41,7 @@ def resolve(path_or_name: PathLike, cache_dir: PathLike | None = None) -> Path:
     folder_name = name.rpartition("/")[2]
     root = Path(cache_dir) if cache_dir else cache_folder("minDALL-E", holding=folder_name)
     folder = root / folder_name
-    if not folder.is_dir():
+    if not folder.is_dir() and fetch:
         logger.info("%s (about 5 GB, CC-BY-NC-SA 4.0: not for commercial use) -> %s", name, folder)
         archive = download(url, root / url.rpartition("/")[2], md5=url.split("/")[-2], size_limit=_MAX_ARCHIVE_BYTES)
         unpack_tar(archive, folder, _MAX_ARCHIVE_BYTES)

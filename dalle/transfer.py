@@ -89,6 +89,8 @@ _STAGE1_KEYS = {
             "num_res_blocks",
             "attn_resolutions",
             "pdrop",
+            "num_groups",
+            "patch_size",
         )
     ),
 }

@@ -5,6 +5,7 @@ from data.code_cache import CodeCache, Team
 from data.create import DEMO, DataSettings, create_dataset, create_datasets
 from data.datasets import CodesDataset, DemoDataset, GeneratedDataset, ImageTextFolder, PairDataset, TextSettings
 from data.order import epoch_order, split_holdout
+from data.shards import require_folder
 
 __all__ = [
     "DEMO",
@@ -20,5 +21,6 @@ __all__ = [
     "create_dataset",
     "create_datasets",
     "epoch_order",
+    "require_folder",
     "split_holdout",
 ]

@@ -81,7 +81,8 @@ class CodeCache:
 
         made_with: what codes depend on besides image and size, as plain values: the VQGAN's weights and configuration.
         encode: images uint8 (b, 3, S, S) -> codes (b, N), integers on the CPU; an image's codes must not depend on b.
-        workers: processes that read images. progress(total, what): a context manager with update(steps, samples).
+        workers: processes that read images. progress(total, what): a context manager with update(steps, samples);
+            None: nothing is shown.
         """
         self.folder = Path(folder)
         self.made_with = dict(made_with, image_size=image_size, pixels=PIXEL_RULES, format=_FORMAT)
@@ -181,13 +182,15 @@ class CodeCache:
         """Encode rows, this process's share of `total`: in rounds, so that no process waits long for another."""
         source = read(_batches(_Pictures(pairs, rows, identities), self.workers))
         left, writer = len(rows), place.writer()
-        with contextlib.closing(source), contextlib.closing(writer), self._shown(total) as progress:
+        shown = self.progress(total, "encoding images") if self.progress else contextlib.nullcontext()
+        with contextlib.closing(source), contextlib.closing(writer), shown as progress:
             while total:
                 batch: list[tuple[int, Tensor | None]] = next(source, [])
                 self._together(lambda: writer.write(self._records(batch)))  # noqa: B023 (called at once)
                 left -= len(batch)
                 before, total = total, self.team.total(left)
-                progress.update(before - total, before - total)
+                if progress is not None:
+                    progress.update(before - total, before - total)
             self._together(writer.sync)
 
     def _records(self, batch: Sequence[tuple[int, Tensor | None]]) -> numpy.ndarray:
@@ -200,9 +203,6 @@ class CodeCache:
         if images:
             records["codes"][records["readable"] == 1] = self.encode(torch.stack(images)).numpy()
         return sign(records)
-
-    def _shown(self, total: int) -> Any:
-        return self.progress(total, "encoding images") if self.progress else _NoProgress()
 
     # Several processes, several runs
 
@@ -260,19 +260,6 @@ class CodeCache:
 
 class _CacheError(Exception):
     """Why codes cannot be kept; raised in every process of a team at once."""
-
-
-class _NoProgress:
-    """Where no progress is shown."""
-
-    def update(self, steps: int, samples: int) -> None:
-        pass
-
-    def __enter__(self) -> _NoProgress:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        pass
 
 
 # Images ---------------------------------------------------------------------------------------------------------------

@@ -95,6 +95,7 @@ def create_dataset(
     if named and flag == "--input-folder" and not isinstance(dataset, ImageTextShards):
         raise UsageError("--shard-images and --shard-captions are for webdataset shards, and --input-folder names none")
     dataset.flip = settings.flip
+    dataset.held_out = isinstance(dataset, DemoDataset) and demo_split == "heldout"
     logger.info("%s", dataset.report())
     dataset.check_captions()
     if not settings.num_generated:

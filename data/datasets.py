@@ -356,7 +356,7 @@ class DemoDataset(PairDataset):
         return _file_identity(path.name, str(path))
 
     def report(self) -> str:
-        return f"demo set: {len(self)} pictures with captions"
+        return f"demo set: {len(self)} pictures with captions" + (", held out for validation" if self.held_out else "")
 
 
 class GeneratedDataset(PairDataset):

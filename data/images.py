@@ -57,7 +57,10 @@ def load_image(file: str | IO[bytes], image_size: int) -> torch.Tensor:
     """Read a picture as uint8 (3, image_size, image_size). Raises one of BROKEN_IMAGE_ERRORS where that fails."""
     with contextlib.ExitStack() as opened:
         source = opened.enter_context(_Bounded(open_regular(file))) if isinstance(file, str) else file
-        image = opened.enter_context(Image.open(source, formats=_FORMATS))
+        try:
+            image = opened.enter_context(Image.open(source, formats=_FORMATS))
+        except UnidentifiedImageError:  # Pillow names the object that it was given, for those who know Python
+            raise UnidentifiedImageError(f"not one of the formats {', '.join(_FORMATS)}") from None
         check_pixels(image)
         return image_to_tensor(prepare_image(image, image_size))
 

@@ -67,6 +67,17 @@ class Listing(NamedTuple):
     """Those named one by one that are not there."""
 
 
+def require_folder(folder: str, flag: str = "--input-folder") -> None:
+    """Raise UserError unless a folder or shards are there. flag: where the folder comes from."""
+    try:
+        if find_shards(folder) is None and not os.path.isdir(folder):
+            raise UserError(
+                f"{flag} {folder}: no such folder; give one with images and captions, or 'demo' for the built-in set"
+            )
+    except UserError as error:
+        raise UserError(str(error).replace("--input-folder", flag)) from error
+
+
 def find_shards(pattern: str) -> Listing | None:
     """Return the shards that --input-folder names, or None where it names a folder of files.
 

@@ -73,9 +73,17 @@ class Engine:
         Raises UserError where a whole epoch has none.
         """
         if not whole_steps(num_samples, self.config.global_batch, self.steps_per_call):
+            execution = self.config.execution
+            factors = {name: getattr(execution, name) for name in ("gradient_accumulation", "replication_factor")}
+            factors["batch_size"] = execution.batch_size
+            if self.steps_per_call > 1:
+                factors = dict(device_iterations=self.steps_per_call, **factors)
+            whole = self.config.global_batch * self.steps_per_call
+            enough = [name for name, factor in factors.items() if whole // factor <= num_samples]
+            lowered = enough[:1] or [name for name, factor in factors.items() if factor > 1]
+            flags = " and ".join("--" + name.replace("_", "-") for name in lowered)
             raise UserError(
-                f"{num_samples} training samples do not fill one {self._call()}; lower --gradient-accumulation or "
-                "give more data"
+                f"{num_samples} training samples do not fill one {self._call()}; lower {flags} or give more data"
             )
         return whole_steps(num_samples - start, self.config.global_batch, self.steps_per_call)
 

@@ -19,7 +19,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, NoReturn, Sequence
 
 import torch
 
@@ -37,11 +37,12 @@ from dalle.transfer import Downstream, check_shape, image_only, read_downstream
 from data.classes import class_names, imagenet_folders
 from engines import Engine
 from sampling import to_uint8
-from training.files import check_writable, folders_locked
+from training.files import folders_locked
 from training.run import train
-from training.setup import Parts, Start, build_parts
+from training.setup import Parts, Start, build_parts, with_weights
+from utils import launch
 from utils.errors import UsageError, UserError, run_main
-from utils.files import atomic_write
+from utils.files import atomic_write, make_folder
 from utils.flags import DeviceOptions
 from utils.interrupts import Interruption
 from utils.options import REQUIRED, Command, Options, again, option
@@ -82,17 +83,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prepare data and start, then train as train.py does. Returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     options = COMMAND.parse(words)
-    upstream = published.resolve(options.path_upstream)
-    if not (upstream / published.STAGE1).is_file():
-        raise UserError(
-            f"--path-upstream {upstream}: no folder with {published.STAGE1} and {published.STAGE2}"
-        )
+    if options.path_upstream not in published.PUBLISHED_MODELS:
+        find_upstream(options.path_upstream)
     if options.n_gpus > 1 and "WORLD_SIZE" not in os.environ:
         start_processes(options.n_gpus, words)
     downstream = read_downstream(options.config_downstream)
     folder = Path(options.result_path) / Path(options.config_downstream).stem
     resuming = options.resume and newest_checkpoint(folder / "ckpt") is not None
-    config = make_config(options, downstream, upstream, folder, resuming)
+    config = make_config(options, downstream, folder, resuming)
     engine = engines.create(config)
     try:
         with Interruption(tell=engine.is_main) as interruption, folders_locked(config, engine):
@@ -103,9 +101,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             engine.barrier()
             parts = build_parts(config, engine)
             check_data(parts, downstream)
+            upstream = find_upstream(options.path_upstream)  # perhaps a download of 5 GB: all that can be checked is
+            start = None if resuming else make_start(upstream, downstream, options.seed)
+            parts = with_weights(config, parts)
             if engine.is_main and not resuming:
                 show_reconstructions(engine, parts, folder)
-            start = None if resuming else make_start(upstream, downstream, options.seed)
             train(config, engine, parts, start, interruption)
             if engine.is_main and interruption.requested is None:
                 say_how_to_draw(folder, config)
@@ -114,13 +114,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         engine.close()
 
 
-def start_processes(num: int, words: list[str]) -> None:
-    """Become torchrun, which runs this script `num` times."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num)]
-    os.execv(sys.executable, [*command, str(Path(__file__).resolve()), *words])
+def find_upstream(path_or_name: str) -> Path:
+    """The folder of the model to start from; a published one is fetched. Raises UserError."""
+    upstream = published.resolve(path_or_name)
+    if not (upstream / published.STAGE1).is_file():
+        raise UserError(
+            f"--path-upstream {upstream}: no folder with {published.STAGE1} and {published.STAGE2}"
+        )
+    return upstream
 
 
-def make_config(options: Any, downstream: Downstream, upstream: Path, folder: Path, resuming: bool) -> Config:
+def start_processes(num: int, words: list[str]) -> NoReturn:
+    """Run this script `num` times, and end with the status of these processes."""
+    sys.exit(launch.main(["--nproc-per-node", str(num), str(Path(__file__).resolve()), *words]))
+
+
+def make_config(options: Any, downstream: Downstream, folder: Path, resuming: bool) -> Config:
     """What train.py would be told: the YAML file's values, this script's flags, and where things are."""
     per_micro_step = downstream.local_batch_size * options.n_gpus
     if downstream.total_batch_size % per_micro_step:
@@ -131,6 +140,7 @@ def make_config(options: Any, downstream: Downstream, upstream: Path, folder: Pa
     if not Path(options.imagenet_path).is_dir():
         raise UsageError(f"--imagenet-path {options.imagenet_path}: no such folder")
     train_folder, validation_folder = imagenet_folders(options.imagenet_path)
+    upstream = published.resolve(options.path_upstream, fetch=False)
     shape = downstream.shape
     return Config.from_dict(
         {
@@ -188,7 +198,7 @@ def write_descriptions(downstream: Downstream, config: Config) -> None:
             f"{config.data.input_folder} holds {len(names)} classes: set stage2.hparams.n_classes (now "
             f"{downstream.num_classes}) to that number"
         )
-    check_writable(Path(config.checkpoints.checkpoint_output_dir))
+    make_folder("--result-path", Path(config.checkpoints.checkpoint_output_dir))
     with atomic_write(str(config.data.bpe_path), "wb") as file:
         file.write(class_file(names))
     downstream.stage1.to_yaml(config.model.vqgan_config_path)

@@ -35,9 +35,7 @@ def start(server, folder, out, *more, processes=1, kill=None, largest_file=None)
         port = str(probe.getsockname()[1])
     return [
         server.start(
-            arguments(folder, out, *more),
-            out / "stderr.log",
-            kill if rank == processes - 1 else None,
+            arguments(folder, out, *more), out / "stderr.log", kill if rank == processes - 1 else None,
             largest_file=largest_file,
             **dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1"),
             MASTER_PORT=port,

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from test_train import flags
+from test_train import folder as tiny  # noqa: F401 (a fixture)
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
@@ -27,7 +28,6 @@ from bpe import load_tokenizer
 from data import DataSettings, ImageTextFolder, TextSettings, create_dataset
 from data.folder import list_pairs
 from data.images import MAX_PIXELS
-from models.vqgan import VQGAN, VqganConfig
 from utils.errors import UserError, run_main
 from utils.skipped import Entry, SkipReport, start_report
 
@@ -176,7 +176,7 @@ def test_what_is_good_is_read_and_the_rest_listed_once_with_its_reason(dirty, tm
     expected.update((name + ".txt", reason) for name, (_, reason) in BAD_CAPTIONS.items())
     assert found == dict(expected, **{"pipe.txt": "caption files that cannot be read"})
     assert len(lines(report)) == len(found) + 2  # and the two images without captions, which are no bad pairs
-    assert f"listed in {report}" in dataset.report()
+    assert f"listed in {report}" in dataset.report() and "<" not in report.read_text()  # no Python objects
 
 
 def test_loader_processes_list_each_file_once(dirty, tmp_path):
@@ -308,48 +308,17 @@ def test_names_that_are_no_text_are_listed(tmp_path):
 # Training ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def vqgan(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vqgan")
-    config = VqganConfig(
-        embed_dim=4,
-        num_codes=8,
-        z_channels=4,
-        resolution=16,
-        ch=4,
-        ch_mult=(1, 1, 1),
-        num_res_blocks=1,
-        attn_resolutions=(),
-        num_groups=2,
-    )
-    save_file(VQGAN(config).state_dict(), str(folder / "v.safetensors"))
-    config.to_yaml(folder / "v.yaml")
-    return ["--vqgan-model-path", str(folder / "v.safetensors"), "--vqgan-config-path", str(folder / "v.yaml")]
-
-
-def train_flags(folder, out, vqgan, *more):
-    text = (
-        "--config unit_test --image-size 16 --batch-size 2 --gradient-accumulation 1 --epochs 2 --max-steps 0 "
-        "--text-seq-len 16 --hidden-size 8 --dim-head 8 --num-attention-heads 1 --device cpu --truncate-captions "
-        "--checkpoint-save-steps 0 --validation-fraction 0.2"
-    )
-    return [
-        *text.split(),
-        "--input-folder",
-        str(folder),
-        "--bpe-path",
-        VOCABULARY,
-        *vqgan,
-        "--checkpoint-output-dir",
-        str(out / "ckpt"),
-        *more,
-    ]
+def train_flags(tiny, dirty, out, cache, limit):  # noqa: F811
+    """Those of test_train, but of dirty data."""
+    cache = str(out / "codes") if cache == "on" else "off"
+    own = ["--input-folder", str(dirty), "--bpe-path", VOCABULARY, "--truncate-captions", "--text-seq-len", str(T)]
+    own += ["--gradient-accumulation", "1", "--validation-fraction", "0.2", "--checkpoint-save-steps", "0"]
+    return flags(tiny, out, *own, "--max-bad-fraction", str(limit), "--cache-codes", cache)
 
 
 @pytest.mark.parametrize("cache", ["off", "on"])
-def test_training_on_dirty_data_ends_well_and_lists_it(dirty, tmp_path, vqgan, cache):
-    cache = str(tmp_path / "codes") if cache == "on" else "off"
-    config = args.parse(train_flags(dirty, tmp_path, vqgan, "--max-bad-fraction", "0.5", "--cache-codes", cache))
+def test_training_on_dirty_data_ends_well_and_lists_it(tiny, dirty, tmp_path, cache):  # noqa: F811
+    config = args.parse(train_flags(tiny, dirty, tmp_path, cache, 0.5))
     for _ in range(2 if cache == "off" else 1):  # the second run lists it anew, not again
         train.train(config, engines.create(config))
         bad = [line for line in lines(tmp_path / "skipped.jsonl") if line["bad"]]
@@ -360,14 +329,11 @@ def test_training_on_dirty_data_ends_well_and_lists_it(dirty, tmp_path, vqgan, c
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", ["off", "on"])
-def test_two_processes_stop_at_the_limit_in_one_line_each(dirty, tmp_path, vqgan, cache):
+def test_two_processes_stop_at_the_limit_in_one_line_each(tiny, dirty, tmp_path, cache):  # noqa: F811
     limit = (len(BAD_CAPTIONS) + PIPES + 1) / (NUM_GOOD + NUM_BAD + PIPES)  # the captions, and one image
-    cache = str(tmp_path / "codes") if cache == "on" else "off"
-    flags = train_flags(dirty, tmp_path, vqgan, "--max-bad-fraction", str(limit), "--cache-codes", cache)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "train.py", *flags], cwd=str(ROOT), stderr=subprocess.PIPE, timeout=300, encoding="utf-8"
-    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    command += train_flags(tiny, dirty, tmp_path, cache, limit)
+    done = subprocess.run(command, cwd=str(ROOT), stderr=subprocess.PIPE, timeout=300, encoding="utf-8")
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert errors and all("--max-bad-fraction" in line and "skipped.jsonl" in line for line in errors)

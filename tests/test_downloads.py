@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import hashlib
 import http.server
 import io
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from models import vqgan
 from utils import archives, downloads
 from utils.downloads import download
 from utils.errors import UserError
@@ -117,9 +119,7 @@ def test_cut_connections_are_resumed(server, tmp_path, pauses):
     server.cut_after = [100000, 50000, 0, 1]
     fetch(server, tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == CONTENT and names(tmp_path) == ["x"]
-    assert [asked for _, asked in server.requests] == [None] + [
-        f"bytes={n}-" for n in (100000, 150000, 150000, 150001)
-    ]
+    assert [asked for _, asked in server.requests] == [None] + [f"bytes={n}-" for n in (100000, 150000, 150000, 150001)]
     assert pauses == [1, 1, 2, 1]  # longer when nothing was gained
 
 
@@ -133,42 +133,30 @@ def test_a_later_process_goes_on_from_the_part(server, tmp_path, monkeypatch):
     assert server.requests[-1][1] == "bytes=100000-" and (tmp_path / "x").read_bytes() == CONTENT
 
 
-def test_a_part_of_another_version_is_never_continued(server, tmp_path):
-    (tmp_path / "x.part").write_bytes(b"old" * 1000)
-    (tmp_path / "x.part.json").write_text(json.dumps({"url": f"{server.url}/file.bin", "validator": '"v0"'}))
-    fetch(server, tmp_path / "x")  # the server answers If-Range: "v0" with the whole file
-    assert (tmp_path / "x").read_bytes() == CONTENT
+OWN_NOTES = {"url": "{url}/file.bin", "validator": '"v1"'}
+# (what lies there as part, the notes beside it, whether a checksum is known, the ranges that are asked for)
+PARTS = {
+    "of another version": (b"old" * 1000, json.dumps(dict(OWN_NOTES, validator='"v0"')), False, ["bytes=3000-"]),
+    "of another address": (b"?" * 1000, json.dumps(dict(OWN_NOTES, url="https://elsewhere/file.bin")), False, [None]),
+    "with notes that are no JSON": (b"?" * 1000, "not json", False, [None]),
+    "with notes of another kind": (b"?" * 1000, "[]", False, [None]),
+    "without notes": (b"?" * 1000, None, False, [None]),
+    "that is right, of a known sum": (CONTENT[:1000], None, True, ["bytes=1000-"]),
+    "that is wrong, of a known sum": (b"?" * 1000, None, True, ["bytes=1000-", None]),
+    "that is complete": (CONTENT, json.dumps(OWN_NOTES), False, ["bytes=307200-"]),
+    "that is too long, of a known sum": (CONTENT + b"more", None, True, ["bytes=307204-", None]),
+}
 
 
-@pytest.mark.parametrize(
-    "notes", ['{"url": "https://elsewhere/file.bin", "validator": "\\"v1\\""}', "not json", "[]", None]
-)
-def test_a_part_of_unknown_origin_starts_again(server, tmp_path, notes):
-    (tmp_path / "x.part").write_bytes(b"?" * 1000)
-    if notes:
-        (tmp_path / "x.part.json").write_text(notes)
-    fetch(server, tmp_path / "x")
-    assert server.requests == [("/file.bin", None)] and (tmp_path / "x").read_bytes() == CONTENT
-
-
-def test_with_a_checksum_any_part_is_tried_and_a_wrong_one_is_dropped(server, tmp_path):
-    server.etag = None
-    (tmp_path / "x.part").write_bytes(CONTENT[:1000])
-    fetch(server, tmp_path / "x", sha256=SHA256)
-    assert server.requests == [("/file.bin", "bytes=1000-")]
-    (tmp_path / "y.part").write_bytes(b"?" * 1000)
-    fetch(server, tmp_path / "y", sha256=SHA256)
-    assert (tmp_path / "y").read_bytes() == CONTENT and names(tmp_path) == ["x", "y"]
-
-
-def test_a_part_that_is_complete_needs_only_its_name(server, tmp_path):
-    (tmp_path / "x.part").write_bytes(CONTENT)
-    (tmp_path / "x.part.json").write_text(json.dumps({"url": f"{server.url}/file.bin", "validator": '"v1"'}))
-    fetch(server, tmp_path / "x")
-    assert server.requests == [("/file.bin", "bytes=307200-")] and (tmp_path / "x").read_bytes() == CONTENT
-    (tmp_path / "y.part").write_bytes(CONTENT + b"more")
-    fetch(server, tmp_path / "y", sha256=SHA256)
-    assert (tmp_path / "y").read_bytes() == CONTENT and names(tmp_path) == ["x", "y"]
+@pytest.mark.parametrize("case", PARTS)
+def test_a_part_is_continued_only_where_that_is_right(server, tmp_path, case):
+    part, notes, known, ranges = PARTS[case]
+    (tmp_path / "x.part").write_bytes(part)
+    if notes is not None:
+        (tmp_path / "x.part.json").write_text(notes.replace("{url}", server.url))
+    fetch(server, tmp_path / "x", **({"sha256": SHA256} if known else {}))
+    assert [asked for _, asked in server.requests] == ranges
+    assert (tmp_path / "x").read_bytes() == CONTENT and names(tmp_path) == ["x"]
 
 
 def test_a_server_without_ranges_starts_again_and_is_given_up_in_the_end(server, tmp_path, pauses):
@@ -207,6 +195,14 @@ def test_no_server_at_all(tmp_path, pauses):
     assert len(pauses) == downloads.ATTEMPTS - 1
 
 
+def test_a_published_vqgan_that_cannot_be_had_says_its_advice_once(tmp_path, monkeypatch, server):
+    published = dataclasses.replace(vqgan.PUBLISHED["f16-1024"], config_url=server.url + "/gone.yml")
+    monkeypatch.setitem(vqgan.PUBLISHED, "f16-1024", published)
+    with pytest.raises(UserError, match="f16-1024 could not be downloaded .HTTP status 404") as raised:
+        vqgan.default_vqgan(tmp_path)
+    assert str(raised.value).count("by hand") == 1 and published.weights_url in str(raised.value)
+
+
 def test_a_wrong_checksum_leaves_no_file(server, tmp_path):
     with pytest.raises(UserError, match=f"its sha256 is {SHA256}, not 00"):
         fetch(server, tmp_path / "x", sha256="00" * 32)
@@ -218,30 +214,30 @@ def test_a_wrong_checksum_leaves_no_file(server, tmp_path):
     assert (tmp_path / "x").read_bytes() == CONTENT
 
 
-def test_size_limits(server, tmp_path):
-    fetch(server, tmp_path / "x", size_limit=len(CONTENT))
-    for server.send_length in (True, False):
-        with pytest.raises(UserError, match="more than the"):
-            fetch(server, tmp_path / "y", size_limit=len(CONTENT) - 1)
-        assert not (tmp_path / "y").exists()
+LONG = {"size_limit": len(CONTENT) - 1}
+REFUSED = [
+    ({}, LONG, "x", "it has 307200 bytes, more than the 307199 expected"),
+    ({"send_length": False}, LONG, "x", "it has more than the 307199 bytes expected"),
+    ({"content_type": "text/html; charset=utf-8"}, {}, "x.ckpt", "a web page instead of the file"),
+    ({"redirect": "http://example.org/file.bin"}, {}, "x", "http://example.org/file.bin is no https address"),
+    ({}, {}, "file/x", "cannot save"),
+    ({"free": 1000}, {}, "x", "needs 0.0 GB of space.*free"),
+]
 
 
-def test_a_web_page_is_not_the_file(server, tmp_path):
-    server.content_type = "text/html; charset=utf-8"
-    with pytest.raises(UserError, match="a web page instead of the file"):
-        fetch(server, tmp_path / "model.ckpt")
-
-
-def test_a_full_disk_is_noticed_first(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(downloads.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6, 1000))
-    with pytest.raises(UserError, match="needs 0.0 GB of space.*free"):
-        fetch(server, tmp_path / "x")
-
-
-def test_a_folder_that_cannot_be_written(server, tmp_path):
+@pytest.mark.parametrize("behaviour, options, name, message", REFUSED)
+def test_what_is_refused(server, tmp_path, monkeypatch, behaviour, options, name, message):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot save"):
-        fetch(server, tmp_path / "file" / "x")
+    if "free" in behaviour:
+        monkeypatch.setattr(downloads.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    vars(server).update(behaviour)
+    with pytest.raises(UserError, match=message):
+        fetch(server, tmp_path / name, **options)
+    assert not (tmp_path / name).exists()
+
+
+def test_a_file_as_large_as_the_limit_is_taken(server, tmp_path):
+    assert fetch(server, tmp_path / "x", size_limit=len(CONTENT)).read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize(
@@ -255,10 +251,7 @@ def test_only_https_without_a_checksum(tmp_path, url):
             download(url, tmp_path / "x", sha256=SHA256, progress=False)
 
 
-def test_redirects_are_followed_but_not_out_of_https(server, tmp_path):
-    server.redirect = "http://example.org/file.bin"
-    with pytest.raises(UserError, match="http://example.org/file.bin is no https address"):
-        fetch(server, tmp_path / "x")
+def test_redirects_are_followed(server, tmp_path):
     other = Server()
     threading.Thread(target=other.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     server.redirect = other.url + "/file.bin"
@@ -363,10 +356,7 @@ COCO = {
         ("annotations", "captions_*2017.json", 2),
     ),
     "zips/val2017.zip": ({f"val2017/{n:012d}.jpg": b"v" * 3000 for n in range(5)}, ("val2017", "*.jpg", 5)),
-    "zips/train2017.zip": (
-        {f"train2017/{n:012d}.jpg": b"t" * 3000 for n in range(9)},
-        ("train2017", "*.jpg", 9),
-    ),
+    "zips/train2017.zip": ({f"train2017/{n:012d}.jpg": b"t" * 3000 for n in range(9)}, ("train2017", "*.jpg", 9)),
 }
 
 

@@ -210,7 +210,7 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
 
 
 def test_a_full_disk_stops_only_the_metrics(tmp_path, monkeypatch, caplog):
-    metrics = log.Metrics(tmp_path)
+    metrics = log.Metrics(tmp_path).__enter__()
     monkeypatch.setattr(metrics._writers["metrics.jsonl"], "_file",
                         types.SimpleNamespace(write=full_disk, flush=full_disk, close=full_disk))
     for step in range(3):

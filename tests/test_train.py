@@ -36,17 +36,8 @@ def folder(tmp_path_factory):
 def fill(folder, count):
     """Put a tiny VQGAN (16x16 pixels to 4x4 codes) and so many pictures with two captions each into a folder."""
     config = VqganConfig(
-        embed_dim=8,
-        num_codes=16,
-        z_channels=8,
-        resolution=16,
-        in_channels=3,
-        out_ch=3,
-        ch=8,
-        ch_mult=(1, 1, 1),
-        num_res_blocks=1,
-        attn_resolutions=(),
-        num_groups=4,
+        embed_dim=8, num_codes=16, z_channels=8, resolution=16, in_channels=3, out_ch=3, ch=8, ch_mult=(1, 1, 1),
+        num_res_blocks=1, attn_resolutions=(), num_groups=4,
     )
     torch.manual_seed(0)
     save_file(VQGAN(config).state_dict(), str(folder / "vqgan.safetensors"))
@@ -67,8 +58,7 @@ def flags(folder, out, *more):
         *("--text-seq-len", "8", "--hidden-size", "16", "--dim-head", "8"),
         *("--validation-fraction", "0.17", "--device", "cpu"),
         *("--vqgan-model-path", str(folder / "vqgan.safetensors"), "--vqgan-config-path", str(folder / "vqgan.yaml")),
-        *("--checkpoint-output-dir", str(out / "ckpt"), "--log-every", "1"),
-        *more,
+        *("--checkpoint-output-dir", str(out / "ckpt"), "--log-every", "1"), *more,
     ]
 
 
@@ -130,11 +120,6 @@ def test_a_global_batch_is_shared_in_equal_micro_batches(global_batch, batch_siz
 def test_a_global_batch_that_does_not_divide_is_an_error():
     with pytest.raises(UsageError, match="--gradient-accumulation"):
         share_batch(10, 2, 4)
-
-
-def test_too_few_samples_for_one_step_is_an_error(folder, tmp_path):
-    with pytest.raises(UserError, match="24|20.*--gradient-accumulation"):
-        run(folder, tmp_path, "--gradient-accumulation", "64")
 
 
 def test_weight_decay_leaves_vectors_alone():
@@ -200,10 +185,7 @@ def test_accumulation_equals_one_large_batch(folder, tmp_path):
 
 @pytest.mark.parametrize(
     "more",
-    [
-        (),
-        ("--ema-decay", "0.9", "--ff-dropout", "0.1", "--lr-scheduler", "ReduceLROnPlateau", "--weight-decay", "0.1"),
-    ],
+    [(), ("--ema-decay", "0.9", "--ff-dropout", "0.1", "--lr-scheduler", "ReduceLROnPlateau", "--weight-decay", "0.1")],
     ids=["plain", "all states"],
 )
 @pytest.mark.parametrize("stop", [3, 5])
@@ -240,12 +222,6 @@ def test_resume_takes_moments_from_the_file_and_options_from_the_run(folder, tmp
     assert float(state["state"][0]["step"]) == 3
     with pytest.raises(UserError, match="--optimizer AdamW, not Muon"):
         run(folder, tmp_path, "--max-steps", "4", "--optimizer", "Muon", "--resume")
-
-
-def test_a_folder_that_cannot_be_written_is_named_before_training(folder, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--checkpoint-output-dir"):
-        run(folder, tmp_path, "--checkpoint-output-dir", str(tmp_path / "file" / "ckpt"))
 
 
 def test_old_checkpoints_are_dropped_as_configured(folder, tmp_path):
@@ -313,27 +289,6 @@ def test_two_processes_equal_one(folder, tmp_path):
     for key in one:
         assert torch.allclose(one[key], two[key], atol=1e-5), key
     assert len(list((tmp_path / "two/ckpt").glob("*.pt"))) == 2
-
-
-def test_command_line_errors_are_one_line(folder, tmp_path):
-    for wrong, status, hint in [
-        (["--config", "L17"], 2, "L16"),
-        (["--batchsize", "3"], 2, "--batch-size"),
-        (["--device", "cuda"], 2, "--device"),
-        (["--input-folder", str(tmp_path)], 1, "--input-folder"),
-    ]:
-        if "cuda" in wrong and torch.cuda.is_available():
-            continue
-        result = subprocess.run(
-            [sys.executable, str(ROOT / "train.py"), *flags(folder, tmp_path), *wrong],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-        )
-        assert result.returncode == status, result.stderr
-        last = result.stderr.strip().splitlines()[-1]
-        assert last.startswith("error: ") and hint in last
-        assert "Traceback" not in result.stderr
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this PyTorch has no Muon")

@@ -32,16 +32,8 @@ from utils.interrupts import Interruption
 from utils.resume import FIXED
 
 TINY = VqganConfig(
-    num_codes=16,
-    embed_dim=8,
-    resolution=32,
-    z_channels=8,
-    ch=8,
-    ch_mult=(1, 2),
-    num_res_blocks=1,
-    attn_resolutions=(),
-    num_groups=4,
-    patch_size=4,
+    num_codes=16, embed_dim=8, resolution=32, z_channels=8, ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(),
+    num_groups=4, patch_size=4,
 )
 DEMO = Path(perceptual.__file__).parent / "demo"
 
@@ -56,9 +48,7 @@ def folder(tmp_path):
         picture = numpy.full((40, 40 + 8 * (i % 3), 3), 255, dtype=numpy.uint8)
         top, left = random.integers(0, 20, 2)
         picture[top : top + 20, left : left + 20] = random.integers(0, 255, 3)
-        Image.fromarray(picture).save(
-            str(images.parent / f"a{i}.png" if i % 2 else images / f"b{i}.jpg")
-        )
+        Image.fromarray(picture).save(str(images.parent / f"a{i}.png" if i % 2 else images / f"b{i}.jpg"))
     (images / "notes.txt").write_text("no image")
     TINY.to_yaml(tmp_path / "tiny.yaml")
     return tmp_path
@@ -502,7 +492,6 @@ def test_retrieval_finds_the_nearest_picture():
         (["--steps", "1", "--vqgan_model_path", "w"], "--vqgan-config-path"),
         (["--steps", "1", "--vqgan_model_path", "w", "--vqgan_config_path", "c", "--config", "x"], "--config is for"),
         (["--steps", "1", "--perceptual-weights", "a", "b", "c"], "--perceptual-weights"),
-        (["--steps", "1", "--resume", "--save-every", "0"], "--save-every"),
         (["--steps", "1", "--batch_sise", "1"], "--batch-size"),
     ],
 )
@@ -511,7 +500,7 @@ def test_wrong_flags_are_named(folder, flags, words):
         arguments(folder, *flags)
 
 
-def test_wrong_inputs_are_named(folder, tmp_path):
+def test_wrong_inputs_are_named(tmp_path):
     with pytest.raises(UsageError, match="f8_demo"):
         choose_config("f8_dem")
     with pytest.raises(UserError, match="no such folder"):
@@ -519,9 +508,6 @@ def test_wrong_inputs_are_named(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="fewer than two images"):
         open_images(str(tmp_path / "empty"), 32, 5, 0)
-    (folder / "out").write_text("a file")
-    with pytest.raises(UserError, match="--output"):
-        train(arguments(folder, "--steps", "1"))
 
 
 def test_every_shipped_configuration_is_known():
@@ -532,13 +518,8 @@ def test_every_shipped_configuration_is_known():
 
 #: Some pictures that the shipped model was not trained on.
 HELD_OUT = (
-    "1f3c3-1f3fb-200d-2642-fe0f",
-    "1f468-1f3fb-200d-1f9af",
-    "1f469-1f3fb-200d-1f9bd-200d-27a1-fe0f",
-    "1f469-1f3ff-200d-2764-fe0f-200d-1f468-1f3fe",
-    "1f486-1f3fc",
-    "1f90c-1f3fc",
-    "1f9d1-1f3fb-200d-1f692",
+    "1f3c3-1f3fb-200d-2642-fe0f", "1f468-1f3fb-200d-1f9af", "1f469-1f3fb-200d-1f9bd-200d-27a1-fe0f",
+    "1f469-1f3ff-200d-2764-fe0f-200d-1f468-1f3fe", "1f486-1f3fc", "1f90c-1f3fc", "1f9d1-1f3fb-200d-1f692",
     "1f9d6-1f3fc-200d-2640-fe0f",
 )
 

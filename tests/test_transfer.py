@@ -22,6 +22,7 @@ import generate
 from bpe import load_tokenizer
 from bpe.classes import ClassTokenizer, class_file
 from checkpoints import read_dalle
+from dalle import published
 from dalle.models import Dalle
 from dalle.transfer import check_shape, image_only, read_downstream
 from data.classes import class_names, imagenet_folders, list_class_images
@@ -50,13 +51,8 @@ def imagenet(tmp_path_factory):
             folder = root / split / name
             folder.mkdir(parents=True)
             for index in range(count):
-                pixels = (
-                    np.random.default_rng(1 + 4 * number)
-                    .integers(0, 256, (4, 5, 3))
-                    .astype(np.uint8)
-                    .repeat(4, 0)
-                    .repeat(4, 1)
-                )
+                pixels = np.random.default_rng(1 + 4 * number).integers(0, 256, (4, 5, 3)).astype(np.uint8)
+                pixels = pixels.repeat(4, 0).repeat(4, 1)
                 pixels[0, 0, 0] = index  # never the same file twice
                 Image.fromarray(pixels).save(folder / f"{index}.JPEG", format="PNG")
     return root
@@ -155,8 +151,10 @@ def test_files_that_are_no_configuration_are_named(tmp_path):
             read_downstream(tmp_path / ("x.yaml" if content else "y.yaml"))
 
 
-def test_numbers_that_yaml_takes_for_text_are_read(tmp_path):
-    assert read_downstream(write(tmp_path / "x.yaml", **{"optimizer.base_lr": "1e-4"})).learning_rate == 1e-4
+def test_numbers_that_yaml_takes_for_text_and_what_only_our_vqgans_say_are_read(tmp_path):
+    changes = {"optimizer.base_lr": "1e-4", "stage1.hparams.num_groups": 8, "stage1.hparams.patch_size": 2}
+    found = read_downstream(write(tmp_path / "x.yaml", **changes))
+    assert (found.learning_rate, found.stage1.num_groups, found.stage1.patch_size) == (1e-4, 8, 2)
 
 
 # Classes and their images --------------------------------------------------------------------------------------------
@@ -323,15 +321,7 @@ def test_a_model_of_classes_draws_what_each_class_looks_like(example, upstream, 
         assert agreement(drawn[name], own) > 0.8 and agreement(drawn[name], other) < 0.5
     generate.main(
         [
-            "--dalle_path",
-            str(newest),
-            "--text",
-            CLASSES[1],
-            "--num_images",
-            "2",
-            "--device",
-            "cpu",
-            "--outputs_dir",
+            "--dalle_path", str(newest), "--text", CLASSES[1], "--num_images", "2", "--device", "cpu", "--outputs_dir",
             str(tmp_path / "out"),
         ]
     )
@@ -414,9 +404,12 @@ def test_a_second_run_into_the_same_folder_is_refused(example, upstream, imagene
         ({"stage2.hparams.embed_dim": 32}, "stage2.hparams.embed_dim is 32, but .* has 16"),
     ],
 )
-def test_what_does_not_fit_is_named(example, upstream, imagenet, tmp_path, changes, message):
+def test_what_does_not_fit_is_named(example, upstream, imagenet, tmp_path, changes, message, monkeypatch):
+    """Before a published model is fetched, except for what its own header says."""
+    monkeypatch.setattr(published, "download", None)
+    name = upstream if "stage2.hparams.embed_dim" in changes else "minDALL-E/1.3B"
     with pytest.raises(UserError, match=message):
-        run(example, upstream, imagenet, write(tmp_path / "x.yaml", **changes), tmp_path / "result")
+        run(example, name, imagenet, write(tmp_path / "x.yaml", **changes), tmp_path / "result")
 
 
 def test_missing_places_are_named(example, upstream, imagenet, tmp_path):

@@ -10,10 +10,11 @@ from typing import ContextManager, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+import data
 from args import Config
 from engines import Engine
 from utils.errors import UserError
-from utils.files import PathLike, make_folder
+from utils.files import PathLike
 from utils.locks import only_writer
 
 logger = logging.getLogger(__name__)
@@ -51,9 +52,16 @@ def reading(state: PathLike, problem: str, way_out: str = "") -> Iterator[None]:
         raise UserError(f"--resume: {state} {problem} ({reason}){way_out}") from error
 
 
-def check_writable(folder: Path) -> None:
-    """Raise UserError when checkpoints cannot be written: before training, not after hours of it."""
-    make_folder("--checkpoint-output-dir", folder)
+def check_folders(config: Config) -> None:
+    """Raise UserError unless the data that a configuration names is there."""
+    options = config.data
+    generated = options.generated_data or options.synthetic_data
+    for flag, folder in (
+        ("--input-folder", None if generated else options.input_folder),
+        ("--validation-folder", options.validation_folder),
+    ):
+        if folder not in (None, data.DEMO):
+            data.require_folder(folder, flag)
 
 
 def not_finite(weights: Mapping[str, Tensor]) -> str | None:

@@ -15,7 +15,7 @@ from dalle.loading import recorded_files
 from models.config import DalleConfig
 from training.files import reading
 from training.schedule import Position
-from training.setup import MODEL_OPTIONS, Start, identities
+from training.setup import MODEL_OPTIONS, Parts, Start, identities
 from utils import resume
 from utils.errors import UserError
 
@@ -108,7 +108,6 @@ def restore(run: Run, start: Start) -> None:
     """
     schedule, position, training = run.schedule, run.position, start.training
     with reading_state(start):
-        require_same_files(start, identities(run.config, run.parts))
         if training["num_samples"] != schedule.num_samples:
             logger.warning(
                 f"the training set has {schedule.num_samples} samples, it had {training['num_samples']} when "
@@ -130,16 +129,18 @@ def restore(run: Run, start: Start) -> None:
     position.validation_due |= bool(done) and not schedule.steps_in_epoch(done)
 
 
-def require_same_files(start: Start, own: dict[str, dict[str, Any]]) -> None:
-    """Raise UserError where vocabulary or VQGAN, `identities` of the run, are not those of a checkpoint."""
+def require_same_files(start: Start, config: Config, parts: Parts) -> None:
+    """Raise UserError where vocabulary or VQGAN of a run are not those of its checkpoint."""
+    own = identities(config, parts)
     for what, key, option, noted in (
         ("tokenizer", "sha256", "bpe_path", "path"),
         ("vqgan", "sha256", "vqgan_model_path", "weights"),
         ("vqgan", "options", "vqgan_config_path", "config"),
     ):
-        saved = start.checkpoint.identity[what]
-        # Older versions noted no options of the VQGAN.
-        if (saved.get(key, own[what][key]) if key == "options" else saved[key]) != own[what][key]:
+        with reading_state(start):
+            saved = start.checkpoint.identity[what]
+            known = saved.get(key, own[what][key]) if key == "options" else saved[key]
+        if known != own[what][key]:  # (older versions noted no options of the VQGAN)
             raise UserError(
                 f"--resume: {start.path} was trained with another file ({saved.get(noted) or 'CLIP vocabulary'}) "
                 f"than {args.flag_name(option)} names now"

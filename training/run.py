@@ -17,14 +17,16 @@ from args import Config
 from checkpoints.vqgan import load_vqgan
 from dalle.export import check_empty, export_mindalle, export_options
 from engines import Engine
+from models.config import DalleConfig
 from training import resume
-from training.files import check_writable, move_aside
+from training.files import check_folders, move_aside
 from training.loop import Loop
 from training.saver import Saver
 from training.schedule import Position, Schedule
-from training.setup import Parts, Start, build_model, build_parts, encode_images, model_config
+from training.setup import Parts, Start, build_model, build_parts, encode_images, model_config, with_weights
 from utils.bad_steps import BadSteps
 from utils.errors import UserError
+from utils.files import make_folder
 from utils.interrupts import Interruption
 
 logger = logging.getLogger(__name__)
@@ -60,7 +62,11 @@ class Run(Loop):
         self.engine, self.interruption, self.steps_per_call = engine, interruption, engine.steps_per_call
         self.folder = Path(options.checkpoint_output_dir)
         if engine.is_main and options.checkpoint_output_dir:
-            check_writable(self.folder)
+            make_folder("--checkpoint-output-dir", self.folder)
+        check_folders(config)
+        going_on = options.resume and checkpoints.list_checkpoints(self.folder)  # it may have written its export
+        if engine.is_main and options.export_mindalle and not going_on:
+            check_empty(options.export_mindalle, "--export-mindalle")
         start = start or resume.find_start(config, self.folder)
         self.resumed = start if options.resume else None
         self.position, self.given_anew = Position(), {}
@@ -68,38 +74,57 @@ class Run(Loop):
             self.position = resume.saved_position(self.resumed, config)
             self.given_anew = resume.changed_options(self.resumed, config)
         self.config = config if parts else resume.with_parts_of(start, config)
-        if engine.is_main and options.export_mindalle and self.resumed is None:
-            check_empty(options.export_mindalle, "--export-mindalle")
-        self.parts = encode_images(self.config, engine, parts or build_parts(self.config, engine), self.position)
+        self.parts = parts or build_parts(self.config, engine)
         wanted = model_config(self.config, self.parts, start)
         if options.export_mindalle:
             export_options(wanted, self.parts.vqgan.config, self.parts.tokenizer)
         plan = engine.memory_plan(wanted)
         if plan:
             logger.info(plan)
-        model = build_model(self.config, self.parts, start, wanted)
-        self.model_config = model.dalle.config
         self.schedule = Schedule(self.config, len(self.parts.train_set), engine.steps_per_call)
         engine.steps_per_epoch(self.schedule.num_samples)  # raises UserError where there is none
-        engine.prepare(model, self.parts.train_set)
+        self.metrics = self.open_metrics()
+        try:
+            self.prepare(start, wanted)
+        except BaseException:
+            self.metrics.close()
+            raise
+
+    def open_metrics(self) -> log.Metrics:
+        """Open what metrics are written to. Raises UserError where TensorBoard or wandb cannot be had."""
+        writers = ("tensorboard", "wandb", "wandb_project_name", "wandb_run_name")
+        own: dict[str, Any] = {name: getattr(self.config.misc, name) for name in writers}
+        own.update(config=self.config.to_dict(), resume_step=None if self.resumed is None else self.position.step)
+        shown = self.engine.is_main and not self.config.ipu.compile_only
+        return log.Metrics(self.config.log_dir, shown, **own)
+
+    def prepare(self, start: Start | None, wanted: DalleConfig) -> None:
+        """Load the VQGAN, encode images, and build and place the model: all checks that need none of it are done."""
+        self.parts = with_weights(self.config, self.parts)
+        if self.resumed is not None:
+            resume.require_same_files(self.resumed, self.config, self.parts)
+        if self.config.checkpoints.resume:
+            same = self.engine.mean(torch.tensor(float(self.position.step))) == self.position.step
+            if not same:
+                text = f"the processes found different checkpoints; they must all see {self.folder}"
+                raise UserError(f"--resume: {text}")
+        self.parts = encode_images(self.config, self.engine, self.parts, self.position)
+        model = build_model(self.config, self.parts, start, wanted)
+        self.model_config = model.dalle.config
+        self.engine.prepare(model, self.parts.train_set)
 
     def begin(self) -> None:
         """Go on where the run was, or make room for its first checkpoint; open metrics and progress."""
         config, engine, position, resumed = self.config, self.engine, self.position, self.resumed
         if resumed is not None:
             resume.restore(self, resumed)
-        if config.checkpoints.resume and engine.mean(torch.tensor(float(position.step))) != position.step:
-            raise UserError(f"--resume: the processes found different checkpoints; they must all see {self.folder}")
         if engine.is_main and resumed is None and config.checkpoints.checkpoint_output_dir:
             # Before the first step: whoever resumes this run, killed before it saved, must not find an older one.
             old = checkpoints.list_checkpoints(self.folder)
             done = "the checkpoints of an earlier run are now in %s (--resume would have gone on from them)"
             move_aside(old, "earlier.{}", "--checkpoint-output-dir: cannot make", done)
-        writers = ("tensorboard", "wandb", "wandb_project_name", "wandb_run_name")
-        own: dict[str, Any] = {name: getattr(config.misc, name) for name in writers}
-        own.update(config=config.to_dict(), resume_step=None if resumed is None else position.step)
-        self.metrics = log.Metrics(config.log_dir, engine.is_main, **own)
         self.saver = Saver(self, None if resumed is None else resumed.path)
+        self.resumed = None  # its weights and optimizer state are in the engine: let go of these
         self.bad_steps = BadSteps(config.optimizer.max_bad_steps, position.step, self.saver.way_out)
         self.total_steps, limit = self.schedule.total_steps(position), self.schedule.max_seconds
         left = max(0.0, limit - position.seconds) if limit else 0.0
@@ -217,13 +242,15 @@ class Run(Loop):
                 logger.info(f"losses: {metrics} and {curve}")
         except (UserError, OSError) as error:
             logger.warning(f"cannot draw {curve} ({error})")
+        if self.saver.newest is not None:
+            logger.info(f"checkpoint: {self.saver.newest}")
 
     def export(self) -> None:
         """--export-mindalle: write the trained model, with averaged weights where there are some."""
         weights, folder = self.engine.model_state(), self.config.checkpoints.export_mindalle
         if self.config.optimizer.ema_decay:
             weights = self.engine.state_dict()["ema"] or weights  # every process takes part
-        if self.engine.is_main and folder:
+        if self.engine.is_main and folder and self.parts.vqgan_paths:
             vqgan = load_vqgan(*self.parts.vqgan_paths, channels_last=False)  # the run's may have let its weights go
             export_mindalle(folder, self.model_config, weights, vqgan, self.parts.tokenizer)
             logger.info(f"exported {folder}")

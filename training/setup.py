@@ -26,7 +26,7 @@ from models.vqgan import VQGAN, VqganConfig
 from training.schedule import Position
 from utils import resume
 from utils.caches import cache_folder
-from utils.errors import UserError
+from utils.errors import UsageError, UserError
 from utils.skipped import start_report
 
 logger = logging.getLogger(__name__)
@@ -52,8 +52,10 @@ class Parts(NamedTuple):
     """What a run is made of."""
 
     tokenizer: Tokenizer
-    vqgan_paths: tuple[Path, Path]
+    vqgan_paths: tuple[Path, Path] | None
+    """Weights and YAML, as soon as they are loaded."""
     vqgan: VQGAN
+    """On the meta device until `with_weights` loads it, and again when all images are encoded."""
     train_set: Any
     validation_set: Any | None
 
@@ -71,7 +73,10 @@ class Start(NamedTuple):
 
 
 def build_parts(config: Config, engine: Engine | None = None) -> Parts:
-    """Open tokenizer, VQGAN and data sets. engine: of the run, where several processes build their parts."""
+    """Open tokenizer and data sets for a VQGAN that is only described: no image is read and nothing is downloaded.
+
+    engine: of the run, where several processes build their parts. Raises UserError for what does not fit together.
+    """
     is_main = engine is None or engine.is_main
     if is_main:
         start_report(config.log_dir / SKIPPED)
@@ -80,16 +85,9 @@ def build_parts(config: Config, engine: Engine | None = None) -> Parts:
     tokenizer = load_tokenizer(config.data.bpe_path)
     options, model = config.data, config.model
     generated = options.generated_data or options.synthetic_data
-    if generated and model.vqgan_model_path is None:
-        # Random pictures need no trained VQGAN: one of the published shape does the same work, without a download.
-        name = published_vqgan(config)
-        logger.info(f"generated data: a VQGAN of the published {name} shape with random weights")
-        vqgan, paths = VQGAN(PUBLISHED[name].config), (Path("random"), Path("random"))
-        vqgan.identity = "random"
-    else:
-        weights, yaml = model.vqgan_model_path, model.vqgan_config_path  # both or none
-        paths = (Path(weights), Path(yaml)) if weights and yaml else default_vqgan(name=published_vqgan(config))
-        vqgan = load_vqgan(*paths)
+    with torch.device("meta"):
+        vqgan = VQGAN(vqgan_config(config))
+    dalle_config(config, tokenizer, vqgan)
     settings = data.DataSettings(
         text_seq_len=model.text_seq_len,
         image_size=model.image_size,
@@ -112,7 +110,25 @@ def build_parts(config: Config, engine: Engine | None = None) -> Parts:
         validation_folder=options.validation_folder,
         validation_holdout=0.0 if generated else options.validation_fraction,
     )
-    return Parts(tokenizer, paths, vqgan, train_set, validation_set)
+    return Parts(tokenizer, None, vqgan, train_set, validation_set)
+
+
+def with_weights(config: Config, parts: Parts) -> Parts:
+    """Load the VQGAN, unless it is loaded; a published one is downloaded first where it is not there yet."""
+    if parts.vqgan_paths is not None:
+        return parts
+    weights, yaml = config.model.vqgan_model_path, config.model.vqgan_config_path  # both or none
+    if weights and yaml:
+        paths = (Path(weights), Path(yaml))
+    elif config.data.generated_data or config.data.synthetic_data:
+        # Random pictures need no trained VQGAN: one of the published shape does the same work, without a download.
+        logger.info(f"generated data: a VQGAN of the published {published_vqgan(config)} shape with random weights")
+        vqgan = VQGAN(parts.vqgan.config)
+        vqgan.identity = "random"
+        return parts._replace(vqgan=vqgan, vqgan_paths=(Path("random"), Path("random")))
+    else:
+        paths = default_vqgan(name=published_vqgan(config))
+    return parts._replace(vqgan=load_vqgan(*paths), vqgan_paths=paths)
 
 
 def encode_images(config: Config, engine: Engine, parts: Parts, position: Position) -> Parts:
@@ -164,7 +180,7 @@ def vqgan_config(config: Config) -> VqganConfig:
 
 def identities(config: Config, parts: Parts) -> dict[str, dict[str, Any]]:
     """What vocabulary and VQGAN are, and where they lay: those that a run is resumed with must be the same."""
-    weights, yaml = parts.vqgan_paths
+    weights, yaml = parts.vqgan_paths or ("", "")
     return {
         "tokenizer": dict(parts.tokenizer.identity, path=config.data.bpe_path or ""),
         "vqgan": {
@@ -177,12 +193,19 @@ def identities(config: Config, parts: Parts) -> dict[str, dict[str, Any]]:
 
 
 def dalle_config(config: Config, tokenizer: Tokenizer, vqgan: VQGAN) -> DalleConfig:
-    """The model that a configuration, a vocabulary and a VQGAN describe."""
-    options = config.model
+    """The model that a configuration, a vocabulary and a VQGAN describe. Raises UsageError for an odd --image-size."""
+    options, factor = config.model, vqgan.config.downsampling
+    size = options.image_size
+    if size % factor:
+        near = " or ".join(str(n) for n in (size // factor * factor, (size // factor + 1) * factor) if n)
+        raise UsageError(
+            f"--image-size {size}: the VQGAN makes a code of {factor} x {factor} pixels, so it must be a multiple of "
+            f"{factor}, such as {near}"
+        )
     values: dict[str, Any] = dict(
         num_text_tokens=tokenizer.vocab_size,
         num_image_tokens=vqgan.num_codes,
-        grid=options.image_size // vqgan.config.downsampling,
+        grid=size // factor,
     )
     values.update((field, getattr(options, name)) for field, name in MODEL_OPTIONS.items())
     return DalleConfig(**dict(values, **ARCHITECTURES[options.architecture]))

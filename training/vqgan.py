@@ -19,7 +19,7 @@ import log
 from checkpoints import save_checkpoint, verify
 from checkpoints.vqgan import check_size, load_vqgan
 from dalle.pictures import save_picture, to_pil
-from data import DEMO
+from data import DEMO, require_folder
 from data.uncaptioned import Batches, ImageSource, open_images
 from engines.native import pick_device
 from models.vqgan import VQGAN
@@ -67,20 +67,22 @@ class Run(Loop):
         """Build all that `args` describe; with --resume the run goes on at the very next step. Raises UserError."""
         torch.manual_seed(args.random_seed)
         self.args, self.interruption, self.folder = args, interruption, Path(args.output)
+        make_folder("--output", self.folder)
+        if args.input_folder != DEMO:
+            require_folder(args.input_folder)
         self.trainer = trainer = make_trainer(args, pick_device(args.device, 0))
         config, skipped = trainer.model.config, self.folder / SKIPPED
+        state = read_state(args, trainer.model)
         split = (args.validation_images, args.random_seed)
         bad = (args.max_bad_fraction, skipped)
         images = open_images(args.input_folder, config.resolution, *split, *bad, args.shard_images)
         self.images, self.held_out = images
-        make_folder("--output", self.folder)
         start_report(skipped)
         size = sum(p.numel() for p in trainer.model.parameters()) / 1e6
         logger.info(
             f"VQGAN f{config.downsampling}, {config.num_codes} codes, {size:.2f} M parameters; {len(self.images)} "
             f"images, {len(self.held_out)} held out; {trainer.device}"
         )
-        state = read_state(args, trainer.model)
         if state is None:
             names = (STATE, WEIGHTS, CONFIG, PICTURES, TRAIN_PICTURES, "metrics.jsonl")
             old = [self.folder / name for name in names if (self.folder / name).is_file()]
@@ -230,9 +232,24 @@ def make_trainer(args: VqganOptions, device: torch.device) -> Trainer:
     return Trainer(model, args, device, bool(args.vqgan_model_path), perceptual)
 
 
+#: Figures whose name says no unit, as the console shows them.
+_SHOWN = {
+    "psnr": "PSNR {:.2f} dB",
+    "psnr_train": "training images: PSNR {:.2f} dB",
+    "codes_used": "{:.1%} of the codes used",
+    "perplexity": "perplexity {:.1f} codes",
+    "ceiling_heldout": "{:.1%} of held-out reconstructions nearest to their own picture",
+    "ceiling_train": "{:.1%} of training ones",
+    "images_per_second": "{:.3g} images/s",
+}
+
+
 def listed(figures: dict[str, float]) -> str:
     """Figures for the console."""
-    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
+    shown = {name: value for name, value in figures.items() if value or name != "bad_steps"}
+    return ", ".join(
+        _SHOWN.get(name, name.replace("_", " ") + " {:.4g}").format(value) for name, value in shown.items()
+    )
 
 
 def read_state(args: VqganOptions, model: VQGAN) -> dict[str, Any] | None:

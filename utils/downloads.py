@@ -215,8 +215,16 @@ def _check_address(url: str, verified: bool, first_url: str, path: Path) -> None
         _give_up(first_url, path, f"{url} is no https address")
 
 
+class DownloadError(UserError):
+    """A file cannot be had, for `reason`."""
+
+    def __init__(self, url: str, path: Path, reason: str) -> None:
+        super().__init__(f"cannot download {url}: {reason}; fetch it by hand and save it as {path}")
+        self.reason = reason
+
+
 def _give_up(url: str, path: Path, reason: str) -> NoReturn:
-    raise UserError(f"cannot download {url}: {reason}; fetch it by hand and save it as {path}")
+    raise DownloadError(url, path, reason)
 
 
 # What is known of a part ---------------------------------------------------------------------------------------------

@@ -1,11 +1,16 @@
 """The two errors that a user may cause, and how a script ends with them: one line on stderr, no traceback."""
 from __future__ import annotations
 
+import contextlib
 import difflib
+import json
 import os
 import re
 import sys
-from typing import Callable, Iterable
+import time
+from typing import Callable, Iterable, NoReturn
+
+from utils import start
 
 
 class UserError(ValueError):
@@ -33,13 +38,11 @@ def run_main(main: Callable[[], int | None]) -> None:
 
     Any other exception is a defect of ours and keeps its traceback.
     """
+    start.done()
     try:
         status = main()
     except UserError as error:
-        # One line whatever the message held: a file name or prompt may contain line breaks.
-        message = _IN_WORKER.sub("", str(error))
-        sys.stderr.write("error: " + " ".join(message.split()) + "\n")
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        _end(_IN_WORKER.sub("", str(error)), 2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
@@ -51,11 +54,33 @@ def run_main(main: Callable[[], int | None]) -> None:
             raise
         name, reason = str(error.filename), error.strerror or type(error).__name__
         shown = name if len(name) <= 300 else name[:300] + "..."
-        sys.stderr.write("error: {}: {}\n".format(" ".join(shown.split()), reason))
-        sys.exit(1)
+        _end(f"{shown}: {reason}", 1)
     try:
         sys.stderr.flush()
     except OSError:
         # A log on a full disk does not undo what was done: Python would try again at its end, and exit with 120.
         sys.stderr = open(os.devnull, "w")
     sys.exit(status or 0)
+
+
+_SECONDS_TO_BE_ENDED = 10.0
+"""torchrun ends all processes within a second when one has failed."""
+
+
+def _end(message: str, status: int) -> NoReturn:
+    """Say what is wrong, in one line whatever it holds (names of files, prompts), and exit.
+
+    Processes that torchrun started mostly fail alike: the first one of a machine speaks for all, and the file that
+    torchrun reads puts what it said at the end of torchrun's own report.
+    """
+    line = "error: " + " ".join(message.split())
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(_SECONDS_TO_BE_ENDED)
+    sys.stderr.write(line + "\n")
+    if file:
+        sys.stderr.flush()
+        with contextlib.suppress(OSError), open(file, "w", encoding="ascii") as report:
+            about = {"py_callstack": line, "timestamp": str(int(time.time()))}
+            json.dump({"message": {"message": line, "extraInfo": about}}, report)
+    sys.exit(status)

@@ -1,0 +1,219 @@
+"""What flags, headers, counts and permissions tell is told in one line, before an image is read or a byte fetched."""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import types
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_train import flags, folder  # noqa: F401
+from test_train import run as train_pairs
+
+import training.vqgan
+from training import resume
+from training.vqgan_options import parse_args
+from utils import errors
+from utils.errors import UsageError, UserError, run_main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def untouched(monkeypatch, tmp_path):
+    """Whoever opens an image or an address fails; caches are empty. Returns what was opened."""
+    opened = []
+
+    def refuse(*what, **_):
+        opened.append(what)
+        raise AssertionError(f"opened {what}")
+
+    monkeypatch.setattr(Image, "open", refuse)
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", refuse)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    return opened
+
+
+PUBLISHED = "--vqgan-model-path none --vqgan-config-path none"  # which would be downloaded
+MINDALLE = "--architecture mindalle --num-attention-heads 2 --attn-types full"
+# (flags, beside those of test_train.flags; what the error says)
+TRAIN = [
+    ("--image-size 18", "--image-size 18: .* multiple of 4, such as 16 or 20"),
+    (f"{PUBLISHED} --image-size 10", "--image-size 10: .* multiple of 16, such as 16$"),
+    (f"{PUBLISHED} --input-folder missing", "--input-folder missing: no such folder"),
+    (f"{PUBLISHED} --validation-folder missing", "--validation-folder missing: no such folder"),
+    (f"{PUBLISHED} --validation-folder {{1..3}}.tar", "--validation-folder .*: no such .tar file"),
+    ("--pretrained-checkpoint minDALL-E/1.3B --input-folder missing", "--input-folder missing: no such folder"),
+    (f"{PUBLISHED} --image-size 16 --text-seq-len 1 --truncate-captions false", "--text-seq-len"),
+    ("--bpe-path missing.txt", "missing.txt"),
+    (f"{PUBLISHED} --image-size 16 --input-folder full", "--input-folder full: no pair of image and captions"),
+    ("--device cuda", "--device cuda: PyTorch .* sees no CUDA GPU here"),
+    ("--vqgan-config-path file", "file"),
+    ("--pretrained-checkpoint file", "file is no checkpoint"),
+    ("--pretrained-checkpoint demo.safetensors", "demo.safetensors has num_text_tokens = .*, but --bpe-path makes"),
+    (f"{PUBLISHED} --image-size 16 --gradient-accumulation 1000", "fill one .*; lower --gradient-accumulation or"),
+    (f"{PUBLISHED} --image-size 16 --batch-size 1000 --gradient-accumulation 1", "; lower --batch-size or give more"),
+    (f"{PUBLISHED} --image-size 16 --batch-size 1000", "; lower --batch-size or"),
+    (f"{PUBLISHED} --image-size 16 --replication-factor 1000", "; lower --replication-factor or"),
+    ("--batch-size 99 --gradient-accumulation 99", "; lower --gradient-accumulation and --batch-size or"),
+    (f"{PUBLISHED} --image-size 16 --wandb", "--wandb needs a package .*pip install wandb"),
+    (f"{PUBLISHED} --image-size 16 --tensorboard", "--tensorboard needs a package"),
+    ("--checkpoint-output-dir file", "--checkpoint-output-dir file: this is a file"),
+    ("--checkpoint-output-dir file/ckpt", "--checkpoint-output-dir file/ckpt: "),
+    ("--checkpoint-output-dir closed", "--checkpoint-output-dir closed: no permission"),
+    (f"--export-mindalle full {MINDALLE}", "--export-mindalle full: .*not empty"),
+    (f"{PUBLISHED} --image-size 16 --export-mindalle new {MINDALLE}", "a character BPE vocabulary"),
+]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working directory with a file, a folder that nobody may write to, and one that is not empty."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("x")
+    for name in ("closed", "full"):
+        Path(name).mkdir()
+    Path("full", "a").touch()
+    Path("demo.safetensors").symlink_to(ROOT / "models" / "demo" / "dalle.safetensors")
+    may = os.access
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "closed" and may(path, mode))
+    for package in ("wandb", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, package, None)
+    return tmp_path
+
+
+@pytest.mark.parametrize("words, message", TRAIN, ids=[words for words, _ in TRAIN])
+def test_training(words, message, folder, place, untouched):  # noqa: F811
+    with pytest.raises(UserError, match=message):
+        train_pairs(folder, place, *words.split(), "--cache-codes", "codes")
+    assert not untouched and not Path("codes").exists() and not Path("metrics.jsonl").exists()
+
+
+def test_wandb_without_a_key(folder, place, untouched, monkeypatch):  # noqa: F811
+    def init(**_):
+        raise RuntimeError("api_key not configured (no-tty).")
+
+    wandb = types.SimpleNamespace(init=init, Settings=lambda **_: None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    Path("metrics.jsonl").write_text("an earlier run's\n")
+    with pytest.raises(UserError, match="--wandb: api_key not .*WANDB_MODE=offline"):
+        train_pairs(folder, place, "--wandb", "--cache-codes", "codes")
+    assert not untouched and not Path("codes").exists() and Path("metrics.jsonl").read_text() == "an earlier run's\n"
+
+
+def test_a_resumed_run(folder, place, monkeypatch, request):  # noqa: F811
+    """Other options and another VQGAN; and what was read is let go of once it is in the engine."""
+    train_pairs(folder, place, "--max-steps", "1", "--cache-codes", "codes")
+    changed = folder / "vqgan2.safetensors"
+    weights = load_file(str(folder / "vqgan.safetensors"))
+    save_file({name: value + 1 for name, value in weights.items()}, str(changed))
+    untouched = request.getfixturevalue("untouched")  # from here on
+    for words, message in (
+        ("--random-seed 7", "written with --random-seed 42, not 7"),
+        (f"--vqgan-model-path {changed}", "trained with another file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train_pairs(folder, place, "--resume", "--cache-codes", "other", *words.split())
+    assert not untouched and not Path("other").exists()
+    monkeypatch.undo()
+    resumed, restore = [], resume.restore
+    monkeypatch.setattr(resume, "restore", lambda run, start: (resumed.append(run), restore(run, start)))
+    train_pairs(folder, place, "--resume", "--max-steps", "2", "--cache-codes", str(place / "codes"))
+    assert resumed[0].resumed is None and resumed[0].position.step == 2
+
+
+VQGAN = [
+    ("--output file", "--output file: this is a file"),
+    ("--output closed", "--output closed: no permission to write there"),
+    ("--input-folder missing", "--input-folder missing: no such folder"),
+    ("--config file.yaml", "file.yaml"),
+    ("--vqgan_model_path file --vqgan_config_path file", "file"),
+    ("--perceptual-weights file", "file"),
+    ("--resume --output full", "full/training.pt is no"),
+]
+
+
+@pytest.mark.parametrize("words, message", VQGAN, ids=[words for words, _ in VQGAN])
+def test_training_of_a_vqgan(words, message, place, untouched):
+    torch.save({"other": 1}, "full/training.pt")
+    base = ["--input-folder", "demo", "--output", "out", "--steps", "1", "--device", "cpu"]
+    with pytest.raises(UserError, match=message):
+        training.vqgan.train(parse_args([*base, *words.split()]))
+    assert not untouched
+
+
+# How a program ends ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_processes_under_torchrun_one_speaks_and_leaves_its_line_for_the_report(
+    rank, tmp_path, monkeypatch, capsys
+):
+    def fail():
+        raise UsageError("--batch-size:\nbad")
+
+    slept = []
+    monkeypatch.setattr(errors.time, "sleep", slept.append)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    with pytest.raises(SystemExit) as ended:
+        run_main(fail)
+    assert ended.value.code == 2 and capsys.readouterr().err == "error: --batch-size: bad\n"
+    assert bool(slept) == (rank == 1)  # in which torchrun ends it, unless it alone has failed
+    message = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert message["message"] == message["extraInfo"]["py_callstack"] == "error: --batch-size: bad"
+
+
+ENDS = {
+    "raise UserError('no')": (1, ["error: no"]),
+    "raise UsageError('no')": (2, ["error: no"]),
+    "os.kill(os.getpid(), 9)": (1, ["error: process 0 was ended by SIGKILL"]),
+    "return 0": (0, []),
+}
+
+
+@pytest.mark.parametrize("body", ENDS)
+def test_our_torchrun_adds_nothing(body, tmp_path, capfd, monkeypatch):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os\nfrom utils.errors import UsageError, UserError, run_main\n"
+        f"def main():\n    {body}\nrun_main(main)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    done = subprocess.run(
+        [sys.executable, "-m", "utils.launch", "--nproc-per-node", "2", str(script)],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    status, lines = ENDS[body]
+    assert (done.returncode, done.stderr.splitlines(), done.stdout) == (status, lines, "")
+
+
+@pytest.mark.parametrize("program", ["train", "generate", "evaluate", "train_vqgan"])
+def test_a_python_without_the_packages_says_how_to_get_them(program):
+    done = subprocess.run([sys.executable, "-S", f"{program}.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(f"error: {sys.executable} has no package '") and "run_train.sh" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "body, last, status",
+    [
+        ("raise KeyboardInterrupt", "interrupted", -2),
+        ("import utils.no_such", "ModuleNotFoundError: No module named 'utils.no_such'", 1),  # ours: a defect
+        ("utils.start.done(); import no_such", "ModuleNotFoundError: No module named 'no_such'", 1),
+    ],
+)
+def test_what_stops_imports(body, last, status):
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"import utils.start\n{body}"], cwd=ROOT, capture_output=True, text=True
+    )
+    lines = done.stderr.splitlines()
+    assert done.returncode == status and lines[-1] == last and (len(lines) == 1) == (last == "interrupted")

@@ -1,0 +1,34 @@
+"""Imported first by the commands: what stops their imports is one line, without a traceback.
+
+That is a Python without the packages, and Ctrl-C before there is anything to interrupt. `run_main` ends it.
+"""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import TracebackType
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _tell(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    missing = (getattr(error, "name", None) or "").partition(".")[0] if kind is ModuleNotFoundError else ""
+    if kind is KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+    elif missing and not (ROOT / missing).exists() and not (ROOT / f"{missing}.py").exists():
+        made = ROOT / ".venv" / "bin" / "activate"
+        way_out = f"enter the environment that run_train.sh made, with `. {made}`"
+        if not made.exists():
+            way_out = "`bash run_train.sh` makes an environment with all packages, or: pip install -r requirements.txt"
+        sys.stderr.write(f"error: {sys.executable} has no package '{missing}': {way_out}\n")
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = _tell
+
+
+def done() -> None:
+    """All is imported: from now on errors are told as ever."""
+    if sys.excepthook is _tell:
+        sys.excepthook = sys.__excepthook__
