@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import args
 from engines.ipu.model import IpuStep, adapt, place
-from engines.plan import pipeline_plan
+from engines.ipu.plan import pipeline_plan
 from models.config import DalleConfig
 from models.dalle import DALLE, TextToImage
 from models.vqgan import VQGAN, VqganConfig

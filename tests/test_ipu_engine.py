@@ -17,7 +17,7 @@ from data import CodesDataset
 from engines.ipu import IpuEngine
 from engines.ipu.data import Padded, Stream
 from engines.ipu.model import SerializedEmbedding, SerializedLinear
-from engines.plan import Placement
+from engines.ipu.plan import Placement
 from models.config import ARCHITECTURES, DalleConfig
 from models.dalle import DALLE
 from utils.errors import UsageError, UserError

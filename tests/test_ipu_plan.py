@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import args
-from engines import plan, plan_costs, plan_report
-from engines.plan import Placement
+from engines.ipu import plan, plan_costs, plan_report
+from engines.ipu.plan import Placement
 from models.config import DalleConfig
 from models.dalle import DALLE, TextToImage
 from models.vqgan import VqganConfig

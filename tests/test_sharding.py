@@ -15,7 +15,8 @@ from test_train import ROOT, assert_same, flags, folder, run  # noqa: F401 (a fi
 import args
 import checkpoints
 import engines
-from engines import plan, sharding
+from engines import sharding
+from engines.ipu import plan
 from engines.memory import training_memory
 from models.config import DalleConfig
 from utils.errors import UsageError

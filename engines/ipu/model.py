@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ops
-from engines.plan import LAYER, Placement, block_starts
+from engines.ipu.plan import LAYER, Placement, block_starts
 from models.dalle import TextToImage
 from models.vqgan import VQGAN
 
