@@ -435,7 +435,7 @@ def draw_captions(
             text, options.num_images, options.batch_size, options.seed, sampling, given, on_token
         ):
             writer.write(batch, images_per_second())
-    logger.info("throughput: %.3f images/sec", images_per_second())
+    logger.info(log.throughput_line(images_per_second(), "images"))
 
 
 def describe_run(loaded: Loaded, options: argparse.Namespace) -> dict[str, Any]:

@@ -50,9 +50,10 @@ def full_disk(*_args, **_kwargs):
 
 def test_lines_match_what_benchmarks_look_for():
     line = log.step_line(12, 100, 3, 2.3651, 1.5, 2.5, 1e-3, 85.3)
-    assert re.findall(r"throughput: *(.*?) samples/sec", line) == ["85.30"]
+    assert re.findall(r"throughput: *(.*?) samples/sec", line) == ["85.3"]
     assert re.findall(r"loss: *(\d*\.\d*)", line) == ["2.3651"]
-    assert re.findall(r"throughput: *(.*?) samples/sec", log.throughput_line(7.125)) == ["7.12"]
+    assert re.findall(r"throughput: *(.*?) samples/sec", log.throughput_line(1234.5)) == ["1234"]
+    assert re.findall(r"throughput: *(.*?) images/sec", log.throughput_line(7.125, "images")) == ["7.12"]
     assert re.findall(r"Compiled model in *(.*?) secs", log.compiled_line(12.34)) == ["12.3"]
 
 
@@ -109,7 +110,7 @@ def test_without_a_terminal_progress_is_plain_log_lines(capsys):
         for _ in range(3):
             bar.update(1, samples=8, loss=2.5)
     lines = capsys.readouterr().err.splitlines()
-    assert re.search(r"train 2/4 \(50%\) steps, loss 2\.5000, \d+(\.\d)? samples/s, .+ left$", lines[0])
+    assert re.search(r"train 2/4 \(50%\) steps, loss 2\.5000, \d+(\.\d)? images/s, .+ left$", lines[0])
     assert "train 4/4 (100%) steps, loss 2.5000" in lines[-1]
     assert "\r" not in "".join(lines)
 

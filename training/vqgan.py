@@ -45,6 +45,8 @@ PICTURES, TRAIN_PICTURES = "reconstructions.png", "reconstructions_train.png"
 SKIPPED = "skipped.jsonl"
 EVALUATED = 256
 """Held-out images at most that evaluations look at; on the demo set the last one looks at all."""
+UNITS = {"psnr": "{:.2f} dB", "codes_used": "{:.1%}", "ceiling": "{:.1%}"}
+"""How the log shows figures whose names begin so."""
 NO_STATE, NO_FILE = "is no state of train_vqgan.py", "--output: cannot write"
 
 
@@ -164,7 +166,7 @@ class Run(Loop):
             seconds = max(position.seconds - logged.seconds, 1e-9)
             row["images_per_second"] = (position.samples - logged.samples) / seconds
             self.logged = replace(position)
-            self.report("train", f" ({100 * self.progress:.0f} %)", row)
+            self.report("train", f" ({self.progress:.0%})", row)
         if position.step % self.args.evaluate_every == 0 and trainer.codebook_ready:
             part = self.held_out.chunks(range(min(EVALUATED, len(self.held_out))))
             figures = reconstruct(trainer.result, part, trainer.device).figures(trainer.model.num_codes)
@@ -230,7 +232,14 @@ def make_trainer(args: argparse.Namespace, device: torch.device) -> Trainer:
 
 def listed(figures: dict[str, float]) -> str:
     """Figures for the console."""
-    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
+    shown = []
+    for name, value in figures.items():
+        if name == "images_per_second":
+            shown.append(log.rate(value))
+        else:
+            kind = next((kind for start, kind in UNITS.items() if name.startswith(start)), "{:.4g}")
+            shown.append(f"{name.replace('_', ' ')} {kind.format(value)}")
+    return ", ".join(shown)
 
 
 def read_state(args: argparse.Namespace, model: VQGAN) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from typing import Any, Callable, Generator
 import torch
 from torch import Tensor
 
+import log
 from args import Config
 from engines.base import Engine, StepResult
 from engines.ipu.data import Padded, Stream, make_loader
@@ -145,7 +146,7 @@ class IpuEngine(Engine):
         missing = [block.path for block in block_starts(self.plan) if block.path not in begun]
         if missing:
             raise RuntimeError("the blocks {} were planned but never began".format(", ".join(missing)))
-        logger.info("Compiled model in %.2f secs", time.perf_counter() - begin)
+        logger.info(log.compiled_line(time.perf_counter() - begin))
 
     def step(self, batch: Any) -> StepResult:
         sums = self.executor(*batch)  # each 0-d, or one for each replica of this process
