@@ -15,17 +15,15 @@ from pathlib import Path
 from typing import Sequence
 
 import log
-from examples_utils.chart import draw_chart
 from examples_utils.metrics import load_custom_metrics
 from examples_utils.process import GC_MONITOR
-from examples_utils.report import FAILED, SKIPPED, VariantResult, duration, save_results, summary, table
+from examples_utils.report import FAILED, SKIPPED, VariantResult, draw_chart, duration, save_results, summary, table
 from examples_utils.runner import run_benchmarks
 from examples_utils.spec import load_entries, select
 from utils.errors import UsageError, UserError
 from utils.flags import Parser, parse_flags, whole
 
 logger = logging.getLogger(__name__)
-
 PROGRAM = "python3 -m examples_utils"
 
 

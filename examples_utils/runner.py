@@ -16,7 +16,7 @@ from typing import IO, Mapping, Sequence
 
 from examples_utils import metrics
 from examples_utils.command import build_command, option_value, python_index
-from examples_utils.machine import POPLAR, Machine, hardware, why_skipped
+from examples_utils.machine import POPLAR, Machine, hardware, missing
 from examples_utils.process import Outcome, ipu_monitor, progress, run
 from examples_utils.report import FAILED, PASSED, SKIPPED, VariantResult, write_json
 from examples_utils.spec import Benchmark, Variant, variants
@@ -70,8 +70,9 @@ def _prepare(variant: Variant, flags: argparse.Namespace, env: Mapping[str, str]
     elif flags.profile:
         logger.warning("--profile: %s uses no IPU, there is nothing to profile", variant.name)
     added.update(benchmark.env)
-    reason = why_skipped(benchmark, command, {**env, **added}, machine, flags.compile_only)
-    return VariantResult(variant, SKIPPED, command, reason or "", env={**env, **added}, added=added)
+    env = {**env, **added}
+    reason = next(missing(benchmark, command, env, machine, flags.compile_only), "")
+    return VariantResult(variant, SKIPPED, command, reason, env=env, added=added)
 
 
 def _profile_options(variant: Variant, env: Mapping[str, str]) -> str:

@@ -18,9 +18,9 @@ import pytest
 import args as train_args
 import log
 from benchmarks import busy, compare_peers
-from examples_utils import chart, cli, metrics, process, report, runner
+from examples_utils import cli, metrics, process, report, runner
 from examples_utils.command import build_command
-from examples_utils.machine import Machine, why_skipped
+from examples_utils.machine import Machine, missing
 from examples_utils.spec import Metric, load_entries, make_benchmark, select, variants
 from utils.errors import UsageError, UserError
 
@@ -209,7 +209,7 @@ def test_reductions_over_stdout_then_stderr(logs, name, settings, value):
 @pytest.mark.parametrize("stdout, settings, problem", [
     ("nothing", {}, "m: no line matches 'm=(.*?);'"),
     ("m=1;m=2;", {"skip": 2}, "m: 2 matches, which skip: 2 leaves out"),
-    ("m=fast;", {}, "m: 'fast' is no number"), ("m=1;m=nan;", {}, "m is not finite in the log"),
+    ("m=fast;", {}, "m: 'fast' is no number"), ("m=1;m=nan;", {}, "m: not finite in the log"),
     ("m=1\n;", {}, "m: no line matches 'm=(.*?);'")])
 def test_a_metric_without_a_value_says_why(logs, stdout, settings, problem):
     results, problems = metrics.extract([metric(**settings)], *logs(stdout))
@@ -394,16 +394,16 @@ BARE = FakeMachine()
 ])
 def test_what_is_missing_is_the_reason_to_skip(machine, env, entry, name, reason):
     item = benchmark(entry, name)
-    found = why_skipped(item, build_command(variants(item)[0], env), env, machine)
-    assert found is None if reason is None else reason in found
+    found = list(missing(item, build_command(variants(item)[0], env), env, machine))
+    assert not found if reason is None else reason in found[0]
 
 
 def test_compile_only_needs_no_ipu_and_skips_what_cannot_compile():
     item = benchmark({"cmd": "python3 t.py"}, "train_gen_pod64")
     made = build_command(variants(item)[0], SDK, compile_only=True)
-    assert why_skipped(item, made, SDK, IPU_BOX, compile_only=True) is None
+    assert not list(missing(item, made, SDK, IPU_BOX, compile_only=True))
     item = benchmark({"cmd": "python3 generate.py", "compile_only": False})
-    assert "has no --compile-only mode" in why_skipped(item, made, {}, BARE, compile_only=True)
+    assert "has no --compile-only mode" in next(missing(item, made, {}, BARE, compile_only=True))
 
 
 def test_the_machine_is_asked_once_and_in_another_process(tmp_path):
@@ -728,13 +728,13 @@ def test_the_chart_has_a_panel_for_each_unit_and_needs_matplotlib(tmp_path, monk
     drawn = []
     from matplotlib.figure import Figure
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **settings: drawn.append(self))
-    assert chart.draw_chart(tmp_path / "c.png", results) == tmp_path / "c.png"
+    assert report.draw_chart(tmp_path / "c.png", results) == tmp_path / "c.png"
     first, second = drawn[0].axes
     assert [label.get_text() for label in first.get_yticklabels()] == ["a_gen", "b_gen"]
     assert (first.get_xscale(), first.get_xlabel()) == ("log", "samples/sec (logarithmic)")
     assert [bar.get_width() for bar in second.patches] == [3.0] and second.get_xlabel() == "images/sec"
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert chart.draw_chart(tmp_path / "c.png", results) is None and "matplotlib is not installed" in caplog.text
+    assert report.draw_chart(tmp_path / "c.png", results) is None and "matplotlib is not installed" in caplog.text
 
 
 def test_variant_names_become_folder_names_that_differ():
