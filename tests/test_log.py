@@ -57,6 +57,18 @@ def test_lines_match_what_benchmarks_look_for():
     assert re.findall(r"Compiled model in *(.*?) secs", log.compiled_line(12.34)) == ["12.3"]
 
 
+@pytest.mark.parametrize("value, text", [(0.0, "0"), (0.012345, "0.0123"), (8.527, "8.53"), (85.27, "85.3"),
+                                         (852.7, "853"), (12345.6, "12346")])
+def test_rates_have_three_digits_everywhere(monkeypatch, value, text):
+    assert log.rate(value) == f"{text} images/s" and log.rate(value, "pairs") == f"{text} pairs/s"
+    monkeypatch.setattr(log.Progress, "samples_per_second", value)
+    bar = log.progress(None, "draw", unit="token", plain=False)
+    bar.update(1, **{"images/s": value, "loss": 2.5})
+    assert bar.postfix() == f"{text} images/s, loss 2.5000"
+    bar.update(1, samples=1)
+    assert bar.postfix().endswith(f"{text} tokens/s")
+
+
 def test_a_validation_line_is_not_taken_for_the_training_loss():
     line = log.validation_line(12, 3, 2.5, 1.5, 2.75)
     assert "2.5000" in line and not re.search(r"loss: *(\d*\.\d*)", line)

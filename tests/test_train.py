@@ -226,8 +226,11 @@ def test_a_second_run_moves_the_first_ones_checkpoints_aside(folder, tmp_path):
     assert not torch.equal(first["image_emb.weight"], weights(tmp_path / "ckpt/dalle_0.pt")["image_emb.weight"])
 
 
-def test_a_finished_run_is_left_as_it_is(folder, tmp_path):
+def test_a_finished_run_is_left_as_it_is(folder, tmp_path, caplog):
+    caplog.set_level("INFO")
     run(folder, tmp_path, "--max-steps", "3")
+    (told,) = (record for record in caplog.records if record.message.startswith("saved "))
+    assert str(tmp_path / "ckpt/dalle_0_3.pt") in told.message and not hasattr(told, "detail")  # on a terminal too
     saved = sorted((path.name, path.read_bytes()) for path in (tmp_path / "ckpt").glob("*.pt"))
     run(folder, tmp_path, "--max-steps", "3", "--resume")
     assert sorted((path.name, path.read_bytes()) for path in (tmp_path / "ckpt").glob("*.pt")) == saved
