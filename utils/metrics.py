@@ -272,7 +272,7 @@ def plot_losses(jsonl_path: PathLike, png_path: PathLike) -> bool:
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     axes.set_ylim(low - margin, high + margin)
     axes.set_xlabel("optimizer step")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(f"Loss after {train[0][-1]:,} steps (smoothed; pale: each step)")
     axes.grid(alpha=0.3)
