@@ -22,7 +22,7 @@ import engines
 import log
 from args import Config
 from bpe import load_tokenizer
-from engines import plan_report
+from engines.ipu import plan_report
 from models.vqgan import VQGAN
 from training.files import folders_locked
 from training.run import train

@@ -117,10 +117,12 @@ class Worker:
         self.process = subprocess.Popen(
             command, cwd=str(ROOT), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, bufsize=0
         )
+        assert self.process.stdin and self.process.stdout  # pipes, as asked for
+        self.input, self.output = self.process.stdin, self.process.stdout
         self.parameters = self._answer()["parameters"]
 
     def _answer(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()
+        line = self.output.readline()
         if not line:
             self.close()
             raise UserError(f"{self.name} ({self.task}) ended early: see {self.log.name}")
@@ -128,16 +130,16 @@ class Worker:
 
     def ask(self, **request: Any) -> float:
         """Have it do something; seconds it took."""
-        self.process.stdin.write((json.dumps(request) + "\n").encode())
+        self.input.write((json.dumps(request) + "\n").encode())
         answer = self._answer()
         self.peak = answer["peak"]
         return answer["seconds"]
 
     def close(self) -> None:
         """End the process."""
-        self.process.stdin.close()
+        self.input.close()
         self.process.wait()
-        self.process.stdout.close()
+        self.output.close()
         self.log.close()
 
 

@@ -319,7 +319,7 @@ def import_peer() -> Any:
         for attribute in attributes:
             setattr(module, attribute, type(attribute, (), {}))
         sys.modules.setdefault(name, module)
-    package = importlib.import_module("dalle_pytorch")
+    package: Any = importlib.import_module("dalle_pytorch")
     package.VQGanVAE = importlib.import_module("dalle_pytorch.vae").VQGanVAE
     return package
 

@@ -293,7 +293,7 @@ def sample_captions(writer: Writer, loaded: Loaded, given: Tensor | None) -> Non
             text, options.num_images, options.batch_size, options.seed, sampling, given, on_token
         ):
             writer.write(batch, images_per_second())
-    logger.info("throughput: %.3f images/sec", images_per_second())
+    logger.info(log.throughput_line(images_per_second(), "images"))
 
 
 def describe_run(loaded: Loaded, options: GenerateOptions, rows: int | None) -> dict[str, Any]:

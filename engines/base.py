@@ -104,7 +104,7 @@ class Engine:
         raise NotImplementedError
 
     def prepare(self, model: TextToImage, dataset: Any = None) -> None:
-        """Wrap, place and compile `model` and build its optimizer; logs "Compiled model in X secs".
+        """Wrap, place and compile `model` and build its optimizer; logs "Compiled model in X secs" where something was.
 
         dataset: what will be trained on. One of its items tells a compiler whether images or their codes are coming;
         without it, images are if the model has a VQGAN.

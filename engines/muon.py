@@ -22,7 +22,7 @@ def choose_precision(device: torch.device) -> None:
 
     Emulated, that is six times as slow: it took 6 of the 7 seconds of the demo's step on a CPU with AVX2.
     """
-    muon = getattr(torch.optim, "_muon", None)
+    module, function = getattr(torch.optim, "_muon", None), "_zeropower_via_newtonschulz"
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)
-    if device.type == "cpu" and hasattr(muon, "_zeropower_via_newtonschulz") and not supported():
-        muon._zeropower_via_newtonschulz = orthogonalized
+    if device.type == "cpu" and hasattr(module, function) and not supported():
+        setattr(module, function, orthogonalized)

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from itertools import islice
-from typing import Any, Callable, ContextManager, Generator, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, ContextManager, Generator, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -18,143 +18,35 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+import log
 import ops
-from args import Config, OptimizerConfig
+from args import Config
 from data.order import draw
-from engines import muon, sharding
-from engines.base import Engine, StepResult, parameter_groups
+from engines import sharding
+from engines.base import Engine, StepResult
+from engines.batching import Rows, share_batch
+from engines.devices import multiplies_bf16, pick_device
 from engines.memory import peak_bytes, total_bytes, training_memory
+from engines.optimizers import make_optimizers, make_scaler
 from models.config import DalleConfig
 from models.dalle import TextToImage
 from models.vqgan import image_codes
 from ops.elementwise import total_norm
-from utils.errors import UsageError, UserError
+from utils.errors import UserError
 from utils.loading import make_loader, read
 from utils.resume import load_moments
-from utils.threads import share_cores
 
 logger = logging.getLogger(__name__)
 
-
 _SECONDS_TO_LET_GO = 0.3
-
-
-class Batching(NamedTuple):
-    """How one process takes its share of the global batch: `accumulation` micro-batches of `micro` samples."""
-
-    micro: int
-    accumulation: int
-    world_size: int
-
-    @property
-    def per_rank(self) -> int:
-        """Samples of one process in one optimizer step."""
-        return self.micro * self.accumulation
-
-    @property
-    def global_batch(self) -> int:
-        """Samples of all processes in one optimizer step."""
-        return self.per_rank * self.world_size
-
-
-def share_batch(global_batch: int, batch_size: int, world_size: int) -> Batching:
-    """Split a global batch over processes, in micro-batches of at most `batch_size` samples, all of one size.
-
-    Equal sizes keep the mean of means equal to the mean over all samples, so the result does not depend on the split.
-    """
-    if global_batch % world_size:
-        raise UsageError(
-            f"the global batch of {global_batch} (--batch-size x --gradient-accumulation x --replication-factor) "
-            "cannot be shared "
-            f"equally by {world_size} processes; change --gradient-accumulation or torchrun's --nproc-per-node"
-        )
-    per_rank = global_batch // world_size
-    micro = next(size for size in range(min(batch_size, per_rank), 0, -1) if per_rank % size == 0)
-    return Batching(micro, per_rank // micro, world_size)
-
-
-class Rows:
-    """The rows of a LongTensor (n, m) as lists, made one at a time: those of a long epoch would take gigabytes."""
-
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (self.rows[index].tolist() for index in range(len(self.rows)))
-
-
-def pick_device(wanted: str, local_rank: int) -> torch.device:
-    """Return the torch device for --device auto, cpu or cuda. Raises UsageError when it is not there."""
-    share_cores()
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError(
-                f"--device cuda: PyTorch {torch.__version__} sees no CUDA GPU here; use --device cpu or auto"
-            )
-        if local_rank >= torch.cuda.device_count():
-            raise UsageError(
-                f"torchrun started more processes than the {torch.cuda.device_count()} GPUs of this machine; lower "
-                "--nproc-per-node"
-            )
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
-    return torch.device(wanted)
-
-
-def multiplies_bf16() -> bool:
-    """Whether this CPU has matrix units for bfloat16, with which --matmul-precision medium almost halves a step."""
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
-
-
-def make_optimizers(model: TextToImage, options: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """Return the optimizer of all trainable parameters; with Muon two: it for the blocks' matrices, AdamW for the rest.
-
-    Adafactor (arXiv 1804.04235) keeps next to no state; its steps are relative to the size of the weights.
-
-    Muon (Jordan et al. 2024) makes each matrix's update orthogonal; scaled to the size of an AdamW update (Moonlight,
-    arXiv 2502.16982, section 2.2) both take the same learning rate.
-    """
-    betas, name = (options.beta1, options.beta2), options.optimizer
-    common: dict[str, Any] = {"lr": options.learning_rate}
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    on_gpu = all(p.is_cuda for p in model.dalle.parameters())
-    fused = on_gpu or version >= (2, 4)  # on the CPU only newer versions have fused kernels
-    if name == "Muon" and not hasattr(torch.optim, "Muon"):
-        logger.warning("PyTorch %s has no Muon (2.9 and newer have): AdamW takes its place", torch.__version__)
-        name = "AdamW"
-    if name == "Adafactor":
-        if not hasattr(torch.optim, "Adafactor"):
-            raise UsageError(f"--optimizer Adafactor needs PyTorch 2.5 or newer, this is {torch.__version__}")
-        # One weight after the other: the multi-tensor form would hold squares of all gradients at the same time.
-        return [torch.optim.Adafactor(parameter_groups(model, options.weight_decay), foreach=False, **common)]
-    if name != "Muon":
-        kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[name]
-        groups = parameter_groups(model, options.weight_decay)
-        return [kind(groups, betas=betas, eps=options.eps, fused=fused, **common)]
-    matrices = [p for p in model.dalle.transformer.parameters() if p.dim() == 2]
-    muon.choose_precision(matrices[0].device)
-    known = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-    return [
-        torch.optim.Muon(matrices, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw", **common),
-        torch.optim.AdamW(rest, weight_decay=0.0, betas=betas, eps=options.eps, fused=fused, **common),
-    ]
-
-
-def _make_scaler(device_type: str, options: dict[str, Any]) -> Any:
-    """Return a GradScaler. Before PyTorch 2.3 there was one for CUDA only; disabled it does nothing, on any device."""
-    if hasattr(torch.amp, "GradScaler"):
-        return torch.amp.GradScaler(device_type, **options)
-    return torch.cuda.amp.GradScaler(**options)
+_MANY_WEIGHTS = 10**7
+"""From here on matrix products take most of a step, and it pays to say how they become faster."""
 
 
 class NativeEngine(Engine):
     """The model on one device for each process."""
+
+    model: TextToImage
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -178,34 +70,22 @@ class NativeEngine(Engine):
         self.autocast_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.precision = precision
         scale = {"enabled": precision == "fp16", "init_scale": float(config.optimizer.loss_scaling)}
-        self.scaler = sharding.make_scaler(self.name, **scale) if execution.shard else _make_scaler(self.name, scale)
+        self.scaler = sharding.make_scaler(self.name, **scale) if execution.shard else make_scaler(self.name, scale)
         self.former_products: str | None = None  # of engines that chose a precision, the last one must close first
         if execution.matmul_precision is not None or self.name == "cuda":
             self.former_products = torch.get_float32_matmul_precision()
             torch.set_float32_matmul_precision(execution.matmul_precision or "high")
         if self.name == "cuda":
             torch.backends.cudnn.allow_tf32 = True
-        self.model: TextToImage | None = None
         self.averaged: dict[str, Tensor] | None = None
         self.num_updates = 0
         self.bad_steps = torch.zeros(2, device=self.device)  # left out: in all, in a row
 
     def describe(self) -> str:
-        batching = self.batching
         products = self.config.execution.matmul_precision
-        return "{}, {}{}{}: global batch {} = {} process{} x {} micro-batch{} x {} sample{}".format(
-            self.device,
-            self.precision,
-            f", products of {products} precision" if products else "",
-            ", model shared out over the processes" if self.config.execution.shard else "",
-            batching.global_batch,
-            batching.world_size,
-            "es" if batching.world_size > 1 else "",
-            batching.accumulation,
-            "es" if batching.accumulation > 1 else "",
-            batching.micro,
-            "s" if batching.micro > 1 else "",
-        )
+        products = f", products of {products} precision" if products else ""
+        shard = ", model shared out over the processes" if self.config.execution.shard else ""
+        return f"{self.device}, {self.precision}{products}{shard}: {self.batching.describe()}"
 
     # Data
 
@@ -226,14 +106,8 @@ class NativeEngine(Engine):
 
     def _batches(self, dataset: Any, numbers: Iterable[list[int]]) -> ContextManager[Iterator[Any]]:
         workers = self.config.data.dataloader_workers
-        loader = make_loader(
-            dataset,
-            workers,
-            batch_sampler=numbers,
-            pin_memory=self.name == "cuda",
-            prefetch_factor=4 if workers else None,
-        )
-        return contextlib.closing(read(loader))
+        options = {"pin_memory": self.name == "cuda", "prefetch_factor": 4 if workers else None}
+        return contextlib.closing(read(make_loader(dataset, workers, batch_sampler=numbers, **options)))
 
     def _to_device(self, batch: Any) -> list[Tensor]:
         return [tensor.to(self.device, non_blocking=True) for tensor in batch]
@@ -259,28 +133,33 @@ class NativeEngine(Engine):
         if options.ema_decay:
             self.averaged = {key: value.detach().clone() for key, value in self._weights().items()}
         torch.manual_seed(self.config.execution.random_seed + self.rank)  # dropout and noise differ between processes
-        self.module: nn.Module = self.model
-        if self.world_size > 1 and self.sharding is None:
-            # Buffers are constants, made alike in every process, and gloo of older versions cannot send bool ones: DDP
-            # is to leave them alone. Its own option for that differs between versions of PyTorch.
-            constants = [name for name, _ in self.model.named_buffers()]
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, constants)
-            self.module = DistributedDataParallel(
-                self.model,
-                device_ids=[self.device.index] if self.name == "cuda" else None,
-                gradient_as_bucket_view=True,
-            )
-        if execution.compile and self.sharding is not None:
+        self.module: Any = self._parallel(self.model)
+        if execution.compile:
+            self._compile(blocks)
+        if execution.compile or log.read_by_runner():
+            logger.info(log.compiled_line(time.perf_counter() - begin))
+        exact = self.precision == "fp32" and torch.get_float32_matmul_precision() == "highest"
+        large = sum(p.numel() for p in self.parameters) >= _MANY_WEIGHTS
+        if self.name == "cpu" and exact and large and multiplies_bf16():
+            logger.info("this CPU has units that multiply bfloat16 (AMX): --matmul-precision medium trains faster")
+
+    def _parallel(self, model: TextToImage) -> nn.Module:
+        if self.world_size == 1 or self.sharding is not None:
+            return model
+        # Buffers are constants, made alike in every process, and gloo of older versions cannot send bool ones: DDP is
+        # to leave them alone. Its own option for that differs between versions of PyTorch.
+        constants = [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, constants)
+        devices = [self.device] if self.name == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+    def _compile(self, blocks: Iterable[nn.Module]) -> None:
+        if self.sharding is None:
+            self.module = torch.compile(self.module)
+        else:
             for block in blocks:  # one by one: what gathers their weights runs between them, and cannot be compiled
                 block.forward = torch.compile(block.forward)
-        elif execution.compile:
-            self.module = torch.compile(self.module)
-        if execution.compile:
-            self._warm_up()
-        exact = self.precision == "fp32" and torch.get_float32_matmul_precision() == "highest"
-        if self.name == "cpu" and exact and multiplies_bf16():
-            logger.info("this CPU has units that multiply bfloat16 (AMX): --matmul-precision medium trains faster")
-        logger.info("Compiled model in %.2f secs", time.perf_counter() - begin)
+        self._warm_up()
 
     def _warm_up(self) -> None:
         """Run a micro-batch of zeros forward and backward, so that compilation happens here, not in the first step."""
@@ -362,7 +241,8 @@ class NativeEngine(Engine):
         if all(getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in self.optimizers):
             # Fused kernels decide on the device, as they do for GradScaler: the host need not wait to know.
             for optimizer in self.optimizers:
-                optimizer.grad_scale, optimizer.found_inf = None, bad.float()
+                told: Any = optimizer  # their classes do not name these
+                told.grad_scale, told.found_inf = None, bad.float()
                 optimizer.step()
         elif not bad:
             for optimizer in self.optimizers:

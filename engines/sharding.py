@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from typing import Any, Iterator
+from typing import Any, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -125,9 +125,13 @@ class Sharding:
         """Scale all gradients to a norm of `max_norm` at most (0: leave them); return the whole one's before, 0-d."""
         whole = [p for p in self.replicated if p.grad is not None]
         parts = [rows for rows in self.rows.values() if rows.grad is not None]
-        square = torch.nn.utils.get_total_norm([rows.grad for rows in parts]).square()
+
+        def square_of(parameters: Sequence[Tensor]) -> Tensor:
+            return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).square()
+
+        square = square_of(parts)
         dist.all_reduce(square)
-        norm = (square + torch.nn.utils.get_total_norm([p.grad for p in whole]).square()).sqrt()
+        norm = (square + square_of(whole)).sqrt()
         if max_norm:
             torch.nn.utils.clip_grads_with_norm_([*whole, *parts], max_norm, norm)
         return norm

@@ -201,7 +201,7 @@ def write_descriptions(downstream: Downstream, config: Config) -> None:
     make_folder("--result-path", Path(config.checkpoints.checkpoint_output_dir))
     with atomic_write(str(config.data.bpe_path), "wb") as file:
         file.write(class_file(names))
-    downstream.stage1.to_yaml(config.model.vqgan_config_path)
+    downstream.stage1.to_yaml(str(config.model.vqgan_config_path))
 
 
 def check_data(parts: Parts, downstream: Downstream) -> None:

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 import log
-from examples_utils.chart import draw_chart
 from examples_utils.metrics import load_custom_metrics
 from examples_utils.options import parse
 from examples_utils.process import GC_MONITOR
-from examples_utils.report import FAILED, SKIPPED, VariantResult, duration, save_results, summary, table
+from examples_utils.report import FAILED, SKIPPED, VariantResult, draw_chart, duration, save_results, summary, table
 from examples_utils.runner import run_benchmarks
 from examples_utils.spec import load_entries, make_benchmark, select
 from utils.errors import UserError

@@ -4,8 +4,7 @@ from __future__ import annotations
 import logging
 import re
 import shlex
-from dataclasses import dataclass
-from typing import Mapping, Sequence
+from typing import Mapping, NamedTuple, Sequence
 
 from examples_utils.spec import Variant
 from utils.errors import UserError
@@ -16,13 +15,12 @@ VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 VIPU_FLAG = re.compile(r"--vipu-(?:partition|server-host|server-port)(?:=|\s+)\S+\s*")
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """What to run: `text` is what the results call the command, `words` the process's arguments."""
 
     text: str
-    words: tuple[str, ...]
-    unset: tuple[str, ...] = ()  # environment variables that the command names and nobody set
+    words: Sequence[str]
+    unset: Sequence[str] = ()  # environment variables that the command names and nobody set
 
     @property
     def num_processes(self) -> int:
@@ -63,7 +61,14 @@ def build_command(variant: Variant, env: Mapping[str, str], allow_wandb: bool = 
     except (ValueError, LookupError, AttributeError) as error:
         unknown = f" names {{{error.args[0]}}}, which is no key of parameters" if isinstance(error, KeyError) else ""
         raise UserError(f"{where}{unknown or f': {error}'} (for a literal brace write {{{{ or }}}})") from None
-    text = " ".join(_absolute_script(text.split(), variant, where))
+    parts = text.split()
+    index = python_index(parts) + 1
+    if not 0 < index < len(parts):
+        raise UserError(f"{where} must call `python3 SCRIPT` or `python3 -m MODULE`: {' '.join(parts)}")
+    if not parts[index].startswith(("-", "$")):  # a flag such as -m, or a path that a variable makes
+        # Absolute, so that a command copied from the results runs in any folder.
+        parts[index] = shlex.quote(str((benchmark.folder / parts[index].strip("'\"")).resolve()))
+    text = " ".join(parts)
     try:
         if "--wandb" in text and (compile_only or not (allow_wandb or benchmark.allow_wandb)):
             logger.info("the wandb flags of %s are left out%s", variant.name,
@@ -79,17 +84,6 @@ def build_command(variant: Variant, env: Mapping[str, str], allow_wandb: bool = 
 def python_index(words: Sequence[str]) -> int:
     """Position of the Python that the command calls: the first `python3`, else the first `python`; -1: none."""
     return next((words.index(name) for name in ("python3", "python") if name in words), -1)
-
-
-def _absolute_script(parts: list[str], variant: Variant, where: str) -> list[str]:
-    """Make the word after Python absolute, so that a command copied from the results runs in any folder."""
-    index = python_index(parts)
-    if index < 0 or index + 1 >= len(parts):
-        raise UserError(f"{where} must call `python3 SCRIPT` or `python3 -m MODULE`: {' '.join(parts)}")
-    script = parts[index + 1]
-    if not script.startswith(("-", "$")):  # a flag such as -m, or a path that a variable makes
-        parts[index + 1] = shlex.quote(str((variant.benchmark.folder / script.strip("'\"")).resolve()))
-    return parts
 
 
 def _without_wandb(text: str) -> str:

@@ -5,6 +5,7 @@ and through its name (`..._pod16` runs on 16 IPUs, by the convention of the publ
 """
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import shutil
@@ -26,7 +27,7 @@ class Machine:
 
     def __init__(self, env: Mapping[str, str]) -> None:
         self.env = env
-        self._probes: dict[str, str] = {}
+        self._probe = functools.lru_cache(maxsize=None)(self._ask)
 
     def has_package(self, name: str) -> bool:
         """Whether the Python that runs the benchmarks (this one) can import the package."""
@@ -48,23 +49,14 @@ class Machine:
         """Whether so many IPUs are attached."""
         return self._probe(f"import poptorch; print(poptorch.ipuHardwareIsAvailable({number}))") == "True"
 
-    def _probe(self, code: str) -> str:
+    def _ask(self, code: str) -> str:
         """Last line that a Python process prints: importing torch here would keep its memory for all benchmarks."""
-        if code not in self._probes:
-            try:
-                printed = subprocess.run([sys.executable, "-c", code], env=dict(self.env), stdout=subprocess.PIPE,
-                                         stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, timeout=120, text=True,
-                                         check=False).stdout.strip()
-            except (OSError, subprocess.TimeoutExpired):
-                printed = ""
-            self._probes[code] = printed.rpartition("\n")[2]
-        return self._probes[code]
-
-
-def why_skipped(benchmark: Benchmark, command: Command, env: Mapping[str, str], machine: Machine,
-                compile_only: bool = False) -> str | None:
-    """The reason not to run the command here, or None when nothing it is known to need is missing."""
-    return next(_missing(benchmark, command, env, machine, compile_only), None)
+        try:
+            asked = subprocess.run([sys.executable, "-c", code], env=dict(self.env), stdin=subprocess.DEVNULL,
+                                   capture_output=True, timeout=120, text=True, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        return asked.stdout.strip().rpartition("\n")[2]
 
 
 def hardware(benchmark: Benchmark, command: Command) -> tuple[int, int]:
@@ -83,8 +75,9 @@ def hardware(benchmark: Benchmark, command: Command) -> tuple[int, int]:
     return needed["ipu"], needed["cuda"]
 
 
-def _missing(benchmark: Benchmark, command: Command, env: Mapping[str, str], machine: Machine,
-             compile_only: bool) -> Iterator[str]:
+def missing(benchmark: Benchmark, command: Command, env: Mapping[str, str], machine: Machine,
+            compile_only: bool = False) -> Iterator[str]:
+    """The reasons not to run the command here; none when nothing it is known to need is missing."""
     if compile_only and not benchmark.compile_only:
         yield "has no --compile-only mode"
     ipus, gpus = hardware(benchmark, command)

@@ -17,9 +17,6 @@ from utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 Results = Dict[str, Any]  # metric -> {reduction: value or None}
-MetricFunction = Callable[[str, str, int], Any]
-
-_registered: dict[str, MetricFunction] = {}
 
 # Stages of a compilation as Poplar and PopART log them at level INFO, each line with its time in front.
 _STAMP = r"(\d{4}-\d{2}-\d{2})[T ](\d{2}:\d{2}:\d{2}\.\d{6}).*? "
@@ -28,6 +25,13 @@ _STAGE_BEGINS = re.compile(_STAMP + r"(?:Pop(?:lar|art) version:|Begin Poplar gr
 _STAGE_ENDS = re.compile(_STAMP + r"(?:End Poplar graph construction|Starting compilation|End compiling Poplar engine"
                                   r"|Graph compiled)")
 _COMPILED = re.compile(r"Compiled model in *(\d+(?:\.\d+)?) secs")
+
+
+def lines(*paths: Path) -> Iterator[str]:
+    """Lines of logs without their ends; a carriage return ends one too, as progress bars use it."""
+    for path in paths:
+        with open(path, encoding="utf-8", errors="backslashreplace") as file:
+            yield from (line.rstrip("\n") for line in file)
 
 
 def extract(metrics: Sequence[Metric], stdout: Path, stderr: Path, num_processes: int = 1) -> tuple[Results, list[str]]:
@@ -41,23 +45,29 @@ def extract(metrics: Sequence[Metric], stdout: Path, stderr: Path, num_processes
         for metric in metrics:
             found[metric.name] += metric.regexp.findall(line)
     results: Results = {}
+    factors = {"throughput": num_processes}
+    return results, _fill(results, metrics, lambda item: _reduce(item, found[item.name]) * factors.get(item.name, 1))
+
+
+def derive(derived: Sequence[Metric], results: Results, params: Mapping[str, str]) -> list[str]:
+    """Compute derived metrics into `results`, in their order, so that later ones may use earlier ones.
+
+    Returns why those without a value have none.
+    """
+    return _fill(results, derived, lambda item: evaluate(item.expression, {
+        **{name: value for name, values in results.items() for value in values.values()}, **params}))
+
+
+def _fill(results: Results, metrics: Sequence[Metric], value_of: Callable[[Metric], float]) -> list[str]:
     problems = []
     for metric in metrics:
-        results[metric.name] = {metric.reduction: None}
+        value = None
         try:
-            value = _reduce(metric, found[metric.name])
-            results[metric.name][metric.reduction] = value * (num_processes if metric.name == "throughput" else 1)
+            value = value_of(metric)
         except UserError as error:
-            problems.append(str(error))
-    return results, problems
-
-
-def lines(*paths: Path) -> Iterator[str]:
-    """Lines of logs without their ends; a carriage return ends one too, as progress bars use it."""
-    for path in paths:
-        with open(path, encoding="utf-8", errors="backslashreplace") as file:
-            for line in file:
-                yield line.rstrip("\n")
+            problems.append(f"{metric.name}: {error}")
+        results[metric.name] = {metric.reduction: value}
+    return problems
 
 
 def _reduce(metric: Metric, texts: Sequence[str]) -> float:
@@ -67,34 +77,17 @@ def _reduce(metric: Metric, texts: Sequence[str]) -> float:
         try:
             values.append(float(text))
         except ValueError:
-            raise UserError(f"{metric.name}: '{text[:40]}' is no number") from None
+            raise UserError(f"'{text[:40]}' is no number") from None
     if not all(map(math.isfinite, values)):
-        raise UserError(f"{metric.name} is not finite in the log")
+        raise UserError("not finite in the log")
     if not values:
-        raise UserError(f"{metric.name}: no line matches '{metric.regexp.pattern}'")
+        raise UserError(f"no line matches '{metric.regexp.pattern}'")
     if len(values) <= metric.skip:
-        raise UserError(f"{metric.name}: {len(values)} matches, which skip: {metric.skip} leaves out")
-    if metric.reduction == "mean":
-        # The reference leaves out the worst values, which in a log of steps are those of the warm-up.
-        kept = sorted(values, reverse=metric.name == "latency")[metric.skip:]
-        return sum(kept) / len(kept)
-    return {"final": values[-1], "min": min(values), "value": values[0]}[metric.reduction]
-
-
-def derive(derived: Sequence[Metric], results: Results, params: Mapping[str, str]) -> list[str]:
-    """Compute derived metrics into `results`, in their order, so that later ones may use earlier ones.
-
-    Returns why those without a value have none.
-    """
-    problems = []
-    for item in derived:
-        known = {name: value for name, values in results.items() for value in values.values()}
-        results[item.name] = {item.reduction: None}
-        try:
-            results[item.name][item.reduction] = evaluate(item.expression, {**known, **params})
-        except UserError as error:
-            problems.append(f"{item.name}: {error}")
-    return problems
+        raise UserError(f"{len(values)} matches, which skip: {metric.skip} leaves out")
+    # Of the mean the reference leaves out the worst values, which in a log of steps are those of the warm-up.
+    kept = sorted(values, reverse=metric.name == "latency")[metric.skip:]
+    mean = sum(kept) / len(kept)
+    return {"mean": mean, "final": values[-1], "min": min(values), "value": values[0]}[metric.reduction]
 
 
 _OPERATORS: dict[type, Callable[..., Any]] = {
@@ -143,11 +136,8 @@ def compile_seconds(stdout: Path, stderr: Path) -> float | None:
 
     None when the log tells neither. Poplar logs to stderr.
     """
-    def times(pattern: re.Pattern[str]) -> list[datetime]:
-        found = filter(None, map(pattern.search, lines(stderr)))
-        return [datetime.strptime(" ".join(match.groups()), "%Y-%m-%d %H:%M:%S.%f") for match in found]
-
-    begins, ends = times(_STAGE_BEGINS), times(_STAGE_ENDS)
+    begins, ends = ([datetime.strptime(" ".join(match.groups()), "%Y-%m-%d %H:%M:%S.%f")
+                     for match in map(stage.search, lines(stderr)) if match] for stage in (_STAGE_BEGINS, _STAGE_ENDS))
     if begins and ends and max(ends) > min(begins):
         return (max(ends) - min(begins)).total_seconds()
     return max((float(match[1]) for match in map(_COMPILED.search, lines(stdout, stderr)) if match), default=None)
@@ -155,8 +145,10 @@ def compile_seconds(stdout: Path, stderr: Path) -> float | None:
 
 # Users' own metrics --------------------------------------------------------------------------------------------------
 
+_registered: dict[str, Callable[[str, str, int], Any]] = {}
 
-def register_custom_metric(name: str, function: MetricFunction) -> None:
+
+def register_custom_metric(name: str, function: Callable[[str, str, int], Any]) -> None:
     """Add a metric: `function(stdout, stderr, exitcode)` gives its value, for instance {"mean": 1.5}.
 
     For the files that --custom-metrics-files names; they import it from `examples_utils`.

@@ -17,24 +17,23 @@ import sys
 import threading
 import time
 import uuid
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import IO, Any, Callable, Iterator, Mapping, Sequence
+from typing import IO, Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 import psutil
 from tqdm import tqdm
 
+from log import RUNNER_MARK
+
 logger = logging.getLogger(__name__)
 
-MARK = "EXAMPLES_UTILS_MARK"
 TIMED_OUT = 124  # as `timeout` of coreutils
 GRACE = 5.0  # seconds between asking processes to end and ending them
 GC_MONITOR = "gc-monitor"  # a program of the Poplar SDK
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How a command ended. `exitcode` is negative after a signal, 124 after the time limit, 126 or 127 if it never
     began; `problem` then says why."""
 
@@ -57,7 +56,7 @@ def run(words: Sequence[str], cwd: Path, env: Mapping[str, str], stdout: Path, s
         path.write_bytes(b"")
     mark, tail, begin = uuid.uuid4().hex, bytearray(), time.monotonic()
     try:
-        process = subprocess.Popen(words, cwd=cwd, env={**env, MARK: mark}, stdin=subprocess.DEVNULL,
+        process = subprocess.Popen(words, cwd=cwd, env={**env, RUNNER_MARK: mark}, stdin=subprocess.DEVNULL,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     except (OSError, ValueError) as error:
         problem = f"cannot start {words[0]}: {getattr(error, 'strerror', None) or error}"
@@ -75,7 +74,9 @@ def run(words: Sequence[str], cwd: Path, env: Mapping[str, str], stdout: Path, s
                 exitcode = process.wait(max(min(due, limit) - time.monotonic(), 0.01))
             if exitcode is None and time.monotonic() >= due:
                 due = time.monotonic() + period
-                on_progress(time.monotonic() - begin, _last_line(tail))
+                # Progress bars separate their lines with carriage returns.
+                said = list(filter(str.strip, bytes(tail).decode("utf-8", errors="replace").splitlines()))
+                on_progress(time.monotonic() - begin, said[-1].strip() if said else "")
         seconds = time.monotonic() - begin
     finally:
         left = end_tree(process, mark)
@@ -111,16 +112,7 @@ def _append(text: str, stderr: Path, combined: IO[bytes]) -> None:
             target.write(text.encode())
 
 
-def _last_line(tail: bytearray) -> str:
-    """The newest line that is not blank; progress bars separate theirs with carriage returns."""
-    lines = bytes(tail).decode("utf-8", errors="replace").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
-
-
-# The process tree ----------------------------------------------------------------------------------------------------
-
-
-def end_tree(process: subprocess.Popen[bytes], mark: str) -> int:
+def end_tree(root: subprocess.Popen[bytes], mark: str) -> int:
     """End the process and all its descendants: SIGTERM, and SIGKILL for those that are still there after GRACE.
 
     Returns how many descendants (without the process itself) had to be ended.
@@ -129,37 +121,34 @@ def end_tree(process: subprocess.Popen[bytes], mark: str) -> int:
     for number in (signal.SIGTERM, signal.SIGKILL):
         until = time.monotonic() + GRACE
         signalled: set[psutil.Process] = set()
-        while time.monotonic() < until:
-            alive = _tree(process, mark, victims)
-            if not alive:
-                break
+        while time.monotonic() < until and (alive := _tree(root, mark, victims)):
             for victim in alive - signalled:  # those too that were started meanwhile
                 with contextlib.suppress(psutil.Error):
                     victim.send_signal(number)
             signalled |= alive
             victims |= alive
             time.sleep(0.02)
-    return sum(victim.pid != process.pid for victim in victims)
+    return sum(victim.pid != root.pid for victim in victims)
 
 
 def _tree(root: subprocess.Popen[bytes], mark: str, known: set[psutil.Process]) -> set[psutil.Process]:
     """Living processes of the session of `root`, those that carry the mark or are known, and their descendants."""
-    parents, found = {}, set()
+    parents: dict[psutil.Process, int] = {}
+    found: set[psutil.Process] = set()
     # Where the root has ended, its number may already be another's.
     others = {os.getpid()} | ({root.pid} if root.poll() is not None else set())
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.pid in others or process.status() == psutil.STATUS_ZOMBIE:
-                continue
-            parents[process] = process.ppid()
-            if process in known or os.getsid(process.pid) == root.pid or process.environ().get(MARK) == mark:
-                found.add(process)
-    while True:
-        pids = {process.pid for process in found}
+            if process.pid not in others and process.status() != psutil.STATUS_ZOMBIE:
+                parents[process] = process.ppid()
+                if process in known or os.getsid(process.pid) == root.pid or process.environ().get(RUNNER_MARK) == mark:
+                    found.add(process)
+    more = found
+    while more:
+        pids = {process.pid for process in more}
         more = {process for process, parent in parents.items() if parent in pids} - found
-        if not more:
-            return found
-        found |= more
+        found = found | more
+    return found
 
 
 # What is watched meanwhile -------------------------------------------------------------------------------------------
@@ -187,17 +176,17 @@ def ipu_monitor(path: Path, period: float = 5.0) -> Iterator[None]:
     end = threading.Event()
 
     def watch() -> None:
-        with open(path, "w", encoding="utf-8", buffering=1) as file:
-            try:
+        try:
+            with open(path, "w", encoding="utf-8", buffering=1) as file:
                 while True:
-                    said = subprocess.run([GC_MONITOR, "--json"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                          stdin=subprocess.DEVNULL, timeout=60, check=True).stdout
+                    said = subprocess.check_output([GC_MONITOR, "--json"], stderr=subprocess.DEVNULL,
+                                                   stdin=subprocess.DEVNULL, timeout=60)
                     stamp = f"{datetime.now():%Y-%m-%d-%H.%M.%S.%f}"
                     file.write(json.dumps({"timestamp": stamp, **json.loads(said)}) + "\n")
                     if end.wait(period):
                         return
-            except (OSError, subprocess.SubprocessError, ValueError, TypeError) as error:
-                logger.warning("--gc-monitor stops: %s", error)
+        except (OSError, subprocess.SubprocessError, ValueError, TypeError) as error:
+            logger.warning("--gc-monitor stops: %s", error)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

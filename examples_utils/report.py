@@ -1,9 +1,11 @@
-"""Result files in the reference's formats (JSON, CSV, JUnit XML) and the table on the terminal."""
+"""Result files in the reference's formats (JSON, CSV, JUnit XML), the table on the terminal, and the chart."""
 from __future__ import annotations
 
 import csv
 import json
+import logging
 import textwrap
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -15,11 +17,14 @@ from examples_utils.metrics import Results
 from examples_utils.spec import Variant
 from utils.files import atomic_write
 
+logger = logging.getLogger(__name__)
+
 STATUSES = PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 CSV_METRICS = ("throughput", "latency", "total_compiling_time")
 ADDITIONAL_METRICS = ("test_duration", "loss", "result", "cmd", "env", "git_commit_hash")
 # Metrics that the table does not show: its own columns tell the same, or they are no numbers.
 NOT_IN_TABLE = {"throughput", "total_compiling_time", *ADDITIONAL_METRICS} - {"loss"}
+LOG_SCALE_FROM = 50  # ratio of the chart's largest to its smallest bar above which a linear scale hides the small ones
 
 
 @dataclass
@@ -57,23 +62,13 @@ class VariantResult:
         """The record of the JSON files: the reference's keys, and `status` and `reason`."""
         logs = {name[3:]: str(self.log_folder / name) for name in ("stdout", "stderr") if self.log_folder}
         return {
-            "benchmark_path": str(self.variant.benchmark.spec_path),
-            "benchmark_name": self.variant.benchmark.name,
-            "variant_name": self.variant.name,
-            "params": dict(self.variant.params),
-            "command": self.command.text,
-            "results": self.results,
-            "start_time": str(self.start),
-            "end_time": str(self.start + timedelta(seconds=self.seconds)),
-            "compilation_end_time": str(self.value("total_compiling_time")),
-            "test_duration": str(self.seconds),
-            "exitcode": self.exitcode,
-            "log_paths": logs,
-            "latest_checkpoint_path": str(self.checkpoint),
-            "sdk_path": str(self.sdk),
-            "sdk_version": str(self.sdk and self.sdk.name),
-            "status": self.status,
-            "reason": self.reason,
+            "benchmark_path": str(self.variant.benchmark.spec_path), "benchmark_name": self.variant.benchmark.name,
+            "variant_name": self.variant.name, "params": dict(self.variant.params), "command": self.command.text,
+            "results": self.results, "exitcode": self.exitcode, "status": self.status, "reason": self.reason,
+            "start_time": str(self.start), "end_time": str(self.start + timedelta(seconds=self.seconds)),
+            "compilation_end_time": str(self.value("total_compiling_time")), "test_duration": str(self.seconds),
+            "log_paths": logs, "latest_checkpoint_path": str(self.checkpoint),
+            "sdk_path": str(self.sdk), "sdk_version": str(self.sdk and self.sdk.name),
         }
 
 
@@ -91,8 +86,9 @@ def save_results(folder: Path, results: Sequence[VariantResult], additional: boo
     additional: more CSV columns; extra_metrics: CSV columns of the user's choice.
     """
     by_benchmark: dict[str, list[dict[str, Any]]] = {}
-    suite = ElementTree.Element("testsuite", name="benchmarks", tests=str(len(results)),
-                                failures=str(_count(results, FAILED)), skipped=str(_count(results, SKIPPED)))
+    counts, root = Counter(result.status for result in results), ElementTree.Element("testsuites")
+    suite = ElementTree.SubElement(root, "testsuite", name="benchmarks", tests=str(len(results)),
+                                   failures=str(counts[FAILED]), skipped=str(counts[SKIPPED]))
     columns = list(dict.fromkeys([*CSV_METRICS, *(ADDITIONAL_METRICS if additional else ()), *extra_metrics]))
     rows = [["benchmark name", "Variant name", *columns]]
     for result in results:
@@ -107,8 +103,6 @@ def save_results(folder: Path, results: Sequence[VariantResult], additional: boo
     write_json(folder / "benchmark_results.json", by_benchmark)
     with atomic_write(folder / "benchmark_results.csv") as file:
         csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(rows)
-    root = ElementTree.Element("testsuites")
-    root.append(suite)
     with atomic_write(folder / "benchmark_results.xml", "wb") as file:
         ElementTree.ElementTree(root).write(file, encoding="utf-8", xml_declaration=True)
 
@@ -168,9 +162,51 @@ def duration(seconds: float) -> str:
 
 def summary(results: Sequence[VariantResult]) -> str:
     """For instance `2 passed, 1 failed, 7 skipped`."""
-    counts = {status: _count(results, status) for status in STATUSES}
-    return ", ".join(f"{count} {status}" for status, count in counts.items() if count or status == PASSED)
+    counts = Counter(result.status for result in results)
+    return ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status] or status == PASSED)
 
 
-def _count(results: Sequence[VariantResult], status: str) -> int:
-    return sum(result.status == status for result in results)
+# Chart ---------------------------------------------------------------------------------------------------------------
+
+
+def draw_chart(path: Path, results: Sequence[VariantResult]) -> Path | None:
+    """Draw the throughput of every variant that has one to `path`, a panel for each unit, and return it.
+
+    None, with a line in the log, without matplotlib or without any throughput.
+    """
+    panels: dict[str, list[tuple[str, float]]] = {}
+    for result in results:
+        value, name = result.value("throughput"), result.variant.name
+        if isinstance(value, (int, float)) and value > 0:
+            # Long names keep their end, where the parameters are.
+            short = name if len(name) <= 56 else name[:16] + "..." + name[-37:]
+            panels.setdefault(result.variant.benchmark.units.get("throughput", "throughput"), []).append((short, value))
+    if not panels:
+        logger.info("no chart: no benchmark gave a throughput")
+        return None
+    try:
+        # The object interface: pyplot would look for a display and keep the figure.
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        logger.warning("no chart: matplotlib is not installed (%s): pip install -r requirements.txt", error)
+        return None
+    sizes = [len(bars) for bars in panels.values()]
+    figure = Figure(figsize=(10, 1.0 + 0.42 * sum(sizes) + 0.9 * len(sizes)), constrained_layout=True)
+    grid = figure.subplots(len(sizes), 1, squeeze=False, gridspec_kw={"height_ratios": [size + 1 for size in sizes]})
+    figure.suptitle(f"Throughput, {results[0].start:%Y-%m-%d %H:%M}", fontsize=12)
+    for axes, (unit, bars) in zip(grid[:, 0], panels.items()):
+        names, values = zip(*bars)
+        drawn = axes.barh(range(len(values)), values, color="#3a6ea5", height=0.6)
+        axes.bar_label(drawn, labels=list(map(number, values)), padding=4, fontsize=9)
+        axes.set_yticks(range(len(values)), labels=names, fontsize=9)
+        axes.set_ylim(len(values) - 0.4, -0.6)  # the first benchmark on top
+        logarithmic = max(values) > LOG_SCALE_FROM * min(values)
+        axes.set_xlim(min(values) / 2 if logarithmic else 0, max(values) * (2.5 if logarithmic else 1.15))
+        if logarithmic:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel(unit + " (logarithmic)" * logarithmic, fontsize=9)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(str(path), dpi=120, bbox_inches="tight", pad_inches=0.15)
+    return path

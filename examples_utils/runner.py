@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import subprocess
@@ -15,7 +16,7 @@ from typing import IO, Mapping, Sequence
 
 from examples_utils import metrics
 from examples_utils.command import build_command, option_value, python_index
-from examples_utils.machine import POPLAR, Machine, hardware, why_skipped
+from examples_utils.machine import POPLAR, Machine, hardware, missing
 from examples_utils.options import BenchmarkOptions
 from examples_utils.process import Outcome, ipu_monitor, progress, run
 from examples_utils.report import FAILED, PASSED, SKIPPED, VariantResult, write_json
@@ -70,8 +71,9 @@ def _prepare(variant: Variant, flags: BenchmarkOptions, env: Mapping[str, str], 
     elif flags.profile:
         logger.warning("--profile: %s uses no IPU, there is nothing to profile", variant.name)
     added.update(benchmark.env)
-    reason = why_skipped(benchmark, command, {**env, **added}, machine, flags.compile_only)
-    return VariantResult(variant, SKIPPED, command, reason or "", env={**env, **added}, added=added)
+    env = {**env, **added}
+    reason = next(missing(benchmark, command, env, machine, flags.compile_only), "")
+    return VariantResult(variant, SKIPPED, command, reason, env=env, added=added)
 
 
 def _profile_options(variant: Variant, env: Mapping[str, str]) -> str:
@@ -121,9 +123,9 @@ def _install_requirements(result: VariantResult, logs: Path, combined: IO[bytes]
     outcome = run((sys.executable, "-m", "pip", "install", "-r", name), result.folder, result.env, *files, combined)
     if outcome.exitcode == 0:
         return None
-    for file, stream in zip(files, ("stdout", "stderr")):
-        file.replace(logs / stream)
-    return Outcome(outcome.exitcode, outcome.seconds, f"requirements_file: pip could not install {name}")
+    for file in files:
+        file.replace(logs / file.name.replace("requirements_", ""))
+    return outcome._replace(problem=f"requirements_file: pip could not install {name}")
 
 
 def _execute(result: VariantResult, logs: Path, flags: BenchmarkOptions, combined: IO[bytes]) -> Outcome:
@@ -156,45 +158,39 @@ def _with_this_python(words: Sequence[str], env: Mapping[str, str]) -> tuple[lis
 def _collect(result: VariantResult, logs: Path, compile_only: bool) -> None:
     """Read the metrics into the result. A command that failed has none, whatever it printed before."""
     benchmark, files = result.variant.benchmark, (logs / "stdout", logs / "stderr")
-    wanted, derived = (benchmark.metrics, benchmark.derived) if not compile_only else ((), ())
-    compiling = None
+    wanted, derived = ((), ()) if compile_only else (benchmark.metrics, benchmark.derived)
     if result.exitcode:
-        result.results = {item.name: {item.reduction: None} for items in (wanted, derived) for item in items}
+        result.results = {item.name: {item.reduction: None} for item in (*wanted, *derived)}
     else:
         result.results, problems = metrics.extract(wanted, *files, result.command.num_processes)
         problems += metrics.derive(derived, result.results, result.variant.params)
         result.reason = "; ".join(problems)
-        compiling = metrics.compile_seconds(*files)
-    result.results["total_compiling_time"] = {"mean": compiling}
+    result.results["total_compiling_time"] = {"mean": None if result.exitcode else metrics.compile_seconds(*files)}
     metrics.apply_custom_metrics(result.results, *files, result.exitcode or 0)
 
 
 def _commit(folder: Path) -> str:
-    try:
-        return subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=folder, stderr=subprocess.DEVNULL,
-                                       text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "Not a git repo"
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "rev-parse", "HEAD"]
+        return subprocess.check_output(command, cwd=folder, stderr=subprocess.DEVNULL, text=True).strip()
+    return "Not a git repo"
 
 
 def _newest_checkpoint(result: VariantResult) -> Path | None:
     """The newest checkpoint file of this run in --checkpoint-output-dir, or its folder when there is one for each."""
     name = option_value(result.command.words, "--checkpoint-output-dir", "--checkpoint_output_dir")
-    found, start = {}, result.start.timestamp() - 1
-    for depth in ("*", "*/*") if name else ():
-        for path in (result.folder / str(name)).glob(depth):
-            if CHECKPOINT.fullmatch(path.name) and path.is_file() and path.stat().st_mtime >= start:
-                found[path.stat().st_mtime] = path if depth == "*" else path.parent
-    return found[max(found)].resolve() if found else None
+    folder = result.folder / (name or "")
+    found = {path.stat().st_mtime: path if path.parent == folder else path.parent
+             for depth in (("*", "*/*") if name else ()) for path in folder.glob(depth)
+             if CHECKPOINT.fullmatch(path.name) and path.is_file()}
+    newest = max(found, default=-math.inf)
+    return found[newest].resolve() if newest >= result.start.timestamp() - 1 else None
 
 
 def _last_words(stderr: Path) -> str:
     """`: ` and the last line that names an error, else the last line with a word in it; nothing if there is none."""
-    last = named = ""
-    for line in metrics.lines(stderr):
-        last = line if re.search(r"[^\W\d_]", line) else last
-        named = line if ERROR_LINE.match(line) else named
-    words = " ".join((named or last).split())
+    lines = [line for line in metrics.lines(stderr) if re.search(r"[^\W\d_]", line)]
+    words = " ".join(next(filter(ERROR_LINE.match, reversed(lines)), lines[-1] if lines else "").split())
     return ": " + (words if len(words) <= 200 else words[:197] + "...") if words else ""
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Mapping, Pattern, Sequence
+from typing import Any, Iterator, Mapping, NamedTuple, Pattern, Sequence
 
 from utils.errors import UserError, nearest
 from utils.yaml_files import parse_yaml
@@ -26,11 +25,10 @@ KEYS: dict[str, tuple[Any, Any]] = {
     "timeout": ((int, float), None), "allow_wandb": (bool, False), "generated": (bool, False),
     "synthetic": (bool, False), "requirements_file": (str, None), "compile_only": (bool, True),
 }
-KNOWN_KEYS = (*KEYS, "parameters", "requires", "output")
+OTHER_KEYS = ("parameters", "requires", "output", "requirements_path")
 
 
-@dataclass(frozen=True)
-class Metric:
+class Metric(NamedTuple):
     """A number: what `regexp` captures in the log, reduced to one value, or else what `expression` is worth.
 
     An expression computes with other metrics and the variant's parameters, which it names as {name}.
@@ -39,29 +37,28 @@ class Metric:
     name: str
     regexp: Pattern[str] = re.compile("")
     expression: str = ""
-    reduction: str = "mean"  # mean | final | min | value (the first)
+    reduction: str = "mean"  # one of REDUCTIONS; value: the first
     skip: int = 0  # mean leaves out so many of the worst values; the others need more than so many matches
 
 
-@dataclass(frozen=True)
-class Benchmark:
+class Benchmark(NamedTuple):
     """One checked entry of a spec file."""
 
     name: str
     spec_path: Path
     cmd: str
-    metrics: tuple[Metric, ...] = ()
-    derived: tuple[Metric, ...] = ()
-    parameters: tuple[Mapping[str, str], ...] = ({},)  # one mapping a variant
-    env: Mapping[str, str] = field(default_factory=dict)
-    location: str = ""
-    timeout: float | None = None  # seconds
-    allow_wandb: bool = False
-    needs_dataset: bool = True
-    requirements_file: str | None = None
-    requires: tuple[str, ...] = ()
-    compile_only: bool = True
-    units: Mapping[str, str] = field(default_factory=dict)  # metric -> unit
+    metrics: tuple[Metric, ...]
+    derived: tuple[Metric, ...]
+    parameters: Sequence[Mapping[str, str]]  # one mapping a variant
+    env: Mapping[str, str]
+    location: str
+    timeout: float | None  # seconds
+    allow_wandb: bool
+    needs_dataset: bool
+    requirements_file: str | None
+    requires: Sequence[str]
+    compile_only: bool
+    units: Mapping[str, str]  # metric -> unit
 
     @property
     def folder(self) -> Path:
@@ -69,8 +66,7 @@ class Benchmark:
         return (self.spec_path.parent / self.location).resolve()
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """A benchmark with one value for each of its parameters."""
 
     benchmark: Benchmark
@@ -120,39 +116,34 @@ def make_benchmark(name: str, spec_path: Path, entry: Any) -> Benchmark:
     where = f"{spec_path.name}: '{name}'"
     if not isinstance(entry, dict):
         raise UserError(f"{where} must be a mapping with the key cmd")
-    for key in entry:
-        close = nearest(str(key), KNOWN_KEYS)
-        if key not in KNOWN_KEYS and key != "requirements_path" and close:
+    for key in map(str, entry.keys() - {*KEYS, *OTHER_KEYS}):
+        close = nearest(key, (*KEYS, *OTHER_KEYS))
+        if close:
             logger.warning("%s: unknown key '%s' is ignored.%s", where, key, close)
     values = {key: _get(entry, key, kind, where, default) for key, (kind, default) in KEYS.items()}
-    cmd, timeout, env = values["cmd"], values["timeout"], values["env"]
-    requires, output = entry.get("requires"), entry.get("output")
-    if not cmd.strip():
+    timeout, requires, output = values["timeout"], entry.get("requires") or [], entry.get("output")
+    if not values["cmd"].strip():
         raise UserError(f"{where} has no cmd{'; notebooks are not run here' if 'notebook' in entry else ''}")
     if timeout is not None and timeout <= 0:
         raise UserError(f"{where}: timeout must be more than 0 seconds, not {timeout}")
-    requires = requires if isinstance(requires, list) else [requires] if requires else []
-    for need in requires:
+    for need in (requires := requires if isinstance(requires, list) else [requires]):
         if not isinstance(need, str) or not REQUIREMENT.fullmatch(need):
             raise UserError(f"{where}: requires: '{need}' is none of ipu[:N], cuda[:N], package:NAME, program:NAME, "
                             "file:PATH")
-    for key, item in env.items():
+    for key, item in values["env"].items():
         if not isinstance(item, (str, int, float)) or isinstance(item, bool):
             raise UserError(f"{where}: env.{key} must be text or a number, not {item!r} (put it in quotes)")
-    # The reference decides by these parts of the name whether real data is needed.
-    made_up = "gen" in name or "synth" in name or values["generated"] or values["synthetic"]
-    metrics, derived = (
-        tuple(_metric(str(key), value, f"{where}: {part}.{key}", source) for key, value in values[part].items())
-        for part, source in (("data", "regexp"), ("derived", "expr")))
-    return Benchmark(
-        name=name, spec_path=spec_path, cmd=cmd, timeout=timeout, metrics=metrics, derived=derived,
-        requires=tuple(requires), needs_dataset=not made_up,
-        parameters=tuple(_parameters(entry.get("parameters"), where)),
-        env={str(key): str(item) for key, item in env.items()},
-        **{key: values[key] for key in ("location", "allow_wandb", "requirements_file", "compile_only")},
+    values.update(
+        requires=requires, parameters=_parameters(entry.get("parameters"), where),
+        # The reference decides by these parts of the name whether real data is needed.
+        needs_dataset=not (values.pop("generated") | values.pop("synthetic") or "gen" in name or "synth" in name),
+        metrics=tuple(_metrics(values.pop("data"), f"{where}: data", "regexp")),
+        derived=tuple(_metrics(values["derived"], f"{where}: derived", "expr")),
+        env={str(key): str(item) for key, item in values["env"].items()},
         # `output: [[unit, metric], ...]`; anything else is ignored, as the reference ignores the whole key.
         units={str(pair[1]): str(pair[0]) for pair in (output if isinstance(output, list) else [])
                if isinstance(pair, list) and len(pair) == 2})
+    return Benchmark(name, spec_path, **values)
 
 
 def variants(benchmark: Benchmark) -> list[Variant]:
@@ -166,9 +157,6 @@ def variants(benchmark: Benchmark) -> list[Variant]:
     return list(result.values())
 
 
-# Keys ----------------------------------------------------------------------------------------------------------------
-
-
 def _get(entry: Mapping[str, Any], key: str, kind: Any, where: str, default: Any) -> Any:
     value = entry.get(key)
     if value is None:
@@ -179,27 +167,25 @@ def _get(entry: Mapping[str, Any], key: str, kind: Any, where: str, default: Any
     return value
 
 
-def _metric(name: str, settings: Any, here: str, source: str) -> Metric:
-    """source: the key that says where the number comes from, regexp or expr."""
-    kinds = str if source == "regexp" else (str, int, float)
-    if not isinstance(settings, dict) or not isinstance(settings.get(source), kinds):
-        raise UserError(f"{here} must be a mapping with the key {source}")
-    reduction = str(settings.get("reduction_type", "mean"))
-    if reduction not in REDUCTIONS:
-        raise UserError(f"{here}.reduction_type: '{reduction}' is none of {', '.join(REDUCTIONS)}."
-                        + nearest(reduction, REDUCTIONS))
-    if source == "expr":
-        return Metric(name, expression=str(settings["expr"]), reduction=reduction)
-    try:
-        regexp = re.compile(settings["regexp"])
-    except re.error as error:
-        raise UserError(f"{here}.regexp: {error}: {settings['regexp']}") from None
-    if regexp.groups > 1:
-        raise UserError(f"{here}.regexp has {regexp.groups} groups; it must have one, (?:...) does not count")
-    skip = _get(settings, "skip", int, here, 0)
-    if skip < 0:
-        raise UserError(f"{here}.skip must be 0 or more, not {skip}")
-    return Metric(name, regexp, reduction=reduction, skip=skip)
+def _metrics(part: Mapping[Any, Any], where: str, source: str) -> Iterator[Metric]:
+    """source: the key that says where a number comes from, regexp or expr."""
+    for name, settings in part.items():
+        here, kinds = f"{where}.{name}", str if source == "regexp" else (str, int, float)
+        if not isinstance(settings, dict) or not isinstance(settings.get(source), kinds):
+            raise UserError(f"{here} must be a mapping with the key {source}")
+        reduction, skip = str(settings.get("reduction_type", "mean")), _get(settings, "skip", int, here, 0)
+        if reduction not in REDUCTIONS:
+            raise UserError(f"{here}.reduction_type: '{reduction}' is none of {', '.join(REDUCTIONS)}."
+                            + nearest(reduction, REDUCTIONS))
+        if skip < 0:
+            raise UserError(f"{here}.skip must be 0 or more, not {skip}")
+        try:
+            regexp = re.compile(settings["regexp"] if source == "regexp" else "")
+        except re.error as error:
+            raise UserError(f"{here}.regexp: {error}: {settings['regexp']}") from None
+        if regexp.groups > 1:
+            raise UserError(f"{here}.regexp has {regexp.groups} groups; it must have one, (?:...) does not count")
+        yield Metric(str(name), regexp, str(settings.get("expr", "")), reduction, skip)
 
 
 def _parameters(value: Any, where: str) -> list[dict[str, str]]:

@@ -11,26 +11,12 @@ from models.dalle import DALLE, TextToImage
 from models.vqgan import VQGAN, VqganConfig
 
 MODEL = {
-    "num_text_tokens": 9,
-    "num_image_tokens": 7,
-    "text_seq_len": 5,
-    "grid": 4,
-    "dim": 8,
-    "depth": 3,
-    "heads": 2,
-    "dim_head": 4,
-    "attn_types": ("full", "axial_row", "axial_col"),
+    "num_text_tokens": 9, "num_image_tokens": 7, "text_seq_len": 5, "grid": 4, "dim": 8, "depth": 3, "heads": 2,
+    "dim_head": 4, "attn_types": ("full", "axial_row", "axial_col"),
 }
 VQGAN_CONFIG = VqganConfig(
-    resolution=16,
-    ch=8,
-    ch_mult=(1, 1, 2),
-    num_res_blocks=1,
-    attn_resolutions=(),
-    num_codes=7,
-    embed_dim=4,
-    z_channels=4,
-    num_groups=4,
+    resolution=16, ch=8, ch_mult=(1, 1, 2), num_res_blocks=1, attn_resolutions=(), num_codes=7, embed_dim=4,
+    z_channels=4, num_groups=4,
 )
 
 
@@ -70,16 +56,9 @@ def make_config(stages=1, **options):
     """A configuration for `stages` IPUs: the embeddings on the first, the three layers over the others."""
     layers = {1: [3], 2: [0, 3], 4: [0, 1, 1, 1]}[stages]
     base = {
-        "device": "ipu",
-        "batch_size": 2,
-        "gradient_accumulation": max(2, 2 * stages - 1),
-        "ipus_per_replica": stages,
-        "layers_per_ipu": layers,
-        "num_hidden_layers": 3,
-        "learning_rate": 1.0e-2,
-        "image_size": 16,
-        "epochs": 2,
-        "max_steps": 0,
+        "device": "ipu", "batch_size": 2, "gradient_accumulation": max(2, 2 * stages - 1),
+        "ipus_per_replica": stages, "layers_per_ipu": layers, "num_hidden_layers": 3, "learning_rate": 1.0e-2,
+        "image_size": 16, "epochs": 2, "max_steps": 0,
     }
     return args.Config().replace(**dict(base, **options))
 

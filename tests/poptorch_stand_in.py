@@ -123,15 +123,8 @@ class PipelinedExecution:
 class Options(_Settings):
     def __init__(self):
         super().__init__(
-            device_iterations=1,
-            replication_factor=1,
-            output_mode=OutputMode.Default,
-            auto_round_num_ipus=False,
-            offline=False,
-            synthetic=False,
-            strategy=PipelinedExecution(AutoStage.SameAsIpu),
-            memory={},
-            cache=None,
+            device_iterations=1, replication_factor=1, output_mode=OutputMode.Default, auto_round_num_ipus=False,
+            offline=False, synthetic=False, strategy=PipelinedExecution(AutoStage.SameAsIpu), memory={}, cache=None,
             relaxed=False,
         )
         for name, settings in (
@@ -270,18 +263,8 @@ class DataLoader(torch.utils.data.DataLoader):
     """Batches of batch_size * device iterations * accumulation * local replicas samples, made in this process."""
 
     def __init__(
-        self,
-        options,
-        dataset,
-        batch_size=1,
-        shuffle=False,
-        num_workers=0,
-        drop_last=True,
-        persistent_workers=None,
-        auto_distributed_partitioning=True,
-        mode=DataLoaderMode.Sync,
-        async_options=None,
-        rebatched_worker_size=None,
+        self, options, dataset, batch_size=1, shuffle=False, num_workers=0, drop_last=True, persistent_workers=None,
+        auto_distributed_partitioning=True, mode=DataLoaderMode.Sync, async_options=None, rebatched_worker_size=None,
     ):
         freeze(options)
         assert isinstance(mode, DataLoaderMode)
@@ -302,9 +285,7 @@ class DataLoader(torch.utils.data.DataLoader):
         self.workers, self.persistent = num_workers, persistent_workers
         # Worker processes would cost the tests seconds and change nothing in what is loaded.
         super().__init__(
-            dataset,
-            batch_size=rebatched_worker_size if self.rebatched else combined,
-            shuffle=shuffle,
+            dataset, batch_size=rebatched_worker_size if self.rebatched else combined, shuffle=shuffle,
             drop_last=drop_last and not self.rebatched,
         )
 
@@ -327,23 +308,9 @@ class DataLoader(torch.utils.data.DataLoader):
 # The module ----------------------------------------------------------------------------------------------------------
 
 _PUBLIC = (
-    Error,
-    OutputMode,
-    ReductionType,
-    DataLoaderMode,
-    AutoStage,
-    MatMulSerializationMode,
-    TensorLocationSettings,
-    PipelinedExecution,
-    Options,
-    BeginBlock,
-    recomputationCheckpoint,
-    serializedMatMul,
-    identity_loss,
-    trainingModel,
-    inferenceModel,
-    ipuHardwareIsAvailable,
-    DataLoader,
+    Error, OutputMode, ReductionType, DataLoaderMode, AutoStage, MatMulSerializationMode, TensorLocationSettings,
+    PipelinedExecution, Options, BeginBlock, recomputationCheckpoint, serializedMatMul, identity_loss, trainingModel,
+    inferenceModel, ipuHardwareIsAvailable, DataLoader,
 )
 
 

@@ -103,9 +103,7 @@ class _Optimizer:
             assert kind in (torch.float16, torch.float32), "Accumulation types must be torch.float32 or torch.float16"
         self.loss_scaling, self.max_grad_norm = loss_scaling, max_grad_norm
         self.accum_type, self.first_order_momentum_accum_type, self.second_order_momentum_accum_type = (
-            accum_type,
-            first,
-            second,
+            accum_type, first, second,
         )
         self.variable_attrs = VariableAttributes(given, [*list(self.defaults), "loss_scaling"])
         self.ipu_state = {"ipu_state": None, "ipu_param": None}
@@ -129,58 +127,31 @@ class _Optimizer:
 
 class Adam(_Optimizer, torch.optim.Adam):
     def __init__(
-        self,
-        params,
-        lr=None,
-        betas=None,
-        eps=None,
-        weight_decay=None,
-        amsgrad=None,
-        loss_scaling=1.0,
-        accum_type=torch.float32,
-        first_order_momentum_accum_type=torch.float32,
-        second_order_momentum_accum_type=torch.float32,
-        max_grad_norm=float("inf"),
+        self, params, lr=None, betas=None, eps=None, weight_decay=None, amsgrad=None, loss_scaling=1.0,
+        accum_type=torch.float32, first_order_momentum_accum_type=torch.float32,
+        second_order_momentum_accum_type=torch.float32, max_grad_norm=float("inf"),
     ):
         given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
         given = {key: value for key, value in given.items() if value is not None}
         torch.optim.Adam.__init__(self, params, **given)
         self._finish(
-            given,
-            loss_scaling,
-            accum_type,
-            first_order_momentum_accum_type,
-            second_order_momentum_accum_type,
+            given, loss_scaling, accum_type, first_order_momentum_accum_type, second_order_momentum_accum_type,
             max_grad_norm,
         )
 
 
 class AdamW(_Optimizer, torch.optim.AdamW):
     def __init__(
-        self,
-        params,
-        lr=None,
-        betas=None,
-        eps=None,
-        weight_decay=None,
-        amsgrad=None,
-        loss_scaling=1.0,
-        bias_correction=True,
-        accum_type=torch.float32,
-        first_order_momentum_accum_type=torch.float32,
-        second_order_momentum_accum_type=torch.float32,
-        max_grad_norm=float("inf"),
+        self, params, lr=None, betas=None, eps=None, weight_decay=None, amsgrad=None, loss_scaling=1.0,
+        bias_correction=True, accum_type=torch.float32, first_order_momentum_accum_type=torch.float32,
+        second_order_momentum_accum_type=torch.float32, max_grad_norm=float("inf"),
     ):
         given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
         given = {key: value for key, value in given.items() if value is not None}
         torch.optim.AdamW.__init__(self, params, **given)
         assert bias_correction is True, "the stand-in's arithmetic is PyTorch's, which always corrects"
         self._finish(
-            given,
-            loss_scaling,
-            accum_type,
-            first_order_momentum_accum_type,
-            second_order_momentum_accum_type,
+            given, loss_scaling, accum_type, first_order_momentum_accum_type, second_order_momentum_accum_type,
             max_grad_norm,
         )
 
@@ -232,8 +203,7 @@ class Executor:
     @property
     def _micro_batches(self):
         return (
-            self.options.device_iterations,
-            self.options.Training.gradient_accumulation,
+            self.options.device_iterations, self.options.Training.gradient_accumulation,
             self.options.replication_factor,
         )
 

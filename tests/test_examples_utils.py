@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -18,9 +19,9 @@ import pytest
 import args as train_args
 import log
 from benchmarks import busy, compare_peers
-from examples_utils import chart, cli, metrics, process, report, runner
+from examples_utils import cli, metrics, process, report, runner
 from examples_utils.command import build_command
-from examples_utils.machine import Machine, why_skipped
+from examples_utils.machine import Machine, missing
 from examples_utils.spec import Metric, load_entries, make_benchmark, select, variants
 from utils.errors import UsageError, UserError
 
@@ -70,17 +71,13 @@ def command(cmd, name="x_gen", env=None, params=None, **flags):
 # Spec ----------------------------------------------------------------------------------------------------------------
 
 
-def test_rows_of_parameters_are_variants_with_sorted_keys_in_their_names():
-    entry = {"cmd": "python3 t.py", "parameters": [["size", "batch"], [8, 1], ["a", 2.5]]}
-    found = variants(benchmark(entry))
-    assert [variant.name for variant in found] == ["x_gen_batch_1_size_8", "x_gen_batch_2.5_size_a"]
-    assert found[0].params == {"size": "8", "batch": "1"}
-
-
-def test_a_mapping_of_parameters_is_their_product_with_the_first_key_fastest():
-    found = variants(benchmark({"cmd": "python3 t.py", "parameters": {"a": "1, 2", "b": "x,y"}}))
-    assert [variant.name for variant in found] == ["x_gen_a_1_b_x", "x_gen_a_2_b_x", "x_gen_a_1_b_y", "x_gen_a_2_b_y"]
-    assert [v.params for v in variants(benchmark({"cmd": "python3 t.py", "parameters": {"a": 3}}))] == [{"a": "3"}]
+@pytest.mark.parametrize("parameters, names, first", [
+    ([["size", "batch"], [8, 1], ["a", 2.5]], ["batch_1_size_8", "batch_2.5_size_a"], {"size": "8", "batch": "1"}),
+    ({"a": "1, 2", "b": "x,y"}, ["a_1_b_x", "a_2_b_x", "a_1_b_y", "a_2_b_y"], {"a": "1", "b": "x"}),
+    ({"a": 3}, ["a_3"], {"a": "3"})])
+def test_variants_are_rows_or_a_product_with_the_first_key_fastest_and_sorted_keys_in_names(parameters, names, first):
+    found = variants(benchmark({"cmd": "python3 t.py", "parameters": parameters}))
+    assert [variant.name for variant in found] == ["x_gen_" + name for name in names] and found[0].params == first
 
 
 def test_options_are_no_benchmarks_and_convergence_runs_only_when_asked_for(app):
@@ -156,19 +153,17 @@ def test_wandb_flags_are_stripped_unless_allowed():
     assert "--wandb-project-name" in command(cmd, allow_wandb=True).words
     allowed = benchmark({"cmd": cmd, "allow_wandb": True})
     assert "--wandb" in build_command(variants(allowed)[0], {}).words
-
-
-def test_compile_only_is_appended_and_strips_wandb_and_vipu():
+    # --compile-only is appended, and strips flags of wandb and vipu.
     made = command("poprun --vipu-partition=p --vipu-server-host h --num-replicas 4 python3 t.py --wandb",
                    allow_wandb=True, compile_only=True)
     assert made.words == ("poprun", "--num-replicas", "4", "python3", "/app/t.py", "--compile-only")
 
 
-def test_mpirun_gives_the_factor_of_throughput():
-    assert command("mpirun --np 4 python3 t.py --np 9").num_processes == 4
-    assert command("mpirun --tag-output --np 4 python3 t.py").num_processes == 4
-    assert command("mpirun --np=2 python3 t.py").num_processes == 2
-    assert command("python3 t.py --np 4").num_processes == 1
+@pytest.mark.parametrize("cmd, factor", [
+    ("mpirun --np 4 python3 t.py --np 9", 4), ("mpirun --tag-output --np 4 python3 t.py", 4),
+    ("mpirun --np=2 python3 t.py", 2), ("python3 t.py --np 4", 1)])
+def test_mpirun_gives_the_factor_of_throughput(cmd, factor):
+    assert command(cmd).num_processes == factor
 
 
 @pytest.mark.parametrize("cmd, message", [
@@ -209,7 +204,7 @@ def test_reductions_over_stdout_then_stderr(logs, name, settings, value):
 @pytest.mark.parametrize("stdout, settings, problem", [
     ("nothing", {}, "m: no line matches 'm=(.*?);'"),
     ("m=1;m=2;", {"skip": 2}, "m: 2 matches, which skip: 2 leaves out"),
-    ("m=fast;", {}, "m: 'fast' is no number"), ("m=1;m=nan;", {}, "m is not finite in the log"),
+    ("m=fast;", {}, "m: 'fast' is no number"), ("m=1;m=nan;", {}, "m: not finite in the log"),
     ("m=1\n;", {}, "m: no line matches 'm=(.*?);'")])
 def test_a_metric_without_a_value_says_why(logs, stdout, settings, problem):
     results, problems = metrics.extract([metric(**settings)], *logs(stdout))
@@ -297,6 +292,7 @@ def test_output_is_in_the_files_while_the_command_runs(run, tmp_path):
     assert outcome.exitcode == 0 and seen[-1] == (b"50%\r60%", "60%")
 
 
+by_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds runaway processes by /proc")
 ESCAPE = """
 import os, signal, sys, time
 if os.fork() == 0:
@@ -312,7 +308,7 @@ while not os.path.exists('ready'): time.sleep(0.01)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds runaway processes by /proc")
+@by_proc
 def test_the_time_limit_ends_the_whole_tree_even_a_daemon_that_ignores_sigterm(run, tmp_path, monkeypatch):
     real = time.monotonic  # a clock that jumps once the daemon is there, so that on no machine the limit comes before
     monkeypatch.setattr(process.time, "monotonic", lambda: real() + (1000 if (tmp_path / "ready").exists() else 0))
@@ -321,7 +317,7 @@ def test_the_time_limit_ends_the_whole_tree_even_a_daemon_that_ignores_sigterm(r
     assert gone(int(out)) and err == "\nTimeout (500)\n" and "Timeout" in both
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds runaway processes by /proc")
+@by_proc
 def test_a_daemon_left_behind_is_ended_and_does_not_hold_up_the_runner(run):
     outcome, out, _, _ = run(ESCAPE.format(""))
     assert outcome.exitcode == 0 and outcome.seconds < 50 and gone(int(out))
@@ -339,30 +335,16 @@ def test_a_command_that_cannot_start_is_an_outcome(tmp_path):
 # What is skipped -----------------------------------------------------------------------------------------------------
 
 
-class FakeMachine(Machine):
+def fake_machine(packages=(), programs=(), gpus=0, ipus=0):
     """A machine with what the test says, asked through the public questions only."""
-
-    def __init__(self, packages=(), programs=(), gpus=0, ipus=0):
-        super().__init__({})
-        self.packages, self.programs, self.gpus, self.ipus = packages, programs, gpus, ipus
-
-    def has_package(self, name):
-        return name in self.packages
-
-    def has_program(self, name):
-        return name in self.programs
-
-    def num_gpus(self):
-        return self.gpus
-
-    def has_ipus(self, number):
-        return number <= self.ipus
+    return types.SimpleNamespace(has_package=packages.__contains__, has_program=programs.__contains__,
+                                 num_gpus=lambda: gpus, has_ipus=lambda number: number <= ipus)
 
 
 SDK = {"POPLAR_SDK_ENABLED": "/opt/sdk/poplar"}
-IPU_BOX = FakeMachine(["torch", "poptorch"], ["poprun"], ipus=16)
-GPU_BOX = FakeMachine(["torch"], gpus=1)
-BARE = FakeMachine()
+IPU_BOX = fake_machine(["torch", "poptorch"], ["poprun"], ipus=16)
+GPU_BOX = fake_machine(["torch"], gpus=1)
+BARE = fake_machine()
 
 
 @pytest.mark.parametrize("machine, env, entry, name, reason", [
@@ -374,7 +356,7 @@ BARE = FakeMachine()
     (IPU_BOX, SDK, {"cmd": "python3 t.py"}, "train_gen_pod16", None),
     (IPU_BOX, SDK, {"cmd": "python3 t.py"}, "train_gen_pod64", "no 64 IPUs are here"),
     (IPU_BOX, SDK, {"cmd": "poprun python3 t.py"}, "train_gen_pod64", None),  # poprun makes the partition itself
-    (FakeMachine(["poptorch"]), SDK, {"cmd": "poprun python3 t.py"}, "x_gen", "poprun of the Poplar SDK is not on"),
+    (fake_machine(["poptorch"]), SDK, {"cmd": "poprun python3 t.py"}, "x_gen", "poprun of the Poplar SDK is not on"),
     (BARE, {}, {"cmd": "python3 t.py --device cuda"}, "x_gen", "package torch is not installed"),
     (IPU_BOX, {}, {"cmd": "python3 t.py --device cuda:0"}, "x_gen", "PyTorch sees no CUDA GPU here; one is needed"),
     (GPU_BOX, {}, {"cmd": "python3 t.py --device cuda"}, "x_gen", None),
@@ -394,30 +376,26 @@ BARE = FakeMachine()
 ])
 def test_what_is_missing_is_the_reason_to_skip(machine, env, entry, name, reason):
     item = benchmark(entry, name)
-    found = why_skipped(item, build_command(variants(item)[0], env), env, machine)
-    assert found is None if reason is None else reason in found
+    found = list(missing(item, build_command(variants(item)[0], env), env, machine))
+    assert not found if reason is None else reason in found[0]
 
 
 def test_compile_only_needs_no_ipu_and_skips_what_cannot_compile():
     item = benchmark({"cmd": "python3 t.py"}, "train_gen_pod64")
     made = build_command(variants(item)[0], SDK, compile_only=True)
-    assert why_skipped(item, made, SDK, IPU_BOX, compile_only=True) is None
+    assert not list(missing(item, made, SDK, IPU_BOX, compile_only=True))
     item = benchmark({"cmd": "python3 generate.py", "compile_only": False})
-    assert "has no --compile-only mode" in why_skipped(item, made, {}, BARE, compile_only=True)
+    assert "has no --compile-only mode" in next(missing(item, made, {}, BARE, compile_only=True))
 
 
-def test_the_machine_is_asked_once_and_in_another_process(tmp_path):
+def test_the_machine_is_asked_once_and_in_another_process(tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text(
         "import os\nopen('asked', 'a').write('x')\n"
         "class cuda:\n    is_available = staticmethod(lambda: True)\n    device_count = staticmethod(lambda: 3)\n")
-    before = os.getcwd()
-    os.chdir(str(tmp_path))
-    try:
-        machine = Machine(dict(os.environ, PYTHONPATH=str(tmp_path)))
-        assert machine.num_gpus() == machine.num_gpus() == 3
-        assert Path("asked").read_text() == "x"
-    finally:
-        os.chdir(before)
+    monkeypatch.chdir(tmp_path)
+    machine = Machine(dict(os.environ, PYTHONPATH=str(tmp_path)))
+    assert machine.num_gpus() == machine.num_gpus() == 3
+    assert Path("asked").read_text() == "x"
     assert not machine.has_ipus(1) and machine.has_package("json") and not machine.has_package("no_such.package")
 
 
@@ -425,18 +403,20 @@ def test_the_machine_is_asked_once_and_in_another_process(tmp_path):
 
 
 def bench(spec, *flags):
-    """Run the command line; returns (exit status, log folder)."""
+    """Run the command line; returns the exit status, the log folder and the results by variant."""
     folder = spec.parent / "logs"
-    return cli.main(["benchmark", "--spec", str(spec), "--log-dir", str(folder), *list(flags)]), folder
+    status = cli.main(["benchmark", "--spec", str(spec), "--log-dir", str(folder), *flags])
+    return status, folder, read_json(folder)
 
 
 def read_json(folder):
-    return json.loads((folder / "benchmark_results.json").read_text())
+    found = json.loads((folder / "benchmark_results.json").read_text())
+    assert all(item["benchmark_name"] == name for name, items in found.items() for item in items)
+    return {item["variant_name"]: item for items in found.values() for item in items}
 
 
 def read_csv(folder):
-    with open(str(folder / "benchmark_results.csv"), newline="") as file:
-        return list(csv.reader(file))
+    return list(csv.reader((folder / "benchmark_results.csv").read_text().splitlines()))
 
 
 MIXED = """
@@ -457,10 +437,9 @@ train_gen_pod4:
 
 
 def test_a_run_writes_the_files_of_the_reference_and_fails_when_one_failed(app, capsys):
-    status, folder = bench(app(MIXED))
+    status, folder, results = bench(app(MIXED))
     assert status == 1
-    results = read_json(folder)
-    good = results["good_gen"][1]
+    good = results["good_gen_n_2"]
     assert set(good) == {
         "benchmark_path", "benchmark_name", "variant_name", "params", "command", "results", "start_time", "end_time",
         "compilation_end_time", "test_duration", "exitcode", "log_paths", "latest_checkpoint_path", "sdk_path",
@@ -473,7 +452,7 @@ def test_a_run_writes_the_files_of_the_reference_and_fails_when_one_failed(app, 
     assert Path(good["log_paths"]["err"]).read_text() == "seen ['--n', '2']\n"
     assert Path(good["log_paths"]["out"]).read_text().count("samples/sec") == 3
 
-    broken, silent, ipu = results["broken_gen"][0], results["silent_gen"][0], results["train_gen_pod4"][0]
+    broken, silent, ipu = (results[name] for name in ("broken_gen", "silent_gen", "train_gen_pod4"))
     assert broken["exitcode"] == 1 and broken["reason"] == "exit status 1: no memory"
     assert broken["results"]["loss"] == {"final": None}
     assert silent["exitcode"] == 1 and "throughput: no line matches" in silent["reason"]
@@ -501,7 +480,7 @@ def test_skipping_alone_is_no_failure_but_is_said(app, capsys):
     spec = app(MIXED)
     (spec.parent / "logs").mkdir()
     (spec.parent / "logs" / "benchmark_results.png").touch()
-    status, folder = bench(spec, "--benchmark", "train_gen_pod4")
+    status, folder, _ = bench(spec, "--benchmark", "train_gen_pod4")
     assert status == 0 and "nothing was run" in capsys.readouterr().out
     assert not (folder / "benchmark_results.png").exists()  # also the one of an earlier run into this folder has gone
 
@@ -511,8 +490,8 @@ def test_csv_columns_and_metrics_of_the_user(app):
         "from examples_utils import register_custom_metric\n"
         "register_custom_metric('lines', lambda out, err, status: {'sum': len(out.splitlines())})\n"
         "register_custom_metric('bad', lambda out, err, status: 1 / 0)\n")
-    status, folder = bench(app("a_gen: {<<: *common_options, cmd: python3 train.py, env: {LEVEL: 3}}"),
-                           "--additional-metrics", "--csv-metrics", "lines", "--custom-metrics-files", "mine.py")
+    status, folder, _ = bench(app("a_gen: {<<: *common_options, cmd: python3 train.py, env: {LEVEL: 3}}"),
+                              "--additional-metrics", "--csv-metrics", "lines", "--custom-metrics-files", "mine.py")
     header, row = read_csv(folder)
     assert header[2:] == ["throughput", "latency", "total_compiling_time", "test_duration", "loss", "result", "cmd",
                           "env", "git_commit_hash", "lines"]
@@ -532,39 +511,36 @@ def test_the_reason_of_a_failure_quotes_the_error(tmp_path, stderr, words):
 
 
 def test_stop_on_error_leaves_the_rest(app):
-    status, folder = bench(app("a_gen: {cmd: python3 nothing.py}\nb_gen: {cmd: python3 train.py}"), "--stop-on-error")
-    result = read_json(folder)["b_gen"][0]
-    assert status == 1 and result["status"] == "skipped" and "a_gen failed" in result["reason"]
+    spec = app("a_gen: {cmd: python3 nothing.py}\nb_gen: {cmd: python3 train.py}")
+    status, _, results = bench(spec, "--stop-on-error")
+    assert status == 1 and results["b_gen"]["status"] == "skipped" and "a_gen failed" in results["b_gen"]["reason"]
 
 
 def test_compile_only_passes_the_flag_and_reads_no_metrics(app):
-    status, folder = bench(app("a_gen: {<<: *common_options, cmd: python3 train.py --wandb}"), "--compile-only")
+    spec = app("a_gen: {<<: *common_options, cmd: python3 train.py --wandb}")
+    status, folder, results = bench(spec, "--compile-only")
     assert status == 0 and "['--compile-only']" in (folder / "a_gen" / "stderr").read_text()
-    assert read_json(folder)["a_gen"][0]["results"] == {"total_compiling_time": {"mean": None}}
+    assert results["a_gen"]["results"] == {"total_compiling_time": {"mean": None}}
 
 
 def test_the_smaller_time_limit_counts(app, monkeypatch):
     monkeypatch.setattr(process, "GRACE", 0.3)
-    status, folder = bench(app("a_gen: {cmd: python3 -c 'import time; time.sleep(60)', timeout: 50}"), "--timeout", "1")
-    result = read_json(folder)["a_gen"][0]
+    spec = app("a_gen: {cmd: python3 -c 'import time; time.sleep(60)', timeout: 50}")
+    status, _, results = bench(spec, "--timeout", "1")
+    result = results["a_gen"]
     assert status == 1 and result["exitcode"] == 124 and "time limit of 1 seconds" in result["reason"]
     assert float(result["test_duration"]) < 50
 
 
-def test_the_newest_checkpoint_of_the_run_is_found(app):
-    source = "import pathlib; pathlib.Path('ckpt').mkdir(exist_ok=True); pathlib.Path('ckpt/dalle_1.pt').touch()"
-    spec = app(f"a_gen:\n  cmd: python3 -c \"{source}\" --checkpoint-output-dir ckpt\n")
-    _, folder = bench(spec)
-    assert read_json(folder)["a_gen"][0]["latest_checkpoint_path"] == str(spec.parent / "ckpt" / "dalle_1.pt")
-
-
-def test_entries_run_in_their_location_with_their_environment_and_this_python(app):
-    source = "import os, sys; print(os.getcwd(), os.environ['WHO'], sys.prefix)"
-    spec = app(f"a_gen:\n  location: sub\n  env: {{WHO: me}}\n  cmd: python3 -c \"{source}\"\n")
-    (spec.parent / "sub").mkdir()
-    status, folder = bench(spec)
-    assert status == 0
-    assert (folder / "a_gen" / "stdout").read_text().split() == [str(spec.parent / "sub"), "me", sys.prefix]
+def test_entries_run_in_their_location_with_their_environment_and_this_python_and_checkpoints_are_found(app):
+    source = "import os, sys; print(os.getcwd(), os.environ['WHO'], sys.prefix); open('ckpt/dalle_1.pt', 'w')"
+    spec = app(f"a_gen:\n  location: sub\n  env: {{WHO: me}}\n"
+               f"  cmd: python3 -c \"{source}\" --checkpoint-output-dir ckpt\n")
+    folder = spec.parent / "sub"
+    (folder / "ckpt").mkdir(parents=True)
+    status, logs, results = bench(spec)
+    assert status == 0 and results["a_gen"]["latest_checkpoint_path"] == str(folder / "ckpt" / "dalle_1.pt")
+    assert (logs / "a_gen" / "stdout").read_text().split() == [str(folder), "me", sys.prefix]
 
 
 def test_python3_means_the_python_of_the_runner(tmp_path, monkeypatch):
@@ -591,37 +567,33 @@ def test_ipu_flags_reach_ipu_entries(app, monkeypatch):
     tool.write_text("#!/bin/sh\necho '{\"cards\": 1}'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(spec.parent) + os.pathsep + os.environ["PATH"])
-    status, folder = bench(spec, "--profile", "--gc-monitor", "--logging", "DEBUG")
+    status, folder, results = bench(spec, "--profile", "--gc-monitor", "--logging", "DEBUG")
     assert status == 0
     printed = (folder / "a_gen_pod4" / "stdout").read_text()
     assert json.loads(printed.rpartition(" ")[0])["autoReport.directory"] == str(spec.parent / "a_gen_pod4_profile")
     assert printed.split()[-1] == "DEBUG"
     recorded = [json.loads(line) for line in (folder / "a_gen_pod4" / "ipu-monitor.jsonl").read_text().splitlines()]
     assert recorded and recorded[0]["cards"] == 1 and "timestamp" in recorded[0]
-    result = read_json(folder)["a_gen_pod4"][0]
-    assert (result["sdk_path"], result["sdk_version"]) == ("/opt/poplar_sdk-3.4", "poplar_sdk-3.4")
+    sdk = [results["a_gen_pod4"][key] for key in ("sdk_path", "sdk_version")]
+    assert sdk == ["/opt/poplar_sdk-3.4", "poplar_sdk-3.4"]
 
 
 @pytest.mark.parametrize("status", [0, 5])
 def test_requirements_are_installed_first_and_failing_that_the_entry_fails(app, status):
     spec = app("a_gen: {cmd: python3 train.py, requirements_file: more.txt}")
     # A pip of our own: `python -m` looks in the working directory first.
-    (spec.parent / "pip.py").write_text(f"import sys\nprint('pip', *sys.argv[1:], file=sys.stderr)\nsys.exit({status})"
-                                        )
-    assert bench(spec)[0] == (1 if status else 0)
-    found = read_json(spec.parent / "logs")["a_gen"][0]
-    if status:
-        assert "pip could not install more.txt" in found["reason"] and found["exitcode"] == 5
+    source = f"import sys\nprint('pip', *sys.argv[1:], file=sys.stderr)\nsys.exit({status})"
+    (spec.parent / "pip.py").write_text(source)
+    ended, folder, results = bench(spec)
+    assert ended == bool(status) and results["a_gen"]["exitcode"] == status
+    assert ("pip could not install more.txt" in results["a_gen"]["reason"]) == bool(status)
     log_file = "stderr" if status else "requirements_stderr"
-    assert (spec.parent / "logs" / "a_gen" / log_file).read_text() == "pip install -r more.txt\n"
+    assert (folder / "a_gen" / log_file).read_text() == "pip install -r more.txt\n"
 
 
 def test_ctrl_c_ends_the_command_and_keeps_the_results(app):
-    spec = app("a_gen: {cmd: python3 train.py}\n"
-               "b_gen: {cmd: python3 wait.py}\n"
-               "c_gen: {cmd: python3 train.py}\n")
-    (spec.parent / "wait.py").write_text(
-        "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)")
+    spec = app("".join(f"{name}_gen: {{cmd: python3 {file}.py}}\n" for name, file in zip("abc", ("train", "wait") * 2)))
+    (spec.parent / "wait.py").write_text("import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)")
     words = [sys.executable, "-m", "examples_utils", "benchmark", "--spec", str(spec), "--log-dir", "logs"]
     running = subprocess.Popen(words, cwd=str(spec.parent), env=dict(os.environ, PYTHONPATH=str(ROOT)),
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
@@ -638,8 +610,8 @@ def test_ctrl_c_ends_the_command_and_keeps_the_results(app):
     assert running.returncode == 130 and err.endswith("interrupted\n") and "Traceback" not in err
     assert gone(int(pid.read_text()))
     results = read_json(spec.parent / "logs")
-    assert [results[name][0]["status"] for name in ("a_gen", "b_gen", "c_gen")] == ["passed", "failed", "skipped"]
-    assert results["b_gen"][0]["reason"] == "interrupted"
+    assert [results[name]["status"] for name in ("a_gen", "b_gen", "c_gen")] == ["passed", "failed", "skipped"]
+    assert results["b_gen"]["reason"] == "interrupted"
 
 
 @pytest.mark.parametrize("words, message", [
@@ -691,7 +663,7 @@ def test_list_names_the_benchmarks_and_runs_none(app, capsys):
 
 
 def test_flags_without_effect_say_so(app, capsys):
-    status, _ = bench(app("a_gen: {cmd: python3 train.py}"), "--no-code-sync", "--remove-dirs-after", "--profile")
+    status, *_ = bench(app("a_gen: {cmd: python3 train.py}"), "--no-code-sync", "--remove-dirs-after", "--profile")
     err = capsys.readouterr().err
     assert status == 0 and "--no-code-sync has no effect" in err and "--remove-dirs-after has no effect" in err
     assert "--profile: a_gen uses no IPU" in err
@@ -737,13 +709,13 @@ def test_the_chart_has_a_panel_for_each_unit_and_needs_matplotlib(tmp_path, monk
     drawn = []
     from matplotlib.figure import Figure
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **settings: drawn.append(self))
-    assert chart.draw_chart(tmp_path / "c.png", results) == tmp_path / "c.png"
+    assert report.draw_chart(tmp_path / "c.png", results) == tmp_path / "c.png"
     first, second = drawn[0].axes
     assert [label.get_text() for label in first.get_yticklabels()] == ["a_gen", "b_gen"]
     assert (first.get_xscale(), first.get_xlabel()) == ("log", "samples/sec (logarithmic)")
     assert [bar.get_width() for bar in second.patches] == [3.0] and second.get_xlabel() == "images/sec"
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert chart.draw_chart(tmp_path / "c.png", results) is None and "matplotlib is not installed" in caplog.text
+    assert report.draw_chart(tmp_path / "c.png", results) is None and "matplotlib is not installed" in caplog.text
 
 
 def test_variant_names_become_folder_names_that_differ():

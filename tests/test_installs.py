@@ -1,11 +1,15 @@
-"""What is installed: the pinned versions of constraints/, by utils/setup_env.sh, once; and that warnings count then."""
+"""What is installed: the pinned versions of constraints/, by utils/setup_env.sh, once; the package and its commands, by
+pip; and that warnings count then."""
 from __future__ import annotations
 
+import fnmatch
 import os
 import subprocess
 import sys
+import venv
 import warnings
 from importlib import metadata
+from pkgutil import resolve_name
 
 import pins
 import pytest
@@ -146,6 +150,71 @@ def test_the_poplar_sdk_has_its_own_list(install, tmp_path):
     assert install(**sdk)[1][1:] == ["pinned numpy==1.24.4", "numpy<1.25", "pytest", "numpy<2"]
     assert install(**sdk)[1] is None
     assert "--latest" in install("--latest", status=1, **sdk)[0]
+
+
+# ---- pip install
+
+
+@pytest.fixture(scope="module")
+def project():
+    tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "pip._vendor.tomli")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def tracked(*patterns):
+    listed = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True)
+    return listed.stdout.split() or pytest.skip("no git repository: which files belong to the project is unknown")
+
+
+def test_every_package_module_and_data_file_is_listed_for_pip(project):
+    listed = project["tool"]["setuptools"]
+    files = tracked()
+    packages = {os.path.dirname(name).replace("/", ".") for name in files if name.endswith("/__init__.py")}
+    assert set(listed["packages"]) == packages
+    for name in (name for name in files if name.endswith(".py") and "/" in name):
+        assert os.path.dirname(name).replace("/", ".") in {*packages, "tests", "tests.assets", "examples"}, name
+    modules = {name[:-3] for name in files if name.endswith(".py") and "/" not in name}
+    assert set(listed["py-modules"]) == modules - {"setup", "process_captions"}
+    patterns = [f"{name}/{pattern}" for name, found in listed["package-data"].items() for pattern in found]
+    for name in tracked("bpe", "models", "ops"):
+        if not name.endswith((".py", "bpe/SOURCE.md")):
+            assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns), name
+
+
+def test_every_console_command_has_its_help(project, monkeypatch, capsys):
+    for name, target in project["project"]["scripts"].items():
+        monkeypatch.setattr(sys, "argv", [name, "--help"])
+        with pytest.raises(SystemExit) as end:
+            resolve_name(target)()
+        assert not end.value.code and "--" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", [(), ("-e",)], ids=["copied", "editable"])
+def test_pip_installs_commands_that_run_in_any_folder(tmp_path, flag):
+    """From a copy of the repository; the packages it requires are those of this Python."""
+    pytest.importorskip("setuptools")
+    for name in tracked():
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "source" / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "elsewhere").mkdir()
+    venv.create(tmp_path / "venv", symlinks=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    (packages,) = (tmp_path / "venv" / "lib").glob("python3.*/site-packages")
+    (packages / "outer.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+
+    def run(*words):
+        environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONWARNINGS")}
+        done = subprocess.run(words, cwd=tmp_path / "elsewhere", env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run(python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", *flag, tmp_path / "source")
+    assert str(tmp_path) in run(python, "-c", "import ops; print(ops.__file__)")
+    commands = python.parent
+    run(commands / "mini-dalle-train", "--config", "unit_test", "--generated-data", "--max-steps", "1")
+    run(commands / "mini-dalle-generate", "--dalle_path", "demo", "--text", "apple", "--num_images", "1")
+    assert list((tmp_path / "elsewhere").glob("outputs/apple/*.jpg"))
 
 
 # ---- warnings

@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import args
 from engines.ipu.model import IpuStep, adapt, place
-from engines.plan import pipeline_plan
+from engines.ipu.plan import pipeline_plan
 from models.config import DalleConfig
 from models.dalle import DALLE, TextToImage
 from models.vqgan import VQGAN, VqganConfig
@@ -47,16 +47,9 @@ def test_the_published_model_is_captured_whole(monkeypatch):
         model = TextToImage(
             DALLE(
                 DalleConfig(
-                    num_text_tokens=8192,
-                    num_image_tokens=1024,
-                    text_seq_len=80,
-                    grid=16,
-                    dim=options.hidden_size,
-                    depth=options.num_hidden_layers,
-                    heads=options.num_attention_heads,
-                    dim_head=options.dim_head,
-                    attn_types=options.attn_types,
-                    sandwich_norm=options.sandwich_norm,
+                    num_text_tokens=8192, num_image_tokens=1024, text_seq_len=80, grid=16, dim=options.hidden_size,
+                    depth=options.num_hidden_layers, heads=options.num_attention_heads, dim_head=options.dim_head,
+                    attn_types=options.attn_types, sandwich_norm=options.sandwich_norm,
                 )
             ),
             VQGAN(VqganConfig()),
@@ -69,15 +62,8 @@ def test_the_published_model_is_captured_whole(monkeypatch):
     ops = set(op_names(graph))
     assert ops <= NAMED_OPS, sorted(ops - NAMED_OPS)
     assert {
-        "convolution",
-        "argmax",
-        "native_group_norm",
-        "native_layer_norm",
-        "_softmax",
-        "gelu",
-        "embedding",
-        "nll_loss_forward",
-        "masked_fill",
+        "convolution", "argmax", "native_group_norm", "native_layer_norm", "_softmax", "gelu", "embedding",
+        "nll_loss_forward", "masked_fill",
     } <= ops
     assert not any("scaled_dot_product" in op for op in ops)
     softmaxes = op_names(graph).count("_softmax")
@@ -108,14 +94,8 @@ def test_options_of_other_checkpoints_are_captured_too(monkeypatch):
         {"attn_types": ("conv_causal",)},
     ):
         settings = {
-            "num_text_tokens": 30,
-            "num_image_tokens": 11,
-            "text_seq_len": 6,
-            "grid": 4,
-            "dim": 16,
-            "depth": 1,
-            "heads": 2,
-            "dim_head": 8,
+            "num_text_tokens": 30, "num_image_tokens": 11, "text_seq_len": 6, "grid": 4, "dim": 16, "depth": 1,
+            "heads": 2, "dim_head": 8,
         }
         model = TextToImage(DALLE(DalleConfig(**dict(settings, **changes))))
         model = adapt(model, True, 1, False).to("meta")

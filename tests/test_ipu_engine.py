@@ -13,11 +13,11 @@ import torch
 from ipu_helpers import Pairs, largest_difference, make_config, make_model, train_plainly, train_with
 
 import engines
-from data import CodesDataset
+from data import CodesDataset, epoch_order
 from engines.ipu import IpuEngine
 from engines.ipu.data import Padded, Stream
 from engines.ipu.model import SerializedEmbedding, SerializedLinear
-from engines.plan import Placement
+from engines.ipu.plan import Placement
 from models.config import ARCHITECTURES, DalleConfig
 from models.dalle import DALLE
 from utils.errors import UsageError, UserError
@@ -41,8 +41,23 @@ def samples_for(config, calls=2):
     return calls * config.global_batch * config.execution.device_iterations + 1
 
 
-def grouped(losses, size):
-    return [sum(losses[first : first + size]) / size for first in range(0, len(losses), size)]
+def prepared(config, images=False, **model):
+    """An engine with a model, and the data that it is prepared for."""
+    engine, dataset = IpuEngine(config), Pairs(samples_for(config), images=images)
+    engine.prepare(make_model(with_vqgan=images, **model), dataset)
+    return engine, dataset
+
+
+def equals_native(config, dataset, rates=None, difference=2e-6, **model):
+    """Train on an IpuEngine and on the native one, compare losses and weights; returns the first, and its losses."""
+    engine, size = IpuEngine(config), config.execution.device_iterations
+    losses = train_with(engine, config, make_model(**model), dataset, rates)
+    expected, weights = native_losses(config, make_model(**model), dataset, rates)
+    assert len(expected) == len(losses) * size
+    means = [sum(expected[first : first + size]) / size for first in range(0, len(expected), size)]
+    assert losses == pytest.approx(means, abs=1e-6)
+    assert largest_difference(engine.model_state(), weights) < difference
+    return engine, losses
 
 
 # Equality ------------------------------------------------------------------------------------------------------------
@@ -59,20 +74,12 @@ ALL = list(itertools.product([1, 2, 4], [1, 2], [1, 2], [1, 2]))
 )
 def test_equals_the_native_engine(stages, factor, iterations, replicas):
     config = make_config(
-        stages,
-        embedding_serialization_factor=factor,
-        device_iterations=iterations,
-        replication_factor=replicas,
+        stages, embedding_serialization_factor=factor, device_iterations=iterations, replication_factor=replicas,
         epochs=1,
     )
     calls = 3 if iterations == 1 else 2
-    dataset = Pairs(samples_for(config, calls))
-    engine = IpuEngine(config)
-    losses = train_with(engine, config, make_model(), dataset)
-    expected, weights = native_losses(config, make_model(), dataset)
-    assert len(losses) == calls and len(expected) == calls * iterations
-    assert losses == pytest.approx(grouped(expected, iterations), abs=1e-6)
-    assert largest_difference(engine.model_state(), weights) < 2e-6
+    engine, losses = equals_native(config, Pairs(samples_for(config, calls)))
+    assert len(losses) == calls
     assert engine.executor.capture.switches == stages - 1
     assert engine.executor.capture.serialized == ([factor] if factor > 1 else [])  # the head
     assert isinstance(engine.model.dalle.text_emb, SerializedEmbedding) == (factor > 1)
@@ -81,36 +88,21 @@ def test_equals_the_native_engine(stages, factor, iterations, replicas):
 def test_mindalles_architecture_trains_the_same():
     changes = dict(ARCHITECTURES["mindalle"], attn_types=("full",))
     config = make_config(4, embedding_serialization_factor=3, epochs=1)
-    dataset = Pairs(samples_for(config))
-    engine = IpuEngine(config)
-    losses = train_with(engine, config, make_model(**changes), dataset)
-    expected, weights = native_losses(config, make_model(**changes), dataset)
-    assert losses == pytest.approx(expected, abs=1e-6)
     # The bias of the keys moves no attention weight: its gradient is rounding alone, which Adam makes larger.
-    assert largest_difference(engine.model_state(), weights) < 1e-5
+    engine, _ = equals_native(config, Pairs(samples_for(config)), difference=1e-5, **changes)
     assert engine.executor.capture.switches == 3
 
 
 @pytest.mark.parametrize("byteio", [False, True])
 def test_images_are_encoded_on_the_ipu(byteio):
     config = make_config(4, byteio=byteio, embedding_serialization_factor=2)
-    dataset = Pairs(samples_for(config), images=True)
-    engine = IpuEngine(config)
-    losses = train_with(engine, config, make_model(with_vqgan=True), dataset)
-    expected, weights = native_losses(config, make_model(with_vqgan=True), dataset)
-    assert losses == pytest.approx(expected, abs=1e-6)
-    assert largest_difference(engine.model_state(), weights) < 2e-6
+    engine, _ = equals_native(config, Pairs(samples_for(config), images=True), with_vqgan=True)
     assert engine.executor._signature[1][1] == (torch.uint8 if byteio else torch.float32)
 
 
 def test_adamw_with_decay_and_clipping_under_a_changing_rate():
     config = make_config(2, optimizer="AdamW", weight_decay=0.1, clip_grad_norm=0.05, loss_scaling=1024.0)
-    dataset, rates = Pairs(samples_for(config)), [1e-2, 1e-2, 1e-1, 1e-3]
-    engine = IpuEngine(config)
-    losses = train_with(engine, config, make_model(), dataset, rates)
-    expected, weights = native_losses(config, make_model(), dataset, rates)
-    assert losses == pytest.approx(expected, abs=1e-6)
-    assert largest_difference(engine.model_state(), weights) < 2e-6
+    equals_native(config, Pairs(samples_for(config)), [1e-2, 1e-2, 1e-1, 1e-3])
 
 
 def test_the_native_engine_equals_plain_pytorch():
@@ -138,9 +130,8 @@ def test_evaluation_equals_the_mean_over_all_pairs_and_leaves_training_alone(sta
         expected = model.eval()(text, codes)
     for _ in range(2):  # the second time the program is there already
         losses = engine.evaluate(held_out)
-        assert losses["loss"] == pytest.approx(float(expected.total), abs=1e-6)
-        assert losses["text_loss"] == pytest.approx(float(expected.text), abs=1e-6)
-        assert losses["image_loss"] == pytest.approx(float(expected.image), abs=1e-6)
+        for name, part in (("loss", expected.total), ("text_loss", expected.text), ("image_loss", expected.image)):
+            assert losses[name] == pytest.approx(float(part), abs=1e-6)
     undisturbed = IpuEngine(config)
     engine_losses = [float(engine.step(batch).loss) for _ in range(2)]
     engine.close()
@@ -151,9 +142,7 @@ def test_evaluation_equals_the_mean_over_all_pairs_and_leaves_training_alone(sta
 
 def test_evaluation_sees_the_weights_of_the_latest_step():
     config = make_config(1)
-    dataset = Pairs(samples_for(config))
-    engine = IpuEngine(config)
-    engine.prepare(make_model(), dataset)
+    engine, dataset = prepared(config)
     batch = next(iter(engine.loader(dataset, 0)))
     seen = []
     for _ in range(3):
@@ -167,8 +156,7 @@ def test_evaluation_sees_the_weights_of_the_latest_step():
 
 def test_weights_have_the_names_and_shapes_of_every_other_engine():
     config = make_config(2, embedding_serialization_factor=7)
-    engine = IpuEngine(config)
-    engine.prepare(make_model(), Pairs(samples_for(config)))
+    engine, _ = prepared(config)
     assert isinstance(engine.model.dalle.text_emb, SerializedEmbedding)
     state = engine.model_state()
     plain = DALLE(DalleConfig(**dict(vars(make_model().dalle.config))))
@@ -180,9 +168,7 @@ def test_weights_have_the_names_and_shapes_of_every_other_engine():
 
 def test_resuming_continues_as_if_nothing_had_happened():
     config = make_config(2, embedding_serialization_factor=2)
-    dataset = Pairs(samples_for(config))
-    engine = IpuEngine(config)
-    engine.prepare(make_model(), dataset)
+    engine, dataset = prepared(config)
     batches = list(engine.loader(dataset, 0))
     engine.step(batches[0])
     weights, state = engine.model_state(), engine.state_dict()
@@ -199,9 +185,7 @@ def test_resuming_continues_as_if_nothing_had_happened():
 
 def test_saved_options_of_the_optimizer_do_not_outlive_those_of_the_resumed_run():
     config = make_config(1)
-    dataset = Pairs(samples_for(config))
-    engine = IpuEngine(config)
-    engine.prepare(make_model(), dataset)
+    engine, dataset = prepared(config)
     engine.set_learning_rate(0.5)
     engine.step(next(iter(engine.loader(dataset, 0))))
     state = engine.state_dict()
@@ -216,9 +200,7 @@ def test_saved_options_of_the_optimizer_do_not_outlive_those_of_the_resumed_run(
 
 def test_optimizer_states_do_not_cross_engines_or_layouts(caplog):
     config = make_config(1)
-    dataset = Pairs(samples_for(config))
-    engine = IpuEngine(config)
-    engine.prepare(make_model(), dataset)
+    engine, dataset = prepared(config)
     engine.step(next(iter(engine.loader(dataset, 0))))
     state = engine.state_dict()
     engine.close()
@@ -243,8 +225,7 @@ def test_optimizer_states_do_not_cross_engines_or_layouts(caplog):
 
 def test_blocks_begin_where_the_plan_says_and_weights_lie_there():
     config = make_config(4)
-    engine = IpuEngine(config)
-    engine.prepare(make_model(with_vqgan=True), Pairs(samples_for(config), images=True))
+    engine, _ = prepared(config, images=True)
     capture = engine.executor.capture
     assert capture.blocks == [f"dalle.transformer.layers.{layer}" for layer in range(3)]
     ipus = {name.replace("model.", "", 1): used for name, used in capture.weights.items()}
@@ -259,8 +240,7 @@ def test_blocks_begin_where_the_plan_says_and_weights_lie_there():
 
 def test_head_and_embedding_go_where_their_flags_say():
     config = make_config(4, cls_ipu_id=0, embedding_ipu_id=0, gradient_accumulation=9)
-    engine = IpuEngine(config)
-    engine.prepare(make_model(), Pairs(samples_for(config)))
+    engine, _ = prepared(config)
     assert engine.executor.capture.blocks[-1] == "dalle.norm"
     assert engine.executor.capture.weights["model.dalle.text_head.weight"] == {0}
     assert engine.executor.capture.switches == 4
@@ -278,8 +258,7 @@ def test_a_block_that_never_begins_is_found_out(monkeypatch):
 
 def test_half_precision_is_captured_with_losses_in_full():
     config = make_config(4, fp16=True, compile_only=True, enable_half_first_order_momentum=True, loss_scaling=512.0)
-    engine = IpuEngine(config)
-    engine.prepare(make_model(with_vqgan=True, rotary=True, dim_head=12), Pairs(samples_for(config), images=True))
+    engine, _ = prepared(config, images=True, rotary=True, dim_head=12)
     assert {parameter.dtype for parameter in engine.model.parameters()} == {torch.float16}
     assert engine.model.dalle.transformer.angles.dtype == torch.float32
     assert {value.dtype for value in engine.model_state().values()} == {torch.float32}
@@ -309,22 +288,10 @@ def test_serialized_modules_equal_the_ones_they_replace():
 
 def test_every_execution_flag_reaches_poptorch(tmp_path, poptorch):
     config = make_config(
-        4,
-        batch_size=3,
-        gradient_accumulation=10,
-        replication_factor=2,
-        device_iterations=5,
-        stochastic_rounding=True,
-        enable_half_partials=True,
-        enable_rts=True,
-        optimizer_state_offchip=True,
-        matmul_proportion=[0.1, 0.2, 0.3, 0.4],
-        executable_cache_dir=str(tmp_path / "cache"),
-        profile_dir=str(tmp_path / "profile"),
-        synthetic_data=True,
-        random_seed=7,
-        enable_als=True,
-        fp16=True,
+        4, batch_size=3, gradient_accumulation=10, replication_factor=2, device_iterations=5,
+        stochastic_rounding=True, enable_half_partials=True, enable_rts=True, optimizer_state_offchip=True,
+        matmul_proportion=[0.1, 0.2, 0.3, 0.4], executable_cache_dir=str(tmp_path / "cache"),
+        profile_dir=str(tmp_path / "profile"), synthetic_data=True, random_seed=7, enable_als=True, fp16=True,
     )
     options = IpuEngine(config).options
     assert (options.device_iterations, options.replication_factor, options.random_seed) == (5, 2, 7)
@@ -339,10 +306,8 @@ def test_every_execution_flag_reaches_poptorch(tmp_path, poptorch):
     assert options.cache == str(tmp_path / "cache") and options.synthetic is True and options.offline is False
     assert options.auto_round_num_ipus is True and options.relaxed is True
     engine_options = options._Popart.engineOptions
-    assert (
-        engine_options["autoReport.directory"] == str(tmp_path / "profile")
-        and engine_options["autoReport.all"] == "true"
-    )
+    assert engine_options["autoReport.directory"] == str(tmp_path / "profile")
+    assert engine_options["autoReport.all"] == "true"
     assert engine_options["debug.allowOutOfMemory"] == "true" and engine_options["opt.useAutoloader"] == "true"
     assert options._Popart.outlineThreshold == 10.0 and options._Popart.disableGradAccumulationTensorStreams is True
     plain = IpuEngine(make_config(2, compile_only=True)).options
@@ -352,16 +317,13 @@ def test_every_execution_flag_reaches_poptorch(tmp_path, poptorch):
 
 def test_the_optimizer_gets_what_the_flags_say():
     config = make_config(1, optimizer="AdamW", beta1=0.8, beta2=0.95, eps=1e-5, weight_decay=0.25, clip_grad_norm=2.0)
-    engine = IpuEngine(config)
-    engine.prepare(make_model(), Pairs(samples_for(config)))
+    engine, _ = prepared(config)
     matrices, vectors = engine.optimizer.param_groups
     assert (matrices["betas"], matrices["eps"], matrices["weight_decay"]) == ((0.8, 0.95), 1e-5, 0.25)
     assert vectors["weight_decay"] == 0 and engine.optimizer.max_grad_norm == 2.0
     assert engine.optimizer.loss_scaling == 1.0  # nothing to scale in single precision
-    assert (
-        "weight_decay" not in engine.optimizer.variable_attrs.variable
-        and "lr" in engine.optimizer.variable_attrs.variable
-    )
+    variable = engine.optimizer.variable_attrs.variable
+    assert "weight_decay" not in variable and "lr" in variable
 
 
 def test_what_cannot_work_is_told_before_poptorch_is_asked(monkeypatch):
@@ -379,18 +341,14 @@ def failing(error):
     return fail
 
 
-@pytest.mark.parametrize(
-    "broken, reason",
-    [
-        (None, ""),
-        (ImportError("libpoplar.so: cannot open shared object file"), "libpoplar.so: cannot open shared object file"),
-        (ModuleNotFoundError("No module named 'torchvision'", name="torchvision"), "No module named 'torchvision'"),
-        (AssertionError("works with torch==2.0.1\nonly"), "works with torch==2.0.1"),
-        (RuntimeError(), "RuntimeError"),
-        (types.ModuleType("poptorch"), "is not PopTorch"),
-    ],
-    ids=repr,
-)
+@pytest.mark.parametrize("broken, reason", [
+    (None, ""),
+    (ImportError("libpoplar.so: cannot open shared object file"), "libpoplar.so: cannot open shared object file"),
+    (ModuleNotFoundError("No module named 'torchvision'", name="torchvision"), "No module named 'torchvision'"),
+    (AssertionError("works with torch==2.0.1\nonly"), "works with torch==2.0.1"),
+    (RuntimeError(), "RuntimeError"),
+    (types.ModuleType("poptorch"), "is not PopTorch"),
+], ids=repr)
 def test_a_poptorch_that_cannot_be_used_is_one_line(broken, reason, monkeypatch):
     monkeypatch.setitem(sys.modules, "poptorch", broken if isinstance(broken, types.ModuleType) else None)
     if isinstance(broken, Exception):
@@ -406,17 +364,14 @@ def test_a_poptorch_that_cannot_be_used_is_one_line(broken, reason, monkeypatch)
     assert str(error.value).startswith("--device ipu: PopTorch cannot be imported (")
 
 
-@pytest.mark.parametrize(
-    "found, options, name, choice",
-    [
-        (lambda: True, {}, "ipu", "--device auto: the IPUs that PopTorch finds here"),
-        (lambda: False, {}, "cpu", "--device auto: no IPUs, PopTorch finds none here"),
-        (failing(RuntimeError("no driver\n...")), {}, "cpu", "PopTorch cannot look for them (no driver)"),
-        (lambda: False, {"compile_only": True}, "ipu", "--device auto: IPUs, for --compile-only"),
-        (lambda: True, {"device": "cpu"}, "cpu", ""),
-        (lambda: False, {"device": "ipu"}, "ipu", ""),
-    ],
-)
+@pytest.mark.parametrize("found, options, name, choice", [
+    (lambda: True, {}, "ipu", "--device auto: the IPUs that PopTorch finds here"),
+    (lambda: False, {}, "cpu", "--device auto: no IPUs, PopTorch finds none here"),
+    (failing(RuntimeError("no driver\n...")), {}, "cpu", "PopTorch cannot look for them (no driver)"),
+    (lambda: False, {"compile_only": True}, "ipu", "--device auto: IPUs, for --compile-only"),
+    (lambda: True, {"device": "cpu"}, "cpu", ""),
+    (lambda: False, {"device": "ipu"}, "ipu", ""),
+])
 def test_auto_means_the_ipus_that_are_there(found, options, name, choice, poptorch, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(poptorch, "ipuHardwareIsAvailable", found)
@@ -438,10 +393,8 @@ def test_processes_of_torchrun_are_not_for_ipus(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="--device ipu: torchrun has started 2 processes.* poprun"):
         engines.create(make_config(1))
-    assert engines._choose(make_config(1, device="auto")) == (
-        False,
-        "--device auto: no IPUs, because torchrun has started this process",
-    )
+    reason = "--device auto: no IPUs, because torchrun has started this process"
+    assert engines._choose(make_config(1, device="auto")) == (False, reason)
 
 
 def test_the_models_own_options_are_checked_before_compiling():
@@ -555,8 +508,6 @@ def test_processes_share_every_sample_out_once():
         stream._own, stream._epoch = None, -1
         seen.append([int(stream[index][0]) for index in range(len(stream))])
     assert sorted(sum(seen, [])) == list(range(24))
-    from data import epoch_order
-
     order = epoch_order(24, 5, 0).tolist()
     assert sorted(seen[0][:4] + seen[1][:4] + seen[2][:4]) == sorted(order[:12])
     padded = [Padded(dataset, process, 3, 4, None) for process in range(3)]
@@ -605,13 +556,9 @@ class Horovod(types.ModuleType):
 def poprun(monkeypatch):
     """`poprun --num-replicas 4 --num-instances 2`, seen from the second instance."""
     popdist = types.ModuleType("popdist")
-    for name, value in (
-        ("isPopdistEnvSet", True),
-        ("getNumTotalReplicas", 4),
-        ("getNumLocalReplicas", 2),
-        ("getNumInstances", 2),
-        ("getInstanceIndex", 1),
-    ):
+    answers = {"isPopdistEnvSet": True, "getNumTotalReplicas": 4, "getNumLocalReplicas": 2, "getNumInstances": 2,
+               "getInstanceIndex": 1}
+    for name, value in answers.items():
         setattr(popdist, name, lambda value=value: value)
 
     class Options(poptorch_stand_in.Options):
@@ -626,13 +573,8 @@ def poprun(monkeypatch):
     popdist.poptorch = types.ModuleType("popdist.poptorch")
     popdist.poptorch.Options = Options
     horovod = Horovod()
-    for name, module in (
-        ("popdist", popdist),
-        ("popdist.poptorch", popdist.poptorch),
-        ("horovod", types.ModuleType("horovod")),
-        ("horovod.torch", horovod),
-    ):
-        monkeypatch.setitem(sys.modules, name, module)
+    for module in (popdist, popdist.poptorch, types.ModuleType("horovod"), horovod):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     return horovod
 
 
@@ -646,8 +588,6 @@ def test_poprun_shares_seed_weights_and_metrics(poprun):
     engine.prepare(make_model(), dataset)
     assert all(not value.any() for value in engine.model_state().values())  # what process 0 has
     batch = next(iter(engine.loader(dataset, 0)))
-    from data import epoch_order
-
     dataset.set_epoch(0)
     mine = epoch_order(len(dataset), 1234, 0)[12:24].tolist()  # of the order that the broadcast seed gives
     assert torch.equal(batch[0], torch.stack([dataset[index][0] for index in mine]))
@@ -662,9 +602,7 @@ def test_each_process_of_poprun_goes_on_with_its_own_random_state(poprun, monkey
         return tensor if root_rank == 1 else tensor - torch.tensor([0, 0, 5])[: tensor.numel()]
 
     monkeypatch.setattr(poprun, "broadcast", broadcast)
-    config = make_config(2, replication_factor=4)
-    engine = IpuEngine(config)
-    engine.prepare(make_model(), Pairs(samples_for(config)))
+    engine, _ = prepared(make_config(2, replication_factor=4))
     engine.executor.rng_state = [2**64 - 1, 7, 8]  # seeds have 64 bits and no sign
     state = engine.state_dict()
     assert state["random_states"].tolist() == [[-1, 7, 3], [-1, 7, 8]]

@@ -7,36 +7,23 @@ import pytest
 import torch
 
 import args
-from engines import plan, plan_costs, plan_report
-from engines.plan import Placement
+from engines.ipu import plan, plan_costs, plan_report
+from engines.ipu.plan import Placement
 from models.config import DalleConfig
 from models.dalle import DALLE, TextToImage
 from models.vqgan import VqganConfig
 from utils.errors import UsageError
 
 SMALL_VQGAN = VqganConfig(
-    resolution=32,
-    ch=8,
-    ch_mult=(1, 2),
-    num_res_blocks=1,
-    attn_resolutions=(),
-    num_codes=11,
-    embed_dim=4,
-    z_channels=4,
-    num_groups=4,
+    resolution=32, ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), num_codes=11, embed_dim=4,
+    z_channels=4, num_groups=4,
 )
 
 
 def small_model(**changes):
     settings = {
-        "num_text_tokens": 30,
-        "num_image_tokens": 11,
-        "text_seq_len": 6,
-        "grid": 4,
-        "dim": 16,
-        "depth": 3,
-        "heads": 2,
-        "dim_head": 8,
+        "num_text_tokens": 30, "num_image_tokens": 11, "text_seq_len": 6, "grid": 4, "dim": 16, "depth": 3,
+        "heads": 2, "dim_head": 8,
     }
     return DalleConfig(**dict(settings, **changes))
 
@@ -48,27 +35,15 @@ def config_of(**options):
 
 
 def ipus_of(config, encodes_images=True):
-    return [
-        (placement.path.replace("dalle.transformer.", ""), placement.ipu)
-        for placement in plan.pipeline_plan(config, encodes_images)
-    ]
+    placements = plan.pipeline_plan(config, encodes_images)
+    return [(placement.path.replace("dalle.transformer.", ""), placement.ipu) for placement in placements]
 
 
 def test_parts_lie_where_the_flags_say():
     config = config_of(ipus_per_replica=4, layers_per_ipu=[0, 2, 1, 0])
-    assert ipus_of(config) == [
-        ("vqgan", 0),
-        ("dalle.text_emb", 0),
-        ("dalle.image_emb", 0),
-        ("dalle.text_pos_emb", 0),
-        ("dalle.image_pos_emb", 0),
-        ("layers.0", 1),
-        ("layers.1", 1),
-        ("layers.2", 2),
-        ("dalle.norm", 3),
-        ("dalle.text_head", 3),
-        ("dalle.image_head", 3),
-    ]
+    names = ["vqgan", *(f"dalle.{name}_emb" for name in ("text", "image", "text_pos", "image_pos"))]
+    names += ["layers.0", "layers.1", "layers.2", "dalle.norm", "dalle.text_head", "dalle.image_head"]
+    assert ipus_of(config) == list(zip(names, [0] * 5 + [1, 1, 2] + [3] * 3))
     assert ipus_of(config, encodes_images=False)[0] == ("dalle.text_emb", 0)
     moved = dict(ipus_of(config.replace(embedding_ipu_id=1, cls_ipu_id=2)))
     assert (moved["vqgan"], moved["dalle.image_emb"], moved["layers.2"], moved["dalle.norm"]) == (0, 1, 2, 2)
@@ -81,15 +56,12 @@ def test_the_plan_names_every_part_of_a_model():
         assert any(("dalle." + name).startswith(path + ".") for path in paths), name
 
 
-@pytest.mark.parametrize(
-    "ipus, starts, stages",
-    [
-        ([0, 0, 0], [], 1),
-        ([0, 1, 1, 2], [1, 3], 3),
-        ([1, 1, 2], [0, 2], 3),  # what runs before the first block is on IPU 0: a stage of its own
-        ([0, 1, 0], [1, 2], 3),  # a return is a stage
-    ],
-)
+@pytest.mark.parametrize("ipus, starts, stages", [
+    ([0, 0, 0], [], 1),
+    ([0, 1, 1, 2], [1, 3], 3),
+    ([1, 1, 2], [0, 2], 3),  # what runs before the first block is on IPU 0: a stage of its own
+    ([0, 1, 0], [1, 2], 3),  # a return is a stage
+])
 def test_a_block_begins_where_the_ipu_changes(ipus, starts, stages):
     placements = [Placement(f"part{index}", ipu) for index, ipu in enumerate(ipus)]
     assert plan.block_starts(placements) == [placements[index] for index in starts]
@@ -113,16 +85,9 @@ def test_the_published_divisions_come_out():
 def published_model(config, vocabulary):
     options = config.model
     return DalleConfig(
-        num_text_tokens=vocabulary,
-        num_image_tokens=1024,
-        text_seq_len=options.text_seq_len,
-        grid=16,
-        dim=options.hidden_size,
-        depth=options.num_hidden_layers,
-        heads=options.num_attention_heads,
-        dim_head=options.dim_head,
-        attn_types=options.attn_types,
-        sandwich_norm=options.sandwich_norm,
+        num_text_tokens=vocabulary, num_image_tokens=1024, text_seq_len=options.text_seq_len, grid=16,
+        dim=options.hidden_size, depth=options.num_hidden_layers, heads=options.num_attention_heads,
+        dim_head=options.dim_head, attn_types=options.attn_types, sandwich_norm=options.sandwich_norm,
     )
 
 
@@ -223,32 +188,26 @@ def test_bubble():
 # Checks --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "options, flag, way_out",
-    [
-        ({"layers_per_ipu": [1, 2]}, "--layers-per-ipu", "one for each IPU"),
-        ({"layers_per_ipu": [2]}, "--layers-per-ipu", "--plan auto"),
-        ({"ipus_per_replica": 3, "layers_per_ipu": [1, 1, 1]}, "--ipus-per-replica", "powers of two"),
-        ({"cls_ipu_id": 1}, "--cls-ipu-id", "IPUs 0 to 0"),
-        ({"embedding_ipu_id": 2}, "--embedding-ipu-id", "IPUs 0 to 0"),
-        ({"matmul_proportion": [0.1, 0.2]}, "--matmul-proportion", "one for all"),
-        (
-            {"ipus_per_replica": 4, "layers_per_ipu": [0, 1, 1, 1], "gradient_accumulation": 6},
-            "--gradient-accumulation",
-            "at least 7",
-        ),
-        ({"embedding_serialization_factor": 5}, "--embedding-serialization-factor", "4 does"),
-        ({"replication_factor": 3}, "--replication-factor", "powers of two"),
-        ({"enable_rts": True}, "--enable-rts", "leave it out"),
-        ({"gradient_accumulation": 1}, "--async-dataloader", "--async-dataloader false"),
-        ({"enable_als": True}, "--enable-als", "--fp16"),
-        ({"ema_decay": 0.9}, "--ema-decay", "--ema-decay 0"),
-        ({"attention_impl": "sdpa"}, "--attention-impl", "auto"),
-        ({"compile": True}, "--compile", "leave it out"),
-        ({"matmul_precision": "high"}, "--matmul-precision", "leave it out"),
-        ({"optimizer": "Muon"}, "--optimizer", "AdamW"),
-    ],
-)
+@pytest.mark.parametrize("options, flag, way_out", [
+    ({"layers_per_ipu": [1, 2]}, "--layers-per-ipu", "one for each IPU"),
+    ({"layers_per_ipu": [2]}, "--layers-per-ipu", "--plan auto"),
+    ({"ipus_per_replica": 3, "layers_per_ipu": [1, 1, 1]}, "--ipus-per-replica", "powers of two"),
+    ({"cls_ipu_id": 1}, "--cls-ipu-id", "IPUs 0 to 0"),
+    ({"embedding_ipu_id": 2}, "--embedding-ipu-id", "IPUs 0 to 0"),
+    ({"matmul_proportion": [0.1, 0.2]}, "--matmul-proportion", "one for all"),
+    ({"ipus_per_replica": 4, "layers_per_ipu": [0, 1, 1, 1], "gradient_accumulation": 6}, "--gradient-accumulation",
+     "at least 7"),
+    ({"embedding_serialization_factor": 5}, "--embedding-serialization-factor", "4 does"),
+    ({"replication_factor": 3}, "--replication-factor", "powers of two"),
+    ({"enable_rts": True}, "--enable-rts", "leave it out"),
+    ({"gradient_accumulation": 1}, "--async-dataloader", "--async-dataloader false"),
+    ({"enable_als": True}, "--enable-als", "--fp16"),
+    ({"ema_decay": 0.9}, "--ema-decay", "--ema-decay 0"),
+    ({"attention_impl": "sdpa"}, "--attention-impl", "auto"),
+    ({"compile": True}, "--compile", "leave it out"),
+    ({"matmul_precision": "high"}, "--matmul-precision", "leave it out"),
+    ({"optimizer": "Muon"}, "--optimizer", "AdamW"),
+])
 def test_what_cannot_work_is_told_with_its_flag_and_a_way_out(options, flag, way_out):
     with pytest.raises(UsageError) as caught:
         plan.check(config_of(**options), small_model())
@@ -269,14 +228,9 @@ def test_what_can_work_has_no_problems():
         assert plan.problems(config_of(**options), model) == []
 
 
-@pytest.mark.parametrize(
-    "options, way_out",
-    [
-        ({"tie_embeddings": True}, "--cls-ipu-id 0"),
-        ({"shared_attn_ids": (0,)}, "IPU 0"),
-        ({"shared_ff_ids": (0, 1)}, "IPU 0"),
-    ],
-)
+@pytest.mark.parametrize("options, way_out", [
+    ({"tie_embeddings": True}, "--cls-ipu-id 0"), ({"shared_attn_ids": (0,)}, "IPU 0"),
+    ({"shared_ff_ids": (0, 1)}, "IPU 0")])
 def test_shared_weights_must_lie_on_one_ipu(options, way_out):
     config = config_of(ipus_per_replica=2, layers_per_ipu=[2, 1])
     assert not plan.problems(config, small_model())

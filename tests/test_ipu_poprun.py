@@ -122,15 +122,8 @@ def test_two_processes_train_what_one_trains(tmp_path, folder, monkeypatch):  # 
     monkeypatch.setattr(log, "plot_losses", lambda *_: False)
     one, both, nothing = (tmp_path / name for name in ("one", "both", "nothing"))
     layout = [
-        "--ipus-per-replica",
-        "2",
-        "--layers-per-ipu",
-        "0",
-        "3",
-        "--gradient-accumulation",
-        "3",
-        "--replication-factor",
-        "2",
+        "--ipus-per-replica", "2", "--layers-per-ipu", "0", "3", "--gradient-accumulation", "3",
+        "--replication-factor", "2",
     ]
     expected = run(folder, one, *layout)
     assert [line["step"] for line in expected] == [1, 2, 2, 3, 4, 4]

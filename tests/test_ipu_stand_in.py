@@ -111,16 +111,13 @@ def test_losses_must_be_marked_once(poptorch):
         training(poptorch, NoLoss()).compile(*batch())
 
 
-@pytest.mark.parametrize(
-    "before, message",
-    [
-        (lambda x: x * x.sum().item(), None),
-        (lambda x: x if x.sum() > 0 else -x, None),
-        (lambda x: x + torch.ones(2), "CPU|cpu"),
-        (lambda x: x[x > 0].view(-1, 2), None),
-        (torch.linalg.inv, "linalg_inv"),
-    ],
-)
+@pytest.mark.parametrize("before, message", [
+    (lambda x: x * x.sum().item(), None),
+    (lambda x: x if x.sum() > 0 else -x, None),
+    (lambda x: x + torch.ones(2), "CPU|cpu"),
+    (lambda x: x[x > 0].view(-1, 2), None),
+    (torch.linalg.inv, "linalg_inv"),
+])
 def test_what_cannot_be_captured_fails(poptorch, before, message):
     with pytest.raises((RuntimeError, NotImplementedError), match=message):
         training(poptorch, Model(before=before)).compile(*batch())
@@ -274,14 +271,11 @@ def test_inference_takes_no_accumulation_and_fills_its_pipeline(poptorch):
     assert loss.shape == ()
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"persistent_workers": True}, "num_workers > 0"),
-        ({"mode": "AsyncRebatched", "rebatched_worker_size": 9, "async_options": {}}, "combined batch size"),
-        ({"mode": "AsyncRebatched", "rebatched_worker_size": 2, "async_options": {"no": 1}}, "async_options"),
-    ],
-)
+@pytest.mark.parametrize("settings, message", [
+    ({"persistent_workers": True}, "num_workers > 0"),
+    ({"mode": "AsyncRebatched", "rebatched_worker_size": 9, "async_options": {}}, "combined batch size"),
+    ({"mode": "AsyncRebatched", "rebatched_worker_size": 2, "async_options": {"no": 1}}, "async_options"),
+])
 def test_loaders_refuse_what_poptorch_refuses(poptorch, settings, message):
     if "mode" in settings:
         settings = dict(settings, mode=getattr(poptorch.DataLoaderMode, settings["mode"]))
@@ -293,13 +287,8 @@ def test_loaders_refuse_what_poptorch_refuses(poptorch, settings, message):
 def test_loaders_rebatch_and_drop_the_rest(poptorch):
     data = torch.utils.data.TensorDataset(torch.arange(20))
     loader = poptorch.DataLoader(
-        options_of(poptorch),
-        data,
-        batch_size=2,
-        auto_distributed_partitioning=False,
-        mode=poptorch.DataLoaderMode.AsyncRebatched,
-        rebatched_worker_size=4,
-        async_options={"early_preload": True},
+        options_of(poptorch), data, batch_size=2, auto_distributed_partitioning=False,
+        mode=poptorch.DataLoaderMode.AsyncRebatched, rebatched_worker_size=4, async_options={"early_preload": True},
     )
     assert [batch[0].tolist() for batch in loader] == [list(range(first, first + 6)) for first in (0, 6, 12)]
     loader.terminate()

@@ -50,10 +50,23 @@ def full_disk(*_args, **_kwargs):
 
 def test_lines_match_what_benchmarks_look_for():
     line = log.step_line(12, 100, 3, 2.3651, 1.5, 2.5, 1e-3, 85.3)
-    assert re.findall(r"throughput: *(.*?) samples/sec", line) == ["85.30"]
+    assert re.findall(r"throughput: *(.*?) samples/sec", line) == ["85.3"]
     assert re.findall(r"loss: *(\d*\.\d*)", line) == ["2.3651"]
-    assert re.findall(r"throughput: *(.*?) samples/sec", log.throughput_line(7.125)) == ["7.12"]
+    assert re.findall(r"throughput: *(.*?) samples/sec", log.throughput_line(1234.5)) == ["1234"]
+    assert re.findall(r"throughput: *(.*?) images/sec", log.throughput_line(7.125, "images")) == ["7.12"]
     assert re.findall(r"Compiled model in *(.*?) secs", log.compiled_line(12.34)) == ["12.3"]
+
+
+@pytest.mark.parametrize("value, text", [(0.0, "0"), (0.012345, "0.0123"), (8.527, "8.53"), (85.27, "85.3"),
+                                         (852.7, "853"), (12345.6, "12346")])
+def test_rates_have_three_digits_everywhere(monkeypatch, value, text):
+    assert log.rate(value) == f"{text} images/s" and log.rate(value, "pairs") == f"{text} pairs/s"
+    monkeypatch.setattr(log.Progress, "samples_per_second", value)
+    bar = log.progress(None, "draw", unit="token", plain=False)
+    bar.update(1, **{"images/s": value, "loss": 2.5})
+    assert bar.postfix() == f"{text} images/s, loss 2.5000"
+    bar.update(1, samples=1)
+    assert bar.postfix().endswith(f"{text} tokens/s")
 
 
 def test_a_validation_line_is_not_taken_for_the_training_loss():
@@ -109,7 +122,7 @@ def test_without_a_terminal_progress_is_plain_log_lines(capsys):
         for _ in range(3):
             bar.update(1, samples=8, loss=2.5)
     lines = capsys.readouterr().err.splitlines()
-    assert re.search(r"train 2/4 \(50%\) steps, loss 2\.5000, \d+(\.\d)? samples/s, .+ left$", lines[0])
+    assert re.search(r"train 2/4 \(50%\) steps, loss 2\.5000, \d+(\.\d)? images/s, .+ left$", lines[0])
     assert "train 4/4 (100%) steps, loss 2.5000" in lines[-1]
     assert "\r" not in "".join(lines)
 

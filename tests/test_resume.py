@@ -219,14 +219,14 @@ def take_notes(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", notes["threads"].append)
     monkeypatch.setattr(torch, "compile", lambda module: notes["compiled"].append(True) or module)
     for name in ("_TensorBoard", "_Wandb"):
-        monkeypatch.setattr(log, name, mock.Mock())
+        monkeypatch.setattr(f"utils.metrics.{name}", mock.Mock())
     return notes
 
 
 def check_loss_scale(saved, monkeypatch):
     """A new first factor replaces the scale that half precision had come to, an unchanged one does not."""
     scaler = functools.partial(torch.amp.GradScaler, "cpu")
-    monkeypatch.setattr("engines.native._make_scaler", lambda _, given: scaler(init_scale=given["init_scale"]))
+    monkeypatch.setattr("engines.native.make_scaler", lambda _, given: scaler(init_scale=given["init_scale"]))
 
     def engine(**anew):
         made = engines.create(saved.config.replace(**anew))

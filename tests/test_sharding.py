@@ -15,7 +15,8 @@ from test_train import ROOT, assert_same, flags, folder, run  # noqa: F401 (a fi
 import args
 import checkpoints
 import engines
-from engines import plan, sharding
+from engines import sharding
+from engines.ipu import plan
 from engines.memory import training_memory
 from models.config import DalleConfig
 from utils.errors import UsageError
@@ -101,13 +102,9 @@ def trained(folder, tmp_path_factory):  # noqa: F811
     two_processes(
         work,
         [
-            one("whole"),
-            one("shard", "--shard"),
-            one("stay", "--shard", "--resume", start=saved["shard"]),
-            one("leave", "--resume", start=saved["shard"]),
-            one("join", "--shard", "--resume", start=saved["whole"]),
-            one("clip whole", "--clip-grad-norm", "0.1"),
-            one("clip shard", "--clip-grad-norm", "0.1", "--shard"),
+            one("whole"), one("shard", "--shard"), one("stay", "--shard", "--resume", start=saved["shard"]),
+            one("leave", "--resume", start=saved["shard"]), one("join", "--shard", "--resume", start=saved["whole"]),
+            one("clip whole", "--clip-grad-norm", "0.1"), one("clip shard", "--clip-grad-norm", "0.1", "--shard"),
             one("bad", "--shard", poison=["1", [2]]),
         ],
     )

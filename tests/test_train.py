@@ -17,7 +17,8 @@ import args
 import checkpoints
 import engines
 import train
-from engines.native import parameter_groups, share_batch
+from engines.base import parameter_groups
+from engines.native import share_batch
 from models.config import DalleConfig
 from models.dalle import DALLE, TextToImage
 from models.vqgan import VQGAN
@@ -207,8 +208,11 @@ def test_a_second_run_moves_the_first_ones_checkpoints_aside(folder, tmp_path):
     assert not torch.equal(first["image_emb.weight"], weights(tmp_path / "ckpt/dalle_0.pt")["image_emb.weight"])
 
 
-def test_a_finished_run_is_left_as_it_is(folder, tmp_path):
+def test_a_finished_run_is_left_as_it_is(folder, tmp_path, caplog):
+    caplog.set_level("INFO")
     run(folder, tmp_path, "--max-steps", "3")
+    (told,) = (record for record in caplog.records if record.message.startswith("saved "))
+    assert str(tmp_path / "ckpt/dalle_0_3.pt") in told.message and not hasattr(told, "detail")  # on a terminal too
     saved = sorted((path.name, path.read_bytes()) for path in (tmp_path / "ckpt").glob("*.pt"))
     run(folder, tmp_path, "--max-steps", "3", "--resume")
     assert sorted((path.name, path.read_bytes()) for path in (tmp_path / "ckpt").glob("*.pt")) == saved
@@ -256,16 +260,21 @@ def test_activation_checkpointing_and_bf16_train(folder, tmp_path):
     assert [event["loss"] for event in half] == pytest.approx([event["loss"] for event in plain], rel=0.05)
 
 
-@pytest.mark.parametrize("units", [True, False])
-def test_faster_arithmetic_of_the_cpu_is_pointed_out(monkeypatch, caplog, units):
+@pytest.mark.parametrize("units, many, runner", [(True, 1, "EXAMPLES_UTILS_MARK"), (True, 10**7, "POPLAR_SDK_ENABLED"),
+                                                 (False, 1, None)])
+def test_hints_and_lines_for_benchmarks_appear_where_they_mean_something(monkeypatch, caplog, units, many, runner):
     monkeypatch.setattr("engines.native.multiplies_bf16", lambda: units)
+    monkeypatch.setattr("engines.native._MANY_WEIGHTS", many)
+    for name in ("EXAMPLES_UTILS_MARK", "POPLAR_SDK_ENABLED"):
+        monkeypatch.setenv(name, "1") if name == runner else monkeypatch.delenv(name, raising=False)
     model = DalleConfig(
         num_text_tokens=8, num_image_tokens=8, text_seq_len=4, grid=2, dim=8, depth=1, heads=1, dim_head=4
     )
     with caplog.at_level("INFO"):
         engine = engines.create(args.parse(["--config", "unit_test", "--generated-data", "--device", "cpu"]))
         engine.prepare(TextToImage(DALLE(model)))
-    assert ("--matmul-precision medium trains faster" in caplog.text) == units
+    assert ("--matmul-precision medium trains faster" in caplog.text) == (units and many == 1)
+    assert ("Compiled model in " in caplog.text) == (runner is not None)
 
 
 def test_products_are_as_exact_as_asked_for_until_the_engine_closes(products):

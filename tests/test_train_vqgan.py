@@ -79,6 +79,12 @@ def weights(folder):
     return load_file(str(folder / "out" / "vqgan.safetensors"))
 
 
+def test_figures_are_shown_with_their_units():
+    figures = {"reconstruction": 0.123456, "images_per_second": 85.27, "psnr": 21.34567, "codes_used": 0.3848}
+    shown = "reconstruction 0.1235, 85.3 images/s, psnr 21.35 dB, codes used 38.5%, ceiling heldout 95.0%"
+    assert vqgan.listed({**figures, "ceiling_heldout": 0.95}) == shown
+
+
 def test_short_run_learns_and_its_files_load(folder):
     report = train(arguments(folder, "--steps", "16", "--learning-rate", "5e-3", "--evaluate-every", "8"))
     curve = losses(folder)

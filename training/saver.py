@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 import checkpoints
-import log
 from training.files import not_finite
 from training.setup import identities
 from utils.errors import UserError
@@ -94,7 +93,7 @@ class Saver:
         shape, epoch = run.model_config.to_dict(), run.position.epoch
         content = checkpoints.dalle_checkpoint(shape, weights, epoch, optimizer, schedule, hparams, training)
         checkpoints.save_checkpoint(path, content)
-        logger.info(f"saved {path} in {time.perf_counter() - begin:.1f} s", extra=log.DETAIL)
+        logger.info(f"saved {path} in {time.perf_counter() - begin:.1f} s")
         checkpoints.prune_checkpoints(self.folder, self.options.keep_checkpoints)
 
     def require_saved(self) -> None:

@@ -169,7 +169,7 @@ class Run(Loop):
             seconds = max(position.seconds - logged.seconds, 1e-9)
             row["images_per_second"] = (position.samples - logged.samples) / seconds
             self.logged = replace(position)
-            self.report("train", f" ({100 * self.progress:.0f} %)", row)
+            self.report("train", f" ({self.progress:.0%})", row)
         if position.step % self.args.evaluate_every == 0 and trainer.codebook_ready:
             part = self.held_out.chunks(range(min(EVALUATED, len(self.held_out))))
             figures = reconstruct(trainer.result, part, trainer.device).figures(trainer.model.num_codes)

@@ -3,7 +3,7 @@
     python train.py --config L16_POD16 --device ipu
     poprun --num-replicas 16 --num-instances 4 --ipus-per-replica 4 python train.py --config L16_POD64 --device ipu
 
-The model is built for one device and changed from outside (model.py); where its parts go is engines/plan.py's business.
+The model is built for one device and changed from outside (model.py); where its parts go is plan.py's business.
 """
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from typing import Any, Callable, Generator
 import torch
 from torch import Tensor
 
+import log
 from args import Config
 from engines.base import Engine, StepResult
 from engines.ipu.data import Padded, Stream, make_loader
 from engines.ipu.hosts import find_hosts, import_poptorch
 from engines.ipu.model import IpuStep, adapt, canonical_state, place, plain
 from engines.ipu.options import build_evaluation_options, build_optimizer, build_options
-from engines.plan import block_starts, check, num_stages, pipeline_plan, uses_half
+from engines.ipu.plan import block_starts, check, num_stages, pipeline_plan, uses_half
 from models.dalle import TextToImage
 from utils.resume import load_moments
 
@@ -145,7 +146,7 @@ class IpuEngine(Engine):
         missing = [block.path for block in block_starts(self.plan) if block.path not in begun]
         if missing:
             raise RuntimeError("the blocks {} were planned but never began".format(", ".join(missing)))
-        logger.info("Compiled model in %.2f secs", time.perf_counter() - begin)
+        logger.info(log.compiled_line(time.perf_counter() - begin))
 
     def step(self, batch: Any) -> StepResult:
         sums = self.executor(*batch)  # each 0-d, or one for each replica of this process

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ops
-from engines.plan import LAYER, Placement, block_starts
+from engines.ipu.plan import LAYER, Placement, block_starts
 from models.dalle import TextToImage
 from models.vqgan import VQGAN
 
@@ -121,11 +121,11 @@ class IpuStep(nn.Module):
 
 def adapt(model: TextToImage, half: bool, serialization_factor: int, encodes_images: bool) -> TextToImage:
     """Change a built model for an IPU, in place: serialized tables, encoder alone, precision."""
-    dalle = model.dalle
+    changed: Any = model  # its new parts stand in for modules of other types
     if serialization_factor > 1:
-        dalle.text_emb = SerializedEmbedding(dalle.text_emb, serialization_factor)
-        dalle.text_head = SerializedLinear(dalle.text_head, serialization_factor)
-    model.vqgan = ImageEncoder(model.vqgan) if encodes_images else None
+        changed.dalle.text_emb = SerializedEmbedding(model.dalle.text_emb, serialization_factor)
+        changed.dalle.text_head = SerializedLinear(model.dalle.text_head, serialization_factor)
+    changed.vqgan = ImageEncoder(changed.vqgan) if encodes_images else None
     to_dtype(model, torch.float16 if half else torch.float32)
     return model
 

@@ -9,7 +9,7 @@ from torch import nn
 from args import Config
 from engines.base import parameter_groups
 from engines.ipu.hosts import Hosts
-from engines.plan import uses_half
+from engines.ipu.plan import uses_half
 
 
 def build_options(poptorch: Any, config: Config, hosts: Hosts, seed: int) -> Any:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ops
 from args import Config
-from engines.plan import HEAD, LAYER, Placement, layer_ipus, num_stages, stage_of, uses_half
+from engines.ipu.plan import HEAD, LAYER, Placement, layer_ipus, num_stages, stage_of, uses_half
 from models.dalle import TextToImage
 
 #: Memory of one IPU (GC200), bytes.

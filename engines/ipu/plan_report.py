@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 
 from args import Config
-from engines import plan, plan_costs
-from engines.plan import LAYER, Placement
-from engines.plan_costs import IPU_MEMORY, IpuCost, PartCost
+from engines.ipu import plan, plan_costs
+from engines.ipu.plan import LAYER, Placement
+from engines.ipu.plan_costs import IPU_MEMORY, IpuCost, PartCost
 from models.config import DalleConfig
 from models.dalle import DALLE, TextToImage
 from models.vqgan import VQGAN

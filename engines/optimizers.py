@@ -1,0 +1,57 @@
+"""The optimizers of --optimizer in plain PyTorch, and the loss scaling of half precision."""
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from args import OptimizerConfig
+from engines import muon
+from engines.base import parameter_groups
+from models.dalle import TextToImage
+from utils.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+
+def make_optimizers(model: TextToImage, options: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """Return the optimizer of all trainable parameters; with Muon two: it for the blocks' matrices, AdamW for the rest.
+
+    Adafactor (arXiv 1804.04235) keeps next to no state; its steps are relative to the size of the weights.
+
+    Muon (Jordan et al. 2024) makes each matrix's update orthogonal; scaled to the size of an AdamW update (Moonlight,
+    arXiv 2502.16982, section 2.2) both take the same learning rate.
+    """
+    betas, name = (options.beta1, options.beta2), options.optimizer
+    common: dict[str, Any] = {"lr": options.learning_rate}
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    on_gpu = all(p.is_cuda for p in model.dalle.parameters())
+    fused = on_gpu or version >= (2, 4)  # on the CPU only newer versions have fused kernels
+    if name == "Muon" and not hasattr(torch.optim, "Muon"):
+        logger.warning("PyTorch %s has no Muon (2.9 and newer have): AdamW takes its place", torch.__version__)
+        name = "AdamW"
+    if name == "Adafactor":
+        if not hasattr(torch.optim, "Adafactor"):
+            raise UsageError(f"--optimizer Adafactor needs PyTorch 2.5 or newer, this is {torch.__version__}")
+        # One weight after the other: the multi-tensor form would hold squares of all gradients at the same time.
+        return [torch.optim.Adafactor(parameter_groups(model, options.weight_decay), foreach=False, **common)]
+    if name != "Muon":
+        kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[name]
+        groups = parameter_groups(model, options.weight_decay)
+        return [kind(groups, betas=betas, eps=options.eps, fused=fused, **common)]
+    matrices = [p for p in model.dalle.transformer.parameters() if p.dim() == 2]
+    muon.choose_precision(matrices[0].device)
+    known = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    return [
+        torch.optim.Muon(matrices, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw", **common),
+        torch.optim.AdamW(rest, weight_decay=0.0, betas=betas, eps=options.eps, fused=fused, **common),
+    ]
+
+
+def make_scaler(device_type: str, options: dict[str, Any]) -> Any:
+    """Return a GradScaler. Before PyTorch 2.3 there was one for CUDA only; disabled it does nothing, on any device."""
+    if hasattr(torch.amp, "GradScaler"):
+        return torch.amp.GradScaler(device_type, **options)
+    return torch.cuda.amp.GradScaler(**options)
