@@ -138,7 +138,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, str], Weights]:
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file}
+            return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"checkpoint {path} is damaged or incomplete ({error}); use another one, or copy it again"
