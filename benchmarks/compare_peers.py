@@ -39,6 +39,7 @@ from benchmarks import chart, limits  # noqa: E402
 from benchmarks.contestants import (  # noqa: E402
     GENERATE,
     NAMES,
+    OLD_NAMES,
     OURS,
     PEER,
     PLAIN,
@@ -287,7 +288,8 @@ def read_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, nargs="+", default=[1, 8, 32], help="drawn at once (default: 1 8 32)")
     parser.add_argument("--turns", type=int, default=5, help="turns, after one to warm up; fewer for many images")
     parser.add_argument("--tasks", nargs="+", choices=list(ENTRIES), default=list(ENTRIES), help="default: all")
-    parser.add_argument("--contestants", nargs="+", choices=NAMES, default=list(NAMES), help="default: all")
+    parser.add_argument("--contestants", nargs="+", type=lambda name: OLD_NAMES.get(name, name), choices=NAMES,
+                        default=list(NAMES), help="default: all")
     parser.add_argument("--compile", action="store_true", help="this project trains with torch.compile")
     parser.add_argument("--exact", action="store_true", help="draw whole images with the slow contestants too")
     parser.add_argument("--growth", action="store_true", help="also measure growth with batch and grid")
