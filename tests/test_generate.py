@@ -147,7 +147,7 @@ def test_writes_the_published_layout_and_a_report(files, run, tmp_path, caplog):
     with Image.open(folder / "0.jpg") as image:
         assert image.format == "JPEG" and image.size == (16, 16)
     with Image.open(folder / "grid.png") as grid:
-        assert grid.size == (3 * 20 + 4, 2 * 20 + 4)
+        assert grid.width > 3 * 128 and grid.height > 2 * 128
     throughput = [record.getMessage() for record in caplog.records][-1]
     assert float(re.search("throughput: *(.*?) images/sec", throughput).group(1)) > 0
 

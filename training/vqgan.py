@@ -296,7 +296,7 @@ def save_grid(file: Path, shown: Reconstructions, which: str) -> None:
     """Draw the first SHOWN pairs as a PNG file, each with its PSNR; which: what the heading calls them."""
     pairs = list(zip(shown.originals.split(1), shown.images.split(1)))
     cells = [Cell([pair[0][0], pair[1][0]], f"{psnr(*pair):.1f} dB") for pair in pairs[:SHOWN]]
-    heading = f"{which} images: PSNR of all {len(pairs)} {psnr(shown.originals, shown.images):.1f} dB"
+    heading = f"{len(cells)} of {len(pairs)} {which} images, PSNR of all: {psnr(shown.originals, shown.images):.1f} dB"
     with writing(NO_FILE, file):
         save_picture(labelled_grid([(heading, cells)], "On the left an image, on the right its reconstruction"), file)
 
