@@ -41,7 +41,7 @@ if [ "$input_folder" = demo ]; then
     "$python" "$root/evaluate.py" --dalle-path "$newest" --json "$log_dir/evaluation.json" --sheet "$log_dir/samples.png"
     echo
     echo "pictures drawn from captions, beside the real ones:  $log_dir/samples.png"
-    example="woman astronaut: medium-dark skin tone"
+    example="jack-o-lantern|pizza|octopus|rainbow|wolf"
 else
     example="A plate of food has potatoes and fruit."
     "$python" "$root/generate.py" --dalle-path "$newest" --outputs-dir "$log_dir/samples" --num-images 4 \

@@ -6,7 +6,7 @@
         --learning-rate 1e-4 --steps 10000 --output output/vqgan
 
 Writes into --output: vqgan.safetensors and vqgan.yaml (for --vqgan-model-path and --vqgan-config-path),
-metrics.jsonl, reconstructions.png (rows of originals, each above its reconstructions) and training.pt (for --resume).
+metrics.jsonl, reconstructions.png (held-out images, each beside its reconstruction) and training.pt (for --resume).
 """
 from __future__ import annotations
 

@@ -1,6 +1,11 @@
-"""compare_peers.png: a panel for training, one for each number of images, and how cost grows."""
+"""compare_peers.png: a panel for training, one for each number of images, and how cost grows.
+
+    python benchmarks/chart.py docs/images/compare_peers.json docs/images/compare_peers.png    # from a report
+"""
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +18,14 @@ def panels(report: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, float
     machine = report["machine"]
     trained = [m for m in report["results"] if m["task"].startswith("train")]
     if trained:
-        bars = [("{}\n{}".format(m["name"], m["task"]), m["images"] / m["median"]) for m in trained]
+        bars = [(f"{m['name']}\n{m['task']}", m["images"] / m["median"]) for m in trained]
         limit = machine["fastest_gflop_per_second"] / report["gflop_per_sample"]
         result.append(("Training", "samples/s", bars, limit))
     one = report["weights_gb"] * report["num_codes"] / machine["read_gb_per_second"] + report["decode_seconds"]
     for images in sorted({m["images"] for m in report["results"] if m["task"] == "generate"}):
-        drawn = [m for m in report["results"] if m["task"] == "generate" and m["images"] == images]
-        bars = [(m["name"], m["median"] / images) for m in drawn]
-        title = "Drawing {} image{}".format(images, "s" if images > 1 else "")
+        sampled = [m for m in report["results"] if m["task"] == "generate" and m["images"] == images]
+        bars = [(m["name"], m["median"] / images) for m in sampled]
+        title = f"Sampling {images} image{'s' if images > 1 else ''}"
         result.append((title, "s an image", bars, one if images == 1 else 0.0))
     return [(t, u, [(n, v, n.startswith("Mini")) for n, v in bars], limit) for t, u, bars, limit in result]
 
@@ -67,7 +72,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axes = figure.add_subplot(grid[len(rows), column])
         at = [point[axis] for point in points]
         axes.plot(at, [point["train"] for point in points], "o-", color=OURS_COLOUR, label="training, s a sample")
-        axes.plot(at, [point["draw"] for point in points], "s--", color=LIMIT_COLOUR, label="drawing, s an image")
+        axes.plot(at, [point["draw"] for point in points], "s--", color=LIMIT_COLOUR, label="sampling, s an image")
         if axis == "batch":
             axes.set_xscale("log", base=2)
         axes.set_xticks(at, [str(value) for value in at], minor=False)
@@ -83,3 +88,13 @@ def _tidy(axes: Any) -> None:
     axes.tick_params(axis="x", labelsize=8)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def main() -> None:
+    """Draw a report again."""
+    report, picture = map(Path, sys.argv[1:])
+    draw(json.loads(report.read_text(encoding="utf-8")), picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -39,6 +39,7 @@ from benchmarks import chart, limits  # noqa: E402
 from benchmarks.contestants import (  # noqa: E402
     GENERATE,
     NAMES,
+    OLD_NAMES,
     OURS,
     PEER,
     PLAIN,
@@ -75,7 +76,7 @@ class PeerOptions(SettingOptions):
     images: tuple[int, ...] = option((1, 8, 32), "images sampled at once", ge=1)
     turns: int = option(5, "turns, after one to warm up; fewer for many images", ge=1)
     tasks: tuple[str, ...] = option(tuple(ENTRIES), "what is timed", choices=tuple(ENTRIES))
-    contestants: tuple[str, ...] = option(NAMES, "who is timed", choices=NAMES)
+    contestants: tuple[str, ...] = option(NAMES, "who is timed", choices=(*NAMES, *OLD_NAMES))
     exact: bool = option(False, "sample whole images with the slow contestants too")
     growth: bool = option(False, "also measure growth with batch and grid")
     growth_batches: tuple[int, ...] = option((1, 2, 4, 8, 16, 32), "batches of --growth", ge=1, needs="growth")
@@ -345,7 +346,7 @@ def main() -> None:
     options = COMMAND.parse()
     make_folder("--output", options.output)
     log.setup()
-    names = list(options.contestants)
+    names = [OLD_NAMES.get(name, name) for name in options.contestants]
     if importlib.util.find_spec("dalle_pytorch") is None:
         logger.warning("dalle-pytorch is not installed and left out: pip install --no-deps dalle-pytorch==1.6.6 "
                        "axial-positional-embedding rotary-embedding-torch; pip install einops")

@@ -36,9 +36,10 @@ from utils.options import REQUIRED, Command, Options, again, option
 OURS = "Mini DALL-E"
 UNRECORDED = "Mini DALL-E, no CUDA graphs"
 PLAIN = "published algorithm"
-PEER = "dalle-pytorch"
-REPAIRED = "dalle-pytorch, cache passed on"
+PEER = "DALLE-pytorch"
+REPAIRED = "DALLE-pytorch, cache repaired"
 NAMES = (OURS, UNRECORDED, PLAIN, PEER, REPAIRED)
+OLD_NAMES = {"dalle-pytorch": PEER, "dalle-pytorch, cache passed on": REPAIRED}
 
 TRAIN_CODES, TRAIN_IMAGES, GENERATE = "train on codes", "train on images", "generate"
 TASKS = (TRAIN_CODES, TRAIN_IMAGES, GENERATE)

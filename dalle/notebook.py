@@ -12,11 +12,11 @@ import io
 import math
 from typing import Any, NamedTuple
 
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from dalle.models import Candidates, Dalle
-from dalle.pictures import label_font, to_pil
+from dalle.pictures import Cell, labelled_grid, to_pil
 from dalle.reranking import ClipRanker
 from sampling import to_uint8
 from utils.errors import UserError
@@ -24,9 +24,6 @@ from utils.files import PathLike
 
 MAX_CANDIDATES = 96
 """As many as minDALL-E draws by default."""
-
-_MIN_SIDE, _GAP, _FONT_SIZE = 128, 8, 13  # pixels
-_WHITE, _INK = (255, 255, 255), (32, 32, 32)
 
 
 class Ranking(NamedTuple):
@@ -56,18 +53,9 @@ def ranked_sheet(images: Tensor, ranking: Ranking, columns: int = 0) -> Image.Im
 
     Small images are enlarged. columns 0: about as wide as high.
     """
-    pictures = [to_pil(image) for image in to_uint8(images).cpu()]
-    size = max(_MIN_SIDE, pictures[0].width)
-    columns = columns or math.ceil(math.sqrt(len(pictures)))
-    step, line = size + _GAP, _FONT_SIZE + 5
-    rows = math.ceil(len(pictures) / columns)
-    sheet = Image.new("RGB", (columns * step + _GAP, rows * (step + line) + _GAP), _WHITE)
-    pen, font = ImageDraw.Draw(sheet), label_font(_FONT_SIZE)
-    for place, (index, label) in enumerate(zip(ranking.order, ranking.labels)):
-        left, top = _GAP + place % columns * step, _GAP + place // columns * (step + line)
-        sheet.paste(pictures[index].resize((size, size), Image.Resampling.BICUBIC), (left, top))
-        pen.text((left, top + size + 2), label, fill=_INK, font=font)
-    return sheet
+    pictures = to_uint8(images).cpu()
+    cells = [Cell([pictures[index]], label) for index, label in zip(ranking.order, ranking.labels)]
+    return labelled_grid([("", cells)], columns=columns or math.ceil(math.sqrt(len(cells))))
 
 
 def to_png(picture: Image.Image) -> bytes:

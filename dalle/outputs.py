@@ -138,7 +138,7 @@ class PromptFolder:
         """Write the grid, and note in generation.json that the run is complete, with `about` added."""
         self.about.update(about)
         with _written(self.path):
-            save_picture(make_grid(self._grid), self.path / "grid.png")
+            save_picture(make_grid(self._grid, self.prompt), self.path / "grid.png")
             self._write_report(complete=True)
         self._lock.close()
 

@@ -1,6 +1,8 @@
 """Tensors as picture files, and pictures side by side: the grid of a prompt, the contact sheet of an evaluation."""
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from typing import NamedTuple, Sequence
 
@@ -12,9 +14,14 @@ from utils.files import PathLike, atomic_write
 FORMATS = ("jpg", "png")
 GRID_LIMIT = 64
 """Images of a grid at most: more would make a picture too large to look at."""
+SIDE = 128
+"""Pictures of a sheet are at least so wide: smaller ones are enlarged by a whole factor."""
 
-_SHEET_SIDE = 128  # pictures of a contact sheet are at most so wide
-_LEGEND = "From left to right: real picture, reconstruction, drawn from the caption"
+_WIDTH = 1680  # a sheet's, at most
+_GAP, _MARGIN = 6, 12
+_HEADING, _LABEL = 18, 13  # font sizes; lines are 3 pixels higher
+_HEADING_LINES, _LABEL_LINES = 4, 2
+_LEGEND = "From left to right: real picture, reconstruction, generated from the caption"
 _FRAMES = " (green frame: found by retrieval, red: not found)"
 _WHITE = (255, 255, 255)
 _INK = (32, 32, 32)
@@ -34,18 +41,71 @@ def save_picture(picture: Image.Image, path: PathLike) -> None:
         picture.save(file, **settings)
 
 
-def make_grid(images: Sequence[Tensor]) -> Image.Image:
-    """Put pictures (3, S, S) uint8 side by side on white, about as wide as high; the first GRID_LIMIT of them."""
+class Cell(NamedTuple):
+    """Pictures (3, S, S) uint8 side by side, a label below them, and the colour of a frame around the last one."""
+
+    pictures: Sequence[Tensor]
+    label: str = ""
+    frame: tuple[int, int, int] | None = None
+
+
+def labelled_grid(
+    sections: Sequence[tuple[str, Sequence[Cell]]], legend: str = "", columns: int = 0, side: int = 0
+) -> Image.Image:
+    """Cells in rows on white, each section below its heading, a legend above all.
+
+    Every cell has as many pictures as the first, all of one size. columns: cells in a row; 0: as many as fit. side: of
+    a picture, in pixels; 0: its own, enlarged by a whole factor to SIDE or, in one or two columns, more.
+    """
+    first = sections[0][1][0]
+    most = max(len(cells) for _, cells in sections)
+    count, own = len(first.pictures), first.pictures[0].shape[-1]
+    if not side:
+        side = own if own >= SIDE else own * -(-max(SIDE, 3 * SIDE // (count * (columns or most))) // own)
+    width = count * (side + _GAP) - _GAP
+    columns = columns or max(1, min(most, _WIDTH // (width + _MARGIN)))
+    across = columns * (width + _MARGIN) - _MARGIN
+    labels = [_wrapped(cell.label, width, _LABEL, _LABEL_LINES) for _, cells in sections for cell in cells]
+    row_height = side + _GAP + max(map(len, labels)) * (_LABEL + 3) + (_GAP if any(labels) else 0)
+    headings = [_wrapped(heading, across, _HEADING, _HEADING_LINES) for heading, _ in sections]
+    legends = _wrapped(legend, across, _LABEL, _HEADING_LINES)
+    heights = [
+        len(lines) * (_HEADING + 3) + (_GAP if lines else 0) + math.ceil(len(cells) / columns) * row_height
+        for lines, (_, cells) in zip(headings, sections)
+    ]
+    top = _MARGIN + len(legends) * (_LABEL + 3)
+    height = top + sum(heights) + _MARGIN * (len(sections) - 1) + _MARGIN - _GAP
+    sheet = Image.new("RGB", (across + 2 * _MARGIN, height), _WHITE)
+    pen = ImageDraw.Draw(sheet)
+    _write(pen, (_MARGIN, _MARGIN - _GAP), legends, _LABEL)
+    remaining = iter(labels)
+    for (_, cells), lines, height in zip(sections, headings, heights):
+        _write(pen, (_MARGIN, top), lines, _HEADING)
+        begin = top + len(lines) * (_HEADING + 3) + (_GAP if lines else 0)
+        for index, (cell, label) in enumerate(zip(cells, remaining)):
+            row, column = divmod(index, columns)
+            left, upper = _MARGIN + column * (width + _MARGIN), begin + row * row_height
+            for number, picture in enumerate(map(to_pil, cell.pictures)):
+                if side != own:
+                    resample = Image.Resampling.NEAREST if side % own == 0 else Image.Resampling.LANCZOS
+                    picture = picture.resize((side, side), resample)
+                sheet.paste(picture, (left + number * (side + _GAP), upper))
+            if cell.frame:
+                x = left + width - side
+                pen.rectangle((x - 2, upper - 2, x + side + 1, upper + side + 1), outline=cell.frame, width=2)
+            _write(pen, (left, upper + side + _GAP // 2), label, _LABEL)
+        top += height + _MARGIN
+    return sheet
+
+
+def make_grid(images: Sequence[Tensor], caption: str = "") -> Image.Image:
+    """Put pictures (3, S, S) uint8 below their caption, about as wide as high; the first GRID_LIMIT of them.
+
+    Each has its number below it where there are several.
+    """
     images = list(images)[:GRID_LIMIT]
-    columns = math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
-    height, width = images[0].shape[1:]
-    margin = max(4, height // 32)
-    grid = Image.new("RGB", (columns * (width + margin) + margin, rows * (height + margin) + margin), _WHITE)
-    for index, image in enumerate(images):
-        row, column = divmod(index, columns)
-        grid.paste(to_pil(image), (margin + column * (width + margin), margin + row * (height + margin)))
-    return grid
+    cells = [Cell([image], str(index) if len(images) > 1 else "") for index, image in enumerate(images)]
+    return labelled_grid([(caption, cells)], columns=math.ceil(math.sqrt(len(images))))
 
 
 class Sample(NamedTuple):
@@ -64,72 +124,65 @@ def make_sheet(groups: Sequence[tuple[str, Sequence[Sample]]]) -> Image.Image:
 
     A frame around the generated picture says whether it was found: green yes, red no.
     """
-    side = min(max(groups[0][1][0].real.shape[-1], 64), _SHEET_SIDE)
-    gap, font_size = 6, 13
-    cell_width = max(3 * side + 2 * gap, 200)
-    columns = max(1, min(6, 1600 // (cell_width + 3 * gap)))
-    font, bold = label_font(font_size), label_font(font_size + 5)
-    line = font_size + 3
-    cell_height = side + 2 * line + 3 * gap
-    heights = [font_size + 5 + 3 * gap + math.ceil(len(samples) / columns) * cell_height for _, samples in groups]
-    sheet = Image.new("RGB", (columns * (cell_width + 3 * gap) + 3 * gap, sum(heights) + line + 3 * gap), _WHITE)
-    draw = ImageDraw.Draw(sheet)
-    framed = any(sample.found is not None for _, samples in groups for sample in samples)
-    draw.text((3 * gap, gap), _LEGEND + (_FRAMES if framed else ""), fill=_INK, font=font)
-    top = line + 2 * gap
-    for (heading, samples), height in zip(groups, heights):
-        draw.text((3 * gap, top), heading, fill=_INK, font=bold)
-        first = top + font_size + 5 + 2 * gap
-        for index, sample in enumerate(samples):
-            row, column = divmod(index, columns)
-            left, upper = 3 * gap + column * (cell_width + 3 * gap), first + row * cell_height
-            _draw_sample(sheet, draw, sample, (left, upper), side, gap)
-            for number, text in enumerate(_wrapped(sample.caption, cell_width, font)):
-                draw.text((left, upper + side + gap // 2 + number * line), text, fill=_INK, font=font)
-        top += height
-    return sheet
+    frames = {True: _GOOD, False: _BAD, None: None}
+    sections = [
+        (heading, [Cell(sample[1:4], sample.caption, frames[sample.found]) for sample in samples])
+        for heading, samples in groups
+    ]
+    framed = any(cell.frame for _, cells in sections for cell in cells)
+    large = groups[0][1][0].real.shape[-1] > SIDE
+    return labelled_grid(sections, _LEGEND + (_FRAMES if framed else ""), side=SIDE if large else 0)
 
 
-def _draw_sample(
-    sheet: Image.Image, draw: ImageDraw.ImageDraw, sample: Sample, corner: tuple[int, int], side: int, gap: int
-) -> None:
-    left, upper = corner
-    for number, image in enumerate((sample.real, sample.reconstruction, sample.generated)):
-        picture = to_pil(image)
-        if picture.width != side:
-            picture = picture.resize(
-                (side, side), Image.Resampling.LANCZOS if picture.width > side else Image.Resampling.NEAREST
-            )
-        sheet.paste(picture, (left + number * (side + gap), upper))
-    x = left + 2 * (side + gap)
-    if sample.found is not None:
-        draw.rectangle(
-            (x - 2, upper - 2, x + side + 1, upper + side + 1), outline=_GOOD if sample.found else _BAD, width=2
-        )
+def _write(pen: ImageDraw.ImageDraw, corner: tuple[int, int], lines: Sequence[str], size: int) -> None:
+    left, top = corner
+    for number, line in enumerate(lines):
+        pen.text((left, top + number * (size + 3)), line, fill=_INK, font=_font(size))
 
 
-def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """Break a caption into at most two lines of `width` pixels; what does not fit ends in an ellipsis."""
-    text = " ".join(text[:300].split())
+def _wrapped(text: str, width: int, size: int, most: int) -> list[str]:
+    """Break a text into at most so many lines of `width` pixels; what does not fit ends in an ellipsis."""
+    text, font = _drawable(" ".join(text[: 200 * most].split())), _font(size)
     lines: list[str] = []
-    for _ in range(2):
+    while text and len(lines) < most:
         end = len(text)
-        while end and font.getlength(text[:end]) > width:
+        while end > 1 and font.getlength(text[:end]) > width:
             end -= 1
-        if end < len(text):
-            end = text.rfind(" ", 1, end + 1) if text.rfind(" ", 1, end + 1) > 0 else end
-        lines.append(text[:end])
+        if end < len(text) and text.rfind(" ", 1, end + 1) > 0:
+            end = text.rfind(" ", 1, end + 1)
+        lines.append(text[:end].rstrip())
         text = text[end:].lstrip()
-        if not text:
-            return lines
-    while lines[-1] and font.getlength(lines[-1] + "…") > width:
-        lines[-1] = lines[-1][:-1]
-    lines[-1] += "…"
+    if text:
+        while lines[-1] and font.getlength(lines[-1] + "…") > width:
+            lines[-1] = lines[-1][:-1]
+        lines[-1] += "…"
     return lines
 
 
-def label_font(size: int) -> ImageFont.FreeTypeFont:
+def _drawable(text: str) -> str:
+    """The text with an ellipsis for each run of characters that the font does not have, without joiners of emoji."""
+    known = _characters()
+    parts = []
+    visible = text.translate({0x200D: None, 0xFE0F: None})
+    for is_known, run in itertools.groupby(visible, key=lambda character: ord(character) in known):
+        parts.append("".join(run) if is_known else "…")
+    return "".join(parts)
+
+
+@functools.lru_cache(maxsize=None)
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(_font_file(), size)
+
+
+@functools.lru_cache(maxsize=None)
+def _characters() -> frozenset[int]:
+    from matplotlib.ft2font import FT2Font
+
+    return frozenset(FT2Font(_font_file()).get_charmap())
+
+
+def _font_file() -> str:
     """DejaVu Sans, which comes with Matplotlib: Pillow's own font has no letters beyond Latin-1."""
     import matplotlib
 
-    return ImageFont.truetype(matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf", size)
+    return f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"

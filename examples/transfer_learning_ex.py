@@ -238,7 +238,7 @@ def show_reconstructions(engine: Engine, parts: Parts, folder: Path) -> None:
         device = next(parts.vqgan.parameters()).device
         again = to_uint8(torch.cat([parts.vqgan.decode(row.to(device)) for row in codes.split(4)])).cpu()
         for name, pictures in (("originals", images), ("reconstructions", again)):
-            save_picture(make_grid(list(pictures)), folder / f"{name}_{split}.png")
+            save_picture(make_grid(list(pictures), f"{name}: {split}"), folder / f"{name}_{split}.png")
     logger.info("%s: originals and reconstructions of %d images", folder, len(images))
 
 

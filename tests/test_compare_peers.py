@@ -155,9 +155,9 @@ def test_ratios_are_medians_of_turns_and_limits_come_from_the_machine(tmp_path):
     ]
     report = report_of(found, options)
     assert report["summary"] == {
-        "training on codes, speed over dalle-pytorch (images)": 3.0,
-        "drawing 1, speed over dalle-pytorch, cache passed on": 3.0,
-        "training on codes, peak memory of dalle-pytorch": 0.6,
+        "training on codes, speed over DALLE-pytorch (images)": 3.0,
+        "drawing 1, speed over DALLE-pytorch, cache repaired": 3.0,
+        "training on codes, peak memory of DALLE-pytorch": 0.6,
         "training on codes, share of the matrix product's speed": 0.5,
         "training on codes, share of the fastest matrix product": 0.4,
         "drawing 1, times the limit that memory bandwidth sets": 2.0,

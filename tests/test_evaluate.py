@@ -18,7 +18,6 @@ from bpe import load_tokenizer
 from checkpoints import dalle_checkpoint, save_checkpoint
 from dalle import evaluation
 from dalle.loading import load
-from dalle.pictures import Sample, make_sheet
 from data.demo import demo_records
 from data.images import load_image
 from models.config import DalleConfig
@@ -237,20 +236,6 @@ def test_sheet_of_any_data(model, pairs, tmp_path):
     evaluate.main([*model, "--input_folder", str(pairs), "--sheet", str(tmp_path / "sheet.jpg")])
     with Image.open(tmp_path / "sheet.jpg") as sheet:
         assert sheet.format == "JPEG"
-
-
-def test_sheet_shows_pictures_captions_and_frames():
-    def plain(colour, size):
-        return torch.tensor(colour, dtype=torch.uint8)[:, None, None].expand(3, size, size)
-
-    red, green, blue = (200, 0, 0), (0, 200, 0), (0, 0, 200)
-    for size, side in ((16, 64), (64, 64), (256, 128)):  # small pictures are enlarged, large ones reduced
-        sample = Sample("côte d’ivoire " * 40, plain(red, size), plain(green, size), plain(blue, size), True)
-        sheet = make_sheet([("first", [sample] * 3), ("second", [sample._replace(found=False, caption="")])])
-        colours = dict((colour, count) for count, colour in sheet.getcolors(1 << 24))
-        assert colours[red] == colours[green] == colours[blue] == 4 * side * side
-        assert colours[(46, 139, 87)] == 3 * colours[(200, 60, 50)] > 0
-        assert colours[(255, 255, 255)] > sheet.width * sheet.height / 10
 
 
 # Errors --------------------------------------------------------------------------------------------------------------

@@ -2,9 +2,7 @@
 from __future__ import annotations
 
 import ast
-import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -139,16 +137,6 @@ def test_every_shipped_configuration_instantiates(name):
             assert batching.global_batch == config.global_batch
 
 
-def test_documents_name_files_that_exist():
-    missing = []
-    for name in ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/reliability.md"):
-        text = (ROOT / name).read_text(encoding="utf-8")
-        for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", text):
-            if not ((ROOT / name).parent / target).exists():
-                missing.append(f"{name}: {target}")
-    assert not missing
-
-
 def test_the_list_of_flags_is_that_of_the_declarations():
     text = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
     assert text == make_flags.page(), "docs/flags.md is stale: python -m docs.make_flags writes it anew"
@@ -156,50 +144,3 @@ def test_the_list_of_flags_is_that_of_the_declarations():
 
 def test_the_version_is_said_once():
     assert f'\nversion = "{VERSION}"\n' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-
-
-def commands():
-    """Every `python SCRIPT ...` line in the README's bash blocks."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for block in re.findall(r"```bash\n(.*?)```", text, flags=re.S):
-        for line in re.sub(r"\\\n\s*", " ", block).splitlines():
-            line = line.split("  #")[0].strip()
-            if re.match(r"(torchrun .*|python3?) ", line):
-                yield line
-
-
-def test_the_readme_has_commands():
-    assert len(list(commands())) >= 10
-
-
-@pytest.mark.parametrize("command", sorted(set(commands())) if (ROOT / "README.md").exists() else [])
-def test_every_readme_command_has_a_script_and_flags_that_exist(command):
-    """The script is there, and each of its flags appears in its own --help."""
-    words = command.split()
-    if words[0] == "torchrun":
-        words = words[next(i for i, word in enumerate(words) if word.endswith(".py")) - 1 :]
-    if words[1] == "-m":
-        module, rest = words[2], words[3:]
-        if module in ("pip", "venv", "tensorboard"):
-            return
-        script = ["-m", module]
-    else:
-        script, rest = [words[1]], words[2:]
-        assert (ROOT / words[1]).is_file(), command
-    sub = [word for word in rest[:1] if re.fullmatch("[a-z]+", word) and script[0] == "-m"]
-    help_text = _help(tuple(script + sub))
-    for flag in re.findall(r"(?<=\s)(--[A-Za-z][\w-]*)", command[command.index(script[-1]) :]):
-        assert re.search(re.escape(flag) + r"\b", help_text) or re.search(
-            re.escape("--" + flag[2:].replace("_", "-")) + r"\b", help_text
-        ), (flag, command)
-
-
-_HELP = {}
-
-
-def _help(script):
-    if script not in _HELP:
-        result = subprocess.run([sys.executable, *script, "--help"], cwd=ROOT, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        _HELP[script] = result.stdout
-    return _HELP[script]

@@ -97,7 +97,7 @@ def test_short_run_learns_and_its_files_load(folder):
     assert final["event"] == "final" and {name: final[name] for name in report} == report
     assert [row["step"] for row in rows(folder) if row["event"] == "heldout"] == [8, 16]
     with Image.open(str(folder / "out" / "reconstructions.png")) as grid:
-        assert grid.size == (16 * 32, 2 * 32)
+        assert grid.width > 4 * 128 and grid.height > 128  # two pairs of enlarged images, and what they are
 
 
 def test_fine_tuning_starts_from_the_given_weights(folder):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import log
 from checkpoints import save_checkpoint, verify
 from checkpoints.vqgan import check_size, load_vqgan
-from dalle.pictures import save_picture, to_pil
+from dalle.pictures import Cell, labelled_grid, save_picture
 from data import DEMO, require_folder
 from data.uncaptioned import Batches, ImageSource, open_images
 from engines.native import pick_device
@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 WEIGHTS, CONFIG, STATE = "vqgan.safetensors", "vqgan.yaml", "training.pt"
 PICTURES, TRAIN_PICTURES = "reconstructions.png", "reconstructions_train.png"
 SKIPPED = "skipped.jsonl"
+SHOWN = 36
+"""Pairs of an image and its reconstruction at most in a picture of them."""
 EVALUATED = 256
 """Held-out images at most that evaluations look at; on the demo set the last one looks at all."""
 NO_STATE, NO_FILE = "is no state of train_vqgan.py", "--output: cannot write"
@@ -293,7 +295,7 @@ def final_report(
 ) -> dict[str, float]:
     """Figures of the saved weights; on the demo set also how often a reconstruction is nearest to its own picture."""
     shown = reconstruct(model, held_out.chunks(range(len(held_out) if demo else min(EVALUATED, len(held_out)))), device)
-    save_grid(folder / PICTURES, shown)
+    save_grid(folder / PICTURES, shown, "held-out")
     report = shown.figures(model.num_codes)
     if demo:
         count = len(train_images)
@@ -302,23 +304,20 @@ def final_report(
         report["ceiling_heldout"] = retrieval(shown.images, torch.arange(count, len(gallery)), gallery, device)
         pick = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:200]
         some = Reconstructions(*(part[pick] for part in every))
-        save_grid(folder / TRAIN_PICTURES, some)
+        save_grid(folder / TRAIN_PICTURES, some, "training")
         report["ceiling_train"] = retrieval(some.images, pick, gallery, device)
         report["psnr_train"] = psnr(some.originals, some.images)
         report["codes_used"] = code_use(every.codes, model.num_codes)["codes_used"]
     return report
 
 
-def save_grid(file: Path, shown: Reconstructions, columns: int = 16) -> None:
-    """Draw the first 64 pairs as a PNG file: rows of originals, each above its reconstructions."""
-    rows = []
-    for start in range(0, min(64, len(shown.originals)), columns):
-        for part in (shown.originals[start : start + columns], shown.images[start : start + columns]):
-            row = part.new_full((3, part.shape[2], columns * part.shape[3]), 255)
-            row[:, :, : len(part) * part.shape[3]] = torch.cat(list(part), dim=2)
-            rows.append(row)
+def save_grid(file: Path, shown: Reconstructions, which: str) -> None:
+    """Draw the first SHOWN pairs as a PNG file, each with its PSNR; which: what the heading calls them."""
+    pairs = list(zip(shown.originals.split(1), shown.images.split(1)))
+    cells = [Cell([pair[0][0], pair[1][0]], f"{psnr(*pair):.1f} dB") for pair in pairs[:SHOWN]]
+    heading = f"{len(cells)} of {len(pairs)} {which} images, PSNR of all: {psnr(shown.originals, shown.images):.1f} dB"
     with writing(NO_FILE, file):
-        save_picture(to_pil(torch.cat(rows, dim=1)), file)
+        save_picture(labelled_grid([(heading, cells)], "On the left an image, on the right its reconstruction"), file)
 
 
 def save_weights(folder: Path, model: VQGAN, half: bool) -> None:

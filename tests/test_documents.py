@@ -1,0 +1,206 @@
+"""README.md, CONTRIBUTING.md and docs/: links lead somewhere, and every command works, or needs what is not here."""
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import args
+import examples_utils.options
+import training.vqgan_options
+from benchmarks import busy, compare_peers
+from data import process_trainset
+from examples import transfer_learning_ex
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language):
+    """(document, text) of each fenced block in a language."""
+    for path in DOCUMENTS:
+        for block in re.findall(rf"```{language}\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.S):
+            yield path.name, block
+
+
+def commands():
+    """Every command of the bash blocks, without its comment, each once."""
+    found = {}
+    for _, block in blocks("bash"):
+        for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+            command = " ".join(re.sub(r"(^|\s)#.*", "", line).split())
+            if command:
+                found[command] = None
+    return list(found)
+
+
+# ---- what stands in the documents
+
+
+def test_the_readme_is_short():
+    assert len(DOCUMENTS[0].read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def anchors(path):
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.*)", path.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files_and_headings_that_exist(path):
+    missing = []
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", path.read_text(encoding="utf-8")):
+        file = path.parent / target if target else path
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            missing.append(f"{target}#{anchor}")
+    assert not missing
+
+
+def test_every_document_is_two_hops_from_the_readme():
+    reached = {DOCUMENTS[0]}
+    for _ in range(2):
+        for path in list(reached):
+            targets = re.findall(r"\]\(([^)#:]+\.md)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
+            reached |= {(path.parent / target).resolve() for target in targets if (path.parent / target).exists()}
+    assert set(DOCUMENTS) <= reached
+
+
+# ---- commands that need what is not here, each with the reason
+
+NOT_HERE = {
+    r"bash run_tests\.sh( .*)?": "runs this suite",
+    r"bash run_train\.sh": "trains for a quarter of an hour",
+    r"\. .*": "enters an environment",
+    r"(python3\.8 -m venv|pip install) .*": "installs packages",
+    r"bash utils/make_constraints\.sh": "asks a registry for all versions",
+    r"bash utils/download_coco_dataset\.sh": "downloads 26 GB; test_downloads.py runs it on small archives",
+    r"python -m pytest tests/cpu_ipu_test\.py -rs": "needs an IPU",
+}
+
+# ---- commands that are parsed: they train for long, or need an accelerator, a download or several processes
+
+
+def parse_training(words):
+    args.parse(words)
+
+
+def parse_with_set_up(words):
+    args.parse(["--config", *words])
+
+
+PARSED = {
+    r"(?:torchrun --nproc-per-node \d+ |poprun (?:--[\w-]+ \w+ )+python )train\.py (.*)": parse_training,
+    r"(?:NPROC=\d+ |poprun (?:--[\w-]+ \w+ )+)?bash run_train\.sh (.+)": parse_with_set_up,
+    r"python train\.py(?: (?!.*minDALLE_tiny)(.*))?": parse_training,
+    r"python train_vqgan\.py (.*)": training.vqgan_options.COMMAND.parse,
+    r"python examples/transfer_learning_ex\.py (.*)": transfer_learning_ex.COMMAND.parse,
+    r"python3 -m examples_utils (.*)": examples_utils.options.COMMAND.parse,
+    r"python benchmarks/compare_peers\.py (.*)": compare_peers.COMMAND.parse,
+    r"python benchmarks/busy\.py (.*)": busy.COMMAND.parse,
+}
+
+# ---- commands that run, in a folder that has what they name; the flags make them small
+
+ONE_STEP = ["--max-steps", "1", "--cache-codes", "off", "--validation-fraction", "0"]
+RUN = {
+    r"python train\.py (.*minDALLE_tiny.*)": [*ONE_STEP, "--checkpoint-output-dir", "again/ckpt"],
+    r"python generate\.py (.*)": ["--num_images", "2"],
+    r"python evaluate\.py (.*)": ["--max_pairs", "4", "--skip_retrieval"],
+    r"python data/process_trainset\.py ?(.*)": [],
+    r"python -m bpe\.train (.*)": ["--vocab-size", "60"],
+    r"python -m (?:checkpoints|dalle\.export) (.*)": [],
+    r"python -m ops()": [],
+    r"python examples/sampling_ex\.py (.*)": ["-n", "2"],
+    r"python benchmarks/chart\.py (.*)": [],
+}
+
+
+def ways(table):
+    """[(command, its flags, value in the table)] of each command that the table knows."""
+    found = [(re.fullmatch(pattern, command), value) for command in commands() for pattern, value in table.items()]
+    return [(match[0], shlex.split("".join(match.groups(""))), value) for match, value in found if match]
+
+
+def test_every_command_is_run_or_parsed_or_needs_what_is_not_here():
+    known = [command for table in (NOT_HERE, PARSED, RUN) for command, _, _ in ways(table)]
+    assert sorted(known) == sorted(commands())
+    assert len(known) > 30
+    idle = [
+        pattern for table in (NOT_HERE, PARSED, RUN) for pattern in table
+        if not any(re.fullmatch(pattern, command) for command in commands())
+    ]
+    assert not idle
+
+
+@pytest.mark.parametrize("command, words, parse", ways(PARSED), ids=lambda value: value if str(value) == value else "")
+def test_a_command_is_taken_by_its_own_parser(command, words, parse, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    script = re.search(r"[\w/]+\.(py|sh)", command)
+    assert script is None or Path(script[0]).is_file()
+    parse(words)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A folder with the files that commands name: a model trained for one step, pairs, lists of captions."""
+    folder = tmp_path_factory.mktemp("documents")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run("python train.py", ["--config", "minDALLE_tiny", "--export-mindalle", "tuned", *ONE_STEP], patch)
+    trained = next((folder / "output/minDALLE_tiny/ckpt").glob("*.pt"))
+    for name in ("output/ckpt/dalle_799.pt", "output/minDALLE_tiny/ckpt/dalle_0_60.pt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(trained, folder / name)
+    classes = folder / "output/transfer/transfer-imagenet-clscond-gen/ckpt"
+    classes.mkdir(parents=True)
+    shutil.copy(trained, classes / "dalle_7.pt")
+    (folder / "prompts.txt").write_text("grinning cat\nred apple\n")
+    Image.new("RGB", (64, 64), "red").save(folder / "face.png")
+    pairs = folder / "data/COCO/val2017"
+    pairs.mkdir(parents=True)
+    for index in range(3):
+        Image.new("RGB", (64, 64), (80 * index, 0, 0)).save(pairs / f"{index}.png")
+        (pairs / f"{index}.txt").write_text("red apple\n")
+    (folder / "flickr8k").mkdir()
+    rows = "".join(f"{index}.jpg,a dog runs over the grass\n" for index in range(5))
+    (folder / "flickr8k/captions.txt").write_text("image,caption\n" + rows)
+    coco = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"id": 1, "image_id": 1, "caption": "A cat."}]}
+    (folder / "captions.json").write_text(json.dumps(coco))
+    (folder / "docs/images").mkdir(parents=True)
+    shutil.copy(ROOT / "docs/images/compare_peers.json", folder / "docs/images")
+    return folder
+
+
+def run(command, words, patch):
+    """Call the main function of a script, or of the module after -m, as its command would."""
+    target = re.sub(r"^python (-m )?", "", command).split()[0]
+    name = re.sub(r"\.py$", "", target).replace("/", ".")
+    module = importlib.import_module({"checkpoints": "checkpoints.__main__", "ops": "ops.explain"}.get(name, name))
+    patch.setattr(sys, "argv", [target, *words])
+    assert not module.main()
+
+
+@pytest.mark.parametrize("command, words, small", ways(RUN), ids=lambda value: value if str(value) == value else "")
+def test_a_command_runs(command, words, small, workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+    monkeypatch.setattr(process_trainset, "DEFAULT_CAPTIONS", workspace / "captions.json")
+    monkeypatch.setattr(process_trainset, "DEFAULT_OUT_DIR", workspace / "captions")
+    run(command, [*words, *small], monkeypatch)
+
+
+@pytest.mark.parametrize("code", [code for name, code in blocks("python") if name != "architecture.md"])
+def test_code_runs(code):
+    """All but the outline of an interface in architecture.md, which the tests of engines check."""
+    names = {}
+    exec(code, names)
+    images = names["images"]
+    assert images.shape == (8, 3, 64, 64) and images.dtype == torch.float32

@@ -1,0 +1,66 @@
+"""Grids and contact sheets: pictures large enough to look at, each with what it shows."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dalle.pictures import GRID_LIMIT, SIDE, Cell, Sample, labelled_grid, make_grid, make_sheet
+
+RED, GREEN, BLUE = (200, 0, 0), (0, 200, 0), (0, 0, 200)
+FRAMES = (46, 139, 87), (200, 60, 50)
+
+
+def plain(colour, size):
+    return torch.tensor(colour, dtype=torch.uint8)[:, None, None].expand(3, size, size)
+
+
+def colours(picture):
+    return {colour: count for count, colour in picture.getcolors(1 << 24)}
+
+
+@pytest.mark.parametrize("size, side", [(16, 128), (64, 128), (96, 192), (256, 128)])
+def test_a_contact_sheet_shows_pictures_captions_and_frames(size, side):
+    """Small pictures are enlarged by a whole factor, large ones reduced."""
+    sample = Sample("côte d’ivoire " * 40, plain(RED, size), plain(GREEN, size), plain(BLUE, size), True)
+    sheet = make_sheet([("first", [sample] * 3), ("second", [sample._replace(found=False, caption="")])])
+    found = colours(sheet)
+    assert found[RED] == found[GREEN] == found[BLUE] == 4 * side * side
+    assert found[FRAMES[0]] == 3 * found[FRAMES[1]] > 0
+    assert found[(255, 255, 255)] > sheet.width * sheet.height / 10
+
+
+@pytest.mark.parametrize("count, columns, side", [(1, 1, 384), (2, 2, 192), (12, 4, 128), (GRID_LIMIT + 6, 8, 128)])
+def test_a_grid_is_nearly_square_and_limited(count, columns, side):
+    grid = make_grid([plain(RED, 64)] * count)
+    shown = min(count, GRID_LIMIT)
+    assert colours(grid)[RED] == shown * side * side
+    assert columns * side < grid.width <= columns * (side + 12) + 12
+    assert grid.height < -(-shown // columns) * (side + 35) + 12
+
+
+def test_large_pictures_keep_their_size():
+    assert colours(make_grid([plain(RED, 200)]))[RED] == 200 * 200
+
+
+@pytest.mark.parametrize("caption", ["a cat", "a cat " * 1000, "кошка", "a" * 3000])
+def test_a_grid_carries_its_caption_above_the_pictures(caption):
+    without, grid = make_grid([plain(RED, SIDE)] * 4), make_grid([plain(RED, SIDE)] * 4, caption)
+    assert without.width == grid.width and without.height < grid.height < without.height + 100
+    above = grid.crop((0, 0, grid.width, grid.height - without.height))
+    assert 0.01 < 1 - colours(above)[(255, 255, 255)] / (above.width * above.height) < 0.5
+
+
+def test_what_the_font_does_not_have_becomes_an_ellipsis():
+    """No row of empty boxes."""
+    def drawn(text):
+        return make_grid([plain(RED, SIDE)], text).tobytes()
+
+    assert drawn("猫と犬 cat 🐈\u200d⬛\n") == drawn("… cat …") != drawn("cat")
+
+
+def test_every_section_and_label_is_there():
+    cell = Cell([plain(RED, 64), plain(GREEN, 64)], "a label")
+    plain_sheet = labelled_grid([("", [cell._replace(label="")] * 4)], columns=2)
+    labelled = labelled_grid([("one", [cell] * 4), ("two", [cell])], "legend", columns=2)
+    assert colours(labelled)[RED] == 5 * SIDE * SIDE == 1.25 * colours(plain_sheet)[RED]
+    assert labelled.width == plain_sheet.width and labelled.height > 1.5 * plain_sheet.height
