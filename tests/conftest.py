@@ -21,8 +21,6 @@ STRICT += ["ignore:Corrupt EXIF data:UserWarning", "ignore:Detected pickle proto
 OURS = r"(test_\w+|args|benchmarks|bpe|dalle|data|engines|evaluate|examples_utils|generate|log"
 OURS += r"|models|ops|train\w*|utils)\b"
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
@@ -66,14 +64,35 @@ def logging_as_it_was():
     root.setLevel(level)
     for handler in [handler for handler in root.handlers if handler not in handlers]:
         root.removeHandler(handler)
+        handler.close()
 
 
 @pytest.fixture(scope="session")
 def shared_data():
     """Folder with real COCO photos and captions; tests that need it skip where it is absent."""
-    if not SHARED_DATA.is_dir():
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
         pytest.skip("../shared/data (real COCO photos and captions) is not on this machine")
-    return SHARED_DATA
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mindalle_folder(tmp_path_factory):
+    """A tiny model in minDALL-E's published layout, to read and not to change."""
+    from mindalle_folder import make_folder
+
+    return make_folder(tmp_path_factory.mktemp("mindalle") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def training_folder(tmp_path_factory):
+    """24 pairs with two captions each and a tiny VQGAN, as `helpers.training_flags` wants them; not to be changed."""
+    from helpers import write_pairs, write_vqgan
+
+    folder = tmp_path_factory.mktemp("training")
+    write_vqgan(folder)
+    write_pairs(folder / "pairs", [f"picture {index}\nthe {index} th\n" for index in range(24)])
+    return folder
 
 
 @pytest.fixture(scope="session")
