@@ -11,6 +11,7 @@ import pins
 import pytest
 import torch
 
+import log
 from utils.caches import cache_folder
 
 #: Warnings are errors where everything is installed as pinned, in the tests and in the programs they start. With other
@@ -22,11 +23,17 @@ OURS = r"(test_\w+|args|benchmarks|bpe|dalle|data|engines|evaluate|examples_util
 OURS += r"|models|ops|train\w*|utils)\b"
 
 
+#: The tests that look at loss.png. All others that train in this process would spend half of their time on drawing it.
+CURVES = ("test_log.py", "test_disks.py::test_folders_that_vanish", "test_train.py::test_training_lowers_the_loss")
+plot_losses = log.plot_losses
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
 
 
 def pytest_configure(config):
+    log.plot_losses = lambda *_: False
     # The models are tiny: one thread is faster than sharing them out, and results do not depend on the machine's cores.
     torch.set_num_threads(1)
     # Image codes go to a folder of this session, matplotlib's slow font cache stays where it is.
@@ -65,6 +72,13 @@ def logging_as_it_was():
     for handler in [handler for handler in root.handlers if handler not in handlers]:
         root.removeHandler(handler)
         handler.close()
+
+
+@pytest.fixture(autouse=True)
+def curves(request, monkeypatch):
+    """Draw loss.png where a test looks at it."""
+    if request.node.nodeid.rpartition("/")[2].startswith(CURVES):
+        monkeypatch.setattr(log, "plot_losses", plot_losses)
 
 
 @pytest.fixture(scope="session")

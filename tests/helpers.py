@@ -12,7 +12,6 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -22,7 +21,6 @@ from safetensors.torch import save_file
 import args
 import checkpoints
 import engines
-import log
 import train
 from data import Team
 from models.dalle import DALLE
@@ -152,12 +150,11 @@ def training_flags(folder, out, *more, source="pairs", image_size=16):
     return [*text.split(), *places, *vqgan_flags(folder), *map(str, more)]
 
 
-def train_here(flags, plot=False):
-    """Train in this process and return the engine. plot: draw loss.png, which takes half of a tiny run's time."""
+def train_here(flags):
+    """Train in this process and return the engine."""
     config = args.parse(flags)
     engine = engines.create(config)
-    with mock.patch.object(log, "plot_losses", log.plot_losses if plot else lambda *_: False):
-        train.train(config, engine)
+    train.train(config, engine)
     return engine
 
 

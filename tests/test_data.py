@@ -85,7 +85,8 @@ def test_an_epoch_visits_each_sample_once_in_the_order_of_its_hash(count, seed, 
 
 def test_epoch_order_depends_on_seed_and_epoch_and_stays_after_an_upgrade():
     order = epoch_order(1000, seed=1, epoch=3)
-    for other in (epoch_order(1000, 1, 4), epoch_order(1000, 2, 3), torch.arange(1000)):
+    others = [epoch_order(1000, seed, epoch) for seed, epoch in ((1, 4), (2, 3), (1 + (1 << 40), 3))]
+    for other in (*others, torch.arange(1000)):
         assert (order == other).sum() < 20
     assert epoch_order(10, seed=42, epoch=0).tolist() == [7, 2, 5, 1, 0, 9, 8, 4, 6, 3]  # written down once
 
