@@ -234,16 +234,16 @@ def test_records_without_their_manifest_are_not_trusted(all_photos, tmp_path, co
     assert codes_file(tmp_path).parent == manifest.parent
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_damaged_records_and_those_cut_off_are_encoded_again(all_photos, tmp_path, seed, caplog):
     chance = random.Random(seed)
     damaged, cut = tmp_path / "damaged", tmp_path / "cut"
     for folder in (damaged, cut):
         encoded(all_photos, folder)
     content = bytearray(codes_file(damaged).read_bytes())
-    hit = {chance.randrange(20) for _ in range(3)}
-    for record in hit:
-        content[record * RECORD + chance.randrange(RECORD)] ^= 1 << chance.randrange(8)
+    hit = range(seed % 2, 20, 2)
+    for record in hit:  # in all four runs together, each byte of a record once
+        content[record * RECORD + (record + seed // 2) % RECORD] ^= 1 << chance.randrange(8)
     codes_file(damaged).write_bytes(content)
     dataset, count = encoded(all_photos, damaged)
     assert count == len(hit) and "damaged" in caplog.text
