@@ -11,6 +11,7 @@ import pins
 import pytest
 import torch
 
+import log
 from utils.caches import cache_folder
 
 #: Warnings are errors where everything is installed as pinned, in the tests and in the programs they start. With other
@@ -21,7 +22,10 @@ STRICT += ["ignore:Corrupt EXIF data:UserWarning", "ignore:Detected pickle proto
 OURS = r"(test_\w+|args|benchmarks|bpe|dalle|data|engines|evaluate|examples_utils|generate|log"
 OURS += r"|models|ops|train\w*|utils)\b"
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+#: The tests that look at loss.png. All others that train in this process would spend half of their time on drawing it.
+CURVES = ("test_log.py", "test_disks.py::test_folders_that_vanish", "test_train.py::test_training_lowers_the_loss")
+plot_losses = log.plot_losses
 
 
 def pytest_addoption(parser):
@@ -29,6 +33,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    log.plot_losses = lambda *_: False
     # The models are tiny: one thread is faster than sharing them out, and results do not depend on the machine's cores.
     torch.set_num_threads(1)
     # Image codes go to a folder of this session, matplotlib's slow font cache stays where it is.
@@ -66,14 +71,42 @@ def logging_as_it_was():
     root.setLevel(level)
     for handler in [handler for handler in root.handlers if handler not in handlers]:
         root.removeHandler(handler)
+        handler.close()
+
+
+@pytest.fixture(autouse=True)
+def curves(request, monkeypatch):
+    """Draw loss.png where a test looks at it."""
+    if request.node.nodeid.rpartition("/")[2].startswith(CURVES):
+        monkeypatch.setattr(log, "plot_losses", plot_losses)
 
 
 @pytest.fixture(scope="session")
 def shared_data():
     """Folder with real COCO photos and captions; tests that need it skip where it is absent."""
-    if not SHARED_DATA.is_dir():
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
         pytest.skip("../shared/data (real COCO photos and captions) is not on this machine")
-    return SHARED_DATA
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mindalle_folder(tmp_path_factory):
+    """A tiny model in minDALL-E's published layout, to read and not to change."""
+    from mindalle_folder import make_folder
+
+    return make_folder(tmp_path_factory.mktemp("mindalle") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def training_folder(tmp_path_factory):
+    """24 pairs with two captions each and a tiny VQGAN, as `helpers.training_flags` wants them; not to be changed."""
+    from helpers import write_pairs, write_vqgan
+
+    folder = tmp_path_factory.mktemp("training")
+    write_vqgan(folder)
+    write_pairs(folder / "pairs", [f"picture {index}\nthe {index} th\n" for index in range(24)])
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -59,6 +59,17 @@ class ForkServer:
         request = dict(argv=argv, log=str(log), kill=kill, script=script, largest_file=largest_file)
         return self._ask(environment=environment, **request)
 
+    def together(self, argv, folder, count=2, **environment):
+        """Run so many processes as torchrun would, to their good end; return what each wrote."""
+        from helpers import free_port
+
+        common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **environment}
+        logs = [folder / f"process{rank}.log" for rank in range(count)]
+        pids = [self.start(argv, log, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank, log in enumerate(logs)]
+        statuses, written = [self.wait(pid) for pid in pids], [log.read_text() for log in logs]
+        assert statuses == [0] * count, written
+        return written
+
     def kill_after(self, pid, cpu_seconds, seconds=600):
         """SIGKILL when the process has used so much CPU time: a moment that other work on the machine does not move."""
         deadline, ticks = time.monotonic() + seconds, os.sysconf("SC_CLK_TCK")

@@ -6,15 +6,13 @@ import stat
 from pathlib import Path
 
 import pytest
+from helpers import NOBODY, give_away
 
 from checkpoints import vqgan
 from dalle import published
 from utils.caches import UntrustedError, cache_folder, open_trusted, trusted_folder
 from utils.errors import UserError
 from utils.files import atomic_write
-
-NOBODY = 65534
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 
 
 @pytest.mark.parametrize("value", [None, "", "relative", "~/here", "./x"])
@@ -38,9 +36,9 @@ def test_models_that_were_fetched_earlier_are_found(monkeypatch, tmp_path):
 
     monkeypatch.setattr("utils.downloads.download", nothing)
     monkeypatch.setattr(published, "download", nothing)
-    with pytest.raises(UserError, match="would be {}".format(tmp_path / "x" / "dalle")):
+    with pytest.raises(UserError, match=f"would be {tmp_path / 'x' / 'dalle'}"):
         vqgan.default_vqgan()
-    with pytest.raises(UserError, match="would be {}".format(tmp_path / "x" / "minDALL-E")):
+    with pytest.raises(UserError, match=f"would be {tmp_path / 'x' / 'minDALL-E'}"):
         published.resolve("minDALL-E/1.3B")
     old = tmp_path / ".cache"
     (old / "minDALL-E" / "1.3B").mkdir(parents=True)
@@ -90,12 +88,11 @@ def test_a_folder_that_others_may_write_is_refused(mode, tmp_path):
         assert not (folder / "d").exists()
 
 
-@needs_root
 @pytest.mark.parametrize("name", ["a", "a/b", "a/b/c"])
 def test_a_folder_of_another_user_is_refused_at_any_depth(name, tmp_path):
     folder = trusted_folder(tmp_path / "a" / "b" / "c", 0o755)
-    os.chown(str(tmp_path / name), NOBODY, NOBODY)
-    with pytest.raises(UntrustedError, match=r"belongs to another user \(uid 65534\)"):
+    give_away(tmp_path / name)
+    with pytest.raises(UntrustedError, match=rf"belongs to another user \(uid {NOBODY}\)"):
         trusted_folder(folder)
 
 
@@ -113,13 +110,12 @@ def test_a_link_is_followed_as_far_as_nobody_else_could_turn_it(tmp_path):
             trusted_folder(path)
     shared.chmod(0o1777)
     assert trusted_folder(tmp_path / "second") == real
-    if os.geteuid() == 0:
-        os.chown(str(shared / "link"), NOBODY, NOBODY, follow_symlinks=False)
-        with pytest.raises(UntrustedError, match="another user"):
-            trusted_folder(tmp_path / "second")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(OSError, match="symbolic links"):
         trusted_folder(tmp_path / "loop" / "x", 0o755)
+    give_away(shared / "link")
+    with pytest.raises(UntrustedError, match="another user"):
+        trusted_folder(tmp_path / "second")
 
 
 @pytest.mark.parametrize("kind", ["written by others", "of another user", "a link", "a pipe", "a folder"])
@@ -129,16 +125,14 @@ def test_only_a_plain_file_of_ones_own_is_opened(kind, tmp_path):
         os.mkfifo(str(path))
     elif kind == "a folder":
         path.mkdir()
+    elif kind == "a link":
+        (tmp_path / "target").write_text("x")
+        path.symlink_to("target")
     else:
         path.write_text("x")
         path.chmod(0o664 if kind == "written by others" else 0o644)
-    if kind == "a link":
-        path.rename(tmp_path / "target")
-        path.symlink_to("target")
     if kind == "of another user":
-        if os.geteuid() != 0:
-            pytest.skip("only root can give files away")
-        os.chown(str(path), NOBODY, NOBODY)
+        give_away(path)
     with pytest.raises(OSError) as caught:
         open_trusted(path)
     assert isinstance(caught.value, UntrustedError) == (kind in ("written by others", "of another user"))

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import logging
 import os
 import pickle
@@ -11,7 +10,6 @@ import random
 import resource
 import shutil
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -22,38 +20,30 @@ import poptorch_stand_in
 import pytest
 import torch
 from fork_server import be_ordinary
+from helpers import (
+    Letters,
+    assert_same,
+    full_disk,
+    give_away,
+    in_threads,
+    losses_of,
+    teams,
+    train_here,
+    training_flags,
+    weights_of,
+    write_pairs,
+    write_vqgan,
+)
 from PIL import Image
-from safetensors.torch import save_file
-from test_train import together
 
-import args
-import checkpoints
-import engines
-import train
-from data import CodeCache, DemoDataset, ImageTextFolder, Team, TextSettings, code_cache, code_files
+from checkpoints.vqgan import load_vqgan
+from data import CodeCache, DemoDataset, ImageTextFolder, TextSettings, code_cache, code_files
 from data.demo import DemoRecord
 from data.folder import list_pairs
 from models.vqgan import VQGAN, VqganConfig, image_codes
 
-ROOT = Path(__file__).resolve().parents[1]
 SIZE, CODES = 8, 4
 RECORD = 8 + 1 + 2 * CODES + 4  # bytes
-
-
-class Letters:
-    """A tokenizer of one id per character; knows what the data sets ask of one."""
-
-    vocab_size = 300
-
-    def unknown(self, text):
-        return []
-
-    def tokenize(self, texts, text_seq_len, truncate=False):
-        texts = [texts] if isinstance(texts, str) else texts
-        rows = torch.zeros(len(texts), text_seq_len, dtype=torch.int64)
-        for row, text in zip(rows, texts):
-            row[: len(text)] = torch.tensor([ord(character) for character in text])
-        return rows
 
 
 class Encoder:
@@ -72,18 +62,18 @@ class Encoder:
 
 
 def write_photos(folder, count=20):
-    folder.mkdir(exist_ok=True)
-    generator = torch.Generator().manual_seed(3)
-    for index in range(count):
-        pixels = torch.randint(0, 256, (SIZE, SIZE + 4, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / f"{index:02}.png")
-        (folder / f"{index:02}.txt").write_text(f"p{index}a\np{index}b\np{index}c\n")
+    return write_pairs(folder, [f"p{index}a\np{index}b\np{index}c\n" for index in range(count)], SIZE, seed=3)
+
+
+@pytest.fixture(scope="module")
+def all_photos(tmp_path_factory):
+    return write_photos(tmp_path_factory.mktemp("all") / "photos")
 
 
 @pytest.fixture
-def photos(tmp_path):
-    write_photos(tmp_path / "photos")
-    return tmp_path / "photos"
+def photos(all_photos, tmp_path):
+    """A folder of 20 photos that a test may change."""
+    return Path(shutil.copytree(all_photos, tmp_path / "photos"))
 
 
 def photo_set(folder, **settings):
@@ -106,6 +96,11 @@ def break_image(path):
     path.write_bytes(path.read_bytes()[:60])
 
 
+def codes_file(folder):
+    (path,) = folder.glob("*/*.codes")
+    return path
+
+
 def assert_same_items(codes, images):
     """Both data sets give the same texts, and the codes of the images."""
     assert len(codes) == len(images)
@@ -125,7 +120,7 @@ def assert_same_items(codes, images):
 @pytest.mark.parametrize("broken", [(), (3, 4, 11)])
 def test_items_are_those_of_the_images(photos, tmp_path, broken, flip):
     for index in broken:
-        break_image(photos / f"{index:02}.png")
+        break_image(photos / f"{index:03}.png")
     sets = []
     for _ in range(2):
         images = photo_set(photos, seed=5, null_cond_prob=0.2)
@@ -140,8 +135,8 @@ def test_items_are_those_of_the_images(photos, tmp_path, broken, flip):
     assert_same_items(train_set, sets[2])
 
 
-def test_mirrored_images_are_others_in_each_epoch(photos):
-    plain, mirrored = photo_set(photos), photo_set(photos)
+def test_mirrored_images_are_others_in_each_epoch(all_photos):
+    plain, mirrored = photo_set(all_photos), photo_set(all_photos)
     mirrored.flip = True
     changes = []
     for epoch in range(2):
@@ -154,19 +149,18 @@ def test_mirrored_images_are_others_in_each_epoch(photos):
     assert not mirrored.split(4)[1].flip
 
 
-@pytest.mark.parametrize("num_codes,kind,size", [(65536, "<u2", 2), (65537, "<i4", 4)])
-def test_codes_take_two_bytes_where_the_codebook_allows(photos, tmp_path, num_codes, kind, size):
-    largest = num_codes - 1
-    dataset, _ = cache_in(
-        tmp_path, lambda images: torch.full((len(images), CODES), largest), num_codes=num_codes
-    ).encoded(photo_set(photos), None)
-    assert dataset[7][1].tolist() == [largest] * CODES
-    (path,) = tmp_path.glob("*/*.codes")
-    assert path.stat().st_size == 20 * (8 + 1 + CODES * size + 4)
+@pytest.mark.parametrize("num_codes, size", [(65536, 2), (65537, 4)])
+def test_codes_take_two_bytes_where_the_codebook_allows(all_photos, tmp_path, num_codes, size):
+    def largest(images):
+        return torch.full((len(images), CODES), num_codes - 1)
+
+    dataset, _ = cache_in(tmp_path, largest, num_codes).encoded(photo_set(all_photos), None)
+    assert dataset[7][1].tolist() == [num_codes - 1] * CODES
+    assert codes_file(tmp_path).stat().st_size == 20 * (8 + 1 + CODES * size + 4)
 
 
-def test_a_copy_for_a_spawned_process_reads_the_same(photos, tmp_path):
-    dataset, _ = encoded(photos, tmp_path)
+def test_a_copy_for_a_spawned_process_reads_the_same(all_photos, tmp_path):
+    dataset, _ = encoded(all_photos, tmp_path)
     rows = pickle.dumps(dataset.codes)
     assert len(rows) < 20 * 200  # the names of the files, not what is in them
     copied = pickle.loads(rows)
@@ -174,7 +168,7 @@ def test_a_copy_for_a_spawned_process_reads_the_same(photos, tmp_path):
 
 
 def test_only_what_a_short_run_uses_is_encoded(photos, tmp_path):
-    break_image(photos / "02.png")
+    break_image(photos / "002.png")
     used = torch.tensor([7, 2, 0])
     encoder = Encoder()
     dataset, _ = cache_in(tmp_path, encoder).encoded(photo_set(photos), None, used)
@@ -190,8 +184,8 @@ def test_only_what_a_short_run_uses_is_encoded(photos, tmp_path):
     assert encoded(photos, tmp_path)[1] == 16
 
 
-def test_the_demo_and_random_images_have_identities_of_their_own(photos, tmp_path):
-    records = [DemoRecord(f"{i:02}", "c", photos / f"{i:02}.png") for i in range(20)]
+def test_the_demo_and_random_images_have_identities_of_their_own(all_photos, tmp_path):
+    records = [DemoRecord(path.stem, "c", path) for path in sorted(all_photos.glob("*.png"))]
     encoder = Encoder()
     for part, expected in ((records[:12], 12), (records[12:], 20), (records, 20)):
         dataset, _ = cache_in(tmp_path, encoder).encoded(DemoDataset(part, TextSettings(Letters(), 8), SIZE), None)
@@ -203,68 +197,74 @@ def test_the_demo_and_random_images_have_identities_of_their_own(photos, tmp_pat
 
 def test_an_image_that_changed_is_encoded_again_and_no_other(photos, tmp_path):
     assert encoded(photos, tmp_path)[1] == 20
-    assert encoded(str(photos) + "/", tmp_path)[1] == 0
-    os.utime(photos / "01.png", (1e9, 1e9))
+    assert encoded(f"{photos}/", tmp_path)[1] == 0
+    os.utime(photos / "001.png", (1e9, 1e9))
     assert encoded(photos, tmp_path)[1] == 1
-    for name in ("02.png", "03.png"):
+    for name in ("002.png", "003.png"):
         Image.new("RGB", (9, 9), (1, 2, 3)).save(photos / name)
     dataset, count = encoded(photos, tmp_path)
     assert count == 2
     assert_same_items(dataset, photo_set(photos))
-    (photos / "04.png").unlink()
+    (photos / "004.png").unlink()
     write_photos(photos, 1)
-    (photos / "00a.png").write_bytes((photos / "05.png").read_bytes())
-    (photos / "00a.txt").write_text("new")
+    (photos / "000a.png").write_bytes((photos / "005.png").read_bytes())
+    (photos / "000a.txt").write_text("new")
     dataset, count = encoded(photos, tmp_path)
     assert count == 2 and len(dataset) == 20
     assert_same_items(dataset, photo_set(photos))
 
 
-def test_another_vqgan_size_or_rule_for_pixels_encodes_all(photos, tmp_path, monkeypatch):
-    assert encoded(photos, tmp_path)[1] == 20
-    assert encoded(photos, tmp_path, made_with={"vqgan": "4567"})[1] == 20
+def test_another_vqgan_size_or_rule_for_pixels_encodes_all(all_photos, tmp_path, monkeypatch):
+    assert encoded(all_photos, tmp_path)[1] == 20
+    assert encoded(all_photos, tmp_path, made_with={"vqgan": "4567"})[1] == 20
     monkeypatch.setattr(code_cache, "PIXEL_RULES", "other")
-    assert encoded(photos, tmp_path)[1] == 20
+    assert encoded(all_photos, tmp_path)[1] == 20
     assert len(list(tmp_path.glob("photos-*"))) == 3
     monkeypatch.undo()
-    assert encoded(photos, tmp_path)[1] == 0
+    assert encoded(all_photos, tmp_path)[1] == 0
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff{"])
-def test_records_without_their_manifest_are_not_trusted(photos, tmp_path, content, caplog):
-    encoded(photos, tmp_path)
+def test_records_without_their_manifest_are_not_trusted(all_photos, tmp_path, content, caplog):
+    encoded(all_photos, tmp_path)
     (manifest,) = tmp_path.glob("*/manifest.json")
     right = manifest.read_bytes()
     manifest.unlink() if content is None else manifest.write_bytes(content)
-    assert encoded(photos, tmp_path)[1] == 20
+    assert encoded(all_photos, tmp_path)[1] == 20
     assert "built anew" in caplog.text and manifest.read_bytes() == right
-    assert len(list(manifest.parent.glob("*.codes"))) == 1
+    assert codes_file(tmp_path).parent == manifest.parent
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_damaged_records_are_encoded_again(photos, tmp_path, seed, caplog):
-    dataset, _ = encoded(photos, tmp_path)
-    (path,) = tmp_path.glob("*/*.codes")
-    content, chance = bytearray(path.read_bytes()), random.Random(seed)
-    size = len(content) // 20
-    hit = {position // size for position in (chance.randrange(len(content)) for _ in range(3))}
-    for record in hit:
-        content[record * size + chance.randrange(size)] ^= 1 << chance.randrange(8)
-    path.write_bytes(content)
-    dataset, count = encoded(photos, tmp_path)
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_records_and_those_cut_off_are_encoded_again(all_photos, tmp_path, seed, caplog):
+    chance = random.Random(seed)
+    damaged, cut = tmp_path / "damaged", tmp_path / "cut"
+    for folder in (damaged, cut):
+        encoded(all_photos, folder)
+    content = bytearray(codes_file(damaged).read_bytes())
+    hit = range(seed % 2, 20, 2)
+    for record in hit:  # in all four runs together, each byte of a record once
+        content[record * RECORD + (record + seed // 2) % RECORD] ^= 1 << chance.randrange(8)
+    codes_file(damaged).write_bytes(content)
+    dataset, count = encoded(all_photos, damaged)
     assert count == len(hit) and "damaged" in caplog.text
-    assert_same_items(dataset, photo_set(photos))
+    assert_same_items(dataset, photo_set(all_photos))
     caplog.clear()
-    assert encoded(photos, tmp_path)[1] == 0 and not caplog.text
+    assert encoded(all_photos, damaged)[1] == 0 and not caplog.text
+    length = chance.randrange(20 * RECORD)
+    os.truncate(codes_file(cut), length)
+    dataset, count = encoded(all_photos, cut)
+    assert count == 20 - length // RECORD
+    assert_same_items(dataset, photo_set(all_photos))
 
 
-def test_mending_a_file_does_not_disturb_who_reads_it(photos, tmp_path):
-    reader, _ = encoded(photos, tmp_path)
+def test_mending_a_file_does_not_disturb_who_reads_it(all_photos, tmp_path):
+    reader, _ = encoded(all_photos, tmp_path)
     expected = [reader[index][1].clone() for index in range(20)]
-    (path,) = tmp_path.glob("*/*.codes")
+    path = codes_file(tmp_path)
     with open(path, "r+b") as file:
         file.write(b"\1" * 30)  # the first two records
-    encoded(photos, tmp_path)
+    encoded(all_photos, tmp_path)
     assert not path.exists()
     assert all(torch.equal(reader[index][1], expected[index]) for index in range(3, 20))
 
@@ -272,7 +272,7 @@ def test_mending_a_file_does_not_disturb_who_reads_it(photos, tmp_path):
 @pytest.mark.parametrize("stop_after", [0, 1, 5, 8, 13, 18])
 def test_an_interrupted_run_goes_on_where_it_stopped(photos, tmp_path, stop_after, monkeypatch):
     monkeypatch.setattr(code_cache, "_BATCH", 3)  # images at a time
-    break_image(photos / "00.png")
+    break_image(photos / "000.png")
     with pytest.raises(KeyboardInterrupt):
         encoded(photos, tmp_path, Encoder(stop_after))
     written = sum(path.stat().st_size for path in tmp_path.glob("*/*.codes")) // RECORD
@@ -283,27 +283,16 @@ def test_an_interrupted_run_goes_on_where_it_stopped(photos, tmp_path, stop_afte
     assert_same_items(dataset, photo_set(photos))
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_a_file_cut_off_anywhere_loses_only_its_end(photos, tmp_path, seed):
-    encoded(photos, tmp_path)
-    (path,) = tmp_path.glob("*/*.codes")
-    size = path.stat().st_size // 20
-    length = random.Random(seed).randrange(20 * size)
-    os.truncate(path, length)
-    dataset, count = encoded(photos, tmp_path)
-    assert count == 20 - length // size
-    assert_same_items(dataset, photo_set(photos))
-
-
 def test_an_unreadable_image_is_tried_again_by_the_next_run(photos, tmp_path, caplog):
-    good = (photos / "06.png").read_bytes()
-    (photos / "06.png").write_bytes(b"x" * len(good))
-    os.utime(photos / "06.png", (1e9, 1e9))
+    path = photos / "006.png"
+    good = path.read_bytes()
+    path.write_bytes(b"x" * len(good))
+    os.utime(path, (1e9, 1e9))
     assert encoded(photos, tmp_path)[1] == 19
-    assert "cannot read {}".format(photos / "06.png") in caplog.text
+    assert f"cannot read {path}" in caplog.text
     assert encoded(photos, tmp_path)[1] == 0
-    (photos / "06.png").write_bytes(good)
-    os.utime(photos / "06.png", (1e9, 1e9))
+    path.write_bytes(good)
+    os.utime(path, (1e9, 1e9))
     dataset, count = encoded(photos, tmp_path)
     assert count == 1
     assert_same_items(dataset, photo_set(photos))
@@ -312,81 +301,49 @@ def test_an_unreadable_image_is_tried_again_by_the_next_run(photos, tmp_path, ca
 # Several processes and runs
 
 
-class Shared:
-    """The average over two threads that play two processes."""
-
-    def __init__(self):
-        self.values, self.barrier = [0.0, 0.0], threading.Barrier(2, timeout=60)
-
-    def team(self, rank):
-        def mean(value):
-            self.values[rank] = float(value)
-            self.barrier.wait()
-            result = sum(self.values) / 2
-            self.barrier.wait()
-            return result
-
-        return Team(rank, 2, mean)
-
-
-def in_threads(*works):
-    """Run functions at the same time and return their results."""
-    results = [None] * len(works)
-
-    def run(number):
-        results[number] = works[number]()
-
-    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(len(works))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
-    return results
+def encoded_by_two(photos, folders, encoders=(None, None)):
+    """Two processes encode at the same time; returns the data set of each."""
+    works = zip(folders, encoders, teams(2))
+    runs = [lambda f=folder, e=encoder, t=team: encoded(photos, f, e, team=t)[0] for folder, encoder, team in works]
+    return in_threads(*runs)
 
 
 def test_two_processes_share_the_work(photos, tmp_path):
-    break_image(photos / "01.png")
-    shared = Shared()
+    break_image(photos / "001.png")
     encoders = Encoder(), Encoder()
-    results = in_threads(
-        *(lambda rank=rank: encoded(photos, tmp_path, encoders[rank], team=shared.team(rank)) for rank in range(2))
-    )
-    assert (encoders[0].count, encoders[1].count) == (10, 9)
-    for dataset, _ in results:
+    for dataset in encoded_by_two(photos, [tmp_path] * 2, encoders):
         assert_same_items(dataset, photo_set(photos))
+    assert (encoders[0].count, encoders[1].count) == (10, 9)
     assert len(list(tmp_path.glob("*/*.codes"))) == 2
 
 
-def test_a_failure_in_one_process_ends_the_cache_in_all(photos, tmp_path, monkeypatch, caplog):
-    shared, write = Shared(), code_files.Writer.write
+def test_a_failure_in_one_process_ends_the_cache_in_all(all_photos, tmp_path, monkeypatch, caplog):
+    class Full(Encoder):
+        def __call__(self, images):
+            full.add(threading.current_thread())
+            return super().__call__(images)
+
+    full, write = set(), code_files.Writer.write
 
     def fail(writer, records):
-        if threading.current_thread().name == "full":
-            raise OSError(28, "No space left on device")
+        if threading.current_thread() in full:
+            full_disk()
         write(writer, records)
 
-    def run(rank):
-        threading.current_thread().name = "full" if rank else "good"
-        return encoded(photos, tmp_path, team=shared.team(rank))[0]
-
     monkeypatch.setattr(code_files.Writer, "write", fail)
-    results = in_threads(lambda: run(0), lambda: run(1))
+    results = encoded_by_two(all_photos, [tmp_path] * 2, [Full(), None])
     assert all(isinstance(result, ImageTextFolder) for result in results)
     assert caplog.text.count("No space left on device") == 2
 
 
-def test_processes_that_do_not_see_each_others_files_train_without(photos, tmp_path, monkeypatch, caplog):
+def test_processes_that_do_not_see_each_others_files_train_without(all_photos, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(code_cache, "_SECONDS_TO_APPEAR", 0.1)
-    shared = Shared()
-    results = in_threads(
-        *(lambda rank=rank: encoded(photos, tmp_path / str(rank), team=shared.team(rank))[0] for rank in range(2))
-    )
+    results = encoded_by_two(all_photos, [tmp_path / "0", tmp_path / "1"])
     assert all(isinstance(result, ImageTextFolder) for result in results)
     assert "share this folder" in caplog.text
 
 
-def test_a_second_run_waits_and_takes_what_the_first_one_made(photos, tmp_path, caplog):
+def test_a_second_run_waits_and_takes_what_the_first_one_made(all_photos, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     begun, go_on = threading.Event(), threading.Event()
 
@@ -398,7 +355,7 @@ def test_a_second_run_waits_and_takes_what_the_first_one_made(photos, tmp_path, 
 
     def second():
         assert begun.wait(60)
-        return encoded(photos, tmp_path)
+        return encoded(all_photos, tmp_path)
 
     def watch():
         deadline = time.monotonic() + 60
@@ -407,13 +364,13 @@ def test_a_second_run_waits_and_takes_what_the_first_one_made(photos, tmp_path, 
         go_on.set()
         return "waiting for" in caplog.text
 
-    (_, first), (dataset, count), waited = in_threads(lambda: encoded(photos, tmp_path, Slow()), second, watch)
-    assert (first, count, waited) == (20, 0, True)
-    assert_same_items(dataset, photo_set(photos))
+    first, (dataset, count), waited = in_threads(lambda: encoded(all_photos, tmp_path, Slow()), second, watch)
+    assert (first[1], count, waited) == (20, 0, True)
+    assert_same_items(dataset, photo_set(all_photos))
 
 
-def test_the_lock_of_a_killed_process_is_free(photos, tmp_path):
-    place = cache_in(tmp_path, Encoder()).place(photo_set(photos))
+def test_the_lock_of_a_killed_process_is_free(all_photos, tmp_path):
+    place = cache_in(tmp_path, Encoder()).place(photo_set(all_photos))
     ready, child_says = os.pipe()
     child = os.fork()
     if child == 0:
@@ -435,8 +392,7 @@ def test_the_lock_of_a_killed_process_is_free(photos, tmp_path):
 
 def test_a_full_disk_ends_the_cache_not_the_run(tmp_path, caplog):
     """A real short write: files may not grow beyond 1000 bytes, which is in the middle of a record."""
-    photos = tmp_path / "photos"
-    write_photos(photos, 60)
+    photos = write_photos(tmp_path / "photos", 60)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
@@ -445,8 +401,7 @@ def test_a_full_disk_ends_the_cache_not_the_run(tmp_path, caplog):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert isinstance(dataset, ImageTextFolder)
     assert "training goes on without" in caplog.text and "--cache-codes DIR" in caplog.text
-    (path,) = tmp_path.glob("*/*.codes")
-    assert path.stat().st_size == 1000  # the last record is cut off
+    assert codes_file(tmp_path).stat().st_size == 1000  # the last record is cut off
     dataset, count = encoded(photos, tmp_path)
     assert count == 60 - 1000 // RECORD
     assert_same_items(dataset, photo_set(photos))
@@ -468,29 +423,9 @@ def without_rights_of_root(function):
     assert os.waitpid(child, 0)[1] == 0
 
 
-def give_away(path):
-    if os.geteuid() != 0:
-        pytest.skip("only root can give files away")
+def give_away_readable(path):
     path.chmod(0o700)
-    os.chown(str(path), 65534, 65534)
-
-
-# What is wrong with the folder of all codes (codes), of a data set (place) or its files, and how to make it so.
-UNUSABLE = {
-    "above unreadable": lambda codes, place: codes.parent.chmod(0),
-    "unreadable": lambda codes, place: codes.chmod(0),
-    "of another user": lambda codes, place: give_away(codes),
-    "a file": lambda codes, place: (shutil.rmtree(codes), codes.write_text("")),
-    "below a file": lambda codes, place: (shutil.rmtree(codes.parent), codes.parent.write_text("")),
-    "a loop": lambda codes, place: (shutil.rmtree(codes), codes.symlink_to(codes)),
-    "empty and unwritable": lambda codes, place: (shutil.rmtree(place), codes.chmod(0o500)),
-    "place unreadable": lambda codes, place: place.chmod(0),
-    "place without a list": lambda codes, place: place.chmod(0o300),
-    "manifest unreadable": lambda codes, place: (place / "manifest.json").chmod(0),
-    "codes unreadable": lambda codes, place: next(place.glob("*.codes")).chmod(0),
-    "manifest of another user": lambda codes, place: give_away(place / "manifest.json"),
-    "lock a link": lambda codes, place: (next(place.glob("*.codes")).unlink(), relink(place / "lock", codes / "kept")),
-}
+    give_away(path)
 
 
 def relink(path, target):
@@ -499,17 +434,35 @@ def relink(path, target):
     path.symlink_to(target)
 
 
+# What is wrong with the folder of all codes (codes), of a data set (place) or its files, and how to make it so.
+UNUSABLE = {
+    "above unreadable": lambda codes, place: codes.parent.chmod(0),
+    "unreadable": lambda codes, place: codes.chmod(0),
+    "of another user": lambda codes, place: give_away_readable(codes),
+    "a file": lambda codes, place: (shutil.rmtree(codes), codes.write_text("")),
+    "below a file": lambda codes, place: (shutil.rmtree(codes.parent), codes.parent.write_text("")),
+    "a loop": lambda codes, place: (shutil.rmtree(codes), codes.symlink_to(codes)),
+    "empty and unwritable": lambda codes, place: (shutil.rmtree(place), codes.chmod(0o500)),
+    "place unreadable": lambda codes, place: place.chmod(0),
+    "place without a list": lambda codes, place: place.chmod(0o300),
+    "manifest unreadable": lambda codes, place: (place / "manifest.json").chmod(0),
+    "codes unreadable": lambda codes, place: codes_file(codes).chmod(0),
+    "manifest of another user": lambda codes, place: give_away_readable(place / "manifest.json"),
+    "lock a link": lambda codes, place: (codes_file(codes).unlink(), relink(place / "lock", codes / "kept")),
+}
+
+
 @pytest.mark.parametrize("what", UNUSABLE)
-def test_a_cache_that_cannot_be_used_costs_one_warning(photos, tmp_path, caplog, what):
+def test_a_cache_that_cannot_be_used_costs_one_warning(all_photos, tmp_path, caplog, what):
     codes = tmp_path / "cache" / "codes"
-    encoded(photos, codes)
+    encoded(all_photos, codes)
     (place,) = codes.iterdir()
     UNUSABLE[what](codes, place)
     before = contents(tmp_path / "cache")
     caplog.clear()
 
     def check():
-        dataset, _ = encoded(photos, codes)
+        dataset, _ = encoded(all_photos, codes)
         assert isinstance(dataset, ImageTextFolder)
         [record] = [record for record in caplog.records if record.levelno >= logging.WARNING]
         assert f"cannot keep image codes in {codes} (" in record.message, record.message
@@ -534,16 +487,16 @@ def contents(folder):
     return found
 
 
-def test_a_complete_cache_need_not_be_writable(photos, tmp_path, caplog):
-    encoded(photos, tmp_path / "codes")
+def test_a_complete_cache_need_not_be_writable(all_photos, tmp_path, caplog):
+    encoded(all_photos, tmp_path / "codes")
     (place,) = (tmp_path / "codes").iterdir()
     for path in (*place.iterdir(), place, tmp_path / "codes"):
         path.chmod(0o555 if path.is_dir() else 0o444)
 
     def check():
-        dataset, count = encoded(photos, tmp_path / "codes")
+        dataset, count = encoded(all_photos, tmp_path / "codes")
         assert count == 0 and not [record for record in caplog.records if record.levelno >= logging.WARNING]
-        assert_same_items(dataset, photo_set(photos))
+        assert_same_items(dataset, photo_set(all_photos))
 
     try:
         without_rights_of_root(check)
@@ -558,56 +511,31 @@ def test_a_complete_cache_need_not_be_writable(photos, tmp_path, caplog):
 def material(tmp_path_factory):
     """A tiny VQGAN (8x8 pixels to 2x2 codes) and 20 pictures, two of them broken."""
     folder = tmp_path_factory.mktemp("training")
-    config = VqganConfig(
-        embed_dim=8,
-        num_codes=16,
-        z_channels=8,
-        resolution=SIZE,
-        in_channels=3,
-        out_ch=3,
-        ch=8,
-        ch_mult=(1, 1, 1),
-        num_res_blocks=1,
-        attn_resolutions=(),
-        num_groups=4,
-    )
-    torch.manual_seed(0)
-    save_file(VQGAN(config).state_dict(), str(folder / "vqgan.safetensors"))
-    config.to_yaml(folder / "vqgan.yaml")
-    write_photos(folder / "photos")
-    break_image(folder / "photos" / "05.png")
-    break_image(folder / "photos" / "12.png")
+    write_vqgan(folder, resolution=SIZE)
+    photos = write_photos(folder / "pairs")
+    break_image(photos / "005.png")
+    break_image(photos / "012.png")
     return folder
 
 
 def flags(material, out, *more):
-    return [
-        *("--config", "unit_test", "--input-folder", str(material / "photos"), "--image-size", str(SIZE)),
-        *("--batch-size", "2", "--gradient-accumulation", "2", "--epochs", "2", "--max-steps", "0"),
-        *("--text-seq-len", "8", "--hidden-size", "16", "--dim-head", "8", "--validation-fraction", "0.2"),
-        *("--device", "cpu", "--log-every", "1", "--ff-dropout", "0.1", "--checkpoint-output-dir", str(out / "ckpt")),
-        *("--max-bad-fraction", "0.1"),
-        *("--vqgan-model-path", str(material / "vqgan.safetensors")),
-        *("--vqgan-config-path", str(material / "vqgan.yaml")),
-        *more,
-    ]
+    own = ("--validation-fraction", "0.2", "--ff-dropout", "0.1", "--max-bad-fraction", "0.1")
+    return training_flags(material, out, *own, *more, image_size=SIZE)
 
 
 def trained(material, out, *more):
     """Train in this process and return the losses of all steps and validations."""
-    config = args.parse(flags(material, out, *more))
-    engine = engines.create(config)
-    train.train(config, engine)
-    return losses(out)
+    train_here(flags(material, out, *more))
+    return losses_of(out)
 
 
-def losses(out):
-    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [(event["event"], event["step"], event["loss"], event["image_loss"]) for event in events]
+SHORT = ("--max-steps", "2", "--validation-fraction", "0")
 
 
-def final_weights(out):
-    return checkpoints.read_dalle(checkpoints.newest_checkpoint(out / "ckpt")).weights
+@pytest.fixture(scope="module")
+def short_without(material, tmp_path_factory):
+    """Losses of a short run that keeps no codes."""
+    return trained(material, tmp_path_factory.mktemp("short"), "--cache-codes", "off", *SHORT)
 
 
 @pytest.mark.parametrize("more", [(), ("--augment", "flip", "--precision", "bf16")], ids=["plain", "mirrored"])
@@ -621,16 +549,21 @@ def test_training_is_the_same_with_and_without(material, tmp_path, more, monkeyp
     monkeypatch.setattr(VQGAN, "encode", None)  # from now on whoever encodes fails
     second = trained(material, tmp_path / "second", *cache, *more)
     assert without == first == second and len(without) == 2 * 4 + 2
-    weights = [final_weights(tmp_path / name) for name in ("without", "first", "second")]
-    assert all(torch.equal(weights[0][key], other[key]) for other in weights[1:] for key in weights[0])
+    for name in ("first", "second"):
+        assert_same(weights_of(tmp_path / "without"), weights_of(tmp_path / name))
 
 
-def test_a_short_run_encodes_only_its_own_images(material, tmp_path, caplog):
+def test_a_short_run_encodes_only_its_own_images(material, short_without, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    more = ("--max-steps", "2", "--validation-fraction", "0")
-    cached = trained(material, tmp_path / "cached", "--cache-codes", str(tmp_path / "codes"), *more)
+    assert trained(material, tmp_path, "--cache-codes", str(tmp_path / "codes"), *SHORT) == short_without
     assert "encoding 8 of 8 images" in caplog.text
-    assert cached == trained(material, tmp_path / "without", "--cache-codes", "off", *more)
+
+
+def test_training_goes_on_when_codes_cannot_be_written(material, short_without, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(code_files.Writer, "write", full_disk)
+    assert trained(material, tmp_path, "--cache-codes", str(tmp_path / "codes"), *SHORT) == short_without
+    (warning,) = [record.message for record in caplog.records if "cannot keep image codes" in record.message]
+    assert "No space left on device" in warning
 
 
 def test_random_images_are_encoded_in_the_step_unless_a_folder_is_given(material, tmp_path, caplog):
@@ -642,21 +575,7 @@ def test_random_images_are_encoded_in_the_step_unless_a_folder_is_given(material
     assert "encoding 4 of 4 images" in caplog.text
 
 
-def test_training_goes_on_when_codes_cannot_be_written(material, tmp_path, monkeypatch, caplog):
-    def fail(self, records):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(code_files.Writer, "write", fail)
-    more = ("--max-steps", "2", "--validation-fraction", "0")
-    cached = trained(material, tmp_path / "cached", "--cache-codes", str(tmp_path / "codes"), *more)
-    warning = [record.message for record in caplog.records if "cannot keep image codes" in record.message]
-    assert len(warning) == 1 and "No space left on device" in warning[0]
-    assert cached == trained(material, tmp_path / "without", "--cache-codes", "off", *more)
-
-
 def test_an_images_codes_do_not_depend_on_its_batch(material):
-    from checkpoints.vqgan import load_vqgan
-
     vqgan = load_vqgan(material / "vqgan.safetensors", material / "vqgan.yaml")
     images = torch.randint(0, 256, (7, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     features = []
@@ -672,35 +591,32 @@ def test_an_images_codes_do_not_depend_on_its_batch(material):
 def test_ipus_get_codes_and_no_vqgan(material, tmp_path, monkeypatch):
     poptorch_stand_in.install(monkeypatch)
     words = "--device ipu --batch-size 1 --gradient-accumulation 7 --num-hidden-layers 3 --ipus-per-replica 4 "
-    words += "--layers-per-ipu 0 1 1 1 --lr-scheduler ReduceLROnPlateau --ff-dropout 0 --epochs 1"
-    engines_used = {}
-    for name in ("off", "cached"):
-        cache = ("--cache-codes", "off" if name == "off" else str(tmp_path / "codes"))
-        config = args.parse(flags(material, tmp_path / name, *words.split(), *cache))
-        engines_used[name] = engines.create(config)
-        train.train(config, engines_used[name])
-        engines_used[name].close()
-    assert engines_used["off"].model.vqgan is not None and engines_used["cached"].model.vqgan is None
-    for (*what, loss, _), (*expected_what, expected, _) in zip(losses(tmp_path / "cached"), losses(tmp_path / "off")):
+    words += "--layers-per-ipu 0 1 1 1 --lr-scheduler ReduceLROnPlateau --ff-dropout 0 --epochs 1 --cache-codes"
+    for name, cache in (("off", "off"), ("cached", tmp_path / "codes")):
+        engine = train_here(flags(material, tmp_path / name, *words.split(), cache))
+        engine.close()
+        assert (engine.model.vqgan is None) == (name == "cached")
+    both = zip(losses_of(tmp_path / "cached"), losses_of(tmp_path / "off"))
+    for (*what, loss, _), (*expected_what, expected, _) in both:
         assert what == expected_what and loss == pytest.approx(expected, abs=1e-5)
 
 
-def test_two_processes_train_as_one_does_without(material, tmp_path):
+def test_two_processes_train_as_one_does_without(server, material, tmp_path):
     without = trained(material, tmp_path / "one", "--cache-codes", "off", "--ff-dropout", "0")
     more = ("--cache-codes", str(tmp_path / "codes"), "--ff-dropout", "0")
-    (_, errors), _ = together([sys.executable, "train.py", *flags(material, tmp_path / "two", *more)], 2)
-    assert "encoding 16 of 16 images" in errors and "encoding images 16/16 (100%) images" in errors
+    written, _ = server.together(flags(material, tmp_path / "two", *more), tmp_path)
+    assert "encoding 16 of 16 images" in written and "encoding images 16/16 (100%) images" in written
     assert len(list((tmp_path / "codes").glob("*/*.codes"))) == 4  # of each process, for training and validation
-    for (_, _, loss, _), (_, _, expected, _) in zip(losses(tmp_path / "two"), without):
+    for (_, _, loss, _), (_, _, expected, _) in zip(losses_of(tmp_path / "two"), without):
         assert loss == pytest.approx(expected, rel=1e-4)
 
 
 def test_codes_do_not_depend_on_the_precision_of_products(products):
     """They are kept for later runs, which may ask for another one."""
     torch.manual_seed(0)
-    config = VqganConfig(resolution=32, ch=64, ch_mult=(1, 2), attn_resolutions=(16,), num_codes=1024, embed_dim=64)
-    vqgan = VQGAN(config)
-    images, codes = torch.rand(4, 3, 32, 32), []
+    sizes = {"resolution": 32, "ch": 64, "ch_mult": (1, 2), "attn_resolutions": (16,), "num_res_blocks": 1}
+    vqgan = VQGAN(VqganConfig(**sizes, z_channels=64, embed_dim=64, num_codes=1024))
+    images, codes = torch.rand(1, 3, 32, 32), []
     for precision in ("highest", "high", "medium"):
         products(precision)
         codes.append(image_codes(vqgan.eval(), images))

@@ -4,36 +4,22 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from helpers import ROOT, run_script
 
 import ops
 from benchmarks import chart, compare_peers, contestants, limits
-from benchmarks.contestants import (
-    GENERATE,
-    NAMES,
-    OURS,
-    PEER,
-    PLAIN,
-    REPAIRED,
-    TASKS,
-    TRAIN_CODES,
-    TRAIN_IMAGES,
-    UNRECORDED,
-)
+from benchmarks.contestants import GENERATE, OURS, PEER, PLAIN, REPAIRED, TRAIN_CODES, TRAIN_IMAGES, UNRECORDED
 from models.config import DalleConfig
 from models.dalle import DALLE
 from utils.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
-needs_peer = pytest.mark.skipif(
-    importlib.util.find_spec("dalle_pytorch") is None, reason="dalle-pytorch is not installed"
-)
+HAS_PEER = importlib.util.find_spec("dalle_pytorch") is not None
+needs_peer = pytest.mark.skipif(not HAS_PEER, reason="dalle-pytorch is not installed")
 
 
 def contestant(name, task):
@@ -52,11 +38,14 @@ def clean_modules():
             del sys.modules[name]
 
 
-@pytest.mark.parametrize("name", [OURS, PLAIN, pytest.param(PEER, marks=needs_peer)])
-@pytest.mark.parametrize("task", [TRAIN_CODES, TRAIN_IMAGES])
+def entrants(*tasks):
+    """(contestant, task) of all that do these tasks."""
+    pairs = [(name, task) for task in tasks for name in compare_peers.ENTRIES[task]]
+    return [pytest.param(*pair, marks=needs_peer if pair[0] in (PEER, REPAIRED) else ()) for pair in pairs]
+
+
+@pytest.mark.parametrize("name, task", entrants(TRAIN_CODES, TRAIN_IMAGES))
 def test_contestants_train_the_same_model(name, task, clean_modules):
-    if task not in compare_peers.ENTRIES or name not in compare_peers.ENTRIES[task]:
-        pytest.skip("not a task of this contestant")
     made = contestant(name, task)
     model = getattr(made, "dalle", None) or made.engine.model.dalle
     before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
@@ -66,17 +55,16 @@ def test_contestants_train_the_same_model(name, task, clean_modules):
     assert contestants.count(made) == sum(p.numel() for p in DALLE(made.shape).parameters())
 
 
-@pytest.mark.parametrize(
-    "name", [OURS, UNRECORDED, PLAIN, *(pytest.param(name, marks=needs_peer) for name in (PEER, REPAIRED))]
-)
-def test_contestants_draw(name, clean_modules, monkeypatch):
-    made = contestant(name, GENERATE)
+@pytest.mark.parametrize("name, task", entrants(GENERATE))
+def test_contestants_draw(name, task, clean_modules, monkeypatch):
+    made = contestant(name, task)
     decoded = []
     inner = made.vqgan.decode
     monkeypatch.setattr(made.vqgan, "decode", lambda codes: decoded.extend(codes) or inner(codes))
-    made.draw(2)
-    assert len(decoded) == 2 and all(len(codes) == made.shape.image_seq_len for codes in decoded)
-    if name in compare_peers.WHOLE_SEQUENCE:
+    slow = name in compare_peers.WHOLE_SEQUENCE
+    made.draw(1 if slow else 2)
+    assert len(decoded) == (1 if slow else 2) and all(len(codes) == made.shape.image_seq_len for codes in decoded)
+    if slow:
         made.token(3, 2)
 
 
@@ -134,12 +122,10 @@ def measured(name, task, seconds, images=2, peak=10):
 
 
 def report_of(found, options):
-    report = {
-        "config": "tiny", "device": "cpu", "precision": "fp32", "date": "2000-01-01 00:00", "parameters": 1.0,
-        "num_codes": 10, "gflop_per_sample": 50.0, "weights_gb": 2.0, "decode_seconds": 1.0,
-        "machine": {"processor": "abacus", "threads": 1, "torch": "2", "gflop_per_second": 100.0,
-                    "fastest_gflop_per_second": 125.0, "read_gb_per_second": 5.0},
-    }
+    machine = {"processor": "abacus", "threads": 1, "torch": "2", "gflop_per_second": 100.0}
+    machine.update(fastest_gflop_per_second=125.0, read_gb_per_second=5.0)
+    report = {"config": "tiny", "device": "cpu", "precision": "fp32", "date": "2000-01-01 00:00", "machine": machine}
+    report.update(parameters=1.0, num_codes=10, gflop_per_sample=50.0, weights_gb=2.0, decode_seconds=1.0)
     report["results"] = [m.to_dict() for m in found]
     report["summary"] = compare_peers.summary(found, report, options)
     return report
@@ -207,16 +193,14 @@ def test_datasheets_are_known_by_the_names_that_gpus_report():
 
 
 def test_names_cover_everybody():
-    assert set(contestants.KINDS) == set(NAMES) and set(compare_peers.ENTRIES) == set(TASKS)
+    assert set(contestants.KINDS) == set(contestants.NAMES) and set(compare_peers.ENTRIES) == set(contestants.TASKS)
 
 
 @pytest.mark.slow
 @needs_peer
 def test_the_whole_comparison(tmp_path):
-    command = [sys.executable, "benchmarks/compare_peers.py", "--config", "demo", "--turns", "1"]
-    command += ["--images", "1", "2", "--output", str(tmp_path), "--matmul-precision", "high"]
-    command += ["--growth", "--growth-batches", "1", "2", "--growth-grids", "4"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = "benchmarks/compare_peers.py --config demo --turns 1 --images 1 2 --matmul-precision high --growth"
+    done = run_script(*command.split(), "--growth-batches", 1, 2, "--growth-grids", 4, "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "compare_peers.json").read_text())
     assert report["precision"] == "fp32 (high products)"

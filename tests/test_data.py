@@ -10,62 +10,54 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, SHARED_DATA, Letters, create_dataset, create_datasets, words
 from hypothesis import given, settings, strategies
 from PIL import Image, ImageOps
 
 from bpe import load_tokenizer
-from data import (
-    CodesDataset,
-    DataSettings,
-    GeneratedDataset,
-    ImageTextFolder,
-    TextSettings,
-    create_dataset,
-    create_datasets,
-)
-from data import datasets as datasets_module
+from data import CodesDataset, GeneratedDataset, ImageTextFolder, TextSettings, demo
+from data.datasets import DemoDataset
 from data.folder import PackedStrings, list_pairs
 from data.images import BROKEN_IMAGE_ERRORS, image_to_tensor, load_image, prepare_image, to_rgb
-from data.order import _splitmix64_tensor, draw_below, draw_unit, epoch_order, split_holdout, splitmix64
+from data.order import draw, draw_below, draw_unit, epoch_order, split_holdout, splitmix64
+from data.process_trainset import process_captions
 from utils.errors import UserError
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco2017_free256"
+REAL = SHARED_DATA / "coco2017_free256"
 T = 12
+COMMON = {"tokenizer": Letters(), "text_seq_len": T, "image_size": 8}
 
 
-class Letters:
-    """A tokenizer of one id per character, small enough to see through; knows what the data sets ask of one."""
-
-    vocab_size = 300
-
-    def unknown(self, text):
-        return []
-
-    def tokenize(self, texts, text_seq_len, truncate=False):
-        texts = [texts] if isinstance(texts, str) else texts
-        rows = torch.zeros(len(texts), text_seq_len, dtype=torch.int64)
-        for row, text in zip(rows, texts):
-            if len(text) > text_seq_len and not truncate:
-                raise UserError(f"caption {text!r} is too long: --truncate-captions")
-            ids = [ord(character) % 299 + 1 for character in text[:text_seq_len]]
-            row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
-        return rows
-
-
-def write_pair(folder, stem, captions="one\ntwo\nthree\n", color=(200, 30, 60), size=(20, 16), suffix=".png"):
+def write_pair(folder, stem, captions="one\ntwo\nthree\n", color=(200, 30, 60), suffix=".png"):
+    """Write an image and its captions; None: an image without."""
     folder.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, color).save(str(folder / (stem + suffix)))
-    (folder / (stem + ".txt")).write_text(captions, encoding="utf-8")
+    Image.new("RGB", (20, 16), color).save(str(folder / (stem + suffix)))
+    if captions is not None:
+        (folder / (stem + ".txt")).write_text(captions, encoding="utf-8")
 
 
-def folder_dataset(folder, image_size=8, **text):
+def write_text(folder, name, content):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(content)
+
+
+def write_folder(folder, count, captions="n{:02}", broken=()):
+    """Write pairs 00, 01, ...; pair n is n red, with the captions of its number. Those in `broken` are no images."""
+    for number in range(count):
+        write_pair(folder, f"{number:02}", captions.format(number), color=(number, 0, 0))
+        if number in broken:
+            (folder / f"{number:02}.png").write_bytes(b"no image")
+    return folder
+
+
+def folder_dataset(folder, **text):
     text.setdefault("truncate_captions", True)
-    return ImageTextFolder(list_pairs(str(folder)), TextSettings(Letters(), T, **text), image_size)
+    return ImageTextFolder(list_pairs(str(folder)), TextSettings(Letters(), T, **text), 8)
 
 
-def words(text):
-    """The letters of a text made by `Letters`, for ASCII captions."""
-    return "".join(chr(number - 1) for number in text.tolist() if number)
+def texts_of(dataset, epoch=0):
+    dataset.set_epoch(epoch)
+    return [words(dataset.text_at(index)) for index in range(len(dataset))]
 
 
 # Order and draws -----------------------------------------------------------------------------------------------------
@@ -80,36 +72,23 @@ def test_splitmix64_matches_its_published_sequence():
     assert outputs == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
-@given(strategies.lists(strategies.integers(0, 2**64 - 1), min_size=1, max_size=20))
-@settings(deadline=None, max_examples=50)
-def test_tensor_and_integer_hashes_are_equal(values):
-    signed = [value - 2**64 if value >> 63 else value for value in values]
-    hashed = _splitmix64_tensor(torch.tensor(signed, dtype=torch.int64)).tolist()
-    assert [value % 2**64 for value in hashed] == [splitmix64(value) for value in values]
+@given(strategies.integers(0, 300), strategies.integers(0, 2**64 - 1), strategies.integers(0, 2**20))
+@settings(deadline=None, max_examples=30)
+def test_an_epoch_visits_each_sample_once_in_the_order_of_its_hash(count, seed, epoch):
+    def signed_hash(index):
+        number = splitmix64(index ^ draw("order", seed, epoch))
+        return number - 2**64 if number >> 63 else number
+
+    order = epoch_order(count, seed, epoch)
+    assert order.dtype == torch.int64 and order.tolist() == sorted(range(count), key=signed_hash)
 
 
-def test_epoch_order_is_a_permutation_by_seed_and_epoch():
+def test_epoch_order_depends_on_seed_and_epoch_and_stays_after_an_upgrade():
     order = epoch_order(1000, seed=1, epoch=3)
-    assert order.dtype == torch.int64 and sorted(order.tolist()) == list(range(1000))
-    assert torch.equal(order, epoch_order(1000, seed=1, epoch=3))
-    for other in (epoch_order(1000, 1, 4), epoch_order(1000, 2, 3), torch.arange(1000)):
+    others = [epoch_order(1000, seed, epoch) for seed, epoch in ((1, 4), (2, 3), (1 + (1 << 40), 3))]
+    for other in (*others, torch.arange(1000)):
         assert (order == other).sum() < 20
-    assert epoch_order(0, 1, 1).tolist() == [] and epoch_order(1, 1, 1).tolist() == [0]
-    assert epoch_order(10, seed=42, epoch=0).tolist() == FIRST_ORDER
-
-
-FIRST_ORDER = [
-    7,
-    2,
-    5,
-    1,
-    0,
-    9,
-    8,
-    4,
-    6,
-    3,
-]  # written down once: an interrupted run goes on in the same order after an upgrade
+    assert epoch_order(10, seed=42, epoch=0).tolist() == [7, 2, 5, 1, 0, 9, 8, 4, 6, 3]  # written down once
 
 
 def test_split_holdout_is_disjoint_complete_and_fixed_by_seed():
@@ -132,82 +111,75 @@ def test_draws_are_even():
 # Pairing -------------------------------------------------------------------------------------------------------------
 
 
-def test_pairs_across_folders_by_stem_as_coco_lies(tmp_path):
-    for stem in ("000000000009", "000000000025"):
-        write_pair(tmp_path / "train2017", stem, suffix=".jpg")
-        (tmp_path / "train2017_captions").mkdir(exist_ok=True)
-        text = tmp_path / "train2017" / (stem + ".txt")
-        text.rename(tmp_path / "train2017_captions" / text.name)
-    pairs = list_pairs(str(tmp_path))
-    assert [Path(pairs.images[index]).name for index in range(2)] == ["000000000009.jpg", "000000000025.jpg"]
-    assert pairs.captions[1] == "one\ntwo\nthree" and pairs.skipped == []
+RED, BLUE = b"one\ntwo", b"three"
+#: What lies in a folder, which images find which captions, and how many are skipped for which reason.
+LAYOUTS = {
+    "in two folders, as COCO lies": (
+        {"val/09.jpg": b"", "val/25.jpg": b"", "captions/09.txt": RED, "captions/25.txt": BLUE},
+        {"val/09.jpg": RED, "val/25.jpg": BLUE},
+        {},
+    ),
+    "the same stems in each folder": (
+        {"a/1.png": b"", "a/1.txt": RED, "b/1.png": b"", "b/1.txt": BLUE},
+        {"a/1.png": RED, "b/1.png": BLUE},
+        {},
+    ),
+    "the usual type of several": (
+        {"1.gif": b"", "1.jpg": b"", "1.tif": b"", "1.txt": RED, "1.caption": b"tags"},
+        {"1.jpg": RED},
+        {"images without captions": 2},
+    ),
+    "a folder of the same name decides only where it is the only one": (
+        {"images/red/0.png": b"", "labels/red/0.txt": b"?", "captions/red/0.txt": b"?", "1.png": b"", "1.txt": RED},
+        {"1.png": RED},
+        {"images with several caption files of their name": 1},
+    ),
+    "hidden files": (
+        {"1.png": b"", "1.txt": RED, "._1.jpg": b"resource fork", ".hidden/2.png": b"", ".hidden/2.txt": RED},
+        {"1.png": RED},
+        {},
+    ),
+    "every way to be no pair": (
+        {
+            "a/good.JPG": b"", "a/good.txt": b"  one \n\n two\r\n", "a/empty.png": b"", "a/empty.txt": b" \n\n\t\n",
+            "a/latin.png": b"", "a/latin.txt": "café".encode("latin-1"), "a/lonely.png": b"", "a/words.txt": RED,
+            "photos/both.png": b"", "labels/both.txt": b"45 0.47 0.68", "captions/both.txt": RED,
+            "a/twice.png": b"", "a/twice.txt": BLUE, "thumbnails/twice.png": b"",
+        },
+        {"a/good.JPG": RED, "a/twice.png": BLUE},
+        {
+            "caption files that are not UTF-8": 1,
+            "empty caption files": 1,
+            "images with several caption files of their name": 1,
+            "images without captions": 1,
+            "images whose captions belong to another image of the same name": 1,
+            "text files without an image": 1,
+        },
+    ),
+}
+PARTS = {"train/red": RED, "train/blue": BLUE, "val/red": b"four"}
+for texts, images in (("a", "b"), ("b", "a")):  # whichever is listed first
+    files = {f"{texts}/{part}/0.txt": captions for part, captions in PARTS.items()}
+    files.update({f"{images}/{part}/0.png": b"" for part in (*PARTS, "train/green")})
+    pairs = {f"{images}/{part}/0.png": captions for part, captions in PARTS.items()}
+    LAYOUTS[f"parallel trees, texts in {texts}"] = (files, pairs, {"images without captions": 1})
 
 
-def test_every_way_to_be_no_pair_is_counted(tmp_path):
-    write_pair(tmp_path / "a", "good", "  first \n\n second\r\n", suffix=".JPG")
-    write_pair(tmp_path / "a", "empty", " \n\n\t\n")
-    write_pair(tmp_path / "a", "latin")
-    (tmp_path / "a" / "latin.txt").write_bytes("café".encode("latin-1"))
-    write_pair(tmp_path / "a", "lonely")
-    (tmp_path / "a" / "lonely.txt").unlink()
-    (tmp_path / "a" / "words.txt").write_text("no image")
-    (tmp_path / "a" / "._good.jpg").write_bytes(b"resource fork")
-    write_pair(tmp_path / ".hidden", "unseen")
-    write_pair(tmp_path / "photos", "both")
-    for labels in ("labels", "captions"):
-        (tmp_path / labels).mkdir()
-        (tmp_path / labels / "both.txt").write_text("45 0.47 0.68")
-    (tmp_path / "photos" / "both.txt").unlink()
-    write_pair(tmp_path / "a", "twice")
-    write_pair(tmp_path / "thumbnails", "twice")
-    (tmp_path / "thumbnails" / "twice.txt").unlink()
-    pairs = list_pairs(str(tmp_path))
-    stems = [Path(pairs.images[index]).stem for index in range(len(pairs.images))]
-    assert stems == ["good", "twice"] and Path(pairs.images[1]).parent.name == "a"
-    assert pairs.captions[0] == "first\nsecond"
-    assert {skipped.reason: skipped.num_files for skipped in pairs.skipped} == {
-        "caption files that are not UTF-8": 1,
-        "empty caption files": 1,
-        "images with several caption files of their name": 1,
-        "images without captions": 1,
-        "images whose captions belong to another image of the same name": 1,
-        "text files without an image": 1,
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_images_find_their_captions(tmp_path, layout):
+    files, pairs, skipped = LAYOUTS[layout]
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    found = list_pairs(str(tmp_path))
+    numbers = range(len(found.images))
+    assert {found.images[number]: found.captions[number].encode() for number in numbers} == {
+        str(tmp_path / name): captions for name, captions in pairs.items()
     }
-    report = pairs.report()
-    assert "2 pairs" in report and "1 empty caption files (such as a/empty.txt)" in report and "\n" not in report
-
-
-def test_each_folder_may_use_the_same_stems(tmp_path):
-    write_pair(tmp_path / "a", "1", "from a")
-    write_pair(tmp_path / "b", "1", "from b")
-    pairs = list_pairs(str(tmp_path))
-    assert [pairs.captions[0], pairs.captions[1]] == ["from a", "from b"]
-
-
-@pytest.mark.parametrize("text_first", [True, False])
-def test_parallel_trees_pair_by_the_names_of_their_folders(tmp_path, text_first):
-    texts, images = ("a", "b") if text_first else ("b", "a")
-    for part in ("train/red", "train/blue", "val/red"):
-        write_pair(tmp_path / images / part, "0", part)
-        (tmp_path / texts / part).mkdir(parents=True)
-        (tmp_path / images / part / "0.txt").rename(tmp_path / texts / part / "0.txt")
-    write_pair(tmp_path / images / "train" / "green", "0")
-    (tmp_path / images / "train" / "green" / "0.txt").unlink()
-    pairs = list_pairs(str(tmp_path))
-    for number in range(3):
-        assert pairs.images[number] == str(tmp_path / images / pairs.captions[number] / "0.png")
-    assert pairs.num_bad == 0 and [skipped.reason for skipped in pairs.skipped] == ["images without captions"]
-
-
-def test_a_folder_of_the_same_name_decides_only_where_it_is_the_only_one(tmp_path):
-    write_pair(tmp_path / "images" / "red", "0")
-    for folder in ("labels", "captions"):
-        (tmp_path / folder / "red").mkdir(parents=True)
-        (tmp_path / folder / "red" / "0.txt").write_text("which?")
-    (tmp_path / "images" / "red" / "0.txt").unlink()
-    write_pair(tmp_path, "good")
-    (skipped,) = list_pairs(str(tmp_path)).skipped
-    assert skipped.reason == "images with several caption files of their name"
+    assert {reason.reason: reason.num_files for reason in found.skipped} == skipped
+    report = found.report()
+    assert f"{len(pairs)} pairs" in report and "\n" not in report
+    assert ("1 empty caption files (such as a/empty.txt)" in report) == ("empty caption files" in skipped)
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.tif", "a.TIFF", "a.jfif", "a.jpe"])
@@ -221,20 +193,12 @@ def test_less_common_suffixes_are_read(tmp_path, name, text):
     assert dataset.captions(0) == ["a red picture"] and (image[:, 4, 4] - torch.tensor([200, 30, 60])).abs().max() < 4
 
 
-def test_the_usual_type_of_several_has_the_captions(tmp_path):
-    for suffix in (".gif", ".jpg", ".tif"):
-        write_pair(tmp_path, "1", suffix=suffix)
-    (tmp_path / "1.caption").write_text("tags")
-    pairs = list_pairs(str(tmp_path))
-    assert [pairs.images[0], pairs.captions[0]] == [str(tmp_path / "1.jpg"), "one\ntwo\nthree"] and pairs.num_bad == 0
-
-
 def test_files_of_other_types_are_named_where_texts_lack_an_image(tmp_path):
     write_pair(tmp_path, "1")
-    (tmp_path / "1.json").write_text("{}")
+    write_text(tmp_path, "1.json", "{}")
     assert "json" not in list_pairs(str(tmp_path)).report()
     for name in ("2.heic", "3.HEIC", "2.txt"):
-        (tmp_path / name).write_text("x")
+        write_text(tmp_path, name, "x")
     report = list_pairs(str(tmp_path)).report()
     assert "1 text files without an image (such as 2.txt)" in report
     assert report.endswith("; skipped files of types that are not read: 2 *.heic, 1 *.json")
@@ -252,20 +216,19 @@ def test_links_are_followed_and_loops_end(tmp_path):
     assert len(list_pairs(str(root)).images) == 1
 
 
-@pytest.mark.parametrize("content", [None, "empty", "only images"])
-def test_no_pairs_is_an_error_that_names_flag_and_layout(tmp_path, content):
+@pytest.mark.parametrize("content, said", [
+    (None, ""),
+    ("empty", "0 images .*one caption per line"),
+    ("images", "1 images .*one caption per line"),
+])
+def test_no_pairs_is_an_error_that_names_flag_and_layout(tmp_path, content, said):
     folder = tmp_path / "data"
     if content:
         folder.mkdir()
-    if content == "only images":
-        write_pair(folder, "1")
-        (folder / "1.txt").unlink()
-    with pytest.raises(UserError) as raised:
+    if content == "images":
+        write_pair(folder, "1", None)
+    with pytest.raises(UserError, match=f"--input-folder {folder}.*{said}"):
         list_pairs(str(folder))
-    message = str(raised.value)
-    assert "--input-folder" in message and str(folder) in message
-    if content:
-        assert ("1 images" if content == "only images" else "0 images") in message and "one caption per line" in message
 
 
 @given(strategies.lists(strategies.text("aé漢👩\n \udcff", max_size=8), max_size=8))
@@ -297,20 +260,24 @@ def test_the_pipeline_equals_antialiased_bilinear_interpolation():
     """torchvision resizes PIL pictures with Pillow; PyTorch's own antialiased filter is the independent reference."""
     source = Image.effect_noise((64, 64), 80).convert("RGB")
     pixels = torch.tensor(np.array(source), dtype=torch.float32).permute(2, 0, 1)
-    expected = torch.nn.functional.interpolate(
-        pixels[None], size=(24, 24), mode="bilinear", antialias=True, align_corners=False
-    )[0]
+    how = {"mode": "bilinear", "antialias": True, "align_corners": False}
+    expected = torch.nn.functional.interpolate(pixels[None], size=(24, 24), **how)[0]
     got = torch.tensor(np.array(prepare_image(source, 24)), dtype=torch.float32).permute(2, 0, 1)
     assert (got - expected).abs().max() <= 1.0
 
 
-def test_modes_become_rgb():
-    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
-    assert to_rgb(clear).getpixel((0, 0)) == (255, 255, 255)
-    assert to_rgb(Image.new("L", (4, 4), 77)).getpixel((0, 0)) == (77, 77, 77)
-    assert to_rgb(Image.new("1", (4, 4), 1)).getpixel((0, 0)) == (255, 255, 255)
-    assert to_rgb(Image.new("CMYK", (4, 4), (0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
-    assert to_rgb(Image.new("I;16", (4, 4), 0x8000)).getpixel((0, 0)) == (128, 128, 128)
+@pytest.mark.parametrize("mode, color, expected", [
+    ("RGBA", (0, 0, 0, 0), (255, 255, 255)),  # clear: on white
+    ("L", 77, (77, 77, 77)),
+    ("1", 1, (255, 255, 255)),
+    ("CMYK", (0, 0, 0, 0), (255, 255, 255)),
+    ("I;16", 0x8000, (128, 128, 128)),
+])
+def test_modes_become_rgb(mode, color, expected):
+    assert to_rgb(Image.new(mode, (4, 4), color)).getpixel((0, 0)) == expected
+
+
+def test_palettes_become_rgb():
     palette = Image.new("P", (4, 4), 0)
     palette.putpalette([10, 20, 30] + [0] * 765)
     assert to_rgb(palette).getpixel((0, 0)) == (10, 20, 30)
@@ -361,27 +328,19 @@ def test_items_are_text_and_image(tmp_path):
 
 
 def test_captions_depend_on_seed_epoch_and_index_only(tmp_path):
-    for number in range(30):
-        write_pair(tmp_path, f"{number:02}")
+    write_folder(tmp_path, 30, "one\ntwo\nthree")
     dataset = folder_dataset(tmp_path, seed=5)
-    by_epoch = []
-    for epoch in range(20):
-        dataset.set_epoch(epoch)
-        by_epoch.append([words(dataset[index][0]) for index in range(30)])
+    by_epoch = [texts_of(dataset, epoch) for epoch in range(20)]
     assert {"one", "two", "three"} == {caption for epoch in by_epoch for caption in epoch}
     assert len({tuple(epoch) for epoch in by_epoch}) == 20
     again = folder_dataset(tmp_path, seed=5)
     again.set_epoch(7)
     assert [words(again[index][0]) for index in reversed(range(30))] == by_epoch[7][::-1]
-    other = folder_dataset(tmp_path, seed=6)
-    other.set_epoch(7)
-    assert [words(other[index][0]) for index in range(30)] != by_epoch[7]
+    assert texts_of(folder_dataset(tmp_path, seed=6), 7) != by_epoch[7]
 
 
 def test_subsets_keep_the_captions_of_the_whole_and_have_their_own_epoch(tmp_path):
-    for number in range(10):
-        write_pair(tmp_path, str(number), f"a{number}\nb{number}\nc{number}")
-    dataset = folder_dataset(tmp_path)
+    dataset = folder_dataset(write_folder(tmp_path, 10, "a{0}\nb{0}\nc{0}"))
     part = dataset.subset(torch.tensor([7, 2, 5])).subset(torch.tensor([2, 0]))
     dataset.set_epoch(3)
     assert words(part[0][0])[1] == "5" and words(part[1][0])[1] == "7" and len(part) == 2
@@ -392,30 +351,17 @@ def test_subsets_keep_the_captions_of_the_whole_and_have_their_own_epoch(tmp_pat
 
 
 def test_some_captions_are_left_out_for_guidance_but_not_in_validation(tmp_path):
-    for number in range(20):
-        write_pair(tmp_path, str(number), "word")
-    dataset = folder_dataset(tmp_path, null_cond_prob=0.3)
-    left_out = 0
-    for epoch in range(20):
-        dataset.set_epoch(epoch)
-        left_out += sum(int((dataset.text_at(index) == 0).all()) for index in range(20))
-    assert 90 < left_out < 150
+    dataset = folder_dataset(write_folder(tmp_path, 20, "word"), null_cond_prob=0.3)
+    assert 90 < sum(texts_of(dataset, epoch).count("") for epoch in range(20)) < 150
     train, validation = dataset.split(5)
     assert len(train) == 15 and len(validation) == 5
     assert train.settings.null_cond_prob == 0.3
-    for epoch in range(20):
-        validation.set_epoch(epoch)
-        assert all(words(validation[index][0]) == "word" for index in range(5))
+    assert all(texts_of(validation, epoch) == ["word"] * 5 for epoch in range(20))
     assert dataset.split(0) == (dataset, None)
 
 
 def test_unreadable_images_are_replaced_the_same_way_every_time_and_counted(tmp_path, caplog):
-    for number in range(12):
-        write_pair(tmp_path, f"{number:02}", f"n{number:02}", color=(number, 0, 0))
-    for broken in ("03", "04"):
-        path = tmp_path / (broken + ".png")
-        path.write_bytes(path.read_bytes()[:40])
-    dataset = folder_dataset(tmp_path)
+    dataset = folder_dataset(write_folder(tmp_path, 12, broken=(3, 4)))
     with caplog.at_level(logging.WARNING):
         items = [dataset[index] for index in range(12)]
     assert len(caplog.records) == 1 and "03.png" in caplog.text
@@ -426,34 +372,19 @@ def test_unreadable_images_are_replaced_the_same_way_every_time_and_counted(tmp_
     assert dataset.num_unreadable == 2 and "replaced 2 unreadable images (such as" in dataset.report()
     fresh = folder_dataset(tmp_path)
     assert torch.equal(fresh[4][0], items[4][0]) and torch.equal(fresh[3][0], items[3][0])
-
-
-def test_a_replacement_stays_within_the_subset(tmp_path):
-    for number in range(10):
-        write_pair(tmp_path, str(number), f"n{number}")
-    (tmp_path / "4.png").write_bytes(b"no image")
-    part = folder_dataset(tmp_path).subset(torch.tensor([4, 8]))
-    assert words(part[0][0]) == "n8"
-
-
-def dataset_of_folder(folder, max_bad_fraction):
-    settings = DataSettings(T, 8, truncate_captions=True, max_bad_fraction=max_bad_fraction)
-    return create_dataset(str(folder), Letters(), settings)
+    assert words(fresh.subset(torch.tensor([4, 8]))[0][0]) == "n08"  # a replacement stays within the subset
 
 
 def test_nothing_but_unreadable_images_is_an_error(tmp_path):
-    for number in range(3):
-        write_pair(tmp_path, str(number))
-        (tmp_path / f"{number}.png").write_bytes(b"no image")
+    dataset = create_dataset(input_folder=str(write_folder(tmp_path, 3, broken=range(3))), max_bad_fraction=1, **COMMON)
     with pytest.raises(UserError, match="^--input-folder .*: 3 of the 3 images cannot be read, such as .*; mend"):
-        dataset_of_folder(tmp_path, 1)[1]
+        dataset[1]
 
 
 def test_nothing_but_unreadable_images_held_out_is_an_error_that_says_so(tmp_path):
-    for number in range(40):
-        write_pair(tmp_path, f"{number:02}")
-    train, held_out = dataset_of_folder(tmp_path, 0.1).split(2)
-    names = [held_out.image_name(pair) for pair in held_out._indices.tolist()]
+    dataset = create_dataset(input_folder=str(write_folder(tmp_path, 40)), max_bad_fraction=0.1, **COMMON)
+    train, held_out = dataset.split(2)
+    names = [held_out.image_name(held_out.pair_at(index)) for index in range(2)]
     for name in names:
         Path(name).write_bytes(b"no image")
     with pytest.raises(UserError) as raised:
@@ -467,12 +398,9 @@ def test_nothing_but_unreadable_images_held_out_is_an_error_that_says_so(tmp_pat
 def test_too_long_captions_are_found_before_training(tmp_path):
     write_pair(tmp_path, "a", "short\nfar too long for twelve ids\n")
     with pytest.raises(UserError, match="far too long.*--truncate-captions"):
-        create_dataset(str(tmp_path), Letters(), DataSettings(T, 8))
-    dataset = create_dataset(str(tmp_path), Letters(), DataSettings(T, 8, truncate_captions=True))
-    assert {words(dataset[0][0]) for epoch in range(20) if dataset.set_epoch(epoch) is None} == {
-        "short",
-        "far too long",
-    }
+        create_dataset(input_folder=str(tmp_path), **COMMON)
+    dataset = create_dataset(input_folder=str(tmp_path), truncate_captions=True, **COMMON)
+    assert {texts_of(dataset, epoch)[0] for epoch in range(20)} == {"short", "far too long"}
     untruncated = folder_dataset(tmp_path, truncate_captions=False)
     with pytest.raises(UserError, match="far too long"):  # and is never taken for an unreadable image
         for epoch in range(20):
@@ -485,40 +413,35 @@ def test_too_long_captions_are_found_before_training(tmp_path):
 def test_captions_that_the_vocabulary_lacks_are_worth_a_warning(tmp_path, caplog, truncate):
     for number in range(3):
         write_pair(tmp_path, str(number), "\u4e00\u53ea\n\u732b cat" if number else "cats")
-    vocabulary = load_tokenizer(str(Path(__file__).resolve().parents[1] / "bpe" / "demo_vocab.txt"))
-    create_dataset(str(tmp_path), vocabulary, DataSettings(9, 8, truncate_captions=truncate))
+    common = dict(COMMON, tokenizer=load_tokenizer(str(ROOT / "bpe" / "demo_vocab.txt")), text_seq_len=9)
+    create_dataset(input_folder=str(tmp_path), truncate_captions=truncate, **common)
     (message,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
     assert message.startswith(f"--input-folder {tmp_path}: the vocabulary lacks 37.5 % of the characters")
 
 
 def test_loader_processes_see_the_epoch_and_report_what_they_could_not_read(tmp_path):
-    for number in range(8):
-        write_pair(tmp_path, str(number), "\n".join(f"c{number}{line}" for line in range(5)))
-    (tmp_path / "5.png").write_bytes(b"no image")
-    dataset = folder_dataset(tmp_path)
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_size=4, num_workers=1, persistent_workers=True, multiprocessing_context="fork"
-    )
+    dataset = folder_dataset(write_folder(tmp_path, 8, "\n".join(f"c{{0}}{line}" for line in range(5)), broken=(5,)))
+    workers = {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "fork"}
+    loader = torch.utils.data.DataLoader(dataset, batch_size=4, **workers)
+    found = []
     for epoch in (0, 1):
         dataset.set_epoch(epoch)
-        got = torch.cat([text for text, _ in loader])
-        assert torch.equal(got, torch.stack([dataset.text_at(i) if i != 5 else dataset[5][0] for i in range(8)]))
-        if epoch == 0:
-            first = got
-    assert not torch.equal(first, got)
-    assert dataset.num_unreadable == 1
+        found.append(torch.cat([text for text, _ in loader]))
+        expected = [dataset.text_at(index) if index != 5 else dataset[5][0] for index in range(8)]
+        assert torch.equal(found[-1], torch.stack(expected))
+    assert not torch.equal(*found) and dataset.num_unreadable == 1
 
 
 def test_a_pickled_copy_for_a_spawned_process_shares_epoch_and_flags(tmp_path):
     """What a spawned loader process does to get its data set, without the seconds that starting one takes."""
-    write_pair(tmp_path, "a")
-    write_pair(tmp_path, "b")
-    (tmp_path / "a.png").write_bytes(b"no image")
-    dataset = folder_dataset(tmp_path)
+    dataset = folder_dataset(write_folder(tmp_path, 2, "one\ntwo\nthree", broken=(0,)))
     # Reading the copy back must happen while the handle of the shared memory is alive, as in Process.start().
     copy = pickle.loads(bytes(ForkingPickler.dumps(dataset)))
-    dataset.set_epoch(9)
-    assert int(copy._epoch) == 9 and len(copy) == 2
+    seen = {}
+    for epoch in range(9):
+        seen[epoch] = texts_of(dataset, epoch)
+        assert [words(copy.text_at(index)) for index in range(2)] == seen[epoch]
+    assert len(set(map(tuple, seen.values()))) > 1 and len(copy) == 2
     copy[0]
     assert dataset.num_unreadable == 1
 
@@ -536,46 +459,37 @@ def test_generated_data_is_random_but_fixed():
     assert bool((pads[:, 1:] >= pads[:, :-1]).all())  # right-padded
 
 
-@pytest.mark.parametrize("kind", ["tensor", "numpy"])
-def test_codes_take_the_place_of_images(tmp_path, kind):
-    for number in range(4):
-        write_pair(tmp_path, str(number), f"n{number}")
-        (tmp_path / f"{number}.png").write_bytes(b"never opened")
-    codes = torch.arange(4 * 6, dtype=torch.int32).view(4, 6)
-    if kind == "numpy":
-        codes = pytest.importorskip("numpy").arange(4 * 6, dtype="uint16").reshape(4, 6)
-    dataset = CodesDataset(folder_dataset(tmp_path), codes)
+@pytest.mark.parametrize("codes", [
+    torch.arange(24, dtype=torch.int32).view(4, 6),
+    np.arange(24, dtype="uint16").reshape(4, 6),
+], ids=["tensor", "numpy"])
+def test_codes_take_the_place_of_images(tmp_path, codes):
+    folder = write_folder(tmp_path, 4, broken=range(4))  # never opened
+    dataset = CodesDataset(folder_dataset(folder), codes)
     dataset.set_epoch(2)
     text, row = dataset[3]
-    assert (
-        words(text) == "n3" and row.dtype == torch.int64 and row.tolist() == list(range(18, 24)) and len(dataset) == 4
-    )
+    assert words(text) == "n03" and row.dtype == torch.int64 and row.tolist() == list(range(18, 24))
+    assert len(dataset) == 4
     with pytest.raises(UserError, match="3 rows of image codes for 4 pairs"):
-        CodesDataset(folder_dataset(tmp_path), codes[:3])
-
-
-def test_images_that_were_never_encoded_are_refused(tmp_path):
-    for number in range(3):
-        write_pair(tmp_path, str(number))
-    codes = torch.arange(3 * 6).view(3, 6)
-    codes[1] = -1
-    dataset = CodesDataset(folder_dataset(tmp_path), codes)
-    assert dataset[2][1].tolist() == codes[2].tolist()
+        CodesDataset(folder_dataset(folder), codes[:3])
+    never = torch.tensor(codes.tolist())
+    never[1] = -1
+    dataset = CodesDataset(folder_dataset(folder), never)
+    assert dataset[2][1].tolist() == never[2].tolist()
     with pytest.raises(RuntimeError, match="the image of pair 1 was not among those to be encoded"):
         dataset[1]
 
 
 def test_create_datasets_from_folders_and_random_data(tmp_path, caplog):
-    for number in range(10):
-        write_pair(tmp_path / "train", str(number), f"n{number}")
-        write_pair(tmp_path / "val", f"v{number}", f"v{number}")
-    common = (Letters(), DataSettings(T, 8, null_cond_prob=1.0))
+    folder = str(write_folder(tmp_path / "train", 10))
+    write_folder(tmp_path / "val", 10, "v{}")
+    common = dict(COMMON, null_cond_prob=1.0)
     with caplog.at_level(logging.INFO):
-        train, validation = create_datasets(str(tmp_path / "train"), *common, validation_holdout=0.2)
+        train, validation = create_datasets(input_folder=folder, validation_holdout=0.2, **common)
     assert caplog.text.count("10 pairs of image and captions") == 1
     assert (len(train), len(validation)) == (8, 2)
     assert words(train[0][0]) == "" and words(validation[0][0]).startswith("n")
-    train, validation = create_datasets(str(tmp_path / "train"), *common, validation_folder=str(tmp_path / "val"))
+    train, validation = create_datasets(input_folder=folder, validation_folder=str(tmp_path / "val"), **common)
     assert len(train) == 10 and words(validation[0][0]) == "v0"
     train, validation = create_datasets(None, Letters(), DataSettings(T, 8, num_generated=30), validation_holdout=0)
     assert len(train) == 30 and validation is None
@@ -584,20 +498,17 @@ def test_create_datasets_from_folders_and_random_data(tmp_path, caplog):
 
 
 def test_create_datasets_of_the_demo(monkeypatch):
-    from data import demo
-
     records = [demo.DemoRecord(str(number), f"caption {number}", Path(str(number))) for number in range(4)]
     monkeypatch.setattr("data.create.demo_records", lambda split: records[:3] if split == "train" else records[3:])
     monkeypatch.setattr(demo, "load_demo_image", lambda record, size: torch.full((3, size, size), int(record.stem)))
-    common = ("demo", Letters(), DataSettings(T, 8))
-    train, validation = create_datasets(*common)
+    train, validation = create_datasets(input_folder="demo", **COMMON)
     assert len(train) == 3 and len(validation) == 1
     text, image = validation[0]
     assert words(text) == "caption 3" and image.dtype == torch.uint8 and bool((image == 3).all())
     image.zero_()
     assert bool((validation[0][1] == 3).all()), "an item must not be a window into the set"
-    assert create_datasets(*common, validation_holdout=0)[1] is None
-    assert datasets_module.DemoDataset(records, TextSettings(Letters(), T), 8).report().startswith("demo set: 4 ")
+    assert create_datasets(input_folder="demo", validation_holdout=0, **COMMON)[1] is None
+    assert DemoDataset(records, TextSettings(Letters(), T), 8).report().startswith("demo set: 4 ")
 
 
 # Real photos ---------------------------------------------------------------------------------------------------------
@@ -605,11 +516,9 @@ def test_create_datasets_of_the_demo(monkeypatch):
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs the photos of ../shared/data/coco2017_free256")
 def test_real_photos(tmp_path):
-    from data.process_trainset import process_captions
-
     (tmp_path / "val2017").symlink_to(REAL / "val2017", target_is_directory=True)
     process_captions(REAL / "annotations" / "captions_val2017.json", tmp_path / "val2017_captions")
-    dataset = create_dataset(str(tmp_path), Letters(), DataSettings(400, 64))
+    dataset = create_dataset(input_folder=str(tmp_path), tokenizer=Letters(), text_seq_len=400, image_size=64)
     assert len(dataset) == 80 and dataset.pairs.skipped == []
     images = torch.stack([dataset[index][1] for index in range(80)])
     assert tuple(images.shape) == (80, 3, 64, 64) and dataset.num_unreadable == 0

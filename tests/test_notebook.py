@@ -3,11 +3,11 @@ from __future__ import annotations
 
 import io
 import json
-from pathlib import Path
+import sys
 
 import pytest
 import torch
-from mindalle_folder import make_folder
+from helpers import ROOT
 from PIL import Image
 
 from dalle import notebook
@@ -15,13 +15,12 @@ from dalle.models import Candidates, Dalle
 from dalle.notebook import Gallery, Ranking, rank, ranked_sheet
 from utils.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "examples" / "sampling_interactive_demo.ipynb"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return Dalle.from_pretrained(make_folder(tmp_path_factory.mktemp("mindalle") / "tiny"))
+def model(mindalle_folder):
+    return Dalle.from_pretrained(mindalle_folder)
 
 
 @pytest.fixture
@@ -117,8 +116,6 @@ def test_clip_orders_where_it_is_given(model, monkeypatch):
 
 
 def test_missing_ipywidgets_are_named(model, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     with pytest.raises(UserError, match="python -m pip install ipywidgets"):
         Gallery(model)
@@ -137,16 +134,15 @@ def test_the_notebook_is_small_and_shows_a_gallery():
 
 def test_the_notebook_runs_and_its_button_draws():
     """From a fresh kernel in the notebook's own folder, as a user has it, with fewer candidates."""
-    nbformat = pytest.importorskip("nbformat", reason="needs nbformat, nbclient and ipykernel (requirements-dev.txt)")
-    nbclient = pytest.importorskip("nbclient", reason="needs nbformat, nbclient and ipykernel (requirements-dev.txt)")
-    for package in ("ipykernel", "ipywidgets"):
-        pytest.importorskip(package, reason=f"needs {package} (requirements-dev.txt)")
+    packages = ("nbformat", "nbclient", "ipykernel", "ipywidgets")
+    nbformat, nbclient, *_ = (pytest.importorskip(name, reason="see requirements-dev.txt") for name in packages)
     document = nbformat.read(str(NOTEBOOK), as_version=4)
     first = next(cell for cell in document.cells if cell.cell_type == "code")
     assert "num_candidates=16" in first.source
     first.source = first.source.replace("num_candidates=16", "num_candidates=2")
     click = """
 import json
+import sys
 gallery.controls["seed"].value = 7
 before, moves = gallery.picture.value, []
 gallery.bar.observe(lambda change: moves.append(gallery.bar.value), "value")

@@ -3,81 +3,75 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT, SHARED_DATA, run_script
 
 from bpe.train import read_captions
 from data.process_trainset import clean_caption, main, process_captions
 from utils.errors import UsageError, UserError
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared" / "data"
+COCO = SHARED_DATA / "captions_val2017.json"
 
 
-def annotation(image_id, caption, id=None):
-    entry = {"image_id": image_id, "caption": caption}
-    return entry if id is None else dict(entry, id=id)
+def annotation(image_id, caption, **others):
+    return {"image_id": image_id, "caption": caption, **others}
 
 
-def write_json(path, annotations, images=None, **others):
-    content = dict({"info": {"year": 2017}, "licenses": [{"id": 1}], "annotations": annotations}, **others)
+def write_json(path, annotations, images=None):
+    content = {"info": {"year": 2017}, "licenses": [{"id": 1}], "annotations": annotations}
     if images is not None:
-        content["images"] = images
+        content["images"] = [{"id": number, "file_name": name} for number, name in images.items()]
     path.write_text(json.dumps(content), encoding="utf-8")
     return path
 
 
-@pytest.mark.parametrize(
-    "caption, expected",
-    [
-        ("A cat .", "A cat."),
-        (" A  cat\n\n sits \t. ", "A cat sits."),
-        ("one\r\ntwo\u2028three\u00a0four", "one two three four"),
-        ("A cat . A dog .", "A cat. A dog."),
-        ("\n \t", ""),
-        ("3 .5 apples", "3.5 apples"),
-        ("half \ud83d of a pair", "half ? of a pair"),
-    ],
-)
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def skipped_in(folder):
+    return [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("caption, expected", [
+    ("A cat .", "A cat."),
+    (" A  cat\n\n sits \t. ", "A cat sits."),
+    ("one\r\ntwo\u2028three\u00a0four", "one two three four"),
+    ("A cat . A dog .", "A cat. A dog."),
+    ("\n \t", ""),
+    ("3 .5 apples", "3.5 apples"),
+    ("half \ud83d of a pair", "half ? of a pair"),
+])
 def test_clean_caption(caption, expected):
     assert clean_caption(caption) == expected
 
 
 def test_one_file_per_image_named_as_the_image(tmp_path):
-    images = [
-        {"id": 9, "file_name": "000000000009.jpg"},
-        {"id": 25, "file_name": "train/odd name.jpg"},
-        {"id": 3, "file_name": "c.jpg"},
-    ]
+    images = {9: "000000000009.jpg", 25: "train/odd name.jpg", 3: "c.jpg"}
     annotations = [
-        annotation(9, "First .", 1),
-        annotation(25, "Tüte 漢", 2),
-        annotation(9, " \n ", 3),
-        annotation(9, "Second\nline", 4),
-        annotation(9, "First .", 5),
-        annotation(9, "Second\nline", 4),
-        annotation(77, "of an image that is not listed", 6),
+        annotation(9, "First .", id=1),
+        annotation(25, "Tüte 漢", id=2),
+        annotation(9, " \n ", id=3),
+        annotation(9, "Second\nline", id=4),
+        annotation(9, "First .", id=5),
+        annotation(9, "Second\nline", id=4),
+        annotation(77, "of an image that is not listed", id=6),
     ]
-    counts = process_captions(
-        write_json(tmp_path / "c.json", annotations, images), tmp_path / "out", max_bad_fraction=0.5
-    )
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "000000000009.txt",
-        "odd name.txt",
-        "skipped.jsonl",
-    ]
-    assert (tmp_path / "out" / "000000000009.txt").read_bytes() == b"First.\nSecond line\nFirst.\n"
-    assert (tmp_path / "out" / "odd name.txt").read_text(encoding="utf-8") == "Tüte 漢\n"
+    out = tmp_path / "out"
+    counts = process_captions(write_json(tmp_path / "c.json", annotations, images), out, max_bad_fraction=0.5)
+    assert names_in(out) == ["000000000009.txt", "odd name.txt", "skipped.jsonl"]
+    assert (out / "000000000009.txt").read_bytes() == b"First.\nSecond line\nFirst.\n"
+    assert (out / "odd name.txt").read_text(encoding="utf-8") == "Tüte 漢\n"
     assert (counts.images, counts.captions, counts.written) == (2, 4, 2)
     assert (counts.empty, counts.repeated, counts.unknown, counts.without) == (1, 1, 1, 1)
     text = str(counts)
     assert "4 captions of 2 images; 2 text files written, 0 unchanged" in text
     assert "1 empty captions" in text and "1 captions of images that the file does not list" in text
-    listed = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
-    assert [(line["path"], line["reason"]) for line in listed] == [
+    assert [(line["path"], line["reason"]) for line in skipped_in(out)] == [
         ("annotation 2", "entries with an empty caption"),
         ("annotation 5", "annotations whose id came before"),
         ("annotation 6", "annotations of images that the file does not list"),
@@ -85,26 +79,18 @@ def test_one_file_per_image_named_as_the_image(tmp_path):
 
 
 def test_without_a_list_of_images_names_come_from_ids(tmp_path):
-    source = write_json(
-        tmp_path / "c.json", [annotation(9, "a"), annotation("named", "b"), annotation("../../up", "c")]
-    )
-    process_captions(source, tmp_path / "deep" / "out")
-    names = sorted(path.name for path in (tmp_path / "deep" / "out").iterdir())
-    assert names == ["000000000009.txt", "named.txt", "up.txt"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.json", "deep"]
+    annotations = [annotation(9, "a"), annotation("named", "b"), annotation("../../up", "c")]
+    process_captions(write_json(tmp_path / "c.json", annotations), tmp_path / "deep" / "out")
+    assert names_in(tmp_path / "deep" / "out") == ["000000000009.txt", "named.txt", "up.txt"]
+    assert names_in(tmp_path) == ["c.json", "deep"]
 
 
 def test_names_cannot_lead_out_of_the_folder(tmp_path):
-    images = [
-        {"id": 1, "file_name": "../../../evil.jpg"},
-        {"id": 2, "file_name": "..\\evil2.jpg"},
-        {"id": 3, "file_name": ".."},
-    ]
-    process_captions(
-        write_json(tmp_path / "c.json", [annotation(i, "x") for i in (1, 2, 3)], images), tmp_path / "a" / "b"
-    )
-    assert sorted(path.name for path in tmp_path.rglob("*.txt")) == ["000000000003.txt", "evil.txt", "evil2.txt"]
-    assert len(list((tmp_path / "a" / "b").iterdir())) == 3
+    images = {1: "../../../evil.jpg", 2: "..\\evil2.jpg", 3: ".."}
+    source = write_json(tmp_path / "c.json", [annotation(number, "x") for number in images], images)
+    process_captions(source, tmp_path / "a" / "b")
+    assert names_in(tmp_path / "a" / "b") == ["000000000003.txt", "evil.txt", "evil2.txt"]
+    assert len(list(tmp_path.rglob("*.txt"))) == 3
 
 
 def test_a_second_run_writes_only_what_changed(tmp_path):
@@ -119,7 +105,7 @@ def test_a_second_run_writes_only_what_changed(tmp_path):
     assert process_captions(source, out).written == 2
     assert (out / "000000000001.txt").read_text() == "caption\n" and (out / "unrelated.txt").read_text() == "kept"
     assert (out / "000000000000.txt").stat().st_mtime == 1
-    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    assert not [name for name in names_in(out) if name.startswith(".")]
 
 
 WRONG = {
@@ -174,37 +160,30 @@ def test_bad_entries_are_left_out_listed_and_limited(tmp_path, entry):
     counts = process_captions(source, out, max_bad_fraction=0.05)
     # The first of two with the same id is a good one.
     assert "good" in (out / "000000000001.txt").read_text() and counts.captions - entry.count("5}, ") == 19
-    line = json.loads((out / "skipped.jsonl").read_text())
+    (line,) = skipped_in(out)
     assert BAD_ENTRIES[entry] in line["reason"] + line["detail"]
     (out / "000000000001.txt").unlink()
     with pytest.raises(UserError) as raised:
         process_captions(source, out, max_bad_fraction=0.04)
     message = str(raised.value)
     assert "--max-bad-fraction 0.04" in message and str(out / "skipped.jsonl") in message and "\n" not in message
-    assert [path.name for path in out.iterdir()] == ["skipped.jsonl"]
+    assert names_in(out) == ["skipped.jsonl"]
 
 
-@pytest.mark.parametrize(
-    "image, detail",
-    [
-        ('{"id": 2}', "lacks a valid"),
-        ('{"id": 1, "file_name": "other.jpg"}', "is of the file '1', too"),
-        ('{"id": "x", "file_name": ".."}', "gives no file name"),
-    ],
-)
+@pytest.mark.parametrize("image, detail", [
+    ('{"id": 2}', "lacks a valid"),
+    ('{"id": 1, "file_name": "other.jpg"}', "is of the file '1', too"),
+    ('{"id": "x", "file_name": ".."}', "gives no file name"),
+])
 def test_bad_images_are_left_out_and_listed(tmp_path, image, detail):
-    source = tmp_path / "captions.json"
-    source.write_text(
-        f'{{"images": [{{"id": 1, "file_name": "1.jpg"}}, {image}], '
-        '"annotations": [{"image_id": 1, "caption": "a"}]}'
-    )
-    assert process_captions(source, tmp_path / "out", max_bad_fraction=0.5).wrong == 1
-    assert detail in json.loads((tmp_path / "out" / "skipped.jsonl").read_text())["detail"]
+    images = f'[{{"id": 1, "file_name": "1.jpg"}}, {image}]'
+    (tmp_path / "c.json").write_text(f'{{"images": {images}, "annotations": [{{"image_id": 1, "caption": "a"}}]}}')
+    assert process_captions(tmp_path / "c.json", tmp_path / "out", max_bad_fraction=0.5).wrong == 1
+    assert detail in skipped_in(tmp_path / "out")[0]["detail"]
 
 
 def test_nothing_but_bad_entries_is_an_error(tmp_path):
-    source = tmp_path / "captions.json"
-    source.write_text('{"annotations": [{"image_id": 1, "caption": ""}]}')
+    source = write_json(tmp_path / "c.json", [annotation(1, "")])
     with pytest.raises(UserError, match="no caption in it"):
         process_captions(source, tmp_path / "out", max_bad_fraction=1)
 
@@ -253,23 +232,14 @@ def test_lists_are_told_by_what_is_in_them(tmp_path, name, suffix):
     assert sorted(read_captions([str(source)], caption)) == ["A cat .", "A dog"]
 
 
-@pytest.mark.parametrize(
-    "content, expected",
-    [
-        ("image,caption\n1.jpg,A cat, red\n", {"1": "A cat, red"}),  # a comma without quotes
-        ('image,caption\n1.jpg,"A cat,\nred ""x"""\n', {"1": 'A cat, red "x"'}),
-        ('1.jpg#0\t"A" cat says "B"\n', {"1": '"A" cat says "B"'}),
-        ('image\tcaption\n1.jpg\t"a ""cat"""\n2.jpg\t"half\n', {"1": 'a "cat"', "2": '"half'}),
-        (
-            "image,caption\na/1.jpg,one\nb\\1.jpg,two\n../../c/2.jpg,three\n",
-            {"a/1": "one", "b/1": "two", "c/2": "three"},
-        ),
-        (
-            '[{"image": "COCO_1.5", "caption": "a"}, {"image": 9, "caption": "b"}]',
-            {"COCO_1.5": "a", "000000000009": "b"},
-        ),
-    ],
-)
+@pytest.mark.parametrize("content, expected", [
+    ("image,caption\n1.jpg,A cat, red\n", {"1": "A cat, red"}),  # a comma without quotes
+    ('image,caption\n1.jpg,"A cat,\nred ""x"""\n', {"1": 'A cat, red "x"'}),
+    ('1.jpg#0\t"A" cat says "B"\n', {"1": '"A" cat says "B"'}),
+    ('image\tcaption\n1.jpg\t"a ""cat"""\n2.jpg\t"half\n', {"1": 'a "cat"', "2": '"half'}),
+    ("image,caption\na/1.jpg,one\nb\\1.jpg,two\n../../c/2.jpg,three\n", {"a/1": "one", "b/1": "two", "c/2": "three"}),
+    ('[{"image": "COCO_1.5", "caption": "a"}, {"image": 9, "caption": "b"}]', {"COCO_1.5": "a", "000000000009": "b"}),
+])
 def test_cells_and_names(tmp_path, content, expected):
     (tmp_path / "list").write_text(content)
     process_captions(tmp_path / "list", tmp_path / "out")
@@ -277,42 +247,35 @@ def test_cells_and_names(tmp_path, content, expected):
     assert found == {Path(name + ".txt"): text + "\n" for name, text in expected.items()}
 
 
-@pytest.mark.parametrize(
-    "content, detail",
-    [
-        ("image_name| comment_number| comment\n" + "1.jpg| 0| a\n" * 99 + "1.jpg| 4   A dog\n", "has 2 columns, not 3"),
-        ("image,caption\n" + "1.jpg,a\n" * 99 + ",b\n", "names no image"),
-        ("image,caption\n" + "1.jpg,a\n" * 99 + "1.jpg,\n", ""),
-        ('{"image": "1.jpg", "text": "a"}\n' * 99 + '{"image": "1.jpg", "te\n', "is no JSON object"),
-        ('{"image": "1.jpg", "text": "a"}\n' * 99 + '{"image": "1.jpg", "text": 3}\n', "'text' that is no text: 3"),
-        (
-            '{"image": "1.jpg", "text": "a"}\n' * 99 + '{"image": {}, "text": "a"}\n',
-            "neither a whole number nor a text",
-        ),
-    ],
-)
+TABLE, LINE = "image,caption\n" + "1.jpg,a\n" * 99, '{"image": "1.jpg", "text": "a"}\n' * 99
+COMMENTS = "image_name| comment_number| comment\n" + "1.jpg| 0| a\n" * 99
+
+
+@pytest.mark.parametrize("content, detail", [
+    (COMMENTS + "1.jpg| 4   A dog\n", "has 2 columns, not 3"),
+    (TABLE + ",b\n", "names no image"),
+    (TABLE + "1.jpg,\n", ""),
+    (LINE + '{"image": "1.jpg", "te\n', "is no JSON object"),
+    (LINE + '{"image": "1.jpg", "text": 3}\n', "'text' that is no text: 3"),
+    (LINE + '{"image": {}, "text": "a"}\n', "neither a whole number nor a text"),
+])
 def test_bad_rows_are_left_out_and_listed(tmp_path, content, detail):
-    (tmp_path / "list").write_text(content)
-    assert process_captions(tmp_path / "list", tmp_path / "out").captions == 99
-    line = json.loads((tmp_path / "out" / "skipped.jsonl").read_text())
-    assert (
-        detail in line["detail"]
-        and bool(line["detail"]) == bool(detail)
-        and line["path"].endswith(("99", "100", "101"))
-    )
-    assert len([caption for caption in read_captions([str(tmp_path / "list")]) if caption]) in (99, 100)
+    source, out = tmp_path / "list", tmp_path / "out"
+    source.write_text(content)
+    assert process_captions(source, out).captions == 99
+    (line,) = skipped_in(out)
+    assert detail in line["detail"] and bool(line["detail"]) == bool(detail)
+    assert line["path"].endswith(("99", "100", "101"))
+    assert len([caption for caption in read_captions([str(source)]) if caption]) in (99, 100)
     with pytest.raises(UserError, match="--max-bad-fraction 0.001"):
-        process_captions(tmp_path / "list", tmp_path / "out", max_bad_fraction=0.001)
+        process_captions(source, out, max_bad_fraction=0.001)
 
 
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("a.csv", "who,what\n1.jpg,A cat\n", "in its first line, 'who,what';.*--caption-column"),
-        ("a.json", '[{"who": "1.jpg", "what": "A cat"}]', "keys found: who, what.*--caption-column"),
-        ("a.jsonl", '{"who": "1.jpg"}\n{"what": "A cat"}\n', "keys found: who, what.*--caption-column"),
-    ],
-)
+@pytest.mark.parametrize("name, content, message", [
+    ("a.csv", "who,what\n1.jpg,A cat\n", "in its first line, 'who,what';.*--caption-column"),
+    ("a.json", '[{"who": "1.jpg", "what": "A cat"}]', "keys found: who, what.*--caption-column"),
+    ("a.jsonl", '{"who": "1.jpg"}\n{"what": "A cat"}\n', "keys found: who, what.*--caption-column"),
+])
 def test_lists_that_cannot_be_told_show_their_names(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
@@ -354,40 +317,43 @@ def test_unknown_flags_are_usage_errors(tmp_path):
         main(["--out", "x"])
 
 
-@pytest.mark.parametrize(
-    "command",
-    [["data/process_trainset.py"], ["process_captions.py"], ["-m", "data.process_trainset"]],
-    ids=lambda c: c[-1],
-)
-def test_the_commands(tmp_path, command):
-    source = write_json(tmp_path / "c.json", [annotation(139, "A room .")])
-    flags = ["--captions", str(source), "--out-dir", str(tmp_path / "out")]
-    done = subprocess.run([sys.executable, *command, *flags], cwd=str(ROOT), stderr=subprocess.PIPE, timeout=120)
-    assert done.returncode == 0 and b"1 captions of 1 images; 1 text files written" in done.stderr
-    assert (tmp_path / "out" / "000000000139.txt").read_bytes() == b"A room.\n"
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
+def test_the_commands(tmp_path, monkeypatch):
+    """Two as processes, and the module, which would take the seconds of importing PyTorch, in this one."""
+    source, out = write_json(tmp_path / "c.json", [annotation(139, "A room .")]), tmp_path / "out"
+    flags = ["--captions", str(source), "--out-dir", str(out)]
+    for command in ("data/process_trainset.py", "process_captions.py"):
+        done = run_script(command, *flags)
+        assert done.returncode == 0 and "1 captions of 1 images; 1 text files written" in done.stderr
+        assert (out / "000000000139.txt").read_bytes() == b"A room.\n"
+        (out / "000000000139.txt").unlink()
+    monkeypatch.setattr(sys, "argv", ["process_trainset", *flags])
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("data.process_trainset", run_name="__main__")
+    assert (out / "000000000139.txt").read_bytes() == b"A room.\n"
 
 
 def test_the_short_name_fails_in_one_line_from_any_folder(tmp_path):
     (tmp_path / "c.json").write_text("{")
-    command = [sys.executable, str(ROOT / "process_captions.py"), "--captions", "c.json", "--out-dir", "out"]
-    done = subprocess.run(command, cwd=str(tmp_path), stderr=subprocess.PIPE, timeout=120)
+    done = run_script(ROOT / "process_captions.py", "--captions", "c.json", "--out-dir", "out", cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.decode().strip() == "error: --captions c.json: the file is cut off; fetch it again"
+    assert done.stderr.strip() == "error: --captions c.json: the file is cut off; fetch it again"
 
 
-@pytest.mark.skipif(
-    not (SHARED / "captions_val2017.json").is_file(), reason="needs ../shared/data/captions_val2017.json"
-)
-def test_all_validation_captions_of_coco(tmp_path):
-    counts = process_captions(SHARED / "captions_val2017.json", tmp_path)
-    assert (counts.images, counts.captions, counts.written) == (5000, 25014, 5000)
-    with open(str(SHARED / "captions_val2017.json"), encoding="utf-8") as file:
-        content = json.load(file)
+@pytest.mark.skipif(not COCO.is_file(), reason="needs ../shared/data/captions_val2017.json")
+@pytest.mark.parametrize("images, captions", [(300, 1501), pytest.param(5000, 25014, marks=pytest.mark.slow)])
+def test_validation_captions_of_coco(tmp_path, images, captions):
+    content = json.loads(COCO.read_text(encoding="utf-8"))
+    kept = {image["id"]: image["file_name"] for image in content["images"][:images]}
+    annotations = [entry for entry in content["annotations"] if entry["image_id"] in kept]
+    counts = process_captions(write_json(tmp_path / "c.json", annotations, kept), tmp_path / "out")
+    assert (counts.images, counts.captions, counts.written) == (images, captions, images)
     expected = {}
-    for entry in content["annotations"]:
+    for entry in annotations:
         text = entry["caption"].replace("\n", " ").strip()
         while "  " in text:
             text = text.replace("  ", " ")
-        expected.setdefault("{:012d}.txt".format(entry["image_id"]), []).append(text.replace(" .", "."))
-    found = {path.name: path.read_text(encoding="utf-8").splitlines() for path in tmp_path.iterdir()}
+        expected.setdefault(f"{entry['image_id']:012}.txt", []).append(text.replace(" .", "."))
+    found = {path.name: path.read_text(encoding="utf-8").splitlines() for path in (tmp_path / "out").iterdir()}
     assert found == expected

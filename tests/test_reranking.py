@@ -1,16 +1,18 @@
 """Images ordered by CLIP or likelihood, and completion, in generate.py, the API and the sampling example."""
 from __future__ import annotations
 
+import importlib
 import json
 import logging
+import socket
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from mindalle_folder import CAPTIONS, FormulaClip, clip_images, clip_preprocess, clip_tokenize, make_folder
+from helpers import ROOT
+from mindalle_folder import CAPTIONS, FormulaClip, clip_images, clip_preprocess, clip_tokenize
 from PIL import Image
 
 import generate
@@ -21,25 +23,16 @@ from dalle.reranking import Best, Candidate, ClipRanker
 from dalle.utils.utils import clip_score, clip_similarity
 from utils.errors import UsageError, UserError
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("mindalle") / "tiny")
-
 
 @pytest.fixture
-def run(folder, tmp_path):
+def run(mindalle_folder, tmp_path):
     """Run generate.py in this process; returns {folder name: its generation.json}."""
 
     def run(text, *flags):
-        base = ["--dalle_path", str(folder), "--outputs_dir", str(tmp_path / "out"), "--device", "cpu"]
+        base = ["--dalle_path", str(mindalle_folder), "--outputs_dir", str(tmp_path / "out"), "--device", "cpu"]
         generate.main([*base, "--text", text, "--format", "png", "--top_k", "0", *flags])
-        return {
-            path.parent.name: json.loads(path.read_text(encoding="utf-8"))
-            for path in (tmp_path / "out").glob("*/generation.json")
-        }
+        reports = (tmp_path / "out").glob("*/generation.json")
+        return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in reports}
 
     return run
 
@@ -104,18 +97,13 @@ def test_clip_score_gives_the_published_order(monkeypatch):
     """That of the published function, with an object like those of OpenAI's package (see assets/)."""
     golden = json.loads((ROOT / "tests" / "assets" / "mindalle_golden.json").read_text())["clip_ranks"]
     monkeypatch.setitem(sys.modules, "clip", types.SimpleNamespace(tokenize=clip_tokenize))
-    model, images = FormulaClip(), clip_images()
-    ranks = [
-        clip_score(prompt=caption, images=images, model_clip=model, preprocess_clip=clip_preprocess, device="cpu")
-        for caption in CAPTIONS[:3]
-    ]
+    options = {"model_clip": FormulaClip(), "preprocess_clip": clip_preprocess, "device": "cpu"}
+    ranks = [clip_score(prompt=caption, images=clip_images(), **options) for caption in CAPTIONS[:3]]
     assert [rank.tolist() for rank in ranks] == golden and golden[0] != golden[1]
 
 
 def test_clip_score_takes_the_tokenizer_of_the_models_package(images, monkeypatch):
-    module = type(sys)("clip")
-    module.tokenize = tokenize
-    monkeypatch.setitem(sys.modules, "clip", module)
+    monkeypatch.setitem(sys.modules, "clip", types.SimpleNamespace(tokenize=tokenize))
     assert clip_score("green", images, Encoders(), to_pixels, "cpu").tolist()[0] == 1
     monkeypatch.setitem(sys.modules, "clip", None)
     with pytest.raises(UserError, match="give clip_score the model's tokenizer"):
@@ -173,13 +161,13 @@ def test_best_holds_no_more_than_it_keeps():
     assert [candidate.number for candidate in best.ordered()] == [2, 3]
 
 
-def test_completion_keeps_what_the_mask_leaves(run, folder, tmp_path):
+def test_completion_keeps_what_the_mask_leaves(run, mindalle_folder, tmp_path):
     picture = Image.effect_noise((16, 16), 90).convert("RGB")
     picture.save(tmp_path / "given.png")
     mask = Image.new("L", (16, 16), 0)
     mask.paste(255, (8, 0, 16, 8))
     mask.save(tmp_path / "mask.png")
-    expected = completion_codes(load(folder), picture, mask)
+    expected = completion_codes(load(mindalle_folder), picture, mask)
     kept = expected >= 0
     assert kept.sum() == 12
     holed = picture.convert("RGBA")
@@ -199,16 +187,13 @@ def test_completion_keeps_what_the_mask_leaves(run, folder, tmp_path):
         run("a cat", "--image", str(tmp_path / "given.png"))
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--mask", "0,0,1,1"], "--mask needs --image"),
-        (["--image", "a.png", "--prime-image", "b.png"], "--image and --prime-image exclude each other"),
-        (["--image", "/nowhere.png", "--mask", "0,0,1,1"], "--image /nowhere.png cannot be read: No such file"),
-        (["--keep", "9", "--num-images", "8"], "--keep 9: only --num-images 8 are sampled"),
-        (["--keep", "0"], "--keep: must be at least 1"),
-    ],
-)
+@pytest.mark.parametrize("flags, message", [
+    (["--mask", "0,0,1,1"], "--mask needs --image"),
+    (["--image", "a.png", "--prime-image", "b.png"], "--image and --prime-image exclude each other"),
+    (["--image", "/nowhere.png", "--mask", "0,0,1,1"], "--image /nowhere.png cannot be read: No such file"),
+    (["--keep", "9", "--num-images", "8"], "--keep 9: only --num-images 8 are sampled"),
+    (["--keep", "0"], "--keep: must be at least 1"),
+])
 def test_flags_that_cannot_be_are_named(run, flags, message):
     with pytest.raises(UserError, match=message):
         run("a", *flags)
@@ -217,17 +202,12 @@ def test_flags_that_cannot_be_are_named(run, flags, message):
 # The example ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_sampling_example_saves_the_best(folder, tmp_path, monkeypatch, caplog):
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("sampling_ex", ROOT / "examples" / "sampling_ex.py")
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def test_the_sampling_example_saves_the_best(mindalle_folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])
     monkeypatch.setitem(sys.modules, "clip", None)
-    example = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "sampling_ex", example)  # where dataclasses look their module up
-    spec.loader.exec_module(example)
+    example = importlib.import_module("sampling_ex")
     caplog.set_level(logging.INFO)
-    flags = ["--model", str(folder), "-n", "5", "--prompt", "a/cat", "--keep", "3", "--seed", "4", "--device", "cpu"]
+    flags = f"--model {mindalle_folder} -n 5 --prompt a/cat --keep 3 --seed 4 --device cpu".split()
     example.main([*flags, "--result-path", str(tmp_path / "a")])
     assert len(list((tmp_path / "a").glob("*_[012].png"))) == 3 and "ordered by their likelihood" in caplog.text
     monkeypatch.setattr(example, "ClipRanker", Brightness)
@@ -265,8 +245,6 @@ def clip_folder(tmp_path_factory):
 
 
 def test_a_local_clip_scores_without_network(clip_folder, monkeypatch, images):
-    import socket
-
     def refuse(*_, **__):
         raise AssertionError("no network is needed")
 

@@ -1,0 +1,253 @@
+"""What more than one test file needs: tiny models, data sets and tokenizers, runs in this process and beside it."""
+from __future__ import annotations
+
+import dataclasses
+import errno
+import functools
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import args
+import checkpoints
+import data
+import engines
+import train
+from data import DataSettings, Team
+from models.dalle import DALLE
+from models.vqgan import VQGAN, VqganConfig
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+NOBODY = 65534  # user id
+
+# Tokenizers and models -----------------------------------------------------------------------------------------------
+
+
+class Letters:
+    """A tokenizer of one id per character, small enough to see through; knows what the data sets ask of one."""
+
+    vocab_size = 300
+
+    def unknown(self, text):
+        return []
+
+    def tokenize(self, texts, text_seq_len, truncate=False):
+        texts = [texts] if isinstance(texts, str) else texts
+        rows = torch.zeros(len(texts), text_seq_len, dtype=torch.int64)
+        for row, text in zip(rows, texts):
+            if len(text) > text_seq_len and not truncate:
+                raise UserError(f"caption {text!r} is too long: --truncate-captions")
+            ids = [ord(character) % 299 + 1 for character in text[:text_seq_len]]
+            row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
+        return rows
+
+
+def words(text):
+    """The letters of a text made by `Letters`, for ASCII captions."""
+    return "".join(chr(number - 1) for number in text.tolist() if number)
+
+
+def letters_vocabulary(path, letters="abcdefghijklmnopqrstuvwxyz\u2581"):
+    """Write a vocabulary file with a token for each letter, and return its path."""
+    lines = [f"{ord(letter)} {4 + index}" for index, letter in enumerate(letters)]
+    path.write_text("\n".join([f"{len(lines)} 0", *lines, "1 0 2 3"]) + "\n", encoding="utf-8")
+    return path
+
+
+def tiny_vqgan(**changes):
+    """The configuration of a VQGAN of 16 codes, from 16x16 pixels to 4x4 codes, in the least time."""
+    sizes = {"num_codes": 16, "embed_dim": 8, "resolution": 16, "z_channels": 8, "ch": 8, "ch_mult": (1, 1, 1)}
+    sizes.update(num_res_blocks=1, attn_resolutions=(), num_groups=4)
+    return VqganConfig(**{**sizes, **changes})
+
+
+def write_vqgan(folder, **changes):
+    """Write a tiny VQGAN, always the same, into a folder; return the flags that name its files."""
+    config = tiny_vqgan(**changes)
+    torch.manual_seed(0)
+    save_file(VQGAN(config).state_dict(), str(folder / "vqgan.safetensors"))
+    config.to_yaml(folder / "vqgan.yaml")
+    return vqgan_flags(folder)
+
+
+def vqgan_flags(folder):
+    return [f"--vqgan-model-path={folder / 'vqgan.safetensors'}", f"--vqgan-config-path={folder / 'vqgan.yaml'}"]
+
+
+def random_dalle(config, seed=3, **options):
+    """A DALL-E in which no two weights are equal, not even biases and norms, so that every term matters."""
+    torch.manual_seed(seed)
+    model = DALLE(dataclasses.replace(config, **options)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def assert_same(first, second):
+    """Both are {name: tensor} with the same bits."""
+    assert first.keys() == second.keys()
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+
+
+def flat(state, name=""):
+    """Every tensor (as its bytes) and every number of a nested state, by its path."""
+    if isinstance(state, (dict, list, tuple)):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        return {key: leaf for part, inner in items for key, leaf in flat(inner, f"{name}.{part}").items()}
+    return {name: state.detach().cpu().numpy().tobytes() if isinstance(state, torch.Tensor) else state}
+
+
+class Payload:
+    """Unpickled freely, it makes a folder: what a hostile file would do with its reader's rights."""
+
+    def __init__(self, trap):
+        self.trap = str(trap)
+
+    def __reduce__(self):
+        return os.mkdir, (self.trap,)
+
+
+# Pictures ------------------------------------------------------------------------------------------------------------
+
+
+def random_picture(seed, size=16):
+    """A PIL picture like no other, four pixels wider than high."""
+    generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (size, size + 4, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def write_pairs(folder, captions, size=16, seed=1):
+    """Write a random picture and a text file for each element of `captions`, numbered in their order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    for index, caption in enumerate(captions):
+        random_picture(generator, size).save(folder / f"{index:03}.png")
+        (folder / f"{index:03}.txt").write_text(caption, encoding="utf-8")
+    return folder
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+def training_flags(folder, out, *more, source="pairs", image_size=16):
+    """The command line of a tiny training run, four pairs in a step, on the data and the VQGAN in a folder."""
+    text = f"--config unit_test --device cpu --image-size {image_size} --batch-size 2 --gradient-accumulation 2"
+    text += " --epochs 2 --max-steps 0 --text-seq-len 8 --hidden-size 16 --dim-head 8 --log-every 1"
+    places = [f"--input-folder={folder / source}", f"--checkpoint-output-dir={out / 'ckpt'}"]
+    return [*text.split(), *places, *vqgan_flags(folder), *map(str, more)]
+
+
+def train_here(flags):
+    """Train in this process and return the engine."""
+    config = args.parse(flags)
+    engine = engines.create(config)
+    train.train(config, engine)
+    return engine
+
+
+def read_metrics(folder, event=None):
+    """All lines of metrics.jsonl, or those of one kind of event."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if event in (None, line["event"])]
+
+
+def losses_of(out):
+    """(event, step, loss, image loss) of every line of metrics.jsonl."""
+    return [(line["event"], line["step"], line["loss"], line["image_loss"]) for line in read_metrics(out)]
+
+
+def weights_of(out):
+    """The weights in the newest checkpoint of a run."""
+    return checkpoints.read_dalle(checkpoints.newest_checkpoint(out / "ckpt")).weights
+
+
+# Processes -----------------------------------------------------------------------------------------------------------
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def together(command, count):
+    """Run so many processes as torchrun would; return what each wrote: (stdout, stderr)."""
+    common = dict(os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    common.update(WORLD_SIZE=str(count), PYTHONPATH=str(ROOT))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [
+        subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=ROOT, **pipes)
+        for rank in range(count)
+    ]
+    written = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, written
+    return written
+
+
+def in_threads(*works):
+    """Run functions at the same time and return their results."""
+    with ThreadPoolExecutor(len(works)) as pool:
+        return [future.result(60) for future in [pool.submit(work) for work in works]]
+
+
+def teams(count):
+    """The `Team`s of threads that play so many processes: they average over each other."""
+    values, barrier = [0.0] * count, threading.Barrier(count, timeout=60)
+
+    def mean(rank, value):
+        values[rank] = float(value)
+        barrier.wait()
+        result = sum(values) / count
+        barrier.wait()
+        return result
+
+    return [Team(rank, count, functools.partial(mean, rank)) for rank in range(count)]
+
+
+def run_script(*command, cwd=ROOT, **environment):
+    """Run a Python script as a user does; returns the ended process, with the text it wrote."""
+    words = [sys.executable, *map(str, command)]
+    environment = {**os.environ, **environment}
+    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def full_disk(*_, **__):
+    """Stands in for whatever writes."""
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def give_away(path):
+    """Let a file belong to another user; skip the test where that is not allowed."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    os.chown(str(path), NOBODY, NOBODY, follow_symlinks=False)
+
+
+def create_dataset(input_folder, tokenizer, text_seq_len, image_size, demo_split="all", **settings):
+    """`data.create_dataset`, by the names of its settings."""
+    settings = DataSettings(text_seq_len, image_size, **settings)
+    return data.create_dataset(input_folder, tokenizer, settings, demo_split=demo_split)
+
+
+def create_datasets(
+    input_folder, tokenizer, text_seq_len, image_size, validation_folder=None, validation_holdout=0.01, **settings
+):
+    """`data.create_datasets`, by the names of its settings."""
+    settings = DataSettings(text_seq_len, image_size, **settings)
+    return data.create_datasets(
+        input_folder, tokenizer, settings, validation_folder=validation_folder, validation_holdout=validation_holdout
+    )
