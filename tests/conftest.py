@@ -126,6 +126,14 @@ def products():
     torch.set_float32_matmul_precision(before)
 
 
+@pytest.fixture
+def threads():
+    """Sets PyTorch's number of threads; the former one comes back after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=["native", "emulated"])
 def unit(request):
     """The matrix unit of the processor, where it has one, or one in portable C."""

@@ -33,6 +33,11 @@ def place(tensor):
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
+def is_view(function, args, kwargs, result):
+    """Whether an operation computes nothing: a view stays one of the same memory, and is nothing to replay."""
+    return not function._schema.is_mutable and storages(result) <= storages((args, kwargs))
+
+
 class Recorder(TorchDispatchMode):
     """Notes each operation with its tensors."""
 
@@ -73,9 +78,9 @@ class StandInGraph:
 
     def replay(self):
         type(self).replayed += 1
-        for function, args, kwargs, result in self.operations:
-            for old, new in zip(tensors(result), tensors(function(*args, **kwargs))):
-                if place(old) != place(new):
+        for function, args, kwargs, results in self.operations:
+            for (old, where), new in zip(results, tensors(function(*args, **kwargs))):
+                if place(new) != where:
                     old.copy_(new)
 
 
@@ -86,7 +91,11 @@ def record(graph, **options):
     with Recorder() as recorder:
         yield
     recorder.spoil()
-    graph.operations = recorder.operations
+    graph.operations = [
+        (function, args, kwargs, [(tensor, place(tensor)) for tensor in tensors(result)])
+        for function, args, kwargs, result in recorder.operations
+        if not is_view(function, args, kwargs, result)
+    ]
     type(graph).recorded += 1
 
 

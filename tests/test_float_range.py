@@ -1,4 +1,4 @@
-"""Native kernels over the whole range of floats: beside float64, from subnormals to 1e38, on 1 to 5 threads.
+"""Native ops beside float64: in all shapes, over the whole range of floats, on 1 to 5 threads; forward and gradient.
 
 An error may be some times K * eps * sum(|a| |b|) of a sum of K products wherever that sum is finite, and what a float
 loses where it is subnormal. What is not finite stays in its row, its head or its tile.
@@ -11,37 +11,39 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from test_kernels_training import attend
-from test_sampling import TEXT, decode, random_codes, random_model
+from models_for_tests import TEXT, decode, needs_kernels, random_codes, random_model
 
 import ops
 from models.patterns import build_mask, visible
 from models.quantization import Int8Linear
 from models.vqgan_layers import Conv3x3, NormSwish
-from ops import build, convolution, matmul
-from ops import elementwise as training
+from ops import convolution, elementwise, matmul, native_attention
 from ops.attention_ops import NativeAttention
 from ops.rows import Packed
 from sampling.decoders import Decoder
 from sampling.native import NativeDecoder, best_decoder
 
-pytestmark = pytest.mark.skipif(build.library("training") is None, reason="no C compiler, or kernels are switched off")
+pytestmark = needs_kernels
 
-LARGEST = torch.finfo(torch.float32).max
+NAN, INF, LARGEST = float("nan"), float("inf"), torch.finfo(torch.float32).max
 EPS = 2.0**-24
 LOST = 2.0**-149  # of a subnormal number
 FLUSHED = 2.0**-126  # exponentials below are 0
-MANY = [*range(2), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 60))]
 
 
-@pytest.fixture(params=MANY)
-def chance(request):
+def pytest_generate_tests(metafunc):
+    if "chance" in metafunc.fixturenames:
+        seeds = range(60 if metafunc.config.getoption("--slow") else 2)
+        metafunc.parametrize("chance", seeds, indirect=True, ids="seed {}".format)
+
+
+@pytest.fixture
+def chance(request, threads):
     """Random sizes; PyTorch's random numbers are seeded, and it has 1 to 5 threads."""
     torch.manual_seed(request.param)
-    before, chance = torch.get_num_threads(), random.Random(request.param)
-    torch.set_num_threads(chance.randint(1, 5))
-    yield chance
-    torch.set_num_threads(before)
+    chance = random.Random(request.param)
+    threads(chance.randint(1, 5))
+    return chance
 
 
 def wild(*shape, low=-149, high=127):
@@ -60,6 +62,22 @@ def assert_within(result, exact, sums, terms, eps=EPS, lost=LOST, times=4):
     assert bool((error <= bound).all()), f"{float((error / bound).nan_to_num(1e99).max())} times too far off"
 
 
+def assert_close(result, exact, tolerance):
+    """Within so much of the largest value."""
+    torch.testing.assert_close(result.double(), exact, rtol=0, atol=tolerance * float(exact.abs().max()) + 1e-7)
+
+
+def on_threads(threads, compute, counts=(1, 2)):
+    """Tensors that `compute` returns, which are the same to the bit on each number of threads."""
+    results = []
+    for count in counts:
+        threads(count)
+        results.append(compute())
+    for others in results[1:]:
+        assert all(torch.equal(first, other) for first, other in zip(results[0], others))
+    return results[0]
+
+
 def odd_rows(x):
     return (~x.flatten(1).isfinite()).any(dim=1).nonzero().flatten().tolist()
 
@@ -74,30 +92,16 @@ def test_matmuls_by_the_matrix_unit(unit, precision, eps, ranges, chance, produc
     m, n, k = (chance.randint(64, 140) for _ in range(3))
     k *= chance.choice((1, 1, 8))
     turned = [chance.random() < 0.5 for _ in "ab"]
-    a = (
-        wild(k, m, low=ranges[0][0], high=ranges[0][1]).t()
-        if turned[0]
-        else wild(m, k, low=ranges[0][0], high=ranges[0][1])
+    a, b = (
+        wild(*(shape[::-1] if t else shape), low=low, high=high)
+        for shape, t, (low, high) in zip(((m, k), (k, n)), turned, ranges)
     )
-    b = (
-        wild(n, k, low=ranges[1][0], high=ranges[1][1]).t()
-        if turned[1]
-        else wild(k, n, low=ranges[1][0], high=ranges[1][1])
-    )
+    a, b = a.t() if turned[0] else a, b.t() if turned[1] else b
     sums = a.double().abs() @ b.double().abs()
     with mock.patch.object(torch, "mm", side_effect=torch.mm) as by_pytorch:
         result = matmul.matmul(a, b)
     assert by_pytorch.called == bool(sums.max() > 2.0**80), "the matrix unit is for all but the largest numbers"
     assert_within(result, a.double() @ b.double(), sums, k, eps=eps)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), LARGEST])
-def test_a_number_that_is_not_finite_spoils_its_row_alone(unit, bad):
-    a, b = torch.randn(100, 130), torch.randn(130, 90)
-    a[70, 65] = bad
-    expected = a @ b
-    torch.testing.assert_close(matmul.matmul(a, b), expected, equal_nan=True, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(matmul.matmul(b.t(), a.t()), expected.t(), equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["float32", "int8"])
@@ -111,7 +115,7 @@ def test_matmuls_of_the_row_decoder(kind, chance):
         layer = Int8Linear(layer.weight, layer.bias)
     x = wild(count, depth, high=110)  # int8 sums, up to 127 * 300 times as large, are scaled last: the stated ceiling
     if count > 2:
-        x[1] = float("nan")
+        x[1] = NAN
     result = Packed(layer.weight, layer.bias, getattr(layer, "scale", None))(x)
     assert odd_rows(result) == ([1] if count > 2 else [])
     keep = [i for i in range(count) if count < 3 or i != 1]
@@ -122,81 +126,224 @@ def test_matmuls_of_the_row_decoder(kind, chance):
     assert_within(result[keep], exact, sums, depth + 1, times=2)
 
 
-# ---- what surrounds them in training
+# ---- gelu, residual add, dropout, the gradient's norm
+
+
+def exact_gelu(x, bias, gated, grad_output):
+    """In double precision: the left half, the gate, the result, and the gradient for x."""
+    exact = (x if bias is None else x + bias).double().requires_grad_()  # one rounding that both have
+    left, gate = exact.chunk(2, dim=-1) if gated else (torch.ones(()).double(), exact)
+    expected = left * F.gelu(gate)
+    expected.backward(grad_output.double())
+    return left.detach(), gate.detach(), expected.detach(), exact.grad
+
+
+def native_gelu(x, bias, gated, grad_output):
+    """The result and the gradient for x, with which the result is computed once more to the bit."""
+    again, grad_input = grad_output.clone(), torch.full_like(x, NAN)
+    result = elementwise.gelu(x, gated, bias)
+    elementwise.gelu_backward(x, gated, again, grad_input, bias)
+    assert torch.equal(again, result)
+    return result, grad_input
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["gelu", "geglu"])
-def test_gelu_and_its_gradient(gated, chance):
+@pytest.mark.parametrize("rows, width", [(1, 1), (3, 16), (70, 37), (33, 64)])
+def test_gelu_of_all_shapes(gated, rows, width, threads):
+    torch.manual_seed(0)
+    x, grad_output = torch.randn(2, rows, width * (1 + gated)) * 3, torch.randn(2, rows, width)
+    for bias in (None, torch.randn(width * (1 + gated))):
+        *_, expected, grad_input = exact_gelu(x, bias, gated, grad_output)
+        found = on_threads(threads, lambda bias=bias: native_gelu(x, bias, gated, grad_output))
+        assert_close(found[0], expected, 3e-7)
+        assert_close(found[1], grad_input, 3e-7)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["gelu", "geglu"])
+def test_gelu_of_all_numbers(gated, chance):
     count, width = chance.choice((0, 1, 5)), chance.randint(1, 70)
     x = wild(count, width * (1 + gated))
     near = torch.rand(x.shape) < 0.5  # where the function bends
     x = torch.where(near, torch.randn(x.shape) * 6, x)
     bias = torch.where(torch.rand(x.shape[1]) < 0.5, wild(x.shape[1], high=4), torch.zeros(x.shape[1]))
-    grad_output, grad_input = wild(count, width, high=40), torch.empty_like(x)
-    exact = (x + bias).double().requires_grad_()  # one rounding that both have
-    left, gate = exact.chunk(2, dim=1) if gated else (torch.ones(()).double(), exact)
-    expected = left * F.gelu(gate)
-    expected.backward(grad_output.double())
-    size = left.detach().abs() * gate.detach().abs()
-    result = training.gelu(x, gated, bias)
-    lost = FLUSHED * (1 + left.detach().abs())
-    assert_within(result, expected.detach(), size, 1, times=60, lost=lost.expand_as(size)[size < LARGEST / 4])
-    assert torch.equal(
-        F.gelu(x.new_tensor([3.4e38, -3.4e38])), training.gelu(x.new_tensor([[3.4e38, -3.4e38]]), False)[0]
-    )
-    again = grad_output.clone()
-    training.gelu_backward(x, gated, again, grad_input, bias)
-    assert torch.equal(again, result)
-    slope = left.detach().abs() * (1 + gate.detach().abs().clamp(max=20))
-    bounds = grad_output.double().abs() * slope
+    grad_output = wild(count, width, high=40)
+    left, gate, expected, exact_grad = exact_gelu(x, bias, gated, grad_output)
+    result, grad_input = native_gelu(x, bias, gated, grad_output)
+    left, gate, size = left.abs(), gate.abs(), left.abs() * gate.abs()
+    lost = FLUSHED * (1 + left)
+    assert_within(result, expected, size, 1, times=60, lost=lost.expand_as(size)[size < LARGEST / 4])
+    bounds = grad_output.double().abs() * left * (1 + gate.clamp(max=20))
     if gated:
-        bounds = torch.cat([grad_output.double().abs() * gate.detach().abs(), bounds], dim=1)
-    lost = FLUSHED * (1 + grad_output.double().abs() * (1 + left.detach().abs()))
+        bounds = torch.cat([grad_output.double().abs() * gate, bounds], dim=1)
+    lost = FLUSHED * (1 + grad_output.double().abs() * (1 + left))
     lost = torch.cat([lost.expand_as(size)] * (1 + gated), dim=1)
-    assert_within(grad_input, exact.grad, bounds, 1, times=60, lost=lost[bounds < LARGEST / 4])
+    assert_within(grad_input, exact_grad, bounds, 1, times=60, lost=lost[bounds < LARGEST / 4])
+
+
+def test_gelu_relative_to_its_result():
+    """The left tail too is right, as far as e^(-x^2 / 2) is in float32."""
+    sizes = torch.logspace(-45, 38, 4000)
+    x = torch.cat([sizes, -sizes, torch.linspace(-14, 14, 20001), torch.tensor([0.0, -0.0])])[None]
+    exact = x.double().requires_grad_()
+    expected = 0.5 * exact * torch.special.erfc(-exact / 2**0.5)
+    expected.sum().backward()
+    result, grad_input = native_gelu(x, None, False, torch.ones_like(x))
+    error = (result.double() - expected).abs() / expected.abs().clamp(min=1e-37)
+    assert error[x > -11].max() < 1e-5 and (result.double() - expected).abs()[x.abs() < 14].max() < 1e-6
+    assert (grad_input.double() - exact.grad).abs().max() < 3e-7
 
 
 def test_gelu_of_what_is_not_finite():
-    odd = torch.tensor([[float("nan"), float("inf"), -float("inf"), 1.0, -0.0, 0.0]])
-    odd = torch.cat([odd, torch.tensor([[0x7F800001, 0x7FC00001, -1]], dtype=torch.int32).view(torch.float32)], dim=1)
-    torch.testing.assert_close(training.gelu(odd, False), F.gelu(odd), equal_nan=True)
+    odd = torch.tensor([[NAN, INF, -INF, 3.4e38, -3.4e38, 1.0, -0.0, 0.0]])
+    bits = torch.tensor([[0x7F800001, 0x7FC00001, -1]], dtype=torch.int32).view(torch.float32)  # other nans
+    odd = torch.cat([odd, bits], dim=1)
+    torch.testing.assert_close(elementwise.gelu(odd, False), F.gelu(odd), equal_nan=True)
+    again, grad_input = torch.ones_like(odd), torch.empty_like(odd)
+    elementwise.gelu_backward(odd, False, again, grad_input)
+    finite = [False] * 3 + [True] * 5 + [False] * 3
+    assert again.isfinite().tolist() == grad_input.isfinite().tolist() == [finite]
 
 
-def test_branches_sums_and_norms(chance):
+@pytest.mark.parametrize("rows, width", [(1, 1), (7, 16), (9, 37), (70, 130)])
+def test_residual_add_and_scaled_rows_of_all_shapes(rows, width, threads):
+    torch.manual_seed(1)
+    x, residual, scale, bias = (torch.randn(size, width) for size in (rows, rows, 1, 1))
+    for own_scale, own_bias in ((scale[0], bias[0]), (None, bias[0]), (scale[0], None), (None, None)):
+        branch = x.double() if own_bias is None else x.double() + own_bias
+        expected = residual + (branch if own_scale is None else own_scale.double() * branch)
+
+        def add_branch(own_scale=own_scale, own_bias=own_bias):
+            return [elementwise.add_branch(residual, own_scale, own_bias, x.clone())]
+
+        assert_close(on_threads(threads, add_branch)[0], expected, 3e-7)
+    factor = torch.randn(rows)
+
+    def sum_and_scale():
+        scaled = x.clone()
+        return elementwise.sum_products_and_scale(scaled, residual, factor), scaled
+
+    sums, scaled = on_threads(threads, sum_and_scale)
+    assert_close(sums, (x.double() * residual).sum(dim=1), 1e-5)
+    assert torch.equal(scaled, x * factor[:, None])
+
+
+def test_residual_add_and_scaled_rows_of_all_numbers(chance):
     count, width = chance.choice((0, 1, 7)), chance.randint(1, 90)
-    residual, branch, scale, bias = (
-        wild(count, width),
-        wild(count, width, high=60),
-        wild(1, 1, width, high=60),
-        wild(width),
-    )
+    residual, branch = wild(count, width), wild(count, width, high=60)
+    scale, bias = wild(1, 1, width, high=60), wild(width)
     exact = residual.double() + scale[0].double() * (branch.double() + bias.double())
     sums = residual.double().abs() + scale[0].double().abs() * (branch.double().abs() + bias.double().abs())
-    result = training.add_branch(residual, scale, bias, branch.clone())
+    result = elementwise.add_branch(residual, scale, bias, branch.clone())
     assert_within(result, exact, sums, 3, lost=LOST * (1 + float(scale.abs().max())))
     x, y, factor = wild(count, width), wild(count, width, high=-8), wild(count, high=0)
-    scaled = x.clone()
-    result = training.sum_products_and_scale(scaled, y, factor)
-    assert_within(result, (x.double() * y.double()).sum(1), (x.double() * y.double()).abs().sum(1), width)
+    scaled, multiplied = x.clone(), x.double() * y.double()
+    result = elementwise.sum_products_and_scale(scaled, y, factor)
+    assert_within(result, multiplied.sum(1), multiplied.abs().sum(1), width)
     assert torch.equal(scaled, x * factor[:, None])
-    tensors = [wild(count, width, high=55), wild(chance.randint(0, 5000), high=50), wild(1, high=55)]
-    squares = sum(tensor.double().square().sum() for tensor in tensors)
-    found = training.total_norm(tensors)
-    assert_within(found[None].double() ** 2, squares[None], squares[None], 64)
-    tensors[1] = torch.cat([tensors[1], torch.tensor([float("nan")])])
-    assert training.total_norm(tensors).isnan() and training.total_norm([torch.empty(0)]) == 0
 
 
-def test_dropout(chance):
+def test_norm_of_many_tensors(threads):
+    torch.manual_seed(2)
+    tensors = [torch.randn(size) for size in ((1,), (37,), (8, 2049), (3, 0), (70, 1000))] + [torch.tensor(2.0)]
+    exact = torch.cat([tensor.flatten() for tensor in tensors]).double().norm()
+    assert_close(on_threads(threads, lambda: [elementwise.total_norm(tensors)])[0], exact, 1e-6)
+    for odd, nature in ((NAN, torch.isnan), (-INF, torch.isinf)):
+        tensors[2][5, 3] = odd
+        assert nature(elementwise.total_norm(tensors))
+    assert elementwise.total_norm([torch.empty(0)]) == 0
+
+
+def test_norm_of_all_numbers(chance):
+    tensors = [wild(chance.choice((0, 1, 400)), high=55), wild(chance.randint(0, 5000), high=50), wild(1, high=55)]
+    squares = sum(tensor.double().square().sum() for tensor in tensors)[None]
+    assert_within(elementwise.total_norm(tensors)[None].double() ** 2, squares, squares, 64)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1, 0.9])
+def test_as_many_numbers_are_dropped_as_asked_for(probability):
+    torch.manual_seed(0)
+    x = torch.rand(1000, 999) + 1
+    dropped = [elementwise.drop(x.clone(), seed, probability) for seed in (1, 1, 2, 1 << 32)]
+    assert torch.equal(dropped[0], dropped[1])
+    for result in dropped:
+        gone = result == 0
+        assert float(gone.float().mean()) == pytest.approx(probability, abs=0.002)
+        spread = (probability * (1 - probability) / 1000) ** 0.5
+        assert float(gone.float().mean(dim=0).std()) == pytest.approx(spread, rel=0.1)
+        torch.testing.assert_close(result[~gone], x[~gone] / (1 - probability))
+    both = ((dropped[0] == 0) & (dropped[2] == 0)).float().mean()
+    assert float(both) == pytest.approx(probability**2, abs=0.002), "seeds must not drop the same numbers"
+    with pytest.raises(ValueError, match="probability"):
+        elementwise.drop(x, 1, 1.0)
+
+
+def test_dropout_of_all_numbers(chance, threads):
     x, probability = wild(chance.choice((0, 1, 9000)), high=126), chance.choice((0.0, 0.1, 0.5))
-    kept = training.drop(torch.ones(x.shape), 5, probability) != 0
-    result = training.drop(x.clone(), 5, probability)
+    kept = elementwise.drop(torch.ones(x.shape), 5, probability) != 0
+    [result] = on_threads(threads, lambda: [elementwise.drop(x.clone(), 5, probability)], counts=(1, 3))
     exact = torch.where(kept, x.double() / (1 - probability), torch.zeros(()).double())
     assert_within(result, exact, exact.abs(), 1)
+    assert elementwise.drop(torch.full((100,), NAN), 7, 0.5).isnan().all()
+
+
+# ---- attention in training
+
+
+def attend(qkv, pattern, heads, grid):
+    """Attention under the pattern's mask, by PyTorch."""
+    query, key, value = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    mask = build_mask(pattern, qkv.shape[1] - grid * grid + 1, grid)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def exact_attention(qkv, grad, pattern, heads, grid):
+    """In double precision: the result, and the gradient for qkv."""
+    exact = qkv.double().requires_grad_()
+    expected = attend(exact, pattern, heads, grid)
+    expected.backward(grad.double())
+    return expected.detach(), exact.grad
+
+
+def native_attention_of(qkv, grad, pattern, heads, grid):
+    """The same natively; the result is computed once more with the gradient, to the bit."""
+    seen = visible(pattern, qkv.shape[1] - grid * grid + 1, grid)
+    assert NativeAttention.suits(qkv, seen)
+    own, grad_qkv = NativeAttention(seen, heads), torch.full_like(qkv, NAN)
+    result = own(qkv)
+    again = own.recompute(qkv, grad.clone(), grad_qkv)
+    torch.testing.assert_close(again, result, rtol=0, atol=0, equal_nan=True)
+    return result, grad_qkv
 
 
 @pytest.mark.parametrize("pattern", ["axial_row", "axial_col", "full"])
-def test_attention_and_its_gradient(pattern, chance):
+@pytest.mark.parametrize(
+    "batch, text, grid, heads, width",
+    [(1, 7, 4, 3, 32), (2, 80, 16, 2, 64), (3, 1, 5, 2, 40), (1, 33, 17, 2, 8), (2, 3, 1, 1, 5), (1, 50, 7, 2, 100)],
+)
+def test_attention_of_all_shapes(pattern, batch, text, grid, heads, width, threads):
+    torch.manual_seed(batch)
+    length = text + grid * grid - 1
+    qkv, grad = torch.randn(batch, length, 3 * heads * width), torch.randn(batch, length, heads * width)
+    expected, expected_grad = exact_attention(qkv, grad, pattern, heads, grid)
+    result, grad_qkv = on_threads(threads, lambda: native_attention_of(qkv, grad, pattern, heads, grid))
+    assert_close(result, expected, 1e-6)
+    assert_close(grad_qkv, expected_grad, 3e-6)
+
+
+@pytest.mark.parametrize("grid", [3, 16, 17])
+def test_what_scratch_memory_held_before_does_not_matter(grid, monkeypatch):
+    plain, results = native_attention._scratch, []
+    torch.manual_seed(0)
+    qkv, grad = torch.randn(1, 5 + grid * grid - 1, 30), torch.randn(1, 5 + grid * grid - 1, 10)
+    for value in (0.0, NAN):
+        filled = lambda *arguments, value=value: plain(*arguments).fill_(value)  # noqa: E731
+        monkeypatch.setattr(native_attention, "_scratch", filled)
+        results.append(native_attention_of(qkv, grad, "axial_col", 2, grid))
+    assert all(torch.equal(first, second) and first.isfinite().all() for first, second in zip(*results))
+
+
+@pytest.mark.parametrize("pattern", ["axial_row", "axial_col", "full"])
+def test_attention_of_all_numbers(pattern, chance):
     """Scores are exact up to `off`, weights up to twice as much of themselves."""
     batch, heads, grid = chance.choice((1, 2)), chance.choice((1, 3)), chance.choice((1, 3, 8))
     text, width = chance.randint(1, 60), chance.choice((1, 8, 21, 64))
@@ -206,9 +353,8 @@ def test_attention_and_its_gradient(pattern, chance):
     high = chance.choice((-70, 0, 3))
     query, key = wild(*shape, high=high + 2), wild(*shape, low=-100, high=-high)
     qkv, grad = torch.cat([query, key, wild(*shape, high=50)], dim=2), wild(*shape, high=50)
-    exact = qkv.double().requires_grad_()
-    expected = attend(exact, pattern, heads, grid)
-    expected.backward(grad.double())
+    expected, expected_grad = exact_attention(qkv, grad, pattern, heads, grid)
+    result, grad_qkv = native_attention_of(qkv, grad, pattern, heads, grid)
 
     def split(x):
         return x.double().unflatten(2, (-1, heads, width)).permute(2, 0, 3, 1, 4)
@@ -221,32 +367,34 @@ def test_attention_and_its_gradient(pattern, chance):
     off = off.amax(-1, keepdim=True) + scores.masked_fill(~mask, 0).abs().amax(-1, keepdim=True) * EPS * 4
     assert float(off.max()) < 0.1
     unsure = weights + FLUSHED * mask  # exponentials flush
-    own = NativeAttention(visible(pattern, text, grid), heads)
-    result, for_qkv = own(qkv), torch.full_like(qkv, float("nan"))
     bound = (unsure * (4 * off + length * EPS)) @ v.abs() + LOST * length
-    assert bool(((split(result)[0] - split(expected.detach())[0]).abs() <= 4 * bound).all())
-    again = own.recompute(qkv, grad.clone(), for_qkv)
-    assert torch.equal(again, result)
-
+    assert bool(((split(result)[0] - split(expected)[0]).abs() <= 4 * bound).all())
     flows = g.abs() @ v.abs().transpose(-1, -2)
     flows = unsure * (flows + (unsure * flows).sum(-1, keepdim=True))
     sums = (flows @ k.abs(), flows.transpose(-1, -2) @ q.abs(), unsure.transpose(-1, -2) @ g.abs())
     lost = FLUSHED * length * (1 + float(k.abs().max()) + float(q.abs().max()))
     lost = (lost, lost + flows.sum(-2)[..., None] * LOST, lost)  # of queries that are subnormal when they are scaled
     off = 12 * float(off.max()) + 4 * (length + width) * EPS
-    for error, size, most in zip((split(for_qkv) - split(exact.grad)).abs(), sums, lost):
+    for error, size, most in zip((split(grad_qkv) - split(expected_grad)).abs(), sums, lost):
         assert bool((error <= 4 * off * size + most)[size < LARGEST / 4].all())
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_attention_keeps_what_is_not_finite_in_its_head(bad):
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("position", [0, 4, 12])  # of 5 + 15: the first and the last of the text part, and a code
+def test_attention_keeps_what_is_not_finite_in_its_head(bad, position):
     qkv, grad = torch.randn(2, 20, 3 * 2 * 8), torch.randn(2, 20, 16)
-    qkv[1, 3, ::16] = bad  # of the first head: a query, a key and a value
-    own, for_qkv = NativeAttention(visible("axial_row", 5, 4), 2), torch.empty_like(qkv)
-    result = own.recompute(qkv, grad, for_qkv)
-    for x in (own(qkv), result, for_qkv):
+    qkv[1, position, ::16] = bad  # of the first head: a query, a key and a value
+    result, grad_qkv = native_attention_of(qkv, grad, "axial_row", 2, 4)
+    assert result[1, position, :8].isnan().all() and grad_qkv[1, position].isnan().any()
+    for x in (result, grad_qkv):
         odd = (~x.isfinite()).unflatten(2, (-1, 2, 8)).any(dim=2).any(dim=1).any(dim=-1)  # (B, H)
         assert odd.tolist() == [[False, False], [True, False]]
+
+
+def test_large_scores_do_not_overflow():
+    qkv = 30 * torch.randn(1, 20, 24)
+    found = NativeAttention(visible("axial_col", 5, 4), 1)(qkv)
+    assert_close(found, attend(qkv.double(), "axial_col", 1, 4), 1e-5)
 
 
 # ---- the VQGAN
@@ -287,7 +435,7 @@ def test_convolutions(high, chance):
     assert_within(conv(x, residual.clone()), exact, sums, 16 * 9, lost=lost)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("bad", [NAN, INF, 3e38])
 @torch.no_grad()
 def test_convolutions_of_what_is_not_finite_are_those_of_pytorch(bad):
     conv, x = Conv3x3(16, 32), torch.randn(2, 16, 24, 25)
@@ -316,7 +464,7 @@ def test_group_norms_with_swish(chance):
     normed = F.group_norm(x.double(), groups, norm.weight.double(), norm.bias.double(), norm.eps)
     bound = 4 * bound.flatten(1, 2) + 60 * EPS * (normed.abs() + norm.bias.double().abs()[:, None, None]) + FLUSHED * 4
     assert bool(((result.double() - F.silu(normed)).abs() <= bound)[bound < LARGEST].all())
-    x[0, 0, 0, 0] = float("nan")
+    x[0, 0, 0, 0] = NAN
     odd = odd_rows(norm(x).unflatten(1, (groups, -1)).flatten(0, 1))
     assert odd == [0]
 
@@ -331,7 +479,7 @@ def test_sampling_from_logits(chance):
     logits = torch.where(
         torch.rand(count, size) < 0.5, torch.randn(count, size) * 4, wild(count, size, high=chance.choice((4, 120)))
     )
-    logits = torch.where(torch.rand(count, size) < 0.05, torch.tensor(-float("inf")), logits)
+    logits = torch.where(torch.rand(count, size) < 0.05, torch.tensor(-INF), logits)
     logits[:, 0] = logits[:, 0].nan_to_num(neginf=0.0)
     uniform = torch.rand(count, dtype=torch.float64)
     token, score = ops.sample(logits, uniform, ops.choice_of(count, temperature, None, None))

@@ -1,4 +1,4 @@
-"""CUDA graphs: positions on the device give the same logits, recordings the same samples, and nothing else is needed.
+"""CUDA graphs: recordings give the same samples, and nothing else is needed.
 
 No GPU is used: a stand-in records the operations and replays them without Python (graph_stand_in.py).
 """
@@ -13,10 +13,22 @@ from functools import partial
 import pytest
 import torch
 from graph_stand_in import Recorder, install
-from test_sampling import EDGES, OPTIONS, TEXT, check_edge, conditional_logits, decode, random_codes, random_model
+from models_for_tests import (
+    ALL,
+    EDGES,
+    OPTIONS,
+    TEXT,
+    check_edge,
+    conditional_logits,
+    decode,
+    likelihood,
+    on_device,
+    primed,
+    random_codes,
+    random_model,
+)
 
 from dalle.loading import Loaded
-from models.positions import Positions, next_code
 from models.quantization import Int8Linear
 from models.vqgan import VQGAN, VqganConfig
 from sampling import Graphs, Sampler, SamplingOptions, driver, sample_codes
@@ -24,7 +36,6 @@ from sampling.decoders import Decoder
 from sampling.graphs import CudaCapture
 
 CPU = torch.device("cpu")
-REACHES = (9, 18, 27, 36)
 GUIDED = SamplingOptions(top_k=5, top_p=0.9, temperature=1.5, cond_scale=2.0)
 
 
@@ -38,31 +49,13 @@ def recorded(model):
     return Graphs(model, CudaCapture(CPU))
 
 
-def on_device(position):
-    """A position that the host does not know, and the part of the codes that is read for it."""
-    return Positions.of(torch.tensor([[position]]), next(reach for reach in REACHES if position < reach))
-
-
 # ---- the step
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("images, prompts, first", [(3, 1, 13), (2, 2, 0), (1, 2, 4)])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_positions_on_the_device_give_the_same_logits(options, images, prompts, first):
-    model = random_model(**options)
-    codes = random_codes(prompts * images)
-    found, expected = (
-        decode(Decoder(model, prompts, images), TEXT[:prompts], codes, first, step) for step in (on_device, next_code)
-    )
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_caches_are_as_wide_as_the_weights(dtype):
-    model = random_model(**OPTIONS["rotary and shift"]).to(dtype)
-    codes = random_codes(3)
+    model, codes = random_model(**OPTIONS["rotary and shift"]).to(dtype), random_codes(3)
     decoder = Decoder(model, 1, 3)
     assert decoder.cache.layers[0].codes.dtype == decoder.cache.layers[0].text.dtype == dtype
     whole = model(TEXT[:1].expand(3, -1), codes)[1].float()
@@ -75,7 +68,7 @@ def test_caches_are_as_wide_as_the_weights(dtype):
 @pytest.mark.skipif(torch.__version__ < "2.1", reason="on a CPU autocast leaves attention alone before 2.1")
 @torch.no_grad()
 def test_linear_layers_compute_in_the_type_of_autocast():
-    model = random_model(**OPTIONS["all patterns"]).float()
+    model = random_model(**ALL).float()
     codes = random_codes(2)
     with torch.autocast("cpu", torch.bfloat16):
         decoder = Decoder(model, 1, 2)
@@ -89,57 +82,50 @@ def test_linear_layers_compute_in_the_type_of_autocast():
 # ---- recordings
 
 
+def assert_as_without(found, model, *given, **options):
+    """What was sampled is what the model gives without recordings, whose codes are returned."""
+    expected = sample_codes(model, *given, **options)
+    assert torch.equal(found.codes, expected.codes)
+    torch.testing.assert_close(found.log_likelihood, expected.log_likelihood, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_recordings_draw_the_same_images(options, graph):
+def test_recordings_sample_the_same_images(options, graph):
     model = random_model(**options)
-    graphs = recorded(model)
-    expected = sample_codes(model, TEXT, [4, 5, 6, 7], GUIDED)
-    drawn = sample_codes(model, TEXT, [4, 5, 6, 7], GUIDED, graphs=graphs)
-    assert torch.equal(drawn.codes, expected.codes)
-    torch.testing.assert_close(drawn.log_likelihood, expected.log_likelihood, rtol=1e-5, atol=1e-4)
+    graphs, given = recorded(model), (TEXT, [4, 5, 6, 7], GUIDED)
+    assert_as_without(sample_codes(model, *given, graphs=graphs), model, *given)
     assert graph.recorded == 4 and graph.replayed == 35 and not graphs.failed
 
 
 @pytest.mark.parametrize("options", EDGES, ids=str)
 def test_options_at_the_ends_of_their_ranges(options, graph):
-    model = random_model(**OPTIONS["all patterns"])
+    model = random_model(**ALL)
     check_edge(model, options, recorded(model))
     assert graph.replayed == 35
 
 
 def test_one_recording_serves_all_batches_of_its_shape(graph):
-    model = random_model(**OPTIONS["all patterns"])
-    graphs = recorded(model)
-    given = random_codes(1)[0]
-    given[14:20] = given[25:] = -1
-    for row, seeds, kept, fed in ((0, [1, 2], None, 35), (1, [3, 4], given, 21), (0, [1, 2], None, 35)):
+    """What was sampled before stays as it was."""
+    model, results = random_model(**ALL), []
+    graphs, some = recorded(model), primed(slice(14, 20), slice(25, None))
+    for row, seeds, kept, fed in ((0, [1, 2], None, 35), (1, [3, 4], some, 21), (0, [1, 2], None, 35)):
         before, steps = graph.replayed, Counter()
-        expected = sample_codes(model, TEXT[row], seeds, given=kept, on_token=partial(steps.update, "a"))
-        drawn = sample_codes(model, TEXT[row], seeds, given=kept, on_token=partial(steps.update, "b"), graphs=graphs)
-        assert torch.equal(drawn.codes, expected.codes)
-        torch.testing.assert_close(drawn.log_likelihood, expected.log_likelihood, rtol=1e-5, atol=1e-4)
+        found = sample_codes(model, TEXT[row], seeds, given=kept, on_token=partial(steps.update, "b"), graphs=graphs)
+        assert_as_without(found, model, TEXT[row], seeds, given=kept, on_token=partial(steps.update, "a"))
         assert graph.replayed - before == fed and steps["a"] == steps["b"] == fed + 1
+        results.append((found, copy.deepcopy(found)))
+        for layer in next(iter(graphs.sessions.values())).decoder.cache.layers:
+            layer.codes.fill_(float("nan"))  # hidden from the next batch, but a nan times no weight is a nan
     assert graph.recorded == 4
+    for found, before in results:
+        assert torch.equal(found.codes, before.codes) and torch.equal(found.log_likelihood, before.log_likelihood)
 
 
 @pytest.mark.parametrize("hidden", [[35], [0, 7, 35], []], ids=str)
 def test_given_codes_are_kept(hidden, graph):
-    model = random_model()
-    given = random_codes(1)[0]
-    given[hidden] = -1
-    expected = sample_codes(model, TEXT[0], [1, 2], given=given)
-    drawn = sample_codes(model, TEXT[0], [1, 2], given=given, graphs=recorded(model))
-    assert torch.equal(drawn.codes, expected.codes)
-    torch.testing.assert_close(drawn.log_likelihood, expected.log_likelihood, rtol=1e-5, atol=1e-4)
-
-
-def test_what_was_drawn_stays_when_the_next_batch_is(graph):
-    model = random_model()
-    graphs = recorded(model)
-    first = sample_codes(model, TEXT[0], [1], graphs=graphs)
-    before = first.codes.clone(), first.log_likelihood.clone()
-    sample_codes(model, TEXT[1], [2], graphs=graphs)
-    assert torch.equal(first.codes, before[0]) and torch.equal(first.log_likelihood, before[1])
+    model, given = random_model(), primed(hidden)
+    found = sample_codes(model, TEXT[0], [1, 2], given=given, graphs=recorded(model))
+    assert_as_without(found, model, TEXT[0], [1, 2], given=given)
 
 
 def test_other_weights_are_recorded_anew(graph):
@@ -185,17 +171,16 @@ def test_a_copy_records_for_itself(graph):
 
 @pytest.mark.skipif(torch.__version__ < "2.1", reason="on a CPU autocast leaves attention alone before 2.1")
 def test_under_autocast_steps_are_recorded_in_its_type(graph):
-    model = random_model(**OPTIONS["all patterns"]).float()
+    model = random_model(**ALL).float()
     graphs = recorded(model)
     with torch.autocast("cpu", torch.bfloat16):
         drawn = sample_codes(model, TEXT[0], [1, 2, 3], graphs=graphs)
     (session,) = graphs.sessions.values()
     assert session.decoder.dtype == session.decoder.cache.layers[0].codes.dtype == torch.bfloat16
     assert graph.replayed == 35
-    logits = conditional_logits(model, TEXT[0], drawn.codes)
-    expected = logits.log_softmax(-1).gather(-1, drawn.codes[..., None]).sum((1, 2))
+    expected = likelihood(conditional_logits(model, TEXT[0], drawn.codes), drawn.codes)
     # 36 codes, each right to a few hundredths of a nat.
-    torch.testing.assert_close(drawn.log_likelihood, expected.detach(), rtol=0.1, atol=2.0)
+    torch.testing.assert_close(drawn.log_likelihood, expected, rtol=0.1, atol=2.0)
 
 
 # ---- decoding beside drawing

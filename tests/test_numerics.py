@@ -52,22 +52,23 @@ def run(folder, out, *more):  # noqa: F811
 
 
 @pytest.mark.parametrize("optimizer", ["Adam", "Muon"])  # decided by the fused kernel, and on the host
-@pytest.mark.parametrize("value", BAD.values(), ids=BAD)
-def test_a_bad_step_changes_nothing_and_is_counted(folder, tmp_path, monkeypatch, caplog, optimizer, value):  # noqa: F811
+def test_a_bad_step_changes_nothing_and_is_counted(folder, tmp_path, monkeypatch, caplog, optimizer):  # noqa: F811
     if optimizer == "Muon" and not hasattr(torch.optim, "Muon"):
         pytest.skip("this PyTorch has no Muon")
     options = ("--optimizer", optimizer, "--clip-grad-norm", "1")
     engine, _ = run(folder, tmp_path / "two", "--max-steps", "2", *options)
     expected = engine.state_dict()
-    poison(monkeypatch, {3}, value)
-    with caplog.at_level(logging.WARNING):
-        engine, events = run(folder, tmp_path / "three", "--max-steps", "3", *options)
-    assert_same(weights(tmp_path / "two/ckpt/dalle_0_2.pt"), weights(tmp_path / "three/ckpt/dalle_0_3.pt"))
-    state = engine.state_dict()
-    assert flat(state["optimizer"]) == flat(expected["optimizer"]) and state["bad_steps"] == [1, 1]
-    assert [event["bad_steps"] for event in events] == [0, 0, 1]
-    assert events[1]["grad_norm"] > 0 and events[2]["grad_norm"] is None and events[2]["loss"] is None
-    assert "step 3: loss or gradient not finite for 1 step(s), 1 in all" in caplog.text
+    for name, value in BAD.items():
+        caplog.clear()
+        with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+            poison(patch, {3}, value)
+            engine, events = run(folder, tmp_path / name, "--max-steps", "3", *options)
+        assert_same(weights(tmp_path / "two/ckpt/dalle_0_2.pt"), weights(tmp_path / name / "ckpt/dalle_0_3.pt"))
+        state = engine.state_dict()
+        assert flat(state["optimizer"]) == flat(expected["optimizer"]) and state["bad_steps"] == [1, 1]
+        assert [event["bad_steps"] for event in events] == [0, 0, 1]
+        assert events[1]["grad_norm"] > 0 and events[2]["grad_norm"] is None and events[2]["loss"] is None
+        assert "step 3: loss or gradient not finite for 1 step(s), 1 in all" in caplog.text
 
 
 def flat(state):

@@ -1,41 +1,123 @@
-"""Ops: one place decides which implementation runs, and all of them give what the reference gives."""
+"""Ops: one place decides which implementation runs, and a model learns the same with each of them."""
 from __future__ import annotations
 
 import dataclasses
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from test_attention import OPTIONS, TINY, random_
-from test_train import ROOT
+from models_for_tests import needs_kernels, randomised
 
 import ops
-from models.config import ATTENTION_PATTERNS
+from models.config import ATTENTION_PATTERNS, DalleConfig
 from models.dalle import DALLE
+from models.patterns import visible
 from models.transformer import Transformer
-from ops import dispatch, native_attention, registered
+from ops import dispatch, elementwise, native_attention, registered
+from ops.attention_ops import NativeAttention
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = DalleConfig(
+    num_text_tokens=9, num_image_tokens=7, text_seq_len=4, grid=3, dim=16, depth=2, heads=2, dim_head=12,
+    attn_types=("full",),
+)  # fmt: skip
+#: Blocks with and without what the fused ops know: each activation, biases and scales, shifts, rotations, more norms.
+BLOCKS = {
+    "plain": {},
+    "rotary": {"rotary": True},
+    "rotary and shift": {"rotary": True, "shift_tokens": True, "text_positions": False, "image_positions": "none"},
+    "stable sandwich": {"stable": True, "sandwich_norm": True},
+    "without bos": {"bos": False, "unique_pads": False, "layer_scale": False, "image_positions": "learned"},
+    "gelu": {"activation": "gelu", "qkv_bias": True, "layer_scale": False},
+    "gelu, stable sandwich": {"activation": "gelu", "stable": True, "sandwich_norm": True},
+    "quick_gelu without biases": {"activation": "quick_gelu", "out_bias": False, "ff_bias": False},
+    "quick_gelu, shift": {"activation": "quick_gelu", "shift_tokens": True},
+}
 
 
-@pytest.mark.parametrize("activation", ["geglu", "gelu", "quick_gelu"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+# ---- one model, all implementations
+
+
+def trained(transformer, x, weight, kind):
+    """The output, and the gradients of its weighted sum for the input and all parameters."""
+    with ops.use(kind):
+        output = transformer(x)
+        return [output, *torch.autograd.grad((output * weight).sum(), (x, *transformer.parameters()))]
+
+
+@pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS)
 @pytest.mark.parametrize("pattern", ATTENTION_PATTERNS)
-def test_every_block_has_the_gradients_of_the_reference(pattern, options, activation):
-    """In float32, for which there are native kernels, with shifts and norms that the fused ops do not know too."""
-    config = dataclasses.replace(TINY, grid=5, attn_types=(pattern,), activation=activation, **options)
-    transformer = random_(Transformer(config)).train()
-    x = torch.randn(2, config.seq_len, TINY.dim, requires_grad=True)
-    weight, results = torch.randn_like(x), []
-    for kind in ("native", "reference"):
-        with ops.use(kind):
-            output = transformer(x)
-            results.append((output, *torch.autograd.grad((output * weight).sum(), (x, *transformer.parameters()))))
+@pytest.mark.parametrize("grid", [1, 5, 6])
+def test_blocks_have_the_gradients_of_the_reference(grid, pattern, options):
+    """In double precision, where fused ops are PyTorch's, and in float32, for which there are native kernels."""
+    config = dataclasses.replace(TINY, grid=grid, attn_types=(pattern,), depth=1, **options)
+    transformer = randomised(Transformer(config)).double().train()
+    x = torch.randn(2, config.seq_len, config.dim, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn_like(x)
+    exact = trained(transformer, x, weight, "reference")
+    for fused, plain in zip(trained(transformer, x, weight, "native"), exact):
+        torch.testing.assert_close(fused, plain)
+        assert fused.shape == plain.shape and fused.dtype == plain.dtype
+    transformer, x = transformer.float(), x.detach().float().requires_grad_()
+    for native, plain in zip(trained(transformer, x, weight.float(), "native"), exact):
+        size = float(plain.detach().abs().max())
+        torch.testing.assert_close(native.double(), plain, rtol=1e-4, atol=1e-5 * size + 1e-6)
     with torch.no_grad():
-        torch.testing.assert_close(transformer(x), results[1][0], rtol=1e-4, atol=1e-5)
-    for native, reference in zip(*results):
-        size = float(reference.detach().abs().max())
-        torch.testing.assert_close(native, reference, rtol=1e-4, atol=1e-5 * size + 1e-6)
+        torch.testing.assert_close(transformer(x).double(), exact[0], rtol=1e-4, atol=1e-5)
+
+
+def learn(model, seed=None, kind="native"):
+    """The loss of one batch and its gradients for all parameters."""
+    config, chance = model.config, torch.Generator().manual_seed(3)
+    text = torch.randint(1, config.num_text_tokens, (2, config.text_seq_len), generator=chance)
+    codes = torch.randint(config.num_image_tokens, (2, config.grid**2), generator=chance)
+    model.zero_grad()
+    if seed is not None:
+        torch.manual_seed(seed)
+    with ops.use(kind):
+        loss = model.loss(*model(text, codes), text, codes).total
+        loss.backward()
+    return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+MIXED = dataclasses.replace(
+    TINY, num_text_tokens=20, num_image_tokens=11, text_seq_len=5, grid=4, dim=24, depth=4, heads=3, dim_head=8,
+    attn_types=("axial_row", "axial_col", "full", "conv_like"),
+)  # fmt: skip
+
+
+@needs_kernels
+@pytest.mark.parametrize("activation", ["geglu", "gelu", "quick_gelu"])
+@pytest.mark.parametrize("biases", [True, False])
+def test_a_model_learns_as_in_double_precision(activation, biases):
+    torch.manual_seed(3)
+    has = dict.fromkeys(("layer_scale", "qkv_bias", "out_bias", "ff_bias"), biases)
+    model = DALLE(dataclasses.replace(MIXED, activation=activation, **has))
+    native, again, exact = learn(model), learn(model), learn(model.double())
+    for first, second, expected in zip(native, again, exact):
+        assert torch.equal(first, second)
+        atol = 1e-5 * float(expected.abs().max()) + 1e-7
+        torch.testing.assert_close(first.double(), expected.double(), rtol=0, atol=atol)
+
+
+@needs_kernels
+@pytest.mark.parametrize("activation", ["geglu", "gelu", "quick_gelu"])
+@pytest.mark.parametrize("attn_dropout, ff_dropout", [(0.1, 0.0), (0.0, 0.3), (0.5, 0.1)])
+def test_a_layer_drops_the_same_forward_and_backward(activation, attn_dropout, ff_dropout, monkeypatch):
+    torch.manual_seed(0)
+    options = {"activation": activation, "attn_dropout": attn_dropout, "ff_dropout": ff_dropout}
+    model = DALLE(dataclasses.replace(MIXED, **options))
+
+    def seeded_dropout(x, probability):
+        """Drops what the kernel would drop."""
+        return x * elementwise.drop(torch.ones(x.shape), int(torch.randint(2**63 - 1, ())), probability)
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", seeded_dropout)
+    for native, plain in zip(learn(model, seed=1), learn(model, seed=1, kind="reference")):
+        torch.testing.assert_close(native, plain, rtol=1e-4, atol=1e-6)
 
 
 def test_a_linear_layer_of_another_kind_computes_as_it_says():
@@ -43,7 +125,7 @@ def test_a_linear_layer_of_another_kind_computes_as_it_says():
         def forward(self, x):
             return 2 * super().forward(x)
 
-    transformer = random_(Transformer(TINY))
+    transformer = randomised(Transformer(TINY))
     for block in transformer.layers:
         out = block.attention.fn.out
         block.attention.fn.out = Doubling(out.in_features, out.out_features)
@@ -52,6 +134,9 @@ def test_a_linear_layer_of_another_kind_computes_as_it_says():
     native = transformer(x)
     with ops.use("reference"):
         torch.testing.assert_close(native, transformer(x))
+
+
+# ---- the choice
 
 
 def test_the_choice_holds_within_its_context_or_for_good():
@@ -87,12 +172,40 @@ def test_explain_says_what_runs_and_why():
     assert len(output.splitlines()) == len(ops.explain()) == output.count("DALLE_KERNELS=off")
 
 
+@needs_kernels
+def test_other_types_and_devices_take_pytorch():
+    full = visible("full", 5, 4)
+    for options in ({"dtype": torch.bfloat16}, {"device": "meta"}):
+        assert not NativeAttention.suits(torch.zeros(1, 20, 24, **options), full)
+    assert not NativeAttention.suits(torch.zeros(1, 20, 24), visible("conv_like", 5, 4))
+    x = torch.zeros(2, 3)
+    assert elementwise.suits(x, None)
+    assert not elementwise.suits(x, x.t()) and not elementwise.suits(x.double())
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "shapes, message",
+    [
+        ([(1, 20, 9)], "of 2 heads"),
+        ([(1, 15, 12)], "of 2 heads"),
+        ([(1, 20, 12), (1, 20, 4), (1, 20, 6)], "other shapes"),
+        ([(1, 12, 20), (1, 20, 4), (1, 20, 12)], "contiguous"),
+    ],
+)
+def test_attention_of_wrong_shapes_is_refused(shapes, message):
+    pattern, (qkv, *gradients) = native_attention.Pattern(heads=2, grid=4, by_column=False), map(torch.zeros, shapes)
+    qkv = qkv.transpose(1, 2) if message == "contiguous" else qkv
+    with pytest.raises(ValueError, match=message):
+        (native_attention.backward if gradients else native_attention.forward)(qkv, pattern, *gradients)
+
+
 @pytest.mark.skipif(not registered.AVAILABLE, reason="operators with autograd came with PyTorch 2.4")
-@pytest.mark.skipif(not native_attention.available(), reason="no C compiler, or kernels are switched off")
+@needs_kernels
 @pytest.mark.parametrize("how", ["compile", "export"])
-def test_native_attention_stays_in_what_is_compiled_or_exported(how, monkeypatch):
+def test_native_attention_stays_in_what_is_compiled_or_exported(how):
     torch.manual_seed(1)
-    model = random_(DALLE(dataclasses.replace(TINY, attn_types=("full", "axial_col"), depth=2)))
+    model = randomised(DALLE(dataclasses.replace(TINY, attn_types=("full", "axial_col"), depth=2)))
     text = torch.randint(1, TINY.num_text_tokens, (2, TINY.text_seq_len))
     codes = torch.randint(TINY.num_image_tokens, (2, TINY.grid**2))
     expected = model(text, codes)[1]

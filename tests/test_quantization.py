@@ -20,17 +20,9 @@ from ops import build
 from utils.errors import UserError
 
 SMALL = DalleConfig(
-    num_text_tokens=30,
-    num_image_tokens=20,
-    text_seq_len=6,
-    grid=4,
-    dim=64,
-    depth=4,
-    heads=4,
-    dim_head=16,
-    init_std=0.05,
-    **ARCHITECTURES["mindalle"],
-)
+    num_text_tokens=30, num_image_tokens=20, text_seq_len=6, grid=4, dim=64, depth=4, heads=4, dim_head=16,
+    init_std=0.05, **ARCHITECTURES["mindalle"],
+)  # fmt: skip
 OPTIONS = {
     "mindalle": {},
     "mini-dalle": dict(ARCHITECTURES["mini-dalle"], bos=True, unique_pads=True, image_positions="axial"),
@@ -40,6 +32,11 @@ OPTIONS = {
 CHARACTERS = len(merges_and_vocabulary()[1])
 TEXT = torch.tensor([[3, 8, 2, 9, 0, 0], [1, 5, 7, 2, 29, 4]])
 CODES = torch.arange(32).view(2, 16) * 7 % 20
+
+
+def random_model(name, seed):
+    torch.manual_seed(seed)
+    return DALLE(DalleConfig.from_dict(dict(SMALL.to_dict(), **OPTIONS[name])))
 
 
 def logits(model):
@@ -80,8 +77,7 @@ def test_a_layer_gives_the_product_of_the_rounded_weights(bias, monkeypatch):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_built_model_has_the_weights_and_the_gradients_of_a_loaded_one(name):
-    torch.manual_seed(0)
-    model = DALLE(SMALL if name == "mindalle" else DalleConfig.from_dict(dict(SMALL.to_dict(), **OPTIONS[name])))
+    model = random_model(name, seed=0)
     state = dict(model.state_dict())
     built = build_dalle(model.config, dict(state))
     assert built.state_dict().keys() == state.keys()
@@ -104,12 +100,13 @@ def test_weights_are_taken_not_copied():
 
 def test_weights_of_another_model_are_refused():
     state = dict(DALLE(SMALL).state_dict())
-    with pytest.raises(ValueError, match="norm.bias is missing"):
-        build_dalle(SMALL, {key: tensor for key, tensor in state.items() if key != "norm.bias"})
-    with pytest.raises(ValueError, match="does not have: more"):
-        build_dalle(SMALL, dict(state, more=torch.zeros(1)))
-    with pytest.raises(ValueError, match=r"norm.bias has shape \(1,\)"):
-        build_dalle(SMALL, dict(state, **{"norm.bias": torch.zeros(1)}))
+    for weights, message in (
+        ({key: tensor for key, tensor in state.items() if key != "norm.bias"}, "norm.bias is missing"),
+        (dict(state, more=torch.zeros(1)), "does not have: more"),
+        (dict(state, **{"norm.bias": torch.zeros(1)}), r"norm.bias has shape \(1,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_dalle(SMALL, weights)
 
 
 def test_modules_made_without_weights_have_real_buffers_and_later_ones_are_normal():
@@ -126,8 +123,7 @@ def test_modules_made_without_weights_have_real_buffers_and_later_ones_are_norma
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("dtype, limit", [("bfloat16", 0.05), ("int8", 0.03)])
 def test_logits_are_close_to_those_of_float32(name, dtype, limit):
-    torch.manual_seed(1)
-    model = DALLE(SMALL if name == "mindalle" else DalleConfig.from_dict(dict(SMALL.to_dict(), **OPTIONS[name])))
+    model = random_model(name, seed=1)
     expected = logits(model)
     found = logits(build_dalle(model.config, dict(model.state_dict()), dtype=dtype))
     error = float((found - expected).norm() / expected.norm())
@@ -183,20 +179,23 @@ def peak_of(call):
     return result, resident("VmHWM") - before
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("trained", [False, True], ids=["weights", "with training state"])
-def test_loading_holds_the_weights_once(folder, tmp_path, trained, dtype):
-    config = DalleConfig.from_dict(dict(SMALL.to_dict(), dim=512, dim_head=64, depth=6, heads=8, grid=4))
-    config = DalleConfig.from_dict(dict(config.to_dict(), num_text_tokens=CHARACTERS, num_image_tokens=24))
-    state = DALLE(config).state_dict()
+def test_loading_holds_the_weights_once(folder, tmp_path, trained):
+    sizes = {"dim": 512, "dim_head": 64, "depth": 6, "heads": 8, "num_text_tokens": CHARACTERS, "num_image_tokens": 24}
+    config = DalleConfig.from_dict(dict(SMALL.to_dict(), **sizes))
+    with without_weights():
+        model = DALLE(config)
+    state = {name: torch.zeros(tensor.shape) for name, tensor in model.state_dict().items()}
     size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     moments = {name: torch.ones(2, *tensor.shape) for name, tensor in state.items()} if trained else None
     save_checkpoint(tmp_path / "dalle_0.pt", dalle_checkpoint(config.to_dict(), state, 1, moments))
     VqganConfig.from_yaml(folder / "config.yaml").to_yaml(tmp_path / "vqgan.yaml")
     del state, moments
     files = (tmp_path / "dalle_0.pt", folder / "tokenizer", folder / "stage1_last.ckpt", tmp_path / "vqgan.yaml")
-    load(*files, dtype=dtype)  # whatever is imported on the way
-    loaded, peak = peak_of(lambda: load(*files, dtype=dtype))
-    # Converted weights lie beside the pages of the file that they were read from, where it is mapped.
-    assert size > 70e6 and peak < (1.6 if trained else 1.0) * size + 35e6
-    assert loaded.config == config
+    load(*files)  # whatever is imported on the way
+    for dtype in DTYPES:
+        loaded, peak = peak_of(lambda dtype=dtype: load(*files, dtype=dtype))
+        # Converted weights lie beside the pages of the file that they were read from, where it is mapped.
+        assert size > 70e6 and peak < (1.6 if trained else 1.0) * size + 35e6, dtype
+        assert loaded.config == config
+        del loaded
