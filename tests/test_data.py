@@ -491,7 +491,7 @@ def test_create_datasets_from_folders_and_random_data(tmp_path, caplog):
     assert words(train[0][0]) == "" and words(validation[0][0]).startswith("n")
     train, validation = create_datasets(input_folder=folder, validation_folder=str(tmp_path / "val"), **common)
     assert len(train) == 10 and words(validation[0][0]) == "v0"
-    train, validation = create_datasets(None, Letters(), DataSettings(T, 8, num_generated=30), validation_holdout=0)
+    train, validation = create_datasets(None, num_generated=30, validation_holdout=0, **COMMON)
     assert len(train) == 30 and validation is None
     with pytest.raises(UserError, match="--input-folder"):
         create_dataset(None, *common)
