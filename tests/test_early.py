@@ -18,7 +18,7 @@ from test_train import run as train_pairs
 
 import training.vqgan
 from training import resume
-from training.vqgan_options import parse_args
+from training.vqgan_options import COMMAND
 from utils import errors
 from utils.errors import UsageError, UserError, run_main
 
@@ -146,7 +146,7 @@ def test_training_of_a_vqgan(words, message, place, untouched):
     torch.save({"other": 1}, "full/training.pt")
     base = ["--input-folder", "demo", "--output", "out", "--steps", "1", "--device", "cpu"]
     with pytest.raises(UserError, match=message):
-        training.vqgan.train(parse_args([*base, *words.split()]))
+        training.vqgan.train(COMMAND.parse([*base, *words.split()]))
     assert not untouched
 
 
