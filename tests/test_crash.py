@@ -101,7 +101,7 @@ MOMENTS = {
     "before its rename": ("utils.files:os.fsync", 6, "after"),
     "after its rename": ("checkpoints:prune_checkpoints", 2, "before"),
     "in validation": ("engines.native:NativeEngine._averaged_weights", 1, "after"),
-    "between metrics and checkpoint": ("log:_JsonLines.write", 7, "after"),
+    "between metrics and checkpoint": ("utils.metrics:_JsonLines.write", 7, "after"),
 }
 
 

@@ -17,7 +17,6 @@ import args
 import examples_utils.options
 import training.vqgan_options
 from benchmarks import busy, compare_peers
-from data import process_trainset
 from examples import transfer_learning_ex
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,7 +102,7 @@ PARSED = {
     r"python train\.py(?: (?!.*minDALLE_tiny)(.*))?": parse_training,
     r"python train_vqgan\.py (.*)": training.vqgan_options.COMMAND.parse,
     r"python examples/transfer_learning_ex\.py (.*)": transfer_learning_ex.COMMAND.parse,
-    r"python3 -m examples_utils (.*)": examples_utils.options.COMMAND.parse,
+    r"python3 -m examples_utils (.*)": examples_utils.options.parse,
     r"python benchmarks/compare_peers\.py (.*)": compare_peers.COMMAND.parse,
     r"python benchmarks/busy\.py (.*)": busy.COMMAND.parse,
 }
@@ -115,7 +114,8 @@ RUN = {
     r"python train\.py (.*minDALLE_tiny.*)": [*ONE_STEP, "--checkpoint-output-dir", "again/ckpt"],
     r"python generate\.py (.*)": ["--num_images", "2"],
     r"python evaluate\.py (.*)": ["--max_pairs", "4", "--skip_retrieval"],
-    r"python data/process_trainset\.py ?(.*)": [],
+    r"python data/process_trainset\.py()": ["--captions", "captions.json", "--out-dir", "captions"],
+    r"python data/process_trainset\.py (.+)": [],
     r"python -m bpe\.train (.*)": ["--vocab-size", "60"],
     r"python -m (?:checkpoints|dalle\.export) (.*)": [],
     r"python -m ops()": [],
@@ -192,8 +192,6 @@ def run(command, words, patch):
 @pytest.mark.parametrize("command, words, small", ways(RUN), ids=lambda value: value if str(value) == value else "")
 def test_a_command_runs(command, words, small, workspace, monkeypatch):
     monkeypatch.chdir(workspace)
-    monkeypatch.setattr(process_trainset, "DEFAULT_CAPTIONS", workspace / "captions.json")
-    monkeypatch.setattr(process_trainset, "DEFAULT_OUT_DIR", workspace / "captions")
     run(command, [*words, *small], monkeypatch)
 
 

@@ -65,7 +65,7 @@ TRAIN = [
     ("--batch-size 99 --gradient-accumulation 99", "; lower --gradient-accumulation and --batch-size or"),
     (f"{PUBLISHED} --image-size 16 --wandb", "--wandb needs a package .*pip install wandb"),
     (f"{PUBLISHED} --image-size 16 --tensorboard", "--tensorboard needs a package"),
-    ("--checkpoint-output-dir file", "--checkpoint-output-dir file: this is a file"),
+    ("--checkpoint-output-dir file", "--checkpoint-output-dir file: file is a file, not a folder"),
     ("--checkpoint-output-dir file/ckpt", "--checkpoint-output-dir file/ckpt: "),
     ("--checkpoint-output-dir closed", "--checkpoint-output-dir closed: no permission"),
     (f"--export-mindalle full {MINDALLE}", "--export-mindalle full: .*not empty"),
@@ -131,7 +131,7 @@ def test_a_resumed_run(folder, place, monkeypatch, request):  # noqa: F811
 
 
 VQGAN = [
-    ("--output file", "--output file: this is a file"),
+    ("--output file", "--output file: file is a file, not a folder"),
     ("--output closed", "--output closed: no permission to write there"),
     ("--input-folder missing", "--input-folder missing: no such folder"),
     ("--config file.yaml", "file.yaml"),

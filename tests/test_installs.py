@@ -172,7 +172,7 @@ def test_every_package_module_and_data_file_is_listed_for_pip(project):
     packages = {os.path.dirname(name).replace("/", ".") for name in files if name.endswith("/__init__.py")}
     assert set(listed["packages"]) == packages
     for name in (name for name in files if name.endswith(".py") and "/" in name):
-        assert os.path.dirname(name).replace("/", ".") in {*packages, "tests", "tests.assets", "examples"}, name
+        assert os.path.dirname(name).replace("/", ".") in {*packages, "docs", "tests", "tests.assets", "examples"}, name
     modules = {name[:-3] for name in files if name.endswith(".py") and "/" not in name}
     assert set(listed["py-modules"]) == modules - {"setup", "process_captions"}
     patterns = [f"{name}/{pattern}" for name, found in listed["package-data"].items() for pattern in found]

@@ -81,7 +81,8 @@ def weights(folder):
 
 def test_figures_are_shown_with_their_units():
     figures = {"reconstruction": 0.123456, "images_per_second": 85.27, "psnr": 21.34567, "codes_used": 0.3848}
-    shown = "reconstruction 0.1235, 85.3 images/s, psnr 21.35 dB, codes used 38.5%, ceiling heldout 95.0%"
+    shown = "reconstruction 0.1235, 85.3 images/s, PSNR 21.35 dB, 38.5% of the codes used"
+    shown += ", 95.0% of held-out reconstructions nearest to their own picture"
     assert vqgan.listed({**figures, "ceiling_heldout": 0.95}) == shown
 
 

@@ -55,7 +55,10 @@ class Range(NamedTuple):
             return True
         low = (self.ge is None or value >= self.ge) and (self.gt is None or value > self.gt)
         high = (self.le is None or value <= self.le) and (self.lt is None or value < self.lt)
-        return low and high and not (isinstance(value, float) and not math.isfinite(value))
+        try:
+            return low and high and math.isfinite(value)
+        except OverflowError:  # a whole number that no float can hold
+            return False
 
     def __str__(self) -> str:
         limits = ((self.ge, "at least"), (self.gt, "above"), (self.le, "at most"), (self.lt, "below"))
