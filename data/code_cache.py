@@ -182,7 +182,7 @@ class CodeCache:
         """Encode rows, this process's share of `total`: in rounds, so that no process waits long for another."""
         source = read(_batches(_Pictures(pairs, rows, identities), self.workers))
         left, writer = len(rows), place.writer()
-        shown = self.progress(total, "encoding images") if self.progress else contextlib.nullcontext()
+        shown = self.progress(total, "encoding") if self.progress else contextlib.nullcontext()
         with contextlib.closing(source), contextlib.closing(writer), shown as progress:
             while total:
                 batch: list[tuple[int, Tensor | None]] = next(source, [])

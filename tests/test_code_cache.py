@@ -605,7 +605,7 @@ def test_two_processes_train_as_one_does_without(server, material, tmp_path):
     without = trained(material, tmp_path / "one", "--cache-codes", "off", "--ff-dropout", "0")
     more = ("--cache-codes", str(tmp_path / "codes"), "--ff-dropout", "0")
     written, _ = server.together(flags(material, tmp_path / "two", *more), tmp_path)
-    assert "encoding 16 of 16 images" in written and "encoding images 16/16 (100%) images" in written
+    assert "encoding 16 of 16 images" in written and "encoding 16/16 (100%) images" in written
     assert len(list((tmp_path / "codes").glob("*/*.codes"))) == 4  # of each process, for training and validation
     for (_, _, loss, _), (_, _, expected, _) in zip(losses_of(tmp_path / "two"), without):
         assert loss == pytest.approx(expected, rel=1e-4)
