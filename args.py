@@ -299,8 +299,7 @@ class Config:
         run = self.execution
         lines = [
             f"configuration {self.name}: global batch {run.global_batch} = {run.batch_size} (batch_size) x "
-            f"{run.gradient_accumulation} (gradient_accumulation) x {run.replication_factor} "
-            "(replication_factor)"
+            f"{run.gradient_accumulation} (gradient_accumulation) x {run.replication_factor} (replication_factor)"
         ]
         for attribute, section in SECTIONS.items():
             own = getattr(self, attribute)

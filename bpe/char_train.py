@@ -35,8 +35,7 @@ def learn_char_vocabulary(captions: Iterable[str], vocab_size: int) -> tuple[byt
     if vocab_size < len(tokens):
         raise UserError(
             f"--vocab-size {vocab_size} cannot hold the {len(tokens) - 2} characters of these captions (inside and "
-            "at the end of words): give at "
-            f"least {len(tokens)}"
+            f"at the end of words): give at least {len(tokens)}"
         )
     ids: dict[str, int] = {token: index for index, token in enumerate(tokens)}
     ordered = sorted(words.items())  # so that the order in which captions are read changes nothing

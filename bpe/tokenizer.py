@@ -152,8 +152,7 @@ class Tokenizer(abc.ABC):
                 shown = text if len(text) <= 200 else text[:200] + "..."
                 raise UserError(
                     f"caption {shown!r} has {len(ids)} tokens, more than --text-seq-len {text_seq_len}: pass "
-                    "--truncate-captions to cut it, or "
-                    "raise --text-seq-len"
+                    "--truncate-captions to cut it, or raise --text-seq-len"
                 )
             rows.append(ids[:text_seq_len] + [PAD_ID] * (text_seq_len - len(ids)))
         return torch.tensor(rows, dtype=torch.long).view(len(rows), text_seq_len)

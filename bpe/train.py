@@ -227,8 +227,7 @@ def learn_vocabulary(captions: Iterable[str], vocab_size: int, coverage: float =
     if vocab_size < first_merge_id:
         raise UserError(
             f"--vocab-size {vocab_size} cannot hold the {len(alphabet)} characters of these captions: give at least "
-            f"{first_merge_id} or lower "
-            "--coverage"
+            f"{first_merge_id} or lower --coverage"
         )
     tokens, counts = _segments(words, ids)
     merges = learn_merges(tokens, counts, first_merge_id, vocab_size - first_merge_id)

@@ -166,8 +166,7 @@ def _check_demo() -> None:
         if not path.is_file():
             raise UserError(
                 f"--dalle-path demo: {path.relative_to(ROOT)} is missing, which comes with the repository; get a "
-                "complete copy, or train "
-                "a model with `bash run_train.sh` and give its checkpoint"
+                "complete copy, or train a model with `bash run_train.sh` and give its checkpoint"
             )
 
 

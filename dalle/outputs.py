@@ -193,8 +193,7 @@ def _free_name(outputs_dir: Path, prompt: str, taken: set[str]) -> str:
         if os.path.islink(str(outputs_dir / candidate)):
             raise UserError(
                 f"--outputs-dir: {outputs_dir / candidate} is a symbolic link, and what it points to is never "
-                "replaced; remove it or choose "
-                "another --outputs-dir"
+                "replaced; remove it or choose another --outputs-dir"
             )
         if _owner(outputs_dir / candidate) in (None, prompt):
             return candidate

@@ -41,15 +41,13 @@ def _choose(config: Config) -> tuple[bool, str]:
         if device in ("cpu", "cuda"):
             raise UsageError(
                 f"--device {device}: poprun has started this process, and each would train alone there; leave "
-                "--device out, "
-                "or start without poprun"
+                "--device out, or start without poprun"
             )
         return True, "--device auto: IPUs, because poprun has started this process" if device == "auto" else ""
     if device == "ipu" and num_processes > 1:
         raise UsageError(
             f"--device ipu: torchrun has started {num_processes} processes, and each would train alone there; start "
-            "one, or several "
-            "with poprun"
+            "one, or several with poprun"
         )
     if device != "auto":
         return device == "ipu", ""

@@ -41,8 +41,8 @@ def share_batch(global_batch: int, batch_size: int, world_size: int) -> Batching
     if global_batch % world_size:
         raise UsageError(
             f"the global batch of {global_batch} (--batch-size x --gradient-accumulation x --replication-factor) "
-            "cannot be shared "
-            f"equally by {world_size} processes; change --gradient-accumulation or torchrun's --nproc-per-node"
+            f"cannot be shared equally by {world_size} processes; change --gradient-accumulation or torchrun's "
+            "--nproc-per-node"
         )
     per_rank = global_batch // world_size
     micro = next(size for size in range(min(batch_size, per_rank), 0, -1) if per_rank % size == 0)

@@ -143,8 +143,7 @@ class DalleConfig:
             if patterns.setdefault(shared, pattern) != pattern:
                 raise UserError(
                     f"layers that share attention {shared} (shared_attn_ids) have different patterns in attn_types: "
-                    f"{patterns[shared]} and "
-                    f"{pattern}"
+                    f"{patterns[shared]} and {pattern}"
                 )
 
     @property

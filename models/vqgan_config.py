@@ -96,8 +96,7 @@ class VqganConfig:
         if self.resolution % self.downsampling:
             raise UserError(
                 f"VQGAN configuration: resolution {self.resolution} is not a multiple of {self.downsampling}, the "
-                "pixels that ch_mult and "
-                "patch_size give a code along one side"
+                "pixels that ch_mult and patch_size give a code along one side"
             )
         for multiplier in (1, *self.ch_mult):
             if self.ch * multiplier > _MAX_CHANNELS:
@@ -107,8 +106,7 @@ class VqganConfig:
             if self.ch * multiplier % self.num_groups:
                 raise UserError(
                     f"VQGAN configuration: {self.ch * multiplier} channels (ch * ch_mult) do not split into "
-                    f"{self.num_groups} GroupNorm groups; "
-                    "set ddconfig.num_groups"
+                    f"{self.num_groups} GroupNorm groups; set ddconfig.num_groups"
                 )
         if self.variant == "gumbel" and self.embed_dim != self.z_channels:
             raise UserError("VQGAN configuration: the gumbel variant needs embed_dim equal to z_channels")

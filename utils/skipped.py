@@ -157,8 +157,7 @@ class SkipReport:
             return
         raise UserError(
             f"{self.source}: {bad} of {total} {unit} cannot be used, more than {self.flag} {self.max_bad_fraction:g} "
-            f"allows: {self.summary()}; mend or remove them, or raise {self.flag} to go "
-            "on without them"
+            f"allows: {self.summary()}; mend or remove them, or raise {self.flag} to go on without them"
         )
 
     # The file

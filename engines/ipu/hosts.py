@@ -98,8 +98,7 @@ class PoprunHosts(Hosts):
         if self.replicas != replicas:
             raise UsageError(
                 f"--replication-factor {replicas}: poprun has started {self.replicas} replicas; give both the same "
-                "number "
-                "(poprun --num-replicas)"
+                "number (poprun --num-replicas)"
             )
         self.local_replicas = int(popdist.getNumLocalReplicas())
         self.count, self.index = int(popdist.getNumInstances()), int(popdist.getInstanceIndex())

@@ -121,8 +121,7 @@ def _layout_problems(ipu: IpuConfig, depth: int) -> list[str]:
     if sum(ipu.layers_per_ipu) != depth:
         found.append(
             f"--layers-per-ipu {layers}: adds up to {sum(ipu.layers_per_ipu)}, but the model has {depth} layers "
-            "(--num-hidden-layers); "
-            "--plan auto proposes a division"
+            "(--num-hidden-layers); --plan auto proposes a division"
         )
     for flag, index in (("--cls-ipu-id", head_ipu(ipu)), ("--embedding-ipu-id", ipu.embedding_ipu_id)):
         if index >= ipus:
