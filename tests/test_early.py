@@ -196,6 +196,11 @@ def test_our_torchrun_adds_nothing(body, tmp_path, capfd, monkeypatch):
     assert (done.returncode, done.stderr.splitlines(), done.stdout) == (status, lines, "")
 
 
+def test_the_library_leaves_the_hook_for_errors_alone():
+    code = "import sys; before = sys.excepthook; import dalle.models; sys.exit(sys.excepthook is not before)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 @pytest.mark.parametrize("program", ["train", "generate", "evaluate", "train_vqgan"])
 def test_a_python_without_the_packages_says_how_to_get_them(program):
     done = subprocess.run([sys.executable, "-S", f"{program}.py"], cwd=ROOT, capture_output=True, text=True)

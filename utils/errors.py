@@ -10,8 +10,6 @@ import sys
 import time
 from typing import Callable, Iterable, NoReturn
 
-from utils import start
-
 
 class UserError(ValueError):
     """Something the user gave cannot work. The message is one line that names the flag, file or key and the way out."""
@@ -38,6 +36,8 @@ def run_main(main: Callable[[], int | None]) -> None:
 
     Any other exception is a defect of ours and keeps its traceback.
     """
+    from utils import start  # here: who imports the library keeps his own hook for errors
+
     start.done()
     try:
         status = main()

@@ -22,13 +22,13 @@ def _tell(kind: type[BaseException], error: BaseException, traceback: TracebackT
             way_out = "`bash run_train.sh` makes an environment with all packages, or: pip install -r requirements.txt"
         sys.stderr.write(f"error: {sys.executable} has no package '{missing}': {way_out}\n")
     else:
-        sys.__excepthook__(kind, error, traceback)
+        _before(kind, error, traceback)
 
 
-sys.excepthook = _tell
+_before, sys.excepthook = sys.excepthook, _tell
 
 
 def done() -> None:
     """All is imported: from now on errors are told as ever."""
     if sys.excepthook is _tell:
-        sys.excepthook = sys.__excepthook__
+        sys.excepthook = _before
