@@ -84,6 +84,7 @@ def test_figures_are_shown_with_their_units():
     shown = "reconstruction 0.1235, 85.3 images/s, PSNR 21.35 dB, 38.5% of the codes used"
     shown += ", 95.0% of held-out reconstructions nearest to their own picture"
     assert vqgan.listed({**figures, "ceiling_heldout": 0.95}) == shown
+    assert vqgan.listed({"images_per_second": 1234.0}) == "1234 images/s"
 
 
 def test_short_run_learns_and_its_files_load(folder):

@@ -10,14 +10,14 @@ import logging
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 import log
 from checkpoints import save_checkpoint, verify
-from checkpoints.vqgan import check_size, load_vqgan
+from checkpoints.vqgan import check_size, load_perceptual, load_vqgan
 from dalle.pictures import Cell, labelled_grid, save_picture
 from data import DEMO, require_folder
 from data.uncaptioned import Batches, ImageSource, open_images
@@ -228,21 +228,19 @@ def make_trainer(args: VqganOptions, device: torch.device) -> Trainer:
         nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
     perceptual: nn.Module | None = None
     if args.perceptual_weights:
-        from checkpoints.vqgan import load_perceptual
-
         perceptual = load_perceptual(args.perceptual_weights).to(device)
     return Trainer(model, args, device, bool(args.vqgan_model_path), perceptual)
 
 
 #: Figures whose name says no unit, as the console shows them.
-_SHOWN = {
-    "psnr": "PSNR {:.2f} dB",
-    "psnr_train": "training images: PSNR {:.2f} dB",
-    "codes_used": "{:.1%} of the codes used",
-    "perplexity": "perplexity {:.1f} codes",
-    "ceiling_heldout": "{:.1%} of held-out reconstructions nearest to their own picture",
-    "ceiling_train": "{:.1%} of training ones",
-    "images_per_second": "{:.3g} images/s",
+_SHOWN: dict[str, Callable[[float], str]] = {
+    "psnr": "PSNR {:.2f} dB".format,
+    "psnr_train": "training images: PSNR {:.2f} dB".format,
+    "codes_used": "{:.1%} of the codes used".format,
+    "perplexity": "perplexity {:.1f} codes".format,
+    "ceiling_heldout": "{:.1%} of held-out reconstructions nearest to their own picture".format,
+    "ceiling_train": "{:.1%} of training ones".format,
+    "images_per_second": log.rate,
 }
 
 
@@ -250,7 +248,7 @@ def listed(figures: dict[str, float]) -> str:
     """Figures for the console."""
     shown = {name: value for name, value in figures.items() if value or name != "bad_steps"}
     return ", ".join(
-        _SHOWN.get(name, name.replace("_", " ") + " {:.4g}").format(value) for name, value in shown.items()
+        _SHOWN.get(name, (name.replace("_", " ") + " {:.4g}").format)(value) for name, value in shown.items()
     )
 
 
