@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import letters_vocabulary
 from PIL import Image
 from tiny_model import VQGAN_CONFIG
 
@@ -35,9 +36,7 @@ def model(tmp_path_factory):
     """A tiny model: checkpoint path. Letters as tokens, 24 codes on a 4x4 grid of a 16x16 image."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
-    chars = [f"{ord(letter)} {4 + index}" for index, letter in enumerate(LETTERS)]
-    vocabulary = folder / "letters.txt"
-    vocabulary.write_text("\n".join([f"{len(chars)} 0", *chars, "1 0 2 3"]) + "\n", encoding="utf-8")
+    vocabulary = letters_vocabulary(folder / "letters.txt", LETTERS)
     VQGAN_CONFIG.to_yaml(folder / "vqgan.yaml")
     vqgan = VQGAN(VQGAN_CONFIG)
     torch.nn.init.normal_(vqgan.quantize.embedding.weight)

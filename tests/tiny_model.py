@@ -4,6 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from helpers import letters_vocabulary
 
 from bpe import load_tokenizer
 from checkpoints import dalle_checkpoint, save_checkpoint
@@ -12,7 +13,6 @@ from models.dalle import DALLE
 from models.vqgan import VQGAN, VqganConfig
 from utils.files import sha256_file
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz\u2581"
 VQGAN_CONFIG = VqganConfig(num_codes=24, embed_dim=4, resolution=16, z_channels=4, ch=8, ch_mult=(1, 2, 2),
                            num_res_blocks=1, attn_resolutions=(), num_groups=4)
 
@@ -23,9 +23,7 @@ class TinyModel:
     def __init__(self, folder: Path) -> None:
         torch.manual_seed(0)
         self.folder = folder
-        self.vocabulary = folder / "letters.txt"
-        chars = [f"{ord(letter)} {4 + index}" for index, letter in enumerate(LETTERS)]
-        self.vocabulary.write_text("\n".join([f"{len(chars)} 0", *chars, "1 0 2 3"]) + "\n", encoding="utf-8")
+        self.vocabulary = letters_vocabulary(folder / "letters.txt")
         self.tokenizer = load_tokenizer(str(self.vocabulary))
         self.vqgan_model, self.vqgan_config = folder / "vqgan.ckpt", folder / "vqgan.yaml"
         vqgan = VQGAN(VQGAN_CONFIG)
