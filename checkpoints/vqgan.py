@@ -27,7 +27,7 @@ _MAX_PARAMETERS = 2e9
 _PARTS = ("first_stage_model.", "stage1.")
 
 
-def _read_tensors(path: PathLike, flag: str) -> Weights:
+def read_tensors(path: PathLike, flag: str) -> Weights:
     """Return the named tensors of a torch file (of its "state_dict" if there is one) or a safetensors file, as stored.
 
     Raises UserError naming `flag` and the file.
@@ -64,7 +64,7 @@ def load_vqgan_state(path: PathLike) -> Weights:
 
     path: a `.ckpt` of taming-transformers or latent diffusion, also of a model on top of a VQGAN, or `.safetensors`.
     """
-    weights = unwrapped(_read_tensors(path, "--vqgan-model-path"))
+    weights = unwrapped(read_tensors(path, "--vqgan-model-path"))
     for prefix in _PARTS:
         weights = part(weights, prefix) or weights
     own = averaged({name: value for name, value in weights.items() if not name.startswith("loss.")}, path)
@@ -193,7 +193,7 @@ def load_perceptual(paths: Sequence[PathLike]) -> PerceptualDistance:
         raise UserError(f"--perceptual-weights takes one or two files (VGG-16, LPIPS), not {len(paths)}")
     model = PerceptualDistance()
     for path, prefix, suffix in zip(paths, ("features.", "lin"), ("", ".model.1.weight")):
-        found = _in_float32(_read_tensors(path, "--perceptual-weights"), path, "--perceptual-weights")
+        found = _in_float32(read_tensors(path, "--perceptual-weights"), path, "--perceptual-weights")
         for name, value in model.state_dict().items():
             if not name.startswith(prefix):
                 continue

@@ -34,7 +34,7 @@ _MAX_NAME_BYTES = 240  # file systems allow 255 bytes, and a letter may have fou
 _IMAGE_NAME = re.compile(rf"[0-9]{{1,9}}\.(?:{'|'.join(FORMATS)})")
 # Names that some systems or tools take for something else, whatever their ending.
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
-_REPORT = "generation.json"
+_REPORT, GRID = "generation.json", "grid.png"
 
 
 def folder_name(prompt: str) -> str:
@@ -138,7 +138,7 @@ class PromptFolder:
         """Write the grid, and note in generation.json that the run is complete, with `about` added."""
         self.about.update(about)
         with _written(self.path):
-            save_picture(make_grid(self._grid, self.prompt), self.path / "grid.png")
+            save_picture(make_grid(self._grid, self.prompt), self.path / GRID)
             self._write_report(complete=True)
         self._lock.close()
 

@@ -121,18 +121,29 @@ class ClipRanker:
             rows.append(flat.view(self._size, self._size, 3).permute(2, 0, 1).float() / 255)
         return (torch.stack(rows) - self._mean) / self._std
 
-    @torch.no_grad()
     def similarity(self, prompt: str, pictures: Sequence[Image.Image]) -> Tensor:
         """Return the cosine similarity (N,) of each picture with the prompt, on the CPU."""
-        limit = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer([prompt], truncation=True, max_length=limit, return_tensors="pt")
-        tokens = {name: tokens[name] for name in ("input_ids", "attention_mask")}
-        text = features(self.model.get_text_features, tokens, self.device)
-        scores = []
+        return self.embed_images(pictures) @ self.embed_texts([prompt])[0]
+
+    @torch.no_grad()
+    def embed_texts(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts as unit vectors (N, P), on the CPU."""
+        limit, found = self.model.config.text_config.max_position_embeddings, []
+        for start in range(0, len(prompts), _BATCH):
+            batch = list(prompts[start : start + _BATCH])
+            tokens = self.tokenizer(batch, truncation=True, max_length=limit, padding=True, return_tensors="pt")
+            tokens = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+            found.append(F.normalize(features(self.model.get_text_features, tokens, self.device).float()))
+        return torch.cat(found).cpu()
+
+    @torch.no_grad()
+    def embed_images(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Pictures as unit vectors (N, P), on the CPU."""
+        found = []
         for start in range(0, len(pictures), _BATCH):
             pixels = {"pixel_values": self.pixels(pictures[start : start + _BATCH])}
-            scores.append(F.cosine_similarity(features(self.model.get_image_features, pixels, self.device), text))
-        return torch.cat(scores).float().cpu()
+            found.append(F.normalize(features(self.model.get_image_features, pixels, self.device).float()))
+        return torch.cat(found).cpu()
 
 
 # Options of a CLIP model's parts and what they may be at most: the largest published ones stay far below.

@@ -53,8 +53,8 @@ _TURNS = {
 }
 
 
-def load_image(file: str | IO[bytes], image_size: int) -> torch.Tensor:
-    """Read a picture as uint8 (3, image_size, image_size). Raises one of BROKEN_IMAGE_ERRORS where that fails."""
+def load_image(file: str | IO[bytes], image_size: int | None) -> torch.Tensor:
+    """Read a picture as uint8 (3, image_size, image_size), or (3, H, W) where that is None. Raises one of BROKEN_IMAGE_ERRORS where that fails."""
     with contextlib.ExitStack() as opened:
         source = opened.enter_context(_Bounded(open_regular(file))) if isinstance(file, str) else file
         try:
@@ -104,9 +104,11 @@ def why_unreadable(error: BaseException) -> str:
     return "damaged pictures"
 
 
-def prepare_image(image: Image.Image, image_size: int) -> Image.Image:
-    """Return the centre square of a picture as RGB, upright, image_size pixels high and wide."""
+def prepare_image(image: Image.Image, image_size: int | None) -> Image.Image:
+    """Return the centre square of a picture as RGB, upright, image_size pixels high and wide; None: all of it."""
     image = to_rgb(_upright(image))
+    if image_size is None:
+        return image
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     if image.size != (side, side):
