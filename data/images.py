@@ -54,7 +54,10 @@ _TURNS = {
 
 
 def load_image(file: str | IO[bytes], image_size: int | None) -> torch.Tensor:
-    """Read a picture as uint8 (3, image_size, image_size), or (3, H, W) where that is None. Raises one of BROKEN_IMAGE_ERRORS where that fails."""
+    """Read a picture as uint8 (3, image_size, image_size), all of it as (3, H, W) where that is None.
+
+    Raises one of BROKEN_IMAGE_ERRORS where that fails.
+    """
     with contextlib.ExitStack() as opened:
         source = opened.enter_context(_Bounded(open_regular(file))) if isinstance(file, str) else file
         try:

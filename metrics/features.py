@@ -47,12 +47,12 @@ class Collector:
 def features_of(images: ImageSet, network: Inception, batch_size: int, cache: bool = True) -> Features:
     """Features of a set; with `cache` those of an earlier run are taken, and these are kept."""
     file = _cache_file(images, network) if cache else None
-    found = None if file is None else _cached(file, images.count)
+    found = None if file is None else _cached(file, images.num_images)
     if found is not None:
         logger.info(f"features of {images.name}: those of an earlier run ({file})")
         return found
     collector = Collector(network)
-    with log.progress(images.count, "measuring", unit="image") as bar:
+    with log.progress(images.num_images, "measuring", unit="image") as bar:
         for batch in images.batches(batch_size):
             collector.add(batch)
             bar.update(len(batch), len(batch))

@@ -22,7 +22,7 @@ class ImageSet(NamedTuple):
     """Images to measure."""
 
     name: str
-    count: int
+    num_images: int
     identity: str | None
     """What they are, for the cache of their features; None: not cached."""
     batches: Callable[[int], Iterator[Tensor]]

@@ -130,7 +130,8 @@ class _Block(nn.Module):
         self.channels = 0
         self.branches: list[list] = []
         for name, steps in branches.items():
-            layers, channels = [], width
+            layers: list[Pool | list[str]] = []
+            channels = width
             single, number = sum(not isinstance(step, Pool) for step in steps) == 1, 0
             for step in steps:
                 if isinstance(step, Pool):

@@ -63,7 +63,7 @@ def reconstruct(
     sums, counts = dict.fromkeys(("psnr", "ssim", *(["lpips"] if lpips else [])), 0.0), 0
     use = torch.zeros(vqgan.num_codes, dtype=torch.long)
     collectors = [] if network is None else [Collector(network), Collector(network)]
-    with log.progress(images.count, "reconstructing", unit="image") as bar:
+    with log.progress(images.num_images, "reconstructing", unit="image") as bar:
         for batch in images.batches(batch_size):
             codes = image_codes(vqgan, batch.to(device))
             again = (vqgan.decode_by_parts(codes) * 255).round().clamp(0, 255).to(torch.uint8).cpu()
