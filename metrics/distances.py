@@ -7,6 +7,7 @@ et al. 2016; precision and recall Kynkaanniemi et al. 2019; FID without bias Cho
 
 from __future__ import annotations
 
+import math
 from typing import Sequence
 
 import numpy as np
@@ -113,8 +114,9 @@ def inception_score(logits: Tensor, seed: int = SEED) -> tuple[float, float]:
         own = logits[order[split * len(logits) // IS_SPLITS : (split + 1) * len(logits) // IS_SPLITS]].double()
         if not len(own):
             raise ValueError(f"the Inception Score needs at least {IS_SPLITS} images")
-        p = own.softmax(dim=1)
-        scores.append(float((p * (own.log_softmax(dim=1) - p.mean(dim=0).log())).sum(dim=1).mean().exp()))
+        log_p = own.log_softmax(dim=1)
+        log_mean = log_p.logsumexp(dim=0) - math.log(len(own))  # finite, also where all probabilities vanish
+        scores.append(float((log_p.exp() * (log_p - log_mean)).sum(dim=1).mean().exp()))
     return float(np.mean(scores)), float(np.std(scores))
 
 
