@@ -56,7 +56,7 @@ def weights(tmp_path_factory):
             module.momentum = 1.0
             module.train()
     _, logits = network(random_images(8, 64, 3))
-    network.fc.weight.data *= 5 / logits.std()
+    network.fc.weight.data *= 15 / logits.std()
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.save(network.state_dict(), str(path))
     return path
@@ -70,7 +70,7 @@ def test_features_of_images(fidelity, weights):
     for shape in ((2, 3, 40, 40), (1, 3, 330, 301), (1, 3, 1, 7)):
         images = random_images(shape[0], shape[2:], 1)
         for ours, theirs in zip(network(images), peer(images)):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4 * float(theirs.abs().max()))
 
 
 @pytest.mark.slow  # the peer's FID alone takes half a minute
