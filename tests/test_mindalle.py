@@ -356,7 +356,7 @@ def test_a_published_name_is_fetched_once(tmp_path, monkeypatch):
         ([("a/hard", (tarfile.LNKTYPE, "/etc/passwd"))], "unsafe entry"),
         ([("a/pipe", (tarfile.FIFOTYPE, ""))], "unsafe entry"),
         ([("a/large", b"x" * 2000)], "more than the 1000 bytes"),
-        ([("a/x", b"x"), ("b/x", b"x")], "2 things at its top"),
+        ([("a/x", b"x"), ("b/x", b"x")], "2 top-level entries"),
         ([("a/x", b"x"), ("a/x", b"y")], "unsafe entry 'a/x'"),
         ([("a", b"x"), ("a/x", b"y")], "cannot unpack"),
     ],

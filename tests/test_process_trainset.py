@@ -144,8 +144,8 @@ BAD_ENTRIES = {
     '{"image_id": -1, "caption": "a"}': "neither a whole number nor a text: -1",
     '{"image_id": %s, "caption": "a"}' % ("9" * 10000): "neither a whole number nor a text: 1e+18",
     '{"image_id": 1, "bbox": [1, 2]}': "not instances_",
-    '{"image_id": 1, "caption": ["a"]}': "'caption' that is no text",
-    '{"image_id": 1, "caption": %s}' % ("[" * 500 + "]" * 500): "'caption' that is no text",
+    '{"image_id": 1, "caption": ["a"]}': "'caption' that is not text",
+    '{"image_id": 1, "caption": %s}' % ("[" * 500 + "]" * 500): "'caption' that is not text",
     '{"image_id": 1, "caption": "a", "id": [1]}': "has an 'id'",
     '{"image_id": 1, "caption": "a", "id": 5}, {"image_id": 1, "caption": "b", "id": 5}': "id came before",
     '{"image_id": "..", "caption": "a"}': "gives no file name",
@@ -255,8 +255,8 @@ COMMENTS = "image_name| comment_number| comment\n" + "1.jpg| 0| a\n" * 99
     (COMMENTS + "1.jpg| 4   A dog\n", "has 2 columns, not 3"),
     (TABLE + ",b\n", "names no image"),
     (TABLE + "1.jpg,\n", ""),
-    (LINE + '{"image": "1.jpg", "te\n', "is no JSON object"),
-    (LINE + '{"image": "1.jpg", "text": 3}\n', "'text' that is no text: 3"),
+    (LINE + '{"image": "1.jpg", "te\n', "is not a JSON object"),
+    (LINE + '{"image": "1.jpg", "text": 3}\n', "'text' that is not text: 3"),
     (LINE + '{"image": {}, "text": "a"}\n', "neither a whole number nor a text"),
 ])
 def test_bad_rows_are_left_out_and_listed(tmp_path, content, detail):
