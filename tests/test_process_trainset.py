@@ -70,11 +70,11 @@ def test_one_file_per_image_named_as_the_image(tmp_path):
     assert (counts.empty, counts.repeated, counts.unknown, counts.without) == (1, 1, 1, 1)
     text = str(counts)
     assert "4 captions of 2 images; 2 text files written, 0 unchanged" in text
-    assert "1 empty captions" in text and "1 captions of images that the file does not list" in text
+    assert "1 empty captions" in text and "1 captions of unlisted images" in text
     assert [(line["path"], line["reason"]) for line in skipped_in(out)] == [
         ("annotation 2", "entries with an empty caption"),
-        ("annotation 5", "annotations whose id came before"),
-        ("annotation 6", "annotations of images that the file does not list"),
+        ("annotation 5", "annotations with a duplicate id"),
+        ("annotation 6", "annotations of unlisted images"),
     ]
 
 
@@ -139,15 +139,15 @@ BAD_ENTRIES = {
     '{"image_id": 1, "caption": " "}': "an empty caption",
     "7": "has no 'image_id'",
     '{"caption": "b"}': "names no image",
-    '{"image_id": 1.5, "caption": "a"}': "neither a whole number nor a text: 1.5",
-    '{"image_id": true, "caption": "a"}': "neither a whole number nor a text: True",
-    '{"image_id": -1, "caption": "a"}': "neither a whole number nor a text: -1",
-    '{"image_id": %s, "caption": "a"}' % ("9" * 10000): "neither a whole number nor a text: 1e+18",
+    '{"image_id": 1.5, "caption": "a"}': "neither an integer nor text: 1.5",
+    '{"image_id": true, "caption": "a"}': "neither an integer nor text: True",
+    '{"image_id": -1, "caption": "a"}': "neither an integer nor text: -1",
+    '{"image_id": %s, "caption": "a"}' % ("9" * 10000): "neither an integer nor text: 1e+18",
     '{"image_id": 1, "bbox": [1, 2]}': "not instances_",
     '{"image_id": 1, "caption": ["a"]}': "'caption' that is not text",
     '{"image_id": 1, "caption": %s}' % ("[" * 500 + "]" * 500): "'caption' that is not text",
     '{"image_id": 1, "caption": "a", "id": [1]}': "has an 'id'",
-    '{"image_id": 1, "caption": "a", "id": 5}, {"image_id": 1, "caption": "b", "id": 5}': "id came before",
+    '{"image_id": 1, "caption": "a", "id": 5}, {"image_id": 1, "caption": "b", "id": 5}': "with a duplicate id",
     '{"image_id": "..", "caption": "a"}': "gives no file name",
 }
 
@@ -257,7 +257,7 @@ COMMENTS = "image_name| comment_number| comment\n" + "1.jpg| 0| a\n" * 99
     (TABLE + "1.jpg,\n", ""),
     (LINE + '{"image": "1.jpg", "te\n', "is not a JSON object"),
     (LINE + '{"image": "1.jpg", "text": 3}\n', "'text' that is not text: 3"),
-    (LINE + '{"image": {}, "text": "a"}\n', "neither a whole number nor a text"),
+    (LINE + '{"image": {}, "text": "a"}\n', "neither an integer nor text"),
 ])
 def test_bad_rows_are_left_out_and_listed(tmp_path, content, detail):
     source, out = tmp_path / "list", tmp_path / "out"

@@ -435,7 +435,7 @@ def test_unreadable_images_are_left_out_and_counted(folder, caplog):
         path.write_bytes(b"no image")
     with pytest.raises(UserError, match="none of 22 images can be read"):
         train(arguments(folder, "--steps", "3", *allowed))
-    with pytest.raises(UserError, match="--max-bad-fraction 0.01 allows: .* files that are no picture .*skipped.jsonl"):
+    with pytest.raises(UserError, match="--max-bad-fraction 0.01 allows: .* files that are not images .*skipped.jsonl"):
         train(arguments(folder, "--steps", "3"))
 
 

@@ -185,9 +185,9 @@ def test_images_are_listed_by_class(imagenet, tmp_path):
     pairs = list_class_images(train, CLASSES)
     assert len(pairs.images) == 8 and [pairs.captions[i] for i in (0, 7)] == CLASSES
     part = list_class_images(train, CLASSES[:1])
-    assert len(part.images) == 4 and "4 images in the folder of no class" in part.report()
+    assert len(part.images) == 4 and "4 images in folders that are not classes" in part.report()
     assert [list_class_images(train, []).captions[i] for i in range(8)] == [""] * 8
-    with pytest.raises(UserError, match="holds no folders"):
+    with pytest.raises(UserError, match="has no subfolders"):
         class_names(tmp_path)
     with pytest.raises(UserError, match="no image in it"):
         list_class_images(str(tmp_path), CLASSES)

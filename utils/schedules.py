@@ -41,8 +41,8 @@ class Plateau:
     """
 
     def __init__(self, learning_rate: float) -> None:
-        # PyTorch's scheduler reads and writes an optimizer's learning rate; this dummy only holds it: the real one may be
-        # on a device that only takes computed rates (engine.set_learning_rate).
+        # PyTorch's scheduler reads and writes an optimizer's learning rate; this dummy only holds it: the real one may
+        # be on a device that only takes computed rates (engine.set_learning_rate).
         self._holder = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)
         self._scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self._holder, factor=0.5, patience=10, cooldown=10, min_lr=1e-6
