@@ -187,7 +187,7 @@ def _counts(
         skipped.check(total + kinds[_WRONG_IMAGE])
     if not captions:
         why = f" ({skipped.summary()})" if bad else ""
-        raise UserError(f"--captions {path}: no caption in it{why}")
+        raise UserError(f"--captions {path}: no captions found{why}")
     return Counts(
         images=len(captions),
         captions=sum(len(lines) for lines in captions.values()),

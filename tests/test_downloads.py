@@ -185,12 +185,12 @@ def test_a_missing_file_says_what_to_do_by_hand(server, tmp_path, pauses):
         download(server.url + "/gone.zip", tmp_path / "gone.zip", progress=False)
     message = str(raised.value)
     assert f"{server.url}/gone.zip" in message and "HTTP status 404" in message
-    assert "fetch it by hand and save it as {}".format(tmp_path / "gone.zip") in message and "\n" not in message
+    assert "download it by hand and save it as {}".format(tmp_path / "gone.zip") in message and "\n" not in message
     assert pauses == [] and len(server.requests) == 1
 
 
 def test_no_server_at_all(tmp_path, pauses):
-    with pytest.raises(UserError, match="fetch it by hand"):
+    with pytest.raises(UserError, match="download it by hand"):
         download("http://127.0.0.1:9/file.bin", tmp_path / "x", progress=False)
     assert len(pauses) == downloads.ATTEMPTS - 1
 

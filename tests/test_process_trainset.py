@@ -109,14 +109,14 @@ def test_a_second_run_writes_only_what_changed(tmp_path):
 
 
 WRONG = {
-    "": "cut off",
-    '{"annotations": [{"image_id": 1, "caption": "a': "cut off",
-    '{"annotations": [{"image_id": 1,': "cut off",
+    "": "truncated",
+    '{"annotations": [{"image_id": 1, "caption": "a': "truncated",
+    '{"annotations": [{"image_id": 1,': "truncated",
     "<html>not found</html>": "not a JSON file",
     "[1, 2]": "no list 'annotations'",
     '{"images": []}': "no list 'annotations'",
     '{"annotations": {"image_id": 1}}': "no list 'annotations'",
-    '{"annotations": []}': "no caption in it",
+    '{"annotations": []}': "no captions found",
     '{"annotations": [{"image_id": 1, "caption": "a"}], "images": 3}': "'images' must be a list",
     '{"annotations": [{"image_id": 1, "caption": "a"}, {"image_id": 2, "caption": "b"}], "images": '
     '[{"id": 1, "file_name": "a/1.jpg"}, {"id": 2, "file_name": "a/1.png"}]}': "same name 'a/1'",
@@ -184,7 +184,7 @@ def test_bad_images_are_left_out_and_listed(tmp_path, image, detail):
 
 def test_nothing_but_bad_entries_is_an_error(tmp_path):
     source = write_json(tmp_path / "c.json", [annotation(1, "")])
-    with pytest.raises(UserError, match="no caption in it"):
+    with pytest.raises(UserError, match="no captions found"):
         process_captions(source, tmp_path / "out", max_bad_fraction=1)
 
 
@@ -338,7 +338,7 @@ def test_the_short_name_fails_in_one_line_from_any_folder(tmp_path):
     (tmp_path / "c.json").write_text("{")
     done = run_script(ROOT / "process_captions.py", "--captions", "c.json", "--out-dir", "out", cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.strip() == "error: --captions c.json: the file is cut off; fetch it again"
+    assert done.stderr.strip() == "error: --captions c.json: the file is truncated; download it again"
 
 
 @pytest.mark.skipif(not COCO.is_file(), reason="needs ../shared/data/captions_val2017.json")

@@ -265,7 +265,7 @@ def test_a_local_clip_scores_without_network(clip_folder, monkeypatch, images):
 
 def test_a_wrong_clip_path_is_named(tmp_path):
     pytest.importorskip("transformers")
-    with pytest.raises(UserError, match=r"--clip-path .*: no folder of a CLIP model \(it lacks config.json\)"):
+    with pytest.raises(UserError, match=r"--clip-path .*: not a folder of a CLIP model \(it lacks config.json\)"):
         ClipRanker(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="--clip-path .*cannot be read as a CLIP model"):

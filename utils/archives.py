@@ -69,7 +69,7 @@ def unpack(archive: PathLike, folder: PathLike, progress: bool = True) -> int:
             archive.unlink()
         forget_part(part)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, struct.error) as error:
-        raise UserError(f"{archive} is damaged ({error}); delete it and fetch it again") from error
+        raise UserError(f"{archive} is damaged ({error}); delete it and download it again") from error
     except OSError as error:
         raise UserError(f"cannot unpack {archive} into {folder}: {error}") from error
     return len(missing)

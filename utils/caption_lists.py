@@ -79,7 +79,7 @@ def read_list(
     """
     text = read_text(path)
     if not text.strip():
-        raise UserError(f"--captions {path}: the file is empty or cut off; fetch it again")
+        raise UserError(f"--captions {path}: the file is empty or truncated; download it again")
     found = find_list(path, text, image_key, caption_key, with_images)
     if found is None:
         keys = _Keys(path, image_key, caption_key, with_images)
@@ -116,7 +116,7 @@ def read_text(path: Path) -> str:
     except FileNotFoundError as error:
         raise UserError(
             f"--captions {path}: no such file or folder; COCO's captions are in annotations_trainval2017.zip, which "
-            "utils/download_coco_dataset.sh fetches"
+            "utils/download_coco_dataset.sh downloads"
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"--captions {path}: not a text file (it is not UTF-8: {error.reason})") from error
@@ -211,7 +211,7 @@ def _load(path: Path, text: str, hook: Any) -> Any:
         return json.loads(text, object_hook=hook, parse_int=_whole)
     except json.JSONDecodeError as error:
         if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
-            raise UserError(f"--captions {path}: the file is cut off; fetch it again") from error
+            raise UserError(f"--captions {path}: the file is truncated; download it again") from error
         raise UserError(f"--captions {path}: not a JSON file: {error}") from error
     except RecursionError as error:
         raise UserError(f"--captions {path}: nested too deeply to be a list of captions") from error

@@ -76,7 +76,7 @@ def download(
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path):
             if path.is_file() and not _mismatch(path, checksums):
-                return path  # another process fetched it while this one waited
+                return path  # another process downloaded it while this one waited
             resumed = _fetch(url, part, bool(checksums), size_limit, progress, path)
             wrong = _mismatch(part, checksums)
             if wrong and resumed:

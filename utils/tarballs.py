@@ -33,7 +33,7 @@ def unpack_tar(archive: PathLike, folder: PathLike, size_limit: int) -> None:
         with contextlib.suppress(FileNotFoundError):
             archive.unlink()
     except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise UserError(f"{archive} is damaged ({error}); delete it and fetch it again") from error
+        raise UserError(f"{archive} is damaged ({error}); delete it and download it again") from error
     except OSError as error:
         raise UserError(f"cannot unpack {archive} into {folder}: {error}") from error
     finally:
