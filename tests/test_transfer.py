@@ -398,10 +398,10 @@ def test_a_second_run_into_the_same_folder_is_refused(example, upstream, imagene
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"stage2.hparams.n_classes": 1000}, "holds 2 classes: set stage2.hparams.n_classes"),
-        ({"experiment.total_batch_size": 5}, "total_batch_size 5 is no multiple of local_batch_size 2"),
+        ({"stage2.hparams.n_classes": 1000}, "has 2 classes: set stage2.hparams.n_classes"),
+        ({"experiment.total_batch_size": 5}, "total_batch_size 5 is not a multiple of local_batch_size 2"),
         ({"experiment.total_batch_size": 512}, "8 training images do not fill one batch"),
-        ({"stage2.hparams.ctx_len_img": 25}, "makes 16 codes of this VQGAN, but stage2.hparams.ctx_len_img is 25"),
+        ({"stage2.hparams.ctx_len_img": 25}, "gives 16 codes with this VQGAN, but stage2.hparams.ctx_len_img is 25"),
         ({"stage2.hparams.embed_dim": 32}, "stage2.hparams.embed_dim is 32, but .* has 16"),
     ],
 )
@@ -415,7 +415,7 @@ def test_what_does_not_fit_is_named(example, upstream, imagenet, tmp_path, chang
 
 def test_missing_places_are_named(example, upstream, imagenet, tmp_path):
     config = write(tmp_path / "x.yaml")
-    with pytest.raises(UserError, match="--path-upstream .*: no folder with stage1_last.ckpt"):
+    with pytest.raises(UserError, match="--path-upstream .*: not a folder with stage1_last.ckpt"):
         run(example, tmp_path, imagenet, config, tmp_path / "result")
     with pytest.raises(UserError, match="--imagenet-path .*: no such folder"):
         run(example, upstream, tmp_path / "no", config, tmp_path / "result")
