@@ -166,7 +166,7 @@ def test_a_bad_step_changes_nothing_and_is_counted(folder, narrow_discriminator,
     assert [state.pop(".step") for state in (before, after, later)] == [3, 4, 5]
     assert [key for key in before if before[key] != after[key]] == []
     assert len([key for key in before if before[key] != later[key]]) > 0.5 * len(before)
-    assert "step 4: loss or gradient not finite for 1 step(s), 1 in all" in caplog.text
+    assert "step 4: loss or gradient not finite for 1 step(s), 1 in total" in caplog.text
     assert all(torch.isfinite(weight).all() for weight in weights(folder).values())
 
 

@@ -17,7 +17,7 @@ class BadSteps:
         """limit: bad steps allowed in a row; 0: any number. step: first step. way_out: advice for the error message."""
         self.limit, self.way_out = limit, way_out
         self.total = self.row = 0  # steps, in all and in a row
-        self.looked_at, self.told = step, 0
+        self.last_step, self.reported = step, 0
 
     def due(self, step: int, per_call: int = 1) -> bool:
         """Whether to check after this step: often enough to notice `limit` bad steps in a row."""
@@ -32,10 +32,10 @@ class BadSteps:
             self.total, self.row = counts
         else:
             # The device cannot skip steps: a bad loss counts for all steps since the last check.
-            bad = 0 if math.isfinite(loss) else step - self.looked_at
+            bad = 0 if math.isfinite(loss) else step - self.last_step
             self.total, self.row = self.total + bad, self.row + bad if bad else 0
-        self.looked_at = step
-        if self.row and self.total > self.told:
+        self.last_step = step
+        if self.row and self.total > self.reported:
             logger.warning(
                 "step %d: loss or gradient not finite for %d step(s), %d in total since training began%s",
                 step,
@@ -43,7 +43,7 @@ class BadSteps:
                 self.total,
                 "" if counts is None else "; such steps are skipped",
             )
-            self.told = self.total
+            self.reported = self.total
         if self.limit and self.row >= self.limit:
             raise UserError(
                 f"step {step}: loss or gradient not finite {self.row} times in a row (--max-bad-steps {self.limit}); "
