@@ -73,8 +73,8 @@ class EvaluateOptions(ModelOptions, PartsOptions, PairOptions, RetrievalOptions,
     def check(self) -> None:
         """Raise UsageError for options that contradict each other."""
         if self.best_of > 1 and self.temperature == 0:
-            raise UsageError(f"--best-of {self.best_of}: at --temperature 0 all images of a caption are equal; give "
-                             "a --temperature, such as 1")
+            raise UsageError(f"--best-of {self.best_of}: at --temperature 0 all images of a caption are the same; "
+                             "give a --temperature, such as 1")
         if self.sheet is not None and not self.sheet.endswith((".png", ".jpg")):
             raise UsageError(f"--sheet: the file's name must end in .png or .jpg, not {self.sheet!r}")
         unused = {"--top-k", "--top-p", "--temperature", "--cond-scale", "--best-of"} & set(self.given())

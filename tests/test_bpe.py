@@ -229,7 +229,7 @@ def test_the_smallest_file_is_read(tmp_path):
         (GOOD.replace("98 6", "98 2").encode(), "id 2 is used twice"),
         (GOOD.replace("5 6 7", "5 7 7").encode(), "joins a token"),
         (GOOD.replace("5 6 7", "1 6 7").encode(), "joins a token"),
-        (GOOD.replace("98 6", "97 6").encode(), "same character twice"),
+        (GOOD.replace("98 6", "97 6").encode(), "duplicate character"),
         (GOOD.replace("98 6", "55296 6").encode(), "55296 is not the code point"),
         (GOOD.replace("98 6", "1114112 6").encode(), "1114112 is not the code point"),
         (GOOD.replace("98 6", "32 6").encode(), "32 is not the code point"),
@@ -564,7 +564,7 @@ def test_a_tokenizer_json_without_a_pad_at_zero_is_worth_a_warning(special, tmp_
     "content, complaint",
     [
         ("{", "damaged JSON"),
-        ('{"[PAD]": 0, "a": 1}', "no tokenizer.json of Hugging Face"),
+        ('{"[PAD]": 0, "a": 1}', "not a tokenizer.json of Hugging Face"),
         (
             '{"model": {"type": "WordPiece", "unk_token": "[UNK]", "vocab": {"a": 0}}}',
             "cannot read it",

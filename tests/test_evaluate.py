@@ -247,7 +247,7 @@ def test_sheet_of_any_data(model, pairs, tmp_path):
     ("--cond_scale 1e38", "--cond-scale: must be at least 0 and at most 1e+06, got 1e38"),
     ("--top_k 2.5", "--top-k: must be a share below 1 or a whole number, got 2.5"),
     ("--top-p 0.5 --skip-retrieval", "--top-p: images are only sampled for retrieval on the demo set, or with --sheet"),
-    ("--cond-scale 2 --input-folder x", "--cond-scale: nothing is sampled"),
+    ("--cond-scale 2 --input-folder x", "--cond-scale: images are only sampled"),
     ("--split train --input-folder x", "--split is for the demo set, not for --input-folder x"),
     ("--sheet sheet.gif", "--sheet: the file's name must end in .png or .jpg, not 'sheet.gif'"),
     ("--split test", "--split: expected one of heldout, train, all, got 'test'"),

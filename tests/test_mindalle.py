@@ -133,7 +133,7 @@ def test_a_tokenizer_is_known_by_its_files(folder, tmp_path):
         ("{", "", "not JSON"),
         ('{"a": 0}', "", r"needs the tokens \[PAD\] with id 0"),
         ('{"[PAD]": 0, "[UNK]": 1, "a": 1}', "", "same id"),
-        ('{"[PAD]": 0, "[UNK]": 1, "a": "x"}', "", "no whole numbers"),
+        ('{"[PAD]": 0, "[UNK]": 1, "a": "x"}', "", "must be whole numbers"),
         ('{"[PAD]": 0, "[UNK]": 1, "a": 2}', "a b\n", "line 1 merges tokens that the vocabulary lacks"),
         ('{"[PAD]": 0, "[UNK]": 1, "a": 2}', "#version: 0.2\na\n", "line 2 is no merge"),
     ):
@@ -271,7 +271,7 @@ def test_transparent_parts_are_a_mask():
 
 
 def test_what_a_folder_lacks_is_named(folder, tmp_path):
-    with pytest.raises(UserError, match="minDALL-E/1.4B: there is no such file.* Did you mean 'minDALL-E/1.3B'"):
+    with pytest.raises(UserError, match="minDALL-E/1.4B: no such file.* Did you mean 'minDALL-E/1.3B'"):
         Dalle.from_pretrained("minDALL-E/1.4B")
     with pytest.raises(UserError, match="not a folder in minDALL-E's layout"):
         Dalle.from_pretrained(tmp_path)
