@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Run the tests. Sets up all it needs.
+# Run the tests. Sets up its environment.
 #
 #   bash run_tests.sh                    the fast suite, and the style and type checks
-#   bash run_tests.sh --slow             adds the long one
+#   bash run_tests.sh --slow             adds the slow tests
 #   bash run_tests.sh --latest           with the newest versions of all packages but PyTorch, in .venv/latest
 #   bash run_tests.sh tests/test_bpe.py  anything else goes to pytest
 set -euo pipefail
