@@ -21,6 +21,7 @@ from typing import Iterator, Sequence
 import log
 from dalle.evaluation import COMMAND, evaluate, finite, report
 from dalle.loading import load
+from dalle.measuring import plot_sweep
 from dalle.pictures import make_sheet, save_picture
 from engines.native import pick_device
 from utils.errors import UserError, run_main
@@ -31,11 +32,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate as the command line says."""
     options = COMMAND.parse(argv)
     log.setup()
-    for flag, file in (("--json", options.json), ("--sheet", options.sheet)):
+    for flag, file in (("--json", options.json), ("--sheet", options.sheet), ("--plot", options.plot)):
         if file is not None:
             check_writable(flag, file)
     parts = (options.bpe_path, options.vqgan_model_path, options.vqgan_config_path)
-    result, samples = evaluate(options, load(options.dalle_path, *parts, pick_device(options.device, 0)))
+    loaded = load(options.dalle_path, *parts, pick_device(options.device, 0)) if options.dalle_path else None
+    result, samples = evaluate(options, loaded)
     encoding = sys.stdout.encoding or "utf-8"  # may lack characters of file names
     sys.stdout.write(report(result).encode(encoding, "backslashreplace").decode(encoding) + "\n")
     if options.json is not None:
@@ -44,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.sheet is not None:
         with written("--sheet", options.sheet):
             save_picture(make_sheet(samples), options.sheet)
+    if options.plot is not None:
+        with written("--plot", options.plot):
+            plot_sweep(result, options.plot)
 
 
 @contextlib.contextmanager

@@ -12,13 +12,21 @@ from torch import Tensor
 
 import log
 from dalle.loading import Loaded, warn_of_guidance
+from dalle.measuring import (
+    MetricOptions,
+    check_metrics,
+    measure_folder,
+    measure_reconstruction,
+    measure_sampled,
+    metrics_report,
+)
 from dalle.pictures import Sample
 from data import DEMO, DataSettings, create_dataset, epoch_order
 from data.demo import DemoRecord, demo_images, demo_records
 from models.dalle import TextToImage
 from models.vqgan import image_codes
 from models.vqgan_metrics import nearest_pictures
-from sampling import Graphs, Sampler, SamplingFlags, decode, encode
+from sampling import Graphs, Sampler, SamplingFlags, SamplingOptions, decode, encode
 from utils.errors import UsageError
 from utils.files import sha256_file
 from utils.flags import DataOptions, ModelOptions, PartsOptions
@@ -48,6 +56,7 @@ class RetrievalOptions(SamplingFlags, title="retrieval on the demo set"):
     batch_size: int = again(SamplingFlags, "batch_size", default=32, help="pairs, or images sampled, at the same time")
     top_k: float = again(SamplingFlags, "top_k", default=0.0)
     temperature: float = again(SamplingFlags, "temperature", default=0.0)
+    cond_scale: tuple[float, ...] = again(SamplingFlags, "cond_scale", default=(1.0,))  # type: ignore[assignment]
     skip_retrieval: bool = option(False, "measure the loss only")
     best_of: int = option(1, "keep the likeliest of N images by the model; with a --temperature", ge=1, le=4096)
 
@@ -62,16 +71,30 @@ class ReportOptions(Options, title="results"):
 
 
 @dataclass(frozen=True)
-class EvaluateOptions(ModelOptions, PartsOptions, PairOptions, RetrievalOptions, ReportOptions):
+class EvaluateOptions(ModelOptions, PartsOptions, PairOptions, RetrievalOptions, MetricOptions, ReportOptions):
     """The flags of evaluate.py."""
+
+    dalle_path: str | None = again(ModelOptions, "dalle_path", default=None)  # type: ignore[assignment]
+
+    @property
+    def sampled_metrics(self) -> bool:
+        """Whether images are sampled for --metrics."""
+        return self.images is None and not self.reconstruction and bool(set(self.metrics) - {"loss"})
 
     @property
     def samples(self) -> bool:
         """Whether images are sampled."""
-        return self.sheet is not None or (self.input_folder == DEMO and not self.skip_retrieval)
+        return self.sheet is not None or self.sampled_metrics or self.retrieves
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether retrieval on the demo set is measured."""
+        other = self.metrics or self.images is not None or self.reconstruction
+        return self.input_folder == DEMO and not self.skip_retrieval and not other
 
     def check(self) -> None:
         """Raise UsageError for options that contradict each other."""
+        check_metrics(self)
         if self.best_of > 1 and self.temperature == 0:
             raise UsageError(f"--best-of {self.best_of}: at --temperature 0 all images of a caption are the same; "
                              "give a --temperature, such as 1")
@@ -79,28 +102,45 @@ class EvaluateOptions(ModelOptions, PartsOptions, PairOptions, RetrievalOptions,
             raise UsageError(f"--sheet: the file's name must end in .png or .jpg, not {self.sheet!r}")
         unused = {"--top-k", "--top-p", "--temperature", "--cond-scale", "--best-of"} & set(self.given())
         if unused and not self.samples:
-            raise UsageError(f"{min(unused)}: images are only sampled for retrieval on the demo set, or with --sheet")
+            raise UsageError(f"{min(unused)}: images are only sampled for retrieval on the demo set, --metrics of "
+                             "sampled images, or with --sheet")
         if self.input_folder != DEMO and "--split" in self.given():
             raise UsageError(f"--split is for the demo set, not for --input-folder {self.input_folder}")
+
+
+    def sampling(self, vocabulary: int) -> SamplingOptions:
+        """How to sample, at the first of the guidance scales."""
+        return super().sampling(vocabulary)._replace(cond_scale=self.cond_scale[0])
 
 
 COMMAND = Command("evaluate.py", "Evaluate a trained model.", EvaluateOptions)
 
 
-def evaluate(options: EvaluateOptions, loaded: Loaded) -> tuple[dict[str, Any], list[tuple[str, list[Sample]]]]:
-    """Return the metrics that the options select, and titled samples for a contact sheet."""
+def evaluate(options: EvaluateOptions, loaded: Loaded | None) -> tuple[dict[str, Any], list[tuple[str, list[Sample]]]]:
+    """Return the metrics that the options select, and titled samples for a contact sheet.
+
+    loaded: the model of --dalle-path, None for --images and --reconstruction without one.
+    """
+    if options.images is not None:
+        return measure_folder(options), []
+    if options.reconstruction or loaded is None:
+        return measure_reconstruction(options, loaded), []
     dataset = open_data(loaded, options)
     result: dict[str, Any] = {
-        "checkpoint": describe_checkpoint(loaded, options.dalle_path),
+        "checkpoint": describe_checkpoint(loaded, str(options.dalle_path)),
         "data": {"input_folder": options.input_folder, "num_pairs": len(dataset)},
-        "validation": validation_loss(loaded, dataset, options),
     }
+    if not options.metrics or "loss" in options.metrics:
+        result["validation"] = validation_loss(loaded, dataset, options)
     if options.samples:
-        warn_of_guidance(loaded, options.cond_scale)
+        for scale in options.cond_scale:
+            warn_of_guidance(loaded, scale)
     groups: list[tuple[str, list[Sample]]] = []
     if options.input_folder == DEMO:
         result["data"]["split"] = options.split
-    if options.input_folder == DEMO and not options.skip_retrieval:
+    if options.sampled_metrics:
+        result.update(measure_sampled(options, loaded, dataset))
+    if options.retrieves:
         result["retrieval"], groups = measure_retrieval(loaded, options)
     elif options.sheet is not None:
         groups = [(options.input_folder, sample_pairs(loaded, dataset, options))]
@@ -246,7 +286,7 @@ def measure_retrieval(
         "pictures": len(records),
         "temperature": options.temperature,
         "top_k": options.top_k,
-        "cond_scale": options.cond_scale,
+        "cond_scale": options.cond_scale[0],
         "best_of": options.best_of,
         "seed": options.seed,
     }
@@ -290,26 +330,30 @@ def sample_pairs(loaded: Loaded, dataset: Any, options: EvaluateOptions) -> list
 
 def report(result: dict[str, Any]) -> str:
     """Format the results as text."""
-    checkpoint, losses = result["checkpoint"], result["validation"]
-    data = "{input_folder} ({num_pairs} pairs)".format(**result["data"])
-    if "split" in result["data"]:
-        data = "demo set, {split} ({num_pairs} pairs)".format(**result["data"])
-    lines = [
-        "checkpoint   {} (sha256 {}..., {:.2f} M parameters)".format(
-            checkpoint["name"], checkpoint["sha256"][:12], checkpoint["parameters"] / 1e6
-        ),
-        "data         " + data,
-        "loss         {:.4f} nats".format(losses["loss"]),
-        "  text       {:.4f} nats per token, perplexity {:.2f}".format(
-            losses["text_loss"], losses["text_perplexity"]
-        ),
-        "  image      {:.4f} nats per code, perplexity {:.2f}".format(
-            losses["image_loss"], losses["image_perplexity"]
-        ),
-        "             {:.4f} bits per code (uniform: {:.2f})".format(
-            losses["bits_per_code"], math.log2(checkpoint["codebook"])
-        ),
-    ]
+    lines = []
+    if "checkpoint" in result:
+        data = "{input_folder} ({num_pairs} pairs)".format(**result["data"])
+        if "split" in result["data"]:
+            data = "demo set, {split} ({num_pairs} pairs)".format(**result["data"])
+        lines += [
+            "checkpoint   {name} (sha256 {sha256:.12}..., {parameters} parameters)".format(
+                **dict(result["checkpoint"], parameters=f"{result['checkpoint']['parameters'] / 1e6:.2f} M")
+            ),
+            "data         " + data,
+        ]
+    if "validation" in result:
+        uniform = math.log2(result["checkpoint"]["codebook"])
+        lines += [
+            line.format(uniform=uniform, **result["validation"])
+            for line in (
+                "loss         {loss:.4f} nats",
+                "  text       {text_loss:.4f} nats per token, perplexity {text_perplexity:.2f}",
+                "  image      {image_loss:.4f} nats per code, perplexity {image_perplexity:.2f}",
+                "             {bits_per_code:.4f} bits per code (uniform: {uniform:.2f})",
+            )
+        ]
+    if "metrics" in result:
+        lines += metrics_report(result)
     if "retrieval" in result:
         retrieval = result["retrieval"]
         lines.append("retrieval@1 among {} images".format(retrieval["pictures"]))
