@@ -56,7 +56,7 @@ def weights(tmp_path_factory):
             module.momentum = 1.0
             module.train()
     _, logits = network(random_images(8, 64, 3))
-    network.fc.weight.data *= 15 / logits.std()
+    network.fc.weight.data *= 40 / logits.std()
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.save(network.state_dict(), str(path))
     return path
