@@ -17,7 +17,7 @@ from data import DEMO, DataSettings, create_dataset, epoch_order
 from data.demo import DemoRecord, demo_images, demo_records
 from models.dalle import TextToImage
 from models.vqgan import image_codes
-from models.vqgan_metrics import nearest_pictures
+from models.vqgan_metrics import nearest_images
 from sampling import Graphs, Sampler, SamplingFlags, decode, encode
 from utils.errors import UsageError
 from utils.files import sha256_file
@@ -223,8 +223,8 @@ def retrieve(
     reconstructions = torch.cat([decode(loaded, encode(loaded, part)) for part in real.split(options.batch_size)])
     text = loaded.tokenizer.tokenize([record.caption for record in records], loaded.config.text_seq_len, truncate=True)
     generated = sample_best(loaded, text, options)
-    found = nearest_pictures(generated, gallery.images, loaded.device) == own
-    found_again = nearest_pictures(reconstructions, gallery.images, loaded.device) == own
+    found = nearest_images(generated, gallery.images, loaded.device) == own
+    found_again = nearest_images(reconstructions, gallery.images, loaded.device) == own
     samples = [
         Sample(record.caption, real[index], reconstructions[index], generated[index], bool(found[index]))
         for index, record in enumerate(records)

@@ -22,7 +22,7 @@ from models import perceptual
 from models.discriminator import Adversary, PatchDiscriminator
 from models.perceptual import PerceptualDistance
 from models.vqgan import VqganConfig
-from models.vqgan_metrics import code_use, nearest_pictures, psnr, reconstruct, retrieval
+from models.vqgan_metrics import code_use, nearest_images, psnr, reconstruct, retrieval
 from training import vqgan
 from training.vqgan import train
 from training.vqgan_options import AT_RESUME, COMMAND, CONFIGS, choose_config
@@ -481,7 +481,7 @@ def test_retrieval_finds_the_nearest_picture():
     gallery = torch.randint(256, (40, 3, 4, 4), dtype=torch.uint8)
     pictures = torch.randint(256, (10, 3, 4, 4), dtype=torch.uint8)
     distances = (pictures[:, None].double() - gallery[None].double()).pow(2).flatten(2).sum(dim=2)  # (10, 40)
-    assert torch.equal(nearest_pictures(pictures, gallery, chunk=7), distances.argmin(dim=1))
+    assert torch.equal(nearest_images(pictures, gallery, chunk=7), distances.argmin(dim=1))
     gallery[4] = gallery[3]
     noisy = (gallery[:5].int() + 1).clamp(0, 255).to(torch.uint8)
     assert retrieval(noisy, torch.arange(5), gallery) == 1.0  # of two equal pictures either is right
