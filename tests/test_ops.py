@@ -187,9 +187,9 @@ def test_other_types_and_devices_take_pytorch():
 @pytest.mark.parametrize(
     "shapes, message",
     [
-        ([(1, 20, 9)], "of 2 heads"),
-        ([(1, 15, 12)], "of 2 heads"),
-        ([(1, 20, 12), (1, 20, 4), (1, 20, 6)], "other shapes"),
+        ([(1, 20, 9)], "fit 2 heads"),
+        ([(1, 15, 12)], "fit 2 heads"),
+        ([(1, 20, 12), (1, 20, 4), (1, 20, 6)], "wrong shapes"),
         ([(1, 12, 20), (1, 20, 4), (1, 20, 12)], "contiguous"),
     ],
 )

@@ -202,7 +202,7 @@ def test_a_new_value_does_what_its_option_says(saved, name, monkeypatch):
         elif seen is None:
             assert (found == saved.expected) == (rule == FREE)
         else:
-            notes["engine"] = ["products of medium precision" in engine.describe()]
+            notes["engine"] = ["matmuls of medium precision" in engine.describe()]
             notes["checkpointed"] = [hasattr(engine.model.dalle.transformer.layers[0].forward, "func")]
             assert notes[seen] == [{"threads": 2, "bad steps": 1}.get(seen, True)]
 

@@ -160,7 +160,7 @@ def test_every_shipped_configuration_instantiates(name):
     assert schedule.learning_rate(Position()) > 0
     for world_size in (1, 2):
         if config.global_batch % world_size == 0:
-            batching = engines.native.share_batch(config.global_batch, config.execution.batch_size, world_size)
+            batching = engines.native.split_batch(config.global_batch, config.execution.batch_size, world_size)
             assert batching.global_batch == config.global_batch
 
 
