@@ -1,6 +1,6 @@
 """Cost of a placement: memory and arithmetic of each IPU, estimated from the model, and the best division of layers.
 
-The model runs once on PyTorch's `meta` device, which only computes shapes; all operator calls are counted. Needs no SDK.
+The model runs once on the `meta` device, which only computes shapes; all operator calls are counted. Needs no SDK.
 Not counted is what only the compiler knows: program code, exchange buffers, scratch memory of operators.
 """
 from __future__ import annotations
