@@ -348,7 +348,7 @@ def test_what_fills_no_batch_is_told(folder, tmp_path, caplog):  # noqa: F811
     run(folder, tmp_path, *batch(1, 1), "--max-steps", "22")
     run(folder, tmp_path, *batch(2, 2), "--validation-fraction", "0", "--max-steps", "0", "--epochs", "1", "--resume")
     assert "dalle_0_22.pt: epoch 0, step 22, sample 22 of 24" in caplog.text
-    assert "changed options: --batch-size 2 instead of 1, --gradient-accumulation 2 instead of 1, --epochs 1" in caplog.text
+    assert "options: --batch-size 2 instead of 1, --gradient-accumulation 2 instead of 1, --epochs 1" in caplog.text
     assert "epoch 0: its last 2 sample(s) do not fill a batch of 4 and are skipped" in caplog.text
     assert (tmp_path / "ckpt/dalle_0.pt").exists()  # the epoch has its end
 
