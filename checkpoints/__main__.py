@@ -31,14 +31,14 @@ class VerifyOptions(Options):
 class ExportOptions(Options):
     """The options of `export`."""
 
-    checkpoint: str = again(VerifyOptions, "checkpoint", help="any that can be read (.pt, .ckpt, .safetensors)")
+    checkpoint: str = again(VerifyOptions, "checkpoint", help="any supported checkpoint (.pt, .ckpt, .safetensors)")
     out: str = option(REQUIRED, "file to write (.safetensors)", path=True, positional=True, metavar="OUT")
     half: bool = option(False, "store in half precision")
-    no_ema: bool = option(False, "take the plain weights even where averaged ones are stored")
+    no_ema: bool = option(False, "take the plain weights even if averaged ones are stored")
 
 
 NAME = "python -m checkpoints"
-EXPORT = Command(f"{NAME} export", "Write weights and options, no training state, as safetensors.", ExportOptions)
+EXPORT = Command(f"{NAME} export", "Write weights and options, without training state, as safetensors.", ExportOptions)
 VERIFY = Command(f"{NAME} verify", "Check that a file is complete and undamaged.", VerifyOptions)
 
 

@@ -280,7 +280,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(server,
     newest.write_bytes({"bit": content, "half": content[: len(content) // 2], "empty": b""}[damage])
     finish(server, start(server, folder, tmp_path, "--resume"), tmp_path)
     text = (tmp_path / "stderr.log").read_text()
-    assert "WARNING: Passing over a checkpoint: " in text and str(newest) in text
+    assert "WARNING: skipping a checkpoint: " in text and str(newest) in text
     assert "resumed {}: epoch 1, step 6".format(tmp_path / "ckpt/dalle_1_6.pt") in text
     assert_as_undisturbed(tmp_path, undisturbed(1)[0])
 
