@@ -234,14 +234,14 @@ def _split_head(weights: Weights, text_rows: int) -> None:
 def _whole(hparams: Mapping[str, Any], name: str, default: int | None = None) -> int:
     value = hparams.get(name, default)
     if value is None or isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"'{name}' in 'hparams' must be a whole number of at least 1, not {shown(value)}")
+        raise UserError(f"'hparams' needs a whole number of at least 1 as '{name}', not {shown(value)}")
     return value
 
 
 def _number(hparams: Mapping[str, Any], name: str, default: float) -> float:
     value = hparams.get(name, default)
     if not is_number(value):
-        raise UserError(f"'{name}' in 'hparams' must be a number of at least 0, not {shown(value)}")
+        raise UserError(f"'hparams' needs a number of at least 0 as '{name}', not {shown(value)}")
     return float(value)
 
 

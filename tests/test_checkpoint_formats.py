@@ -417,7 +417,7 @@ REFUSED = {
     ),
     "no positions": (
         lambda document: document["weights"].pop("model.image_pos_emb.weights_0"),
-        "to tell the size of the code grid",
+        "the size of the code grid is unknown",
     ),
     "no head": (
         lambda document: document["weights"].pop("model.to_logits.1.weight"),
