@@ -17,14 +17,14 @@ typedef struct {
 /* Layout of a head's matrices: text positions, then the codes, group by group. Transposed keys have their own layout,
  * where text and groups are padded to whole vectors. */
 typedef struct {
-    Shape of;
+    Shape shape;
     long width, text, group, keys; /* padded; keys: row stride of transposed keys */
     long rows, row;                /* maximum queries in a chunk, floats in a row of weights */
     long matrix, transposed;       /* floats in a matrix (L, K), and (K, keys) */
 } Plan;
 
 static Plan plan_of(const Shape *shape) {
-    Plan p = {.of = *shape};
+    Plan p = {.shape = *shape};
     p.width = rounded(shape->width);
     p.text = rounded(shape->text);
     p.group = rounded(shape->grid);
@@ -53,34 +53,34 @@ static inline long source(const Shape *shape, long i) {
 }
 
 static void gather(const Plan *p, const float *from, long row, float factor, float *to) {
-    for (long i = 0; i < p->of.length; i++) {
-        const float *x = from + source(&p->of, i) * row;
+    for (long i = 0; i < p->shape.length; i++) {
+        const float *x = from + source(&p->shape, i) * row;
         float *y = to + i * p->width;
         long k = 0;
-        for (; k + LANES <= p->of.width; k += LANES) store(y + k, load(x + k) * factor);
-        for (; k < p->of.width; k++) y[k] = x[k] * factor;
+        for (; k + LANES <= p->shape.width; k += LANES) store(y + k, load(x + k) * factor);
+        for (; k < p->shape.width; k++) y[k] = x[k] * factor;
         for (; k < p->width; k++) y[k] = 0;
     }
-    memset(to + p->of.length * p->width, 0, 2 * LANES * p->width * sizeof(float));
+    memset(to + p->shape.length * p->width, 0, 2 * LANES * p->width * sizeof(float));
 }
 
 static void scatter(const Plan *p, const float *from, float factor, float *to, long row) {
-    for (long i = 0; i < p->of.length; i++) {
+    for (long i = 0; i < p->shape.length; i++) {
         const float *x = from + i * p->width;
-        float *y = to + source(&p->of, i) * row;
+        float *y = to + source(&p->shape, i) * row;
         long k = 0;
-        for (; k + LANES <= p->of.width; k += LANES) store(y + k, load(x + k) * factor);
-        for (; k < p->of.width; k++) y[k] = x[k] * factor;
+        for (; k + LANES <= p->shape.width; k += LANES) store(y + k, load(x + k) * factor);
+        for (; k < p->shape.width; k++) y[k] = x[k] * factor;
     }
 }
 
 /* Keys or values transposed, (K, keys). Padding is never used. */
 static void transpose_keys(const Plan *p, const float *from, float *to) {
-    const Shape *s = &p->of;
+    const Shape *s = &p->shape;
     transpose(s->text, s->width, from, p->width, to, p->keys);
     for (long g = 0; g < s->grid; g++)
         transpose(
-            least(s->grid, s->length - s->text - g * s->grid), s->width, from + (s->text + g * s->grid) * p->width,
+            min(s->grid, s->length - s->text - g * s->grid), s->width, from + (s->text + g * s->grid) * p->width,
             p->width, to + p->text + g * p->group, p->keys);
 }
 
@@ -90,23 +90,23 @@ typedef struct {
 } Chunk;
 
 static Chunk chunk_at(const Plan *p, long first) {
-    const Shape *s = &p->of;
+    const Shape *s = &p->shape;
     if (first < s->text) {
-        long count = least(p->rows, s->text - first);
+        long count = min(p->rows, s->text - first);
         return (Chunk){first, count, first + count, 0, 0};
     }
-    long group = (first - s->text) / s->grid, groups = least(p->rows / s->grid, s->grid - group);
-    return (Chunk){first, least(groups * s->grid, s->length - first), s->text, group, groups};
+    long group = (first - s->text) / s->grid, groups = min(p->rows / s->grid, s->grid - group);
+    return (Chunk){first, min(groups * s->grid, s->length - first), s->text, group, groups};
 }
 
 /* Queries in group g < groups of a chunk; the last code of the grid is absent. */
 static inline long size_of(const Plan *p, const Chunk *c, long g) {
-    return least(p->of.grid, c->count - g * p->of.grid);
+    return min(p->shape.grid, c->count - g * p->shape.grid);
 }
 
 /* x (count, K) times transposed keys or values, for the keys that each query may see: (count, row). */
 static void scores_of(const Plan *p, const Chunk *c, const float *x, const float *transposed, float *result) {
-    long width = p->of.width, grid = p->of.grid;
+    long width = p->shape.width, grid = p->shape.grid;
     matmul(c->count, rounded(c->keys), width, x, p->width, 1, transposed, p->keys, result, p->row, 0);
     for (long g = 0; g < c->groups; g++)
         matmul(
@@ -116,7 +116,7 @@ static void scores_of(const Plan *p, const Chunk *c, const float *x, const float
 
 /* Weights (count, row) times keys or values: (count, K). */
 static void weighted_sum(const Plan *p, const Chunk *c, const float *weights, const float *matrix, float *result) {
-    long grid = p->of.grid;
+    long grid = p->shape.grid;
     matmul(c->count, p->width, c->keys, weights, p->row, 1, matrix, p->width, result, p->width, 0);
     for (long g = 0; g < c->groups; g++) {
         long size = size_of(p, c, g);
@@ -128,7 +128,7 @@ static void weighted_sum(const Plan *p, const Chunk *c, const float *weights, co
 
 /* The gradient of keys or values (L, K) from x (count, K) and weights, or the gradient of scores, (count, row). */
 static void add_key_gradient(const Plan *p, const Chunk *c, const float *weights, const float *x, float *matrix) {
-    long grid = p->of.grid;
+    long grid = p->shape.grid;
     matmul(c->keys, p->width, c->count, weights, 1, p->row, x, p->width, matrix, p->width, 1);
     for (long g = 0; g < c->groups; g++) {
         long size = size_of(p, c, g);
@@ -140,29 +140,29 @@ static void add_key_gradient(const Plan *p, const Chunk *c, const float *weights
 
 static const int32_t NUMBERS[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-/* Set all but the first `valid` of n scores to -inf. Returns the maximum of each lane. `odd` becomes NaN if a score is
- * not finite: comparisons would lose it. */
-static inline vec largest(float *scores, long n, long valid, vec *odd) {
-    vec most = fill(-INFINITY);
+/* Set all but the first `valid` of n scores to -inf. Returns the maximum of each lane. `not_finite` becomes NaN if a
+ * score is not finite: comparisons would lose it. */
+static inline vec largest(float *scores, long n, long valid, vec *not_finite) {
+    vec maximum = fill(-INFINITY);
     for (long i = 0; i < n; i += LANES) {
         vec x = load(scores + i);
         if (i + LANES > valid) {
             ivec lane = *(const ivec *)memcpy(&(ivec){}, NUMBERS, sizeof(ivec)), seen = lane < (int32_t)(valid - i);
             x = (vec)((seen & (ivec)x) | (~seen & (ivec)fill(-INFINITY)));
-            *odd += (vec)(seen & (ivec)(x * 0.0f));
+            *not_finite += (vec)(seen & (ivec)(x * 0.0f));
             store(scores + i, x);
         } else
-            *odd += x * 0.0f;
-        most = larger(x, most);
+            *not_finite += x * 0.0f;
+        maximum = larger(x, maximum);
     }
-    return most;
+    return maximum;
 }
 
 static inline float largest_of(vec x) {
 #if defined(__clang__)
-    float most = x[0];
-    for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
-    return most;
+    float maximum = x[0];
+    for (int i = 1; i < LANES; i++) maximum = x[i] > maximum ? x[i] : maximum;
+    return maximum;
 #else
     ivec lane;
     for (int i = 0; i < LANES; i++) lane[i] = i;
@@ -172,10 +172,10 @@ static inline float largest_of(vec x) {
 #endif
 }
 
-static inline vec exponentials(float *scores, long n, float most) {
+static inline vec exponentials(float *scores, long n, float maximum) {
     vec sum = {};
     for (long i = 0; i < n; i += LANES) {
-        vec e = exp_of(load(scores + i) - most);
+        vec e = exp_of(load(scores + i) - maximum);
         store(scores + i, e);
         sum += e;
     }
@@ -187,11 +187,11 @@ static void softmax(const Plan *p, const Chunk *c, float *scores) {
     long text = rounded(c->keys), group = c->groups ? p->group : 0;
     for (long i = 0; i < c->count; i++) {
         float *own = scores + i * p->row, *near = own + p->text;
-        vec odd = {};
-        vec lanes = largest(own, text, group ? p->of.text : c->first + i + 1, &odd);
-        if (group) lanes = larger(lanes, largest(near, group, i % p->of.grid + 1, &odd));
-        float most = largest_of(lanes);
-        vec sum = exponentials(own, text, most) + exponentials(near, group, most) + odd;
+        vec not_finite = {};
+        vec lanes = largest(own, text, group ? p->shape.text : c->first + i + 1, &not_finite);
+        if (group) lanes = larger(lanes, largest(near, group, i % p->shape.grid + 1, &not_finite));
+        float maximum = largest_of(lanes);
+        vec sum = exponentials(own, text, maximum) + exponentials(near, group, maximum) + not_finite;
         vec part = fill(1.0f / sum_of(sum));
         for (long k = 0; k < text; k += LANES) store(own + k, load(own + k) * part);
         for (long k = 0; k < group; k += LANES) store(near + k, load(near + k) * part);
@@ -215,7 +215,7 @@ static void softmax_backward(
 }
 
 static void forward_head(const Plan *p, const float *x, float *result, float *scratch) {
-    const Shape *s = &p->of;
+    const Shape *s = &p->shape;
     long inner = s->heads * s->width;
     float *query = scratch, *key = query + p->matrix, *value = key + p->matrix, *transposed = value + p->matrix;
     float *weights = transposed + p->transposed;
@@ -235,7 +235,7 @@ static void forward_head(const Plan *p, const float *x, float *result, float *sc
 }
 
 static void backward_head(const Plan *p, const float *x, float *grad_output, float *grad_qkv, float *scratch) {
-    const Shape *s = &p->of;
+    const Shape *s = &p->shape;
     long inner = s->heads * s->width, size = p->matrix;
     float factor = 1.0f / sqrtf(s->width);
     float *query = scratch, *key = query + size, *value = key + size, *gradient = value + size, *result = gradient + size;
@@ -269,22 +269,24 @@ static void backward_head(const Plan *p, const float *x, float *grad_output, flo
     scatter(p, result, 1, grad_output, inner);
 }
 
-/* qkv (B, L, 3 * H * K) -> result (B, L, H * K). scratch: `each` floats per thread, from `attention_scratch`. */
+/* qkv (B, L, 3 * H * K) -> result (B, L, H * K). scratch: `per_thread` floats per thread, from `attention_scratch`. */
 void attention_forward(
-    const Shape *shape, const float *qkv, float *result, float *scratch, long each, int threads) {
+    const Shape *shape, const float *qkv, float *result, float *scratch, long per_thread, int threads) {
     Plan p = plan_of(shape);
     long inner = shape->heads * shape->width;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (long i = 0; i < shape->batch * shape->heads; i++) {
         long row = i / shape->heads * shape->length, column = i % shape->heads * shape->width;
         forward_head(
-            &p, qkv + row * 3 * inner + column, result + row * inner + column, scratch + omp_get_thread_num() * each);
+            &p, qkv + row * 3 * inner + column, result + row * inner + column,
+            scratch + omp_get_thread_num() * per_thread);
     }
 }
 
 /* Write the gradient of qkv to grad_qkv, and overwrite grad_output with the result of `attention_forward`. */
 void attention_backward(
-    const Shape *shape, const float *qkv, float *grad_output, float *grad_qkv, float *scratch, long each, int threads) {
+    const Shape *shape, const float *qkv, float *grad_output, float *grad_qkv, float *scratch, long per_thread,
+    int threads) {
     Plan p = plan_of(shape);
     long inner = shape->heads * shape->width;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
@@ -292,6 +294,6 @@ void attention_backward(
         long row = i / shape->heads * shape->length, column = i % shape->heads * shape->width;
         backward_head(
             &p, qkv + row * 3 * inner + column, grad_output + row * inner + column, grad_qkv + row * 3 * inner + column,
-            scratch + omp_get_thread_num() * each);
+            scratch + omp_get_thread_num() * per_thread);
     }
 }

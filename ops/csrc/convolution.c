@@ -103,7 +103,7 @@ static inline void sum_tile(const float *sums, long stride, vec result[TILE][TIL
     for (int j = 0; j < TILE; j++) transform_out(half[j], result[j]);
 }
 
-static long least(long a, long b) { return a < b ? a : b; }
+static long min(long a, long b) { return a < b ? a : b; }
 
 /* y = conv3x3(x) + bias [+ residual], padded with zeros by one pixel.
 
@@ -117,7 +117,7 @@ int32_t convolve(const float *x, const float *weights, const float *bias, const 
     const long down = (height + TILE - 1) / TILE, across = (width + TILE - 1) / TILE, tiles = batch * down * across;
     if (tiles == 0) return 0;
     const long fits = CACHE / (POINTS * in * 4) / ROWS * ROWS, share = (tiles + threads - 1) / threads;
-    long group = least(fits > ROWS ? fits : ROWS, (share + ROWS - 1) / ROWS * ROWS); /* tiles at a time */
+    long group = min(fits > ROWS ? fits : ROWS, (share + ROWS - 1) / ROWS * ROWS); /* tiles at a time */
     const long stride = group * in + LANES; /* no power of two: its multiples map to the same cache lines */
     const long rows = group * COLUMNS + LANES, groups = (tiles + group - 1) / group;
     const long source_height = doubled ? height / 2 : height, source_width = doubled ? width / 2 : width;
@@ -138,7 +138,7 @@ int32_t convolve(const float *x, const float *weights, const float *bias, const 
 #pragma omp for schedule(dynamic, 1)
         for (long g = 0; g < groups; g++) {
             if (memory == NULL) continue;
-            const long first = g * group, count = least(group, tiles - first);
+            const long first = g * group, count = min(group, tiles - first);
             const long padded = (count + ROWS - 1) / ROWS * ROWS;
             for (long t = 0; t < count; t++) {
                 const long tile = first + t, image = tile / (down * across);
@@ -165,22 +165,22 @@ int32_t convolve(const float *x, const float *weights, const float *bias, const 
                 for (long t = 0; t < count; t++) {
                     const long tile = first + t, image = tile / (down * across);
                     const long top = tile / across % down * TILE, left = tile % across * TILE;
-                    const long high = least(TILE, height - top), wide = least(TILE, width - left);
+                    const long high = min(TILE, height - top), wide = min(TILE, width - left);
                     for (int half = 0; half < 2; half++) {
                         const long c = n + half * LANES;
                         const vec shift = bias ? load(bias + c) : (vec){};
                         vec result[TILE][TILE];
-                        ivec odd = {};
+                        ivec not_finite = {};
                         sum_tile(sums + t * COLUMNS + half * LANES, rows, result);
                         for (long j = 0; j < high; j++)
                             for (long i = 0; i < wide; i++) {
                                 const long place = ((image * height + top + j) * width + left + i) * out + c;
                                 vec value = result[j][i] + shift;
                                 if (residual) value += load(residual + place);
-                                odd |= (ivec)magnitude(value) > 0x7f7fffff;
+                                not_finite |= (ivec)magnitude(value) > 0x7f7fffff;
                                 store(y + place, value);
                             }
-                        for (int lane = 0; lane < LANES; lane++) any |= odd[lane];
+                        for (int lane = 0; lane < LANES; lane++) any |= not_finite[lane];
                     }
                 }
             }
@@ -213,7 +213,7 @@ void norm_swish(const float *x, float *y, const float *weight, const float *bias
     {
 #pragma omp for schedule(static)
         for (long piece = 0; piece < batch * pieces; piece++) {
-            const long first = piece % pieces * PIECE, count = least(PIECE, positions - first);
+            const long first = piece % pieces * PIECE, count = min(PIECE, positions - first);
             const float *image = x + piece / pieces * positions * channels, *from = image + first * channels;
             float *sums = partial + piece * 2 * channels, *squares = sums + channels;
             memset(sums, 0, 2 * channels * sizeof(float));
@@ -250,7 +250,7 @@ void norm_swish(const float *x, float *y, const float *weight, const float *bias
         }
 #pragma omp for schedule(static)
         for (long piece = 0; piece < batch * pieces; piece++) {
-            const long b = piece / pieces, first = piece % pieces * PIECE, count = least(PIECE, positions - first);
+            const long b = piece / pieces, first = piece % pieces * PIECE, count = min(PIECE, positions - first);
             const long place = (b * positions + first) * channels;
             const float *center = factors + 2 * b * channels, *scale = center + channels;
             for (long i = 0; i < count * channels; i += channels)

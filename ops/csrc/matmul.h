@@ -11,7 +11,7 @@
 #define FITS(rows, vectors) 1 /* of 16 registers */
 #endif
 
-static inline long least(long a, long b) { return a < b ? a : b; }
+static inline long min(long a, long b) { return a < b ? a : b; }
 static inline long rounded(long n) { return (n + LANES - 1) / LANES * LANES; }
 
 /* A tile of `matmul`, rows by vectors, both constant after inlining. */

@@ -47,7 +47,7 @@ static const struct {
 /* Whether there is a matrix unit and the system lets this process use it. */
 int multiplies(void) { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0; }
 
-static long smaller(long a, long b) { return a < b ? a : b; }
+static long min(long a, long b) { return a < b ? a : b; }
 
 static inline __mmask16 first(long n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
 
@@ -217,25 +217,25 @@ struct place {
     float *at;
     long stride, m, n;
     int transposed, add; /* rows are columns of C; add to C instead of overwriting it */
-    int *odd;            /* set to 1 if a result is not finite */
+    int *not_finite;            /* set to 1 if a result is not finite */
 };
 
 /* Write 16 rows from `row` and 16 columns from `column` of the place from a block's sums. */
 static inline void put(const float *sums, struct place c, long row, long column) {
     __m512i x[16];
-    long m = smaller(c.m - row, 16), n = smaller(c.n - column, 16);
+    long m = min(c.m - row, 16), n = min(c.n - column, 16);
     float *to = c.at + (c.transposed ? column * c.stride + row : row * c.stride + column);
-    __mmask16 odd = 0;
+    __mmask16 not_finite = 0;
     for (int i = 0; i < 16; i++) x[i] = _mm512_load_si512(sums + i * STRIP);
     if (c.transposed) transpose(x);
     for (long i = 0; i < (c.transposed ? n : m); i++) {
         __mmask16 some = first(c.transposed ? m : n);
         __m512 sum = (__m512)x[i] * _mm512_set1_ps(0x1p-48f);
         if (c.add) sum += _mm512_maskz_loadu_ps(some, to + i * c.stride);
-        odd |= _mm512_mask_fpclass_ps_mask(some, sum, 0x99 /* infinite or NaN */);
+        not_finite |= _mm512_mask_fpclass_ps_mask(some, sum, 0x99 /* infinite or NaN */);
         _mm512_mask_storeu_ps(to + i * c.stride, some, sum);
     }
-    if (odd) __atomic_store_n(c.odd, 1, __ATOMIC_RELAXED);
+    if (not_finite) __atomic_store_n(c.not_finite, 1, __ATOMIC_RELAXED);
 }
 
 /* Prefetch a strip of the place from `column` on, while its sums are computed. */
@@ -295,7 +295,7 @@ static inline __attribute__((always_inline)) void multiply_by(
     const uint8_t *a = rows, *b = panel;
     LOAD(4, a, parts - 1) LOAD(5, a, parts - 1) LOAD(6, b, 0) LOAD(7, b, 0)
     for (long s = 0; s * STRIP < c.n; s++) {
-        ask_for(c, STRIP * s);
+        prefetch(c, STRIP * s);
         CLEAR
         for (long t = tiles; t; t--) {
             const uint8_t *next_a = t > 1 ? a + tile : rows, *next_b = b + tile, *soon_a = next_a, *soon_b = next_b;
@@ -373,7 +373,7 @@ struct work {
 /* Pack the lines of x for the steps from `from` on: part `me` of `all` of the squares. */
 static struct job job_of(
     const struct work *w, struct matrix x, int across, long from, uint8_t *packed, long me, long all) {
-    long to = smaller(w->k, from + w->depth), tiles = (to - from + 31) / 32, groups = (x.lines + STRIP - 1) / STRIP * 2;
+    long to = min(w->k, from + w->depth), tiles = (to - from + 31) / 32, groups = (x.lines + STRIP - 1) / STRIP * 2;
     struct job job = {
         .x = x, .across = across, .from = from, .to = to, .tiles = tiles, .groups = groups,
         .next = groups * tiles * me / all, .end = groups * tiles * (me + 1) / all, .packed = packed};
@@ -390,7 +390,7 @@ static struct job rows_job(const struct work *w, long from, uint8_t *packed, lon
 static struct job panel_job(const struct work *w, long from, long panel, uint8_t *packed) {
     struct matrix x = w->b;
     x.at += panel * w->wide * x.line;
-    x.lines = smaller(w->wide, x.lines - panel * w->wide); /* the rest belongs to other panels */
+    x.lines = min(w->wide, x.lines - panel * w->wide); /* the rest belongs to other panels */
     return job_of(w, x, 1, from, packed, 0, 1);
 }
 
@@ -403,14 +403,14 @@ static int matmul_rows(struct matrix a, struct matrix b, long k, long parts, flo
     struct range left[2][omp_get_max_threads()]; /* of this chunk, and of the next, which some threads reach first */
     size_t rows_size = strips * most * TILES(parts), panel_size = most * STRIPS(parts) * TILES(parts);
     uint8_t *shared = memory(&shared_buffer, &shared_buffer_size, (1 + (chunks > 1)) * rows_size);
-    int failed = !shared, odd = 0;
+    int failed = !shared, not_finite = 0;
     if (failed) return 1;
 #pragma omp parallel
     {
         uint8_t saved[64]; /* other users of the matrix unit in this thread find it unchanged */
         _tile_storeconfig(saved);
         _tile_loadconfig(&WHOLE);
-        uint8_t *own = memory(&own_buffer, &own_buffer_size, 2 * panel_size + TILES(parts)); /* one is read past the end */
+        uint8_t *own = memory(&own_buffer, &own_buffer_size, 2 * panel_size + TILES(parts)); /* one read past the end */
         if (!own) {
 #pragma omp atomic write
             failed = 1;
@@ -447,7 +447,7 @@ static int matmul_rows(struct matrix a, struct matrix b, long k, long parts, flo
                 }
                 struct place place = {
                     c + (transposed ? column * stride + row : row * stride + column), stride,
-                    smaller(STRIP, a.lines - row), smaller(wide, b.lines - column), transposed, from > 0, &odd};
+                    min(STRIP, a.lines - row), min(wide, b.lines - column), transposed, from > 0, &not_finite};
                 const uint8_t *strip = packed + s * tiles * TILES(parts);
                 const uint8_t *next = packed + (s + 1) % strips * tiles * TILES(parts);
                 multiply(parts, strip, next, own + now * panel_size, tiles, place, jobs);
@@ -455,12 +455,12 @@ static int matmul_rows(struct matrix a, struct matrix b, long k, long parts, flo
         }
         _tile_loadconfig(saved);
     }
-    return failed ? 1 : odd ? 2 : 0;
+    return failed ? 1 : not_finite ? 2 : 0;
 }
 
 /* C (m, n) = A (m, k) B (k, n); C has row stride `stride`, strides of A and B are as in struct matrix. `parts`: 1 to 3
  * parts of each float are used. Returns 0, 1 if there is no memory, or 2 if a result is not finite, which may be due to
- * the scaling. For a tall C the transpose is computed, so that threads share the smaller matrix. */
+ * the scaling. For a tall C the transpose is computed, so that threads share the min matrix. */
 int matmul(
     long m, long n, long k, const float *a, long a_line, long a_step, const float *b, long b_line, long b_step,
     long parts, float *c, long stride) {
@@ -468,7 +468,7 @@ int matmul(
     struct matrix left = {a, a_line, a_step, m}, right = {b, b_line, b_step, n};
     struct matrix rows = transposed ? right : left, columns = transposed ? left : right;
     for (long from = 0, all = rows.lines; from < all && !failed; from += MOST_ROWS) {
-        rows.lines = smaller(MOST_ROWS, all - from);
+        rows.lines = min(MOST_ROWS, all - from);
         failed = matmul_rows(rows, columns, k, parts, c + (transposed ? from : from * stride), stride, transposed);
         rows.at += MOST_ROWS * rows.line;
     }
