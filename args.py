@@ -415,7 +415,7 @@ def _check_together(config: Config) -> None:
     if model.architecture == "image-gpt" and model.text_seq_len != 1:
         raise UsageError("--architecture image-gpt reads one class, no text: it needs --text-seq-len 1")
     if model.architecture == "image-gpt" and run.device == "ipu":
-        raise UsageError("--architecture image-gpt is not supported on IPUs, which always compute the text loss; use "
+        raise UsageError("--architecture image-gpt is not for IPUs, which always compute the text loss; use "
                          "--device cuda or cpu")
     if data.generated_data and data.synthetic_data:
         raise UsageError("--generated-data and --synthetic-data exclude each other: give one of them")

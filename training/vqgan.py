@@ -210,7 +210,7 @@ class Run(Loop):
     def way_out(self) -> str:
         """What to do about non-finite losses, for error messages."""
         file = self.folder / STATE
-        newest = f"the last good state is {file}: continue from it with --resume and" if file.is_file() else "use"
+        newest = f"the last good state is {file}: continue from it with --resume and" if file.is_file() else "take"
         return newest + " a lower --learning-rate or --clip-grad-norm"
 
 
