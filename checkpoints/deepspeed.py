@@ -37,8 +37,8 @@ def find_auxiliary(weights: Path) -> Path:
     found = [place for place in places if place.is_file()] or sorted(weights.parent.glob(f"*-ds-cp/{AUXILIARY}"))
     if not found or (len(found) > 1 and found[0] not in places):
         raise UserError(
-            f"it holds weights under DALLE-pytorch's names without their options: put the {AUXILIARY} of the run's folder "
-            "(...-ds-cp) beside it" + (f"; there are several, such as {found[0]}" if found else "")
+            f"it holds weights under DALLE-pytorch's names without their options: put the {AUXILIARY} of the run's "
+            "folder (...-ds-cp) beside it" + (f"; there are several, such as {found[0]}" if found else "")
         )
     return found[0]
 
