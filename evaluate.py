@@ -36,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_writable(flag, file)
     parts = (options.bpe_path, options.vqgan_model_path, options.vqgan_config_path)
     result, samples = evaluate(options, load(options.dalle_path, *parts, pick_device(options.device, 0)))
-    encoding = sys.stdout.encoding or "utf-8"  # which may not hold every file name
-    sys.stdout.write(report(result).encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    sys.stdout.write(report(result) + "\n")
     if options.json is not None:
         with written("--json", options.json), atomic_write(options.json) as file:
             file.write(json.dumps(finite(result), indent=2, allow_nan=False) + "\n")

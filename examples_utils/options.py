@@ -9,10 +9,8 @@ from utils.options import Command, Options, choose, option
 
 PROGRAM = "python3 -m examples_utils"
 INSTEAD_OF_UPLOADS = {
-    "s3": "the reference sends them to a bucket of Graphcore; copy the file that latest_checkpoint_path in the results "
-          "names to a bucket of your own",
-    "wandb": "the reference adds them to a run on a server of Graphcore; give train.py --wandb and run with "
-             "--allow-wandb to follow a run on a server of your own",
+    "s3": "copy the file that latest_checkpoint_path in the results names to a bucket of your own",
+    "wandb": "give train.py --wandb and run with --allow-wandb to follow a run on a server of your own",
 }
 
 

@@ -20,9 +20,8 @@ import args as train_args
 import log
 from benchmarks import busy, compare_peers
 from examples_utils import cli, metrics, process, report, runner
-from examples_utils.command import build_command
 from examples_utils.machine import Machine, missing
-from examples_utils.spec import Metric, load_entries, make_benchmark, select, variants
+from examples_utils.spec import Metric, build_command, load_entries, make_benchmark, select, variants
 from utils.errors import UsageError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,7 +86,7 @@ def test_options_are_no_benchmarks_and_convergence_runs_only_when_asked_for(app)
     assert [item.name for item in select(entries, ["b_gen_conv", "a_gen", "a_gen"])] == ["b_gen_conv", "a_gen"]
     with pytest.raises(UserError, match="no 'a_gne'.*Did you mean 'a_gen'"):
         select(entries, ["a_gne"])
-    with pytest.raises(UserError, match="holds options"):
+    with pytest.raises(UserError, match="holds shared options"):
         select(entries, ["common_options"])
 
 
@@ -203,7 +202,7 @@ def test_reductions_over_stdout_then_stderr(logs, name, settings, value):
 
 @pytest.mark.parametrize("stdout, settings, problem", [
     ("nothing", {}, "m: no line matches 'm=(.*?);'"),
-    ("m=1;m=2;", {"skip": 2}, "m: 2 matches, which skip: 2 leaves out"),
+    ("m=1;m=2;", {"skip": 2}, "m: 2 matches, all skipped by skip: 2"),
     ("m=fast;", {}, "m: 'fast' is no number"), ("m=1;m=nan;", {}, "m: not finite in the log"),
     ("m=1\n;", {}, "m: no line matches 'm=(.*?);'")])
 def test_a_metric_without_a_value_says_why(logs, stdout, settings, problem):
@@ -543,17 +542,11 @@ def test_entries_run_in_their_location_with_their_environment_and_this_python_an
     assert (logs / "a_gen" / "stdout").read_text().split() == [str(folder), "me", sys.prefix]
 
 
-def test_python3_means_the_python_of_the_runner(tmp_path, monkeypatch):
-    (tmp_path / "venv").mkdir()
-    for name in ("python3.8", "python3"):
-        (tmp_path / "venv" / name).touch()
-    (tmp_path / "venv" / "python").symlink_to("python3")
-    env = {"PATH": f"/usr/bin:{tmp_path}/venv:/bin"}
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "python"))
-    words, changed = runner._with_this_python(["poprun", "python3", "t.py"], env)
-    assert words == ["poprun", "python3", "t.py"] and changed["PATH"] == f"{tmp_path}/venv:/usr/bin:/bin"
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "python3.8"))  # python3 beside it is another one
-    assert runner._with_this_python(["python3", "t.py"], env) == ([sys.executable, "t.py"], env)
+def test_python3_means_the_python_of_the_runner(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/venv/bin/python3.8")
+    words, env = runner._with_this_python(["poprun", "python3", "t.py"], {"PATH": "/usr/bin:/bin"})
+    assert words == ["poprun", "/venv/bin/python3.8", "t.py"]
+    assert env == {"PATH": "/venv/bin:/usr/bin:/bin", "PYTHONUNBUFFERED": "1"}
 
 
 def test_ipu_flags_reach_ipu_entries(app, monkeypatch):
@@ -652,7 +645,8 @@ def test_a_missing_package_is_named():
     code = "import runpy, sys; sys.modules['psutil'] = None; runpy.run_module('examples_utils', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], cwd=str(ROOT), stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
-    assert done.stderr == "error: the Python package psutil is not installed: pip install -r requirements.txt\n"
+    assert done.stderr.startswith("error: ") and "has no package 'psutil'" in done.stderr
+    assert done.stderr.endswith(": pip install -r requirements.txt\n") and done.stderr.count("\n") == 1
 
 
 def test_list_names_the_benchmarks_and_runs_none(app, capsys):
