@@ -18,7 +18,7 @@ from checkpoints import DalleCheckpoint
 from models.vqgan_config import VqganConfig, stage1_config
 from utils.errors import UserError, nearest
 from utils.files import PathLike
-from utils.yaml_files import MAX_BYTES, parse_yaml
+from utils.yaml_files import read_yaml
 
 _WEIGHT_STD = 0.02  # of new tables and heads, as in minDALL-E
 
@@ -176,14 +176,7 @@ def read_downstream(path: PathLike) -> Downstream:
 
 
 def _document(path: PathLike) -> Mapping[str, Any]:
-    try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"--config-downstream {path}: {error.strerror or error}") from None
-    document = parse_yaml(content, f"{path} is no YAML")
-    if not isinstance(document, dict):
-        raise UserError(f"{path}: expected the tables dataset, stage1, stage2, optimizer and experiment")
+    document = read_yaml(path, "--config-downstream")
     known = ["dataset", "stage1", "stage2", "optimizer", "experiment"]
     for key in document:
         if key not in known:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Iterator, Mapping, NamedTuple, Pattern, Sequence
 
 from utils.errors import UserError, nearest
-from utils.yaml_files import parse_yaml
+from utils.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -102,13 +102,7 @@ def load_entries(paths: Sequence[str]) -> dict[str, tuple[Path, Any]]:
     """
     entries: dict[str, tuple[Path, Any]] = {}
     for path in (Path(text).resolve() for text in paths):
-        try:
-            content = parse_yaml(path.read_bytes(), f"--spec: {path} is not a YAML file")
-        except OSError as error:
-            raise UserError(f"--spec: cannot read {path}: {error.strerror or error}") from None
-        if not isinstance(content, dict):
-            raise UserError(f"--spec: {path} must be a YAML mapping of benchmark names to entries")
-        for name, value in content.items():
+        for name, value in read_yaml(path, "--spec").items():
             if str(name) in entries and "options" not in str(name):
                 logger.warning("'%s' of %s replaces the one of %s", name, path, entries[str(name)][0])
             entries[str(name)] = (path, value)

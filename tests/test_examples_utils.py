@@ -118,12 +118,12 @@ def test_wrong_entries_are_refused_with_file_name_and_key(entry, message):
         benchmark(entry)
 
 
-@pytest.mark.parametrize("text, message", [("a: [1", "is not a YAML file"), ("- a", "must be a YAML mapping")])
+@pytest.mark.parametrize("text, message", [("a: [1", "is not valid YAML"), ("- a", "must be a YAML mapping")])
 def test_files_that_are_no_spec_are_refused(tmp_path, text, message):
     (tmp_path / "s.yml").write_text(text)
     with pytest.raises(UserError, match=message):
         load_entries([str(tmp_path / "s.yml")])
-    with pytest.raises(UserError, match="cannot read .*other.yml: No such file"):
+    with pytest.raises(UserError, match="--spec .*other.yml cannot be read: No such file"):
         load_entries([str(tmp_path / "other.yml")])
 
 
