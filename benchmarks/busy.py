@@ -27,9 +27,9 @@ from utils.files import make_folder  # noqa: E402
 from utils.options import Command, Options, again, option  # noqa: E402
 
 WORK: dict[tuple[str, str], tuple[int, dict[str, object]]] = {
-    ("demo", GENERATE): (16, {"do": "draw", "images": 16}),
+    ("demo", GENERATE): (16, {"do": "sample", "images": 16}),
     ("demo", TRAIN_CODES): (4, {"do": "train"}),
-    ("L16", GENERATE): (1, {"do": "draw", "images": 1}),
+    ("L16", GENERATE): (1, {"do": "sample", "images": 1}),
     ("L16", TRAIN_CODES): (2, {"do": "train"}),
 }
 """What is timed, by configuration and task: samples in it, and the request."""
