@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import resource
 import sys
 import time
 import types
@@ -23,6 +22,7 @@ import args
 import engines
 import ops
 from bpe import load_tokenizer
+from engines.memory import peak_bytes
 from models.config import DalleConfig
 from models.dalle import DALLE, TextToImage
 from models.vqgan import VQGAN
@@ -124,6 +124,8 @@ def channels_last(vqgan: VQGAN) -> VQGAN:
 class Contestant:
     """What every contestant has: the shape, random inputs, a device."""
 
+    optimizer: torch.optim.Optimizer
+
     def __init__(self, options: ContestantOptions) -> None:
         self.config = settings(options)
         self.engine = engines.create(self.config)  # checks the device, sets threads and precision
@@ -148,6 +150,11 @@ class Contestant:
     def train(self) -> None:
         """Take one optimizer step over the batch."""
         raise NotImplementedError
+
+    def _descend(self, loss: Tensor) -> None:
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def token(self, position: int, images: int) -> None:
         """Sample the code at one position for so many images, all before it given: only where this costs what it costs
@@ -218,9 +225,7 @@ class Plain(Contestant):
         codes = self.model.codes(self.images.to(self.device))
         with self.half():
             loss = self.model(self.text.to(self.device), codes).total
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self._descend(loss)
 
     @torch.no_grad()
     def token(self, position: int, images: int) -> None:
@@ -286,9 +291,7 @@ class Peer(Contestant):
     def train(self) -> None:
         with self.half():
             loss = self.dalle(self.text.to(self.device), self.inputs.to(self.device), return_loss=True)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self._descend(loss)
 
     @torch.no_grad()
     def token(self, position: int, images: int) -> None:
@@ -339,14 +342,6 @@ KINDS: dict[str, Callable[[ContestantOptions], Contestant]] = {
     PEER: Peer,
     REPAIRED: Repaired,
 }
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Most memory this process ever held: resident on the host, or allocated on the GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def perform(contestant: Contestant, request: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from checkpoints import DalleCheckpoint
-from models.vqgan_config import VqganConfig, stage1_config
+from models.vqgan_config import NETWORK_KEYS, VqganConfig, stage1_config
 from utils.errors import UserError, nearest
 from utils.files import PathLike
 from utils.yaml_files import read_yaml
@@ -77,22 +77,7 @@ _KEYS: dict[str, dict[str, Any]] = {
 
 _STAGE1_KEYS = {
     "stage1": ("type", "embed_dim", "n_embed", "hparams"),
-    "stage1.hparams": (
-        (
-            "double_z",
-            "z_channels",
-            "resolution",
-            "in_channels",
-            "out_ch",
-            "ch",
-            "ch_mult",
-            "num_res_blocks",
-            "attn_resolutions",
-            "pdrop",
-            "num_groups",
-            "patch_size",
-        )
-    ),
+    "stage1.hparams": ("double_z", *NETWORK_KEYS, "pdrop", "num_groups", "patch_size"),
 }
 
 #: Keys of which only one value can be followed, and why.

@@ -83,7 +83,7 @@ def _show(results: Sequence[report.VariantResult], folder: Path, seconds: float)
         text += "nothing was run\n"
     sys.stdout.write(text)
     sys.stdout.flush()
-    # Where there can be no console.log, it has been said.
+    # log.setup has warned if there is no console.log.
     with contextlib.suppress(OSError), open(folder / "console.log", "a", encoding="utf-8") as file:
         file.write(text)
 

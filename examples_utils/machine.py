@@ -75,7 +75,7 @@ def hardware(benchmark: Benchmark, command: Command) -> tuple[int, int]:
 
 def missing(benchmark: Benchmark, command: Command, env: Mapping[str, str], machine: Machine,
             compile_only: bool = False) -> Iterator[str]:
-    """The reasons not to run the command here; none when nothing it is known to need is missing."""
+    """The reasons why the command cannot run here, if any."""
     if compile_only and not benchmark.compile_only:
         yield "has no --compile-only mode"
     ipus, gpus = hardware(benchmark, command)

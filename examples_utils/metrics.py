@@ -1,4 +1,4 @@
-"""Numbers out of logs: regular expressions with a reduction, derived expressions, compile time, users' functions."""
+"""Metrics from logs: regular expressions with a reduction, derived expressions, compile time, users' functions."""
 from __future__ import annotations
 
 import ast

@@ -98,7 +98,7 @@ def _copy(pipe: IO[bytes], path: Path, combined: IO[bytes], tail: bytearray) -> 
                 for target in targets:
                     target.write(data)
             except (OSError, ValueError) as error:
-                # A full disk: go on reading, or the command would wait for us for ever.
+                # A full disk: go on reading, or the command would block on a full pipe.
                 logger.error("cannot write %s, the rest of this output is lost: %s", path, error)
                 targets = []
 

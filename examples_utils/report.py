@@ -29,9 +29,9 @@ LOG_SCALE_FROM = 50  # ratio of the chart's largest to its smallest bar above wh
 
 @dataclass
 class VariantResult:
-    """A variant and what became of it. `reason` says why it failed or was skipped; a skipped one has no exit status.
+    """A variant and its outcome. `reason` says why it failed or was skipped; a skipped one has no exit status.
 
-    env: the whole environment of the command; added: what the runner and the entry add to it.
+    env: the whole environment of the command; added: variables that the runner and the entry set.
     """
 
     variant: Variant
@@ -102,7 +102,7 @@ def save_results(folder: Path, results: Sequence[VariantResult], columns: Sequen
 
 
 def table(results: Sequence[VariantResult], width: int = 120) -> str:
-    """One line a variant: name, status, time, throughput, other metrics; in place of the figures why there are none.
+    """One line a variant: name, status, time, throughput, other metrics, or the reason why there are none.
 
     Columns of metrics that do not fit into `width` characters are skipped: the files have them all.
     """

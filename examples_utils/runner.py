@@ -1,4 +1,4 @@
-"""Run the variants of the selected benchmarks one after the other and collect what became of each."""
+"""Run the variants of the selected benchmarks one after another and collect their results."""
 from __future__ import annotations
 
 import contextlib
@@ -29,10 +29,9 @@ TAIL_LINES = 20
 
 def run_benchmarks(benchmarks: Sequence[Benchmark], flags: BenchmarkOptions, logs: Path, env: Mapping[str, str],
                    results: list[VariantResult]) -> None:
-    """Run everything, with what became of it in `results`, one for each variant, which are there after Ctrl-C too.
+    """Run everything. `results` receives one entry per variant, and has all of them after Ctrl-C too.
 
-    flags: of `examples_utils.cli.parse`. logs: a folder that exists.
-    Raises UserError before anything runs when an entry cannot be understood.
+    logs: a folder that exists. Raises UserError before anything runs when an entry is wrong.
     """
     machine = Machine(env)
     results += [_prepare(variant, flags, env, machine) for benchmark in benchmarks for variant in variants(benchmark)]
@@ -56,7 +55,7 @@ def run_benchmarks(benchmarks: Sequence[Benchmark], flags: BenchmarkOptions, log
 
 
 def _prepare(variant: Variant, flags: BenchmarkOptions, env: Mapping[str, str], machine: Machine) -> VariantResult:
-    """A result without a run, and with a reason where there cannot be one."""
+    """The result of a variant before it runs; with a reason if it cannot."""
     benchmark = variant.benchmark
     own = {key: str(value) for key, value in benchmark.env.items()}
     command = build_command(variant, {**env, **own}, flags.allow_wandb, flags.compile_only)
@@ -139,7 +138,7 @@ def _execute(result: VariantResult, logs: Path, flags: BenchmarkOptions, combine
 def _with_this_python(words: Sequence[str], env: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
     """Let `python3` mean the Python of this runner, for the command and what it starts: the first one of the PATH may
     have none of our packages."""
-    # Unbuffered, or a command that is ended at its time limit would take what it printed with it.
+    # Unbuffered, so that a command that is ended at its time limit loses no output.
     index, path = python_index(words), os.pathsep.join([os.path.dirname(sys.executable), env.get("PATH", os.defpath)])
     return [*words[:index], sys.executable, *words[index + 1:]], {"PYTHONUNBUFFERED": "1", **env, "PATH": path}
 
@@ -200,6 +199,6 @@ def folder_name(variant_name: str) -> str:
     name = re.sub(r"^\.|[^\w.,=+@-]", "_", variant_name)
     if name == variant_name and len(name.encode()) <= 150:
         return name
-    # Different variants must not share a folder after the change.
+    # Variants that differ only in what was replaced must not share a folder.
     digest = hashlib.sha256(variant_name.encode()).hexdigest()[:8]
     return f"{name.encode()[:150].decode(errors='ignore')}-{digest}"

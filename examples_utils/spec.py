@@ -1,8 +1,8 @@
 """Benchmark specs: a YAML mapping of entries, read into checked `Benchmark`s, their variants, and their commands.
 
-Names containing `options` hold shared parts for YAML anchors. Keys that are not known are ignored, as the reference
-does; three of ours rely on that: `requires` (what the entry needs to run), `compile_only: false` (it has no such mode)
-and `output` (pairs of unit and metric, used as units in the table and the chart).
+Names containing `options` hold shared parts for YAML anchors. Unknown keys are ignored, by the reference too; three of
+ours rely on that: `requires` (what the entry needs to run), `compile_only: false` (it has no such mode) and `output`
+(pairs of unit and metric, used as units in the table and the chart).
 """
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Command(NamedTuple):
 
     text: str
     words: tuple[str, ...]
-    unset: tuple[str, ...] = ()  # environment variables that the command names and nobody set
+    unset: tuple[str, ...] = ()  # environment variables in the command that are not set
 
     @property
     def num_processes(self) -> int:
