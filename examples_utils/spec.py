@@ -6,7 +6,6 @@ ours rely on that: `requires` (what the entry needs to run), `compile_only: fals
 """
 from __future__ import annotations
 
-import argparse
 import itertools
 import logging
 import math
@@ -24,7 +23,7 @@ REDUCTIONS = ("mean", "final", "min", "value")
 REQUIREMENT = re.compile(r"(ipu|cuda)(:[1-9]\d*)?|(package|program|file):.+")
 OTHER_KEYS = {"data", "derived", "parameters", "requires", "output", "requirements_path"}
 VARIABLE = re.compile(r"\$(\{)?([A-Za-z_]\w*)(?(1)\})")
-VALUE = r"""(?:(?:=|\s+(?!-))(?:"[^"]*"|'[^']*'|[^\s"'])+)?"""
+VALUE = r"""(?:(?:=|\s+(?!-))(?:"(?:\\.|[^"\\])*"|'[^']*'|\\.|[^\s"'\\])+)?"""
 WANDB_FLAG = re.compile(r"\s-[\w-]*wandb[\w-]*" + VALUE)
 VIPU_FLAG = re.compile(r"\s--vipu-(?:partition|server-host|server-port)" + VALUE)
 
@@ -89,10 +88,9 @@ class Command(NamedTuple):
     @property
     def num_processes(self) -> int:
         """N of `mpirun --np N`, else 1: each process then logs its own throughput only."""
-        names = [word.rpartition("/")[2] for word in self.words]
-        launcher = self.words[names.index("mpirun"):python_index(self.words)] if "mpirun" in names else ()
-        number = option_value(launcher, "--np") or ""
-        return max(int(number), 1) if number.isdigit() else 1
+        launcher = " ".join(self.words[:python_index(self.words)])
+        found = re.search(r"\bmpirun .*?--np[ =](\d+)", launcher)
+        return max(int(found[1]), 1) if found else 1
 
 
 def load_entries(paths: Sequence[str]) -> dict[str, tuple[Path, Any]]:
@@ -171,9 +169,11 @@ def variants(benchmark: Benchmark) -> list[Variant]:
 
 def option_value(words: Sequence[str], *flags: str) -> str | None:
     """The value of the last `--flag value` or `--flag=value` among the words."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(*flags, dest="value", nargs="?")
-    value: str | None = parser.parse_known_args(list(words))[0].value
+    value = None
+    for word, after in zip(words, [*words[1:], None]):
+        flag, equals, rest = word.partition("=")
+        if flag in flags:
+            value = rest if equals else after
     return value
 
 

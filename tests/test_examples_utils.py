@@ -152,6 +152,7 @@ def test_wandb_flags_are_stripped_unless_allowed():
     assert "--wandb-project-name" in command(cmd, allow_wandb=True).words
     allowed = benchmark({"cmd": cmd, "allow_wandb": True})
     assert "--wandb" in build_command(variants(allowed)[0], {}).words
+    assert command(r'python3 t.py --x-wandb "a \" b" --epochs 2').words == ("python3", "/app/t.py", "--epochs", "2")
     # --compile-only is appended, and strips flags of wandb and vipu.
     made = command("poprun --vipu-partition=p --vipu-server-host h --num-replicas 4 python3 t.py --wandb",
                    allow_wandb=True, compile_only=True)
