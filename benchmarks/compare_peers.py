@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""This project beside its peers, in one run: training, sampling, memory, and how far each is from the machine's limits.
+"""Compare this project with its peers in one run: training, sampling, memory, and distance from the machine's limits.
 
     python benchmarks/compare_peers.py                         the table, compare_peers.json and .png
     python benchmarks/compare_peers.py --growth                also how cost grows with batch and grid
     python benchmarks/compare_peers.py --config minDALLE_1.3B --device cuda --precision bf16 --batch-size 16 \\
         --compile --images 1 96                                on a GPU: also the share of its datasheet's speed
 
-Every contestant runs in a process of its own (benchmarks/contestants.py). They take turns, so that whatever else the
-machine does meets all of them; medians are shown, and ratios are medians of the ratios within a turn. Contestants that
-compute a whole sequence for each code are timed at a few positions of an image and the rest is interpolated (--exact
-samples whole images). The peer is skipped where it is not installed:
+Every contestant runs in a process of its own (benchmarks/contestants.py). They take turns, so that other load on the
+machine affects all of them alike; medians are shown, and ratios are medians of the ratios within a turn. Contestants
+that compute a whole sequence for each code are timed at a few positions of an image and the rest is interpolated
+(--exact samples whole images). The peer is skipped where it is not installed:
 
     pip install einops && pip install --no-deps dalle-pytorch==1.6.6 axial-positional-embedding rotary-embedding-torch
 """
@@ -84,7 +84,7 @@ class PeerOptions(SettingOptions):
     output: str = option("output/compare_peers", "folder for the JSON and the chart", path=True)
 
 
-COMMAND = Command("benchmarks/compare_peers.py", "Time this project beside its peers.", PeerOptions)
+COMMAND = Command("benchmarks/compare_peers.py", "Compare this project with its peers.", PeerOptions)
 
 
 class Measured(NamedTuple):
@@ -154,7 +154,7 @@ def alternate(workers: list[Worker], turns: int, turn: Any) -> list[list[float]]
             except UserError as error:
                 if worker.name == OURS or worker.device != "cuda":
                     raise
-                logger.warning("skipped: %s", error)  # a model that fits beside ours alone must not end the run
+                logger.warning("skipped: %s", error)  # a peer that runs out of memory must not end the run
                 place = workers.index(worker)
                 del workers[place], seconds[place]
                 continue
@@ -243,7 +243,7 @@ def ratio(found: Sequence[Measured], task: str, other: str, other_task: str, ima
 
 
 def summary(found: Sequence[Measured], report: dict[str, Any], options: PeerOptions) -> dict[str, Any]:
-    """The figures that the project is held to: ratios to the peers, and shares of what the machine allows."""
+    """The key figures: ratios to the peers, and shares of what the machine allows."""
     batch, machine = options.batch_size, report["machine"]
     by = {(m.name, m.task, m.images): m for m in found}
     result: dict[str, Any] = {}
@@ -317,7 +317,7 @@ def describe(options: PeerOptions) -> dict[str, Any]:
     speed = limits.Machine(options.device, options.precision)
     codes = torch.zeros(1, wanted.image_seq_len, dtype=torch.long)
     torch.nn.utils.convert_conv2d_weight_memory_format(vqgan, torch.channels_last)
-    decode = 0.0  # beside the rest nothing on a GPU
+    decode = 0.0  # negligible on a GPU
     if options.device == "cpu":
         decode = median(limits.seconds_of(lambda: vqgan.decode(codes)) for _ in range(3))
     work = limits.Work(wanted)
