@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--gc-monitor: the program gc-monitor is not on the PATH: activate the Poplar SDK, or run "
                         "without the flag")
     for flag in {"--no-code-sync", "--remove-dirs-after"}.intersection(flags.given()):
-        logger.warning("%s has no effect: nothing is copied to other hosts here; runs over several hosts need a file "
-                       "system that they share", flag)
+        logger.warning("%s has no effect: nothing is copied to other hosts here; runs over several hosts need a "
+                       "shared file system", flag)
     entries = load_entries(flags.spec)
     if flags.list:
         sys.stdout.write(listing(entries))

@@ -93,7 +93,7 @@ def missing(benchmark: Benchmark, command: Command, env: Mapping[str, str], mach
             yield f"{benchmark.folder / name} does not exist"
     # poprun makes the partition of IPUs itself, so before it runs they need not be visible.
     if ipus and not launched and not compile_only and not machine.has_ipus(ipus):
-        yield "no IPU is here" if ipus == 1 else f"no {ipus} IPUs are here"
+        yield "no IPU is available" if ipus == 1 else f"fewer than {ipus} IPUs are available"
     found = machine.num_gpus() if gpus else 0
     if found < gpus:
         seen = f"only {found} CUDA GPU{'s' * (found > 1)}" if found else "no CUDA GPU"
@@ -103,7 +103,7 @@ def missing(benchmark: Benchmark, command: Command, env: Mapping[str, str], mach
         if not folder:
             yield "needs real data: set DATASETS_DIR to the folder of the data sets"
         elif not Path(folder).is_dir():
-            yield f"DATASETS_DIR: {folder} is no folder"
+            yield f"DATASETS_DIR: {folder} is not a folder"
         for name in DATASET.findall(command.text):
             path = Path(f"{folder}{name}")
             path = path.parent if re.search(r"[*?\[{]", path.name) else path  # shards such as {00000..00099}.tar

@@ -80,7 +80,7 @@ def _number(value: Any, shown: str) -> float:
 
 def _reduce(metric: Metric, texts: Sequence[str]) -> float:
     """One value. Raises UserError that says why there is none."""
-    values = [_number(text, f"'{text[:40]}' is no number") for text in texts]
+    values = [_number(text, f"'{text[:40]}' is not a number") for text in texts]
     if not values:
         raise UserError(f"no line matches '{metric.regexp.pattern}'")
     if not all(map(math.isfinite, values)):
@@ -110,7 +110,7 @@ def evaluate(expression: str, names: Mapping[str, Any]) -> float:
         if isinstance(node, ast.Name):
             if node.id not in names:
                 raise UserError(f"no metric or parameter is called '{node.id}'")
-            return _number(names[node.id], f"'{node.id}' is no number but {names[node.id]}")
+            return _number(names[node.id], f"'{node.id}' is not a number: {names[node.id]}")
         if type(getattr(node, "op", None)) not in _OPERATORS:
             raise UserError("only numbers, metrics, parameters, + - * / // % ** and parentheses are allowed")
         operands = [value(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
@@ -119,7 +119,7 @@ def evaluate(expression: str, names: Mapping[str, Any]) -> float:
     try:
         tree = ast.parse(re.sub(r"\{(\w+)\}", r" \1 ", expression).strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise UserError(f"'{expression}' is no arithmetic expression") from None
+        raise UserError(f"'{expression}' is not an arithmetic expression") from None
     try:
         result = value(tree.body)
     except (ArithmeticError, TypeError, RecursionError) as error:  # TypeError: roots of negative numbers are complex
@@ -159,7 +159,7 @@ def load_custom_metrics(files: Sequence[str]) -> None:
     _registered.clear()
     for path in (Path(text).resolve() for text in files):
         if not path.is_file():
-            raise UserError(f"--custom-metrics-files: {path} is no Python file")
+            raise UserError(f"--custom-metrics-files: {path} is not a Python file")
         try:
             runpy.run_path(str(path))
         except Exception as error:  # the file is the user's: it may raise anything

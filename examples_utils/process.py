@@ -84,7 +84,7 @@ def run(words: Sequence[str], cwd: Path, env: Mapping[str, str], stdout: Path, s
         _append(f"\nTimeout ({timeout:g})\n", stderr, combined)
         return Outcome(TIMED_OUT, seconds, f"ended after the time limit of {timeout:g} seconds")
     if left:
-        logger.warning("%d processes that the command had left running were ended", left)
+        logger.warning("processes that the command left running, now ended: %d", left)
     return Outcome(exitcode, seconds, f"ended by signal {-exitcode}" if exitcode < 0 else None)
 
 

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 STATUSES = PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 CSV_METRICS = ("throughput", "latency", "total_compiling_time")
 ADDITIONAL_METRICS = ("test_duration", "loss", "result", "cmd", "env", "git_commit_hash")
-# Metrics that the table does not show: its own columns tell the same, or they are no numbers.
+# Metrics that the table does not show: its own columns tell the same, or they are not numbers.
 NOT_IN_TABLE = {"throughput", "total_compiling_time", *ADDITIONAL_METRICS} - {"loss"}
 LOG_SCALE_FROM = 50  # ratio of the chart's largest to its smallest bar above which a linear scale hides the small ones
 

@@ -51,7 +51,7 @@ def run_benchmarks(benchmarks: Sequence[Benchmark], flags: BenchmarkOptions, log
                     rest.reason = "interrupted before it began"
                 raise
             if result.status == FAILED and flags.stop_on_error:
-                stopped = f"not run, as {name} failed and --stop-on-error was given"
+                stopped = f"skipped because {name} failed and --stop-on-error was given"
 
 
 def _prepare(variant: Variant, flags: BenchmarkOptions, env: Mapping[str, str], machine: Machine) -> VariantResult:

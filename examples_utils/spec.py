@@ -120,7 +120,7 @@ def select(entries: Mapping[str, tuple[Path, Any]], names: Sequence[str] | None,
             listed = ", ".join(known) or "no benchmark"
             raise UserError(f"--benchmark: no '{name}' in the spec.{nearest(name, known)} It has: {listed}")
         if name not in known:
-            raise UserError(f"--benchmark: '{name}' holds shared options, it is no benchmark")
+            raise UserError(f"--benchmark: '{name}' holds shared options and is not a benchmark")
     return [make_benchmark(name, *entries[name]) for name in dict.fromkeys(names)]
 
 
@@ -148,7 +148,7 @@ def make_benchmark(name: str, spec_path: Path, entry: Any) -> Benchmark:
         raise UserError(f"{where}: timeout must be more than 0 seconds, not {benchmark.timeout}")
     for need in benchmark.requires:
         if not REQUIREMENT.fullmatch(str(need)):
-            raise UserError(f"{where}: requires: '{need}' is none of ipu[:N], cuda[:N], package:NAME, program:NAME, "
+            raise UserError(f"{where}: requires: '{need}' is not one of ipu[:N], cuda[:N], package:NAME, program:NAME, "
                             "file:PATH")
     for key, item in benchmark.env.items():
         if not isinstance(item, (str, int, float)) or isinstance(item, bool):
@@ -193,7 +193,7 @@ def build_command(variant: Variant, env: Mapping[str, str], allow_wandb: bool = 
     try:
         parts = benchmark.cmd.format(**variant.params).split()
     except (ValueError, LookupError, AttributeError) as error:
-        unknown = f" names {{{error.args[0]}}}, which is no key of parameters" if isinstance(error, KeyError) else ""
+        unknown = f" names {{{error.args[0]}}}, which is not a key of parameters" if isinstance(error, KeyError) else ""
         raise UserError(f"{where}{unknown or f': {error}'} (for a literal brace write {{{{ or }}}})") from None
     index = python_index(parts) + 1
     if not 0 < index < len(parts):
@@ -234,7 +234,7 @@ def _metrics(part: Mapping[Any, Any], where: str, source: str) -> Iterator[Metri
             raise UserError(f"{here} must be a mapping with the key {source}")
         reduction, skip = str(settings.get("reduction_type", "mean")), _get(settings, "skip", 0, here)
         if reduction not in REDUCTIONS:
-            raise UserError(f"{here}.reduction_type: '{reduction}' is none of {', '.join(REDUCTIONS)}."
+            raise UserError(f"{here}.reduction_type: '{reduction}' is not one of {', '.join(REDUCTIONS)}."
                             + nearest(reduction, REDUCTIONS))
         if skip < 0:
             raise UserError(f"{here}.skip must be 0 or more, not {skip}")

@@ -111,7 +111,7 @@ def test_real_data_is_needed_unless_name_or_entry_says_otherwise(name, entry, ne
     ({"cmd": "python3 t.py", "parameters": "a"}, "parameters must be"),
     ({"cmd": "python3 t.py", "parameters": [["a", "b"], [1]]}, "does not fit the header"),
     ({"cmd": "python3 t.py", "env": {"A": True}}, "env.A must be text or a number"),
-    ({"cmd": "python3 t.py", "requires": ["tpu"]}, "'tpu' is none of"),
+    ({"cmd": "python3 t.py", "requires": ["tpu"]}, "'tpu' is not one of"),
 ])
 def test_wrong_entries_are_refused_with_file_name_and_key(entry, message):
     with pytest.raises(UserError, match="benchmarks.yml: 'x_gen'.*" + message):
@@ -204,7 +204,7 @@ def test_reductions_over_stdout_then_stderr(logs, name, settings, value):
 @pytest.mark.parametrize("stdout, settings, problem", [
     ("nothing", {}, "m: no line matches 'm=(.*?);'"),
     ("m=1;m=2;", {"skip": 2}, "m: 2 matches, all skipped by skip: 2"),
-    ("m=fast;", {}, "m: 'fast' is no number"), ("m=1;m=nan;", {}, "m: not finite in the log"),
+    ("m=fast;", {}, "m: 'fast' is not a number"), ("m=1;m=nan;", {}, "m: not finite in the log"),
     ("m=1\n;", {}, "m: no line matches 'm=(.*?);'")])
 def test_a_metric_without_a_value_says_why(logs, stdout, settings, problem):
     results, problems = metrics.extract([metric(**settings)], *logs(stdout))
@@ -222,7 +222,7 @@ def test_derived_metrics_use_metrics_parameters_and_earlier_ones():
     items = [Metric(name, expression=expression) for name, expression in expressions.items()]
     problems = metrics.derive(items, results, {"n": "4"})
     assert results["each"] == {"mean": 2.0} and results["twice"] == {"mean": 5.0} and results["bad"] == {"mean": None}
-    assert problems == ["bad: 'loss' is no number but None", "typo: no metric or parameter is called 'lost'"]
+    assert problems == ["bad: 'loss' is not a number: None", "typo: no metric or parameter is called 'lost'"]
 
 
 @pytest.mark.parametrize("expression, value", [
@@ -354,7 +354,7 @@ BARE = fake_machine()
     (BARE, {}, {"cmd": "python3 t.py"}, "train_gen_pod16", "no Poplar SDK"),
     (BARE, {}, {"cmd": "python3 t.py", "requires": ["ipu:4"]}, "x_gen", "no Poplar SDK"),
     (IPU_BOX, SDK, {"cmd": "python3 t.py"}, "train_gen_pod16", None),
-    (IPU_BOX, SDK, {"cmd": "python3 t.py"}, "train_gen_pod64", "no 64 IPUs are here"),
+    (IPU_BOX, SDK, {"cmd": "python3 t.py"}, "train_gen_pod64", "fewer than 64 IPUs are available"),
     (IPU_BOX, SDK, {"cmd": "poprun python3 t.py"}, "train_gen_pod64", None),  # poprun makes the partition itself
     (fake_machine(["poptorch"]), SDK, {"cmd": "poprun python3 t.py"}, "x_gen", "poprun of the Poplar SDK is not on"),
     (BARE, {}, {"cmd": "python3 t.py --device cuda"}, "x_gen", "package torch is not installed"),
@@ -367,7 +367,7 @@ BARE = fake_machine()
     (BARE, {}, {"cmd": "python3 t.py", "requires": ["program:aws"]}, "x_gen", "program aws is not on the PATH"),
     (BARE, {}, {"cmd": "python3 t.py", "requires": ["file:vqgan.ckpt"]}, "x_gen", "/app/vqgan.ckpt does not exist"),
     (BARE, {}, {"cmd": "python3 t.py"}, "real", "set DATASETS_DIR"),
-    (BARE, {"DATASETS_DIR": "/no/such"}, {"cmd": "python3 t.py"}, "real", "DATASETS_DIR: /no/such is no folder"),
+    (BARE, {"DATASETS_DIR": "/no/such"}, {"cmd": "python3 t.py"}, "real", "DATASETS_DIR: /no/such is not a folder"),
     (BARE, {"DATASETS_DIR": "/"}, {"cmd": 'python3 t.py --in "$DATASETS_DIR/coco-x"'}, "real", "/coco-x does not"),
     (BARE, {"DATASETS_DIR": "/"}, {"cmd": "python3 t.py --in '${{DATASETS_DIR}}/coco-x'"}, "real", "/coco-x does not"),
     (BARE, {"DATASETS_DIR": "/"}, {"cmd": "python3 t.py --in '$DATASETS_DIR/{{0..9}}.tar'"}, "real", None),
@@ -623,7 +623,7 @@ def test_wrong_flags_are_usage_errors_of_one_line(words, message):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--benchmark", "b"], "no 'b' in the spec"), (["--custom-metrics-files", "no.py"], "no.py is no Python file"),
+    (["--benchmark", "b"], "no 'b' in the spec"), (["--custom-metrics-files", "no.py"], "no.py is not a Python file"),
     (["--gc-monitor"], "gc-monitor is not on the PATH"), (["--requirements-file", "no.txt"], "no.txt does not exist"),
     (["--log-dir", "train.py"], "--log-dir .*is a file, not a folder")])
 def test_what_cannot_work_is_said_before_anything_runs(app, monkeypatch, flags, message):
