@@ -1,16 +1,16 @@
-"""Measure a trained model: its loss on pairs of image and caption, and how well its demo pictures can be told apart.
+"""Evaluate a trained model: its loss on image-caption pairs, and retrieval@1 of the images generated on the demo set.
 
-    python evaluate.py --dalle-path demo                         # the shipped model on the held-out demo pictures
+    python evaluate.py --dalle-path demo                         # the shipped model on the held-out demo images
     python evaluate.py --dalle-path output/ckpt/dalle_799.pt --input-folder data/COCO/val2017 --json result.json
 
-Validation loss: nats for a token, text and image part, and bits for a code (a random one costs log2(codebook)).
-Retrieval@1, on the demo set: the model samples one image from each held-out caption and from 200 training captions; it
-counts when the nearest of all pictures of the set by pixel distance is the caption's own. No model can do better than
-the VQGAN that decodes its codes, so the same number for reconstructions of the true pictures stands beside it.
+Validation loss: nats per token, for text and image, and bits per code (a uniform guess costs log2(codebook size)).
+Retrieval@1, on the demo set: the model samples one image for each held-out caption and for 200 training captions; it is
+a hit if the nearest image of the set by pixel distance is the caption's own. No model can exceed the VQGAN that decodes
+its codes, so the same figure is reported for reconstructions of the real images.
 """
 from __future__ import annotations
 
-import utils.start  # noqa: F401 - first: it says what stops the imports below
+import utils.start  # noqa: F401 - first: it reports errors of the imports below
 
 # isort: split
 import json
@@ -27,7 +27,7 @@ from utils.files import atomic_write, check_writable, writing
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure as the command line says."""
+    """Evaluate as the command line says."""
     options = COMMAND.parse(argv)
     log.setup()
     for flag, file in (("--json", options.json), ("--sheet", options.sheet)):

@@ -177,7 +177,7 @@ def test_of_processes_under_torchrun_one_speaks_and_leaves_its_line_for_the_repo
 ENDS = {
     "raise UserError('no')": (1, ["error: no"]),
     "raise UsageError('no')": (2, ["error: no"]),
-    "os.kill(os.getpid(), 9)": (1, ["error: process 0 was ended by SIGKILL"]),
+    "os.kill(os.getpid(), 9)": (1, ["error: process 0 was killed by SIGKILL"]),
     "return 0": (0, []),
 }
 

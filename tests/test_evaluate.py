@@ -109,8 +109,8 @@ def test_loss_is_the_mean_over_all_pairs_whatever_the_batch(model, loaded, pairs
         assert result["data"] == {"input_folder": str(pairs), "num_pairs": 5} and "retrieval" not in result
         assert result["checkpoint"]["epoch"] == 2 and len(result["checkpoint"]["sha256"]) == 64
     printed = capsys.readouterr().out
-    assert f"image      {image_loss:.4f} nats for a code" in printed
-    assert f"{image_loss / math.log(2):.4f} bits for a code (at random: {math.log2(24):.2f})" in printed
+    assert f"image      {image_loss:.4f} nats per code" in printed
+    assert f"{image_loss / math.log(2):.4f} bits per code (uniform: {math.log2(24):.2f})" in printed
 
 
 def test_max_pairs_takes_the_same_pairs_every_time(model, pairs, tmp_path):
@@ -218,7 +218,7 @@ def test_the_demo_set_from_beginning_to_end(model, small_demo, tmp_path, capsys)
     assert retrieval["pictures"] == 14 and retrieval["temperature"] == 0
     assert (retrieval["heldout"]["captions"], retrieval["train"]["captions"]) == (4, 10)
     printed = capsys.readouterr().out
-    assert "demo set, heldout (4 pairs)" in printed and "retrieval@1 among 14 pictures" in printed
+    assert "demo set, heldout (4 pairs)" in printed and "retrieval@1 among 14 images" in printed
     line = "  held-out   4 captions: generated {generated:.1%}, reconstructions {reconstructions:.1%}"
     assert line.format(**retrieval["heldout"]) in printed
     with Image.open(tmp_path / "sheet.png") as sheet:
@@ -246,8 +246,8 @@ def test_sheet_of_any_data(model, pairs, tmp_path):
     ("--temperature 1e-38", "--temperature: must be at least 1e-06 and at most 1e+06, or 0, got 1e-38"),
     ("--cond_scale 1e38", "--cond-scale: must be at least 0 and at most 1e+06, got 1e38"),
     ("--top_k 2.5", "--top-k: must be a share below 1 or a whole number, got 2.5"),
-    ("--top-p 0.5 --skip-retrieval", "--top-p: nothing is sampled but for retrieval on the demo set, or with --sheet"),
-    ("--cond-scale 2 --input-folder x", "--cond-scale: nothing is sampled"),
+    ("--top-p 0.5 --skip-retrieval", "--top-p: images are only sampled for retrieval on the demo set, or with --sheet"),
+    ("--cond-scale 2 --input-folder x", "--cond-scale: images are only sampled"),
     ("--split train --input-folder x", "--split is for the demo set, not for --input-folder x"),
     ("--sheet sheet.gif", "--sheet: the file's name must end in .png or .jpg, not 'sheet.gif'"),
     ("--split test", "--split: expected one of heldout, train, all, got 'test'"),

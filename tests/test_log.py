@@ -236,7 +236,7 @@ def test_metrics_in_a_folder_that_cannot_be_made(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     with log.Metrics(tmp_path / "file") as metrics:
         metrics.log("train", 1, loss=1.0)
-    assert "going on without it" in caplog.text
+    assert "continuing without it" in caplog.text
 
 
 @pytest.mark.parametrize("name, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])

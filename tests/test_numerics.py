@@ -68,7 +68,7 @@ def test_a_bad_step_changes_nothing_and_is_counted(folder, tmp_path, monkeypatch
         assert flat(state["optimizer"]) == flat(expected["optimizer"]) and state["bad_steps"] == [1, 1]
         assert [event["bad_steps"] for event in events] == [0, 0, 1]
         assert events[1]["grad_norm"] > 0 and events[2]["grad_norm"] is None and events[2]["loss"] is None
-        assert "step 3: loss or gradient not finite for 1 step(s), 1 in all" in caplog.text
+        assert "step 3: loss or gradient not finite for 1 step(s), 1 in total" in caplog.text
 
 
 def flat(state):

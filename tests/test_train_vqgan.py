@@ -166,7 +166,7 @@ def test_a_bad_step_changes_nothing_and_is_counted(folder, narrow_discriminator,
     assert [state.pop(".step") for state in (before, after, later)] == [3, 4, 5]
     assert [key for key in before if before[key] != after[key]] == []
     assert len([key for key in before if before[key] != later[key]]) > 0.5 * len(before)
-    assert "step 4: loss or gradient not finite for 1 step(s), 1 in all" in caplog.text
+    assert "step 4: loss or gradient not finite for 1 step(s), 1 in total" in caplog.text
     assert all(torch.isfinite(weight).all() for weight in weights(folder).values())
 
 
@@ -435,7 +435,7 @@ def test_unreadable_images_are_left_out_and_counted(folder, caplog):
         path.write_bytes(b"no image")
     with pytest.raises(UserError, match="none of 22 images can be read"):
         train(arguments(folder, "--steps", "3", *allowed))
-    with pytest.raises(UserError, match="--max-bad-fraction 0.01 allows: .* files that are no picture .*skipped.jsonl"):
+    with pytest.raises(UserError, match="--max-bad-fraction 0.01 allows: .* files that are not images .*skipped.jsonl"):
         train(arguments(folder, "--steps", "3"))
 
 
