@@ -15,6 +15,7 @@ import utils.start  # noqa: F401 - first: it says what stops the imports below
 # isort: split
 import contextlib
 import json
+import os
 import sys
 from typing import Iterator, Sequence
 
@@ -23,7 +24,7 @@ from dalle.evaluation import COMMAND, evaluate, finite, report
 from dalle.loading import load
 from dalle.pictures import make_sheet, save_picture
 from engines.native import pick_device
-from utils.errors import UserError, run_main
+from utils.errors import UsageError, UserError, run_main
 from utils.files import atomic_write, check_writable
 
 
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for flag, file in (("--json", options.json), ("--sheet", options.sheet)):
         if file is not None:
             check_writable(flag, file)
+    if options.json and options.sheet and os.path.realpath(options.json) == os.path.realpath(options.sheet):
+        raise UsageError(f"--json and --sheet name the same file, {options.sheet}: give each its own")
     parts = (options.bpe_path, options.vqgan_model_path, options.vqgan_config_path)
     result, samples = evaluate(options, load(options.dalle_path, *parts, pick_device(options.device, 0)))
     encoding = sys.stdout.encoding or "utf-8"  # which may not hold every file name
