@@ -97,10 +97,10 @@ def mask_cells(mask: Any, grid: int, size: int) -> Tensor:
             cells = _pixel_cells(marked, grid)
         else:
             raise UserError(
-                f"mask: expected {grid} x {grid} codes or {size} x {size} pixels, got {tuple(marked.shape)}"
+                f"--mask: expected {grid} x {grid} codes or {size} x {size} pixels, got {tuple(marked.shape)}"
             )
     if not cells.any():
-        raise UserError("mask: nothing is marked for drawing; white parts are drawn, black parts stay")
+        raise UserError("--mask: nothing is marked for drawing; white parts are drawn, black parts stay")
     return cells
 
 

@@ -287,6 +287,7 @@ WORDS = [  # more of them are in test_args.py, test_generate.py, test_evaluate.p
     ("generate", "--dalle_path demo", 2, ["--text"]),
     ("generate", "--dalle_path demo --text a --vqgan_config_path x.yaml", 2, ["--vqgan-model-path"]),
     ("generate", "--dalle_path demo --text a --image picture.png --mask 0,0,2,1 --num_images 1", 2, ["--mask 0,0,2,1"]),
+    ("generate", "--dalle_path demo --text a --image picture.png --mask picture.png", 1, ["--mask: nothing is marked"]),
     ("generate", "--dalle_path demo --text a --clip_path folder --num_images 1", 1, ["--clip-path", "folder"]),
     ("evaluate", "--skip_retrieval", 2, ["--dalle-path"]),
     ("evaluate", "--dalle_path demo --json a.png --sheet ./a.png", 2, ["--json and --sheet", "a.png"]),
