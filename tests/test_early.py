@@ -68,6 +68,7 @@ TRAIN = [
     (f"{PUBLISHED} --image-size 16 --wandb", "--wandb needs a package .*pip install wandb"),
     (f"{PUBLISHED} --image-size 16 --tensorboard", "--tensorboard needs a package"),
     ("--hidden-size 999999999", "with --hidden-size 999999999 and .* has .* channels; at most 1048576 are supported"),
+    ("--image-size 80000", r"a code grid \(--image-size\) of 20000 the model has .* positions; at most 32768"),
     ("--num-hidden-layers 2000", "with --num-hidden-layers 2000 the model has 2000 layers; at most 1024"),
     ("--pretrained-checkpoint missing", "--pretrained-checkpoint missing: no such file or folder"),
     ("--log-dir file", "--log-dir file: is a file, not a folder"),

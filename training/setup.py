@@ -210,7 +210,8 @@ def dalle_config(config: Config, tokenizer: Tokenizer, vqgan: VQGAN) -> DalleCon
     )
     values.update((field, getattr(options, name)) for field, name in MODEL_OPTIONS.items())
     wanted = DalleConfig(**dict(values, **ARCHITECTURES[options.architecture]))
-    check_size(wanted.to_dict(), {field: args.flag_name(name) for field, name in MODEL_OPTIONS.items()})
+    flags = {field: args.flag_name(name) for field, name in MODEL_OPTIONS.items()}
+    check_size(wanted.to_dict(), dict(flags, grid="a code grid (--image-size) of"))
     return wanted
 
 
