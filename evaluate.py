@@ -14,6 +14,7 @@ import utils.start  # noqa: F401 - first: it reports errors of the imports below
 
 # isort: split
 import json
+import os
 import sys
 from typing import Sequence
 
@@ -22,7 +23,7 @@ from dalle.evaluation import COMMAND, evaluate, finite, report
 from dalle.loading import load
 from dalle.pictures import make_sheet, save_picture
 from engines.native import pick_device
-from utils.errors import run_main
+from utils.errors import UsageError, run_main
 from utils.files import atomic_write, check_writable, writing
 
 
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for flag, file in (("--json", options.json), ("--sheet", options.sheet)):
         if file is not None:
             check_writable(flag, file)
+    if options.json and options.sheet and os.path.realpath(options.json) == os.path.realpath(options.sheet):
+        raise UsageError(f"--json and --sheet name the same file, {options.sheet}: give each its own")
     parts = (options.bpe_path, options.vqgan_model_path, options.vqgan_config_path)
     result, samples = evaluate(options, load(options.dalle_path, *parts, pick_device(options.device, 0)))
     sys.stdout.write(report(result) + "\n")

@@ -72,6 +72,12 @@ def model_config(values: Any, weights: Mapping[str, Any]) -> DalleConfig:
     layers = len({name.split(".")[2] for name in weights if re.match(r"transformer\.layers\.\d+\.", name)})
     if config["depth"] != layers:
         raise UserError(f"option 'depth' is {config['depth']}, but there are weights for {layers} layers")
+    check_size(config)
+    return DalleConfig.from_dict(config)
+
+
+def check_size(config: Mapping[str, Any], flags: Mapping[str, str] | None = None) -> None:
+    """Raise UserError for a model that asks for more than any needs. flags: what messages call its options."""
     width = max(config["dim"] * config["ff_mult"], config["heads"] * config["dim_head"])
     for names, asked, what, limit in (
         ("text_seq_len grid", config["text_seq_len"] + config["grid"] ** 2, "positions", MAX_SEQ_LEN),
@@ -81,9 +87,8 @@ def model_config(values: Any, weights: Mapping[str, Any]) -> DalleConfig:
         ("depth", config["depth"], "layers", MAX_DEPTH),
     ):
         if asked > limit:
-            options = " and ".join(f"{name} {config[name]}" for name in names.split())
+            options = " and ".join(f"{(flags or {}).get(name, name)} {config[name]}" for name in names.split())
             raise UserError(f"with {options} the model has {asked} {what}; at most {limit} are supported")
-    return DalleConfig.from_dict(config)
 
 
 def empty_weights(config: DalleConfig) -> Weights:

@@ -44,8 +44,11 @@ def reading(state: PathLike, problem: str, way_out: str = "") -> Iterator[None]:
 
 
 def check_folders(config: Config) -> None:
-    """Raise UserError unless the data folders of a configuration exist."""
+    """Raise UserError unless the data folders of a configuration exist and its output folders can."""
     options = config.data
+    for flag, folder in (("--log-dir", config.misc.log_dir), ("--cache-codes", options.cache_codes)):
+        if folder and Path(folder).is_file():
+            raise UserError(f"{flag} {folder}: is a file, not a folder")
     generated = options.generated_data or options.synthetic_data
     for flag, folder in (
         ("--input-folder", None if generated else options.input_folder),

@@ -29,6 +29,9 @@ def find_start(config: Config, folder: Path) -> Start | None:
     """The checkpoint to start from: the newest complete one with --resume, or --pretrained-checkpoint; else None."""
     if config.checkpoints.pretrained_checkpoint:
         path = published.resolve(config.checkpoints.pretrained_checkpoint)
+        if not path.exists():
+            known = ", ".join(published.PUBLISHED_MODELS)
+            raise UserError(f"--pretrained-checkpoint {path}: no such file or folder. Known by name: {known}")
         return Start(path, checkpoints.read_dalle(path))
     if not config.checkpoints.resume:
         return None

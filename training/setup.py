@@ -17,6 +17,7 @@ import data
 import log
 from args import Config
 from bpe import Tokenizer, load_tokenizer
+from checkpoints.trust import check_size
 from checkpoints.vqgan import PUBLISHED, default_vqgan, load_vqgan
 from engines import Engine
 from models.building import build_dalle
@@ -208,7 +209,10 @@ def dalle_config(config: Config, tokenizer: Tokenizer, vqgan: VQGAN) -> DalleCon
         grid=size // factor,
     )
     values.update((field, getattr(options, name)) for field, name in MODEL_OPTIONS.items())
-    return DalleConfig(**dict(values, **ARCHITECTURES[options.architecture]))
+    wanted = DalleConfig(**dict(values, **ARCHITECTURES[options.architecture]))
+    flags = {field: args.flag_name(name) for field, name in MODEL_OPTIONS.items()}
+    check_size(wanted.to_dict(), dict(flags, grid="a code grid (--image-size) of"))
+    return wanted
 
 
 def model_config(config: Config, parts: Parts, start: Start | None) -> DalleConfig:

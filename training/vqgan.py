@@ -136,7 +136,7 @@ class Run(Loop):
         if unreadable:
             text = f"{len(unreadable)} images could not be read, such as {min(unreadable)}"
             logger.warning(f"{text}; {folder / SKIPPED} lists them all")
-        logger.info(f"{self.position.step} steps; {listed(report)}")
+        logger.info(f"step {self.position.step}, the end: {listed(report)}")
         logger.info(f"weights, YAML, metrics and reconstructions are in {folder}")
         return report
 
