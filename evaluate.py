@@ -13,10 +13,10 @@ from __future__ import annotations
 import utils.start  # noqa: F401 - first: it reports errors of the imports below
 
 # isort: split
-import contextlib
 import json
+import os
 import sys
-from typing import Iterator, Sequence
+from typing import Sequence
 
 import log
 from dalle.evaluation import COMMAND, evaluate, finite, report
@@ -24,8 +24,8 @@ from dalle.loading import load
 from dalle.measuring import plot_sweep
 from dalle.pictures import make_sheet, save_picture
 from engines.native import pick_device
-from utils.errors import UserError, run_main
-from utils.files import atomic_write, check_writable
+from utils.errors import UsageError, run_main
+from utils.files import atomic_write, check_writable, writing
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,29 +35,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     for flag, file in (("--json", options.json), ("--sheet", options.sheet), ("--plot", options.plot)):
         if file is not None:
             check_writable(flag, file)
+    if options.json and options.sheet and os.path.realpath(options.json) == os.path.realpath(options.sheet):
+        raise UsageError(f"--json and --sheet name the same file, {options.sheet}: give each its own")
     parts = (options.bpe_path, options.vqgan_model_path, options.vqgan_config_path)
-    loaded = load(options.dalle_path, *parts, pick_device(options.device, 0)) if options.dalle_path else None
-    result, samples = evaluate(options, loaded)
-    encoding = sys.stdout.encoding or "utf-8"  # may lack characters of file names
-    sys.stdout.write(report(result).encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    device = pick_device(options.device, 0)
+    loaded = load(options.dalle_path, *parts, device) if options.dalle_path else None
+    result, samples = evaluate(options, loaded, device)
+    sys.stdout.write(report(result) + "\n")
     if options.json is not None:
-        with written("--json", options.json), atomic_write(options.json) as file:
+        with writing("--json", options.json), atomic_write(options.json) as file:
             file.write(json.dumps(finite(result), indent=2, allow_nan=False) + "\n")
     if options.sheet is not None:
-        with written("--sheet", options.sheet):
+        with writing("--sheet", options.sheet):
             save_picture(make_sheet(samples), options.sheet)
     if options.plot is not None:
-        with written("--plot", options.plot):
+        with writing("--plot", options.plot):
             plot_sweep(result, options.plot)
-
-
-@contextlib.contextmanager
-def written(flag: str, target: str) -> Iterator[None]:
-    """Turn a write error into one line that names the flag."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{flag} {target}: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

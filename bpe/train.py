@@ -14,6 +14,7 @@ import collections
 import heapq
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Counter, Iterable, Iterator, Sequence, Tuple
@@ -259,6 +260,8 @@ class VocabularyOptions(CaptionOptions):
         """Raise UsageError for options that contradict each other."""
         if Path(self.output).is_dir() and self.kind == "yttm":
             raise UsageError(f"--output {self.output} is a folder; give the path of a file")
+        if os.path.realpath(self.output) in map(os.path.realpath, self.captions):
+            raise UsageError(f"--output {self.output} is one of --captions, which it would replace; give another path")
         if self.coverage != 1 and self.kind == "char":
             raise UsageError("--coverage is for --kind yttm, not for --kind char")
 

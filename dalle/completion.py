@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dalle.loading import Loaded
 from sampling import encode
-from utils.errors import UserError
+from utils.errors import UsageError, UserError
 
 Picture = Union[Image.Image, Tensor, np.ndarray]
 Box = Tuple[float, float, float, float]
@@ -28,15 +28,15 @@ Box = Tuple[float, float, float, float]
 def parse_box(text: str) -> Box | None:
     """Parse "left,top,right,bottom", fractions of the picture's sides; None if the text is something else.
 
-    Raises UserError for a box that is empty or not within the picture.
+    Raises UsageError for a box of this form that is empty or not within the picture.
     """
     if "," not in text or not re.fullmatch(r"[-0-9.,\s]+", text):
         return None
     parts = text.split(",")
     box = [float(part) for part in parts if re.fullmatch(r"\s*[0-9]*\.?[0-9]+\s*", part)]
     if not (len(parts) == len(box) == 4 and 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
-        raise UserError(
-            f"mask {text}: a box is left,top,right,bottom with 0 <= left < right <= 1 and 0 <= top < bottom <= 1"
+        raise UsageError(
+            f"--mask {text}: a box is left,top,right,bottom with 0 <= left < right <= 1 and 0 <= top < bottom <= 1"
         )
     left, top, right, bottom = box
     return left, top, right, bottom
@@ -97,10 +97,10 @@ def mask_cells(mask: Any, grid: int, size: int) -> Tensor:
             cells = _pixel_cells(marked, grid)
         else:
             raise UserError(
-                f"mask: expected {grid} x {grid} codes or {size} x {size} pixels, got {tuple(marked.shape)}"
+                f"--mask: expected {grid} x {grid} codes or {size} x {size} pixels, got {tuple(marked.shape)}"
             )
     if not cells.any():
-        raise UserError("mask: nothing is marked; white parts are generated, black parts are kept")
+        raise UserError("--mask: nothing is marked; white parts are generated, black parts are kept")
     return cells
 
 

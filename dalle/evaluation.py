@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import log
-from dalle.loading import Loaded, warn_of_guidance
+from dalle.loading import Loaded, describe_checkpoint, warn_of_guidance
 from dalle.measuring import (
     MetricOptions,
     check_metrics,
@@ -25,10 +25,9 @@ from data import DEMO, DataSettings, create_dataset, epoch_order
 from data.demo import DemoRecord, demo_images, demo_records
 from models.dalle import TextToImage
 from models.vqgan import image_codes
-from models.vqgan_metrics import nearest_pictures
+from models.vqgan_metrics import nearest_images
 from sampling import Graphs, Sampler, SamplingFlags, SamplingOptions, decode, encode
 from utils.errors import UsageError
-from utils.files import sha256_file
 from utils.flags import DataOptions, ModelOptions, PartsOptions
 from utils.loading import make_loader, read
 from utils.options import Command, Options, again, option
@@ -116,18 +115,20 @@ class EvaluateOptions(ModelOptions, PartsOptions, PairOptions, RetrievalOptions,
 COMMAND = Command("evaluate.py", "Evaluate a trained model.", EvaluateOptions)
 
 
-def evaluate(options: EvaluateOptions, loaded: Loaded | None) -> tuple[dict[str, Any], list[tuple[str, list[Sample]]]]:
+def evaluate(
+    options: EvaluateOptions, loaded: Loaded | None, device: torch.device
+) -> tuple[dict[str, Any], list[tuple[str, list[Sample]]]]:
     """Return the metrics that the options select, and titled samples for a contact sheet.
 
     loaded: the model of --dalle-path, None for --images and --reconstruction without one.
     """
     if options.images is not None:
-        return measure_folder(options), []
+        return measure_folder(options, device), []
     if options.reconstruction or loaded is None:
-        return measure_reconstruction(options, loaded), []
+        return measure_reconstruction(options, loaded, device), []
     dataset = open_data(loaded, options)
     result: dict[str, Any] = {
-        "checkpoint": describe_checkpoint(loaded, str(options.dalle_path)),
+        "checkpoint": describe_model(loaded, str(options.dalle_path)),
         "data": {"input_folder": options.input_folder, "num_pairs": len(dataset)},
     }
     if not options.metrics or "loss" in options.metrics:
@@ -147,12 +148,10 @@ def evaluate(options: EvaluateOptions, loaded: Loaded | None) -> tuple[dict[str,
     return result, groups
 
 
-def describe_checkpoint(loaded: Loaded, name: str) -> dict[str, Any]:
+def describe_model(loaded: Loaded, name: str) -> dict[str, Any]:
     """Describe the evaluated model."""
     return {
-        "name": name,
-        "sha256": sha256_file(loaded.checkpoint.path),
-        "epoch": loaded.checkpoint.epoch,
+        **describe_checkpoint(loaded, name),
         "parameters": sum(parameter.numel() for parameter in loaded.dalle.parameters()),
         "codebook": loaded.config.num_image_tokens,
         "codes": loaded.config.image_seq_len,
@@ -263,8 +262,8 @@ def retrieve(
     reconstructions = torch.cat([decode(loaded, encode(loaded, part)) for part in real.split(options.batch_size)])
     text = loaded.tokenizer.tokenize([record.caption for record in records], loaded.config.text_seq_len, truncate=True)
     generated = sample_best(loaded, text, options)
-    found = nearest_pictures(generated, gallery.images, loaded.device) == own
-    reconstructions_found = nearest_pictures(reconstructions, gallery.images, loaded.device) == own
+    found = nearest_images(generated, gallery.images, loaded.device) == own
+    reconstructions_found = nearest_images(reconstructions, gallery.images, loaded.device) == own
     samples = [
         Sample(record.caption, real[index], reconstructions[index], generated[index], bool(found[index]))
         for index, record in enumerate(records)

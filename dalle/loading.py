@@ -14,7 +14,7 @@ import torch
 
 from bpe import Tokenizer, load_tokenizer
 from checkpoints import DalleCheckpoint, read_dalle
-from checkpoints.deepspeed import NOTE
+from checkpoints.deepspeed import AUXILIARY
 from checkpoints.reading import weights_file
 from checkpoints.vqgan import PUBLISHED, build_vqgan, default_vqgan, load_vqgan, load_vqgan_state
 from dalle import published
@@ -102,7 +102,7 @@ def load(
             vqgan_model_path, vqgan_config_path = _DEMO_VQGAN, _DEMO_VQGAN_CONFIG
     dalle_path = published.resolve(dalle_path)
     _check_exists(Path(dalle_path))
-    checkpoint = read_dalle(dalle_path, to_draw=True)
+    checkpoint = read_dalle(dalle_path, for_sampling=True)
     path = checkpoint.path
     config = DalleConfig.from_dict(checkpoint.config)
     tokenizer = _open_tokenizer(bpe_path, checkpoint)
@@ -132,6 +132,17 @@ def load(
     return Loaded(dalle, vqgan.to(device), tokenizer, about)
 
 
+def describe_checkpoint(loaded: Loaded, name: PathLike) -> dict[str, Any]:
+    """What results say of the checkpoint they come from. name: as it was given."""
+    checkpoint = loaded.checkpoint
+    return {
+        "name": str(name),
+        "sha256": sha256_file(checkpoint.path),
+        "format": checkpoint.format,
+        "epoch": checkpoint.epoch,
+    }
+
+
 def warn_of_guidance(loaded: Loaded, cond_scale: float) -> None:
     """Warn of guidance with a model whose checkpoint says that it was not trained for it."""
     options = (loaded.checkpoint.training or {}).get("config")
@@ -152,7 +163,7 @@ def _check_exists(path: Path) -> None:
     if weights_file(path).is_dir():
         raise UserError(
             f"--dalle-path {path}: not a folder in minDALL-E's layout (it lacks {published.STAGE2}) or of a DeepSpeed "
-            f"run (it lacks {NOTE}); for other folders, give one of the checkpoint files"
+            f"run (it lacks {AUXILIARY}); for other folders, give one of the checkpoint files"
         )
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 import log
 from checkpoints.vqgan import load_perceptual, load_vqgan
+from dalle.clip_score import ClipCollector
 from dalle.loading import Loaded
+from dalle.outputs import GRID
 from dalle.pictures import Cell, labelled_grid, save_picture
 from dalle.reranking import ClipRanker
-from engines.devices import pick_device
 from metrics import memorization
-from metrics.clip import ClipCollector
 from metrics.distances import METRICS, distances
 from metrics.features import Collector, features_of
 from metrics.images import folder_images
@@ -113,12 +113,11 @@ def protocol(options: EvaluateOptions, num_images: int, num_real: int, **more: A
     }
 
 
-def measure_folder(options: EvaluateOptions) -> dict[str, Any]:
+def measure_folder(options: EvaluateOptions, device: torch.device) -> dict[str, Any]:
     """--images: metrics of the images in a folder. Raises UserError."""
-    device = pick_device(options.device, 0)
     assert options.images is not None
-    images = folder_images("--images", options.images, options.image_size)
-    real = folder_images("--reference", options.reference, options.image_size) if options.reference else None
+    images = folder_images("--images", options.images, options.image_size, GRID)
+    real = folder_images("--reference", options.reference, options.image_size, GRID) if options.reference else None
     network = load_inception(options.inception_weights, device)
     found = features_of(images, network, options.batch_size)
     wanted = None if real is None else features_of(real, network, options.batch_size)
@@ -127,9 +126,8 @@ def measure_folder(options: EvaluateOptions) -> dict[str, Any]:
     return {"protocol": about, "metrics": [distances(options.metrics, found, wanted)]}
 
 
-def measure_reconstruction(options: EvaluateOptions, loaded: Loaded | None) -> dict[str, Any]:
+def measure_reconstruction(options: EvaluateOptions, loaded: Loaded | None, device: torch.device) -> dict[str, Any]:
     """--reconstruction: how well a VQGAN reconstructs the images of --input-folder. Raises UserError."""
-    device = pick_device(options.device, 0)
     if loaded is None:
         assert options.vqgan_model_path and options.vqgan_config_path
         vqgan = load_vqgan(options.vqgan_model_path, options.vqgan_config_path, device)

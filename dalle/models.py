@@ -135,7 +135,8 @@ class Dalle(nn.Module):
         config = self.stage2.config
         if (image is None) != (mask is None):
             raise UserError("image and mask belong together: the mask says which part of the image to generate")
-        given = None if image is None else completion_codes(self.loaded, image, mask)
+        with as_arguments():
+            given = None if image is None else completion_codes(self.loaded, image, mask)
         text = self.tokenizer.tokenize(prompt, config.text_seq_len, truncate=True)[0]
         if top_k is not None:
             sampling = sampling._replace(top_k=min(int(top_k), config.num_image_tokens))

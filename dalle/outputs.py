@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dalle.pictures import FORMATS, GRID_LIMIT, make_grid, save_picture, to_pil
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, writing
 from utils.locks import try_lock
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ _IMAGE_NAME = re.compile(rf"[0-9]{{1,9}}\.(?:{'|'.join(FORMATS)})")
 # Names that are reserved on some systems, with any extension.
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
 _REPORT, GRID = "generation.json", "grid.png"
+_CANNOT = "--outputs-dir: cannot write"
 
 
 def folder_name(prompt: str) -> str:
@@ -91,7 +92,7 @@ class PromptFolder:
         self._images: list[dict[str, Any]] = []
         self._grid: list[Tensor] = []
         self._started = False
-        with _written(self.path):
+        with writing(_CANNOT, self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             lock = try_lock(self.path)
         if lock is None:
@@ -115,7 +116,7 @@ class PromptFolder:
         """
         if not self._started:
             self._start()
-        with _written(self.path):
+        with writing(_CANNOT, self.path):
             rows = zip(images, seeds, codes.tolist(), log_likelihood.tolist(), notes or [{}] * len(seeds))
             for image, seed, row, likelihood, note in rows:
                 name = f"{len(self._images)}.{self.format}"
@@ -136,14 +137,14 @@ class PromptFolder:
     def finish(self, **about: Any) -> None:
         """Write the grid, and mark the run as complete in generation.json, with `about` added."""
         self.about.update(about)
-        with _written(self.path):
+        with writing(_CANNOT, self.path):
             save_picture(make_grid(self._grid, self.prompt), self.path / GRID)
             self._write_report(complete=True)
         self._lock.close()
 
     def _start(self) -> None:
         """Delete an earlier run's images, now that there is a new one, and write the caption."""
-        with _written(self.path):
+        with writing(_CANNOT, self.path):
             for name in _listed(self.path):
                 with contextlib.suppress(FileNotFoundError):
                     (self.path / name).unlink()
@@ -233,11 +234,3 @@ def _listed(folder: Path) -> Iterator[str]:
     if images is not None:
         yield "grid.png"
         yield _REPORT
-
-
-@contextlib.contextmanager
-def _written(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--outputs-dir: cannot write {path}: {error.strerror or error}") from error

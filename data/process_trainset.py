@@ -118,7 +118,8 @@ def process_captions(
     written = 0
     make_folder("--out-dir", out_dir)
     try:
-        for image_id, lines in tqdm(lines_of.items(), desc="captions", unit=" images", disable=not progress):
+        hidden = None if progress else True  # None: shown on a terminal alone
+        for image_id, lines in tqdm(lines_of.items(), desc="captions", unit=" images", disable=hidden):
             written += _write_if_changed(out_dir / (stems[image_id] + ".txt"), "\n".join(lines) + "\n")
     except OSError as error:
         raise UserError(f"--out-dir {out_dir}: cannot write: {error}") from error

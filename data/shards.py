@@ -213,7 +213,7 @@ class Shards:
 
     def report(self) -> str:
         """Return one line: how many pairs there are and what was skipped."""
-        line = f"{self.folder}: {self.num_pairs} pairs of image and captions in {len(self.indexes)} shards"
+        line = f"{self.folder}: {self.num_pairs} pairs of image and captions in {_shards(len(self.indexes))}"
         line += "".join(f"; skipped {skipped}" for skipped in self.skipped)
         return line + self.unread() if self.num_pairs < self.num_images else line
 
@@ -269,11 +269,11 @@ def open_shards(
     if not shards.num_pairs:
         why = "; ".join(str(skipped) for skipped in shards.skipped)
         raise UserError(
-            "--input-folder {}: no pair of image and caption in {} shards{}{}; expected images ({}) and, with the same "
+            "--input-folder {}: no pair of image and caption in {}{}{}; expected images ({}) and, with the same "
             "name, captions ({}, as text suffix or key in a .json); name others with --shard-images and "
             "--shard-captions".format(
                 listing.pattern,
-                len(listing.paths),
+                _shards(len(listing.paths)),
                 ": " + why if why else "",
                 shards.unread(),
                 starred(shards.members.images),
@@ -343,3 +343,7 @@ class ImageTextShards(PhotoPairs):
     def order(self, seed: int, epoch: int) -> torch.Tensor:
         pairs = torch.arange(len(self)) if self._indices is None else self._indices
         return windowed_order(pairs // NEIGHBOURS, WINDOW, seed, epoch)
+
+
+def _shards(number: int) -> str:
+    return "1 shard" if number == 1 else f"{number} shards"

@@ -10,7 +10,6 @@ from typing import Callable, Iterator, NamedTuple
 import torch
 from torch import Tensor
 
-from dalle.outputs import GRID
 from data import DEMO
 from data.demo import demo_images, demo_records
 from data.folder import list_files
@@ -29,17 +28,17 @@ class ImageSet(NamedTuple):
     """Yields uint8 (n, 3, H, W), at most so many at a time; consecutive images of one size are in one batch."""
 
 
-def folder_images(flag: str, folder: str, image_size: int | None = None) -> ImageSet:
+def folder_images(flag: str, folder: str, image_size: int | None = None, ignored: str = "") -> ImageSet:
     """All images below a folder, or the demo set. Raises UserError that names the flag.
 
-    image_size: the centre square at this side is measured; None: images as they are. Grids of generate.py are not
-    counted. The identity is that of names, sizes and times of the files.
+    image_size: the centre square at this side is measured; None: images as they are. ignored: name of files
+    that are not counted. The identity is that of names, sizes and times of the files.
     """
     if folder == DEMO:
         return demo_set(image_size or 64)
     if not os.path.isdir(folder):
         raise UserError(f"{flag} {folder}: no such folder; give one with images, or 'demo'")
-    paths = sorted(path for path in list_files(folder)[0] if os.path.basename(path) != GRID)
+    paths = sorted(path for path in list_files(folder)[0] if os.path.basename(path) != ignored)
     if not paths:
         raise UserError(f"{flag} {folder}: there is no image in it")
     states = [(path, found.st_size, found.st_mtime_ns) for path, found in ((path, os.stat(path)) for path in paths)]

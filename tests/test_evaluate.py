@@ -145,8 +145,8 @@ def test_nearest_picture_is_the_exact_one():
     queries = torch.cat([queries, torch.randint(0, 256, (20, 3, 6, 6), dtype=torch.uint8)])
     distances = (queries[:, None].long() - gallery[None].long()).pow(2).flatten(2).sum(-1)
     for chunk in (7, 512):
-        assert evaluation.nearest_pictures(queries, gallery, chunk=chunk).tolist() == distances.argmin(1).tolist()
-    assert evaluation.nearest_pictures(queries[:3], gallery).tolist() == [5, 17, 39]
+        assert evaluation.nearest_images(queries, gallery, chunk=chunk).tolist() == distances.argmin(1).tolist()
+    assert evaluation.nearest_images(queries[:3], gallery).tolist() == [5, 17, 39]
 
 
 def test_pictures_that_differ_in_one_step_of_one_pixel_are_told_apart():
@@ -154,8 +154,8 @@ def test_pictures_that_differ_in_one_step_of_one_pixel_are_told_apart():
     gallery = torch.randint(0, 255, (1, 3, 64, 64), dtype=torch.uint8).repeat(6, 1, 1, 1)
     for index in range(6):
         gallery[index, 0, 0, index] += 1
-    assert evaluation.nearest_pictures(gallery, gallery).tolist() == list(range(6))
-    assert evaluation.nearest_pictures(gallery[:1], gallery[2:]).tolist() == [0]  # all equally near: the first
+    assert evaluation.nearest_images(gallery, gallery).tolist() == list(range(6))
+    assert evaluation.nearest_images(gallery[:1], gallery[2:]).tolist() == [0]  # all equally near: the first
 
 
 def test_training_captions_are_a_fixed_choice():
@@ -192,7 +192,7 @@ def test_retrieval_counts_what_was_found(loaded, monkeypatch):
     numbers, samples = evaluation.retrieve(loaded, gallery, records[1::2], options_for())
     assert numbers["captions"] == 4 and numbers["generated"] == 0.75
     own = [encode(loaded, image[None]) for image in gallery.images[1::2]]
-    nearest = evaluation.nearest_pictures(torch.cat([decode(loaded, row) for row in own]), gallery.images)
+    nearest = evaluation.nearest_images(torch.cat([decode(loaded, row) for row in own]), gallery.images)
     assert numbers["reconstructions"] == float((nearest == torch.tensor([1, 3, 5, 7])).float().mean())
     assert [sample.found for sample in samples] == [True, True, False, True]
     assert torch.equal(samples[2].real, gallery.images[5]) and torch.equal(samples[2].generated, gallery.images[0])

@@ -220,7 +220,7 @@ def test_residual_add_and_scaled_rows_of_all_shapes(rows, width, threads):
 
     def sum_and_scale():
         scaled = x.clone()
-        return elementwise.sum_products_and_scale(scaled, residual, factor), scaled
+        return elementwise.row_dots_and_scale(scaled, residual, factor), scaled
 
     sums, scaled = on_threads(threads, sum_and_scale)
     assert_close(sums, (x.double() * residual).sum(dim=1), 1e-5)
@@ -237,7 +237,7 @@ def test_residual_add_and_scaled_rows_of_all_numbers(chance):
     assert_within(result, exact, sums, 3, lost=LOST * (1 + float(scale.abs().max())))
     x, y, factor = wild(count, width), wild(count, width, high=-8), wild(count, high=0)
     scaled, multiplied = x.clone(), x.double() * y.double()
-    result = elementwise.sum_products_and_scale(scaled, y, factor)
+    result = elementwise.row_dots_and_scale(scaled, y, factor)
     assert_within(result, multiplied.sum(1), multiplied.abs().sum(1), width)
     assert torch.equal(scaled, x * factor[:, None])
 

@@ -168,10 +168,10 @@ def folder(tmp_path):
 
 
 def test_images_of_a_folder(folder):
-    found = folder_images("--images", str(folder))
+    found = folder_images("--images", str(folder), ignored="grid.png")
     assert found.num_images == 4
     assert [tuple(batch.shape) for batch in found.batches(8)] == [(2, 3, 20, 20), (1, 3, 24, 30), (1, 3, 20, 20)]
-    square = folder_images("--images", str(folder), 16)
+    square = folder_images("--images", str(folder), 16, "grid.png")
     assert [tuple(batch.shape) for batch in square.batches(3)] == [(3, 3, 16, 16), (1, 3, 16, 16)]
     assert square.identity != found.identity
     (folder / "red" / "2.png").write_bytes(b"no image")

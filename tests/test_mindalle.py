@@ -135,7 +135,7 @@ def test_a_tokenizer_is_known_by_its_files(folder, tmp_path):
         ('{"[PAD]": 0, "[UNK]": 1, "a": 1}', "", "same id"),
         ('{"[PAD]": 0, "[UNK]": 1, "a": "x"}', "", "must be whole numbers"),
         ('{"[PAD]": 0, "[UNK]": 1, "a": 2}', "a b\n", "line 1 merges tokens that the vocabulary lacks"),
-        ('{"[PAD]": 0, "[UNK]": 1, "a": 2}', "#version: 0.2\na\n", "line 2 is no merge"),
+        ('{"[PAD]": 0, "[UNK]": 1, "a": 2}', "#version: 0.2\na\n", "line 2 is not a merge"),
     ):
         (tmp_path / "x-vocab.json").write_text(vocabulary)
         (tmp_path / "x-merges.txt").write_text(merges)

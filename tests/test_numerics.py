@@ -125,7 +125,7 @@ def test_the_way_out_is_one_that_the_device_has(folder, tmp_path, monkeypatch, m
     config = args.parse(flags(folder, tmp_path, *more))
     engine = engines.create(config)
     saver = Saver(SimpleNamespace(config=config, engine=engine), tmp_path / "dalle_1.pt")
-    assert saver.way_out().startswith(f"the last good checkpoint is {saver.newest}: go on from it")
+    assert saver.way_out().startswith(f"the last good checkpoint is {saver.newest}: continue from it")
     assert saver.way_out().endswith(advice)
 
 

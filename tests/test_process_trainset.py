@@ -121,6 +121,7 @@ WRONG = {
     '{"annotations": [{"image_id": 1, "caption": "a"}, {"image_id": 2, "caption": "b"}], "images": '
     '[{"id": 1, "file_name": "a/1.jpg"}, {"id": 2, "file_name": "a/1.png"}]}': "same name 'a/1'",
     "[" * 100000: "nested too deeply",
+    'image,caption\n1.jpg,"A cat\n2.jpg,A dog\n': "row 2 opens a quote",
 }
 
 
@@ -237,6 +238,8 @@ def test_lists_are_told_by_what_is_in_them(tmp_path, name, suffix):
     ('image,caption\n1.jpg,"A cat,\nred ""x"""\n', {"1": 'A cat, red "x"'}),
     ('1.jpg#0\t"A" cat says "B"\n', {"1": '"A" cat says "B"'}),
     ('image\tcaption\n1.jpg\t"a ""cat"""\n2.jpg\t"half\n', {"1": 'a "cat"', "2": '"half'}),
+    ('{"images": [{"filepath": "a", "filename": "1.jpg", "sentences": [{"raw": "one"}]}, '
+     '{"filepath": "b", "filename": "1.jpg", "sentences": [{"raw": "two"}]}]}', {"a/1": "one", "b/1": "two"}),
     ("image,caption\na/1.jpg,one\nb\\1.jpg,two\n../../c/2.jpg,three\n", {"a/1": "one", "b/1": "two", "c/2": "three"}),
     ('[{"image": "COCO_1.5", "caption": "a"}, {"image": 9, "caption": "b"}]', {"COCO_1.5": "a", "000000000009": "b"}),
 ])

@@ -394,7 +394,7 @@ def test_what_names_no_shards_is_one_clear_line(pattern, message):
 
 def test_shards_without_a_pair_say_why(tmp_path):
     write_tar(tmp_path / "0.tar", {"1.png": PICTURE, "2.txt": b"alone"})
-    with pytest.raises(UserError, match="no pair of image and caption in 1 shards: 1 captions without an image"):
+    with pytest.raises(UserError, match="no pair of image and caption in 1 shard: 1 captions without an image"):
         opened(tmp_path / "0.tar", tmp_path)
 
 

@@ -119,11 +119,13 @@ def read_text(path: Path) -> str:
             "utils/download_coco_dataset.sh downloads"
         ) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"--captions {path}: not a text file (it is not UTF-8: {error.reason})") from error
+        why = f"not a text file (it is not UTF-8: {error.reason}); save it as UTF-8"
+        raise UserError(f"--captions {path}: {why}") from error
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        raise UserError(f"--captions {path}: cannot be read: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--captions {path}: cannot be read: {reason}") from error
 
 
 # Keys ----------------------------------------------------------------------------------------------------------------
@@ -305,7 +307,10 @@ def _choose(entries: list[Any], keys: _Keys) -> tuple[str | None, str] | None:
 def _entry(name: str, entry: Any, image: str | None, caption: str) -> Row:
     if not isinstance(entry, dict):
         return Row(name, None, [], "is not a JSON object")
-    return _row(name, None if image is None else entry.get(image), entry.get(caption), caption)
+    file, folder = None if image is None else entry.get(image), entry.get("filepath")
+    if image == "filename" and isinstance(file, str) and isinstance(folder, str) and not is_image_name(folder):
+        file = f"{folder}/{file}"  # Karpathy's: files of different folders may have one name
+    return _row(name, file, entry.get(caption), caption)
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
@@ -379,7 +384,7 @@ def _unquoted(cell: str) -> str:
 
 
 def _table_rows(text: str, table: _Table, keys: _Keys) -> Iterator[Row]:
-    number = 0
+    number, cells = 0, [""]
     try:
         for number, cells in enumerate(_cells(text, table.delimiter), 1):
             if not any(cells) or (table.header and number == 1):
@@ -387,6 +392,8 @@ def _table_rows(text: str, table: _Table, keys: _Keys) -> Iterator[Row]:
             yield _table_row(f"row {number}", cells, table)
     except csv.Error as error:
         raise UserError(f"--captions {keys.path}: row {number + 1} cannot be read ({error})") from error
+    if cells and "\n" in cells[-1] and text.count('"') % 2:
+        raise UserError(f"--captions {keys.path}: row {number} opens a quote that no other closes, and runs to the end")
 
 
 def _table_row(name: str, cells: list[str], table: _Table) -> Row:
