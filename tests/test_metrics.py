@@ -4,6 +4,7 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import importlib.util
+import json
 import sys
 from unittest.mock import MagicMock
 
@@ -12,6 +13,9 @@ import torch
 from helpers import ROOT
 from PIL import Image
 
+import evaluate
+from dalle import measuring
+from dalle.clip_score import ClipCollector
 from metrics import distances, memorization
 from metrics.features import Features, features_of
 from metrics.images import ImageSet, folder_images
@@ -231,3 +235,90 @@ def test_nearest_training_images():
     found = memorization.nearest(generated, training.split(8))
     assert found.numbers.tolist() == [7, 29] and torch.equal(found.images, training[[7, 29]])
     assert found.distance[0] < 1e-3 < found.distance[1]
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def evaluated(tmp_path, *words):
+    evaluate.main([*words, "--device", "cpu", "--json", str(tmp_path / "result.json")])
+    return json.loads((tmp_path / "result.json").read_text())
+
+
+def test_a_folder_is_measured(folder, weights, tmp_path, capsys):
+    given = ("--inception-weights", str(weights), "--metrics", "fid,kid,prc")
+    result = evaluated(tmp_path, "--images", str(folder), "--reference", str(folder), *given)
+    (found,) = result["metrics"]
+    assert abs(found["fid"]) < 1e-3 and found["precision"] == found["recall"] == 1
+    assert result["protocol"]["num_images"] == 4 and len(result["protocol"]["inception"]) == 64
+    assert "note: 4 images" in capsys.readouterr().out
+
+
+def test_a_model_is_measured_at_each_guidance_scale(weights, tmp_path, capsys):
+    """Other captions get other random numbers; a second run gives the same figures."""
+    words = ("--dalle-path", "demo", "--metrics", "loss,fid,copies", "--num-images", "6", "--max-pairs", "4")
+    words += ("--cond-scale", "1", "2", "--temperature", "1", "--inception-weights", str(weights))
+    first, second = evaluated(tmp_path, *words), evaluated(tmp_path, *words)
+    assert first["metrics"] == second["metrics"] and [row["cond_scale"] for row in first["metrics"]] == [1, 2]
+    assert first["metrics"][0]["fid"] != first["metrics"][1]["fid"] and first["validation"]["loss"] > 0
+    assert first["protocol"]["num_real"] == 4 and (tmp_path / "result.copies.png").is_file()
+    assert capsys.readouterr().out.count("guidance") == 2
+
+
+def test_a_tokenizer_is_measured(folder, weights, tmp_path):
+    words = ("--reconstruction", "--dalle-path", "demo", "--input-folder", str(folder), "--metrics", "fid")
+    (found,) = evaluated(tmp_path, *words, "--inception-weights", str(weights))["metrics"]
+    assert found["psnr"] > 10 and 0 < found["ssim"] < 1 and found["rfid"] > 0 and 1 < found["perplexity"] <= 512
+
+
+class Clip:
+    """A stand-in for CLIP: redness is all that images and captions have."""
+
+    def __init__(self, *_):
+        pass
+
+    def embed_images(self, images):
+        red = torch.tensor([image.convert("RGB").resize((1, 1)).getpixel((0, 0))[0] / 255 for image in images])
+        return torch.stack([red, (1 - red**2).sqrt()], dim=1)
+
+    def embed_texts(self, captions):
+        return torch.tensor([[float(text.count("red")), 0.0] for text in captions])
+
+
+def test_clip_score_and_retrieval(tmp_path):
+    found = ClipCollector(Clip())
+    red, grey = (torch.full((1, 3, 4, 4), value, dtype=torch.uint8) for value in (255, 51))
+    found.add(torch.cat([red, grey, grey]), ["red", "red red", "grey"])
+    assert found.result() == pytest.approx({"clip": 100 * (1 + 0.4 + 0) / 3, "clip_retrieval": 1 / 3})
+
+
+def test_guidance_is_plotted(tmp_path):
+    rows = [{"cond_scale": scale, "fid": 20 / scale, "clip": 20 + scale} for scale in (1.0, 3.0)]
+    measuring.plot_sweep({"metrics": rows, "protocol": {"num_images": 5}}, str(tmp_path / "sweep.png"))
+    assert Image.open(tmp_path / "sweep.png").size == (900, 675)
+
+
+WRONG = [
+    ("", "missing --dalle-path"),
+    ("--images x --metrics fid", "--metrics fid needs --reference"),
+    ("--images x", "--images: give --metrics of fid, kid, is, prc"),
+    ("--images x --metrics is,clip --clip-path y", "not clip"),
+    ("--images x --reconstruction --metrics is", "--images and --reconstruction exclude each other"),
+    ("--images x --dalle-path demo --metrics is", "--dalle-path has no use with --images"),
+    ("--dalle-path demo --reference x", "--reference needs --images"),
+    ("--dalle-path demo --image-size 32", "--image-size needs --images"),
+    ("--reconstruction", "--reconstruction needs --vqgan-model-path"),
+    ("--reconstruction --dalle-path demo --metrics is", "fid and kid"),
+    ("--dalle-path demo --metrics clip", "--metrics clip and --clip-path belong together"),
+    ("--dalle-path demo --cond-scale 1 2", "--cond-scale: several scales"),
+    ("--dalle-path demo --plot x.png", "--plot needs --metrics fid clip"),
+    ("--dalle-path demo --num-images 5", "--num-images needs --metrics"),
+    ("--dalle-path demo --perceptual-weights x", "--perceptual-weights needs --reconstruction"),
+    ("--dalle-path demo --metrics bleu", "--metrics: expected one of loss, fid"),
+]
+
+
+@pytest.mark.parametrize("words, message", WRONG)
+def test_options_that_contradict_each_other(words, message):
+    with pytest.raises(UserError, match=message):
+        evaluate.main(words.split())
