@@ -9,6 +9,7 @@ depends on a device.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import textwrap
 from dataclasses import dataclass, field
@@ -17,13 +18,17 @@ from typing import Any, Mapping, Sequence
 
 from utils.errors import UsageError, UserError, nearest
 from utils.flags import DataOptions, DeviceOptions, PartsOptions, ShardOptions
-from utils.options import Command, Options, again, display, flag_name, option, options_of  # noqa: F401 - args.flag_name
+from utils.options import Command, Options, again, display, flag_name, option, options_of
 from utils.resume import APPLIES, CONTENT, FIXED, FREE
 from utils.yaml_files import read_yaml
 
 DEFAULT_CONFIG_FILE = Path(__file__).resolve().parent / "configs.yaml"
 DEFAULT_CONFIG = "unit_test"
 BUILT_IN_SET = "demo"  # the one value of --input-folder that is a name, not a folder
+
+
+def _power_of_two(value: float) -> str:
+    return "" if math.frexp(value)[0] == 0.5 else "a power of two"
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ class OptimizerConfig(Options, title="optimizer"):
     max_bad_steps: int = option(20, "stop after so many steps in a row whose loss or gradient is not finite; single "
                                     "ones are skipped; 0: never", ge=0, resume=APPLIES)
     loss_scaling: float = option(16384.0, "(initial) loss scale in half precision; a power of two", gt=0,
-                                 resume=APPLIES)
+                                 check=_power_of_two, resume=APPLIES)
     enable_als: bool = option(False, "automatic loss scaling on IPUs (always on for fp16 on cuda)", resume=APPLIES)
     enable_half_first_order_momentum: bool = option(False, "half-precision first moment on IPUs", resume=FIXED)
     ema_decay: float = option(0.0, "decay of the moving average of the weights; 0: none", ge=0, lt=1, resume=APPLIES)
@@ -348,6 +353,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
             raise UsageError(f"{where}unknown key '{key}'.{nearest(str(key), _SPECS)}")
         values[key] = _SPECS[key].checked(value, where + key)
     values.update(flags)
+    _refuse_ignored(flags, values)
     for key, value in values.items():
         if _SPECS[key].settings.get("path") == "find" and value is not None:
             values[key] = _find(value, config_file.parent)
@@ -357,6 +363,22 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         raise UsageError("--input-folder: give a folder of images and captions, 'demo' for the built-in set, "
                          "or --generated-data")
     return config
+
+
+def _refuse_ignored(flags: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Refuse flags that another option leaves without effect; a configuration may hold them, for other runs."""
+    generated = "--generated-data" if values.get("generated_data") else "--synthetic-data"
+    without_data = values.get("generated_data") or values.get("synthetic_data")
+    scheduler = values.get("lr_scheduler", OptimizerConfig.lr_scheduler)
+    for names, ignored, reason in (
+        (("input_folder", "validation_fraction"), without_data, f"with {generated}"),
+        (("validation_fraction",), values.get("validation_folder"), "with --validation-folder"),
+        (("warmup_steps",), scheduler != "cosine", f"with --lr-scheduler {scheduler}; it is for cosine"),
+        (("wandb_project_name", "wandb_run_name"), not values.get("wandb"), "without --wandb"),
+    ):
+        given = [name for name in names if name in flags and flags[name] not in (None, 0)]
+        if given and ignored:
+            raise UsageError(f"{flag_name(given[0])} has no effect {reason}")
 
 
 def load_configuration(config_file: Path, name: str) -> dict[str, Any]:

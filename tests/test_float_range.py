@@ -197,7 +197,8 @@ def test_gelu_of_what_is_not_finite():
     odd = torch.tensor([[NAN, INF, -INF, 3.4e38, -3.4e38, 1.0, -0.0, 0.0]])
     bits = torch.tensor([[0x7F800001, 0x7FC00001, -1]], dtype=torch.int32).view(torch.float32)  # other nans
     odd = torch.cat([odd, bits], dim=1)
-    torch.testing.assert_close(elementwise.gelu(odd, False), F.gelu(odd), equal_nan=True)
+    expected = F.gelu(odd.double()).float()  # oneDNN's float32 gelu(inf) is not a number on AVX-512
+    torch.testing.assert_close(elementwise.gelu(odd, False), expected, equal_nan=True)
     again, grad_input = torch.ones_like(odd), torch.empty_like(odd)
     elementwise.gelu_backward(odd, False, again, grad_input)
     finite = [False] * 3 + [True] * 5 + [False] * 3

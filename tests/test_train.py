@@ -53,11 +53,14 @@ def fill(folder, count):
 
 
 def flags(folder, out, *more):
+    generated, validated = "--generated-data" in more, "--validation-folder" in more
     return [
-        *("--config", "unit_test", "--input-folder", str(folder / "pairs"), "--image-size", "16"),
+        *("--config", "unit_test", "--image-size", "16"),
+        *(() if generated else ("--input-folder", str(folder / "pairs"))),
+        *(() if generated or validated else ("--validation-fraction", "0.17")),
         *("--batch-size", "2", "--gradient-accumulation", "2", "--epochs", "2", "--max-steps", "0"),
         *("--text-seq-len", "8", "--hidden-size", "16", "--dim-head", "8"),
-        *("--validation-fraction", "0.17", "--device", "cpu"),
+        *("--device", "cpu"),
         *("--vqgan-model-path", str(folder / "vqgan.safetensors"), "--vqgan-config-path", str(folder / "vqgan.yaml")),
         *("--checkpoint-output-dir", str(out / "ckpt"), "--log-every", "1"), *more,
     ]
