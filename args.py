@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
+from models.options import BlockOptions
 from utils.errors import UsageError, UserError, nearest
 from utils.flags import DataOptions, DeviceOptions, PartsOptions, ShardOptions
 from utils.options import Command, Options, again, display, flag_name, option, options_of
@@ -141,7 +142,7 @@ class OptimizerConfig(Options, title="optimizer"):
 
 
 @dataclass(frozen=True)
-class ModelConfig(Options, title="model"):
+class ModelConfig(BlockOptions, title="model"):
     """The transformer and its VQGAN."""
 
     architecture: str = option("mini-dalle", "kind of transformer; mindalle: minDALL-E's (GELU, learned positions, no "
@@ -162,9 +163,6 @@ class ModelConfig(Options, title="model"):
                                  choices=("auto", "sdpa", "local", "explicit"), resume=APPLIES)
     ff_dropout: float = option(0.0, "dropout in the feed-forward layers", ge=0, lt=1, resume=APPLIES)
     attn_dropout: float = option(0.0, "dropout of the attention output", ge=0, lt=1, resume=APPLIES)
-    sandwich_norm: bool = option(False, "a second LayerNorm after each sub-layer", resume=FIXED)
-    layer_scale: bool = option(True, "a learned factor for each channel of each residual branch (mini-dalle only)",
-                               resume=FIXED)
     init_std: float = option(0.0, "standard deviation of the initial weights; 0: PyTorch's default initialisation",
                              ge=0, resume=FIXED)
     loss_img_weight: float = option(7.0, "weight of the image loss relative to the text loss", ge=0, resume=APPLIES)
@@ -401,6 +399,9 @@ def load_configuration(config_file: Path, name: str) -> dict[str, Any]:
 
 def _check_mindalle(model: ModelConfig) -> None:
     """Refuse options that minDALL-E's layout cannot store."""
+    for name in ("norm", "qk_norm", "rotary_2d", "activation", "ff_mult"):
+        if getattr(model, name) != getattr(ModelConfig, name):
+            raise UsageError(f"{flag_name(name)}: --architecture {model.architecture} has its own; omit it")
     if model.sandwich_norm:
         raise UsageError("--sandwich-norm: --architecture mindalle has one LayerNorm for each branch; omit it")
     if set(model.attn_types) != {"full"}:

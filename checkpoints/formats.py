@@ -36,10 +36,13 @@ class StoredModel(NamedTuple):
 
 #: Last part of a stored name -> internal name inside a layer, for the attention (0) and the feed-forward branch (1).
 _BRANCH_NAMES = (
-    {"scale": "scale", "norm": "norm", "norm_out": "norm_out", "to_qkv": "fn.qkv", "to_out.0": "fn.out"},
+    {"scale": "scale", "norm": "norm", "norm_out": "norm_out", "to_qkv": "fn.qkv", "to_out.0": "fn.out",
+     "head_scales": "fn.head_scales"},
     {"scale": "scale", "norm": "norm", "norm_out": "norm_out", "net.0": "fn.up", "net.3": "fn.down"},
 )
 _BRANCHES = ("attention", "feed_forward")
+_BARE = ("scale", "fn.head_scales")
+"""Parameters that are no weight or bias of a layer."""
 _OUTSIDE_NAMES = {
     "text_emb.weight": "text_emb.weight",
     "image_emb.weight": "image_emb.weight",
@@ -127,8 +130,8 @@ def to_mini_dalle(weights: Mapping[str, Tensor]) -> Weights:
 
 
 def _stored_rest(branch: str, rest: str) -> str:
-    if rest == "scale":
-        return rest
+    if rest in _BARE:
+        return "fn." + rest if rest.startswith("fn.") else rest
     stem, kind = rest.rsplit(".", 1)
     for stored, internal in _BRANCH_NAMES[_BRANCHES.index(branch)].items():
         if internal == stem:
@@ -181,7 +184,7 @@ def _rename(weights: Mapping[str, Tensor]) -> tuple[Weights, Weights]:
 def _internal_name(name: str, layer: int, branch: int, rest: str) -> str:
     stem, _, kind = rest.rpartition(".")
     internal = _BRANCH_NAMES[branch].get(stem or rest)
-    if internal is None or (kind not in ("weight", "bias")) != (internal == "scale"):
+    if internal is None or (kind not in ("weight", "bias")) != (internal in _BARE):
         raise UserError(f"weight {shown(name)} belongs to no known layout of a layer")
     return f"transformer.layers.{layer}.{_BRANCHES[branch]}.{internal}" + ("." + kind if stem else "")
 

@@ -68,7 +68,9 @@ def activations(model: DalleConfig, config: Config, precision: str, num_weights:
     size = 2 if half else 4
     tokens, dim = run.batch_size * model.seq_len, model.dim
     inner, hidden, wide = model.heads * model.dim_head, model.hidden, model.up_width
-    fused = not (model.shift_tokens or model.sandwich_norm or model.attn_dropout or model.ff_dropout)
+    fused = model.norm == "layer" and not (
+        model.shift_tokens or model.sandwich_norm or model.attn_dropout or model.ff_dropout
+    )
     if fused:  # see ops/linear_ops.py: the input of each branch, queries, keys and values, the wide layer
         layer = tokens * (2 * 4 * dim + size * (3 * inner + wide))
         dense = sum(pattern == "full" or bool(model.rotary) for pattern in model.layer_patterns) / model.depth

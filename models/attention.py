@@ -4,6 +4,7 @@ Letters: D width, H heads, K width of a head.
 """
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from models.config import DalleConfig
@@ -22,3 +23,5 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.dim, 3 * inner, bias=config.qkv_bias)
         self.out = nn.Linear(inner, config.dim, bias=config.out_bias)
         self.dropout = nn.Dropout(config.attn_dropout)
+        self.head_scales = nn.Parameter(torch.ones(2, config.dim_head)) if config.qk_norm else None
+        """Scales of normalised queries and keys, (2, K)."""

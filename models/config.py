@@ -11,6 +11,8 @@ from utils.errors import UserError, nearest
 #: Which image positions an image position may attend to; the text part is always visible (see patterns.py).
 ATTENTION_PATTERNS = ("full", "axial_row", "axial_col", "conv_like", "conv_causal")
 
+ACTIVATIONS, GATED, NORMS = ("geglu", "swiglu", "gelu", "quick_gelu", "relu2"), ("geglu", "swiglu"), ("layer", "rms")
+
 _MINDALLE = {
     "bos": False,
     "unique_pads": False,
@@ -67,7 +69,12 @@ class DalleConfig:
     layer_scale: bool = True
     """A learned per-channel factor on each residual branch (CaiT, arXiv 2103.17239)."""
     activation: str = "geglu"
-    """Feed-forward kind: geglu (arXiv 2002.05202), gelu (exact), or quick_gelu (x * sigmoid(1.702 x))."""
+    """Feed-forward kind: geglu or swiglu (arXiv 2002.05202), gelu (exact), quick_gelu (x * sigmoid(1.702 x)), or relu2
+    (the square of relu, arXiv 2109.08668)."""
+    norm: str = "layer"
+    """Norms of the blocks and before the heads: layer, or rms (no mean, no shift; arXiv 1910.07467)."""
+    qk_norm: bool = False
+    """Queries and keys of each head are RMS-normalised, with learned scales (arXiv 2302.05442)."""
     ff_mult: int = 4
     """Hidden width of the feed-forward layer, as a multiple of `dim`."""
     qkv_bias: bool = False
@@ -88,6 +95,8 @@ class DalleConfig:
     """Image positions: axial (row vector + column vector), learned (one vector each), or none."""
     rotary: bool = False
     """Rotary position embedding of DALLE-pytorch (on queries, keys and values; text and both image axes)."""
+    rotary_2d: bool = False
+    """Rotary positions of queries and keys: half of a head's channels by row, half by column; text counts in both."""
     shift_tokens: bool = False
     """Half of a text token's channels come from the previous token; of a code's, a quarter each from above and left."""
     stable: bool = False
@@ -126,8 +135,12 @@ class DalleConfig:
                         pattern, nearest(pattern, ATTENTION_PATTERNS), ", ".join(ATTENTION_PATTERNS)
                     )
                 )
-        if self.activation not in ("geglu", "gelu", "quick_gelu"):
-            raise UserError(f"unknown activation {self.activation!r}; known: geglu, gelu, quick_gelu")
+        if self.activation not in ACTIVATIONS:
+            raise UserError(f"unknown activation {self.activation!r}; known: {', '.join(ACTIVATIONS)}")
+        if self.norm not in NORMS:
+            raise UserError(f"unknown norm {self.norm!r}; known: {', '.join(NORMS)}")
+        if self.rotary_2d and (self.rotary or self.dim_head % 4):
+            raise UserError(f"rotary_2d excludes rotary and needs a head width divisible by 4, not {self.dim_head}")
         if self.image_positions not in ("axial", "learned", "none"):
             raise UserError(f"unknown image_positions {self.image_positions!r}; known: axial, learned, none")
         if self.shift_tokens and self.dim % 4:
@@ -154,7 +167,7 @@ class DalleConfig:
     @property
     def up_width(self) -> int:
         """Outputs of its first linear layer: twice the hidden channels if gated."""
-        return self.hidden * (2 if self.activation == "geglu" else 1)
+        return self.hidden * (2 if self.activation in GATED else 1)
 
     @property
     def text_len(self) -> int:

@@ -81,7 +81,7 @@ class DalleModel(nn.Module):
         positions = {"axial": AxialPositions, "learned": LearnedPositions}.get(config.image_positions)
         self.image_pos_emb: Any = positions(config.grid, config.dim) if positions else None
         self.transformer = Transformer(config)
-        self.norm = nn.LayerNorm(config.dim)
+        self.norm = transformer.make_norm(config)
         self.text_head = nn.Linear(config.dim, config.text_table_size, bias=config.head_bias)
         self.image_head = nn.Linear(config.dim, config.num_image_tokens, bias=config.head_bias)
         if config.init_std:

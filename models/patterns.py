@@ -118,3 +118,16 @@ def rotary_angles(text_len: int, grid: int, dim_head: int) -> Tensor:
         ],
         dim=-1,
     )
+
+
+def rotary_2d_angles(text_len: int, grid: int, dim_head: int) -> Tensor:
+    """Return rotary angles (P + N, dim_head) for two axes: the first half of the channels by row, the rest by column.
+
+    Text token t is at (t, t), as in one dimension; the code of row r and column c at (P + r, P + c). Frequencies are
+    10000 ** -(2i / (dim_head / 2)); each angle is used by two neighbouring channels.
+    """
+    half = dim_head // 2
+    freqs = (10000.0 ** -(torch.arange(0, half, 2).float() / half)).repeat_interleave(2)  # (K / 2,)
+    text, axis = torch.arange(text_len), torch.arange(grid) + text_len
+    rows, columns = torch.cat([text, axis.repeat_interleave(grid)]), torch.cat([text, axis.repeat(grid)])
+    return torch.cat([rows.float()[:, None] * freqs, columns.float()[:, None] * freqs], dim=-1)

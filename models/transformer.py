@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import ops
 from models.attention import Attention
 from models.config import DalleConfig
-from models.patterns import rotary_angles, visible
+from models.patterns import rotary_2d_angles, rotary_angles, visible
 from models.positions import Positions
 
 
@@ -47,14 +47,32 @@ def layer_scale_init(layer: int) -> float:
     return 1e-5 if layer < 24 else 1e-6
 
 
+class RMSNorm(nn.Module):
+    """Divides by the root mean square over the last dimension, then scales."""
+
+    bias = None
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.normalise(x, ops.Norm(self.weight, None, self.eps))
+
+
+def make_norm(config: DalleConfig) -> Any:
+    """A norm over D channels, of the configured kind."""
+    return RMSNorm(config.dim) if config.norm == "rms" else nn.LayerNorm(config.dim)
+
+
 class Residual(nn.Module):
     """A residual branch: x + scale * norm_out(fn(norm(x))); `scale` and `norm_out` are optional."""
 
     def __init__(self, config: DalleConfig, layer: int, fn: nn.Module) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(config.dim)
+        self.norm = make_norm(config)
         self.fn = fn
-        self.norm_out = nn.LayerNorm(config.dim) if config.sandwich_norm else None
+        self.norm_out = make_norm(config) if config.sandwich_norm else None
         self.scale = (
             nn.Parameter(torch.full((1, 1, config.dim), layer_scale_init(layer))) if config.layer_scale else None
         )
@@ -134,6 +152,7 @@ class Operands(NamedTuple):
     feed_forward_scale: Tensor | None
     after_feed_forward: ops.Norm | None
     heads: int
+    head_scales: Tensor | None
     activation: str
     attention_dropout: float
     feed_forward_dropout: float
@@ -149,7 +168,7 @@ class Block(nn.Module):
 
     def __init__(self, config: DalleConfig, layer: int, attention: Attention, feed_forward: FeedForward) -> None:
         super().__init__()
-        self.shifts = config.shift_tokens
+        self.shifts, self.rotary_2d = config.shift_tokens, config.rotary_2d
         self.attention = Residual(config, layer, attention)
         self.feed_forward = Residual(config, layer, feed_forward)
 
@@ -161,7 +180,8 @@ class Block(nn.Module):
         return Operands(
             first.before(), project(attention.qkv), project(attention.out), first.scale, first.after(),
             second.before(), project(feed_forward.up), project(feed_forward.down), second.scale, second.after(),
-            attention.heads, feed_forward.activation, attention.dropout.p * drops, feed_forward.dropout.p * drops,
+            attention.heads, attention.head_scales,
+            feed_forward.activation, attention.dropout.p * drops, feed_forward.dropout.p * drops,
         )  # fmt: skip
 
     def forward(
@@ -172,6 +192,9 @@ class Block(nn.Module):
         shift_first = (lambda x: context.shift(x, 0)) if self.shifts else None
         shift_second = (lambda x: context.shift(x, 1)) if self.shifts else None
         qkv = ops.norm_linear(x, own.attention_norm, own.qkv, shift_first)  # (B, n, 3 * H * K)
+        if self.rotary_2d or own.head_scales is not None:
+            qkv = ops.prepare_heads(qkv, own.heads, own.head_scales, angles if self.rotary_2d else None)
+            angles = None if self.rotary_2d else angles
         heads, before = context.attend(qkv, own.heads, angles)
         x = ops.add_linear(
             x, heads, own.out, own.attention_scale, before,
@@ -208,7 +231,9 @@ class Transformer(nn.Module):
         for name in sorted(self._visible):
             self.register_buffer("mask_" + name, self._visible[name].mask, persistent=False)
             self.register_buffer("window_" + name, self._visible[name].window, persistent=False)
-        angles = rotary_angles(config.text_len, config.grid, config.dim_head) if config.rotary else None
+        table = rotary_2d_angles if config.rotary_2d else rotary_angles
+        rotates = config.rotary or config.rotary_2d
+        angles = table(config.text_len, config.grid, config.dim_head) if rotates else None
         self.register_buffer("angles", angles, persistent=False)
 
     def context(self, layer: int) -> Whole:

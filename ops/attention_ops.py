@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops import dispatch, native_attention, registered
-from ops.linear_ops import IDENTITY, Function, Recompute
+from ops.linear_ops import IDENTITY, Function, Norm, Recompute, normalise
 from ops.local_attention import local_attention
 
 
@@ -103,6 +103,20 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     pairs = rotated.unflatten(-1, (-1, 2))
     quarter = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
     return torch.cat([rotated * angles.cos() + quarter * angles.sin(), rest], dim=-1).to(x.dtype)
+
+
+def prepare_heads(qkv: Tensor, heads: int, scales: Tensor | None, angles: Tensor | None) -> Tensor:
+    """Normalise queries and keys of each head and rotate them, (B, n, 3 * H * K) -> (B, n, 3 * H * K).
+
+    scales (2, K) of queries and keys, or None for no norm; angles (n, R) or (B, 1, n, R), or None.
+    """
+    parts = qkv.unflatten(-1, (3, heads, -1))  # (B, n, 3, H, K)
+    pair, values = parts[:, :, :2], parts[:, :, 2:]
+    if scales is not None:
+        pair = normalise(pair, Norm(scales[:, None], None, 1e-6))
+    if angles is not None:
+        pair = rotate(pair, (angles if angles.dim() == 2 else angles[:, 0])[..., None, None, :])
+    return torch.cat([pair, values], dim=2).flatten(2)
 
 
 def split_heads(qkv: Tensor, heads: int, angles: Tensor | None) -> Tensor:

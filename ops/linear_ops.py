@@ -12,7 +12,6 @@ Letters: B batch, L positions, D width of a layer's input, C of its output.
 """
 from __future__ import annotations
 
-import functools
 from typing import Any, Callable, NamedTuple, Optional, Protocol, Tuple, Union
 
 import torch
@@ -37,12 +36,12 @@ class Matrix(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A LayerNorm over the last dimension."""
+    """A norm over the last dimension: LayerNorm, or RMSNorm without a shift."""
 
     scale: Tensor
     """(D,)"""
-    shift: Tensor
-    """(D,)"""
+    shift: Tensor | None
+    """(D,); None: RMSNorm."""
     eps: float
 
 
@@ -110,58 +109,22 @@ def _rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2)
 
 
-# ---- inference with a few rows
-
-_PACKED_ROWS = 4
-"""Rows from which packed weights are faster. With fewer, memory bandwidth is the limit either way."""
-
-
-def for_few_rows(matrix: Matrix, rows: int, dtype: torch.dtype) -> Projection:
-    """Return a copy of a linear layer in this dtype, laid out for inputs of `rows` rows, without gradients.
-
-    On a CPU a matmul with a few rows repacks the weight each time, which costs more than the matmul itself. Packed
-    once, 8 rows take about half the time (AVX-512, L16). With another dtype, the cast of autocast happens only once.
-    """
-    weight, bias = matrix.weight.detach(), matrix.bias
-    if weight.dtype != dtype:
-        weight, bias = weight.to(dtype), None if bias is None else bias.detach().to(dtype)
-        return lambda x: F.linear(x.to(dtype), weight, bias)
-    if not weight.is_cpu:
-        return matrix
-    if rows >= _PACKED_ROWS and _packs():
-        packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
-        multiply = torch.ops.mkl._mkl_linear
-
-        def few(x: Tensor) -> Tensor:
-            fits = x.numel() == rows * x.shape[-1]
-            return multiply(x, packed, weight, bias, rows) if fits else F.linear(x, weight, bias)
-
-        return few
-    columns = weight.t().contiguous().t() if rows == 1 else weight
-    return lambda x: F.linear(x, columns, bias)
-
-
-@functools.lru_cache(maxsize=None)
-def _packs() -> bool:
-    """Whether PyTorch has the matmul with packed weights: 2.0 declares it without an implementation."""
-    if not torch.backends.mkl.is_available():
-        return False
-    try:
-        weight = torch.zeros(1, 1)
-        torch.ops.mkl._mkl_linear(weight, torch.ops.mkl._mkl_reorder_linear_weight(weight, 1), weight, None, 1)
-    except (AttributeError, NotImplementedError, RuntimeError):
-        return False
-    return True
-
-
 # ---- norm, then linear layer
+
+
+def normalise(x: Tensor, norm: Norm) -> Tensor:
+    """LayerNorm or RMSNorm over the last dimension, (..., D) -> (..., D)."""
+    if norm.shift is not None:
+        return torch.layer_norm(x, x.shape[-1:], *norm)
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # their squares would overflow or round
+    return (wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + norm.eps) * norm.scale).to(x.dtype)
 
 
 def norm_linear(x: Tensor, norm: Norm, project: Projection, between: Between | None = None) -> Tensor:
     """linear(between(norm(x))). (B, L, D) -> (B, L, C)."""
-    if isinstance(project, Matrix) and between is None and _fuses():
+    if isinstance(project, Matrix) and norm.shift is not None and between is None and _fuses():
         return _NormLinear.apply(x, *norm, *project)
-    normed = torch.layer_norm(x, x.shape[-1:], *norm)
+    normed = normalise(x, norm)
     return linear(normed if between is None else between(normed), project)
 
 
@@ -237,6 +200,12 @@ def _geglu(x: Tensor) -> Tensor:
     return x * F.gelu(gate)
 
 
+def _swiglu(x: Tensor) -> Tensor:
+    """The first half of x, gated by silu of the second."""
+    x, gate = x.chunk(2, dim=-1)
+    return x * F.silu(gate)
+
+
 def _quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
@@ -260,6 +229,7 @@ class _NativeGelu:
 IDENTITY: Function = Recompute(lambda x: x)
 _ACTIVATIONS: dict[str, Function] = {
     "geglu": Recompute(_geglu, 0), "gelu": Recompute(F.gelu, 1), "quick_gelu": Recompute(_quick_gelu, 2),
+    "swiglu": Recompute(_swiglu), "relu2": Recompute(lambda x: F.relu(x).square()),
 }  # fmt: skip
 _NATIVE_ACTIVATIONS = {"geglu": _NativeGelu(gated=True), "gelu": _NativeGelu(gated=False)}
 """These also add the bias of the linear layer before them."""
@@ -315,7 +285,7 @@ def add_linear(
     if branch.dtype != residual.dtype:
         branch = branch.to(residual.dtype)
     if after is not None:
-        branch = torch.layer_norm(branch, branch.shape[-1:], *after)
+        branch = normalise(branch, after)
     return residual + branch if scale is None else torch.addcmul(residual, branch, scale)
 
 
@@ -335,7 +305,8 @@ def add_feed_forward(  # noqa: PLR0913 - all parts of a branch
     (B, L, D) -> (B, L, D). Equals `norm_linear` and `add_linear`; native activations also add the bias of `up`.
     """
     before = _NATIVE_ACTIVATIONS.get(name)
-    plain = before is not None and after is None and between is None and _fuses() and not autocasts(x)
+    simple = norm.shift is not None and after is None and between is None
+    plain = before is not None and simple and _fuses() and not autocasts(x)
     if plain and isinstance(up, Matrix) and isinstance(down, Matrix) and elementwise.suits(x, *up, *down, scale):
         hidden = _NormLinear.apply(x, *norm, up.weight, None)
         return _AddLinear.apply(x, hidden, *down, scale, before, up.bias, _Dropout.of(dropout), None)

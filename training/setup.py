@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 #: Options of a model's training, not of its architecture.
 TRAINING_OPTIONS = ("loss_img_weight", "attn_dropout", "ff_dropout")
 
-_SAME_NAME = ("text_seq_len", "dim_head", "attn_types", "sandwich_norm", "layer_scale", "init_std", *TRAINING_OPTIONS)
+_SAME_NAME = ("text_seq_len", "dim_head", "attn_types", "sandwich_norm", "layer_scale", "init_std", "norm",
+              "qk_norm", "rotary_2d", "activation", "ff_mult", *TRAINING_OPTIONS)
 #: Fields of DalleConfig and the options that set them.
 MODEL_OPTIONS = {
     **{name: name for name in _SAME_NAME},
@@ -208,7 +209,8 @@ def dalle_config(config: Config, tokenizer: Tokenizer, vqgan: VQGAN) -> DalleCon
         num_image_tokens=vqgan.num_codes,
         grid=size // factor,
     )
-    values.update((field, getattr(options, name)) for field, name in MODEL_OPTIONS.items())
+    given = ((field, getattr(options, name)) for field, name in MODEL_OPTIONS.items())
+    values.update((field, value) for field, value in given if value is not None)  # (--activation: the architecture's)
     wanted = DalleConfig(**dict(values, **ARCHITECTURES[options.architecture]))
     flags = {field: args.flag_name(name) for field, name in MODEL_OPTIONS.items()}
     check_size(wanted.to_dict(), dict(flags, grid="a code grid (--image-size) of"))
