@@ -9,7 +9,7 @@ Letters: R rows (images, twice as many with guidance), n positions of a chunk, D
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,8 @@ class Copies:
 class Decoder:
     """Feeds chunks of codes to a model, by its own forward pass over a cache. Weights must not change meanwhile.
 
+    A position may be fed again with another code: nothing before it saw the first.
+
         # under torch.no_grad()
         decoder = Decoder(model, prompts, images)
         hidden = decoder.prompt(text)                   # (prompts, D)
@@ -72,6 +74,9 @@ class Decoder:
             logits = decoder.logits(hidden)
             hidden = decoder.feed(codes, positions)     # codes (R, n) -> (R, n, D)
     """
+
+    most_rows = 0
+    """Rows of a pass up to which its logits do not depend on their number; 0: they do."""
 
     def __init__(self, model: DALLE, prompts: int, images: int, copies: Copies | None = None) -> None:
         """images: of each of the prompts, which are next to each other in the R = prompts * images rows.
@@ -111,6 +116,16 @@ class Decoder:
     def feed(self, codes: Tensor, positions: Positions) -> Tensor:
         """Feed codes (R, n) at image positions; return what predicts those that follow each, (R, n, D)."""
         return self._read(codes, positions)
+
+    def feed_window(self, codes: Tensor, at: Tensor, first: Sequence[int], images: Tensor | None = None) -> Tensor:
+        """Feed codes (R, n) at positions `at` (B, n) from `first` on, which the host knows; return (R, n, D).
+
+        images: the rows are of these alone; where `most_rows` is 0 always all.
+        """
+        index = at.repeat(len(codes) // len(at), 1)
+        if min(first) == max(first) and first[0] + at.shape[1] <= self.model.config.image_seq_len:
+            return self.feed(codes, Positions(at.shape[1], first[0]))  # views instead of copies
+        return self.feed(codes, Positions.of(index, self.model.config.image_seq_len))
 
     def _read(self, ids: Tensor, positions: Positions) -> Tensor:
         # Copies are laid out for one code of each row; in another type they serve all.

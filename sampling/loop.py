@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from typing import Callable, NamedTuple, Protocol, Sequence
 
 import torch
@@ -14,11 +15,13 @@ from torch import Tensor
 
 import ops
 from models.dalle import DALLE
-from models.positions import Positions, next_code, text_positions
+from models.positions import Positions, text_positions
+from ops import noise
 from sampling.cache import Cache
 from sampling.decoders import Copies, Decoder
 from sampling.native import best_decoder
 from sampling.options import DEFAULT_OPTIONS, SamplingOptions
+from sampling.windows import MOST, Windows
 
 logger = logging.getLogger(__name__)
 
@@ -30,17 +33,23 @@ class Sampled(NamedTuple):
     log_likelihood: Tensor
 
 
-def uniforms(seeds: Sequence[int], length: int) -> Tensor:
-    """Return (len(seeds), length) uniform numbers in [0, 1): row i depends on seeds[i] alone, on every device."""
-    rows = [torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
-    return torch.stack(rows)
+SAMPLER = 2
+"""Version of what a seed stands for: 1 inverted cumulative distributions, 2 adds Gumbel noise (ops/noise.py)."""
+
+
+class Shared:
+    """What the batches of one model share, while its weights stay the same."""
+
+    def __init__(self, parallel: str | int = "auto") -> None:
+        """parallel: see `Windows`."""
+        self.copies, self.windows = Copies(), Windows(parallel)
 
 
 def guided(logits: Tensor, cond_scale: Tensor) -> Tensor:
-    """Guide logits (R, C) whose second half of rows is unconditional, by a scale for each image (B,) -> (B, C)."""
+    """Guide logits (R, n, C) whose second half of rows is unconditional, by a scale for each image (B, 1, 1)."""
     # Half precision could not hold the product.
     conditional, null = logits.to(torch.promote_types(logits.dtype, torch.float32)).chunk(2, dim=0)
-    return null + (conditional - null) * cond_scale[:, None].to(null.dtype)
+    return null + (conditional - null) * cond_scale.to(null.dtype)
 
 
 class Request(NamedTuple):
@@ -48,11 +57,12 @@ class Request(NamedTuple):
 
     prompts: Tensor
     """(prompts, T), or (2 * prompts, T) with guidance: then the same number of empty ones follow."""
-    uniform: Tensor
-    """(B, N) uniform numbers, one for each code."""
+    keys: Tensor
+    """(B,) of each image's noise."""
     kept: list[int]
     """N codes to keep in every image, -1 where the model samples."""
     options: SamplingOptions
+    windows: Windows
     on_token: Callable[[], None] | None = None
 
     @property
@@ -63,47 +73,70 @@ class Request(NamedTuple):
     @property
     def images(self) -> int:
         """Images of each prompt."""
-        return len(self.uniform) * (2 if self.options.guided else 1) // len(self.prompts)
+        return len(self.keys) * (2 if self.options.guided else 1) // len(self.prompts)
 
 
 class Canvas:
-    """The codes of a batch while they are sampled, and how each image's are chosen."""
+    """The codes of a batch while they are sampled, guesses behind them, and how each image's are chosen."""
 
     def __init__(self, batch: int, num_codes: int, options: SamplingOptions, device: torch.device) -> None:
-        self.codes = torch.zeros(batch, num_codes, dtype=torch.long, device=device)
-        self.log_likelihood = torch.zeros(batch, device=device)
-        self.uniform = torch.zeros(batch, num_codes, dtype=torch.float64, device=device)
-        self.kept = torch.full((1, num_codes), -1, dtype=torch.long, device=device)
-        self.choice = ops.choice_of(batch, options.temperature, options.top_k, options.top_p, device)
-        self.cond_scale = torch.full((batch,), options.cond_scale, dtype=torch.float64, device=device)
-        self.guides = options.guided
+        self.num_codes = num_codes
+        shape = (batch, num_codes + MOST)  # a window may end behind the last code
+        self.codes = torch.zeros(shape, dtype=torch.long, device=device)
+        self.scores = torch.zeros(shape, device=device)
+        self.kept = torch.full((1, shape[1]), -1, dtype=torch.long, device=device)
+        self.keys = torch.zeros(batch, dtype=torch.long, device=device)
+        self.cond_scale = torch.full((batch, 1, 1), options.cond_scale, dtype=torch.float64, device=device)
+        self.options = options
+        self._choices: dict[int, ops.Choice] = {}
 
     def begin(self, request: Request) -> None:
-        """Take a request's random numbers, and the codes that are kept."""
-        self.log_likelihood.zero_()
-        self.uniform.copy_(request.uniform)
-        self.kept.copy_(torch.tensor([request.kept]))
+        """Take a request's noise, and the codes that are kept."""
+        self.scores.zero_()
+        self.keys.copy_(request.keys)
+        self.kept[:, : self.num_codes].copy_(torch.tensor([request.kept]))
         self.codes.copy_(self.kept.clamp(min=0).expand_as(self.codes))
 
-    def rows(self, at: Positions) -> Tensor:
-        """The codes at some positions as a decoder is fed them, (B, N) -> (R, n)."""
-        codes = at.take(self.codes, 1)
-        return codes.repeat(2, 1) if self.guides else codes
+    def rows(self, codes: Tensor) -> Tensor:
+        """Codes (B, n) as a decoder is fed them, (R, n)."""
+        return codes.repeat(2, 1) if self.options.guided else codes
 
-    def choose(self, logits: Tensor, at: Positions) -> None:
-        """Sample the code at a position from logits (R, C); what is kept there stays."""
-        if self.guides:
-            logits = guided(logits, self.cond_scale)
-        token, score = ops.sample(logits.float(), at.take(self.uniform, 1)[:, 0], self.choice)
-        if at.start is None:  # only the device knows what is kept there
-            kept = at.take(self.kept, 1)[:, 0]
-            token, score = torch.where(kept < 0, token, kept), score.masked_fill(kept >= 0, 0.0)
-        at.put(self.codes, 1, token[:, None])
-        self.log_likelihood.add_(score)
+    def _choice(self, rows: int) -> ops.Choice:
+        if rows not in self._choices:
+            options = self.options
+            self._choices[rows] = ops.choice_of(
+                rows, options.temperature, options.top_k, options.top_p, self.codes.device
+            )
+        return self._choices[rows]
+
+    def choose(self, logits: Tensor, at: Tensor, images: Tensor | None = None) -> Tensor:
+        """Choose codes from logits (R, n, C) for their places `at` (B, n), and write them there; what is kept stays.
+
+        images (b,): rows are of these images alone. Returns how many of them (B,) nothing can change any more: those
+        that were there already, from the first on, and one more.
+        """
+        if self.options.guided:
+            logits = guided(logits, self.cond_scale[: len(at)])
+        batch, width = at.shape
+        keys = self.keys if images is None else self.keys[images]
+        tokens, scores = ops.sample(
+            logits.float().flatten(0, 1),
+            keys.repeat_interleave(width) if width > 1 else keys,
+            at.flatten(),
+            self._choice(batch * width),
+        )
+        tokens, scores = tokens.view(batch, width), scores.view(batch, width)
+        kept = self.kept[0, at]
+        tokens, scores = torch.where(kept < 0, tokens, kept), scores.masked_fill(kept >= 0, 0.0)
+        rows = torch.arange(batch, device=at.device)[:, None] if images is None else images[:, None]
+        right = (self.codes[rows, at] == tokens)[:, :-1].cumprod(dim=1)
+        self.codes[rows, at], self.scores[rows, at] = tokens, scores
+        return right.sum(dim=1) + 1
 
     def result(self) -> Sampled:
         """What was sampled."""
-        return Sampled(self.codes, self.log_likelihood)
+        num_codes = self.num_codes  # scores in double: the order of the sum must not matter
+        return Sampled(self.codes[:, :num_codes].clone(), self.scores[:, :num_codes].double().sum(dim=1).float())
 
 
 def read_request(decoder: Decoder, canvas: Canvas, request: Request) -> Tensor:
@@ -111,8 +144,7 @@ def read_request(decoder: Decoder, canvas: Canvas, request: Request) -> Tensor:
     hidden = decoder.prompt(request.prompts).repeat_interleave(request.images, dim=0)
     prefix = request.prefix
     if 0 < prefix < len(request.kept):
-        first = Positions(prefix, 0)
-        hidden = decoder.feed(canvas.rows(first), first)[:, -1]
+        hidden = decoder.feed(canvas.rows(canvas.codes[:, :prefix]), Positions(prefix, 0))[:, -1]
     return hidden
 
 
@@ -132,14 +164,14 @@ def sample_codes(
     given: Tensor | None = None,
     on_token: Callable[[], None] | None = None,
     graphs: Recorded | None = None,
-    copies: Copies | None = None,
+    shared: Shared | None = None,
 ) -> Sampled:
     """Sample the codes of len(seeds) images: all of one caption, or equally many of each of several.
 
     text (T,) or (prompts, T) token ids; seeds: one for each image, the first caption's first. given (N,): codes to
     keep in every image, -1 where the model shall sample (image completion, priming). on_token is called after each
-    code. graphs: a `sampling.graphs.Graphs` of this model, which samples the same in less time on a GPU. copies: of
-    weights in a decoder's layout, to be given to later calls too while the weights stay the same.
+    code. graphs: a `sampling.graphs.Graphs` of this model, which samples the same in less time on a GPU. shared: to be
+    given to later calls too while the weights stay the same.
     Returns codes (B, N) on the model's device, images of one caption next to each other. Raises UserError for options
     that are out of range.
     """
@@ -152,9 +184,10 @@ def sample_codes(
     prompts = torch.cat([text, torch.zeros_like(text)]) if options.guided else text
     num_codes = model.config.image_seq_len
     kept = [-1] * num_codes if given is None else given.tolist()
-    request = Request(prompts, uniforms(seeds, num_codes).to(device), kept, options, on_token)
+    shared = Shared() if shared is None else shared
+    request = Request(prompts, noise.keys(seeds).to(device), kept, options, shared.windows, on_token)
     sampled = None if graphs is None else graphs.sample(request)
-    return _sample(model, request, copies) if sampled is None else sampled
+    return _sample(model, request, shared.copies) if sampled is None else sampled
 
 
 @functools.lru_cache(maxsize=None)
@@ -162,25 +195,70 @@ def _say(refused: str) -> None:
     logger.info("decoding by PyTorch: %s", refused)
 
 
-def _sample(model: DALLE, request: Request, copies: Copies | None) -> Sampled:
-    """Sample a batch code by code."""
-    kept, (batch, num_codes) = request.kept, request.uniform.shape
+class Fronts:
+    """How far each image of a batch is: the position of the last code that nothing can change any more."""
+
+    def __init__(self, batch: int, first: int, num_codes: int, on_token: Callable[[], None] | None) -> None:
+        self.places, self.num_codes = [first] * batch, num_codes
+        self._on_token, self._told = on_token, first
+        self._tell()
+
+    @property
+    def unfinished(self) -> list[int]:
+        """Images that lack codes."""
+        return [image for image, place in enumerate(self.places) if place < self.num_codes - 1]
+
+    def move(self, images: Sequence[int], accepted: Sequence[int]) -> list[int]:
+        """Go on by so many codes in these images. Returns by how many, at most to the last."""
+        moved = [min(n, self.num_codes - 1 - self.places[i]) for i, n in zip(images, accepted)]
+        for image, count in zip(images, moved):
+            self.places[image] += count
+        self._tell()
+        return moved
+
+    def _tell(self) -> None:
+        """Call on_token for each code of the mean image."""
+        while self._told <= sum(self.places) // len(self.places):
+            self._told += 1
+            if self._on_token is not None:
+                self._on_token()
+
+
+def _sample(model: DALLE, request: Request, copies: Copies) -> Sampled:
+    """Sample a batch, window by window."""
+    num_codes, batch, prefix = len(request.kept), len(request.keys), request.prefix
     decoder, refused = best_decoder(model, len(request.prompts), request.images, copies)
     if refused is not None:
         _say(refused)
-    canvas = Canvas(batch, num_codes, request.options, request.uniform.device)
+    canvas = Canvas(batch, num_codes, request.options, request.keys.device)
     canvas.begin(request)
     hidden = read_request(decoder, canvas, request)
+    if prefix == num_codes:
+        return canvas.result()
     with decoder:
-        for position in range(request.prefix, num_codes):
-            at = next_code(position)
-            if kept[position] < 0:
-                canvas.choose(decoder.logits(hidden), at)
-            if position + 1 < num_codes:  # nothing follows the last one
-                hidden = decoder.feed(canvas.rows(at), at)[:, 0]
-            if request.on_token is not None:
-                request.on_token()
+        device = request.keys.device
+        canvas.choose(decoder.logits(hidden)[:, None], torch.full((batch, 1), prefix, device=device))
+        fronts = Fronts(batch, prefix, num_codes, request.on_token)
+        while fronts.unfinished:
+            _pass(decoder, canvas, fronts, request.windows)
     return canvas.result()
+
+
+def _pass(decoder: Decoder, canvas: Canvas, fronts: Fronts, windows: Windows) -> None:
+    """Feed a window of each image, and accept what it gives."""
+    begin, device, batch = time.perf_counter(), canvas.codes.device, len(canvas.codes)
+    images = fronts.unfinished if decoder.most_rows else list(range(batch))
+    rows = len(images) * decoder.rows // batch
+    width = windows.width(rows, decoder.most_rows) if decoder.most_rows else windows.fixed(rows)
+    width = min(width, max(canvas.num_codes - 1 - fronts.places[image] for image in images))
+    first = torch.tensor([fronts.places[image] for image in images], device=device)
+    at = first[:, None] + torch.arange(width, device=device)  # (b, n)
+    some = None if len(images) == batch else torch.tensor(images, device=device)
+    codes = canvas.codes.gather(1, at) if some is None else canvas.codes[some[:, None], at]
+    hidden = decoder.feed_window(canvas.rows(codes), at.clamp(max=canvas.num_codes - 1), fronts.places, some)
+    accepted = canvas.choose(decoder.logits(hidden), at + 1, some).tolist()
+    moved = fronts.move(images, accepted)
+    windows.note(rows * width, width, [count for count in moved if count], time.perf_counter() - begin)
 
 
 @torch.no_grad()
@@ -189,7 +267,7 @@ def complete_text(model: DALLE, ids: Sequence[int], seed: int, options: Sampling
     options.check()
     config, device = model.config, model.text_emb.weight.device
     ids = list(ids)[: config.text_seq_len]
-    uniform = uniforms([seed], config.text_seq_len).to(device)
+    key = noise.keys([seed]).to(device)
     if not ids and not config.bos:
         raise ValueError("a model without <bos> needs at least one text token to go on from")
     cache = Cache(config, 1, 1, device, model.text_emb.weight.dtype)
@@ -202,7 +280,8 @@ def complete_text(model: DALLE, ids: Sequence[int], seed: int, options: Sampling
         new = torch.tensor([part[done:]], device=device)
         hidden = model.read(new, text_positions(done, new.shape[1]), cache)[:, -1]
         done = len(part)
-        token = int(ops.sample(model.text_head(hidden).float(), uniform[:, len(ids)], choice)[0])
+        position = torch.full_like(key, len(ids))
+        token = int(ops.sample(model.text_head(hidden).float(), key, position, choice)[0])
         if token == 0 or token >= config.num_text_tokens:
             break
         ids.append(token)

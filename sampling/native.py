@@ -1,8 +1,8 @@
-"""The native decoder: one code of each image through the whole transformer in one call of ops/csrc/rows.c.
+"""The native decoder: a code or a window of each image through the whole transformer in one call of ops/csrc/rows.c.
 
-Float32 on a CPU, weights of linear layers may be int8; one code at a time. A whole token is one call, because what
-happens between two matmuls, attention to a row of codes say, takes less than PyTorch needs to be asked for it. What is
-sampled for an image does not depend on the number of images or threads: sums go in the same order for all.
+Float32 on a CPU, weights of linear layers may be int8. A whole pass is one call, because what happens between two
+matmuls, attention to a row of codes say, takes less than PyTorch needs to be asked for it. What is sampled for an image
+depends neither on windows nor on the number of images or threads: sums go in the same order for all.
 
 Letters: R rows (images, twice as many with guidance), D width, P text positions, N codes of an image.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class _Layer(ctypes.Structure):
     _fields_ += [("text_lane", whole), ("lane", whole), ("starts", address), ("seen", address)]
 
 
-_SIZES = "rows images codes dim heads width text_len grid hidden activation layers threads turned".split()
+_SIZES = "sequences rows images codes dim heads width text_len grid hidden activation layers threads turned".split()
 _POINTERS = "table positions cosines sines".split()
 
 
@@ -112,7 +112,9 @@ def refusal(model: DALLE, num_rows: int) -> str | None:
 
 
 class NativeDecoder(Decoder):
-    """Feeds one code of each row natively; prompts and longer chunks by the model's own forward pass."""
+    """Feeds a code or a window of each row natively; prompts and given codes by the model's own forward pass."""
+
+    most_rows = MOST_ROWS
 
     def __init__(self, model: DALLE, prompts: int, images: int, copies: Copies | None = None) -> None:
         super().__init__(model, prompts, images, copies)
@@ -125,7 +127,8 @@ class NativeDecoder(Decoder):
         self._layers = (_Layer * config.depth)(*map(self._layer, self.operands.blocks, self.cache.layers))
         layers = {layer for block in self.operands.blocks for layer in block.projections}
         self.struct = _Model(
-            rows=self.rows,
+            sequences=self.rows,
+            rows=0,
             images=images,
             codes=config.num_image_tokens,
             dim=config.dim,
@@ -145,8 +148,8 @@ class NativeDecoder(Decoder):
             last=_norm(None if self._stable else Norm(model.norm.weight, model.norm.bias, model.norm.eps)),
             stack=ctypes.cast(self._layers, ctypes.POINTER(_Layer)),
         )
-        room = rows.functions().room_of(ctypes.byref(self.struct))
-        self.struct.scratch = at(self._keep(torch.zeros(room)))
+        self._all = torch.arange(self.rows)
+        self._make_room(self.rows)
         self._head = self._pack(model.image_head)
 
     def _operands(self) -> Operands:
@@ -184,17 +187,37 @@ class NativeDecoder(Decoder):
     def _branch(self, before: Norm, after: Norm | None, first: Packed, second: Packed) -> _Branch:
         return _Branch(_norm(before), _norm(after), first.struct, second.struct)
 
+    def _make_room(self, num_rows: int) -> None:
+        """Let steps have so many rows."""
+        if num_rows > self.struct.rows:
+            self.struct.rows = num_rows
+            self._scratch = torch.zeros(rows.functions().room_of(ctypes.byref(self.struct)))
+            self.struct.scratch = at(self._scratch)
+
     def feed(self, codes: Tensor, positions: Positions) -> Tensor:
-        if positions.count > 1:
+        if positions.count > 1 and positions.index is None:  # codes that are given first
             return super().feed(codes, positions)
-        if codes.shape != (self.rows, 1):
-            raise ValueError(f"codes {tuple(codes.shape)} for {self.rows} rows")
-        codes, out = codes.contiguous(), torch.empty(self.rows, 1, self.struct.dim)
         index = torch.tensor([[positions.start]]) if positions.index is None else positions.index
-        index = index.expand(self.rows, 1).contiguous()
-        failed = rows.functions().step(ctypes.byref(self.struct), pointer(codes), pointer(index), pointer(out))
+        return self._step(codes, index.expand(self.rows, -1), self._all)
+
+    def feed_window(self, codes: Tensor, at: Tensor, first: Sequence[int], images: Tensor | None = None) -> Tensor:
+        if len(codes) == len(at):
+            return self._step(codes, at, self._all if images is None else images)
+        guided = self._all if images is None else torch.cat([images, images + self.rows // 2])
+        return self._step(codes, at.repeat(2, 1), guided)
+
+    def _step(self, codes: Tensor, index: Tensor, sequences: Tensor) -> Tensor:
+        """Feed codes (S, n) at positions (S, n) of some sequences (S,) of the cache -> (S, n, D)."""
+        if codes.shape != index.shape or len(codes) != len(sequences):
+            raise ValueError(f"codes {tuple(codes.shape)} for {len(sequences)} rows")
+        codes, index = codes.contiguous(), index.contiguous()
+        self._make_room(codes.numel())
+        out = torch.empty(*codes.shape, self.struct.dim)
+        failed = rows.functions().step(
+            ctypes.byref(self.struct), codes.numel(), codes.shape[1], *map(pointer, (sequences, codes, index, out))
+        )
         if failed:
-            what, given = (("code", codes), ("position", index))[failed - 1]
+            what, given = (("code", codes), ("position", index), ("sequence", sequences))[failed - 1]
             raise IndexError(f"a {what} is not in the table: {given.flatten().tolist()}")
         return self.model.hidden(out) if self._stable else out
 
