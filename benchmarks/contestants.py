@@ -24,7 +24,7 @@ import engines
 import ops
 from bpe import load_tokenizer
 from models.config import DalleConfig
-from models.dalle import DALLE, TextToImage
+from models.dalle import DalleModel, TextToImage
 from models.vqgan import VQGAN
 from sampling import Graphs, SamplingOptions, sample_codes
 from training.setup import dalle_config, vqgan_config
@@ -171,10 +171,10 @@ class Ours(Contestant):
             self.vqgan = channels_last(self.vqgan).to(self.device)
         if task == GENERATE:
             keep_freed_memory()  # as sampling.Sampler does
-            self.dalle = DALLE(self.shape).eval().to(self.device, self.autocast or torch.float32)
+            self.dalle = DalleModel(self.shape).eval().to(self.device, self.autocast or torch.float32)
             self.graphs = Graphs(self.dalle) if self.recorded else None
             return
-        model = TextToImage(DALLE(self.shape), self.vqgan if task == TRAIN_IMAGES else None)
+        model = TextToImage(DalleModel(self.shape), self.vqgan if task == TRAIN_IMAGES else None)
         self.inputs = self.images if task == TRAIN_IMAGES else self.codes
         self.engine.prepare(model)
 
@@ -199,7 +199,7 @@ class Plain(Contestant):
     for each code, with logits for every position."""
 
     def prepare(self, task: str) -> None:
-        self.dalle = DALLE(self.shape).to(self.device)
+        self.dalle = DalleModel(self.shape).to(self.device)
         self.vqgan = self.vqgan.to(self.device)
         self.model = TextToImage(self.dalle, self.vqgan)
         if task == GENERATE:

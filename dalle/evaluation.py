@@ -195,7 +195,7 @@ def training_records(records: Sequence[DemoRecord], count: int) -> list[DemoReco
     return sorted(sorted(records, key=draw)[:count], key=lambda record: record.stem)
 
 
-def draw_best(loaded: Loaded, text: Tensor, options: EvaluateOptions) -> Tensor:
+def sample_best(loaded: Loaded, text: Tensor, options: EvaluateOptions) -> Tensor:
     """One image for each caption, text (n, T): the likeliest of --best-of. Returns (n, 3, S, S) uint8."""
     sampling = options.sampling(loaded.config.num_image_tokens)
     best = torch.full((len(text),), -math.inf)
@@ -222,7 +222,7 @@ def retrieve(
     real = gallery.images[own]
     reconstructions = torch.cat([decode(loaded, encode(loaded, part)) for part in real.split(options.batch_size)])
     text = loaded.tokenizer.tokenize([record.caption for record in records], loaded.config.text_seq_len, truncate=True)
-    generated = draw_best(loaded, text, options)
+    generated = sample_best(loaded, text, options)
     found = nearest_pictures(generated, gallery.images, loaded.device) == own
     found_again = nearest_pictures(reconstructions, gallery.images, loaded.device) == own
     samples = [
@@ -278,7 +278,7 @@ def sample_pairs(loaded: Loaded, dataset: Any, options: EvaluateOptions) -> list
     text, images = zip(*(dataset[index * len(dataset) // count] for index in range(count)))
     real = torch.stack(images)
     reconstructions = torch.cat([decode(loaded, encode(loaded, part)) for part in real.split(options.batch_size)])
-    generated = draw_best(loaded, torch.stack(text), options)
+    generated = sample_best(loaded, torch.stack(text), options)
     return [
         Sample(loaded.tokenizer.decode(row.tolist()), *pictures)
         for row, *pictures in zip(text, real, reconstructions, generated)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import log
 from bpe import warn_of_unknown
-from dalle.completion import completion_codes, first_drawn, open_picture, parse_box, transparent_mask
+from dalle.completion import completion_codes, first_sampled, open_picture, parse_box, transparent_mask
 from dalle.loading import Loaded, warn_of_guidance
 from dalle.outputs import PromptFolder
 from dalle.pictures import FORMATS, to_pil
@@ -278,7 +278,7 @@ def sample_captions(writer: Writer, loaded: Loaded, given: Tensor | None) -> Non
     for row, caption in zip(text, captions):
         row[: len(caption.ids)] = torch.tensor(caption.ids, dtype=torch.long)
     sampling = options.sampling(config.num_image_tokens)
-    tokens = config.image_seq_len - (0 if given is None else first_drawn(given))  # steps of one image
+    tokens = config.image_seq_len - (0 if given is None else first_sampled(given))  # steps of one image
     begin = time.perf_counter()
 
     def images_per_second() -> float:

@@ -20,7 +20,7 @@ from checkpoints.vqgan import PUBLISHED, build_vqgan, default_vqgan, load_vqgan,
 from dalle import published
 from models.building import build_dalle
 from models.config import DalleConfig
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from models.quantization import DTYPES
 from models.vqgan import VQGAN, VqganConfig
 from models.vqgan_config import stage1_config
@@ -43,7 +43,7 @@ _DEMO_VOCABULARY = ROOT / "bpe" / "demo_vocab.txt"
 class Loaded(NamedTuple):
     """A model ready to draw: everything on one device, in eval mode, without gradients, the VQGAN in float32."""
 
-    dalle: DALLE
+    dalle: DalleModel
     vqgan: VQGAN
     tokenizer: Tokenizer
     checkpoint: DalleCheckpoint

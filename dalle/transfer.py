@@ -3,8 +3,8 @@
     downstream = read_downstream("configs/transfer-imagenet-clscond-gen.yaml")
     start = image_only(read_dalle("1.3B"), downstream.num_classes, seed=0)     # what training begins from
 
-The model stays a DALLE: its text is one token, the class (see bpe/classes.py), in front of the codes. Token table and
-positions of the codes, blocks and last norm are kept; the start vectors and the head are new.
+The model stays a DalleModel: its text is one token, the class (see bpe/classes.py), in front of the codes. Token table
+and positions of the codes, blocks and last norm are kept; the start vectors and the head are new.
 """
 from __future__ import annotations
 

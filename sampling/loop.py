@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import ops
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from models.positions import Positions, text_positions
 from ops import noise
 from sampling.cache import Cache
@@ -157,7 +157,7 @@ class Recorded(Protocol):
 
 @torch.no_grad()
 def sample_codes(
-    model: DALLE,
+    model: DalleModel,
     text: Tensor,
     seeds: Sequence[int],
     options: SamplingOptions = DEFAULT_OPTIONS,
@@ -224,7 +224,7 @@ class Fronts:
                 self._on_token()
 
 
-def _sample(model: DALLE, request: Request, copies: Copies) -> Sampled:
+def _sample(model: DalleModel, request: Request, copies: Copies) -> Sampled:
     """Sample a batch, window by window."""
     num_codes, batch, prefix = len(request.kept), len(request.keys), request.prefix
     decoder, refused = best_decoder(model, len(request.prompts), request.images, copies)
@@ -262,7 +262,9 @@ def _pass(decoder: Decoder, canvas: Canvas, fronts: Fronts, windows: Windows) ->
 
 
 @torch.no_grad()
-def complete_text(model: DALLE, ids: Sequence[int], seed: int, options: SamplingOptions = DEFAULT_OPTIONS) -> list[int]:
+def complete_text(
+    model: DalleModel, ids: Sequence[int], seed: int, options: SamplingOptions = DEFAULT_OPTIONS
+) -> list[int]:
     """Go on writing a caption after `ids` until the model predicts a pad or T tokens are reached. Returns all ids."""
     options.check()
     config, device = model.config, model.text_emb.weight.device

@@ -15,7 +15,7 @@ import ops
 from benchmarks import chart, compare_peers, contestants, limits
 from benchmarks.contestants import GENERATE, OURS, PEER, PLAIN, REPAIRED, TRAIN_CODES, TRAIN_IMAGES, UNRECORDED
 from models.config import DalleConfig
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from utils.errors import UserError
 
 HAS_PEER = importlib.util.find_spec("dalle_pytorch") is not None
@@ -52,7 +52,7 @@ def test_contestants_train_the_same_model(name, task, clean_modules):
     made.train()
     after = [p for p in model.parameters() if p.requires_grad]
     assert any(not torch.equal(a, b) for a, b in zip(before, after))
-    assert contestants.count(made) == sum(p.numel() for p in DALLE(made.shape).parameters())
+    assert contestants.count(made) == sum(p.numel() for p in DalleModel(made.shape).parameters())
 
 
 @pytest.mark.parametrize("name, task", entrants(GENERATE))
@@ -105,7 +105,7 @@ def test_whole_images_are_interpolated_from_a_few_positions():
 def test_the_work_of_a_step_is_what_pytorch_counts():
     counter = pytest.importorskip("torch.utils.flop_counter").FlopCounterMode(display=False)
     config = DalleConfig(30, 20, 6, 4, 16, 2, 2, 8, attn_types=("full",))
-    model = DALLE(config)
+    model = DalleModel(config)
     with counter, ops.use(attention="explicit"):
         sum(logits.sum() for logits in model(torch.zeros(1, 6, dtype=torch.long), torch.zeros(1, 16).long())).backward()
     work = limits.Work(config)
