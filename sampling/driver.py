@@ -26,6 +26,7 @@ from sampling.decoders import Copies
 from sampling.graphs import Graphs
 from sampling.loop import Sampled, Shared, complete_text, sample_codes
 from sampling.options import DEFAULT_OPTIONS, SamplingOptions
+from sampling.windows import Windows
 from utils.errors import UserError
 from utils.memory import keep_freed_memory
 from utils.threads import share_cores
@@ -142,7 +143,7 @@ class Sampler:
         """graphs: CUDA graphs of this model to use, if any. floats: pixels as floats in [0, 1], on the model's device.
 
         half: compute the transformer in float16 on CUDA, unless its weights are in another type than float32.
-        parallel: codes that a pass guesses ahead (see `Windows`).
+        parallel: see `Windows`.
         """
         keep_freed_memory()
         share_cores()
@@ -150,6 +151,11 @@ class Sampler:
         self.half = half and model.device.type == "cuda" and model.dalle.text_emb.weight.dtype == torch.float32
         self.shared = Shared(parallel)
         self._pictures = _Pictures(model, floats)
+
+    @property
+    def windows(self) -> Windows:
+        """What the windows of guessed codes brought so far."""
+        return self.shared.windows
 
     def images(
         self,

@@ -10,7 +10,7 @@ Letters: B images, N codes of an image, W width of a window: the codes of an ima
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import Sequence
+from typing import Any, Sequence
 
 from utils.errors import UserError
 
@@ -41,6 +41,7 @@ class Windows:
             raise UserError(f"parallel must be {expected}, got {parallel!r}")
         self.auto = str(parallel) == "auto"
         self._given = 1 if str(parallel) in ("auto", "off") else int(parallel)
+        self._fixed = None if self.auto else self._given
         self.codes = self.passes = 0
         """Codes of an image that were sampled, and the passes that they took."""
         self._accepted = [0.5**place for place in range(MOST)]
@@ -53,9 +54,15 @@ class Windows:
         """Mean over all images so far; 1 if there were none."""
         return self.codes / self.passes if self.passes else 1.0
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What generation.json says; no width where it changed from pass to pass."""
+        return {"codes_per_pass": round(self.codes_per_pass, 3), "window": self._fixed}
+
     def fixed(self, rows: int) -> int:
         """The width where logits depend on it up to rounding: by nothing but the configuration. rows: of one code."""
-        return max(1, min(8, 32 // rows)) if self.auto else self._given
+        self._fixed = max(1, min(8, 32 // rows)) if self.auto else self._given
+        return self._fixed
 
     def width(self, rows: int, most_rows: int) -> int:
         """The width of the next pass, for so many rows of one code each, that fit together with so many in all."""
