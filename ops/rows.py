@@ -47,6 +47,7 @@ def functions() -> Any:
         found.sample_rows.restype = None
         found.gumbel.argtypes, found.gumbel.restype = [address, whole, address], None
         found.step.argtypes, found.step.restype = [address, whole, whole, *[address] * 4], whole
+        found.advance.argtypes, found.advance.restype = [address, address, whole, address], whole
         found.read_all.argtypes, found.read_all.restype = [address, whole, whole], ctypes.c_double
     return found
 

@@ -9,7 +9,7 @@ Letters: R rows (images, twice as many with guidance), n positions of a chunk, D
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from models.dalle import DalleModel, Operands
 from models.positions import Positions, text_positions
 from models.transformer import projection
 from sampling.cache import Cache
+from sampling.canvas import Canvas
 
 MAX_BYTES = 2 * 2**30
 """Bytes of weights up to which a second copy is made. Larger models need the memory more than the time."""
@@ -117,15 +118,23 @@ class Decoder:
         """Feed codes (R, n) at image positions; return what predicts those that follow each, (R, n, D)."""
         return self._read(codes, positions)
 
-    def feed_window(self, codes: Tensor, at: Tensor, first: Sequence[int], images: Tensor | None = None) -> Tensor:
-        """Feed codes (R, n) at positions `at` (B, n) from `first` on, which the host knows; return (R, n, D).
+    def advance(
+        self, canvas: Canvas, width: int, start: int | None = None, reach: int = 0, together: bool = False
+    ) -> None:
+        """Feed a window of each image from its front on, choose the codes behind its places, and move the front on.
 
-        images: the rows are of these alone; where `most_rows` is 0 always all.
+        start: where all windows begin, if the host knows it: views instead of copies. Else all end before `reach`, or
+        behind the last code, and the host may at least know that all images are at the same position.
         """
-        index = at.repeat(len(codes) // len(at), 1)
-        if min(first) == max(first) and first[0] + at.shape[1] <= self.model.config.image_seq_len:
-            return self.feed(codes, Positions(at.shape[1], first[0]))  # views instead of copies
-        return self.feed(codes, Positions.of(index, self.model.config.image_seq_len))
+        last = canvas.num_codes - 1
+        at = canvas.fronts[:, None] + torch.arange(width, device=canvas.fronts.device)  # (B, n)
+        positions = Positions(width, start)
+        if start is None:
+            index = at.clamp(max=last)  # what is fed behind the last does not count
+            index = index[:1] if together else index.repeat(self.rows // len(index), 1)
+            positions = Positions.of(index, reach or last + 1)
+        hidden = self.feed(canvas.rows(canvas.codes.gather(1, at)), positions)
+        canvas.fronts.add_(canvas.choose(self.logits(hidden), at + 1)).clamp_(max=last)
 
     def _read(self, ids: Tensor, positions: Positions) -> Tensor:
         # Copies are laid out for one code of each row; in another type they serve all.

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from models.dalle import DalleModel
-from models.positions import Positions
+from sampling.canvas import Canvas, Request, Sampled
 from sampling.decoders import Copies, Decoder, computed_in
-from sampling.loop import Canvas, Fronts, Request, Sampled, read_request
+from sampling.loop import Progress, read_request
 from sampling.options import SamplingOptions
 
 logger = logging.getLogger(__name__)
@@ -79,11 +79,7 @@ class Session:
         prompts, images, options, self.width = shape
         branches, self.num_codes = 2 if options.guided else 1, config.image_seq_len
         self.canvas = Canvas(prompts * images, self.num_codes, options, device)
-        # Without windows all images are at the same position, which makes copies views.
-        count = 1 if self.width == 1 else prompts * images
-        self.front = torch.zeros(count, 1, dtype=torch.long, device=device)
-        """Position of the last code of each image that nothing can change any more."""
-        self.passes = torch.zeros_like(self.front)
+        self.passes = torch.zeros_like(self.canvas.fronts)
         """That each image took."""
         parts = min(_PARTS, config.grid)
         self.reaches = [-(-self.num_codes * part // parts) for part in range(1, parts + 1)]
@@ -92,37 +88,27 @@ class Session:
         with self.decoder, torch.autocast(device.type, enabled=False):
             for reach in self.reaches if self.num_codes > 1 else ():  # nothing follows a single code
                 self.replays[reach] = capture(lambda reach=reach: self.advance(reach))  # type: ignore[misc]
-                self.front.zero_()  # running it beforehand moved it on
+                self.canvas.fronts.zero_()  # running it beforehand moved them on
 
     def advance(self, reach: int) -> None:
-        """Feed a window of each image, all below `reach` or behind the last code, and accept what it gives.
+        """Feed a window of each image, all before `reach` or behind the last code, and accept what it gives.
 
         Only codes before `reach` are read by dense layers: a recording for each part of the codes. Images that are
-        complete stay as they are.
+        complete stay as they are. Without windows all images are at the same position.
         """
-        canvas, last, batch = self.canvas, self.num_codes - 1, len(self.canvas.codes)
-        window = self.front + torch.arange(self.width, device=self.front.device)  # (1 or B, n)
-        at = window.expand(batch, -1)
-        index = window.clamp(max=last)
-        if canvas.options.guided and len(index) > 1:
-            index = index.repeat(2, 1)
-        hidden = self.decoder.feed(canvas.rows(canvas.codes.gather(1, at)), Positions.of(index, reach))
-        accepted = canvas.choose(self.decoder.logits(hidden), at + 1)
-        self.passes.add_(self.front < last)
-        self.front.add_(accepted[: len(self.front), None]).clamp_(max=last)
+        self.passes.add_(self.canvas.fronts < self.num_codes - 1)
+        self.decoder.advance(self.canvas, self.width, reach=reach, together=self.width == 1)
 
     def _begin(self, request: Request) -> int:
         """Read the prompts and the codes that are given first, and sample the first other: returns its position."""
         self.decoder.cache.clear()
         self.canvas.begin(request)
         prefix = request.prefix
-        self.front.fill_(prefix)
         self.passes.zero_()
-        with self.decoder, torch.autocast(self.front.device.type, enabled=False):  # casts were done once
+        with self.decoder, torch.autocast(self.passes.device.type, enabled=False):  # casts were done once
             hidden = read_request(self.decoder, self.canvas, request)
             if prefix < self.num_codes:
-                at = torch.full((len(request.keys), 1), prefix, device=self.front.device)
-                self.canvas.choose(self.decoder.logits(hidden)[:, None], at)
+                self.canvas.choose_first(self.decoder.logits(hidden), prefix)
         return prefix
 
     def run(self, request: Request) -> Sampled:
@@ -130,7 +116,7 @@ class Session:
         first, last, stride = self._begin(request), self.num_codes - 1, self.decoder.model.config.grid
         if first > last:  # all codes were given
             return self.canvas.result()
-        fronts = Fronts(1, first, self.num_codes, request.on_token)
+        progress = Progress(first, request.on_token)
         low = high = first  # the device is between these
         seen: list[tuple[Tensor, Any, int]] = []
         replays = 0
@@ -139,16 +125,16 @@ class Session:
                 end = min(high + self.width, self.num_codes)
                 self.replays[next(reach for reach in self.reaches if end <= reach)]()
                 low, high, replays = low + 1, min(high + self.width, last), replays + 1
-            seen.append((*_to_host(self.front), replays))
+            seen.append((*_to_host(self.canvas.fronts), replays))
             if len(seen) > 1:  # the device always has something to work on
-                places, then = _wait(*seen.pop(0))
-                low = max(low, min(places) + replays - then)
-                high = min(high, max(places) + (replays - then) * self.width)
-                fronts.move([0], [sum(places) // len(places) - fronts.places[0]])
-        fronts.move([0], [last])
+                fronts, then = _wait(*seen.pop(0))
+                low = max(low, min(fronts) + replays - then)
+                high = min(high, max(fronts) + (replays - then) * self.width)
+                progress.tell(fronts)
+        progress.tell([last])
         images = len(request.keys)
         request.windows.codes += (last - first) * images
-        request.windows.passes += int(self.passes.sum()) * (images // len(self.passes))
+        request.windows.passes += int(self.passes.sum())
         return self.canvas.result()
 
 

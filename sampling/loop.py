@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from typing import Callable, NamedTuple, Protocol, Sequence
+from typing import Callable, Protocol, Sequence
 
 import torch
 from torch import Tensor
@@ -18,19 +18,13 @@ from models.dalle import DalleModel
 from models.positions import Positions, text_positions
 from ops import noise
 from sampling.cache import Cache
+from sampling.canvas import Canvas, Request, Sampled
 from sampling.decoders import Copies, Decoder
 from sampling.native import best_decoder
 from sampling.options import DEFAULT_OPTIONS, SamplingOptions
-from sampling.windows import MOST, Windows
+from sampling.windows import Windows
 
 logger = logging.getLogger(__name__)
-
-
-class Sampled(NamedTuple):
-    """Codes (B, N) and the log-likelihood in nats (B,) the unfiltered model gives to those that were sampled."""
-
-    codes: Tensor
-    log_likelihood: Tensor
 
 
 SAMPLER = 2
@@ -43,100 +37,6 @@ class Shared:
     def __init__(self, parallel: str | int = "auto") -> None:
         """parallel: see `Windows`."""
         self.copies, self.windows = Copies(), Windows(parallel)
-
-
-def guided(logits: Tensor, cond_scale: Tensor) -> Tensor:
-    """Guide logits (R, n, C) whose second half of rows is unconditional, by a scale for each image (B, 1, 1)."""
-    # Half precision could not hold the product.
-    conditional, null = logits.to(torch.promote_types(logits.dtype, torch.float32)).chunk(2, dim=0)
-    return null + (conditional - null) * cond_scale.to(null.dtype)
-
-
-class Request(NamedTuple):
-    """A batch to sample, on the model's device."""
-
-    prompts: Tensor
-    """(prompts, T), or (2 * prompts, T) with guidance: then the same number of empty ones follow."""
-    keys: Tensor
-    """(B,) of each image's noise."""
-    kept: list[int]
-    """N codes to keep in every image, -1 where the model samples."""
-    options: SamplingOptions
-    windows: Windows
-    on_token: Callable[[], None] | None = None
-
-    @property
-    def prefix(self) -> int:
-        """How many codes are kept before the first one that is sampled."""
-        return next((i for i, code in enumerate(self.kept) if code < 0), len(self.kept))
-
-    @property
-    def images(self) -> int:
-        """Images of each prompt."""
-        return len(self.keys) * (2 if self.options.guided else 1) // len(self.prompts)
-
-
-class Canvas:
-    """The codes of a batch while they are sampled, guesses behind them, and how each image's are chosen."""
-
-    def __init__(self, batch: int, num_codes: int, options: SamplingOptions, device: torch.device) -> None:
-        self.num_codes = num_codes
-        shape = (batch, num_codes + MOST)  # a window may end behind the last code
-        self.codes = torch.zeros(shape, dtype=torch.long, device=device)
-        self.scores = torch.zeros(shape, device=device)
-        self.kept = torch.full((1, shape[1]), -1, dtype=torch.long, device=device)
-        self.keys = torch.zeros(batch, dtype=torch.long, device=device)
-        self.cond_scale = torch.full((batch, 1, 1), options.cond_scale, dtype=torch.float64, device=device)
-        self.options = options
-        self._choices: dict[int, ops.Choice] = {}
-
-    def begin(self, request: Request) -> None:
-        """Take a request's noise, and the codes that are kept."""
-        self.scores.zero_()
-        self.keys.copy_(request.keys)
-        self.kept[:, : self.num_codes].copy_(torch.tensor([request.kept]))
-        self.codes.copy_(self.kept.clamp(min=0).expand_as(self.codes))
-
-    def rows(self, codes: Tensor) -> Tensor:
-        """Codes (B, n) as a decoder is fed them, (R, n)."""
-        return codes.repeat(2, 1) if self.options.guided else codes
-
-    def _choice(self, rows: int) -> ops.Choice:
-        if rows not in self._choices:
-            options = self.options
-            self._choices[rows] = ops.choice_of(
-                rows, options.temperature, options.top_k, options.top_p, self.codes.device
-            )
-        return self._choices[rows]
-
-    def choose(self, logits: Tensor, at: Tensor, images: Tensor | None = None) -> Tensor:
-        """Choose codes from logits (R, n, C) for their places `at` (B, n), and write them there; what is kept stays.
-
-        images (b,): rows are of these images alone. Returns how many of them (B,) nothing can change any more: those
-        that were there already, from the first on, and one more.
-        """
-        if self.options.guided:
-            logits = guided(logits, self.cond_scale[: len(at)])
-        batch, width = at.shape
-        keys = self.keys if images is None else self.keys[images]
-        tokens, scores = ops.sample(
-            logits.float().flatten(0, 1),
-            keys.repeat_interleave(width) if width > 1 else keys,
-            at.flatten(),
-            self._choice(batch * width),
-        )
-        tokens, scores = tokens.view(batch, width), scores.view(batch, width)
-        kept = self.kept[0, at]
-        tokens, scores = torch.where(kept < 0, tokens, kept), scores.masked_fill(kept >= 0, 0.0)
-        rows = torch.arange(batch, device=at.device)[:, None] if images is None else images[:, None]
-        right = (self.codes[rows, at] == tokens)[:, :-1].cumprod(dim=1)
-        self.codes[rows, at], self.scores[rows, at] = tokens, scores
-        return right.sum(dim=1) + 1
-
-    def result(self) -> Sampled:
-        """What was sampled."""
-        num_codes = self.num_codes  # scores in double: the order of the sum must not matter
-        return Sampled(self.codes[:, :num_codes].clone(), self.scores[:, :num_codes].double().sum(dim=1).float())
 
 
 def read_request(decoder: Decoder, canvas: Canvas, request: Request) -> Tensor:
@@ -195,33 +95,19 @@ def _say(refused: str) -> None:
     logger.info("decoding by PyTorch: %s", refused)
 
 
-class Fronts:
-    """How far each image of a batch is: the position of the last code that nothing can change any more."""
+class Progress:
+    """Calls `on_token` for each code of the mean image."""
 
-    def __init__(self, batch: int, first: int, num_codes: int, on_token: Callable[[], None] | None) -> None:
-        self.places, self.num_codes = [first] * batch, num_codes
-        self._on_token, self._told = on_token, first
-        self._tell()
+    def __init__(self, first: int, on_token: Callable[[], None] | None) -> None:
+        self.on_token, self.told = on_token, first
+        self.tell([first])
 
-    @property
-    def unfinished(self) -> list[int]:
-        """Images that lack codes."""
-        return [image for image, place in enumerate(self.places) if place < self.num_codes - 1]
-
-    def move(self, images: Sequence[int], accepted: Sequence[int]) -> list[int]:
-        """Go on by so many codes in these images. Returns by how many, at most to the last."""
-        moved = [min(n, self.num_codes - 1 - self.places[i]) for i, n in zip(images, accepted)]
-        for image, count in zip(images, moved):
-            self.places[image] += count
-        self._tell()
-        return moved
-
-    def _tell(self) -> None:
-        """Call on_token for each code of the mean image."""
-        while self._told <= sum(self.places) // len(self.places):
-            self._told += 1
-            if self._on_token is not None:
-                self._on_token()
+    def tell(self, fronts: Sequence[int]) -> None:
+        """Images are as far as this: positions of the last code of each that is certain."""
+        while self.told <= sum(fronts) // len(fronts):
+            self.told += 1
+            if self.on_token is not None:
+                self.on_token()
 
 
 def _sample(model: DalleModel, request: Request, copies: Copies) -> Sampled:
@@ -236,29 +122,20 @@ def _sample(model: DalleModel, request: Request, copies: Copies) -> Sampled:
     if prefix == num_codes:
         return canvas.result()
     with decoder:
-        device = request.keys.device
-        canvas.choose(decoder.logits(hidden)[:, None], torch.full((batch, 1), prefix, device=device))
-        fronts = Fronts(batch, prefix, num_codes, request.on_token)
-        while fronts.unfinished:
-            _pass(decoder, canvas, fronts, request.windows)
+        canvas.choose_first(decoder.logits(hidden), prefix)
+        progress, fronts, windows = Progress(prefix, request.on_token), [prefix] * batch, request.windows
+        while min(fronts) < num_codes - 1:
+            begin = time.perf_counter()
+            unfinished = batch - fronts.count(num_codes - 1) if decoder.most_rows else batch
+            rows = unfinished * decoder.rows // batch
+            width = windows.width(rows, decoder.most_rows) if decoder.most_rows else windows.fixed(rows)
+            width = min(width, num_codes - 1 - min(fronts))
+            decoder.advance(canvas, width, fronts[0] if min(fronts) == max(fronts) else None)
+            before, fronts = fronts, canvas.fronts.tolist()
+            accepted = [front - old for front, old in zip(fronts, before) if front > old]
+            windows.note(rows * width, width, accepted, time.perf_counter() - begin)
+            progress.tell(fronts)
     return canvas.result()
-
-
-def _pass(decoder: Decoder, canvas: Canvas, fronts: Fronts, windows: Windows) -> None:
-    """Feed a window of each image, and accept what it gives."""
-    begin, device, batch = time.perf_counter(), canvas.codes.device, len(canvas.codes)
-    images = fronts.unfinished if decoder.most_rows else list(range(batch))
-    rows = len(images) * decoder.rows // batch
-    width = windows.width(rows, decoder.most_rows) if decoder.most_rows else windows.fixed(rows)
-    width = min(width, max(canvas.num_codes - 1 - fronts.places[image] for image in images))
-    first = torch.tensor([fronts.places[image] for image in images], device=device)
-    at = first[:, None] + torch.arange(width, device=device)  # (b, n)
-    some = None if len(images) == batch else torch.tensor(images, device=device)
-    codes = canvas.codes.gather(1, at) if some is None else canvas.codes[some[:, None], at]
-    hidden = decoder.feed_window(canvas.rows(codes), at.clamp(max=canvas.num_codes - 1), fronts.places, some)
-    accepted = canvas.choose(decoder.logits(hidden), at + 1, some).tolist()
-    moved = fronts.move(images, accepted)
-    windows.note(rows * width, width, [count for count in moved if count], time.perf_counter() - begin)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from ops import Norm, activation, rows
 from ops.build import pointer
 from ops.rows import Linear, Packed, address, at, threads_for, whole
 from sampling.cache import LayerCache
+from sampling.canvas import Canvas
 from sampling.decoders import Copies, Decoder, computed_in, is_small, unknown_option
 
 MOST_ROWS = 96
@@ -61,12 +62,18 @@ class _Layer(ctypes.Structure):
 
 
 _SIZES = "sequences rows images codes dim heads width text_len grid hidden activation layers threads turned".split()
+_SIZES += ["stable"]
 _POINTERS = "table positions cosines sines".split()
 
 
 class _Model(ctypes.Structure):
     _fields_ = [(name, whole) for name in _SIZES] + [(name, address) for name in _POINTERS]
-    _fields_ += [("last", _Norm), ("stack", ctypes.POINTER(_Layer)), ("scratch", address)]
+    _fields_ += [("last", _Norm), ("head", Linear), ("stack", ctypes.POINTER(_Layer)), ("scratch", address)]
+
+
+class _Canvas(ctypes.Structure):
+    _fields_ = [(name, whole) for name in "images num_codes stride guided".split()]
+    _fields_ += [(name, address) for name in "codes fronts scores kept keys temperature top_p scale top_k".split()]
 
 
 class _Seen(NamedTuple):
@@ -120,7 +127,6 @@ class NativeDecoder(Decoder):
         super().__init__(model, prompts, images, copies)
         config = model.config
         self._kept: list[Any] = []  # what is given to C by its address
-        self._stable = config.stable  # then `DalleModel.hidden` does more than a norm
         angles = model.transformer.angles
         turned = [None, None] if angles is None else [angles[config.text_len :].cos(), angles[config.text_len :].sin()]
         tables = [x if x is None else self._keep(x.detach()) for x in (self.operands.image_positions, *turned)]
@@ -145,12 +151,14 @@ class NativeDecoder(Decoder):
             positions=at(tables[0]),
             cosines=at(tables[1]),
             sines=at(tables[2]),
-            last=_norm(None if self._stable else Norm(model.norm.weight, model.norm.bias, model.norm.eps)),
+            stable=config.stable,
+            last=_norm(Norm(model.norm.weight, model.norm.bias, model.norm.eps)),
+            head=self._pack(model.image_head).struct,
             stack=ctypes.cast(self._layers, ctypes.POINTER(_Layer)),
         )
         self._all = torch.arange(self.rows)
+        self._canvas: Canvas | None = None
         self._make_room(self.rows)
-        self._head = self._pack(model.image_head)
 
     def _operands(self) -> Operands:
         return self.model.operands(lambda module: module)  # weights are packed below
@@ -192,37 +200,45 @@ class NativeDecoder(Decoder):
         if num_rows > self.struct.rows:
             self.struct.rows = num_rows
             self._scratch = torch.zeros(rows.functions().room_of(ctypes.byref(self.struct)))
+            self._integers = torch.zeros(5 * num_rows, dtype=torch.long)
             self.struct.scratch = at(self._scratch)
 
     def feed(self, codes: Tensor, positions: Positions) -> Tensor:
         if positions.count > 1 and positions.index is None:  # codes that are given first
             return super().feed(codes, positions)
+        if codes.shape != (self.rows, positions.count):
+            raise ValueError(f"codes {tuple(codes.shape)} for {self.rows} rows")
         index = torch.tensor([[positions.start]]) if positions.index is None else positions.index
-        return self._step(codes, index.expand(self.rows, -1), self._all)
-
-    def feed_window(self, codes: Tensor, at: Tensor, first: Sequence[int], images: Tensor | None = None) -> Tensor:
-        if len(codes) == len(at):
-            return self._step(codes, at, self._all if images is None else images)
-        guided = self._all if images is None else torch.cat([images, images + self.rows // 2])
-        return self._step(codes, at.repeat(2, 1), guided)
-
-    def _step(self, codes: Tensor, index: Tensor, sequences: Tensor) -> Tensor:
-        """Feed codes (S, n) at positions (S, n) of some sequences (S,) of the cache -> (S, n, D)."""
-        if codes.shape != index.shape or len(codes) != len(sequences):
-            raise ValueError(f"codes {tuple(codes.shape)} for {len(sequences)} rows")
-        codes, index = codes.contiguous(), index.contiguous()
+        index, codes = index.expand(self.rows, -1).contiguous(), codes.contiguous()
         self._make_room(codes.numel())
         out = torch.empty(*codes.shape, self.struct.dim)
         failed = rows.functions().step(
-            ctypes.byref(self.struct), codes.numel(), codes.shape[1], *map(pointer, (sequences, codes, index, out))
+            ctypes.byref(self.struct), codes.numel(), positions.count, *map(pointer, (self._all, codes, index, out))
         )
         if failed:
-            what, given = (("code", codes), ("position", index), ("sequence", sequences))[failed - 1]
+            what, given = (("code", codes), ("position", index))[failed - 1]
             raise IndexError(f"a {what} is not in the table: {given.flatten().tolist()}")
-        return self.model.hidden(out) if self._stable else out
+        return out
+
+    def advance(
+        self, canvas: Canvas, width: int, start: int | None = None, reach: int = 0, together: bool = False
+    ) -> None:
+        self._make_room(self.rows * width)
+        if self._canvas is not canvas:
+            choice = canvas.choice(len(canvas.codes))
+            self._canvas, self._canvas_struct = canvas, _Canvas(
+                *canvas.codes.shape[:1], canvas.num_codes, canvas.codes.shape[1], canvas.options.guided,
+                *map(at, (canvas.codes, canvas.fronts, canvas.scores, canvas.kept, canvas.keys, choice.temperature,
+                          choice.top_p, canvas.cond_scale, choice.top_k)),
+            )  # fmt: skip
+        failed = rows.functions().advance(
+            ctypes.byref(self.struct), ctypes.byref(self._canvas_struct), width, pointer(self._integers)
+        )
+        if failed:
+            raise IndexError("a code or a position of a window is not in the table")
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self._head(hidden.flatten(0, -2)).unflatten(0, hidden.shape[:-1])
+        return self._pack(self.model.image_head)(hidden.flatten(0, -2)).unflatten(0, hidden.shape[:-1])
 
 
 def best_decoder(

@@ -36,8 +36,9 @@ from ops import noise, rows
 from ops.build import pointer
 from ops.sampling_ops import keep_top_k, keep_top_p
 from sampling import SamplingOptions, complete_text, sample_codes, top_k_count
+from sampling.canvas import guided
 from sampling.decoders import Decoder
-from sampling.loop import Shared, guided
+from sampling.loop import Shared
 from sampling.native import best_decoder, refusal
 from utils.errors import UserError
 from utils.splitmix import GOLDEN, splitmix64

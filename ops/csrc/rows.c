@@ -54,9 +54,11 @@ typedef struct {
 
 typedef struct {
     int64_t sequences, rows, images, codes, dim, heads, width, text_len, grid, hidden, activation, layers, threads, turned;
+    int64_t stable; /* whether the stream is divided by its largest float at the end */
     const float *table, *positions; /* (codes, D); (N, D) or NULL */
     const float *cosines, *sines;   /* (N, turned) of rotary embedding, or NULL */
     norm last;
+    linear head;
     const layer *stack;
     float *scratch; /* room_of floats */
 } model; /* `rows`: the most that a step has */
@@ -418,110 +420,6 @@ INLINE void attend(const model *m, const chunk *ch, const layer *l, int64_t r, i
     for (c = 0; c < width; c++) out[(h * width + c) * ch->rows + r] = room[c];
 }
 
-/* ---- the step */
-
-typedef struct {
-    int64_t stream, branch, qkv, heads, hidden, own, total; /* where each begins in the scratch, in floats */
-    int64_t wide, wide_qkv, of_thread;
-} plan;
-
-static plan plan_of(const model *m, int64_t rows) {
-    plan at;
-    int64_t inner = m->heads * m->width, codes = m->grid * m->grid;
-    at.wide = up_to(m->dim, PANEL);
-    at.wide_qkv = up_to(3 * inner, PANEL);
-    at.stream = 0;
-    at.branch = at.stream + rows * at.wide;
-    at.qkv = at.branch + rows * at.wide;
-    at.heads = at.qkv + rows * at.wide_qkv;
-    at.hidden = at.heads + up_to(inner, PANEL) * rows;
-    at.own = at.hidden + up_to(m->hidden, PANEL) * rows;
-    /* Each thread: its copy of the input of a product (D, R), then a row, or what a head needs. */
-    at.of_thread = at.wide * rows + most(at.wide, up_to(m->width, LANES) + up_to(m->text_len + codes, LANES));
-    at.of_thread = up_to(at.of_thread, 64);
-    at.own = up_to(at.own, 64);
-    at.total = at.own + m->threads * at.of_thread;
-    return at;
-}
-
-int64_t room_of(const model *m) { return plan_of(m, m->rows).total; }
-
-/* stream += scale * second(x), or with a norm in between. x (depth, R). Ends with all threads done. */
-static void add(const model *m, const branch *b, const plan *at, int64_t rows, const float *x, float *row) {
-    float *stream = m->scratch + at->stream, *between = m->scratch + at->branch;
-    ending end = {RESIDUAL, stream, at->wide, b->scale, 0};
-    if (b->after.weight) end = (ending){PLAIN, between, at->wide, NULL, 0};
-    multiply(&b->second, x, rows, &end);
-#pragma omp barrier
-    if (b->after.weight) {
-        for (int64_t r = omp_get_thread_num(); r < rows; r += omp_get_num_threads()) {
-            normalise(&b->after, between + r * at->wide, m->dim, row);
-            for (int64_t i = 0; i < m->dim; i++) stream[r * at->wide + i] += (b->scale ? b->scale[i] : 1.0f) * row[i];
-        }
-#pragma omp barrier
-    }
-}
-
-static void through(const model *m, const chunk *c, const layer *l, const plan *at) {
-    int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-    float *stream = m->scratch + at->stream, *qkv = m->scratch + at->qkv, *heads = m->scratch + at->heads;
-    float *hidden = m->scratch + at->hidden;
-    float *normed = m->scratch + at->own + thread * at->of_thread, *room = normed + at->wide * c->rows;
-
-    prepare(m, c, &l->attention, stream, at->wide, room, normed);
-    ending end = {PLAIN, qkv, at->wide_qkv, NULL, 0};
-    multiply(&l->attention.first, normed, c->rows, &end);
-#pragma omp barrier
-    int64_t windows = c->rows / c->places, items = m->heads * windows;
-    for (int64_t i = items * thread / threads; i < items * (thread + 1) / threads; i++) {
-        /* Images of a prompt one after the other: its text keys stay near. In a window each code sees those before it. */
-        int64_t h = i / windows, first = i % windows * c->places, last = first + c->places;
-        for (int64_t r = first; r < last; r++) keep(m, c, l, r, h, qkv, at->wide_qkv);
-        for (int64_t r = first; r < last; r++) {
-            const float *query = qkv + r * at->wide_qkv + h * m->width;
-            if (m->width == 64)
-                attend(m, c, l, r, h, query, 64, room, heads);
-            else
-                attend(m, c, l, r, h, query, m->width, room, heads);
-        }
-    }
-#pragma omp barrier
-    add(m, &l->attention, at, c->rows, heads, room);
-
-    prepare(m, c, &l->feed_forward, stream, at->wide, room, normed);
-    end = (ending){ACTIVE, hidden, 0, NULL, m->activation};
-    multiply(&l->feed_forward.first, normed, c->rows, &end);
-#pragma omp barrier
-    add(m, &l->feed_forward, at, c->rows, hidden, room);
-}
-
-/* Feed codes (R) to some sequences; out (R, D): the stream after the last layer, through the last norm if any. Returns 0,
- * or what is out of range: 1 a code, 2 a position, 3 a sequence, 4 the number of rows. */
-int64_t step(const model *m, int64_t rows, int64_t places, const int64_t *of, const int64_t *codes,
-             const int64_t *positions, float *out) {
-    if (rows > m->rows || places < 1 || rows % places) return 4;
-    chunk c = {rows, places, of, positions};
-    plan at = plan_of(m, rows);
-    float *stream = m->scratch + at.stream;
-    int64_t dim = m->dim;
-    for (int64_t r = 0; r < rows; r++) {
-        if (codes[r] < 0 || codes[r] >= m->codes) return 1;
-        if (positions[r] < 0 || positions[r] >= m->grid * m->grid) return 2;
-        if (of[r / places] < 0 || of[r / places] >= m->sequences) return 3;
-        memcpy(stream + r * at.wide, m->table + codes[r] * dim, dim * sizeof(float));
-        for (int64_t i = 0; m->positions && i < dim; i++) stream[r * at.wide + i] += m->positions[positions[r] * dim + i];
-    }
-#pragma omp parallel num_threads(m->threads)
-    for (int64_t i = 0; i < m->layers; i++) through(m, &c, m->stack + i, &at);
-    for (int64_t r = 0; r < rows; r++) {
-        if (m->last.weight)
-            normalise(&m->last, stream + r * at.wide, dim, out + r * dim);
-        else
-            memcpy(out + r * dim, stream + r * at.wide, dim * sizeof(float));
-    }
-    return 0;
-}
-
 /* ---- sampling from logits */
 
 static uint32_t rank_of(float x) { /* whole numbers in the order of floats; not a number is the largest */
@@ -620,7 +518,7 @@ typedef struct {
     uint64_t state; /* of the noise of its first token */
 } choice;
 
-/* own (n) -> a token; room, unlike `chances`, holds at first the softmax of own. Both in whole vectors. */
+/* own (n) -> a token; room and chances (n), in whole vectors, are overwritten. */
 static int64_t chosen(const float *own, int64_t n, float top, const choice *by, float *room, float *chances) {
     int64_t padded = up_to(n, LANES), k = by->top_k;
     uint32_t last = k && k < n ? reached(own, n, k, 0) : 0;
@@ -646,27 +544,244 @@ static int64_t chosen(const float *own, int64_t n, float top, const choice *by, 
     return largest_with_noise(room, padded, by->state);
 }
 
-/* Of each row of logits (rows, stride) a token and what its log-likelihood is without any filter. `state` (rows): of the
- * noise. space: for each row twice n floats, in whole vectors. */
+/* A token from logits (n), and its log-likelihood without any filter. space: twice n floats, in whole vectors. */
+static int64_t sampled(const float *own, int64_t n, const choice *by, float *space, float *score) {
+    int64_t padded = up_to(n, LANES), token = 0;
+    float top = largest(own, n);
+    memcpy(space, own, n * sizeof(float));
+    double whole = softmax(space, n, padded, top);
+    if (by->temperature == 0) {
+        for (int64_t i = 1; i < n; i++)
+            if (own[i] > own[token] || (isnan(own[i]) && !isnan(own[token]))) token = i;
+    } else {
+        token = chosen(own, n, top, by, space, space + padded);
+    }
+    *score = own[token] - whole;
+    return token;
+}
+
+/* Of each row of logits (rows, stride) a token and its log-likelihood. `state` (rows): of the noise. space: for each row as
+ * above. */
 void sample_rows(const float *logits, int64_t rows, int64_t stride, int64_t n, const int64_t *state,
                  const double *temperature, const int64_t *top_k, const double *top_p, int64_t *tokens, float *scores,
                  float *space, int64_t threads) {
     int64_t padded = up_to(n, LANES);
 #pragma omp parallel for num_threads(threads) if (rows * n >= 4096)
     for (int64_t r = 0; r < rows; r++) {
-        const float *own = logits + r * stride;
-        float *room = space + 2 * r * padded, top = largest(own, n);
-        int64_t token = 0;
-        memcpy(room, own, n * sizeof(float));
-        double whole = softmax(room, n, padded, top);
-        if (temperature[r] == 0) {
-            for (int64_t i = 1; i < n; i++)
-                if (own[i] > own[token] || (isnan(own[i]) && !isnan(own[token]))) token = i;
-        } else {
-            choice by = {temperature[r], top_p[r], top_k[r], state[r]};
-            token = chosen(own, n, top, &by, room, room + padded);
-        }
-        tokens[r] = token;
-        scores[r] = own[token] - whole;
+        choice by = {temperature[r], top_p[r], top_k[r], state[r]};
+        tokens[r] = sampled(logits + r * stride, n, &by, space + 2 * r * padded, scores + r);
     }
+}
+
+/* ---- the step */
+
+typedef struct {
+    int64_t stream, branch, qkv, heads, hidden, logits, space, own, total; /* where each begins in the scratch, in floats */
+    int64_t wide, wide_qkv, wide_head, of_thread;
+} plan;
+
+static plan plan_of(const model *m, int64_t rows) {
+    plan at;
+    int64_t inner = m->heads * m->width, codes = m->grid * m->grid;
+    at.wide = up_to(m->dim, PANEL);
+    at.wide_qkv = up_to(3 * inner, PANEL);
+    at.stream = 0;
+    at.branch = at.stream + rows * at.wide;
+    at.qkv = at.branch + rows * at.wide;
+    at.heads = at.qkv + rows * at.wide_qkv;
+    at.hidden = at.heads + up_to(inner, PANEL) * rows;
+    at.wide_head = m->head.panels * PANEL;
+    at.logits = at.hidden + up_to(m->hidden, PANEL) * rows;
+    at.space = at.logits + rows * at.wide_head;
+    at.own = at.space + 2 * rows * at.wide_head;
+    /* Each thread: its copy of the input of a product (D, R), then a row, or what a head needs. */
+    at.of_thread = at.wide * rows + most(at.wide, up_to(m->width, LANES) + up_to(m->text_len + codes, LANES));
+    at.of_thread = up_to(at.of_thread, 64);
+    at.own = up_to(at.own, 64);
+    at.total = at.own + m->threads * at.of_thread;
+    return at;
+}
+
+int64_t room_of(const model *m) { return plan_of(m, m->rows).total; }
+
+/* stream += scale * second(x), or with a norm in between. x (depth, R). Ends with all threads done. */
+static void add(const model *m, const branch *b, const plan *at, int64_t rows, const float *x, float *row) {
+    float *stream = m->scratch + at->stream, *between = m->scratch + at->branch;
+    ending end = {RESIDUAL, stream, at->wide, b->scale, 0};
+    if (b->after.weight) end = (ending){PLAIN, between, at->wide, NULL, 0};
+    multiply(&b->second, x, rows, &end);
+#pragma omp barrier
+    if (b->after.weight) {
+        for (int64_t r = omp_get_thread_num(); r < rows; r += omp_get_num_threads()) {
+            normalise(&b->after, between + r * at->wide, m->dim, row);
+            for (int64_t i = 0; i < m->dim; i++) stream[r * at->wide + i] += (b->scale ? b->scale[i] : 1.0f) * row[i];
+        }
+#pragma omp barrier
+    }
+}
+
+static void through(const model *m, const chunk *c, const layer *l, const plan *at) {
+    int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    float *stream = m->scratch + at->stream, *qkv = m->scratch + at->qkv, *heads = m->scratch + at->heads;
+    float *hidden = m->scratch + at->hidden;
+    float *normed = m->scratch + at->own + thread * at->of_thread, *room = normed + at->wide * c->rows;
+
+    prepare(m, c, &l->attention, stream, at->wide, room, normed);
+    ending end = {PLAIN, qkv, at->wide_qkv, NULL, 0};
+    multiply(&l->attention.first, normed, c->rows, &end);
+#pragma omp barrier
+    int64_t windows = c->rows / c->places, items = m->heads * windows;
+    for (int64_t i = items * thread / threads; i < items * (thread + 1) / threads; i++) {
+        /* Images of a prompt one after the other: its text keys stay near. In a window each code sees those before it. */
+        int64_t h = i / windows, first = i % windows * c->places, last = first + c->places;
+        for (int64_t r = first; r < last; r++) keep(m, c, l, r, h, qkv, at->wide_qkv);
+        for (int64_t r = first; r < last; r++) {
+            const float *query = qkv + r * at->wide_qkv + h * m->width;
+            if (m->width == 64)
+                attend(m, c, l, r, h, query, 64, room, heads);
+            else
+                attend(m, c, l, r, h, query, m->width, room, heads);
+        }
+    }
+#pragma omp barrier
+    add(m, &l->attention, at, c->rows, heads, room);
+
+    prepare(m, c, &l->feed_forward, stream, at->wide, room, normed);
+    end = (ending){ACTIVE, hidden, 0, NULL, m->activation};
+    multiply(&l->feed_forward.first, normed, c->rows, &end);
+#pragma omp barrier
+    add(m, &l->feed_forward, at, c->rows, hidden, room);
+}
+
+/* What is out of range: 1 a code, 2 a position, 3 a sequence, 4 the number of rows; 0: nothing. */
+static int64_t wrong(const model *m, const chunk *c, const int64_t *codes) {
+    if (c->rows > m->rows || c->places < 1 || c->rows % c->places) return 4;
+    for (int64_t r = 0; r < c->rows; r++) {
+        if (codes[r] < 0 || codes[r] >= m->codes) return 1;
+        if (c->positions[r] < 0 || c->positions[r] >= m->grid * m->grid) return 2;
+        if (c->of[r / c->places] < 0 || c->of[r / c->places] >= m->sequences) return 3;
+    }
+    return 0;
+}
+
+static void embed(const model *m, const chunk *c, const plan *at, const int64_t *codes) {
+    int64_t dim = m->dim;
+    for (int64_t r = 0; r < c->rows; r++) {
+        float *to = m->scratch + at->stream + r * at->wide;
+        memcpy(to, m->table + codes[r] * dim, dim * sizeof(float));
+        for (int64_t i = 0; m->positions && i < dim; i++) to[i] += m->positions[c->positions[r] * dim + i];
+    }
+}
+
+/* Row r of the stream as the head takes it, out (D). */
+static void finished(const model *m, const plan *at, int64_t r, float *out) {
+    const float *own = m->scratch + at->stream + r * at->wide;
+    if (m->stable) {
+        float top = largest(own, m->dim);
+        for (int64_t i = 0; i < m->dim; i++) out[i] = own[i] / top;
+        own = out;
+    }
+    normalise(&m->last, own, m->dim, out);
+}
+
+/* Feed codes (R) to some sequences; out (R, D): what the head takes. Returns what `wrong` does. */
+int64_t step(const model *m, int64_t rows, int64_t places, const int64_t *of, const int64_t *codes,
+             const int64_t *positions, float *out) {
+    chunk c = {rows, places, of, positions};
+    int64_t failed = wrong(m, &c, codes);
+    if (failed) return failed;
+    plan at = plan_of(m, rows);
+    embed(m, &c, &at, codes);
+#pragma omp parallel num_threads(m->threads)
+    for (int64_t i = 0; i < m->layers; i++) through(m, &c, m->stack + i, &at);
+    for (int64_t r = 0; r < rows; r++) finished(m, &at, r, out + r * m->dim);
+    return 0;
+}
+
+/* ---- windows */
+
+/* The images of a batch while they are sampled: B images, N codes of each and room for the last window. */
+typedef struct {
+    int64_t images, num_codes, stride, guided;
+    int64_t *codes, *fronts; /* (B, stride): sampled ones, and guesses; (B): the last position that stays as it is */
+    float *scores;           /* (B, stride) log-likelihoods */
+    const int64_t *kept;     /* (stride) codes to keep in every image, or -1 */
+    const int64_t *keys;     /* (B) of the noise */
+    const double *temperature, *top_p, *scale; /* (B), and so is top_k; `scale`: of guidance */
+    const int64_t *top_k;
+} canvas;
+
+/* Choose the code of row r, which is at places[r] of an image, from its logits, guided by those of row `null` if not -1. */
+static void choose(const model *m, const canvas *v, const plan *at, int64_t image, int64_t position, int64_t r,
+                   int64_t null, int64_t *token, float *score) {
+    float *own = m->scratch + at->logits + r * at->wide_head, *space = m->scratch + at->space + 2 * r * at->wide_head;
+    const float *without = m->scratch + at->logits + null * at->wide_head;
+    float scale = v->scale[image];
+    for (int64_t i = 0; null >= 0 && i < m->codes; i++) own[i] = without[i] + (own[i] - without[i]) * scale;
+    if (v->kept[position] >= 0) {
+        *token = v->kept[position];
+        *score = 0;
+        return;
+    }
+    uint64_t state = v->keys[image] + (uint64_t)(position * m->codes) * GOLDEN;
+    choice by = {v->temperature[image], v->top_p[image], v->top_k[image], state};
+    *token = sampled(own, m->codes, &by, space, score);
+}
+
+/* Feed a window of each image that lacks codes, choose the code behind each of its places, and move the image's front on
+ * over those that were guessed right, and one more. integers: room for 5 * R. Returns what `wrong` does. */
+int64_t advance(const model *m, const canvas *v, int64_t width, int64_t *integers) {
+    int64_t last = v->num_codes - 1, active = 0;
+    for (int64_t i = 0; i < v->images; i++) active += v->fronts[i] < last;
+    int64_t half = active * width, rows = v->guided ? 2 * half : half;
+    if (rows > m->rows) return 4;
+    int64_t *of = integers, *codes = of + rows, *positions = codes + rows, *tokens = positions + rows, *images = tokens + rows;
+    float scores[half > 0 ? half : 1];
+    for (int64_t i = 0, window = 0; i < v->images; i++) {
+        if (v->fronts[i] >= last) continue;
+        images[window] = of[window] = i;
+        if (v->guided) of[active + window] = v->images + i;
+        for (int64_t place = 0; place < width; place++) {
+            int64_t r = window * width + place, position = v->fronts[i] + place;
+            codes[r] = v->codes[i * v->stride + position];
+            positions[r] = position < last ? position : last; /* what is fed there does not count */
+            if (v->guided) codes[half + r] = codes[r], positions[half + r] = positions[r];
+        }
+        window++;
+    }
+    chunk c = {rows, width, of, positions};
+    int64_t failed = wrong(m, &c, codes);
+    if (failed) return failed;
+    plan at = plan_of(m, rows);
+    embed(m, &c, &at, codes);
+#pragma omp parallel num_threads(m->threads)
+    {
+        int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+        float *turned = m->scratch + at.own + thread * at.of_thread, *row = turned + at.wide * rows;
+        for (int64_t i = 0; i < m->layers; i++) through(m, &c, m->stack + i, &at);
+        for (int64_t r = 0; r < rows; r++) {
+            finished(m, &at, r, row);
+            for (int64_t k = 0; k < m->dim; k++) turned[k * rows + r] = row[k];
+        }
+        ending end = {PLAIN, m->scratch + at.logits, at.wide_head, NULL, 0};
+        multiply(&m->head, turned, rows, &end);
+#pragma omp barrier
+        for (int64_t r = thread; r < half; r += threads) {
+            int64_t image = images[r / width], position = v->fronts[image] + r % width + 1;
+            if (position <= last)
+                choose(m, v, &at, image, position, r, v->guided ? half + r : -1, tokens + r, scores + r);
+        }
+    }
+    for (int64_t window = 0; window < active; window++) {
+        int64_t image = images[window], front = v->fronts[image], accepted = 0, right = 1;
+        for (int64_t place = 0; place < width && front + place < last; place++) {
+            int64_t *code = v->codes + image * v->stride + front + place + 1, token = tokens[window * width + place];
+            accepted += right;
+            right &= *code == token;
+            *code = token;
+            v->scores[image * v->stride + front + place + 1] = scores[window * width + place];
+        }
+        v->fronts[image] = front + accepted;
+    }
+    return 0;
 }
