@@ -284,8 +284,8 @@ NUMBERS = torch.tensor(sorted({max(0, min(2**31 - 1, 2**bit + by)) for bit in ra
 @needs_kernels
 def test_noise_has_the_same_bits_in_c():
     numbers = torch.cat([NUMBERS, torch.randint(2**31, (2**18 - len(NUMBERS),))])
-    found = torch.empty(len(numbers))
-    rows.functions().gumbel(pointer(numbers.int()), len(numbers), pointer(found))
+    integers, found = numbers.int(), torch.empty(len(numbers))
+    rows.functions().gumbel(pointer(integers), len(numbers), pointer(found))
     assert torch.equal(found, noise.gumbel_of(numbers))
 
 
