@@ -133,6 +133,17 @@ def load(
     return Loaded(dalle, vqgan.to(device), tokenizer, about)
 
 
+def describe_checkpoint(loaded: Loaded, name: PathLike) -> dict[str, Any]:
+    """What results say of the checkpoint they come from. name: as it was given."""
+    checkpoint = loaded.checkpoint
+    return {
+        "name": str(name),
+        "sha256": sha256_file(checkpoint.path),
+        "format": checkpoint.format,
+        "epoch": checkpoint.epoch,
+    }
+
+
 def warn_of_guidance(loaded: Loaded, cond_scale: float) -> None:
     """Warn where guidance is asked of a model whose checkpoint says that it was not trained for it."""
     options = (loaded.checkpoint.training or {}).get("config")

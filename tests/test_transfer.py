@@ -144,7 +144,7 @@ def test_what_is_wrong_in_a_configuration_is_named(tmp_path, changes, message):
 
 
 def test_files_that_are_no_configuration_are_named(tmp_path):
-    for content, message in (("a: [", "is no YAML"), ("5", "expected the tables"), (None, "No such file")):
+    for content, message in (("a: [", "is not valid YAML"), ("5", "must be a YAML mapping"), (None, "No such file")):
         if content is not None:
             (tmp_path / "x.yaml").write_text(content)
         with pytest.raises(UserError, match=message):

@@ -24,7 +24,7 @@ from data.uncaptioned import Batches, ImageSource, open_images
 from engines.native import pick_device
 from models.vqgan import VQGAN
 from models.vqgan_metrics import Reconstructions, code_use, psnr, reconstruct, retrieval
-from training.files import move_aside, not_finite, reading, writing
+from training.files import move_aside, not_finite, reading
 from training.loop import Loop
 from training.schedule import Position
 from training.vqgan_options import AT_RESUME, VqganOptions, choose_config
@@ -32,7 +32,7 @@ from training.vqgan_trainer import Trainer
 from utils import resume
 from utils.bad_steps import BadSteps
 from utils.errors import UsageError, UserError
-from utils.files import atomic_write, make_folder
+from utils.files import atomic_write, make_folder, writing
 from utils.interrupts import Interruption
 from utils.options import flag_name
 from utils.resume import APPLIES, FIXED
