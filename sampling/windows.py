@@ -109,8 +109,8 @@ class Windows:
             self.passes += 1
         if not self.auto or not seconds:
             return
-        before = self._seconds.get(rows, seconds)
-        self._seconds[rows] = before + 0.3 * (min(seconds, 2 * before) - before)
+        before = self._seconds.get(rows, seconds)  # falls at once, and rises slowly: other programs disturb it
+        self._seconds[rows] = min(seconds, before + 0.1 * (min(seconds, 2 * before) - before))
         for place in range(1, width):
             self._tried[place] = self._tried[place] * _FORGET + len(accepted)
             self._accepted[place] = self._accepted[place] * _FORGET + sum(count > place for count in accepted)

@@ -125,8 +125,9 @@ INLINE void places(const float *x, int64_t stride, const char *weight, int64_t p
             const char *ask = next.from + place * next.step + k * next.each;
             __builtin_prefetch(ask, 0, 2);
             if (next.each > 64) __builtin_prefetch(ask + 64, 0, 2);
-            vec left = weights_at(weight, (place * part + k) * PANEL, size);
-            vec right = weights_at(weight, (place * part + k) * PANEL + LANES, size);
+            /* Hidden, or the compiler loads them again for each row. */
+            vec left = rounded(weights_at(weight, (place * part + k) * PANEL, size));
+            vec right = rounded(weights_at(weight, (place * part + k) * PANEL + LANES, size));
 #pragma GCC unroll 12
             for (int r = 0; r < rows; r++) {
                 vec value = fill(x[(place * part + k) * stride + r]);
@@ -337,22 +338,22 @@ INLINE float dot(const float *a, const float *b, int64_t n) {
     vec sum = fill(0);
 #pragma GCC unroll 16
     for (; i + LANES <= n; i += LANES) sum += load(a + i) * load(b + i);
-    float result = sum_of(sum);
-    for (; i < n; i++) result += a[i] * b[i];
-    return result;
+    if (i < n) sum += load_some(a + i, n - i) * load_some(b + i, n - i);
+    return sum_of(sum);
 }
 
-/* out = sum of weights[i] * values[i], vectors of `count` registers */
+INLINE vec part_of(const float *p, int some) { return some < LANES ? load_some(p, some) : load(p); }
+
+/* out = sum of weights[i] * values[i], vectors of `count` registers, the last of which has only `some` floats */
 INLINE void mix(const float *weights, const float *text, int64_t texts, const float *image, const int32_t *seen,
-                int64_t shown, int64_t width, int count, float factor, float *out) {
-    vec sums[count];
+                int64_t shown, int64_t width, int count, int some, float factor, float *out) {
+    vec sums[4];
     for (int c = 0; c < count; c++) sums[c] = fill(0);
-    for (int64_t i = 0; i < texts; i++)
-#pragma GCC unroll 4
-        for (int c = 0; c < count; c++) sums[c] += weights[i] * load(text + i * width + c * LANES);
-    for (int64_t i = 0; i < shown; i++)
-#pragma GCC unroll 4
-        for (int c = 0; c < count; c++) sums[c] += weights[texts + i] * load(image + seen[i] * width + c * LANES);
+#define ADD(weight, values)                                                                                         \
+    _Pragma("GCC unroll 4") for (int c = 0; c < count; c++)                                                         \
+        sums[c] += weight * (c < count - 1 ? load(values + c * LANES) : part_of(values + c * LANES, some));
+    for (int64_t i = 0; i < texts; i++) ADD(weights[i], text + i * width)
+    for (int64_t i = 0; i < shown; i++) ADD(weights[texts + i], image + seen[i] * width)
     for (int c = 0; c < count; c++) store(out + c * LANES, sums[c] * factor);
 }
 
@@ -408,15 +409,14 @@ INLINE void attend(const model *m, const chunk *ch, const layer *l, int64_t r, i
     float factor = 1.0f / sum_of(sum);
     int64_t c = 0;
     for (; c + 4 * LANES <= width; c += 4 * LANES)
-        mix(weights, text_value + c, texts, image_value + c, seen, shown, width, 4, factor, room + c);
-    for (; c + LANES <= width; c += LANES)
-        mix(weights, text_value + c, texts, image_value + c, seen, shown, width, 1, factor, room + c);
-    for (; c < width; c++) {
-        float own = 0;
-        for (int64_t i = 0; i < texts; i++) own += weights[i] * text_value[i * width + c];
-        for (int64_t i = 0; i < shown; i++) own += weights[texts + i] * image_value[seen[i] * width + c];
-        room[c] = own * factor;
+        mix(weights, text_value + c, texts, image_value + c, seen, shown, width, 4, LANES, factor, room + c);
+    if (c + 3 * LANES < width) {
+        mix(weights, text_value + c, texts, image_value + c, seen, shown, width, 4, width - c - 3 * LANES, factor, room + c);
+        c = width;
     }
+    for (; c < width; c += LANES)
+        mix(weights, text_value + c, texts, image_value + c, seen, shown, width, 1,
+            width - c < LANES ? width - c : LANES, factor, room + c);
     for (c = 0; c < width; c++) out[(h * width + c) * ch->rows + r] = room[c];
 }
 
