@@ -58,7 +58,7 @@ class Canvas:
 
     def __init__(self, batch: int, num_codes: int, options: SamplingOptions, device: torch.device) -> None:
         self.num_codes = num_codes
-        shape = (batch, num_codes + MOST)  # a window may end behind the last code
+        shape = (batch, num_codes + 2 * MOST)  # a window, and the guesses for the next, may end behind the last code
         self.codes = torch.zeros(shape, dtype=torch.long, device=device)
         self.scores = torch.zeros(shape, device=device)
         self.kept = torch.full((1, shape[1]), -1, dtype=torch.long, device=device)
@@ -93,17 +93,21 @@ class Canvas:
         """Choose codes from logits (R, n, C) for their positions (B, n), and write them there; what is kept stays.
 
         Returns how many of them (B,) nothing can change any more: those that had been guessed, from the first on, and
-        one more.
+        one more. Behind a window come guesses for the next: what its last logits give with the noise there.
         """
         if self.options.guided:
             logits = guided(logits, self.cond_scale)
         batch, width = at.shape
-        keys = self.keys.repeat_interleave(width)
-        tokens, scores = ops.sample(logits.float().flatten(0, 1), keys, at.flatten(), self.choice(batch * width))
-        tokens, scores = tokens.view(batch, width), scores.view(batch, width)
+        if width > 1:
+            at = torch.cat([at, at + width], dim=1)
+            logits = torch.cat([logits, logits[:, -1:].expand(-1, width, -1)], dim=1)
+        count = at.shape[1]
+        keys = self.keys.repeat_interleave(count)
+        tokens, scores = ops.sample(logits.float().flatten(0, 1), keys, at.flatten(), self.choice(batch * count))
+        tokens, scores = tokens.view(batch, count), scores.view(batch, count)
         kept = self.kept[0, at]
         tokens, scores = torch.where(kept < 0, tokens, kept), scores.masked_fill(kept >= 0, 0.0)
-        right = (self.codes.gather(1, at) == tokens)[:, :-1].cumprod(dim=1)
+        right = (self.codes.gather(1, at) == tokens)[:, : width - 1].cumprod(dim=1)
         self.codes.scatter_(1, at, tokens)
         self.scores.scatter_(1, at, scores)
         return right.sum(dim=1) + 1

@@ -16,9 +16,9 @@ from utils.errors import UserError
 
 MOST = 64
 """The widest window."""
-_FIRST = (8, 1, 4, 16)
-"""Widths that are tried at first."""
 _WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_UNKNOWN = 0.7
+"""Share of the windows right up to a place that are right there too, where none was as wide: wider ones are tried."""
 _FORGET = 0.98
 _AGAIN = 48
 """Passes after which a neighbouring width is tried again: its time was perhaps another program's fault."""
@@ -44,8 +44,7 @@ class Windows:
         self._fixed = None if self.auto else self._given
         self.codes = self.passes = 0
         """Codes of an image that were sampled, and the passes that they took."""
-        self._accepted = [0.5**place for place in range(MOST)]
-        self._tried = [1.0] * MOST
+        self._accepted, self._tried = [0.0] * MOST, [0.0] * MOST
         self._seconds: dict[int, float] = {}
         self._since = 0
 
@@ -70,9 +69,6 @@ class Windows:
         if not self.auto:
             return min(self._given, limit)
         widths = [width for width in _WIDTHS if width <= limit]
-        for width in _FIRST:
-            if width in widths and not self._near(rows * width):
-                return width
         best = max(range(len(widths)), key=lambda i: self._gain(widths[i]) / self._cost(rows * widths[i]))
         self._since += 1
         if self._since % _AGAIN == 0:
@@ -82,20 +78,23 @@ class Windows:
 
     def _gain(self, width: int) -> float:
         """Codes that a pass is expected to give."""
-        return 1 + sum(self._accepted[place] / self._tried[place] for place in range(1, width))
-
-    def _near(self, rows: int) -> bool:
-        return any(3 * rows <= 4 * known <= 5 * rows for known in self._seconds)
+        total = share = 1.0
+        for place in range(1, width):
+            known = self._tried[place]
+            share = min(share, self._accepted[place] / known) if known else share * _UNKNOWN
+            total += share
+        return total
 
     def _cost(self, rows: int) -> float:
         """Seconds of a pass, between those that were measured; beyond them a guess that is rather low."""
         known = sorted(self._seconds)
-        if not known:
-            return 1.0
+        if not known:  # a code per pass comes first
+            return float(rows)
         place = bisect_left(known, rows)
         if place == len(known):
-            last = known[-1]
-            return self._seconds[last] * (0.7 + 0.3 * rows / last)
+            last, before = known[-1], known[-2] if len(known) > 1 else 0
+            slope = 0.5 * (self._seconds[last] - self._seconds.get(before, 0.4 * self._seconds[last])) / (last - before)
+            return self._seconds[last] + max(slope, 0.0) * (rows - last)
         if known[place] == rows or place == 0:
             return self._seconds[known[place]]
         low, high = known[place - 1], known[place]

@@ -711,21 +711,21 @@ typedef struct {
     const int64_t *top_k;
 } canvas;
 
-/* Choose the code of row r, which is at places[r] of an image, from its logits, guided by those of row `null` if not -1. */
-static void choose(const model *m, const canvas *v, const plan *at, int64_t image, int64_t position, int64_t r,
-                   int64_t null, int64_t *token, float *score) {
+/* The code at a position of an image: the one that is kept, or a sample from the logits of row r. */
+static int64_t code_at(const model *m, const canvas *v, const plan *at, int64_t image, int64_t position, int64_t r,
+                       float *score) {
     float *own = m->scratch + at->logits + r * at->wide_head, *space = m->scratch + at->space + 2 * r * at->wide_head;
-    const float *without = m->scratch + at->logits + null * at->wide_head;
-    float scale = v->scale[image];
-    for (int64_t i = 0; null >= 0 && i < m->codes; i++) own[i] = without[i] + (own[i] - without[i]) * scale;
-    if (v->kept[position] >= 0) {
-        *token = v->kept[position];
-        *score = 0;
-        return;
-    }
+    *score = 0;
+    if (v->kept[position] >= 0) return v->kept[position];
     uint64_t state = v->keys[image] + (uint64_t)(position * m->codes) * GOLDEN;
     choice by = {v->temperature[image], v->top_p[image], v->top_k[image], state};
-    *token = sampled(own, m->codes, &by, space, score);
+    return sampled(own, m->codes, &by, space, score);
+}
+
+static void guide(const model *m, const plan *at, float scale, int64_t r, int64_t null) {
+    float *own = m->scratch + at->logits + r * at->wide_head;
+    const float *without = m->scratch + at->logits + null * at->wide_head;
+    for (int64_t i = 0; i < m->codes; i++) own[i] = without[i] + (own[i] - without[i]) * scale;
 }
 
 /* Feed a window of each image that lacks codes, choose the code behind each of its places, and move the image's front on
@@ -768,8 +768,9 @@ int64_t advance(const model *m, const canvas *v, int64_t width, int64_t *integer
 #pragma omp barrier
         for (int64_t r = thread; r < half; r += threads) {
             int64_t image = images[r / width], position = v->fronts[image] + r % width + 1;
-            if (position <= last)
-                choose(m, v, &at, image, position, r, v->guided ? half + r : -1, tokens + r, scores + r);
+            if (position > last) continue;
+            if (v->guided) guide(m, &at, v->scale[image], r, half + r);
+            tokens[r] = code_at(m, v, &at, image, position, r, scores + r);
         }
     }
     for (int64_t window = 0; window < active; window++) {
@@ -782,6 +783,12 @@ int64_t advance(const model *m, const canvas *v, int64_t width, int64_t *integer
             v->scores[image * v->stride + front + place + 1] = scores[window * width + place];
         }
         v->fronts[image] = front + accepted;
+        /* Guesses for what the next window sees first: what the last logits give with the noise there. */
+        for (int64_t place = width + 1; place < width + accepted && front + place <= last; place++) {
+            float unused;
+            v->codes[image * v->stride + front + place] =
+                code_at(m, v, &at, image, front + place, window * width + width - 1, &unused);
+        }
     }
     return 0;
 }
