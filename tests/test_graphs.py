@@ -91,8 +91,7 @@ def assert_as_without(found, model, *given, **options):
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("parallel", ["off", "auto", 13])
-def test_recordings_sample_the_same_images(parallel, options, graph):
+def test_recordings_sample_the_same_images(options, graph, parallel="auto"):
     model, shared = random_model(**options), Shared(parallel)
     graphs, given = recorded(model), (TEXT, [4, 5, 6, 7], GUIDED)
     assert_as_without(sample_codes(model, *given, graphs=graphs, shared=shared), model, *given)
@@ -100,6 +99,11 @@ def test_recordings_sample_the_same_images(parallel, options, graph):
     windows = shared.windows
     assert windows.codes == 4 * 35 and windows.passes / 4 <= graph.replayed <= 35
     assert (graph.replayed, windows.passes) == (35, 4 * 35) if parallel == "off" else windows.codes_per_pass > 1.2
+
+
+@pytest.mark.parametrize("parallel", ["off", 13])
+def test_recordings_of_any_width_sample_the_same_images(parallel, graph):
+    test_recordings_sample_the_same_images(OPTIONS["rotary and shift"], graph, parallel)
 
 
 @pytest.mark.parametrize("options", EDGES, ids=str)

