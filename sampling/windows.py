@@ -68,7 +68,8 @@ class Windows:
         limit = max(1, min(MOST, most_rows // rows))
         if not self.auto:
             return min(self._given, limit)
-        widths = [width for width in _WIDTHS if width <= limit]
+        limit = min(limit, 2 * max(self._seconds, default=1) // rows)  # first times mislead: no leaps
+        widths = [width for width in _WIDTHS if width <= max(limit, 1)]
         best = max(range(len(widths)), key=lambda i: self._gain(widths[i]) / self._cost(rows * widths[i]))
         self._since += 1
         if self._since % _AGAIN == 0:
@@ -88,8 +89,8 @@ class Windows:
     def _cost(self, rows: int) -> float:
         """Seconds of a pass, between those that were measured; beyond them a guess that is rather low."""
         known = sorted(self._seconds)
-        if not known:  # a code per pass comes first
-            return float(rows)
+        if not known:
+            return 1.0
         place = bisect_left(known, rows)
         if place == len(known):
             last, before = known[-1], known[-2] if len(known) > 1 else 0
