@@ -232,8 +232,9 @@ class Plain(Contestant):
         text = self.text[:1].expand(images, -1).to(self.device)
         codes = self.codes[:1].expand(images, -1).to(self.device)
         _, logits = self.dalle(text, codes)  # unused positions are padded: the original application's shapes are fixed
-        uniform = torch.rand(images, device=self.device)
-        ops.sample(logits[:, position], uniform, ops.choice_of(images, 1.0, logits.shape[-1] // 2, None, self.device))
+        keys = torch.arange(images, device=self.device)
+        choice = ops.choice_of(images, 1.0, logits.shape[-1] // 2, None, self.device)
+        ops.sample(logits[:, position], keys, torch.full_like(keys, position), choice)
 
     def sample(self, images: int) -> None:
         for position in range(self.shape.image_seq_len):

@@ -26,7 +26,7 @@ from dalle.pictures import FORMATS, to_pil
 from dalle.reranking import Best, Candidate, ClipRanker
 from data.images import BROKEN_IMAGE_ERRORS, load_image
 from models.quantization import DTYPES
-from sampling import Batch, Graphs, Sampler, SamplingFlags, Share, complete_caption, given_codes, prime_rows
+from sampling import SAMPLER, Batch, Graphs, Sampler, SamplingFlags, Share, complete_caption, given_codes, prime_rows
 from utils.errors import UsageError, UserError
 from utils.flags import ModelOptions, PartsOptions
 from utils.options import Command, Options, option
@@ -209,8 +209,8 @@ class Writer:
         self.best: dict[int, Best] = {}  # of incomplete captions, if images are ranked
         self.taken: set[str] = set()
 
-    def write(self, batch: Batch, images_per_second: float) -> None:
-        """Write a batch, and the grids of captions that are now complete."""
+    def write(self, batch: Batch, images_per_second: float, windows: dict[str, Any]) -> None:
+        """Write a batch, and the grids of captions that are now complete. windows: see `Windows.about`."""
         share, options = batch.share, self.options
         images = share.end_image - share.first_image
         for place, index in enumerate(range(share.first_prompt, share.end_prompt)):
@@ -221,7 +221,7 @@ class Writer:
             else:
                 folder.add(batch.pixels[own], batch.seeds[own], batch.codes[own], batch.log_likelihood[own])
             if share.end_image == options.num_images:
-                self._finish(index, folder, images_per_second)
+                self._finish(index, folder, dict(windows, images_per_second=round(images_per_second, 4)))
 
     def _rank(self, index: int, batch: Batch, own: slice) -> None:
         """Score the images of a caption."""
@@ -242,7 +242,7 @@ class Writer:
                 )
             )
 
-    def _finish(self, index: int, folder: PromptFolder, images_per_second: float) -> None:
+    def _finish(self, index: int, folder: PromptFolder, about: dict[str, Any]) -> None:
         ranked = self.best.pop(index).ordered() if index in self.best else []
         for candidate in ranked:
             note: dict[str, Any] = {"candidate": candidate.number}
@@ -255,7 +255,7 @@ class Writer:
                 candidate.log_likelihood[None],
                 [note],
             )
-        folder.finish(images_per_second=round(images_per_second, 4))
+        folder.finish(**about)
         del self.folders[index]
         num = len(ranked) or self.options.num_images
         logger.info("%s: %d image%s", folder.path, num, "s" if num > 1 else "")
@@ -287,23 +287,26 @@ def sample_captions(writer: Writer, loaded: Loaded, given: Tensor | None) -> Non
         bar.update(share.num_images, 0, **{"images/s": images_per_second()})
 
     with log.progress(len(captions) * options.num_images * tokens, "sampling", unit="token") as bar:
-        sampler = Sampler(loaded, Graphs(loaded.dalle) if options.cuda_graphs == "auto" else None)
+        graphs = Graphs(loaded.dalle) if options.cuda_graphs == "auto" else None
+        sampler = Sampler(loaded, graphs, parallel=options.parallel)
         for batch in sampler.images(
             text, options.num_images, options.batch_size, options.seed, sampling, given, on_token
         ):
-            writer.write(batch, images_per_second())
+            writer.write(batch, images_per_second(), sampler.windows.about)
+    logger.info(f"{sampler.windows.codes_per_pass:.2f} codes of an image per pass")
     logger.info(log.throughput_line(images_per_second(), "images"))
 
 
 def describe_run(loaded: Loaded, options: GenerateOptions, rows: int | None) -> dict[str, Any]:
     """What generation.json records of the run: settings (with the actual prime_rows) and the files used."""
     names = "num_images batch_size seed top_k top_p temperature cond_scale gentxt prime_image prime_rows image mask "
-    names += "dtype clip_path keep format"
+    names += "dtype clip_path keep format parallel"
     settings = dict({name: getattr(options, name) for name in names.split()}, prime_rows=rows)
     branches = 1 if options.cond_scale == 1 else 2
     return {
         "settings": settings,
         "device": str(loaded.device),
+        "sampler": SAMPLER,
         "batch_size_changes_images": loaded.batch_changes_images(options.batch_size * branches),
         "checkpoint": describe_checkpoint(loaded, options.dalle_path),
         "tokenizer": loaded.tokenizer.identity,

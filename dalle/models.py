@@ -112,6 +112,7 @@ class Dalle(nn.Module):
         progress: bool | Progress = True,
         image: Picture | None = None,
         mask: Any = None,
+        parallel: str | int = "auto",
     ) -> Candidates:
         """Generate candidates for a prompt, which is truncated to the model's text length.
 
@@ -124,6 +125,7 @@ class Dalle(nn.Module):
         cond_scale: classifier-free guidance, for models trained with it (1: none).
         batch_size: candidates sampled at the same time; None: as many as fit. progress: a bar, none, or a function.
         image, mask: keep this picture where the mask is black, and generate where it is white (see dalle.completion).
+        parallel: codes of an image that a pass guesses ahead: "auto", "off" or up to 64; the same images in less time.
 
         Raises UserError for invalid values.
         """
@@ -142,7 +144,7 @@ class Dalle(nn.Module):
             sampling = sampling._replace(top_k=min(int(top_k), config.num_image_tokens))
         if seed is None:
             seed = int(torch.randint(2**31 - 1, ()))
-        sampler = Sampler(self.loaded, self._graphs, floats=True, half=use_fp16)
+        sampler = Sampler(self.loaded, self._graphs, floats=True, half=use_fp16, parallel=parallel)
         steps = config.image_seq_len - (0 if given is None else first_sampled(given))
         with _Counter(progress, num_candidates, steps) as counter:
             batches = sampler.images(text[None], num_candidates, batch_size, seed, sampling, given, counter.step)

@@ -10,25 +10,14 @@ import zlib
 import torch
 
 from utils.errors import UserError
-
-_MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-
-
-def splitmix64(value: int) -> int:
-    """Return 64 well-mixed bits of a 64-bit value (Steele, Lea, Flood 2014: one step of SplitMix64)."""
-    value = (value + _GOLDEN) & _MASK
-    value = ((value ^ (value >> 30)) * _MIX_1) & _MASK
-    value = ((value ^ (value >> 27)) * _MIX_2) & _MASK
-    return value ^ (value >> 31)
+from utils.splitmix import MASK, signed, splitmix64, splitmix64_tensor
 
 
 def random_bits(purpose: str, *numbers: int) -> int:
     """Return 64 random bits for a purpose ("caption", say) and integers such as seed, epoch and index."""
     state = zlib.crc32(purpose.encode("utf-8"))
     for number in numbers:
-        state = splitmix64(state ^ (number & _MASK))
+        state = splitmix64(state ^ (number & MASK))
     return state
 
 
@@ -81,22 +70,5 @@ def split_holdout(num_samples: int, holdout: int | float, seed: int) -> tuple[to
 
 def _permutation(num_samples: int, key: int) -> torch.Tensor:
     """Sort range(num_samples) by a hash of (key, index)."""
-    hashes = _splitmix64_tensor(torch.arange(num_samples, dtype=torch.int64) ^ _signed(key))
+    hashes = splitmix64_tensor(torch.arange(num_samples, dtype=torch.int64) ^ signed(key))
     return torch.argsort(hashes, stable=True)
-
-
-def _splitmix64_tensor(values: torch.Tensor) -> torch.Tensor:
-    """`splitmix64` of each element, with 64 bits in int64 (whose arithmetic wraps around)."""
-    values = values + _signed(_GOLDEN)
-    values = (values ^ _shift_right(values, 30)) * _signed(_MIX_1)
-    values = (values ^ _shift_right(values, 27)) * _signed(_MIX_2)
-    return values ^ _shift_right(values, 31)
-
-
-def _shift_right(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift: >> of int64 is arithmetic, so the sign bits are masked off."""
-    return (values >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value

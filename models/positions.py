@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -81,8 +80,3 @@ def text_positions(start: int, count: int) -> Positions:
 def next_code(start: int) -> Positions:
     """One image position, the same in every image."""
     return Positions(1, start)
-
-
-def device_position(device: torch.device) -> Tensor:
-    """An index (1, 1) of one position, which the device itself advances."""
-    return torch.zeros(1, 1, dtype=torch.long, device=device)

@@ -1,4 +1,4 @@
-"""Products of a few rows with weights that are read once, and tokens from logits: csrc/rows.c.
+"""Matmuls of a few rows with weights that are read once, and tokens from logits: csrc/rows.c.
 
 Sampling a few images reads all weights for each code, and the arithmetic hides behind that. So weights are laid out
 once in the order in which they are read, by several places in turn (a core gets half as much again from memory that
@@ -43,11 +43,11 @@ def functions() -> Any:
             pack.argtypes, pack.restype = [address, whole, whole, whole, address, whole], None
         found.multiply_rows.argtypes = [address, address, whole, address, address, whole]
         found.multiply_rows.restype = None
-        found.sample_rows.argtypes, found.sample_rows.restype = (
-            [address, whole, whole, whole, *[address] * 7, whole],
-            None,
-        )
-        found.step.argtypes, found.step.restype = [address, address, address, address], whole
+        found.sample_rows.argtypes = [address, whole, whole, whole, *[address] * 7, whole]
+        found.sample_rows.restype = None
+        found.gumbel.argtypes, found.gumbel.restype = [address, whole, address], None
+        found.step.argtypes, found.step.restype = [address, whole, whole, *[address] * 4], whole
+        found.advance.argtypes, found.advance.restype = [address, address, whole, address], whole
         found.read_all.argtypes, found.read_all.restype = [address, whole, whole], ctypes.c_double
     return found
 
@@ -121,13 +121,16 @@ class Packed:
         return out[:, : self.outputs]
 
 
-def sample(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
-    """See `ops.sampling_ops.sample`: logits (R, C), the others (R,) -> tokens (R,), log-likelihoods (R,)."""
+def sample(logits: Tensor, state: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+    """See `ops.sampling_ops.sample`: logits (R, C), the others (R,) -> tokens (R,), log-likelihoods (R,).
+
+    state: where the stream of SplitMix64 stands that gives a row's noise (`ops.noise.stream`).
+    """
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     count, vocabulary = logits.shape
-    given = [tensor.contiguous() for tensor in (uniform.double(), temperature, top_k, top_p)]
-    room = torch.empty(count * -(-vocabulary // _LANES) * _LANES)
+    given = [tensor.contiguous() for tensor in (state, temperature, top_k, top_p)]
+    room = torch.empty(2 * count * -(-vocabulary // _LANES) * _LANES)
     tokens, scores = torch.empty(count, dtype=torch.long), torch.empty(count)
     functions().sample_rows(
         pointer(logits), count, logits.stride(0), vocabulary, *map(pointer, given),

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ops import rows
+from ops import noise, rows
 
 
 class Choice(NamedTuple):
-    """How the token of each row is chosen; what concerns no row at all is known to the host."""
+    """How the token of each row is chosen; what no row asks for is known to the host."""
 
     temperature: Tensor
     """(R,) float64: logits are divided by it; 0 takes the likeliest token."""
@@ -30,8 +30,6 @@ class Choice(NamedTuple):
     any_top_p: bool
     any_greedy: bool
     """Whether the temperature of a row is 0."""
-    any_scaled: bool
-    """Whether that of a row is neither 0 nor 1."""
 
 
 def keep_top_k(logits: Tensor, kth: Tensor, most: int) -> Tensor:
@@ -43,7 +41,7 @@ def keep_top_k(logits: Tensor, kth: Tensor, most: int) -> Tensor:
 def keep_top_p(probabilities: Tensor, p: Tensor) -> Tensor:
     """Zero the tokens after the one that crosses probability p (R,), and renormalise; p >= 1: all. (R, C) -> (R, C)."""
     p = p[:, None]
-    ordered, order = probabilities.sort(dim=-1, descending=True)
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(dim=-1) - ordered
     # The first always stays: p may round to 0.
     ordered = ordered.masked_fill((before >= p) & (before > 0) & (p < 1), 0.0)
@@ -51,40 +49,37 @@ def keep_top_p(probabilities: Tensor, p: Tensor) -> Tensor:
     return torch.where(p < 1, kept / kept.sum(dim=-1, keepdim=True), probabilities)
 
 
-def reference(logits: Tensor, uniform: Tensor, choice: Choice) -> Tensor:
-    """Invert the cumulative distribution at `uniform`. logits (R, C), uniform (R,) in [0, 1) -> tokens (R,).
+def reference(logits: Tensor, state: Tensor, choice: Choice) -> Tensor:
+    """Take the token whose logit plus Gumbel noise is the largest. logits (R, C), state (R,) -> tokens (R,).
 
-    The random number comes from outside, so that a row's token does not depend on the batch it is in.
+    That is a sample of their softmax (the Gumbel-max trick), and where logits move a little, mostly the same token.
     """
     greedy = logits.argmax(dim=-1) if choice.any_greedy else None
     logits = logits.float()
+    # The largest is subtracted first, or a low temperature would let logits overflow.
+    temperature = choice.temperature.float()[:, None]
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature.masked_fill(temperature == 0, 1.0)
     if choice.most_k:
         most = min(choice.most_k, logits.shape[-1])
         kept = keep_top_k(logits, choice.kth.clamp(max=most - 1), most)
-        logits = torch.where(choice.limited, kept, logits)
-    if choice.any_scaled:  # the largest is subtracted first, or a low temperature would let logits overflow
-        temperature = choice.temperature.to(logits.dtype)[:, None]
-        scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature.masked_fill(temperature == 0, 1.0)
-        logits = torch.where(temperature == 1, logits, scaled)
-    probabilities = torch.softmax(logits, dim=-1)
+        scaled = scaled.masked_fill((kept == float("-inf")) & choice.limited, float("-inf"))
     if choice.any_top_p:
-        probabilities = keep_top_p(probabilities, choice.top_p.to(probabilities.dtype))
-    # Scaled by the true sum: rounding must never leave a gap behind the last token that has any probability.
-    cumulative = probabilities.double().cumsum(dim=-1)
-    threshold = uniform.double()[:, None] * cumulative[:, -1:]
-    token = (cumulative <= threshold).sum(dim=-1).clamp(max=logits.shape[-1] - 1)
+        chances = keep_top_p(torch.softmax(scaled, dim=-1), choice.top_p.float())
+        scaled = scaled.masked_fill((chances == 0) & (choice.top_p < 1)[:, None], float("-inf"))
+    token = (scaled + noise.gumbel(state, logits.shape[-1])).argmax(dim=-1)
     return token if greedy is None else torch.where(choice.temperature == 0, greedy, token)
 
 
-def sample(logits: Tensor, uniform: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, key: Tensor, position: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
     """Sample a token of each row, (R,), and return its log-likelihood in nats under the unfiltered logits, (R,).
 
-    logits (R, C), uniform (R,) in [0, 1). Where the last of several equally likely tokens do not fit into top_p, the
-    native implementation keeps those with the lowest numbers.
+    logits (R, C); key and position (R,): of the noise, so that a row's token does not depend on the batch it is in
+    (`ops.noise`). Where the last of several equally likely tokens do not fit into top_p, the lowest numbers stay.
     """
+    state = noise.stream(key, position, logits.shape[-1])
     if rows.refusal(logits) is None:
-        return rows.sample(logits, uniform, choice.temperature, choice.top_k, choice.top_p)
-    token = reference(logits, uniform, choice)
+        return rows.sample(logits, state, choice.temperature, choice.top_k, choice.top_p)
+    token = reference(logits, state, choice)
     return token, torch.log_softmax(logits.float(), dim=-1).gather(-1, token[:, None])[:, 0]
 
 
@@ -104,5 +99,5 @@ def choice_of(
     return Choice(
         full(temperature, torch.float64), full(k, torch.int64), full(p, torch.float64),
         full(max(k - 1, 0), torch.int64, 1), full(k > 0, torch.bool, 1),
-        k, p < 1, temperature == 0, temperature not in (0, 1),
+        k, p < 1, temperature == 0,
     )  # fmt: skip

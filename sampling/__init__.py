@@ -14,12 +14,14 @@ from sampling.driver import (
     to_uint8,
 )
 from sampling.graphs import Graphs
-from sampling.loop import Sampled, complete_text, sample_codes
+from sampling.loop import SAMPLER, Sampled, Shared, complete_text, sample_codes
 from sampling.options import COND_SCALES, DEFAULT_OPTIONS, TEMPERATURES, SamplingFlags, SamplingOptions, top_k_count
+from sampling.windows import Windows
 
 __all__ = [
     "COND_SCALES",
     "DEFAULT_OPTIONS",
+    "SAMPLER",
     "TEMPERATURES",
     "Batch",
     "Graphs",
@@ -28,6 +30,8 @@ __all__ = [
     "SamplingFlags",
     "SamplingOptions",
     "Share",
+    "Shared",
+    "Windows",
     "complete_caption",
     "complete_text",
     "decode",

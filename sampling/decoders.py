@@ -21,6 +21,7 @@ from models.dalle import DalleModel, Operands
 from models.positions import Positions, text_positions
 from models.transformer import projection
 from sampling.cache import Cache
+from sampling.canvas import Canvas
 
 MAX_BYTES = 2 * 2**30
 """Bytes of weights up to which a second copy is made. Larger models need the memory more than the time."""
@@ -65,6 +66,8 @@ class Copies:
 class Decoder:
     """Feeds chunks of codes to a model, by its own forward pass over a cache. Weights must not change meanwhile.
 
+    A position may be fed again with another code: nothing before it saw the first.
+
         # under torch.no_grad()
         decoder = Decoder(model, prompts, images)
         hidden = decoder.prompt(text)                   # (prompts, D)
@@ -72,6 +75,9 @@ class Decoder:
             logits = decoder.logits(hidden)
             hidden = decoder.feed(codes, positions)     # codes (R, n) -> (R, n, D)
     """
+
+    most_rows = 0
+    """Rows of a pass up to which its logits do not depend on their number; 0: they do."""
 
     def __init__(self, model: DalleModel, prompts: int, images: int, copies: Copies | None = None) -> None:
         """images: of each of the prompts, which are next to each other in the R = prompts * images rows.
@@ -111,6 +117,24 @@ class Decoder:
     def feed(self, codes: Tensor, positions: Positions) -> Tensor:
         """Feed codes (R, n) at image positions; return what predicts those that follow each, (R, n, D)."""
         return self._read(codes, positions)
+
+    def advance(
+        self, canvas: Canvas, width: int, start: int | None = None, reach: int = 0, together: bool = False
+    ) -> None:
+        """Feed a window of each image from its front on, choose the codes behind its places, and move the front on.
+
+        start: where all windows begin, if the host knows it: views instead of copies. Else all end before `reach`, or
+        behind the last code, and the host may at least know that all images are at the same position.
+        """
+        last = canvas.num_codes - 1
+        at = canvas.fronts[:, None] + torch.arange(width, device=canvas.fronts.device)  # (B, n)
+        positions = Positions(width, start)
+        if start is None:
+            index = at.clamp(max=last)  # what is fed behind the last does not count
+            index = index[:1] if together else index.repeat(self.rows // len(index), 1)
+            positions = Positions.of(index, reach or last + 1)
+        hidden = self.feed(canvas.rows(canvas.codes.gather(1, at)), positions)
+        canvas.fronts.add_(canvas.choose(self.logits(hidden), at + 1)).clamp_(max=last)
 
     def _read(self, ids: Tensor, positions: Positions) -> Tensor:
         # Copies are laid out for one code of each row; in another type they serve all.

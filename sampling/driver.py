@@ -24,8 +24,9 @@ from models.dalle import DalleModel
 from models.vqgan import VQGAN, image_codes
 from sampling.decoders import Copies
 from sampling.graphs import Graphs
-from sampling.loop import Sampled, complete_text, sample_codes
+from sampling.loop import Sampled, Shared, complete_text, sample_codes
 from sampling.options import DEFAULT_OPTIONS, SamplingOptions
+from sampling.windows import Windows
 from utils.errors import UserError
 from utils.memory import keep_freed_memory
 from utils.threads import share_cores
@@ -131,16 +132,30 @@ def given_codes(model: Model, image: Tensor, rows: int) -> Tensor:
 class Sampler:
     """Samples images with one model, in batches that fit, decoded while the next batch is sampled where that helps."""
 
-    def __init__(self, model: Model, graphs: Graphs | None = None, floats: bool = False, half: bool = False) -> None:
+    def __init__(
+        self,
+        model: Model,
+        graphs: Graphs | None = None,
+        floats: bool = False,
+        half: bool = False,
+        parallel: str | int = "auto",
+    ) -> None:
         """graphs: CUDA graphs of this model to use, if any. floats: pixels as floats in [0, 1], on the model's device.
 
         half: compute the transformer in float16 on CUDA, unless its weights are in another type than float32.
+        parallel: see `Windows`.
         """
         keep_freed_memory()
         share_cores()
         self.model, self.graphs = model, graphs
         self.half = half and model.device.type == "cuda" and model.dalle.text_emb.weight.dtype == torch.float32
+        self.shared = Shared(parallel)
         self._pictures = _Pictures(model, floats)
+
+    @property
+    def windows(self) -> Windows:
+        """What the windows of guessed codes brought so far."""
+        return self.shared.windows
 
     def images(
         self,
@@ -164,7 +179,7 @@ class Sampler:
         size = batch_size or (num_images if self.model.device.type == "cuda" else min(num_images, _LIKELY))
         todo = deque(split(Share(0, len(text), 0, num_images), size))
         decoding: deque[Callable[[], Batch]] = deque()
-        copies = Copies()
+        self.shared.copies = Copies()  # weights may have changed
         while todo:
             share = todo.popleft()
             firsts = [0] * len(text) if numbers is None else [number * num_images for number in numbers]
@@ -172,7 +187,7 @@ class Sampler:
             seeds = [image_seed(seed, first + index) for first in firsts[slice(*share[:2])] for index in images]
             told = None if on_token is None else functools.partial(on_token, share)
             prompts = text[share.first_prompt : share.end_prompt]
-            pictures = self._start(share, prompts, seeds, options, given, told, copies)
+            pictures = self._start(share, prompts, seeds, options, given, told)
             if pictures is None:
                 if batch_size is not None or share.num_images == 1:
                     count = f"{share.num_images} image{'s' if share.num_images > 1 else ''}"
@@ -195,12 +210,12 @@ class Sampler:
         options: SamplingOptions,
         given: Tensor | None,
         on_token: Callable[[], None] | None,
-        copies: Copies,
     ) -> Callable[[], Batch] | None:
         """Sample a batch and return what waits for its pictures, or None where it does not fit into memory."""
         try:
             with torch.autocast("cuda", torch.float16) if self.half else contextlib.nullcontext():
-                found = sample_codes(self.model.dalle, prompts, seeds, options, given, on_token, self.graphs, copies)
+                model, shared = self.model.dalle, self.shared
+                found = sample_codes(model, prompts, seeds, options, given, on_token, self.graphs, shared)
             return self._pictures.start(share, seeds, found)
         except RuntimeError as error:  # CUDA's is a RuntimeError of its own class, the CPU's a plain one
             if not isinstance(error, torch.cuda.OutOfMemoryError) and "can't allocate memory" not in str(error):

@@ -1,14 +1,14 @@
-"""CUDA graphs: all that a token asks of a GPU is recorded once, and then launched as one graph.
+"""CUDA graphs: all that a pass asks of a GPU is recorded once, and then launched as one graph.
 
     graphs = Graphs(model)
     sampled = sample_codes(model, text, seeds, options, graphs=graphs)    # records; later batches of this shape do not
 
-A GPU runs an operation of a token in a few microseconds; Python needs longer to ask for it. A recording does not touch
-the host: position, codes, random numbers, options and what is kept of a picture lie on the device, and each replay
-moves the position on. Samples are those of `sample_codes` without graphs: the same numbers of the same seeds, through
-the same functions.
+A GPU runs an operation of a pass in a few microseconds; Python needs longer to ask for it. A recording does not touch
+the host: positions, codes, guesses, options and what is kept of an image lie on the device, and each replay moves the
+positions on. The host learns later how far they are; replays behind the end change nothing. Samples are those of
+`sample_codes` without graphs: the same noise of the same seeds, through the same functions.
 
-Letters: B images, N image tokens.
+Letters: B images, n codes of a window.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from models.dalle import DalleModel
-from models.positions import Positions, device_position
+from sampling.canvas import Canvas, Request, Sampled
 from sampling.decoders import Copies, Decoder, computed_in
-from sampling.loop import Canvas, Request, Sampled, read_request
+from sampling.loop import Progress, read_request
 from sampling.options import SamplingOptions
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,8 @@ class _Shape(NamedTuple):
     images: int
     """Of each prompt."""
     options: SamplingOptions
+    width: int
+    """Of the window: codes of an image that a pass feeds."""
 
 
 class Session:
@@ -74,91 +76,82 @@ class Session:
 
     def __init__(self, model: DalleModel, shape: _Shape, capture: Capture, copies: Copies) -> None:
         config, device = model.config, model.text_emb.weight.device
-        prompts, images, options = shape
-        branches, num_codes = 2 if options.guided else 1, config.image_seq_len
-        self.canvas = Canvas(prompts * images, num_codes, options, device)
-        self.position = device_position(device)
+        prompts, images, options, self.width = shape
+        branches, self.num_codes = 2 if options.guided else 1, config.image_seq_len
+        self.canvas = Canvas(prompts * images, self.num_codes, options, device)
+        self.passes = torch.zeros_like(self.canvas.fronts)
+        """That each image took."""
         parts = min(_PARTS, config.grid)
-        self.reaches = [-(-num_codes * part // parts) for part in range(1, parts + 1)]
+        self.reaches = [-(-self.num_codes * part // parts) for part in range(1, parts + 1)]
         self.decoder = Decoder(model, prompts * branches, images, copies)
         self.replays: dict[int, Replay] = {}
         with self.decoder, torch.autocast(device.type, enabled=False):
-            for reach in self.reaches if num_codes > 1 else ():  # nothing follows a single code
+            for reach in self.reaches if self.num_codes > 1 else ():  # nothing follows a single code
                 self.replays[reach] = capture(lambda reach=reach: self.advance(reach))  # type: ignore[misc]
-                self.position.zero_()  # running it beforehand moved it on
-
-    def choose(self, hidden: Tensor) -> None:
-        """Sample the code at the position from what predicts it, (R, D)."""
-        at = Positions.of(self.position, self.canvas.codes.shape[1])
-        self.canvas.choose(self.decoder.logits(hidden), at)
+                self.canvas.fronts.zero_()  # running it beforehand moved them on
 
     def advance(self, reach: int) -> None:
-        """Feed the code at the position, which must lie below `reach`; go on to the next position and sample it.
+        """Feed a window of each image, all before `reach` or behind the last code, and accept what it gives.
 
-        Only codes before `reach` are read by dense layers: a recording for each part of the codes.
+        Only codes before `reach` are read by dense layers: a recording for each part of the codes. Images that are
+        complete stay as they are. Without windows all images are at the same position.
         """
-        at = Positions.of(self.position, reach)
-        hidden = self.decoder.feed(self.canvas.rows(at), at)[:, 0]
-        self.position.add_(1)
-        self.choose(hidden)
+        self.passes.add_(self.canvas.fronts < self.num_codes - 1)
+        self.decoder.advance(self.canvas, self.width, reach=reach, together=self.width == 1)
 
     def _begin(self, request: Request) -> int:
         """Read the prompts and the codes that are given first, and sample the first other: returns its position."""
         self.decoder.cache.clear()
         self.canvas.begin(request)
-        prefix, num_codes = request.prefix, len(request.kept)
-        self.position.fill_(min(prefix, num_codes - 1))
-        with self.decoder, torch.autocast(self.position.device.type, enabled=False):  # casts were done once
+        prefix = request.prefix
+        self.passes.zero_()
+        with self.decoder, torch.autocast(self.passes.device.type, enabled=False):  # casts were done once
             hidden = read_request(self.decoder, self.canvas, request)
-            if prefix < num_codes:
-                self.choose(hidden)
+            if prefix < self.num_codes:
+                self.canvas.choose_first(self.decoder.logits(hidden), prefix)
         return prefix
 
     def run(self, request: Request) -> Sampled:
-        """Sample all codes of a batch. The host runs ahead of the device, but for `on_token` by two rows at most."""
-        num_codes, grid = len(request.kept), self.decoder.model.config.grid
-        first = self._begin(request)
-        pace = _Pace(self.position.device, request.on_token)
-        if first < num_codes:
-            pace.count(1)
-        for begin in range(first, num_codes - 1, grid):
-            end = min(begin + grid, num_codes - 1)
-            for position in range(begin, end):
-                self.replays[next(reach for reach in self.reaches if position < reach)]()
-            pace.count(end - begin)
-        pace.finish()
-        return Sampled(*(tensor.clone() for tensor in self.canvas.result()))
+        """Sample all codes of a batch. The host runs ahead of the device, but by two rows of codes at most."""
+        first, last, stride = self._begin(request), self.num_codes - 1, self.decoder.model.config.grid
+        if first > last:  # all codes were given
+            return self.canvas.result()
+        progress = Progress(first, request.on_token)
+        low = high = first  # the device is between these
+        seen: list[tuple[Tensor, Any, int]] = []
+        replays = 0
+        while low < last:
+            for _ in range(min(max(1, stride // self.width), last - low)):
+                end = min(high + self.width, self.num_codes)
+                self.replays[next(reach for reach in self.reaches if end <= reach)]()
+                low, high, replays = low + 1, min(high + self.width, last), replays + 1
+            seen.append((*_to_host(self.canvas.fronts), replays))
+            if len(seen) > 1:  # the device always has something to work on
+                fronts, then = _wait(*seen.pop(0))
+                low = max(low, min(fronts) + replays - then)
+                high = min(high, max(fronts) + (replays - then) * self.width)
+                progress.tell(fronts)
+        progress.tell([last])
+        images = len(request.keys)
+        request.windows.codes += (last - first) * images
+        request.windows.passes += int(self.passes.sum())
+        return self.canvas.result()
 
 
-class _Pace:
-    """Tells `on_token` about codes when they are there, and keeps the host from running further ahead than that."""
+def _to_host(tensor: Tensor) -> tuple[Tensor, Any]:
+    """Copy to the host without waiting: (copy, event after which it is there)."""
+    if tensor.device.type != "cuda":
+        return tensor.clone(), None
+    copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(tensor.device))
+    return copied, event
 
-    def __init__(self, device: torch.device, on_token: Callable[[], None] | None) -> None:
-        self.device, self.on_token = device, on_token
-        self.waiting: list[tuple[Any, int]] = []
 
-    def count(self, codes: int) -> None:
-        """So many codes more were asked for. Waits for those before: the device always has a row to work on."""
-        if self.on_token is None:
-            return
-        event = torch.cuda.Event() if self.device.type == "cuda" else None
-        if event is not None:
-            event.record(torch.cuda.current_stream(self.device))
-        self.waiting.append((event, codes))
-        if len(self.waiting) > 1:
-            self._tell()
-
-    def _tell(self) -> None:
-        event, codes = self.waiting.pop(0)
-        if event is not None:
-            event.synchronize()
-        for _ in range(codes):
-            self.on_token()  # type: ignore[misc]
-
-    def finish(self) -> None:
-        """Wait for all that is left."""
-        while self.waiting:
-            self._tell()
+def _wait(copied: Tensor, event: Any, replays: int) -> tuple[list[int], int]:
+    if event is not None:
+        event.synchronize()
+    return copied.flatten().tolist(), replays
 
 
 class Graphs:
@@ -185,7 +178,9 @@ class Graphs:
         if state != self.state:  # trained on, moved or converted: recordings hold on to what was there
             self.clear()
             self.state = state
-        shape = _Shape(len(request.uniform) // request.images, request.images, request.options)
+        prompts = len(request.keys) // request.images
+        width = request.windows.fixed(len(request.keys) * (2 if request.options.guided else 1))
+        shape = _Shape(prompts, request.images, request.options, width)
         try:
             return self._sample(request, shape)
         except torch.cuda.OutOfMemoryError:

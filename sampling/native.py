@@ -1,8 +1,8 @@
-"""The native decoder: one code of each image through the whole transformer in one call of ops/csrc/rows.c.
+"""The native decoder: a code or a window of each image through the whole transformer in one call of ops/csrc/rows.c.
 
-Float32 on a CPU, weights of linear layers may be int8; one code at a time. A whole token is one call, because what
-happens between two matmuls, attention to a row of codes say, takes less than PyTorch needs to be asked for it. What is
-sampled for an image does not depend on the number of images or threads: sums go in the same order for all.
+Float32 on a CPU, weights of linear layers may be int8. A whole pass is one call, because what happens between two
+matmuls, attention to a row of codes say, takes less than PyTorch needs to be asked for it. What is sampled for an image
+depends neither on windows nor on the number of images or threads: sums go in the same order for all.
 
 Letters: R rows (images, twice as many with guidance), D width, P text positions, N codes of an image.
 """
@@ -25,6 +25,7 @@ from ops import Norm, activation, rows
 from ops.build import pointer
 from ops.rows import Linear, Packed, address, at, threads_for, whole
 from sampling.cache import LayerCache
+from sampling.canvas import Canvas
 from sampling.decoders import Copies, Decoder, computed_in, is_small, unknown_option
 
 MOST_ROWS = 96
@@ -60,13 +61,19 @@ class _Layer(ctypes.Structure):
     _fields_ += [("text_lane", whole), ("lane", whole), ("starts", address), ("seen", address)]
 
 
-_SIZES = "rows images codes dim heads width text_len grid hidden activation layers threads turned".split()
+_SIZES = "sequences rows images codes dim heads width text_len grid hidden activation layers threads turned".split()
+_SIZES += ["stable"]
 _POINTERS = "table positions cosines sines".split()
 
 
 class _Model(ctypes.Structure):
     _fields_ = [(name, whole) for name in _SIZES] + [(name, address) for name in _POINTERS]
-    _fields_ += [("last", _Norm), ("stack", ctypes.POINTER(_Layer)), ("scratch", address)]
+    _fields_ += [("last", _Norm), ("head", Linear), ("stack", ctypes.POINTER(_Layer)), ("scratch", address)]
+
+
+class _Canvas(ctypes.Structure):
+    _fields_ = [(name, whole) for name in "images num_codes stride guided".split()]
+    _fields_ += [(name, address) for name in "codes fronts scores kept keys temperature top_p scale top_k".split()]
 
 
 class _Seen(NamedTuple):
@@ -112,20 +119,22 @@ def refusal(model: DalleModel, num_rows: int) -> str | None:
 
 
 class NativeDecoder(Decoder):
-    """Feeds one code of each row natively; prompts and longer chunks by the model's own forward pass."""
+    """Feeds a code or a window of each row natively; prompts and given codes by the model's own forward pass."""
+
+    most_rows = MOST_ROWS
 
     def __init__(self, model: DalleModel, prompts: int, images: int, copies: Copies | None = None) -> None:
         super().__init__(model, prompts, images, copies)
         config = model.config
         self._kept: list[Any] = []  # what is given to C by its address
-        self._stable = config.stable  # then `DalleModel.hidden` does more than a norm
         angles = model.transformer.angles
         turned = [None, None] if angles is None else [angles[config.text_len :].cos(), angles[config.text_len :].sin()]
         tables = [x if x is None else self._keep(x.detach()) for x in (self.operands.image_positions, *turned)]
         self._layers = (_Layer * config.depth)(*map(self._layer, self.operands.blocks, self.cache.layers))
         layers = {layer for block in self.operands.blocks for layer in block.projections}
         self.struct = _Model(
-            rows=self.rows,
+            sequences=self.rows,
+            rows=0,
             images=images,
             codes=config.num_image_tokens,
             dim=config.dim,
@@ -142,12 +151,14 @@ class NativeDecoder(Decoder):
             positions=at(tables[0]),
             cosines=at(tables[1]),
             sines=at(tables[2]),
-            last=_norm(None if self._stable else Norm(model.norm.weight, model.norm.bias, model.norm.eps)),
+            stable=config.stable,
+            last=_norm(Norm(model.norm.weight, model.norm.bias, model.norm.eps)),
+            head=self._pack(model.image_head).struct,
             stack=ctypes.cast(self._layers, ctypes.POINTER(_Layer)),
         )
-        room = rows.functions().room_of(ctypes.byref(self.struct))
-        self.struct.scratch = at(self._keep(torch.zeros(room)))
-        self._head = self._pack(model.image_head)
+        self._all = torch.arange(self.rows)
+        self._canvas: Canvas | None = None
+        self._make_room(self.rows)
 
     def _operands(self) -> Operands:
         return self.model.operands(lambda module: module)  # weights are packed below
@@ -184,22 +195,50 @@ class NativeDecoder(Decoder):
     def _branch(self, before: Norm, after: Norm | None, first: Packed, second: Packed) -> _Branch:
         return _Branch(_norm(before), _norm(after), first.struct, second.struct)
 
+    def _make_room(self, num_rows: int) -> None:
+        """Let steps have so many rows."""
+        if num_rows > self.struct.rows:
+            self.struct.rows = num_rows
+            self._scratch = torch.zeros(rows.functions().room_of(ctypes.byref(self.struct)))
+            self._integers = torch.zeros(5 * num_rows, dtype=torch.long)
+            self.struct.scratch = at(self._scratch)
+
     def feed(self, codes: Tensor, positions: Positions) -> Tensor:
-        if positions.count > 1:
+        if positions.count > 1 and positions.index is None:  # codes that are given first
             return super().feed(codes, positions)
-        if codes.shape != (self.rows, 1):
+        if codes.shape != (self.rows, positions.count):
             raise ValueError(f"codes {tuple(codes.shape)} for {self.rows} rows")
-        codes, out = codes.contiguous(), torch.empty(self.rows, 1, self.struct.dim)
         index = torch.tensor([[positions.start]]) if positions.index is None else positions.index
-        index = index.expand(self.rows, 1).contiguous()
-        failed = rows.functions().step(ctypes.byref(self.struct), pointer(codes), pointer(index), pointer(out))
+        index, codes = index.expand(self.rows, -1).contiguous(), codes.contiguous()
+        self._make_room(codes.numel())
+        out = torch.empty(*codes.shape, self.struct.dim)
+        failed = rows.functions().step(
+            ctypes.byref(self.struct), codes.numel(), positions.count, *map(pointer, (self._all, codes, index, out))
+        )
         if failed:
             what, given = (("code", codes), ("position", index))[failed - 1]
             raise IndexError(f"a {what} is not in the table: {given.flatten().tolist()}")
-        return self.model.hidden(out) if self._stable else out
+        return out
+
+    def advance(
+        self, canvas: Canvas, width: int, start: int | None = None, reach: int = 0, together: bool = False
+    ) -> None:
+        self._make_room(self.rows * width)
+        if self._canvas is not canvas:
+            choice = canvas.choice(len(canvas.codes))
+            self._canvas, self._canvas_struct = canvas, _Canvas(
+                *canvas.codes.shape[:1], canvas.num_codes, canvas.codes.shape[1], canvas.options.guided,
+                *map(at, (canvas.codes, canvas.fronts, canvas.scores, canvas.kept, canvas.keys, choice.temperature,
+                          choice.top_p, canvas.cond_scale, choice.top_k)),
+            )  # fmt: skip
+        failed = rows.functions().advance(
+            ctypes.byref(self.struct), ctypes.byref(self._canvas_struct), width, pointer(self._integers)
+        )
+        if failed:
+            raise IndexError("a code or a position of a window is not in the table")
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self._head(hidden.flatten(0, -2)).unflatten(0, hidden.shape[:-1])
+        return self._pack(self.model.image_head)(hidden.flatten(0, -2)).unflatten(0, hidden.shape[:-1])
 
 
 def best_decoder(

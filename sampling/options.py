@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from sampling.windows import problem
 from utils.errors import UserError
 from utils.options import Options, Range, option
 
@@ -75,6 +76,8 @@ class SamplingFlags(Options, title="sampling"):
                                 within=TEMPERATURES, metavar="T")
     cond_scale: float = option(1.0, "weight of the caption (classifier-free guidance) for models trained with "
                                "--null-cond-prob; 1: none", within=COND_SCALES, metavar="S")
+    parallel: str = option("auto", "codes of an image that a pass guesses ahead: the same image in fewer passes; off: "
+                           "none; auto: as many as pay", check=problem, metavar="auto|off|W")
     seed: int = option(42, "image i is the same for the same seed, whatever the batch size (up to 96, with guidance "
                        "48) in float32 and int8 on a CPU; in bfloat16 and on a GPU rounding depends on it",
                        ge=0, le=2**63 - 1)

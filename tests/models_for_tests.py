@@ -10,9 +10,8 @@ import ops
 from models.config import DalleConfig
 from models.dalle import DalleModel
 from models.positions import Positions, next_code
-from ops import build
+from ops import build, noise
 from sampling import SamplingOptions, sample_codes
-from sampling.loop import uniforms
 
 needs_kernels = pytest.mark.skipif(build.library("rows") is None, reason="no C compiler, or kernels are switched off")
 TINY = DalleConfig(
@@ -127,19 +126,26 @@ def choice_for(options, rows):
     return ops.choice_of(rows, options.temperature, options.top_k, options.top_p)
 
 
-def sample(logits, uniform, options):
-    """Tokens by the reference implementation."""
+def sample(logits, keys, options):
+    """Tokens of position 0 by the reference implementation."""
     with ops.use("reference"):
-        return ops.sample(logits, uniform, choice_for(options, len(logits)))[0]
+        return ops.sample(logits, keys, torch.zeros_like(keys), choice_for(options, len(logits)))[0]
+
+
+def noise_of(seeds, positions, vocabulary):
+    """The noise of all codes of some images: (B, N, C)."""
+    keys = noise.keys(seeds).repeat_interleave(positions)
+    states = noise.stream(keys, torch.arange(positions).repeat(len(seeds)), vocabulary)
+    return noise.gumbel(states, vocabulary).view(len(seeds), positions, vocabulary)
 
 
 def check_edge(model, options, graphs=None):
-    """What options at the ends of their ranges draw: the likeliest codes of the whole pass, or any code alike."""
+    """What options at the ends of their ranges sample: the likeliest codes of the whole pass, or any code alike."""
     seeds, options = [1, 2, 3], SamplingOptions(**options)
     found = sample_codes(model, TEXT[0], seeds, options, graphs=graphs)
     assert found.log_likelihood.isfinite().all()
     if options.temperature == 1e6:
-        assert (found.codes != (20 * uniforms(seeds, 36)).long()).sum() <= 2  # numbers that fall between two codes
+        assert (found.codes != noise_of(seeds, 36, 20).argmax(-1)).sum() <= 2  # all but ties up to what logits add
     elif model.text_emb.weight.dtype != torch.bfloat16:
         logits = conditional_logits(random_model(**ALL), TEXT[0], found.codes, options.cond_scale)
         assert torch.equal(found.codes, logits.argmax(-1))

@@ -17,7 +17,7 @@ import ops
 from models.patterns import build_mask, visible
 from models.quantization import Int8Linear
 from models.vqgan_layers import Conv3x3, NormSwish
-from ops import convolution, elementwise, matmul, native_attention
+from ops import convolution, elementwise, matmul, native_attention, noise
 from ops.attention_ops import NativeAttention
 from ops.rows import Packed
 from sampling.decoders import Decoder
@@ -474,7 +474,7 @@ def test_group_norms_with_swish(chance):
 
 
 def test_sampling_from_logits(chance):
-    """Each token lies where the cumulative distribution, by float64 and up to rounding, passes the random number."""
+    """Each token has the largest sum of logit and noise, by float64 and up to rounding."""
     count, size = chance.choice((0, 1, 6)), chance.choice((1, 7, 300))
     temperature = chance.choice((1.0, 1.3, 1e-3, 1e-30, 1e30))
     logits = torch.where(
@@ -482,20 +482,19 @@ def test_sampling_from_logits(chance):
     )
     logits = torch.where(torch.rand(count, size) < 0.05, torch.tensor(-INF), logits)
     logits[:, 0] = logits[:, 0].nan_to_num(neginf=0.0)
-    uniform = torch.rand(count, dtype=torch.float64)
-    token, score = ops.sample(logits, uniform, ops.choice_of(count, temperature, None, None))
+    keys = noise.keys(range(count))
+    positions = torch.zeros_like(keys)
+    token, score = ops.sample(logits, keys, positions, ops.choice_of(count, temperature, None, None))
     exact = logits.double()
-    share = ((exact - exact.amax(1, keepdim=True) if size else exact) / temperature).softmax(1)
-    after = share.cumsum(1).gather(1, token[:, None])[:, 0]
-    before, off = after - share.gather(1, token[:, None])[:, 0], 1e-4
-    assert bool(((before - off <= uniform) & (uniform <= after + off)).all())
-    assert bool((share.gather(1, token[:, None]) > 0).all())
+    sums = (exact - exact.amax(1, keepdim=True)) / temperature
+    sums += noise.gumbel(noise.stream(keys, positions, size), size)
+    assert bool((sums.gather(1, token[:, None])[:, 0] >= sums.amax(1) - 1e-5).all())
     likelihood = exact.log_softmax(1).gather(1, token[:, None])[:, 0]
     known = likelihood > -LARGEST
     assert_within(
         score[known], likelihood[known], likelihood.abs()[known] + 20 + exact.amax(1).abs()[known], 1, lost=1e-6
     )
-    greedy = ops.sample(logits, uniform, ops.choice_of(count, 0, None, None))[0]
+    greedy = ops.sample(logits, keys, positions, ops.choice_of(count, 0, None, None))[0]
     assert torch.equal(greedy, logits.argmax(1))
 
 

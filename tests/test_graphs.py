@@ -34,6 +34,7 @@ from models.vqgan import VQGAN, VqganConfig
 from sampling import Graphs, Sampler, SamplingOptions, driver, sample_codes
 from sampling.decoders import Decoder
 from sampling.graphs import CudaCapture
+from sampling.loop import Shared
 
 CPU = torch.device("cpu")
 GUIDED = SamplingOptions(top_k=5, top_p=0.9, temperature=1.5, cond_scale=2.0)
@@ -84,24 +85,32 @@ def test_linear_layers_compute_in_the_type_of_autocast():
 
 def assert_as_without(found, model, *given, **options):
     """What was sampled is what the model gives without recordings, whose codes are returned."""
-    expected = sample_codes(model, *given, **options)
+    expected = sample_codes(model, *given, shared=Shared("off"), **options)
     assert torch.equal(found.codes, expected.codes)
     torch.testing.assert_close(found.log_likelihood, expected.log_likelihood, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_recordings_sample_the_same_images(options, graph):
-    model = random_model(**options)
+def test_recordings_sample_the_same_images(options, graph, parallel="auto"):
+    model, shared = random_model(**options), Shared(parallel)
     graphs, given = recorded(model), (TEXT, [4, 5, 6, 7], GUIDED)
-    assert_as_without(sample_codes(model, *given, graphs=graphs), model, *given)
-    assert graph.recorded == 4 and graph.replayed == 35 and not graphs.failed
+    assert_as_without(sample_codes(model, *given, graphs=graphs, shared=shared), model, *given)
+    assert graph.recorded == 4 and not graphs.failed
+    windows = shared.windows
+    assert windows.codes == 4 * 35 and windows.passes / 4 <= graph.replayed <= 35
+    assert (graph.replayed, windows.passes) == (35, 4 * 35) if parallel == "off" else windows.codes_per_pass > 1.2
+
+
+@pytest.mark.parametrize("parallel", ["off", 13])
+def test_recordings_of_any_width_sample_the_same_images(parallel, graph):
+    test_recordings_sample_the_same_images(OPTIONS["rotary and shift"], graph, parallel)
 
 
 @pytest.mark.parametrize("options", EDGES, ids=str)
 def test_options_at_the_ends_of_their_ranges(options, graph):
     model = random_model(**ALL)
     check_edge(model, options, recorded(model))
-    assert graph.replayed == 35
+    assert 4 < graph.replayed <= 35
 
 
 def test_one_recording_serves_all_batches_of_its_shape(graph):
@@ -112,7 +121,7 @@ def test_one_recording_serves_all_batches_of_its_shape(graph):
         before, steps = graph.replayed, Counter()
         found = sample_codes(model, TEXT[row], seeds, given=kept, on_token=partial(steps.update, "b"), graphs=graphs)
         assert_as_without(found, model, TEXT[row], seeds, given=kept, on_token=partial(steps.update, "a"))
-        assert graph.replayed - before == fed and steps["a"] == steps["b"] == fed + 1
+        assert fed / 8 < graph.replayed - before < fed and steps["a"] == steps["b"] == fed + 1
         results.append((found, copy.deepcopy(found)))
         for layer in next(iter(graphs.sessions.values())).decoder.cache.layers:
             layer.codes.fill_(float("nan"))  # hidden from the next batch, but a nan times no weight is a nan
@@ -157,7 +166,7 @@ def test_the_smallest_pictures(grid, graph):
     model = random_model(grid=grid, attn_types=("full", "axial_col"))
     expected = sample_codes(model, TEXT[0], [1, 2]).codes
     assert torch.equal(sample_codes(model, TEXT[0], [1, 2], graphs=recorded(model)).codes, expected)
-    assert graph.recorded == (0 if grid == 1 else 2) and graph.replayed == grid * grid - 1
+    assert graph.recorded == (0 if grid == 1 else 2) and graph.replayed <= grid * grid - 1
 
 
 def test_a_copy_records_for_itself(graph):
@@ -174,25 +183,25 @@ def test_under_autocast_steps_are_recorded_in_its_type(graph):
     model = random_model(**ALL).float()
     graphs = recorded(model)
     with torch.autocast("cpu", torch.bfloat16):
-        drawn = sample_codes(model, TEXT[0], [1, 2, 3], graphs=graphs)
+        sampled = sample_codes(model, TEXT[0], [1, 2, 3], graphs=graphs)
     (session,) = graphs.sessions.values()
     assert session.decoder.dtype == session.decoder.cache.layers[0].codes.dtype == torch.bfloat16
-    assert graph.replayed == 35
-    expected = likelihood(conditional_logits(model, TEXT[0], drawn.codes), drawn.codes)
+    assert graph.replayed < 35
+    expected = likelihood(conditional_logits(model, TEXT[0], sampled.codes), sampled.codes)
     # 36 codes, each right to a few hundredths of a nat.
-    torch.testing.assert_close(drawn.log_likelihood, expected, rtol=0.1, atol=2.0)
+    torch.testing.assert_close(sampled.log_likelihood, expected, rtol=0.1, atol=2.0)
 
 
-# ---- decoding beside drawing
+# ---- decoding beside sampling
 
 
-def test_a_batch_is_decoded_while_the_next_is_drawn(graph, monkeypatch):
-    """What a GPU does, without one: same batches in the same order, each handed on after the next was drawn."""
+def test_a_batch_is_decoded_while_the_next_is_sampled(graph, monkeypatch):
+    """What a GPU does, without one: same batches in the same order, each handed on after the next was sampled."""
     vqgan = VQGAN(VqganConfig(num_codes=20, embed_dim=4, resolution=12, z_channels=4, ch=4, ch_mult=(1, 2),
                               num_res_blocks=1, attn_resolutions=(), num_groups=2)).eval()  # fmt: skip
     loaded = Loaded(random_model().float(), vqgan, None, None)
     expected = list(Sampler(loaded).images(TEXT, 3, batch_size=2, seed=1))
-    drawn = []
+    sampled = []
 
     class Beside(driver._Pictures):
         def __init__(self, model, floats):
@@ -200,14 +209,14 @@ def test_a_batch_is_decoded_while_the_next_is_drawn(graph, monkeypatch):
             self.stream, self.ahead = torch.cuda.Stream(), 1
 
         def start(self, share, *rest):
-            drawn.append(share)
+            sampled.append(share)
             return super().start(share, *rest)
 
     monkeypatch.setattr(driver, "_Pictures", Beside)
     monkeypatch.setattr(driver, "_room_on_host", torch.empty_like)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
     for index, batch in enumerate(Sampler(loaded).images(TEXT, 3, batch_size=2, seed=1)):
-        assert drawn[-1] == expected[min(index + 1, 3)].share
+        assert sampled[-1] == expected[min(index + 1, 3)].share
         assert batch.share == expected[index].share and batch.seeds == expected[index].seeds
         assert torch.equal(batch.pixels, expected[index].pixels) and torch.equal(batch.codes, expected[index].codes)
         assert torch.equal(batch.log_likelihood, expected[index].log_likelihood)
@@ -224,7 +233,7 @@ def test_without_a_gpu_nothing_is_recorded(graph):
     assert not graph.recorded
 
 
-def test_what_cannot_be_recorded_is_drawn_without(graph, monkeypatch, caplog):
+def test_what_cannot_be_recorded_is_sampled_without(graph, monkeypatch, caplog):
     model = random_model()
     graphs = recorded(model)
     head, calls = model.image_head, []
@@ -310,6 +319,6 @@ def test_a_step_is_one_graph_for_the_compiler_at_all_positions():
     with contextlib.ExitStack() as stack:
         stack.callback(dynamo.reset)
         stack.enter_context(dynamo.config.patch(error_on_recompile=True))
-        drawn = sample_codes(model, TEXT[0], [1, 2], GUIDED, graphs=Graphs(model, capture))
-    assert torch.equal(drawn.codes, sample_codes(model, TEXT[0], [1, 2], GUIDED).codes)
+        sampled = sample_codes(model, TEXT[0], [1, 2], GUIDED, graphs=Graphs(model, capture))
+    assert torch.equal(sampled.codes, sample_codes(model, TEXT[0], [1, 2], GUIDED).codes)
     assert 1 <= len(compiled) <= 4

@@ -1,4 +1,5 @@
-"""Sampling: cached logits are those of the whole pass, filters keep their promises, draws follow the distribution."""
+"""Sampling: cached logits are those of the whole pass, filters keep their promises, samples follow the
+distribution."""
 from __future__ import annotations
 
 import dataclasses
@@ -18,6 +19,8 @@ from models_for_tests import (
     conditional_logits,
     decode,
     likelihood,
+    needs_kernels,
+    noise_of,
     on_device,
     primed,
     random_codes,
@@ -29,12 +32,16 @@ from models_for_tests import (
 import ops
 from models.config import DalleConfig
 from models.positions import Positions, next_code
+from ops import noise, rows
+from ops.build import pointer
 from ops.sampling_ops import keep_top_k, keep_top_p
 from sampling import SamplingOptions, complete_text, sample_codes, top_k_count
-from sampling.decoders import Copies, Decoder
-from sampling.loop import guided, uniforms
+from sampling.canvas import guided
+from sampling.decoders import Decoder
+from sampling.loop import Shared
 from sampling.native import best_decoder, refusal
 from utils.errors import UserError
+from utils.splitmix import GOLDEN, splitmix64
 
 # ---- the cache
 
@@ -122,14 +129,15 @@ def test_copies_of_weights_serve_later_batches(kind, monkeypatch):
         monkeypatch.setattr("sampling.native.MOST_ROWS", 0)
     elif refusal(model, 1) is not None:
         pytest.skip("no native kernels")
-    copies = Copies()
-    first = sample_codes(model, TEXT[0], [1, 2], copies=copies)
+    shared = Shared("off")
+    copies = shared.copies
+    first = sample_codes(model, TEXT[0], [1, 2], shared=shared)
     kept, layout = dict(copies.weights), copies.layout
-    again = sample_codes(model, TEXT[1], [3, 4], copies=copies)
+    again = sample_codes(model, TEXT[1], [3, 4], shared=shared)
     assert kept and copies.weights == kept and copies.layout == layout
     assert torch.equal(first.codes, sample_codes(model, TEXT[0], [1, 2]).codes)
     assert torch.equal(again.codes, sample_codes(model, TEXT[1], [3, 4]).codes)
-    alone = sample_codes(model, TEXT[1], [3], copies=copies)  # another number of rows
+    alone = sample_codes(model, TEXT[1], [3], shared=shared)  # another number of rows
     assert torch.equal(alone.codes[0], again.codes[0])
 
 
@@ -197,16 +205,17 @@ def test_every_sampling_option_counts_with_every_decoder(dtype):
 def test_options_of_each_row(kind):
     """Rows with options of their own get what they get alone."""
     torch.manual_seed(2)
-    logits, uniform = torch.randn(7, 50) * 3, torch.rand(7, dtype=torch.float64)
+    logits, keys, positions = torch.randn(7, 50) * 3, noise.keys(range(7)), torch.arange(7) * 9
     each = ({}, {"temperature": 0}, {"top_k": 3}, {"top_k": 50}, {"top_p": 0.3}, {"top_k": 1},
             {"temperature": 2.0, "top_k": 9, "top_p": 0.9})  # fmt: skip
     parts = [choice_for(SamplingOptions(**options), 1) for options in each]
     together = ops.Choice(*(torch.cat(column) if isinstance(column[0], torch.Tensor) else max(column)
                             for column in zip(*parts)))  # fmt: skip
     with ops.use(kind):
-        tokens, scores = ops.sample(logits, uniform, together)
+        tokens, scores = ops.sample(logits, keys, positions, together)
         for row, choice in enumerate(parts):
-            token, score = ops.sample(logits[row : row + 1], uniform[row : row + 1], choice)
+            own = slice(row, row + 1)
+            token, score = ops.sample(logits[own], keys[own], positions[own], choice)
             assert token == tokens[row] and score == scores[row]
 
 
@@ -260,22 +269,50 @@ def test_several_captions_in_one_batch_are_sampled_like_each_alone():
             sample_codes(model, TEXT, seeds)
 
 
-def test_numbers_of_a_row_depend_on_its_seed_alone():
-    rows = uniforms([7, 8, 7], 50)
-    assert rows.shape == (3, 50) and torch.equal(rows[0], rows[2]) and not torch.equal(rows[0], rows[1])
-    assert torch.equal(uniforms([8], 20)[0], rows[1, :20])
-    assert float(rows.min()) >= 0 and float(rows.max()) < 1
+def test_noise_is_a_stream_of_splitmix64_for_each_seed():
+    """Number p * C + c after the hashed seed belongs to code c of position p."""
+    keys, found = [splitmix64(seed) for seed in (7, 8, 2**63 - 1)], noise_of([7, 8, 2**63 - 1], 5, 20)
+    for row, key in enumerate(keys):
+        numbers = [splitmix64(key + place * GOLDEN) >> 33 for place in range(100)]
+        assert torch.equal(found[row].flatten(), noise.gumbel_of(torch.tensor(numbers)))
+
+
+#: Where something in the noise changes: ends, powers of two, and the numbers beside them.
+NUMBERS = torch.tensor(sorted({max(0, min(2**31 - 1, 2**bit + by)) for bit in range(32) for by in range(-8, 9)}))
+
+
+@needs_kernels
+def test_noise_has_the_same_bits_in_c():
+    numbers = torch.cat([NUMBERS, torch.randint(2**31, (2**18 - len(NUMBERS),))])
+    integers, found = numbers.int(), torch.empty(len(numbers))
+    rows.functions().gumbel(pointer(integers), len(numbers), pointer(found))
+    assert torch.equal(found, noise.gumbel_of(numbers))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_noise_has_the_same_bits_on_a_gpu():
+    numbers = torch.cat([NUMBERS, torch.randint(2**31, (2**18,))])
+    assert torch.equal(noise.gumbel_of(numbers.cuda()).cpu(), noise.gumbel_of(numbers))
+
+
+def test_noise_is_that_of_the_gumbel_distribution():
+    v = (NUMBERS.double() + 0.5) / 2**31
+    exact, found = -torch.log(-torch.log1p(-v)), noise.gumbel_of(NUMBERS).double()
+    known = v < 1 - 2.0**-16  # in the lower tail floats are coarse: no code with such noise is chosen
+    torch.testing.assert_close(found[known], exact[known], rtol=1e-3, atol=1e-4)
+    assert found.isfinite().all() and found.min() > -3 and found.max() > 22
 
 
 def test_guidance_goes_from_the_unconditional_logits_through_the_conditional():
-    both = torch.tensor([[1.0, 2.0], [1.0, 2.0], [0.0, 4.0], [0.0, 4.0]])
-    assert guided(both, torch.tensor([3.0, 0.0])).tolist() == [[3.0, -2.0], [0.0, 4.0]]  # a scale for each image
+    both = torch.tensor([[1.0, 2.0], [1.0, 2.0], [0.0, 4.0], [0.0, 4.0]])[:, None]
+    scales = torch.tensor([3.0, 0.0])[:, None, None]  # one for each image
+    assert guided(both, scales)[:, 0].tolist() == [[3.0, -2.0], [0.0, 4.0]]
     model = random_model()
     nothing = sample_codes(model, torch.zeros(5, dtype=torch.long), [4], SamplingOptions())
     assert torch.equal(sample_codes(model, TEXT[0], [4], SamplingOptions(cond_scale=0.0)).codes, nothing.codes)
 
 
-# ---- filters and draws
+# ---- filters and samples
 
 
 def test_top_k_keeps_ties_with_the_last():
@@ -329,13 +366,13 @@ def expected_distribution(logits, options):
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["native", "reference"])
-def test_draws_follow_the_distribution(options, kind):
-    """Pearson's test on 40,000 draws; the limit is passed once in a million times by a correct sampler."""
+def test_samples_follow_the_distribution(options, kind):
+    """Pearson's test on 40,000 samples; the limit is passed once in a million times by a correct sampler."""
     logits, options = torch.tensor([0.3, -1.0, 2.0, 1.5, -0.5, 0.0, 1.0, -2.0]), SamplingOptions(**options)
     count, probabilities = 40_000, expected_distribution(logits.tolist(), options)
-    uniform = torch.rand(count, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    keys, positions = noise.keys(range(count // 100)).repeat(100), torch.arange(count) // (count // 100)
     with ops.use(kind):
-        tokens = ops.sample(logits.repeat(count, 1), uniform, choice_for(options, count))[0]
+        tokens = ops.sample(logits.repeat(count, 1), keys, positions, choice_for(options, count))[0]
     counts, possible = tokens.bincount(minlength=8).double(), probabilities > 0
     assert not counts[~possible].any()
     limit = {7: 42.0, 3: 31.0, 4: 34.0, 2: 28.0, 5: 37.0}[int(possible.sum()) - 1]  # 1 - 1e-6 quantiles, rounded up
@@ -344,25 +381,26 @@ def test_draws_follow_the_distribution(options, kind):
 
 
 @pytest.mark.parametrize("kind", ["native", "reference"])
-def test_extreme_numbers_never_draw_a_token_that_was_filtered_away(kind):
-    logits = torch.full((2, 1000), 0.1)
+def test_no_token_is_sampled_that_was_filtered_away(kind):
+    logits = torch.full((1000, 1000), 0.1)
     logits[:, 400:600] = torch.linspace(1, 3, 200)
-    uniform = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+    keys = noise.keys(range(1000))
 
     def ends(logits, **options):
         with ops.use(kind):
-            return ops.sample(logits, uniform, choice_for(SamplingOptions(**options), 2))[0].tolist()
+            tokens = ops.sample(logits, keys, torch.zeros_like(keys), choice_for(SamplingOptions(**options), 1000))[0]
+        return int(tokens.min()), int(tokens.max())
 
-    assert ends(logits, top_k=200) == [400, 599]
+    assert ends(logits, top_k=200) == (400, 599)
     lowest, highest = ends(logits, top_k=900, top_p=0.5)  # 800 ties with the 900th
     assert 400 < lowest < highest == 599
-    assert ends(torch.zeros(2, 8), top_p=0.5) == [0, 3]
+    assert ends(torch.zeros(1000, 8), top_p=0.5) == (0, 3)
 
 
 def test_temperature_zero_takes_the_likeliest():
     logits = torch.tensor([[0.0, 2.0, 1.0], [4.0, 1.0, 3.0]])
     for options in (GREEDY, SamplingOptions(top_k=1)):
-        assert sample(logits, torch.tensor([0.999, 0.999]), options).tolist() == [1, 0]
+        assert sample(logits, noise.keys([1, 2]), options).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("options", EDGES, ids=str)

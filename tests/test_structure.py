@@ -47,7 +47,7 @@ DEVICE_PACKAGES = {"poptorch", "popdist", "popart", "horovod"}
 #: The most lines of a module and of a function, and arguments of a function besides self; and who takes more.
 MODULE_LINES, FUNCTION_LINES, ARGUMENTS = 450, 60, 8
 MANY_ARGUMENTS = {
-    "dalle/models.py generate": 13,  # minDALL-E's
+    "dalle/models.py generate": 14,  # minDALL-E's
     "data/code_cache.py __init__": 9,
     "examples_utils/process.py run": 9,
     "ops/linear_ops.py add_feed_forward": 9,  # what one branch is made of

@@ -1,16 +1,17 @@
-/* One code of each image through the whole transformer, for the few rows that sampling has: memory is read once, for the
- * weights, and what happens between two products stays in the caches.
+/* A code of each image, or a window of several, through the whole transformer, for the few rows that sampling has: memory
+ * is read once, for the weights, and what happens between two matmuls stays in the caches.
  *
  * A weight (N, D) lies as panels (N / PANEL, D, PANEL): what is read next lies next, and threads share panels out. A
  * sum goes over D in order whatever the number of rows or threads is, so neither changes an image.
  *
- * Letters: R rows (images, twice as many with guidance), D width, H heads, K width of a head, P text positions, N codes
- * of an image.
+ * Letters: S sequences in the cache (images, twice as many with guidance), R rows (codes of a step), D width, H heads, K
+ * width of a head, P text positions, N codes of an image.
  */
 #include <omp.h>
 #include <stddef.h>
 
 #include "vector.h"
+#include "noise.h"
 
 #define PANEL (2 * LANES)
 #if LANES == 8
@@ -40,30 +41,39 @@ typedef struct {
     norm before, after;  /* `after`: of a branch's output, where it has one */
     linear first, second; /* queries, keys and values, and out; or up and down */
     const float *scale;  /* (D) */
-    float *history;      /* (R, G + N, D): inputs behind a row of zeros, where tokens are shifted */
+    float *history;      /* (S, G + N, D): inputs behind a row of zeros, where tokens are shifted */
 } branch;
 
 typedef struct {
     branch attention, feed_forward;
-    const float *text_key, *text_value; /* (R / images, H, P, K), of each prompt and head `text_lane` floats */
-    float *image_key, *image_value;     /* (R, H, N, K), of each row and head `lane` floats */
+    const float *text_key, *text_value; /* (S / images, H, P, K), of each prompt and head `text_lane` floats */
+    float *image_key, *image_value;     /* (S, H, N, K), of each sequence and head `lane` floats */
     int64_t text_lane, lane;
     const int32_t *starts, *seen; /* position i sees the codes seen[starts[i]] up to seen[starts[i + 1]] */
 } layer;
 
 typedef struct {
-    int64_t rows, images, codes, dim, heads, width, text_len, grid, hidden, activation, layers, threads, turned;
+    int64_t sequences, rows, images, codes, dim, heads, width, text_len, grid, hidden, activation, layers, threads, turned;
+    int64_t stable; /* whether the stream is divided by its largest float at the end */
     const float *table, *positions; /* (codes, D); (N, D) or NULL */
     const float *cosines, *sines;   /* (N, turned) of rotary embedding, or NULL */
     norm last;
+    linear head;
     const layer *stack;
     float *scratch; /* room_of floats */
-} model;
+} model; /* `rows`: the most that a step has */
+
+/* The codes of a step: row r is in place r % places of the window of sequence of[r / places], at positions[r]. A window's
+ * positions ascend. */
+typedef struct {
+    int64_t rows, places;
+    const int64_t *of, *positions;
+} chunk;
 
 static int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* ---- products */
+/* ---- matmuls */
 
 int64_t panel_width(void) { return PANEL; }
 
@@ -115,8 +125,9 @@ INLINE void places(const float *x, int64_t stride, const char *weight, int64_t p
             const char *ask = next.from + place * next.step + k * next.each;
             __builtin_prefetch(ask, 0, 2);
             if (next.each > 64) __builtin_prefetch(ask + 64, 0, 2);
-            vec left = weights_at(weight, (place * part + k) * PANEL, size);
-            vec right = weights_at(weight, (place * part + k) * PANEL + LANES, size);
+            /* Hidden, or the compiler loads them again for each row. */
+            vec left = rounded(weights_at(weight, (place * part + k) * PANEL, size));
+            vec right = rounded(weights_at(weight, (place * part + k) * PANEL + LANES, size));
 #pragma GCC unroll 12
             for (int r = 0; r < rows; r++) {
                 vec value = fill(x[(place * part + k) * stride + r]);
@@ -294,20 +305,29 @@ static void normalise(const norm *by, const float *x, int64_t n, float *out) {
     for (int64_t i = whole; i < n; i++) out[i] = (x[i] - mean) * factor * by->weight[i] + by->bias[i];
 }
 
-/* All rows normalised, and shifted where tokens are: x (R, stride), positions (R) -> out (D, R). row: room for D
+/* All rows normalised, and shifted where tokens are: x (R, stride) -> out (D, R), a copy of each thread. row: room for D
  * floats. */
-static void prepare(const model *m, const branch *b, const float *x, int64_t stride, const int64_t *positions,
-                    float *row, float *out) {
-    int64_t dim = m->dim, rows = m->rows, grid = m->grid, quarter = dim / 4;
+static void prepare(const model *m, const chunk *c, const branch *b, const float *x, int64_t stride, float *row,
+                    float *out) {
+    int64_t dim = m->dim, rows = c->rows, grid = m->grid, quarter = dim / 4;
+    int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num(), apart = (grid + grid * grid) * dim;
     for (int64_t r = 0; r < rows; r++) {
-        normalise(&b->before, x + r * stride, dim, row);
+        float *own = row;
         if (b->history) {
-            float *own = b->history + (r * (grid + grid * grid) + grid + positions[r]) * dim;
-            if (omp_get_thread_num() == 0) memcpy(own, row, dim * sizeof(float));
-            memcpy(row, own - grid * dim, quarter * sizeof(float));
-            for (int64_t i = quarter; i < 2 * quarter; i++) row[i] = positions[r] % grid ? own[i - dim] : 0.0f;
+            own = b->history + c->of[r / c->places] * apart + (grid + c->positions[r]) * dim;
+            if (r % threads != thread) continue;
         }
-        for (int64_t k = 0; k < dim; k++) out[k * rows + r] = row[k];
+        normalise(&b->before, x + r * stride, dim, own);
+        for (int64_t k = 0; !b->history && k < dim; k++) out[k * rows + r] = own[k];
+    }
+    if (!b->history) return;
+#pragma omp barrier
+    for (int64_t r = 0; r < rows; r++) {
+        const float *own = b->history + c->of[r / c->places] * apart + (grid + c->positions[r]) * dim;
+        int first = c->positions[r] % grid == 0;
+        for (int64_t k = 0; k < quarter; k++) out[k * rows + r] = own[k - grid * dim];
+        for (int64_t k = quarter; k < 2 * quarter; k++) out[k * rows + r] = first ? 0.0f : own[k - dim];
+        for (int64_t k = 2 * quarter; k < dim; k++) out[k * rows + r] = own[k];
     }
 }
 
@@ -318,22 +338,22 @@ INLINE float dot(const float *a, const float *b, int64_t n) {
     vec sum = fill(0);
 #pragma GCC unroll 16
     for (; i + LANES <= n; i += LANES) sum += load(a + i) * load(b + i);
-    float result = sum_of(sum);
-    for (; i < n; i++) result += a[i] * b[i];
-    return result;
+    if (i < n) sum += load_some(a + i, n - i) * load_some(b + i, n - i);
+    return sum_of(sum);
 }
 
-/* out = sum of weights[i] * values[i], vectors of `count` registers */
+INLINE vec part_of(const float *p, int some) { return some < LANES ? load_some(p, some) : load(p); }
+
+/* out = sum of weights[i] * values[i], vectors of `count` registers, the last of which has only `some` floats */
 INLINE void mix(const float *weights, const float *text, int64_t texts, const float *image, const int32_t *seen,
-                int64_t shown, int64_t width, int count, float factor, float *out) {
-    vec sums[count];
+                int64_t shown, int64_t width, int count, int some, float factor, float *out) {
+    vec sums[4];
     for (int c = 0; c < count; c++) sums[c] = fill(0);
-    for (int64_t i = 0; i < texts; i++)
-#pragma GCC unroll 4
-        for (int c = 0; c < count; c++) sums[c] += weights[i] * load(text + i * width + c * LANES);
-    for (int64_t i = 0; i < shown; i++)
-#pragma GCC unroll 4
-        for (int c = 0; c < count; c++) sums[c] += weights[texts + i] * load(image + seen[i] * width + c * LANES);
+#define ADD(weight, values)                                                                                         \
+    _Pragma("GCC unroll 4") for (int c = 0; c < count; c++)                                                         \
+        sums[c] += weight * (c < count - 1 ? load(values + c * LANES) : part_of(values + c * LANES, some));
+    for (int64_t i = 0; i < texts; i++) ADD(weights[i], text + i * width)
+    for (int64_t i = 0; i < shown; i++) ADD(weights[texts + i], image + seen[i] * width)
     for (int c = 0; c < count; c++) store(out + c * LANES, sums[c] * factor);
 }
 
@@ -345,28 +365,31 @@ static void turn(float *x, const float *cosines, const float *sines, int64_t tur
     }
 }
 
-/* Head h of row r: keep key and value of the code at `position`, attend from there. room: width + P + N floats and some.
- * `width` is m->width, known when this is compiled where it is the usual one. */
-INLINE void attend(const model *m, const layer *l, int64_t r, int64_t h, int64_t position, float *qkv, int64_t stride,
-                   int64_t width, float *room, float *out) {
-    int64_t rows = m->rows, texts = m->text_len, inner = m->heads * width;
+/* Head h of row r: keep key and value of the code there, and turn and scale its query. */
+static void keep(const model *m, const chunk *c, const layer *l, int64_t r, int64_t h, float *qkv, int64_t stride) {
+    int64_t width = m->width, inner = m->heads * width, position = c->positions[r];
     float *query = qkv + r * stride + h * width, *key = query + inner, *value = key + inner;
-    int64_t prompt = r / m->images;
-    const float *text_key = l->text_key + (prompt * m->heads + h) * l->text_lane;
-    const float *text_value = l->text_value + (prompt * m->heads + h) * l->text_lane;
-    float *image_key = l->image_key + (r * m->heads + h) * l->lane;
-    float *image_value = l->image_value + (r * m->heads + h) * l->lane;
+    int64_t place = (c->of[r / c->places] * m->heads + h) * l->lane + position * width;
     if (m->cosines) {
         const float *cosines = m->cosines + position * m->turned, *sines = m->sines + position * m->turned;
         turn(query, cosines, sines, m->turned);
         turn(key, cosines, sines, m->turned);
         turn(value, cosines, sines, m->turned);
     }
-    memcpy(image_key + position * width, key, width * sizeof(float));
-    memcpy(image_value + position * width, value, width * sizeof(float));
+    memcpy(l->image_key + place, key, width * sizeof(float));
+    memcpy(l->image_value + place, value, width * sizeof(float));
     float scale = 1.0f / sqrtf(width);
     for (int64_t i = 0; i < width; i++) query[i] *= scale;
+}
 
+/* Head h of row r: attend from its query. out (H * K, R); room: width + P + N floats and some. `width` is m->width, known
+ * when this is compiled where it is the usual one. */
+INLINE void attend(const model *m, const chunk *ch, const layer *l, int64_t r, int64_t h, const float *query,
+                   int64_t width, float *room, float *out) {
+    int64_t texts = m->text_len, sequence = ch->of[r / ch->places], position = ch->positions[r];
+    int64_t text = (sequence / m->images * m->heads + h) * l->text_lane, image = (sequence * m->heads + h) * l->lane;
+    const float *text_key = l->text_key + text, *text_value = l->text_value + text;
+    const float *image_key = l->image_key + image, *image_value = l->image_value + image;
     const int32_t *seen = l->seen + l->starts[position];
     int64_t shown = l->starts[position + 1] - l->starts[position], count = texts + shown;
     float *weights = room + up_to(width, LANES);
@@ -386,111 +409,15 @@ INLINE void attend(const model *m, const layer *l, int64_t r, int64_t h, int64_t
     float factor = 1.0f / sum_of(sum);
     int64_t c = 0;
     for (; c + 4 * LANES <= width; c += 4 * LANES)
-        mix(weights, text_value + c, texts, image_value + c, seen, shown, width, 4, factor, room + c);
-    for (; c + LANES <= width; c += LANES)
-        mix(weights, text_value + c, texts, image_value + c, seen, shown, width, 1, factor, room + c);
-    for (; c < width; c++) {
-        float own = 0;
-        for (int64_t i = 0; i < texts; i++) own += weights[i] * text_value[i * width + c];
-        for (int64_t i = 0; i < shown; i++) own += weights[texts + i] * image_value[seen[i] * width + c];
-        room[c] = own * factor;
+        mix(weights, text_value + c, texts, image_value + c, seen, shown, width, 4, LANES, factor, room + c);
+    if (c + 3 * LANES < width) {
+        mix(weights, text_value + c, texts, image_value + c, seen, shown, width, 4, width - c - 3 * LANES, factor, room + c);
+        c = width;
     }
-    for (c = 0; c < width; c++) out[(h * width + c) * rows + r] = room[c];
-}
-
-/* ---- the step */
-
-typedef struct {
-    int64_t stream, branch, qkv, heads, hidden, own, total; /* where each begins in the scratch, in floats */
-    int64_t wide, wide_qkv, of_thread;
-} plan;
-
-static plan plan_of(const model *m) {
-    plan at;
-    int64_t inner = m->heads * m->width, codes = m->grid * m->grid;
-    at.wide = up_to(m->dim, PANEL);
-    at.wide_qkv = up_to(3 * inner, PANEL);
-    at.stream = 0;
-    at.branch = at.stream + m->rows * at.wide;
-    at.qkv = at.branch + m->rows * at.wide;
-    at.heads = at.qkv + m->rows * at.wide_qkv;
-    at.hidden = at.heads + up_to(inner, PANEL) * m->rows;
-    at.own = at.hidden + up_to(m->hidden, PANEL) * m->rows;
-    /* Each thread: its copy of the input of a product (D, R), then a row, or what a head needs. */
-    at.of_thread = at.wide * m->rows + most(at.wide, up_to(m->width, LANES) + up_to(m->text_len + codes, LANES));
-    at.of_thread = up_to(at.of_thread, 64);
-    at.own = up_to(at.own, 64);
-    at.total = at.own + m->threads * at.of_thread;
-    return at;
-}
-
-int64_t room_of(const model *m) { return plan_of(m).total; }
-
-/* stream += scale * second(x), or with a norm in between. x (depth, R). Ends with all threads done. */
-static void add(const model *m, const branch *b, const plan *at, const float *x, float *row) {
-    float *stream = m->scratch + at->stream, *between = m->scratch + at->branch;
-    ending end = {RESIDUAL, stream, at->wide, b->scale, 0};
-    if (b->after.weight) end = (ending){PLAIN, between, at->wide, NULL, 0};
-    multiply(&b->second, x, m->rows, &end);
-#pragma omp barrier
-    if (b->after.weight) {
-        for (int64_t r = omp_get_thread_num(); r < m->rows; r += omp_get_num_threads()) {
-            normalise(&b->after, between + r * at->wide, m->dim, row);
-            for (int64_t i = 0; i < m->dim; i++) stream[r * at->wide + i] += (b->scale ? b->scale[i] : 1.0f) * row[i];
-        }
-#pragma omp barrier
-    }
-}
-
-static void through(const model *m, const layer *l, const plan *at, const int64_t *positions) {
-    int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-    float *stream = m->scratch + at->stream, *qkv = m->scratch + at->qkv, *heads = m->scratch + at->heads;
-    float *hidden = m->scratch + at->hidden;
-    float *normed = m->scratch + at->own + thread * at->of_thread, *room = normed + at->wide * m->rows;
-
-    prepare(m, &l->attention, stream, at->wide, positions, room, normed);
-    ending end = {PLAIN, qkv, at->wide_qkv, NULL, 0};
-    multiply(&l->attention.first, normed, m->rows, &end);
-#pragma omp barrier
-    int64_t items = m->heads * m->rows;
-    for (int64_t i = items * thread / threads; i < items * (thread + 1) / threads; i++) {
-        int64_t h = i / m->rows, r = i % m->rows; /* images of a prompt one after the other: its text keys stay near */
-        if (m->width == 64)
-            attend(m, l, r, h, positions[r], qkv, at->wide_qkv, 64, room, heads);
-        else
-            attend(m, l, r, h, positions[r], qkv, at->wide_qkv, m->width, room, heads);
-    }
-#pragma omp barrier
-    add(m, &l->attention, at, heads, room);
-
-    prepare(m, &l->feed_forward, stream, at->wide, positions, room, normed);
-    end = (ending){ACTIVE, hidden, 0, NULL, m->activation};
-    multiply(&l->feed_forward.first, normed, m->rows, &end);
-#pragma omp barrier
-    add(m, &l->feed_forward, at, hidden, room);
-}
-
-/* Feed the codes (R) at their image positions (R); out (R, D): the stream after the last layer, through the last norm if
- * any. Returns 0, 1 for a code that is none, or 2 for a position that is none. */
-int64_t step(const model *m, const int64_t *codes, const int64_t *positions, float *out) {
-    plan at = plan_of(m);
-    float *stream = m->scratch + at.stream;
-    int64_t dim = m->dim;
-    for (int64_t r = 0; r < m->rows; r++) {
-        if (codes[r] < 0 || codes[r] >= m->codes) return 1;
-        if (positions[r] < 0 || positions[r] >= m->grid * m->grid) return 2;
-        memcpy(stream + r * at.wide, m->table + codes[r] * dim, dim * sizeof(float));
-        for (int64_t i = 0; m->positions && i < dim; i++) stream[r * at.wide + i] += m->positions[positions[r] * dim + i];
-    }
-#pragma omp parallel num_threads(m->threads)
-    for (int64_t i = 0; i < m->layers; i++) through(m, m->stack + i, &at, positions);
-    for (int64_t r = 0; r < m->rows; r++) {
-        if (m->last.weight)
-            normalise(&m->last, stream + r * at.wide, dim, out + r * dim);
-        else
-            memcpy(out + r * dim, stream + r * at.wide, dim * sizeof(float));
-    }
-    return 0;
+    for (; c < width; c += LANES)
+        mix(weights, text_value + c, texts, image_value + c, seen, shown, width, 1,
+            width - c < LANES ? width - c : LANES, factor, room + c);
+    for (c = 0; c < width; c++) out[(h * width + c) * ch->rows + r] = room[c];
 }
 
 /* ---- sampling from logits */
@@ -520,9 +447,16 @@ static uint32_t reached(const float *x, int64_t n, double enough, int shares) {
     return prefix;
 }
 
-static float largest(const float *x, int64_t n) {
+static float largest(const float *x, int64_t n) { /* not a number if one is none */
+    vec tops = fill(-INFINITY);
+    int64_t whole = n / LANES * LANES;
+    for (int64_t i = 0; i < whole; i += LANES) {
+        vec own = load(x + i);
+        tops = either((own > tops) | (own != own), own, tops);
+    }
     float top = -INFINITY;
-    for (int64_t i = 0; i < n; i++) top = x[i] > top ? x[i] : top;
+    for (int i = 0; i < LANES; i++) top = tops[i] > top || isnan(tops[i]) ? tops[i] : top;
+    for (int64_t i = whole; i < n; i++) top = x[i] > top || isnan(x[i]) ? x[i] : top;
     return top;
 }
 
@@ -541,53 +475,320 @@ static double softmax(float *x, int64_t n, int64_t padded, float top) {
     return top + log(sum);
 }
 
-/* Of each row of logits (rows, stride) a token, where the cumulative distribution passes `uniform`, and what its
- * log-likelihood is without any filter. Options of each row: temperature 0 takes the likeliest, top_k 0 and top_p 1 keep
- * all. space: for each row n floats, in whole vectors. */
-void sample_rows(const float *logits, int64_t rows, int64_t stride, int64_t n, const double *uniform,
+/* The noise of whole numbers; n is a multiple of LANES. */
+void gumbel(const int32_t *numbers, int64_t n, float *out) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        ivec own;
+        memcpy(&own, numbers + i, sizeof own);
+        store(out + i, gumbel_of(own));
+    }
+}
+
+static int any(ivec choose) {
+    uint64_t parts[sizeof(ivec) / 8], all = 0;
+    memcpy(parts, &choose, sizeof parts);
+    for (unsigned i = 0; i < sizeof(ivec) / 8; i++) all |= parts[i];
+    return all != 0;
+}
+
+/* The token whose x plus noise is the largest, the first of several: a sample of softmax(x). x is -inf for tokens that are
+ * not allowed and for the last ones, up to a multiple of LANES. The noise of token i is number i from `state` on. */
+static int64_t largest_with_noise(const float *x, int64_t padded, uint64_t state) {
+    vec best = fill(-INFINITY);
+    ivec where = {}, lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    for (int64_t i = 0; i < padded; i += LANES) {
+        vec own = load(x + i);
+        if (!any(own > -INFINITY)) continue;
+        own += gumbel_of(numbers_from(state + i * (uint64_t)GOLDEN));
+        ivec more = own > best;
+        best = either(more, own, best);
+        where = (more & (lane + (int32_t)i)) | (~more & where);
+    }
+    int top = 0;
+    for (int i = 1; i < LANES; i++)
+        if (best[i] > best[top] || (best[i] == best[top] && where[i] < where[top])) top = i;
+    return where[top];
+}
+
+/* How the token of a row is chosen: temperature 0 takes the likeliest, top_k 0 and top_p 1 keep all. */
+typedef struct {
+    double temperature, top_p;
+    int64_t top_k;
+    uint64_t state; /* of the noise of its first token */
+} choice;
+
+/* own (n) -> a token; room and chances (n), in whole vectors, are overwritten. */
+static int64_t chosen(const float *own, int64_t n, float top, const choice *by, float *room, float *chances) {
+    int64_t padded = up_to(n, LANES), k = by->top_k;
+    uint32_t last = k && k < n ? reached(own, n, k, 0) : 0;
+    /* The largest is subtracted first, or a low temperature would let logits overflow. */
+    for (int64_t i = 0; i < n; i++)
+        room[i] = rank_of(own[i]) < last ? -INFINITY : (own[i] - top) / (float)by->temperature;
+    for (int64_t i = n; i < padded; i++) room[i] = -INFINITY;
+    for (int64_t i = 0; !(fabsf(top) < INFINITY) && i < n; i++)
+        if (isnan(room[i])) return i; /* broken logits */
+    if (by->top_p < 1) { /* those before which less than top_p is reached; of equal ones the first */
+        memcpy(chances, room, padded * sizeof(float));
+        softmax(chances, n, padded, largest(chances, n));
+        double more = 0;
+        last = reached(chances, n, by->top_p, 1);
+        for (int64_t i = 0; i < n; i++) more += rank_of(chances[i]) > last ? chances[i] : 0;
+        for (int64_t i = 0; i < n; i++) {
+            if (rank_of(chances[i]) < last || (rank_of(chances[i]) == last && more >= by->top_p))
+                room[i] = -INFINITY;
+            else if (rank_of(chances[i]) == last)
+                more += chances[i];
+        }
+    }
+    return largest_with_noise(room, padded, by->state);
+}
+
+/* A token from logits (n), and its log-likelihood without any filter. space: twice n floats, in whole vectors. */
+static int64_t sampled(const float *own, int64_t n, const choice *by, float *space, float *score) {
+    int64_t padded = up_to(n, LANES), token = 0;
+    float top = largest(own, n);
+    memcpy(space, own, n * sizeof(float));
+    double whole = softmax(space, n, padded, top);
+    if (by->temperature == 0) {
+        for (int64_t i = 1; i < n; i++)
+            if (own[i] > own[token] || (isnan(own[i]) && !isnan(own[token]))) token = i;
+    } else {
+        token = chosen(own, n, top, by, space, space + padded);
+    }
+    *score = own[token] - whole;
+    return token;
+}
+
+/* Of each row of logits (rows, stride) a token and its log-likelihood. `state` (rows): of the noise. space: for each row as
+ * above. */
+void sample_rows(const float *logits, int64_t rows, int64_t stride, int64_t n, const int64_t *state,
                  const double *temperature, const int64_t *top_k, const double *top_p, int64_t *tokens, float *scores,
                  float *space, int64_t threads) {
     int64_t padded = up_to(n, LANES);
 #pragma omp parallel for num_threads(threads) if (rows * n >= 4096)
     for (int64_t r = 0; r < rows; r++) {
-        const float *own = logits + r * stride;
-        float *room = space + r * padded, top = largest(own, n);
-        int64_t token = 0, k = top_k[r];
-        double p = top_p[r];
-        memcpy(room, own, n * sizeof(float));
-        double whole = softmax(room, n, padded, top);
-        if (temperature[r] == 0) {
-            for (int64_t i = 1; i < n; i++)
-                if (own[i] > own[token] || (isnan(own[i]) && !isnan(own[token]))) token = i;
-        } else {
-            if (k || temperature[r] != 1) {
-                uint32_t last = k && k < n ? reached(own, n, k, 0) : 0;
-                /* The largest is subtracted first, or a low temperature would let logits overflow. */
-                for (int64_t i = 0; i < n; i++)
-                    room[i] = rank_of(own[i]) < last ? -INFINITY : (own[i] - top) / (float)temperature[r];
-                softmax(room, n, padded, largest(room, n));
-            }
-            if (p < 1) { /* those before which less than p is reached; of equal ones the first */
-                uint32_t last = reached(room, n, p, 1);
-                double more = 0;
-                for (int64_t i = 0; i < n; i++) more += rank_of(room[i]) > last ? room[i] : 0;
-                for (int64_t i = 0; i < n; i++) {
-                    if (rank_of(room[i]) < last || (rank_of(room[i]) == last && more >= p))
-                        room[i] = 0;
-                    else if (rank_of(room[i]) == last)
-                        more += room[i];
-                }
-            }
-            double total = 0, cumulative = 0;
-            for (int64_t i = 0; i < n; i++) total += room[i];
-            double threshold = uniform[r] * total;
-            for (int64_t i = 0; i < n; i++) {
-                cumulative += room[i];
-                token += cumulative <= threshold;
-            }
-            if (token > n - 1) token = n - 1;
-        }
-        tokens[r] = token;
-        scores[r] = own[token] - whole;
+        choice by = {temperature[r], top_p[r], top_k[r], state[r]};
+        tokens[r] = sampled(logits + r * stride, n, &by, space + 2 * r * padded, scores + r);
     }
+}
+
+/* ---- the step */
+
+typedef struct {
+    int64_t stream, branch, qkv, heads, hidden, logits, space, own, total; /* where each begins in the scratch, in floats */
+    int64_t wide, wide_qkv, wide_head, of_thread;
+} plan;
+
+static plan plan_of(const model *m, int64_t rows) {
+    plan at;
+    int64_t inner = m->heads * m->width, codes = m->grid * m->grid;
+    at.wide = up_to(m->dim, PANEL);
+    at.wide_qkv = up_to(3 * inner, PANEL);
+    at.stream = 0;
+    at.branch = at.stream + rows * at.wide;
+    at.qkv = at.branch + rows * at.wide;
+    at.heads = at.qkv + rows * at.wide_qkv;
+    at.hidden = at.heads + up_to(inner, PANEL) * rows;
+    at.wide_head = m->head.panels * PANEL;
+    at.logits = at.hidden + up_to(m->hidden, PANEL) * rows;
+    at.space = at.logits + rows * at.wide_head;
+    at.own = at.space + 2 * rows * at.wide_head;
+    /* Each thread: its copy of the input of a product (D, R), then a row, or what a head needs. */
+    at.of_thread = at.wide * rows + most(at.wide, up_to(m->width, LANES) + up_to(m->text_len + codes, LANES));
+    at.of_thread = up_to(at.of_thread, 64);
+    at.own = up_to(at.own, 64);
+    at.total = at.own + m->threads * at.of_thread;
+    return at;
+}
+
+int64_t room_of(const model *m) { return plan_of(m, m->rows).total; }
+
+/* stream += scale * second(x), or with a norm in between. x (depth, R). Ends with all threads done. */
+static void add(const model *m, const branch *b, const plan *at, int64_t rows, const float *x, float *row) {
+    float *stream = m->scratch + at->stream, *between = m->scratch + at->branch;
+    ending end = {RESIDUAL, stream, at->wide, b->scale, 0};
+    if (b->after.weight) end = (ending){PLAIN, between, at->wide, NULL, 0};
+    multiply(&b->second, x, rows, &end);
+#pragma omp barrier
+    if (b->after.weight) {
+        for (int64_t r = omp_get_thread_num(); r < rows; r += omp_get_num_threads()) {
+            normalise(&b->after, between + r * at->wide, m->dim, row);
+            for (int64_t i = 0; i < m->dim; i++) stream[r * at->wide + i] += (b->scale ? b->scale[i] : 1.0f) * row[i];
+        }
+#pragma omp barrier
+    }
+}
+
+static void through(const model *m, const chunk *c, const layer *l, const plan *at) {
+    int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    float *stream = m->scratch + at->stream, *qkv = m->scratch + at->qkv, *heads = m->scratch + at->heads;
+    float *hidden = m->scratch + at->hidden;
+    float *normed = m->scratch + at->own + thread * at->of_thread, *room = normed + at->wide * c->rows;
+
+    prepare(m, c, &l->attention, stream, at->wide, room, normed);
+    ending end = {PLAIN, qkv, at->wide_qkv, NULL, 0};
+    multiply(&l->attention.first, normed, c->rows, &end);
+#pragma omp barrier
+    int64_t windows = c->rows / c->places, items = m->heads * windows;
+    for (int64_t i = items * thread / threads; i < items * (thread + 1) / threads; i++) {
+        /* Images of a prompt one after the other: its text keys stay near. In a window each code sees those before it. */
+        int64_t h = i / windows, first = i % windows * c->places, last = first + c->places;
+        for (int64_t r = first; r < last; r++) keep(m, c, l, r, h, qkv, at->wide_qkv);
+        for (int64_t r = first; r < last; r++) {
+            const float *query = qkv + r * at->wide_qkv + h * m->width;
+            if (m->width == 64)
+                attend(m, c, l, r, h, query, 64, room, heads);
+            else
+                attend(m, c, l, r, h, query, m->width, room, heads);
+        }
+    }
+#pragma omp barrier
+    add(m, &l->attention, at, c->rows, heads, room);
+
+    prepare(m, c, &l->feed_forward, stream, at->wide, room, normed);
+    end = (ending){ACTIVE, hidden, 0, NULL, m->activation};
+    multiply(&l->feed_forward.first, normed, c->rows, &end);
+#pragma omp barrier
+    add(m, &l->feed_forward, at, c->rows, hidden, room);
+}
+
+/* What is out of range: 1 a code, 2 a position, 3 a sequence, 4 the number of rows; 0: nothing. */
+static int64_t wrong(const model *m, const chunk *c, const int64_t *codes) {
+    if (c->rows > m->rows || c->places < 1 || c->rows % c->places) return 4;
+    for (int64_t r = 0; r < c->rows; r++) {
+        if (codes[r] < 0 || codes[r] >= m->codes) return 1;
+        if (c->positions[r] < 0 || c->positions[r] >= m->grid * m->grid) return 2;
+        if (c->of[r / c->places] < 0 || c->of[r / c->places] >= m->sequences) return 3;
+    }
+    return 0;
+}
+
+static void embed(const model *m, const chunk *c, const plan *at, const int64_t *codes) {
+    int64_t dim = m->dim;
+    for (int64_t r = 0; r < c->rows; r++) {
+        float *to = m->scratch + at->stream + r * at->wide;
+        memcpy(to, m->table + codes[r] * dim, dim * sizeof(float));
+        for (int64_t i = 0; m->positions && i < dim; i++) to[i] += m->positions[c->positions[r] * dim + i];
+    }
+}
+
+/* Row r of the stream as the head takes it, out (D). */
+static void finished(const model *m, const plan *at, int64_t r, float *out) {
+    const float *own = m->scratch + at->stream + r * at->wide;
+    if (m->stable) {
+        float top = largest(own, m->dim);
+        for (int64_t i = 0; i < m->dim; i++) out[i] = own[i] / top;
+        own = out;
+    }
+    normalise(&m->last, own, m->dim, out);
+}
+
+/* Feed codes (R) to some sequences; out (R, D): what the head takes. Returns what `wrong` does. */
+int64_t step(const model *m, int64_t rows, int64_t places, const int64_t *of, const int64_t *codes,
+             const int64_t *positions, float *out) {
+    chunk c = {rows, places, of, positions};
+    int64_t failed = wrong(m, &c, codes);
+    if (failed) return failed;
+    plan at = plan_of(m, rows);
+    embed(m, &c, &at, codes);
+#pragma omp parallel num_threads(m->threads)
+    for (int64_t i = 0; i < m->layers; i++) through(m, &c, m->stack + i, &at);
+    for (int64_t r = 0; r < rows; r++) finished(m, &at, r, out + r * m->dim);
+    return 0;
+}
+
+/* ---- windows */
+
+/* The images of a batch while they are sampled: B images, N codes of each and room for the last window. */
+typedef struct {
+    int64_t images, num_codes, stride, guided;
+    int64_t *codes, *fronts; /* (B, stride): sampled ones, and guesses; (B): the last position that stays as it is */
+    float *scores;           /* (B, stride) log-likelihoods */
+    const int64_t *kept;     /* (stride) codes to keep in every image, or -1 */
+    const int64_t *keys;     /* (B) of the noise */
+    const double *temperature, *top_p, *scale; /* (B), and so is top_k; `scale`: of guidance */
+    const int64_t *top_k;
+} canvas;
+
+/* The code at a position of an image: the one that is kept, or a sample from the logits of row r. */
+static int64_t code_at(const model *m, const canvas *v, const plan *at, int64_t image, int64_t position, int64_t r,
+                       float *score) {
+    float *own = m->scratch + at->logits + r * at->wide_head, *space = m->scratch + at->space + 2 * r * at->wide_head;
+    *score = 0;
+    if (v->kept[position] >= 0) return v->kept[position];
+    uint64_t state = v->keys[image] + (uint64_t)(position * m->codes) * GOLDEN;
+    choice by = {v->temperature[image], v->top_p[image], v->top_k[image], state};
+    return sampled(own, m->codes, &by, space, score);
+}
+
+static void guide(const model *m, const plan *at, float scale, int64_t r, int64_t null) {
+    float *own = m->scratch + at->logits + r * at->wide_head;
+    const float *without = m->scratch + at->logits + null * at->wide_head;
+    for (int64_t i = 0; i < m->codes; i++) own[i] = without[i] + (own[i] - without[i]) * scale;
+}
+
+/* Feed a window of each image that lacks codes, choose the code behind each of its places, and move the image's front on
+ * over those that were guessed right, and one more. integers: room for 5 * R. Returns what `wrong` does. */
+int64_t advance(const model *m, const canvas *v, int64_t width, int64_t *integers) {
+    int64_t last = v->num_codes - 1, active = 0;
+    for (int64_t i = 0; i < v->images; i++) active += v->fronts[i] < last;
+    int64_t half = active * width, rows = v->guided ? 2 * half : half;
+    if (rows > m->rows) return 4;
+    int64_t *of = integers, *codes = of + rows, *positions = codes + rows, *tokens = positions + rows, *images = tokens + rows;
+    float scores[half > 0 ? half : 1];
+    for (int64_t i = 0, window = 0; i < v->images; i++) {
+        if (v->fronts[i] >= last) continue;
+        images[window] = of[window] = i;
+        if (v->guided) of[active + window] = v->images + i;
+        for (int64_t place = 0; place < width; place++) {
+            int64_t r = window * width + place, position = v->fronts[i] + place;
+            codes[r] = v->codes[i * v->stride + position];
+            positions[r] = position < last ? position : last; /* what is fed there does not count */
+            if (v->guided) codes[half + r] = codes[r], positions[half + r] = positions[r];
+        }
+        window++;
+    }
+    chunk c = {rows, width, of, positions};
+    int64_t failed = wrong(m, &c, codes);
+    if (failed) return failed;
+    plan at = plan_of(m, rows);
+    embed(m, &c, &at, codes);
+#pragma omp parallel num_threads(m->threads)
+    {
+        int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+        float *turned = m->scratch + at.own + thread * at.of_thread, *row = turned + at.wide * rows;
+        for (int64_t i = 0; i < m->layers; i++) through(m, &c, m->stack + i, &at);
+        for (int64_t r = 0; r < rows; r++) {
+            finished(m, &at, r, row);
+            for (int64_t k = 0; k < m->dim; k++) turned[k * rows + r] = row[k];
+        }
+        ending end = {PLAIN, m->scratch + at.logits, at.wide_head, NULL, 0};
+        multiply(&m->head, turned, rows, &end);
+#pragma omp barrier
+        for (int64_t r = thread; r < half; r += threads) {
+            int64_t image = images[r / width], position = v->fronts[image] + r % width + 1;
+            if (position > last) continue;
+            if (v->guided) guide(m, &at, v->scale[image], r, half + r);
+            tokens[r] = code_at(m, v, &at, image, position, r, scores + r);
+        }
+    }
+    for (int64_t window = 0; window < active; window++) {
+        int64_t image = images[window], front = v->fronts[image], accepted = 0, right = 1;
+        for (int64_t place = 0; place < width && front + place < last; place++) {
+            int64_t *code = v->codes + image * v->stride + front + place + 1, token = tokens[window * width + place];
+            accepted += right;
+            right &= *code == token;
+            *code = token;
+            v->scores[image * v->stride + front + place + 1] = scores[window * width + place];
+        }
+        v->fronts[image] = front + accepted;
+        /* Guesses for what the next window sees first: what the last logits give with the noise there. */
+        for (int64_t place = width + 1; place < width + accepted && front + place <= last; place++) {
+            float unused;
+            v->codes[image * v->stride + front + place] =
+                code_at(m, v, &at, image, front + place, window * width + width - 1, &unused);
+        }
+    }
+    return 0;
 }

@@ -34,9 +34,13 @@ static inline vec widened(const int8_t *p) {
 }
 /* n < LANES floats, padded with zeros. */
 static inline vec load_some(const float *p, long n) {
+#if LANES == 16
+    return (vec)_mm512_maskz_loadu_ps((__mmask16)((1 << n) - 1), p);
+#else
     vec x = {};
     memcpy(&x, p, n * sizeof(float));
     return x;
+#endif
 }
 static inline vec fill(float x) { return x - (vec){}; }
 static inline vec larger(vec a, vec b) { ivec m = a > b; return (vec)((m & (ivec)a) | (~m & (ivec)b)); }

@@ -1,0 +1,53 @@
+"""Gumbel noise of (seed, position, token): a function of integers, bit-equal in C and in PyTorch on any device.
+
+A fixed sequence of IEEE float32 operations, as in csrc/noise.h: no function of a library, whose last bits differ.
+
+Letters: R rows, C tokens of the vocabulary.
+"""
+from __future__ import annotations
+
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+from utils.splitmix import GOLDEN, MASK, signed, splitmix64, splitmix64_tensor
+
+_LOG_2 = 0.6931471824645996
+_POLYNOMIAL = (-0.14292079210281372, 0.22055938839912415, -0.254032701253891, 0.33258023858070374, -0.4999021887779236,
+               1.000004529953003)  # fmt: skip
+"""log(1 + t) / t between the roots of 1/2 and 2, to 1e-5."""
+
+
+def keys(seeds: Sequence[int]) -> Tensor:
+    """Return (len(seeds),) int64: where the stream of SplitMix64 begins that belongs to each seed."""
+    return torch.tensor([signed(splitmix64(seed & MASK)) for seed in seeds], dtype=torch.int64)
+
+
+def _log(x: Tensor, t: Tensor) -> Tensor:
+    """Log of positive x; `t` is x - 1, which is used where the exponent is 0, because x may have lost bits of it."""
+    bits = x.view(torch.int32)
+    exponent = (bits - 0x3F3504F3) >> 23
+    t = torch.where(exponent == 0, t, (bits - (exponent << 23)).view(torch.float32) - 1.0)
+    p = t * _POLYNOMIAL[0] + _POLYNOMIAL[1]
+    for coefficient in _POLYNOMIAL[2:]:
+        p = p * t + coefficient
+    return p * t + exponent.float() * _LOG_2
+
+
+def gumbel_of(numbers: Tensor) -> Tensor:
+    """-log(-log(1 - v)) for v = (number + 1/2) / 2**31, below 1. Integers in [0, 2**31) -> float32."""
+    v = ((numbers.float() + 0.5) * 2.0**-31).clamp(max=1 - 2.0**-24)
+    exponential = -_log(1.0 - v, -v)
+    return -_log(exponential, exponential - 1.0)
+
+
+def stream(key: Tensor, position: Tensor, vocabulary: int) -> Tensor:
+    """Where the streams of `key` (R,) stand at the first token of a position (R,): int64 (R,)."""
+    return key + position * signed(GOLDEN * vocabulary & MASK)
+
+
+def gumbel(state: Tensor, vocabulary: int) -> Tensor:
+    """The noise of all tokens from where a `stream` stands: (R,) -> (R, C) float32."""
+    token = torch.arange(vocabulary, device=state.device)
+    return gumbel_of((splitmix64_tensor(state[:, None] + token * signed(GOLDEN)) >> 33) & 0x7FFFFFFF)

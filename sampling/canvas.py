@@ -1,0 +1,123 @@
+"""A batch of images while it is sampled: the request, codes that are certain, and guesses behind them.
+
+Letters: B images, R rows (B, twice as many with guidance), N image tokens, n codes of a window, C codebook size.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, NamedTuple
+
+import torch
+from torch import Tensor
+
+import ops
+from sampling.options import SamplingOptions
+from sampling.windows import MOST, Windows
+
+
+class Sampled(NamedTuple):
+    """Codes (B, N) and the log-likelihood in nats (B,) the unfiltered model gives to those that were sampled."""
+
+    codes: Tensor
+    log_likelihood: Tensor
+
+
+def guided(logits: Tensor, cond_scale: Tensor) -> Tensor:
+    """Guide logits (R, n, C) whose second half of rows is unconditional, by a scale for each image (B, 1, 1)."""
+    # Half precision could not hold the product.
+    conditional, null = logits.to(torch.promote_types(logits.dtype, torch.float32)).chunk(2, dim=0)
+    return null + (conditional - null) * cond_scale.to(null.dtype)
+
+
+class Request(NamedTuple):
+    """A batch to sample, on the model's device."""
+
+    prompts: Tensor
+    """(prompts, T), or (2 * prompts, T) with guidance: then the same number of empty ones follow."""
+    keys: Tensor
+    """(B,) of each image's noise."""
+    kept: list[int]
+    """N codes to keep in every image, -1 where the model samples."""
+    options: SamplingOptions
+    windows: Windows
+    on_token: Callable[[], None] | None = None
+
+    @property
+    def prefix(self) -> int:
+        """How many codes are kept before the first one that is sampled."""
+        return next((i for i, code in enumerate(self.kept) if code < 0), len(self.kept))
+
+    @property
+    def images(self) -> int:
+        """Images of each prompt."""
+        return len(self.keys) * (2 if self.options.guided else 1) // len(self.prompts)
+
+
+class Canvas:
+    """The codes of a batch while they are sampled, guesses behind them, and how each image's are chosen."""
+
+    def __init__(self, batch: int, num_codes: int, options: SamplingOptions, device: torch.device) -> None:
+        self.num_codes = num_codes
+        shape = (batch, num_codes + 2 * MOST)  # a window, and the guesses for the next, may end behind the last code
+        self.codes = torch.zeros(shape, dtype=torch.long, device=device)
+        self.scores = torch.zeros(shape, device=device)
+        self.kept = torch.full((1, shape[1]), -1, dtype=torch.long, device=device)
+        self.keys = torch.zeros(batch, dtype=torch.long, device=device)
+        self.fronts = torch.zeros(batch, dtype=torch.long, device=device)
+        """Position of the last code of each image that nothing can change any more."""
+        self.cond_scale = torch.full((batch, 1, 1), options.cond_scale, dtype=torch.float64, device=device)
+        self.options = options
+        self._choices: dict[int, ops.Choice] = {}
+
+    def begin(self, request: Request) -> None:
+        """Take a request's noise, and the codes that are kept."""
+        self.scores.zero_()
+        self.keys.copy_(request.keys)
+        self.kept[:, : self.num_codes].copy_(torch.tensor([request.kept]))
+        self.codes.copy_(self.kept.clamp(min=0).expand_as(self.codes))
+
+    def rows(self, codes: Tensor) -> Tensor:
+        """Codes (B, n) as a decoder is fed them, (R, n)."""
+        return codes.repeat(2, 1) if self.options.guided else codes
+
+    def choice(self, rows: int) -> ops.Choice:
+        """The options for so many rows."""
+        if rows not in self._choices:
+            options = self.options
+            self._choices[rows] = ops.choice_of(
+                rows, options.temperature, options.top_k, options.top_p, self.codes.device
+            )
+        return self._choices[rows]
+
+    def choose(self, logits: Tensor, at: Tensor) -> Tensor:
+        """Choose codes from logits (R, n, C) for their positions (B, n), and write them there; what is kept stays.
+
+        Returns how many of them (B,) nothing can change any more: those that had been guessed, from the first on, and
+        one more. Behind a window come guesses for the next: what its last logits give with the noise there.
+        """
+        if self.options.guided:
+            logits = guided(logits, self.cond_scale)
+        batch, width = at.shape
+        if width > 1:
+            at = torch.cat([at, at + width], dim=1)
+            logits = torch.cat([logits, logits[:, -1:].expand(-1, width, -1)], dim=1)
+        count = at.shape[1]
+        keys = self.keys.repeat_interleave(count)
+        tokens, scores = ops.sample(logits.float().flatten(0, 1), keys, at.flatten(), self.choice(batch * count))
+        tokens, scores = tokens.view(batch, count), scores.view(batch, count)
+        kept = self.kept[0, at]
+        tokens, scores = torch.where(kept < 0, tokens, kept), scores.masked_fill(kept >= 0, 0.0)
+        right = (self.codes.gather(1, at) == tokens)[:, : width - 1].cumprod(dim=1)
+        self.codes.scatter_(1, at, tokens)
+        self.scores.scatter_(1, at, scores)
+        return right.sum(dim=1) + 1
+
+    def choose_first(self, logits: Tensor, position: int) -> None:
+        """Choose the code at a position of every image from logits (R, C): the front is there."""
+        self.fronts.fill_(position)
+        self.choose(logits[:, None], self.fronts[:, None])
+
+    def result(self) -> Sampled:
+        """What was sampled."""
+        num_codes = self.num_codes  # scores in double: the order of the sum must not matter
+        return Sampled(self.codes[:, :num_codes].clone(), self.scores[:, :num_codes].double().sum(dim=1).float())

@@ -1,0 +1,125 @@
+"""Windows of guessed codes: the same images in fewer passes, whatever model, width, noise and codes are given."""
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from models_for_tests import OPTIONS, TEXT, needs_kernels, primed, random_model
+
+from dalle.loading import load
+from sampling import SamplingOptions, Shared, Windows, image_seed, sample_codes
+from utils.errors import UserError
+
+#: What is sampled beside the plain case: seeds, captions, options, given codes.
+CASES = {
+    "one image": ([3], TEXT[0], SamplingOptions(), None),
+    "greedy": ([3], TEXT[0], SamplingOptions(temperature=0), None),
+    "guided": ([4, 5, 6], TEXT[0], SamplingOptions(top_k=9, temperature=0.7, cond_scale=2.5), None),
+    "several captions": ([1, 2, 3, 4, 5, 6], TEXT, SamplingOptions(top_p=0.9), None),
+    "primed": ([1, 2, 3], TEXT[0], SamplingOptions(), primed(slice(13, None))),
+    "completed": ([1, 2, 3, 4], TEXT, SamplingOptions(cond_scale=1.5), primed(slice(0, 3), slice(7, 20), [22, 35])),
+}
+
+
+def sampled(model, case, parallel):
+    """Codes and log-likelihoods, and the windows that gave them."""
+    seeds, text, options, given = CASES[case]
+    shared = Shared(parallel)
+    return sample_codes(model, text, seeds, options, given, shared=shared), shared.windows
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_native_windows_give_the_same_bits(options, case):
+    model = random_model(**options).float()
+    expected, alone = sampled(model, case, "off")
+    for parallel in (3, 64):
+        found, windows = sampled(model, case, parallel)
+        assert torch.equal(found.codes, expected.codes)
+        assert torch.equal(found.log_likelihood, expected.log_likelihood)
+        assert windows.codes == alone.codes == alone.passes and windows.passes <= alone.passes
+        assert windows.codes_per_pass > 1 or case == "greedy"
+
+
+@pytest.mark.parametrize("case, parallel", [("one image", 64), ("guided", 3), ("completed", "auto")])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_windows_of_pytorch_give_the_same_codes(options, case, parallel):
+    """In double precision, where rounding, which depends on the width, changes no code."""
+    model = random_model(**options)
+    expected, _ = sampled(model, case, "off")
+    found, windows = sampled(model, case, parallel)
+    assert torch.equal(found.codes, expected.codes) and windows.codes_per_pass > 1
+    torch.testing.assert_close(found.log_likelihood, expected.log_likelihood, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "count", [12, pytest.param(200, marks=pytest.mark.slow)], ids=["12 captions", "200 captions"]
+)
+@needs_kernels
+def test_the_demo_model_samples_the_same_images_in_fewer_passes(count):
+    """Captions, seeds and settings in turn, alone and two at once."""
+    loaded = load("demo")
+    captions = ["red apple", "pizza", "octopus", "flag: Italy", "wolf", "rainbow", "grinning cat", "snowman", "guitar"]
+    settings = [
+        SamplingOptions(top_k=top_k, top_p=top_p, temperature=temperature)
+        for top_k, top_p, temperature in itertools.product((10, None, 64), (None, 0.9), (1.0, 0.7, 1.3))
+    ]
+    codes = passes = 0
+    for number in range(count):
+        text = loaded.tokenizer.tokenize(captions[number % len(captions)], loaded.config.text_seq_len)[0]
+        seeds, options = [image_seed(7, number + i) for i in range(1 + number % 2)], settings[number % len(settings)]
+        expected = sample_codes(loaded.dalle, text, seeds, options, shared=Shared("off"))
+        shared = Shared((8, 16, "auto")[number % 3])
+        found = sample_codes(loaded.dalle, text, seeds, options, shared=shared)
+        assert torch.equal(found.codes, expected.codes)
+        assert torch.equal(found.log_likelihood, expected.log_likelihood)
+        codes, passes = codes + shared.windows.codes, passes + shared.windows.passes
+    assert codes / passes > 1.5
+
+
+# ---- the width of a window
+
+
+def simulate(windows, rows, cost, accept, passes=200, most_rows=96):
+    """Passes that take cost(rows) seconds and give accept(width) codes. Returns codes per second."""
+    codes = seconds = 0.0
+    for _ in range(passes):
+        width = windows.width(rows, most_rows)
+        assert width >= 1 and rows * width <= max(most_rows, rows)
+        count = accept(width)
+        windows.note(rows * width, width, [count] * rows, cost(rows * width))
+        codes, seconds = codes + count, seconds + cost(rows * width)
+    return codes / seconds
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 32])
+@pytest.mark.parametrize("right", [0.0, 0.3, 0.7, 0.95])
+@pytest.mark.parametrize("slope", [0.01, 0.1, 1.0])
+def test_the_width_follows_what_windows_bring_and_cost(rows, right, slope):
+    """Close to the best fixed width, and never much slower than a code per pass."""
+    chance = torch.Generator().manual_seed(1)
+
+    def accept(width):
+        wrong = (torch.rand(width, generator=chance) >= right).nonzero()
+        return min(width, 1 + int(wrong[0, 0]) if len(wrong) else width)
+
+    def cost(rows):
+        return 1 + slope * rows
+
+    found = simulate(Windows(), rows, cost, accept, passes=600)
+    fixed = [simulate(Windows(width), rows, cost, accept) for width in (1, 2, 4, 8, 16, 32) if rows * width <= 96]
+    assert found > 0.97 * fixed[0] and found > 0.6 * max(fixed)
+
+
+def test_without_timing_the_width_follows_from_the_configuration():
+    assert [Windows().fixed(rows) for rows in (1, 4, 8, 16, 32, 100)] == [8, 8, 4, 2, 1, 1]
+    assert Windows("off").fixed(1) == 1 and Windows(12).fixed(100) == 12
+    assert Windows("off").width(1, 96) == 1 and Windows("12").width(1, 96) == 12 and Windows(12).width(32, 96) == 3
+
+
+@pytest.mark.parametrize("value", ["on", "0", "65", 0, 65, -1, True, 2.5, None, ""])
+def test_what_is_no_width_is_refused(value):
+    with pytest.raises(UserError, match="parallel must be auto, off or a number of codes from 1 to 64, got "):
+        Windows(value)

@@ -1,0 +1,34 @@
+"""SplitMix64 (Steele, Lea, Flood 2014): random bits that are a function of an integer, and nothing else."""
+from __future__ import annotations
+
+import torch
+
+MASK = (1 << 64) - 1
+GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def splitmix64(value: int) -> int:
+    """Return 64 well-mixed bits of a 64-bit value: one step of SplitMix64."""
+    value = (value + GOLDEN) & MASK
+    value = ((value ^ (value >> 30)) * _MIX_1) & MASK
+    value = ((value ^ (value >> 27)) * _MIX_2) & MASK
+    return value ^ (value >> 31)
+
+
+def splitmix64_tensor(values: torch.Tensor) -> torch.Tensor:
+    """`splitmix64` of each element, the 64 bits held in int64 (whose arithmetic wraps around as needed)."""
+    values = values + signed(GOLDEN)
+    values = (values ^ shift_right(values, 30)) * signed(_MIX_1)
+    values = (values ^ shift_right(values, 27)) * signed(_MIX_2)
+    return values ^ shift_right(values, 31)
+
+
+def shift_right(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical shift: >> of int64 repeats the sign bit, which the mask takes away again."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def signed(value: int) -> int:
+    """64 bits as the int64 that they are."""
+    return value - (1 << 64) if value >> 63 else value
