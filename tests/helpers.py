@@ -110,6 +110,13 @@ def flat(state, name=""):
     return {name: state.detach().cpu().numpy().tobytes() if isinstance(state, torch.Tensor) else state}
 
 
+def refused(message, function, *given, kind=UserError, **named):
+    """Call what must raise such an error with a message like this pattern; return its text."""
+    with pytest.raises(kind, match=message) as caught:
+        function(*given, **named)
+    return str(caught.value)
+
+
 class Payload:
     """Unpickled freely, it makes a folder: what a hostile file would do with its reader's rights."""
 

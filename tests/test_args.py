@@ -5,6 +5,7 @@ import dataclasses
 import re
 
 import pytest
+from helpers import refused
 
 import args
 from args import Config, ExecutionConfig, parse
@@ -31,9 +32,7 @@ def write(folder, text):
 
 
 def error_of(argv):
-    with pytest.raises(UsageError) as caught:
-        parse(argv)
-    message = str(caught.value)
+    message = refused("", parse, argv, kind=UsageError)
     assert "\n" not in message
     return message
 
@@ -244,8 +243,7 @@ def test_precision_of_the_native_engine():
     assert (half.native_precision("cpu"), half.native_precision("cuda")) == ("fp32", "fp16")
     assert ExecutionConfig().native_precision("cuda") == "fp32"
     assert ExecutionConfig(fp16=True, precision="bf16").native_precision("cpu") == "bf16"
-    with pytest.raises(UsageError, match="--precision"):
-        ExecutionConfig(precision="fp16").native_precision("cpu")
+    refused("--precision", ExecutionConfig(precision="fp16").native_precision, "cpu", kind=UsageError)
 
 
 def test_paths_are_looked_for_beside_the_configuration_file(tmp_path, monkeypatch):
@@ -271,14 +269,12 @@ def test_configurations_are_frozen_checked_and_survive_a_dict():
     config = parse(["--config", "demo", "--attn-types", "full,axial_row"])
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.execution.batch_size = 3
-    with pytest.raises(UsageError, match="--batch-size: must be at least 1"):
-        dataclasses.replace(config.execution, batch_size=0)
+    refused("--batch-size: must be at least 1", dataclasses.replace, config.execution, batch_size=0, kind=UsageError)
     flat = config.to_dict()
     assert flat["config"] == "demo" and flat["attn_types"] == ["full", "axial_row"]
     assert Config.from_dict(flat) == config
     assert config.replace(hidden_size=8).model.hidden_size == 8 and config.model.hidden_size != 8
-    with pytest.raises(UsageError, match="Did you mean 'hidden_size'"):
-        config.replace(hiden_size=8)
+    refused("Did you mean 'hidden_size'", config.replace, hiden_size=8, kind=UsageError)
 
 
 def test_option_names_are_unique():

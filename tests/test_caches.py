@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from helpers import NOBODY, give_away
+from helpers import NOBODY, give_away, refused
 
 from checkpoints import vqgan
 from dalle import published
@@ -36,10 +36,8 @@ def test_models_that_were_fetched_earlier_are_found(monkeypatch, tmp_path):
 
     monkeypatch.setattr("utils.downloads.download", nothing)
     monkeypatch.setattr(published, "download", nothing)
-    with pytest.raises(UserError, match=f"would be {tmp_path / 'x' / 'dalle'}"):
-        vqgan.default_vqgan()
-    with pytest.raises(UserError, match=f"would be {tmp_path / 'x' / 'minDALL-E'}"):
-        published.resolve("minDALL-E/1.3B")
+    refused(f"would be {tmp_path / 'x' / 'dalle'}", vqgan.default_vqgan)
+    refused(f"would be {tmp_path / 'x' / 'minDALL-E'}", published.resolve, "minDALL-E/1.3B")
     old = tmp_path / ".cache"
     (old / "minDALL-E" / "1.3B").mkdir(parents=True)
     (old / "dalle").mkdir()
@@ -48,9 +46,6 @@ def test_models_that_were_fetched_earlier_are_found(monkeypatch, tmp_path):
         (old / "dalle" / name).write_text("")
     assert published.resolve("minDALL-E/1.3B") == old / "minDALL-E" / "1.3B"
     assert vqgan.default_vqgan() == tuple(old / "dalle" / name for name in names)
-
-
-# Whose they are
 
 
 def test_missing_folders_are_made_for_their_owner_alone(tmp_path):
@@ -74,15 +69,13 @@ def test_missing_folders_are_made_for_their_owner_alone(tmp_path):
 def test_a_folder_that_others_may_write_is_refused(mode, tmp_path):
     folder = trusted_folder(tmp_path / "a" / "b" / "c", 0o755)
     folder.chmod(mode)
-    with pytest.raises(UntrustedError, match=f"may be written by others .mode {mode:o}"):
-        trusted_folder(folder)
+    refused(f"may be written by others .mode {mode:o}", trusted_folder, folder, kind=UntrustedError)
     folder.chmod(0o755)
     folder.parent.parent.chmod(mode)
     if mode & stat.S_ISVTX:  # as /tmp: nobody else may replace what lies there
         assert trusted_folder(folder) == folder and trusted_folder(folder.parent.parent, shared=True)
     else:
-        with pytest.raises(UntrustedError, match=str(folder.parent.parent)):
-            trusted_folder(folder)
+        refused(str(folder.parent.parent), trusted_folder, folder, kind=UntrustedError)
         with pytest.raises(UntrustedError):  # and nothing is made there
             trusted_folder(folder / "d", 0o755)
         assert not (folder / "d").exists()
@@ -92,8 +85,7 @@ def test_a_folder_that_others_may_write_is_refused(mode, tmp_path):
 def test_a_folder_of_another_user_is_refused_at_any_depth(name, tmp_path):
     folder = trusted_folder(tmp_path / "a" / "b" / "c", 0o755)
     give_away(tmp_path / name)
-    with pytest.raises(UntrustedError, match=rf"belongs to another user \(uid {NOBODY}\)"):
-        trusted_folder(folder)
+    refused(rf"belongs to another user \(uid {NOBODY}\)", trusted_folder, folder, kind=UntrustedError)
 
 
 def test_a_link_is_followed_as_far_as_nobody_else_could_turn_it(tmp_path):
@@ -106,16 +98,13 @@ def test_a_link_is_followed_as_far_as_nobody_else_could_turn_it(tmp_path):
     (shared / "link").symlink_to(real)
     (tmp_path / "second").symlink_to(shared / "link")
     for path in (shared / "link", tmp_path / "second"):
-        with pytest.raises(UntrustedError, match="may be written by others"):
-            trusted_folder(path)
+        refused("may be written by others", trusted_folder, path, kind=UntrustedError)
     shared.chmod(0o1777)
     assert trusted_folder(tmp_path / "second") == real
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    with pytest.raises(OSError, match="symbolic links"):
-        trusted_folder(tmp_path / "loop" / "x", 0o755)
+    refused("symbolic links", trusted_folder, tmp_path / "loop" / "x", 0o755, kind=OSError)
     give_away(shared / "link")
-    with pytest.raises(UntrustedError, match="another user"):
-        trusted_folder(tmp_path / "second")
+    refused("another user", trusted_folder, tmp_path / "second", kind=UntrustedError)
 
 
 @pytest.mark.parametrize("kind", ["written by others", "of another user", "a link", "a pipe", "a folder"])

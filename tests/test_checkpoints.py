@@ -10,6 +10,7 @@ import zipfile
 
 import pytest
 import torch
+from helpers import refused
 
 from checkpoints import (
     checkpoint_name,
@@ -95,9 +96,6 @@ def assert_weights(weights, expected):
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
 
 
-# ---- our own files
-
-
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_aliases_are_those_of_the_model(options):
     model = random_model(**options)
@@ -181,8 +179,7 @@ def test_published_layout(tmp_path):
 def test_only_a_whole_model_is_saved():
     state = random_model().state_dict()
     del state["norm.bias"]
-    with pytest.raises(UserError, match=r"'norm.bias' is missing"):
-        dalle_checkpoint(TINY.to_dict(), state, 0)
+    refused(r"'norm.bias' is missing", dalle_checkpoint, TINY.to_dict(), state, 0)
 
 
 def test_values_that_could_not_be_read_back_are_refused_when_writing(tmp_path):
@@ -200,42 +197,33 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(UserError, match=r"dalle_1.pt: No space left on device"):
-        save_checkpoint(path, ours())
+    refused(r"dalle_1.pt: No space left on device", save_checkpoint, path, ours())
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write the checkpoint .*dalle_1.pt"):
-        save_checkpoint(tmp_path / "file" / "dalle_1.pt", ours())
+    refused(r"cannot write the checkpoint .*dalle_1.pt", save_checkpoint, tmp_path / "file" / "dalle_1.pt", ours())
 
 
-# ---- what is refused
-
-
-@pytest.mark.parametrize(
-    "values, message",
-    [
-        ({"dim": 64.0}, "'dim' has the impossible value 64.0"),
-        ({"text_seq_len": trust.MAX_SEQ_LEN, "unique_pads": False, "text_positions": False}, "positions; at most"),
-        ({"dim": trust.MAX_WIDTH}, "channels; at most"),
-        ({"ff_mult": 10**9}, "channels; at most"),
-        ({"heads": 10**9, "dim_head": 10**30}, "channels; at most"),
-        ({"num_text_tokens": trust.MAX_TOKENS + 1}, "num_text_tokens 1000000001 the model has 1000000001 tokens"),
-        ({"activation": "relu"}, "dalle_2.pt: unknown activation 'relu'"),
-        ({"attn_types": []}, "'attn_types' has the impossible value"),
-        ({"layer_scale": "yes"}, "'layer_scale' has the impossible value 'yes'"),
-        ({"depht": 3}, "unknown model option 'depht'. Did you mean 'depth'"),
-        ({"shared_ff_ids": ["a"]}, "'shared_ff_ids' has the impossible value"),
-    ],
-)
+@pytest.mark.parametrize("values, message", [
+    ({"dim": 64.0}, "'dim' has the impossible value 64.0"),
+    ({"text_seq_len": trust.MAX_SEQ_LEN, "unique_pads": False, "text_positions": False}, "positions; at most"),
+    ({"dim": trust.MAX_WIDTH}, "channels; at most"),
+    ({"ff_mult": 10**9}, "channels; at most"),
+    ({"heads": 10**9, "dim_head": 10**30}, "channels; at most"),
+    ({"num_text_tokens": trust.MAX_TOKENS + 1}, "num_text_tokens 1000000001 the model has 1000000001 tokens"),
+    ({"activation": "relu"}, "dalle_2.pt: unknown activation 'relu'"),
+    ({"attn_types": []}, "'attn_types' has the impossible value"),
+    ({"layer_scale": "yes"}, "'layer_scale' has the impossible value 'yes'"),
+    ({"depht": 3}, "unknown model option 'depht'. Did you mean 'depth'"),
+    ({"shared_ff_ids": ["a"]}, "'shared_ff_ids' has the impossible value"),
+])
 def test_refused_options_of_our_own_files(tmp_path, values, message):
     document = ours()
     document["config"].update(values)
     save_checkpoint(tmp_path / "dalle_2.pt", document)
-    with pytest.raises(UserError, match=message):
-        read_dalle(tmp_path / "dalle_2.pt")
+    refused(message, read_dalle, tmp_path / "dalle_2.pt")
 
 
 def test_more_layers_than_any_model_has_are_refused():
@@ -253,8 +241,7 @@ def test_many_views_of_one_small_tensor_are_refused(tmp_path):
         name: largest[: tensor.numel()].view(tensor.shape) for name, tensor in document["weights"].items()
     }
     save_checkpoint(tmp_path / "dalle_2.pt", document)
-    with pytest.raises(UserError, match="claim more memory than the file holds"):
-        read_dalle(tmp_path / "dalle_2.pt")
+    refused("claim more memory than the file holds", read_dalle, tmp_path / "dalle_2.pt")
 
 
 def test_check_state_names_a_few_of_many():
@@ -262,9 +249,6 @@ def test_check_state_names_a_few_of_many():
     with pytest.raises(UserError, match=r"model.pt: .*'b' is missing, 'c' is missing, 'd' is missing and 2 more"):
         check_state(dict(dict.fromkeys("bcd", torch.zeros(1)), a=torch.zeros(3)), weights, "model.pt")
     check_state({"a": torch.zeros(2)}, {"a": torch.ones(2)}, "model.pt")
-
-
-# ---- damage
 
 
 @pytest.mark.parametrize("name", ["dalle_1.pt", "model.safetensors"])
@@ -276,8 +260,7 @@ def test_cut_off_and_empty_files(tmp_path, name):
     for length in (0, 1, 7, 8, 9, 100, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
         for read in (verify, read_dalle):
-            with pytest.raises(UserError, match=name):
-                read(path)
+            refused(name, read, path)
 
 
 @pytest.mark.parametrize("name", ["dalle_1.pt", "model.safetensors"])
@@ -314,31 +297,23 @@ def test_every_flip_in_a_weight_is_found(tmp_path):
         damaged = bytearray(content)
         damaged[start + offset] ^= 0x10
         path.write_bytes(bytes(damaged))
-        with pytest.raises(UserError, match=r"dalle_1.pt is damaged \(checksum of"):
-            verify(path)
+        refused(r"dalle_1.pt is damaged \(checksum of", verify, path)
 
 
 def test_compressed_archives_are_not_unpacked(tmp_path):
     path = tmp_path / "dalle.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"\0" * (1 << 20))
-    with pytest.raises(UserError, match="compressed archive"):
-        read_dalle(path)
+    refused("compressed archive", read_dalle, path)
 
 
 def test_paths_that_are_no_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        verify(tmp_path / "none.pt")
-    with pytest.raises(UserError, match="is a folder"):
-        read_dalle(tmp_path)
+    refused("does not exist", verify, tmp_path / "none.pt")
+    refused("is a folder", read_dalle, tmp_path)
     (tmp_path / "page.pt").write_text("<html>Not found</html>")
     torch.save(ours(), tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
     for name in ("page.pt", "legacy.pt"):
-        with pytest.raises(UserError, match=name + " is no checkpoint"):
-            read_dalle(tmp_path / name)
-
-
-# ---- export
+        refused(name + " is no checkpoint", read_dalle, tmp_path / name)
 
 
 def test_half_precision_export(tmp_path):
@@ -371,31 +346,26 @@ def test_weights_beyond_half_precision_are_not_exported_as_infinity(tmp_path):
     model = random_model()
     with torch.no_grad():
         model.norm.weight[0] = 1e6
-    with pytest.raises(UserError, match=r"'norm.weight' does not fit torch.float16"):
-        exported(stored(tmp_path, model), torch.float16)
+    refused(r"'norm.weight' does not fit torch.float16", exported, stored(tmp_path, model), torch.float16)
     assert not (tmp_path / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    "metadata, message",
-    [
-        (None, "carries no options"),
-        ({"format": "pt"}, "carries no options"),
-        ({"format": "mini-dalle", "config": "{"}, "'config' is no JSON"),
-        ({"format": "mini-dalle", "config": "[]"}, "'config' is no table"),
-        ({"format": "mini-dalle", "config": "{}"}, "'num_text_tokens' is missing"),
-        ({"format": "mini-dalle", "config": json.dumps(dict(TINY.to_dict(), depth=10**9))}, "option 'depth'"),
-        ({"format": "mini-dalle", "config": json.dumps(TINY.to_dict()), "epoch": "-1"}, "'epoch' must be"),
-        ({"format": "mini-dalle", "config": json.dumps(TINY.to_dict()), "sha256": "00"}, r"damaged \(sha256"),
-    ],
-)
+@pytest.mark.parametrize("metadata, message", [
+    (None, "carries no options"),
+    ({"format": "pt"}, "carries no options"),
+    ({"format": "mini-dalle", "config": "{"}, "'config' is no JSON"),
+    ({"format": "mini-dalle", "config": "[]"}, "'config' is no table"),
+    ({"format": "mini-dalle", "config": "{}"}, "'num_text_tokens' is missing"),
+    ({"format": "mini-dalle", "config": json.dumps(dict(TINY.to_dict(), depth=10**9))}, "option 'depth'"),
+    ({"format": "mini-dalle", "config": json.dumps(TINY.to_dict()), "epoch": "-1"}, "'epoch' must be"),
+    ({"format": "mini-dalle", "config": json.dumps(TINY.to_dict()), "sha256": "00"}, r"damaged \(sha256"),
+])
 def test_refused_safetensors(tmp_path, metadata, message):
     from safetensors.torch import save_file
 
     save_file(random_model().state_dict(), tmp_path / "x.safetensors", metadata)
-    with pytest.raises(UserError, match=message) as caught:
-        read_dalle(tmp_path / "x.safetensors")
-    assert "x.safetensors" in str(caught.value)
+    caught = refused(message, read_dalle, tmp_path / "x.safetensors")
+    assert "x.safetensors" in caught
 
 
 def test_command_line_ends_with_one_line(tmp_path, monkeypatch, capsys):
@@ -404,9 +374,6 @@ def test_command_line_ends_with_one_line(tmp_path, monkeypatch, capsys):
         run_main(main)
     assert exit_.value.code == 1
     assert capsys.readouterr().err == "error: checkpoint {} does not exist\n".format(tmp_path / "no.pt")
-
-
-# ---- the checkpoints of a run
 
 
 def test_order_of_a_runs_checkpoints(tmp_path):

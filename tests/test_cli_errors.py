@@ -40,17 +40,10 @@ ROOT = Path(__file__).resolve().parents[1]
 DEMO_VQGAN, DEMO_YAML = ROOT / "models" / "demo" / "vqgan.safetensors", ROOT / "models" / "demo" / "vqgan.yaml"
 
 MAINS = {
-    "train": train.main,
-    "generate": generate.main,
-    "evaluate": evaluate.main,
-    "train_vqgan": train_vqgan.main,
-    "process_trainset": data.process_trainset.main,
-    "bpe.train": bpe.train.main,
-    "examples_utils": examples_utils.cli.main,
-    "checkpoints": checkpoints.__main__.main,
-    "archives": utils.archives.main,
-    "dalle.export": dalle.export.main,
-    "ops": ops_main,
+    "train": train.main, "generate": generate.main, "evaluate": evaluate.main, "train_vqgan": train_vqgan.main,
+    "process_trainset": data.process_trainset.main, "bpe.train": bpe.train.main,
+    "examples_utils": examples_utils.cli.main, "checkpoints": checkpoints.__main__.main,
+    "archives": utils.archives.main, "dalle.export": dalle.export.main, "ops": ops_main,
 }
 # What each command needs beside the flag that is wrong.
 BASE = {
@@ -131,16 +124,10 @@ def check(result, status, *names):
     assert all(name in errors[0] for name in names), errors[0]
 
 
-# Wrong types and unknown flags ----------------------------------------------------------------------------------------
-
 COMMANDS = {
-    "train": args.COMMAND,
-    "generate": generation.COMMAND,
-    "evaluate": evaluation.COMMAND,
-    "train_vqgan": vqgan_options.COMMAND,
-    "process_trainset": data.process_trainset.COMMAND,
-    "bpe.train": bpe.train.COMMAND,
-    "examples_utils": examples_utils.options.COMMAND,
+    "train": args.COMMAND, "generate": generation.COMMAND, "evaluate": evaluation.COMMAND,
+    "train_vqgan": vqgan_options.COMMAND, "process_trainset": data.process_trainset.COMMAND,
+    "bpe.train": bpe.train.COMMAND, "examples_utils": examples_utils.options.COMMAND,
 }
 
 
@@ -188,8 +175,6 @@ NEAR = [
 def test_the_nearest_flag_is_named(program, flag, near, command):
     check(command(program, [*BASE[program].split(), flag + "=3"]), 2, flag, f"Did you mean '{near}'")
 
-
-# Missing files and files of the wrong kind ----------------------------------------------------------------------------
 
 VQGAN = {"vqgan-model-path": str(DEMO_VQGAN), "vqgan-config-path": str(DEMO_YAML)}
 KINDS = ["missing", "folder", "empty", "text.txt", "html", "list.json", "yaml.yaml", "binary", "pickle", "packed.gz"]
@@ -245,9 +230,7 @@ def test_checkpoints_of_the_wrong_kind(kind, command):
 
 
 FOLDERS = [
-    ("train", "--input-folder"),
-    ("train", "--validation-folder"),
-    ("evaluate", "--input_folder"),
+    ("train", "--input-folder"), ("train", "--validation-folder"), ("evaluate", "--input_folder"),
     ("train_vqgan", "--input-folder"),
 ]
 
@@ -258,15 +241,10 @@ def test_folders_of_data(program, flag, kind, command):
     check(command(program, [*without(program, flag), flag, kind]), 1, flag.replace("_", "-"), kind)
 
 
-# Where to write -------------------------------------------------------------------------------------------------------
-
 OUTPUTS = [
-    ("train", "--checkpoint-output-dir", "text.txt/ckpt"),
-    ("generate", "--outputs_dir", "text.txt"),
-    ("evaluate", "--json", "text.txt/a.json"),
-    ("train_vqgan", "--output", "text.txt"),
-    ("process_trainset", "--out-dir", "text.txt"),
-    ("bpe.train", "--output", "text.txt/vocab.txt"),
+    ("train", "--checkpoint-output-dir", "text.txt/ckpt"), ("generate", "--outputs_dir", "text.txt"),
+    ("evaluate", "--json", "text.txt/a.json"), ("train_vqgan", "--output", "text.txt"),
+    ("process_trainset", "--out-dir", "text.txt"), ("bpe.train", "--output", "text.txt/vocab.txt"),
     ("examples_utils", "--log-dir", "text.txt"),
 ]
 
@@ -276,8 +254,6 @@ def test_places_that_cannot_be_written(program, flag, target, command):
     words = [*without(program, flag), flag, target]
     check(command(program, words), 1, flag.replace("_", "-"), "text.txt is a file, not a folder")
 
-
-# Contradictions, unknown names, absent flags --------------------------------------------------------------------------
 
 WORDS = [  # more of them are in test_args.py, test_generate.py, test_evaluate.py, test_train_vqgan.py
     ("train", "--config demmo", 2, ["--config", "demmo", "Did you mean 'demo'"]),
@@ -322,9 +298,6 @@ def test_contradictions_and_unknown_names(program, words, status, names, command
     if "--clip_path folder" in words:
         pytest.importorskip("transformers")
     check(command(program, words.split()), status, *names)
-
-
-# Odd values of the command line ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", ["x\ny", "x\udcff", "-rf", "$(touch trap)", "x" * 5000, "../../../x", "\u202ex"])

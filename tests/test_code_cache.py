@@ -113,9 +113,6 @@ def assert_same_items(codes, images):
             assert row.dtype == torch.int64 and torch.equal(row, Encoder()(image[None])[0])
 
 
-# What is read
-
-
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("broken", [(), (3, 4, 11)])
 def test_items_are_those_of_the_images(photos, tmp_path, broken, flip):
@@ -190,9 +187,6 @@ def test_the_demo_and_random_images_have_identities_of_their_own(all_photos, tmp
     for part, expected in ((records[:12], 12), (records[12:], 20), (records, 20)):
         dataset, _ = cache_in(tmp_path, encoder).encoded(DemoDataset(part, TextSettings(Letters(), 8), SIZE), None)
         assert encoder.count == expected and len(dataset) == len(part)
-
-
-# What is encoded again
 
 
 def test_an_image_that_changed_is_encoded_again_and_no_other(photos, tmp_path):
@@ -298,9 +292,6 @@ def test_an_unreadable_image_is_tried_again_by_the_next_run(photos, tmp_path, ca
     assert_same_items(dataset, photo_set(photos))
 
 
-# Several processes and runs
-
-
 def encoded_by_two(photos, folders, encoders=(None, None)):
     """Two processes encode at the same time; returns the data set of each."""
     works = zip(folders, encoders, teams(2))
@@ -385,9 +376,6 @@ def test_the_lock_of_a_killed_process_is_free(all_photos, tmp_path):
     lock = place.lock()
     assert lock is not None
     lock.close()
-
-
-# Where codes cannot be kept
 
 
 def test_a_full_disk_ends_the_cache_not_the_run(tmp_path, caplog):
@@ -502,9 +490,6 @@ def test_a_complete_cache_need_not_be_writable(all_photos, tmp_path, caplog):
         without_rights_of_root(check)
     finally:
         place.chmod(0o755)
-
-
-# Training
 
 
 @pytest.fixture(scope="module")

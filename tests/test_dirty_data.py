@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import refused
 from PIL import Image
 from test_train import flags
 from test_train import folder as tiny  # noqa: F401 (a fixture)
@@ -195,9 +196,7 @@ def test_loader_processes_list_each_file_once(dirty, tmp_path):
 
 def test_more_than_the_limit_is_one_error_that_names_flag_counts_and_file(dirty, tmp_path):
     report = tmp_path / "skipped.jsonl"
-    with pytest.raises(UserError) as raised:
-        dataset_of(dirty, skipped_file=report)
-    message = str(raised.value)
+    message = refused("", dataset_of, dirty, skipped_file=report)
     bad = len(BAD_CAPTIONS) + PIPES
     assert f"--input-folder {dirty}" in message and "--max-bad-fraction 0.01" in message
     assert f"{bad} of {NUM_GOOD + NUM_BAD + PIPES} samples" in message and str(report) in message
@@ -221,8 +220,7 @@ def test_images_above_the_limit_end_the_loading_wherever_they_are_read(tmp_path,
 
     assert read(0.04) == 100
     assert len(lines(report)) == 4
-    with pytest.raises(UserError, match="--max-bad-fraction 0.03 allows: 4 files that are no picture"):
-        read(0.03)
+    refused("--max-bad-fraction 0.03 allows: 4 files that are no picture", read, 0.03)
 
 
 def test_an_error_of_a_loader_process_is_still_one_line(capsys):
@@ -272,9 +270,6 @@ def test_the_limit_on_pixels_comes_before_any_decoding(monkeypatch, tmp_path):
         dataset.image(0)
 
 
-# The report ----------------------------------------------------------------------------------------------------------
-
-
 def test_sources_share_a_file_and_count_apart(tmp_path):
     file = tmp_path / "skipped.jsonl"
     first, second = (SkipReport(file, 0.5, source) for source in ("--input-folder a", "--validation-folder b"))
@@ -284,8 +279,7 @@ def test_sources_share_a_file_and_count_apart(tmp_path):
     again = SkipReport(file, 0.5, "--input-folder a")  # another process
     assert again.num_bad == 1 and not again.add("x", "damaged")
     again.check(2)
-    with pytest.raises(UserError, match="--input-folder a: 1 of 1 samples.* 1 damaged .such as x."):
-        again.check(1)
+    refused("--input-folder a: 1 of 1 samples.* 1 damaged .such as x.", again.check, 1)
 
 
 def test_a_report_that_cannot_be_written_ends_no_run(tmp_path, caplog):
@@ -303,9 +297,6 @@ def test_names_that_are_no_text_are_listed(tmp_path):
     report.add("caf\udce9\n.jpg", "damaged", "line\nbreak " * 100)
     line = lines(tmp_path / "skipped.jsonl")[0]
     assert line["path"] == "caf\udce9\n.jpg" and len(line["detail"]) == 300
-
-
-# Training ------------------------------------------------------------------------------------------------------------
 
 
 def train_flags(tiny, dirty, out, cache, limit):  # noqa: F811

@@ -10,6 +10,7 @@ import types
 
 import pytest
 import torch
+from helpers import refused
 from test_crash import assert_as_undisturbed, finish, slow_unless, start, undisturbed  # noqa: F401 (fixtures)
 from test_train import flags, folder, weights  # noqa: F401
 
@@ -18,7 +19,6 @@ import engines
 import log
 import train
 from engines.native import NativeEngine
-from utils.errors import UserError
 
 SMALL = 20_000  # bytes: more than any log here takes, less than a checkpoint
 
@@ -36,9 +36,6 @@ def everything(folder):  # noqa: F811
 def steps(out):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [line["step"] for line in lines if line["event"] == "train"]
-
-
-# Checkpoints
 
 
 @pytest.mark.parametrize("processes", slow_unless([(2,)], 1, 2))
@@ -74,9 +71,6 @@ def test_a_disk_that_has_room_again(folder, tmp_path, monkeypatch, caplog):  # n
     assert calls == [4, 5, 6, 7, 8, 10]
     assert caplog.text.count("No space left on device; the newest checkpoint is none") == 4
     assert sorted(path.name for path in (tmp_path / "ckpt").iterdir()) == ["dalle_1.pt", "dalle_1_8.pt"]
-
-
-# Logs and metrics
 
 
 def test_no_room_for_logs_metrics_curve_and_codes(server, folder, tmp_path):  # noqa: F811
@@ -144,6 +138,5 @@ def test_an_earlier_run_that_cannot_be_moved_is_left_alone(folder, tmp_path):  #
     (tmp_path / "ckpt/earlier.1").mkdir()
     (tmp_path / "ckpt/earlier.2").symlink_to(tmp_path / "nowhere")  # does not exist, nor can be made
     good = weights(tmp_path / "ckpt/dalle_0_2.pt")
-    with pytest.raises(UserError, match="--checkpoint-output-dir: cannot make .*earlier.2: File exists"):
-        run(folder, tmp_path, "--max-steps", "2")
+    refused("--checkpoint-output-dir: cannot make .*earlier.2: File exists", run, folder, tmp_path, "--max-steps", "2")
     assert weights(tmp_path / "ckpt/dalle_0_2.pt").keys() == good.keys()

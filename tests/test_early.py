@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import refused
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_train import flags, folder  # noqa: F401
@@ -92,8 +93,7 @@ def place(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words, message", TRAIN, ids=[words for words, _ in TRAIN])
 def test_training(words, message, folder, place, untouched):  # noqa: F811
-    with pytest.raises(UserError, match=message):
-        train_pairs(folder, place, *words.split(), "--cache-codes", "codes")
+    refused(message, train_pairs, folder, place, *words.split(), "--cache-codes", "codes")
     assert not untouched and not Path("codes").exists() and not Path("metrics.jsonl").exists()
 
 
@@ -120,8 +120,7 @@ def test_a_resumed_run(folder, place, monkeypatch, request):  # noqa: F811
         ("--random-seed 7", "written with --random-seed 42, not 7"),
         (f"--vqgan-model-path {changed}", "trained with another file"),
     ):
-        with pytest.raises(UserError, match=message):
-            train_pairs(folder, place, "--resume", "--cache-codes", "other", *words.split())
+        refused(message, train_pairs, folder, place, "--resume", "--cache-codes", "other", *words.split())
     assert not untouched and not Path("other").exists()
     monkeypatch.undo()
     resumed, restore = [], resume.restore
@@ -145,12 +144,8 @@ VQGAN = [
 def test_training_of_a_vqgan(words, message, place, untouched):
     torch.save({"other": 1}, "full/training.pt")
     base = ["--input-folder", "demo", "--output", "out", "--steps", "1", "--device", "cpu"]
-    with pytest.raises(UserError, match=message):
-        training.vqgan.train(COMMAND.parse([*base, *words.split()]))
+    refused(message, training.vqgan.train, COMMAND.parse([*base, *words.split()]))
     assert not untouched
-
-
-# How a program ends ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -208,14 +203,11 @@ def test_a_python_without_the_packages_says_how_to_get_them(program):
     assert done.stderr.startswith(f"error: {sys.executable} has no package '") and "run_train.sh" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "body, last, status",
-    [
-        ("raise KeyboardInterrupt", "interrupted", -2),
-        ("import utils.no_such", "ModuleNotFoundError: No module named 'utils.no_such'", 1),  # ours: a defect
-        ("utils.start.done(); import no_such", "ModuleNotFoundError: No module named 'no_such'", 1),
-    ],
-)
+@pytest.mark.parametrize("body, last, status", [
+    ("raise KeyboardInterrupt", "interrupted", -2),
+    ("import utils.no_such", "ModuleNotFoundError: No module named 'utils.no_such'", 1),  # ours: a defect
+    ("utils.start.done(); import no_such", "ModuleNotFoundError: No module named 'no_such'", 1),
+])
 def test_what_stops_imports(body, last, status):
     done = subprocess.run(
         [sys.executable, "-S", "-c", f"import utils.start\n{body}"], cwd=ROOT, capture_output=True, text=True

@@ -9,10 +9,10 @@ import sys
 import types
 
 import pytest
+from helpers import refused
 from PIL import Image
 
 import log
-from utils.errors import UserError
 
 
 class Terminal(io.StringIO):
@@ -43,9 +43,6 @@ def colours(png):
 
 def full_disk(*_args, **_kwargs):
     raise OSError(28, "No space left on device")
-
-
-# Lines and log file
 
 
 def test_lines_match_what_benchmarks_look_for():
@@ -111,9 +108,6 @@ def test_a_log_file_that_cannot_be_made_or_written_is_only_a_warning(tmp_path, c
     written = capsys.readouterr().err
     assert written.count("No space left on device") == 1 and "Traceback" not in written
     assert "one" in written and "two" in written
-
-
-# Progress
 
 
 def test_without_a_terminal_progress_is_plain_log_lines(capsys):
@@ -184,9 +178,6 @@ def test_rates_leave_out_the_first_step_and_pauses(monkeypatch):
     assert bar.seconds_left == pytest.approx((26 + 2.5) / 9)
 
 
-# Metrics
-
-
 def test_metrics_are_one_flushed_json_line_each(tmp_path):
     torch = pytest.importorskip("torch")
     metrics = log.Metrics(tmp_path)
@@ -242,8 +233,7 @@ def test_metrics_in_a_folder_that_cannot_be_made(tmp_path, caplog):
 @pytest.mark.parametrize("name, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
 def test_a_missing_package_is_named_with_the_way_out(tmp_path, monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)  # what Python does with a module that cannot be imported
-    with pytest.raises(UserError, match=f"--{name} needs .* pip install {name}$"):
-        log.Metrics(tmp_path, **{name: True})
+    refused(f"--{name} needs .* pip install {name}$", log.Metrics, tmp_path, **{name: True})
 
 
 def test_tensorboard_event_files(tmp_path):
@@ -307,11 +297,7 @@ def test_wandb_that_fails_is_left_out_and_the_rest_goes_on(tmp_path, monkeypatch
 
 def test_wandb_without_an_account_names_the_offline_mode(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb(account=False))
-    with pytest.raises(UserError, match="--wandb: No API key configured.*WANDB_MODE=offline"):
-        log.Metrics(tmp_path, wandb=True)
-
-
-# Curve
+    refused("--wandb: No API key configured.*WANDB_MODE=offline", log.Metrics, tmp_path, wandb=True)
 
 
 def test_smoothing_is_centred():
@@ -344,8 +330,7 @@ def test_nothing_is_drawn_without_a_training_loss(tmp_path):
     path.write_text('{"event": "train", "step": 1, "loss": null}\nnonsense\n[1]\n{"event": "train", "loss": 1}\n')
     assert log.plot_losses(path, tmp_path / "loss.png") is False
     assert not (tmp_path / "loss.png").exists()
-    with pytest.raises(UserError, match="absent.jsonl: No such file"):
-        log.plot_losses(tmp_path / "absent.jsonl", tmp_path / "loss.png")
+    refused("absent.jsonl: No such file", log.plot_losses, tmp_path / "absent.jsonl", tmp_path / "loss.png")
 
 
 def test_one_single_step_can_be_drawn(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import pytest
+from helpers import refused
 
 from utils.errors import UsageError, UserError
 from utils.options import REQUIRED, Command, Options, again, as_arguments, choose, groups, option
@@ -28,12 +29,8 @@ COMMAND = Command("example.py", "An example.", Example)
 
 
 @pytest.mark.parametrize("words, expected", [
-    ("a", {}),
-    ("--half a", {"half": True}),
-    ("a --half=false", {}),
-    ("-s 2 a", {"size": 2.0}),
-    ("a --size=none --seed 0", {"seed": 0}),
-    ("a --names b,c ~d", {"names": ("b,c", "~d")}),
+    ("a", {}), ("--half a", {"half": True}), ("a --half=false", {}), ("-s 2 a", {"size": 2.0}),
+    ("a --size=none --seed 0", {"seed": 0}), ("a --names b,c ~d", {"names": ("b,c", "~d")}),
     ("--half a --part odd", {"half": True, "part": "odd"}),
 ])
 def test_words(words, expected, monkeypatch):
@@ -50,9 +47,8 @@ def test_words(words, expected, monkeypatch):
     ("a --sead 1", "unknown flag '--sead'. Did you mean '--seed'?"),
 ])
 def test_errors(words, message):
-    with pytest.raises(UsageError) as error:
-        COMMAND.parse(words.split())
-    assert str(error.value).startswith(message)
+    error = refused("", COMMAND.parse, words.split(), kind=UsageError)
+    assert error.startswith(message)
 
 
 def test_values_given_in_code_are_checked_too():
@@ -72,8 +68,7 @@ def test_commands_of_a_program(capsys):
     commands = {"export": COMMAND, "verify": COMMAND}
     assert choose("x", commands, ["verify", "a", "--half"]) == ("verify", ["a", "--half"])
     for words in (["verif"], [], ["--half", "verify"]):
-        with pytest.raises(UsageError, match="export or verify"):
-            choose("x", commands, words)
+        refused("export or verify", choose, "x", commands, words, kind=UsageError)
     with pytest.raises(SystemExit):
         choose("x", commands, ["--help"])
     assert "export" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, SHARED_DATA, run_script
+from helpers import ROOT, SHARED_DATA, refused, run_script
 
 from bpe.train import read_captions
 from data.process_trainset import clean_caption, main, process_captions
@@ -38,13 +38,9 @@ def skipped_in(folder):
 
 
 @pytest.mark.parametrize("caption, expected", [
-    ("A cat .", "A cat."),
-    (" A  cat\n\n sits \t. ", "A cat sits."),
-    ("one\r\ntwo\u2028three\u00a0four", "one two three four"),
-    ("A cat . A dog .", "A cat. A dog."),
-    ("\n \t", ""),
-    ("3 .5 apples", "3.5 apples"),
-    ("half \ud83d of a pair", "half ? of a pair"),
+    ("A cat .", "A cat."), (" A  cat\n\n sits \t. ", "A cat sits."),
+    ("one\r\ntwo\u2028three\u00a0four", "one two three four"), ("A cat . A dog .", "A cat. A dog."), ("\n \t", ""),
+    ("3 .5 apples", "3.5 apples"), ("half \ud83d of a pair", "half ? of a pair"),
 ])
 def test_clean_caption(caption, expected):
     assert clean_caption(caption) == expected
@@ -53,12 +49,8 @@ def test_clean_caption(caption, expected):
 def test_one_file_per_image_named_as_the_image(tmp_path):
     images = {9: "000000000009.jpg", 25: "train/odd name.jpg", 3: "c.jpg"}
     annotations = [
-        annotation(9, "First .", id=1),
-        annotation(25, "Tüte 漢", id=2),
-        annotation(9, " \n ", id=3),
-        annotation(9, "Second\nline", id=4),
-        annotation(9, "First .", id=5),
-        annotation(9, "Second\nline", id=4),
+        annotation(9, "First .", id=1), annotation(25, "Tüte 漢", id=2), annotation(9, " \n ", id=3),
+        annotation(9, "Second\nline", id=4), annotation(9, "First .", id=5), annotation(9, "Second\nline", id=4),
         annotation(77, "of an image that is not listed", id=6),
     ]
     out = tmp_path / "out"
@@ -128,9 +120,7 @@ WRONG = {
 def test_wrong_files_end_in_one_line_that_names_the_file(tmp_path, content):
     source = tmp_path / "captions.json"
     source.write_text(content)
-    with pytest.raises(UserError) as raised:
-        process_captions(source, tmp_path / "out")
-    message = str(raised.value)
+    message = refused("", process_captions, source, tmp_path / "out")
     assert WRONG[content] in message and f"--captions {source}" in message and "\n" not in message
     assert not (tmp_path / "out").exists()
 
@@ -163,9 +153,7 @@ def test_bad_entries_are_left_out_listed_and_limited(tmp_path, entry):
     (line,) = skipped_in(out)
     assert BAD_ENTRIES[entry] in line["reason"] + line["detail"]
     (out / "000000000001.txt").unlink()
-    with pytest.raises(UserError) as raised:
-        process_captions(source, out, max_bad_fraction=0.04)
-    message = str(raised.value)
+    message = refused("", process_captions, source, out, max_bad_fraction=0.04)
     assert "--max-bad-fraction 0.04" in message and str(out / "skipped.jsonl") in message and "\n" not in message
     assert names_in(out) == ["skipped.jsonl"]
 
@@ -184,8 +172,7 @@ def test_bad_images_are_left_out_and_listed(tmp_path, image, detail):
 
 def test_nothing_but_bad_entries_is_an_error(tmp_path):
     source = write_json(tmp_path / "c.json", [annotation(1, "")])
-    with pytest.raises(UserError, match="no caption in it"):
-        process_captions(source, tmp_path / "out", max_bad_fraction=1)
+    refused("no caption in it", process_captions, source, tmp_path / "out", max_bad_fraction=1)
 
 
 SENTENCES = [{"raw": "A cat .", "tokens": ["a", "cat"]}, {"raw": "A dog"}]
@@ -267,8 +254,7 @@ def test_bad_rows_are_left_out_and_listed(tmp_path, content, detail):
     assert detail in line["detail"] and bool(line["detail"]) == bool(detail)
     assert line["path"].endswith(("99", "100", "101"))
     assert len([caption for caption in read_captions([str(source)]) if caption]) in (99, 100)
-    with pytest.raises(UserError, match="--max-bad-fraction 0.001"):
-        process_captions(source, out, max_bad_fraction=0.001)
+    refused("--max-bad-fraction 0.001", process_captions, source, out, max_bad_fraction=0.001)
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -278,10 +264,8 @@ def test_bad_rows_are_left_out_and_listed(tmp_path, content, detail):
 ])
 def test_lists_that_cannot_be_told_show_their_names(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=message):
-        process_captions(tmp_path / name, tmp_path / "out")
-    with pytest.raises(UserError, match=message):
-        list(read_captions([str(tmp_path / name)]))
+    refused(message, process_captions, tmp_path / name, tmp_path / "out")
+    refused(message, list, read_captions([str(tmp_path / name)]))
     with pytest.raises(UserError, match="--caption-column"):
         process_captions(tmp_path / name, tmp_path / "out", image_column="who", caption_column="other")
 
@@ -293,28 +277,22 @@ def test_text_is_no_list(tmp_path, content):
 
 
 def test_missing_and_binary_files(tmp_path):
-    with pytest.raises(UserError, match="no such file.*download_coco_dataset.sh"):
-        process_captions(tmp_path / "missing.json", tmp_path / "out")
+    refused("no such file.*download_coco_dataset.sh", process_captions, tmp_path / "missing.json", tmp_path / "out")
     (tmp_path / "archive.zip").write_bytes(b"PK\x03\x04\xff\xfe")
-    with pytest.raises(UserError, match="not UTF-8"):
-        process_captions(tmp_path / "archive.zip", tmp_path / "out")
-    with pytest.raises(UserError, match="cannot be read"):
-        process_captions(tmp_path, tmp_path / "out")
+    refused("not UTF-8", process_captions, tmp_path / "archive.zip", tmp_path / "out")
+    refused("cannot be read", process_captions, tmp_path, tmp_path / "out")
 
 
 def test_unwritable_folder_is_one_line(tmp_path):
     source = write_json(tmp_path / "c.json", [annotation(1, "a")])
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--out-dir .*is a file, not a folder"):
-        process_captions(source, tmp_path / "file")
+    refused("--out-dir .*is a file, not a folder", process_captions, source, tmp_path / "file")
     long_name = write_json(tmp_path / "long.json", [annotation("n" * 300, "a")])
-    with pytest.raises(UserError, match="--out-dir .*cannot write"):
-        process_captions(long_name, tmp_path / "out")
+    refused("--out-dir .*cannot write", process_captions, long_name, tmp_path / "out")
 
 
 def test_unknown_flags_are_usage_errors(tmp_path):
-    with pytest.raises(UsageError, match="unknown flag '--out'. Did you mean '--out-dir'"):
-        main(["--out", "x"])
+    refused("unknown flag '--out'. Did you mean '--out-dir'", main, ["--out", "x"], kind=UsageError)
 
 
 @pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")

@@ -11,6 +11,7 @@ from unittest import mock
 import poptorch_stand_in
 import pytest
 import torch
+from helpers import refused
 from ipu_helpers import Pairs, make_config, make_model
 from PIL import Image
 from test_train import ROOT, assert_same, flags, folder, run, weights  # noqa: F401 (a fixture)
@@ -34,8 +35,6 @@ from utils.resume import APPLIES, CONTENT, FIXED, FREE
 def no_curves(monkeypatch):
     monkeypatch.setattr(log, "plot_losses", lambda *_: False)  # half of a tiny run's time
 
-
-# Options given anew ---------------------------------------------------------------------------------------------------
 
 #: The run that is resumed: two steps of it are saved.
 BASE = (
@@ -187,11 +186,9 @@ def test_a_new_value_does_what_its_option_says(saved, name, monkeypatch):
         assert rule == APPLIES
         check_loss_scale(saved, monkeypatch)
     elif isinstance(seen, str) and seen.startswith("--"):
-        with pytest.raises(UserError, match=seen):
-            saved.resume(**anew)
+        refused(seen, saved.resume, **anew)
     elif rule in (FIXED, CONTENT):
-        with pytest.raises(UserError, match="^--resume: .*dalle_0_2.pt .* " + flag):
-            saved.resume(**anew)
+        refused("^--resume: .*dalle_0_2.pt .* " + flag, saved.resume, **anew)
     else:
         notes = take_notes(monkeypatch)
         found, engine = saved.resume(**anew)
@@ -270,9 +267,6 @@ def plain(value):
     return plain(vars(value)) if ours else repr(value)
 
 
-# Position and schedules -----------------------------------------------------------------------------------------------
-
-
 def taken(monkeypatch):
     """A list that grows by the numbers of the samples of each epoch that is read, in the order of training."""
     found, batches = [], NativeEngine._batches
@@ -298,16 +292,13 @@ def batch(size, accumulation):
     return [word.format(number) for word, number in zip(BATCHES, (None, size, None, accumulation, None, None))]
 
 
-@pytest.mark.parametrize(
-    "first, stop, then, skipped",
-    [
-        ((1, 1), 10, (4, 1), 2),  # samples 10, 14 and 18 of 24 begin a step; the last two fill none
-        ((4, 1), 3, (1, 2), 0),
-        ((2, 2), 3, (2, 3), 0),
-        ((1, 1), 22, (2, 2), 2),  # nothing is left of the epoch but its end
-        ((4, 2), 3, (3, 1), 0),  # between two epochs
-    ],
-)
+@pytest.mark.parametrize("first, stop, then, skipped", [
+    ((1, 1), 10, (4, 1), 2),  # samples 10, 14 and 18 of 24 begin a step; the last two fill none
+    ((4, 1), 3, (1, 2), 0),
+    ((2, 2), 3, (2, 3), 0),
+    ((1, 1), 22, (2, 2), 2),  # nothing is left of the epoch but its end
+    ((4, 2), 3, (3, 1), 0),  # between two epochs
+])
 def test_another_batch_goes_on_at_the_right_sample(folder, tmp_path, monkeypatch, first, stop, then, skipped):  # noqa: F811
     """No sample is skipped or repeated but what fills no batch, --epochs are as many, and rates are those of a run that
     had the later batch from its start, at the same sample."""
@@ -370,9 +361,6 @@ def test_checkpoints_of_older_versions_are_resumed_with_the_same_bits(folder, tm
     assert_same(weights(tmp_path / "whole/ckpt/dalle_1.pt"), weights(tmp_path / "parts/ckpt/dalle_1.pt"))
 
 
-# Rates ----------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["ReduceLROnPlateau", "constant", "multi_step", "cosine"])
 def test_a_new_rate_takes_effect_with_every_schedule(name):
     """Whatever the schedule was at: with a plateau, also after reductions, it is the rate from now on."""
@@ -415,13 +403,9 @@ def test_the_advice_after_bad_steps_works(folder, tmp_path):  # noqa: F811
         go(2.0e-6, "--max-steps", "5", "--resume", width=32)
 
 
-# Files ----------------------------------------------------------------------------------------------------------------
-
-
 def test_files_may_lie_elsewhere(saved, folder, tmp_path):  # noqa: F811
     files = {
-        "vqgan_model_path": folder / "vqgan.safetensors",
-        "vqgan_config_path": folder / "vqgan.yaml",
+        "vqgan_model_path": folder / "vqgan.safetensors", "vqgan_config_path": folder / "vqgan.yaml",
         "bpe_path": ROOT / "bpe" / "bpe_yttm_vocab.txt",
     }
     moved = {name: str(shutil.copy(path, tmp_path / ("moved " + path.name))) for name, path in files.items()}
@@ -436,8 +420,7 @@ def test_a_model_that_decided_on_its_shape_goes_on(folder, tmp_path, caplog):  #
     assert "decides on its shape, not the configuration: --hidden-size 16 instead of 32" in caplog.text
     for step, width in (("2", "32"), ("3", "16")):
         run(folder, tmp_path / "tuned", "--max-steps", step, "--hidden-size", width, "--resume")
-    with pytest.raises(UserError, match="--hidden-size"):
-        run(folder, tmp_path / "tuned", "--max-steps", "4", "--hidden-size", "8", "--resume")
+    refused("--hidden-size", run, folder, tmp_path / "tuned", "--max-steps", "4", "--hidden-size", "8", "--resume")
 
 
 def test_a_resumed_run_keeps_its_number_of_threads(folder, tmp_path):  # noqa: F811

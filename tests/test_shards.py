@@ -24,6 +24,7 @@ from helpers import (
     in_threads,
     losses_of,
     random_picture,
+    refused,
     teams,
     train_here,
     training_flags,
@@ -99,9 +100,6 @@ def all_captions(found):
     return [index.captions(image, found.files) for index, image in map(found.pair, range(found.num_pairs))]
 
 
-# Tar files
-
-
 def members_by_tarfile(path):
     with tarfile.open(str(path), "r:") as tar:
         return [(member.name, member.offset_data, member.size) for member in tar if member.isreg()]
@@ -154,17 +152,12 @@ def test_hostile_headers_end_the_shard_at_once():
         list(tar_members(io_reader(entry.tobuf(tarfile.GNU_FORMAT)), 512))
     entry.type = b"x"
     for size, content in (
-        (4 << 30, b""),
-        (1 << 20, b"5 a=\n" * 200_000 + bytes(48576)),
-        (9999, b"9999 size=" + b"9" * 9988),
+        (4 << 30, b""), (1 << 20, b"5 a=\n" * 200_000 + bytes(48576)), (9999, b"9999 size=" + b"9" * 9988),
     ):
         entry.size = size
         header = entry.tobuf(tarfile.GNU_FORMAT) + content.ljust(-(-len(content) // 512) * 512, b"\0")
         with pytest.raises(TarTrouble):
             list(tar_members(io_reader(header), len(header)))
-
-
-# What is found
 
 
 def test_pairs_as_img2dataset_writes_them(tmp_path):
@@ -245,8 +238,7 @@ NAMED = {
         {"a.png": PICTURE, "a.json": b'{"caption": "no", "top": "a cat"}', "a.cap": OTHER},
     ),
     "own suffixes": (
-        {"shard_images": "picture", "shard_captions": ".words"},
-        {"a.picture": PICTURE, "a.words": CAT, "a.png": OTHER},
+        {"shard_images": "picture", "shard_captions": ".words"}, {"a.picture": PICTURE, "a.words": CAT, "a.png": OTHER},
     ),
 }
 
@@ -272,8 +264,7 @@ def test_suffixes_by_flag_for_images_without_captions(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="fewer than two images .*not read: .*view.*; --shard-images names"):
         open_images(str(tmp_path / "0.tar"), SIZE, 256, 0)
     for folder in ("demo", str(tmp_path)[:-1]):
-        with pytest.raises(UserError, match="--shard-images is for webdataset shards"):
-            open_images(folder, SIZE, 256, 0, shard_images="view")
+        refused("--shard-images is for webdataset shards", open_images, folder, SIZE, 256, 0, shard_images="view")
 
 
 def test_other_names_find_an_index_of_their_own(tmp_path):
@@ -293,8 +284,7 @@ def test_other_names_find_an_index_of_their_own(tmp_path):
 ])
 def test_members_of_other_names_are_said(tmp_path, monkeypatch, members, expected):
     write_tar(tmp_path / "0.tar", members)
-    with pytest.raises(UserError, match=expected):
-        opened(tmp_path / "0.tar", tmp_path)
+    refused(expected, opened, tmp_path / "0.tar", tmp_path)
     if "a.picture" in members:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         with pytest.raises(UserError, match=r"fewer than two images in the shards; not read: 2 \*.picture"):
@@ -309,8 +299,7 @@ def test_flags_of_shards_are_refused_where_they_cannot_be_heeded(tmp_path, optio
     write_tar(tmp_path / "s" / "0.tar", {"a.img": PICTURE, "a.txt": b"a"})
     write_pairs(tmp_path / "f", ["a"])
     folder = tmp_path / ("s" if "shard_captions" in options else "f")
-    with pytest.raises(UsageError, match="--shard-"):
-        create_dataset(input_folder=str(folder), **COMMON, **options)
+    refused("--shard-", create_dataset, input_folder=str(folder), **COMMON, **options, kind=UsageError)
 
 
 @pytest.mark.parametrize("lost", [1, 2])
@@ -322,8 +311,7 @@ def test_lost_shards_are_counted_as_shards(tmp_path, monkeypatch, lost):
     with pytest.raises(UserError, match=f"--input-folder .*: {lost} of {2 + lost} shards cannot be used"):
         open_shards(find_shards(pattern), tmp_path / "index", report)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=f"{lost} of {2 + lost} shards cannot be used"):
-        open_images(pattern, SIZE, 2, seed=1, max_bad_fraction=0.01)
+    refused(f"{lost} of {2 + lost} shards cannot be used", open_images, pattern, SIZE, 2, seed=1, max_bad_fraction=0.01)
     found = open_shards(find_shards(pattern), tmp_path / "index", SkipReport(None, 0.5, "--input-folder"))
     assert found.num_pairs == 180 and found.num_bad == 0 and found.num_lost == lost
 
@@ -353,9 +341,6 @@ def test_shards_with_any_bytes_changed_are_read_without_an_error(tmp_path):
         (tmp_path / "changed.tar").write_bytes(bytes(changed))
         found = Shards(find_shards(str(tmp_path / "changed.tar")), tmp_path / "index")
         assert len(all_captions(found)) <= 3 and all(all_captions(found))
-
-
-# Which shards
 
 
 def test_patterns_globs_folders_and_single_shards(tmp_path):
@@ -388,8 +373,7 @@ def test_patterns_globs_folders_and_single_shards(tmp_path):
     (__file__, "neither a folder nor a .tar file"),
 ])
 def test_what_names_no_shards_is_one_clear_line(pattern, message):
-    with pytest.raises(UserError, match="--input-folder .*" + message):
-        find_shards(pattern)
+    refused("--input-folder .*" + message, find_shards, pattern)
 
 
 def test_shards_without_a_pair_say_why(tmp_path):
@@ -401,9 +385,6 @@ def test_shards_without_a_pair_say_why(tmp_path):
 def test_patterns_that_the_shell_expanded_are_told_from_flags():
     with pytest.raises(UsageError, match=r"'d/1.tar': put patterns of shards in quotes.*'DIR/\{00000..00099\}.tar'"):
         args.parse(["--input-folder", "d/0.tar", "d/1.tar"])
-
-
-# The index
 
 
 def test_the_index_is_made_once_and_again_for_shards_that_changed(tmp_path, monkeypatch):
@@ -457,9 +438,6 @@ def test_more_shards_than_may_be_open_at_once(tmp_path, monkeypatch):
     for index in [*range(12), *reversed(range(12))]:
         assert torch.equal(dataset[index][1], dataset_of(tmp_path, tmp_path)[index][1])
     assert len(os.listdir("/proc/self/fd")) <= before + 3
-
-
-# The data set
 
 
 def test_items_are_those_of_a_folder_with_the_same_files(tmp_path, shared_data):
@@ -521,9 +499,6 @@ def test_validation_pairs_are_taken_from_shards_and_from_shards_of_their_own(tmp
     assert len(train_set) == 20 and len(validation_set) == 4
 
 
-# The order
-
-
 def test_neighbours_are_visited_at_about_the_same_time():
     runs = torch.arange(10_000) // 50
     order = windowed_order(runs, 8, seed=3, epoch=1)
@@ -540,9 +515,6 @@ def test_neighbours_are_visited_at_about_the_same_time():
     assert torch.equal(windowed_order(runs, 200, 3, 1), epoch_order(10_000, 3, 1))
     part = torch.tensor([9_000, 3, 5_000, 1])  # a subset, in whatever order
     assert sorted(windowed_order(part // 50, 2, 3, 1).tolist()) == [0, 1, 2, 3]
-
-
-# Training
 
 
 @pytest.fixture(scope="module")
@@ -652,9 +624,6 @@ def test_two_processes_share_every_sample_out_once(server, material, tmp_path):
     assert sorted(both) == sorted(samples(argv)) and len(both) == 2 * 20
     for epoch in "01":
         assert len({line.split(";")[2] for line in both if line.startswith(epoch)}) >= 18  # two stand in for others
-
-
-# A VQGAN's training, and other programs' shards
 
 
 def test_a_vqgan_trains_on_all_images_of_shards(tmp_path, monkeypatch):

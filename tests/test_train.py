@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import refused
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -23,7 +24,7 @@ from models.config import DalleConfig
 from models.dalle import DALLE, TextToImage
 from models.vqgan import VQGAN
 from models.vqgan_config import VqganConfig
-from utils.errors import UsageError, UserError
+from utils.errors import UsageError
 from utils.schedules import Plateau, cosine_factor, epoch_factor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,20 +99,10 @@ def assert_same(first, second):
         assert torch.equal(first[key], second[key]), key
 
 
-# Batch arithmetic
-
-
-@pytest.mark.parametrize(
-    "global_batch,batch_size,world,expected",
-    [
-        (16384, 2, 1, (2, 8192)),
-        (16384, 2, 8, (2, 1024)),
-        (15, 1, 3, (1, 5)),
-        (12, 8, 1, (6, 2)),
-        (6, 4, 3, (2, 1)),
-        (7, 4, 1, (1, 7)),
-    ],
-)
+@pytest.mark.parametrize("global_batch,batch_size,world,expected", [
+    (16384, 2, 1, (2, 8192)), (16384, 2, 8, (2, 1024)), (15, 1, 3, (1, 5)), (12, 8, 1, (6, 2)), (6, 4, 3, (2, 1)),
+    (7, 4, 1, (1, 7)),
+])
 def test_a_global_batch_is_shared_in_equal_micro_batches(global_batch, batch_size, world, expected):
     batching = share_batch(global_batch, batch_size, world)
     assert (batching.micro, batching.accumulation) == expected
@@ -119,8 +110,7 @@ def test_a_global_batch_is_shared_in_equal_micro_batches(global_batch, batch_siz
 
 
 def test_a_global_batch_that_does_not_divide_is_an_error():
-    with pytest.raises(UsageError, match="--gradient-accumulation"):
-        share_batch(10, 2, 4)
+    refused("--gradient-accumulation", share_batch, 10, 2, 4, kind=UsageError)
 
 
 def test_weight_decay_leaves_vectors_alone():
@@ -134,9 +124,6 @@ def test_weight_decay_leaves_vectors_alone():
     assert "norm.weight" in kept_names and "image_head.bias" in kept_names
     assert "transformer.layers.0.attention.scale" in kept_names
     assert "text_emb.weight" in {names[id(parameter)] for parameter in decayed["params"]}
-
-
-# Schedules
 
 
 def test_epoch_schedules_follow_the_published_constants():
@@ -158,9 +145,6 @@ def test_the_plateau_halves_after_ten_bad_epochs_and_resumes():
     for one in (plateau, copy):
         one.step(1.0)
         assert one.learning_rate == 5e-4
-
-
-# The loop
 
 
 def test_training_lowers_the_loss_and_saves_what_generate_reads(folder, tmp_path):
@@ -224,8 +208,7 @@ def test_resume_takes_moments_from_the_file_and_options_from_the_run(folder, tmp
     state = checkpoints.read_dalle(tmp_path / "ckpt/dalle_0_3.pt").opt_state
     assert [group["weight_decay"] for group in state["param_groups"]] == [0.5, 0.0]
     assert float(state["state"][0]["step"]) == 3
-    with pytest.raises(UserError, match="--optimizer AdamW, not Muon"):
-        run(folder, tmp_path, "--max-steps", "4", "--optimizer", "Muon", "--resume")
+    refused("--optimizer AdamW, not Muon", run, folder, tmp_path, "--max-steps", "4", "--optimizer", "Muon", "--resume")
 
 
 def test_old_checkpoints_are_dropped_as_configured(folder, tmp_path):
@@ -239,8 +222,7 @@ def test_pretrained_checkpoint_starts_from_its_weights(folder, tmp_path):
     run(folder, tmp_path / "b", "--epochs", "1", "--learning-rate", "1e-12", "--pretrained-checkpoint", str(start))
     for key, value in weights(start).items():
         assert torch.allclose(value, weights(tmp_path / "b/ckpt/dalle_0.pt")[key], atol=1e-6), key
-    with pytest.raises(UserError, match="text_seq_len"):
-        run(folder, tmp_path / "c", "--pretrained-checkpoint", str(start), "--text-seq-len", "9")
+    refused("text_seq_len", run, folder, tmp_path / "c", "--pretrained-checkpoint", str(start), "--text-seq-len", "9")
 
 
 def test_resume_refuses_another_vocabulary(folder, tmp_path):
@@ -248,8 +230,7 @@ def test_resume_refuses_another_vocabulary(folder, tmp_path):
     vocabulary = (ROOT / "bpe" / "bpe_yttm_vocab.txt").read_text().splitlines()
     vocabulary[1], vocabulary[2] = vocabulary[2], vocabulary[1]
     (tmp_path / "other.txt").write_text("\n".join(vocabulary) + "\n")
-    with pytest.raises(UserError, match="--bpe-path"):
-        run(folder, tmp_path, "--resume", "--bpe-path", str(tmp_path / "other.txt"))
+    refused("--bpe-path", run, folder, tmp_path, "--resume", "--bpe-path", str(tmp_path / "other.txt"))
 
 
 def test_activation_checkpointing_and_bf16_train(folder, tmp_path):

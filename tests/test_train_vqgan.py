@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from helpers import refused
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -186,8 +187,7 @@ def test_too_many_bad_steps_end_the_run_with_the_last_good_state(folder, monkeyp
 
     monkeypatch.setattr(Trainer, "reconstruction_loss", spoilt)
     options = ("--steps", "6", "--max-bad-steps", "2")
-    with pytest.raises(UserError, match=r"step 5: .* 2 times in a row .*; take a lower --learning-rate"):
-        train(arguments(folder, *options))
+    refused(r"step 5: .* 2 times in a row .*; take a lower --learning-rate", train, arguments(folder, *options))
     with pytest.raises(UserError, match=r"step 5: .* 2 times in a row .*; the last good state is .*out.training.pt"):
         train(arguments(folder, "--save-every", "2", *options))
     state = torch.load(folder / "out" / "training.pt", weights_only=True)
@@ -210,8 +210,7 @@ def test_weights_that_are_not_finite_are_never_saved(folder, monkeypatch):
 
     monkeypatch.setattr(Trainer, "step", damaging)
     options = ("--steps", "4", "--ema-decay", "0")
-    with pytest.raises(UserError, match="step 4: weights are not finite .*were not saved"):
-        train(arguments(folder, "--save-every", "2", *options))
+    refused("step 4: weights are not finite .*were not saved", train, arguments(folder, "--save-every", "2", *options))
     state = torch.load(folder / "out" / "training.pt", weights_only=True)
     assert state["trainer"]["step"] == 2
     with pytest.raises(UserError, match="--output: weights are not finite .*were not saved"):
@@ -284,11 +283,7 @@ def test_perceptual_distance(tmp_path, monkeypatch):
     assert float(load_perceptual([tmp_path / "vgg.pth", tmp_path / "lpips.pth"])(other.detach(), image)) == 0.0
     del state["features.28.weight"]
     torch.save(state, str(tmp_path / "vgg.pth"))
-    with pytest.raises(UserError, match="features.28.weight"):
-        load_perceptual([tmp_path / "vgg.pth"])
-
-
-# ---- resume
+    refused("features.28.weight", load_perceptual, [tmp_path / "vgg.pth"])
 
 
 class Stopped(Exception):
@@ -388,19 +383,15 @@ def test_resume_refuses_what_does_not_fit(folder):
         (["--continuous-start", "0.5"], "--continuous-start 0.1, not 0.5"),  # the codebook is there already
         (others, "other weights than --vqgan-model-path"),
     ):
-        with pytest.raises(UsageError, match=message):
-            train(arguments(folder, "--steps", "3", "--resume", *more))
+        refused(message, train, arguments(folder, "--steps", "3", "--resume", *more), kind=UsageError)
     replace(TINY, num_codes=8).to_yaml(folder / "tiny.yaml")
-    with pytest.raises(UsageError, match="another --config"):
-        train(arguments(folder, "--steps", "3", "--resume"))
+    refused("another --config", train, arguments(folder, "--steps", "3", "--resume"), kind=UsageError)
     state = folder / "out" / "training.pt"
     content = state.read_bytes()
     state.write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="training.pt is damaged"):
-        train(arguments(folder, "--steps", "3", "--resume"))
+    refused("training.pt is damaged", train, arguments(folder, "--steps", "3", "--resume"))
     torch.save([1], str(state))
-    with pytest.raises(UserError, match="no state of train_vqgan.py"):
-        train(arguments(folder, "--steps", "3", "--resume"))
+    refused("no state of train_vqgan.py", train, arguments(folder, "--steps", "3", "--resume"))
 
 
 def test_options_given_anew_take_effect(folder, caplog):
@@ -419,9 +410,6 @@ def test_options_given_anew_take_effect(folder, caplog):
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
 
 
-# ---- images
-
-
 def test_unreadable_images_are_left_out_and_counted(folder, caplog):
     paths = open_images(str(folder / "images"), 32, 256, 42)[0].paths
     for number in range(3):
@@ -433,8 +421,7 @@ def test_unreadable_images_are_left_out_and_counted(folder, caplog):
     assert messages[1].startswith("3 images could not be read, such as ")
     for path in (folder / "images").rglob("*.*g"):
         path.write_bytes(b"no image")
-    with pytest.raises(UserError, match="none of 22 images can be read"):
-        train(arguments(folder, "--steps", "3", *allowed))
+    refused("none of 22 images can be read", train, arguments(folder, "--steps", "3", *allowed))
     with pytest.raises(UserError, match="--max-bad-fraction 0.01 allows: .* files that are no picture .*skipped.jsonl"):
         train(arguments(folder, "--steps", "3"))
 
@@ -488,34 +475,27 @@ def test_retrieval_finds_the_nearest_picture():
     assert retrieval(gallery[[1, 0]], torch.tensor([0, 1]), gallery) == 0.0
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        ([], "--steps and --minutes: give one"),
-        (["--steps", "1", "--minutes", "1"], "--steps and --minutes: give one"),
-        (["--steps", "0"], "--steps: must be at least 1"),
-        (["--steps", "x"], "--steps: expected a whole number"),
-        (["--steps", "1", "--ema-decay", "1"], "--ema-decay"),
-        (["--steps", "1", "--continuous-start", "1"], "--continuous-start"),
-        (["--steps", "1", "--vqgan_model_path", "w"], "--vqgan-config-path"),
-        (["--steps", "1", "--vqgan_model_path", "w", "--vqgan_config_path", "c", "--config", "x"], "--config is for"),
-        (["--steps", "1", "--perceptual-weights", "a", "b", "c"], "--perceptual-weights"),
-        (["--steps", "1", "--batch_sise", "1"], "--batch-size"),
-    ],
-)
+@pytest.mark.parametrize("flags, words", [
+    ([], "--steps and --minutes: give one"),
+    (["--steps", "1", "--minutes", "1"], "--steps and --minutes: give one"),
+    (["--steps", "0"], "--steps: must be at least 1"),
+    (["--steps", "x"], "--steps: expected a whole number"),
+    (["--steps", "1", "--ema-decay", "1"], "--ema-decay"),
+    (["--steps", "1", "--continuous-start", "1"], "--continuous-start"),
+    (["--steps", "1", "--vqgan_model_path", "w"], "--vqgan-config-path"),
+    (["--steps", "1", "--vqgan_model_path", "w", "--vqgan_config_path", "c", "--config", "x"], "--config is for"),
+    (["--steps", "1", "--perceptual-weights", "a", "b", "c"], "--perceptual-weights"),
+    (["--steps", "1", "--batch_sise", "1"], "--batch-size"),
+])
 def test_wrong_flags_are_named(folder, flags, words):
-    with pytest.raises(UsageError, match=words):
-        arguments(folder, *flags)
+    refused(words, arguments, folder, *flags, kind=UsageError)
 
 
 def test_wrong_inputs_are_named(tmp_path):
-    with pytest.raises(UsageError, match="f8_demo"):
-        choose_config("f8_dem")
-    with pytest.raises(UserError, match="no such folder"):
-        open_images(str(tmp_path / "absent"), 32, 5, 0)
+    refused("f8_demo", choose_config, "f8_dem", kind=UsageError)
+    refused("no such folder", open_images, str(tmp_path / "absent"), 32, 5, 0)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="fewer than two images"):
-        open_images(str(tmp_path / "empty"), 32, 5, 0)
+    refused("fewer than two images", open_images, str(tmp_path / "empty"), 32, 5, 0)
 
 
 def test_every_shipped_configuration_is_known():

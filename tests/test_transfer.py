@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from helpers import refused
 from mindalle_folder import CODES, GRID, STAGE1, STAGE2, make_folder, start_weights
 from PIL import Image
 
@@ -79,11 +80,7 @@ def configuration(**changes):
             "hparams": dict({k: v for k, v in STAGE2.items() if k != "ctx_len_txt"}, n_classes=2),
         },
         "optimizer": {
-            "opt_type": "adamW",
-            "base_lr": 0.02,
-            "weight_decay": 0.0,
-            "betas": [0.9, 0.95],
-            "grad_clip_norm": 4.0,
+            "opt_type": "adamW", "base_lr": 0.02, "weight_decay": 0.0, "betas": [0.9, 0.95], "grad_clip_norm": 4.0,
         },
         "experiment": {"local_batch_size": 2, "total_batch_size": 4, "epochs": 40},
     }
@@ -101,9 +98,6 @@ def write(path, **changes):
     return path
 
 
-# The configuration ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name, classes", [("uncond", 0), ("clscond", 1000)])
 def test_the_shipped_configurations_are_the_published_ones(name, classes):
     found = read_downstream(ROOT / "configs" / f"transfer-imagenet-{name}-gen.yaml")
@@ -115,40 +109,35 @@ def test_the_shipped_configurations_are_the_published_ones(name, classes):
     assert (shape["embed_dim"], shape["n_layers"], shape["n_heads"], shape["ctx_len_img"]) == (1536, 42, 24, 256)
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"optimizer.base_lrr": 1}, "unknown key 'optimizer.base_lrr'. Did you mean 'base_lr'?"),
-        ({"optimiser": {}}, "unknown key 'optimiser'. Did you mean 'optimizer'?"),
-        ({"stage2.hparams.n_clases": 2}, "unknown key 'stage2.hparams.n_clases'. Did you mean 'n_classes'?"),
-        ({"stage1.hparams.chh": 2}, "chh"),
-        ({"stage1.n_embd": 2}, "n_embd"),
-        ({"optimizer.betas": [0.9]}, "optimizer.betas must be two numbers"),
-        ({"optimizer.betas": 0.9}, "optimizer.betas must be a list"),
-        ({"optimizer.base_lr": "fast"}, "optimizer.base_lr must be a number of at least 0, not 'fast'"),
-        ({"optimizer.base_lr": 0}, "optimizer.base_lr must be above 0"),
-        ({"optimizer.opt_type": "sgd"}, "optimizer.opt_type can only be adamW"),
-        ({"experiment.epochs": 0}, "experiment.epochs must be at least 1"),
-        ({"experiment.epochs": True}, "experiment.epochs must be a whole number, not True"),
-        ({"experiment.use_amp": 1}, "experiment.use_amp must be true or false"),
-        ({"experiment.save_ckpt_freq": 2}, "save_ckpt_freq can only be 1.*--keep-checkpoints"),
-        ({"stage2.hparams.resid_pdrop": 0.1}, "resid_pdrop can only be 0.0"),
-        ({"stage2.type": "transformer1d"}, "stage2.type can only be igpt"),
-        ({"stage2.hparams.n_classes": 0}, "use_cls_cond needs stage2.hparams.n_classes"),
-        ({"stage2": 5}, "stage2 must be a table"),
-    ],
-)
+@pytest.mark.parametrize("changes, message", [
+    ({"optimizer.base_lrr": 1}, "unknown key 'optimizer.base_lrr'. Did you mean 'base_lr'?"),
+    ({"optimiser": {}}, "unknown key 'optimiser'. Did you mean 'optimizer'?"),
+    ({"stage2.hparams.n_clases": 2}, "unknown key 'stage2.hparams.n_clases'. Did you mean 'n_classes'?"),
+    ({"stage1.hparams.chh": 2}, "chh"),
+    ({"stage1.n_embd": 2}, "n_embd"),
+    ({"optimizer.betas": [0.9]}, "optimizer.betas must be two numbers"),
+    ({"optimizer.betas": 0.9}, "optimizer.betas must be a list"),
+    ({"optimizer.base_lr": "fast"}, "optimizer.base_lr must be a number of at least 0, not 'fast'"),
+    ({"optimizer.base_lr": 0}, "optimizer.base_lr must be above 0"),
+    ({"optimizer.opt_type": "sgd"}, "optimizer.opt_type can only be adamW"),
+    ({"experiment.epochs": 0}, "experiment.epochs must be at least 1"),
+    ({"experiment.epochs": True}, "experiment.epochs must be a whole number, not True"),
+    ({"experiment.use_amp": 1}, "experiment.use_amp must be true or false"),
+    ({"experiment.save_ckpt_freq": 2}, "save_ckpt_freq can only be 1.*--keep-checkpoints"),
+    ({"stage2.hparams.resid_pdrop": 0.1}, "resid_pdrop can only be 0.0"),
+    ({"stage2.type": "transformer1d"}, "stage2.type can only be igpt"),
+    ({"stage2.hparams.n_classes": 0}, "use_cls_cond needs stage2.hparams.n_classes"),
+    ({"stage2": 5}, "stage2 must be a table"),
+])
 def test_what_is_wrong_in_a_configuration_is_named(tmp_path, changes, message):
-    with pytest.raises(UserError, match=message):
-        read_downstream(write(tmp_path / "x.yaml", **changes))
+    refused(message, read_downstream, write(tmp_path / "x.yaml", **changes))
 
 
 def test_files_that_are_no_configuration_are_named(tmp_path):
     for content, message in (("a: [", "is no YAML"), ("5", "expected the tables"), (None, "No such file")):
         if content is not None:
             (tmp_path / "x.yaml").write_text(content)
-        with pytest.raises(UserError, match=message):
-            read_downstream(tmp_path / ("x.yaml" if content else "y.yaml"))
+        refused(message, read_downstream, tmp_path / ("x.yaml" if content else "y.yaml"))
 
 
 def test_numbers_that_yaml_takes_for_text_and_what_only_our_vqgans_say_are_read(tmp_path):
@@ -157,25 +146,19 @@ def test_numbers_that_yaml_takes_for_text_and_what_only_our_vqgans_say_are_read(
     assert (found.learning_rate, found.stage1.num_groups, found.stage1.patch_size) == (1e-4, 8, 2)
 
 
-# Classes and their images --------------------------------------------------------------------------------------------
-
-
 def test_classes_are_a_vocabulary(tmp_path):
     (tmp_path / "classes.txt").write_bytes(class_file(["b", "a cat", "10"]))
     tokenizer = load_tokenizer(str(tmp_path / "classes.txt"))
     assert isinstance(tokenizer, ClassTokenizer) and tokenizer.vocab_size == 4
     assert tokenizer.tokenize(["b", " a cat ", "10", "1", ""], 1).tolist() == [[1], [2], [3], [2], [0]]
     assert tokenizer.decode([2]) == "a cat" and tokenizer.decode([0]) == "" and tokenizer.decode([9]) == ""
-    with pytest.raises(UserError, match=r"'a car' is no class of this model. Did you mean 'a cat'\? It knows 3 "):
-        tokenizer.encode("a car")
+    refused(r"'a car' is no class of this model. Did you mean 'a cat'\? It knows 3 ", tokenizer.encode, "a car")
     none = ClassTokenizer(class_file([]), "x")
     assert none.vocab_size == 1 and none.tokenize("whatever", 1).tolist() == [[0]]
     for content in (b"#classes 2\na\n", b"#classes 2\na\na\n", b"#classes x\na\n", b"#classes 1\n \n"):
-        with pytest.raises(UserError, match="x: "):
-            ClassTokenizer(content, "x")
+        refused("x: ", ClassTokenizer, content, "x")
     for name in ("", "a\nb", " a"):
-        with pytest.raises(UserError, match="cannot be the name of a class"):
-            class_file([name])
+        refused("cannot be the name of a class", class_file, [name])
 
 
 def test_images_are_listed_by_class(imagenet, tmp_path):
@@ -187,13 +170,8 @@ def test_images_are_listed_by_class(imagenet, tmp_path):
     part = list_class_images(train, CLASSES[:1])
     assert len(part.images) == 4 and "4 images in the folder of no class" in part.report()
     assert [list_class_images(train, []).captions[i] for i in range(8)] == [""] * 8
-    with pytest.raises(UserError, match="holds no folders"):
-        class_names(tmp_path)
-    with pytest.raises(UserError, match="no image in it"):
-        list_class_images(str(tmp_path), CLASSES)
-
-
-# The model -----------------------------------------------------------------------------------------------------------
+    refused("holds no folders", class_names, tmp_path)
+    refused("no image in it", list_class_images, str(tmp_path), CLASSES)
 
 
 def naive_logits(weights, start, codes, heads):
@@ -284,11 +262,7 @@ def test_a_configuration_of_another_model_is_refused(upstream, tmp_path):
     checkpoint = read_dalle(upstream)
     check_shape(read_downstream(write(tmp_path / "x.yaml")), checkpoint)
     for key, value in (("stage2.hparams.embed_dim", 32), ("stage2.vocab_size_img", 25), ("stage2.hparams.n_heads", 2)):
-        with pytest.raises(UserError, match=key + " is "):
-            check_shape(read_downstream(write(tmp_path / "x.yaml", **{key: value})), checkpoint)
-
-
-# The script ----------------------------------------------------------------------------------------------------------
+        refused(key + " is ", check_shape, read_downstream(write(tmp_path / "x.yaml", **{key: value})), checkpoint)
 
 
 def run(example, upstream, imagenet, config, result, *flags):
@@ -326,8 +300,7 @@ def test_a_model_of_classes_draws_what_each_class_looks_like(example, upstream, 
         ]
     )
     assert (tmp_path / "out" / "light_wood" / "1.jpg").is_file()
-    with pytest.raises(UserError, match="'cat' is no class of this model"):
-        model.draw("cat", num_candidates=1)
+    refused("'cat' is no class of this model", model.draw, "cat", num_candidates=1)
 
 
 def real_codes(model, folder):
@@ -394,30 +367,25 @@ def test_a_second_run_into_the_same_folder_is_refused(example, upstream, imagene
     assert [path.name for path in (tmp_path / "cls").iterdir() if path.name not in ("ckpt", ".lock")] == []
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"stage2.hparams.n_classes": 1000}, "holds 2 classes: set stage2.hparams.n_classes"),
-        ({"experiment.total_batch_size": 5}, "total_batch_size 5 is no multiple of local_batch_size 2"),
-        ({"experiment.total_batch_size": 512}, "8 training images do not fill one batch"),
-        ({"stage2.hparams.ctx_len_img": 25}, "makes 16 codes of this VQGAN, but stage2.hparams.ctx_len_img is 25"),
-        ({"stage2.hparams.embed_dim": 32}, "stage2.hparams.embed_dim is 32, but .* has 16"),
-    ],
-)
+@pytest.mark.parametrize("changes, message", [
+    ({"stage2.hparams.n_classes": 1000}, "holds 2 classes: set stage2.hparams.n_classes"),
+    ({"experiment.total_batch_size": 5}, "total_batch_size 5 is no multiple of local_batch_size 2"),
+    ({"experiment.total_batch_size": 512}, "8 training images do not fill one batch"),
+    ({"stage2.hparams.ctx_len_img": 25}, "makes 16 codes of this VQGAN, but stage2.hparams.ctx_len_img is 25"),
+    ({"stage2.hparams.embed_dim": 32}, "stage2.hparams.embed_dim is 32, but .* has 16"),
+])
 def test_what_does_not_fit_is_named(example, upstream, imagenet, tmp_path, changes, message, monkeypatch):
     """Before a published model is fetched, except for what its own header says."""
     monkeypatch.setattr(published, "download", None)
     name = upstream if "stage2.hparams.embed_dim" in changes else "minDALL-E/1.3B"
-    with pytest.raises(UserError, match=message):
-        run(example, name, imagenet, write(tmp_path / "x.yaml", **changes), tmp_path / "result")
+    refused(message, run, example, name, imagenet, write(tmp_path / "x.yaml", **changes), tmp_path / "result")
 
 
 def test_missing_places_are_named(example, upstream, imagenet, tmp_path):
     config = write(tmp_path / "x.yaml")
     with pytest.raises(UserError, match="--path-upstream .*: no folder with stage1_last.ckpt"):
         run(example, tmp_path, imagenet, config, tmp_path / "result")
-    with pytest.raises(UserError, match="--imagenet-path .*: no such folder"):
-        run(example, upstream, tmp_path / "no", config, tmp_path / "result")
+    refused("--imagenet-path .*: no such folder", run, example, upstream, tmp_path / "no", config, tmp_path / "result")
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from helpers import refused
 
 from checkpoints.vqgan import PUBLISHED, default_vqgan, load_vqgan
 from models.vqgan import VQGAN, VqganConfig
@@ -67,13 +68,10 @@ GUMBEL_SHAPES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name, grid, sizes, shapes",
-    [
-        ("f16-1024", (16, 16), (343, 72141699), F16_SHAPES), ("f16-16384", (16, 16), (343, 76073859), {}),
-        ("gumbel-f8-8192", (8, 32), None, GUMBEL_SHAPES),
-    ],
-)
+@pytest.mark.parametrize("name, grid, sizes, shapes", [
+    ("f16-1024", (16, 16), (343, 72141699), F16_SHAPES), ("f16-16384", (16, 16), (343, 76073859), {}),
+    ("gumbel-f8-8192", (8, 32), None, GUMBEL_SHAPES),
+])
 def test_published_names_and_shapes(name, grid, sizes, shapes):
     config = PUBLISHED[name].config
     state = {key: tuple(value.shape) for key, value in meta_state(config).items()}
@@ -118,8 +116,7 @@ def test_decode_reads_the_codebook():
     z = model.quantize.codebook[codes[0]].t().reshape(1, 8, 16, 16)
     by_hand = ((model.decoder(model.post_quant_conv(z)) + 1) / 2).clamp(0, 1)
     assert torch.equal(model.decode(codes), by_hand)
-    with pytest.raises(ValueError, match="square"):
-        model.decode(codes[:, :255])
+    refused("square", model.decode, codes[:, :255], kind=ValueError)
 
 
 def test_attention_block_equals_its_formula():
@@ -210,9 +207,6 @@ def test_training_pass_reaches_every_parameter(config):
     assert output.codes.shape == (2, config.grid**2)
 
 
-# ---- files
-
-
 def write(folder, model, document=None, suffix=".ckpt"):
     weights, config = folder / ("w" + suffix), folder / "c.yaml"
     if suffix == ".safetensors":
@@ -296,8 +290,7 @@ def test_target_is_never_imported(tmp_path):
         sys.path.remove(str(tmp_path))
     assert "evil_module" not in sys.modules
     path.write_text("model: !!python/object/apply:os.mkdir ['{}']\n".format(tmp_path / "trap"))
-    with pytest.raises(UserError, match="not valid YAML"):
-        VqganConfig.from_yaml(path)
+    refused("not valid YAML", VqganConfig.from_yaml, path)
     assert not (tmp_path / "trap").exists()
 
 
@@ -340,34 +333,30 @@ def test_published_yaml_is_read(text):
     assert VqganConfig.from_dict(yaml.safe_load(text)) == PUBLISHED["f16-1024"].config
 
 
-@pytest.mark.parametrize(
-    "section, change, words",
-    [
-        ("model", {"target": "some.AutoencoderKL"}, "model.target 'some.AutoencoderKL' ends in none of VQModel, "),
-        ("model", {"params": None}, "params"),
-        ("params", {"n_embed": None}, "n_embed"),
-        ("params", {"remap": "map.npy"}, "model.params.remap renumbers the codes"),
-        ("params", {"first_stage_config": {"target": "x.AutoencoderKL"}}, "params.first_stage_config.target 'x.Auto"),
-        ("ddconfig", {"ch_mult": None}, "ch_mult"),
-        ("ddconfig", {"ch_mult": 3}, "ch_mult"),
-        ("ddconfig", {"ch": "wide"}, "ch must be"),
-        ("ddconfig", {"resolution": 33}, "resolution 33"),
-        ("ddconfig", {"num_groups": 3}, "num_groups"),
-        ("ddconfig", {"double_z": True}, "double_z"),
-        ("ddconfig", {"attn_type": "linear"}, "ddconfig.attn_type can only be vanilla, not 'linear'"),
-        ("ddconfig", {"tanh_out": True}, "ddconfig.tanh_out can only be False, not True"),
-        ("ddconfig", {"in_channels": 1, "out_ch": 1}, "in_channels 1, out_ch 1: only models of colour images"),
-        ("ddconfig", {"out_ch": 4}, "in_channels 3, out_ch 4: only models of colour images"),
-        ("ddconfig", {"in_channels": 3.0}, "in_channels must be a positive whole number"),
-    ],
-)
+@pytest.mark.parametrize("section, change, words", [
+    ("model", {"target": "some.AutoencoderKL"}, "model.target 'some.AutoencoderKL' ends in none of VQModel, "),
+    ("model", {"params": None}, "params"),
+    ("params", {"n_embed": None}, "n_embed"),
+    ("params", {"remap": "map.npy"}, "model.params.remap renumbers the codes"),
+    ("params", {"first_stage_config": {"target": "x.AutoencoderKL"}}, "params.first_stage_config.target 'x.Auto"),
+    ("ddconfig", {"ch_mult": None}, "ch_mult"),
+    ("ddconfig", {"ch_mult": 3}, "ch_mult"),
+    ("ddconfig", {"ch": "wide"}, "ch must be"),
+    ("ddconfig", {"resolution": 33}, "resolution 33"),
+    ("ddconfig", {"num_groups": 3}, "num_groups"),
+    ("ddconfig", {"double_z": True}, "double_z"),
+    ("ddconfig", {"attn_type": "linear"}, "ddconfig.attn_type can only be vanilla, not 'linear'"),
+    ("ddconfig", {"tanh_out": True}, "ddconfig.tanh_out can only be False, not True"),
+    ("ddconfig", {"in_channels": 1, "out_ch": 1}, "in_channels 1, out_ch 1: only models of colour images"),
+    ("ddconfig", {"out_ch": 4}, "in_channels 3, out_ch 4: only models of colour images"),
+    ("ddconfig", {"in_channels": 3.0}, "in_channels must be a positive whole number"),
+])
 def test_bad_configurations_are_named(section, change, words):
     document = TINY.to_dict()
     params = document["model"]["params"]
     {"model": document["model"], "params": params, "ddconfig": params["ddconfig"]}[section].update(change)
-    with pytest.raises(UserError, match=words) as caught:
-        VqganConfig.from_dict(document, "c.yaml")
-    assert "c.yaml" in str(caught.value)
+    caught = refused(words, VqganConfig.from_dict, document, "c.yaml")
+    assert "c.yaml" in caught
 
 
 def test_files_that_do_not_fit_are_named(tmp_path):
@@ -382,18 +371,14 @@ def test_files_that_do_not_fit_are_named(tmp_path):
         ([1, 2], "no named tensors"),
     ):
         weights, config = write(tmp_path, model, document)
-        with pytest.raises(UserError, match=words) as caught:
-            load_vqgan(weights, config)
-        assert str(weights) in str(caught.value)
+        caught = refused(words, load_vqgan, weights, config)
+        assert str(weights) in caught
     for suffix in (".ckpt", ".safetensors"):
         broken = tmp_path / ("broken" + suffix)
         broken.write_bytes(b"PK\x03\x04 not a file")
-        with pytest.raises(UserError, match="broken"):
-            load_vqgan(broken, config)
-    with pytest.raises(UserError, match="--vqgan-model-path: checkpoint .*absent.ckpt does not exist"):
-        load_vqgan(tmp_path / "absent.ckpt", config)
-    with pytest.raises(UserError, match="cannot be read"):
-        load_vqgan(weights, tmp_path / "absent.yaml")
+        refused("broken", load_vqgan, broken, config)
+    refused("--vqgan-model-path: checkpoint .*absent.ckpt does not exist", load_vqgan, tmp_path / "absent.ckpt", config)
+    refused("cannot be read", load_vqgan, weights, tmp_path / "absent.yaml")
 
 
 def test_failed_download_says_what_to_fetch(tmp_path, monkeypatch):
@@ -403,20 +388,15 @@ def test_failed_download_says_what_to_fetch(tmp_path, monkeypatch):
     monkeypatch.setattr("utils.downloads.download", download)
     published = PUBLISHED["f16-1024"]
     weights, config = tmp_path / published.weights_name, tmp_path / published.config_name
-    with pytest.raises(UserError) as caught:
-        default_vqgan(tmp_path)
-    assert str(caught.value) == (
+    caught = refused("", default_vqgan, tmp_path)
+    assert caught == (
         f"cannot download {published.config_url}: no route to host; fetch it by hand and save it as {config}, likewise "
         f"{published.weights_url} as {weights}; or give --vqgan-model-path and --vqgan-config-path"
     )
     for path in (config, weights):
         path.write_bytes(b"x")
     assert default_vqgan(tmp_path) == (weights, config)
-    with pytest.raises(UserError, match="f16-1024"):
-        default_vqgan(tmp_path, "f16-1025")
-
-
-# ---- codebook upkeep
+    refused("f16-1024", default_vqgan, tmp_path, "f16-1025")
 
 
 def test_codebook_averages_follow_their_features():
@@ -448,11 +428,7 @@ def test_unused_codes_are_revived():
 
 
 def test_upkeep_is_for_the_vq_variant():
-    with pytest.raises(ValueError, match="vq variant"):
-        CodebookUpkeep(tiny(TINY_GUMBEL))
-
-
-# ---- speed
+    refused("vq variant", CodebookUpkeep, tiny(TINY_GUMBEL), kind=ValueError)
 
 
 def test_the_transposed_convolution_is_the_convolution_of_the_doubled_map():
