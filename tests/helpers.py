@@ -112,7 +112,7 @@ def flat(state, name=""):
 
 def refused(message, function, *given, kind=UserError, **named):
     """Call what must raise such an error with a message like this pattern; return its text."""
-    with pytest.raises(kind, match=message) as caught:
+    with pytest.raises(kind, match=message or None) as caught:
         function(*given, **named)
     return str(caught.value)
 
@@ -147,6 +147,13 @@ def write_pairs(folder, captions, size=16, seed=1):
     return folder
 
 
+def fill(folder, count):
+    """Put a tiny VQGAN and so many pairs with two captions each into a folder, as `training_flags` wants them."""
+    write_vqgan(folder)
+    write_pairs(folder / "pairs", [f"picture {index}\nthe {index} th\n" for index in range(count)])
+    return folder
+
+
 # Training ------------------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +163,11 @@ def training_flags(folder, out, *more, source="pairs", image_size=16):
     text += " --epochs 2 --max-steps 0 --text-seq-len 8 --hidden-size 16 --dim-head 8 --log-every 1"
     places = [f"--input-folder={folder / source}", f"--checkpoint-output-dir={out / 'ckpt'}"]
     return [*text.split(), *places, *vqgan_flags(folder), *map(str, more)]
+
+
+def flags(folder, out, *more):
+    """`training_flags` with four of 24 pairs held out for validation."""
+    return training_flags(folder, out, "--validation-fraction", "0.17", *more)
 
 
 def train_here(flags):
@@ -172,14 +184,24 @@ def read_metrics(folder, event=None):
     return [line for line in lines if event in (None, line["event"])]
 
 
+def run(folder, out, *more):
+    """Train in this process and return the metrics."""
+    train_here(flags(folder, out, *more))
+    return read_metrics(out)
+
+
 def losses_of(out):
     """(event, step, loss, image loss) of every line of metrics.jsonl."""
     return [(line["event"], line["step"], line["loss"], line["image_loss"]) for line in read_metrics(out)]
 
 
+def weights(path):
+    return checkpoints.read_dalle(path).weights
+
+
 def weights_of(out):
     """The weights in the newest checkpoint of a run."""
-    return checkpoints.read_dalle(checkpoints.newest_checkpoint(out / "ckpt")).weights
+    return weights(checkpoints.newest_checkpoint(out / "ckpt"))
 
 
 # Processes -----------------------------------------------------------------------------------------------------------

@@ -15,10 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import refused
+from helpers import flags, refused
 from PIL import Image
-from test_train import flags
-from test_train import folder as tiny  # noqa: F401 (a fixture)
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
@@ -299,17 +297,17 @@ def test_names_that_are_no_text_are_listed(tmp_path):
     assert line["path"] == "caf\udce9\n.jpg" and len(line["detail"]) == 300
 
 
-def train_flags(tiny, dirty, out, cache, limit):  # noqa: F811
+def train_flags(folder, dirty, out, cache, limit):
     """Those of test_train, but of dirty data."""
     cache = str(out / "codes") if cache == "on" else "off"
     own = ["--input-folder", str(dirty), "--bpe-path", VOCABULARY, "--truncate-captions", "--text-seq-len", str(T)]
     own += ["--gradient-accumulation", "1", "--validation-fraction", "0.2", "--checkpoint-save-steps", "0"]
-    return flags(tiny, out, *own, "--max-bad-fraction", str(limit), "--cache-codes", cache)
+    return flags(folder, out, *own, "--max-bad-fraction", str(limit), "--cache-codes", cache)
 
 
 @pytest.mark.parametrize("cache", ["off", "on"])
-def test_training_on_dirty_data_ends_well_and_lists_it(tiny, dirty, tmp_path, cache):  # noqa: F811
-    config = args.parse(train_flags(tiny, dirty, tmp_path, cache, 0.5))
+def test_training_on_dirty_data_ends_well_and_lists_it(folder, dirty, tmp_path, cache):
+    config = args.parse(train_flags(folder, dirty, tmp_path, cache, 0.5))
     for _ in range(2 if cache == "off" else 1):  # the second run lists it anew, not again
         train.train(config, engines.create(config))
         bad = [line for line in lines(tmp_path / "skipped.jsonl") if line["bad"]]
@@ -320,10 +318,10 @@ def test_training_on_dirty_data_ends_well_and_lists_it(tiny, dirty, tmp_path, ca
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", ["off", "on"])
-def test_two_processes_stop_at_the_limit_in_one_line_each(tiny, dirty, tmp_path, cache):  # noqa: F811
+def test_two_processes_stop_at_the_limit_in_one_line_each(folder, dirty, tmp_path, cache):
     limit = (len(BAD_CAPTIONS) + PIPES + 1) / (NUM_GOOD + NUM_BAD + PIPES)  # the captions, and one image
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-    command += train_flags(tiny, dirty, tmp_path, cache, limit)
+    command += train_flags(folder, dirty, tmp_path, cache, limit)
     done = subprocess.run(command, cwd=str(ROOT), stderr=subprocess.PIPE, timeout=300, encoding="utf-8")
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -10,9 +10,8 @@ import types
 
 import pytest
 import torch
-from helpers import refused
-from test_crash import assert_as_undisturbed, finish, slow_unless, start, undisturbed  # noqa: F401 (fixtures)
-from test_train import flags, folder, weights  # noqa: F401
+from helpers import flags, refused, weights
+from test_crash import assert_as_undisturbed, finish, slow_unless, start
 
 import args
 import engines
@@ -23,13 +22,13 @@ from engines.native import NativeEngine
 SMALL = 20_000  # bytes: more than any log here takes, less than a checkpoint
 
 
-def run(folder, out, *more):  # noqa: F811
+def run(folder, out, *more):
     config = args.parse(flags(folder, out, *more))
     log.setup(config.log_dir)
     train.train(config, engines.create(config))
 
 
-def everything(folder):  # noqa: F811
+def everything(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
@@ -39,7 +38,7 @@ def steps(out):
 
 
 @pytest.mark.parametrize("processes", slow_unless([(2,)], 1, 2))
-def test_no_room_for_checkpoints(server, folder, tmp_path, undisturbed, processes):  # noqa: F811
+def test_no_room_for_checkpoints(server, folder, tmp_path, undisturbed, processes):
     """Trained to the end, exit 1, what was good is good; and with room it goes on from there."""
     moment = ("engines.native:NativeEngine._update_weights", 4, "before")
     assert -signal.SIGKILL in map(server.wait, start(server, folder, tmp_path, processes=processes, kill=moment))
@@ -57,7 +56,7 @@ def test_no_room_for_checkpoints(server, folder, tmp_path, undisturbed, processe
     assert_as_undisturbed(tmp_path, undisturbed(processes)[0])
 
 
-def test_a_disk_that_has_room_again(folder, tmp_path, monkeypatch, caplog):  # noqa: F811
+def test_a_disk_that_has_room_again(folder, tmp_path, monkeypatch, caplog):
     save, calls = torch.save, []
 
     def full_for_a_while(*values):
@@ -73,7 +72,7 @@ def test_a_disk_that_has_room_again(folder, tmp_path, monkeypatch, caplog):  # n
     assert sorted(path.name for path in (tmp_path / "ckpt").iterdir()) == ["dalle_1.pt", "dalle_1_8.pt"]
 
 
-def test_no_room_for_logs_metrics_curve_and_codes(server, folder, tmp_path):  # noqa: F811
+def test_no_room_for_logs_metrics_curve_and_codes(server, folder, tmp_path):
     options = ("--checkpoint-output-dir", "", "--log-dir", str(tmp_path / "log"))
     pids = start(server, folder, tmp_path, *options, largest_file=600)
     # The standard error of a real run may be a file on the same disk: it is full, too.
@@ -83,7 +82,7 @@ def test_no_room_for_logs_metrics_curve_and_codes(server, folder, tmp_path):  # 
     assert not (tmp_path / "log/loss.png").exists() and not list((tmp_path / "log").glob(".*tmp"))
 
 
-def test_a_read_only_log_folder(server, folder, tmp_path):  # noqa: F811
+def test_a_read_only_log_folder(server, folder, tmp_path):
     (tmp_path / "log").mkdir(mode=0o555)
     pids = start(server, folder, tmp_path, "--log-dir", str(tmp_path / "log"))
     finish(server, pids, tmp_path)
@@ -104,7 +103,7 @@ def test_tensorboard_that_cannot_be_made(tmp_path, monkeypatch, caplog):
     assert steps(tmp_path) == [1]
 
 
-def test_folders_that_vanish_are_made_again(folder, tmp_path, monkeypatch, caplog):  # noqa: F811
+def test_folders_that_vanish_are_made_again(folder, tmp_path, monkeypatch, caplog):
     step, count = NativeEngine.step, [0]
 
     def vanishing(self, batch):
@@ -133,7 +132,7 @@ def test_a_log_folder_that_vanishes_and_cannot_be_made_again(tmp_path, caplog):
     assert caplog.text.count("cannot be written any more") == 1
 
 
-def test_an_earlier_run_that_cannot_be_moved_is_left_alone(folder, tmp_path):  # noqa: F811
+def test_an_earlier_run_that_cannot_be_moved_is_left_alone(folder, tmp_path):
     run(folder, tmp_path, "--max-steps", "2")
     (tmp_path / "ckpt/earlier.1").mkdir()
     (tmp_path / "ckpt/earlier.2").symlink_to(tmp_path / "nowhere")  # does not exist, nor can be made

@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import refused
+from helpers import run as train_pairs
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_train import flags, folder  # noqa: F401
-from test_train import run as train_pairs
 
 import training.vqgan
 from training import resume
@@ -92,12 +91,12 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("words, message", TRAIN, ids=[words for words, _ in TRAIN])
-def test_training(words, message, folder, place, untouched):  # noqa: F811
+def test_training(words, message, folder, place, untouched):
     refused(message, train_pairs, folder, place, *words.split(), "--cache-codes", "codes")
     assert not untouched and not Path("codes").exists() and not Path("metrics.jsonl").exists()
 
 
-def test_wandb_without_a_key(folder, place, untouched, monkeypatch):  # noqa: F811
+def test_wandb_without_a_key(folder, place, untouched, monkeypatch):
     def init(**_):
         raise RuntimeError("api_key not configured (no-tty).")
 
@@ -109,7 +108,7 @@ def test_wandb_without_a_key(folder, place, untouched, monkeypatch):  # noqa: F8
     assert not untouched and not Path("codes").exists() and Path("metrics.jsonl").read_text() == "an earlier run's\n"
 
 
-def test_a_resumed_run(folder, place, monkeypatch, request):  # noqa: F811
+def test_a_resumed_run(folder, place, monkeypatch, request):
     """Other options and another VQGAN; and what was read is let go of once it is in the engine."""
     train_pairs(folder, place, "--max-steps", "1", "--cache-codes", "codes")
     changed = folder / "vqgan2.safetensors"

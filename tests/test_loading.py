@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import flags, folder, run  # noqa: F401 (a fixture)
+from helpers import flags, run
 
 import args
 import engines
@@ -38,7 +38,7 @@ def children():
     return len(multiprocessing.active_children())
 
 
-def test_they_end_when_reading_ends_whoever_holds_a_part_of_it(folder, tmp_path, monkeypatch):  # noqa: F811
+def test_they_end_when_reading_ends_whoever_holds_a_part_of_it(folder, tmp_path, monkeypatch):
     before, loader = children(), make_loader(Numbers(), 2, batch_size=10)
     batches = read(loader)
     assert next(batches).tolist() == list(range(10)) and children() == before + 2
@@ -87,7 +87,7 @@ ENDINGS = {
 
 
 @pytest.mark.parametrize("script, more, ending, status", ENDINGS.values(), ids=ENDINGS)
-def test_no_program_waits_for_them_at_its_exit(server, folder, tmp_path, script, more, ending, status):  # noqa: F811
+def test_no_program_waits_for_them_at_its_exit(server, folder, tmp_path, script, more, ending, status):
     argv = flags(folder, tmp_path, "--cache-codes", str(tmp_path / "codes"), *more)
     if script == "train_vqgan":
         argv = ["--input-folder", str(folder / "pairs"), "--output", str(tmp_path), "--steps", "4", "--batch-size", "4"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import flags, folder, run  # noqa: F401
+from helpers import flags, run
 
 import args
 from training.setup import build_parts
@@ -48,7 +48,7 @@ def check(seen, total, what):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_does_not_grow(server, folder, tmp_path, workers):  # noqa: F811
+def test_training_does_not_grow(server, folder, tmp_path, workers):
     """8 epochs of 256 steps, each with a loader of its own, validation and checkpoints."""
     options = flags(folder, tmp_path, "--generated-data", "--validation-folder", str(folder / "pairs"))
     options += ["--dataloader-workers", str(workers), "--epochs", "8", "--checkpoint-save-steps", "100"]
@@ -79,7 +79,7 @@ class Watched(torch.utils.data.Dataset):
 
 
 @pytest.mark.slow
-def test_loading_does_not_grow(folder, tmp_path):  # noqa: F811
+def test_loading_does_not_grow(folder, tmp_path):
     """2,000 batches of one loader, in each of its two processes; `test_training_does_not_grow` watches the main one."""
     pairs = build_parts(args.parse(flags(folder, tmp_path))).train_set
     loader = make_loader(Watched(pairs, 8000), 2, batch_size=4, prefetch_factor=4)
@@ -96,7 +96,7 @@ def test_loading_does_not_grow(folder, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_generation_does_not_grow(server, folder, tmp_path):  # noqa: F811
+def test_generation_does_not_grow(server, folder, tmp_path):
     """2,000 images of 250 captions."""
     run(folder, tmp_path, "--max-steps", "1")
     (tmp_path / "prompts.txt").write_text("".join(f"picture {number}\n" for number in range(250)))

@@ -11,10 +11,9 @@ from unittest import mock
 import poptorch_stand_in
 import pytest
 import torch
-from helpers import refused
+from helpers import ROOT, assert_same, flags, refused, run, weights
 from ipu_helpers import Pairs, make_config, make_model
 from PIL import Image
-from test_train import ROOT, assert_same, flags, folder, run, weights  # noqa: F401 (a fixture)
 
 import args
 import checkpoints
@@ -105,7 +104,7 @@ ANEW = {
 class Saved:
     """A run of which two steps are saved, and what any number of tests resume from there."""
 
-    def __init__(self, folder, out):  # noqa: F811
+    def __init__(self, folder, out):
         self.out, self.number = out, 0
         pairs = Path(shutil.copytree(folder / "pairs", out / "pairs"))
         (pairs / "long.txt").write_text("far more words than eight tokens have room for, whatever they are\n")
@@ -161,7 +160,7 @@ def digest(tensors):
 
 
 @pytest.fixture(scope="module")
-def saved(folder, tmp_path_factory):  # noqa: F811
+def saved(folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(log, "plot_losses", lambda *_: False)
         return Saved(folder, tmp_path_factory.mktemp("resume"))
@@ -299,7 +298,7 @@ def batch(size, accumulation):
     ((1, 1), 22, (2, 2), 2),  # nothing is left of the epoch but its end
     ((4, 2), 3, (3, 1), 0),  # between two epochs
 ])
-def test_another_batch_goes_on_at_the_right_sample(folder, tmp_path, monkeypatch, first, stop, then, skipped):  # noqa: F811
+def test_another_batch_goes_on_at_the_right_sample(folder, tmp_path, monkeypatch, first, stop, then, skipped):
     """No sample is skipped or repeated but what fills no batch, --epochs are as many, and rates are those of a run that
     had the later batch from its start, at the same sample."""
     schedule = ("--lr-scheduler", "cosine", "--warmup-steps", "3", "--epochs", "3")
@@ -334,7 +333,7 @@ def train_order(epoch):
     return epoch_order(24, 42, epoch).tolist()
 
 
-def test_what_fills_no_batch_is_told(folder, tmp_path, caplog):  # noqa: F811
+def test_what_fills_no_batch_is_told(folder, tmp_path, caplog):
     caplog.set_level("INFO")
     run(folder, tmp_path, *batch(1, 1), "--max-steps", "22")
     run(folder, tmp_path, *batch(2, 2), "--validation-fraction", "0", "--max-steps", "0", "--epochs", "1", "--resume")
@@ -345,7 +344,7 @@ def test_what_fills_no_batch_is_told(folder, tmp_path, caplog):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", ["dalle_0_2.pt", "dalle_1_8.pt"])
-def test_checkpoints_of_older_versions_are_resumed_with_the_same_bits(folder, tmp_path, name):  # noqa: F811
+def test_checkpoints_of_older_versions_are_resumed_with_the_same_bits(folder, tmp_path, name):
     more = ("--lr-scheduler", "cosine", "--warmup-steps", "3", "--checkpoint-save-steps", "2")
     run(folder, tmp_path / "whole", *more)
     content = torch.load(tmp_path / "whole/ckpt" / name, weights_only=True)
@@ -380,7 +379,7 @@ def test_a_new_rate_takes_effect_with_every_schedule(name):
         assert lower.learning_rate(position) == expected
 
 
-def test_the_advice_after_bad_steps_works(folder, tmp_path):  # noqa: F811
+def test_the_advice_after_bad_steps_works(folder, tmp_path):
     """A lower --learning-rate, by flag or in a changed YAML file, with the schedule of the published configurations."""
     text = "a: {{learning_rate: {}, hidden_size: {}, lr_scheduler: ReduceLROnPlateau, truncate_captions: true"
     text += ", bpe_path: {}}}}}".format(ROOT / "bpe" / "bpe_yttm_vocab.txt")
@@ -403,7 +402,7 @@ def test_the_advice_after_bad_steps_works(folder, tmp_path):  # noqa: F811
         go(2.0e-6, "--max-steps", "5", "--resume", width=32)
 
 
-def test_files_may_lie_elsewhere(saved, folder, tmp_path):  # noqa: F811
+def test_files_may_lie_elsewhere(saved, folder, tmp_path):
     files = {
         "vqgan_model_path": folder / "vqgan.safetensors", "vqgan_config_path": folder / "vqgan.yaml",
         "bpe_path": ROOT / "bpe" / "bpe_yttm_vocab.txt",
@@ -412,7 +411,7 @@ def test_files_may_lie_elsewhere(saved, folder, tmp_path):  # noqa: F811
     assert saved.resume(**moved)[0] == saved.expected
 
 
-def test_a_model_that_decided_on_its_shape_goes_on(folder, tmp_path, caplog):  # noqa: F811
+def test_a_model_that_decided_on_its_shape_goes_on(folder, tmp_path, caplog):
     """--pretrained-checkpoint had another shape than the configuration: neither is given anew when it is resumed."""
     run(folder, tmp_path / "first", "--max-steps", "1")
     start = ("--pretrained-checkpoint", str(tmp_path / "first/ckpt/dalle_0_1.pt"))
@@ -423,7 +422,7 @@ def test_a_model_that_decided_on_its_shape_goes_on(folder, tmp_path, caplog):  #
     refused("--hidden-size", run, folder, tmp_path / "tuned", "--max-steps", "4", "--hidden-size", "8", "--resume")
 
 
-def test_a_resumed_run_keeps_its_number_of_threads(folder, tmp_path):  # noqa: F811
+def test_a_resumed_run_keeps_its_number_of_threads(folder, tmp_path):
     """Some of PyTorch's sums depend on it."""
     before = torch.get_num_threads()
     try:
