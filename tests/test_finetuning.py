@@ -1,49 +1,31 @@
 """minDALL-E's architecture in training: from nothing, from its layout, and back into it; memory estimates."""
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from helpers import refused
-from mindalle_folder import TEXT_LEN, make_folder
-from PIL import Image
+from helpers import ROOT, assert_same, read_metrics, refused, train_here, write_pairs
+from mindalle_folder import TEXT_LEN
 
 import args
 import checkpoints
 import dalle.export
-import engines
-import train
 from bpe import load_tokenizer
 from bpe.char_train import learn_char_vocabulary
 from dalle.models import Dalle
+from data.demo import demo_records
 from engines.memory import training_memory
 from models.config import ARCHITECTURES, DalleConfig
 from models.dalle import DALLE
 from models.vqgan_config import VqganConfig, stage1_config, stage1_options
-from utils.errors import UsageError, UserError
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("finetuning") / "tiny")
+from utils.errors import UsageError
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pairs")
-    generator = torch.Generator().manual_seed(1)
-    for index in range(12):
-        pixels = torch.randint(0, 256, (16, 16, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
-        (folder / f"{index}.txt").write_text(f"a painting of cat {index}")
-    return folder
+    return write_pairs(tmp_path_factory.mktemp("pairs"), [f"a painting of cat {index}" for index in range(12)])
 
 
 def flags(pairs, out, *more):
@@ -55,68 +37,59 @@ def flags(pairs, out, *more):
 
 
 def run(pairs, out, *more):
-    train.train(config := args.parse(flags(pairs, out, *more)), engines.create(config))
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    train_here(flags(pairs, out, *more))
+    return read_metrics(out)
 
 
 def state_of(folder, name):
     return torch.load(folder / name, weights_only=True)["state_dict"]
 
 
-def assert_same(first, second):
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
-
-
-def test_reading_and_writing_the_layout_keeps_every_bit(source, tmp_path):
-    dalle.export.main([str(source), str(tmp_path / "out")])
+def test_reading_and_writing_the_layout_keeps_every_bit(mindalle_folder, tmp_path):
+    folders = mindalle_folder, tmp_path / "out"
+    dalle.export.main(list(map(str, folders)))
     for name in ("stage1_last.ckpt", "stage2_last.ckpt"):
-        assert_same(state_of(source, name), state_of(tmp_path / "out", name))
+        assert_same(*(state_of(folder, name) for folder in folders))
     for name in ("bpe-16k-vocab.json", "bpe-16k-merges.txt"):
-        assert (tmp_path / "out/tokenizer" / name).read_bytes() == (source / "tokenizer" / name).read_bytes()
-    before, after = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (source, tmp_path / "out"))
+        first, second = ((folder / "tokenizer" / name).read_bytes() for folder in folders)
+        assert first == second
+    before, after = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in folders)
     assert after["stage2"] == before["stage2"] and after["dataset"] == before["dataset"]
     assert stage1_config(after, "x") == stage1_config(before, "x")
-    first, second = Dalle.from_pretrained(source), Dalle.from_pretrained(tmp_path / "out")
-    drawn = [model.draw("the sea", num_candidates=2, seed=3, progress=False) for model in (first, second)]
+    models = map(Dalle.from_pretrained, folders)
+    drawn = [model.draw("the sea", num_candidates=2, seed=3, progress=False) for model in models]
     assert torch.equal(drawn[0].codes, drawn[1].codes) and torch.equal(drawn[0].images, drawn[1].images)
-    refused("the folder is not empty", dalle.export.main, [str(source), str(tmp_path / "out")])
+    refused("the folder is not empty", dalle.export.main, list(map(str, folders)))
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"bos": True}, "bos = True"),
-    ({"layer_scale": True}, "layer_scale"),
-    ({"attn_types": ("axial_row",)}, "attn_types must be full"),
-    ({"dim_head": 4}, "heads x dim_head"),
-    ({"activation": "geglu"}, "no geglu"),
-    ({"shared_ff_ids": (0, 0)}, "shared_ff_ids"),
+    ({"bos": True}, "bos = True"), ({"layer_scale": True}, "layer_scale"),
+    ({"attn_types": ("axial_row",)}, "attn_types must be full"), ({"dim_head": 4}, "heads x dim_head"),
+    ({"activation": "geglu"}, "no geglu"), ({"shared_ff_ids": (0, 0)}, "shared_ff_ids"),
 ])
-def test_what_has_no_place_in_the_layout_is_named(source, changes, message):
-    config = DalleConfig(
-        **dict(
-            dict(num_text_tokens=9, num_image_tokens=8, text_seq_len=4, grid=2, dim=16, depth=2, heads=2, dim_head=8),
-            **dict(ARCHITECTURES["mindalle"], **changes),
-        )
-    )
-    refused(message, dalle.export.export_options, config, VqganConfig(), load_tokenizer(str(source / "tokenizer")))
-    with pytest.raises(UserError, match="character BPE vocabulary, not one of the kind yttm"):
-        dalle.export.export_options(config, VqganConfig(), load_tokenizer(str(ROOT / "bpe/demo_vocab.txt")))
+def test_what_has_no_place_in_the_layout_is_named(mindalle_folder, changes, message):
+    sizes = dict(num_text_tokens=9, num_image_tokens=8, text_seq_len=4, grid=2, dim=16, depth=2, heads=2, dim_head=8)
+    config = DalleConfig(**{**sizes, **ARCHITECTURES["mindalle"], **changes})
+    own, other = (load_tokenizer(str(path)) for path in (mindalle_folder / "tokenizer", ROOT / "bpe/demo_vocab.txt"))
+    refused(message, dalle.export.export_options, config, VqganConfig(), own)
+    complaint = "character BPE vocabulary, not one of the kind yttm"
+    refused(complaint, dalle.export.export_options, config, VqganConfig(), other)
     refused("variant gumbel", stage1_options, VqganConfig(variant="gumbel"))
 
 
-def test_fine_tuning_starts_from_the_folders_weights_vocabulary_and_vqgan(source, pairs, tmp_path, caplog):
+def test_fine_tuning_starts_from_the_folders_weights_vocabulary_and_vqgan(mindalle_folder, pairs, tmp_path, caplog):
     out, exported = tmp_path / "run", tmp_path / "exported"
-    start = ("--pretrained-checkpoint", source)
+    start = ("--pretrained-checkpoint", mindalle_folder)
     with caplog.at_level(logging.INFO):
         run(pairs, out, *start, "--learning-rate", "1e-12", "--export-mindalle", exported)
     told = "\n".join(record.getMessage() for record in caplog.records)
     assert "memory for training: about 0.00 GB" in told and "peak memory: " in told
-    assert_same(state_of(source, "stage1_last.ckpt"), state_of(exported, "stage1_last.ckpt"))
-    before, after = state_of(source, "stage2_last.ckpt"), state_of(exported, "stage2_last.ckpt")
+    assert_same(state_of(mindalle_folder, "stage1_last.ckpt"), state_of(exported, "stage1_last.ckpt"))
+    before, after = state_of(mindalle_folder, "stage2_last.ckpt"), state_of(exported, "stage2_last.ckpt")
     assert before.keys() == after.keys()
     assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
     checkpoint = checkpoints.read_dalle(out / "ckpt/dalle_0.pt")
-    assert checkpoint.identity["tokenizer"]["path"] == str(source / "tokenizer")
+    assert checkpoint.identity["tokenizer"]["path"] == str(mindalle_folder / "tokenizer")
     # Drawn from the run's own checkpoint, and from what was exported: the same.
     models = [Dalle.from_pretrained(path) for path in (out / "ckpt/dalle_0.pt", exported)]
     drawn = [model.draw("a cat", num_candidates=2, seed=3, progress=False).images for model in models]
@@ -124,9 +97,9 @@ def test_fine_tuning_starts_from_the_folders_weights_vocabulary_and_vqgan(source
 
 
 @pytest.mark.parametrize("optimizer, rate", [("AdamW", "0.01"), ("Adafactor", "0.1")])
-def test_fine_tuning_learns_saves_memory_and_resumes(source, pairs, tmp_path, optimizer, rate):
+def test_fine_tuning_learns_saves_memory_and_resumes(mindalle_folder, pairs, tmp_path, optimizer, rate):
     more = ("--optimizer", optimizer, "--learning-rate", rate, "--epochs", "4", "--lr-scheduler", "constant")
-    start = ("--pretrained-checkpoint", source)
+    start = ("--pretrained-checkpoint", mindalle_folder)
     events = run(pairs, tmp_path / "whole", *more, *start)
     losses = [event["loss"] for event in events if event["event"] == "train"]
     assert losses[-1] < 0.9 * losses[0]
@@ -142,29 +115,26 @@ def test_fine_tuning_learns_saves_memory_and_resumes(source, pairs, tmp_path, op
         assert [e["loss"] for e in saving if e["event"] == "train"] == pytest.approx(losses, rel=0.05)
 
 
-def test_an_export_that_cannot_work_is_refused_before_training(source, pairs, tmp_path):
+def test_an_export_that_cannot_work_is_refused_before_training(mindalle_folder, pairs, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")
-    with pytest.raises(UserError, match="--export-mindalle .*not empty"):
-        run(pairs, tmp_path, "--pretrained-checkpoint", source, "--export-mindalle", tmp_path / "full")
+    start = ("--pretrained-checkpoint", mindalle_folder, "--export-mindalle", tmp_path / "full")
+    refused("--export-mindalle .*not empty", run, pairs, tmp_path, *start)
     for words, message in (
-        (["--config", "demo", "--export-mindalle", "x"], "--architecture mindalle"),
-        (["--config", "minDALLE_tiny", "--generated-data", "--export-mindalle", "x"], "generated data"),
+        ("--config demo --export-mindalle x", "--architecture mindalle"),
+        ("--config minDALLE_tiny --generated-data --export-mindalle x", "generated data"),
     ):
-        refused(message, args.parse, words, kind=UsageError)
-    vocabulary = ["--bpe-path", str(ROOT / "bpe/demo_vocab.txt")]
-    stage1 = ["--vqgan-model-path", source / "stage1_last.ckpt", "--vqgan-config-path", source / "config.yaml"]
-    with pytest.raises(UserError, match="character BPE vocabulary"):
-        run(pairs, tmp_path, *vocabulary, *stage1, "--export-mindalle", tmp_path / "new")
+        refused(message, args.parse, words.split(), kind=UsageError)
+    stage1 = ["--vqgan-model-path", mindalle_folder / "stage1_last.ckpt"]
+    stage1 += ["--vqgan-config-path", mindalle_folder / "config.yaml", "--bpe-path", ROOT / "bpe/demo_vocab.txt"]
+    refused("character BPE vocabulary", run, pairs, tmp_path, *stage1, "--export-mindalle", tmp_path / "new")
 
 
 @pytest.mark.slow
 def test_the_tiny_configuration_trains_from_nothing_on_the_demo_and_is_exported(tmp_path):
     words = ["--config", "minDALLE_tiny", "--device", "cpu", "--checkpoint-output-dir", str(tmp_path / "ckpt")]
-    config = args.parse([*words, "--export-mindalle", str(tmp_path / "out")])
-    train.train(config, engines.create(config))
-    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    losses = [event["loss"] for event in events if event["event"] == "train"]
+    train_here([*words, "--export-mindalle", str(tmp_path / "out")])
+    losses = [event["loss"] for event in read_metrics(tmp_path, "train")]
     assert losses[-1] < 0.9 * losses[0]
     model = Dalle.from_pretrained(tmp_path / "out")
     assert model.sampling("red apple", num_candidates=2, progress=False).shape == (2, 3, 64, 64)
@@ -193,9 +163,8 @@ def test_the_estimate_of_activations_is_what_autograd_keeps(architecture, half):
         **ARCHITECTURES[architecture],
     )
     config = args.parse(["--config", "unit_test", "--batch-size", "4", "--gradient-accumulation", "1"])
-    network = DALLE(dataclasses.replace(model))
+    network, kept = DALLE(model), {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
-    kept = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
@@ -212,21 +181,16 @@ def test_the_estimate_of_activations_is_what_autograd_keeps(architecture, half):
 
 
 def test_a_learned_character_vocabulary_is_read_and_does_not_depend_on_order(tmp_path):
+    files = ("bpe-16k-vocab.json", "bpe-16k-merges.txt")
     captions = ["A cat on a mat", "the cats; the CAT!", "a mat"] * 3
-    vocabulary, merges = learn_char_vocabulary(captions, 40)
-    assert (vocabulary, merges) == learn_char_vocabulary(reversed(captions), 40)
-    for name, content in (("x-vocab.json", vocabulary), ("x-merges.txt", merges)):
+    learned = learn_char_vocabulary(captions, 40)
+    assert learned == learn_char_vocabulary(reversed(captions), 40)
+    for name, content in zip(files, learned):
         (tmp_path / name).write_bytes(content)
     tokenizer = load_tokenizer(str(tmp_path))
     assert tokenizer.vocab_size <= 40 and tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
     assert len(tokenizer.encode("cat")) == 1 and 1 in tokenizer.encode("zebra")
     refused("--vocab-size 5 cannot hold", learn_char_vocabulary, captions, 5)
     refused("no caption", learn_char_vocabulary, ["", " "], 40)
-
-
-def test_the_shipped_character_vocabulary_is_the_one_that_is_learned():
-    from data.demo import demo_records
-
-    learned = learn_char_vocabulary([record.caption for record in demo_records("train")], 1024)
-    for name, content in zip(("bpe-16k-vocab.json", "bpe-16k-merges.txt"), learned):
-        assert (ROOT / "bpe" / "demo_char" / name).read_bytes() == content
+    shipped = learn_char_vocabulary([record.caption for record in demo_records("train")], 1024)
+    assert [(ROOT / "bpe" / "demo_char" / name).read_bytes() for name in files] == list(shipped)
