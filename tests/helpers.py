@@ -230,7 +230,7 @@ def together(command, count):
 def in_threads(*works):
     """Run functions at the same time and return their results."""
     with ThreadPoolExecutor(len(works)) as pool:
-        return [future.result(60) for future in [pool.submit(work) for work in works]]
+        return [future.result(300) for future in [pool.submit(work) for work in works]]
 
 
 def teams(count):

@@ -9,7 +9,8 @@ import sys
 import types
 
 import pytest
-from helpers import refused
+import torch
+from helpers import full_disk, read_metrics, refused
 from PIL import Image
 
 import log
@@ -22,36 +23,25 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture(autouse=True)
-def logging_as_before():
-    root = logging.getLogger()
-    before, level = list(root.handlers), root.level
-    yield
-    for handler in [handler for handler in root.handlers if handler not in before]:
-        root.removeHandler(handler)
-        handler.close()
-    root.setLevel(level)
-
-
 def events(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_metrics(path.parent)
+
+
+BLUE, RED = (31, 119, 180), (214, 39, 40)
 
 
 def colours(png):
     return {colour for _, colour in Image.open(png).convert("RGB").getcolors(1 << 20)}
 
 
-def full_disk(*_args, **_kwargs):
-    raise OSError(28, "No space left on device")
-
-
 def test_lines_match_what_benchmarks_look_for():
-    line = log.step_line(12, 100, 3, 2.3651, 1.5, 2.5, 1e-3, 85.3)
-    assert re.findall(r"throughput: *(.*?) samples/sec", line) == ["85.3"]
-    assert re.findall(r"loss: *(\d*\.\d*)", line) == ["2.3651"]
+    line, loss = log.step_line(12, 100, 3, 2.3651, 1.5, 2.5, 1e-3, 85.3), r"loss: *(\d*\.\d*)"
+    assert re.findall(r"throughput: *(.*?) samples/sec", line) == ["85.3"] and re.findall(loss, line) == ["2.3651"]
     assert re.findall(r"throughput: *(.*?) samples/sec", log.throughput_line(1234.5)) == ["1234"]
     assert re.findall(r"throughput: *(.*?) images/sec", log.throughput_line(7.125, "images")) == ["7.12"]
     assert re.findall(r"Compiled model in *(.*?) secs", log.compiled_line(12.34)) == ["12.3"]
+    line = log.validation_line(12, 3, 2.5, 1.5, 2.75)
+    assert "2.5000" in line and not re.search(loss, line)  # it is not taken for the training loss
 
 
 @pytest.mark.parametrize("value, text", [(0.0, "0"), (0.012345, "0.0123"), (8.527, "8.53"), (85.27, "85.3"),
@@ -66,15 +56,10 @@ def test_rates_have_three_digits_everywhere(monkeypatch, value, text):
     assert bar.postfix().endswith(f"{text} tokens/s")
 
 
-def test_a_validation_line_is_not_taken_for_the_training_loss():
-    line = log.validation_line(12, 3, 2.5, 1.5, 2.75)
-    assert "2.5000" in line and not re.search(r"loss: *(\d*\.\d*)", line)
-
-
-@pytest.mark.parametrize("seconds, text", [(0, "0s"), (45, "45s"), (59.7, "1m00s"), (200, "3m20s"), (3900, "1h05m"),
-                                           (100000, "1d03h"), (float("inf"), "?")])
-def test_duration(seconds, text):
-    assert log.duration(seconds) == text
+def test_duration():
+    for seconds, text in ((0, "0s"), (45, "45s"), (59.7, "1m00s"), (200, "3m20s"), (3900, "1h05m"), (1e5, "1d03h")):
+        assert log.duration(seconds) == text
+    assert log.duration(float("inf")) == "?"
 
 
 def test_the_main_process_writes_console_and_file_the_others_only_errors(tmp_path, capsys):
@@ -117,18 +102,13 @@ def test_without_a_terminal_progress_is_plain_log_lines(capsys):
             bar.update(1, samples=8, loss=2.5)
     lines = capsys.readouterr().err.splitlines()
     assert re.search(r"train 2/4 \(50%\) steps, loss 2\.5000, \d+(\.\d)? images/s, .+ left$", lines[0])
-    assert "train 4/4 (100%) steps, loss 2.5000" in lines[-1]
-    assert "\r" not in "".join(lines)
-
-
-def test_plain_lines_wait_for_their_interval_and_may_be_left_out(capsys):
-    log.setup()
-    with log.progress(None, "read", unit="image", interval=3600) as bar:
+    assert "train 4/4 (100%) steps, loss 2.5000" in lines[-1] and "\r" not in "".join(lines)
+    with log.progress(None, "read", unit="image", interval=3600) as bar:  # which wait for their interval,
         for _ in range(5):
             bar.update(10)
         assert capsys.readouterr().err == ""
     assert "read 50 images" in capsys.readouterr().err
-    for settings in (dict(plain=False), dict(is_main=False)):
+    for settings in (dict(plain=False), dict(is_main=False)):  # and may be disabled
         with log.progress(2, "read", interval=0, **settings) as bar:
             bar.update(2)
     assert capsys.readouterr().err == ""
@@ -178,8 +158,15 @@ def test_rates_leave_out_the_first_step_and_pauses(monkeypatch):
     assert bar.seconds_left == pytest.approx((26 + 2.5) / 9)
 
 
+def write_losses(folder, *losses, **settings):
+    """Metrics of so many steps; returns their path."""
+    with log.Metrics(folder, **settings) as metrics:
+        for step, loss in enumerate(losses, 1):
+            metrics.log("train", step, loss=loss)
+    return metrics.path
+
+
 def test_metrics_are_one_flushed_json_line_each(tmp_path):
-    torch = pytest.importorskip("torch")
     metrics = log.Metrics(tmp_path)
     metrics.log("train", 1, epoch=0, loss=torch.tensor(2.5), image_loss=float("nan"), note="x")
     (event,) = events(metrics.path)  # readable before close
@@ -188,14 +175,10 @@ def test_metrics_are_one_flushed_json_line_each(tmp_path):
     metrics.close()
     log.Metrics(tmp_path / "other", is_main=False).log("train", 1, loss=1.0)
     assert not (tmp_path / "other").exists()
-
-
-def test_a_new_run_keeps_the_metrics_of_the_one_before(tmp_path):
-    for loss in (1.0, 2.0, 3.0):
-        with log.Metrics(tmp_path) as metrics:
-            metrics.log("train", 1, loss=loss)
+    for loss in (2.0, 3.0):  # a new run keeps the metrics of the one before
+        write_losses(tmp_path, loss)
     names = ["metrics.1.jsonl", "metrics.2.jsonl", "metrics.jsonl"]
-    assert [events(tmp_path / name)[0]["loss"] for name in names] == [1.0, 2.0, 3.0]
+    assert [json.loads((tmp_path / name).read_text())["loss"] for name in names] == [2.5, 2.0, 3.0]
 
 
 def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
@@ -215,18 +198,14 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
 
 def test_a_full_disk_stops_only_the_metrics(tmp_path, monkeypatch, caplog):
     metrics = log.Metrics(tmp_path).__enter__()
-    monkeypatch.setattr(metrics._writers["metrics.jsonl"], "_file",
-                        types.SimpleNamespace(write=full_disk, flush=full_disk, close=full_disk))
+    full = types.SimpleNamespace(write=full_disk, flush=full_disk, close=full_disk)
+    monkeypatch.setattr(metrics._writers["metrics.jsonl"], "_file", full)
     for step in range(3):
         metrics.log("train", step, loss=1.0)
     metrics.close()
     assert caplog.text.count("No space left on device") == 1
-
-
-def test_metrics_in_a_folder_that_cannot_be_made(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    with log.Metrics(tmp_path / "file") as metrics:
-        metrics.log("train", 1, loss=1.0)
+    write_losses(tmp_path / "file", 1.0)  # a folder that cannot be made
     assert "going on without it" in caplog.text
 
 
@@ -238,8 +217,7 @@ def test_a_missing_package_is_named_with_the_way_out(tmp_path, monkeypatch, name
 
 def test_tensorboard_event_files(tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
-    with log.Metrics(tmp_path, tensorboard=True) as metrics:
-        metrics.log("train", 1, loss=2.5)
+    write_losses(tmp_path, 2.5, tensorboard=True)
     (file,) = (tmp_path / "tensorboard").iterdir()
     assert b"train/loss" in file.read_bytes()
 
@@ -287,20 +265,20 @@ def test_wandb_gets_numbers_and_a_resumed_run_its_id(tmp_path, monkeypatch):
 def test_wandb_that_fails_is_left_out_and_the_rest_goes_on(tmp_path, monkeypatch, caplog):
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    with log.Metrics(tmp_path, wandb=True) as metrics:
-        for step in (1, 2, 3, 4):
-            metrics.log("train", step, loss=1.0)
+    path = write_losses(tmp_path, 1.0, 1.0, 1.0, 1.0, wandb=True)
     assert [step for step, _ in wandb.logged] == [1, 2]
     assert caplog.text.count("ConnectionError: gone") == 1
-    assert len(events(metrics.path)) == 4
-
-
-def test_wandb_without_an_account_names_the_offline_mode(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(account=False))
+    assert len(events(path)) == 4
+    wandb.account = False
     refused("--wandb: No API key configured.*WANDB_MODE=offline", log.Metrics, tmp_path, wandb=True)
 
 
-def test_smoothing_is_centred():
+def test_nothing_is_drawn_without_a_training_loss_and_smoothing_is_centred(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "train", "step": 1, "loss": null}\nnonsense\n[1]\n{"event": "train", "loss": 1}\n')
+    assert log.plot_losses(path, tmp_path / "loss.png") is False
+    assert not (tmp_path / "loss.png").exists()
+    refused("absent.jsonl: No such file", log.plot_losses, tmp_path / "absent.jsonl", tmp_path / "loss.png")
     assert log.smoothed([1.0, 2.0, 6.0, 4.0], 1) == [1.5, 3.0, 4.0, 5.0]
     assert log.smoothed([1.0, 2.0], 0) == [1.0, 2.0]
     line = [float(value) for value in range(20)]
@@ -315,26 +293,9 @@ def test_loss_png_shows_training_and_validation(tmp_path):
     png = tmp_path / "pictures" / "loss.png"
     assert log.plot_losses(metrics.path, png)
     assert Image.open(png).size == (1080, 660)
-    blue, red = (31, 119, 180), (214, 39, 40)
-    assert blue in colours(png) and red not in colours(png)
-
+    assert BLUE in colours(png) and RED not in colours(png)
     with log.Metrics(tmp_path, resume_step=100) as metrics:
         metrics.log("validation", 50, loss=3.0)
         metrics.log("validation", 100, loss=2.5)
-    assert log.plot_losses(metrics.path, png)
-    assert red in colours(png)
-
-
-def test_nothing_is_drawn_without_a_training_loss(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"event": "train", "step": 1, "loss": null}\nnonsense\n[1]\n{"event": "train", "loss": 1}\n')
-    assert log.plot_losses(path, tmp_path / "loss.png") is False
-    assert not (tmp_path / "loss.png").exists()
-    refused("absent.jsonl: No such file", log.plot_losses, tmp_path / "absent.jsonl", tmp_path / "loss.png")
-
-
-def test_one_single_step_can_be_drawn(tmp_path):
-    with log.Metrics(tmp_path) as metrics:
-        metrics.log("train", 1, loss=2.5)
-    assert log.plot_losses(metrics.path, tmp_path / "loss.png")
-    assert (31, 119, 180) in colours(tmp_path / "loss.png")
+    assert log.plot_losses(metrics.path, png) and RED in colours(png)
+    assert log.plot_losses(write_losses(tmp_path / "single", 2.5), png) and BLUE in colours(png)

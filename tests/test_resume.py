@@ -1,9 +1,9 @@
 """--resume: options given anew take effect or are refused by name, and position and schedules count in samples."""
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-import json
 import shutil
 from pathlib import Path
 from unittest import mock
@@ -11,35 +11,25 @@ from unittest import mock
 import poptorch_stand_in
 import pytest
 import torch
-from helpers import ROOT, assert_same, flags, refused, run, weights
+from helpers import ROOT, assert_same, flags, read_metrics, refused, run, train_here, weights_of
 from ipu_helpers import Pairs, make_config, make_model
 from PIL import Image
 
 import args
 import checkpoints
 import engines
-import log
 import train
 from checkpoints.vqgan import load_vqgan
+from data import epoch_order
 from engines.native import NativeEngine
 from training import vqgan_options
 from training.schedule import Position, Schedule
 from training.vqgan import save_weights
 from utils.bad_steps import BadSteps
-from utils.errors import UserError
 from utils.resume import APPLIES, CONTENT, FIXED, FREE
 
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    monkeypatch.setattr(log, "plot_losses", lambda *_: False)  # half of a tiny run's time
-
-
-#: The run that is resumed: two steps of it are saved.
-BASE = (
-    *("--optimizer", "AdamW", "--lr-scheduler", "cosine", "--warmup-steps", "1", "--weight-decay", "0.1"),
-    *("--validation-fraction", "0", "--epochs", "1", "--max-bad-fraction", "0.5", "--max-steps", "2"),
-)
+BASE = "--optimizer AdamW --lr-scheduler cosine --warmup-steps 1 --weight-decay 0.1 --validation-fraction 0 --epochs 1"
+BASE = (*BASE.split(), "--max-bad-fraction", "0.5", "--max-steps", "2")
 
 NEW_FOLDER, NEW_VQGAN, NEW_WORDS, NEW_LOGS = "other pairs", "other VQGAN", "other words", "other logs"  # see `Saved`
 
@@ -131,11 +121,8 @@ class Saved:
         self.expected = self.resume()[0]  # where nothing is given anew
 
     def train(self, config):
-        engine = engines.create(config)
-        try:
+        with contextlib.closing(engines.create(config)) as engine:
             train.train(config, engine)
-        finally:
-            engine.close()
         return engine
 
     def resume(self, **anew):
@@ -148,10 +135,8 @@ class Saved:
         options = {"checkpoint_output_dir": str(out / "ckpt"), "resume": True, "max_steps": 3, **anew}
         engine = self.train(self.config.replace(**options))
         newest = checkpoints.read_dalle(checkpoints.newest_checkpoint(out / "ckpt"))
-        lines = (Path(options["log_dir"]) / "metrics.jsonl").read_text().splitlines()
-        events = [json.loads(line) for line in lines]
+        events = [event for event in read_metrics(Path(options["log_dir"])) if event["step"] > 2]
         kept = [{k: v for k, v in event.items() if k not in ("time", "samples_per_second")} for event in events]
-        kept = [event for event in kept if event["step"] > 2]
         return {"events": kept, "weights": digest(newest.weights), "ema": digest(newest.ema or {})}, engine
 
 
@@ -161,9 +146,7 @@ def digest(tensors):
 
 @pytest.fixture(scope="module")
 def saved(folder, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(log, "plot_losses", lambda *_: False)
-        return Saved(folder, tmp_path_factory.mktemp("resume"))
+    return Saved(folder, tmp_path_factory.mktemp("resume"))
 
 
 def test_every_option_has_a_verdict_and_a_test():
@@ -280,15 +263,11 @@ def taken(monkeypatch):
 
 
 def rates(out):
-    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {event["step"]: event["learning_rate"] for event in events if event["event"] == "train"}
-
-
-BATCHES = ("--batch-size", "{}", "--gradient-accumulation", "{}", "--validation-fraction", "0")
+    return {event["step"]: event["learning_rate"] for event in read_metrics(out, "train")}
 
 
 def batch(size, accumulation):
-    return [word.format(number) for word, number in zip(BATCHES, (None, size, None, accumulation, None, None))]
+    return f"--batch-size {size} --gradient-accumulation {accumulation} --validation-fraction 0".split()
 
 
 @pytest.mark.parametrize("first, stop, then, skipped", [
@@ -310,7 +289,7 @@ def test_another_batch_goes_on_at_the_right_sample(folder, tmp_path, monkeypatch
     position = checkpoints.read_dalle(newest).training["position"]
     assert newest.name == "dalle_2.pt" and (tmp_path / "ckpt/dalle_0.pt").exists()
     samples = sum(seen, [])
-    epochs = [train_order(epoch) for epoch in range(3)]
+    epochs = [epoch_order(24, 42, epoch).tolist() for epoch in range(3)]
     epochs[stop * size // 24] = epochs[stop * size // 24][: 24 - skipped]
     assert samples == sum(epochs, [])
     steps = stop + (3 * 24 - skipped - stop * size) // later
@@ -327,16 +306,10 @@ def test_another_batch_goes_on_at_the_right_sample(folder, tmp_path, monkeypatch
         assert found[step + 1] == pytest.approx(whole.learning_rate(at), rel=0.1 if skipped else 1e-12)
 
 
-def train_order(epoch):
-    from data import epoch_order
-
-    return epoch_order(24, 42, epoch).tolist()
-
-
 def test_what_fills_no_batch_is_told(folder, tmp_path, caplog):
     caplog.set_level("INFO")
     run(folder, tmp_path, *batch(1, 1), "--max-steps", "22")
-    run(folder, tmp_path, *batch(2, 2), "--validation-fraction", "0", "--max-steps", "0", "--epochs", "1", "--resume")
+    run(folder, tmp_path, *batch(2, 2), "--max-steps", "0", "--epochs", "1", "--resume")
     assert "dalle_0_22.pt: epoch 0, step 22, sample 22 of 24" in caplog.text
     assert "given anew: --batch-size 2 instead of 1, --gradient-accumulation 2 instead of 1, --epochs 1" in caplog.text
     assert "epoch 0: its last 2 sample(s) do not fill a batch of 4 and are skipped" in caplog.text
@@ -357,7 +330,7 @@ def test_checkpoints_of_older_versions_are_resumed_with_the_same_bits(folder, tm
     (tmp_path / "parts/ckpt").mkdir(parents=True)
     torch.save(content, tmp_path / "parts/ckpt" / name)
     run(folder, tmp_path / "parts", "--resume", *more)
-    assert_same(weights(tmp_path / "whole/ckpt/dalle_1.pt"), weights(tmp_path / "parts/ckpt/dalle_1.pt"))
+    assert_same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
 
 
 @pytest.mark.parametrize("name", ["ReduceLROnPlateau", "constant", "multi_step", "cosine"])
@@ -382,24 +355,23 @@ def test_a_new_rate_takes_effect_with_every_schedule(name):
 def test_the_advice_after_bad_steps_works(folder, tmp_path):
     """A lower --learning-rate, by flag or in a changed YAML file, with the schedule of the published configurations."""
     text = "a: {{learning_rate: {}, hidden_size: {}, lr_scheduler: ReduceLROnPlateau, truncate_captions: true"
-    text += ", bpe_path: {}}}}}".format(ROOT / "bpe" / "bpe_yttm_vocab.txt")
+    text += f", bpe_path: {ROOT / 'bpe' / 'bpe_yttm_vocab.txt'}}}}}"
     file = tmp_path / "mine.yaml"
-    words = flags(folder, tmp_path, "--num-hidden-layers", "1", "--config-file", str(file), "--config", "a")
+    words = flags(folder, tmp_path, "--num-hidden-layers", "1", "--config-file", file, "--config", "a")
     at = words.index("--hidden-size")
     words[at : at + 2] = []
 
-    def go(rate, *more, width=16):
+    def go(rate, steps, *more, width=16):
         file.write_text(text.format(rate, width))
-        config = args.parse([*words, *more])
-        train.train(config, engines.create(config))
+        train_here([*words, "--max-steps", steps, *more])
         return list(rates(tmp_path).values())
 
-    assert go(3.0e-4, "--max-steps", "1") == [3e-4]
-    assert go(3.0e-4, "--max-steps", "2", "--resume", "--learning-rate", "1e-5") == [3e-4, 1e-5]
-    assert go(1.0e-5, "--max-steps", "3", "--resume") == [3e-4, 1e-5, 1e-5]  # the same, in the file
-    assert go(2.0e-6, "--max-steps", "4", "--resume") == [3e-4, 1e-5, 1e-5, 2e-6]
-    with pytest.raises(UserError, match="dalle_0_4.pt was written with --hidden-size 16, not 32; .* --checkpoint-out"):
-        go(2.0e-6, "--max-steps", "5", "--resume", width=32)
+    assert go(3.0e-4, "1") == [3e-4]
+    assert go(3.0e-4, "2", "--resume", "--learning-rate", "1e-5") == [3e-4, 1e-5]
+    assert go(1.0e-5, "3", "--resume") == [3e-4, 1e-5, 1e-5]  # the same, in the file
+    assert go(2.0e-6, "4", "--resume") == [3e-4, 1e-5, 1e-5, 2e-6]
+    complaint = "dalle_0_4.pt was written with --hidden-size 16, not 32; .* --checkpoint-out"
+    refused(complaint, go, 2.0e-6, "5", "--resume", width=32)
 
 
 def test_files_may_lie_elsewhere(saved, folder, tmp_path):
@@ -422,14 +394,10 @@ def test_a_model_that_decided_on_its_shape_goes_on(folder, tmp_path, caplog):
     refused("--hidden-size", run, folder, tmp_path / "tuned", "--max-steps", "4", "--hidden-size", "8", "--resume")
 
 
-def test_a_resumed_run_keeps_its_number_of_threads(folder, tmp_path):
+def test_a_resumed_run_keeps_its_number_of_threads(folder, tmp_path, threads):
     """Some of PyTorch's sums depend on it."""
-    before = torch.get_num_threads()
-    try:
-        run(folder, tmp_path, "--max-steps", "1", "--threads", "2")
-        for steps, more, expected in (("2", (), 2), ("3", ("--threads", "3"), 3), ("4", (), 3)):
-            torch.set_num_threads(1)
-            run(folder, tmp_path, "--max-steps", steps, "--resume", *more)
-            assert torch.get_num_threads() == expected
-    finally:
-        torch.set_num_threads(before)
+    run(folder, tmp_path, "--max-steps", "1", "--threads", "2")
+    for steps, more, expected in (("2", (), 2), ("3", ("--threads", "3"), 3), ("4", (), 3)):
+        threads(1)
+        run(folder, tmp_path, "--max-steps", steps, "--resume", *more)
+        assert torch.get_num_threads() == expected
