@@ -4,11 +4,13 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
+import io
 import json
 import os
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -145,6 +147,20 @@ def write_pairs(folder, captions, size=16, seed=1):
         random_picture(generator, size).save(folder / f"{index:03}.png")
         (folder / f"{index:03}.txt").write_text(caption, encoding="utf-8")
     return folder
+
+
+def tar_of(path, files):
+    """Write a compressed tar archive of (name, its bytes or the kind of a link or device and its target)."""
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+            else:
+                member.type, member.linkname = content
+                archive.addfile(member)
+    return path
 
 
 def fill(folder, count):

@@ -1,8 +1,9 @@
-"""Options: precedence, types, ranges, names, inheritance and the shipped configurations."""
+"""Options: of train.py (precedence, types, ranges, names, inheritance, configurations), and of any command."""
 from __future__ import annotations
 
 import dataclasses
 import re
+from dataclasses import dataclass, replace
 
 import pytest
 from helpers import refused
@@ -10,7 +11,8 @@ from helpers import refused
 import args
 from args import Config, ExecutionConfig, parse
 from models.config import ARCHITECTURES, DalleConfig
-from utils.errors import UsageError
+from utils.errors import UsageError, UserError
+from utils.options import REQUIRED, Command, Options, again, as_arguments, choose, groups, option
 
 SHIPPED = "L16 L16_POD16 L16_POD64 L16_CLIP_vocab unit_test demo minDALLE_1.3B minDALLE_tiny".split()
 SMALL = """
@@ -212,14 +214,6 @@ def test_contradictions_name_the_flags(words, names):
     assert [name for name in names if name not in message] == []
 
 
-def test_precision_of_the_native_engine():
-    half = ExecutionConfig(fp16=True)
-    assert (half.native_precision("cpu"), half.native_precision("cuda")) == ("fp32", "fp16")
-    assert ExecutionConfig().native_precision("cuda") == "fp32"
-    assert ExecutionConfig(fp16=True, precision="bf16").native_precision("cpu") == "bf16"
-    refused("--precision", ExecutionConfig(precision="fp16").native_precision, "cpu", kind=UsageError)
-
-
 def test_paths_are_looked_for_beside_the_configuration_file(tmp_path, monkeypatch):
     folder, elsewhere = tmp_path / "configurations", tmp_path / "elsewhere"
     for path in (folder / "demo", elsewhere):
@@ -246,13 +240,15 @@ def test_configurations_are_frozen_checked_and_survive_a_dict():
     assert Config.from_dict(flat) == config
     assert config.replace(hidden_size=8).model.hidden_size == 8 and config.model.hidden_size != 8
     refused("Did you mean 'hidden_size'", config.replace, hiden_size=8, kind=UsageError)
-
-
-def test_describe_names_the_global_batch_and_what_was_changed():
     text = parse(["--config", "L16_POD16"]).describe()
     assert "global batch 16384 = 2 (batch_size) x 2048 (gradient_accumulation) x 4 (replication_factor)" in text
     assert "enable_rts=true" in text and "dim_head" not in text
     assert max(len(line) for line in text.splitlines()) <= 120
+    half = ExecutionConfig(fp16=True)
+    assert (half.native_precision("cpu"), half.native_precision("cuda")) == ("fp32", "fp16")
+    assert ExecutionConfig().native_precision("cuda") == "fp32"
+    assert ExecutionConfig(fp16=True, precision="bf16").native_precision("cpu") == "bf16"
+    refused("--precision", ExecutionConfig(precision="fp16").native_precision, "cpu", kind=UsageError)
 
 
 def test_help_has_the_groups_and_every_flag(capsys):
@@ -278,3 +274,66 @@ def test_help_has_the_groups_and_every_flag(capsys):
     """
     for flag in seed_flags.split():
         assert f"--{flag} " in text, flag
+
+
+@dataclass(frozen=True)
+class Shared(Options, title="shared"):
+    seed: int = option(42, "of everything", ge=0)
+    names: tuple[str, ...] = option((), "files", path=True)
+
+
+@dataclass(frozen=True)
+class Example(Shared, title="own"):
+    source: str = option(REQUIRED, "what to read", positional=True, metavar="SOURCE")
+    seed: int = again(Shared, "seed", default=7)
+    size: float | None = option(None, "how large", gt=0, short="-s", none="all of it")
+    half: bool = option(False, "half of it")
+    part: str = option("all", "which part", choices=("all", "odd"), needs="half")
+
+
+COMMAND = Command("example.py", "An example.", Example)
+
+
+@pytest.mark.parametrize("words, expected", [
+    ("a", {}), ("--half a", {"half": True}), ("a --half=false", {}), ("-s 2 a", {"size": 2.0}),
+    ("a --size=none --seed 0", {"seed": 0}), ("a --names b,c ~d", {"names": ("b,c", "~d")}),
+    ("--half a --part odd", {"half": True, "part": "odd"}),
+])
+def test_words(words, expected, monkeypatch):
+    monkeypatch.setattr("os.path.expanduser", str)
+    assert COMMAND.parse(words.split()) == Example(source="a", **expected)
+
+
+@pytest.mark.parametrize("words, message", [
+    ("", "missing SOURCE: what to read"),
+    ("a b", "unexpected argument 'b'"),
+    ("a --size 0", "--size: must be above 0, got 0"),
+    ("a --part odd", "--part needs --half: half of it"),
+    ("a --part ode", "--part: expected one of all, odd, got 'ode'. Did you mean 'odd'?"),
+    ("a --sead 1", "unknown flag '--sead'. Did you mean '--seed'?"),
+])
+def test_errors(words, message):
+    error = refused("", COMMAND.parse, words.split(), kind=UsageError)
+    assert error.startswith(message)
+
+
+def test_values_given_in_code_are_checked_too():
+    example = Example(source="a")
+    assert example.seed == 7 and example.given() == ["SOURCE"]
+    for values in ({"seed": -1}, {"seed": True}, {"part": "odd"}, {"names": "\0"}):
+        with pytest.raises(UsageError):
+            replace(example, **values)
+    found = {title: [spec.name for spec in specs] for title, specs in groups(Example)}
+    assert found == {"shared": ["seed", "names"], "own": ["source", "size", "half", "part"]}
+    with pytest.raises(UserError, match="^path a--b: give bpe_path$"), as_arguments(dalle_path="path"):
+        raise UserError("--dalle-path a--b: give --bpe-path")
+
+
+def test_commands_of_a_program(capsys):
+    commands = {"export": COMMAND, "verify": COMMAND}
+    assert choose("x", commands, ["verify", "a", "--half"]) == ("verify", ["a", "--half"])
+    for words in (["verif"], [], ["--half", "verify"]):
+        refused("export or verify", choose, "x", commands, words, kind=UsageError)
+    with pytest.raises(SystemExit):
+        choose("x", commands, ["--help"])
+    assert "export" in capsys.readouterr().out

@@ -252,7 +252,7 @@ def test_every_flip_in_a_weight_is_found(tmp_path):
         refused(r"dalle_1.pt is damaged \(checksum of", verify, path)
 
 
-def test_paths_that_are_no_checkpoint(tmp_path):
+def test_paths_that_are_no_checkpoint(tmp_path, monkeypatch, capsys):
     refused("does not exist", verify, tmp_path / "none.pt")
     refused("is a folder", read_dalle, tmp_path)
     (tmp_path / "page.pt").write_text("<html>Not found</html>")
@@ -261,6 +261,9 @@ def test_paths_that_are_no_checkpoint(tmp_path):
         archive.writestr("archive/data.pkl", b"\0" * (1 << 20))
     for name, complaint in (("page.pt", "is no checkpoint"), ("legacy.pt", "is no checkpoint"), ("bomb.pt", "compre")):
         refused(f"{name}.*{complaint}", read_dalle, tmp_path / name)
+    monkeypatch.setattr(sys, "argv", ["checkpoints", "verify", str(tmp_path / "no.pt")])
+    assert refused("", run_main, main, kind=SystemExit) == "1"
+    assert capsys.readouterr().err == "error: checkpoint {} does not exist\n".format(tmp_path / "no.pt")
 
 
 def test_export_in_half_precision_and_of_shared_weights(tmp_path):
@@ -308,12 +311,6 @@ def test_refused_safetensors(tmp_path, metadata, message):
     save_file(random_model().state_dict(), tmp_path / "x.safetensors", metadata)
     caught = refused(message, read_dalle, tmp_path / "x.safetensors")
     assert "x.safetensors" in caught
-
-
-def test_command_line_ends_with_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["checkpoints", "verify", str(tmp_path / "no.pt")])
-    assert refused("", run_main, main, kind=SystemExit) == "1"
-    assert capsys.readouterr().err == "error: checkpoint {} does not exist\n".format(tmp_path / "no.pt")
 
 
 def test_order_of_a_runs_checkpoints(tmp_path):

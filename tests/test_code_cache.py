@@ -181,14 +181,6 @@ def test_only_what_a_short_run_uses_is_encoded(photos, tmp_path):
     assert encoded(photos, tmp_path)[1] == 16
 
 
-def test_the_demo_and_random_images_have_identities_of_their_own(all_photos, tmp_path):
-    records = [DemoRecord(path.stem, "c", path) for path in sorted(all_photos.glob("*.png"))]
-    encoder = Encoder()
-    for part, expected in ((records[:12], 12), (records[12:], 20), (records, 20)):
-        dataset, _ = cache_in(tmp_path, encoder).encoded(DemoDataset(part, TextSettings(Letters(), 8), SIZE), None)
-        assert encoder.count == expected and len(dataset) == len(part)
-
-
 def test_an_image_that_changed_is_encoded_again_and_no_other(photos, tmp_path):
     assert encoded(photos, tmp_path)[1] == 20
     assert encoded(f"{photos}/", tmp_path)[1] == 0
@@ -212,6 +204,11 @@ def test_another_vqgan_size_or_rule_for_pixels_encodes_all(all_photos, tmp_path,
     assert len(list(tmp_path.glob("photos-*"))) == 3
     monkeypatch.undo()
     assert encoded(all_photos, tmp_path)[1] == 0
+    records = [DemoRecord(path.stem, "c", path) for path in sorted(all_photos.glob("*.png"))]
+    encoder = Encoder()
+    for part, expected in ((records[:12], 12), (records[12:], 20), (records, 20)):
+        dataset, _ = cache_in(tmp_path, encoder).encoded(DemoDataset(part, TextSettings(Letters(), 8), SIZE), None)
+        assert encoder.count == expected and len(dataset) == len(part)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff{"])
@@ -542,7 +539,7 @@ def test_random_images_are_encoded_in_the_step_unless_a_folder_is_given(material
     assert "encoding 4 of 4 images" in caplog.text
 
 
-def test_an_images_codes_do_not_depend_on_its_batch(material):
+def test_codes_depend_neither_on_the_batch_nor_on_the_precision_of_products(material, products):
     vqgan = load_vqgan(material / "vqgan.safetensors", material / "vqgan.yaml")
     images = torch.randint(0, 256, (7, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     features = []
@@ -552,10 +549,7 @@ def test_an_images_codes_do_not_depend_on_its_batch(material):
     assert [len(z) for z in features] == [1] * 11
     assert torch.equal(torch.cat(features[2:5]), torch.cat(features[7:10]))
     assert torch.equal(features[4], features[10])
-
-
-def test_codes_do_not_depend_on_the_precision_of_products(products):
-    """They are kept for later runs, which may ask for another one."""
+    # They are kept for later runs, which may ask for another one.
     torch.manual_seed(0)
     sizes = {"resolution": 32, "ch": 64, "ch_mult": (1, 2), "attn_resolutions": (16,), "num_res_blocks": 1}
     vqgan = VQGAN(VqganConfig(**sizes, z_channels=64, embed_dim=64, num_codes=1024))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import stat
 import tarfile
 import zipfile
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import ROOT, Payload, refused
+from helpers import ROOT, Payload, refused, tar_of
 from safetensors.torch import load_file
 
 import checkpoints
@@ -64,6 +65,11 @@ def evil_dalle(trap):
     return dict(document, scheduler_state=Payload(trap))
 
 
+def evil_options(trap):
+    document = evil_dalle(trap)
+    return dict(document, scheduler_state=None, hparams={"x": document["scheduler_state"]})
+
+
 def evil_vqgan(trap):
     return {"state_dict": demo_weights(), "callbacks": Payload(trap)}
 
@@ -87,6 +93,9 @@ READERS = {
     ),
     "train_vqgan --resume": (evil_vqgan, "out/training.pt", train_vqgan, [*VQGAN, "{}/out", "--resume"]),
     "checkpoints export": (evil_dalle, "e", checkpoints.__main__, ["export", "{}/e", "{}/o"]),
+    "evaluate --dalle-path, safetensors": (evil_dalle, "e.safetensors", evaluate, ["--dalle-path", "{}/e.safetensors"]),
+    "evaluate --dalle-path, in options": (evil_options, "e", evaluate, ["--dalle-path", "{}/e"]),
+    "evaluate --dalle-path, bare": (Payload, "e", evaluate, ["--dalle-path", "{}/e"]),
 }
 
 
@@ -104,8 +113,9 @@ def test_code_in_a_file_is_refused_and_never_runs(reader, form, tmp_path, monkey
         monkeypatch.setattr(Run, "finish", lambda self: None)
         program.main()
     else:
-        caught = refused(Path(place).name, program.main)
-        assert "(posix.mkdir)" in caught or form != "zip" or reader == "train_vqgan --resume"
+        message = refused(Path(place).name, program.main)
+        if form == "zip" and reader not in ("train_vqgan --resume", "evaluate --dalle-path, safetensors"):
+            assert "holds more than tensors and plain values (posix.mkdir) and was not opened" in message
     assert not (tmp_path / "trap").exists()
 
 
@@ -236,18 +246,22 @@ def test_bombs_of_archives_are_not_unpacked(tmp_path, monkeypatch):
     assert not (tmp_path / "top").exists()
 
 
-UNSAFE = [("top/a", kind) for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE)]
-UNSAFE += [(name, tarfile.REGTYPE) for name in ("/abs", "../up", "top/../../up", "a\\b", "c:x")]
+KINDS = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE)
+UNSAFE = [[("top/a", (kind, "/etc/passwd"))] for kind in KINDS] + [[("a/x", b"x"), ("a/x", b"y")]]
+UNSAFE += [[(name, b"x")] for name in ("/abs", "../up", "top/../../up", "a\\b", "c:x")]
 
 
-@pytest.mark.parametrize("name, kind", UNSAFE)
-def test_links_devices_and_names_that_lead_out_of_a_tar_archive_are_refused(tmp_path, name, kind):
-    with tarfile.open(str(tmp_path / "a.tar"), "w") as archive:
-        member = tarfile.TarInfo(name)
-        member.type, member.linkname = kind, "/etc/passwd"
-        archive.addfile(member)
-    refused("unsafe entry", unpack_tar, tmp_path / "a.tar", tmp_path / "sub" / "top", 1 << 20)
-    assert not (tmp_path / "sub" / "top").exists() and not (tmp_path / "up").exists()
+@pytest.mark.parametrize("files, message", [
+    *((files, f"unsafe entry {files[0][0]!r}") for files in UNSAFE), ([("a", b"x"), ("a/x", b"y")], "cannot unpack"),
+    ([("a/large", b"x" * 2000)], "more than the 1000 bytes"), ([("a/x", b"x"), ("b/x", b"x")], "2 things at its top"),
+])
+def test_links_devices_and_names_that_lead_out_of_a_tar_archive_are_refused(tmp_path, files, message):
+    archive, content = tar_of(tmp_path / "x.tar.gz", files), (tmp_path / "x.tar.gz").read_bytes()
+    refused(re.escape(message), unpack_tar, archive, tmp_path / "sub" / "top", 1000)
+    assert list((tmp_path / "sub").iterdir()) == [] and sorted(tmp_path.iterdir()) == [tmp_path / "sub", archive]
+    assert archive.read_bytes() == content
+    archive.write_bytes(content[:40])
+    refused("is damaged", unpack_tar, archive, tmp_path / "top", 10**6)
 
 
 def test_what_a_checkpoint_records_is_data_not_a_path_to_trust(tmp_path):

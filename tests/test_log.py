@@ -42,6 +42,9 @@ def test_lines_match_what_benchmarks_look_for():
     assert re.findall(r"Compiled model in *(.*?) secs", log.compiled_line(12.34)) == ["12.3"]
     line = log.validation_line(12, 3, 2.5, 1.5, 2.75)
     assert "2.5000" in line and not re.search(loss, line)  # it is not taken for the training loss
+    for seconds, text in ((0, "0s"), (45, "45s"), (59.7, "1m00s"), (200, "3m20s"), (3900, "1h05m"), (1e5, "1d03h")):
+        assert log.duration(seconds) == text
+    assert log.duration(float("inf")) == "?"
 
 
 @pytest.mark.parametrize("value, text", [(0.0, "0"), (0.012345, "0.0123"), (8.527, "8.53"), (85.27, "85.3"),
@@ -54,12 +57,6 @@ def test_rates_have_three_digits_everywhere(monkeypatch, value, text):
     assert bar.postfix() == f"{text} images/s, loss 2.5000"
     bar.update(1, samples=1)
     assert bar.postfix().endswith(f"{text} tokens/s")
-
-
-def test_duration():
-    for seconds, text in ((0, "0s"), (45, "45s"), (59.7, "1m00s"), (200, "3m20s"), (3900, "1h05m"), (1e5, "1d03h")):
-        assert log.duration(seconds) == text
-    assert log.duration(float("inf")) == "?"
 
 
 def test_the_main_process_writes_console_and_file_the_others_only_errors(tmp_path, capsys):

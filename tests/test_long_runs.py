@@ -1,18 +1,19 @@
-"""Over 2,000 steps or images: memory, open files and processes do not grow."""
+"""Memory: neither it nor open files and processes grow over 2,000 steps or images; what is kept of freed memory."""
 from __future__ import annotations
 
-import json
 import os
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import flags, run
+from helpers import flags, read_metrics, run, run_script
 
 import args
 from training.setup import build_parts
+from utils import memory
 from utils.loading import make_loader, read
 
 GROWTH = 4.0
@@ -59,7 +60,7 @@ def test_training_does_not_grow(server, folder, tmp_path, workers):
         return len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
 
     check(watch(server, pid, steps, 2048), 2048, f"training, {workers} workers")
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(tmp_path)
     assert lines[-2]["step"] == 2048 and lines[-1]["event"] == "validation"
 
 
@@ -110,3 +111,41 @@ def test_generation_does_not_grow(server, folder, tmp_path):
 
     check(watch(server, pid, folders, 250), 250, "generation")
     assert len(list((tmp_path / "out").glob("*/7.jpg"))) == 250 and torch.load(checkpoint, weights_only=True)
+
+
+FAULTS = """
+import os, resource
+import torch
+from utils.memory import freed_memory_kept, keep_freed_memory
+for how in ("keep", "leave", "return"):
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        continue
+    kept = how == "keep" and keep_freed_memory()
+    if how == "return":
+        with freed_memory_kept():
+            pass
+    torch.ones(9 << 20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(15):
+        torch.ones(9 << 20)  # 38 MB
+    print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_what_is_freed_is_used_again_without_asking_the_system():
+    done = run_script("-c", FAULTS, OMP_NUM_THREADS="1")
+    (kept, keep), (_, leave), (_, returned) = (line.split() for line in done.stdout.splitlines())
+    if kept == "False":
+        pytest.skip("another C library")
+    assert int(keep) < min(int(leave), int(returned)) / 3
+
+
+def test_elsewhere_nothing_changes(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert memory.keep_freed_memory() is False
+    with memory.freed_memory_kept():
+        pass

@@ -335,6 +335,11 @@ def test_patterns_globs_folders_and_single_shards(tmp_path):
     assert find_shards(str(tmp_path / "b" / "{x}.tar")).paths == [str(tmp_path / "b" / "{x}.tar")]
     (tmp_path / "a" / "extra.png").write_bytes(picture(1))
     assert find_shards(str(tmp_path / "a")) is None and find_shards(str(tmp_path / "none")) is None
+    write_tar(tmp_path / "0.tar", {"1.png": PICTURE, "2.txt": b"alone"})
+    complaint = "no pair of image and caption in 1 shards: 1 captions without an image"
+    refused(complaint, opened, tmp_path / "0.tar", tmp_path)
+    complaint = r"'d/1.tar': put patterns of shards in quotes.*'DIR/\{00000..00099\}.tar'"
+    refused(complaint, args.parse, ["--input-folder", "d/0.tar", "d/1.tar"], kind=UsageError)
 
 
 @pytest.mark.parametrize("pattern, message", [
@@ -346,14 +351,6 @@ def test_patterns_globs_folders_and_single_shards(tmp_path):
 ])
 def test_what_names_no_shards_is_one_clear_line(pattern, message):
     refused("--input-folder .*" + message, find_shards, pattern)
-
-
-def test_shards_without_a_pair_and_patterns_that_the_shell_expanded(tmp_path):
-    write_tar(tmp_path / "0.tar", {"1.png": PICTURE, "2.txt": b"alone"})
-    complaint = "no pair of image and caption in 1 shards: 1 captions without an image"
-    refused(complaint, opened, tmp_path / "0.tar", tmp_path)
-    complaint = r"'d/1.tar': put patterns of shards in quotes.*'DIR/\{00000..00099\}.tar'"
-    refused(complaint, args.parse, ["--input-folder", "d/0.tar", "d/1.tar"], kind=UsageError)
 
 
 def test_the_index_is_made_once_and_again_for_shards_that_changed(tmp_path, monkeypatch):

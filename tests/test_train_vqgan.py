@@ -105,6 +105,15 @@ def test_figures_are_shown_with_their_units():
     assert use["codes_used"] == 0.5 and use["perplexity"] == pytest.approx(2.0)
     assert learning_rate(1.0, 1.0) == pytest.approx(0.0)
     assert learning_rate(1.0, 0.03) == pytest.approx(1.0)
+    torch.manual_seed(0)
+    gallery = torch.randint(256, (40, 3, 4, 4), dtype=torch.uint8)
+    pictures = torch.randint(256, (10, 3, 4, 4), dtype=torch.uint8)
+    distances = (pictures[:, None].double() - gallery[None].double()).pow(2).flatten(2).sum(dim=2)  # (10, 40)
+    assert torch.equal(nearest_pictures(pictures, gallery, chunk=7), distances.argmin(dim=1))
+    gallery[4] = gallery[3]
+    noisy = (gallery[:5].int() + 1).clamp(0, 255).to(torch.uint8)
+    assert retrieval(noisy, torch.arange(5), gallery) == 1.0  # of two equal pictures either is right
+    assert retrieval(gallery[[1, 0]], torch.tensor([0, 1]), gallery) == 0.0
 
 
 def test_short_run_learns_and_its_files_load(folder):
@@ -408,18 +417,6 @@ def test_unreadable_images_are_left_out_and_counted(folder, caplog):
         train(arguments(folder, "--steps", "3"))
 
 
-def test_batches_go_on_where_they_were(folder):
-    source = open_images(str(folder / "images"), 32, 5, 42)[0]
-    stream = Batches(source, 6, seed=1)
-    expected = [next(stream) for _ in range(8)]  # three batches an epoch
-    rest = Batches(source, 6, seed=1, drawn=4)
-    assert all(torch.equal(next(rest), batch) for batch in expected[4:])
-    assert rest.drawn == stream.drawn == 8
-    assert not torch.equal(expected[0], expected[3])
-    with contextlib.closing(Batches(source, 6, seed=1, workers=1)) as read_ahead:
-        assert all(torch.equal(next(read_ahead), batch) for batch in expected[:4])
-
-
 def images_of(batches):
     return {image.numpy().tobytes() for batch in batches for image in batch}
 
@@ -433,18 +430,15 @@ def test_held_out_images_are_never_trained_on(folder):
     stream = Batches(images, 11, seed=0)
     epoch = images_of(next(stream) for _ in range(2))
     assert len(epoch) == 22 and not epoch & images_of(held_out.chunks(range(2)))
-
-
-def test_retrieval_finds_the_nearest_picture():
-    torch.manual_seed(0)
-    gallery = torch.randint(256, (40, 3, 4, 4), dtype=torch.uint8)
-    pictures = torch.randint(256, (10, 3, 4, 4), dtype=torch.uint8)
-    distances = (pictures[:, None].double() - gallery[None].double()).pow(2).flatten(2).sum(dim=2)  # (10, 40)
-    assert torch.equal(nearest_pictures(pictures, gallery, chunk=7), distances.argmin(dim=1))
-    gallery[4] = gallery[3]
-    noisy = (gallery[:5].int() + 1).clamp(0, 255).to(torch.uint8)
-    assert retrieval(noisy, torch.arange(5), gallery) == 1.0  # of two equal pictures either is right
-    assert retrieval(gallery[[1, 0]], torch.tensor([0, 1]), gallery) == 0.0
+    source = open_images(str(folder / "images"), 32, 5, 42)[0]
+    stream = Batches(source, 6, seed=1)
+    expected = [next(stream) for _ in range(8)]  # three batches an epoch
+    rest = Batches(source, 6, seed=1, drawn=4)
+    assert all(torch.equal(next(rest), batch) for batch in expected[4:])
+    assert rest.drawn == stream.drawn == 8
+    assert not torch.equal(expected[0], expected[3])
+    with contextlib.closing(Batches(source, 6, seed=1, workers=1)) as read_ahead:
+        assert all(torch.equal(next(read_ahead), batch) for batch in expected[:4])
 
 
 @pytest.mark.parametrize("flags, words", [

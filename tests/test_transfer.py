@@ -129,7 +129,7 @@ def test_files_that_are_no_configuration_and_values_that_yaml_takes_for_text(tmp
     assert (found.learning_rate, found.stage1.num_groups, found.stage1.patch_size) == (1e-4, 8, 2)
 
 
-def test_classes_are_a_vocabulary(tmp_path):
+def test_classes_are_a_vocabulary(tmp_path, imagenet):
     (tmp_path / "classes.txt").write_bytes(class_file(["b", "a cat", "10"]))
     tokenizer = load_tokenizer(str(tmp_path / "classes.txt"))
     assert isinstance(tokenizer, ClassTokenizer) and tokenizer.vocab_size == 4
@@ -142,9 +142,6 @@ def test_classes_are_a_vocabulary(tmp_path):
         refused("x: ", ClassTokenizer, content, "x")
     for name in ("", "a\nb", " a"):
         refused("cannot be the name of a class", class_file, [name])
-
-
-def test_images_are_listed_by_class(imagenet, tmp_path):
     train, validation = imagenet_folders(str(imagenet))
     assert (train, validation) == (str(imagenet / "train"), str(imagenet / "val"))
     assert imagenet_folders(train) == (train, "") and class_names(train) == CLASSES

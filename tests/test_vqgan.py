@@ -94,7 +94,7 @@ def test_gumbel_codes_are_the_largest_logits_without_noise():
         assert torch.equal(model.encode(pixels)[0], logits.argmax(dim=-1).flatten())
 
 
-def test_attention_block_equals_its_formula():
+def test_attention_and_residual_blocks_equal_their_formulas():
     torch.manual_seed(1)
     block = SpatialAttention(8, TINY)
     x = torch.randn(2, 8, 3, 5)
@@ -107,9 +107,6 @@ def test_attention_block_equals_its_formula():
             out[b, :, i] = (v[b] * weights).sum(dim=1)
     expected = x + F.conv2d(out.reshape(2, 8, 3, 5), block.proj_out.weight, block.proj_out.bias)
     assert torch.allclose(block(x), expected, atol=1e-5)
-
-
-def test_residual_block_equals_its_formula():
     torch.manual_seed(2)
     block = ResidualBlock(8, 16, TINY)
     x = torch.randn(1, 8, 6, 6)
@@ -362,9 +359,6 @@ def test_codebook_averages_follow_their_features():
         upkeep.update(features, distances.argmin(dim=1))
     used = torch.unique(torch.cdist(features, model.quantize.codebook).argmin(dim=1))
     assert torch.cdist(centres, model.quantize.codebook[used]).min(dim=1).values.max() < 1e-3
-
-
-def test_unused_codes_are_revived():
     model = tiny()
     upkeep = CodebookUpkeep(model, decay=None, usage_decay=0.5)
     features = torch.randn(64, 8)
@@ -379,7 +373,13 @@ def test_unused_codes_are_revived():
     refused("vq variant", CodebookUpkeep, tiny(TINY_GUMBEL), kind=ValueError)
 
 
-def test_the_transposed_convolution_is_the_convolution_of_the_doubled_map():
+def test_what_is_computed_in_place_or_transposed_is_the_same():
+    block = ResidualBlock(32, 32, VqganConfig(resolution=32))
+    x = torch.randn(1, 32, 4, 4)
+    before, with_gradient = x.clone(), block(x).detach()
+    with torch.no_grad():
+        assert torch.equal(block(x), with_gradient)
+    assert torch.equal(x, before)
     upsample = Upsample(5).double()
     x = torch.randn(2, 5, 3, 4, dtype=torch.float64, requires_grad=True)
     results = []
@@ -388,12 +388,3 @@ def test_the_transposed_convolution_is_the_convolution_of_the_doubled_map():
         results.append((doubled, *gradients))
     for own, plain in zip(*results):
         torch.testing.assert_close(own, plain)
-
-
-def test_what_is_computed_in_place_is_the_same_and_leaves_the_input_alone():
-    block = ResidualBlock(32, 32, VqganConfig(resolution=32))
-    x = torch.randn(1, 32, 4, 4)
-    before, with_gradient = x.clone(), block(x).detach()
-    with torch.no_grad():
-        assert torch.equal(block(x), with_gradient)
-    assert torch.equal(x, before)
