@@ -305,10 +305,8 @@ def test_words(words, expected, monkeypatch):
 
 
 @pytest.mark.parametrize("words, message", [
-    ("", "missing SOURCE: what to read"),
-    ("a b", "unexpected argument 'b'"),
-    ("a --size 0", "--size: must be above 0, got 0"),
-    ("a --part odd", "--part needs --half: half of it"),
+    ("", "missing SOURCE: what to read"), ("a b", "unexpected argument 'b'"),
+    ("a --size 0", "--size: must be above 0, got 0"), ("a --part odd", "--part needs --half: half of it"),
     ("a --part ode", "--part: expected one of all, odd, got 'ode'. Did you mean 'odd'?"),
     ("a --sead 1", "unknown flag '--sead'. Did you mean '--seed'?"),
 ])
