@@ -41,6 +41,7 @@ MAINS = {
     "examples_utils": examples_utils.cli.main, "checkpoints": checkpoints.__main__.main,
     "archives": utils.archives.main, "dalle.export": dalle.export.main, "ops": ops_main,
 }
+# What each command needs beside the flag that is wrong.
 BASE = {
     "train": "--config demo --device cpu --max-steps 1 --checkpoint-output-dir out/ckpt",
     "generate": "--dalle_path demo --text a --num_images 1 --device cpu --outputs_dir out",
@@ -151,6 +152,7 @@ def test_unknown_flags_and_the_nearest_one_are_named(program, command):
 
 KINDS = ["missing", "folder", "empty", "text.txt", "html", "list.json", "yaml.yaml", "binary", "pickle", "packed.gz"]
 KINDS += ["packed.zip", "picture.png", "other.pt", "list.pt"]
+# (command, flag, other words, kinds of files that are right for it)
 FILES = [
     ("train", "--bpe-path", "", ()), ("train", "--vqgan-model-path", "--vqgan-config-path {config}", ()),
     ("train", "--vqgan-config-path", "--vqgan-model-path {model}", ()), ("train", "--pretrained-checkpoint", "", ()),

@@ -408,6 +408,7 @@ def relink(path, target):
     path.symlink_to(target)
 
 
+# What is wrong with the folder of all codes (codes), of a data set (place) or its files, and how to make it so.
 UNUSABLE = {
     "above unreadable": lambda codes, place: codes.parent.chmod(0), "unreadable": lambda codes, place: codes.chmod(0),
     "of another user": lambda codes, place: (codes.chmod(0o700), give_away(codes)),

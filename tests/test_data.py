@@ -90,6 +90,7 @@ def test_split_holdout_is_disjoint_complete_and_fixed_by_seed():
 
 
 RED, BLUE = b"one\ntwo", b"three"
+#: What lies in a folder, which images find which captions, and how many are skipped for which reason.
 LAYOUTS = {
     "in two folders, as COCO lies": (
         {"val/09.jpg": b"", "val/25.jpg": b"", "captions/09.txt": RED, "captions/25.txt": BLUE},

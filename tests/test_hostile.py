@@ -76,6 +76,7 @@ def evil_vqgan(trap):
 
 TRAIN = ["--config", "demo", "--device", "cpu", "--max-steps", "1", "--cache-codes", "off", "--checkpoint-output-dir"]
 VQGAN = ["--input-folder", "demo", "--device", "cpu", "--steps", "1", "--output"]
+# What to run: (document, where it lies, command). {} is the folder of the test.
 READERS = {
     "train --pretrained-checkpoint": (evil_dalle, "e", train, [*TRAIN, "{}/out", "--pretrained-checkpoint", "{}/e"]),
     "train --resume": (evil_dalle, "out/dalle_0.pt", train, [*TRAIN, "{}/out", "--resume"]),

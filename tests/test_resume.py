@@ -28,6 +28,7 @@ from training.vqgan import save_weights
 from utils.bad_steps import BadSteps
 from utils.resume import APPLIES, CONTENT, FIXED, FREE
 
+#: The run that is resumed: two steps of it are saved.
 BASE = "--optimizer AdamW --lr-scheduler cosine --warmup-steps 1 --weight-decay 0.1 --validation-fraction 0 --epochs 1"
 BASE = (*BASE.split(), "--max-bad-fraction", "0.5", "--max-steps", "2")
 
@@ -49,6 +50,11 @@ _ALONE = dict(
     cache_codes="off", augment="flip", checkpoint_save_steps=1, keep_checkpoints=1, log_dir=NEW_LOGS, tensorboard=True,
     wandb=True, wandb_project_name="another", wandb_run_name="another",
 )
+#: What is refused in itself.
+_REFUSED = dict(
+    shard=True, vae_path="vae", truncate_captions=False, shard_images="img", shard_captions="cap", max_bad_fraction=0.0,
+    export_mindalle="exported",
+)
 #: The same of options that an IPU engine alone looks at.
 _IPU = dict(
     device_iterations=2, fp16=True, embedding_serialization_factor=2, matmul_proportion=[0.3], stochastic_rounding=True,
@@ -59,35 +65,21 @@ _IPU = dict(
 ANEW = {
     **{name: {name: value} for name, value in _ALONE.items()},
     **{name: ({name: value}, "ipu") for name, value in _IPU.items()},
-    "device": ({"device": "cuda"}, "--device cuda"),
-    "epochs": ({"epochs": 2, "max_steps": 0}, list(range(3, 13))),
-    "max_steps": ({"max_steps": 4}, [3, 4]),
-    "max_minutes": ({"max_minutes": 1e-9, "max_steps": 5}, [3]),
-    "matmul_precision": ({"matmul_precision": "medium"}, "engine"),
-    "compile": ({"compile": True}, "compiled"),
+    **{name: ({name: value}, args.flag_name(name)) for name, value in _REFUSED.items()},
+    # Every run of these tests is resumed, in a copy of its folder.
+    "checkpoint_output_dir": {}, "resume": {}, "device": ({"device": "cuda"}, "--device cuda"),
+    "epochs": ({"epochs": 2, "max_steps": 0}, list(range(3, 13))), "max_steps": ({"max_steps": 4}, [3, 4]),
+    "max_minutes": ({"max_minutes": 1e-9, "max_steps": 5}, [3]), "log_every": ({"log_every": 5, "max_steps": 4}, [4]),
+    "matmul_precision": ({"matmul_precision": "medium"}, "engine"), "compile": ({"compile": True}, "compiled"),
     "activation_checkpointing": ({"activation_checkpointing": True}, "checkpointed"),
-    "shard": ({"shard": True}, "--shard"),
-    "threads": ({"threads": 2}, "threads"),
-    "ipus_per_replica": (TWO_IPUS, "ipu", {"gradient_accumulation": 5}),
-    "layers_per_ipu": ({"layers_per_ipu": [1, 2]}, "ipu", TWO_IPUS),
-    "cls_ipu_id": ({"cls_ipu_id": 0}, "ipu", TWO_IPUS),
+    "threads": ({"threads": 2}, "threads"), "ipus_per_replica": (TWO_IPUS, "ipu", {"gradient_accumulation": 5}),
+    "layers_per_ipu": ({"layers_per_ipu": [1, 2]}, "ipu", TWO_IPUS), "cls_ipu_id": ({"cls_ipu_id": 0}, "ipu", TWO_IPUS),
     "embedding_ipu_id": ({"embedding_ipu_id": 1}, "ipu", TWO_IPUS),
     "enable_rts": ({"enable_rts": True}, "ipu", {"replication_factor": 2}),
-    "compile_only": ({"compile_only": True}, "untouched"),
-    "max_bad_steps": ({"max_bad_steps": 1}, "bad steps"),
-    "loss_scaling": ({"loss_scaling": 128.0}, "scale"),
-    "enable_als": ({"enable_als": True}, "ipu", {"fp16": True}),
+    "compile_only": ({"compile_only": True}, "untouched"), "max_bad_steps": ({"max_bad_steps": 1}, "bad steps"),
+    "loss_scaling": ({"loss_scaling": 128.0}, "scale"), "enable_als": ({"enable_als": True}, "ipu", {"fp16": True}),
     "architecture": {"architecture": "mindalle", "attn_types": ["full"], "dim_head": 16},
-    "vae_path": ({"vae_path": "vae"}, "--vae-path"),
-    "truncate_captions": ({"truncate_captions": False}, "--truncate-captions"),
-    "shard_images": ({"shard_images": "img"}, "--shard-images"),
-    "shard_captions": ({"shard_captions": "cap"}, "--shard-captions"),
-    "max_bad_fraction": ({"max_bad_fraction": 0.0}, "--max-bad-fraction"),
-    "checkpoint_output_dir": {},  # every run of these tests is resumed in a copy of its folder
     "pretrained_checkpoint": ({"pretrained_checkpoint": "dalle.pt"}, "--resume and --pretrained-checkpoint"),
-    "resume": {},
-    "export_mindalle": ({"export_mindalle": "exported"}, "--export-mindalle"),
-    "log_every": ({"log_every": 5, "max_steps": 4}, [4]),
 }
 
 
