@@ -100,11 +100,16 @@ def mindalle_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
+def training_folder(tmp_path_factory):
     """24 pairs with two captions each and a tiny VQGAN, for `helpers.flags` and `helpers.run`; not to be changed."""
     from helpers import fill
 
     return fill(tmp_path_factory.mktemp("training"), 24)
+
+
+@pytest.fixture(scope="session")
+def folder(training_folder):
+    return training_folder
 
 
 @pytest.fixture(scope="session")

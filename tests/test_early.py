@@ -40,6 +40,7 @@ def untouched(monkeypatch, tmp_path):
 
 
 PUBLISHED = "--vqgan-model-path none --vqgan-config-path none"  # which would be downloaded
+FITTING = f"{PUBLISHED} --image-size 16"
 MINDALLE = "--architecture mindalle --num-attention-heads 2 --attn-types full"
 # (flags, beside those of test_train.flags; what the error says)
 TRAIN = [
@@ -49,24 +50,24 @@ TRAIN = [
     (f"{PUBLISHED} --validation-folder missing", "--validation-folder missing: no such folder"),
     (f"{PUBLISHED} --validation-folder {{1..3}}.tar", "--validation-folder .*: no such .tar file"),
     ("--pretrained-checkpoint minDALL-E/1.3B --input-folder missing", "--input-folder missing: no such folder"),
-    (f"{PUBLISHED} --image-size 16 --text-seq-len 1 --truncate-captions false", "--text-seq-len"),
+    (f"{FITTING} --text-seq-len 1 --truncate-captions false", "--text-seq-len"),
     ("--bpe-path missing.txt", "missing.txt"),
-    (f"{PUBLISHED} --image-size 16 --input-folder full", "--input-folder full: no pair of image and captions"),
+    (f"{FITTING} --input-folder full", "--input-folder full: no pair of image and captions"),
     ("--device cuda", "--device cuda: PyTorch .* sees no CUDA GPU here"), ("--vqgan-config-path file", "file"),
     ("--pretrained-checkpoint file", "file is no checkpoint"),
     ("--pretrained-checkpoint demo.safetensors", "demo.safetensors has num_text_tokens = .*, but --bpe-path makes"),
-    (f"{PUBLISHED} --image-size 16 --gradient-accumulation 1000", "fill one .*; lower --gradient-accumulation or"),
-    (f"{PUBLISHED} --image-size 16 --batch-size 1000 --gradient-accumulation 1", "; lower --batch-size or give more"),
-    (f"{PUBLISHED} --image-size 16 --batch-size 1000", "; lower --batch-size or"),
-    (f"{PUBLISHED} --image-size 16 --replication-factor 1000", "; lower --replication-factor or"),
+    (f"{FITTING} --gradient-accumulation 1000", "fill one .*; lower --gradient-accumulation or"),
+    (f"{FITTING} --batch-size 1000 --gradient-accumulation 1", "; lower --batch-size or give more"),
+    (f"{FITTING} --batch-size 1000", "; lower --batch-size or"),
+    (f"{FITTING} --replication-factor 1000", "; lower --replication-factor or"),
     ("--batch-size 99 --gradient-accumulation 99", "; lower --gradient-accumulation and --batch-size or"),
-    (f"{PUBLISHED} --image-size 16 --wandb", "--wandb needs a package .*pip install wandb"),
-    (f"{PUBLISHED} --image-size 16 --tensorboard", "--tensorboard needs a package"),
+    (f"{FITTING} --wandb", "--wandb needs a package .*pip install wandb"),
+    (f"{FITTING} --tensorboard", "--tensorboard needs a package"),
     ("--checkpoint-output-dir file", "--checkpoint-output-dir file: file is a file, not a folder"),
     ("--checkpoint-output-dir file/ckpt", "--checkpoint-output-dir file/ckpt: "),
     ("--checkpoint-output-dir closed", "--checkpoint-output-dir closed: no permission"),
     (f"--export-mindalle full {MINDALLE}", "--export-mindalle full: .*not empty"),
-    (f"{PUBLISHED} --image-size 16 --export-mindalle new {MINDALLE}", "a character BPE vocabulary"),
+    (f"{FITTING} --export-mindalle new {MINDALLE}", "a character BPE vocabulary"),
 ]
 
 

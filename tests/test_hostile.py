@@ -126,7 +126,7 @@ def test_code_in_a_clip_folder_never_runs(name, tmp_path):
     folder, trap, code = tmp_path / "clip", tmp_path / "trap", ["evil.X", "evil.X"]
     folder.mkdir()
     part = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    transformers.CLIPConfig(text_config=part, vision_config=part).save_pretrained(str(folder))
+    transformers.CLIPConfig(text_config=part, vision_config=dict(part)).save_pretrained(str(folder))
     (folder / "evil.py").write_text(f"import os; os.mkdir({str(trap)!r})")
     table = json.loads((folder / "config.json").read_text())
     table["auto_map"] = {"AutoModel": "evil.X", "AutoTokenizer": code, "AutoConfig": "evil.X"}

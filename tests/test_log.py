@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 import types
+from unittest import mock
 
 import pytest
 import torch
@@ -219,54 +220,33 @@ def test_tensorboard_event_files(tmp_path):
     assert b"train/loss" in file.read_bytes()
 
 
-class FakeWandb(types.ModuleType):
-    """Records how it is called; like the real one, `init` raises without an account."""
-
-    def __init__(self, account=True):
-        super().__init__("wandb")
-        self.account, self.inits, self.logged, self.finished = account, [], [], 0
-
-    def Settings(self, **settings):
-        return settings
-
-    def init(self, **settings):
-        if not self.account:
-            raise RuntimeError("No API key configured.")
-        self.inits.append(settings)
-        return self
-
-    def log(self, values, step):
-        if step == 3:
-            raise ConnectionError("gone")
-        self.logged.append((step, values))
-
-    def finish(self):
-        self.finished += 1
-
-
-def test_wandb_gets_numbers_and_a_resumed_run_its_id(tmp_path, monkeypatch):
-    wandb = FakeWandb()
+@pytest.fixture
+def wandb(monkeypatch):
+    """Stands in for the package; the run that it makes is `wandb.init.return_value`."""
+    wandb = mock.Mock(Settings=dict)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    for resume_step in (None, 1, None):
-        with log.Metrics(tmp_path, wandb=True, wandb_project_name="p", wandb_run_name="r", config={"a": 1},
-                         resume_step=resume_step) as metrics:
-            metrics.log("train", 1 if resume_step is None else 2, loss=2.5, note="x")
-    first, resumed, new = wandb.inits
+    return wandb
+
+
+def test_wandb_gets_numbers_and_a_resumed_run_its_id(tmp_path, wandb):
+    names, run = {"wandb_project_name": "p", "wandb_run_name": "r"}, wandb.init.return_value
+    for step, resume_step in ((1, None), (2, 1), (1, None)):
+        with log.Metrics(tmp_path, wandb=True, config={"a": 1}, resume_step=resume_step, **names) as metrics:
+            metrics.log("train", step, loss=2.5, note="x")
+    first, resumed, new = (call.kwargs for call in wandb.init.call_args_list)
     assert (first["project"], first["name"], first["config"], first["dir"]) == ("p", "r", {"a": 1}, str(tmp_path))
     assert resumed["id"] == first["id"] != new["id"]
     assert (first["resume"], resumed["resume"]) == (None, "allow")
-    assert wandb.logged[:2] == [(1, {"train/loss": 2.5}), (2, {"train/loss": 2.5})]
-    assert wandb.finished == 3
+    assert run.log.call_args_list[:2] == [mock.call({"train/loss": 2.5}, step=step) for step in (1, 2)]
+    assert run.finish.call_count == 3
 
 
-def test_wandb_that_fails_is_left_out_and_the_rest_goes_on(tmp_path, monkeypatch, caplog):
-    wandb = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    path = write_losses(tmp_path, 1.0, 1.0, 1.0, 1.0, wandb=True)
-    assert [step for step, _ in wandb.logged] == [1, 2]
+def test_wandb_that_fails_is_left_out_and_the_rest_goes_on(tmp_path, wandb, caplog):
+    wandb.init.return_value.log.side_effect = [None, None, ConnectionError("gone")]
+    assert len(events(write_losses(tmp_path, 1.0, 1.0, 1.0, 1.0, wandb=True))) == 4
+    assert [call.kwargs["step"] for call in wandb.init.return_value.log.call_args_list] == [1, 2, 3]
     assert caplog.text.count("ConnectionError: gone") == 1
-    assert len(events(path)) == 4
-    wandb.account = False
+    wandb.init.side_effect = RuntimeError("No API key configured.")  # as without an account
     refused("--wandb: No API key configured.*WANDB_MODE=offline", log.Metrics, tmp_path, wandb=True)
 
 
