@@ -299,47 +299,36 @@ def test_two_processes_share_the_work(photos, tmp_path, monkeypatch, caplog):
 
 
 def test_a_failure_in_one_process_ends_the_cache_in_all(all_photos, tmp_path, monkeypatch, caplog):
-    class Full(Encoder):
-        def __call__(self, images):
-            full.add(threading.current_thread())
-            return super().__call__(images)
-
-    full, write = set(), code_files.Writer.write
+    writing, write = [], code_files.Writer.write
 
     def fail(writer, records):
-        if threading.current_thread() in full:
-            full_disk()
-        write(writer, records)
+        writing.append(threading.current_thread())
+        full_disk() if writing[0] is threading.current_thread() else write(writer, records)
 
     monkeypatch.setattr(code_files.Writer, "write", fail)
-    results = encoded_by_two(all_photos, [tmp_path] * 2, [Full(), None])
+    results = encoded_by_two(all_photos, [tmp_path] * 2)
     assert all(isinstance(result, ImageTextFolder) for result in results)
     assert caplog.text.count("No space left on device") == 2
 
 
 def test_a_second_run_waits_and_takes_what_the_first_one_made(all_photos, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    begun, go_on = threading.Event(), threading.Event()
+    begun, told = threading.Event(), f"waiting for process {os.getpid()}"
 
     class Slow(Encoder):
         def __call__(self, images):
             begun.set()
-            assert go_on.wait(60)
+            deadline = time.monotonic() + 60
+            while told not in caplog.text and time.monotonic() < deadline:
+                time.sleep(0.01)
             return super().__call__(images)
 
     def second():
         assert begun.wait(60)
         return encoded(all_photos, tmp_path)
 
-    def watch():
-        deadline = time.monotonic() + 60
-        while f"waiting for process {os.getpid()}" not in caplog.text and time.monotonic() < deadline:
-            time.sleep(0.01)
-        go_on.set()
-        return "waiting for" in caplog.text
-
-    first, (dataset, count), waited = in_threads(lambda: encoded(all_photos, tmp_path, Slow()), second, watch)
-    assert (first[1], count, waited) == (20, 0, True)
+    first, (dataset, count) = in_threads(lambda: encoded(all_photos, tmp_path, Slow()), second)
+    assert (first[1], count) == (20, 0) and told in caplog.text
     assert_same_items(dataset, photo_set(all_photos))
 
 

@@ -438,18 +438,12 @@ def test_an_unreadable_image_is_replaced_by_another_of_the_set_and_counted(tmp_p
     assert "00000.tar/0003.png" in caplog.text and "replaced 2 unreadable images" in dataset.report()
     again = dataset_of(tmp_path, tmp_path, seed=5)
     assert all(torch.equal(again[index][1], items[index][1]) for index in range(20))
-
-
-def test_copies_for_loader_processes_read_the_same(tmp_path):
-    write_shards(tmp_path)
-    dataset = dataset_of(tmp_path, tmp_path)
-    dataset[0]
     # What a spawned process does to get its data set, without the seconds that starting one takes.
     spawned = pickle.loads(bytes(ForkingPickler.dumps(dataset)))
     loader = torch.utils.data.DataLoader(dataset, batch_size=5, num_workers=2, multiprocessing_context="fork")
     forked = torch.cat([images for _, images in loader])
-    for index in range(20):
-        assert torch.equal(dataset[index][1], spawned[index][1]) and torch.equal(dataset[index][1], forked[index])
+    for index, (_, image) in enumerate(items):
+        assert torch.equal(image, spawned[index][1]) and torch.equal(image, forked[index])
 
 
 def test_validation_pairs_are_taken_from_shards_and_from_shards_of_their_own(tmp_path):
