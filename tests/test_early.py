@@ -21,6 +21,7 @@ from training import resume
 from training.vqgan_options import COMMAND
 from utils import errors
 from utils.errors import UsageError, run_main
+from utils.options import VERSION
 
 
 @pytest.fixture
@@ -175,12 +176,13 @@ def test_our_torchrun_adds_nothing(tmp_path):
         assert (done.returncode, done.stderr.splitlines(), done.stdout) == (status, lines, "")
 
 
-def test_the_library_leaves_the_hook_for_errors_alone_and_takes_more_processes_than_cores():
-    """The second is worth a warning to PyTorch."""
-    code = "import sys; before = sys.excepthook; import dalle.models; assert sys.excepthook is before\n"
-    code += f"from utils.loading import make_loader; make_loader(range(3), workers={2 + (os.cpu_count() or 1)})"
+def test_a_process_that_imports_the_library_or_runs_a_program():
+    """The hook for errors is left alone, and more loader processes than cores are nothing to warn of."""
+    code = "import runpy, sys; before = sys.excepthook; import dalle.models; assert sys.excepthook is before\n"
+    code += f"from utils.loading import make_loader; make_loader(range(3), workers={2 + (os.cpu_count() or 1)})\n"
+    code += "sys.argv = ['train.py', '--version']; runpy.run_path('train.py', run_name='__main__')"
     done = run_script("-c", code)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"mini-dalle {VERSION}\n", "")
 
 
 def test_a_python_without_the_packages_says_how_to_get_them():
