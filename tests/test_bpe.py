@@ -92,8 +92,7 @@ def test_encoding_follows_the_definition_on_words_of_few_letters():
     for _ in range(300):
         word = "".join(draw.choice("aabc") for _ in range(draw.randrange(1, 30)))
         expected = merge_by_definition([ids[char] for char in "\u2581" + word], vocabulary.merges)
-        assert tokenizer.encode(word) == expected
-        assert tokenizer.decode(expected) == word
+        assert tokenizer.encode(word) == expected and tokenizer.decode(expected) == word
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -368,29 +367,25 @@ def hf_tokenizer(kind):
     """A tokenizer of the package itself, as downloaded ones are: [PAD] is 0, [CLS] and [SEP] around a text."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    common = {"vocab_size": 60, "special_tokens": ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]}
     if kind == "byte-level":
-        tokenizer = Tokenizer(models.BPE())
+        tokenizer, trainer = Tokenizer(models.BPE()), trainers.BpeTrainer(**dict(common, vocab_size=300))
+        trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
     elif kind == "bert":
         tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        trainer = trainers.WordPieceTrainer(**dict(common, vocab_size=90))
         tokenizer.normalizer, tokenizer.decoder = normalizers.BertNormalizer(), decoders.WordPiece()
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        trainer = trainers.WordPieceTrainer(vocab_size=90, special_tokens=special)
     elif kind == "unigram":
-        tokenizer = Tokenizer(models.Unigram())
+        tokenizer, trainer = Tokenizer(models.Unigram()), trainers.UnigramTrainer(unk_token="[UNK]", **common)
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="[UNK]")
     else:
-        tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+        tokenizer, trainer = Tokenizer(models.BPE(unk_token="[UNK]")), trainers.BpeTrainer(**common)
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=special)
     tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
+    around = {"single": "[CLS] $A [SEP]", "special_tokens": [("[CLS]", 2), ("[SEP]", 3)]}
+    tokenizer.post_processor = processors.TemplateProcessing(**around)
     return tokenizer
 
 

@@ -182,8 +182,7 @@ def test_only_what_a_short_run_uses_is_encoded(photos, tmp_path):
 
 
 def test_an_image_that_changed_is_encoded_again_and_no_other(photos, tmp_path):
-    assert encoded(photos, tmp_path)[1] == 20
-    assert encoded(f"{photos}/", tmp_path)[1] == 0
+    assert encoded(photos, tmp_path)[1] == 20 and encoded(f"{photos}/", tmp_path)[1] == 0
     os.utime(photos / "001.png", (1e9, 1e9))
     assert encoded(photos, tmp_path)[1] == 1
     for name in ("002.png", "003.png"):
@@ -200,8 +199,7 @@ def test_another_vqgan_size_or_rule_for_pixels_encodes_all(all_photos, tmp_path,
     assert encoded(all_photos, tmp_path)[1] == 20
     assert encoded(all_photos, tmp_path, made_with={"vqgan": "4567"})[1] == 20
     monkeypatch.setattr(code_cache, "PIXEL_RULES", "other")
-    assert encoded(all_photos, tmp_path)[1] == 20
-    assert len(list(tmp_path.glob("photos-*"))) == 3
+    assert encoded(all_photos, tmp_path)[1] == 20 and len(list(tmp_path.glob("photos-*"))) == 3
     monkeypatch.undo()
     assert encoded(all_photos, tmp_path)[1] == 0
     records = [DemoRecord(path.stem, "c", path) for path in sorted(all_photos.glob("*.png"))]
@@ -260,8 +258,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(photos, tmp_path, stop_afte
         encoded(photos, tmp_path, Encoder(stop_after))
     written = sum(path.stat().st_size for path in tmp_path.glob("*/*.codes")) // RECORD
     done = max(written - 1, 0)  # without the unreadable image, which comes first
-    assert stop_after - 3 < done <= stop_after
-    assert encoded_rightly(photos, tmp_path) == 19 - done
+    assert stop_after - 3 < done <= stop_after and encoded_rightly(photos, tmp_path) == 19 - done
 
 
 def test_an_unreadable_image_is_tried_again_by_the_next_run(photos, tmp_path, caplog):
@@ -269,8 +266,7 @@ def test_an_unreadable_image_is_tried_again_by_the_next_run(photos, tmp_path, ca
     good = path.read_bytes()
     path.write_bytes(b"x" * len(good))
     os.utime(path, (1e9, 1e9))
-    assert encoded(photos, tmp_path)[1] == 19
-    assert f"cannot read {path}" in caplog.text
+    assert encoded(photos, tmp_path)[1] == 19 and f"cannot read {path}" in caplog.text
     assert encoded(photos, tmp_path)[1] == 0
     path.write_bytes(good)
     os.utime(path, (1e9, 1e9))

@@ -287,8 +287,7 @@ def test_some_captions_are_left_out_for_guidance_but_not_in_validation(tmp_path)
     dataset = folder_dataset(write_folder(tmp_path, 20, "word"), null_cond_prob=0.3)
     assert 90 < sum(texts_of(dataset, epoch).count("") for epoch in range(20)) < 150
     train, validation = dataset.split(5)
-    assert len(train) == 15 and len(validation) == 5
-    assert train.settings.null_cond_prob == 0.3
+    assert len(train) == 15 and len(validation) == 5 and train.settings.null_cond_prob == 0.3
     assert all(texts_of(validation, epoch) == ["word"] * 5 for epoch in range(20))
     assert dataset.split(0) == (dataset, None)
 

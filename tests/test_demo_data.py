@@ -81,8 +81,7 @@ def test_two_variants_always_stay_in_training():
     always = [stem for stem in (f"{number:x}" for number in range(2000)) if drawn(stem)][:5]
     tones = ("light", "medium-light", "medium", "medium-dark", "dark")
     made = [demo.DemoRecord(stem, stem, None, base="x", tones=(tone,)) for stem, tone in zip(always, tones)]
-    assert len(demo._heldout_stems(made)) == 3
-    assert len(demo._heldout_stems(made[:2])) == 0
+    assert len(demo._heldout_stems(made)) == 3 and len(demo._heldout_stems(made[:2])) == 0
     assert demo._heldout_stems([demo.DemoRecord(always[0], "no tone", None, base="y")]) == frozenset()
 
 

@@ -22,6 +22,7 @@ from bpe import load_tokenizer
 from data import DataSettings, ImageTextFolder, TextSettings, create_dataset
 from data.folder import list_pairs
 from data.images import MAX_PIXELS
+from utils import loading
 from utils.errors import UserError, run_main
 from utils.skipped import Entry, SkipReport, start_report
 
@@ -196,10 +197,9 @@ def test_images_above_the_limit_end_the_loading_wherever_they_are_read(tmp_path,
     def read(limit):
         start_report(report)
         dataset = dataset_of(tmp_path, max_bad_fraction=limit, skipped_file=report)
-        return sum(len(text) for text, _ in DataLoader(dataset, batch_size=4, num_workers=workers))
+        return sum(len(text) for text, _ in loading.read(loading.make_loader(dataset, workers, batch_size=4)))
 
-    assert read(0.04) == 100
-    assert len(lines(report)) == 4
+    assert read(0.04) == 100 and len(lines(report)) == 4
     refused("--max-bad-fraction 0.03 allows: 4 files that are no picture", read, 0.03)
 
 

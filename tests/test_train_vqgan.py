@@ -119,8 +119,7 @@ def test_figures_are_shown_with_their_units():
 def test_short_run_learns_and_its_files_load(folder):
     report = train(arguments(folder, "--steps", "16", "--learning-rate", "5e-3", "--evaluate-every", "8"))
     curve = losses(folder)
-    assert len(curve) == 16 and sum(curve[-5:]) < 0.6 * sum(curve[:5])
-    assert loaded(folder).config == TINY
+    assert len(curve) == 16 and sum(curve[-5:]) < 0.6 * sum(curve[:5]) and loaded(folder).config == TINY
     assert set(report) == {"psnr", "codes_used", "perplexity"}
     final = rows(folder)[-1]
     assert final["event"] == "final" and {name: final[name] for name in report} == report
@@ -435,8 +434,7 @@ def test_held_out_images_are_never_trained_on(folder):
     expected = [next(stream) for _ in range(8)]  # three batches an epoch
     rest = Batches(source, 6, seed=1, drawn=4)
     assert all(torch.equal(next(rest), batch) for batch in expected[4:])
-    assert rest.drawn == stream.drawn == 8
-    assert not torch.equal(expected[0], expected[3])
+    assert rest.drawn == stream.drawn == 8 and not torch.equal(expected[0], expected[3])
     with contextlib.closing(Batches(source, 6, seed=1, workers=1)) as read_ahead:
         assert all(torch.equal(next(read_ahead), batch) for batch in expected[:4])
 
