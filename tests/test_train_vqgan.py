@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from helpers import flat, read_metrics, refused
+from helpers import flat, read_metrics, refused, tiny_vqgan
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -30,10 +30,7 @@ from utils.errors import UsageError, UserError
 from utils.interrupts import Interruption
 from utils.resume import FIXED
 
-TINY = VqganConfig(
-    num_codes=16, embed_dim=8, resolution=32, z_channels=8, ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(),
-    num_groups=4, patch_size=4,
-)
+TINY = tiny_vqgan(resolution=32, ch_mult=(1, 2), patch_size=4)
 DEMO = Path(perceptual.__file__).parent / "demo"
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from helpers import refused
+from helpers import refused, tiny_vqgan
 from safetensors.torch import save_file
 
 from checkpoints.vqgan import PUBLISHED, default_vqgan, load_vqgan
@@ -19,9 +19,8 @@ from models.vqgan_layers import Downsample, ResidualBlock, SpatialAttention, Ups
 from utils.errors import UserError
 from utils.files import sha256_file
 
-_SMALL = dict(num_codes=16, embed_dim=8, resolution=32, z_channels=8, ch=8, num_res_blocks=1, num_groups=4)
-TINY = VqganConfig(ch_mult=(1, 2), attn_resolutions=(16,), **_SMALL)
-TINY_GUMBEL = VqganConfig(variant="gumbel", ch_mult=(1, 1, 2), attn_resolutions=(), **_SMALL)
+TINY = tiny_vqgan(resolution=32, ch_mult=(1, 2), attn_resolutions=(16,))
+TINY_GUMBEL = tiny_vqgan(resolution=32, ch_mult=(1, 1, 2), variant="gumbel")
 
 
 def tiny(config=TINY, seed=0):
