@@ -26,7 +26,7 @@ from checkpoints.__main__ import main
 from checkpoints.files import read_safetensors
 from checkpoints.trust import aliases, check_state, empty_weights, model_config
 from models.config import DalleConfig
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from utils.errors import UserError, run_main
 
 TINY = DalleConfig(
@@ -60,7 +60,7 @@ def logits(model):
 
 def rebuilt(checkpoint):
     """The model that a checkpoint describes, in fp32."""
-    model = DALLE(DalleConfig.from_dict(checkpoint.config)).eval()
+    model = DalleModel(DalleConfig.from_dict(checkpoint.config)).eval()
     model.load_state_dict(checkpoint.weights)
     return model
 

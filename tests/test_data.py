@@ -19,7 +19,7 @@ from data import CodesDataset, GeneratedDataset, ImageTextFolder, TextSettings, 
 from data.datasets import DemoDataset
 from data.folder import PackedStrings, list_pairs
 from data.images import image_to_tensor, load_image, prepare_image, to_rgb
-from data.order import draw, draw_below, draw_unit, epoch_order, split_holdout, splitmix64
+from data.order import epoch_order, random_below, random_bits, random_unit, split_holdout, splitmix64
 from data.process_trainset import process_captions
 from utils.errors import UserError
 
@@ -57,9 +57,9 @@ def texts_of(dataset, epoch=0):
 def test_hashes_are_the_published_ones_even_and_stay_after_an_upgrade():
     states = [(1234567 + number * 0x9E3779B97F4A7C15) % 2**64 for number in range(3)]
     assert list(map(splitmix64, states)) == [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    counts = collections.Counter(draw_below(5, "caption", 42, 0, index) for index in range(5000))
+    counts = collections.Counter(random_below(5, "caption", 42, 0, index) for index in range(5000))
     assert set(counts) == set(range(5)) and min(counts.values()) > 850
-    assert abs(sum(draw_unit("null", 1, 1, index) for index in range(5000)) / 5000 - 0.5) < 0.02
+    assert abs(sum(random_unit("null", 1, 1, index) for index in range(5000)) / 5000 - 0.5) < 0.02
     order = epoch_order(1000, seed=1, epoch=3)
     others = [epoch_order(1000, seed, epoch) for seed, epoch in ((1, 4), (2, 3), (1 + (1 << 40), 3))]
     for other in (*others, torch.arange(1000)):
@@ -71,7 +71,7 @@ def test_hashes_are_the_published_ones_even_and_stay_after_an_upgrade():
 @settings(deadline=None, max_examples=30)
 def test_an_epoch_visits_each_sample_once_in_the_order_of_its_hash(count, seed, epoch):
     def signed_hash(index):
-        number = splitmix64(index ^ draw("order", seed, epoch))
+        number = splitmix64(index ^ random_bits("order", seed, epoch))
         return number - 2**64 if number >> 63 else number
 
     order = epoch_order(count, seed, epoch)

@@ -36,7 +36,7 @@ from data.images import BROKEN_IMAGE_ERRORS, load_image
 from data.process_trainset import clean_caption, process_captions
 from examples_utils.spec import load_entries, select
 from models.config import DalleConfig
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from models.vqgan import VQGAN
 from models.vqgan_config import VqganConfig
 from utils.errors import UserError
@@ -51,7 +51,7 @@ READERS = {
 """Each reader's share of the inputs."""
 
 TINY = DalleConfig(num_text_tokens=7, num_image_tokens=4, text_seq_len=2, grid=2, dim=4, depth=1, heads=1, dim_head=4)
-STATE = DALLE(TINY).state_dict()
+STATE = DalleModel(TINY).state_dict()
 TINY_VQGAN = tiny_vqgan(
     num_codes=4, embed_dim=2, resolution=4, z_channels=2, ch=2, ch_mult=(1, 2), num_groups=2,
 )
@@ -73,7 +73,7 @@ def vqgan_seeds(folder, **options):
 
 def dalle_seeds(folder, export):
     torch.manual_seed(0)
-    model = DALLE(TINY)
+    model = DalleModel(TINY)
     document = dalle_checkpoint(model.config.to_dict(), model.state_dict(), 1, training={"position": {"epoch": 1}})
     save_checkpoint(folder / "a.pt", document)
     if not export:

@@ -30,7 +30,7 @@ from dalle.models import Dalle
 from dalle.outputs import MAX_NAME_LEN, PromptFolder, folder_name, with_digest
 from data.images import load_image
 from models.config import DalleConfig
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from models.vqgan import VQGAN, VqganConfig
 from sampling import SamplingOptions, decode, image_seed, prime_rows, sample_codes, to_uint8
 from sampling.driver import Share, split
@@ -150,7 +150,7 @@ def test_batches_cover_every_image_once(num_prompts, num_images, batch_size):
 @pytest.mark.parametrize("kept", [0, 5])
 def test_several_captions_in_a_batch_draw_what_each_draws_alone(options, cond_scale, kept):
     torch.manual_seed(1)
-    model = DALLE(
+    model = DalleModel(
         DalleConfig(50, 32, 6, 4, 32, 4, 2, 12, attn_types=("full", "axial_row", "axial_col", "conv_like"), **options)
     ).eval()
     text = torch.randint(0, 50, (3, 6))
@@ -180,7 +180,7 @@ def test_the_published_command_works_word_for_word(files, tmp_path, monkeypatch)
     config = dataclasses.replace(files.model.config, num_text_tokens=vocabulary.vocab_size)
     monkeypatch.chdir(tmp_path)
     training = dict(files.identity, tokenizer=vocabulary.identity)
-    files.save(tmp_path / "output/ckpt/dalle_799.pt", training, DALLE(config).state_dict(), config)
+    files.save(tmp_path / "output/ckpt/dalle_799.pt", training, DalleModel(config).state_dict(), config)
     generate.main(shlex.split(command)[2:])
     folder = tmp_path / "output" / "A_plate_of_food_has_potatoes_and_fruit."
     assert len(list(folder.glob("*.jpg"))) == 128
@@ -192,7 +192,7 @@ def test_logits_that_are_not_finite_are_told_of(files, run, caplog):
     weights["image_head.bias"] = torch.full_like(weights["image_head.bias"], float("nan"))
     broken = files.save("broken.pt", files.identity, weights)
     run("a", "--num_images", "3", "--batch_size", "2", "--dalle_path", str(broken))
-    Dalle(load(broken)).draw("a", num_candidates=3, progress=False)
+    Dalle(load(broken)).generate("a", num_candidates=3, progress=False)
     told = [re.search("not finite for (.*) images", message) for message in caplog.messages]
     assert [match.group(1) for match in told if match] == ["2 of 2", "1 of 1", "3 of 3"]
 
@@ -480,7 +480,7 @@ def test_half_precision_weights_draw_in_float32(files):
 def test_a_grid_other_than_the_vqgans_own(files, run, tmp_path):
     """Convolutions take any size: a model trained at 24x24 pixels with a VQGAN made for 16x16 draws 24x24."""
     config = DalleConfig(files.tokenizer.vocab_size, 24, 10, 6, 24, 1, 2, 12)
-    path = files.save("wide.pt", files.identity, DALLE(config).state_dict(), config)
+    path = files.save("wide.pt", files.identity, DalleModel(config).state_dict(), config)
     run("a", "--num_images", "1", "--format", "png", "--dalle_path", str(path))
     with Image.open(tmp_path / "out" / "a" / "0.png") as image:
         assert image.size == (24, 24)

@@ -18,7 +18,7 @@ import args
 from engines.ipu.model import IpuStep, adapt, place
 from engines.ipu.plan import pipeline_plan
 from models.config import DalleConfig
-from models.dalle import DALLE, TextToImage
+from models.dalle import DalleModel, TextToImage
 from models.vqgan import VQGAN, VqganConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +45,7 @@ def test_the_published_model_is_captured_whole(monkeypatch):
     options = config.model
     with torch.device("meta"):
         model = TextToImage(
-            DALLE(
+            DalleModel(
                 DalleConfig(
                     num_text_tokens=8192, num_image_tokens=1024, text_seq_len=80, grid=16, dim=options.hidden_size,
                     depth=options.num_hidden_layers, heads=options.num_attention_heads, dim_head=options.dim_head,
@@ -97,7 +97,7 @@ def test_options_of_other_checkpoints_are_captured_too(monkeypatch):
             "num_text_tokens": 30, "num_image_tokens": 11, "text_seq_len": 6, "grid": 4, "dim": 16, "depth": 1,
             "heads": 2, "dim_head": 8,
         }
-        model = TextToImage(DALLE(DalleConfig(**dict(settings, **changes))))
+        model = TextToImage(DalleModel(DalleConfig(**dict(settings, **changes))))
         model = adapt(model, True, 1, False).to("meta")
         text, codes = (torch.empty(2, size, dtype=torch.long, device="meta") for size in (6, 16))
         place(model, pipeline_plan(config, encodes_images=False))

@@ -19,7 +19,7 @@ from engines.ipu.data import Padded, Stream
 from engines.ipu.model import SerializedEmbedding, SerializedLinear
 from engines.ipu.plan import Placement
 from models.config import ARCHITECTURES, DalleConfig
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from utils.errors import UsageError, UserError
 
 
@@ -159,7 +159,7 @@ def test_weights_have_the_names_and_shapes_of_every_other_engine():
     engine, _ = prepared(config)
     assert isinstance(engine.model.dalle.text_emb, SerializedEmbedding)
     state = engine.model_state()
-    plain = DALLE(DalleConfig(**dict(vars(make_model().dalle.config))))
+    plain = DalleModel(DalleConfig(**dict(vars(make_model().dalle.config))))
     assert list(state) == list(plain.state_dict())
     assert {type(value) for value in state.values()} == {torch.Tensor}
     plain.load_state_dict(state)

@@ -10,7 +10,7 @@ import args
 from engines.ipu import plan, plan_costs, plan_report
 from engines.ipu.plan import Placement
 from models.config import DalleConfig
-from models.dalle import DALLE, TextToImage
+from models.dalle import DalleModel, TextToImage
 from models.vqgan import VqganConfig
 from utils.errors import UsageError
 
@@ -50,7 +50,7 @@ def test_parts_lie_where_the_flags_say():
 
 
 def test_the_plan_names_every_part_of_a_model():
-    model = DALLE(small_model())
+    model = DalleModel(small_model())
     paths = {placement.path for placement in plan.pipeline_plan(config_of())}
     for name, _ in model.named_parameters():
         assert any(("dalle." + name).startswith(path + ".") for path in paths), name
@@ -118,7 +118,7 @@ def test_memory_adds_up():
     options = {"image_size": 8, "ipus_per_replica": 2, "layers_per_ipu": [1, 2], "batch_size": 4}
     config = config_of(**options)
     parts, ipus = costs_of(config, model)
-    trained = sum(p.numel() for p in DALLE(model).parameters())
+    trained = sum(p.numel() for p in DalleModel(model).parameters())
     assert sum(ipu.gradients for ipu in ipus) == 4 * trained
     assert sum(ipu.optimizer for ipu in ipus) == 8 * trained
     assert sum(part.trainable for part in parts.values()) == trained
@@ -136,7 +136,7 @@ def test_memory_adds_up():
 
 def test_shared_weights_count_once():
     parts, _ = costs_of(config_of(image_size=8), small_model(shared_attn_ids=(0,), tie_embeddings=True))
-    dalle = DALLE(small_model(shared_attn_ids=(0,), tie_embeddings=True))
+    dalle = DalleModel(small_model(shared_attn_ids=(0,), tie_embeddings=True))
     assert sum(part.trainable for part in parts.values()) == sum(p.numel() for p in dalle.parameters())
 
 
@@ -172,7 +172,7 @@ def test_divisions_that_do_not_fit_are_not_proposed(monkeypatch):
 
 def test_measuring_changes_nothing():
     with torch.device("meta"):
-        model = TextToImage(DALLE(small_model()))
+        model = TextToImage(DalleModel(small_model()))
     placements = plan.pipeline_plan(config_of(), encodes_images=False)
     first, second = (plan_costs.measure(model, placements, 8) for _ in range(2))
     assert first == second

@@ -16,7 +16,7 @@ import checkpoints
 import engines
 import log
 import train
-from models.dalle import DALLE, DalleConfig
+from models.dalle import DalleConfig, DalleModel
 from utils.errors import UsageError
 
 
@@ -82,7 +82,7 @@ def test_a_run_on_ipus_logs_validates_and_saves(whole):
     assert [line["step"] for line in metrics if "validation" not in line.values()] == [1, 2, 3, 4]
     assert len([line for line in metrics if "validation" in line.values()]) == 2
     checkpoint = newest(out)
-    model = DALLE(DalleConfig.from_dict(checkpoint.config))
+    model = DalleModel(DalleConfig.from_dict(checkpoint.config))
     model.load_state_dict(checkpoint.weights)  # under the names that generate.py knows
     assert {value.dtype for value in checkpoint.weights.values()} == {torch.float32}
 

@@ -26,7 +26,7 @@ from dalle.utils.utils import set_seed
 from data.demo import demo_records
 from engines.memory import training_memory
 from models.config import ARCHITECTURES, DalleConfig
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from models.vqgan_config import VqganConfig, stage1_config, stage1_options
 from ops.sampling_ops import keep_top_k, keep_top_p
 from sampling import driver
@@ -41,7 +41,7 @@ def model(mindalle_folder):
 
 
 def codes_of(model, prompt="a painting of the sea", **options):
-    return model.draw(prompt, progress=False, **dict({"num_candidates": 3, "seed": 5}, **options)).codes
+    return model.generate(prompt, progress=False, **dict({"num_candidates": 3, "seed": 5}, **options)).codes
 
 
 def test_token_ids_logits_and_codes_of_images_are_the_published_ones(model):
@@ -145,12 +145,12 @@ def test_seed_guidance_and_temperature_reach_the_sampler(model):
 
 def test_progress_counts_every_code(model):
     seen = []
-    model.draw("a cat", num_candidates=5, batch_size=2, progress=lambda done, total: seen.append((done, total)))
+    model.generate("a cat", num_candidates=5, batch_size=2, progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (80, 80) and seen == sorted(seen) and len(seen) == 48
-    drawn = model.draw("a cat", num_candidates=6, seed=1, progress=False)
-    best = drawn.best(2)
-    assert best.log_likelihood.tolist() == sorted(drawn.log_likelihood.tolist(), reverse=True)[:2]
-    assert torch.equal(best.images[0], drawn.images[int(drawn.log_likelihood.argmax())])
+    generated = model.generate("a cat", num_candidates=6, seed=1, progress=False)
+    best = generated.best(2)
+    assert best.log_likelihood.tolist() == sorted(generated.log_likelihood.tolist(), reverse=True)[:2]
+    assert torch.equal(best.images[0], generated.images[int(generated.log_likelihood.argmax())])
 
 
 def test_what_does_not_fit_is_tried_again_with_less(model, monkeypatch):
@@ -188,9 +188,9 @@ def test_masked_codes_are_drawn_and_all_others_kept(model):
     mask = torch.zeros(4, 4)
     mask[1, 2] = mask[3, 0] = 1
     kept = ~(mask.flatten() > 0)
-    drawn = [codes_of(model, image=picture, mask=mask, top_k=None, seed=seed) for seed in range(3)]
-    assert all(torch.equal(codes[:, kept], own[kept].expand(3, -1)) for codes in drawn)
-    assert len({tuple(row[~kept].tolist()) for codes in drawn for row in codes}) > 1
+    generated = [codes_of(model, image=picture, mask=mask, top_k=None, seed=seed) for seed in range(3)]
+    assert all(torch.equal(codes[:, kept], own[kept].expand(3, -1)) for codes in generated)
+    assert len({tuple(row[~kept].tolist()) for codes in generated for row in codes}) > 1
     assert completion_codes(model.loaded, picture, mask).tolist() == own.masked_fill(~kept, -1).tolist()
 
 
@@ -301,8 +301,8 @@ def test_reading_and_writing_the_layout_keeps_every_bit(mindalle_folder, tmp_pat
     assert after["stage2"] == before["stage2"] and after["dataset"] == before["dataset"]
     assert stage1_config(after, "x") == stage1_config(before, "x")
     models = map(Dalle.from_pretrained, folders)
-    drawn = [model.draw("the sea", num_candidates=2, seed=3, progress=False) for model in models]
-    assert torch.equal(drawn[0].codes, drawn[1].codes) and torch.equal(drawn[0].images, drawn[1].images)
+    generated = [model.generate("the sea", num_candidates=2, seed=3, progress=False) for model in models]
+    assert torch.equal(generated[0].codes, generated[1].codes) and torch.equal(generated[0].images, generated[1].images)
     refused("the folder is not empty", dalle.export.main, list(map(str, folders)))
 
 
@@ -336,8 +336,8 @@ def test_fine_tuning_starts_from_the_folders_weights_vocabulary_and_vqgan(mindal
     assert checkpoint.identity["tokenizer"]["path"] == str(mindalle_folder / "tokenizer")
     # Drawn from the run's own checkpoint, and from what was exported: the same.
     models = [Dalle.from_pretrained(path) for path in (out / "ckpt/dalle_0.pt", exported)]
-    drawn = [model.draw("a cat", num_candidates=2, seed=3, progress=False).images for model in models]
-    assert torch.equal(*drawn)
+    generated = [model.generate("a cat", num_candidates=2, seed=3, progress=False).images for model in models]
+    assert torch.equal(*generated)
 
 
 @pytest.mark.parametrize("optimizer, rate", [("AdamW", "0.01"), ("Adafactor", "0.1")])
@@ -407,7 +407,7 @@ def test_the_estimate_of_activations_is_what_autograd_keeps(architecture, half):
         **ARCHITECTURES[architecture],
     )
     config = args.parse(["--config", "unit_test", "--batch-size", "4", "--gradient-accumulation", "1"])
-    network, kept = DALLE(model), {}
+    network, kept = DalleModel(model), {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
 
     def keep(tensor):

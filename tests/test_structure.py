@@ -14,7 +14,7 @@ import args
 import engines.native
 from bpe import load_tokenizer
 from docs import make_flags
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from models.vqgan import VQGAN
 from training.schedule import Position, Schedule
 from training.setup import dalle_config, vqgan_config
@@ -46,7 +46,7 @@ DEVICE_PACKAGES = {"poptorch", "popdist", "popart", "horovod"}
 #: The most lines of a module and of a function, and arguments of a function besides self; and who takes more.
 MODULE_LINES, FUNCTION_LINES, ARGUMENTS = 450, 60, 8
 MANY_ARGUMENTS = {
-    "dalle/models.py draw": 13,  # minDALL-E's
+    "dalle/models.py generate": 13,  # minDALL-E's
     "data/code_cache.py __init__": 9,
     "examples_utils/process.py run": 9,
     "ops/linear_ops.py add_feed_forward": 9,  # what one branch is made of
@@ -149,7 +149,7 @@ def test_every_shipped_configuration_instantiates(name):
     config = args.parse(["--config", name, "--generated-data"])
     tokenizer = load_tokenizer(config.data.bpe_path)
     with torch.device("meta"):
-        dalle = DALLE(dalle_config(config, tokenizer, VQGAN(vqgan_config(config))))
+        dalle = DalleModel(dalle_config(config, tokenizer, VQGAN(vqgan_config(config))))
     parameters = sum(p.numel() for p in dalle.parameters())
     if name.startswith("L16"):
         assert parameters == pytest.approx(93.6e6 if name != "L16_CLIP_vocab" else 136e6, rel=0.02)

@@ -12,7 +12,7 @@ import engines
 from engines.base import parameter_groups
 from engines.native import share_batch
 from models.config import DalleConfig
-from models.dalle import DALLE, TextToImage
+from models.dalle import DalleModel, TextToImage
 from utils.errors import UsageError
 from utils.schedules import Plateau, cosine_factor, epoch_factor
 
@@ -32,7 +32,7 @@ def test_a_global_batch_is_shared_in_equal_micro_batches(global_batch, batch_siz
 
 
 def test_weight_decay_leaves_vectors_alone():
-    model = DALLE(SMALL)
+    model = DalleModel(SMALL)
     decayed, kept = parameter_groups(model, 0.1)
     assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0.0
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -146,7 +146,7 @@ def test_hints_and_lines_for_benchmarks_appear_where_they_mean_something(monkeyp
     for name in ("EXAMPLES_UTILS_MARK", "POPLAR_SDK_ENABLED"):
         monkeypatch.setenv(name, "1") if name == runner else monkeypatch.delenv(name, raising=False)
     with caplog.at_level("INFO"):
-        engines.create(args.parse(GENERATED)).prepare(TextToImage(DALLE(SMALL)))
+        engines.create(args.parse(GENERATED)).prepare(TextToImage(DalleModel(SMALL)))
     assert ("--matmul-precision medium trains faster" in caplog.text) == (units and many == 1)
     assert ("Compiled model in " in caplog.text) == (runner is not None)
 
