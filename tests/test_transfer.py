@@ -261,7 +261,7 @@ def test_a_model_of_classes_draws_what_each_class_looks_like(run, imagenet, tmp_
     flags = ["--text", CLASSES[1], "--num_images", "2", "--device", "cpu", "--outputs_dir", str(tmp_path / "out")]
     generate.main(["--dalle_path", str(newest), *flags])
     assert (tmp_path / "out" / "light_wood" / "1.jpg").is_file()
-    refused("'cat' is no class of this model", model.draw, "cat", num_candidates=1)
+    refused("'cat' is no class of this model", model.generate, "cat", num_candidates=1)
 
 
 def real_codes(model, folder):
