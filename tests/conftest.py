@@ -121,15 +121,6 @@ def server():
         yield server
 
 
-@pytest.fixture(scope="session")
-def undisturbed(server, folder, tmp_path_factory):
-    """Results of runs of test_crash that nothing happened to, for so many processes, and the CPU time they took."""
-    from test_crash import run_undisturbed
-
-    make = functools.partial(tmp_path_factory.mktemp, "whole")
-    return functools.lru_cache(None)(lambda processes: run_undisturbed(server, folder, make(), processes))
-
-
 @pytest.fixture
 def products():
     """Sets the precision of float32 products; the former one comes back after the test."""
@@ -153,3 +144,12 @@ def unit(request):
 
     with matrix_units(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def undisturbed(server, folder, tmp_path_factory):
+    """Results of runs of test_crash that nothing happened to, for so many processes, and the CPU time they took."""
+    from test_crash import run_undisturbed
+
+    make = functools.partial(tmp_path_factory.mktemp, "whole")
+    return functools.lru_cache(None)(lambda processes: run_undisturbed(server, folder, make(), processes))
