@@ -177,13 +177,15 @@ def training_flags(folder, out, *more, source="pairs", image_size=16):
     """The command line of a tiny training run, four pairs in a step, on the data and the VQGAN in a folder."""
     text = f"--config unit_test --device cpu --image-size {image_size} --batch-size 2 --gradient-accumulation 2"
     text += " --epochs 2 --max-steps 0 --text-seq-len 8 --hidden-size 16 --dim-head 8 --log-every 1"
-    places = [f"--input-folder={folder / source}", f"--checkpoint-output-dir={out / 'ckpt'}"]
-    return [*text.split(), *places, *vqgan_flags(folder), *map(str, more)]
+    places = [] if "--generated-data" in more else [f"--input-folder={folder / source}"]
+    places += [f"--checkpoint-output-dir={out / 'ckpt'}", *vqgan_flags(folder)]
+    return [*text.split(), *places, *map(str, more)]
 
 
 def flags(folder, out, *more):
-    """`training_flags` with four of 24 pairs held out for validation."""
-    return training_flags(folder, out, "--validation-fraction", "0.17", *more)
+    """`training_flags` with four of 24 pairs held out for validation, where options leave it the choice."""
+    held_out = () if {"--generated-data", "--validation-folder"} & set(more) else ("--validation-fraction", "0.17")
+    return training_flags(folder, out, *held_out, *more)
 
 
 def train_here(flags):

@@ -155,10 +155,10 @@ GOOD = "3 1\n9601 4\n97 5\n98 6\n5 6 7\n1 0 2 3\n"
 
 
 CHANGES = {
-    ("3 1", "3 2"): "20 numbers|asks for 18", ("3 1", "4 1"): "asks for 17", ("3 1", "9" * 20 + " 1"): "asks for",
+    ("3 1", "3 2"): "20 numbers|requires 18", ("3 1", "4 1"): "requires 17", ("3 1", "9" * 20 + " 1"): "requires",
     ("98 6", "98 8"): "id 8 is not in", ("98 6", "98 -2"): "id -2 is not in", ("98 6", "98 5"): "id 5 is used twice",
     ("98 6", "98 2"): "id 2 is used twice", ("5 6 7", "5 7 7"): "joins a token", ("5 6 7", "1 6 7"): "joins a token",
-    ("98 6", "97 6"): "same character twice", ("98 6", "55296 6"): "55296 is not the code point",
+    ("98 6", "97 6"): "duplicate character", ("98 6", "55296 6"): "55296 is not the code point",
     ("98 6", "1114112 6"): "1114112 is not the code point", ("98 6", "32 6"): "32 is not the code point",
     ("9601", "99"): r"U\+2581", ("1 0 2 3", "0 1 2 3"): "pad id is 1", ("1 0 2 3", "-1 0 2 3"): "unknown characters",
 }
@@ -166,7 +166,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("content, complaint", [
     (b"", "empty"), (b" \n\n", "empty"), (b"\x89PNG\r\n\x1a\n\x00\x00", "not a vocabulary"), (b"7", "first line"),
-    (b'{"model": {"type": "BPE"}}', "cannot use it"), (b"a cat\n", "not a vocabulary"), (b"1-2 3", "not a vocabulary"),
+    (b'{"model": {"type": "BPE"}}', "cannot read it"), (b"a cat\n", "not a vocabulary"), (b"1-2 3", "not a vocabulary"),
     (b"-3 1 " + GOOD[4:].encode(), "first line"), (GOOD.encode() + b"9", "16 numbers"),
     *((GOOD.replace(*change).encode(), complaint) for change, complaint in CHANGES.items()),
     (b"3 3\n9601 4\n97 5\n98 6\n5 6 7\n7 5 8\n5 6 9\n1 0 2 3\n", "two tokens stand"),
@@ -210,7 +210,7 @@ def test_paths_of_the_published_application_find_the_shipped_vocabularies(folder
     (tmp_path / "configs.yaml").write_text(f"L16:\n  bpe_path: {path}\n")
     config = args.parse(["--config-file", "configs.yaml", "--config", "L16", "--generated-data"])
     assert load_tokenizer(config.data.bpe_path).identity == load_tokenizer(str(SHIPPED)).identity
-    assert caplog.messages == [f"vocabulary {path}: taking {SHIPPED}"]
+    assert caplog.messages == [f"vocabulary {path}: using {SHIPPED}"]
     for missing in (folder + "/other.txt", str(tmp_path / "models/bpe/bpe_yttm_vocab.txt")):
         refused("no such file", load_tokenizer, missing)
     if not Path(folder).is_absolute():  # a file that is there is the one that is meant
@@ -322,9 +322,9 @@ def test_every_kind_of_input_gives_the_same_file_and_several_add_up(tmp_path, co
 @pytest.mark.parametrize("source, content, complaint", [
     ("missing.txt", None, "no such file"), ("missing.json", None, "no such file"),
     ("image.jpg", b"\xff\xd8\xff\xe0", "not a text file"), ("binary.json", b"\xff\xd8\xff\xe0", "not a text file"),
-    ("broken.json", b'{"annotations": [', "cut off"), ("list.json", b"[1]", "no list 'annotations'"),
+    ("broken.json", b'{"annotations": [', "truncated"), ("list.json", b"[1]", "no list 'annotations'"),
     ("instances.json", b'{"annotations": [{"bbox": []}]}', "annotation 0 has no 'image_id' and no 'caption'"),
-    ("empty.txt", b"\n \n", "no caption"), ("empty.json", b'{"annotations": []}', "no caption"),
+    ("empty.txt", b"\n \n", "no captions"), ("empty.json", b'{"annotations": []}', "no captions"),
 ])
 def test_bad_input_ends_with_one_line_and_leaves_the_old_file(source, content, complaint, tmp_path, command):
     if content is not None:
@@ -428,7 +428,7 @@ def test_a_tokenizer_json_is_found_again_by_what_a_checkpoint_notes(beside, tmp_
     checkpoint = types.SimpleNamespace(path=tmp_path / "dalle.pt", identity={"tokenizer": noted}, format="ours")
     assert loading._open_tokenizer(None, checkpoint).identity["sha256"] == noted["sha256"]
     path.write_bytes(path.read_bytes() + b"\n")
-    refused("is not to be found: give it with --bpe-path", loading._open_tokenizer, None, checkpoint)
+    refused("is not found: give it with --bpe-path", loading._open_tokenizer, None, checkpoint)
 
 
 @pytest.mark.parametrize("special", [["[UNK]", "[PAD]"], []])
@@ -444,8 +444,8 @@ def test_a_tokenizer_json_without_a_pad_at_zero_is_worth_a_warning(special, tmp_
 
 
 @pytest.mark.parametrize("content, complaint", [
-    ("{", "damaged JSON"), ('{"[PAD]": 0, "a": 1}', "no tokenizer.json of Hugging Face"),
-    ('{"model": {"type": "WordPiece", "unk_token": "[UNK]", "vocab": {"a": 0}}}', "cannot use it"),
+    ("{", "damaged JSON"), ('{"[PAD]": 0, "a": 1}', "not a tokenizer.json of Hugging Face"),
+    ('{"model": {"type": "WordPiece", "unk_token": "[UNK]", "vocab": {"a": 0}}}', "cannot read it"),
     ('{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "no tokens"),
     ('{"model": {"type": "BPE", "vocab": {"a": 4000000000}, "merges": []}}', "an id above"),
 ])

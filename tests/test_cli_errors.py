@@ -221,9 +221,11 @@ WORDS = [  # more of them are in test_args.py, test_generate.py, test_evaluate.p
     ("train", "demo", 2, ["demo"]), ("generate", "--text a", 2, ["--dalle-path"]),
     ("generate", "--dalle_path demo", 2, ["--text"]),
     ("generate", "--dalle_path demo --text a --vqgan_config_path x.yaml", 2, ["--vqgan-model-path"]),
-    ("generate", "--dalle_path demo --text a --image picture.png --mask 0,0,2,1 --num_images 1", 1, ["0,0,2,1"]),
+    ("generate", "--dalle_path demo --text a --image picture.png --mask 0,0,2,1 --num_images 1", 2, ["--mask 0,0,2,1"]),
+    ("generate", "--dalle_path demo --text a --image picture.png --mask picture.png", 1, ["--mask: nothing is marked"]),
     ("generate", "--dalle_path demo --text a --clip_path folder --num_images 1", 1, ["--clip-path", "folder"]),
     ("evaluate", "--skip_retrieval", 2, ["--dalle-path"]),
+    ("evaluate", "--dalle_path demo --json a.png --sheet ./a.png", 2, ["--json and --sheet", "a.png"]),
     ("train_vqgan", "--input-folder demo --output out --steps 1 --config f9", 2, ["--config", "f9"]),
     ("train_vqgan", "--input-folder demo --output out --steps 1 --config missing.yaml", 1, ["missing.yaml"]),
     ("process_trainset", "--captions", 2, ["--captions"]),
@@ -232,6 +234,7 @@ WORDS = [  # more of them are in test_args.py, test_generate.py, test_evaluate.p
     ("bpe.train", "--captions text.txt --vocab-size x --output o", 2, ["--vocab-size"]),
     ("bpe.train", "--captions text.txt --vocab-size 2 --output o", 1, ["--vocab-size"]),
     ("bpe.train", "--captions text.txt --vocab-size 30 --output folder", 2, ["--output", "folder"]),
+    ("bpe.train", "--captions text.txt --vocab-size 30 --output ./text.txt", 2, ["--output", "is one of --captions"]),
     ("bpe.train", "--captions text.txt --vocab-size 30 --output o --coverage 2", 2, ["--coverage"]),
     ("examples_utils", "benchmark --benchmark no_such --spec benchmarks.yml", 1, ["--benchmark", "no_such"]),
     ("checkpoints", "", 2, ["command", "export or verify"]),
@@ -244,6 +247,8 @@ WORDS = [  # more of them are in test_args.py, test_generate.py, test_evaluate.p
     ("archives", "", 2, ["URL"]), ("archives", "http://example.org/a.zip a.zip", 1, ["https"]),
     ("archives", "ftp://example.org/a.zip a.zip", 1, ["ftp"]),
     ("archives", "https://example.org/a.zip a.zip --size-limit x", 2, ["--size-limit"]),
+    ("checkpoints", "export text.txt ./text.txt", 2, ["OUT ./text.txt", "would replace the checkpoint"]),
+    ("checkpoints", "export a text.txt/b", 1, ["OUT text.txt/b", "is a file, not a folder"]),
 ]
 
 

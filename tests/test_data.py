@@ -310,7 +310,7 @@ def test_unreadable_images_are_replaced_the_same_way_every_time_and_counted(tmp_
 def test_nothing_but_unreadable_images_is_an_error(tmp_path):
     folder = str(write_folder(tmp_path / "a", 3, broken=range(3)))
     dataset = create_dataset(input_folder=folder, max_bad_fraction=1, **COMMON)
-    complaint = "^--input-folder .*: 3 of the 3 images cannot be read, such as .*; mend"
+    complaint = "^--input-folder .*: 3 of the 3 images cannot be read, such as .*; fix"
     refused(complaint, dataset.__getitem__, 1)
     dataset = create_dataset(input_folder=str(write_folder(tmp_path / "b", 40)), max_bad_fraction=0.1, **COMMON)
     train, held_out = dataset.split(2)
@@ -400,7 +400,7 @@ def test_codes_take_the_place_of_images(tmp_path, codes):
     never[1] = -1
     dataset = CodesDataset(folder_dataset(folder), never)
     assert dataset[2][1].tolist() == never[2].tolist()
-    refused("the image of pair 1 was not among those to be encoded", dataset.__getitem__, 1, kind=RuntimeError)
+    refused("the image of pair 1 was not encoded", dataset.__getitem__, 1, kind=RuntimeError)
 
 
 def test_create_datasets(tmp_path, caplog, monkeypatch):

@@ -81,17 +81,17 @@ GOOD_IMAGES = {
     "grey 16 bit.tiff": as_bytes(Image.new("I;16", (20, 16), 30000), "TIFF"), "-rf.jpg": jpeg(),
     "\u202egpj.emoji \U0001f469\U0001f3fd.jpg": jpeg(),
 }
-NONE = "files that are no picture"
+NONE = "files that are not images"
 BAD_IMAGES = {
-    "truncated.jpg": (as_bytes(NOISE, "JPEG")[:700], "damaged pictures"),
-    "also truncated.png": (as_bytes(NOISE, "PNG")[:300], "damaged pictures"), "zero.jpg": (b"", NONE),
+    "truncated.jpg": (as_bytes(NOISE, "JPEG")[:700], "damaged images"),
+    "also truncated.png": (as_bytes(NOISE, "PNG")[:300], "damaged images"), "zero.jpg": (b"", NONE),
     "html.jpg": (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", NONE), "zeros.png": (bytes(5000), NONE),
     "cut off.tif": (as_bytes(NOISE, "TIFF", compression="tiff_lzw")[:9000], NONE),
     "postscript.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", NONE),
     "svg.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", NONE),
-    "bomb.png": (bomb(20000, 20000), "pictures with too many pixels"),
-    "larger bomb.png": (bomb(2**31 - 1, 2**31 - 1), "pictures with too many pixels"),
-    "claims more.png": (bomb(3000, 2000), "damaged pictures"),
+    "bomb.png": (bomb(20000, 20000), "images with too many pixels"),
+    "larger bomb.png": (bomb(2**31 - 1, 2**31 - 1), "images with too many pixels"),
+    "claims more.png": (bomb(3000, 2000), "damaged images"),
 }
 GOOD_CAPTIONS = {
     "arabic": "قطة تجلس على الكرسي", "hebrew": "חתול יושב על כיסא\u202e",
@@ -200,7 +200,7 @@ def test_images_above_the_limit_end_the_loading_wherever_they_are_read(tmp_path,
         return sum(len(text) for text, _ in loading.read(loading.make_loader(dataset, workers, batch_size=4)))
 
     assert read(0.04) == 100 and len(lines(report)) == 4
-    refused("--max-bad-fraction 0.03 allows: 4 files that are no picture", read, 0.03)
+    refused("--max-bad-fraction 0.03 allows: 4 files that are not images", read, 0.03)
 
 
 def test_an_error_of_a_loader_process_is_still_one_line(capsys):

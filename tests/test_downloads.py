@@ -181,14 +181,14 @@ def test_a_missing_file_says_what_to_do_by_hand(server, tmp_path, pauses, monkey
     gone = server.url + "/gone.zip"
     message = refused("HTTP status 404", download, gone, tmp_path / "gone.zip", progress=False)
     assert gone in message and "\n" not in message and pauses == [] and len(server.requests) == 1
-    assert f"fetch it by hand and save it as {tmp_path / 'gone.zip'}" in message
+    assert f"download it by hand and save it as {tmp_path / 'gone.zip'}" in message
     # A published VQGAN that cannot be had says its advice once.
     published = dataclasses.replace(vqgan.PUBLISHED["f16-1024"], config_url=gone)
     monkeypatch.setitem(vqgan.PUBLISHED, "f16-1024", published)
     message = refused("HTTP status 404", vqgan.default_vqgan, tmp_path)
     assert message.count("by hand") == 1 and published.weights_url in message
     # No server at all.
-    refused("fetch it by hand", download, "http://127.0.0.1:9/file.bin", tmp_path / "x", progress=False)
+    refused("download it by hand", download, "http://127.0.0.1:9/file.bin", tmp_path / "x", progress=False)
     assert len(pauses) == downloads.ATTEMPTS - 1
 
 
@@ -206,7 +206,7 @@ REFUSED = [
     ({}, LONG, "x", "it has 307200 bytes, more than the 307199 expected"),
     ({"send_length": False}, LONG, "x", "it has more than the 307199 bytes expected"),
     ({"content_type": "text/html; charset=utf-8"}, {}, "x.ckpt", "a web page instead of the file"),
-    ({"redirect": "http://example.org/file.bin"}, {}, "x", "http://example.org/file.bin is no https address"),
+    ({"redirect": "http://example.org/file.bin"}, {}, "x", "http://example.org/file.bin is not an https address"),
     ({}, {}, "file/x", "cannot save"), ({"free": 1000}, {}, "x", "needs 0.0 GB of space.*free"),
 ]
 
@@ -224,7 +224,7 @@ def test_what_is_refused(server, tmp_path, monkeypatch, behaviour, options, name
 def test_only_https_without_a_checksum(tmp_path):
     for url in ("http://example.org/x", "ftp://example.org/x", "file:///etc/passwd", "x", "http://[bad/x"):
         for more in ({}, {"sha256": SHA256}) if not url.startswith("http://e") else ({},):
-            refused("no https address", download, url, tmp_path / "x", progress=False, **more)
+            refused("not an https address", download, url, tmp_path / "x", progress=False, **more)
 
 
 def test_redirects_are_followed(server, tmp_path):

@@ -108,11 +108,11 @@ def test_a_tokenizer_is_known_by_its_files(mindalle_folder, tmp_path):
     assert ours.identity["type"] == "char_bpe" and len(ours.identity["sha256"]) == 64
     assert ours.encode("a\ud800b") == ours.encode("ab")
     for vocabulary, merges, message in (
-        ("{", "", "no JSON"), ('{"a": 0}', "", r"needs the tokens \[PAD\] with id 0"),
+        ("{", "", "not JSON"), ('{"a": 0}', "", r"needs the tokens \[PAD\] with id 0"),
         ('{"[PAD]": 0, "[UNK]": 1, "a": 1}', "", "same id"),
-        ('{"[PAD]": 0, "[UNK]": 1, "a": "x"}', "", "no whole numbers"),
+        ('{"[PAD]": 0, "[UNK]": 1, "a": "x"}', "", "must be whole numbers"),
         ('{"[PAD]": 0, "[UNK]": 1, "a": 2}', "a b\n", "line 1 merges tokens that the vocabulary lacks"),
-        ('{"[PAD]": 0, "[UNK]": 1, "a": 2}', "#version: 0.2\na\n", "line 2 is no merge"),
+        ('{"[PAD]": 0, "[UNK]": 1, "a": 2}', "#version: 0.2\na\n", "line 2 is not a merge"),
     ):
         (tmp_path / "x-vocab.json").write_text(vocabulary)
         (tmp_path / "x-merges.txt").write_text(merges)
@@ -217,9 +217,9 @@ def test_masks_of_every_kind_mark_the_same_codes():
 
 
 def test_what_a_folder_lacks_is_named(mindalle_folder, tmp_path):
-    with pytest.raises(UserError, match="minDALL-E/1.4B: there is no such file.* Did you mean 'minDALL-E/1.3B'"):
+    with pytest.raises(UserError, match="minDALL-E/1.4B: no such file.* Did you mean 'minDALL-E/1.3B'"):
         Dalle.from_pretrained("minDALL-E/1.4B")
-    refused("no folder in minDALL-E's layout", Dalle.from_pretrained, tmp_path)
+    refused("not a folder in minDALL-E's layout", Dalle.from_pretrained, tmp_path)
     for name, argument in (("stage1_last.ckpt", "vqgan_model_path"), ("tokenizer", "bpe_path")):
         part = tmp_path / name
         part.mkdir()
@@ -316,7 +316,7 @@ def test_what_has_no_place_in_the_layout_is_named(mindalle_folder, changes, mess
     config = DalleConfig(**{**sizes, **ARCHITECTURES["mindalle"], **changes})
     own, other = (load_tokenizer(str(path)) for path in (mindalle_folder / "tokenizer", ROOT / "bpe/demo_vocab.txt"))
     refused(message, dalle.export.export_options, config, VqganConfig(), own)
-    complaint = "character BPE vocabulary, not one of the kind yttm"
+    complaint = "character BPE vocabulary, not one of type yttm"
     refused(complaint, dalle.export.export_options, config, VqganConfig(), other)
     refused("variant gumbel", stage1_options, VqganConfig(variant="gumbel"))
 
@@ -435,6 +435,6 @@ def test_a_learned_character_vocabulary_is_read_and_does_not_depend_on_order(tmp
     assert tokenizer.vocab_size <= 40 and tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
     assert len(tokenizer.encode("cat")) == 1 and 1 in tokenizer.encode("zebra")
     refused("--vocab-size 5 cannot hold", learn_char_vocabulary, captions, 5)
-    refused("no caption", learn_char_vocabulary, ["", " "], 40)
+    refused("no captions", learn_char_vocabulary, ["", " "], 40)
     shipped = learn_char_vocabulary([record.caption for record in demo_records("train")], 1024)
     assert [(ROOT / "bpe" / "demo_char" / name).read_bytes() for name in files] == list(shipped)

@@ -201,7 +201,7 @@ def test_what_makes_no_pair_is_counted_and_named(tmp_path, caplog):
         "1 empty caption files (such as a.tar/4.png)", "2 json files that cannot be read (such as b.tar/5.png)",
         "1 json files without a caption (such as b.tar/6.png)", "1 compressed shards",
         "1 images of a name used before (such as c.tar/1.png)", "1 captions of 1 MB and more (such as d.tar/8.png)",
-        "1 caption files that are not UTF-8 (such as c.tar/7.png)", "2 shards that are no tar files (such as f.tar)",
+        "1 caption files that are not UTF-8 (such as c.tar/7.png)", "2 shards that are not tar files (such as f.tar)",
         "1 truncated shards, used up to that point (such as e.tar)",
         "1 damaged shards, used up to that point (such as i.tar)",
         f"1 shards that do not exist (such as {tmp_path / 's' / 'j.tar'})",
@@ -244,7 +244,7 @@ def test_suffixes_by_flag_for_images_without_captions(tmp_path, own_cache):
     complaint = "fewer than two images .*not read: .*view.*; --shard-images names"
     refused(complaint, open_images, str(tmp_path / "0.tar"), SIZE, 256, 0)
     for folder in ("demo", str(tmp_path)[:-1]):
-        refused("--shard-images is for webdataset shards", open_images, folder, SIZE, 256, 0, shard_images="view")
+        refused("--shard-images needs webdataset shards", open_images, folder, SIZE, 256, 0, shard_images="view")
 
 
 def test_other_names_find_an_index_of_their_own(tmp_path):
@@ -336,17 +336,17 @@ def test_patterns_globs_folders_and_single_shards(tmp_path):
     (tmp_path / "a" / "extra.png").write_bytes(picture(1))
     assert find_shards(str(tmp_path / "a")) is None and find_shards(str(tmp_path / "none")) is None
     write_tar(tmp_path / "0.tar", {"1.png": PICTURE, "2.txt": b"alone"})
-    complaint = "no pair of image and caption in 1 shards: 1 captions without an image"
+    complaint = "no pair of image and caption in 1 shard: 1 captions without an image"
     refused(complaint, opened, tmp_path / "0.tar", tmp_path)
     complaint = r"'d/1.tar': put patterns of shards in quotes.*'DIR/\{00000..00099\}.tar'"
     refused(complaint, args.parse, ["--input-folder", "d/0.tar", "d/1.tar"], kind=UsageError)
 
 
 @pytest.mark.parametrize("pattern, message", [
-    ("https://x.org/{000..099}.tar", "read from disks only"), ("s3://bucket/0.tar", "read from disks only"),
-    ("pipe:cat 0.tar", "read from disks only"), ("/nowhere/*.tar", "no such .tar file"),
+    ("https://x.org/{000..099}.tar", "only from disks"), ("s3://bucket/0.tar", "only from disks"),
+    ("pipe:cat 0.tar", "only from disks"), ("/nowhere/*.tar", "no such .tar file"),
     ("/nowhere/{0..9}.tar", r"no such .tar file \(such as /nowhere/0.tar\)"), ("/nowhere/0.tar", "no such .tar file"),
-    ("/nowhere/{0..9.tar", "a brace has no partner|no such"), (__file__, "neither a folder nor a .tar file"),
+    ("/nowhere/{0..9.tar", "unbalanced braces|no such"), (__file__, "neither a folder nor a .tar file"),
     ("/nowhere/{0..99999999999}.tar", "more than 1000000 shards"),
 ])
 def test_what_names_no_shards_is_one_clear_line(pattern, message):

@@ -10,7 +10,7 @@ import args
 import checkpoints
 import engines
 from engines.base import parameter_groups
-from engines.native import share_batch
+from engines.native import split_batch
 from models.config import DalleConfig
 from models.dalle import DalleModel, TextToImage
 from utils.errors import UsageError
@@ -26,9 +26,9 @@ GENERATED = ["--config", "unit_test", "--generated-data", "--device", "cpu"]
     (7, 4, 1, (1, 7)),
 ])
 def test_a_global_batch_is_shared_in_equal_micro_batches(global_batch, batch_size, world, expected):
-    batching = share_batch(global_batch, batch_size, world)
+    batching = split_batch(global_batch, batch_size, world)
     assert (batching.micro, batching.accumulation, batching.global_batch) == (*expected, global_batch)
-    refused("--gradient-accumulation", share_batch, 10, 2, 4, kind=UsageError)  # which does not divide
+    refused("--gradient-accumulation", split_batch, 10, 2, 4, kind=UsageError)  # which does not divide
 
 
 def test_weight_decay_leaves_vectors_alone():
@@ -155,12 +155,12 @@ def test_products_are_as_exact_as_asked_for_until_the_engine_closes(products):
     for precision in ("high", "medium"):
         engine = engines.create(args.parse([*GENERATED, "--matmul-precision", precision]))
         assert torch.get_float32_matmul_precision() == precision
-        assert f"products of {precision} precision" in engine.describe()
+        assert f"matmuls of {precision} precision" in engine.describe()
         engine.close()
         assert torch.get_float32_matmul_precision() == "highest"
     products("high")
     engine = engines.create(args.parse(GENERATED))  # what was set elsewhere stays
-    assert torch.get_float32_matmul_precision() == "high" and "products" not in engine.describe()
+    assert torch.get_float32_matmul_precision() == "high" and "matmuls" not in engine.describe()
     engine.close()
 
 

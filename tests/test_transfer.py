@@ -135,22 +135,22 @@ def test_classes_are_a_vocabulary(tmp_path, imagenet):
     assert isinstance(tokenizer, ClassTokenizer) and tokenizer.vocab_size == 4
     assert tokenizer.tokenize(["b", " a cat ", "10", "1", ""], 1).tolist() == [[1], [2], [3], [2], [0]]
     assert tokenizer.decode([2]) == "a cat" and tokenizer.decode([0]) == "" and tokenizer.decode([9]) == ""
-    refused(r"'a car' is no class of this model. Did you mean 'a cat'\? It knows 3 ", tokenizer.encode, "a car")
+    refused(r"'a car' is not a class of this model. Did you mean 'a cat'\? It has 3 ", tokenizer.encode, "a car")
     none = ClassTokenizer(class_file([]), "x")
     assert none.vocab_size == 1 and none.tokenize("whatever", 1).tolist() == [[0]]
     for content in (b"#classes 2\na\n", b"#classes 2\na\na\n", b"#classes x\na\n", b"#classes 1\n \n"):
         refused("x: ", ClassTokenizer, content, "x")
     for name in ("", "a\nb", " a"):
-        refused("cannot be the name of a class", class_file, [name])
+        refused("cannot be a class name", class_file, [name])
     train, validation = imagenet_folders(str(imagenet))
     assert (train, validation) == (str(imagenet / "train"), str(imagenet / "val"))
     assert imagenet_folders(train) == (train, "") and class_names(train) == CLASSES
     pairs = list_class_images(train, CLASSES)
     assert len(pairs.images) == 8 and [pairs.captions[i] for i in (0, 7)] == CLASSES
     part = list_class_images(train, CLASSES[:1])
-    assert len(part.images) == 4 and "4 images in the folder of no class" in part.report()
+    assert len(part.images) == 4 and "4 images in folders that are not classes" in part.report()
     assert [list_class_images(train, []).captions[i] for i in range(8)] == [""] * 8
-    refused("holds no folders", class_names, tmp_path)
+    refused("has no subfolders", class_names, tmp_path)
     refused("no image in it", list_class_images, str(tmp_path), CLASSES)
 
 
@@ -261,7 +261,7 @@ def test_a_model_of_classes_draws_what_each_class_looks_like(run, imagenet, tmp_
     flags = ["--text", CLASSES[1], "--num_images", "2", "--device", "cpu", "--outputs_dir", str(tmp_path / "out")]
     generate.main(["--dalle_path", str(newest), *flags])
     assert (tmp_path / "out" / "light_wood" / "1.jpg").is_file()
-    refused("'cat' is no class of this model", model.generate, "cat", num_candidates=1)
+    refused("'cat' is not a class of this model", model.generate, "cat", num_candidates=1)
 
 
 def real_codes(model, folder):
@@ -325,10 +325,10 @@ def test_a_second_run_into_the_same_folder_is_refused(run, tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"stage2.hparams.n_classes": 1000}, "holds 2 classes: set stage2.hparams.n_classes"),
-    ({"experiment.total_batch_size": 5}, "total_batch_size 5 is no multiple of local_batch_size 2"),
+    ({"stage2.hparams.n_classes": 1000}, "has 2 classes: set stage2.hparams.n_classes"),
+    ({"experiment.total_batch_size": 5}, "total_batch_size 5 is not a multiple of local_batch_size 2"),
     ({"experiment.total_batch_size": 512}, "8 training images do not fill one batch"),
-    ({"stage2.hparams.ctx_len_img": 25}, "makes 16 codes of this VQGAN, but stage2.hparams.ctx_len_img is 25"),
+    ({"stage2.hparams.ctx_len_img": 25}, "gives 16 codes with this VQGAN, but stage2.hparams.ctx_len_img is 25"),
     ({"stage2.hparams.embed_dim": 32}, "stage2.hparams.embed_dim is 32, but .* has 16"),
 ])
 def test_what_does_not_fit_is_named(run, tmp_path, changes, message, monkeypatch):
@@ -338,7 +338,7 @@ def test_what_does_not_fit_is_named(run, tmp_path, changes, message, monkeypatch
     config = write(tmp_path / "x.yaml", **changes)
     refused(message, run, config, tmp_path / "result", **places)
     config = write(tmp_path / "y.yaml")
-    refused("--path-upstream .*: no folder with stage1_last.ckpt", run, config, tmp_path, upstream=tmp_path)
+    refused("--path-upstream .*: not a folder with stage1_last.ckpt", run, config, tmp_path, upstream=tmp_path)
     refused("--imagenet-path .*: no such folder", run, config, tmp_path, images=tmp_path / "no")
 
 

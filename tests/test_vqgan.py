@@ -369,7 +369,7 @@ def test_codebook_averages_follow_their_features():
     assert torch.equal(model.quantize.codebook[0], before[0])
     assert (model.quantize.codebook[moved][:, None] == features[None]).all(dim=-1).any(dim=1).all()
     assert len(upkeep.revive(features)) == 0
-    refused("vq variant", CodebookUpkeep, tiny(TINY_GUMBEL), kind=ValueError)
+    refused("variant vq", CodebookUpkeep, tiny(TINY_GUMBEL), kind=ValueError)
 
 
 def test_what_is_computed_in_place_or_transposed_is_the_same():
