@@ -470,8 +470,8 @@ def material(tmp_path_factory):
 
 
 def flags(material, out, *more):
-    own = ("--validation-fraction", "0.2", "--ff-dropout", "0.1", "--max-bad-fraction", "0.1")
-    return training_flags(material, out, *own, *more, image_size=SIZE)
+    own = () if "--generated-data" in more else ("--validation-fraction", "0.2", "--max-bad-fraction", "0.1")
+    return training_flags(material, out, "--ff-dropout", "0.1", *own, *more, image_size=SIZE)
 
 
 def trained(material, out, *more):
