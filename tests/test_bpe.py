@@ -199,7 +199,7 @@ def test_damaged_and_missing_vocabularies_are_refused(tmp_path):
         path.write_bytes("\n".join(lines[:500] + damage + lines[501:48894]).encode())
         refused("damaged CLIP", load_tokenizer, str(path))
     refused("nowhere.txt: no such file.*bpe.train", load_tokenizer, str(tmp_path / "nowhere.txt"))
-    refused("cannot be read", load_tokenizer, str(tmp_path))
+    refused("a folder without tokenizer.json", load_tokenizer, str(tmp_path))
 
 
 @pytest.mark.parametrize("folder", ["models/bpe", "./models/bpe", str(ROOT / "models/bpe")])
