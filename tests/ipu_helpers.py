@@ -1,6 +1,9 @@
 """What the IPU tests share: a tiny model, data whose captions change with the epoch, and training without IPUs."""
 from __future__ import annotations
 
+import sys
+import types
+
 import torch
 
 import args
@@ -103,3 +106,16 @@ def largest_difference(first, second):
     """Of two state dicts with equal names."""
     assert list(first) == list(second)
     return max(float((first[key].float() - second[key].float()).abs().max()) for key in first)
+
+
+def install_poprun(monkeypatch, horovod, options, index, count, replicas):
+    """Let this process be one of `count` that poprun has started; returns the stand-in for horovod.torch."""
+    popdist = types.ModuleType("popdist")
+    popdist.isPopdistEnvSet, popdist.getInstanceIndex = lambda: True, lambda: index
+    popdist.getNumTotalReplicas, popdist.getNumInstances = lambda: replicas, lambda: count
+    popdist.getNumLocalReplicas = lambda: replicas // count
+    popdist.poptorch = types.ModuleType("popdist.poptorch")
+    popdist.poptorch.Options = options
+    for module in (popdist, popdist.poptorch, types.ModuleType("horovod"), horovod):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return horovod
