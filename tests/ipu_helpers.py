@@ -12,6 +12,7 @@ from engines.base import parameter_groups
 from models.config import DalleConfig
 from models.dalle import DALLE, TextToImage
 from models.vqgan import VQGAN, VqganConfig
+from training.setup import dalle_config
 
 MODEL = {
     "num_text_tokens": 9, "num_image_tokens": 7, "text_seq_len": 5, "grid": 4, "dim": 8, "depth": 3, "heads": 2,
@@ -23,15 +24,23 @@ VQGAN_CONFIG = VqganConfig(
 )
 
 
-class _Tokenizer:
-    vocab_size = 9
+def small_model(**changes):
+    """The configuration of another tiny model, for plans and captures."""
+    sizes = {"num_text_tokens": 30, "num_image_tokens": 11, "text_seq_len": 6, "grid": 4, "dim": 16, "depth": 3}
+    return DalleConfig(**{**sizes, "heads": 2, "dim_head": 8, **changes})
+
+
+def published_model(config, vocabulary=8192):
+    """The model that a configuration describes, with a vocabulary of so many ids and the published VQGAN."""
+    with torch.device("meta"):
+        return dalle_config(config, types.SimpleNamespace(vocab_size=vocabulary), VQGAN(VqganConfig()))
 
 
 class Pairs(PairDataset):
     """Random captions that depend on the epoch, and random images: bytes (3, 16, 16), or codes (16,)."""
 
     def __init__(self, count, images=False):
-        super().__init__(count, TextSettings(_Tokenizer(), 5))
+        super().__init__(count, TextSettings(types.SimpleNamespace(vocab_size=9), 5))
         self.images = images
 
     def _text(self, pair):
