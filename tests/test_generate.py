@@ -260,7 +260,8 @@ hostile |= st.text(max_size=300)
 
 
 def hostile_examples(test):
-    for prompt in (*r"../../etc/passwd /etc/passwd .. . \\server\share -rf ~root CON nul.txt".split(), "\0", "🧑" * 100):
+    prompts = r"../../etc/passwd /etc/passwd .. . \\server\share -rf ~root CON nul.txt".split()
+    for prompt in (*prompts, "\0", "🧑" * 100):
         test = example(prompt)(test)
     return test
 
