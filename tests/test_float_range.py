@@ -197,7 +197,8 @@ def test_gelu_of_what_is_not_finite():
     odd = torch.tensor([[NAN, INF, -INF, 3.4e38, -3.4e38, 1.0, -0.0, 0.0]])
     bits = torch.tensor([[0x7F800001, 0x7FC00001, -1]], dtype=torch.int32).view(torch.float32)  # other nans
     odd = torch.cat([odd, bits], dim=1)
-    torch.testing.assert_close(elementwise.gelu(odd, False), F.gelu(odd), equal_nan=True)
+    exact = (odd.double() * torch.special.ndtr(odd.double())).float()  # some PyTorch's own overflows
+    torch.testing.assert_close(elementwise.gelu(odd, False), exact, equal_nan=True)
     again, grad_input = torch.ones_like(odd), torch.empty_like(odd)
     elementwise.gelu_backward(odd, False, again, grad_input)
     finite = [False] * 3 + [True] * 5 + [False] * 3
@@ -211,11 +212,8 @@ def test_residual_add_and_scaled_rows_of_all_shapes(rows, width, threads):
     for own_scale, own_bias in ((scale[0], bias[0]), (None, bias[0]), (scale[0], None), (None, None)):
         branch = x.double() if own_bias is None else x.double() + own_bias
         expected = residual + (branch if own_scale is None else own_scale.double() * branch)
-
-        def add_branch(own_scale=own_scale, own_bias=own_bias):
-            return [elementwise.add_branch(residual, own_scale, own_bias, x.clone())]
-
-        assert_close(on_threads(threads, add_branch)[0], expected, 3e-7)
+        add = lambda given=(own_scale, own_bias): [elementwise.add_branch(residual, *given, x.clone())]  # noqa: E731
+        assert_close(on_threads(threads, add)[0], expected, 3e-7)
     factor = torch.randn(rows)
 
     def sum_and_scale():
@@ -242,8 +240,7 @@ def test_residual_add_and_scaled_rows_of_all_numbers(chance):
     assert torch.equal(scaled, x * factor[:, None])
 
 
-def test_norm_of_many_tensors(threads):
-    torch.manual_seed(2)
+def test_norm_of_many_tensors(chance, threads):
     tensors = [torch.randn(size) for size in ((1,), (37,), (8, 2049), (3, 0), (70, 1000))] + [torch.tensor(2.0)]
     exact = torch.cat([tensor.flatten() for tensor in tensors]).double().norm()
     assert_close(on_threads(threads, lambda: [elementwise.total_norm(tensors)])[0], exact, 1e-6)
@@ -251,9 +248,6 @@ def test_norm_of_many_tensors(threads):
         tensors[2][5, 3] = odd
         assert nature(elementwise.total_norm(tensors))
     assert elementwise.total_norm([torch.empty(0)]) == 0
-
-
-def test_norm_of_all_numbers(chance):
     tensors = [wild(chance.choice((0, 1, 400)), high=55), wild(chance.randint(0, 5000), high=50), wild(1, high=55)]
     squares = sum(tensor.double().square().sum() for tensor in tensors)[None]
     assert_within(elementwise.total_norm(tensors)[None].double() ** 2, squares, squares, 64)
@@ -316,10 +310,8 @@ def native_attention_of(qkv, grad, pattern, heads, grid):
 
 
 @pytest.mark.parametrize("pattern", ["axial_row", "axial_col", "full"])
-@pytest.mark.parametrize(
-    "batch, text, grid, heads, width",
-    [(1, 7, 4, 3, 32), (2, 80, 16, 2, 64), (3, 1, 5, 2, 40), (1, 33, 17, 2, 8), (2, 3, 1, 1, 5), (1, 50, 7, 2, 100)],
-)
+@pytest.mark.parametrize("batch, text, grid, heads, width", [
+    (1, 7, 4, 3, 32), (2, 80, 16, 2, 64), (3, 1, 5, 2, 40), (1, 33, 17, 2, 8), (2, 3, 1, 1, 5), (1, 50, 7, 2, 100)])
 def test_attention_of_all_shapes(pattern, batch, text, grid, heads, width, threads):
     torch.manual_seed(batch)
     length = text + grid * grid - 1
@@ -336,8 +328,7 @@ def test_what_scratch_memory_held_before_does_not_matter(grid, monkeypatch):
     torch.manual_seed(0)
     qkv, grad = torch.randn(1, 5 + grid * grid - 1, 30), torch.randn(1, 5 + grid * grid - 1, 10)
     for value in (0.0, NAN):
-        filled = lambda *arguments, value=value: plain(*arguments).fill_(value)  # noqa: E731
-        monkeypatch.setattr(native_attention, "_scratch", filled)
+        monkeypatch.setattr(native_attention, "_scratch", lambda *sizes, value=value: plain(*sizes).fill_(value))
         results.append(native_attention_of(qkv, grad, "axial_col", 2, grid))
     assert all(torch.equal(first, second) and first.isfinite().all() for first, second in zip(*results))
 
