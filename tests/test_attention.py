@@ -63,12 +63,11 @@ def test_patterns_differ_on_a_grid_larger_than_their_window():
 @pytest.mark.parametrize("causal", [True, False])
 def test_short_attention_of_medium_precision_is_the_explicit_product(causal, products):
     """PyTorch's own is slow there; see _SHORT."""
-    mask = torch.ones(70, 70).tril().bool()
-    query, key, value = torch.randn(3, 2, 2, 70, 64).unbind()
-    exact = explicit(*(x.double() for x in (query, key, value)), mask, causal)
+    mask, inputs = torch.ones(70, 70).tril().bool(), torch.randn(3, 2, 2, 70, 64).unbind()
+    exact = explicit(*(x.double() for x in inputs), mask, causal)
     products("medium")
-    result = sdpa(query, key, value, mask, causal)
-    assert torch.equal(result, explicit(query, key, value, mask, causal))
+    result = sdpa(*inputs, mask, causal)
+    assert torch.equal(result, explicit(*inputs, mask, causal))
     torch.testing.assert_close(result.double(), exact, rtol=0.05, atol=0.05)
 
 
@@ -95,19 +94,15 @@ def test_products_that_keep_less_do_keep_less():
     config = dataclasses.replace(TINY, grid=6, attn_types=("axial_row",), depth=1)
     transformer = Transformer(config)
     own = {tensor.data_ptr() for tensor in (*transformer.parameters(), *transformer.buffers())}
-    kept = []
-    for kind in ("native", "reference"):
-        sizes = {}
 
-        def keep(tensor, sizes=sizes):
-            if tensor.data_ptr() not in own:
-                sizes[tensor.untyped_storage().data_ptr()] = (tensor, tensor.untyped_storage().nbytes())
-            return tensor
-
-        with ops.use(kind), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    def kept(kind):
+        tensors = []
+        with ops.use(kind), torch.autograd.graph.saved_tensors_hooks(lambda x: tensors.append(x) or x, lambda x: x):
             transformer(torch.randn(2, config.seq_len, config.dim, requires_grad=True))
-        kept.append(sum(size for _, size in sizes.values()))
-    assert kept[0] < 0.6 * kept[1]
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tensors if x.data_ptr() not in own}
+        return sum(storage.nbytes() for storage in storages.values())
+
+    assert kept("native") < 0.6 * kept("reference")
 
 
 @pytest.mark.parametrize("pattern", ["full", "axial_col", "conv_like"])
@@ -117,7 +112,6 @@ def test_products_that_keep_less_work_in_half_precision(pattern):
     transformer = randomised(Transformer(config)).train()
     x = torch.randn(4, config.seq_len, config.dim, requires_grad=True)
     weight = torch.randn_like(x)
-
 
     def trained(kind, half, model, x):
         with ops.use(kind):
@@ -166,27 +160,21 @@ def test_a_layer_sees_exactly_what_its_mask_allows(pattern, implementation):
 def test_the_future_never_changes_the_past(pattern, name):
     config = dataclasses.replace(TINY, attn_types=(pattern,), **BLOCKS[name])
     model = randomised(DALLE(config)).double()
-    text = torch.tensor([[3, 8, 1, 5]])
-    codes = torch.tensor([[4, 0, 6, 1, 1, 2, 5, 3, 0]])
+    tokens = torch.tensor([3, 8, 1, 5] + [4, 0, 6, 1, 1, 2, 5, 3, 0])
 
-    def rows(text, codes):
+    def rows(tokens):
         """Logits by sequence position: row i is what position i predicts."""
-        text_logits, image_logits = model(text, codes)
+        text_logits, image_logits = model(tokens[None, :4], tokens[None, 4:])
         return list(text_logits[0]) + list(image_logits[0])
 
     with torch.no_grad():
-        before = rows(text, codes)
+        before = rows(tokens)
         assert len(before) == config.seq_len
-        first_text = int(config.bos)  # position of the first text token
         for index in range(4 + 9):
-            changed_text, changed_codes = text.clone(), codes.clone()
-            if index < 4:
-                changed_text[0, index] = 7
-            else:
-                changed_codes[0, index - 4] = (codes[0, index - 4] + 3) % 7
-            after = rows(changed_text, changed_codes)
-            position = first_text + index  # of the changed token; at the last code nothing is predicted
-            same = [torch.equal(old, new) for old, new in zip(before, after)]
+            changed = tokens.clone()
+            changed[index] = (tokens[index] + 3) % 7
+            position = int(config.bos) + index  # of the changed token; at the last code nothing is predicted
+            same = [torch.equal(old, new) for old, new in zip(before, rows(changed))]
             assert all(same[:position])
             assert position >= len(before) or not same[position]
 
