@@ -108,7 +108,7 @@ def test_layer_scale_starts_where_its_paper_says():
     assert [float(scale.mean()) for scale in scales] == pytest.approx([0.1, 1e-5])
 
 
-def test_image_positions():
+def test_image_positions_and_tied_tables():
     axial = random_model().image_pos_emb
     for position in range(4):
         row, column = divmod(position, 2)
@@ -118,12 +118,9 @@ def test_image_positions():
     bare = random_model(image_positions="none", text_positions=False)
     assert bare.image_pos_emb is None and bare.text_pos_emb is None
     assert torch.equal(bare.embed_codes(CODES), bare.image_emb(CODES))
-
-
-def test_tied_tables_are_the_heads_rows():
-    model = random_model(tie_embeddings=True)
-    model.load_state_dict(random_model(tie_embeddings=True).state_dict())
-    assert model.text_emb.weight is model.text_head.weight and model.image_emb.weight is model.image_head.weight
+    tied = random_model(tie_embeddings=True)
+    tied.load_state_dict(random_model(tie_embeddings=True).state_dict())
+    assert tied.text_emb.weight is tied.text_head.weight and tied.image_emb.weight is tied.image_head.weight
 
 
 def test_layers_with_one_id_are_one_layer():

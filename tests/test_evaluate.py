@@ -96,9 +96,12 @@ def test_loss_is_the_mean_over_all_pairs_whatever_the_batch(run, loaded, pairs, 
 
 def test_max_pairs_takes_the_same_pairs_every_time(run, pairs):
     (pairs / "000.txt").write_text("a very long caption of many letters\n", encoding="utf-8")  # is cut
-    first, again, more = (run(f"--input_folder {pairs} --max_pairs {count}") for count in (2, 2, 99))
+    flags = f"--input_folder {pairs} --sheet {pairs / 'sheet.jpg'} --max_pairs"
+    first, again, more = (run(f"{flags} {count}") for count in (2, 2, 99))
     assert first == again and first["data"]["num_pairs"] == 2
     assert more["data"]["num_pairs"] == 5 and more["validation"] != first["validation"]
+    with Image.open(pairs / "sheet.jpg") as sheet:
+        assert sheet.format == "JPEG"
 
 
 def test_numbers_that_json_does_not_know_are_null():
@@ -192,12 +195,6 @@ def test_the_demo_set_from_beginning_to_end(run, small_demo, tmp_path, capsys):
         assert sheet.width > 600 and sheet.height > 200
     result = run("--split train --skip_retrieval")
     assert result["data"]["num_pairs"] == 10 and "retrieval" not in result
-
-
-def test_sheet_of_any_data(run, pairs, tmp_path):
-    run(f"--input_folder {pairs} --sheet {tmp_path / 'sheet.jpg'}")
-    with Image.open(tmp_path / "sheet.jpg") as sheet:
-        assert sheet.format == "JPEG"
 
 
 # Errors --------------------------------------------------------------------------------------------------------------

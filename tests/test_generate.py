@@ -11,6 +11,7 @@ import runpy
 import shlex
 import unicodedata
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -119,9 +120,6 @@ def test_an_image_depends_on_seed_and_index_alone(run, codes):
         assert codes_of(reports["cat"]) == alone != codes_of(reports["dog"])
     assert codes("cat", f"{flags} 2") == alone[:2]
     assert codes("cat", f"{flags} 5 --seed 4")[0] not in alone
-
-
-def test_neighbouring_seeds_share_no_image():
     seeds = [image_seed(seed, index) for seed in range(50) for index in range(-1, 50)]
     assert len(set(seeds)) == len(seeds) and max(seeds) < 2**48
 
@@ -182,13 +180,14 @@ def test_logits_that_are_not_finite_are_told_of(files, run, caplog):
     weights = dict(files.model.state_dict())
     weights["image_head.bias"] = torch.full_like(weights["image_head.bias"], float("nan"))
     broken = files.save("broken.pt", files.identity, weights)
-    run("a", "--num_images 3 --batch_size 2 --dalle_path", broken)
+    report = run("a", "--num_images 3 --batch_size 2 --dalle_path", broken)["a"]
+    assert [image["log_likelihood"] for image in report["images"]] == [None] * 3  # JSON has no such numbers
     Dalle(load(broken)).draw("a", num_candidates=3, progress=False)
     told = [re.search("not finite for (.*) images", message) for message in caplog.messages]
     assert [match.group(1) for match in told if match] == ["2 of 2", "1 of 1", "3 of 3"]
 
 
-def test_greedy_top_k_top_p_and_temperature(codes):
+def test_greedy_top_k_top_p_temperature_and_guidance(run, codes):
     greedy = codes("a", "--num_images 3 --temperature 0")
     assert greedy[0] == greedy[1] == greedy[2]
     for flags in ("--top_k 1", "--top_p 0.000001", "--top_k 0.99"):  # a hundredth of 24 codes: one
@@ -197,12 +196,8 @@ def test_greedy_top_k_top_p_and_temperature(codes):
     assert free[0] != greedy[0] and codes("a", "--num_images 3 --top_k 24") == free
     assert codes("a", "--num_images 3 --top_k 0 --temperature 0.5") != free
     assert codes("a", "--num_images 2 --top_k 0.5") == codes("a", "--num_images 2 --top_k 12")  # half of 24 codes
-
-
-def test_guidance_changes_the_image_and_scale_0_ignores_the_caption(run, codes):
-    plain = codes("cat", "--num_images 1 --temperature 0")
-    assert codes("cat", "--num_images 1 --temperature 0 --cond_scale 8") != plain
-    reports = run("zebra|apple", "--num_images 1 --temperature 0 --cond_scale 0")
+    assert codes("a", "--num_images 1 --temperature 0 --cond_scale 8") != greedy[:1]
+    reports = run("zebra|apple", "--num_images 1 --temperature 0 --cond_scale 0")  # ignores the caption
     assert codes_of(reports["zebra"]) == codes_of(reports["apple"])
 
 
@@ -237,6 +232,8 @@ def test_prompts_of_a_file_and_of_text(run, files, tmp_path, caplog):
     report = run("abcdefghijklmnop", "--num_images 1")["abcdefghijklmnop"]
     assert report["text_tokens"] == files.tokenizer.encode("abcdefghijklmnop")[:10]
     assert "10 tokens of a caption, the end of 'abcdefghijklmnop' (17 tokens) is left out" in caplog.text
+    run("一个苹果", "--num_images 1")
+    assert "--text: the vocabulary lacks 100 % of the characters" in caplog.text
 
 
 def test_ten_megabytes_of_text(run, files, tmp_path):
@@ -248,11 +245,16 @@ def test_ten_megabytes_of_text(run, files, tmp_path):
 # Folders -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_ordinary_name_is_the_published_one():
+def test_the_ordinary_name_is_the_published_one_and_the_same_of_two_keep_apart_over_runs(run):
     prompts = "A plate of food has potatoes and fruit.|woman astronaut: medium-dark skin tone|été à la plage|一只猫"
     prompts += "|two  blanks|🧑🏽\u200d🚀 in space|what?!|50% *off*|a_b|" + "a" * 150
     for prompt in prompts.split("|"):
         assert folder_name(prompt) == prompt.replace(" ", "_")[:100]
+    reports = run("a b|a_b", "--num_images 1")
+    names = {report["prompt"]: name for name, report in reports.items()}
+    assert names["a b"] == "a_b" and names["a_b"] == with_digest("a_b", "a_b")
+    again = run("a_b", "--num_images 2")
+    assert again["a_b"] == reports["a_b"] and len(again[names["a_b"]]["images"]) == 2
 
 
 hostile = st.text(st.sampled_from("./\\-~ \0\n\r\t\u2028\u202eaé猫🧑\u200d\ud800:|_"), max_size=120)
@@ -286,14 +288,6 @@ def test_prompts_never_share_a_folder(tmp_path_factory, prompts):
     folders = [PromptFolder(outputs, prompt, taken, "png", {}).path for prompt in prompts]
     assert len(set(folders)) == len(folders)
     assert sorted(folders) == sorted(outputs.iterdir())
-
-
-def test_prompts_with_the_same_name_keep_apart_over_runs(run):
-    reports = run("a b|a_b", "--num_images 1")
-    names = {report["prompt"]: name for name, report in reports.items()}
-    assert names["a b"] == "a_b" and names["a_b"] == with_digest("a_b", "a_b")
-    again = run("a_b", "--num_images 2")
-    assert again["a_b"] == reports["a_b"] and len(again[names["a_b"]]["images"]) == 2
 
 
 def test_a_new_run_replaces_the_old_one_whole(run, tmp_path, caplog):
@@ -350,14 +344,6 @@ def test_paths_whose_bytes_are_no_text(run, files, tmp_path):
     except OSError:
         pytest.skip("this file system takes text alone")
     assert run("a", "--num_images 1 --dalle_path", tmp_path / name)["a"]["checkpoint"]["name"] == str(tmp_path / name)
-
-
-def test_numbers_that_are_not_finite_are_null(tmp_path):
-    folder = PromptFolder(tmp_path, "a", set(), "png", {})
-    pixels, codes = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(1, 2, dtype=torch.long)
-    folder.add(pixels, [1], codes, torch.tensor([float("nan")]))
-    folder.finish()
-    assert json.loads((tmp_path / "a" / "generation.json").read_text())["images"][0]["log_likelihood"] is None
 
 
 # Loading -------------------------------------------------------------------------------------------------------------
@@ -437,14 +423,11 @@ def test_the_vqgan_inside_a_published_checkpoint_is_used(files, tmp_path):
         load(tmp_path / "published.pt", files.vocabulary)
 
 
-def test_averaged_weights_draw_and_those_of_half_precision_in_float32(files):
+def test_averaged_weights_draw_and_those_of_half_precision_in_float32_on_any_grid(files, run, tmp_path):
+    """Convolutions take any size: a model trained at 24x24 pixels with a VQGAN made for 16x16 draws 24x24."""
     averaged = {name: tensor.half() + 1 for name, tensor in files.model.state_dict().items()}
     path = files.save("ema.pt", dict(files.identity, engine={"ema": averaged}))
     assert torch.equal(load(path).dalle.state_dict()["norm.bias"], averaged["norm.bias"].float())
-
-
-def test_a_grid_other_than_the_vqgans_own(files, run, tmp_path):
-    """Convolutions take any size: a model trained at 24x24 pixels with a VQGAN made for 16x16 draws 24x24."""
     config = DalleConfig(files.tokenizer.vocab_size, 24, 10, 6, 24, 1, 2, 12)
     path = files.save("wide.pt", files.identity, DALLE(config).state_dict(), config)
     run("a", "--num_images 1 --format png --dalle_path", path)
@@ -557,17 +540,10 @@ def test_a_link_in_place_of_a_file_is_replaced_and_the_outputs_folder_may_be_one
     assert not [name for name in names if (tmp_path / "elsewhere" / "a_cat" / name).is_symlink()]
 
 
-def test_words_that_the_vocabulary_lacks_are_told(run, caplog):
-    run("一个苹果", "--num_images 1")
-    assert "--text: the vocabulary lacks 100 % of the characters" in caplog.text
-
-
 @pytest.mark.parametrize("where", ["sampling.driver.sample_codes", "models.vqgan.VQGAN.decode_by_parts"])
 def test_too_large_a_batch_is_one_line(where, run, monkeypatch):
-    def full(*_, **__):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
-
-    monkeypatch.setattr(where, full)
+    full = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+    monkeypatch.setattr(where, mock.Mock(side_effect=full))
     with pytest.raises(UserError, match="not enough memory for a batch of 1 image: lower --batch-size"):
         run("a", "--num_images 1")
 

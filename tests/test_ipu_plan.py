@@ -54,6 +54,8 @@ def test_a_block_begins_where_the_ipu_changes(ipus, starts, stages):
     assert plan.block_starts(placements) == [placements[index] for index in starts]
     assert plan.num_stages(placements) == stages
     assert plan.stage_of(placements)[-1] == stages - 1
+    assert plan.bubble(1, 1) == 0 and plan.min_accumulation(4) == 7
+    assert plan.bubble(4, 7) == pytest.approx(6 / 13)  # 7 useful cycles, 3 to fill forward and 3 to drain backward
 
 
 def test_the_published_divisions_come_out():
@@ -145,11 +147,6 @@ def test_measuring_changes_nothing():
     placements = plan.pipeline_plan(config_of(), encodes_images=False)
     assert plan_costs.measure(model, placements, 8) == plan_costs.measure(model, placements, 8)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
-
-
-def test_bubble():
-    assert plan.bubble(1, 1) == 0 and plan.min_accumulation(4) == 7
-    assert plan.bubble(4, 7) == pytest.approx(6 / 13)  # 7 useful cycles, 3 to fill forward and 3 to drain backward
 
 
 # Checks --------------------------------------------------------------------------------------------------------------
