@@ -19,7 +19,7 @@ from utils.errors import UsageError, UserError, nearest
 from utils.flags import DataOptions, DeviceOptions, PartsOptions, ShardOptions
 from utils.options import Command, Options, again, display, flag_name, option, options_of  # noqa: F401 - args.flag_name
 from utils.resume import APPLIES, CONTENT, FIXED, FREE
-from utils.yaml_files import parse_yaml
+from utils.yaml_files import read_yaml
 
 DEFAULT_CONFIG_FILE = Path(__file__).resolve().parent / "configs.yaml"
 DEFAULT_CONFIG = "unit_test"
@@ -365,15 +365,9 @@ def load_configuration(config_file: Path, name: str) -> dict[str, Any]:
     Names that start with a dot and `defaults` only hold what others inherit (`<<: *anchor`) and cannot be chosen.
     """
     try:
-        content = Path(config_file).read_bytes()
-    except OSError as error:
-        raise UsageError(f"--config-file: cannot read {config_file}: {error.strerror or error}") from None
-    try:
-        configurations = parse_yaml(content, str(config_file), unique_keys=True)
+        configurations = read_yaml(config_file, "--config-file", unique_keys=True)
     except UserError as error:
         raise UsageError(str(error)) from None
-    if not isinstance(configurations, dict):
-        raise UsageError(f"{config_file}: expected a mapping of configuration names")
     names = [key for key in configurations if isinstance(key, str) and not key.startswith(".") and key != "defaults"]
     if name not in names:
         raise UsageError("--config: {} has no configuration '{}'.{} It has: {}".format(

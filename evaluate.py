@@ -13,18 +13,17 @@ from __future__ import annotations
 import utils.start  # noqa: F401 - first: it says what stops the imports below
 
 # isort: split
-import contextlib
 import json
 import sys
-from typing import Iterator, Sequence
+from typing import Sequence
 
 import log
 from dalle.evaluation import COMMAND, evaluate, finite, report
 from dalle.loading import load
 from dalle.pictures import make_sheet, save_picture
 from engines.native import pick_device
-from utils.errors import UserError, run_main
-from utils.files import atomic_write, check_writable
+from utils.errors import run_main
+from utils.files import atomic_write, check_writable, writing
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,23 +35,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_writable(flag, file)
     parts = (options.bpe_path, options.vqgan_model_path, options.vqgan_config_path)
     result, samples = evaluate(options, load(options.dalle_path, *parts, pick_device(options.device, 0)))
-    encoding = sys.stdout.encoding or "utf-8"  # which may not hold every file name
-    sys.stdout.write(report(result).encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    sys.stdout.write(report(result) + "\n")
     if options.json is not None:
-        with written("--json", options.json), atomic_write(options.json) as file:
+        with writing("--json", options.json), atomic_write(options.json) as file:
             file.write(json.dumps(finite(result), indent=2, allow_nan=False) + "\n")
     if options.sheet is not None:
-        with written("--sheet", options.sheet):
+        with writing("--sheet", options.sheet):
             save_picture(make_sheet(samples), options.sheet)
-
-
-@contextlib.contextmanager
-def written(flag: str, target: str) -> Iterator[None]:
-    """Turn an error of writing into one line that names the flag."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{flag} {target}: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

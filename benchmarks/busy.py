@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Speed beside busy processes, for each number of threads, and the one that is chosen where none is given.
+"""Speed on a busy machine for each number of threads, and for the number chosen by default.
 
     python benchmarks/busy.py                            the demo and L16, sampling and training
     python benchmarks/busy.py --configs demo --turns 9
 
-Starts its own competitors: one endless loop for each core. All contestants are processes that take turns, so that
-whatever else the machine does meets all of them.
+Starts its own competitors: one endless loop per core. All contestants are processes that take turns, so that other load
+on the machine affects all of them alike.
 """
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from utils.files import make_folder  # noqa: E402
 from utils.options import Command, Options, again, option  # noqa: E402
 
 WORK: dict[tuple[str, str], tuple[int, dict[str, object]]] = {
-    ("demo", GENERATE): (16, {"do": "draw", "images": 16}),
+    ("demo", GENERATE): (16, {"do": "sample", "images": 16}),
     ("demo", TRAIN_CODES): (4, {"do": "train"}),
-    ("L16", GENERATE): (1, {"do": "draw", "images": 1}),
+    ("L16", GENERATE): (1, {"do": "sample", "images": 1}),
     ("L16", TRAIN_CODES): (2, {"do": "train"}),
 }
-"""What is timed, by configuration and task: samples in it, and the request."""
+"""What is timed, by configuration and task: number of samples, and the request."""
 
 
 CONFIGS = tuple(dict.fromkeys(config for config, _ in WORK))
@@ -47,11 +47,11 @@ class BusyOptions(Options):
     output: str = again(PeerOptions, "output", default="output/busy", help="folder of the contestants' log")
 
 
-COMMAND = Command("benchmarks/busy.py", "Time this project beside busy processes.", BusyOptions)
+COMMAND = Command("benchmarks/busy.py", "Time this project on a busy machine.", BusyOptions)
 
 
 def measure(config: str, task: str, options: BusyOptions) -> None:
-    """Print what one piece of work gives with 0 (chosen), 1, ... threads, alone and beside busy processes."""
+    """Print the speed of one workload with 0 (chosen), 1, ... threads, on an idle and on a busy machine."""
     cores = len(os.sched_getaffinity(0))
     samples, request = WORK[config, task]
     threads = [0, *range(1, cores + 1)]

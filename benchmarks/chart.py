@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.contestants import OLD_NAMES
+
 OURS_COLOUR, OTHER_COLOUR, LIMIT_COLOUR = "#3a6ea5", "#b8c4d0", "#c0504d"
 
 
@@ -16,17 +20,18 @@ def panels(report: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, float
     """(title, unit, [(name, value, ours)], limit or 0) of each bar panel."""
     result = []
     machine = report["machine"]
-    trained = [m for m in report["results"] if m["task"].startswith("train")]
+    results = [dict(m, name=OLD_NAMES.get(m["name"], m["name"])) for m in report["results"]]
+    trained = [m for m in results if m["task"].startswith("train")]
     if trained:
         bars = [(f"{m['name']}\n{m['task']}", m["images"] / m["median"]) for m in trained]
         limit = machine["fastest_gflop_per_second"] / report["gflop_per_sample"]
         result.append(("Training", "samples/s", bars, limit))
     one = report["weights_gb"] * report["num_codes"] / machine["read_gb_per_second"] + report["decode_seconds"]
-    for images in sorted({m["images"] for m in report["results"] if m["task"] == "generate"}):
-        sampled = [m for m in report["results"] if m["task"] == "generate" and m["images"] == images]
+    for images in sorted({m["images"] for m in results if m["task"] == "generate"}):
+        sampled = [m for m in results if m["task"] == "generate" and m["images"] == images]
         bars = [(m["name"], m["median"] / images) for m in sampled]
         title = f"Sampling {images} image{'s' if images > 1 else ''}"
-        result.append((title, "s an image", bars, one if images == 1 else 0.0))
+        result.append((title, "s per image", bars, one if images == 1 else 0.0))
     return [(t, u, [(n, v, n.startswith("Mini")) for n, v in bars], limit) for t, u, bars, limit in result]
 
 
@@ -71,8 +76,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
     for column, (axis, points) in enumerate(growth.items()):
         axes = figure.add_subplot(grid[len(rows), column])
         at = [point[axis] for point in points]
-        axes.plot(at, [point["train"] for point in points], "o-", color=OURS_COLOUR, label="training, s a sample")
-        axes.plot(at, [point["draw"] for point in points], "s--", color=LIMIT_COLOUR, label="sampling, s an image")
+        axes.plot(at, [point["train"] for point in points], "o-", color=OURS_COLOUR, label="training, s per sample")
+        seconds = [point.get("sample", point.get("draw")) for point in points]  # in older reports draw
+        axes.plot(at, seconds, "s--", color=LIMIT_COLOUR, label="sampling, s per image")
         if axis == "batch":
             axes.set_xscale("log", base=2)
         axes.set_xticks(at, [str(value) for value in at], minor=False)

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""This project beside its peers, in one run: training, drawing, memory, and how far each is from the machine's limits.
+"""Compare this project with its peers in one run: training, sampling, memory, and distance from the machine's limits.
 
     python benchmarks/compare_peers.py                         the table, compare_peers.json and .png
     python benchmarks/compare_peers.py --growth                also how cost grows with batch and grid
     python benchmarks/compare_peers.py --config minDALLE_1.3B --device cuda --precision bf16 --batch-size 16 \\
         --compile --images 1 96                                on a GPU: also the share of its datasheet's speed
 
-Every contestant runs in a process of its own (benchmarks/contestants.py). They take turns, so that whatever else the
-machine does meets all of them; medians are shown, and ratios are medians of the ratios within a turn. Contestants that
-compute a whole sequence for each code are timed at a few positions of an image and the rest is interpolated (--exact
-draws whole images). The peer is left out where it is not installed:
+Every contestant runs in a process of its own (benchmarks/contestants.py). They take turns, so that other load on the
+machine affects all of them alike; medians are shown, and ratios are medians of the ratios within a turn. Contestants
+that compute a whole sequence for each code are timed at a few positions of an image and the rest is interpolated
+(--exact samples whole images). The peer is skipped where it is not installed:
 
     pip install einops && pip install --no-deps dalle-pytorch==1.6.6 axial-positional-embedding rotary-embedding-torch
 """
@@ -46,7 +46,7 @@ from benchmarks.contestants import (  # noqa: E402
     REPAIRED,
     TRAIN_CODES,
     TRAIN_IMAGES,
-    UNRECORDED,
+    WITHOUT_GRAPHS,
     SettingOptions,
     settings,
     shape,
@@ -57,11 +57,11 @@ from utils.options import Command, option  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
-#: Who does what. The peer reads codes as well as images; drawing is where its cache matters.
+#: Who does what. The peer reads codes as well as images; sampling is where its cache matters.
 ENTRIES: dict[str, tuple[str, ...]] = {
     TRAIN_CODES: (OURS, PEER),
     TRAIN_IMAGES: (OURS, PLAIN, PEER),
-    GENERATE: (OURS, UNRECORDED, REPAIRED, PEER, PLAIN),
+    GENERATE: (OURS, WITHOUT_GRAPHS, REPAIRED, PEER, PLAIN),
 }
 #: Contestants that compute the whole sequence for each code.
 WHOLE_SEQUENCE = (PEER, PLAIN)
@@ -84,7 +84,7 @@ class PeerOptions(SettingOptions):
     output: str = option("output/compare_peers", "folder for the JSON and the chart", path=True)
 
 
-COMMAND = Command("benchmarks/compare_peers.py", "Time this project beside its peers.", PeerOptions)
+COMMAND = Command("benchmarks/compare_peers.py", "Compare this project with its peers.", PeerOptions)
 
 
 class Measured(NamedTuple):
@@ -93,7 +93,7 @@ class Measured(NamedTuple):
     name: str
     task: str
     images: int
-    """Images drawn together, or samples of a training step."""
+    """Images sampled together, or samples of a training step."""
     seconds: list[float]
     """A training step, or all images from caption to pixels."""
     peak: int
@@ -154,7 +154,7 @@ def alternate(workers: list[Worker], turns: int, turn: Any) -> list[list[float]]
             except UserError as error:
                 if worker.name == OURS or worker.device != "cuda":
                     raise
-                logger.warning("left out: %s", error)  # a model that fits beside ours alone must not end the run
+                logger.warning("skipped: %s", error)  # a peer that runs out of memory must not end the run
                 place = workers.index(worker)
                 del workers[place], seconds[place]
                 continue
@@ -174,10 +174,10 @@ def measure_training(names: Sequence[str], task: str, options: PeerOptions) -> l
             worker.close()
 
 
-def draw_seconds(worker: Worker, images: int, num_codes: int, exact: bool) -> float:
-    """Seconds in which a contestant draws and decodes so many images."""
+def sampling_seconds(worker: Worker, images: int, num_codes: int, exact: bool) -> float:
+    """Seconds in which a contestant samples and decodes so many images."""
     if exact or worker.name not in WHOLE_SEQUENCE:
-        return worker.ask(do="draw", images=images)
+        return worker.ask(do="sample", images=images)
     at = [round(share * (num_codes - 1)) for share in POSITIONS]
     costs = [worker.ask(do="token", position=position, images=images) for position in at]
     pieces = zip(zip(at, at[1:]), zip(costs, costs[1:]))
@@ -185,20 +185,22 @@ def draw_seconds(worker: Worker, images: int, num_codes: int, exact: bool) -> fl
     return (tokens + (costs[0] + costs[-1]) / 2) + worker.ask(do="decode", images=images)
 
 
-def measure_drawing(names: Sequence[str], options: PeerOptions, num_codes: int) -> list[Measured]:
-    """Drawing, for each number of images: every contestant in turns."""
+def measure_sampling(names: Sequence[str], options: PeerOptions, num_codes: int) -> list[Measured]:
+    """Sampling, for each number of images: every contestant in turns."""
     workers = [Worker(name, GENERATE, options) for name in names]
     found = []
     try:
         for images in options.images:
             turns = max(1, options.turns if images == 1 else options.turns // 2 if images < 32 else options.turns // 4)
             seconds = alternate(
-                workers, turns, functools.partial(draw_seconds, images=images, num_codes=num_codes, exact=options.exact)
+                workers,
+                turns,
+                functools.partial(sampling_seconds, images=images, num_codes=num_codes, exact=options.exact),
             )
             for worker, own in zip(workers, seconds):
                 interpolated = worker.name in WHOLE_SEQUENCE and not options.exact
                 found.append(Measured(worker.name, GENERATE, images, own, worker.peak, interpolated))
-            logger.info("drawing %d: %s", images, ", ".join(f"{m.name} {median(m.seconds):.1f} s" for m in found))
+            logger.info("sampling %d: %s", images, ", ".join(f"{m.name} {median(m.seconds):.1f} s" for m in found))
         return found
     finally:
         for worker in workers:
@@ -215,7 +217,7 @@ def measure_growth(options: PeerOptions) -> dict[str, list[dict[str, float]]]:
             point: dict[str, float] = {axis: value}
             for key, task, request in (
                 ("train", TRAIN_CODES, {"do": "train"}),
-                ("draw", GENERATE, {"do": "draw", "images": images}),
+                ("sample", GENERATE, {"do": "sample", "images": images}),
             ):
                 worker = Worker(OURS, task, options, batch, grid)
                 try:
@@ -226,8 +228,8 @@ def measure_growth(options: PeerOptions) -> dict[str, list[dict[str, float]]]:
                 finally:
                     worker.close()
             growth[axis].append(point)
-            train, draw = point["train"], point["draw"]
-            logger.info("%s %d: training %.2f s a sample, drawing %.2f s an image", axis, value, train, draw)
+            train, sample = point["train"], point["sample"]
+            logger.info("%s %d: training %.2f s per sample, sampling %.2f s per image", axis, value, train, sample)
     return growth
 
 
@@ -241,7 +243,7 @@ def ratio(found: Sequence[Measured], task: str, other: str, other_task: str, ima
 
 
 def summary(found: Sequence[Measured], report: dict[str, Any], options: PeerOptions) -> dict[str, Any]:
-    """The figures that the project is held to: ratios to the peers, and shares of what the machine allows."""
+    """The key figures: ratios to the peers, and shares of what the machine allows."""
     batch, machine = options.batch_size, report["machine"]
     by = {(m.name, m.task, m.images): m for m in found}
     result: dict[str, Any] = {}
@@ -250,26 +252,26 @@ def summary(found: Sequence[Measured], report: dict[str, Any], options: PeerOpti
         if value is not None:
             result[key] = round(value, 3)
 
-    for name in (UNRECORDED, PEER, PLAIN, REPAIRED):
+    for name in (WITHOUT_GRAPHS, PEER, PLAIN, REPAIRED):
         label = f"training on codes, speed over {name} (images)"
         add(label, ratio(found, TRAIN_CODES, name, TRAIN_IMAGES, batch))
         add(f"training on images, speed over {name}", ratio(found, TRAIN_IMAGES, name, TRAIN_IMAGES, batch))
         for images in options.images:
-            label = f"drawing {images}, speed over {name}"
+            label = f"sampling {images}, speed over {name}"
             add(label, ratio(found, GENERATE, name, GENERATE, images))
     ours, peer = by.get((OURS, TRAIN_CODES, batch)), by.get((PEER, TRAIN_IMAGES, batch))
     if ours and peer:
         add(f"training on codes, peak memory of {PEER}", ours.peak / peer.peak)
     if ours:
         speed = report["gflop_per_sample"] * batch / median(ours.seconds)
-        add("training on codes, share of the matrix product's speed", speed / machine["gflop_per_second"])
-        add("training on codes, share of the fastest matrix product", speed / machine["fastest_gflop_per_second"])
+        add("training on codes, share of the matmul's speed", speed / machine["gflop_per_second"])
+        add("training on codes, share of the fastest matmul", speed / machine["fastest_gflop_per_second"])
         promised = machine.get("datasheet_gflop_per_second")
         add("training on codes, share of the datasheet's speed", speed / promised if promised else None)
     one = by.get((OURS, GENERATE, 1))
     if one:
         limit = report["weights_gb"] * report["num_codes"] / machine["read_gb_per_second"] + report["decode_seconds"]
-        add("drawing 1, times the limit that memory bandwidth sets", median(one.seconds) / limit)
+        add("sampling 1, times the limit that memory bandwidth sets", median(one.seconds) / limit)
     return result
 
 
@@ -278,7 +280,7 @@ def table(found: Sequence[Measured], report: dict[str, Any]) -> str:
     machine = report["machine"]
     lines = [
         "{config}, {parameters:.1f} M parameters, {device}, {precision}, {date}".format(**report),
-        "{processor}, {threads} threads, PyTorch {torch}: matrix product {gflop_per_second:.0f} GFLOP/s, at best "
+        "{processor}, {threads} threads, PyTorch {torch}: matmul {gflop_per_second:.0f} GFLOP/s, at best "
         "{fastest_gflop_per_second:.0f}, memory {read_gb_per_second:.1f} GB/s".format(**machine),
         "",
         "{:<36}{:<17}{:>7}{:>12}{:>14}{:>12}".format("", "", "images", "seconds", "images/s", "peak GB"),
@@ -310,12 +312,12 @@ def describe(options: PeerOptions) -> dict[str, Any]:
     """Everything known before anything is timed."""
     config = settings(options)
     wanted, vqgan = shape(config)
-    products = options.matmul_precision or ("high" if options.device == "cuda" else "highest")
-    torch.set_float32_matmul_precision(products)  # of the limits too
+    matmul_precision = options.matmul_precision or ("high" if options.device == "cuda" else "highest")
+    torch.set_float32_matmul_precision(matmul_precision)  # of the limits too
     speed = limits.Machine(options.device, options.precision)
     codes = torch.zeros(1, wanted.image_seq_len, dtype=torch.long)
     torch.nn.utils.convert_conv2d_weight_memory_format(vqgan, torch.channels_last)
-    decode = 0.0  # beside the rest nothing on a GPU
+    decode = 0.0  # negligible on a GPU
     if options.device == "cpu":
         decode = median(limits.seconds_of(lambda: vqgan.decode(codes)) for _ in range(3))
     work = limits.Work(wanted)
@@ -323,7 +325,7 @@ def describe(options: PeerOptions) -> dict[str, Any]:
     return {
         "config": options.config,
         "device": options.device,
-        "precision": options.precision + (f" ({products} products)" if options.matmul_precision else ""),
+        "precision": options.precision + (f" (matmul {matmul_precision})" if options.matmul_precision else ""),
         "date": datetime.now().strftime("%Y-%m-%d %H:%M"),
         "command": " ".join(["python", *sys.argv]),
         "parameters": work.parameters / 1e6,
@@ -348,11 +350,11 @@ def main() -> None:
     log.setup()
     names = [OLD_NAMES.get(name, name) for name in options.contestants]
     if importlib.util.find_spec("dalle_pytorch") is None:
-        logger.warning("dalle-pytorch is not installed and left out: pip install --no-deps dalle-pytorch==1.6.6 "
+        logger.warning("dalle-pytorch is not installed and skipped: pip install --no-deps dalle-pytorch==1.6.6 "
                        "axial-positional-embedding rotary-embedding-torch; pip install einops")
         names = [name for name in names if name not in (PEER, REPAIRED)]
     if options.device == "cpu":
-        names = [name for name in names if name != UNRECORDED]  # nothing is recorded there
+        names = [name for name in names if name != WITHOUT_GRAPHS]  # there are none there
     begin, report = time.perf_counter(), describe(options)
     speed: limits.Machine = report.pop("speed")
     found: list[Measured] = []
@@ -360,7 +362,7 @@ def main() -> None:
         members = [name for name in ENTRIES[task] if name in names]
         speed.measure()
         if task == GENERATE:
-            found += measure_drawing(members, options, report["num_codes"])
+            found += measure_sampling(members, options, report["num_codes"])
         else:
             found += measure_training(members, task, options)
             logger.info("%s: %s", task, ", ".join(f"{m.name} {median(m.seconds):.2f} s" for m in found))

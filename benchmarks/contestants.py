@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import resource
 import sys
 import time
 import types
@@ -23,8 +22,9 @@ import args
 import engines
 import ops
 from bpe import load_tokenizer
+from engines.memory import peak_bytes
 from models.config import DalleConfig
-from models.dalle import DALLE, TextToImage
+from models.dalle import DalleModel, TextToImage
 from models.vqgan import VQGAN
 from sampling import Graphs, SamplingOptions, sample_codes
 from training.setup import dalle_config, vqgan_config
@@ -34,17 +34,24 @@ from utils.memory import keep_freed_memory
 from utils.options import REQUIRED, Command, Options, again, option
 
 OURS = "Mini DALL-E"
-UNRECORDED = "Mini DALL-E, no CUDA graphs"
-PLAIN = "published algorithm"
+WITHOUT_GRAPHS = "Mini DALL-E (no CUDA graphs)"
+PLAIN = "naive baseline"
 PEER = "DALLE-pytorch"
-REPAIRED = "DALLE-pytorch, cache repaired"
-NAMES = (OURS, UNRECORDED, PLAIN, PEER, REPAIRED)
-OLD_NAMES = {"dalle-pytorch": PEER, "dalle-pytorch, cache passed on": REPAIRED}
+REPAIRED = "DALLE-pytorch (cache repaired)"
+NAMES = (OURS, WITHOUT_GRAPHS, PLAIN, PEER, REPAIRED)
+OLD_NAMES = {
+    "Mini DALL-E, no CUDA graphs": WITHOUT_GRAPHS,
+    "published algorithm": PLAIN,
+    "dalle-pytorch": PEER,
+    "dalle-pytorch, cache passed on": REPAIRED,
+    "DALLE-pytorch, cache repaired": REPAIRED,
+}
+"""Names in older reports."""
 
 TRAIN_CODES, TRAIN_IMAGES, GENERATE = "train on codes", "train on images", "generate"
 TASKS = (TRAIN_CODES, TRAIN_IMAGES, GENERATE)
 
-#: The share of the logits that is dropped before drawing: DALLE-pytorch's filter_thres for all.
+#: The share of the logits that is dropped before sampling: DALLE-pytorch's filter_thres for all.
 DROPPED = 0.5
 
 #: Packages that dalle-pytorch 1.6.6 imports and no part of it needs here, with the names it takes from them.
@@ -117,6 +124,8 @@ def channels_last(vqgan: VQGAN) -> VQGAN:
 class Contestant:
     """What every contestant has: the shape, random inputs, a device."""
 
+    optimizer: torch.optim.Optimizer
+
     def __init__(self, options: ContestantOptions) -> None:
         self.config = settings(options)
         self.engine = engines.create(self.config)  # checks the device, sets threads and precision
@@ -142,13 +151,18 @@ class Contestant:
         """Take one optimizer step over the batch."""
         raise NotImplementedError
 
+    def _descend(self, loss: Tensor) -> None:
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
     def token(self, position: int, images: int) -> None:
-        """Draw the code at one position for so many images, all before it given: only where this costs what it costs
+        """Sample the code at one position for so many images, all before it given: only where this costs what it costs
         within a whole image."""
         raise NotImplementedError
 
-    def draw(self, images: int) -> None:
-        """Draw the codes of so many images of one caption, and decode them."""
+    def sample(self, images: int) -> None:
+        """Sample the codes of so many images of one caption, and decode them."""
         raise NotImplementedError
 
     def decode(self, images: int) -> None:
@@ -161,8 +175,8 @@ class Contestant:
 class Ours(Contestant):
     """This project, through the engine that train.py uses and the sampler that generate.py uses."""
 
-    recorded = True
-    """Whether a GPU replays recorded steps; without one nothing does."""
+    graphs_enabled = True
+    """Whether a GPU replays CUDA graphs."""
 
     def prepare(self, task: str) -> None:
         if task == TRAIN_CODES:  # as in train.py, which needs no VQGAN any more when all is encoded
@@ -171,35 +185,35 @@ class Ours(Contestant):
             self.vqgan = channels_last(self.vqgan).to(self.device)
         if task == GENERATE:
             keep_freed_memory()  # as sampling.Sampler does
-            self.dalle = DALLE(self.shape).eval().to(self.device, self.autocast or torch.float32)
-            self.graphs = Graphs(self.dalle) if self.recorded else None
+            self.dalle = DalleModel(self.shape).eval().to(self.device, self.autocast or torch.float32)
+            self.graphs = Graphs(self.dalle) if self.graphs_enabled else None
             return
-        model = TextToImage(DALLE(self.shape), self.vqgan if task == TRAIN_IMAGES else None)
+        model = TextToImage(DalleModel(self.shape), self.vqgan if task == TRAIN_IMAGES else None)
         self.inputs = self.images if task == TRAIN_IMAGES else self.codes
         self.engine.prepare(model)
 
     def train(self) -> None:
         self.engine.step([(self.text, self.inputs)])
 
-    def draw(self, images: int) -> None:
+    def sample(self, images: int) -> None:
         options = SamplingOptions(top_k=int(self.shape.num_image_tokens * (1 - DROPPED)))
         codes = sample_codes(self.dalle, self.text[0], list(range(images)), options, graphs=self.graphs).codes
         with torch.no_grad():
             self.vqgan.decode_by_parts(codes)
 
 
-class Unrecorded(Ours):
-    """The same on a GPU with every step asked for anew."""
+class WithoutGraphs(Ours):
+    """The same on a GPU with every step launched by itself."""
 
-    recorded = False
+    graphs_enabled = False
 
 
 class Plain(Contestant):
-    """The published way, on this project's layers: images encoded in each step, dense masks, the whole sequence again
+    """The naive baseline, on this project's layers: images encoded in each step, dense masks, the whole sequence again
     for each code, with logits for every position."""
 
     def prepare(self, task: str) -> None:
-        self.dalle = DALLE(self.shape).to(self.device)
+        self.dalle = DalleModel(self.shape).to(self.device)
         self.vqgan = self.vqgan.to(self.device)
         self.model = TextToImage(self.dalle, self.vqgan)
         if task == GENERATE:
@@ -211,19 +225,17 @@ class Plain(Contestant):
         codes = self.model.codes(self.images.to(self.device))
         with self.half():
             loss = self.model(self.text.to(self.device), codes).total
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self._descend(loss)
 
     @torch.no_grad()
     def token(self, position: int, images: int) -> None:
         text = self.text[:1].expand(images, -1).to(self.device)
         codes = self.codes[:1].expand(images, -1).to(self.device)
-        _, logits = self.dalle(text, codes)  # unused positions are padded: the published application's shapes are fixed
+        _, logits = self.dalle(text, codes)  # unused positions are padded: the original application's shapes are fixed
         uniform = torch.rand(images, device=self.device)
         ops.sample(logits[:, position], uniform, ops.choice_of(images, 1.0, logits.shape[-1] // 2, None, self.device))
 
-    def draw(self, images: int) -> None:
+    def sample(self, images: int) -> None:
         for position in range(self.shape.image_seq_len):
             self.token(position, images)
         self.decode(images)
@@ -279,9 +291,7 @@ class Peer(Contestant):
     def train(self) -> None:
         with self.half():
             loss = self.dalle(self.text.to(self.device), self.inputs.to(self.device), return_loss=True)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self._descend(loss)
 
     @torch.no_grad()
     def token(self, position: int, images: int) -> None:
@@ -292,7 +302,7 @@ class Peer(Contestant):
             logits = self.dalle.forward_with_cond_scale(text, codes, cond_scale=1.0, cache={})[:, -1]
         functions.gumbel_sample(functions.top_k(logits, thres=DROPPED), temperature=1.0, dim=-1)
 
-    def draw(self, images: int) -> None:
+    def sample(self, images: int) -> None:
         text = self.text[:1].repeat(images, 1).to(self.device)
         with self.half():
             self.dalle.generate_images(text, filter_thres=DROPPED, use_cache=True)
@@ -327,19 +337,11 @@ def import_peer() -> Any:
 
 KINDS: dict[str, Callable[[ContestantOptions], Contestant]] = {
     OURS: Ours,
-    UNRECORDED: Unrecorded,
+    WITHOUT_GRAPHS: WithoutGraphs,
     PLAIN: Plain,
     PEER: Peer,
     REPAIRED: Repaired,
 }
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Most memory this process ever held: resident on the host, or allocated on the GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def perform(contestant: Contestant, request: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a machine allows: the work in a step and an image, and the speeds of a matrix product and of reading memory."""
+"""What a machine allows: the work in a step and an image, and the speeds of a matmul and of reading memory."""
 from __future__ import annotations
 
 import time
@@ -13,12 +13,12 @@ from ops.matmul import matmul
 from ops.matmul import suits as matmul_suits
 from ops.rows import read_all
 
-#: What their makers' datasheets promise of dense products in half precision, in GFLOP/s, by a part of the name.
+#: What their makers' datasheets promise of dense matmuls in half precision, in GFLOP/s, by a part of the name.
 _DATASHEETS = {"H200": 989_000, "H100 PCIe": 756_000, "H100": 989_000, "A100": 312_000, "L40S": 362_000, "L4": 121_000}
 
 
 def datasheet(name: str, precision: str) -> float | None:
-    """The speed in GFLOP/s that a GPU's datasheet gives for its matrix product; None where we do not know one."""
+    """The speed in GFLOP/s that a GPU's datasheet gives for its matmul; None where we do not know one."""
     if precision == "fp32":
         return None
     return next((speed for part, speed in _DATASHEETS.items() if part in name), None)
@@ -68,8 +68,8 @@ class Machine:
         self.device = device
         self.matrix = torch.randn(side, side, device=device, dtype=dtype)
         self.vector = torch.ones(100_000_000 if device == "cpu" else 2_000_000_000, device=device)
-        self.products: list[float] = []
-        self.own_products: list[float] = []
+        self.matmuls: list[float] = []
+        self.native_matmuls: list[float] = []
         self.reads: list[float] = []
 
     def _timed(self, function: Callable[[], Any]) -> float:
@@ -84,10 +84,10 @@ class Machine:
     def measure(self) -> None:
         """Time both once more."""
         side = self.matrix.shape[0]
-        self.products.append(2 * side**3 / self._timed(lambda: self.matrix @ self.matrix) / 1e9)
+        self.matmuls.append(2 * side**3 / self._timed(lambda: self.matrix @ self.matrix) / 1e9)
         if matmul_suits(self.matrix, self.matrix):
             seconds = self._timed(lambda: matmul(self.matrix, self.matrix))
-            self.own_products.append(2 * side**3 / seconds / 1e9)
+            self.native_matmuls.append(2 * side**3 / seconds / 1e9)
         # The faster of two ways, so that nothing can beat the limit by reading in a better order.
         seconds = self._timed(self.vector.sum)
         if read_all(self.vector) is not None:
@@ -97,10 +97,10 @@ class Machine:
     def to_dict(self) -> dict[str, Any]:
         """Medians of all measurements, and these."""
         return {
-            "gflop_per_second": median(self.products),
-            "fastest_gflop_per_second": max(map(median, filter(None, (self.products, self.own_products)))),
+            "gflop_per_second": median(self.matmuls),
+            "fastest_gflop_per_second": max(map(median, filter(None, (self.matmuls, self.native_matmuls)))),
             "read_gb_per_second": median(self.reads),
-            "gflop_per_second_all": self.products,
-            "own_gflop_per_second_all": self.own_products,
+            "gflop_per_second_all": self.matmuls,
+            "own_gflop_per_second_all": self.native_matmuls,
             "read_gb_per_second_all": self.reads,
         }

@@ -1,7 +1,7 @@
 """The published layouts of a DALL-E, as pure functions over dictionaries: nothing here reads a file or builds a model.
 
-Inside the application a model has the parameter names of `models.dalle.DALLE` ("internal names") and the options of
-`models.config.DalleConfig` as a plain dictionary. Published are
+Inside the application a model has the parameter names of `models.dalle.DalleModel` ("internal names") and the options
+of `models.config.DalleConfig` as a plain dictionary. Published are
   Mini DALL-E       names with `model.` in front, options in `hparams` (what the application itself writes),
   DALLE-pytorch     nearly the same names, more options, wrappers (`.fn.`) in the names that come and go with them.
 (minDALL-E has names of its own: see mindalle.py.) UserErrors name the weight or the option; the caller puts

@@ -41,7 +41,7 @@ class DalleCheckpoint(NamedTuple):
     config: dict[str, Any]
     """Options for `DalleConfig.from_dict`, every one of them."""
     weights: Weights
-    """Parameters under the names of `models.dalle.DALLE`, on the CPU, in the stored precision."""
+    """Parameters under the names of `models.dalle.DalleModel`, on the CPU, in the stored precision."""
     format: str
     """"ours", "mini-dalle", "dalle-pytorch", "mindalle" or "safetensors"."""
     hparams: dict[str, Any]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from models.config import DalleConfig
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from utils.errors import UserError, nearest
 from utils.files import PathLike
 from utils.untrusted import is_number, shown
@@ -89,7 +89,7 @@ def model_config(values: Any, weights: Mapping[str, Any]) -> DalleConfig:
 def empty_weights(config: DalleConfig) -> Weights:
     """Return a model's weights under its own names, on the meta device: shapes without memory."""
     with torch.device("meta"):  # where PyTorch 2.0 cannot compute rotary angles, which are no weights
-        return DALLE(dataclasses.replace(config, rotary=False)).state_dict(keep_vars=True)
+        return DalleModel(dataclasses.replace(config, rotary=False)).state_dict(keep_vars=True)
 
 
 def aliases(weights: Mapping[str, Tensor]) -> dict[str, str]:

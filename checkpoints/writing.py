@@ -82,8 +82,8 @@ def dalle_checkpoint(
 ) -> dict[str, Any]:
     """Return a checkpoint in Mini DALL-E's published layout, with `config` and `training` added.
 
-    config: `DalleConfig.to_dict()`; state: `DALLE.state_dict()`; epoch: complete epochs; hparams_extra: options about
-    IPUs and precision that the published `hparams` also hold; training: whatever the engine needs for an exact resume.
+    config: `DalleConfig.to_dict()`; state: `DalleModel.state_dict()`; epoch: complete epochs; hparams_extra: options
+    about IPUs and precision that the published `hparams` also hold; training: what a bit-exact resume needs.
     `training` has "tokenizer" and "vqgan" (their identities) and, in "engine", "ema" (averaged weights or None).
     The VQGAN is frozen and not stored: its identity says which one it was.
     """

@@ -132,7 +132,7 @@ def completion_codes(loaded: Loaded, picture: Picture, mask: Any) -> Tensor:
     return codes.masked_fill(mask_cells(mask, loaded.config.grid, size), -1)
 
 
-def first_drawn(codes: Tensor) -> int:
+def first_sampled(codes: Tensor) -> int:
     """The first position (of N) that the model draws; N when it draws none."""
     drawn = (codes < 0).nonzero()
     return int(drawn[0]) if len(drawn) else len(codes)

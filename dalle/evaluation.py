@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import log
-from dalle.loading import Loaded, warn_of_guidance
+from dalle.loading import Loaded, describe_checkpoint, warn_of_guidance
 from dalle.pictures import Sample
 from data import DEMO, DataSettings, create_dataset, epoch_order
 from data.demo import DemoRecord, demo_images, demo_records
@@ -20,7 +20,6 @@ from models.vqgan import image_codes
 from models.vqgan_metrics import nearest_pictures
 from sampling import Graphs, Sampler, SamplingFlags, decode, encode
 from utils.errors import UsageError
-from utils.files import sha256_file
 from utils.flags import DataOptions, ModelOptions, PartsOptions
 from utils.loading import make_loader, read
 from utils.options import Command, Options, again, option
@@ -91,7 +90,7 @@ def evaluate(options: EvaluateOptions, loaded: Loaded) -> tuple[dict[str, Any], 
     """Measure what the options ask for: the numbers, and titled samples for a contact sheet."""
     dataset = open_data(loaded, options)
     result: dict[str, Any] = {
-        "checkpoint": describe_checkpoint(loaded, options.dalle_path),
+        "checkpoint": describe_model(loaded, options.dalle_path),
         "data": {"input_folder": options.input_folder, "num_pairs": len(dataset)},
         "validation": validation_loss(loaded, dataset, options),
     }
@@ -107,12 +106,10 @@ def evaluate(options: EvaluateOptions, loaded: Loaded) -> tuple[dict[str, Any], 
     return result, groups
 
 
-def describe_checkpoint(loaded: Loaded, name: str) -> dict[str, Any]:
+def describe_model(loaded: Loaded, name: str) -> dict[str, Any]:
     """Which model was measured."""
     return {
-        "name": name,
-        "sha256": sha256_file(loaded.checkpoint.path),
-        "epoch": loaded.checkpoint.epoch,
+        **describe_checkpoint(loaded, name),
         "parameters": sum(parameter.numel() for parameter in loaded.dalle.parameters()),
         "codebook": loaded.config.num_image_tokens,
         "codes": loaded.config.image_seq_len,
@@ -195,7 +192,7 @@ def training_records(records: Sequence[DemoRecord], count: int) -> list[DemoReco
     return sorted(sorted(records, key=draw)[:count], key=lambda record: record.stem)
 
 
-def draw_best(loaded: Loaded, text: Tensor, options: EvaluateOptions) -> Tensor:
+def sample_best(loaded: Loaded, text: Tensor, options: EvaluateOptions) -> Tensor:
     """One image for each caption, text (n, T): the likeliest of --best-of. Returns (n, 3, S, S) uint8."""
     sampling = options.sampling(loaded.config.num_image_tokens)
     best = torch.full((len(text),), -math.inf)
@@ -222,7 +219,7 @@ def retrieve(
     real = gallery.images[own]
     reconstructions = torch.cat([decode(loaded, encode(loaded, part)) for part in real.split(options.batch_size)])
     text = loaded.tokenizer.tokenize([record.caption for record in records], loaded.config.text_seq_len, truncate=True)
-    generated = draw_best(loaded, text, options)
+    generated = sample_best(loaded, text, options)
     found = nearest_pictures(generated, gallery.images, loaded.device) == own
     found_again = nearest_pictures(reconstructions, gallery.images, loaded.device) == own
     samples = [
@@ -278,7 +275,7 @@ def sample_pairs(loaded: Loaded, dataset: Any, options: EvaluateOptions) -> list
     text, images = zip(*(dataset[index * len(dataset) // count] for index in range(count)))
     real = torch.stack(images)
     reconstructions = torch.cat([decode(loaded, encode(loaded, part)) for part in real.split(options.batch_size)])
-    generated = draw_best(loaded, torch.stack(text), options)
+    generated = sample_best(loaded, torch.stack(text), options)
     return [
         Sample(loaded.tokenizer.decode(row.tolist()), *pictures)
         for row, *pictures in zip(text, real, reconstructions, generated)

@@ -58,7 +58,7 @@ def check_empty(folder: PathLike, flag: str) -> None:
 def export_mindalle(
     folder: PathLike, config: DalleConfig, weights: Mapping[str, Tensor], vqgan: VQGAN, tokenizer: Tokenizer
 ) -> None:
-    """Write a model to a folder. weights: `DALLE.state_dict()`, in the precision in which they are to be stored.
+    """Write a model to a folder. weights: `DalleModel.state_dict()`, in the precision in which they are to be stored.
 
     Raises UserError for what has no place in the layout, and when a file cannot be written.
     """

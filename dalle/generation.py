@@ -10,17 +10,17 @@ import os
 import re
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 import log
 from bpe import warn_of_unknown
-from dalle.completion import completion_codes, first_drawn, open_picture, parse_box, transparent_mask
-from dalle.loading import Loaded, warn_of_guidance
+from dalle.completion import completion_codes, first_sampled, open_picture, parse_box, transparent_mask
+from dalle.loading import Loaded, describe_checkpoint, warn_of_guidance
 from dalle.outputs import PromptFolder
 from dalle.pictures import FORMATS, to_pil
 from dalle.reranking import Best, Candidate, ClipRanker
@@ -28,7 +28,6 @@ from data.images import BROKEN_IMAGE_ERRORS, load_image
 from models.quantization import DTYPES
 from sampling import Batch, Graphs, Sampler, SamplingFlags, Share, complete_caption, given_codes, prime_rows
 from utils.errors import UsageError, UserError
-from utils.files import sha256_file
 from utils.flags import ModelOptions, PartsOptions
 from utils.options import Command, Options, option
 
@@ -144,10 +143,8 @@ def read_prime(file: str, rows: int, loaded: Loaded) -> Tensor:
         raise UsageError(
             f"--prime-rows: the model samples {grid} rows of codes, so at most {grid - 1} can be given, not {rows}"
         )
-    try:
-        return given_codes(loaded, load_image(file, loaded.image_size), rows)
-    except BROKEN_IMAGE_ERRORS as error:
-        raise UserError(f"--prime-image {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    picture = _read_picture("--prime-image", file, partial(load_image, image_size=loaded.image_size))
+    return given_codes(loaded, picture, rows)
 
 
 def read_completion(options: GenerateOptions, loaded: Loaded) -> Tensor | None:
@@ -165,9 +162,9 @@ def read_completion(options: GenerateOptions, loaded: Loaded) -> Tensor | None:
     return completion_codes(loaded, picture, mask)
 
 
-def _read_picture(flag: str, file: str) -> Image.Image:
+def _read_picture(flag: str, file: str, read: Callable[[str], Any] = open_picture) -> Any:
     try:
-        return open_picture(file)
+        return read(file)
     except BROKEN_IMAGE_ERRORS as error:
         raise UserError(f"{flag} {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
@@ -278,7 +275,7 @@ def sample_captions(writer: Writer, loaded: Loaded, given: Tensor | None) -> Non
     for row, caption in zip(text, captions):
         row[: len(caption.ids)] = torch.tensor(caption.ids, dtype=torch.long)
     sampling = options.sampling(config.num_image_tokens)
-    tokens = config.image_seq_len - (0 if given is None else first_drawn(given))  # steps of one image
+    tokens = config.image_seq_len - (0 if given is None else first_sampled(given))  # steps of one image
     begin = time.perf_counter()
 
     def images_per_second() -> float:
@@ -302,17 +299,11 @@ def describe_run(loaded: Loaded, options: GenerateOptions, rows: int | None) -> 
     names += "dtype clip_path keep format"
     settings = dict({name: getattr(options, name) for name in names.split()}, prime_rows=rows)
     branches = 1 if options.cond_scale == 1 else 2
-    checkpoint = {
-        "name": str(options.dalle_path),
-        "sha256": sha256_file(loaded.checkpoint.path),
-        "format": loaded.checkpoint.format,
-        "epoch": loaded.checkpoint.epoch,
-    }
     return {
         "settings": settings,
         "device": str(loaded.device),
         "batch_size_changes_images": loaded.batch_changes_images(options.batch_size * branches),
-        "checkpoint": checkpoint,
+        "checkpoint": describe_checkpoint(loaded, options.dalle_path),
         "tokenizer": loaded.tokenizer.identity,
         "vqgan": {"sha256": loaded.vqgan.identity},
         "torch": torch.__version__,

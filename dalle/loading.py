@@ -20,7 +20,7 @@ from checkpoints.vqgan import PUBLISHED, build_vqgan, default_vqgan, load_vqgan,
 from dalle import published
 from models.building import build_dalle
 from models.config import DalleConfig
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from models.quantization import DTYPES
 from models.vqgan import VQGAN, VqganConfig
 from models.vqgan_config import stage1_config
@@ -43,7 +43,7 @@ _DEMO_VOCABULARY = ROOT / "bpe" / "demo_vocab.txt"
 class Loaded(NamedTuple):
     """A model ready to draw: everything on one device, in eval mode, without gradients, the VQGAN in float32."""
 
-    dalle: DALLE
+    dalle: DalleModel
     vqgan: VQGAN
     tokenizer: Tokenizer
     checkpoint: DalleCheckpoint
@@ -131,6 +131,17 @@ def load(
         weights={}, vqgan_weights=None, ema=None, opt_state=None, scheduler_state=None, training=options
     )
     return Loaded(dalle, vqgan.to(device), tokenizer, about)
+
+
+def describe_checkpoint(loaded: Loaded, name: PathLike) -> dict[str, Any]:
+    """What results say of the checkpoint they come from. name: as it was given."""
+    checkpoint = loaded.checkpoint
+    return {
+        "name": str(name),
+        "sha256": sha256_file(checkpoint.path),
+        "format": checkpoint.format,
+        "epoch": checkpoint.epoch,
+    }
 
 
 def warn_of_guidance(loaded: Loaded, cond_scale: float) -> None:

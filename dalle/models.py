@@ -11,7 +11,7 @@ from typing import Any, Callable, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dalle.completion import Picture, completion_codes, first_drawn
+from dalle.completion import Picture, completion_codes, first_sampled
 from dalle.loading import Loaded, load
 from sampling import Graphs, Sampler, SamplingOptions, Share
 from utils.downloads import progress_bar
@@ -20,18 +20,18 @@ from utils.files import PathLike
 from utils.options import as_arguments
 
 Progress = Callable[[int, int], None]
-"""Called with (codes drawn so far, codes to draw)."""
+"""Called with (codes sampled so far, codes to sample)."""
 
 
 class Candidates(NamedTuple):
-    """Images drawn for one prompt, on the model's device."""
+    """Images generated for one prompt, on the model's device."""
 
     images: Tensor
     """(N, 3, S, S) in [0, 1]"""
     codes: Tensor
     """(N, codes of an image)"""
     log_likelihood: Tensor
-    """(N,) nats, of the codes that were drawn, by the model without temperature and cut-offs."""
+    """(N,) nats, of the codes that were sampled, by the model without temperature and cut-offs."""
 
     def best(self, num: int) -> Candidates:
         """The `num` likeliest ones, the likeliest first."""
@@ -40,7 +40,7 @@ class Candidates(NamedTuple):
 
 
 class Dalle(nn.Module):
-    """A model that draws: `stage1` the VQGAN, `stage2` the DALL-E, `tokenizer` its vocabulary."""
+    """A model to sample from: `stage1` the VQGAN, `stage2` the DALL-E, `tokenizer` its vocabulary."""
 
     def __init__(self, loaded: Loaded) -> None:
         super().__init__()
@@ -92,11 +92,12 @@ class Dalle(nn.Module):
         use_fp16: bool = True,
         **options: Any,
     ) -> Tensor:
-        """Draw images of a prompt: floats (num_candidates, 3, S, S) in [0, 1]. See `draw` for all options."""
-        return self.draw(prompt, top_k, top_p, softmax_temperature, num_candidates, device, use_fp16, **options).images
+        """Generate images of a prompt: floats (num_candidates, 3, S, S) in [0, 1]. See `generate` for all options."""
+        choice = (top_k, top_p, softmax_temperature)
+        return self.generate(prompt, *choice, num_candidates, device, use_fp16, **options).images
 
     @torch.no_grad()
-    def draw(  # noqa: PLR0913 - minDALL-E's positions, then ours by name
+    def generate(  # noqa: PLR0913 - minDALL-E's positions, then ours by name
         self,
         prompt: str,
         top_k: int | None = 256,
@@ -112,9 +113,9 @@ class Dalle(nn.Module):
         image: Picture | None = None,
         mask: Any = None,
     ) -> Candidates:
-        """Draw candidates for a prompt, which is cut after the tokens that the model reads.
+        """Generate candidates for a prompt, which is cut after the tokens that the model reads.
 
-        top_k: likeliest codes to draw from, with those that tie (None: all); top_p: of these, the likeliest up to and
+        top_k: likeliest codes to sample from, with those that tie (None: all); top_p: of these, the likeliest up to and
         including the one that crosses this probability (None: all). softmax_temperature: 0 takes the likeliest.
         device: moves the model there first. use_fp16: half precision in the transformer, on CUDA only, unless the
         weights are bfloat16.
@@ -122,8 +123,8 @@ class Dalle(nn.Module):
         GPU up to rounding);
         None: from torch's generator (`set_seed`).
         cond_scale: classifier-free guidance, for models trained with it (1: none).
-        batch_size: candidates drawn at the same time; None: as many as fit. progress: a bar, none, or a function.
-        image, mask: keep this picture where the mask is black (see dalle.completion), and draw what is white.
+        batch_size: candidates sampled at the same time; None: as many as fit. progress: a bar, none, or a function.
+        image, mask: keep this picture where the mask is black (see dalle.completion), and generate what is white.
 
         Raises UserError for values that cannot be.
         """
@@ -134,7 +135,7 @@ class Dalle(nn.Module):
             self.to(device)
         config = self.stage2.config
         if (image is None) != (mask is None):
-            raise UserError("image and mask belong together: the mask says which part of the image to draw")
+            raise UserError("image and mask belong together: the mask says which part of the image to generate")
         given = None if image is None else completion_codes(self.loaded, image, mask)
         text = self.tokenizer.tokenize(prompt, config.text_seq_len, truncate=True)[0]
         if top_k is not None:
@@ -142,7 +143,7 @@ class Dalle(nn.Module):
         if seed is None:
             seed = int(torch.randint(2**31 - 1, ()))
         sampler = Sampler(self.loaded, self._graphs, floats=True, half=use_fp16)
-        steps = config.image_seq_len - (0 if given is None else first_drawn(given))
+        steps = config.image_seq_len - (0 if given is None else first_sampled(given))
         with _Counter(progress, num_candidates, steps) as counter:
             batches = sampler.images(text[None], num_candidates, batch_size, seed, sampling, given, counter.step)
             _, _, codes, likelihoods, images = zip(*batches)
@@ -167,7 +168,7 @@ class _Counter:
     def __init__(self, progress: bool | Progress, num_images: int, steps: int) -> None:
         self._report = progress if callable(progress) else None
         self._total, self._steps = num_images * steps, steps
-        self._bar = progress_bar(self._total, "drawing", "token", progress is True)
+        self._bar = progress_bar(self._total, "sampling", "token", progress is True)
         self._done = self._shown = 0
         self._share: Share | None = None
 

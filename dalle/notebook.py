@@ -1,8 +1,8 @@
-"""What the sampling notebook shows: controls, a progress bar, and the drawn images ordered by rank.
+"""What the sampling notebook shows: controls, a progress bar, and the generated images ordered by rank.
 
     gallery = Gallery(Dalle.from_pretrained("demo"))
     gallery.panel                 # in a notebook: the controls; a click on the button draws
-    gallery.draw()                # the same from code: the sheet as a picture
+    gallery.generate()                # the same from code: the sheet as a picture
 
 Needs ipywidgets (python -m pip install ipywidgets notebook).
 """
@@ -36,13 +36,14 @@ class Ranking(NamedTuple):
     """What decided."""
 
 
-def rank(prompt: str, drawn: Candidates, ranker: ClipRanker | None = None) -> Ranking:
+def rank(prompt: str, generated: Candidates, ranker: ClipRanker | None = None) -> Ranking:
     """Order candidates by CLIP's similarity to the prompt, without a ranker by the model's own likelihood."""
     if ranker is None:
         # Per code, so that the number means the same for any size of image.
-        scores, by, label = drawn.log_likelihood / drawn.codes.shape[1], "likelihood (nats a code)", "{}. {:.2f}"
+        scores = generated.log_likelihood / generated.codes.shape[1]
+        by, label = "likelihood (nats a code)", "{}. {:.2f}"
     else:
-        pictures = [to_pil(image) for image in to_uint8(drawn.images).cpu()]
+        pictures = [to_pil(image) for image in to_uint8(generated.images).cpu()]
         scores, by, label = ranker.similarity(prompt, pictures), "CLIP similarity", "{}. {:.3f}"
     order = scores.argsort(descending=True, stable=True).tolist()
     return Ranking(order, [label.format(place + 1, float(scores[index])) for place, index in enumerate(order)], by)
@@ -66,10 +67,10 @@ def to_png(picture: Image.Image) -> bytes:
 
 
 class Gallery:
-    """Controls for what to draw, and the images that were drawn, in one panel.
+    """Controls for what to draw, and the images that were generated, in one panel.
 
     Attributes: `panel`, the widget to show; `controls`, name -> widget; `button`, `bar`, `status` and `picture`, the
-    other widgets; `drawn` and `ranking`, the newest result (None before the first).
+    other widgets; `generated` and `ranking`, the newest result (None before the first).
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Gallery:
         """
         self.model = model
         self.ranker = None if clip is None else ClipRanker(clip, model.device)
-        self.drawn: Candidates | None = None
+        self.generated: Candidates | None = None
         self.ranking: Ranking | None = None
         widgets = _widgets()
         style, wide = {"description_width": "110px"}, widgets.Layout(width="420px")
@@ -112,17 +113,17 @@ class Gallery:
         self.panel = widgets.VBox([*self.controls.values(), row, self.status, self.picture])
 
     def settings(self) -> dict[str, Any]:
-        """What the controls say, as arguments of `Dalle.draw`."""
+        """What the controls say, as arguments of `Dalle.generate`."""
         values = {name: widget.value for name, widget in self.controls.items()}
         return dict(values, top_k=values["top_k"] or None)
 
-    def draw(self) -> Image.Image:
+    def generate(self) -> Image.Image:
         """Draw what the controls say and return the sheet, which the panel shows too. Raises UserError."""
         settings = self.settings()
         self.bar.value = 0
-        self.drawn = self.model.draw(**settings, progress=self._progress)
-        self.ranking = rank(settings["prompt"], self.drawn, self.ranker)
-        sheet = ranked_sheet(self.drawn.images, self.ranking)
+        self.generated = self.model.generate(**settings, progress=self._progress)
+        self.ranking = rank(settings["prompt"], self.generated, self.ranker)
+        sheet = ranked_sheet(self.generated.images, self.ranking)
         self.picture.value, self.picture.layout.display = to_png(sheet), None
         self.status.value = f"{len(self.ranking.order)} images, ordered by {self.ranking.by}, the best first"
         return sheet
@@ -133,7 +134,7 @@ class Gallery:
     def _clicked(self, _: Any) -> None:
         self.button.disabled, self.status.value = True, "drawing"
         try:
-            self.draw()
+            self.generate()
         except UserError as error:  # there is no console to show it on
             self.status.value = f"error: {error}"
         except KeyboardInterrupt:

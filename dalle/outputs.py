@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dalle.pictures import FORMATS, GRID_LIMIT, make_grid, save_picture, to_pil
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, writing
 from utils.locks import try_lock
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ _IMAGE_NAME = re.compile(rf"[0-9]{{1,9}}\.(?:{'|'.join(FORMATS)})")
 # Names that some systems or tools take for something else, whatever their ending.
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
 _REPORT = "generation.json"
+_CANNOT = "--outputs-dir: cannot write"
 
 
 def folder_name(prompt: str) -> str:
@@ -92,7 +93,7 @@ class PromptFolder:
         self._images: list[dict[str, Any]] = []
         self._grid: list[Tensor] = []
         self._started = False
-        with _written(self.path):
+        with writing(_CANNOT, self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             lock = try_lock(self.path)
         if lock is None:
@@ -116,7 +117,7 @@ class PromptFolder:
         """
         if not self._started:
             self._start()
-        with _written(self.path):
+        with writing(_CANNOT, self.path):
             rows = zip(pictures, seeds, codes.tolist(), log_likelihood.tolist(), notes or [{}] * len(seeds))
             for picture, seed, row, likelihood, note in rows:
                 name = f"{len(self._images)}.{self.format}"
@@ -137,14 +138,14 @@ class PromptFolder:
     def finish(self, **about: Any) -> None:
         """Write the grid, and note in generation.json that the run is complete, with `about` added."""
         self.about.update(about)
-        with _written(self.path):
+        with writing(_CANNOT, self.path):
             save_picture(make_grid(self._grid, self.prompt), self.path / "grid.png")
             self._write_report(complete=True)
         self._lock.close()
 
     def _start(self) -> None:
         """Clear what an earlier run left, now that there is something new to show, and write the caption."""
-        with _written(self.path):
+        with writing(_CANNOT, self.path):
             for name in _listed(self.path):
                 with contextlib.suppress(FileNotFoundError):
                     (self.path / name).unlink()
@@ -234,11 +235,3 @@ def _listed(folder: Path) -> Iterator[str]:
     if images is not None:
         yield "grid.png"
         yield _REPORT
-
-
-@contextlib.contextmanager
-def _written(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--outputs-dir: cannot write {path}: {error.strerror or error}") from error

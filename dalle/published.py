@@ -28,6 +28,11 @@ PUBLISHED_MODELS = {
 _MAX_ARCHIVE_BYTES = 8 << 30  # of the published 5 GB, and of what they unpack to
 
 
+def is_missing(path_or_name: PathLike | None) -> bool:
+    """Whether this is the name of a published model that `resolve` would download."""
+    return str(path_or_name) in PUBLISHED_MODELS and not resolve(str(path_or_name), fetch=False).is_dir()
+
+
 def resolve(path_or_name: PathLike, cache_dir: PathLike | None = None, fetch: bool = True) -> Path:
     """Return the folder of a published model's name, fetched if need be and `fetch` says so; any other path as it is.
 

@@ -3,8 +3,8 @@
     downstream = read_downstream("configs/transfer-imagenet-clscond-gen.yaml")
     start = image_only(read_dalle("1.3B"), downstream.num_classes, seed=0)     # what training begins from
 
-The model stays a DALLE: its text is one token, the class (see bpe/classes.py), in front of the codes. Token table and
-positions of the codes, blocks and last norm are kept; the start vectors and the head are new.
+The model stays a DalleModel: its text is one token, the class (see bpe/classes.py), in front of the codes. Token table
+and positions of the codes, blocks and last norm are kept; the start vectors and the head are new.
 """
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from checkpoints import DalleCheckpoint
-from models.vqgan_config import VqganConfig, stage1_config
+from models.vqgan_config import NETWORK_KEYS, VqganConfig, stage1_config
 from utils.errors import UserError, nearest
 from utils.files import PathLike
-from utils.yaml_files import MAX_BYTES, parse_yaml
+from utils.yaml_files import read_yaml
 
 _WEIGHT_STD = 0.02  # of new tables and heads, as in minDALL-E
 
@@ -77,22 +77,7 @@ _KEYS: dict[str, dict[str, Any]] = {
 
 _STAGE1_KEYS = {
     "stage1": ("type", "embed_dim", "n_embed", "hparams"),
-    "stage1.hparams": (
-        (
-            "double_z",
-            "z_channels",
-            "resolution",
-            "in_channels",
-            "out_ch",
-            "ch",
-            "ch_mult",
-            "num_res_blocks",
-            "attn_resolutions",
-            "pdrop",
-            "num_groups",
-            "patch_size",
-        )
-    ),
+    "stage1.hparams": ("double_z", *NETWORK_KEYS, "pdrop", "num_groups", "patch_size"),
 }
 
 #: Keys of which only one value can be followed, and why.
@@ -176,14 +161,7 @@ def read_downstream(path: PathLike) -> Downstream:
 
 
 def _document(path: PathLike) -> Mapping[str, Any]:
-    try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"--config-downstream {path}: {error.strerror or error}") from None
-    document = parse_yaml(content, f"{path} is no YAML")
-    if not isinstance(document, dict):
-        raise UserError(f"{path}: expected the tables dataset, stage1, stage2, optimizer and experiment")
+    document = read_yaml(path, "--config-downstream")
     known = ["dataset", "stage1", "stage2", "optimizer", "experiment"]
     for key in document:
         if key not in known:

@@ -20,7 +20,7 @@ import torch
 from data.demo import DemoRecord, demo_images
 from data.folder import FolderPairs
 from data.images import BROKEN_IMAGE_ERRORS, load_image, why_unreadable
-from data.order import draw, draw_below, draw_unit, epoch_order, split_holdout
+from data.order import epoch_order, random_below, random_bits, random_unit, split_holdout
 from utils.errors import UserError
 from utils.skipped import SkipReport
 
@@ -178,7 +178,7 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
     def variant(self, pair: int) -> int:
         """Return the form of a pair's image in this epoch: 0 as it is, 1 mirrored."""
-        return draw_below(2, "flip", self.settings.seed, int(self._epoch), pair) if self.flip else 0
+        return random_below(2, "flip", self.settings.seed, int(self._epoch), pair) if self.flip else 0
 
     def image_variant(self, pair: int, variant: int) -> torch.Tensor:
         """Return the image of a pair in one of its forms, uint8 (3, S, S)."""
@@ -198,10 +198,10 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         """Return the token ids of a pair's caption in this epoch, LongTensor (T,)."""
         settings = self.settings
         epoch = int(self._epoch)
-        if settings.null_cond_prob and draw_unit("null", settings.seed, epoch, pair) < settings.null_cond_prob:
+        if settings.null_cond_prob and random_unit("null", settings.seed, epoch, pair) < settings.null_cond_prob:
             return torch.zeros(settings.text_seq_len, dtype=torch.int64)
         captions = self.captions(pair)
-        caption = captions[draw_below(len(captions), "caption", settings.seed, epoch, pair)]
+        caption = captions[random_below(len(captions), "caption", settings.seed, epoch, pair)]
         if settings.truncate_captions:
             caption = caption[: _CHARACTERS_PER_TOKEN * settings.text_seq_len]
         return settings.tokenizer.tokenize(caption, settings.text_seq_len, settings.truncate_captions)[0]
@@ -295,7 +295,7 @@ class PhotoPairs(PairDataset):
 
     def _replacement(self, pair: int, attempt: int) -> int:
         """Return another pair of this (sub)set: a validation set never borrows from the training set."""
-        return self.pair_at(draw_below(len(self), "replacement", self.settings.seed, pair, attempt))
+        return self.pair_at(random_below(len(self), "replacement", self.settings.seed, pair, attempt))
 
 
 class ImageTextFolder(PhotoPairs):
@@ -367,7 +367,7 @@ class GeneratedDataset(PairDataset):
         self.image_size = image_size
 
     def image(self, pair: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(draw("image", self.settings.seed, pair) >> 1)
+        generator = torch.Generator().manual_seed(random_bits("image", self.settings.seed, pair) >> 1)
         shape = (3, self.image_size, self.image_size)
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
@@ -385,9 +385,9 @@ class GeneratedDataset(PairDataset):
 
     def _text(self, pair: int) -> torch.Tensor:
         settings = self.settings
-        generator = torch.Generator().manual_seed(draw("text", settings.seed, pair) >> 1)
+        generator = torch.Generator().manual_seed(random_bits("text", settings.seed, pair) >> 1)
         text = torch.randint(1, settings.tokenizer.vocab_size, (settings.text_seq_len,), generator=generator)
-        length = 1 + draw_below(settings.text_seq_len, "length", settings.seed, pair)
+        length = 1 + random_below(settings.text_seq_len, "length", settings.seed, pair)
         text[length:] = 0
         return text
 

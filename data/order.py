@@ -24,7 +24,7 @@ def splitmix64(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def draw(purpose: str, *numbers: int) -> int:
+def random_bits(purpose: str, *numbers: int) -> int:
     """Return 64 random bits for a purpose ("caption", say) and integers such as seed, epoch and index."""
     state = zlib.crc32(purpose.encode("utf-8"))
     for number in numbers:
@@ -32,19 +32,19 @@ def draw(purpose: str, *numbers: int) -> int:
     return state
 
 
-def draw_below(limit: int, purpose: str, *numbers: int) -> int:
+def random_below(limit: int, purpose: str, *numbers: int) -> int:
     """Return a random integer in [0, limit)."""
-    return (draw(purpose, *numbers) * limit) >> 64
+    return (random_bits(purpose, *numbers) * limit) >> 64
 
 
-def draw_unit(purpose: str, *numbers: int) -> float:
+def random_unit(purpose: str, *numbers: int) -> float:
     """Return a random number in [0, 1)."""
-    return (draw(purpose, *numbers) >> 11) * 2.0**-53
+    return (random_bits(purpose, *numbers) >> 11) * 2.0**-53
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> torch.Tensor:
     """Return the order in which an epoch visits the samples: a permutation of range(num_samples) as LongTensor (n,)."""
-    return _permutation(num_samples, draw("order", seed, epoch))
+    return _permutation(num_samples, random_bits("order", seed, epoch))
 
 
 def windowed_order(runs: torch.Tensor, window: int, seed: int, epoch: int) -> torch.Tensor:
@@ -55,7 +55,7 @@ def windowed_order(runs: torch.Tensor, window: int, seed: int, epoch: int) -> to
     """
     order = epoch_order(len(runs), seed, epoch)
     present, runs = torch.unique(runs, return_inverse=True)
-    places = torch.argsort(_permutation(len(present), draw("runs", seed, epoch)))  # of each run in their order
+    places = torch.argsort(_permutation(len(present), random_bits("runs", seed, epoch)))  # of each run in their order
     return order[torch.argsort(torch.div(places[runs[order]], window, rounding_mode="floor"), stable=True)]
 
 
@@ -75,7 +75,7 @@ def split_holdout(num_samples: int, holdout: int | float, seed: int) -> tuple[to
             f"cannot hold out {count} of {num_samples} pairs for validation: none would be left to train on; "
             "give --validation-fraction 0 or more pairs"
         )
-    order = _permutation(num_samples, draw("holdout", seed))
+    order = _permutation(num_samples, random_bits("holdout", seed))
     return order[count:].sort().values, order[:count].sort().values
 
 

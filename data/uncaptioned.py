@@ -236,23 +236,23 @@ def _shard_images(
 class Batches:
     """Endless batches uint8 (B, 3, S, S): every image once per epoch, in an order that seed and epoch decide.
 
-    `drawn` counts the batches so far; one that starts with `drawn=n` goes on after the n-th batch. What does not fill a
+    `taken` counts the batches so far; one that starts with `taken=n` goes on after the n-th batch. What does not fill a
     batch at the end of an epoch is left out. A batch with unreadable images is that much smaller. `workers` processes
     read ahead; 0: this process reads. Raises UserError when no image can be read.
     """
 
-    def __init__(self, source: ImageSource, batch_size: int, seed: int, drawn: int = 0, workers: int = 0) -> None:
+    def __init__(self, source: ImageSource, batch_size: int, seed: int, taken: int = 0, workers: int = 0) -> None:
         self.source = source
         self.batch_size = min(batch_size, len(source))
         self.seed = seed
-        self.drawn = drawn
+        self.taken = taken
         self._fetched = read(
             make_loader(source, workers, batch_size=None, sampler=self._numbers(), collate_fn=_as_is)
         )
 
     def _numbers(self) -> Iterator[list[int]]:
         per_epoch = len(self.source) // self.batch_size
-        epoch, batch = divmod(self.drawn, per_epoch)
+        epoch, batch = divmod(self.taken, per_epoch)
         while True:
             order = self.source.order(self.seed, epoch)
             for start in range(batch, per_epoch):
@@ -265,7 +265,7 @@ class Batches:
     def __next__(self) -> Tensor:
         while True:
             images = self.source.take(next(self._fetched))
-            self.drawn += 1
+            self.taken += 1
             if len(images):
                 return images
 

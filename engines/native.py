@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import log
 import ops
 from args import Config
-from data.order import draw
+from data.order import random_bits
 from engines import sharding
 from engines.base import Engine, StepResult
 from engines.batching import Rows, share_batch
@@ -421,7 +421,8 @@ class NativeEngine(Engine):
                 self.world_size,
             )
             # Not those of the run's first steps once more.
-            torch.manual_seed(draw("random state", self.config.execution.random_seed, self.num_updates, self.rank))
+            seed = self.config.execution.random_seed
+            torch.manual_seed(random_bits("random state", seed, self.num_updates, self.rank))
             return
         threads = state.get("threads", 0)  # some of PyTorch's sums depend on their number
         if threads and not self.config.execution.threads and threads != torch.get_num_threads():

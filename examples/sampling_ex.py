@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = pick_device(options.device, 0)
     ranker = None if options.clip_path is None else ClipRanker(options.clip_path, device)
     model = Dalle.from_pretrained(options.model).to(device=device)
-    drawn = model.draw(
+    generated = model.generate(
         options.prompt,
         top_k=options.top_k,
         top_p=options.top_p,
@@ -73,23 +73,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_candidates=options.num_candidates,
         batch_size=options.batch_size,
     )
-    order = rank(options.prompt, drawn, ranker, device)[: options.keep]
-    pictures = to_uint8(drawn.images).cpu()
+    order = rank(options.prompt, generated, ranker, device)[: options.keep]
+    pictures = to_uint8(generated.images).cpu()
     for place, index in enumerate(order.tolist()):
         save_picture(to_pil(pictures[index]), folder / f"{folder_name(options.prompt)}_{place}.png")
     logger.info("%s: %d of %d images, the best first: %s", folder, len(order), len(pictures), order.tolist())
 
 
-def rank(prompt: str, drawn: Candidates, ranker: ClipRanker | None, device: Any) -> np.ndarray:
+def rank(prompt: str, generated: Candidates, ranker: ClipRanker | None, device: Any) -> np.ndarray:
     """Indices of the images, the best first: by the ranker, OpenAI's CLIP, or likelihood."""
-    images = drawn.images.cpu().numpy().transpose(0, 2, 3, 1)
+    images = generated.images.cpu().numpy().transpose(0, 2, 3, 1)
     if ranker is not None:
         return clip_score(prompt, images, ranker)
     try:
         import clip
     except ImportError:
         logger.info("no --clip-path and no package clip: the images are ordered by their likelihood")
-        return drawn.log_likelihood.argsort(descending=True).cpu().numpy()
+        return generated.log_likelihood.argsort(descending=True).cpu().numpy()
     model_clip, preprocess_clip = clip.load("ViT-B/32", device=device)
     return clip_score(prompt, images, model_clip, preprocess_clip, device)
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 import log
+from examples_utils import report
 from examples_utils.metrics import load_custom_metrics
 from examples_utils.options import parse
 from examples_utils.process import GC_MONITOR
-from examples_utils.report import FAILED, SKIPPED, VariantResult, draw_chart, duration, save_results, summary, table
 from examples_utils.runner import run_benchmarks
 from examples_utils.spec import load_entries, make_benchmark, select
 from utils.errors import UserError
@@ -25,12 +25,13 @@ from utils.files import make_folder
 
 logger = logging.getLogger(__name__)
 
+
 def listing(entries: Mapping[str, tuple[Path, Any]]) -> str:
     """A line for each benchmark: its name, and its command."""
-    names = [name for name in entries if "options" not in name]
-    width = max(map(len, names), default=0)
-    commands = [" ".join(make_benchmark(name, *entries[name]).cmd.split()) for name in names]
-    return "".join(f"{name:<{width}}  {command}\n" for name, command in zip(names, commands))
+    commands = {name: " ".join(make_benchmark(name, *entries[name]).cmd.split())
+                for name in entries if "options" not in name}
+    width = max(map(len, commands), default=0)
+    return "".join(f"{name:<{width}}  {command}\n" for name, command in commands.items())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,12 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parse(argv)
     log.setup(level=flags.logging)
     if flags.gc_monitor and shutil.which(GC_MONITOR) is None:
-        raise UserError("--gc-monitor: the program gc-monitor is not on the PATH: activate the Poplar SDK, or leave "
-                        "the flag out")
-    for flag in ("no_code_sync", "remove_dirs_after"):
-        if getattr(flags, flag):
-            logger.warning("--%s has no effect: nothing is copied to other hosts here; runs over several hosts need a "
-                           "file system that they share", flag.replace("_", "-"))
+        raise UserError("--gc-monitor: the program gc-monitor is not on the PATH: activate the Poplar SDK, or run "
+                        "without the flag")
+    for flag in {"--no-code-sync", "--remove-dirs-after"}.intersection(flags.given()):
+        logger.warning("%s has no effect: nothing is copied to other hosts here; runs over several hosts need a "
+                       "shared file system", flag)
     entries = load_entries(flags.spec)
     if flags.list:
         sys.stdout.write(listing(entries))
@@ -55,35 +55,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.info("logs and results: %s", folder)
     if flags.requirements_file:
         _install(Path(flags.requirements_file))
-    results: list[VariantResult] = []
+    results: list[report.VariantResult] = []
     begin = time.monotonic()
     with contextlib.ExitStack() as stack:
-        # Benchmarks have sessions of their own and would go on without us: end like after Ctrl-C.
+        # Benchmarks have sessions of their own and would not end with us: end like after Ctrl-C.
         for number in (signal.SIGTERM, signal.SIGHUP):
             stack.callback(signal.signal, number, signal.signal(number, signal.default_int_handler))
         try:
             run_benchmarks(benchmarks, flags, folder, os.environ, results)
         finally:
             if results:
-                save_results(folder, results, flags.additional_metrics, flags.csv_metrics)
+                more = report.ADDITIONAL_METRICS if flags.additional_metrics else ()
+                report.save_results(folder, results, (*report.CSV_METRICS, *more, *flags.csv_metrics))
                 _show(results, folder, time.monotonic() - begin)
-    return int(any(result.status == FAILED for result in results))
+    return int(any(result.status == report.FAILED for result in results))
 
 
-def _show(results: Sequence[VariantResult], folder: Path, seconds: float) -> None:
+def _show(results: Sequence[report.VariantResult], folder: Path, seconds: float) -> None:
     """The chart, and the table on stdout and in console.log."""
     picture = folder / "benchmark_results.png"
     with contextlib.suppress(FileNotFoundError):  # of an earlier run into this folder
         picture.unlink()
-    kinds = "json,csv,xml,png" if draw_chart(picture, results) else "json,csv,xml"
-    text = (f"\n{table(results, shutil.get_terminal_size((120, 24)).columns)}\n\n{summary(results)} in "
-            f"{duration(seconds)}; results: {folder}/benchmark_results.{{{kinds}}}\n")
-    if all(result.status == SKIPPED for result in results):
+    kinds = "json,csv,xml,png" if report.draw_chart(picture, results) else "json,csv,xml"
+    text = (f"\n{report.table(results, shutil.get_terminal_size((120, 24)).columns)}\n\n{report.summary(results)} in "
+            f"{report.duration(seconds)}; results: {folder}/benchmark_results.{{{kinds}}}\n")
+    if all(result.status == report.SKIPPED for result in results):
         text += "nothing was run\n"
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.write(text)
     sys.stdout.flush()
-    # Where there can be no console.log, it has been said.
+    # log.setup has warned if there is no console.log.
     with contextlib.suppress(OSError), open(folder / "console.log", "a", encoding="utf-8") as file:
         file.write(text)
 

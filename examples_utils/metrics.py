@@ -1,14 +1,15 @@
-"""Numbers out of logs: regular expressions with a reduction, derived expressions, compile time, users' functions."""
+"""Metrics from logs: regular expressions with a reduction, derived expressions, compile time, users' functions."""
 from __future__ import annotations
 
 import ast
-import importlib.util
 import logging
 import math
 import operator
 import re
+import runpy
 from datetime import datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Callable, Dict, Iterator, Mapping, Sequence
 
 from examples_utils.spec import Metric
@@ -17,9 +18,10 @@ from utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 Results = Dict[str, Any]  # metric -> {reduction: value or None}
+CustomMetric = Callable[[str, str, int], Any]
 
 # Stages of a compilation as Poplar and PopART log them at level INFO, each line with its time in front.
-_STAMP = r"(\d{4}-\d{2}-\d{2})[T ](\d{2}:\d{2}:\d{2}\.\d{6}).*? "
+_STAMP = r"(\d{4}-\d{2}-\d{2}[T ]\d{2}:\d{2}:\d{2}\.\d{6}).*? "
 _STAGE_BEGINS = re.compile(_STAMP + r"(?:Pop(?:lar|art) version:|Begin Poplar graph construction|Starting compilation"
                                     r"|Poplar graph initialised|Begin compiling Poplar engine)")
 _STAGE_ENDS = re.compile(_STAMP + r"(?:End Poplar graph construction|Starting compilation|End compiling Poplar engine"
@@ -61,33 +63,33 @@ def derive(derived: Sequence[Metric], results: Results, params: Mapping[str, str
 def _fill(results: Results, metrics: Sequence[Metric], value_of: Callable[[Metric], float]) -> list[str]:
     problems = []
     for metric in metrics:
-        value = None
+        results[metric.name] = {metric.reduction: None}
         try:
-            value = value_of(metric)
+            results[metric.name] = {metric.reduction: value_of(metric)}
         except UserError as error:
             problems.append(f"{metric.name}: {error}")
-        results[metric.name] = {metric.reduction: value}
     return problems
+
+
+def _number(value: Any, shown: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise UserError(shown) from None
 
 
 def _reduce(metric: Metric, texts: Sequence[str]) -> float:
     """One value. Raises UserError that says why there is none."""
-    values = []
-    for text in texts:
-        try:
-            values.append(float(text))
-        except ValueError:
-            raise UserError(f"'{text[:40]}' is no number") from None
-    if not all(map(math.isfinite, values)):
-        raise UserError("not finite in the log")
+    values = [_number(text, f"'{text[:40]}' is not a number") for text in texts]
     if not values:
         raise UserError(f"no line matches '{metric.regexp.pattern}'")
+    if not all(map(math.isfinite, values)):
+        raise UserError("not finite in the log")
     if len(values) <= metric.skip:
-        raise UserError(f"{len(values)} matches, which skip: {metric.skip} leaves out")
-    # Of the mean the reference leaves out the worst values, which in a log of steps are those of the warm-up.
+        raise UserError(f"{len(values)} matches, all skipped by skip: {metric.skip}")
+    # The mean ignores the worst values, which in a log of steps are those of the warm-up, as the reference does.
     kept = sorted(values, reverse=metric.name == "latency")[metric.skip:]
-    mean = sum(kept) / len(kept)
-    return {"mean": mean, "final": values[-1], "min": min(values), "value": values[0]}[metric.reduction]
+    return {"mean": fmean(kept), "final": values[-1], "min": min(values), "value": values[0]}[metric.reduction]
 
 
 _OPERATORS: dict[type, Callable[..., Any]] = {
@@ -102,33 +104,29 @@ def evaluate(expression: str, names: Mapping[str, Any]) -> float:
 
     Nothing else is evaluated. All arithmetic is in floating point. Raises UserError.
     """
+    def value(node: Any) -> float:
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            return float(node.value)  # type: ignore[arg-type]
+        if isinstance(node, ast.Name):
+            if node.id not in names:
+                raise UserError(f"no metric or parameter is called '{node.id}'")
+            return _number(names[node.id], f"'{node.id}' is not a number: {names[node.id]}")
+        if type(getattr(node, "op", None)) not in _OPERATORS:
+            raise UserError("only numbers, metrics, parameters, + - * / // % ** and parentheses are allowed")
+        operands = [value(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
+        return float(_OPERATORS[type(node.op)](*operands))
+
     try:
-        value = _value(ast.parse(re.sub(r"\{(\w+)\}", r" \1 ", expression).strip(), mode="eval").body, names)
-    except UserError:
-        raise
-    except (SyntaxError, RecursionError, MemoryError, ValueError):
-        raise UserError(f"'{expression}' is no arithmetic expression") from None
-    except (ArithmeticError, TypeError) as error:  # TypeError: the root of a negative number is complex
+        tree = ast.parse(re.sub(r"\{(\w+)\}", r" \1 ", expression).strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise UserError(f"'{expression}' is not an arithmetic expression") from None
+    try:
+        result = value(tree.body)
+    except (ArithmeticError, TypeError, RecursionError) as error:  # TypeError: roots of negative numbers are complex
         raise UserError(f"'{expression}': {error}") from None
-    if not math.isfinite(value):
+    if not math.isfinite(result):
         raise UserError(f"'{expression}' is not finite")
-    return value
-
-
-def _value(node: Any, names: Mapping[str, Any]) -> float:
-    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
-        return float(node.value)
-    if isinstance(node, ast.Name):
-        if node.id not in names:
-            raise UserError(f"no metric or parameter is called '{node.id}'")
-        try:
-            return float(names[node.id])
-        except (TypeError, ValueError):
-            raise UserError(f"'{node.id}' is no number but {names[node.id]}") from None
-    if not isinstance(node, (ast.BinOp, ast.UnaryOp)) or type(node.op) not in _OPERATORS:
-        raise UserError("only numbers, metrics, parameters, + - * / // % ** and parentheses are allowed")
-    operands = (node.left, node.right) if isinstance(node, ast.BinOp) else (node.operand,)
-    return float(_OPERATORS[type(node.op)](*(_value(operand, names) for operand in operands)))
+    return result
 
 
 def compile_seconds(stdout: Path, stderr: Path) -> float | None:
@@ -136,19 +134,17 @@ def compile_seconds(stdout: Path, stderr: Path) -> float | None:
 
     None when the log tells neither. Poplar logs to stderr.
     """
-    begins, ends = ([datetime.strptime(" ".join(match.groups()), "%Y-%m-%d %H:%M:%S.%f")
-                     for match in map(stage.search, lines(stderr)) if match] for stage in (_STAGE_BEGINS, _STAGE_ENDS))
+    begins, ends = ([datetime.fromisoformat(match[1]) for match in map(stage.search, lines(stderr)) if match]
+                    for stage in (_STAGE_BEGINS, _STAGE_ENDS))
     if begins and ends and max(ends) > min(begins):
         return (max(ends) - min(begins)).total_seconds()
     return max((float(match[1]) for match in map(_COMPILED.search, lines(stdout, stderr)) if match), default=None)
 
 
-# Users' own metrics --------------------------------------------------------------------------------------------------
-
-_registered: dict[str, Callable[[str, str, int], Any]] = {}
+_registered: dict[str, CustomMetric] = {}
 
 
-def register_custom_metric(name: str, function: Callable[[str, str, int], Any]) -> None:
+def register_custom_metric(name: str, function: CustomMetric) -> None:
     """Add a metric: `function(stdout, stderr, exitcode)` gives its value, for instance {"mean": 1.5}.
 
     For the files that --custom-metrics-files names; they import it from `examples_utils`.
@@ -159,23 +155,22 @@ def register_custom_metric(name: str, function: Callable[[str, str, int], Any]) 
 
 
 def load_custom_metrics(files: Sequence[str]) -> None:
-    """Import users' Python files, which register functions. Raises UserError naming the file."""
+    """Run users' Python files, which register functions. Raises UserError naming the file."""
     _registered.clear()
     for path in (Path(text).resolve() for text in files):
-        spec = importlib.util.spec_from_file_location(path.stem, str(path))
-        if not path.is_file() or spec is None or spec.loader is None:
-            raise UserError(f"--custom-metrics-files: {path} is no Python file")
+        if not path.is_file():
+            raise UserError(f"--custom-metrics-files: {path} is not a Python file")
         try:
-            spec.loader.exec_module(importlib.util.module_from_spec(spec))
-        except Exception as error:  # the file is the user's: whatever it raises is for him to see
+            runpy.run_path(str(path))
+        except Exception as error:  # the file is the user's: it may raise anything
             raise UserError(f"--custom-metrics-files: {path}: {type(error).__name__}: {error}") from error
 
 
 def apply_custom_metrics(results: Results, stdout: Path, stderr: Path, exitcode: int) -> None:
     """Call users' functions on the whole output. One that fails is logged, as it says nothing about the benchmark."""
     for name, function in _registered.items():
-        texts = [path.read_text(encoding="utf-8", errors="backslashreplace") for path in (stdout, stderr)]
+        out, err = (path.read_text(encoding="utf-8", errors="backslashreplace") for path in (stdout, stderr))
         try:
-            results[name] = function(texts[0], texts[1], exitcode)
+            results[name] = function(out, err, exitcode)
         except Exception as error:  # the function is the user's
             logger.error("custom metric '%s' failed: %s: %s", name, type(error).__name__, error)

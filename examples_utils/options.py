@@ -9,10 +9,8 @@ from utils.options import Command, Options, choose, option
 
 PROGRAM = "python3 -m examples_utils"
 INSTEAD_OF_UPLOADS = {
-    "s3": "the reference sends them to a bucket of Graphcore; copy the file that latest_checkpoint_path in the results "
-          "names to a bucket of your own",
-    "wandb": "the reference adds them to a run on a server of Graphcore; give train.py --wandb and run with "
-             "--allow-wandb to follow a run on a server of your own",
+    "s3": "copy the file that latest_checkpoint_path in the results names to a bucket of your own",
+    "wandb": "give train.py --wandb and run with --allow-wandb to follow a run on a server of your own",
 }
 
 
@@ -23,9 +21,9 @@ class BenchmarkOptions(Options):
     spec: tuple[str, ...] = option(("./benchmarks.yml",), "YAML files of benchmarks", path=True)
     list: bool = option(False, "list the benchmarks of the spec files and stop")
     benchmark: tuple[str, ...] | None = option(None, "run only these, in this order", none="all")
-    include_convergence: bool = option(False, "run those too whose names end in _conv")
-    timeout: int | None = option(None, "seconds after which a benchmark is ended and has failed", ge=1)
-    stop_on_error: bool = option(False, "do not run the rest after one has failed")
+    include_convergence: bool = option(False, "also run those whose names end in _conv")
+    timeout: int | None = option(None, "seconds after which a benchmark is ended and fails", ge=1)
+    stop_on_error: bool = option(False, "stop after the first one that fails")
     compile_only: bool = option(False, "append --compile-only to the commands; no metrics are read")
     allow_wandb: bool = option(False, "keep the --wandb flags of the commands")
     log_dir: str | None = option(None, "folder for logs and results", none="./log_<date-time>", path=True)
@@ -39,7 +37,7 @@ class BenchmarkOptions(Options):
                                                    path=True)
     requirements_file: str | None = option(None, "pip install this before the benchmarks", path=True)
     profile: bool = option(False, "PopVision profiles of the benchmarks on IPUs")
-    gc_monitor: bool = option(False, "record what gc-monitor of the Poplar SDK says every 5 seconds")
+    gc_monitor: bool = option(False, "record the output of gc-monitor (Poplar SDK) every 5 seconds")
     upload_checkpoints: tuple[str, ...] = option((), "not possible here", choices=("wandb", "s3"))
     no_code_sync: bool = option(False, "no effect: code is never copied to other hosts here")
     remove_dirs_after: bool = option(False, "no effect: nothing is copied to other hosts here")

@@ -29,7 +29,7 @@ from log import RUNNER_MARK
 logger = logging.getLogger(__name__)
 
 TIMED_OUT = 124  # as `timeout` of coreutils
-GRACE = 5.0  # seconds between asking processes to end and ending them
+GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 GC_MONITOR = "gc-monitor"  # a program of the Poplar SDK
 
 
@@ -43,18 +43,18 @@ class Outcome(NamedTuple):
 
 
 def run(words: Sequence[str], cwd: Path, env: Mapping[str, str], stdout: Path, stderr: Path, combined: IO[bytes],  # noqa: PLR0913
-        timeout: float | None = None, period: float = 1.0,
+        timeout: float = math.inf, period: float = 1.0,
         on_progress: Callable[[float, str], None] = lambda seconds, line: None) -> Outcome:
     """Run `words` in `cwd` with exactly `env`.
 
     stdout, stderr: files that get the two streams as they come; combined: an unbuffered file that gets both.
-    timeout: seconds until the command and all its descendants are ended (None: no limit).
+    timeout: seconds until the command and all its descendants are ended.
     on_progress: called every `period` seconds with the seconds elapsed and the newest line of output.
     Whatever happens, also Ctrl-C here, no descendant is left running.
     """
     for path in (stdout, stderr):
         path.write_bytes(b"")
-    mark, tail, begin = uuid.uuid4().hex, bytearray(), time.monotonic()
+    mark, tail, begin, seconds = uuid.uuid4().hex, bytearray(), time.monotonic(), 0.0
     try:
         process = subprocess.Popen(words, cwd=cwd, env={**env, RUNNER_MARK: mark}, stdin=subprocess.DEVNULL,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
@@ -68,16 +68,14 @@ def run(words: Sequence[str], cwd: Path, env: Mapping[str, str], stdout: Path, s
     try:
         for thread in threads:
             thread.start()
-        due, limit = begin + period, begin + (timeout or math.inf)
-        while exitcode is None and time.monotonic() < limit:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                exitcode = process.wait(max(min(due, limit) - time.monotonic(), 0.01))
-            if exitcode is None and time.monotonic() >= due:
-                due = time.monotonic() + period
+        while exitcode is None and seconds < timeout:
+            try:
+                exitcode = process.wait(min(period, timeout - seconds))
+            except subprocess.TimeoutExpired:
                 # Progress bars separate their lines with carriage returns.
-                said = list(filter(str.strip, bytes(tail).decode("utf-8", errors="replace").splitlines()))
-                on_progress(time.monotonic() - begin, said[-1].strip() if said else "")
-        seconds = time.monotonic() - begin
+                said = [line.strip() for line in tail.decode("utf-8", "replace").splitlines() if line.strip()]
+                on_progress(time.monotonic() - begin, said[-1] if said else "")
+            seconds = time.monotonic() - begin
     finally:
         left = end_tree(process, mark)
         for thread in threads:
@@ -86,7 +84,7 @@ def run(words: Sequence[str], cwd: Path, env: Mapping[str, str], stdout: Path, s
         _append(f"\nTimeout ({timeout:g})\n", stderr, combined)
         return Outcome(TIMED_OUT, seconds, f"ended after the time limit of {timeout:g} seconds")
     if left:
-        logger.warning("%d processes that the command had left running were ended", left)
+        logger.warning("processes that the command left running, now ended: %d", left)
     return Outcome(exitcode, seconds, f"ended by signal {-exitcode}" if exitcode < 0 else None)
 
 
@@ -95,13 +93,12 @@ def _copy(pipe: IO[bytes], path: Path, combined: IO[bytes], tail: bytearray) -> 
     with pipe, open(path, "ab", buffering=0) as file:
         targets = [file, combined]
         for data in iter(lambda: os.read(pipe.fileno(), 1 << 16), b""):
-            tail += data
-            del tail[:-4096]
+            tail[:] = (tail + data)[-4096:]
             try:
                 for target in targets:
                     target.write(data)
             except (OSError, ValueError) as error:
-                # A full disk: go on reading, or the command would wait for us for ever.
+                # A full disk: go on reading, or the command would block on a full pipe.
                 logger.error("cannot write %s, the rest of this output is lost: %s", path, error)
                 targets = []
 
@@ -133,25 +130,20 @@ def end_tree(root: subprocess.Popen[bytes], mark: str) -> int:
 
 def _tree(root: subprocess.Popen[bytes], mark: str, known: set[psutil.Process]) -> set[psutil.Process]:
     """Living processes of the session of `root`, those that carry the mark or are known, and their descendants."""
-    parents: dict[psutil.Process, int] = {}
-    found: set[psutil.Process] = set()
-    # Where the root has ended, its number may already be another's.
-    others = {os.getpid()} | ({root.pid} if root.poll() is not None else set())
+    found, alive = set(known), set()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.pid not in others and process.status() != psutil.STATUS_ZOMBIE:
-                parents[process] = process.ppid()
-                if process in known or os.getsid(process.pid) == root.pid or process.environ().get(RUNNER_MARK) == mark:
-                    found.add(process)
-    more = found
-    while more:
-        pids = {process.pid for process in more}
-        more = {process for process, parent in parents.items() if parent in pids} - found
-        found = found | more
-    return found
+            # Where the root has ended, its number may already be another's.
+            if process.status() != psutil.STATUS_ZOMBIE and (process.pid != root.pid or root.poll() is None):
+                alive.add(process)
+                if process in found or os.getsid(process.pid) == root.pid or process.environ().get(RUNNER_MARK) == mark:
+                    found |= {process, *process.children(recursive=True)}
+    return found & alive
 
 
-# What is watched meanwhile -------------------------------------------------------------------------------------------
+def printable(text: str) -> str:
+    """The output of a command without control characters."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 @contextlib.contextmanager
@@ -163,7 +155,7 @@ def progress(name: str, period: float | None = None) -> Iterator[Mapping[str, An
         if bar.disable:
             logger.info("    %s running for %s: %s", name, elapsed, line)
         else:
-            text = "".join(letter if letter.isprintable() else " " for letter in f"    {name} {elapsed}  {line}")
+            text = printable(f"    {name} {elapsed}  {line}")
             bar.set_description_str(text[:shutil.get_terminal_size().columns - 1])
 
     with tqdm(bar_format="{desc}", disable=None, leave=False, file=sys.stderr) as bar:
@@ -178,13 +170,11 @@ def ipu_monitor(path: Path, period: float = 5.0) -> Iterator[None]:
     def watch() -> None:
         try:
             with open(path, "w", encoding="utf-8", buffering=1) as file:
-                while True:
-                    said = subprocess.check_output([GC_MONITOR, "--json"], stderr=subprocess.DEVNULL,
-                                                   stdin=subprocess.DEVNULL, timeout=60)
+                while not end.is_set():
+                    said = subprocess.check_output([GC_MONITOR, "--json"], stderr=subprocess.DEVNULL, timeout=60)
                     stamp = f"{datetime.now():%Y-%m-%d-%H.%M.%S.%f}"
                     file.write(json.dumps({"timestamp": stamp, **json.loads(said)}) + "\n")
-                    if end.wait(period):
-                        return
+                    end.wait(period)
         except (OSError, subprocess.SubprocessError, ValueError, TypeError) as error:
             logger.warning("--gc-monitor stops: %s", error)
 

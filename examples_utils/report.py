@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Mapping, Sequence
 from xml.etree import ElementTree
 
-from examples_utils.command import Command
 from examples_utils.metrics import Results
-from examples_utils.spec import Variant
+from examples_utils.process import printable
+from examples_utils.spec import Command, Variant
 from utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -22,16 +22,16 @@ logger = logging.getLogger(__name__)
 STATUSES = PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 CSV_METRICS = ("throughput", "latency", "total_compiling_time")
 ADDITIONAL_METRICS = ("test_duration", "loss", "result", "cmd", "env", "git_commit_hash")
-# Metrics that the table does not show: its own columns tell the same, or they are no numbers.
+# Metrics that the table does not show: its own columns tell the same, or they are not numbers.
 NOT_IN_TABLE = {"throughput", "total_compiling_time", *ADDITIONAL_METRICS} - {"loss"}
 LOG_SCALE_FROM = 50  # ratio of the chart's largest to its smallest bar above which a linear scale hides the small ones
 
 
 @dataclass
 class VariantResult:
-    """A variant and what became of it. `reason` says why it failed or was skipped; a skipped one has no exit status.
+    """A variant and its outcome. `reason` says why it failed or was skipped; a skipped one has no exit status.
 
-    env: the whole environment of the command; added: what the runner and the entry add to it.
+    env: the whole environment of the command; added: variables that the runner and the entry set.
     """
 
     variant: Variant
@@ -79,73 +79,62 @@ def write_json(path: Path, content: Any) -> None:
         file.write("\n")
 
 
-def save_results(folder: Path, results: Sequence[VariantResult], additional: bool = False,
-                 extra_metrics: Sequence[str] = ()) -> None:
-    """Write benchmark_results.json, .csv and .xml.
-
-    additional: more CSV columns; extra_metrics: CSV columns of the user's choice.
-    """
-    by_benchmark: dict[str, list[dict[str, Any]]] = {}
-    counts, root = Counter(result.status for result in results), ElementTree.Element("testsuites")
-    suite = ElementTree.SubElement(root, "testsuite", name="benchmarks", tests=str(len(results)),
+def save_results(folder: Path, results: Sequence[VariantResult], columns: Sequence[str]) -> None:
+    """Write benchmark_results.json, .csv (with these metrics) and .xml."""
+    records: dict[str, list[dict[str, Any]]] = {}
+    counts, columns = Counter(result.status for result in results), list(dict.fromkeys(columns))
+    suites, rows = ElementTree.Element("testsuites"), [["benchmark name", "Variant name", *columns]]
+    suite = ElementTree.SubElement(suites, "testsuite", name="benchmarks", tests=str(len(results)),
                                    failures=str(counts[FAILED]), skipped=str(counts[SKIPPED]))
-    columns = list(dict.fromkeys([*CSV_METRICS, *(ADDITIONAL_METRICS if additional else ()), *extra_metrics]))
-    rows = [["benchmark name", "Variant name", *columns]]
     for result in results:
         benchmark, name = result.variant.benchmark.name, result.variant.name
-        by_benchmark.setdefault(benchmark, []).append(result.to_dict())
+        records.setdefault(benchmark, []).append(result.to_dict())
         rows.append([benchmark, name, *map(result.value, columns)])
         case = ElementTree.SubElement(suite, "testcase", name=benchmark, classname=name, time=f"{result.seconds:.3f}")
-        if result.status != PASSED:
-            # XML cannot hold control characters, which the output of a command may.
-            reason = "".join(letter if letter.isprintable() else " " for letter in result.reason)
-            ElementTree.SubElement(case, "failure" if result.status == FAILED else "skipped", message=reason)
-    write_json(folder / "benchmark_results.json", by_benchmark)
+        if result.status != PASSED:  # XML cannot hold control characters
+            tag = "failure" if result.status == FAILED else "skipped"
+            ElementTree.SubElement(case, tag, message=printable(result.reason))
+    write_json(folder / "benchmark_results.json", records)
     with atomic_write(folder / "benchmark_results.csv") as file:
         csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(rows)
     with atomic_write(folder / "benchmark_results.xml", "wb") as file:
-        ElementTree.ElementTree(root).write(file, encoding="utf-8", xml_declaration=True)
-
-
-# Table ---------------------------------------------------------------------------------------------------------------
+        ElementTree.ElementTree(suites).write(file, encoding="utf-8", xml_declaration=True)
 
 
 def table(results: Sequence[VariantResult], width: int = 120) -> str:
-    """One line a variant: name, status, throughput, other metrics, time; in place of the figures why there are none.
+    """One line a variant: name, status, time, throughput, other metrics, or the reason why there are none.
 
-    Columns of metrics that do not fit into `width` characters are left out: the files have them all.
+    Columns of metrics that do not fit into `width` characters are skipped: the files have them all.
     """
     metrics = list(dict.fromkeys(name for result in results for name in result.results if name not in NOT_IN_TABLE))
     rows = [["benchmark", "result", "time", "throughput", *metrics]]
     for result in results:
         value, unit = number(result.value("throughput")), result.variant.benchmark.units.get("throughput", "")
-        row = [result.variant.name, result.status, duration(result.seconds) if result.log_folder else "-"]
+        rows.append([result.variant.name, result.status, duration(result.seconds) if result.log_folder else "-"])
         if result.status == PASSED:
-            row += [f"{value} {unit}" if unit and value != "-" else value]
-            row += [number(result.value(metric)) for metric in metrics]
-        rows.append(row)
-    columns = [max(len(row[index]) for row in rows if index < len(row)) for index in range(len(rows[0]))]
-    while len(columns) > 4 and sum(columns) + 2 * (len(columns) - 1) > width:
-        columns.pop()
-    lines = [_row(rows[0], columns), "  ".join("-" * size for size in columns)]
+            rows[-1] += [f"{value} {unit}" if unit and value != "-" else value]
+            rows[-1] += [number(result.value(metric)) for metric in metrics]
+    sizes = [max(len(row[index]) for row in rows if index < len(row)) for index in range(len(rows[0]))]
+    while len(sizes) > 4 and sum(sizes) + 2 * (len(sizes) - 1) > width:
+        sizes.pop()
+
+    def line(cells: Sequence[str]) -> str:
+        """Names to the left, figures to the right."""
+        return "  ".join(f"{cell:{'<' if index < 2 else '>'}{size}}"
+                         for index, (cell, size) in enumerate(zip(cells, sizes)))
+
+    lines = [line(rows[0]), line(["-" * size for size in sizes])]
     for row, result in zip(rows[1:], results):
-        lines += [_row(row, columns)] if result.status == PASSED else _with_reason(
-            _row(row[:3] if result.log_folder else row[:2], columns) + "  ", result.reason, width)
+        if result.status == PASSED:
+            lines.append(line(row))
+            continue
+        begin = line(row if result.log_folder else row[:2]) + "  "
+        if width - len(begin) < 30:  # the reason goes below
+            lines.append(begin.rstrip())
+            begin = "    "
+        lines += textwrap.wrap(result.reason, width, initial_indent=begin, subsequent_indent=" " * len(begin),
+                               break_long_words=False, break_on_hyphens=False) or [begin.rstrip()]
     return "\n".join(lines)
-
-
-def _row(cells: Sequence[str], columns: Sequence[int]) -> str:
-    """Names to the left, figures to the right."""
-    return "  ".join(f"{cell:{'<' if index < 2 else '>'}{columns[index]}}"
-                     for index, cell in enumerate(cells[:len(columns)]))
-
-
-def _with_reason(begin: str, reason: str, width: int) -> list[str]:
-    """Name, status and (of what ran) time, then the reason over the rest of the line, or below where that is narrow."""
-    if width - len(begin) < 30:
-        return [begin.rstrip(), *textwrap.wrap(reason, max(width, 20), initial_indent="    ", subsequent_indent="    ")]
-    return textwrap.wrap(reason, width, initial_indent=begin, subsequent_indent=" " * len(begin),
-                         break_long_words=False, break_on_hyphens=False) or [begin.rstrip()]
 
 
 def number(value: Any) -> str:
@@ -166,21 +155,16 @@ def summary(results: Sequence[VariantResult]) -> str:
     return ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status] or status == PASSED)
 
 
-# Chart ---------------------------------------------------------------------------------------------------------------
-
-
 def draw_chart(path: Path, results: Sequence[VariantResult]) -> Path | None:
     """Draw the throughput of every variant that has one to `path`, a panel for each unit, and return it.
 
     None, with a line in the log, without matplotlib or without any throughput.
     """
-    panels: dict[str, list[tuple[str, float]]] = {}
+    panels: dict[str, dict[str, float]] = {}
     for result in results:
-        value, name = result.value("throughput"), result.variant.name
+        value, unit = result.value("throughput"), result.variant.benchmark.units.get("throughput", "throughput")
         if isinstance(value, (int, float)) and value > 0:
-            # Long names keep their end, where the parameters are.
-            short = name if len(name) <= 56 else name[:16] + "..." + name[-37:]
-            panels.setdefault(result.variant.benchmark.units.get("throughput", "throughput"), []).append((short, value))
+            panels.setdefault(unit, {})[textwrap.fill(result.variant.name, 56)] = value
     if not panels:
         logger.info("no chart: no benchmark gave a throughput")
         return None
@@ -190,23 +174,21 @@ def draw_chart(path: Path, results: Sequence[VariantResult]) -> Path | None:
     except ImportError as error:
         logger.warning("no chart: matplotlib is not installed (%s): pip install -r requirements.txt", error)
         return None
-    sizes = [len(bars) for bars in panels.values()]
-    figure = Figure(figsize=(10, 1.0 + 0.42 * sum(sizes) + 0.9 * len(sizes)), constrained_layout=True)
-    grid = figure.subplots(len(sizes), 1, squeeze=False, gridspec_kw={"height_ratios": [size + 1 for size in sizes]})
+    sizes = [len(bars) + 1 for bars in panels.values()]
+    figure = Figure(figsize=(10, 1.0 + 0.42 * sum(sizes) + 0.48 * len(sizes)), constrained_layout=True)
     figure.suptitle(f"Throughput, {results[0].start:%Y-%m-%d %H:%M}", fontsize=12)
+    grid = figure.subplots(len(sizes), squeeze=False, gridspec_kw={"height_ratios": sizes})
     for axes, (unit, bars) in zip(grid[:, 0], panels.items()):
-        names, values = zip(*bars)
-        drawn = axes.barh(range(len(values)), values, color="#3a6ea5", height=0.6)
-        axes.bar_label(drawn, labels=list(map(number, values)), padding=4, fontsize=9)
-        axes.set_yticks(range(len(values)), labels=names, fontsize=9)
-        axes.set_ylim(len(values) - 0.4, -0.6)  # the first benchmark on top
-        logarithmic = max(values) > LOG_SCALE_FROM * min(values)
-        axes.set_xlim(min(values) / 2 if logarithmic else 0, max(values) * (2.5 if logarithmic else 1.15))
-        if logarithmic:
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter("{x:g}")
+        drawn = axes.barh(list(bars), list(bars.values()), color="#3a6ea5", height=0.6)
+        axes.bar_label(drawn, labels=map(number, bars.values()), padding=4, fontsize=9)
+        axes.invert_yaxis()  # the first benchmark on top
+        low, high = min(bars.values()), max(bars.values())
+        logarithmic = high > LOG_SCALE_FROM * low
+        axes.set_xscale("log" if logarithmic else "linear")
+        axes.set_xlim(low / 2 if logarithmic else 0, high * (2.5 if logarithmic else 1.15))
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(unit + " (logarithmic)" * logarithmic, fontsize=9)
-        axes.tick_params(axis="x", labelsize=8)
+        axes.tick_params(labelsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(str(path), dpi=120, bbox_inches="tight", pad_inches=0.15)
     return path

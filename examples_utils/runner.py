@@ -1,11 +1,10 @@
-"""Run the variants of the selected benchmarks one after the other and collect what became of each."""
+"""Run the variants of the selected benchmarks one after another and collect their results."""
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import subprocess
@@ -15,27 +14,24 @@ from pathlib import Path
 from typing import IO, Mapping, Sequence
 
 from examples_utils import metrics
-from examples_utils.command import build_command, option_value, python_index
 from examples_utils.machine import POPLAR, Machine, hardware, missing
 from examples_utils.options import BenchmarkOptions
 from examples_utils.process import Outcome, ipu_monitor, progress, run
 from examples_utils.report import FAILED, PASSED, SKIPPED, VariantResult, write_json
-from examples_utils.spec import Benchmark, Variant, variants
+from examples_utils.spec import Benchmark, Variant, build_command, option_value, python_index, variants
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT = re.compile(r".+\.(?:pt|pth|h5)")
 ERROR_LINE = re.compile(r"\s*(?:\[[^\]]*\]:?)*\s*(?:error|[\w.]*(?:Error|Exception|Interrupt)):? ", re.ASCII)
 TAIL_LINES = 20
 
 
 def run_benchmarks(benchmarks: Sequence[Benchmark], flags: BenchmarkOptions, logs: Path, env: Mapping[str, str],
                    results: list[VariantResult]) -> None:
-    """Run everything, with what became of it in `results`, one for each variant, which are there after Ctrl-C too.
+    """Run everything. `results` receives one entry per variant, and has all of them after Ctrl-C too.
 
-    flags: of `examples_utils.cli.parse`. logs: a folder that exists.
-    Raises UserError before anything runs when an entry cannot be understood.
+    logs: a folder that exists. Raises UserError before anything runs when an entry is wrong.
     """
     machine = Machine(env)
     results += [_prepare(variant, flags, env, machine) for benchmark in benchmarks for variant in variants(benchmark)]
@@ -55,22 +51,22 @@ def run_benchmarks(benchmarks: Sequence[Benchmark], flags: BenchmarkOptions, log
                     rest.reason = "interrupted before it began"
                 raise
             if result.status == FAILED and flags.stop_on_error:
-                stopped = f"not run, as {name} failed and --stop-on-error was given"
+                stopped = f"skipped because {name} failed and --stop-on-error was given"
 
 
 def _prepare(variant: Variant, flags: BenchmarkOptions, env: Mapping[str, str], machine: Machine) -> VariantResult:
-    """A result without a run, and with a reason where there cannot be one."""
+    """The result of a variant before it runs; with a reason if it cannot."""
     benchmark = variant.benchmark
-    command = build_command(variant, {**env, **benchmark.env}, flags.allow_wandb, flags.compile_only)
-    ipus, _ = hardware(benchmark, command)
+    own = {key: str(value) for key, value in benchmark.env.items()}
+    command = build_command(variant, {**env, **own}, flags.allow_wandb, flags.compile_only)
     added: dict[str, str] = {}
-    if ipus:
+    if hardware(benchmark, command)[0]:
         added.update(POPLAR_LOG_LEVEL=flags.logging, POPART_LOG_LEVEL=flags.logging)
-    if flags.profile and ipus:
-        added["POPLAR_ENGINE_OPTIONS"] = _profile_options(variant, env)
+        if flags.profile:
+            added["POPLAR_ENGINE_OPTIONS"] = _profile_options(variant, env)
     elif flags.profile:
         logger.warning("--profile: %s uses no IPU, there is nothing to profile", variant.name)
-    added.update(benchmark.env)
+    added.update(own)
     env = {**env, **added}
     reason = next(missing(benchmark, command, env, machine, flags.compile_only), "")
     return VariantResult(variant, SKIPPED, command, reason, env=env, added=added)
@@ -116,7 +112,7 @@ def _run(result: VariantResult, flags: BenchmarkOptions, logs: Path, combined: I
 def _install_requirements(result: VariantResult, logs: Path, combined: IO[bytes]) -> Outcome | None:
     """pip install what the entry's requirements_file lists; an Outcome only when that failed."""
     name = result.variant.benchmark.requirements_file
-    if name is None:
+    if not name:
         return None
     logger.info("    installing %s", name)
     files = logs / "requirements_stdout", logs / "requirements_stderr"
@@ -130,29 +126,21 @@ def _install_requirements(result: VariantResult, logs: Path, combined: IO[bytes]
 
 def _execute(result: VariantResult, logs: Path, flags: BenchmarkOptions, combined: IO[bytes]) -> Outcome:
     words, env = _with_this_python(result.command.words, result.env)
-    # Unbuffered, or a command that is ended at its time limit would take what it printed with it.
-    env.setdefault("PYTHONUNBUFFERED", "1")
-    timeout = min(filter(None, (flags.timeout, result.variant.benchmark.timeout)), default=None)
+    limit = result.variant.benchmark.timeout
     with contextlib.ExitStack() as stack:
         if flags.gc_monitor:
             stack.enter_context(ipu_monitor(logs / "ipu-monitor.jsonl"))
         shown = stack.enter_context(progress(result.variant.name, flags.progress_trace_period))
-        return run(words, result.folder, env, logs / "stdout", logs / "stderr", combined, timeout, **shown)
+        return run(words, result.folder, env, logs / "stdout", logs / "stderr", combined,
+                   min(flags.timeout or limit, limit), **shown)
 
 
 def _with_this_python(words: Sequence[str], env: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
-    """Let `python3` mean the Python of this runner: the first one of the PATH may have none of our packages.
-
-    Its folder goes to the front of the PATH; where that holds another python3, the word is replaced.
-    """
-    words, env = list(words), dict(env)
-    folder, index = os.path.dirname(sys.executable), python_index(words)
-    if os.path.realpath(os.path.join(folder, words[index])) == os.path.realpath(sys.executable):
-        paths = env.get("PATH", os.defpath).split(os.pathsep)
-        env["PATH"] = os.pathsep.join([folder, *(path for path in paths if path != folder)])
-    else:
-        words[index] = sys.executable
-    return words, env
+    """Let `python3` mean the Python of this runner, for the command and what it starts: the first one of the PATH may
+    have none of our packages."""
+    # Unbuffered, so that a command that is ended at its time limit loses no output.
+    index, path = python_index(words), os.pathsep.join([os.path.dirname(sys.executable), env.get("PATH", os.defpath)])
+    return [*words[:index], sys.executable, *words[index + 1:]], {"PYTHONUNBUFFERED": "1", **env, "PATH": path}
 
 
 def _collect(result: VariantResult, logs: Path, compile_only: bool) -> None:
@@ -179,12 +167,11 @@ def _commit(folder: Path) -> str:
 def _newest_checkpoint(result: VariantResult) -> Path | None:
     """The newest checkpoint file of this run in --checkpoint-output-dir, or its folder when there is one for each."""
     name = option_value(result.command.words, "--checkpoint-output-dir", "--checkpoint_output_dir")
-    folder = result.folder / (name or "")
-    found = {path.stat().st_mtime: path if path.parent == folder else path.parent
-             for depth in (("*", "*/*") if name else ()) for path in folder.glob(depth)
-             if CHECKPOINT.fullmatch(path.name) and path.is_file()}
-    newest = max(found, default=-math.inf)
-    return found[newest].resolve() if newest >= result.start.timestamp() - 1 else None
+    folder, begin = result.folder / (name or ""), result.start.timestamp() - 1
+    found = [path for depth in ("*", "*/*") if name for path in folder.glob(depth)
+             if path.suffix in (".pt", ".pth", ".h5") and path.is_file() and path.stat().st_mtime >= begin]
+    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+    return newest and (newest if newest.parent == folder else newest.parent).resolve()
 
 
 def _last_words(stderr: Path) -> str:
@@ -212,6 +199,6 @@ def folder_name(variant_name: str) -> str:
     name = re.sub(r"^\.|[^\w.,=+@-]", "_", variant_name)
     if name == variant_name and len(name.encode()) <= 150:
         return name
-    # Different variants must not share a folder after the change.
+    # Variants that differ only in what was replaced must not share a folder.
     digest = hashlib.sha256(variant_name.encode()).hexdigest()[:8]
     return f"{name.encode()[:150].decode(errors='ignore')}-{digest}"

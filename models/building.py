@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from models.config import DalleConfig
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from models.quantization import Int8Linear
 
 
@@ -42,15 +42,15 @@ def build_dalle(
     config: DalleConfig,
     weights: MutableMapping[str, Tensor],
     dtype: str = "float32",
-) -> DALLE:
-    """Return a DALL-E with these weights (names of `DALLE.state_dict()`), which are taken out of the dictionary.
+) -> DalleModel:
+    """Return a DALL-E with these weights (names of `DalleModel.state_dict()`), which are taken out of the dictionary.
 
     Tensors that have the right type already become the parameters themselves; others are converted one by one.
     dtype: "float32", "bfloat16", or "int8" for linear layers (the rest float32). int8 cannot be trained.
     Raises ValueError when names or shapes are not the model's.
     """
     with without_weights():
-        model = DALLE(config)
+        model = DalleModel(config)
     float_type = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     done: set[nn.Module] = set()
     made: dict[int, nn.Parameter] = {}  # a parameter that several modules share is made once

@@ -65,7 +65,7 @@ class LearnedPositions(nn.Module):
         return self.weight
 
 
-class DALLE(nn.Module):
+class DalleModel(nn.Module):
     """Caption and codes in, next-token logits out.
 
     A text position can only predict text and an image position only codes, so each part has its own head; the published
@@ -190,7 +190,7 @@ class TextToImage(nn.Module):
     it is, so it learns to trust the caption more than codes that may be wrong, as its own are when it draws.
     """
 
-    def __init__(self, dalle: DALLE, vqgan: nn.Module | None = None, code_noise: float = 0.0) -> None:
+    def __init__(self, dalle: DalleModel, vqgan: nn.Module | None = None, code_noise: float = 0.0) -> None:
         super().__init__()
         self.dalle = dalle
         self.vqgan: Any = vqgan

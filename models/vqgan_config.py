@@ -31,6 +31,9 @@ _LIMITS = {
     "num_groups": 1 << 14,
     "patch_size": 256,
 }
+#: Keys of `ddconfig` that every file has, and that are fields here.
+NETWORK_KEYS = ("z_channels", "resolution", "in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks",
+                "attn_resolutions")
 _MAX_LEVELS = 16
 _MAX_CHANNELS = 1 << 14
 
@@ -156,16 +159,7 @@ class VqganConfig:
         values: dict[str, Any] = {"variant": variant}
         for name, key in (("num_codes", "n_embed"), ("embed_dim", "embed_dim")):
             values[name] = _required(params, key, where + ".params")
-        for key in (
-            "resolution",
-            "z_channels",
-            "ch",
-            "ch_mult",
-            "num_res_blocks",
-            "attn_resolutions",
-            "in_channels",
-            "out_ch",
-        ):
+        for key in NETWORK_KEYS:
             values[key] = _required(network, key, where + ".params.ddconfig")
         for key in ("dropout", "num_groups", "patch_size"):
             if network.get(key) is not None:
@@ -187,20 +181,10 @@ class VqganConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the taming-transformers document that `from_dict` reads back to an equal configuration."""
         network: dict[str, Any] = {"double_z": False}
-        for key in (
-            "z_channels",
-            "resolution",
-            "in_channels",
-            "out_ch",
-            "ch",
-            "ch_mult",
-            "num_res_blocks",
-            "attn_resolutions",
-            "dropout",
-        ):
+        for key in (*NETWORK_KEYS, "dropout"):
             value = getattr(self, key)
             network[key] = list(value) if isinstance(value, tuple) else value
-        # The keys that only we know are left out where they say what every published model does.
+        # The keys that only we know are skipped where they say what every published model does.
         for key, usual in (("num_groups", 32), ("patch_size", 1)):
             if getattr(self, key) != usual:
                 network[key] = getattr(self, key)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import ops
 from models.config import DalleConfig
-from models.dalle import DALLE, Operands
+from models.dalle import DalleModel, Operands
 from models.positions import Positions, text_positions
 from models.transformer import projection
 from sampling.cache import Cache
@@ -34,13 +34,13 @@ def unknown_option(config: DalleConfig, known: frozenset[str]) -> str | None:
     return None
 
 
-def computed_in(model: DALLE) -> torch.dtype:
+def computed_in(model: DalleModel) -> torch.dtype:
     """The type in which a linear layer computes now, under autocast or not."""
     like = model.text_emb.weight.detach()[:1, :1]
     return F.linear(like, like).dtype
 
 
-def is_small(model: DALLE) -> bool:
+def is_small(model: DalleModel) -> bool:
     """Whether a second copy of the weights is no burden."""
     layers = model.operands(lambda module: module).projections
     weights = [layer.weight for layer in layers if hasattr(layer, "weight")]
@@ -73,7 +73,7 @@ class Decoder:
             hidden = decoder.feed(codes, positions)     # codes (R, n) -> (R, n, D)
     """
 
-    def __init__(self, model: DALLE, prompts: int, images: int, copies: Copies | None = None) -> None:
+    def __init__(self, model: DalleModel, prompts: int, images: int, copies: Copies | None = None) -> None:
         """images: of each of the prompts, which are next to each other in the R = prompts * images rows.
 
         copies: of weights, kept for the decoders of later batches of the same model, whose weights must not change.

@@ -20,7 +20,7 @@ from typing import Callable, Iterator, NamedTuple, Protocol, Sequence
 import torch
 from torch import Tensor
 
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from models.vqgan import VQGAN, image_codes
 from sampling.decoders import Copies
 from sampling.graphs import Graphs
@@ -46,7 +46,7 @@ class Model(Protocol):
     """What samples: a DALL-E and its VQGAN on one device, in eval mode."""
 
     @property
-    def dalle(self) -> DALLE: ...
+    def dalle(self) -> DalleModel: ...
 
     @property
     def vqgan(self) -> VQGAN: ...

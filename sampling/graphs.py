@@ -20,7 +20,7 @@ from typing import Any, Callable, Hashable, NamedTuple
 import torch
 from torch import Tensor
 
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from models.positions import Positions, device_position
 from sampling.decoders import Copies, Decoder, computed_in
 from sampling.loop import Canvas, Request, Sampled, read_request
@@ -72,7 +72,7 @@ class _Shape(NamedTuple):
 class Session:
     """Buffers, cache and recordings for batches of one shape."""
 
-    def __init__(self, model: DALLE, shape: _Shape, capture: Capture, copies: Copies) -> None:
+    def __init__(self, model: DalleModel, shape: _Shape, capture: Capture, copies: Copies) -> None:
         config, device = model.config, model.text_emb.weight.device
         prompts, images, options = shape
         branches, num_codes = 2 if options.guided else 1, config.image_seq_len
@@ -168,7 +168,7 @@ class Graphs:
     sampled without, which the log says once.
     """
 
-    def __init__(self, model: DALLE, capture: Capture | None = None) -> None:
+    def __init__(self, model: DalleModel, capture: Capture | None = None) -> None:
         self.model, self.capture = model, capture
         self.sessions: OrderedDict[_Shape, Session] = OrderedDict()
         self.copies = Copies()
@@ -223,7 +223,7 @@ class Graphs:
         self.copies = Copies()
 
 
-def _weights(model: DALLE) -> Hashable:
+def _weights(model: DalleModel) -> Hashable:
     """What tells the weights from others: where they lie, and how often they were written to."""
     tensors = [*model.parameters(), *model.buffers()]
     return tuple((t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)

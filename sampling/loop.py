@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import ops
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from models.positions import Positions, next_code, text_positions
 from sampling.cache import Cache
 from sampling.decoders import Copies, Decoder
@@ -125,7 +125,7 @@ class Recorded(Protocol):
 
 @torch.no_grad()
 def sample_codes(
-    model: DALLE,
+    model: DalleModel,
     text: Tensor,
     seeds: Sequence[int],
     options: SamplingOptions = DEFAULT_OPTIONS,
@@ -162,7 +162,7 @@ def _say(refused: str) -> None:
     logger.info("decoding by PyTorch: %s", refused)
 
 
-def _sample(model: DALLE, request: Request, copies: Copies | None) -> Sampled:
+def _sample(model: DalleModel, request: Request, copies: Copies | None) -> Sampled:
     """Sample a batch code by code."""
     kept, (batch, num_codes) = request.kept, request.uniform.shape
     decoder, refused = best_decoder(model, len(request.prompts), request.images, copies)
@@ -184,7 +184,9 @@ def _sample(model: DALLE, request: Request, copies: Copies | None) -> Sampled:
 
 
 @torch.no_grad()
-def complete_text(model: DALLE, ids: Sequence[int], seed: int, options: SamplingOptions = DEFAULT_OPTIONS) -> list[int]:
+def complete_text(
+    model: DalleModel, ids: Sequence[int], seed: int, options: SamplingOptions = DEFAULT_OPTIONS
+) -> list[int]:
     """Go on writing a caption after `ids` until the model predicts a pad or T tokens are reached. Returns all ids."""
     options.check()
     config, device = model.config, model.text_emb.weight.device

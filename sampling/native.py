@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models import transformer
-from models.dalle import DALLE, Operands
+from models.dalle import DalleModel, Operands
 from models.patterns import allowed_codes
 from models.positions import Positions
 from models.quantization import Int8Linear
@@ -88,7 +88,7 @@ def _norm(norm: Norm | None) -> _Norm:
     return _Norm(None, None, 0.0) if norm is None else _Norm(at(norm.scale), at(norm.shift), norm.eps)
 
 
-def refusal(model: DALLE, num_rows: int) -> str | None:
+def refusal(model: DalleModel, num_rows: int) -> str | None:
     """Why the native decoder cannot decode so many rows of this model, or None where it can."""
     unknown = unknown_option(model.config, _KNOWN)
     if unknown is not None:
@@ -114,11 +114,11 @@ def refusal(model: DALLE, num_rows: int) -> str | None:
 class NativeDecoder(Decoder):
     """Feeds one code of each row natively; prompts and longer chunks by the model's own forward pass."""
 
-    def __init__(self, model: DALLE, prompts: int, images: int, copies: Copies | None = None) -> None:
+    def __init__(self, model: DalleModel, prompts: int, images: int, copies: Copies | None = None) -> None:
         super().__init__(model, prompts, images, copies)
         config = model.config
         self._kept: list[Any] = []  # what is given to C by its address
-        self._stable = config.stable  # then `DALLE.hidden` does more than a norm
+        self._stable = config.stable  # then `DalleModel.hidden` does more than a norm
         angles = model.transformer.angles
         turned = [None, None] if angles is None else [angles[config.text_len :].cos(), angles[config.text_len :].sin()]
         tables = [x if x is None else self._keep(x.detach()) for x in (self.operands.image_positions, *turned)]
@@ -203,7 +203,7 @@ class NativeDecoder(Decoder):
 
 
 def best_decoder(
-    model: DALLE, prompts: int, images: int, copies: Copies | None = None
+    model: DalleModel, prompts: int, images: int, copies: Copies | None = None
 ) -> tuple[Decoder, str | None]:
     """The fastest decoder that knows this model, and why it is not the native one."""
     refused = refusal(model, prompts * images)

@@ -24,7 +24,7 @@ import data
 import engines
 import train
 from data import DataSettings, Team
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from models.vqgan import VQGAN, VqganConfig
 from utils.errors import UserError
 
@@ -89,7 +89,7 @@ def vqgan_flags(folder):
 def random_dalle(config, seed=3, **options):
     """A DALL-E in which no two weights are equal, not even biases and norms, so that every term matters."""
     torch.manual_seed(seed)
-    model = DALLE(dataclasses.replace(config, **options)).eval()
+    model = DalleModel(dataclasses.replace(config, **options)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return model

@@ -10,7 +10,7 @@ import args
 from data import PairDataset, TextSettings, epoch_order
 from engines.base import parameter_groups
 from models.config import DalleConfig
-from models.dalle import DALLE, TextToImage
+from models.dalle import DalleModel, TextToImage
 from models.vqgan import VQGAN, VqganConfig
 from training.setup import dalle_config
 
@@ -59,7 +59,7 @@ class Pairs(PairDataset):
 def make_model(with_vqgan=False, **changes):
     """The same weights every time, the VQGAN laid out as `load_vqgan` does it."""
     torch.manual_seed(0)
-    dalle = DALLE(DalleConfig(**dict(MODEL, **changes)))
+    dalle = DalleModel(DalleConfig(**dict(MODEL, **changes)))
     torch.manual_seed(1)
     return TextToImage(dalle, VQGAN(VQGAN_CONFIG).to(memory_format=torch.channels_last) if with_vqgan else None)
 

@@ -8,7 +8,7 @@ import torch
 
 import ops
 from models.config import DalleConfig
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from models.positions import Positions, next_code
 from ops import build
 from sampling import SamplingOptions, sample_codes
@@ -59,7 +59,7 @@ def randomised(module, seed=0):
 def random_model(**options):
     """A tiny DALL-E, in double precision, with weights large enough that its likeliest codes vary over the picture."""
     torch.manual_seed(5)
-    model = DALLE(dataclasses.replace(TINY, **options)).double().eval()
+    model = DalleModel(dataclasses.replace(TINY, **options)).double().eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:
             continue  # as they are: random ones make one code the likeliest everywhere

@@ -162,7 +162,7 @@ def test_wrong_values_of_flags(words, expected):
     (["--config", "L61"], "no configuration 'L61'. Did you mean 'L16'?"),
     (["--config", "defaults"], "no configuration 'defaults'"),
     (["--config", ".transformer"], "no configuration '.transformer'"),
-    (["--config-file", "nowhere.yaml"], "--config-file: cannot read nowhere.yaml: No such file"),
+    (["--config-file", "nowhere.yaml"], "--config-file nowhere.yaml cannot be read: No such file"),
 ])
 def test_unknown_names(words, expected):
     assert expected in error_of(words)
@@ -188,7 +188,7 @@ def test_unknown_names(words, expected):
     ("a: {epochs: 1, epochs: 2}", "key 'epochs' is given twice"),
     ("a: {epochs: 1}\na: {epochs: 2}", "line 2: key 'a' is given twice"),
     ("a: [1]", "configuration 'a' must be a mapping"),
-    ("[1]", "expected a mapping of configuration names"),
+    ("[1]", "must be a YAML mapping"),
     ("a: {epochs: 1", "line 1"),
     ("a: !!python/object/apply:os.system ['true']", "my.yaml"),
     ("a: {? [1] : 2}", "my.yaml"),

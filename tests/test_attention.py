@@ -11,7 +11,7 @@ from test_ops import BLOCKS, TINY
 
 import ops
 from models.config import ATTENTION_PATTERNS
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from models.patterns import CONV_KERNEL_SIZE, allowed_codes, build_mask, rotary_angles, window_bias
 from models.transformer import Transformer
 from ops.attention_ops import explicit, rotate, sdpa
@@ -149,7 +149,7 @@ def test_a_layer_sees_exactly_what_its_mask_allows(pattern, implementation):
 @pytest.mark.parametrize("pattern", ATTENTION_PATTERNS)
 def test_the_future_never_changes_the_past(pattern, name):
     config = dataclasses.replace(TINY, attn_types=(pattern,), **BLOCKS[name])
-    model = randomised(DALLE(config)).double()
+    model = randomised(DalleModel(config)).double()
     tokens = torch.tensor([3, 8, 1, 5] + [4, 0, 6, 1, 1, 2, 5, 3, 0])
 
     def rows(tokens):

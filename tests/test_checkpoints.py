@@ -27,7 +27,7 @@ from checkpoints.__main__ import main
 from checkpoints.files import read_safetensors
 from checkpoints.trust import aliases, check_state, empty_weights, model_config
 from models.config import DalleConfig
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from utils.errors import UserError, run_main
 
 TINY = DalleConfig(
@@ -51,7 +51,7 @@ OPTIONS = {
 def random_model(**options):
     """A tiny DALL-E in which no two weights are equal, not even biases and norms."""
     torch.manual_seed(3)
-    model = DALLE(dataclasses.replace(TINY, **options)).eval()
+    model = DalleModel(dataclasses.replace(TINY, **options)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return model
@@ -67,7 +67,7 @@ def logits(model):
 
 def rebuilt(checkpoint):
     """The model that a checkpoint describes, in fp32."""
-    model = DALLE(DalleConfig.from_dict(checkpoint.config)).eval()
+    model = DalleModel(DalleConfig.from_dict(checkpoint.config)).eval()
     model.load_state_dict(checkpoint.weights)
     return model
 

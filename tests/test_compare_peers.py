@@ -13,9 +13,9 @@ from helpers import ROOT, run_script
 
 import ops
 from benchmarks import chart, compare_peers, contestants, limits
-from benchmarks.contestants import GENERATE, OURS, PEER, PLAIN, REPAIRED, TRAIN_CODES, TRAIN_IMAGES, UNRECORDED
+from benchmarks.contestants import GENERATE, OURS, PEER, PLAIN, REPAIRED, TRAIN_CODES, TRAIN_IMAGES, WITHOUT_GRAPHS
 from models.config import DalleConfig
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from utils.errors import UserError
 
 HAS_PEER = importlib.util.find_spec("dalle_pytorch") is not None
@@ -52,17 +52,17 @@ def test_contestants_train_the_same_model(name, task, clean_modules):
     made.train()
     after = [p for p in model.parameters() if p.requires_grad]
     assert any(not torch.equal(a, b) for a, b in zip(before, after))
-    assert contestants.count(made) == sum(p.numel() for p in DALLE(made.shape).parameters())
+    assert contestants.count(made) == sum(p.numel() for p in DalleModel(made.shape).parameters())
 
 
 @pytest.mark.parametrize("name, task", entrants(GENERATE))
-def test_contestants_draw(name, task, clean_modules, monkeypatch):
+def test_contestants_sample(name, task, clean_modules, monkeypatch):
     made = contestant(name, task)
     decoded = []
     inner = made.vqgan.decode
     monkeypatch.setattr(made.vqgan, "decode", lambda codes: decoded.extend(codes) or inner(codes))
     slow = name in compare_peers.WHOLE_SEQUENCE
-    made.draw(1 if slow else 2)
+    made.sample(1 if slow else 2)
     assert len(decoded) == (1 if slow else 2) and all(len(codes) == made.shape.image_seq_len for codes in decoded)
     if slow:
         made.token(3, 2)
@@ -99,18 +99,18 @@ def test_whole_images_are_interpolated_from_a_few_positions():
             return {"token": 1.0 + position, "decode": 0.5}[do]
 
     # 1 + 2 + ... + 9 seconds for nine codes, exactly what a straight line gives.
-    assert compare_peers.draw_seconds(Slow(), 1, 9, exact=False) == pytest.approx(45.5)
+    assert compare_peers.sampling_seconds(Slow(), 1, 9, exact=False) == pytest.approx(45.5)
 
 
 def test_the_work_of_a_step_is_what_pytorch_counts():
     counter = pytest.importorskip("torch.utils.flop_counter").FlopCounterMode(display=False)
     config = DalleConfig(30, 20, 6, 4, 16, 2, 2, 8, attn_types=("full",))
-    model = DALLE(config)
+    model = DalleModel(config)
     with counter, ops.use(attention="explicit"):
         sum(logits.sum() for logits in model(torch.zeros(1, 6, dtype=torch.long), torch.zeros(1, 16).long())).backward()
     work = limits.Work(config)
     length = config.seq_len
-    hidden = length * length - length * (length + 1) // 2  # what the dense product computes and the mask takes away
+    hidden = length * length - length * (length + 1) // 2  # what the dense matmul computes and the mask takes away
     # The first layer's input gradient is not needed for the weights, but the embeddings want it: all is counted.
     assert work.training_flop + 3 * 2 * 2 * 2 * 16 * hidden == counter.get_total_flops()
     tables = (30 + 6 + 20) * 16
@@ -144,30 +144,33 @@ def test_ratios_are_medians_of_turns_and_limits_come_from_the_machine(tmp_path):
     report = report_of(found, options)
     assert report["summary"] == {
         "training on codes, speed over DALLE-pytorch (images)": 3.0,
-        "drawing 1, speed over DALLE-pytorch, cache repaired": 3.0,
+        "sampling 1, speed over DALLE-pytorch (cache repaired)": 3.0,
         "training on codes, peak memory of DALLE-pytorch": 0.6,
-        "training on codes, share of the matrix product's speed": 0.5,
-        "training on codes, share of the fastest matrix product": 0.4,
-        "drawing 1, times the limit that memory bandwidth sets": 2.0,
+        "training on codes, share of the matmul's speed": 0.5,
+        "training on codes, share of the fastest matmul": 0.4,
+        "sampling 1, times the limit that memory bandwidth sets": 2.0,
     }
     text = compare_peers.table(found, report)
     assert "abacus" in text and all(key in text for key in report["summary"])
-    report["growth"] = {axis: [{axis: v, "train": v, "draw": 2 * v} for v in (1, 2)] for axis in ("batch", "grid")}
+    keys = {"batch": "sample", "grid": "draw"}  # the second as older reports have it
+    report["growth"] = {axis: [{axis: v, "train": v, keys[axis]: 2 * v} for v in (1, 2)] for axis in keys}
     chart.draw(report, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 10_000
+    report["results"] = [dict(report["results"][-1], name="DALLE-pytorch, cache repaired")]
+    assert [bar[0] for bar in chart.panels(report)[0][2]] == [REPAIRED]
 
 
 def test_the_gpu_benchmark_finds_its_figures_in_the_table():
     """What benchmarks.yml looks for, in the table of a run on a GPU whose datasheet is known."""
     options = compare_peers.COMMAND.parse(["--device", "cuda", "--precision", "bf16", "--images", "96"])
     found = [measured(OURS, TRAIN_CODES, [1.0])]
-    found += [measured(name, GENERATE, [seconds], images=96) for name, seconds in ((OURS, 1.25), (UNRECORDED, 5.0))]
+    found += [measured(name, GENERATE, [seconds], images=96) for name, seconds in ((OURS, 1.25), (WITHOUT_GRAPHS, 5.0))]
     report = report_of(found, options)
     text = compare_peers.table(found, report)
     metrics = yaml.safe_load((ROOT / "benchmarks.yml").read_text())["dalle_compare_cuda"]["data"]
     values = {name: re.findall(metric["regexp"], text) for name, metric in metrics.items()}
-    assert values == {"matrix_share": ["1.00"], "datasheet_share": ["0.50"], "seconds_96": ["1.25"]}
-    assert report["summary"]["drawing 96, speed over Mini DALL-E, no CUDA graphs"] == 4.0
+    assert values == {"matmul_share": ["1.00"], "datasheet_share": ["0.50"], "seconds_96": ["1.25"]}
+    assert report["summary"]["sampling 96, speed over Mini DALL-E (no CUDA graphs)"] == 4.0
 
 
 @pytest.mark.parametrize("flags, expected", [
@@ -196,6 +199,6 @@ def test_the_whole_comparison(tmp_path):
     done = run_script(*command.split(), "--growth-batches", 1, 2, "--growth-grids", 4, "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "compare_peers.json").read_text())
-    assert report["precision"] == "fp32 (high products)"
+    assert report["precision"] == "fp32 (matmul high)"
     assert len(report["results"]) == 2 + 3 + 2 * 4 and len(report["growth"]["batch"]) == 2
     assert (tmp_path / "compare_peers.png").is_file() and "peak GB" in done.stdout

@@ -11,7 +11,7 @@ from models_for_tests import randomised
 from torch import nn
 
 from models.config import DalleConfig
-from models.dalle import DALLE, TextToImage
+from models.dalle import DalleModel, TextToImage
 from models.transformer import layer_scale_init
 from utils.errors import UserError
 
@@ -25,7 +25,7 @@ CODES = torch.tensor([[4, 0, 6, 1], [1, 2, 5, 3], [0, 0, 6, 6]])
 
 def random_model(**options):
     """A tiny DALL-E in which every parameter matters."""
-    return randomised(DALLE(dataclasses.replace(TINY, **options)), seed=7)
+    return randomised(DalleModel(dataclasses.replace(TINY, **options)), seed=7)
 
 
 # ---- tokens, logits, loss
@@ -103,7 +103,7 @@ def test_loss_of_half_precision_logits_is_taken_in_single():
 
 def test_layer_scale_starts_where_its_paper_says():
     assert [layer_scale_init(layer) for layer in (0, 17, 18, 23, 24, 60)] == [0.1, 0.1, 1e-5, 1e-5, 1e-6, 1e-6]
-    model = DALLE(dataclasses.replace(TINY, depth=19))
+    model = DalleModel(dataclasses.replace(TINY, depth=19))
     scales = [model.transformer.layers[layer].attention.scale.detach() for layer in (17, 18)]
     assert [float(scale.mean()) for scale in scales] == pytest.approx([0.1, 1e-5])
 
@@ -136,7 +136,7 @@ def test_layers_with_one_id_are_one_layer():
 
 def test_normal_initialisation():
     torch.manual_seed(0)
-    model = DALLE(dataclasses.replace(TINY, dim=64, init_std=0.02, image_positions="learned", qkv_bias=True))
+    model = DalleModel(dataclasses.replace(TINY, dim=64, init_std=0.02, image_positions="learned", qkv_bias=True))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             assert not parameter.any(), name

@@ -19,7 +19,7 @@ from data import CodesDataset, GeneratedDataset, ImageTextFolder, TextSettings, 
 from data.datasets import DemoDataset
 from data.folder import PackedStrings, list_pairs
 from data.images import BROKEN_IMAGE_ERRORS, image_to_tensor, load_image, prepare_image, to_rgb
-from data.order import draw, draw_below, draw_unit, epoch_order, split_holdout, splitmix64
+from data.order import epoch_order, random_below, random_bits, random_unit, split_holdout, splitmix64
 from data.process_trainset import process_captions
 from utils.errors import UserError
 
@@ -76,7 +76,7 @@ def test_splitmix64_matches_its_published_sequence():
 @settings(deadline=None, max_examples=30)
 def test_an_epoch_visits_each_sample_once_in_the_order_of_its_hash(count, seed, epoch):
     def signed_hash(index):
-        number = splitmix64(index ^ draw("order", seed, epoch))
+        number = splitmix64(index ^ random_bits("order", seed, epoch))
         return number - 2**64 if number >> 63 else number
 
     order = epoch_order(count, seed, epoch)
@@ -103,9 +103,9 @@ def test_split_holdout_is_disjoint_complete_and_fixed_by_seed():
 
 
 def test_draws_are_even():
-    counts = collections.Counter(draw_below(5, "caption", 42, 0, index) for index in range(5000))
+    counts = collections.Counter(random_below(5, "caption", 42, 0, index) for index in range(5000))
     assert set(counts) == set(range(5)) and min(counts.values()) > 850
-    assert abs(sum(draw_unit("null", 1, 1, index) for index in range(5000)) / 5000 - 0.5) < 0.02
+    assert abs(sum(random_unit("null", 1, 1, index) for index in range(5000)) / 5000 - 0.5) < 0.02
 
 
 # Pairing -------------------------------------------------------------------------------------------------------------

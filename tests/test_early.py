@@ -51,6 +51,8 @@ TRAIN = [
     (f"{PUBLISHED} --validation-folder missing", "--validation-folder missing: no such folder"),
     (f"{PUBLISHED} --validation-folder {{1..3}}.tar", "--validation-folder .*: no such .tar file"),
     ("--pretrained-checkpoint minDALL-E/1.3B --input-folder missing", "--input-folder missing: no such folder"),
+    ("--pretrained-checkpoint minDALL-E/1.3B --batch-size 1000", "; lower --batch-size or"),
+    ("--pretrained-checkpoint minDALL-E/1.3B --wandb", "--wandb needs a package"),
     (f"{PUBLISHED} --image-size 16 --text-seq-len 1 --truncate-captions false", "--text-seq-len"),
     ("--bpe-path missing.txt", "missing.txt"),
     (f"{PUBLISHED} --image-size 16 --input-folder full", "--input-folder full: no pair of image and captions"),

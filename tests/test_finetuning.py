@@ -22,7 +22,7 @@ from bpe.char_train import learn_char_vocabulary
 from dalle.models import Dalle
 from engines.memory import training_memory
 from models.config import ARCHITECTURES, DalleConfig
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from models.vqgan_config import VqganConfig, stage1_config, stage1_options
 from utils.errors import UsageError, UserError
 
@@ -80,8 +80,8 @@ def test_reading_and_writing_the_layout_keeps_every_bit(source, tmp_path):
     assert after["stage2"] == before["stage2"] and after["dataset"] == before["dataset"]
     assert stage1_config(after, "x") == stage1_config(before, "x")
     first, second = Dalle.from_pretrained(source), Dalle.from_pretrained(tmp_path / "out")
-    drawn = [model.draw("the sea", num_candidates=2, seed=3, progress=False) for model in (first, second)]
-    assert torch.equal(drawn[0].codes, drawn[1].codes) and torch.equal(drawn[0].images, drawn[1].images)
+    generated = [model.generate("the sea", num_candidates=2, seed=3, progress=False) for model in (first, second)]
+    assert torch.equal(generated[0].codes, generated[1].codes) and torch.equal(generated[0].images, generated[1].images)
     with pytest.raises(UserError, match="the folder is not empty"):
         dalle.export.main([str(source), str(tmp_path / "out")])
 
@@ -130,8 +130,8 @@ def test_fine_tuning_starts_from_the_folders_weights_vocabulary_and_vqgan(source
     assert checkpoint.identity["tokenizer"]["path"] == str(source / "tokenizer")
     # Drawn from the run's own checkpoint, and from what was exported: the same.
     models = [Dalle.from_pretrained(path) for path in (out / "ckpt/dalle_0.pt", exported)]
-    drawn = [model.draw("a cat", num_candidates=2, seed=3, progress=False).images for model in models]
-    assert torch.equal(*drawn)
+    generated = [model.generate("a cat", num_candidates=2, seed=3, progress=False).images for model in models]
+    assert torch.equal(*generated)
 
 
 @pytest.mark.parametrize("optimizer, rate", [("AdamW", "0.01"), ("Adafactor", "0.1")])
@@ -208,7 +208,7 @@ def test_the_estimate_of_activations_is_what_autograd_keeps(architecture, half):
         **ARCHITECTURES[architecture],
     )
     config = args.parse(["--config", "unit_test", "--batch-size", "4", "--gradient-accumulation", "1"])
-    network = DALLE(dataclasses.replace(model))
+    network = DalleModel(dataclasses.replace(model))
     weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
     kept = {}
 

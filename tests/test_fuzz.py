@@ -32,7 +32,7 @@ from data.images import BROKEN_IMAGE_ERRORS, load_image
 from data.process_trainset import clean_caption, process_captions
 from examples_utils.spec import load_entries, select
 from models.config import DalleConfig
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from models.vqgan import VQGAN
 from models.vqgan_config import VqganConfig
 from utils.errors import UserError
@@ -69,7 +69,7 @@ def vqgan_seeds(folder, **options):
 
 def dalle_seeds(folder, export):
     torch.manual_seed(0)
-    model = DALLE(TINY)
+    model = DalleModel(TINY)
     document = dalle_checkpoint(model.config.to_dict(), model.state_dict(), 1, training={"position": {"epoch": 1}})
     save_checkpoint(folder / "a.pt", document)
     if not export:
@@ -412,7 +412,7 @@ def test_any_options_of_a_stored_model(values):
     from checkpoints.trust import model_config
 
     with contextlib.suppress(UserError):
-        model_config(dict(TINY.to_dict(), **values), DALLE(TINY).state_dict())
+        model_config(dict(TINY.to_dict(), **values), DalleModel(TINY).state_dict())
 
 
 @given(strategies.lists(strategies.text(max_size=200), min_size=1, max_size=4))

@@ -31,7 +31,7 @@ from dalle.models import Dalle
 from dalle.outputs import MAX_NAME_LEN, PromptFolder, folder_name, with_digest
 from data.images import load_image
 from models.config import DalleConfig
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from models.vqgan import VQGAN, VqganConfig
 from sampling import SamplingOptions, decode, image_seed, prime_rows, sample_codes, to_uint8
 from sampling.driver import Share, split
@@ -143,7 +143,7 @@ def test_batches_cover_every_image_once(num_prompts, num_images, batch_size):
 def test_several_captions_in_a_batch_draw_what_each_draws_alone(options, cond_scale, kept):
     torch.manual_seed(1)
     patterns = ("full", "axial_row", "axial_col", "conv_like")
-    model = DALLE(DalleConfig(50, 32, 6, 4, 32, 4, 2, 12, attn_types=patterns, **options)).eval()
+    model = DalleModel(DalleConfig(50, 32, 6, 4, 32, 4, 2, 12, attn_types=patterns, **options)).eval()
     text = torch.randint(0, 50, (3, 6))
     codes = torch.full((16,), -1)
     codes[:kept] = torch.arange(kept)
@@ -169,7 +169,7 @@ def test_the_published_command_works_word_for_word(files, tmp_path, monkeypatch)
     config = dataclasses.replace(files.model.config, num_text_tokens=vocabulary.vocab_size)
     monkeypatch.chdir(tmp_path)
     training = dict(files.identity, tokenizer=vocabulary.identity)
-    files.save(tmp_path / "output/ckpt/dalle_799.pt", training, DALLE(config).state_dict(), config)
+    files.save(tmp_path / "output/ckpt/dalle_799.pt", training, DalleModel(config).state_dict(), config)
     generate.main(shlex.split(command)[2:])
     folder = tmp_path / "output" / "A_plate_of_food_has_potatoes_and_fruit."
     assert len(list(folder.glob("*.jpg"))) == 128
@@ -182,7 +182,7 @@ def test_logits_that_are_not_finite_are_told_of(files, run, caplog):
     broken = files.save("broken.pt", files.identity, weights)
     report = run("a", "--num_images 3 --batch_size 2 --dalle_path", broken)["a"]
     assert [image["log_likelihood"] for image in report["images"]] == [None] * 3  # JSON has no such numbers
-    Dalle(load(broken)).draw("a", num_candidates=3, progress=False)
+    Dalle(load(broken)).generate("a", num_candidates=3, progress=False)
     told = [re.search("not finite for (.*) images", message) for message in caplog.messages]
     assert [match.group(1) for match in told if match] == ["2 of 2", "1 of 1", "3 of 3"]
 
@@ -429,7 +429,7 @@ def test_averaged_weights_draw_and_those_of_half_precision_in_float32_on_any_gri
     path = files.save("ema.pt", dict(files.identity, engine={"ema": averaged}))
     assert torch.equal(load(path).dalle.state_dict()["norm.bias"], averaged["norm.bias"].float())
     config = DalleConfig(files.tokenizer.vocab_size, 24, 10, 6, 24, 1, 2, 12)
-    path = files.save("wide.pt", files.identity, DALLE(config).state_dict(), config)
+    path = files.save("wide.pt", files.identity, DalleModel(config).state_dict(), config)
     run("a", "--num_images 1 --format png --dalle_path", path)
     with Image.open(tmp_path / "out" / "a" / "0.png") as image:
         assert image.size == (24, 24)

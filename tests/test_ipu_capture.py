@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import args
 from engines.ipu.model import IpuStep, adapt, place
 from engines.ipu.plan import pipeline_plan
-from models.dalle import DALLE, TextToImage
+from models.dalle import DalleModel, TextToImage
 from models.vqgan import VQGAN, VqganConfig
 
 
@@ -27,7 +27,7 @@ def test_the_published_model_is_captured_whole():
     """Reading a value on the host (a branch on data, `.item()`) cannot be traced on meta tensors: it would raise."""
     config = args.parse(["--config", "L16"])
     with torch.device("meta"):
-        model = TextToImage(DALLE(published_model(config)), VQGAN(VqganConfig()))
+        model = TextToImage(DalleModel(published_model(config)), VQGAN(VqganConfig()))
         text = torch.empty(config.execution.batch_size, 80, dtype=torch.long)
         images = torch.empty(config.execution.batch_size, 3, 256, 256, dtype=torch.uint8)
     model = adapt(model, True, config.ipu.embedding_serialization_factor, True)
@@ -57,7 +57,7 @@ def test_the_published_model_is_captured_whole():
 def test_options_of_other_checkpoints_are_captured_too(changes, monkeypatch):
     """Rotary positions, shifted tokens, `stable` and the other activations of models trained elsewhere."""
     config = args.Config().replace(num_hidden_layers=1, layers_per_ipu=[1], device="ipu")
-    model = adapt(TextToImage(DALLE(small_model(**{"depth": 1, **changes}))), True, 1, False).to("meta")
+    model = adapt(TextToImage(DalleModel(small_model(**{"depth": 1, **changes}))), True, 1, False).to("meta")
     place(model, pipeline_plan(config, encodes_images=False))
     step = IpuStep(model).train()
     capture = Capture(list(step.named_parameters()), auto_increment=True)

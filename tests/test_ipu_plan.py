@@ -11,7 +11,7 @@ from PIL import Image
 import args
 from engines.ipu import plan, plan_costs, plan_report
 from engines.ipu.plan import Placement
-from models.dalle import DALLE, TextToImage
+from models.dalle import DalleModel, TextToImage
 from models.vqgan import VqganConfig
 from utils.errors import UsageError
 
@@ -39,7 +39,7 @@ def test_parts_lie_where_the_flags_say():
     moved = dict(ipus_of(config.replace(embedding_ipu_id=1, cls_ipu_id=2)))
     assert (moved["vqgan"], moved["dalle.image_emb"], moved["layers.2"], moved["dalle.norm"]) == (0, 1, 2, 2)
     paths = {placement.path for placement in plan.pipeline_plan(config)}
-    for name, _ in DALLE(small_model()).named_parameters():
+    for name, _ in DalleModel(small_model()).named_parameters():
         assert any(("dalle." + name).startswith(path + ".") for path in paths), name
 
 
@@ -97,7 +97,7 @@ def test_memory_adds_up():
     model = small_model()
     config = config_of(ipus_per_replica=2, layers_per_ipu=[1, 2], batch_size=4)
     parts, ipus = costs_of(config, model)
-    trained = sum(p.numel() for p in DALLE(model).parameters())
+    trained = sum(p.numel() for p in DalleModel(model).parameters())
     assert sum(ipu.gradients for ipu in ipus) == 4 * trained
     assert sum(part.trainable for part in parts.values()) == trained
     layer = parts["dalle.transformer.layers.1"].stored_bytes
@@ -113,7 +113,7 @@ def test_memory_adds_up():
         assert size * sum(ipu.weights for ipu in others) == sum(ipu.weights for ipu in ipus)
     shared = small_model(shared_attn_ids=(0,), tie_embeddings=True)  # what is shared counts once
     parts, _ = costs_of(config_of(), shared)
-    assert sum(part.trainable for part in parts.values()) == sum(p.numel() for p in DALLE(shared).parameters())
+    assert sum(part.trainable for part in parts.values()) == sum(p.numel() for p in DalleModel(shared).parameters())
 
 
 def test_the_best_division_is_the_best_of_all():
@@ -143,7 +143,7 @@ def test_divisions_that_do_not_fit_are_not_proposed(monkeypatch):
 
 def test_measuring_changes_nothing():
     with torch.device("meta"):
-        model = TextToImage(DALLE(small_model()))
+        model = TextToImage(DalleModel(small_model()))
     placements = plan.pipeline_plan(config_of(), encodes_images=False)
     assert plan_costs.measure(model, placements, 8) == plan_costs.measure(model, placements, 8)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())

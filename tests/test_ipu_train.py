@@ -14,7 +14,7 @@ import args
 import checkpoints
 import engines
 import train
-from models.dalle import DALLE, DalleConfig
+from models.dalle import DalleConfig, DalleModel
 from utils.errors import UsageError
 
 
@@ -57,7 +57,7 @@ def test_a_run_on_ipus_logs_validates_and_saves_what_one_on_the_cpu_does(trainin
     assert [loss for *_, loss in metrics] == pytest.approx([loss for *_, loss in whole[1]], abs=1e-5)
     ours, theirs = weights_of(tmp_path), weights_of(whole[0])
     assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) < 1e-5
-    model = DALLE(DalleConfig.from_dict(checkpoints.read_dalle(whole[0] / "ckpt/dalle_1.pt").config))
+    model = DalleModel(DalleConfig.from_dict(checkpoints.read_dalle(whole[0] / "ckpt/dalle_1.pt").config))
     model.load_state_dict(theirs)  # under the names that generate.py knows
     assert {value.dtype for value in theirs.values()} == {torch.float32}
 

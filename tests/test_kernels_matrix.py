@@ -9,7 +9,7 @@ import torch
 from helpers import in_threads
 
 from models.config import DalleConfig
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from ops import matmul as matrix
 
 NAN, INF, LARGEST = float("nan"), float("inf"), torch.finfo(torch.float32).max
@@ -179,7 +179,7 @@ def test_pytorch_multiplies_without_a_matrix_unit(library, monkeypatch):
 def tiny(**options):
     torch.manual_seed(0)
     sizes = {"num_text_tokens": 70, "num_image_tokens": 70, "grid": 8, "dim": 64, "attn_types": ("full",)}
-    model = DALLE(DalleConfig(**dict(sizes, **options)))
+    model = DalleModel(DalleConfig(**dict(sizes, **options)))
     text, codes = torch.randint(1, 70, (3, model.config.text_seq_len)), torch.randint(70, (3, 64))
     return model, text, codes
 

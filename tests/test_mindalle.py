@@ -39,7 +39,7 @@ def model(folder):
 
 
 def codes_of(model, prompt="a painting of the sea", **options):
-    return model.draw(prompt, progress=False, **dict({"num_candidates": 3, "seed": 5}, **options)).codes
+    return model.generate(prompt, progress=False, **dict({"num_candidates": 3, "seed": 5}, **options)).codes
 
 
 # The published code's numbers ----------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_guidance_and_temperature_reach_the_sampler(model):
 
 def test_progress_counts_every_code(model):
     seen = []
-    model.draw("a cat", num_candidates=5, batch_size=2, progress=lambda done, total: seen.append((done, total)))
+    model.generate("a cat", num_candidates=5, batch_size=2, progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (80, 80) and seen == sorted(seen) and len(seen) == 48
 
 
@@ -212,10 +212,10 @@ def test_impossible_values_are_named(model, options, message):
 
 
 def test_best_are_the_likeliest(model):
-    drawn = model.draw("a cat", num_candidates=6, seed=1, progress=False)
-    best = drawn.best(2)
-    assert best.log_likelihood.tolist() == sorted(drawn.log_likelihood.tolist(), reverse=True)[:2]
-    assert torch.equal(best.images[0], drawn.images[int(drawn.log_likelihood.argmax())])
+    generated = model.generate("a cat", num_candidates=6, seed=1, progress=False)
+    best = generated.best(2)
+    assert best.log_likelihood.tolist() == sorted(generated.log_likelihood.tolist(), reverse=True)[:2]
+    assert torch.equal(best.images[0], generated.images[int(generated.log_likelihood.argmax())])
 
 
 def test_set_seed_seeds_everything():
@@ -237,9 +237,9 @@ def test_masked_codes_are_drawn_and_all_others_kept(model):
     mask = torch.zeros(4, 4)
     mask[1, 2] = mask[3, 0] = 1
     kept = ~(mask.flatten() > 0)
-    drawn = [codes_of(model, image=picture, mask=mask, top_k=None, seed=seed) for seed in range(3)]
-    assert all(torch.equal(codes[:, kept], own[kept].expand(3, -1)) for codes in drawn)
-    assert len({tuple(row[~kept].tolist()) for codes in drawn for row in codes}) > 1
+    generated = [codes_of(model, image=picture, mask=mask, top_k=None, seed=seed) for seed in range(3)]
+    assert all(torch.equal(codes[:, kept], own[kept].expand(3, -1)) for codes in generated)
+    assert len({tuple(row[~kept].tolist()) for codes in generated for row in codes}) > 1
     assert completion_codes(model.loaded, picture, mask).tolist() == own.masked_fill(~kept, -1).tolist()
 
 

@@ -80,8 +80,8 @@ def test_a_click_draws_what_the_controls_say(gallery, model):
     gallery.button.click()
     assert busy == [True, False] and gallery.picture.layout.display is None
     assert fractions == sorted(fractions) and fractions[-1] == 1.0 and len(fractions) == 16
-    expected = model.draw("red apple", **dict(values, top_k=None), progress=False)
-    assert torch.equal(gallery.drawn.codes, expected.codes)
+    expected = model.generate("red apple", **dict(values, top_k=None), progress=False)
+    assert torch.equal(gallery.generated.codes, expected.codes)
     shown = Image.open(io.BytesIO(gallery.picture.value))
     assert shown.convert("RGB").tobytes() == ranked_sheet(expected.images, rank("red apple", expected)).tobytes()
     assert gallery.status.value == "2 images, ordered by likelihood (nats a code), the best first"
@@ -93,20 +93,20 @@ def test_the_controls_keep_to_what_the_model_takes(gallery, model):
         for limit in {getattr(widget, "min", None), getattr(widget, "max", None)} - {None}:
             settings = dict(gallery.settings(), num_candidates=1, **({} if name == "num_candidates" else {name: limit}))
             settings["top_k"] = settings["top_k"] or None
-            model.draw(**settings, progress=False)
+            model.generate(**settings, progress=False)
 
 
 def test_an_error_is_shown_and_the_button_works_again(gallery, monkeypatch):
-    monkeypatch.setattr(type(gallery.model), "draw", mock.Mock(side_effect=UserError("not enough memory")))
+    monkeypatch.setattr(type(gallery.model), "generate", mock.Mock(side_effect=UserError("not enough memory")))
     gallery.button.click()
     assert gallery.status.value == "error: not enough memory" and not gallery.button.disabled
-    assert gallery.drawn is None
+    assert gallery.generated is None
 
 
 def test_clip_orders_where_it_is_given(gallery, model, monkeypatch):
     monkeypatch.setattr(notebook, "ClipRanker", Reddest)
     ranked = Gallery(model, clip="some/folder", prompt="red apple", num_candidates=3)
-    ranked.draw()
+    ranked.generate()
     assert ranked.ranker.path == "some/folder" and "CLIP" in ranked.status.value
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     with pytest.raises(UserError, match="python -m pip install ipywidgets"):

@@ -9,7 +9,7 @@ from models_for_tests import needs_kernels, randomised
 
 import ops
 from models.config import ATTENTION_PATTERNS, DalleConfig
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from models.patterns import visible
 from models.transformer import Transformer
 from ops import dispatch, elementwise, native_attention, registered
@@ -93,7 +93,7 @@ MIXED = dataclasses.replace(
 def test_a_model_learns_as_in_double_precision(activation, biases):
     torch.manual_seed(3)
     has = dict.fromkeys(("layer_scale", "qkv_bias", "out_bias", "ff_bias"), biases)
-    model = DALLE(dataclasses.replace(MIXED, activation=activation, **has))
+    model = DalleModel(dataclasses.replace(MIXED, activation=activation, **has))
     native, again, exact = learn(model), learn(model), learn(model.double())
     for first, second, expected in zip(native, again, exact):
         assert torch.equal(first, second)
@@ -107,7 +107,7 @@ def test_a_model_learns_as_in_double_precision(activation, biases):
 def test_a_layer_drops_the_same_forward_and_backward(activation, attn_dropout, ff_dropout, monkeypatch):
     torch.manual_seed(0)
     options = {"activation": activation, "attn_dropout": attn_dropout, "ff_dropout": ff_dropout}
-    model = DALLE(dataclasses.replace(MIXED, **options))
+    model = DalleModel(dataclasses.replace(MIXED, **options))
 
     def seeded_dropout(x, probability):
         """Drops what the kernel would drop."""
@@ -194,7 +194,7 @@ def test_attention_of_wrong_shapes_is_refused(shapes, message):
 @needs_kernels
 @pytest.mark.parametrize("how", ["compile", "export"])
 def test_native_attention_stays_in_what_is_compiled_or_exported(how):
-    model = randomised(DALLE(dataclasses.replace(TINY, attn_types=("full", "axial_col"))))
+    model = randomised(DalleModel(dataclasses.replace(TINY, attn_types=("full", "axial_col"))))
     text, codes = batch(TINY)
     seen, expected = [], model(text, codes)[1]
 

@@ -18,7 +18,7 @@ import torch
 from checkpoints import read_dalle
 from checkpoints.formats import from_published
 from models.config import DalleConfig
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from sampling import SamplingOptions, sample_codes
 from sampling.loop import guided
 from utils.errors import UserError
@@ -108,7 +108,7 @@ def through_checkpoint(peer, hparams, folder):
     torch.save(document, folder / "dalle.pt")
     checkpoint = read_dalle(folder / "dalle.pt")
     assert checkpoint.format == "dalle-pytorch" and checkpoint.epoch == 3
-    model = DALLE(DalleConfig.from_dict(checkpoint.config)).double().eval()
+    model = DalleModel(DalleConfig.from_dict(checkpoint.config)).double().eval()
     model.load_state_dict(checkpoint.weights)
     return model
 

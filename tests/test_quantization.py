@@ -13,7 +13,7 @@ from dalle.loading import load
 from dalle.models import Dalle
 from models.building import build_dalle, without_weights
 from models.config import ARCHITECTURES, DalleConfig
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from models.quantization import DTYPES, Int8Linear, quantize_rows
 from models.vqgan_config import VqganConfig
 from ops import build
@@ -36,7 +36,7 @@ CODES = torch.arange(32).view(2, 16) * 7 % 20
 
 def random_model(name, seed):
     torch.manual_seed(seed)
-    return DALLE(DalleConfig.from_dict(dict(SMALL.to_dict(), **OPTIONS[name])))
+    return DalleModel(DalleConfig.from_dict(dict(SMALL.to_dict(), **OPTIONS[name])))
 
 
 def logits(model):
@@ -91,7 +91,7 @@ def test_a_built_model_has_the_weights_and_the_gradients_of_a_loaded_one(name):
 
 
 def test_weights_are_taken_not_copied():
-    state = dict(DALLE(SMALL).state_dict())
+    state = dict(DalleModel(SMALL).state_dict())
     addresses = {key: tensor.data_ptr() for key, tensor in state.items()}
     built = build_dalle(SMALL, state)
     assert not state
@@ -99,7 +99,7 @@ def test_weights_are_taken_not_copied():
 
 
 def test_weights_of_another_model_are_refused():
-    state = dict(DALLE(SMALL).state_dict())
+    state = dict(DalleModel(SMALL).state_dict())
     for weights, message in (
         ({key: tensor for key, tensor in state.items() if key != "norm.bias"}, "norm.bias is missing"),
         (dict(state, more=torch.zeros(1)), "does not have: more"),
@@ -111,7 +111,7 @@ def test_weights_of_another_model_are_refused():
 
 def test_modules_made_without_weights_have_real_buffers_and_later_ones_are_normal():
     with without_weights():
-        model = DALLE(SMALL)
+        model = DalleModel(SMALL)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert not any(buffer.is_meta for buffer in model.buffers())
     assert not nn.Linear(2, 2).weight.is_meta
@@ -135,7 +135,7 @@ def test_fewer_bits_take_less_memory(dtype, share):
     def size(model):
         return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.state_dict().values()])
 
-    model = DALLE(SMALL)
+    model = DalleModel(SMALL)
     assert size(build_dalle(SMALL, dict(model.state_dict()), dtype=dtype)) <= share * size(model)
 
 
@@ -184,7 +184,7 @@ def test_loading_holds_the_weights_once(folder, tmp_path, trained):
     sizes = {"dim": 512, "dim_head": 64, "depth": 6, "heads": 8, "num_text_tokens": CHARACTERS, "num_image_tokens": 24}
     config = DalleConfig.from_dict(dict(SMALL.to_dict(), **sizes))
     with without_weights():
-        model = DALLE(config)
+        model = DalleModel(config)
     state = {name: torch.zeros(tensor.shape) for name, tensor in model.state_dict().items()}
     size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     moments = {name: torch.ones(2, *tensor.shape) for name, tensor in state.items()} if trained else None

@@ -666,7 +666,7 @@ def test_a_vqgan_trains_on_all_images_of_shards(tmp_path, monkeypatch):
     with contextlib.closing(Batches(train_images, 6, seed=1, workers=2)) as batches:
         seen = torch.cat([next(batches) for _ in range(3)])
         assert len({bytes(image.numpy().tobytes()) for image in seen}) == len(seen) >= 17
-        resumed = Batches(train_images, 6, seed=1, drawn=3)
+        resumed = Batches(train_images, 6, seed=1, taken=3)
         assert torch.equal(next(resumed), next(batches))
 
 

@@ -14,7 +14,7 @@ import args
 import engines.native
 from bpe import load_tokenizer
 from docs import make_flags
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from models.vqgan import VQGAN
 from training.schedule import Position, Schedule
 from training.setup import dalle_config, vqgan_config
@@ -105,7 +105,7 @@ def test_every_shipped_configuration_instantiates(name):
     config = args.parse(["--config", name, "--generated-data"])
     tokenizer = tokenizer_of(config.data.bpe_path)
     with torch.device("meta"):
-        dalle = DALLE(dalle_config(config, tokenizer, VQGAN(vqgan_config(config))))
+        dalle = DalleModel(dalle_config(config, tokenizer, VQGAN(vqgan_config(config))))
     parameters = sum(p.numel() for p in dalle.parameters())
     if name.startswith("L16"):
         assert parameters == pytest.approx(93.6e6 if name != "L16_CLIP_vocab" else 136e6, rel=0.02)

@@ -20,7 +20,7 @@ import train
 from engines.base import parameter_groups
 from engines.native import share_batch
 from models.config import DalleConfig
-from models.dalle import DALLE, TextToImage
+from models.dalle import DalleModel, TextToImage
 from models.vqgan import VQGAN
 from models.vqgan_config import VqganConfig
 from utils.errors import UsageError, UserError
@@ -124,7 +124,7 @@ def test_a_global_batch_that_does_not_divide_is_an_error():
 
 
 def test_weight_decay_leaves_vectors_alone():
-    model = DALLE(
+    model = DalleModel(
         DalleConfig(num_text_tokens=8, num_image_tokens=8, text_seq_len=4, grid=2, dim=8, depth=1, heads=1, dim_head=4)
     )
     decayed, kept = parameter_groups(model, 0.1)
@@ -272,7 +272,7 @@ def test_hints_and_lines_for_benchmarks_appear_where_they_mean_something(monkeyp
     )
     with caplog.at_level("INFO"):
         engine = engines.create(args.parse(["--config", "unit_test", "--generated-data", "--device", "cpu"]))
-        engine.prepare(TextToImage(DALLE(model)))
+        engine.prepare(TextToImage(DalleModel(model)))
     assert ("--matmul-precision medium trains faster" in caplog.text) == (units and many == 1)
     assert ("Compiled model in " in caplog.text) == (runner is not None)
 

@@ -443,9 +443,9 @@ def test_batches_go_on_where_they_were(folder):
     source = open_images(str(folder / "images"), 32, 5, 42)[0]
     stream = Batches(source, 6, seed=1)
     expected = [next(stream) for _ in range(8)]  # three batches an epoch
-    rest = Batches(source, 6, seed=1, drawn=4)
+    rest = Batches(source, 6, seed=1, taken=4)
     assert all(torch.equal(next(rest), batch) for batch in expected[4:])
-    assert rest.drawn == stream.drawn == 8
+    assert rest.taken == stream.taken == 8
     assert not torch.equal(expected[0], expected[3])
     with contextlib.closing(Batches(source, 6, seed=1, workers=1)) as read_ahead:
         assert all(torch.equal(next(read_ahead), batch) for batch in expected[:4])

@@ -28,7 +28,7 @@ from dalle.transfer import check_shape, image_only, read_downstream
 from data.classes import class_names, imagenet_folders, list_class_images
 from engines.native import NativeEngine
 from models.config import DalleConfig
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from sampling import SamplingOptions, sample_codes
 from utils.errors import UserError
 from utils.locks import only_writer
@@ -144,7 +144,7 @@ def test_what_is_wrong_in_a_configuration_is_named(tmp_path, changes, message):
 
 
 def test_files_that_are_no_configuration_are_named(tmp_path):
-    for content, message in (("a: [", "is no YAML"), ("5", "expected the tables"), (None, "No such file")):
+    for content, message in (("a: [", "is not valid YAML"), ("5", "must be a YAML mapping"), (None, "No such file")):
         if content is not None:
             (tmp_path / "x.yaml").write_text(content)
         with pytest.raises(UserError, match=message):
@@ -234,7 +234,7 @@ def naive_logits(weights, start, codes, heads):
 @pytest.mark.parametrize("classes, text", [(2, 2), (0, 0)])
 def test_logits_and_loss_are_those_of_an_image_gpt(upstream, classes, text):
     start = image_only(read_dalle(upstream), classes, seed=3)
-    model = DALLE(DalleConfig.from_dict(start.config))
+    model = DalleModel(DalleConfig.from_dict(start.config))
     model.load_state_dict(start.weights)
     stored = torch.load(upstream / "stage2_last.ckpt", weights_only=True)["state_dict"]
     stored["head.weight"] = start.weights["image_head.weight"]
@@ -258,7 +258,7 @@ def test_logits_and_greedy_codes_are_the_published_ones(upstream, classes):
     head, vectors = start_weights(classes)
     start.weights["image_head.weight"] = head
     start.weights["text_emb.weight"][-len(vectors) :] = vectors
-    model = DALLE(DalleConfig.from_dict(start.config)).eval()
+    model = DalleModel(DalleConfig.from_dict(start.config)).eval()
     model.load_state_dict(start.weights)
     labels = torch.arange(classes)[:, None] + 1 if classes else torch.zeros(1, 1, dtype=torch.long)
     codes = (torch.arange(len(labels) * GRID * GRID) * 5 % CODES).view(-1, GRID * GRID)
@@ -312,13 +312,14 @@ def test_a_model_of_classes_draws_what_each_class_looks_like(example, upstream, 
     newest = folder / "ckpt" / "dalle_39.pt"
     assert sorted(path.name for path in newest.parent.glob("*.pt")) == ["dalle_38.pt", "dalle_39.pt"]
     model = Dalle.from_pretrained(newest)
-    drawn = {
-        name: model.draw(name, top_k=None, num_candidates=4, seed=1, progress=False).codes for name in [*CLASSES, "0"]
+    generated = {
+        name: model.generate(name, top_k=None, num_candidates=4, seed=1, progress=False).codes
+        for name in [*CLASSES, "0"]
     }
-    assert torch.equal(drawn["0"], drawn[CLASSES[0]])
+    assert torch.equal(generated["0"], generated[CLASSES[0]])
     for name in CLASSES:
         own, other = (real_codes(model, imagenet / "train" / kind) for kind in (name, *(set(CLASSES) - {name})))
-        assert agreement(drawn[name], own) > 0.8 and agreement(drawn[name], other) < 0.5
+        assert agreement(generated[name], own) > 0.8 and agreement(generated[name], other) < 0.5
     generate.main(
         [
             "--dalle_path", str(newest), "--text", CLASSES[1], "--num_images", "2", "--device", "cpu", "--outputs_dir",
@@ -327,7 +328,7 @@ def test_a_model_of_classes_draws_what_each_class_looks_like(example, upstream, 
     )
     assert (tmp_path / "out" / "light_wood" / "1.jpg").is_file()
     with pytest.raises(UserError, match="'cat' is no class of this model"):
-        model.draw("cat", num_candidates=1)
+        model.generate("cat", num_candidates=1)
 
 
 def real_codes(model, folder):
@@ -337,9 +338,9 @@ def real_codes(model, folder):
     return model.stage1.encode(torch.stack([image_to_tensor(prepare_image(i, 16)) for i in images]).float() / 255)
 
 
-def agreement(drawn, real):
-    """Share of the codes of each drawn image that its nearest real image has, at the worst."""
-    return float((drawn[:, None] == real[None]).float().mean(-1).max(1).values.min())
+def agreement(generated, real):
+    """Share of the codes of each generated image that its nearest real image has, at the worst."""
+    return float((generated[:, None] == real[None]).float().mean(-1).max(1).values.min())
 
 
 def test_a_model_without_classes_learns_all_of_them(example, upstream, imagenet, tmp_path):
@@ -347,9 +348,9 @@ def test_a_model_without_classes_learns_all_of_them(example, upstream, imagenet,
     folder = run(example, upstream, imagenet / "train", config, tmp_path / "result", "--seed", "3")
     assert losses(folder)[-1] < 0.6
     model = Dalle.from_pretrained(folder / "ckpt" / "dalle_39.pt")
-    drawn = model.draw("anything", top_k=None, num_candidates=12, seed=1, progress=False).codes
+    generated = model.generate("anything", top_k=None, num_candidates=12, seed=1, progress=False).codes
     both = torch.cat([real_codes(model, imagenet / "train" / name) for name in CLASSES])
-    near = (drawn[:, None] == both[None]).float().mean(-1).max(1)
+    near = (generated[:, None] == both[None]).float().mean(-1).max(1)
     assert near.values.mean() > 0.7 and {int(i) // 4 for i in near.indices} == {0, 1}
 
 

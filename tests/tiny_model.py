@@ -9,7 +9,7 @@ from helpers import letters_vocabulary
 from bpe import load_tokenizer
 from checkpoints import dalle_checkpoint, save_checkpoint
 from models.config import DalleConfig
-from models.dalle import DALLE
+from models.dalle import DalleModel
 from models.vqgan import VQGAN, VqganConfig
 from utils.files import sha256_file
 
@@ -30,7 +30,7 @@ class TinyModel:
         torch.nn.init.normal_(vqgan.quantize.embedding.weight)
         VQGAN_CONFIG.to_yaml(self.vqgan_config)
         torch.save({"state_dict": vqgan.state_dict()}, self.vqgan_model)
-        self.model = DALLE(
+        self.model = DalleModel(
             DalleConfig(self.tokenizer.vocab_size, 24, 10, 4, 24, 2, 2, 12, attn_types=("full", "axial_row"))
         )
         for name, parameter in self.model.named_parameters():  # a new model is nearly indifferent: give it opinions

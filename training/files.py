@@ -14,7 +14,7 @@ import data
 from args import Config
 from engines import Engine
 from utils.errors import UserError
-from utils.files import PathLike
+from utils.files import PathLike, writing
 from utils.locks import only_writer
 
 logger = logging.getLogger(__name__)
@@ -26,15 +26,6 @@ def folders_locked(config: Config, engine: Engine) -> ContextManager[None]:
     if folder:
         own.insert(0, ("--checkpoint-output-dir", Path(folder)))
     return only_writer(*(own if engine.is_main else []))
-
-
-@contextlib.contextmanager
-def writing(flag: str, path: Path) -> Iterator[None]:
-    """Within the context an error of writing is one line that begins with `flag` and the path."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{flag} {path}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import checkpoints
 import log
 from args import Config
 from checkpoints.vqgan import load_vqgan
+from dalle import published
 from dalle.export import check_empty, export_mindalle, export_options
 from engines import Engine
 from models.config import DalleConfig
@@ -28,6 +29,7 @@ from utils.bad_steps import BadSteps
 from utils.errors import UserError
 from utils.files import make_folder
 from utils.interrupts import Interruption
+from utils.resume import Changes
 
 logger = logging.getLogger(__name__)
 
@@ -60,35 +62,49 @@ class Run(Loop):
         torch.manual_seed(config.execution.random_seed)
         options = config.checkpoints
         self.engine, self.interruption, self.steps_per_call = engine, interruption, engine.steps_per_call
-        self.folder = Path(options.checkpoint_output_dir)
+        self.folder, self.config = Path(options.checkpoint_output_dir), config
+        self.position = Position()
+        self.given_anew: Changes = {}
+        self.resumed: Start | None = None
         if engine.is_main and options.checkpoint_output_dir:
             make_folder("--checkpoint-output-dir", self.folder)
         check_folders(config)
         going_on = options.resume and checkpoints.list_checkpoints(self.folder)  # it may have written its export
         if engine.is_main and options.export_mindalle and not going_on:
             check_empty(options.export_mindalle, "--export-mindalle")
-        start = start or resume.find_start(config, self.folder)
-        self.resumed = start if options.resume else None
-        self.position, self.given_anew = Position(), {}
-        if self.resumed is not None:
-            self.position = resume.saved_position(self.resumed, config)
-            self.given_anew = resume.changed_options(self.resumed, config)
+        metrics = None
+        with contextlib.ExitStack() as undo:
+            if start is None and published.is_missing(options.pretrained_checkpoint):  # gigabytes: check what we can
+                self.make_schedule(build_parts(config.replace(truncate_captions=True), engine))  # any vocabulary
+                metrics = undo.enter_context(contextlib.closing(self.open_metrics()))
+            start = start or resume.find_start(config, self.folder)
+            wanted = self.plan(start, parts)
+            self.metrics = metrics or undo.enter_context(contextlib.closing(self.open_metrics()))
+            self.prepare(start, wanted)
+            undo.pop_all()
+
+    def plan(self, start: Start | None, parts: Parts | None) -> DalleConfig:
+        """Decide what the run is made of, and return its model's configuration. Raises UserError."""
+        config, engine = self.config, self.engine
+        if start is not None and config.checkpoints.resume:
+            self.resumed = start
+            self.position = resume.saved_position(start, config)
+            self.given_anew = resume.changed_options(start, config)
         self.config = config if parts else resume.with_parts_of(start, config)
         self.parts = parts or build_parts(self.config, engine)
         wanted = model_config(self.config, self.parts, start)
-        if options.export_mindalle:
+        if config.checkpoints.export_mindalle:
             export_options(wanted, self.parts.vqgan.config, self.parts.tokenizer)
-        plan = engine.memory_plan(wanted)
-        if plan:
-            logger.info(plan)
-        self.schedule = Schedule(self.config, len(self.parts.train_set), engine.steps_per_call)
-        engine.steps_per_epoch(self.schedule.num_samples)  # raises UserError where there is none
-        self.metrics = self.open_metrics()
-        try:
-            self.prepare(start, wanted)
-        except BaseException:
-            self.metrics.close()
-            raise
+        memory = engine.memory_plan(wanted)
+        if memory:
+            logger.info(memory)
+        self.make_schedule(self.parts)
+        return wanted
+
+    def make_schedule(self, parts: Parts) -> None:
+        """Count the steps of an epoch. Raises UserError where there is none."""
+        self.schedule = Schedule(self.config, len(parts.train_set), self.engine.steps_per_call)
+        self.engine.steps_per_epoch(self.schedule.num_samples)
 
     def open_metrics(self) -> log.Metrics:
         """Open what metrics are written to. Raises UserError where TensorBoard or wandb cannot be had."""

@@ -21,7 +21,7 @@ from checkpoints.vqgan import PUBLISHED, default_vqgan, load_vqgan
 from engines import Engine
 from models.building import build_dalle
 from models.config import ARCHITECTURES, DalleConfig
-from models.dalle import DALLE, TextToImage
+from models.dalle import DalleModel, TextToImage
 from models.vqgan import VQGAN, VqganConfig
 from training.schedule import Position
 from utils import resume
@@ -241,7 +241,7 @@ def model_config(config: Config, parts: Parts, start: Start | None) -> DalleConf
 def build_model(config: Config, parts: Parts, start: Start | None, wanted: DalleConfig) -> TextToImage:
     """A new model, or the one of a checkpoint, whose weights it takes over."""
     if start is None:
-        dalle = DALLE(wanted)
+        dalle = DalleModel(wanted)
     else:
         averaged = None if config.checkpoints.resume else start.checkpoint.ema  # the better ones to start anew from
         weights = start.checkpoint.weights if averaged is None else averaged

@@ -24,7 +24,7 @@ from data.uncaptioned import Batches, ImageSource, open_images
 from engines.native import pick_device
 from models.vqgan import VQGAN
 from models.vqgan_metrics import Reconstructions, code_use, psnr, reconstruct, retrieval
-from training.files import move_aside, not_finite, reading, writing
+from training.files import move_aside, not_finite, reading
 from training.loop import Loop
 from training.schedule import Position
 from training.vqgan_options import AT_RESUME, VqganOptions, choose_config
@@ -32,7 +32,7 @@ from training.vqgan_trainer import Trainer
 from utils import resume
 from utils.bad_steps import BadSteps
 from utils.errors import UsageError, UserError
-from utils.files import atomic_write, make_folder
+from utils.files import atomic_write, make_folder, writing
 from utils.interrupts import Interruption
 from utils.options import flag_name
 from utils.resume import APPLIES, FIXED
@@ -99,9 +99,9 @@ class Run(Loop):
 
     def begin(self, state: dict[str, Any] | None) -> None:
         """Start from the beginning, or resume a state. `position.seconds` leaves evaluation and saving out."""
-        args, drawn = self.args, int(state["drawn"]) if state else 0
+        args, taken = self.args, int(state["drawn"]) if state else 0
         self.position = Position(seconds=float(state["seconds"]) if state else 0.0)
-        self.batches = Batches(self.images, args.batch_size, args.random_seed, drawn, args.dataloader_workers)
+        self.batches = Batches(self.images, args.batch_size, args.random_seed, taken, args.dataloader_workers)
         if state:
             self.trainer.load_state_dict(state["trainer"])
             self.position.step = self.trainer.step_number
@@ -204,7 +204,7 @@ class Run(Loop):
             "config": model.config.to_dict(),
             "start": model.identity,
             "num_images": len(self.images),
-            "drawn": self.batches.drawn,
+            "drawn": self.batches.taken,
             "seconds": self.position.seconds,
             "trainer": self.trainer.state_dict(),
         }

@@ -39,6 +39,8 @@ def run_main(main: Callable[[], int | None]) -> None:
     from utils import start  # here: who imports the library keeps his own hook for errors
 
     start.done()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold what a terminal's encoding cannot
     try:
         status = main()
     except UserError as error:

@@ -84,6 +84,15 @@ def check_writable(flag: str, file: PathLike) -> None:
     make_folder(flag, Path(file).parent, file)
 
 
+@contextlib.contextmanager
+def writing(what: str, path: PathLike) -> Iterator[None]:
+    """Within the context an error of writing is a UserError that begins with `what` (the flag) and the path."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} {path}: {error.strerror or error}") from error
+
+
 def open_regular(path: PathLike, more_flags: int = 0) -> IO[bytes]:
     """Open a plain file for reading bytes. Raises OSError, also for pipes and devices.
 

@@ -96,15 +96,18 @@ def parse_yaml(content: bytes, where: str, unique_keys: bool = False) -> Any:
         raise UserError(f"{where}: a value that is none of its kind ({str(error)[:100]})") from error
 
 
-def read_yaml(path: PathLike, what: str = "") -> dict[str, Any]:
-    """Return the mapping in a YAML file. Raises UserError, one line that starts with `what` and the file's name."""
+def read_yaml(path: PathLike, what: str = "", unique_keys: bool = False) -> dict[str, Any]:
+    """Return the mapping in a YAML file. Raises UserError, one line that starts with `what` and the file's name.
+
+    what: the flag that names the file, or what it is. unique_keys: of `parse_yaml`.
+    """
     where = f"{what} {path}".strip()
     try:
         with open_regular(path) as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise UserError(f"{where} cannot be read: {error.strerror or error}") from error
-    document = parse_yaml(content, f"{where} is not valid YAML")
+    document = parse_yaml(content, f"{where} is not valid YAML", unique_keys)
     if not isinstance(document, dict):
-        raise UserError(f"{where} holds no mapping of options")
+        raise UserError(f"{where} must be a YAML mapping")
     return document

@@ -15,7 +15,7 @@ from engines.ipu import plan, plan_costs
 from engines.ipu.plan import LAYER, Placement
 from engines.ipu.plan_costs import IPU_MEMORY, IpuCost, PartCost
 from models.config import DalleConfig
-from models.dalle import DALLE, TextToImage
+from models.dalle import DalleModel, TextToImage
 from models.vqgan import VQGAN
 from models.vqgan_config import VqganConfig
 
@@ -67,7 +67,7 @@ def measured(config: Config, model: DalleConfig, vqgan: VqganConfig) -> list[Par
     encodes_images = not config.data.keeps_codes
     with torch.device("meta"):
         encoder = VQGAN(vqgan)
-        built = TextToImage(DALLE(model), encoder if encodes_images else None)
+        built = TextToImage(DalleModel(model), encoder if encodes_images else None)
     del encoder.decoder, encoder.post_quant_conv  # training only encodes
     if plan.uses_half(config):
         for parameter in built.parameters():
