@@ -4,7 +4,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import sys
 
 import pytest
 import torch
@@ -26,16 +25,6 @@ def contestant(name, task):
     made = contestants.KINDS[name](contestants.COMMAND.parse([name, task, "--config", "demo"]))
     made.prepare(task)
     return made
-
-
-@pytest.fixture
-def clean_modules():
-    """Forget the peer and what stands in for its imports."""
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if name.split(".")[0] in {"dalle_pytorch", *(stub.split(".")[0] for stub in contestants.STUBS)}:
-            del sys.modules[name]
 
 
 def entrants(*tasks):

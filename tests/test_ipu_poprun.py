@@ -1,13 +1,11 @@
 """Two real processes, as poprun starts them, train what one process trains: batches, weights, metrics, files, resume.
 
 PopTorch, popdist and horovod are stand-ins; what passes between the processes, goes through torch.distributed.
-
-    python tests/test_ipu_poprun.py INDEX COUNT STORE FLAG...      one of the processes; the tests start them
 """
 from __future__ import annotations
 
+import json
 import os
-import subprocess
 import sys
 import types
 
@@ -16,7 +14,7 @@ import poptorch_stand_in_device as device
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT, read_metrics, weights_of
+from helpers import read_metrics, weights_of
 from ipu_helpers import install_poprun
 from test_ipu_train import flags, run
 
@@ -76,33 +74,25 @@ def install(monkeypatch, index, count, store):
     monkeypatch.setattr(device.Executor, "__call__", own_random_call)
 
 
-def worker(index, count, store, words):
-    """Do what main() of train.py does."""
+def main():
+    """Be one of the processes: what main() of train.py does."""
+    index, commands = int(os.environ["RANK"]), json.loads(sys.argv[2])
     with pytest.MonkeyPatch.context() as monkeypatch:
-        install(monkeypatch, index, count, store)
+        install(monkeypatch, index, len(commands), store=sys.argv[1])
         monkeypatch.setattr(log, "plot_losses", lambda *_: False)
-        engine = engines.create(args.parse(words))
-        try:
-            log.setup(engine.config.log_dir, engine.is_main)
-            train.train(engine.config, engine)
-        finally:
-            engine.close()
+        engine = engines.create(args.parse(commands[index]))
+        log.setup(engine.config.log_dir, engine.is_main)
+        train.train(engine.config, engine)
+        engine.close()
 
 
-def poprun(store, *commands):
+def poprun(server, store, *commands):
     """Run one process for each command line, together."""
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]), OMP_NUM_THREADS="1")
-    start, pipes = [sys.executable, __file__], {"stderr": subprocess.PIPE, "text": True}
-    processes = [
-        subprocess.Popen([*start, str(index), str(len(commands)), str(store), *words], env=environment, **pipes)
-        for index, words in enumerate(commands)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(commands), "\n".join(errors)
+    server.together([str(store), json.dumps(commands)], store.parent, len(commands), script="test_ipu_poprun")
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_trains(tmp_path, training_folder, monkeypatch):
+def test_two_processes_train_what_one_trains(server, tmp_path, training_folder, monkeypatch):
     poptorch_stand_in.install(monkeypatch)
     one, both, nothing = (tmp_path / name for name in ("one", "both", "nothing"))
     layout = "--ipus-per-replica 2 --layers-per-ipu 0 3 --gradient-accumulation 5 --replication-factor 2".split()
@@ -110,7 +100,7 @@ def test_two_processes_train_what_one_trains(tmp_path, training_folder, monkeypa
     # The second process would have another order, other captions, other pairs held out and other first weights.
     layout += ["--cache-codes", str(tmp_path / "codes")]  # each process encodes its share of the images
     first, second = flags(training_folder, both, *layout), flags(training_folder, nothing, *layout, "--random-seed", 7)
-    poprun(tmp_path / "store1", *([*words, "--max-steps", "3"] for words in (first, second)))
+    poprun(server, tmp_path / "store1", *([*words, "--max-steps", "3"] for words in (first, second)))
     assert not [path for pattern in ("*.pt", "*.jsonl", "*.log") for path in nothing.rglob(pattern)]
 
     def random_states():
@@ -119,7 +109,7 @@ def test_two_processes_train_what_one_trains(tmp_path, training_folder, monkeypa
 
     states = random_states()
     assert states.shape[0] == 2 and states[0, 0] == states[1, 0] == 42 and states[0, 1] != states[1, 1]
-    poprun(tmp_path / "store2", [*first, "--resume"], [*first, "--resume"])  # both see the same files
+    poprun(server, tmp_path / "store2", [*first, "--resume"], [*first, "--resume"])  # both see the same files
     found = {(line["event"], line["step"]): line for line in read_metrics(both)}
     for line in read_metrics(one):
         for name in ("loss", "text_loss", "image_loss"):
@@ -128,7 +118,3 @@ def test_two_processes_train_what_one_trains(tmp_path, training_folder, monkeypa
     assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) < 1e-5
     grown = random_states()
     assert grown[0, 1] > states[0, 1] and grown[1, 1] - grown[0, 1] > states[1, 1] - states[0, 1]
-
-
-if __name__ == "__main__":
-    worker(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])

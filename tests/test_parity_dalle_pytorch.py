@@ -6,15 +6,13 @@ it only imports (VQGANs, downloads) is replaced by empty modules while these tes
 """
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import sys
-import types
 from importlib import metadata
 
 import pytest
 import torch
 
+from benchmarks.contestants import import_peer
 from checkpoints import read_dalle
 from checkpoints.formats import from_published
 from models.config import DalleConfig
@@ -23,12 +21,6 @@ from sampling import SamplingOptions, sample_codes
 from sampling.loop import guided
 from utils.errors import UserError
 
-PACKAGES = ("dalle_pytorch", "einops", "axial_positional_embedding", "rotary_embedding_torch")
-#: Modules the peer imports but does not need here, with the names it takes from them.
-STUBS = {
-    "requests": (), "omegaconf": ("OmegaConf",), "taming": (), "taming.models": (),
-    "taming.models.vqgan": ("VQModel", "GumbelVQ"), "pkg_resources": ("get_distribution",),
-}
 VOCABULARY, TEXT_LEN, CODES = 19, 5, 11
 
 #: What the peer's trainer stores in `hparams`, at its defaults.
@@ -59,26 +51,12 @@ OPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def peer_package():
-    """The peer's package. Whatever was imported for it is forgotten afterwards."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        pytest.skip("test requirement not installed: " + ", ".join(missing))
+def peer_package(clean_modules):
+    if importlib.util.find_spec("dalle_pytorch") is None:
+        pytest.skip("dalle-pytorch, a test requirement, is not installed")
     if metadata.version("dalle-pytorch") != "1.6.6":
         pytest.skip("dalle-pytorch is {}, not 1.6.6".format(metadata.version("dalle-pytorch")))
-    before = dict(sys.modules)
-    for name, attributes in STUBS.items():
-        module = types.ModuleType(name)
-        for attribute in attributes:
-            setattr(module, attribute, type(attribute, (), {}))
-        sys.modules[name] = module
-    try:
-        yield importlib.import_module("dalle_pytorch")
-    finally:
-        for name in list(sys.modules):
-            if name.split(".")[0] in set(PACKAGES) | {stub.split(".")[0] for stub in STUBS}:
-                del sys.modules[name]
-        sys.modules.update({name: module for name, module in before.items() if name not in sys.modules})
+    return import_peer()
 
 
 def build(package, grid=4, depth=2, **options):
