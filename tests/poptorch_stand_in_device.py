@@ -83,9 +83,6 @@ def _tensors(values):
             yield from _tensors(value)
 
 
-# Optimizers ----------------------------------------------------------------------------------------------------------
-
-
 class VariableAttributes:
     def __init__(self, variable, allowed):
         self.variable, self.allowed = set(variable), set(allowed)
@@ -138,9 +135,6 @@ class AdamW(_Optimizer, torch.optim.AdamW):
     def __init__(self, params, bias_correction=True, **options):
         assert bias_correction is True, "the stand-in's arithmetic is PyTorch's, which always corrects"
         super().__init__(params, **options)
-
-
-# Programs ------------------------------------------------------------------------------------------------------------
 
 
 class WrappedParameter(torch.nn.Parameter):

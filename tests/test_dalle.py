@@ -28,9 +28,6 @@ def random_model(**options):
     return randomised(DalleModel(dataclasses.replace(TINY, **options)), seed=7)
 
 
-# ---- tokens, logits, loss
-
-
 def test_each_pad_has_its_positions_id_and_bos_comes_first():
     assert (TINY.text_len, TINY.image_seq_len, TINY.seq_len, TINY.text_table_size) == (5, 4, 8, 13)
     assert random_model().text_part(TEXT).tolist() == [[0, 3, 8, 11, 12], [0, 1, 5, 7, 2], [0, 9, 10, 11, 12]]
@@ -96,9 +93,6 @@ def test_loss_of_half_precision_logits_is_taken_in_single():
     exact = model.loss(text_logits.bfloat16().float(), image_logits.bfloat16().float(), TEXT, CODES)
     losses = model.loss(text_logits.bfloat16(), image_logits.bfloat16(), TEXT, CODES)
     assert losses.total.dtype == torch.float32 and torch.equal(losses.total, exact.total)
-
-
-# ---- options
 
 
 def test_layer_scale_starts_where_its_paper_says():
@@ -172,9 +166,6 @@ def test_impossible_configurations_are_named(values, message):
     with pytest.raises(UserError) as caught:
         DalleConfig.from_dict({key: value for key, value in {**TINY.to_dict(), **values}.items() if value is not None})
     assert message in str(caught.value)
-
-
-# ---- with the VQGAN in front
 
 
 class Brightness(nn.Module):

@@ -71,9 +71,6 @@ def test_the_published_divisions_come_out():
         assert abs(ours.ipu.layers_per_ipu[1] - published[1]) <= 1 and ours.ipu.layers_per_ipu[0] == 0
 
 
-# Costs ---------------------------------------------------------------------------------------------------------------
-
-
 def costs_of(config, model):
     parts = plan_report.measured(config, model, SMALL_VQGAN)
     return {part.placement.path: part for part in parts}, plan_costs.ipu_costs(config, parts)
@@ -149,9 +146,6 @@ def test_measuring_changes_nothing():
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
-# Checks --------------------------------------------------------------------------------------------------------------
-
-
 FOUR = {"ipus_per_replica": 4, "layers_per_ipu": [0, 1, 1, 1]}
 
 
@@ -196,9 +190,6 @@ def test_what_cannot_work_is_told_with_its_flag_and_a_way_out(options, message):
 def test_shared_weights_must_lie_on_one_ipu(options, way_out):
     found = plan.problems(config_of(ipus_per_replica=2, layers_per_ipu=[2, 1]), small_model(**options))
     assert len(found) == bool(way_out) and all(way_out in problem for problem in found)
-
-
-# The report ----------------------------------------------------------------------------------------------------------
 
 
 def report(**options):

@@ -34,9 +34,6 @@ def assert_exact(result, conv, x, residual=None, doubled=False):
     torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=5e-5)
 
 
-# ---- convolutions
-
-
 @needs_kernels
 @pytest.mark.parametrize("doubled", [False, True])
 @pytest.mark.parametrize("batch, channels, height, width", [
@@ -125,9 +122,6 @@ def test_a_recorded_model_has_pytorchs_operators():
     assert_exact(traced(x + 1), conv, x + 1)
 
 
-# ---- norms
-
-
 @needs_kernels
 @pytest.mark.parametrize(
     "batch, channels, groups, side, shift", [(2, 48, 3, 20, 0.0), (1, 128, 32, 64, 10.0), (3, 16, 16, 5, -100.0)]
@@ -150,9 +144,6 @@ def test_norm_and_swish_are_exact(threads, batch, channels, groups, side, shift)
             assert torch.equal(results[-1], results[0]) and torch.equal(x, before)
         norm.bias.zero_()  # a constant map has no variance
         assert torch.equal(norm(torch.full_like(x, 7.0)), torch.zeros_like(x))
-
-
-# ---- a whole model
 
 
 @needs_kernels

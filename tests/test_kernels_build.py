@@ -113,9 +113,6 @@ print(len(before), len(loaded() - before))
     assert before > 0 and added == 0
 
 
-# ---- what lies on the disk
-
-
 @pytest.mark.parametrize("kind", ["a file", "a folder"])
 @pytest.mark.parametrize("mode, why", [
     (0o755, "belongs to another user (uid 65534)"), (0o777, "may be written by others"),

@@ -113,9 +113,6 @@ def test_clip_orders_where_it_is_given(gallery, model, monkeypatch):
         Gallery(model)
 
 
-# The notebook itself -------------------------------------------------------------------------------------------------
-
-
 def test_the_notebook_is_small_and_shows_a_gallery():
     text = NOTEBOOK.read_text(encoding="utf-8")
     outputs = [output for cell in json.loads(text)["cells"] for output in cell.get("outputs", ())]

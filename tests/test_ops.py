@@ -33,9 +33,6 @@ BLOCKS = {
 }
 
 
-# ---- one model, all implementations
-
-
 def trained(transformer, x, weight, kind):
     """The output, and the gradients of its weighted sum for the input and all parameters."""
     with ops.use(kind):
@@ -132,9 +129,6 @@ def test_a_linear_layer_of_another_kind_computes_as_it_says():
     native = transformer(x)
     with ops.use("reference"):
         torch.testing.assert_close(native, transformer(x))
-
-
-# ---- the choice
 
 
 def test_the_choice_holds_within_its_context_or_for_good():

@@ -194,9 +194,6 @@ def test_flags_that_cannot_be_are_named(run, flags, message):
         run("a", flags)
 
 
-# The example ---------------------------------------------------------------------------------------------------------
-
-
 def test_the_sampling_example_saves_the_best(mindalle_folder, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])
     monkeypatch.setitem(sys.modules, "clip", None)
@@ -211,9 +208,6 @@ def test_the_sampling_example_saves_the_best(mindalle_folder, tmp_path, monkeypa
     assert len(means) == 3 and means == sorted(means)
     with pytest.raises(UserError, match="--softmax-temperature: must be at least 1e-06"):
         example.main([*flags, "--softmax-temperature", "1e-38"])
-
-
-# A CLIP of transformers ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
