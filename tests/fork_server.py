@@ -129,7 +129,6 @@ def be_ordinary():
 
 
 def _run(request):
-    """In the forked process: be the program."""
     os.setsid()
     sys.stdin = open(os.devnull)
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -72,8 +72,6 @@ class _Settings:
 
 
 def _option(key, kind, accepts=lambda value: True):
-    """The method that sets one option."""
-
     def set_option(self, value):
         assert accepts(value), f"{value} is not for {key}"
         return self._set(key, value, kind)

@@ -111,7 +111,6 @@ def test_products_that_keep_less_do_keep_less():
 
 @pytest.mark.parametrize("pattern", ["full", "axial_col", "conv_like"])
 def test_products_that_keep_less_work_in_half_precision(pattern):
-    """Under autocast, as close to double precision as the plain ones."""
     config = dataclasses.replace(TINY, grid=6, dim=64, heads=4, dim_head=16, attn_types=(pattern,))
     transformer = randomised(Transformer(config)).train()
     x = torch.randn(4, config.seq_len, config.dim, requires_grad=True)

@@ -28,7 +28,6 @@ def contestant(name, task):
 
 
 def entrants(*tasks):
-    """(contestant, task) of all that do these tasks."""
     pairs = [(name, task) for task in tasks for name in compare_peers.ENTRIES[task]]
     return [pytest.param(*pair, marks=needs_peer if pair[0] in (PEER, REPAIRED) else ()) for pair in pairs]
 

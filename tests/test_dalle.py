@@ -24,7 +24,6 @@ CODES = torch.tensor([[4, 0, 6, 1], [1, 2, 5, 3], [0, 0, 6, 6]])
 
 
 def random_model(**options):
-    """A tiny DALL-E in which every parameter matters."""
     return randomised(DalleModel(dataclasses.replace(TINY, **options)), seed=7)
 
 
@@ -38,7 +37,6 @@ def test_each_pad_has_its_positions_id_and_bos_comes_first():
 
 @pytest.mark.parametrize("options", [{}, {"bos": False, "unique_pads": False}, {"loss_img_weight": 0.5}], ids=str)
 def test_loss_by_hand(options):
-    """Cross-entropies added up in Python, token by token."""
     model = random_model(**options)
     config = model.config
     text_logits, image_logits = model(TEXT, CODES)
@@ -64,7 +62,6 @@ def test_loss_by_hand(options):
 
 
 def test_heads_in_parts_equal_one_masked_head():
-    """One head over both vocabularies with the other part masked away gives the same losses and gradients."""
     model = random_model().double()
     losses = model.loss(*model(TEXT, CODES), TEXT, CODES)
     gradients = torch.autograd.grad(losses.total, list(model.parameters()))

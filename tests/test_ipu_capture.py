@@ -55,7 +55,6 @@ def test_the_published_model_is_captured_whole():
     {"attn_types": ("conv_causal",)},
 ], ids=str)
 def test_options_of_other_checkpoints_are_captured_too(changes, monkeypatch):
-    """Rotary positions, shifted tokens, `stable` and the other activations of models trained elsewhere."""
     config = args.Config().replace(num_hidden_layers=1, layers_per_ipu=[1], device="ipu")
     model = adapt(TextToImage(DalleModel(small_model(**{"depth": 1, **changes}))), True, 1, False).to("meta")
     place(model, pipeline_plan(config, encodes_images=False))

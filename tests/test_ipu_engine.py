@@ -386,7 +386,6 @@ def test_a_start_at_any_sample_takes_what_comes_after_it(iterations):
 
 
 def numbered(count):
-    """Codes of so many images, each its number."""
     return torch.arange(count)[:, None].repeat(1, 16)
 
 
@@ -495,7 +494,6 @@ def test_poprun_shares_seed_weights_and_metrics(poprun):
 
 def test_each_process_of_poprun_goes_on_with_its_own_random_state(poprun, monkeypatch, caplog):
     def broadcast(tensor, root_rank):
-        """A third number that tells the processes apart."""
         return tensor if root_rank == 1 else tensor - torch.tensor([0, 0, 5])[: tensor.numel()]
 
     monkeypatch.setattr(poprun, "broadcast", broadcast)

@@ -114,7 +114,6 @@ def test_memory_adds_up():
 
 
 def test_the_best_division_is_the_best_of_all():
-    """Against every division there is, by the same costs."""
     config = config_of(num_hidden_layers=5, ipus_per_replica=4, layers_per_ipu=[5, 0, 0, 0])
     parts = plan_report.measured(config, small_model(depth=5), SMALL_VQGAN)
     best = config.replace(layers_per_ipu=list(plan_costs.divide(config, parts)))

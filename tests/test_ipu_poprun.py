@@ -51,7 +51,6 @@ class Horovod(types.ModuleType):
 
 
 def install(monkeypatch, index, count, store):
-    """Let this process be one of `count`, with one replica each."""
     poptorch_stand_in.install(monkeypatch)
     options = lambda ipus_per_replica: poptorch_stand_in.Options()  # noqa: E731
     horovod = install_poprun(monkeypatch, Horovod(index, count, store), options, index, count, replicas=count)
@@ -87,7 +86,6 @@ def main():
 
 
 def poprun(server, store, *commands):
-    """Run one process for each command line, together."""
     server.together([str(store), json.dumps(commands)], store.parent, len(commands), script="test_ipu_poprun")
 
 

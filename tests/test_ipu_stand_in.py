@@ -51,7 +51,6 @@ def batch(size=6):
 
 
 def placed(poptorch, model=None, **ipus):
-    """A model with a block at each of some layers."""
     model = model or Model()
     for name, ipu in ipus.items():
         poptorch.BeginBlock(getattr(model, name), user_id=name, ipu_id=ipu)

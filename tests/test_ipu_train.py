@@ -31,7 +31,6 @@ def flags(folder, out, *more):
 
 
 def run(folder, out, *more):
-    """Train; return (event, step, loss) of each line of the metrics."""
     train_here(flags(folder, out, *more)).close()
     metrics = read_metrics(out) if (out / "metrics.jsonl").exists() else []
     return [(line["event"], line["step"], line["loss"]) for line in metrics]
@@ -43,7 +42,6 @@ def steps(metrics):
 
 @pytest.fixture(scope="module")
 def whole(training_folder, tmp_path_factory):
-    """An uninterrupted run on the IPU."""
     out = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as monkeypatch:
         poptorch_stand_in.install(monkeypatch)

@@ -26,7 +26,6 @@ def takes(conv, x, doubled=False):
 
 
 def assert_exact(result, conv, x, residual=None, doubled=False):
-    """The same in double precision, by PyTorch."""
     x = F.interpolate(x, scale_factor=2.0, mode="nearest") if doubled else x
     bias = None if conv.bias is None else conv.bias.double()
     expected = F.conv2d(x.double(), conv.weight.double(), bias, padding=1)

@@ -54,7 +54,6 @@ class Answer:
         return found
 
     def other_library(self, signed):
-        """A library without our function, which makes the trap when it is loaded."""
         source = "#include <fcntl.h>\n__attribute__((constructor)) static void f(void) { creat(\"%s\", 0600); }"
         (self.root / "other.c").write_text(source % self.trap)
         subprocess.run([build._compiler(), "-shared", "-fPIC", "other.c", "-o", "other.so"], cwd=self.root, check=True)

@@ -185,7 +185,6 @@ def tiny(**options):
 
 
 def learn(model, text, codes):
-    """The gradients of one batch."""
     model.zero_grad()
     torch.manual_seed(1)
     model.loss(*model(text, codes), text, codes).total.backward()

@@ -88,7 +88,6 @@ def test_a_click_draws_what_the_controls_say(gallery, model):
 
 
 def test_the_controls_keep_to_what_the_model_takes(gallery, model):
-    """Every value that a control can be set to is one that `draw` accepts."""
     for name, widget in gallery.controls.items():
         for limit in {getattr(widget, "min", None), getattr(widget, "max", None)} - {None}:
             settings = dict(gallery.settings(), num_candidates=1, **({} if name == "num_candidates" else {name: limit}))

@@ -39,7 +39,6 @@ def poison(monkeypatch, steps, value=float("nan"), rank=None):
 
 
 def main():
-    """train.py, in which process 1 has a bad loss in step 2."""
     poison(pytest.MonkeyPatch(), {2}, rank="1")
     train.main()
 

@@ -68,7 +68,6 @@ def batch(config):
 
 
 def learn(model, kind="native"):
-    """The loss of one batch and its gradients for all parameters."""
     text, codes = batch(model.config)
     model.zero_grad()
     torch.manual_seed(1)
@@ -107,7 +106,6 @@ def test_a_layer_drops_the_same_forward_and_backward(activation, attn_dropout, f
     model = DalleModel(dataclasses.replace(MIXED, **options))
 
     def seeded_dropout(x, probability):
-        """Drops what the kernel would drop."""
         return x * elementwise.drop(torch.ones(x.shape), int(torch.randint(2**63 - 1, ())), probability)
 
     monkeypatch.setattr(torch.nn.functional, "dropout", seeded_dropout)

@@ -48,7 +48,6 @@ def test_a_grid_carries_its_caption_above_the_pictures(caption):
 
 
 def test_what_the_font_does_not_have_becomes_an_ellipsis():
-    """No row of empty boxes."""
     def drawn(text):
         return make_grid([plain(RED, SIDE)], text).tobytes()
 

@@ -68,7 +68,6 @@ def nodes(path):
 
 
 def imported(path):
-    """Top-level names of the modules that a file imports, anywhere in it."""
     for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
