@@ -280,19 +280,19 @@ class Executor:
     def copyWeightsToDevice(self):
         if self._optimizer is None and hasattr(self._user_model, "copyWeightsToHostIfNeeded"):
             self._user_model.copyWeightsToHostIfNeeded()
-        self._dirty = False
-        with torch.no_grad():
-            for own, host in zip(self._device_model.parameters(), self._user_model.parameters()):
-                own.copy_(host.as_subclass(torch.Tensor))
+        self._copy_weights(lambda own, host: own.copy_(host))
 
     def copyWeightsToHostIfNeeded(self):
         if not self._dirty:
             return False
-        self._dirty = False
-        with torch.no_grad():
-            for own, host in zip(self._device_model.parameters(), self._user_model.parameters()):
-                host.as_subclass(torch.Tensor).copy_(own)
+        self._copy_weights(lambda own, host: host.copy_(own))
         return True
+
+    @torch.no_grad()
+    def _copy_weights(self, copy_one):
+        self._dirty = False
+        for own, host in zip(self._device_model.parameters(), self._user_model.parameters()):
+            copy_one(own, host.as_subclass(torch.Tensor))
 
     def _need_compiled(self):
         if not self.isCompiled():

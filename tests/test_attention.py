@@ -52,12 +52,17 @@ def test_mask_is_its_definition(pattern, text_len, grid):
     assert bool(mask.diagonal().all())  # nobody sees nothing: a row without any key has no softmax
 
 
-def test_patterns_differ_on_a_grid_larger_than_their_window():
+def test_patterns_differ_on_a_grid_larger_than_their_window_and_take_turns_in_layers():
     assert CONV_KERNEL_SIZE == 5
     masks = {pattern: build_mask(pattern, 3, 8) for pattern in ATTENTION_PATTERNS}
     assert len({mask.numpy().tobytes() for mask in masks.values()}) == len(ATTENTION_PATTERNS)
     with pytest.raises(ValueError, match="diagonal"):
         build_mask("diagonal", 3, 8)
+    config = dataclasses.replace(TINY, depth=5, attn_types=("full", "axial_row"))
+    transformer = Transformer(config)
+    for layer, pattern in enumerate(["full", "axial_row", "full", "axial_row", "full"]):
+        assert torch.equal(transformer.context(layer).visible.mask, build_mask(pattern, config.text_len, config.grid))
+    assert not any("mask" in name for name in transformer.state_dict())  # masks are no part of a checkpoint
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -166,14 +171,6 @@ def test_the_future_never_changes_the_past(pattern, name):
             same = [torch.equal(old, new) for old, new in zip(before, rows(changed))]
             assert all(same[:position])
             assert position >= len(before) or not same[position]
-
-
-def test_patterns_are_dealt_to_layers_in_turn():
-    config = dataclasses.replace(TINY, depth=5, attn_types=("full", "axial_row"))
-    transformer = Transformer(config)
-    for layer, pattern in enumerate(["full", "axial_row", "full", "axial_row", "full"]):
-        assert torch.equal(transformer.context(layer).visible.mask, build_mask(pattern, config.text_len, config.grid))
-    assert not any("mask" in name for name in transformer.state_dict())  # masks are no part of a checkpoint
 
 
 def test_rotation_is_that_of_complex_numbers():

@@ -92,11 +92,18 @@ def test_loss_of_half_precision_logits_is_taken_in_single():
     assert losses.total.dtype == torch.float32 and torch.equal(losses.total, exact.total)
 
 
-def test_layer_scale_starts_where_its_paper_says():
+def test_layer_scale_starts_where_its_paper_says_and_the_rest_normally():
     assert [layer_scale_init(layer) for layer in (0, 17, 18, 23, 24, 60)] == [0.1, 0.1, 1e-5, 1e-5, 1e-6, 1e-6]
     model = DalleModel(dataclasses.replace(TINY, depth=19))
     scales = [model.transformer.layers[layer].attention.scale.detach() for layer in (17, 18)]
     assert [float(scale.mean()) for scale in scales] == pytest.approx([0.1, 1e-5])
+    torch.manual_seed(0)
+    model = DalleModel(dataclasses.replace(TINY, dim=64, init_std=0.02, image_positions="learned", qkv_bias=True))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif "norm" not in name and "scale" not in name:
+            assert 0.015 < parameter.std().item() < 0.025, name
 
 
 def test_image_positions_and_tied_tables():
@@ -123,16 +130,6 @@ def test_layers_with_one_id_are_one_layer():
     assert len({id(layer.attention.norm) for layer in layers}) == 4  # norms and scales stay apart
     with pytest.raises(UserError, match=r"share attention 0 \(shared_attn_ids\) have different patterns"):
         dataclasses.replace(TINY, shared_attn_ids=(0,))
-
-
-def test_normal_initialisation():
-    torch.manual_seed(0)
-    model = DalleModel(dataclasses.replace(TINY, dim=64, init_std=0.02, image_positions="learned", qkv_bias=True))
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            assert not parameter.any(), name
-        elif "norm" not in name and "scale" not in name:
-            assert 0.015 < parameter.std().item() < 0.025, name
 
 
 def test_dropout_acts_in_training_only():

@@ -144,7 +144,7 @@ def test_the_likeliest_of_several_images_is_taken(loaded):
         expected.append(decode(loaded, drawn.codes[drawn.log_likelihood.argmax()][None])[0])
     for batch_size in ("1", "4", "6", "64"):  # an image at a time, a caption in parts, a caption, all together
         options = options_for("--best_of", "6", "--temperature", "1", "--seed", "5", "--batch_size", batch_size)
-        assert torch.equal(evaluation.draw_best(loaded, text, options), torch.stack(expected))
+        assert torch.equal(evaluation.sample_best(loaded, text, options), torch.stack(expected))
 
 
 def test_retrieval_counts_what_was_found(loaded, monkeypatch):
@@ -153,7 +153,7 @@ def test_retrieval_counts_what_was_found(loaded, monkeypatch):
     codes = torch.randint(0, 24, (8, 16))
     gallery = evaluation.Gallery(records, decode(loaded, codes))
     drawn = gallery.images[[1, 3, 0, 7]]  # of records 1, 3, 5, 7: the third is the picture of another one
-    monkeypatch.setattr(evaluation, "draw_best", lambda *_: drawn)
+    monkeypatch.setattr(evaluation, "sample_best", lambda *_: drawn)
     numbers, samples = evaluation.retrieve(loaded, gallery, records[1::2], options_for())
     assert numbers["captions"] == 4 and numbers["generated"] == 0.75
     own = [encode(loaded, image[None]) for image in gallery.images[1::2]]

@@ -179,7 +179,7 @@ def test_gelu_of_all_numbers(gated, chance):
     assert_within(grad_input, exact_grad, bounds, 1, times=60, lost=lost[bounds < LARGEST / 4])
 
 
-def test_gelu_relative_to_its_result():
+def test_gelu_relative_to_its_result_and_of_what_is_not_finite():
     """The left tail too is right, as far as e^(-x^2 / 2) is in float32."""
     sizes = torch.logspace(-45, 38, 4000)
     x = torch.cat([sizes, -sizes, torch.linspace(-14, 14, 20001), torch.tensor([0.0, -0.0])])[None]
@@ -190,9 +190,6 @@ def test_gelu_relative_to_its_result():
     error = (result.double() - expected).abs() / expected.abs().clamp(min=1e-37)
     assert error[x > -11].max() < 1e-5 and (result.double() - expected).abs()[x.abs() < 14].max() < 1e-6
     assert (grad_input.double() - exact.grad).abs().max() < 3e-7
-
-
-def test_gelu_of_what_is_not_finite():
     odd = torch.tensor([[NAN, INF, -INF, 3.4e38, -3.4e38, 1.0, -0.0, 0.0]])
     bits = torch.tensor([[0x7F800001, 0x7FC00001, -1]], dtype=torch.int32).view(torch.float32)  # other nans
     odd = torch.cat([odd, bits], dim=1)
@@ -378,10 +375,7 @@ def test_attention_keeps_what_is_not_finite_in_its_head(bad, position):
     for x in (result, grad_qkv):
         odd = (~x.isfinite()).unflatten(2, (-1, 2, 8)).any(dim=2).any(dim=1).any(dim=-1)  # (B, H)
         assert odd.tolist() == [[False, False], [True, False]]
-
-
-def test_large_scores_do_not_overflow():
-    qkv = 30 * torch.randn(1, 20, 24)
+    qkv = 30 * torch.randn(1, 20, 24)  # large scores do not overflow
     found = NativeAttention(visible("axial_col", 5, 4), 1)(qkv)
     assert_close(found, attend(qkv.double(), "axial_col", 1, 4), 1e-5)
 

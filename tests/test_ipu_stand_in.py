@@ -141,20 +141,15 @@ def test_stages_and_shared_weights(poptorch, ipus, after, options, message):
             placed(poptorch, model, second=1)
 
 
-def test_one_program_at_a_time_holds_the_ipus(poptorch):
-    first, second = training(poptorch), training(poptorch)
-    first(*batch())
+def test_one_program_at_a_time_holds_the_ipus_and_a_second_wrap_needs_destroy(poptorch):
+    model = Model()
+    program, second = training(poptorch, model), training(poptorch)
+    program(*batch())
     with pytest.raises(device.Error, match="another program"):
         second(*batch())
-    first.detachFromDevice()
+    program.detachFromDevice()
     with pytest.raises(device.Error, match="not attached"):
-        first.detachFromDevice()
-
-
-def test_a_second_wrap_needs_destroy(poptorch):
-    model = Model()
-    program = training(poptorch, model)
-    program(*batch())
+        program.detachFromDevice()
     with pytest.raises(RuntimeError, match="already been wrapped"):
         training(poptorch, model)
     program.destroy()
