@@ -153,7 +153,7 @@ def test_explain_says_what_runs_and_why(server, tmp_path):
         assert all(line[1:] == ("PyTorch", "reference implementations are asked for") for line in ops.explain())
     for like, reason in ((torch.ones(1).double(), "a tensor of float64"), (torch.ones(1, device="meta"), "on meta")):
         assert all(line.implementation == "PyTorch" and reason in line.reason for line in ops.explain(like))
-    pid = server.start([], tmp_path / "output", script="ops.explain", DALLE_KERNELS="off")
+    pid = server.start([], tmp_path / "output", script="ops.__main__", DALLE_KERNELS="off")
     assert server.wait(pid) == 0
     output = (tmp_path / "output").read_text()
     assert len(output.splitlines()) == len(ops.explain()) == output.count("DALLE_KERNELS=off")
