@@ -28,8 +28,9 @@ def test_the_vocabulary_is_what_its_command_makes(tmp_path, monkeypatch):
     captions.write_text("".join(record.caption + "\n" for record in demo_records("train")), encoding="utf-8")
     command = f"bpe.train --captions {captions} --vocab-size 2048 --output {vocabulary}"
     monkeypatch.setattr(sys, "argv", command.split())
+    monkeypatch.delitem(sys.modules, "bpe.train", raising=False)
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / "bpe/train.py"), run_name="__main__")
+        runpy.run_module("bpe.train", run_name="__main__")
     assert not end.value.code
     assert vocabulary.read_bytes() == (ROOT / "bpe/demo_vocab.txt").read_bytes()
 
