@@ -1,4 +1,4 @@
-"""The parameters of an attention layer: one for every pattern.
+"""The parameters of an attention layer, the same for every pattern.
 
 Letters: D width, H heads, K width of a head.
 """
@@ -10,9 +10,9 @@ from models.config import DalleConfig
 
 
 class Attention(nn.Module):
-    """Multi-head attention over [text part | image part]: who sees whom is given to the block (see transformer.py).
+    """Multi-head attention over [text part | image part]; the block gets the mask (see transformer.py).
 
-    Scale K ** -0.5; dropout acts on the output, as in the published code (not on the attention weights).
+    Scale K ** -0.5; dropout acts on the output, as in the original Mini DALL-E (not on the attention weights).
     """
 
     def __init__(self, config: DalleConfig) -> None:

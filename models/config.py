@@ -1,4 +1,4 @@
-"""What a DALL-E is, as data: all that is needed to build one again, nothing about how or where it is trained."""
+"""The configuration of a DALL-E: all that is needed to build one, nothing about how or where it is trained."""
 from __future__ import annotations
 
 import dataclasses
@@ -8,7 +8,7 @@ from typing import Any, Mapping
 
 from utils.errors import UserError, nearest
 
-#: Which image positions an image position may attend to; the text part is always visible to it (see attention.py).
+#: Which image positions an image position may attend to; the text part is always visible (see patterns.py).
 ATTENTION_PATTERNS = ("full", "axial_row", "axial_col", "conv_like", "conv_causal")
 
 _MINDALLE = {
@@ -21,7 +21,7 @@ _MINDALLE = {
     "head_bias": False,
 }
 
-#: The options of DalleConfig that make an architecture (--architecture); what they leave out is size and training.
+#: The options of DalleConfig that define an architecture (--architecture), without size and training.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mini-dalle": {},
     "mindalle": _MINDALLE,
@@ -55,7 +55,7 @@ class DalleConfig:
     dim_head: int
     """K: width of one head; the attention's inner width is H * K."""
     attn_types: tuple[str, ...] = ("full",)
-    """Attention pattern of each layer, repeated in turn when shorter than `depth`."""
+    """Attention pattern of each layer, cycled if shorter than `depth`."""
     loss_img_weight: float = 7.0
     """w in loss = (text + w * image) / (w + 1)."""
     attn_dropout: float = 0.0
@@ -89,17 +89,17 @@ class DalleConfig:
     rotary: bool = False
     """Rotary position embedding of DALLE-pytorch (on queries, keys and values; text and both image axes)."""
     shift_tokens: bool = False
-    """Half of the text channels come from the token before, a quarter of the image's each from above and left."""
+    """Half of a text token's channels come from the previous token; of a code's, a quarter each from above and left."""
     stable: bool = False
     """Embedding gradients scaled by 0.1 and the last hidden state divided by its largest element (CogView)."""
     tie_embeddings: bool = False
-    """The token tables are the head's rows."""
+    """The embedding tables are the heads' weights."""
     shared_attn_ids: tuple[int, ...] | None = None
-    """Layers with the same id share one attention; repeated in turn. None: nothing is shared."""
+    """Layers with the same id share one attention layer; cycled. None: nothing is shared."""
     shared_ff_ids: tuple[int, ...] | None = None
-    """Layers with the same id share one feed-forward layer; repeated in turn. None: nothing is shared."""
+    """Layers with the same id share one feed-forward layer; cycled. None: nothing is shared."""
     init_std: float = 0.0
-    """Standard deviation of normal initialisation with zero biases (minDALL-E: 0.02); 0: PyTorch's own."""
+    """Standard deviation of normal initialisation with zero biases (minDALL-E: 0.02); 0: PyTorch's defaults."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -135,7 +135,7 @@ class DalleConfig:
         self._check_shared_attention()
 
     def _check_shared_attention(self) -> None:
-        """Layers that share an attention have one pattern: the attention is one module, with one mask."""
+        """Layers that share an attention layer have one pattern: it is one module with one mask."""
         patterns: dict[int, str] = {}
         ids = self.shared_attn_ids or ()
         for layer, pattern in enumerate(self.layer_patterns if ids else ()):
@@ -148,12 +148,12 @@ class DalleConfig:
 
     @property
     def hidden(self) -> int:
-        """Channels between the two layers of a feed-forward branch."""
+        """Hidden channels of a feed-forward layer."""
         return self.ff_mult * self.dim
 
     @property
     def up_width(self) -> int:
-        """Outputs of the first of them: twice as many where half gate the other half."""
+        """Outputs of its first linear layer: twice the hidden channels if gated."""
         return self.hidden * (2 if self.activation == "geglu" else 1)
 
     @property
@@ -173,7 +173,7 @@ class DalleConfig:
 
     @property
     def text_table_size(self) -> int:
-        """Rows of the text table and of the text head."""
+        """Rows of the text embedding table and of the text head."""
         return self.num_text_tokens + (self.text_seq_len if self.unique_pads else 0)
 
     @property

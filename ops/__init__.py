@@ -1,6 +1,6 @@
 """Functions on tensors, each with a reference in plain PyTorch and native implementations where they pay.
 
-dispatch.py decides which one runs. Ops know tensors and nothing of models, configurations or caches.
+dispatch.py decides which one runs. Ops know tensors, but no models, configurations or caches.
 """
 from __future__ import annotations
 

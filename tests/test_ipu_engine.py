@@ -173,7 +173,7 @@ def test_what_a_checkpoint_says_of_other_options_engines_or_layouts_is_left_out(
     for refuses, given in ((other, state), (other, {"engine": "native", "optimizer": {}}), (native, state)):
         caplog.clear()
         refuses.load_state_dict(given)
-        assert "the checkpoint's optimizer state is" in caplog.text and "dropped" in caplog.text
+        assert "the checkpoint's optimizer state" in caplog.text and "ignored" in caplog.text
     assert other.state_dict()["optimizer"]["ipu_state"] == {} and native.state_dict()["optimizer"]
 
 
@@ -313,7 +313,7 @@ def test_auto_means_the_ipus_that_are_there(found, options, name, choice, poptor
 
 @pytest.mark.parametrize("stages, options, without, message", [
     (1, {"device": "auto", "optimizer": "Muon"}, None,
-     "--optimizer Muon: IPUs have Adam.*--device auto: the IPUs.*--device cpu"),
+     "--optimizer Muon: IPUs support Adam.*--device auto: the IPUs.*--device cpu"),
     (1, {"device": "auto", "architecture": "image-gpt", "text_seq_len": 1}, None,
      "--architecture image-gpt is not for IPUs.*--device auto: the IPUs"),
     (4, {"gradient_accumulation": 2}, "poptorch", "--gradient-accumulation 2: a pipeline of 4 stages needs at least 7"),
@@ -501,7 +501,7 @@ def test_each_process_of_poprun_goes_on_with_its_own_random_state(poprun, monkey
     engine.load_state_dict(state)
     assert engine.executor.rng_state == [2**64 - 1, 7, 8] and "random states" not in caplog.text
     engine.load_state_dict(dict(state, random_states=state["random_states"][:1], replicas=2))
-    assert "written by 2 replicas in 1 processes, now there are 4 in 2: random states are new" in caplog.text
+    assert "written by 2 replicas in 1 processes, now there are 4 in 2: random states are reinitialised" in caplog.text
 
 
 def test_poprun_and_the_configuration_must_agree(poprun, monkeypatch):
