@@ -55,6 +55,8 @@ def load_tokenizer(bpe_path: str | None = None) -> Tokenizer:
             path = os.path.join(path, FILE_NAME)
         elif any(Path(path).glob("*vocab.json")):
             return CharBpeTokenizer(path)
+        elif Path(path).is_dir():
+            raise UserError(f"--bpe-path {path}: a folder without {FILE_NAME}, or *-vocab.json and *-merges.txt")
     content = read_vocabulary_bytes(path)
     if content[:2] == b"\x1f\x8b":
         try:

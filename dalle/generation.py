@@ -124,6 +124,8 @@ def read_prompts(options: GenerateOptions) -> list[str]:
             raise UserError(
                 f"--prompts-file {options.prompts_file} is not UTF-8 text (byte {error.start})"
             ) from error
+    if any("\0" in text for text in texts):
+        raise UserError(f"--prompts-file {options.prompts_file} is not a text file: it holds NUL characters")
     # Undecodable bytes of the command line arrive as lone surrogates, which cannot be written to files.
     texts = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip() for text in texts]
     prompts = list(dict.fromkeys(text for text in texts if text))

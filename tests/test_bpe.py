@@ -277,7 +277,7 @@ def test_a_damaged_clip_vocabulary_is_refused(tmp_path):
 def test_missing_files_and_folders_are_named(tmp_path):
     with pytest.raises(UserError, match="nowhere.txt: no such file.*bpe.train"):
         load_tokenizer(str(tmp_path / "nowhere.txt"))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="a folder without tokenizer.json"):
         load_tokenizer(str(tmp_path))
 
 

@@ -98,6 +98,9 @@ class Run(Loop):
         """Start from the beginning, or resume a state. `position.seconds` excludes evaluation and saving."""
         args, taken = self.args, int(state["drawn"]) if state else 0
         self.position = Position(seconds=float(state["seconds"]) if state else 0.0)
+        if len(self.images) < args.batch_size:
+            logger.warning(f"--batch-size {args.batch_size}: there are only {len(self.images)} training images; they "
+                           "are one batch")
         self.batches = Batches(self.images, args.batch_size, args.random_seed, taken, args.dataloader_workers)
         if state:
             self.trainer.load_state_dict(state["trainer"])

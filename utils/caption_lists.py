@@ -112,7 +112,10 @@ def read_text(path: Path) -> str:
             size = os.fstat(file.fileno()).st_size
             if size > MAX_BYTES:
                 raise UserError(f"--captions {path}: too large to be a list of captions")
-            return file.read(size).decode("utf-8-sig")
+            text = file.read(size).decode("utf-8-sig")
+        if "\0" in text:
+            raise UserError(f"--captions {path}: not a text file: it holds NUL characters; save it as UTF-8")
+        return text
     except FileNotFoundError as error:
         raise UserError(
             f"--captions {path}: no such file or folder; COCO's captions are in annotations_trainval2017.zip, which "
