@@ -195,7 +195,7 @@ def test_the_demo_set_from_beginning_to_end(run, small_demo, tmp_path, capsys):
     ("--temperature 1e-38", "--temperature: must be at least 1e-06 and at most 1e+06, or 0, got 1e-38"),
     ("--cond_scale 1e38", "--cond-scale: must be at least 0 and at most 1e+06, got 1e38"),
     ("--top_k 2.5", "--top-k: must be a share below 1 or a whole number, got 2.5"),
-    ("--top-p 0.5 --skip-retrieval", "--top-p: images are only sampled for retrieval on the demo set, or with --sheet"),
+    ("--top-p 0.5 --skip-retrieval", "--top-p: images are only sampled for retrieval on the demo set"),
     ("--cond-scale 2 --input-folder x", "--cond-scale: images are only sampled"),
     ("--split train --input-folder x", "--split is for the demo set, not for --input-folder x"),
     ("--sheet sheet.gif", "--sheet: the file's name must end in .png or .jpg, not 'sheet.gif'"),
