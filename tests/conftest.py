@@ -5,6 +5,7 @@ import functools
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -119,6 +120,18 @@ def server():
 
     with ForkServer() as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def clean_modules():
+    """Forget dalle-pytorch afterwards, and what stands in for its imports."""
+    before = set(sys.modules)
+    yield
+    from benchmarks.contestants import STUBS
+
+    for name in set(sys.modules) - before:
+        if name.split(".")[0] in {"dalle_pytorch", *(stub.split(".")[0] for stub in STUBS)}:
+            del sys.modules[name]
 
 
 @pytest.fixture

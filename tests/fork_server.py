@@ -29,14 +29,9 @@ class ForkServer:
         self.seconds = {}  # process id -> CPU time that an ended process took
 
     def __enter__(self):
-        self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=dict(os.environ, OMP_NUM_THREADS="1"),
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        environment = dict(os.environ, OMP_NUM_THREADS="1")
+        self._process = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env=environment, **pipes)
         return self
 
     def __exit__(self, *_):
@@ -56,7 +51,7 @@ class ForkServer:
         function; SIGKILL if not given. The name of an exception instead of a signal: raised there.
         largest_file: bytes; writing beyond them is an error of the system.
         """
-        request = dict(argv=argv, log=str(log), kill=kill, script=script, largest_file=largest_file)
+        request = {"argv": argv, "log": str(log), "kill": kill, "script": script, "largest_file": largest_file}
         return self._ask(environment=environment, **request)
 
     def together(self, argv, folder, count=2, **environment):
@@ -134,7 +129,6 @@ def be_ordinary():
 
 
 def _run(request):
-    """In the forked process: be the program."""
     os.setsid()
     sys.stdin = open(os.devnull)
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)

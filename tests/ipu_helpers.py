@@ -1,6 +1,9 @@
 """What the IPU tests share: a tiny model, data whose captions change with the epoch, and training without IPUs."""
 from __future__ import annotations
 
+import sys
+import types
+
 import torch
 
 import args
@@ -9,6 +12,7 @@ from engines.base import parameter_groups
 from models.config import DalleConfig
 from models.dalle import DalleModel, TextToImage
 from models.vqgan import VQGAN, VqganConfig
+from training.setup import dalle_config
 
 MODEL = {
     "num_text_tokens": 9, "num_image_tokens": 7, "text_seq_len": 5, "grid": 4, "dim": 8, "depth": 3, "heads": 2,
@@ -20,15 +24,23 @@ VQGAN_CONFIG = VqganConfig(
 )
 
 
-class _Tokenizer:
-    vocab_size = 9
+def small_model(**changes):
+    """The configuration of another tiny model, for plans and captures."""
+    sizes = {"num_text_tokens": 30, "num_image_tokens": 11, "text_seq_len": 6, "grid": 4, "dim": 16, "depth": 3}
+    return DalleConfig(**{**sizes, "heads": 2, "dim_head": 8, **changes})
+
+
+def published_model(config, vocabulary=8192):
+    """The model that a configuration describes, with a vocabulary of so many ids and the published VQGAN."""
+    with torch.device("meta"):
+        return dalle_config(config, types.SimpleNamespace(vocab_size=vocabulary), VQGAN(VqganConfig()))
 
 
 class Pairs(PairDataset):
     """Random captions that depend on the epoch, and random images: bytes (3, 16, 16), or codes (16,)."""
 
     def __init__(self, count, images=False):
-        super().__init__(count, TextSettings(_Tokenizer(), 5))
+        super().__init__(count, TextSettings(types.SimpleNamespace(vocab_size=9), 5))
         self.images = images
 
     def _text(self, pair):
@@ -103,3 +115,16 @@ def largest_difference(first, second):
     """Of two state dicts with equal names."""
     assert list(first) == list(second)
     return max(float((first[key].float() - second[key].float()).abs().max()) for key in first)
+
+
+def install_poprun(monkeypatch, horovod, options, index, count, replicas):
+    """Let this process be one of `count` that poprun has started; returns the stand-in for horovod.torch."""
+    popdist = types.ModuleType("popdist")
+    popdist.isPopdistEnvSet, popdist.getInstanceIndex = lambda: True, lambda: index
+    popdist.getNumTotalReplicas, popdist.getNumInstances = lambda: replicas, lambda: count
+    popdist.getNumLocalReplicas = lambda: replicas // count
+    popdist.poptorch = types.ModuleType("popdist.poptorch")
+    popdist.poptorch.Options = options
+    for module in (popdist, popdist.poptorch, types.ModuleType("horovod"), horovod):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return horovod

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import dataclass, field
 
 MAGIC = [b"\0", b"\xff", b"\x7f", b"\x80", b"\r\n", b"[", b"{", b"}", b"]", b'"', b":", b"- ", b"&a ", b"*a", b"<<: "]
 MAGIC += [b"!!python/object/apply:os.system [id]\n", b"PK\x03\x04", b"\x1f\x8b", b"..", b"\n", b"null", b"true", b"NaN"]
 MAGIC += [b"-1", b"0", b"1e999", b"9" * 20, b"4294967295", b"2147483648", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\\ud800"]
-NUMBERS = [0, 1, 2, 7, 255, 65536, 10**9, 10**18, 10**30]
+NUMBERS = [str(number).encode() for number in (0, 1, 2, 7, 255, 65536, 10**9, 10**18, 10**30)]
 
 
 def mutate(seeds, chance):
@@ -43,19 +44,18 @@ def mutate(seeds, chance):
             digits = [index for index in range(place, min(place + 200, size)) if content[index] in b"0123456789"]
             if digits:
                 index = chance.choice(digits)
-                content[index : index + 1] = str(
-                    chance.choice([0, 1, 2, 7, 255, 65536, 10**9, 10**18, 10**30])
-                ).encode()
+                content[index : index + 1] = chance.choice(NUMBERS)
     return bytes(content)
 
 
+@dataclass
 class Figures:
     """What came of a number of inputs."""
 
-    def __init__(self):
-        self.accepted = self.refused = 0
-        self.slowest = 0.0
-        self.failures = []
+    accepted: int = 0
+    refused: int = 0
+    slowest: float = 0.0
+    failures: list = field(default_factory=list)
 
     def __str__(self):
         counts = f"{self.accepted} accepted, {self.refused} refused, {len(self.failures)} failures"

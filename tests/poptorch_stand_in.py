@@ -47,9 +47,7 @@ class _Settings:
     """Values of one group of options: declared in the constructor, typed, and frozen with the whole."""
 
     def __init__(self, owner=None, **values):
-        object.__setattr__(self, "_owner", owner or self)
-        object.__setattr__(self, "_frozen", False)
-        object.__setattr__(self, "_values", values)
+        vars(self).update(_owner=owner or self, _frozen=False, _values=values)
 
     def _set(self, key, value, kind):
         if self._owner._frozen:
@@ -68,45 +66,37 @@ class _Settings:
         return values[name]
 
     def __deepcopy__(self, memo):
-        other = object.__new__(type(self))
-        memo[id(self)] = other
-        for key, value in vars(self).items():
-            object.__setattr__(other, key, False if key == "_frozen" else copy.deepcopy(value, memo))
+        memo[id(self)] = other = object.__new__(type(self))
+        vars(other).update((key, key != "_frozen" and copy.deepcopy(value, memo)) for key, value in vars(self).items())
         return other
 
 
+def _option(key, kind, accepts=lambda value: True):
+    def set_option(self, value):
+        assert accepts(value), f"{value} is not for {key}"
+        return self._set(key, value, kind)
+
+    return set_option
+
+
 class _Training(_Settings):
-    def gradientAccumulation(self, value):
-        return self._set("gradient_accumulation", value, int)
-
-    def accumulationAndReplicationReductionType(self, value):
-        assert value in (ReductionType.Sum, ReductionType.Mean)
-        return self._set("reduction", value, ReductionType)
-
-    def setAutomaticLossScaling(self, value):
-        return self._set("automatic_loss_scaling", value, bool)
+    gradientAccumulation = _option("gradient_accumulation", int)
+    accumulationAndReplicationReductionType = _option("reduction", ReductionType, lambda kind: kind < 2)
+    setAutomaticLossScaling = _option("automatic_loss_scaling", bool)
 
 
 class _Precision(_Settings):
-    def enableStochasticRounding(self, value):
-        return self._set("stochastic_rounding", value, bool)
-
-    def setPartialsType(self, value):
-        assert value in (torch.float16, torch.float32)
-        return self._set("partials_type", value, torch.dtype)
+    enableStochasticRounding = _option("stochastic_rounding", bool)
+    setPartialsType = _option("partials_type", torch.dtype, lambda kind: kind in (torch.float16, torch.float32))
 
 
 class TensorLocationSettings(_Settings):
-    def useOnChipStorage(self, value):
-        return self._set("on_chip", value, bool)
-
-    def useReplicatedTensorSharding(self, value):
-        return self._set("sharded", value, bool)
+    useOnChipStorage = _option("on_chip", bool)
+    useReplicatedTensorSharding = _option("sharded", bool)
 
 
 class _TensorLocations(_Settings):
-    def setOptimizerLocation(self, value):
-        return self._set("optimizer", value, TensorLocationSettings)
+    setOptimizerLocation = _option("optimizer", TensorLocationSettings)
 
 
 class _Popart(_Settings):
@@ -127,50 +117,30 @@ class Options(_Settings):
             offline=False, synthetic=False, strategy=PipelinedExecution(AutoStage.SameAsIpu), memory={}, cache=None,
             relaxed=False,
         )
-        for name, settings in (
-            (
-                "Training",
-                _Training(self, gradient_accumulation=1, reduction=ReductionType.Mean, automatic_loss_scaling=False),
-            ),
-            ("Precision", _Precision(self, stochastic_rounding=False)),
-            ("TensorLocations", _TensorLocations(self)),
-            ("_Popart", _Popart(self)),
-        ):
-            object.__setattr__(self, name, settings)
+        training = {"gradient_accumulation": 1, "reduction": ReductionType.Mean, "automatic_loss_scaling": False}
+        vars(self).update(
+            Training=_Training(self, **training), Precision=_Precision(self, stochastic_rounding=False),
+            TensorLocations=_TensorLocations(self), _Popart=_Popart(self),
+        )
 
-    def deviceIterations(self, value):
-        return self._set("device_iterations", value, int)
-
-    def replicationFactor(self, value):
-        return self._set("replication_factor", value, int)
-
-    def autoRoundNumIPUs(self, value):
-        return self._set("auto_round_num_ipus", value, bool)
-
-    def outputMode(self, value):
-        assert isinstance(value, OutputMode)
-        return self._set("output_mode", value, OutputMode)
+    deviceIterations = _option("device_iterations", int)
+    replicationFactor = _option("replication_factor", int)
+    autoRoundNumIPUs = _option("auto_round_num_ipus", bool)
+    outputMode = _option("output_mode", OutputMode)
+    setExecutionStrategy = _option("strategy", PipelinedExecution)
+    enableExecutableCaching = _option("cache", str)
+    enableSyntheticData = _option("synthetic", bool)
+    setAvailableMemoryProportion = _option(
+        "memory", dict, lambda value: all(key.startswith("IPU") and key[3:].isdigit() for key in value)
+    )
 
     def randomSeed(self, value):
-        assert isinstance(value, int)
+        self._set("random_seed", value, int)
         torch.manual_seed(value)
-        return self._set("random_seed", value, int)
-
-    def setAvailableMemoryProportion(self, value):
-        assert all(key.startswith("IPU") and key[3:].isdigit() for key in value)
-        return self._set("memory", value, dict)
-
-    def setExecutionStrategy(self, value):
-        return self._set("strategy", value, PipelinedExecution)
-
-    def enableExecutableCaching(self, value):
-        return self._set("cache", value, str)
+        return self
 
     def useOfflineIpuTarget(self):
         return self._set("offline", True, bool)
-
-    def enableSyntheticData(self, value):
-        return self._set("synthetic", value, bool)
 
     def relaxOptimizerAttributesChecks(self):
         return self._set("relaxed", True, bool)
@@ -181,7 +151,7 @@ class Options(_Settings):
 
 def freeze(options):
     assert isinstance(options, Options)
-    object.__setattr__(options, "_frozen", True)
+    vars(options)["_frozen"] = True
 
 
 # Model functions -----------------------------------------------------------------------------------------------------
@@ -226,30 +196,28 @@ def identity_loss(x, reduction):
     return device.mark_loss(x)
 
 
+def _frozen_options(options, default_mode):
+    """A frozen copy of options that are frozen from now on."""
+    freeze(options)
+    options = options.clone()
+    if options.output_mode == OutputMode.Default:
+        options.outputMode(default_mode)
+    freeze(options)
+    return options
+
+
 def trainingModel(model, options=None, optimizer=None):
     assert isinstance(options, Options) and isinstance(optimizer, torch.optim.Optimizer)
     if hasattr(type(model), "poptorch_executor"):
         raise RuntimeError("Model has already been wrapped in 'poptorch.trainingModel'. Call model.destroy() first.")
-    freeze(options)
-    options = options.clone()
-    if options.output_mode == OutputMode.Default:
-        options.outputMode(OutputMode.Final)
-    freeze(options)
-    return device.Executor(model, options, optimizer)
+    return device.Executor(model, _frozen_options(options, OutputMode.Final), optimizer)
 
 
 def inferenceModel(model, options=None):
     assert isinstance(options, Options)
     if options.Training.gradient_accumulation != 1:
-        raise Error(
-            "You must set poptorch.Options().Training.gradientAccumulation to 1 when running an inferenceModel()."
-        )
-    freeze(options)
-    options = options.clone()
-    if options.output_mode == OutputMode.Default:
-        options.outputMode(OutputMode.All)
-    freeze(options)
-    return device.Executor(model, options, None)
+        raise Error("You must set Training.gradientAccumulation to 1 when running an inferenceModel().")
+    return device.Executor(model, _frozen_options(options, OutputMode.All), None)
 
 
 def ipuHardwareIsAvailable(num_ipus=1):
@@ -270,10 +238,8 @@ class DataLoader(torch.utils.data.DataLoader):
         assert isinstance(mode, DataLoaderMode)
         assert not persistent_workers or num_workers > 0, "persistent_workers option needs num_workers > 0"
         assert auto_distributed_partitioning is False, "the engine shares the data out itself"
-        combined = (
-            batch_size * options.device_iterations * options.replication_factor * options.Training.gradient_accumulation
-        )
-        self.rebatched = 0
+        steps = options.device_iterations * options.Training.gradient_accumulation
+        combined, self.rebatched = batch_size * steps * options.replication_factor, 0
         if mode == DataLoaderMode.AsyncRebatched:
             assert combined > 1, "rebatched_size must be None or greater than 1"
             assert rebatched_worker_size <= combined, "rebatched_worker_size must be <= to the combined batch size"
@@ -281,8 +247,7 @@ class DataLoader(torch.utils.data.DataLoader):
             self.rebatched = combined
         if mode != DataLoaderMode.Sync:
             dataset = pickle.loads(pickle.dumps(dataset))  # it is loaded in another process
-        self.closed = False
-        self.workers, self.persistent = num_workers, persistent_workers
+        self.closed, self.workers, self.persistent = False, num_workers, persistent_workers
         # Worker processes would cost the tests seconds and change nothing in what is loaded.
         super().__init__(
             dataset, batch_size=rebatched_worker_size if self.rebatched else combined, shuffle=shuffle,

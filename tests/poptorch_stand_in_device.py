@@ -83,9 +83,6 @@ def _tensors(values):
             yield from _tensors(value)
 
 
-# Optimizers ----------------------------------------------------------------------------------------------------------
-
-
 class VariableAttributes:
     def __init__(self, variable, allowed):
         self.variable, self.allowed = set(variable), set(allowed)
@@ -98,17 +95,22 @@ class VariableAttributes:
 class _Optimizer:
     """Hyper-parameters and a place for the state; the arithmetic is the device's."""
 
-    def _finish(self, given, loss_scaling, accum_type, first, second, max_grad_norm):
-        for kind in (accum_type, first, second):
+    def __init__(
+        self, params, lr=None, betas=None, eps=None, weight_decay=None, amsgrad=None, loss_scaling=1.0,
+        accum_type=torch.float32, first_order_momentum_accum_type=torch.float32,
+        second_order_momentum_accum_type=torch.float32, max_grad_norm=float("inf"),
+    ):
+        given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
+        given = {key: value for key, value in given.items() if value is not None}
+        super().__init__(params, **given)
+        for kind in (accum_type, first_order_momentum_accum_type, second_order_momentum_accum_type):
             assert kind in (torch.float16, torch.float32), "Accumulation types must be torch.float32 or torch.float16"
-        self.loss_scaling, self.max_grad_norm = loss_scaling, max_grad_norm
-        self.accum_type, self.first_order_momentum_accum_type, self.second_order_momentum_accum_type = (
-            accum_type, first, second,
-        )
-        self.variable_attrs = VariableAttributes(given, [*list(self.defaults), "loss_scaling"])
+        self.loss_scaling, self.max_grad_norm, self.accum_type = loss_scaling, max_grad_norm, accum_type
+        self.first_order_momentum_accum_type = first_order_momentum_accum_type
+        self.second_order_momentum_accum_type = second_order_momentum_accum_type
+        self.variable_attrs = VariableAttributes(given, [*self.defaults, "loss_scaling"])
         self.ipu_state = {"ipu_state": None, "ipu_param": None}
-        self.executor = None
-        self.to_device = False
+        self.executor, self.to_device = None, False
         if any(group["amsgrad"] for group in self.param_groups):
             raise ValueError("Only non-amsgrad Adam/AdamW optimizers are supported.")
 
@@ -126,37 +128,13 @@ class _Optimizer:
 
 
 class Adam(_Optimizer, torch.optim.Adam):
-    def __init__(
-        self, params, lr=None, betas=None, eps=None, weight_decay=None, amsgrad=None, loss_scaling=1.0,
-        accum_type=torch.float32, first_order_momentum_accum_type=torch.float32,
-        second_order_momentum_accum_type=torch.float32, max_grad_norm=float("inf"),
-    ):
-        given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
-        given = {key: value for key, value in given.items() if value is not None}
-        torch.optim.Adam.__init__(self, params, **given)
-        self._finish(
-            given, loss_scaling, accum_type, first_order_momentum_accum_type, second_order_momentum_accum_type,
-            max_grad_norm,
-        )
+    pass
 
 
 class AdamW(_Optimizer, torch.optim.AdamW):
-    def __init__(
-        self, params, lr=None, betas=None, eps=None, weight_decay=None, amsgrad=None, loss_scaling=1.0,
-        bias_correction=True, accum_type=torch.float32, first_order_momentum_accum_type=torch.float32,
-        second_order_momentum_accum_type=torch.float32, max_grad_norm=float("inf"),
-    ):
-        given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
-        given = {key: value for key, value in given.items() if value is not None}
-        torch.optim.AdamW.__init__(self, params, **given)
+    def __init__(self, params, bias_correction=True, **options):
         assert bias_correction is True, "the stand-in's arithmetic is PyTorch's, which always corrects"
-        self._finish(
-            given, loss_scaling, accum_type, first_order_momentum_accum_type, second_order_momentum_accum_type,
-            max_grad_norm,
-        )
-
-
-# Programs ------------------------------------------------------------------------------------------------------------
+        super().__init__(params, **options)
 
 
 class WrappedParameter(torch.nn.Parameter):
@@ -168,13 +146,10 @@ class Executor:
 
     def __init__(self, model, options, optimizer):
         self._user_model, self.options, self._optimizer = model, options, optimizer
-        self.capture = None
-        self._device_model = None
-        self._dirty = False
+        self.capture, self._device_model, self._dirty = None, None, False
         self._cached_rng_state = [options.random_seed] if hasattr(options, "random_seed") else None
         if optimizer is None:
             return
-        self._training_flag = model.training
         self._class, self._parameter_classes = type(model), [(p, type(p)) for p in model.parameters()]
         executor = self
 
@@ -186,9 +161,8 @@ class Executor:
 
             def state_dict(self, *args, **kwargs):
                 executor.copyWeightsToHostIfNeeded()
-                return OrderedDict(
-                    (key, value.as_subclass(torch.Tensor)) for key, value in super().state_dict(*args, **kwargs).items()
-                )
+                state = super().state_dict(*args, **kwargs)
+                return OrderedDict((key, value.as_subclass(torch.Tensor)) for key, value in state.items())
 
         model.__class__ = Wrapped
         for parameter in model.parameters():
@@ -202,10 +176,8 @@ class Executor:
 
     @property
     def _micro_batches(self):
-        return (
-            self.options.device_iterations, self.options.Training.gradient_accumulation,
-            self.options.replication_factor,
-        )
+        options = self.options
+        return options.device_iterations, options.Training.gradient_accumulation, options.replication_factor
 
     def compile(self, *inputs):
         assert not self.isCompiled()
@@ -213,10 +185,7 @@ class Executor:
         iterations, accumulation, replicas = self._micro_batches
         count = iterations * accumulation * replicas
         for tensor in inputs:
-            assert tensor.shape[0] % count == 0, (
-                f"Invalid batch dimension: In the input {tuple(tensor.shape)}, the batch dimension "
-                f"({tensor.shape[0]}) must be a multiple of {count}"
-            )
+            assert tensor.shape[0] % count == 0, f"Invalid batch dimension: {tensor.shape} is no multiple of {count}"
         assert all(p.is_contiguous() for p in self._user_model.parameters()), "weights are copied as they lie in memory"
         self._capture([tensor[: tensor.shape[0] // count] for tensor in inputs])
         self._device_model = copy.deepcopy(self._user_model)
@@ -257,19 +226,14 @@ class Executor:
         iterations, accumulation, _ = self._micro_batches
         if self._optimizer is None:
             if stages > 1 and iterations < stages:
-                raise Error(
-                    f"deviceIterations must be greater than or equal to the number of pipeline stages ({stages})"
-                )
+                raise Error(f"deviceIterations must be at least the number of pipeline stages ({stages})")
             return
         if capture.losses == 0 and capture.cross_entropies == 0:
             raise Error("Couldn't find a loss in graph!")
         if capture.losses > 1 or (capture.losses == 0 and capture.cross_entropies > 1):
             raise Error("Multiple independent losses found in graph")
         if stages > 1 and accumulation < 2 * stages - 1:
-            raise Error(
-                "gradientAccumulation must be greater than or equal to the number of pipeline stages "
-                f"({2 * stages - 1})"
-            )
+            raise Error(f"gradientAccumulation must be at least the number of pipeline stages ({2 * stages - 1})")
 
     def _make_device_optimizer(self):
         host, own = self._optimizer, dict(self._device_model.named_parameters())
@@ -316,30 +280,32 @@ class Executor:
     def copyWeightsToDevice(self):
         if self._optimizer is None and hasattr(self._user_model, "copyWeightsToHostIfNeeded"):
             self._user_model.copyWeightsToHostIfNeeded()
-        self._dirty = False
-        with torch.no_grad():
-            for own, host in zip(self._device_model.parameters(), self._user_model.parameters()):
-                own.copy_(host.as_subclass(torch.Tensor))
+        self._copy_weights(lambda own, host: own.copy_(host))
 
     def copyWeightsToHostIfNeeded(self):
         if not self._dirty:
             return False
-        self._dirty = False
-        with torch.no_grad():
-            for own, host in zip(self._device_model.parameters(), self._user_model.parameters()):
-                host.as_subclass(torch.Tensor).copy_(own)
+        self._copy_weights(lambda own, host: host.copy_(own))
         return True
+
+    @torch.no_grad()
+    def _copy_weights(self, copy_one):
+        self._dirty = False
+        for own, host in zip(self._device_model.parameters(), self._user_model.parameters()):
+            copy_one(own, host.as_subclass(torch.Tensor))
+
+    def _need_compiled(self):
+        if not self.isCompiled():
+            raise Error("Model has not been compiled or has been destroyed.")
 
     @property
     def rng_state(self):
-        if not self.isCompiled():
-            raise Error("Model has not been compiled or has been destroyed.")
+        self._need_compiled()
         return self._cached_rng_state
 
     @rng_state.setter
     def rng_state(self, state):
-        if not self.isCompiled():
-            raise Error("Model has not been compiled or has been destroyed.")
+        self._need_compiled()
         self._cached_rng_state = state.copy()
 
     # Optimizer
@@ -351,23 +317,16 @@ class Executor:
             own.update((key, host[key]) for key in optimizer.variable_attrs.variable if key in host)
 
     def read_optimizer_state(self):
-        if not self.isCompiled():
-            raise Error("Model has not been compiled or has been destroyed.")
-        return {
-            "ipu_state": {
-                self._names[id(p)]: {key: torch.as_tensor(value).clone() for key, value in state.items()}
-                for p, state in self._device_optimizer.state.items()
-            },
-            "ipu_param": {},
-        }
+        self._need_compiled()
+        states = self._device_optimizer.state.items()
+        found = {self._names[id(p)]: {key: value.clone() for key, value in state.items()} for p, state in states}
+        return {"ipu_state": found, "ipu_param": {}}
 
     def _write_optimizer_state(self):
-        own = {name: p for p in self._device_optimizer_parameters() for name in [self._names[id(p)]]}
+        own = {self._names[id(p)]: p for p in self._device_optimizer_parameters()}
         for name, state in self._optimizer.ipu_state["ipu_state"].items():
             assert state["exp_avg"].shape == own[name].shape
-            self._device_optimizer.state[own[name]] = {
-                key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in state.items()
-            }
+            self._device_optimizer.state[own[name]] = {key: value.clone() for key, value in state.items()}
         self._optimizer.to_device = False
 
     def _device_optimizer_parameters(self):
@@ -376,10 +335,7 @@ class Executor:
     # Execution
 
     def __call__(self, *inputs):
-        assert not self.options.offline, (
-            "Trying to run a model on an offline device (ConnectionType.Never): use model.compile(inputs) instead of "
-            "model(inputs)"
-        )
+        assert not self.options.offline, "Trying to run a model on an offline device: use model.compile(inputs)"
         if not self.isCompiled():
             self.compile(*inputs)
         if not self.isAttachedToDevice():
@@ -390,19 +346,11 @@ class Executor:
         if self._optimizer is not None and self._optimizer.to_device:
             self._write_optimizer_state()
         iterations, accumulation, replicas = self._micro_batches
-        results = []
-        micro = inputs[0].shape[0] // (iterations * accumulation * replicas)
-        chunks = list(zip(*[tensor.split(micro) for tensor in inputs]))
-        for iteration in range(iterations):
-            results.append(
-                [
-                    [
-                        self._micro_batch(chunks[(iteration * accumulation + step) * replicas + replica])
-                        for replica in range(replicas)
-                    ]
-                    for step in range(accumulation)
-                ]
-            )
+        micro, results = inputs[0].shape[0] // (iterations * accumulation * replicas), []
+        chunks = zip(*[tensor.split(micro) for tensor in inputs])  # replicas of each step of each iteration
+        for _ in range(iterations):
+            steps = [[self._micro_batch(next(chunks)) for _ in range(replicas)] for _ in range(accumulation)]
+            results.append(steps)
             if self._optimizer is not None:
                 self._update()
         self._dirty = self._optimizer is not None

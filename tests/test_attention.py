@@ -52,72 +52,74 @@ def test_mask_is_its_definition(pattern, text_len, grid):
     assert bool(mask.diagonal().all())  # nobody sees nothing: a row without any key has no softmax
 
 
-def test_patterns_differ_on_a_grid_larger_than_their_window():
+def test_patterns_differ_on_a_grid_larger_than_their_window_and_take_turns_in_layers():
     assert CONV_KERNEL_SIZE == 5
     masks = {pattern: build_mask(pattern, 3, 8) for pattern in ATTENTION_PATTERNS}
     assert len({mask.numpy().tobytes() for mask in masks.values()}) == len(ATTENTION_PATTERNS)
     with pytest.raises(ValueError, match="diagonal"):
         build_mask("diagonal", 3, 8)
+    config = dataclasses.replace(TINY, depth=5, attn_types=("full", "axial_row"))
+    transformer = Transformer(config)
+    for layer, pattern in enumerate(["full", "axial_row", "full", "axial_row", "full"]):
+        assert torch.equal(transformer.context(layer).visible.mask, build_mask(pattern, config.text_len, config.grid))
+    assert not any("mask" in name for name in transformer.state_dict())  # masks are no part of a checkpoint
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_short_attention_of_medium_precision_is_the_explicit_product(causal, products):
     """PyTorch's own is slow there; see _SHORT."""
-    mask = torch.ones(70, 70).tril().bool()
-    query, key, value = torch.randn(3, 2, 2, 70, 64).unbind()
-    exact = explicit(*(x.double() for x in (query, key, value)), mask, causal)
+    mask, inputs = torch.ones(70, 70).tril().bool(), torch.randn(3, 2, 2, 70, 64).unbind()
+    exact = explicit(*(x.double() for x in inputs), mask, causal)
     products("medium")
-    result = sdpa(query, key, value, mask, causal)
-    assert torch.equal(result, explicit(query, key, value, mask, causal))
+    result = sdpa(*inputs, mask, causal)
+    assert torch.equal(result, explicit(*inputs, mask, causal))
     torch.testing.assert_close(result.double(), exact, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("grid", [1, 2, 5, 7])
 @pytest.mark.parametrize("pattern", ATTENTION_PATTERNS)
-def test_implementations_agree(pattern):
+def test_implementations_agree(pattern, grid):
     torch.manual_seed(4)
-    mask = build_mask(pattern, 4, 6)
+    mask = build_mask(pattern, 4, grid)
     query, key, value = (torch.randn(2, 3, len(mask), 8, requires_grad=True) for _ in range(3))
     weight = torch.randn(2, 3, len(mask), 8)
-    results = [gradients(attend(query, key, value, mask, pattern == "full"), weight, query, key, value)
-               for attend in (sdpa, explicit)]  # fmt: skip
-    for fused, plain in zip(*results):
-        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
+    outputs = [attend(query, key, value, mask, pattern == "full") for attend in (explicit, sdpa)]
+    if pattern != "full":  # a window holds all that a sparse pattern shows
+        bias = window_bias(pattern, allowed_codes(pattern, grid), grid)
+        outputs.append(local_attention(query, key, value, bias, pattern == "axial_col"))
+    plain, *others = [gradients(output, weight, query, key, value) for output in outputs]
+    for found in others:
+        torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
 
     # Against the formula itself, one query at a time, in double precision.
     for position in (0, len(mask) // 2, len(mask) - 1):
-        keys = [other for other in range(len(mask)) if sees(pattern, 4, 6, position, other)]
+        keys = [other for other in range(len(mask)) if sees(pattern, 4, grid, position, other)]
         scores = (key.double()[:, :, keys] @ query.double()[:, :, position, :, None])[..., 0] / 8**0.5
         expected = (scores.softmax(-1)[..., None] * value.double()[:, :, keys]).sum(-2)
-        torch.testing.assert_close(results[0][0][:, :, position].double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(plain[0][:, :, position].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_products_that_keep_less_do_keep_less():
     config = dataclasses.replace(TINY, grid=6, attn_types=("axial_row",), depth=1)
     transformer = Transformer(config)
     own = {tensor.data_ptr() for tensor in (*transformer.parameters(), *transformer.buffers())}
-    kept = []
-    for kind in ("native", "reference"):
-        sizes = {}
 
-        def keep(tensor, sizes=sizes):
-            if tensor.data_ptr() not in own:
-                sizes[tensor.untyped_storage().data_ptr()] = (tensor, tensor.untyped_storage().nbytes())
-            return tensor
-
-        with ops.use(kind), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    def kept(kind):
+        tensors = []
+        with ops.use(kind), torch.autograd.graph.saved_tensors_hooks(lambda x: tensors.append(x) or x, lambda x: x):
             transformer(torch.randn(2, config.seq_len, config.dim, requires_grad=True))
-        kept.append(sum(size for _, size in sizes.values()))
-    assert kept[0] < 0.6 * kept[1]
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tensors if x.data_ptr() not in own}
+        return sum(storage.nbytes() for storage in storages.values())
+
+    assert kept("native") < 0.6 * kept("reference")
 
 
 @pytest.mark.parametrize("pattern", ["full", "axial_col", "conv_like"])
 def test_products_that_keep_less_work_in_half_precision(pattern):
-    """Under autocast, as close to double precision as the plain ones."""
     config = dataclasses.replace(TINY, grid=6, dim=64, heads=4, dim_head=16, attn_types=(pattern,))
     transformer = randomised(Transformer(config)).train()
     x = torch.randn(4, config.seq_len, config.dim, requires_grad=True)
     weight = torch.randn_like(x)
-
 
     def trained(kind, half, model, x):
         with ops.use(kind):
@@ -131,20 +133,6 @@ def test_products_that_keep_less_work_in_half_precision(pattern):
         assert own.dtype == other.dtype
         error, usual = ((tensor.double() - true).norm() / true.norm() for tensor in (own, other))
         assert error < 2 * usual + 1e-3
-
-
-@pytest.mark.parametrize("grid", [1, 2, 5, 7])
-@pytest.mark.parametrize("pattern", [pattern for pattern in ATTENTION_PATTERNS if pattern != "full"])
-def test_a_window_holds_all_that_a_sparse_pattern_shows(pattern, grid):
-    torch.manual_seed(5)
-    mask = build_mask(pattern, 3, grid)
-    bias = window_bias(pattern, allowed_codes(pattern, grid), grid)
-    query, key, value = (torch.randn(2, 3, len(mask), 4, requires_grad=True) for _ in range(3))
-    weight = torch.randn(2, 3, len(mask), 4)
-    local = gradients(local_attention(query, key, value, bias, pattern == "axial_col"), weight, query, key, value)
-    plain = gradients(explicit(query, key, value, mask), weight, query, key, value)
-    for sparse, dense in zip(local, plain):
-        torch.testing.assert_close(sparse, dense, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", ATTENTION)
@@ -166,37 +154,23 @@ def test_a_layer_sees_exactly_what_its_mask_allows(pattern, implementation):
 def test_the_future_never_changes_the_past(pattern, name):
     config = dataclasses.replace(TINY, attn_types=(pattern,), **BLOCKS[name])
     model = randomised(DalleModel(config)).double()
-    text = torch.tensor([[3, 8, 1, 5]])
-    codes = torch.tensor([[4, 0, 6, 1, 1, 2, 5, 3, 0]])
+    tokens = torch.tensor([3, 8, 1, 5] + [4, 0, 6, 1, 1, 2, 5, 3, 0])
 
-    def rows(text, codes):
+    def rows(tokens):
         """Logits by sequence position: row i is what position i predicts."""
-        text_logits, image_logits = model(text, codes)
+        text_logits, image_logits = model(tokens[None, :4], tokens[None, 4:])
         return list(text_logits[0]) + list(image_logits[0])
 
     with torch.no_grad():
-        before = rows(text, codes)
+        before = rows(tokens)
         assert len(before) == config.seq_len
-        first_text = int(config.bos)  # position of the first text token
         for index in range(4 + 9):
-            changed_text, changed_codes = text.clone(), codes.clone()
-            if index < 4:
-                changed_text[0, index] = 7
-            else:
-                changed_codes[0, index - 4] = (codes[0, index - 4] + 3) % 7
-            after = rows(changed_text, changed_codes)
-            position = first_text + index  # of the changed token; at the last code nothing is predicted
-            same = [torch.equal(old, new) for old, new in zip(before, after)]
+            changed = tokens.clone()
+            changed[index] = (tokens[index] + 3) % 7
+            position = int(config.bos) + index  # of the changed token; at the last code nothing is predicted
+            same = [torch.equal(old, new) for old, new in zip(before, rows(changed))]
             assert all(same[:position])
             assert position >= len(before) or not same[position]
-
-
-def test_patterns_are_dealt_to_layers_in_turn():
-    config = dataclasses.replace(TINY, depth=5, attn_types=("full", "axial_row"))
-    transformer = Transformer(config)
-    for layer, pattern in enumerate(["full", "axial_row", "full", "axial_row", "full"]):
-        assert torch.equal(transformer.context(layer).visible.mask, build_mask(pattern, config.text_len, config.grid))
-    assert not any("mask" in name for name in transformer.state_dict())  # masks are no part of a checkpoint
 
 
 def test_rotation_is_that_of_complex_numbers():

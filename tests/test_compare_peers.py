@@ -4,7 +4,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import sys
+import types
 
 import pytest
 import torch
@@ -28,18 +28,7 @@ def contestant(name, task):
     return made
 
 
-@pytest.fixture
-def clean_modules():
-    """Forget the peer and what stands in for its imports."""
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if name.split(".")[0] in {"dalle_pytorch", *(stub.split(".")[0] for stub in contestants.STUBS)}:
-            del sys.modules[name]
-
-
 def entrants(*tasks):
-    """(contestant, task) of all that do these tasks."""
     pairs = [(name, task) for task in tasks for name in compare_peers.ENTRIES[task]]
     return [pytest.param(*pair, marks=needs_peer if pair[0] in (PEER, REPAIRED) else ()) for pair in pairs]
 
@@ -92,14 +81,10 @@ def test_a_peer_that_a_gpu_has_no_room_for_does_not_end_the_run(device):
 
 
 def test_whole_images_are_interpolated_from_a_few_positions():
-    class Slow:
-        name = PEER
-
-        def ask(self, do, images, position=0):
-            return {"token": 1.0 + position, "decode": 0.5}[do]
-
+    ask = lambda do, images, position=0: {"token": 1.0 + position, "decode": 0.5}[do]  # noqa: E731
+    slow = types.SimpleNamespace(name=PEER, ask=ask)
     # 1 + 2 + ... + 9 seconds for nine codes, exactly what a straight line gives.
-    assert compare_peers.sampling_seconds(Slow(), 1, 9, exact=False) == pytest.approx(45.5)
+    assert compare_peers.sampling_seconds(slow, 1, 9, exact=False) == pytest.approx(45.5)
 
 
 def test_the_work_of_a_step_is_what_pytorch_counts():
@@ -124,6 +109,8 @@ def measured(name, task, seconds, images=2, peak=10):
 def report_of(found, options):
     machine = {"processor": "abacus", "threads": 1, "torch": "2", "gflop_per_second": 100.0}
     machine.update(fastest_gflop_per_second=125.0, read_gb_per_second=5.0)
+    if options.device == "cuda":
+        machine["datasheet_gflop_per_second"] = 200.0
     report = {"config": "tiny", "device": "cpu", "precision": "fp32", "date": "2000-01-01 00:00", "machine": machine}
     report.update(parameters=1.0, num_codes=10, gflop_per_sample=50.0, weights_gb=2.0, decode_seconds=1.0)
     report["results"] = [m.to_dict() for m in found]
@@ -161,14 +148,9 @@ def test_ratios_are_medians_of_turns_and_limits_come_from_the_machine(tmp_path):
 def test_the_gpu_benchmark_finds_its_figures_in_the_table():
     """What benchmarks.yml looks for, in the table of a run on a GPU whose datasheet is known."""
     options = compare_peers.COMMAND.parse(["--device", "cuda", "--precision", "bf16", "--images", "96"])
-    found = [
-        measured(OURS, TRAIN_CODES, [1.0]),
-        measured(OURS, GENERATE, [1.25], images=96),
-        measured(WITHOUT_GRAPHS, GENERATE, [5.0], images=96),
-    ]
+    found = [measured(OURS, TRAIN_CODES, [1.0])]
+    found += [measured(name, GENERATE, [seconds], images=96) for name, seconds in ((OURS, 1.25), (WITHOUT_GRAPHS, 5.0))]
     report = report_of(found, options)
-    report["machine"]["datasheet_gflop_per_second"] = 200.0
-    report["summary"] = compare_peers.summary(found, report, options)
     text = compare_peers.table(found, report)
     metrics = yaml.safe_load((ROOT / "benchmarks.yml").read_text())["dalle_compare_cuda"]["data"]
     values = {name: re.findall(metric["regexp"], text) for name, metric in metrics.items()}
@@ -176,27 +158,23 @@ def test_the_gpu_benchmark_finds_its_figures_in_the_table():
     assert report["summary"]["sampling 96, speed over Mini DALL-E (no CUDA graphs)"] == 4.0
 
 
-def test_on_a_gpu_all_train_without_recomputing_and_ours_may_be_compiled():
-    flags = [OURS, TRAIN_CODES, "--config", "minDALLE_1.3B", "--device", "cuda", "--precision", "bf16", "--compile"]
-    execution = contestants.settings(contestants.COMMAND.parse(flags)).execution
-    assert execution.compile and not execution.activation_checkpointing
+@pytest.mark.parametrize("flags, expected", [
+    ("--config minDALLE_1.3B --device cuda --precision bf16 --compile",
+     {"compile": True, "activation_checkpointing": False}),  # on a GPU all train without recomputing
+    ("--config L16 --matmul-precision highest", {"matmul_precision": "highest"}),
+    ("--config L16 --matmul-precision medium", {"matmul_precision": "medium"}),
+    ("--config L16", {"matmul_precision": None}),
+])
+def test_the_settings_of_all_are_those_asked_for(flags, expected):
+    execution = contestants.settings(contestants.COMMAND.parse([OURS, TRAIN_CODES, *flags.split()])).execution
+    assert {name: getattr(execution, name) for name in expected} == expected
 
 
-def test_matmuls_are_as_exact_for_all_as_asked_for():
-    flags = [OURS, TRAIN_CODES, "--config", "L16", "--matmul-precision"]
-    for wanted in ("highest", "medium"):
-        assert contestants.settings(contestants.COMMAND.parse([*flags, wanted])).execution.matmul_precision == wanted
-    assert contestants.settings(contestants.COMMAND.parse(flags[:-1])).execution.matmul_precision is None
-
-
-def test_datasheets_are_known_by_the_names_that_gpus_report():
+def test_names_cover_everybody_and_datasheets_are_known_by_the_names_that_gpus_report():
+    assert set(contestants.KINDS) == set(contestants.NAMES) and set(compare_peers.ENTRIES) == set(contestants.TASKS)
     assert limits.datasheet("NVIDIA H200", "bf16") == limits.datasheet("NVIDIA H100 80GB HBM3", "fp16") == 989_000
     assert limits.datasheet("NVIDIA H100 PCIe", "bf16") == 756_000
     assert limits.datasheet("NVIDIA H200", "fp32") is None and limits.datasheet("abacus", "bf16") is None
-
-
-def test_names_cover_everybody():
-    assert set(contestants.KINDS) == set(contestants.NAMES) and set(compare_peers.ENTRIES) == set(contestants.TASKS)
 
 
 @pytest.mark.slow

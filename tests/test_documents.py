@@ -5,12 +5,12 @@ import importlib
 import json
 import re
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT, write_pairs
 from PIL import Image
 
 import args
@@ -20,7 +20,6 @@ from benchmarks import busy, compare_peers
 from dalle import evaluation
 from examples import transfer_learning_ex
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -32,7 +31,6 @@ def blocks(language):
 
 
 def commands():
-    """Every command of the bash blocks, without its comment, each once."""
     found = {}
     for _, block in blocks("bash"):
         for line in re.sub(r"\\\n\s*", " ", block).splitlines():
@@ -43,10 +41,6 @@ def commands():
 
 
 # ---- what stands in the documents
-
-
-def test_the_readme_is_short():
-    assert len(DOCUMENTS[0].read_text(encoding="utf-8").splitlines()) <= 200
 
 
 def anchors(path):
@@ -65,7 +59,8 @@ def test_links_lead_to_files_and_headings_that_exist(path):
     assert not missing
 
 
-def test_every_document_is_two_hops_from_the_readme():
+def test_the_readme_is_short_and_every_document_two_hops_from_it():
+    assert len(DOCUMENTS[0].read_text(encoding="utf-8").splitlines()) <= 200
     reached = {DOCUMENTS[0]}
     for _ in range(2):
         for path in list(reached):
@@ -88,19 +83,10 @@ NOT_HERE = {
 
 # ---- commands that are parsed: they train for long, or need an accelerator, a download or several processes
 
-
-def parse_training(words):
-    args.parse(words)
-
-
-def parse_with_set_up(words):
-    args.parse(["--config", *words])
-
-
 PARSED = {
-    r"(?:torchrun --nproc-per-node \d+ |poprun (?:--[\w-]+ \w+ )+python )train\.py (.*)": parse_training,
-    r"(?:NPROC=\d+ |poprun (?:--[\w-]+ \w+ )+)?bash run_train\.sh (.+)": parse_with_set_up,
-    r"python train\.py(?: (?!.*minDALLE_tiny)(.*))?": parse_training,
+    r"(?:torchrun --nproc-per-node \d+ |poprun (?:--[\w-]+ \w+ )+python )train\.py (.*)": args.parse,
+    r"(?:NPROC=\d+ |poprun (?:--[\w-]+ \w+ )+)?bash run_train\.sh (.+)": lambda words: args.parse(["--config", *words]),
+    r"python train\.py(?: (?!.*minDALLE_tiny)(.*))?": args.parse,
     r"python train_vqgan\.py (.*)": training.vqgan_options.COMMAND.parse,
     r"python examples/transfer_learning_ex\.py (.*)": transfer_learning_ex.COMMAND.parse,
     r"python3 -m examples_utils (.*)": examples_utils.options.parse,
@@ -133,17 +119,17 @@ def ways(table):
 
 
 def test_every_command_is_run_or_parsed_or_needs_what_is_not_here():
-    known = [command for table in (NOT_HERE, PARSED, RUN) for command, _, _ in ways(table)]
-    assert sorted(known) == sorted(commands())
-    assert len(known) > 30
-    idle = [
-        pattern for table in (NOT_HERE, PARSED, RUN) for pattern in table
-        if not any(re.fullmatch(pattern, command) for command in commands())
-    ]
-    assert not idle
+    everything = {**NOT_HERE, **PARSED, **RUN}
+    known = [command for command, _, _ in ways(everything)]
+    assert sorted(known) == sorted(commands()) and len(known) > 30
+    assert not [pattern for pattern in everything if not any(re.fullmatch(pattern, command) for command in known)]
 
 
-@pytest.mark.parametrize("command, words, parse", ways(PARSED), ids=lambda value: value if str(value) == value else "")
+def by_command(value):
+    return value if isinstance(value, str) else ""
+
+
+@pytest.mark.parametrize("command, words, parse", ways(PARSED), ids=by_command)
 def test_a_command_is_taken_by_its_own_parser(command, words, parse, monkeypatch):
     monkeypatch.chdir(ROOT)
     script = re.search(r"[\w/]+\.(py|sh)", command)
@@ -159,26 +145,21 @@ def workspace(tmp_path_factory):
         patch.chdir(folder)
         run("python train.py", ["--config", "minDALLE_tiny", "--export-mindalle", "tuned", *ONE_STEP], patch)
     trained = next((folder / "output/minDALLE_tiny/ckpt").glob("*.pt"))
-    for name in ("output/ckpt/dalle_799.pt", "output/minDALLE_tiny/ckpt/dalle_0_60.pt"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(trained, folder / name)
-    classes = folder / "output/transfer/transfer-imagenet-clscond-gen/ckpt"
-    classes.mkdir(parents=True)
-    shutil.copy(trained, classes / "dalle_7.pt")
-    (folder / "prompts.txt").write_text("grinning cat\nred apple\n")
-    Image.new("RGB", (64, 64), "red").save(folder / "face.png")
-    pairs = folder / "data/COCO/val2017"
-    pairs.mkdir(parents=True)
-    for index in range(3):
-        Image.new("RGB", (64, 64), (80 * index, 0, 0)).save(pairs / f"{index}.png")
-        (pairs / f"{index}.txt").write_text("red apple\n")
-    (folder / "flickr8k").mkdir()
-    rows = "".join(f"{index}.jpg,a dog runs over the grass\n" for index in range(5))
-    (folder / "flickr8k/captions.txt").write_text("image,caption\n" + rows)
     coco = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"id": 1, "image_id": 1, "caption": "A cat."}]}
-    (folder / "captions.json").write_text(json.dumps(coco))
-    (folder / "docs/images").mkdir(parents=True)
-    shutil.copy(ROOT / "docs/images/compare_peers.json", folder / "docs/images")
+    texts = {
+        "prompts.txt": "grinning cat\nred apple\n", "captions.json": json.dumps(coco),
+        "flickr8k/captions.txt": "image,caption\n" + "0.jpg,a dog runs over the grass\n" * 5,
+    }
+    copies = {
+        "output/ckpt/dalle_799.pt": trained, "output/minDALLE_tiny/ckpt/dalle_0_60.pt": trained,
+        "output/transfer/transfer-imagenet-clscond-gen/ckpt/dalle_7.pt": trained,
+        "docs/images/compare_peers.json": ROOT / "docs/images/compare_peers.json",
+    }
+    for name in (*texts, *copies):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(texts[name].encode() if name in texts else copies[name].read_bytes())
+    Image.new("RGB", (64, 64), "red").save(folder / "face.png")
+    write_pairs(folder / "data/COCO/val2017", ["red apple\n"] * 3, size=64)
     return folder
 
 
@@ -191,7 +172,7 @@ def run(command, words, patch):
     assert not module.main()
 
 
-@pytest.mark.parametrize("command, words, small", ways(RUN), ids=lambda value: value if str(value) == value else "")
+@pytest.mark.parametrize("command, words, small", ways(RUN), ids=by_command)
 def test_a_command_runs(command, words, small, workspace, monkeypatch):
     monkeypatch.chdir(workspace)
     run(command, [*words, *small], monkeypatch)
@@ -199,7 +180,6 @@ def test_a_command_runs(command, words, small, workspace, monkeypatch):
 
 @pytest.mark.parametrize("code", [code for name, code in blocks("python") if name != "architecture.md"])
 def test_code_runs(code):
-    """All but the outline of an interface in architecture.md, which the tests of engines check."""
     names = {}
     exec(code, names)
     images = names["images"]

@@ -63,7 +63,6 @@ def assert_within(result, exact, sums, terms, eps=EPS, lost=LOST, times=4):
 
 
 def assert_close(result, exact, tolerance):
-    """Within so much of the largest value."""
     torch.testing.assert_close(result.double(), exact, rtol=0, atol=tolerance * float(exact.abs().max()) + 1e-7)
 
 
@@ -180,7 +179,7 @@ def test_gelu_of_all_numbers(gated, chance):
     assert_within(grad_input, exact_grad, bounds, 1, times=60, lost=lost[bounds < LARGEST / 4])
 
 
-def test_gelu_relative_to_its_result():
+def test_gelu_relative_to_its_result_and_of_what_is_not_finite():
     """The left tail too is right, as far as e^(-x^2 / 2) is in float32."""
     sizes = torch.logspace(-45, 38, 4000)
     x = torch.cat([sizes, -sizes, torch.linspace(-14, 14, 20001), torch.tensor([0.0, -0.0])])[None]
@@ -191,9 +190,6 @@ def test_gelu_relative_to_its_result():
     error = (result.double() - expected).abs() / expected.abs().clamp(min=1e-37)
     assert error[x > -11].max() < 1e-5 and (result.double() - expected).abs()[x.abs() < 14].max() < 1e-6
     assert (grad_input.double() - exact.grad).abs().max() < 3e-7
-
-
-def test_gelu_of_what_is_not_finite():
     odd = torch.tensor([[NAN, INF, -INF, 3.4e38, -3.4e38, 1.0, -0.0, 0.0]])
     bits = torch.tensor([[0x7F800001, 0x7FC00001, -1]], dtype=torch.int32).view(torch.float32)  # other nans
     odd = torch.cat([odd, bits], dim=1)
@@ -212,11 +208,8 @@ def test_residual_add_and_scaled_rows_of_all_shapes(rows, width, threads):
     for own_scale, own_bias in ((scale[0], bias[0]), (None, bias[0]), (scale[0], None), (None, None)):
         branch = x.double() if own_bias is None else x.double() + own_bias
         expected = residual + (branch if own_scale is None else own_scale.double() * branch)
-
-        def add_branch(own_scale=own_scale, own_bias=own_bias):
-            return [elementwise.add_branch(residual, own_scale, own_bias, x.clone())]
-
-        assert_close(on_threads(threads, add_branch)[0], expected, 3e-7)
+        add = lambda given=(own_scale, own_bias): [elementwise.add_branch(residual, *given, x.clone())]  # noqa: E731
+        assert_close(on_threads(threads, add)[0], expected, 3e-7)
     factor = torch.randn(rows)
 
     def sum_and_scale():
@@ -243,8 +236,7 @@ def test_residual_add_and_scaled_rows_of_all_numbers(chance):
     assert torch.equal(scaled, x * factor[:, None])
 
 
-def test_norm_of_many_tensors(threads):
-    torch.manual_seed(2)
+def test_norm_of_many_tensors(chance, threads):
     tensors = [torch.randn(size) for size in ((1,), (37,), (8, 2049), (3, 0), (70, 1000))] + [torch.tensor(2.0)]
     exact = torch.cat([tensor.flatten() for tensor in tensors]).double().norm()
     assert_close(on_threads(threads, lambda: [elementwise.total_norm(tensors)])[0], exact, 1e-6)
@@ -252,9 +244,6 @@ def test_norm_of_many_tensors(threads):
         tensors[2][5, 3] = odd
         assert nature(elementwise.total_norm(tensors))
     assert elementwise.total_norm([torch.empty(0)]) == 0
-
-
-def test_norm_of_all_numbers(chance):
     tensors = [wild(chance.choice((0, 1, 400)), high=55), wild(chance.randint(0, 5000), high=50), wild(1, high=55)]
     squares = sum(tensor.double().square().sum() for tensor in tensors)[None]
     assert_within(elementwise.total_norm(tensors)[None].double() ** 2, squares, squares, 64)
@@ -291,7 +280,6 @@ def test_dropout_of_all_numbers(chance, threads):
 
 
 def attend(qkv, pattern, heads, grid):
-    """Attention under the pattern's mask, by PyTorch."""
     query, key, value = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     mask = build_mask(pattern, qkv.shape[1] - grid * grid + 1, grid)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
@@ -317,10 +305,8 @@ def native_attention_of(qkv, grad, pattern, heads, grid):
 
 
 @pytest.mark.parametrize("pattern", ["axial_row", "axial_col", "full"])
-@pytest.mark.parametrize(
-    "batch, text, grid, heads, width",
-    [(1, 7, 4, 3, 32), (2, 80, 16, 2, 64), (3, 1, 5, 2, 40), (1, 33, 17, 2, 8), (2, 3, 1, 1, 5), (1, 50, 7, 2, 100)],
-)
+@pytest.mark.parametrize("batch, text, grid, heads, width", [
+    (1, 7, 4, 3, 32), (2, 80, 16, 2, 64), (3, 1, 5, 2, 40), (1, 33, 17, 2, 8), (2, 3, 1, 1, 5), (1, 50, 7, 2, 100)])
 def test_attention_of_all_shapes(pattern, batch, text, grid, heads, width, threads):
     torch.manual_seed(batch)
     length = text + grid * grid - 1
@@ -337,8 +323,7 @@ def test_what_scratch_memory_held_before_does_not_matter(grid, monkeypatch):
     torch.manual_seed(0)
     qkv, grad = torch.randn(1, 5 + grid * grid - 1, 30), torch.randn(1, 5 + grid * grid - 1, 10)
     for value in (0.0, NAN):
-        filled = lambda *arguments, value=value: plain(*arguments).fill_(value)  # noqa: E731
-        monkeypatch.setattr(native_attention, "_scratch", filled)
+        monkeypatch.setattr(native_attention, "_scratch", lambda *sizes, value=value: plain(*sizes).fill_(value))
         results.append(native_attention_of(qkv, grad, "axial_col", 2, grid))
     assert all(torch.equal(first, second) and first.isfinite().all() for first, second in zip(*results))
 
@@ -390,10 +375,7 @@ def test_attention_keeps_what_is_not_finite_in_its_head(bad, position):
     for x in (result, grad_qkv):
         odd = (~x.isfinite()).unflatten(2, (-1, 2, 8)).any(dim=2).any(dim=1).any(dim=-1)  # (B, H)
         assert odd.tolist() == [[False, False], [True, False]]
-
-
-def test_large_scores_do_not_overflow():
-    qkv = 30 * torch.randn(1, 20, 24)
+    qkv = 30 * torch.randn(1, 20, 24)  # large scores do not overflow
     found = NativeAttention(visible("axial_col", 5, 4), 1)(qkv)
     assert_close(found, attend(qkv.double(), "axial_col", 1, 4), 1e-5)
 

@@ -7,14 +7,15 @@ import json
 import logging
 import os
 import re
+import runpy
 import shlex
-import subprocess
-import sys
 import unicodedata
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from helpers import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -37,8 +38,6 @@ from sampling.driver import Share, split
 from utils.errors import UsageError, UserError
 from utils.files import sha256_file
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
@@ -52,17 +51,20 @@ def loaded(files):
 
 @pytest.fixture
 def run(files, tmp_path):
-    """Run generate.py in this process; returns {folder name: its generation.json}."""
+    """Run generate.py in this process, with flags in one string; returns {folder name: its generation.json}."""
 
-    def run(text, *flags):
-        argv = ["--dalle_path", str(files.dalle), "--outputs_dir", str(tmp_path / "out"), "--device", "cpu", *flags]
-        generate.main(argv if text is None else [*argv, "--text", text])
-        return {
-            path.parent.name: json.loads(path.read_text(encoding="utf-8"))
-            for path in (tmp_path / "out").glob("*/generation.json")
-        }
+    def run(text, flags="", *more):
+        argv = ["--dalle_path", str(files.dalle), "--outputs_dir", str(tmp_path / "out"), "--device", "cpu"]
+        generate.main([*argv, *flags.split(), *map(str, more), *(["--text", text] if text else [])])
+        reports = (tmp_path / "out").glob("*/generation.json")
+        return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in reports}
 
     return run
+
+
+@pytest.fixture
+def codes(run):
+    return lambda text, flags, *more: codes_of(run(text, flags, *more)[text])
 
 
 def codes_of(report):
@@ -74,10 +76,10 @@ def codes_of(report):
 
 def test_writes_the_published_layout_and_a_report(files, run, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    report = run("a plate of food.", "--num_images", "5", "--batch_size", "2", "--seed", "7")["a_plate_of_food."]
+    report = run("a plate of food.", "--num_images 5 --batch_size 2 --seed 7")["a_plate_of_food."]
     folder = tmp_path / "out" / "a_plate_of_food."
-    names = {"0.jpg", "1.jpg", "2.jpg", "3.jpg", "4.jpg", "caption.txt", "grid.png", "generation.json"}
-    assert {path.name for path in folder.iterdir()} == names
+    pictures = [f"{index}.jpg" for index in range(5)]
+    assert {path.name for path in folder.iterdir()} == {*pictures, "caption.txt", "grid.png", "generation.json"}
     assert (folder / "caption.txt").read_text() == "a plate of food.\n"
     assert report["prompt"] == report["caption"] == "a plate of food." and report["complete"] is True
     assert report["settings"]["top_k"] == 0.99 and report["settings"]["num_images"] == 5
@@ -85,49 +87,38 @@ def test_writes_the_published_layout_and_a_report(files, run, tmp_path, caplog):
     assert report["vqgan"]["sha256"] == sha256_file(files.vqgan_model)
     assert report["tokenizer"] == files.tokenizer.identity
     assert report["text_tokens"] == files.tokenizer.encode("a plate of food.")[:10]
-    assert [image["file"] for image in report["images"]] == [f"{index}.jpg" for index in range(5)]
+    assert [image["file"] for image in report["images"]] == pictures
     assert [image["seed"] for image in report["images"]] == [image_seed(7, index) for index in range(5)]
-    with Image.open(folder / "0.jpg") as image:
+    with Image.open(folder / "0.jpg") as image, Image.open(folder / "grid.png") as grid:
         assert image.format == "JPEG" and image.size == (16, 16)
-    with Image.open(folder / "grid.png") as grid:
         assert grid.width > 3 * 128 and grid.height > 2 * 128
-    throughput = [record.getMessage() for record in caplog.records][-1]
-    assert float(re.search("throughput: *(.*?) images/sec", throughput).group(1)) > 0
+    assert float(re.search("throughput: *(.*?) images/sec", caplog.messages[-1]).group(1)) > 0
 
 
-def test_pixels_are_the_decoded_codes_without_stretching(loaded, run, tmp_path):
-    report = run("a", "--num_images", "3", "--format", "png")["a"]
-    pictures = decode(loaded, torch.tensor(codes_of(report)))
-    for index, picture in enumerate(pictures):
-        assert torch.equal(load_image(str(tmp_path / "out" / "a" / f"{index}.png"), 16), picture)
-    assert to_uint8(torch.tensor([-1.0, 0.0, 0.25, 0.5, 1.0, 2.0])).tolist() == [0, 0, 64, 128, 255, 255]
-
-
-def test_codes_and_likelihoods_are_those_of_the_model(loaded, run, files):
-    report = run("a cat", "--num_images", "3", "--top_k", "0")["a_cat"]
-    text = files.tokenizer.tokenize("a cat", 10)
+def test_pixels_codes_and_likelihoods_are_those_of_the_model(loaded, run, files, tmp_path):
+    report = run("a cat", "--num_images 3 --top_k 0 --format png")["a_cat"]
+    found = torch.tensor(codes_of(report))
+    for index, picture in enumerate(decode(loaded, found)):  # without stretching
+        assert torch.equal(load_image(str(tmp_path / "out" / "a_cat" / f"{index}.png"), 16), picture)
     with torch.no_grad():
-        _, logits = loaded.dalle(text.expand(3, -1), torch.tensor(codes_of(report)))
-    expected = torch.log_softmax(logits, -1).gather(-1, torch.tensor(codes_of(report))[..., None]).sum((1, 2))
+        _, logits = loaded.dalle(files.tokenizer.tokenize("a cat", 10).expand(3, -1), found)
+    expected = torch.log_softmax(logits, -1).gather(-1, found[..., None]).sum((1, 2))
     assert torch.allclose(torch.tensor([image["log_likelihood"] for image in report["images"]]), expected, atol=1e-3)
+    assert to_uint8(torch.tensor([-1.0, 0.0, 0.25, 0.5, 1.0, 2.0])).tolist() == [0, 0, 64, 128, 255, 255]
 
 
 # The same image whatever is drawn beside it --------------------------------------------------------------------------
 
 
-def test_an_image_depends_on_seed_and_index_alone(run):
-    flags = ("--num_images", "5", "--top_k", "0", "--seed", "3")
-    alone = codes_of(run("a cat", *flags, "--batch_size", "5")["a_cat"])
+def test_an_image_depends_on_seed_and_index_alone(run, codes):
+    flags = "--top_k 0 --seed 3 --num_images"
+    alone = codes("cat", f"{flags} 5 --batch_size 5")
     assert len(set(map(tuple, alone))) == 5
-    for batch_size in ("1", "2", "64"):
-        reports = run("a dog|a cat|x", *flags, "--batch_size", batch_size)
-        assert codes_of(reports["a_cat"]) == alone
-        assert codes_of(reports["a_dog"]) != alone
-    assert codes_of(run("a cat", "--num_images", "2", "--top_k", "0", "--seed", "3")["a_cat"]) == alone[:2]
-    assert codes_of(run("a cat", "--num_images", "5", "--top_k", "0", "--seed", "4")["a_cat"])[0] not in alone
-
-
-def test_neighbouring_seeds_share_no_image():
+    for batch_size in (1, 2, 64):
+        reports = run("dog|cat|x", f"{flags} 5 --batch_size {batch_size}")
+        assert codes_of(reports["cat"]) == alone != codes_of(reports["dog"])
+    assert codes("cat", f"{flags} 2") == alone[:2]
+    assert codes("cat", f"{flags} 5 --seed 4")[0] not in alone
     seeds = [image_seed(seed, index) for seed in range(50) for index in range(-1, 50)]
     assert len(set(seeds)) == len(seeds) and max(seeds) < 2**48
 
@@ -150,9 +141,8 @@ def test_batches_cover_every_image_once(num_prompts, num_images, batch_size):
 @pytest.mark.parametrize("kept", [0, 5])
 def test_several_captions_in_a_batch_draw_what_each_draws_alone(options, cond_scale, kept):
     torch.manual_seed(1)
-    model = DalleModel(
-        DalleConfig(50, 32, 6, 4, 32, 4, 2, 12, attn_types=("full", "axial_row", "axial_col", "conv_like"), **options)
-    ).eval()
+    patterns = ("full", "axial_row", "axial_col", "conv_like")
+    model = DalleModel(DalleConfig(50, 32, 6, 4, 32, 4, 2, 12, attn_types=patterns, **options)).eval()
     text = torch.randint(0, 50, (3, 6))
     codes = torch.full((16,), -1)
     codes[:kept] = torch.arange(kept)
@@ -172,10 +162,8 @@ def test_several_captions_in_a_batch_draw_what_each_draws_alone(options, cond_sc
 
 
 def test_the_published_command_works_word_for_word(files, tmp_path, monkeypatch):
-    command = (
-        "python generate.py --dalle_path ./output/ckpt/dalle_799.pt --text "
-        '"A plate of food has potatoes and fruit." --outputs_dir ./output --bpe_path models/bpe/bpe_yttm_vocab.txt'
-    )
+    command = 'python generate.py --dalle_path ./output/ckpt/dalle_799.pt --outputs_dir ./output --bpe_path '
+    command += 'models/bpe/bpe_yttm_vocab.txt --text "A plate of food has potatoes and fruit."'
     vocabulary = load_tokenizer(str(ROOT / "bpe" / "bpe_yttm_vocab.txt"))
     config = dataclasses.replace(files.model.config, num_text_tokens=vocabulary.vocab_size)
     monkeypatch.chdir(tmp_path)
@@ -191,100 +179,90 @@ def test_logits_that_are_not_finite_are_told_of(files, run, caplog):
     weights = dict(files.model.state_dict())
     weights["image_head.bias"] = torch.full_like(weights["image_head.bias"], float("nan"))
     broken = files.save("broken.pt", files.identity, weights)
-    run("a", "--num_images", "3", "--batch_size", "2", "--dalle_path", str(broken))
+    report = run("a", "--num_images 3 --batch_size 2 --dalle_path", broken)["a"]
+    assert [image["log_likelihood"] for image in report["images"]] == [None] * 3  # JSON has no such numbers
     Dalle(load(broken)).generate("a", num_candidates=3, progress=False)
     told = [re.search("not finite for (.*) images", message) for message in caplog.messages]
     assert [match.group(1) for match in told if match] == ["2 of 2", "1 of 1", "3 of 3"]
 
 
-def test_greedy_top_k_top_p_and_temperature(run):
-    greedy = codes_of(run("a", "--num_images", "3", "--temperature", "0")["a"])
+def test_greedy_top_k_top_p_temperature_and_guidance(run, codes):
+    greedy = codes("a", "--num_images 3 --temperature 0")
     assert greedy[0] == greedy[1] == greedy[2]
-    assert codes_of(run("a", "--num_images", "1", "--top_k", "1")["a"]) == greedy[:1]
-    assert codes_of(run("a", "--num_images", "1", "--top_p", "0.000001")["a"]) == greedy[:1]
-    assert codes_of(run("a", "--num_images", "1", "--top_k", "0.99")["a"]) == greedy[:1]  # a hundredth of 24 codes: one
-    free = codes_of(run("a", "--num_images", "3", "--top_k", "0")["a"])
-    assert free[0] != greedy[0]
-    assert codes_of(run("a", "--num_images", "3", "--top_k", "24")["a"]) == free
-    assert codes_of(run("a", "--num_images", "3", "--top_k", "0", "--temperature", "0.5")["a"]) != free
-    share, count = (codes_of(run("a", "--num_images", "2", "--top_k", half)["a"]) for half in ("0.5", "12"))
-    assert share == count  # half of 24 codes
-
-
-def test_guidance_changes_the_image_and_scale_0_ignores_the_caption(run):
-    plain = codes_of(run("a cat", "--num_images", "1", "--temperature", "0")["a_cat"])
-    assert codes_of(run("a cat", "--num_images", "1", "--temperature", "0", "--cond_scale", "8")["a_cat"]) != plain
-    reports = run("zebra|apple", "--num_images", "1", "--temperature", "0", "--cond_scale", "0")
+    for flags in ("--top_k 1", "--top_p 0.000001", "--top_k 0.99"):  # a hundredth of 24 codes: one
+        assert codes("a", f"--num_images 1 {flags}") == greedy[:1]
+    free = codes("a", "--num_images 3 --top_k 0")
+    assert free[0] != greedy[0] and codes("a", "--num_images 3 --top_k 24") == free
+    assert codes("a", "--num_images 3 --top_k 0 --temperature 0.5") != free
+    assert codes("a", "--num_images 2 --top_k 0.5") == codes("a", "--num_images 2 --top_k 12")  # half of 24 codes
+    assert codes("a", "--num_images 1 --temperature 0 --cond_scale 8") != greedy[:1]
+    reports = run("zebra|apple", "--num_images 1 --temperature 0 --cond_scale 0")  # ignores the caption
     assert codes_of(reports["zebra"]) == codes_of(reports["apple"])
 
 
-def test_priming_keeps_the_upper_rows(loaded, run, tmp_path):
-    picture = Image.effect_noise((40, 24), 90).convert("RGB")
-    picture.save(tmp_path / "prime.png")
+def test_priming_keeps_the_upper_rows(loaded, run, codes, tmp_path):
+    prime = tmp_path / "prime.png"
+    Image.effect_noise((40, 24), 90).convert("RGB").save(prime)
     with torch.no_grad():
-        own = loaded.vqgan.encode(load_image(str(tmp_path / "prime.png"), 16)[None].float() / 255)[0].tolist()
-    prime = ("--prime_image", str(tmp_path / "prime.png"))
-    report = run("a", "--num_images", "3", "--top_k", "0", *prime, "--prime_rows", "3")["a"]
-    assert all(codes[:12] == own[:12] for codes in codes_of(report))
-    assert len({tuple(codes[12:]) for codes in codes_of(report)}) > 1
-    report = run("a", "--num_images", "1", *prime)["a"]
+        own = loaded.vqgan.encode(load_image(str(prime), 16)[None].float() / 255)[0].tolist()
+    found = codes("a", "--num_images 3 --top_k 0 --prime_rows 3 --prime_image", prime)
+    assert all(row[:12] == own[:12] for row in found) and len({tuple(row[12:]) for row in found}) > 1
+    report = run("a", "--num_images 1 --prime_image", prime)["a"]
     assert codes_of(report)[0][:4] == own[:4] and report["settings"]["prime_rows"] == 1
     assert [prime_rows(grid) for grid in (1, 4, 8, 16, 32)] == [1, 1, 3, 7, 14]
 
 
-def test_gentxt_draws_from_the_completed_caption(run, files, tmp_path):
-    report = run("ab", "--num_images", "1", "--gentxt", "--top_k", "0")["ab"]
+def test_gentxt_draws_from_the_completed_caption(run, codes, files, tmp_path):
+    report = run("ab", "--num_images 1 --gentxt --top_k 0")["ab"]
     assert report["prompt"] == "ab" and report["caption"].startswith("ab") and len(report["caption"]) > 2
     assert report["text_tokens"][:3] == files.tokenizer.encode("ab")
     assert (tmp_path / "out" / "ab" / "caption.txt").read_text(encoding="utf-8") == report["caption"] + "\n"
-    assert codes_of(run("ab", "--num_images", "1", "--top_k", "0")["ab"]) != codes_of(report)
+    assert codes("ab", "--num_images 1 --top_k 0") != codes_of(report)
 
 
-def test_prompts_of_a_file_and_of_text(run, tmp_path, caplog):
+def test_prompts_of_a_file_and_of_text(run, files, tmp_path, caplog):
     (tmp_path / "prompts.txt").write_bytes("\ufefffirst line\n\n  b|c \r\nfirst line\n".encode("utf-8"))
-    reports = run(None, "--prompts_file", str(tmp_path / "prompts.txt"), "--num_images", "1")
-    assert set(reports) == {"first_line", "b|c"}
+    flags = ("--num_images 1 --prompts_file", tmp_path / "prompts.txt")
+    assert set(run(None, *flags)) == {"first_line", "b|c"}
     assert "1 duplicate captions are ignored" in caplog.text
-    reports = run("x| y ||", "--prompts_file", str(tmp_path / "prompts.txt"), "--num_images", "1")
-    assert set(reports) == {"first_line", "b|c", "x", "y"}
-
-
-def test_both_spellings_of_flags_and_values_with_a_dash(files, tmp_path):
-    words = ["--dalle-path", str(files.dalle), "--text", "-rf", "--num-images=1", "--batch-size", "1"]
-    generate.main([*words, "--outputs_dir", str(tmp_path)])
-    assert json.loads((tmp_path / folder_name("-rf") / "generation.json").read_text())["prompt"] == "-rf"
-
-
-def test_a_long_caption_is_cut_with_a_warning(run, files, caplog):
-    report = run("abcdefghijklmnop", "--num_images", "1")["abcdefghijklmnop"]
+    assert set(run("x| y ||", *flags)) == {"first_line", "b|c", "x", "y"}
+    # Both spellings of flags, a value with a dash, and a caption that is too long.
+    assert run("-rf", "--num-images=1 --batch-size 1")[folder_name("-rf")]["prompt"] == "-rf"
+    report = run("abcdefghijklmnop", "--num_images 1")["abcdefghijklmnop"]
     assert report["text_tokens"] == files.tokenizer.encode("abcdefghijklmnop")[:10]
     assert "10 tokens of a caption: 'abcdefghijklmnop' (17 tokens) is truncated" in caplog.text
+    run("一个苹果", "--num_images 1")
+    assert "--text: the vocabulary lacks 100 % of the characters" in caplog.text
 
 
 def test_ten_megabytes_of_text(run, files, tmp_path):
     (tmp_path / "long.txt").write_text("word " * 2_000_000, encoding="utf-8")
-    ((name, report),) = run(None, "--prompts_file", str(tmp_path / "long.txt"), "--num_images", "1").items()
+    ((name, report),) = run(None, "--num_images 1 --prompts_file", tmp_path / "long.txt").items()
     assert name == ("word_" * 20) and report["text_tokens"] == files.tokenizer.encode("word word word")[:10]
 
 
 # Folders -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_ordinary_name_is_the_published_one():
+def test_the_ordinary_name_is_the_published_one_and_the_same_of_two_keep_apart_over_runs(run):
     prompts = "A plate of food has potatoes and fruit.|woman astronaut: medium-dark skin tone|été à la plage|一只猫"
     prompts += "|two  blanks|🧑🏽\u200d🚀 in space|what?!|50% *off*|a_b|" + "a" * 150
     for prompt in prompts.split("|"):
         assert folder_name(prompt) == prompt.replace(" ", "_")[:100]
+    reports = run("a b|a_b", "--num_images 1")
+    names = {report["prompt"]: name for name, report in reports.items()}
+    assert names["a b"] == "a_b" and names["a_b"] == with_digest("a_b", "a_b")
+    again = run("a_b", "--num_images 2")
+    assert again["a_b"] == reports["a_b"] and len(again[names["a_b"]]["images"]) == 2
 
 
-hostile = st.text(alphabet=st.sampled_from("./\\-~ \0\n\r\t\u2028\u202eaé猫🧑\u200d\ud800:|_"), max_size=120) | st.text(
-    max_size=300
-)
+hostile = st.text(st.sampled_from("./\\-~ \0\n\r\t\u2028\u202eaé猫🧑\u200d\ud800:|_"), max_size=120)
+hostile |= st.text(max_size=300)
 
 
 def hostile_examples(test):
-    for prompt in ["../../etc/passwd", "/etc/passwd", "..", ".", "\\\\server\\share", "-rf", "~root", "CON", "nul.txt",
-                   "\0", "🧑" * 100]:
+    prompts = r"../../etc/passwd /etc/passwd .. . \\server\share -rf ~root CON nul.txt".split()
+    for prompt in (*prompts, "\0", "🧑" * 100):
         test = example(prompt)(test)
     return test
 
@@ -311,24 +289,15 @@ def test_prompts_never_share_a_folder(tmp_path_factory, prompts):
     assert sorted(folders) == sorted(outputs.iterdir())
 
 
-def test_prompts_with_the_same_name_keep_apart_over_runs(run):
-    reports = run("a b|a_b", "--num_images", "1")
-    names = {report["prompt"]: name for name, report in reports.items()}
-    assert names["a b"] == "a_b" and names["a_b"] == with_digest("a_b", "a_b")
-    again = run("a_b", "--num_images", "2")
-    assert again["a_b"] == reports["a_b"] and len(again[names["a_b"]]["images"]) == 2
-
-
 def test_a_new_run_replaces_the_old_one_whole(run, tmp_path, caplog):
-    run("a", "--num_images", "4", "--format", "png")
+    run("a", "--num_images 4 --format png")
     folder = tmp_path / "out" / "a"
     (folder / "notes.txt").write_text("mine")
-    run("a", "--num_images", "2")
+    run("a", "--num_images 2")
     names = {"0.jpg", "1.jpg", "caption.txt", "generation.json", "grid.png", "notes.txt"}
-    assert {path.name for path in folder.iterdir()} == names
+    assert {path.name for path in folder.iterdir()} == names and "already has" not in caplog.text
     (folder / "7.jpg").write_bytes(b"from somewhere else")
-    assert "already has" not in caplog.text
-    run("a", "--num_images", "1")
+    run("a", "--num_images 1")
     assert (folder / "7.jpg").exists() and not (folder / "1.jpg").exists()
     assert "already has 7.jpg that no generation.json lists" in caplog.text
 
@@ -341,14 +310,14 @@ def test_an_old_report_cannot_name_other_files(run, tmp_path):
     listed = [{"file": name} for name in ("../keep.jpg", "caption.jpg", "0.txt", "/etc/passwd", 5, None)] + [7]
     for images in (listed, "x", {"a": 1}):
         (folder / "generation.json").write_text(json.dumps({"prompt": "a", "images": images}))
-        run("a", "--num_images", "1")
+        run("a", "--num_images 1")
         assert all((folder / name).exists() for name in ("../keep.jpg", "caption.jpg", "0.txt"))
     (folder / "generation.json").write_text("[" * 100_000)
-    assert run("a", "--num_images", "1")["a"]["complete"]
+    assert run("a", "--num_images 1")["a"]["complete"]
 
 
 def test_an_interrupted_run_leaves_a_report_of_what_is_there(run, tmp_path, monkeypatch):
-    run("a", "--num_images", "6", "--seed", "1")
+    run("a", "--num_images 6 --seed 1")
     add, calls = PromptFolder.add, []
 
     def interrupted(self, *arguments):
@@ -359,7 +328,7 @@ def test_an_interrupted_run_leaves_a_report_of_what_is_there(run, tmp_path, monk
 
     monkeypatch.setattr(PromptFolder, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run("a", "--num_images", "6", "--batch_size", "2", "--seed", "2")
+        run("a", "--num_images 6 --batch_size 2 --seed 2")
     folder = tmp_path / "out" / "a"
     report = json.loads((folder / "generation.json").read_text())
     assert report["complete"] is False and report["settings"]["seed"] == 2
@@ -373,16 +342,7 @@ def test_paths_whose_bytes_are_no_text(run, files, tmp_path):
         (tmp_path / name).write_bytes(files.dalle.read_bytes())
     except OSError:
         pytest.skip("this file system takes text alone")
-    report = run("a", "--num_images", "1", "--dalle_path", str(tmp_path / name))["a"]
-    assert report["checkpoint"]["name"] == str(tmp_path / name)
-
-
-def test_numbers_that_are_not_finite_are_null(tmp_path):
-    folder = PromptFolder(tmp_path, "a", set(), "png", {})
-    pixels, codes = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(1, 2, dtype=torch.long)
-    folder.add(pixels, [1], codes, torch.tensor([float("nan")]))
-    folder.finish()
-    assert json.loads((tmp_path / "a" / "generation.json").read_text())["images"][0]["log_likelihood"] is None
+    assert run("a", "--num_images 1 --dalle_path", tmp_path / name)["a"]["checkpoint"]["name"] == str(tmp_path / name)
 
 
 # Loading -------------------------------------------------------------------------------------------------------------
@@ -409,13 +369,10 @@ def test_parts_are_found_beside_a_checkpoint_that_moved(files, tmp_path):
     with pytest.raises(UserError, match=gone.format("the VQGAN", "vqgan.ckpt", "--vqgan-model-path")):
         load(alone, bpe_path=files.vocabulary)
     assert load(alone, files.vocabulary, files.vqgan_model, files.vqgan_config).image_size == 16
-
-
-def test_a_file_that_changed_since_training_is_not_taken(files, tmp_path):
-    other = files.other_vocabulary(tmp_path)
+    other = files.other_vocabulary(tmp_path)  # a file that changed since training is not taken
     identity = dict(files.identity, tokenizer=dict(files.identity["tokenizer"], path=str(other)))
     tokenizer = load(files.save("changed.pt", identity)).tokenizer
-    assert tokenizer.encode("a") == files.tokenizer.encode("a")  # the one beside it
+    assert tokenizer.encode("a") == files.tokenizer.encode("a")  # of the one beside it
 
 
 def test_other_parts_than_in_training_are_taken_with_a_warning(files, tmp_path, caplog):
@@ -465,35 +422,22 @@ def test_the_vqgan_inside_a_published_checkpoint_is_used(files, tmp_path):
         load(tmp_path / "published.pt", files.vocabulary)
 
 
-def test_averaged_weights_draw(files):
-    averaged = {name: tensor + 1 for name, tensor in files.model.state_dict().items()}
-    path = files.save("ema.pt", dict(files.identity, engine={"ema": averaged}))
-    assert torch.equal(load(path).dalle.state_dict()["norm.bias"], averaged["norm.bias"])
-
-
-def test_half_precision_weights_draw_in_float32(files):
-    half = {name: tensor.half() for name, tensor in files.model.state_dict().items()}
-    path = files.save("half.pt", files.identity, half)
-    assert load(path).dalle.image_head.weight.dtype == torch.float32
-
-
-def test_a_grid_other_than_the_vqgans_own(files, run, tmp_path):
+def test_averaged_weights_draw_and_those_of_half_precision_in_float32_on_any_grid(files, run, tmp_path):
     """Convolutions take any size: a model trained at 24x24 pixels with a VQGAN made for 16x16 draws 24x24."""
+    averaged = {name: tensor.half() + 1 for name, tensor in files.model.state_dict().items()}
+    path = files.save("ema.pt", dict(files.identity, engine={"ema": averaged}))
+    assert torch.equal(load(path).dalle.state_dict()["norm.bias"], averaged["norm.bias"].float())
     config = DalleConfig(files.tokenizer.vocab_size, 24, 10, 6, 24, 1, 2, 12)
     path = files.save("wide.pt", files.identity, DalleModel(config).state_dict(), config)
-    run("a", "--num_images", "1", "--format", "png", "--dalle_path", str(path))
+    run("a", "--num_images 1 --format png --dalle_path", path)
     with Image.open(tmp_path / "out" / "a" / "0.png") as image:
         assert image.size == (24, 24)
 
 
 def test_demo_means_the_shipped_files(files, monkeypatch, tmp_path):
-    for name, path in (
-        ("_DEMO_DALLE", files.dalle),
-        ("_DEMO_VQGAN", files.vqgan_model),
-        ("_DEMO_VQGAN_CONFIG", files.vqgan_config),
-        ("_DEMO_VOCABULARY", files.vocabulary),
-    ):
-        monkeypatch.setattr(loading, name, path)
+    parts = {"DALLE": files.dalle, "VQGAN": files.vqgan_model, "VQGAN_CONFIG": files.vqgan_config}
+    for name, path in {**parts, "VOCABULARY": files.vocabulary}.items():
+        monkeypatch.setattr(loading, f"_DEMO_{name}", path)
     assert load("demo").checkpoint.path == files.dalle
     monkeypatch.setattr(loading, "_DEMO_DALLE", ROOT / "models" / "demo" / "absent.safetensors")
     with pytest.raises(UserError, match="--dalle-path demo: models/demo/absent.safetensors is missing"):
@@ -515,12 +459,7 @@ USAGE = [
     ("--text a --top_p 1.1", "--top-p: must be above 0 and at most 1"),
     ("--text a --temperature nan", "--temperature: expected a number, got 'nan'"),
     ("--text a --temperature 1e-38", "--temperature: must be at least 1e-06 and at most 1e+06, or 0, got 1e-38"),
-    ("--text a --cond_scale inf", "--cond-scale: expected a number, got 'inf'"),
     ("--text a --cond_scale 1e38", "--cond-scale: must be at least 0 and at most 1e+06, got 1e38"),
-    ("--text a --seed 1e3", "--seed: expected a whole number"),
-    ("--text a --format gif", "--format: expected one of jpg, png, got 'gif'"),
-    ("--text a --device ipu", "--device: expected one of auto, cpu, cuda, got 'ipu'"),
-    ("--text a --topk 5", "unknown flag '--topk'. Did you mean '--top-k'?"),
     ("--text a on mat", "unexpected argument 'on': options are given as flags, and a value of several words in quotes"),
     ("--text", "--text: expected one argument"),
     ("--text a --prime_rows 2", "--prime-rows needs --prime-image: picture whose upper part"),
@@ -544,32 +483,29 @@ def test_user_errors(run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a").write_bytes(b"")
     unknown = "--dalle-path /nowhere.pt: no such file, folder or published model. Known names: demo"
-    for message, *flags in (
-        (unknown, "--dalle_path", "/nowhere.pt"),
-        ("is no checkpoint", "--dalle_path", str(bad)),
-        ("--prompts-file /nowhere.txt: No such file or directory", "--prompts_file", "/nowhere.txt"),
-        ("is not UTF-8 text (byte 1)", "--prompts_file", str(latin)),
-        (f"--outputs-dir {bad}: {bad} is a file, not a folder", "--outputs_dir", str(bad), "--dalle_path", str(bad)),
-        ("--prime-image /nowhere.png cannot be read: No such file", "--prime_image", "/nowhere.png"),
-        (f"--prime-image {bad} cannot be read", "--prime_image", str(bad)),
-        ("--prime-rows: the model has 4 rows", "--prime_image", str(picture), "--prime_rows", "4"),
-        (f"--outputs-dir: cannot write {tmp_path / 'out' / 'a'}: File exists",),
-        *([] if torch.cuda.is_available() else [("--device cuda", "--device", "cuda")]),
+    for message, flags in (
+        (unknown, "--dalle_path /nowhere.pt"),
+        ("is no checkpoint", f"--dalle_path {bad}"),
+        ("--prompts-file /nowhere.txt: No such file or directory", "--prompts_file /nowhere.txt"),
+        ("is not UTF-8 text (byte 1)", f"--prompts_file {latin}"),
+        (f"--outputs-dir {bad}: {bad} is a file, not a folder", f"--outputs_dir {bad} --dalle_path {bad}"),
+        ("--prime-image /nowhere.png cannot be read: No such file", "--prime_image /nowhere.png"),
+        (f"--prime-image {bad} cannot be read", f"--prime_image {bad}"),
+        ("--prime-rows: the model has 4 rows", f"--prime_image {picture} --prime_rows 4"),
+        (f"--outputs-dir: cannot write {tmp_path / 'out' / 'a'}: File exists", ""),
+        *([] if torch.cuda.is_available() else [("--device cuda", "--device cuda")]),
     ):
         with pytest.raises(UserError) as error:
-            run("a", "--num_images", "1", *flags)
+            run("a", f"--num_images 1 {flags}")
         assert message in str(error.value)
-
-
-def test_in_python_errors_name_arguments():
     with pytest.raises(UserError, match=r"^path dem: no such .* Did you mean 'demo'\? Known names: demo"):
-        Dalle.from_pretrained("dem")
+        Dalle.from_pretrained("dem")  # in Python errors name arguments
 
 
 @pytest.mark.parametrize("share, scale, told", [(0.0, "2", 1), (0.1, "2", 0), (0.0, "1", 0)])
 def test_guidance_of_a_model_that_was_not_trained_for_it_is_told_of(files, run, caplog, share, scale, told):
     model = files.save("guided.pt", dict(files.identity, config={"null_cond_prob": share}))
-    run("a|b", "--num_images", "2", "--batch_size", "1", "--cond_scale", scale, "--dalle_path", str(model))
+    run("a|b", "--num_images 2 --batch_size 1 --cond_scale", scale, "--dalle_path", model)
     assert caplog.text.count("was trained with --null-cond-prob 0") == told
 
 
@@ -582,7 +518,7 @@ def test_a_link_in_place_of_a_prompts_folder_is_refused_before_anything_is_drawn
     (tmp_path / "out" / "a_cat").symlink_to(target)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match="--outputs-dir: .*/out/a_cat is a symbolic link"):
-        run("a dog|a cat", "--num_images", "1")
+        run("a dog|a cat", "--num_images 1")
     assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "elsewhere" / "0.jpg").read_text() == "precious"
 
 
@@ -593,29 +529,22 @@ def test_a_link_in_place_of_a_file_is_replaced_and_the_outputs_folder_may_be_one
     for name in names:
         (tmp_path / name).write_text("precious")
         (tmp_path / "out" / "a_cat" / name).symlink_to(tmp_path / name)
-    run("a cat", "--num_images", "1")
+    run("a cat", "--num_images 1")
     assert [(tmp_path / name).read_text() for name in names] == ["precious"] * 4
     assert not [name for name in names if (tmp_path / "elsewhere" / "a_cat" / name).is_symlink()]
 
 
-def test_words_that_the_vocabulary_lacks_are_told(run, caplog):
-    run("一个苹果", "--num_images", "1")
-    assert "--text: the vocabulary lacks 100 % of the characters" in caplog.text
-
-
 @pytest.mark.parametrize("where", ["sampling.driver.sample_codes", "models.vqgan.VQGAN.decode_by_parts"])
 def test_too_large_a_batch_is_one_line(where, run, monkeypatch):
-    def full(*_, **__):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
-
-    monkeypatch.setattr(where, full)
+    full = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+    monkeypatch.setattr(where, mock.Mock(side_effect=full))
     with pytest.raises(UserError, match="not enough memory for a batch of 1 image: lower --batch-size"):
-        run("a", "--num_images", "1")
+        run("a", "--num_images 1")
 
 
-def test_as_a_script_errors_are_one_line_on_stderr():
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "generate.py"), "--dalle_path", "x.pt"], capture_output=True, text=True, timeout=300
-    )
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "error: --text: give a caption, or a file of captions with --prompts-file\n"
+def test_as_a_script_errors_are_one_line_on_stderr(monkeypatch, capfd):
+    monkeypatch.setattr("sys.argv", ["generate.py", "--dalle_path", "x.pt"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "generate.py"), run_name="__main__")
+    error = "error: --text: give a caption, or a file of captions with --prompts-file\n"
+    assert (end.value.code, *capfd.readouterr()) == (2, "", error)

@@ -31,15 +31,13 @@ def requirements(python):
                 yield requirement
 
 
-def test_the_readme_names_the_pythons_that_have_constraints():
-    assert sorted(path.name for path in (ROOT / "constraints").iterdir()) == [
-        f"py3.{minor}.txt" for minor in (10, 11, 12, 13, 8)
-    ]
-    assert "Python 3.10 to 3.13 (3.8 on IPUs)" in (ROOT / "README.md").read_text()
+PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.8"]
 
 
-@pytest.mark.parametrize("python", ["3.8", "3.10", "3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("python", PYTHONS)
 def test_every_requirement_is_pinned_to_a_version_that_it_allows(python):
+    assert sorted(path.name for path in (ROOT / "constraints").iterdir()) == [f"py{name}.txt" for name in PYTHONS]
+    assert "Python 3.10 to 3.13 (3.8 on IPUs)" in (ROOT / "README.md").read_text()
     versions = pins.read_pins(python)
     for requirement in requirements(python):
         pinned = versions.get(canonicalize_name(requirement.name))
@@ -82,15 +80,16 @@ esac
 @pytest.fixture
 def install(tmp_path):
     """Run set_up in a small project; return what it printed and what pip was asked for, or None if it was not."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python3").write_text(PYTHON)
+    files = {
+        "bin/python3": PYTHON, "requirements.txt": "torch==2.13.0\nnumpy>=1.22\n",
+        "requirements-ipu.txt": "numpy<1.25\n", "requirements-dev.txt": "-r requirements.txt\npytest\n",
+        "constraints/py3.8.txt": "numpy==1.24.4\n",
+        "constraints/py3.11.txt": "numpy==2.4.6\npytest==9.2.0\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
     (tmp_path / "bin" / "python3").chmod(0o755)
-    (tmp_path / "requirements.txt").write_text("torch==2.13.0\nnumpy>=1.22\n")
-    (tmp_path / "requirements-ipu.txt").write_text("numpy<1.25\n")
-    (tmp_path / "requirements-dev.txt").write_text("-r requirements.txt\npytest\n")
-    (tmp_path / "constraints").mkdir()
-    (tmp_path / "constraints" / "py3.11.txt").write_text("numpy==2.4.6\npytest==9.2.0\n")
-    (tmp_path / "constraints" / "py3.8.txt").write_text("numpy==1.24.4\n")
     script = '. "{}/utils/setup_env.sh"; set_up "{}" $1 "{}"/requirements.txt "{}"/requirements-dev.txt'
     log = tmp_path / "log"
 
@@ -119,14 +118,21 @@ def test_the_pinned_versions_are_installed_once(install, tmp_path):
         assert install()[1] and install()[1] is None
 
 
-@pytest.mark.parametrize("torch, lines", [
-    ("1.13.1", ["pinned numpy==2.4.6", "torch==2.13.0", "numpy>=1.22"]),
-    ("2.13.0+cpu", ["pinned numpy==2.4.6", "numpy>=1.22"]),
-    ("2.2.1", ["numpy>=1.22", "numpy<2"]),
-])
-def test_an_installed_pytorch_stays_and_works_with_numpy(install, torch, lines):
-    found = [line for line in install(torch=torch)[1][1:] if "pytest" not in line]
-    assert found == lines
+SDK = {"python": "3.8", "torch": "2.0.1+cpu", "POPLAR_SDK_ENABLED": "/opt/sdk"}
+
+
+@pytest.mark.parametrize("options, lines", [
+    ({"torch": "1.13.1"}, ["pinned numpy==2.4.6", "pinned pytest==9.2.0", "torch==2.13.0", "numpy>=1.22", "pytest"]),
+    ({"torch": "2.13.0+cpu"}, ["pinned numpy==2.4.6", "pinned pytest==9.2.0", "numpy>=1.22", "pytest"]),
+    ({"torch": "2.2.1"}, ["pinned pytest==9.2.0", "numpy>=1.22", "pytest", "numpy<2"]),
+    ({"python": "3.14"}, ["torch==2.13.0", "numpy>=1.22", "pytest"]),
+    (SDK, ["pinned numpy==1.24.4", "numpy<1.25", "pytest", "numpy<2"]),
+], ids=str)
+def test_an_installed_pytorch_stays_and_other_pythons_get_what_the_requirements_allow(install, options, lines):
+    printed, found = install(**options)
+    assert found[1:] == lines and install(**options)[1] is None
+    told = "no constraints for Python 3.14" in printed and "3.10 to 3.13" in printed
+    assert told == (options.get("python") == "3.14")
 
 
 def test_the_newest_versions_have_a_folder_of_their_own(install):
@@ -137,19 +143,7 @@ def test_the_newest_versions_have_a_folder_of_their_own(install):
         assert found[0] == "/.venv/latest/bin/python pip install --quiet --upgrade --upgrade-strategy eager"
         assert found[1:] == ["torch==2.13.0", "numpy>=1.22", "pytest"] and "newest" in printed
     assert install() == ("", None)
-
-
-def test_other_pythons_get_what_the_requirements_allow(install):
-    printed, found = install(python="3.14")
-    assert found[1:] == ["torch==2.13.0", "numpy>=1.22", "pytest"]
-    assert "no constraints for Python 3.14" in printed and "3.10 to 3.13" in printed
-
-
-def test_the_poplar_sdk_has_its_own_list(install, tmp_path):
-    sdk = {"python": "3.8", "torch": "2.0.1+cpu", "POPLAR_SDK_ENABLED": "/opt/sdk"}
-    assert install(**sdk)[1][1:] == ["pinned numpy==1.24.4", "numpy<1.25", "pytest", "numpy<2"]
-    assert install(**sdk)[1] is None
-    assert "--latest" in install("--latest", status=1, **sdk)[0]
+    assert "--latest" in install("--latest", status=1, **SDK)[0]
 
 
 # ---- pip install
@@ -192,7 +186,6 @@ def test_every_console_command_has_its_help(project, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("flag", [(), ("-e",)], ids=["copied", "editable"])
 def test_pip_installs_commands_that_run_in_any_folder(tmp_path, flag):
-    """From a copy of the repository; the packages it requires are those of this Python."""
     pytest.importorskip("setuptools")
     for name in tracked():
         (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)

@@ -10,31 +10,21 @@ import types
 import poptorch_stand_in
 import pytest
 import torch
-from ipu_helpers import Pairs, largest_difference, make_config, make_model, train_plainly, train_with
+from ipu_helpers import Pairs, install_poprun, largest_difference, make_config, make_model, train_plainly, train_with
 
 import engines
 from data import CodesDataset, epoch_order
 from engines.ipu import IpuEngine
 from engines.ipu.data import Padded, Stream
-from engines.ipu.model import SerializedEmbedding, SerializedLinear
+from engines.ipu.model import SerializedEmbedding
 from engines.ipu.plan import Placement
-from models.config import ARCHITECTURES, DalleConfig
-from models.dalle import DalleModel
+from models.config import ARCHITECTURES
 from utils.errors import UsageError, UserError
 
 
 @pytest.fixture(autouse=True)
 def poptorch(monkeypatch):
     return poptorch_stand_in.install(monkeypatch)
-
-
-def native_losses(config, model, dataset, rates=None):
-    """Losses and weights of the native engine on the CPU."""
-    # The same global batch in a single micro-batch: the mean of means must be the mean.
-    whole = {"batch_size": config.global_batch, "gradient_accumulation": 1, "replication_factor": 1}
-    native = engines.create(config.replace(device="cpu", **whole))
-    losses = train_with(native, config, model, dataset, rates)
-    return losses, native.model_state()
 
 
 def samples_for(config, calls=2):
@@ -48,15 +38,23 @@ def prepared(config, images=False, **model):
     return engine, dataset
 
 
+def equal_batches(batches, others):
+    assert len(batches) == len(others)
+    return all(torch.equal(a, b) for batch, other in zip(batches, others) for a, b in zip(batch, other))
+
+
 def equals_native(config, dataset, rates=None, difference=2e-6, **model):
     """Train on an IpuEngine and on the native one, compare losses and weights; returns the first, and its losses."""
     engine, size = IpuEngine(config), config.execution.device_iterations
     losses = train_with(engine, config, make_model(**model), dataset, rates)
-    expected, weights = native_losses(config, make_model(**model), dataset, rates)
+    # The same global batch in a single micro-batch: the mean of means must be the mean.
+    whole = {"batch_size": config.global_batch, "gradient_accumulation": 1, "replication_factor": 1}
+    native = engines.create(config.replace(device="cpu", **whole))
+    expected = train_with(native, config, make_model(**model), dataset, rates)
     assert len(expected) == len(losses) * size
     means = [sum(expected[first : first + size]) / size for first in range(0, len(expected), size)]
     assert losses == pytest.approx(means, abs=1e-6)
-    assert largest_difference(engine.model_state(), weights) < difference
+    assert largest_difference(engine.model_state(), native.model_state()) < difference
     return engine, losses
 
 
@@ -73,10 +71,8 @@ ALL = list(itertools.product([1, 2, 4], [1, 2], [1, 2], [1, 2]))
     FEW + [pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in FEW],
 )
 def test_equals_the_native_engine(stages, factor, iterations, replicas):
-    config = make_config(
-        stages, embedding_serialization_factor=factor, device_iterations=iterations, replication_factor=replicas,
-        epochs=1,
-    )
+    options = {"embedding_serialization_factor": factor, "device_iterations": iterations, "epochs": 1}
+    config = make_config(stages, replication_factor=replicas, **options)
     calls = 3 if iterations == 1 else 2
     engine, losses = equals_native(config, Pairs(samples_for(config, calls)))
     assert len(losses) == calls
@@ -91,36 +87,33 @@ def test_mindalles_architecture_trains_the_same():
     # The bias of the keys moves no attention weight: its gradient is rounding alone, which Adam makes larger.
     engine, _ = equals_native(config, Pairs(samples_for(config)), difference=1e-5, **changes)
     assert engine.executor.capture.switches == 3
+    engine.close()
+    engine, dataset = prepared(config.replace(synthetic_data=True), **changes)
+    batches = list(engine.loader(dataset, 0))  # they cost the host nothing
+    assert len(batches) == 2 and batches[0] is batches[1]
+    engine.step(batches[0])
 
 
 @pytest.mark.parametrize("byteio", [False, True])
 def test_images_are_encoded_on_the_ipu(byteio):
-    config = make_config(4, byteio=byteio, embedding_serialization_factor=2)
+    config = make_config(4, byteio=byteio, embedding_serialization_factor=2, epochs=1)
     engine, _ = equals_native(config, Pairs(samples_for(config), images=True), with_vqgan=True)
     assert engine.executor._signature[1][1] == (torch.uint8 if byteio else torch.float32)
 
 
-def test_adamw_with_decay_and_clipping_under_a_changing_rate():
+def test_adamw_with_decay_and_clipping_under_a_changing_rate_is_that_of_plain_pytorch():
     config = make_config(2, optimizer="AdamW", weight_decay=0.1, clip_grad_norm=0.05, loss_scaling=1024.0)
-    equals_native(config, Pairs(samples_for(config)), [1e-2, 1e-2, 1e-1, 1e-3])
-
-
-def test_the_native_engine_equals_plain_pytorch():
-    """So that the reference of the tests above is the same everywhere."""
-    config = make_config(2, optimizer="AdamW", weight_decay=0.1, clip_grad_norm=0.05)
-    dataset = Pairs(samples_for(config))
-    losses, weights = native_losses(config, make_model(), dataset)
-    expected, model = train_plainly(config, make_model(), dataset)
+    dataset, rates = Pairs(samples_for(config)), [1e-2, 1e-2, 1e-1, 1e-3]
+    engine, losses = equals_native(config, dataset, rates)
+    expected, model = train_plainly(config, make_model(), dataset, rates)
     assert losses == pytest.approx(expected, abs=1e-6)
-    assert largest_difference(weights, model.dalle.state_dict()) < 2e-6
+    assert largest_difference(engine.model_state(), model.dalle.state_dict()) < 2e-6
 
 
 @pytest.mark.parametrize("stages, replicas", [(1, 1), (2, 2)])
 def test_evaluation_equals_the_mean_over_all_pairs_and_leaves_training_alone(stages, replicas):
-    config = make_config(stages, replication_factor=replicas, ff_dropout=0.5)
-    dataset, held_out = Pairs(samples_for(config)), Pairs(11)
-    engine = IpuEngine(config)
-    engine.prepare(make_model(), dataset)
+    config, held_out = make_config(stages, replication_factor=replicas, ff_dropout=0.5), Pairs(11)
+    engine, dataset = prepared(config)
     batch = next(iter(engine.loader(dataset, 0)))
     engine.step(batch)
     model = make_model()
@@ -132,38 +125,14 @@ def test_evaluation_equals_the_mean_over_all_pairs_and_leaves_training_alone(sta
         losses = engine.evaluate(held_out)
         for name, part in (("loss", expected.total), ("text_loss", expected.text), ("image_loss", expected.image)):
             assert losses[name] == pytest.approx(float(part), abs=1e-6)
-    undisturbed = IpuEngine(config)
-    engine_losses = [float(engine.step(batch).loss) for _ in range(2)]
+    later = [(float(engine.step(batch).loss), engine.evaluate(held_out)["loss"]) for _ in range(2)]
+    assert losses["loss"] != later[0][1] != later[1][1]  # of the weights of the latest step
     engine.close()
-    undisturbed.prepare(make_model(), dataset)
-    assert engine_losses == [float(undisturbed.step(batch).loss) for _ in range(3)][1:]
-    undisturbed.close()
-
-
-def test_evaluation_sees_the_weights_of_the_latest_step():
-    config = make_config(1)
-    engine, dataset = prepared(config)
-    batch = next(iter(engine.loader(dataset, 0)))
-    seen = []
-    for _ in range(3):
-        engine.step(batch)
-        seen.append(engine.evaluate(dataset)["loss"])
-    assert seen[0] > seen[1] > seen[2]
+    undisturbed, _ = prepared(config)
+    assert [loss for loss, _ in later] == [float(undisturbed.step(batch).loss) for _ in range(3)][1:]
 
 
 # Checkpoints ---------------------------------------------------------------------------------------------------------
-
-
-def test_weights_have_the_names_and_shapes_of_every_other_engine():
-    config = make_config(2, embedding_serialization_factor=7)
-    engine, _ = prepared(config)
-    assert isinstance(engine.model.dalle.text_emb, SerializedEmbedding)
-    state = engine.model_state()
-    plain = DalleModel(DalleConfig(**dict(vars(make_model().dalle.config))))
-    assert list(state) == list(plain.state_dict())
-    assert {type(value) for value in state.values()} == {torch.Tensor}
-    plain.load_state_dict(state)
-    assert largest_difference(plain.state_dict(), make_model().dalle.state_dict()) == 0
 
 
 def test_resuming_continues_as_if_nothing_had_happened():
@@ -172,10 +141,12 @@ def test_resuming_continues_as_if_nothing_had_happened():
     batches = list(engine.loader(dataset, 0))
     engine.step(batches[0])
     weights, state = engine.model_state(), engine.state_dict()
+    assert {type(value) for value in weights.values()} == {torch.Tensor}
     expected = [float(engine.step(batch).loss) for batch in batches]
     engine.close()
     again, model = IpuEngine(config), make_model()
-    model.dalle.load_state_dict(weights)
+    model.dalle.load_state_dict(weights)  # has the names and shapes of every other engine's
+    assert list(weights) == list(model.dalle.state_dict())
     again.prepare(model, dataset)
     again.load_state_dict(state)
     assert torch.equal(again.state_dict()["random_states"], state["random_states"])
@@ -183,49 +154,34 @@ def test_resuming_continues_as_if_nothing_had_happened():
     assert [float(again.step(batch).loss) for batch in batches] == expected
 
 
-def test_saved_options_of_the_optimizer_do_not_outlive_those_of_the_resumed_run():
+def test_what_a_checkpoint_says_of_other_options_engines_or_layouts_is_left_out(caplog):
     config = make_config(1)
     engine, dataset = prepared(config)
     engine.set_learning_rate(0.5)
     engine.step(next(iter(engine.loader(dataset, 0))))
     state = engine.state_dict()
     engine.close()
-    again = IpuEngine(config.replace(beta1=0.5))
-    again.prepare(make_model(), dataset)
+    again, _ = prepared(config.replace(beta1=0.5))
     again.load_state_dict(state)
     again.set_learning_rate(0.5)  # the saved rate: the device, which has the configured one, must still be told
     group = again.executor._device_optimizer.param_groups[0]
     assert (group["lr"], group["betas"]) == (0.5, (0.5, 0.999))
-
-
-def test_optimizer_states_do_not_cross_engines_or_layouts(caplog):
-    config = make_config(1)
-    engine, dataset = prepared(config)
-    engine.step(next(iter(engine.loader(dataset, 0))))
-    state = engine.state_dict()
-    engine.close()
-    with caplog.at_level(logging.WARNING):
-        other = IpuEngine(config.replace(embedding_serialization_factor=2))
-        other.prepare(make_model(), dataset)
-        other.load_state_dict(state)
-        other.load_state_dict({"engine": "native", "optimizer": {}})
-    warnings = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
-    assert len(warnings) == 2
-    assert all(message.startswith("the checkpoint's optimizer state does not fit") for message in warnings)
-    assert other.state_dict()["optimizer"]["ipu_state"] == {}
+    again.close()
+    other, _ = prepared(config.replace(embedding_serialization_factor=2))
     native = engines.create(config.replace(device="cpu"))
     native.prepare(make_model())
-    native.load_state_dict(state)
-    assert "ignored" in caplog.records[-1].message
-    assert native.state_dict()["optimizer"]
+    for refuses, given in ((other, state), (other, {"engine": "native", "optimizer": {}}), (native, state)):
+        caplog.clear()
+        refuses.load_state_dict(given)
+        assert "the checkpoint's optimizer state" in caplog.text and "ignored" in caplog.text
+    assert other.state_dict()["optimizer"]["ipu_state"] == {} and native.state_dict()["optimizer"]
 
 
 # Placement and the captured graph ------------------------------------------------------------------------------------
 
 
 def test_blocks_begin_where_the_plan_says_and_weights_lie_there():
-    config = make_config(4)
-    engine, _ = prepared(config, images=True)
+    engine, _ = prepared(make_config(4), images=True)
     capture = engine.executor.capture
     assert capture.blocks == [f"dalle.transformer.layers.{layer}" for layer in range(3)]
     ipus = {name.replace("model.", "", 1): used for name, used in capture.weights.items()}
@@ -238,22 +194,17 @@ def test_blocks_begin_where_the_plan_says_and_weights_lie_there():
     assert not [name for name, _ in engine.model.named_parameters() if "decoder" in name]
 
 
-def test_head_and_embedding_go_where_their_flags_say():
-    config = make_config(4, cls_ipu_id=0, embedding_ipu_id=0, gradient_accumulation=9)
-    engine, _ = prepared(config)
-    assert engine.executor.capture.blocks[-1] == "dalle.norm"
-    assert engine.executor.capture.weights["model.dalle.text_head.weight"] == {0}
-    assert engine.executor.capture.switches == 4
-
-
-def test_a_block_that_never_begins_is_found_out(monkeypatch):
-    """`text_pos_emb` is read but never called, so nothing could begin there."""
-    config = make_config(1)
-    engine = IpuEngine(config)
+def test_head_and_embedding_go_where_their_flags_say(monkeypatch):
+    engine, _ = prepared(make_config(4, cls_ipu_id=0, embedding_ipu_id=0, gradient_accumulation=9))
+    capture = engine.executor.capture
+    assert (capture.blocks[-1], capture.switches) == ("dalle.norm", 4)
+    assert capture.weights["model.dalle.text_head.weight"] == {0}
+    # A block that never begins is found out: `text_pos_emb` is read but never called, so nothing could begin there.
+    engine.close()
     for module in ("engines.ipu.model", "engines.ipu.engine"):
         monkeypatch.setattr(sys.modules[module], "block_starts", lambda plan: [Placement("dalle.text_pos_emb", 0)])
     with pytest.raises(RuntimeError, match="text_pos_emb were planned but never began"):
-        engine.prepare(make_model(), Pairs(samples_for(config)))
+        prepared(make_config(1))
 
 
 def test_half_precision_is_captured_with_losses_in_full():
@@ -270,19 +221,6 @@ def test_half_precision_is_captured_with_losses_in_full():
         engine.step(engine._example(True))
 
 
-def test_serialized_modules_equal_the_ones_they_replace():
-    torch.manual_seed(0)
-    embedding, linear = torch.nn.Embedding(12, 4), torch.nn.Linear(4, 12)
-    ids, x = torch.randint(0, 12, (3, 5)), torch.randn(3, 5, 4, requires_grad=True)
-    parts = SerializedEmbedding(embedding, 3)
-    assert torch.equal(parts(ids), embedding(ids))
-    parts(ids).square().sum().backward()
-    embedding(ids).square().sum().backward()
-    assert torch.equal(torch.cat([part.weight.grad for part in parts.parts]), embedding.weight.grad)
-    assert torch.allclose(SerializedLinear(linear, 4)(x), linear(x), atol=1e-6)
-    assert list(SerializedLinear(linear, 4).state_dict()) == list(linear.state_dict())
-
-
 # Options -------------------------------------------------------------------------------------------------------------
 
 
@@ -294,22 +232,21 @@ def test_every_execution_flag_reaches_poptorch(tmp_path, poptorch):
         profile_dir=str(tmp_path / "profile"), synthetic_data=True, random_seed=7, enable_als=True, fp16=True,
     )
     options = IpuEngine(config).options
-    assert (options.device_iterations, options.replication_factor, options.random_seed) == (5, 2, 7)
-    assert options.Training.gradient_accumulation == 10
-    assert options.Training.reduction is poptorch.ReductionType.Mean
-    assert options.Training.automatic_loss_scaling is True
-    assert options.Precision.stochastic_rounding is True and options.Precision.partials_type is torch.float16
-    location = options.TensorLocations.optimizer
-    assert (location.on_chip, location.sharded) == (False, True)
-    assert options.memory == {"IPU0": 0.1, "IPU1": 0.2, "IPU2": 0.3, "IPU3": 0.4}
-    assert options.strategy.auto_stage is poptorch.AutoStage.AutoIncrement
-    assert options.cache == str(tmp_path / "cache") and options.synthetic is True and options.offline is False
-    assert options.auto_round_num_ipus is True and options.relaxed is True
-    engine_options = options._Popart.engineOptions
-    assert engine_options["autoReport.directory"] == str(tmp_path / "profile")
-    assert engine_options["autoReport.all"] == "true"
-    assert engine_options["debug.allowOutOfMemory"] == "true" and engine_options["opt.useAutoloader"] == "true"
-    assert options._Popart.outlineThreshold == 10.0 and options._Popart.disableGradAccumulationTensorStreams is True
+    for owner, expected in (
+        (options, {"device_iterations": 5, "replication_factor": 2, "random_seed": 7, "synthetic": True}),
+        (options, {"cache": str(tmp_path / "cache"), "offline": False, "auto_round_num_ipus": True, "relaxed": True}),
+        (options, {"memory": {"IPU0": 0.1, "IPU1": 0.2, "IPU2": 0.3, "IPU3": 0.4}}),
+        (options.strategy, {"auto_stage": poptorch.AutoStage.AutoIncrement}),
+        (options.Training, {"gradient_accumulation": 10, "reduction": poptorch.ReductionType.Mean}),
+        (options.Training, {"automatic_loss_scaling": True}),
+        (options.Precision, {"stochastic_rounding": True, "partials_type": torch.float16}),
+        (options.TensorLocations.optimizer, {"on_chip": False, "sharded": True}),
+        (options._Popart, {"outlineThreshold": 10.0, "disableGradAccumulationTensorStreams": True}),
+    ):
+        assert {name: getattr(owner, name) for name in expected} == expected
+    poplar = {"autoReport.directory": str(tmp_path / "profile"), "autoReport.all": "true"}
+    poplar.update({"debug.allowOutOfMemory": "true", "opt.useAutoloader": "true"})
+    assert poplar.items() <= options._Popart.engineOptions.items()
     plain = IpuEngine(make_config(2, compile_only=True)).options
     assert plain.offline is True and plain.cache is None and plain.Precision.partials_type is torch.float32
     assert plain.memory == {"IPU0": 0.6, "IPU1": 0.6} and "autoReport.all" not in plain._Popart.engineOptions
@@ -324,14 +261,6 @@ def test_the_optimizer_gets_what_the_flags_say():
     assert engine.optimizer.loss_scaling == 1.0  # nothing to scale in single precision
     variable = engine.optimizer.variable_attrs.variable
     assert "weight_decay" not in variable and "lr" in variable
-
-
-def test_what_cannot_work_is_told_before_poptorch_is_asked(monkeypatch):
-    monkeypatch.setitem(sys.modules, "poptorch", None)
-    with pytest.raises(UsageError, match="--gradient-accumulation 2: a pipeline of 4 stages needs at least 7"):
-        IpuEngine(make_config(4, gradient_accumulation=2))
-    with pytest.raises(UsageError, match="wheel of Poplar SDK 3.4.*--device cpu"):
-        IpuEngine(make_config(4))
 
 
 def failing(error):
@@ -382,11 +311,21 @@ def test_auto_means_the_ipus_that_are_there(found, options, name, choice, poptor
     assert caplog.messages == [engine.device_choice, engine.describe()][not choice :]
 
 
-def test_what_ipus_cannot_do_is_refused_where_auto_takes_them():
-    with pytest.raises(UsageError, match="--optimizer Muon: IPUs support Adam.*--device auto: the IPUs.*--device cpu"):
-        engines.create(make_config(1, device="auto", optimizer="Muon"))
-    with pytest.raises(UsageError, match="--architecture image-gpt is not for IPUs.*--device auto: the IPUs"):
-        engines.create(make_config(1, device="auto", architecture="image-gpt", text_seq_len=1))
+@pytest.mark.parametrize("stages, options, without, message", [
+    (1, {"device": "auto", "optimizer": "Muon"}, None,
+     "--optimizer Muon: IPUs support Adam.*--device auto: the IPUs.*--device cpu"),
+    (1, {"device": "auto", "architecture": "image-gpt", "text_seq_len": 1}, None,
+     "--architecture image-gpt is not for IPUs.*--device auto: the IPUs"),
+    (4, {"gradient_accumulation": 2}, "poptorch", "--gradient-accumulation 2: a pipeline of 4 stages needs at least 7"),
+    (4, {}, "poptorch", "wheel of Poplar SDK 3.4.*--device cpu"),
+    (1, {"embedding_serialization_factor": 4}, None,
+     "--embedding-serialization-factor 4: does not divide the 14 rows.* 2 does"),
+])
+def test_what_cannot_work_is_told_before_poptorch_is_asked(stages, options, without, message, monkeypatch):
+    if without:
+        monkeypatch.setitem(sys.modules, without, None)
+    with pytest.raises(UsageError, match=message):
+        engines.create(make_config(stages, **options)).prepare(make_model(), Pairs(64))
 
 
 def test_processes_of_torchrun_are_not_for_ipus(monkeypatch):
@@ -397,53 +336,33 @@ def test_processes_of_torchrun_are_not_for_ipus(monkeypatch):
     assert engines._choose(make_config(1, device="auto")) == (False, reason)
 
 
-def test_the_models_own_options_are_checked_before_compiling():
-    engine = IpuEngine(make_config(1, embedding_serialization_factor=4))
-    with pytest.raises(UsageError, match="--embedding-serialization-factor 4: does not divide the 14 rows.* 2 does"):
-        engine.prepare(make_model(), Pairs(64))
-
-
 # Data ----------------------------------------------------------------------------------------------------------------
 
 
-def test_the_asynchronous_loader_gives_the_same_batches():
+def test_the_asynchronous_loader_gives_the_same_batches_by_workers_that_stay():
     config = make_config(1)
     dataset = Pairs(samples_for(config, 3))
     batches = []
-    for ahead in (False, True):
-        engine = IpuEngine(config.replace(async_dataloader=ahead))
+    for ahead, workers in ((False, 0), (False, 2), (True, 2)):
+        engine = IpuEngine(config.replace(async_dataloader=ahead, dataloader_workers=workers))
         batches.append([batch for epoch in range(2) for batch in engine.loader(dataset, epoch)])
+        assert (engine._loader.workers, engine._loader.persistent) == (workers, workers > 0)
         engine.close()
-    assert len(batches[0]) == len(batches[1]) == 6
-    for one, other in zip(*batches):
-        assert all(torch.equal(a, b) for a, b in zip(one, other))
-
-
-@pytest.mark.parametrize("ahead", [False, True])
-def test_worker_processes_stay_for_the_whole_run(ahead):
-    config = make_config(1, dataloader_workers=2, async_dataloader=ahead)
-    engine = IpuEngine(config)
-    next(iter(engine.loader(Pairs(samples_for(config)), 0)))
-    assert (engine._loader.workers, engine._loader.persistent) == (2, True)
-    engine.close()
-    assert engine._loader is None
+        assert engine._loader is None
+    assert len(batches[0]) == 6 and equal_batches(batches[0], batches[1]) and equal_batches(batches[0], batches[2])
 
 
 def test_the_loader_goes_on_over_epochs_and_starts_anywhere():
     config = make_config(1)
-    dataset = Pairs(samples_for(config, 3))
-    engine = IpuEngine(config)
+    engine, dataset = IpuEngine(config), Pairs(samples_for(config, 3))
     everything = [list(engine.loader(dataset, epoch)) for epoch in range(2)]
     engine.close()
     engine = IpuEngine(config)
     first = list(engine.loader(dataset, 0, start=config.global_batch))
     loader = engine._loader
     second = list(engine.loader(dataset, 1))
-    assert engine._loader is loader and len(first) == 2 and len(second) == 3
-    for batch, expected in zip(first + second, everything[0][1:] + everything[1]):
-        assert all(torch.equal(a, b) for a, b in zip(batch, expected))
-    other = Pairs(samples_for(config, 3))
-    next(iter(engine.loader(other, 1)))
+    assert engine._loader is loader and equal_batches(first + second, everything[0][1:] + everything[1])
+    next(iter(engine.loader(Pairs(samples_for(config, 3)), 1)))
     assert engine._loader is not loader and loader.closed
     assert not torch.equal(everything[0][0][0], everything[1][0][0])
 
@@ -453,8 +372,7 @@ def test_a_start_at_any_sample_takes_what_comes_after_it(iterations):
     """As after a resume with another global batch; the native engine takes the same samples."""
     config = make_config(1, device_iterations=iterations)
     size = config.global_batch
-    dataset = Pairs(5 * size)
-    engine = IpuEngine(config)
+    engine, dataset = IpuEngine(config), Pairs(5 * size)
     assert engine.steps_per_epoch(len(dataset)) == 5 // iterations * iterations and engine.steps_per_call == iterations
     found = list(engine.loader(dataset, 0, start=3)) + list(engine.loader(dataset, 1))
     texts = []
@@ -468,17 +386,16 @@ def test_a_start_at_any_sample_takes_what_comes_after_it(iterations):
     native = engines.create(config.replace(device="cpu"))
     own = [text for step in native.loader(dataset, 0, start=3) for text, _ in step]
     assert torch.equal(torch.cat(own)[: len(found[0][0])], found[0][0])
+    with pytest.raises(UserError, match=f"3 training samples do not fill one call .*, which takes {4 * iterations}"):
+        engine.steps_per_epoch(3)
 
 
-def test_too_few_samples():
-    engine = IpuEngine(make_config(1, device_iterations=4))
-    with pytest.raises(UserError, match="15 training samples do not fill one call of the device, which takes 16"):
-        engine.steps_per_epoch(15)
+def numbered(count):
+    return torch.arange(count)[:, None].repeat(1, 16)
 
 
 def test_codes_of_other_pairs_keep_their_own_epochs():
-    codes = torch.arange(8).repeat(16, 1).t().contiguous()
-    dataset = CodesDataset(Pairs(8), codes)
+    dataset = CodesDataset(Pairs(8), numbered(8))
     stream = Stream(dataset, 0, (0, 0), 3, (2, 2), (4, 0, 1), torch.float32)
     assert len(stream) == 24
     dataset.set_epoch(99)  # somebody else's business
@@ -487,11 +404,8 @@ def test_codes_of_other_pairs_keep_their_own_epochs():
     assert all(torch.equal(text, dataset[pair][0]) for pair, text in texts.items()) and len(texts) == 8
     with pytest.raises(IndexError):
         stream[24]
-
-
-def test_a_short_run_is_not_read_ahead_of():
-    codes = torch.arange(8).repeat(16, 1).t().contiguous()
-    dataset = CodesDataset(Pairs(16), codes.repeat(2, 1).contiguous())
+    # A short run is not read ahead of.
+    dataset = CodesDataset(Pairs(16), numbered(16))
     dataset.codes[dataset.order(0, 0)[12:]] = -1  # what a run of three steps of four samples never comes to
     stream = Stream(dataset, 0, (0, 0), 1, (4, 4), (4, 0, 1), None, left=3)
     assert len(list(stream)) == len(stream) == 12
@@ -515,25 +429,13 @@ def test_processes_share_every_sample_out_once():
     assert sorted(counted) == list(range(24)) and {len(part) for part in padded} == {8}
 
 
-def test_synthetic_data_costs_the_host_nothing():
-    config = make_config(1, synthetic_data=True)
-    engine = IpuEngine(config)
-    dataset = Pairs(samples_for(config, 3))
-    engine.prepare(make_model(), dataset)
-    batches = list(engine.loader(dataset, 0))
-    assert len(batches) == 3 and batches[0] is batches[2]
-    engine.step(batches[0])
-
-
 # poprun --------------------------------------------------------------------------------------------------------------
 
 
 class Horovod(types.ModuleType):
     """Two processes of which this is the second: the other one sends what is in `root`, and holds 3.0 of everything."""
 
-    def __init__(self):
-        super().__init__("horovod.torch")
-        self.started, self.root = False, 1234
+    started, root = False, 1234
 
     def init(self):
         self.started = True
@@ -555,11 +457,6 @@ class Horovod(types.ModuleType):
 @pytest.fixture
 def poprun(monkeypatch):
     """`poprun --num-replicas 4 --num-instances 2`, seen from the second instance."""
-    popdist = types.ModuleType("popdist")
-    answers = {"isPopdistEnvSet": True, "getNumTotalReplicas": 4, "getNumLocalReplicas": 2, "getNumInstances": 2,
-               "getInstanceIndex": 1}
-    for name, value in answers.items():
-        setattr(popdist, name, lambda value=value: value)
 
     class Options(poptorch_stand_in.Options):
         def __init__(self, ipus_per_replica):
@@ -570,12 +467,7 @@ def poprun(monkeypatch):
         def replicationFactor(self, value):
             raise RuntimeError("popdist sets the replication factor")
 
-    popdist.poptorch = types.ModuleType("popdist.poptorch")
-    popdist.poptorch.Options = Options
-    horovod = Horovod()
-    for module in (popdist, popdist.poptorch, types.ModuleType("horovod"), horovod):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    return horovod
+    return install_poprun(monkeypatch, Horovod("horovod.torch"), Options, index=1, count=2, replicas=4)
 
 
 def test_poprun_shares_seed_weights_and_metrics(poprun):
@@ -598,7 +490,6 @@ def test_poprun_shares_seed_weights_and_metrics(poprun):
 
 def test_each_process_of_poprun_goes_on_with_its_own_random_state(poprun, monkeypatch, caplog):
     def broadcast(tensor, root_rank):
-        """A third number that tells the processes apart."""
         return tensor if root_rank == 1 else tensor - torch.tensor([0, 0, 5])[: tensor.numel()]
 
     monkeypatch.setattr(poprun, "broadcast", broadcast)
@@ -619,6 +510,9 @@ def test_poprun_and_the_configuration_must_agree(poprun, monkeypatch):
     monkeypatch.setitem(sys.modules, "horovod.torch", None)
     with pytest.raises(UsageError, match="horovod"):
         IpuEngine(make_config(2, replication_factor=4))
+    monkeypatch.setattr(sys.modules["popdist"], "isPopdistEnvSet", lambda: False)  # a single process
+    engine = IpuEngine(make_config(2, replication_factor=4))
+    assert engine.is_main and engine.hosts.local_replicas == 4 and engine.mean(torch.tensor(1.5)) == 1.5
 
 
 def test_poprun_never_means_one_run_for_each_process(poprun, poptorch, monkeypatch):
@@ -638,9 +532,3 @@ def test_poprun_never_means_one_run_for_each_process(poprun, poptorch, monkeypat
     monkeypatch.setenv("POPDIST_NUM_TOTAL_REPLICAS", "4")
     with pytest.raises(UsageError, match="poprun: popdist cannot be imported .*install the popdist wheel"):
         engines.create(config)
-
-
-def test_popdist_without_poprun_is_a_single_process(poprun, monkeypatch):
-    monkeypatch.setattr(sys.modules["popdist"], "isPopdistEnvSet", lambda: False)
-    engine = IpuEngine(make_config(2, replication_factor=4))
-    assert engine.is_main and engine.hosts.local_replicas == 4 and engine.mean(torch.tensor(1.5)) == 1.5

@@ -1,31 +1,28 @@
 """Two real processes, as poprun starts them, train what one process trains: batches, weights, metrics, files, resume.
 
 PopTorch, popdist and horovod are stand-ins; what passes between the processes, goes through torch.distributed.
-
-    python tests/test_ipu_poprun.py INDEX COUNT STORE FLAG...      one of the processes; the tests start them
 """
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import types
-from pathlib import Path
 
 import poptorch_stand_in
 import poptorch_stand_in_device as device
 import pytest
 import torch
 import torch.distributed as dist
-from test_ipu_train import flags, folder, newest, run  # noqa: F401 (folder is a fixture)
+from helpers import read_metrics, weights_of
+from ipu_helpers import install_poprun
+from test_ipu_train import flags, run
 
 import args
+import checkpoints
 import engines
 import log
 import train
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class Horovod(types.ModuleType):
@@ -33,10 +30,10 @@ class Horovod(types.ModuleType):
 
     def __init__(self, index, count, store):
         super().__init__("horovod.torch")
-        self.index, self.count, self.store = index, count, store
+        self.count, self.group = count, {"init_method": "file://" + store, "rank": index, "world_size": count}
 
     def init(self):
-        dist.init_process_group("gloo", init_method="file://" + self.store, rank=self.index, world_size=self.count)
+        dist.init_process_group("gloo", **self.group)
 
     def broadcast(self, tensor, root_rank):
         tensor = tensor.clone()
@@ -54,19 +51,9 @@ class Horovod(types.ModuleType):
 
 
 def install(monkeypatch, index, count, store):
-    """Let this process be one of `count`, with one replica each."""
     poptorch_stand_in.install(monkeypatch)
-    horovod = Horovod(index, count, store)
-    popdist, options = types.ModuleType("popdist"), types.ModuleType("popdist.poptorch")
-    popdist.isPopdistEnvSet = lambda: True
-    popdist.getNumTotalReplicas = popdist.getNumInstances = lambda: count
-    popdist.getNumLocalReplicas = lambda: 1
-    popdist.getInstanceIndex = lambda: index
-    options.Options = lambda ipus_per_replica: poptorch_stand_in.Options()
-    modules = {"popdist": popdist, "popdist.poptorch": options, "horovod.torch": horovod}
-    modules["horovod"] = types.ModuleType("horovod")
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
+    options = lambda ipus_per_replica: poptorch_stand_in.Options()  # noqa: E731
+    horovod = install_poprun(monkeypatch, Horovod(index, count, store), options, index, count, replicas=count)
     update, call = device.Executor._update, device.Executor.__call__
 
     def reduced_update(self):
@@ -86,67 +73,46 @@ def install(monkeypatch, index, count, store):
     monkeypatch.setattr(device.Executor, "__call__", own_random_call)
 
 
-def worker(index, count, store, words):
-    """Do what main() of train.py does."""
+def main():
+    """Be one of the processes: what main() of train.py does."""
+    index, commands = int(os.environ["RANK"]), json.loads(sys.argv[2])
     with pytest.MonkeyPatch.context() as monkeypatch:
+        install(monkeypatch, index, len(commands), store=sys.argv[1])
         monkeypatch.setattr(log, "plot_losses", lambda *_: False)
-        install(monkeypatch, index, count, store)
-        engine = engines.create(args.parse(words))
-        try:
-            log.setup(engine.config.log_dir, engine.is_main)
-            train.train(engine.config, engine)
-        finally:
-            engine.close()
+        engine = engines.create(args.parse(commands[index]))
+        log.setup(engine.config.log_dir, engine.is_main)
+        train.train(engine.config, engine)
+        engine.close()
 
 
-def poprun(store, commands):
-    """Run one process for each command line, together."""
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]), OMP_NUM_THREADS="1")
-    start = [sys.executable, __file__]
-    processes = [
-        subprocess.Popen(
-            [*start, str(index), str(len(commands)), str(store), *words],
-            env=environment,
-            stderr=subprocess.PIPE,
-            universal_newlines=True,
-        )
-        for index, words in enumerate(commands)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(commands), "\n".join(errors)
+def poprun(server, store, *commands):
+    server.together([str(store), json.dumps(commands)], store.parent, len(commands), script="test_ipu_poprun")
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_trains(tmp_path, folder, monkeypatch):  # noqa: F811
+def test_two_processes_train_what_one_trains(server, tmp_path, training_folder, monkeypatch):
     poptorch_stand_in.install(monkeypatch)
-    monkeypatch.setattr(log, "plot_losses", lambda *_: False)
     one, both, nothing = (tmp_path / name for name in ("one", "both", "nothing"))
-    layout = [
-        "--ipus-per-replica", "2", "--layers-per-ipu", "0", "3", "--gradient-accumulation", "3",
-        "--replication-factor", "2",
-    ]
-    expected = run(folder, one, *layout)
-    assert [line["step"] for line in expected] == [1, 2, 2, 3, 4, 4]
+    layout = "--ipus-per-replica 2 --layers-per-ipu 0 3 --gradient-accumulation 5 --replication-factor 2".split()
+    assert [step for _, step, _ in run(training_folder, one, *layout)] == [1, 2, 2, 3, 4, 4]
     # The second process would have another order, other captions, other pairs held out and other first weights.
-    codes = ["--cache-codes", str(tmp_path / "codes")]  # each process encodes its share of the images
-    first, second = flags(folder, both, *layout, *codes), flags(folder, nothing, *layout, *codes, "--random-seed", "7")
-    poprun(tmp_path / "store1", [[*words, "--max-steps", "3"] for words in (first, second)])
-    assert not list(nothing.rglob("*.pt")) and not list(nothing.rglob("*.jsonl")) and not list(nothing.rglob("*.log"))
-    states = newest(both).training["engine"]["random_states"]
+    layout += ["--cache-codes", str(tmp_path / "codes")]  # each process encodes its share of the images
+    first, second = flags(training_folder, both, *layout), flags(training_folder, nothing, *layout, "--random-seed", 7)
+    poprun(server, tmp_path / "store1", *([*words, "--max-steps", "3"] for words in (first, second)))
+    assert not [path for pattern in ("*.pt", "*.jsonl", "*.log") for path in nothing.rglob(pattern)]
+
+    def random_states():
+        newest = checkpoints.newest_checkpoint(both / "ckpt")
+        return checkpoints.read_dalle(newest).training["engine"]["random_states"]
+
+    states = random_states()
     assert states.shape[0] == 2 and states[0, 0] == states[1, 0] == 42 and states[0, 1] != states[1, 1]
-    resumed = [*first, "--resume"]  # both see the same files
-    poprun(tmp_path / "store2", [resumed, resumed])
-    found = [json.loads(line) for line in (both / "metrics.jsonl").read_text().splitlines()]
-    by_step = {("validation" in line.values(), line["step"]): line for line in found}
-    for line in expected:
-        other = by_step["validation" in line.values(), line["step"]]
+    poprun(server, tmp_path / "store2", [*first, "--resume"], [*first, "--resume"])  # both see the same files
+    found = {(line["event"], line["step"]): line for line in read_metrics(both)}
+    for line in read_metrics(one):
         for name in ("loss", "text_loss", "image_loss"):
-            assert line[name] == pytest.approx(other[name], abs=1e-5), (line, other)
-    ours, theirs = newest(both).weights, newest(one).weights
+            assert line[name] == pytest.approx(found[line["event"], line["step"]][name], abs=1e-5), line
+    ours, theirs = weights_of(both), weights_of(one)
     assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) < 1e-5
-    grown = newest(both).training["engine"]["random_states"]
+    grown = random_states()
     assert grown[0, 1] > states[0, 1] and grown[1, 1] - grown[0, 1] > states[1, 1] - states[0, 1]
-
-
-if __name__ == "__main__":
-    worker(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import stat
 import subprocess
@@ -10,11 +11,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from helpers import give_away, run_script
 from models_for_tests import needs_kernels
 
 from ops import build
 
-ROOT = Path(__file__).resolve().parents[1]
 pytestmark = needs_kernels
 
 
@@ -53,13 +54,14 @@ class Answer:
         return found
 
     def other_library(self, signed):
-        """A library without our function, which makes the trap when it is loaded."""
         source = "#include <fcntl.h>\n__attribute__((constructor)) static void f(void) { creat(\"%s\", 0600); }"
         (self.root / "other.c").write_text(source % self.trap)
-        target = str(self.root / "other.so")
-        subprocess.run([build._compiler(), "-shared", "-fPIC", str(self.root / "other.c"), "-o", target], check=True)
-        content = Path(target).read_bytes()
-        return content + (build._checksum(self.file().name, content) if signed else b"")
+        subprocess.run([build._compiler(), "-shared", "-fPIC", "other.c", "-o", "other.so"], cwd=self.root, check=True)
+        content = (self.root / "other.so").read_bytes()
+        return self.signed(content) if signed else content
+
+    def signed(self, content):
+        return content + build._checksum(self.file().name, content)
 
 
 @pytest.fixture
@@ -76,15 +78,11 @@ def test_kernels_can_be_switched_off(answer, monkeypatch, value):
     answer.ask(fails=True)
 
 
-@pytest.mark.parametrize(
-    "script, message",
-    [
-        (None, "no C compiler"),
-        ("echo 'cannot compile' >&2; exit 1", "PyTorch computes the same"),
-        ("for last; do :; done; echo nonsense > $last", "PyTorch computes the same"),
-    ],
-    ids=["absent", "fails", "writes nonsense"],
-)
+@pytest.mark.parametrize("script, message", [
+    (None, "no C compiler"),
+    ("echo 'cannot compile' >&2; exit 1", "PyTorch computes the same"),
+    ("for last; do :; done; echo nonsense > $last", "PyTorch computes the same"),
+], ids=["absent", "fails", "writes nonsense"])
 def test_without_a_compiler_pytorch_computes(answer, monkeypatch, script, message):
     monkeypatch.delenv("CC", raising=False)
     if script is None:
@@ -101,41 +99,31 @@ def test_without_a_compiler_pytorch_computes(answer, monkeypatch, script, messag
 
 def test_kernels_share_the_threads_of_pytorch():
     """A second OpenMP library would bring its own threads, which wait for work at the first one's cost."""
-    script = (
-        "import torch, re\n"
-        "from ops.build import library\n"
-        "def loaded():\n"
-        "    return set(re.findall(r'\\S*/lib(?:gomp|iomp5|omp)[-.\\w]*', open('/proc/self/maps').read()))\n"
-        "before = loaded()\n"
-        "assert library('training') is not None\n"
-        "print(len(before), len(loaded() - before))"
-    )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, stdout=subprocess.PIPE, check=True)
-    before, added = map(int, result.stdout.split())
+    script = """
+import re, torch
+from ops.build import library
+def loaded():
+    return set(re.findall(r"\\S*/lib(?:gomp|iomp5|omp)[-.\\w]*", open("/proc/self/maps").read()))
+before = loaded()
+assert library("training") is not None
+print(len(before), len(loaded() - before))
+"""
+    before, added = map(int, run_script("-c", script).stdout.split())
     assert before > 0 and added == 0
 
 
-# ---- what lies on the disk
-
-
-def give_away(path):
-    if os.geteuid() != 0:
-        pytest.skip("only root can give files away")
-    os.chown(str(path), 65534, 65534, follow_symlinks=False)
-
-
 @pytest.mark.parametrize("kind", ["a file", "a folder"])
-@pytest.mark.parametrize("what", ["of another user", "that anybody may write", "that a group may write"])
-def test_what_others_could_have_compiled_is_never_loaded(answer, kind, what):
+@pytest.mark.parametrize("mode, why", [
+    (0o755, "belongs to another user (uid 65534)"), (0o777, "may be written by others"),
+    (0o775, "may be written by others"),
+], ids=["of another user", "that anybody may write", "that a group may write"])
+def test_what_others_could_have_compiled_is_never_loaded(answer, kind, mode, why):
     assert answer.ask(compiles=True) == [] and answer.ask() == []
     answer.file().write_bytes(answer.other_library(signed=True))
     target = answer.file() if kind == "a file" else answer.kept
-    mode = {"of another user": 0o755, "that anybody may write": 0o777, "that a group may write": 0o775}[what]
     target.chmod(mode)
-    if what == "of another user":
+    if mode == 0o755:
         give_away(target)
-    why = "belongs to another user (uid 65534)" if what == "of another user" else "may be written by others"
     [line] = answer.ask(compiles=True)
     assert f"refused: {target} {why}" in line
     if kind == "a file":  # a new one has replaced it
@@ -157,30 +145,21 @@ def test_a_link_for_a_file_is_replaced_and_a_folder_below_a_foreign_one_refused(
     assert "refused: {} may be written".format(answer.root / "cache") in line
 
 
-def signed(answer, content):
-    return content + build._checksum(answer.file().name, content)
-
-
-DAMAGES = {
-    "cut to 4096 bytes": lambda answer, content: content[:4096],
-    "cut to three quarters": lambda answer, content: content[: len(content) * 3 // 4],
-    "zeros inside": lambda answer, content: content[:4096] + bytes(4096) + content[8192:],
-    "empty": lambda answer, content: b"",
-    "without our functions": lambda answer, content: answer.other_library(signed=False),
-    "of another machine": lambda answer, content: signed(answer, b"nonsense" * 1000),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", [
+    lambda answer, content: content[:4096],
+    lambda answer, content: content[: len(content) * 3 // 4],
+    lambda answer, content: content[:4096] + bytes(4096) + content[8192:],
+    lambda answer, content: b"",
+    lambda answer, content: answer.other_library(signed=False),
+    lambda answer, content: answer.signed(b"nonsense" * 1000),
+], ids=["page", "three quarters", "zeros inside", "empty", "without our functions", "of another machine"])
 def test_a_damaged_file_is_compiled_again(answer, damage):
     answer.ask(compiles=True)
     path = answer.file()
-    path.write_bytes(DAMAGES[damage](answer, path.read_bytes()))
+    path.write_bytes(damage(answer, path.read_bytes()))
+    nonsense = path.read_bytes().startswith(b"nonsense")
     [line] = answer.ask(compiles=True)
-    if damage == "of another machine":
-        assert "invalid ELF header" in line
-    else:
-        assert line == f"{path} is damaged (wrong checksum): rebuilding"
+    assert ("invalid ELF header" in line) if nonsense else (line == f"{path} is damaged (wrong checksum): rebuilding")
     assert answer.ask() == []
 
 
@@ -234,8 +213,7 @@ def test_where_nothing_keeps_files_each_run_says_so_once_and_compiles(answer, mo
 
 
 def test_nothing_is_compiled_where_others_could_swap_files(answer, monkeypatch):
-    folders = []
-    call = build._call
+    folders, call = [], build._call
     monkeypatch.setattr(build, "_call", lambda command, folder: (folders.append(folder), call(command, folder)))
     for mode, expected in ((0o777, answer.kept), (0o1777, answer.root / "tmp")):
         (answer.root / "tmp").chmod(mode)
@@ -247,20 +225,18 @@ def test_nothing_is_compiled_where_others_could_swap_files(answer, monkeypatch):
 
 def test_processes_that_compile_at_the_same_time_agree(answer):
     """Each is a fork with its own state; the folder is what they share."""
-    begin, start = os.pipe()
-    children = []
-    for _ in range(4):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                os.close(start)
-                os.read(begin, 1)
-                status = int(build._built("answer").answer() != 42)
-            finally:
-                os._exit(status)
-        children.append(child)
-    os.close(begin)
-    os.close(start)  # all at once
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    start = multiprocessing.get_context("fork")
+    begin = start.Event()
+
+    def build_it():
+        begin.wait()
+        sys.exit(build._built("answer").answer() != 42)
+
+    children = [start.Process(target=build_it) for _ in range(4)]
+    for child in children:
+        child.start()
+    begin.set()  # all at once
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0] * 4
     assert answer.ask() == [] and len(list(answer.kept.iterdir())) == 1

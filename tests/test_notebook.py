@@ -4,6 +4,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -63,9 +64,7 @@ def test_the_sheet_shows_the_best_first(columns, places):
     for place, index in enumerate(ranking.order):
         middle = (int((place % places[0] + 0.5) * across), int((place // places[0] + 0.4) * down))
         assert sheet.getpixel(middle) == (int([0.2, 0.9, 0.4, 0.6][index] * 255 + 0.5), 0, 0)
-
-
-def test_large_images_keep_their_size():
+    # Large images keep their size.
     sheet = ranked_sheet(torch.rand(1, 3, 200, 200), Ranking([0], ["1. x"], "x"))
     assert 200 <= sheet.width < 230 and 200 <= sheet.height < 250
 
@@ -89,7 +88,6 @@ def test_a_click_draws_what_the_controls_say(gallery, model):
 
 
 def test_the_controls_keep_to_what_the_model_takes(gallery, model):
-    """Every value that a control can be set to is one that `draw` accepts."""
     for name, widget in gallery.controls.items():
         for limit in {getattr(widget, "min", None), getattr(widget, "max", None)} - {None}:
             settings = dict(gallery.settings(), num_candidates=1, **({} if name == "num_candidates" else {name: limit}))
@@ -98,38 +96,27 @@ def test_the_controls_keep_to_what_the_model_takes(gallery, model):
 
 
 def test_an_error_is_shown_and_the_button_works_again(gallery, monkeypatch):
-    def fail(*_, **__):
-        raise UserError("not enough memory")
-
-    monkeypatch.setattr(type(gallery.model), "generate", fail)
+    monkeypatch.setattr(type(gallery.model), "generate", mock.Mock(side_effect=UserError("not enough memory")))
     gallery.button.click()
     assert gallery.status.value == "error: not enough memory" and not gallery.button.disabled
     assert gallery.generated is None
 
 
-def test_clip_orders_where_it_is_given(model, monkeypatch):
-    pytest.importorskip("ipywidgets", reason="the notebook's controls need ipywidgets")
+def test_clip_orders_where_it_is_given(gallery, model, monkeypatch):
     monkeypatch.setattr(notebook, "ClipRanker", Reddest)
-    gallery = Gallery(model, clip="some/folder", prompt="red apple", num_candidates=3)
-    gallery.generate()
-    assert gallery.ranker.path == "some/folder" and "CLIP" in gallery.status.value
-
-
-def test_missing_ipywidgets_are_named(model, monkeypatch):
+    ranked = Gallery(model, clip="some/folder", prompt="red apple", num_candidates=3)
+    ranked.generate()
+    assert ranked.ranker.path == "some/folder" and "CLIP" in ranked.status.value
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     with pytest.raises(UserError, match="python -m pip install ipywidgets"):
         Gallery(model)
 
 
-# The notebook itself -------------------------------------------------------------------------------------------------
-
-
 def test_the_notebook_is_small_and_shows_a_gallery():
-    assert NOTEBOOK.stat().st_size < 300_000
-    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
-    pictures = [kind for cell in cells for output in cell.get("outputs", ()) for kind in output.get("data", {})]
-    assert "image/jpeg" in pictures or "image/png" in pictures
-    assert not any("/home/" in line or "Error" in line for line in NOTEBOOK.read_text(encoding="utf-8").splitlines())
+    text = NOTEBOOK.read_text(encoding="utf-8")
+    outputs = [output for cell in json.loads(text)["cells"] for output in cell.get("outputs", ())]
+    assert {"image/jpeg", "image/png"} & {kind for output in outputs for kind in output.get("data", {})}
+    assert len(text) < 300_000 and "/home/" not in text and "Error" not in text
 
 
 def test_the_notebook_runs_and_its_button_draws():

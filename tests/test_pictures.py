@@ -36,10 +36,7 @@ def test_a_grid_is_nearly_square_and_limited(count, columns, side):
     assert colours(grid)[RED] == shown * side * side
     assert columns * side < grid.width <= columns * (side + 12) + 12
     assert grid.height < -(-shown // columns) * (side + 35) + 12
-
-
-def test_large_pictures_keep_their_size():
-    assert colours(make_grid([plain(RED, 200)]))[RED] == 200 * 200
+    assert colours(make_grid([plain(RED, 200)]))[RED] == 200 * 200  # large pictures keep their size
 
 
 @pytest.mark.parametrize("caption", ["a cat", "a cat " * 1000, "кошка", "a" * 3000])
@@ -51,7 +48,6 @@ def test_a_grid_carries_its_caption_above_the_pictures(caption):
 
 
 def test_what_the_font_does_not_have_becomes_an_ellipsis():
-    """No row of empty boxes."""
     def drawn(text):
         return make_grid([plain(RED, SIDE)], text).tobytes()
 

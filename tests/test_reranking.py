@@ -26,13 +26,13 @@ from utils.errors import UsageError, UserError
 
 @pytest.fixture
 def run(mindalle_folder, tmp_path):
-    """Run generate.py in this process; returns {folder name: its generation.json}."""
+    """Run generate.py in this process; returns what its generation.json says of one caption."""
 
-    def run(text, *flags):
+    def run(text, flags, *more):
         base = ["--dalle_path", str(mindalle_folder), "--outputs_dir", str(tmp_path / "out"), "--device", "cpu"]
-        generate.main([*base, "--text", text, "--format", "png", "--top_k", "0", *flags])
-        reports = (tmp_path / "out").glob("*/generation.json")
-        return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in reports}
+        generate.main([*base, "--text", text, "--format", "png", "--top_k", "0", *flags.split(), *map(str, more)])
+        name = text.partition("|")[0].replace(" ", "_")
+        return json.loads((tmp_path / "out" / name / "generation.json").read_text(encoding="utf-8"))
 
     return run
 
@@ -84,13 +84,19 @@ def images():
 # clip_score ----------------------------------------------------------------------------------------------------------
 
 
-def test_clip_score_orders_by_cosine(images):
+def test_clip_score_orders_by_cosine(images, monkeypatch):
     model = Encoders()
     assert clip_score("red", images, model, to_pixels, "cpu", tokenizer=tokenize).tolist() == [0, 3, 1, 2]
     assert clip_score("blue", images, model, to_pixels, "cpu", tokenizer=tokenize).tolist()[0] == 2
     scores = clip_similarity("green", images, model, to_pixels, tokenizer=tokenize)
     pixels = np.floor(images[:, 0, 0] * 255)
     assert np.allclose(scores, pixels[:, 1] / np.linalg.norm(pixels, axis=1), atol=1e-5)
+    # Without a tokenizer that of the model's package.
+    monkeypatch.setitem(sys.modules, "clip", types.SimpleNamespace(tokenize=tokenize))
+    assert clip_score("green", images, model, to_pixels, "cpu").tolist()[0] == 1
+    # A ranker alone is enough.
+    assert clip_score("white", images, Brightness()).tolist()[-1] == 3
+    assert clip_score("black", images, Brightness()).tolist()[0] == 3
 
 
 def test_clip_score_gives_the_published_order(monkeypatch):
@@ -102,52 +108,42 @@ def test_clip_score_gives_the_published_order(monkeypatch):
     assert [rank.tolist() for rank in ranks] == golden and golden[0] != golden[1]
 
 
-def test_clip_score_takes_the_tokenizer_of_the_models_package(images, monkeypatch):
-    monkeypatch.setitem(sys.modules, "clip", types.SimpleNamespace(tokenize=tokenize))
-    assert clip_score("green", images, Encoders(), to_pixels, "cpu").tolist()[0] == 1
+@pytest.mark.parametrize("which, model, preprocess, message", [
+    (0, Encoders, to_pixels, r"expected an array \(N, H, W, 3\), got \(8, 8, 3\)"),
+    (slice(None), lambda: torch.nn.Linear(1, 1), to_pixels, "model_clip is a Linear"),
+    (slice(None), Encoders, None, "preprocess_clip must be"),
+    (slice(None), Encoders, to_pixels, "give clip_score the model's tokenizer"),
+])
+def test_clip_score_names_what_it_cannot_use(images, which, model, preprocess, message, monkeypatch):
     monkeypatch.setitem(sys.modules, "clip", None)
-    with pytest.raises(UserError, match="give clip_score the model's tokenizer"):
-        clip_score("green", images, Encoders(), to_pixels, "cpu")
-
-
-def test_clip_score_names_what_it_cannot_use(images):
-    with pytest.raises(UserError, match=r"expected an array \(N, H, W, 3\), got \(8, 8, 3\)"):
-        clip_score("red", images[0], Encoders(), to_pixels)
-    with pytest.raises(UserError, match="model_clip is a Linear"):
-        clip_score("red", images, torch.nn.Linear(1, 1), to_pixels)
-    with pytest.raises(UserError, match="preprocess_clip must be"):
-        clip_score("red", images, Encoders())
-
-
-def test_a_ranker_alone_is_enough(images):
-    assert clip_score("white", images, Brightness()).tolist()[-1] == 3
-    assert clip_score("black", images, Brightness()).tolist()[0] == 3
+    with pytest.raises(UserError, match=message):
+        clip_score("red", images[which], model(), preprocess)
 
 
 # generate.py ---------------------------------------------------------------------------------------------------------
 
 
 def test_clip_orders_the_images_and_keep_cuts(run, monkeypatch, tmp_path):
-    plain = run("white", "--num_images", "5")["white"]["images"]
+    plain = run("white", "--num_images 5")["images"]
     means = [float(np.asarray(Image.open(tmp_path / "out" / "white" / image["file"])).mean()) for image in plain]
     order = sorted(range(5), key=lambda index: -means[index])
     monkeypatch.setattr(generation, "ClipRanker", Brightness)
-    for flags, kept in (((), 5), (("--keep", "2", "--batch_size", "2"), 2)):
-        images = run("white", "--num_images", "5", "--clip_path", "x", *flags)["white"]["images"]
+    for flags, kept in (("", 5), ("--keep 2 --batch_size 2", 2)):
+        images = run("white", f"--num_images 5 --clip_path x {flags}")["images"]
         assert [image["candidate"] for image in images] == order[:kept]
-        assert [image["codes"] for image in images] == [plain[index]["codes"] for index in order[:kept]]
-        assert [image["seed"] for image in images] == [plain[index]["seed"] for index in order[:kept]]
+        for part in ("codes", "seed"):
+            assert [image[part] for image in images] == [plain[index][part] for index in order[:kept]]
         assert np.allclose([image["clip_score"] for image in images], np.array(means)[order[:kept]] / 255, atol=1e-6)
         assert [image["file"] for image in images] == [f"{index}.png" for index in range(kept)]
     assert len(list((tmp_path / "out" / "white").glob("[0-9].png"))) == 2
-    dark = run("other|white", "--num_images", "3", "--clip_path", "x", "--batch_size", "64")["other"]["images"]
-    assert [image["clip_score"] for image in dark] == sorted((image["clip_score"] for image in dark), reverse=True)
-    assert dark[0]["clip_score"] < 0
+    images = run("other|white", "--num_images 3 --clip_path x --batch_size 64")["images"]
+    dark = [image["clip_score"] for image in images]
+    assert dark == sorted(dark, reverse=True) and dark[0] < 0
 
 
 def test_without_clip_the_likeliest_are_kept(run):
-    plain = run("a cat", "--num_images", "6")["a_cat"]["images"]
-    kept = run("a cat", "--num_images", "6", "--keep", "3")["a_cat"]
+    plain = run("a cat", "--num_images 6")["images"]
+    kept = run("a cat", "--num_images 6 --keep 3")
     likelihoods = sorted((image["log_likelihood"] for image in plain), reverse=True)[:3]
     assert np.allclose([image["log_likelihood"] for image in kept["images"]], likelihoods, atol=1e-3)
     assert "clip_score" not in kept["images"][0] and kept["settings"]["keep"] == 3
@@ -170,36 +166,32 @@ def test_completion_keeps_what_the_mask_leaves(run, mindalle_folder, tmp_path):
     expected = completion_codes(load(mindalle_folder), picture, mask)
     kept = expected >= 0
     assert kept.sum() == 12
-    holed = picture.convert("RGBA")
-    holed.paste((0, 0, 0, 0), (8, 0, 16, 8))
-    given = ["--image", str(tmp_path / "given.png"), "--mask"]
     drawn = []
-    for flags in ([*given, str(tmp_path / "mask.png")], [*given, "0.5,0,1,0.5"]):
-        report = run("a cat", "--num_images", "4", *flags)["a_cat"]
+    for given in (tmp_path / "mask.png", "0.5,0,1,0.5"):
+        report = run("a cat", "--num_images 4 --image", tmp_path / "given.png", "--mask", given)
         codes = torch.tensor([image["codes"] for image in report["images"]])
         assert torch.equal(codes[:, kept], expected[kept].expand(4, -1))
-        assert report["settings"]["mask"] == flags[-1]
+        assert report["settings"]["mask"] == str(given)
         drawn.append(codes)
     assert torch.equal(*drawn) and len(drawn[0].unique(dim=0)) > 1
+    holed = picture.convert("RGBA")
+    holed.paste((0, 0, 0, 0), (8, 0, 16, 8))
     holed.save(tmp_path / "holed.png")
-    run("a cat", "--num_images", "1", "--image", str(tmp_path / "holed.png"))
+    run("a cat", "--num_images 1 --image", tmp_path / "holed.png")
     with pytest.raises(UsageError, match="--image needs --mask"):
-        run("a cat", "--image", str(tmp_path / "given.png"))
+        run("a cat", "--image", tmp_path / "given.png")
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--mask", "0,0,1,1"], "--mask needs --image"),
-    (["--image", "a.png", "--prime-image", "b.png"], "--image and --prime-image exclude each other"),
-    (["--image", "/nowhere.png", "--mask", "0,0,1,1"], "--image /nowhere.png cannot be read: No such file"),
-    (["--keep", "9", "--num-images", "8"], "--keep 9: only --num-images 8 are sampled"),
-    (["--keep", "0"], "--keep: must be at least 1"),
+    ("--mask 0,0,1,1", "--mask needs --image"),
+    ("--image a.png --prime-image b.png", "--image and --prime-image exclude each other"),
+    ("--image /nowhere.png --mask 0,0,1,1", "--image /nowhere.png cannot be read: No such file"),
+    ("--keep 9 --num-images 8", "--keep 9: only --num-images 8 are sampled"),
+    ("--keep 0", "--keep: must be at least 1"),
 ])
 def test_flags_that_cannot_be_are_named(run, flags, message):
     with pytest.raises(UserError, match=message):
-        run("a", *flags)
-
-
-# The example ---------------------------------------------------------------------------------------------------------
+        run("a", flags)
 
 
 def test_the_sampling_example_saves_the_best(mindalle_folder, tmp_path, monkeypatch, caplog):
@@ -218,9 +210,6 @@ def test_the_sampling_example_saves_the_best(mindalle_folder, tmp_path, monkeypa
         example.main([*flags, "--softmax-temperature", "1e-38"])
 
 
-# A CLIP of transformers ----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
     """A tiny CLIP model with random weights in the layout of transformers."""
@@ -235,20 +224,15 @@ def clip_folder(tmp_path_factory):
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     ends = {"bos_token_id": 52, "eos_token_id": 53, "pad_token_id": 53}
     torch.manual_seed(0)
-    config = transformers.CLIPConfig(
-        text_config=dict(size, vocab_size=54, max_position_embeddings=12, **ends),
-        vision_config=dict(size, image_size=16, patch_size=8),
-        projection_dim=8,
-    )
+    text = dict(size, vocab_size=54, max_position_embeddings=12, **ends)
+    vision = dict(size, image_size=16, patch_size=8)
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
     transformers.CLIPModel(config).save_pretrained(path)
     return path
 
 
 def test_a_local_clip_scores_without_network(clip_folder, monkeypatch, images):
-    def refuse(*_, **__):
-        raise AssertionError("no network is needed")
-
-    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.delattr(socket, "create_connection")
     ranker = ClipRanker(clip_folder)
     pictures = [Image.fromarray((image * 255).astype(np.uint8)).resize((20, 24)) for image in images]
     scores = ranker.similarity("red cat", pictures)
