@@ -48,20 +48,8 @@ CONFIGURATIONS = [
 PUBLISHED = "L16 L16_POD16 L16_POD64 L16_CLIP_vocab unit_test demo minDALLE_1.3B minDALLE_tiny".split()
 DEVICE_PACKAGES = {"poptorch", "popdist", "popart", "horovod"}
 
-<<<<<<< HEAD
-#: The most lines of a module and of a function, and arguments of a function besides self; and who takes more.
-MODULE_LINES, FUNCTION_LINES, ARGUMENTS = 450, 60, 8
-MANY_ARGUMENTS = {
-    "dalle/models.py generate": 14,  # minDALL-E's
-    "data/code_cache.py __init__": 9,
-    "examples_utils/process.py run": 9,
-    "ops/linear_ops.py add_feed_forward": 9,  # what one branch is made of
-    "ops/linear_ops.py forward": 10,  # autograd takes no keywords
-}
-=======
 #: The most lines of a module and of a function. (Ruff counts arguments.)
 MODULE_LINES, FUNCTION_LINES = 450, 60
->>>>>>> testsb
 
 
 def sources():

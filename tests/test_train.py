@@ -1,10 +1,9 @@
 """Training end to end on hand-made data: batch arithmetic, loop, resume, two processes, precision, checkpoints."""
 from __future__ import annotations
 
-import conftest
 import pytest
 import torch
-from helpers import ROOT, assert_same, fill, flags, losses_of, refused, run, together, weights, weights_of  # noqa: F401
+from helpers import assert_same, flags, losses_of, refused, run, weights, weights_of
 
 import args
 import checkpoints
@@ -16,7 +15,6 @@ from models.dalle import DalleModel, TextToImage
 from utils.errors import UsageError
 from utils.schedules import Plateau, cosine_factor, epoch_factor
 
-folder = conftest.folder  # other files take it from here
 SMALL = DalleConfig(num_text_tokens=8, num_image_tokens=8, text_seq_len=4, grid=2, dim=8, depth=1, heads=1, dim_head=4)
 GENERATED = ["--config", "unit_test", "--generated-data", "--device", "cpu"]
 
