@@ -18,7 +18,7 @@ from checkpoints.formats import from_dalle_pytorch
 from models.config import DalleConfig
 from models.dalle import DalleModel
 from sampling import SamplingOptions, sample_codes
-from sampling.loop import guided
+from sampling.canvas import guided
 from utils.errors import UserError
 
 VOCABULARY, TEXT_LEN, CODES = 19, 5, 11
