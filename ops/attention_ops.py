@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops import dispatch, native_attention, registered
+from ops import dispatch, native_attention
 from ops.linear_ops import IDENTITY, Function, Norm, Recompute, normalise
 from ops.local_attention import local_attention
 
@@ -135,7 +135,9 @@ def attention(
     implementation = dispatch.attention()
     if angles is None and implementation == "auto" and visible.simple:
         if dispatch.compiling():
-            if registered.AVAILABLE and dispatch.refusal(qkv, registered=True) is None and native_attention.exists():
+            from ops import registered  # registering loads PyTorch's compiler: 70 MB and a second, only for it
+
+            if registered.AVAILABLE and dispatch.refusal(qkv, registered=True) is None and registered.exists():
                 return registered.attention(qkv, heads, visible.lines, visible.by_column), IDENTITY
         elif NativeAttention.suits(qkv, visible):
             return qkv, NativeAttention(visible, heads)

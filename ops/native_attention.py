@@ -37,12 +37,6 @@ def available() -> bool:
     return _functions() is not None
 
 
-@getattr(getattr(torch, "compiler", None), "assume_constant_result", lambda function: function)
-def exists() -> bool:
-    """`available` as a constant for torch.compile."""
-    return available()
-
-
 class Pattern(NamedTuple):
     """Which positions see which. grid 0: no codes, plain causal attention on text."""
 

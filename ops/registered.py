@@ -1,7 +1,8 @@
 """Native ops registered as PyTorch operators, with autograd and fake kernels, for torch.compile and torch.export.
 
-Eager calls skip them: a registered operator with autograd costs tens of microseconds a call. Under compile and export a
-direct C call would break the graph; these operators stay in it.
+Import this only where PyTorch compiles: it loads the compiler, which takes 70 MB and a second. Eager calls skip these
+operators: one with autograd costs tens of microseconds a call. Under compile and export a direct C call would break the
+graph; these stay in it.
 """
 from __future__ import annotations
 
@@ -15,6 +16,13 @@ from ops.native_attention import Pattern
 
 AVAILABLE = hasattr(torch.library, "custom_op") and hasattr(torch.library, "register_autograd")
 """From PyTorch 2.4 on."""
+
+
+@getattr(getattr(torch, "compiler", None), "assume_constant_result", lambda function: function)
+def exists() -> bool:
+    """`native_attention.available` as a constant for torch.compile."""
+    return native_attention.available()
+
 
 if AVAILABLE:
 
