@@ -184,8 +184,10 @@ def test_our_torchrun_adds_nothing(tmp_path):
 
 
 def test_a_process_that_imports_the_library_or_runs_a_program():
-    """The hook for errors is left alone, and more loader processes than cores are nothing to warn of."""
+    """The hook for errors is left alone, PyTorch's compiler (a second, 70 MB) is not loaded, and more loader processes
+    than cores are nothing to warn of."""
     code = "import runpy, sys; before = sys.excepthook; import dalle.models; assert sys.excepthook is before\n"
+    code += "import train, evaluate; assert 'torch._dynamo' not in sys.modules\n"
     code += f"from utils.loading import make_loader; make_loader(range(3), workers={2 + (os.cpu_count() or 1)})\n"
     code += "sys.argv = ['train.py', '--version']; runpy.run_path('train.py', run_name='__main__')"
     done = run_script("-c", code)
