@@ -17,8 +17,8 @@ from utils.errors import UserError
 MOST = 64
 """The widest window."""
 _WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-_UNKNOWN = 0.7
-"""Share of the windows right up to a place that are right there too, where none was as wide: wider ones are tried."""
+_UNKNOWN, _PRIOR = 0.7, 2.0
+"""Share of the windows right up to a place that are taken to be right there too, and how many windows say otherwise."""
 _FORGET = 0.98
 _AGAIN = 48
 """Passes after which a neighbouring width is tried again: its time was perhaps another program's fault."""
@@ -81,8 +81,8 @@ class Windows:
         """Codes that a pass is expected to give."""
         total = share = 1.0
         for place in range(1, width):
-            known = self._tried[place]
-            share = min(share, self._accepted[place] / known) if known else share * _UNKNOWN
+            expected = self._accepted[place] + _PRIOR * _UNKNOWN * share
+            share = min(share, expected / (self._tried[place] + _PRIOR))
             total += share
         return total
 
