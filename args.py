@@ -1,7 +1,7 @@
 """Configuration of training: dataclass defaults, then a named configuration of configs.yaml, then command-line flags.
 
-Every option is one field of a frozen dataclass below (utils/options.py). Nothing is parsed at import and nothing here
-knows a device.
+Every option is one field of a frozen dataclass below (utils/options.py). Nothing is parsed at import, and nothing here
+depends on a device.
 
     config = parse(["--config", "L16", "--batch-size", "4"])
     config.execution.batch_size, config.global_batch
@@ -9,15 +9,17 @@ knows a device.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
+from models.options import BlockOptions
 from utils.errors import UsageError, UserError, nearest
 from utils.flags import DataOptions, DeviceOptions, PartsOptions, ShardOptions
-from utils.options import Command, Options, again, display, flag_name, option, options_of  # noqa: F401 - args.flag_name
+from utils.options import Command, Options, again, display, flag_name, option, options_of
 from utils.resume import APPLIES, CONTENT, FIXED, FREE
 from utils.yaml_files import read_yaml
 
@@ -26,38 +28,42 @@ DEFAULT_CONFIG = "unit_test"
 BUILT_IN_SET = "demo"  # the one value of --input-folder that is a name, not a folder
 
 
+def _power_of_two(value: float) -> str:
+    return "" if math.frexp(value)[0] == 0.5 else "a power of two"
+
+
 @dataclass(frozen=True)
 class Selection(Options):
     """Where the configuration comes from."""
 
-    config: str = option(DEFAULT_CONFIG, "configuration to use; other flags override what it holds")
+    config: str = option(DEFAULT_CONFIG, "configuration to use; other flags override its options")
     config_file: str | None = option(None, "file of named configurations", none="configs.yaml", path=True)
 
 
 @dataclass(frozen=True)
 class ExecutionConfig(Options, title="execution"):
-    """Where, how much and for how long to train."""
+    """Device, batch sizes, length and precision of training."""
 
     device: str = again(DeviceOptions, "device", resume=APPLIES, choices=("auto", "cpu", "cuda", "ipu"),
                         help="where to train; auto: ipu if PopTorch finds IPUs, else cuda if there is one, else cpu")
     batch_size: int = option(1, "micro-batch: samples in one forward pass of one replica", ge=1, resume=APPLIES)
-    gradient_accumulation: int = option(1, "micro-batches added up for one optimizer step", ge=1, resume=APPLIES)
+    gradient_accumulation: int = option(1, "micro-batches accumulated for one optimizer step", ge=1, resume=APPLIES)
     replication_factor: int = option(1, "replicas of the model; the native engine reaches the same global batch with "
-                                        "the processes torchrun gives it", ge=1, resume=APPLIES)
-    device_iterations: int = option(1, "optimizer steps for one call of the device", ge=1, resume=APPLIES)
+                                        "any number of torchrun processes", ge=1, resume=APPLIES)
+    device_iterations: int = option(1, "optimizer steps per call of the device", ge=1, resume=APPLIES)
     epochs: int = option(1, "passes over the training data", ge=1, resume=APPLIES)
-    max_steps: int = option(0, "stop after so many optimizer steps in all; 0: no limit", ge=0, resume=APPLIES)
+    max_steps: int = option(0, "stop after so many optimizer steps in total; 0: no limit", ge=0, resume=APPLIES)
     max_minutes: float = option(0.0, "stop after so many minutes of training; 0: no limit", ge=0, resume=APPLIES)
-    precision: str = option("auto", "arithmetic of the transformer; auto: as --fp16 says (fp16 on cuda or ipu, fp32 on "
-                                    "cpu), any other value wins over --fp16", choices=("auto", "fp32", "bf16", "fp16"),
+    precision: str = option("auto", "precision of the transformer; auto: set by --fp16 (fp16 on cuda or ipu, fp32 on "
+                                    "cpu), any other value overrides it", choices=("auto", "fp32", "bf16", "fp16"),
                             resume=APPLIES)
     matmul_precision: str | None = again(DeviceOptions, "matmul_precision", resume=APPLIES)
-    fp16: bool = option(False, "train in half precision where the device can", resume=APPLIES)
+    fp16: bool = option(False, "train in half precision if the device supports it", resume=APPLIES)
     compile: bool = option(False, "compile the training step with torch.compile", resume=APPLIES)
-    activation_checkpointing: bool = option(False, "compute activations again in the backward pass to save memory",
+    activation_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory",
                                             resume=APPLIES)
-    shard: bool = option(False, "share weights, gradients and optimizer state out over the processes of torchrun "
-                                "(FSDP2), for models larger than one GPU; PyTorch 2.7 or newer", resume=APPLIES)
+    shard: bool = option(False, "shard weights, gradients and optimizer state over the processes of torchrun (FSDP2), "
+                                "for models larger than one GPU; PyTorch 2.7 or newer", resume=APPLIES)
     random_seed: int = option(42, "seed of weights, data order, captions and dropout", ge=0, le=2**32 - 1, resume=FIXED)
     threads: int = again(DeviceOptions, "threads", resume=APPLIES)
 
@@ -67,10 +73,10 @@ class ExecutionConfig(Options, title="execution"):
         return self.batch_size * self.gradient_accumulation * self.replication_factor
 
     def native_precision(self, device_type: str) -> str:
-        """The arithmetic of the native engine on "cpu" or "cuda": "fp32", "bf16" or "fp16".
+        """The precision of the native engine on "cpu" or "cuda": "fp32", "bf16" or "fp16".
 
-        --fp16 (set in the published configurations for IPUs) means fp16 autocast on cuda. CPUs have no fast fp16
-        arithmetic, so there it means fp32, and asking for it by --precision fp16 is an error.
+        --fp16 (set in Mini DALL-E's configurations for IPUs) means fp16 autocast on cuda. CPUs have no fast fp16
+        arithmetic: there it means fp32, and --precision fp16 is an error.
         """
         if self.precision == "fp16" and device_type == "cpu":
             raise UsageError("--precision fp16 is not for the CPU; use bf16 or fp32")
@@ -90,59 +96,59 @@ class IpuConfig(Options, title="IPU"):
     embedding_ipu_id: int = option(0, "IPU of the embeddings; the VQGAN is on IPU 0", ge=0, resume=APPLIES)
     embedding_serialization_factor: int = option(1, "compute embedding and head in so many parts to save memory", ge=1,
                                                  resume=APPLIES)
-    matmul_proportion: tuple[float, ...] = option((0.6,), "share of memory for matrix products: one, or one for each "
-                                                          "IPU", gt=0, le=1, resume=APPLIES)
+    matmul_proportion: tuple[float, ...] = option((0.6,), "share of memory for matmuls: one, or one for each IPU",
+                                                  gt=0, le=1, resume=APPLIES)
     stochastic_rounding: bool = option(False, "round half-precision results stochastically", resume=APPLIES)
-    enable_half_partials: bool = option(False, "half-precision partial sums in matrix products and convolutions",
+    enable_half_partials: bool = option(False, "half-precision partial sums in matmuls and convolutions",
                                         resume=APPLIES)
     enable_rts: bool = option(False, "shard the optimizer state over the replicas", resume=APPLIES)
     optimizer_state_offchip: bool = option(False, "keep the optimizer state in the host's memory", resume=APPLIES)
     async_dataloader: bool = option(True, "load the next batch while the device works", resume=FREE)
     byteio: bool = option(False, "send images as bytes and scale them on the device", resume=APPLIES)
     compile_only: bool = option(False, "compile for an offline device and stop", resume=FREE)
-    executable_cache_dir: str | None = option(None, "folder where compiled programs are kept", path=True,
+    executable_cache_dir: str | None = option(None, "folder where compiled programs are cached", path=True,
                                                  resume=FREE)
     profile_dir: str | None = option(None, "folder for profiles of the device", path=True, resume=FREE)
-    plan: str | None = option(None, "show what would lie on each IPU and stop, without IPU, SDK or data; auto: "
-                                       "propose --layers-per-ipu too", choices=("show", "auto"), bare="show",
+    plan: str | None = option(None, "show what each IPU would hold and stop, without IPU, SDK or data; auto: also "
+                                       "propose --layers-per-ipu", choices=("show", "auto"), bare="show",
                                  resume=FREE)
 
 
 @dataclass(frozen=True)
 class OptimizerConfig(Options, title="optimizer"):
-    """The optimizer, its schedule and what keeps it stable."""
+    """The optimizer, its schedule and its stability."""
 
     optimizer: str = option("Adam", "optimizer; Muon: for the blocks' matrices, with AdamW for the rest; Adafactor: "
-                                    "keeps next to no state, its steps are relative to the size of the weights",
+                                    "keeps almost no state, its steps are relative to the size of the weights",
                            choices=("Adam", "AdamW", "Muon", "Adafactor"), resume=FIXED)
     learning_rate: float = option(3.0e-4, "peak learning rate", gt=0, resume=APPLIES)
     lr_scheduler: str = option("constant", "schedule; constant and multi_step warm up over the first fifth of the "
                                            "epochs, cosine over --warmup-steps",
                                choices=("ReduceLROnPlateau", "multi_step", "constant", "cosine"), resume=APPLIES)
     warmup_steps: int = option(0, "optimizer steps of linear warm-up before the cosine; 0: none", ge=0, resume=APPLIES)
-    lr_floor: float = option(0.01, "what the cosine ends at, as a share of --learning-rate", ge=0, le=1, resume=APPLIES)
+    lr_floor: float = option(0.01, "end of the cosine, as a share of --learning-rate", ge=0, le=1, resume=APPLIES)
     weight_decay: float = option(0.0, "weight decay; not applied to one-dimensional parameters", ge=0, resume=APPLIES)
     beta1: float = option(0.9, "decay of Adam's first moment", ge=0, lt=1, resume=APPLIES)
     beta2: float = option(0.999, "decay of Adam's second moment", ge=0, lt=1, resume=APPLIES)
-    eps: float = option(1.0e-6, "term that keeps Adam's division finite", gt=0, resume=APPLIES)
-    clip_grad_norm: float = option(0.0, "largest norm of the gradient; 0: no clipping", ge=0, resume=APPLIES)
+    eps: float = option(1.0e-6, "epsilon in the denominator of Adam", gt=0, resume=APPLIES)
+    clip_grad_norm: float = option(0.0, "maximum gradient norm; 0: no clipping", ge=0, resume=APPLIES)
     max_bad_steps: int = option(20, "stop after so many steps in a row whose loss or gradient is not finite; single "
-                                    "ones are left out; 0: never", ge=0, resume=APPLIES)
-    loss_scaling: float = option(16384.0, "(first) factor on the loss in half precision; a power of two", gt=0,
-                                 resume=APPLIES)
+                                    "ones are skipped; 0: never", ge=0, resume=APPLIES)
+    loss_scaling: float = option(16384.0, "(initial) loss scale in half precision; a power of two", gt=0,
+                                 check=_power_of_two, resume=APPLIES)
     enable_als: bool = option(False, "automatic loss scaling on IPUs (always on for fp16 on cuda)", resume=APPLIES)
     enable_half_first_order_momentum: bool = option(False, "half-precision first moment on IPUs", resume=FIXED)
     ema_decay: float = option(0.0, "decay of the moving average of the weights; 0: none", ge=0, lt=1, resume=APPLIES)
 
 
 @dataclass(frozen=True)
-class ModelConfig(Options, title="model"):
-    """The transformer and the VQGAN it works on."""
+class ModelConfig(BlockOptions, title="model"):
+    """The transformer and its VQGAN."""
 
     architecture: str = option("mini-dalle", "kind of transformer; mindalle: minDALL-E's (GELU, learned positions, no "
-                                             "<bos>, no pads of their own, no LayerScale), by default over the "
-                                             "published f16-16384 VQGAN; image-gpt: the same with a class for a text "
-                                             "(--text-seq-len 1, --bpe-path: a list of classes)",
+                                             "<bos>, no unique pad ids, no LayerScale), by default with the published "
+                                             "f16-16384 VQGAN; image-gpt: the same, conditioned on a class instead of "
+                                             "text (--text-seq-len 1, --bpe-path: a list of classes)",
                                choices=("mini-dalle", "mindalle", "image-gpt"), resume=FIXED)
     hidden_size: int = option(512, "width of the transformer", ge=1, resume=FIXED)
     num_hidden_layers: int = option(16, "transformer layers", ge=1, resume=FIXED)
@@ -150,27 +156,24 @@ class ModelConfig(Options, title="model"):
     dim_head: int = option(64, "width of one head", ge=1, resume=FIXED)
     text_seq_len: int = option(80, "text tokens of a caption", ge=1, resume=FIXED)
     image_size: int = option(256, "height and width of the images in pixels", ge=8, resume=FIXED)
-    attn_types: tuple[str, ...] = option(("full",), "attention pattern of each layer; a shorter list is repeated",
+    attn_types: tuple[str, ...] = option(("full",), "attention pattern of each layer; a shorter list is cycled",
                                          choices=("full", "axial_row", "axial_col", "conv_like", "conv_causal"),
                                          resume=FIXED)
-    attention_impl: str = option("auto", "how attention is computed; auto: what is fastest on the device",
+    attention_impl: str = option("auto", "implementation of attention; auto: the fastest on the device",
                                  choices=("auto", "sdpa", "local", "explicit"), resume=APPLIES)
     ff_dropout: float = option(0.0, "dropout in the feed-forward layers", ge=0, lt=1, resume=APPLIES)
     attn_dropout: float = option(0.0, "dropout of the attention output", ge=0, lt=1, resume=APPLIES)
-    sandwich_norm: bool = option(False, "a second LayerNorm after each sub-layer", resume=FIXED)
-    layer_scale: bool = option(True, "a learned factor for each channel of each residual branch (mini-dalle only)",
-                               resume=FIXED)
-    init_std: float = option(0.0, "standard deviation of the first weights; 0: PyTorch's own initialisation", ge=0,
-                             resume=FIXED)
-    loss_img_weight: float = option(7.0, "weight of the image loss beside the text loss", ge=0, resume=APPLIES)
-    code_noise: float = option(0.0, "share of the codes that the model reads as random others while training",
-                               ge=0, lt=1, resume=APPLIES)
-    null_cond_prob: float = option(0.0, "share of captions left out in training, for guidance when generating",
-                                   ge=0, le=1, resume=APPLIES)
+    init_std: float = option(0.0, "standard deviation of the initial weights; 0: PyTorch's default initialisation",
+                             ge=0, resume=FIXED)
+    loss_img_weight: float = option(7.0, "weight of the image loss relative to the text loss", ge=0, resume=APPLIES)
+    code_noise: float = option(0.0, "share of the input codes replaced by random ones in training", ge=0, lt=1,
+                               resume=APPLIES)
+    null_cond_prob: float = option(0.0, "share of captions dropped in training, for classifier-free guidance", ge=0,
+                                   le=1, resume=APPLIES)
     vqgan_model_path: str | None = again(PartsOptions, "vqgan_model_path", path="find", resume=CONTENT,
                                          none="the published f16-1024 model (see --architecture), downloaded")
     vqgan_config_path: str | None = again(PartsOptions, "vqgan_config_path", path="find", resume=CONTENT)
-    vae_path: str | None = option(None, "refused: discrete VAEs are not read, see --vqgan-model-path", path="find",
+    vae_path: str | None = option(None, "refused: discrete VAEs are not supported, see --vqgan-model-path", path="find",
                                      resume=FIXED)
 
 
@@ -184,28 +187,28 @@ class DataConfig(Options, title="data"):
     validation_fraction: float = option(0.01, "without --validation-folder: share of the pairs held out for "
                                               "validation; 0: none", ge=0, le=0.5, resume=FIXED)
     bpe_path: str | None = again(PartsOptions, "bpe_path", none="the CLIP vocabulary", path="find", resume=CONTENT)
-    truncate_captions: bool = option(False, "cut captions that are longer than --text-seq-len instead of stopping",
+    truncate_captions: bool = option(False, "truncate captions longer than --text-seq-len instead of stopping",
                                      resume=APPLIES)
-    generated_data: bool = option(False, "train on random data made on the host", resume=APPLIES)
-    synthetic_data: bool = option(False, "train on random data made on the device (IPU; elsewhere as --generated-data)",
-                                  resume=APPLIES)
+    generated_data: bool = option(False, "train on random data generated on the host", resume=APPLIES)
+    synthetic_data: bool = option(False, "train on random data generated on the device (IPU; elsewhere like "
+                                         "--generated-data)", resume=APPLIES)
     shard_images: str | None = again(ShardOptions, "shard_images", resume=APPLIES)
-    shard_captions: str | None = option(None, "where the captions in shards are, the best first, with commas "
-                                                 "between: keys of .json members, or suffixes of text members; none: "
+    shard_captions: str | None = option(None, "where the captions in shards are, best first, comma-separated: keys of "
+                                                 ".json members, or suffixes of text members; none: "
                                                  "caption,txt,text,TEXT,cap", resume=APPLIES)
     max_bad_fraction: float = again(DataOptions, "max_bad_fraction", resume=APPLIES)
     dataloader_workers: int = again(DataOptions, "dataloader_workers", resume=FREE)
-    cache_codes: str = option("auto", "folder where the codes of images are kept, each encoded once; auto: "
+    cache_codes: str = option("auto", "folder that caches the codes of images, each encoded once; auto: "
                                       "~/.cache/dalle/codes, except for generated data; off: images are encoded in "
                                       "every step", path=True, resume=FREE)
-    augment: str = option("none", "flip: mirror every other training image, other ones in each epoch",
+    augment: str = option("none", "flip: mirror half of the training images, different ones in each epoch",
                           choices=("none", "flip"), resume=APPLIES)
 
     @property
     def keeps_codes(self) -> bool:
-        """Whether images are encoded ahead and training reads their codes (--cache-codes).
+        """Whether images are encoded in advance and training reads their codes (--cache-codes).
 
-        auto leaves random images alone: they are there to measure the whole step.
+        auto does not cache random images: they serve to measure the whole step.
         """
         generated = self.generated_data or self.synthetic_data
         return self.cache_codes != "off" and not (self.cache_codes == "auto" and generated)
@@ -217,13 +220,13 @@ class CheckpointsConfig(Options, title="checkpoints"):
 
     checkpoint_output_dir: str = option("./output/ckpt", "folder of the checkpoints; '': none are saved", path=True,
                                         empty=True, resume=FREE)
-    checkpoint_save_steps: int = option(1000, "optimizer steps from one checkpoint to the next; 0: only at the end of "
-                                              "each epoch", ge=0, resume=FREE)
-    keep_checkpoints: int = option(0, "keep the newest so many; 0: all", ge=0, resume=FREE)
+    checkpoint_save_steps: int = option(1000, "optimizer steps between checkpoints; 0: only at the end of each epoch",
+                                        ge=0, resume=FREE)
+    keep_checkpoints: int = option(0, "number of newest checkpoints to keep; 0: all", ge=0, resume=FREE)
     pretrained_checkpoint: str | None = option(None, "checkpoint whose weights training starts from; or a folder in "
-                                                        "minDALL-E's layout or minDALL-E/1.3B, which bring vocabulary "
-                                                        "and VQGAN along", path="find", resume=FREE)
-    resume: bool = option(False, "go on from the newest checkpoint in --checkpoint-output-dir", resume=FREE)
+                                                        "minDALL-E's layout or minDALL-E/1.3B, which include "
+                                                        "vocabulary and VQGAN", path="find", resume=FREE)
+    resume: bool = option(False, "continue from the newest checkpoint in --checkpoint-output-dir", resume=FREE)
     export_mindalle: str | None = option(None, "new folder for the trained model in minDALL-E's layout", path=True,
                                             resume=FREE)
 
@@ -232,9 +235,9 @@ class CheckpointsConfig(Options, title="checkpoints"):
 class MiscConfig(Options, title="misc"):
     """Logs and metrics."""
 
-    log_dir: str | None = option(None, "folder of log file, metrics and loss.png; none: the one that holds "
+    log_dir: str | None = option(None, "folder of log file, metrics and loss.png; none: the parent of "
                                           "--checkpoint-output-dir", path=True, resume=FREE)
-    log_every: int = option(10, "optimizer steps from one logged line to the next", ge=1, resume=APPLIES)
+    log_every: int = option(10, "optimizer steps between logged lines", ge=1, resume=APPLIES)
     tensorboard: bool = option(False, "write metrics for TensorBoard", resume=FREE)
     wandb: bool = option(False, "send metrics to Weights & Biases (WANDB_MODE=offline needs no account)", resume=FREE)
     wandb_project_name: str = option("miniDALL-E", "Weights & Biases project", resume=FREE)
@@ -270,7 +273,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
-        """Build from a flat mapping as `to_dict` makes it; what is absent takes its default."""
+        """Build from a flat mapping as from `to_dict`; absent keys take their defaults."""
         values = dict(values)
         name = values.pop("config", "default")
         sections: dict[str, Any] = {}
@@ -291,7 +294,7 @@ class Config:
         return flat
 
     def replace(self, **values: Any) -> Config:
-        """A copy with some options changed, whatever their section; checked like any other."""
+        """A copy with some options of any section changed; checked like any other."""
         return Config.from_dict(dict(self.to_dict(), **values))
 
     def describe(self) -> str:
@@ -323,20 +326,20 @@ _SPECS = {spec.name: spec for section in SECTIONS.values() for spec in options_o
 
 
 def option_names() -> list[str]:
-    """Every option's name, as YAML spells it."""
+    """Every option's name, as spelled in YAML."""
     return list(_SPECS)
 
 
 def resume_rules() -> dict[str, str]:
-    """What --resume does with a new value of each option: {name: APPLIES, FIXED, CONTENT or FREE}."""
+    """The effect of each option's new value on --resume: {name: APPLIES, FIXED, CONTENT or FREE}."""
     return {name: spec.settings["resume"] for name, spec in _SPECS.items()}
 
 
 def parse(argv: Sequence[str] | None = None) -> Config:
     """Read flags and the configuration they name.
 
-    argv: the words after the program's name (default: those of the process).
-    Raises UsageError (one line, naming the flag or the key) for anything unknown, of the wrong type or out of range.
+    argv: the arguments after the program's name (default: those of the process).
+    Raises UsageError (one line, naming the flag or the key) for unknown options and values of wrong type or range.
     """
     flags = COMMAND.read(argv)
     config_file = Path(flags.pop("config_file", None) or DEFAULT_CONFIG_FILE)
@@ -348,6 +351,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
             raise UsageError(f"{where}unknown key '{key}'.{nearest(str(key), _SPECS)}")
         values[key] = _SPECS[key].checked(value, where + key)
     values.update(flags)
+    _refuse_ignored(flags, values)
     for key, value in values.items():
         if _SPECS[key].settings.get("path") == "find" and value is not None:
             values[key] = _find(value, config_file.parent)
@@ -359,10 +363,26 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     return config
 
 
-def load_configuration(config_file: Path, name: str) -> dict[str, Any]:
-    """The keys and values, as YAML gives them, of the configuration `name`.
+def _refuse_ignored(flags: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Refuse flags that another option leaves without effect; a configuration may hold them, for other runs."""
+    generated = "--generated-data" if values.get("generated_data") else "--synthetic-data"
+    without_data = values.get("generated_data") or values.get("synthetic_data")
+    scheduler = values.get("lr_scheduler", OptimizerConfig.lr_scheduler)
+    for names, ignored, reason in (
+        (("input_folder", "validation_fraction"), without_data, f"with {generated}"),
+        (("validation_fraction",), values.get("validation_folder"), "with --validation-folder"),
+        (("warmup_steps",), scheduler != "cosine", f"with --lr-scheduler {scheduler}; it is for cosine"),
+        (("wandb_project_name", "wandb_run_name"), not values.get("wandb"), "without --wandb"),
+    ):
+        given = [name for name in names if name in flags and flags[name] not in (None, 0)]
+        if given and ignored:
+            raise UsageError(f"{flag_name(given[0])} has no effect {reason}")
 
-    Names that start with a dot and `defaults` only hold what others inherit (`<<: *anchor`) and cannot be chosen.
+
+def load_configuration(config_file: Path, name: str) -> dict[str, Any]:
+    """The keys and values of the configuration `name`, as parsed from YAML.
+
+    Names that start with a dot and `defaults` are only inherited by others (`<<: *anchor`) and cannot be chosen.
     """
     try:
         configurations = read_yaml(config_file, "--config-file", unique_keys=True)
@@ -378,38 +398,41 @@ def load_configuration(config_file: Path, name: str) -> dict[str, Any]:
 
 
 def _check_mindalle(model: ModelConfig) -> None:
-    """minDALL-E's layout has no place for what its architecture does not know."""
+    """Refuse options that minDALL-E's layout cannot store."""
+    for name in ("norm", "qk_norm", "rotary_2d", "activation", "ff_mult"):
+        if getattr(model, name) != getattr(ModelConfig, name):
+            raise UsageError(f"{flag_name(name)}: --architecture {model.architecture} has its own; omit it")
     if model.sandwich_norm:
-        raise UsageError("--sandwich-norm: --architecture mindalle has one LayerNorm for each branch; leave it out")
+        raise UsageError("--sandwich-norm: --architecture mindalle has one LayerNorm for each branch; omit it")
     if set(model.attn_types) != {"full"}:
-        raise UsageError("--attn-types: every layer of --architecture mindalle attends to all before it; give full")
+        raise UsageError("--attn-types: every layer of --architecture mindalle has full attention; give full")
     if model.num_attention_heads * model.dim_head != model.hidden_size:
-        raise UsageError(f"--dim-head {model.dim_head}: the heads of --architecture mindalle share its width, so "
+        raise UsageError(f"--dim-head {model.dim_head}: the heads of --architecture mindalle split its width, so "
                          f"--num-attention-heads x --dim-head must be --hidden-size {model.hidden_size}")
 
 
 def _find(path: str, folder: Path) -> str:
-    """A relative path that is not in the working directory but beside the configuration file becomes that one."""
+    """Resolve a path that is missing in the working directory but exists beside the configuration file."""
     if path != BUILT_IN_SET and not os.path.exists(path) and os.path.exists(str(folder / path)):
         return str(folder / path)
     return path
 
 
 def _check_together(config: Config) -> None:
-    """Checks over several options that hold for every engine."""
+    """Checks across options, for every engine."""
     model, data, run = config.model, config.data, config.execution
     if (model.vqgan_model_path is None) != (model.vqgan_config_path is None):
         raise UsageError("--vqgan-model-path and --vqgan-config-path go together: give both, or none for the published "
                          "model")
     if model.vae_path is not None:
-        raise UsageError("--vae-path: discrete VAEs are not read; give a VQGAN with --vqgan-model-path and "
+        raise UsageError("--vae-path: discrete VAEs are not supported; give a VQGAN with --vqgan-model-path and "
                          "--vqgan-config-path")
     if model.architecture == "mindalle":
         _check_mindalle(model)
     if model.architecture == "image-gpt" and model.text_seq_len != 1:
         raise UsageError("--architecture image-gpt reads one class, no text: it needs --text-seq-len 1")
     if model.architecture == "image-gpt" and run.device == "ipu":
-        raise UsageError("--architecture image-gpt is not for IPUs, which would have to leave the text loss out; use "
+        raise UsageError("--architecture image-gpt is not for IPUs, which always compute the text loss; use "
                          "--device cuda or cpu")
     if data.generated_data and data.synthetic_data:
         raise UsageError("--generated-data and --synthetic-data exclude each other: give one of them")
@@ -417,10 +440,10 @@ def _check_together(config: Config) -> None:
         if model.architecture != "mindalle":
             raise UsageError("--export-mindalle: only models of --architecture mindalle fit into its layout")
         if data.generated_data or data.synthetic_data:
-            raise UsageError("--export-mindalle: a model of generated data has no VQGAN to be exported with")
+            raise UsageError("--export-mindalle: a model trained on generated data has no VQGAN to export")
     if config.checkpoints.resume and config.checkpoints.pretrained_checkpoint is not None:
-        raise UsageError("--resume and --pretrained-checkpoint exclude each other: the one goes on with a run, "
-                         "the other starts a new one")
+        raise UsageError("--resume and --pretrained-checkpoint exclude each other: the one continues a run, the other "
+                         "starts a new one")
     if run.precision == "fp16" and run.device == "cpu":
         run.native_precision("cpu")
     if run.precision == "bf16" and run.device == "ipu":

@@ -1,4 +1,4 @@
-"""The console commands that `pip install` makes; mini-dalle-train is `python train.py`, and so on."""
+"""Console commands installed by `pip install`; mini-dalle-train is `python train.py`, and so on."""
 from __future__ import annotations
 
 import sys

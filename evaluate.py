@@ -1,40 +1,46 @@
-"""Measure a trained model: its loss on pairs of image and caption, and how well its demo pictures can be told apart.
+"""Evaluate a trained model: its loss on image-caption pairs, and retrieval@1 of the images generated on the demo set.
 
-    python evaluate.py --dalle-path demo                         # the shipped model on the held-out demo pictures
+    python evaluate.py --dalle-path demo                         # the shipped model on the held-out demo images
     python evaluate.py --dalle-path output/ckpt/dalle_799.pt --input-folder data/COCO/val2017 --json result.json
 
-Validation loss: nats for a token, text and image part, and bits for a code (a random one costs log2(codebook)).
-Retrieval@1, on the demo set: the model samples one image from each held-out caption and from 200 training captions; it
-counts when the nearest of all pictures of the set by pixel distance is the caption's own. No model can do better than
-the VQGAN that decodes its codes, so the same number for reconstructions of the true pictures stands beside it.
+Validation loss: nats per token, for text and image, and bits per code (a uniform guess costs log2(codebook size)).
+Retrieval@1, on the demo set: the model samples one image for each held-out caption and for 200 training captions; it is
+a hit if the nearest image of the set by pixel distance is the caption's own. No model can exceed the VQGAN that decodes
+its codes, so the same figure is reported for reconstructions of the real images.
 """
 from __future__ import annotations
 
-import utils.start  # noqa: F401 - first: it says what stops the imports below
+import utils.start  # noqa: F401 - first: it reports errors of the imports below
 
 # isort: split
 import json
+import os
 import sys
 from typing import Sequence
 
 import log
 from dalle.evaluation import COMMAND, evaluate, finite, report
 from dalle.loading import load
+from dalle.measuring import plot_sweep
 from dalle.pictures import make_sheet, save_picture
 from engines.native import pick_device
-from utils.errors import run_main
+from utils.errors import UsageError, run_main
 from utils.files import atomic_write, check_writable, writing
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure as the command line says."""
+    """Evaluate as the command line says."""
     options = COMMAND.parse(argv)
     log.setup()
-    for flag, file in (("--json", options.json), ("--sheet", options.sheet)):
+    for flag, file in (("--json", options.json), ("--sheet", options.sheet), ("--plot", options.plot)):
         if file is not None:
             check_writable(flag, file)
+    if options.json and options.sheet and os.path.realpath(options.json) == os.path.realpath(options.sheet):
+        raise UsageError(f"--json and --sheet name the same file, {options.sheet}: give each its own")
     parts = (options.bpe_path, options.vqgan_model_path, options.vqgan_config_path)
-    result, samples = evaluate(options, load(options.dalle_path, *parts, pick_device(options.device, 0)))
+    device = pick_device(options.device, 0)
+    loaded = load(options.dalle_path, *parts, device) if options.dalle_path else None
+    result, samples = evaluate(options, loaded, device)
     sys.stdout.write(report(result) + "\n")
     if options.json is not None:
         with writing("--json", options.json), atomic_write(options.json) as file:
@@ -42,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.sheet is not None:
         with writing("--sheet", options.sheet):
             save_picture(make_sheet(samples), options.sheet)
+    if options.plot is not None:
+        with writing("--plot", options.plot):
+            plot_sweep(result, options.plot)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@
     python generate.py --dalle-path demo --text "woman astronaut" --num-images 64 --clip-path CLIP_FOLDER --keep 8
     python generate.py --dalle-path demo --text "a red ball" --image ball.png --mask 0,0.5,1,1 --num-images 8
 
-Images go to <outputs-dir>/<prompt with _ for blanks>/: 0.jpg, 1.jpg, ..., caption.txt, grid.png and generation.json.
+Images go to <outputs-dir>/<prompt with _ for spaces>/: 0.jpg, 1.jpg, ..., caption.txt, grid.png and generation.json.
 """
 from __future__ import annotations
 
-import utils.start  # noqa: F401 - first: it says what stops the imports below
+import utils.start  # noqa: F401 - first: it reports errors of the imports below
 
 # isort: split
 from typing import Sequence

@@ -1,7 +1,6 @@
-"""What a run tells: the console and the log file, a progress bar, metrics as JSONL (TensorBoard, wandb), loss.png.
+"""Output of a run: console and log file, progress bar, metrics as JSONL (TensorBoard, wandb), loss.png.
 
-Lines that benchmarks read are made here, so that their form is fixed in one place: `step_line`, `throughput_line` and
-`compiled_line`.
+The format of lines that benchmarks parse is fixed here: `step_line`, `throughput_line` and `compiled_line`.
 """
 from __future__ import annotations
 
@@ -26,10 +25,10 @@ __all__ = ["DETAIL", "RUNNER_MARK", "Metrics", "Progress", "compiled_line", "dur
 
 logger = logging.getLogger(__name__)
 
-# Records logged with `extra=DETAIL` go to the log file, and to the console only where no bar shows the same.
+# Records logged with `extra=DETAIL` go to the log file, and to the console only if no progress bar shows the same.
 DETAIL = {"detail": True}
 
-#: Environment variable that examples_utils gives to the commands it runs.
+#: Environment variable that examples_utils sets for the commands it runs.
 RUNNER_MARK = "EXAMPLES_UTILS_MARK"
 
 
@@ -37,7 +36,7 @@ RUNNER_MARK = "EXAMPLES_UTILS_MARK"
 
 
 class _Console(logging.Handler):
-    """Writes to stderr, above a progress bar that may be there instead of through it."""
+    """Writes to stderr, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         bars = [bar for bar in getattr(tqdm, "_instances", ()) if not bar.disable]
@@ -47,24 +46,24 @@ class _Console(logging.Handler):
             tqdm.write(self.format(record), file=sys.stderr)
             sys.stderr.flush()
         except (OSError, ValueError):
-            # The terminal went away or stderr was closed: a run goes on without its console.
+            # The terminal is gone or stderr closed: the run continues without its console.
             pass
 
 
 class _LogFile(logging.FileHandler):
-    """A log file that is given up, with one warning, when it can no longer be written."""
+    """A log file that is disabled, with one warning, if it can no longer be written."""
 
     failed = False
 
     def _open(self) -> Any:
-        # File names may hold bytes that are no text: show them escaped rather than fail.
+        # File names may contain bytes that are not text: escape them.
         return open(self.baseFilename, self.mode, encoding="utf-8", errors="backslashreplace")
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.failed:
             return
         try:
-            if not os.path.exists(self.baseFilename):  # deleted, or its folder: begin a new one
+            if not os.path.exists(self.baseFilename):  # deleted, or its folder: start a new one
                 self.close()
                 os.makedirs(os.path.dirname(self.baseFilename), exist_ok=True)
                 self.stream = self._open()
@@ -77,12 +76,12 @@ class _LogFile(logging.FileHandler):
         self.failed = True
         error = sys.exc_info()[1]
         with contextlib.suppress(OSError, ValueError):
-            self.close()  # now, for what it still holds would fail again when Python ends
-        logger.warning("cannot write the log file %s (%s): going on without it", self.baseFilename, error)
+            self.close()  # now: flushing its buffer at exit would fail again
+        logger.warning("cannot write the log file %s (%s): continuing without it", self.baseFilename, error)
 
 
 class _PlainFormatter(logging.Formatter):
-    """Time and message; the level only where it matters."""
+    """Time and message; the level unless it is INFO."""
 
     def format(self, record: logging.LogRecord) -> str:
         record.mark = "" if record.levelno == logging.INFO else record.levelname + ": "
@@ -91,10 +90,10 @@ class _PlainFormatter(logging.Formatter):
 
 def setup(log_dir: PathLike | None = None, is_main: bool = True, level: int | str = "info",
           file_name: str = "train.log") -> Path | None:
-    """Send log records to stderr and, when a folder is given, to the end of `<log_dir>/<file_name>`.
+    """Send log records to stderr and, if a folder is given, append them to `<log_dir>/<file_name>`.
 
-    Only the main process writes; the others show errors alone. May be called again: it replaces what it set up before.
-    Returns the log file's path, or None when there is none.
+    Only the main process writes; the others show only errors. A second call replaces the first set-up.
+    Returns the log file's path, or None.
     """
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, (_Console, _LogFile))]:
@@ -113,7 +112,7 @@ def setup(log_dir: PathLike | None = None, is_main: bool = True, level: int | st
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _LogFile(str(path), mode="a")
     except OSError as error:
-        logger.warning("cannot write the log file %s (%s): going on without it", path, error.strerror or error)
+        logger.warning("cannot write the log file %s (%s): continuing without it", path, error.strerror or error)
         return None
     file.setFormatter(_PlainFormatter("%(asctime)s  %(mark)s%(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
     root.addHandler(file)
@@ -131,7 +130,7 @@ def step_line(step: int, total_steps: int, epoch: int, loss: float, text_loss: f
 
 
 def validation_line(step: int, epoch: int, loss: float, text_loss: float, image_loss: float) -> str:
-    """The line of one validation; without the words that benchmarks take for the training loss."""
+    """The line of one validation; without the words that benchmarks parse as the training loss."""
     return f"validation at step {step}, epoch {epoch}: {loss:.4f} (text {text_loss:.4f}, image {image_loss:.4f})"
 
 
@@ -146,12 +145,12 @@ def compiled_line(seconds: float) -> str:
 
 
 def read_by_runner() -> bool:
-    """Whether a benchmark runner, ours or that of the Poplar SDK, may look for all of these lines in the output."""
+    """Whether a benchmark runner, ours or that of the Poplar SDK, may parse these lines."""
     return RUNNER_MARK in os.environ or "POPLAR_SDK_ENABLED" in os.environ
 
 
 def rate(per_second: float, unit: str = "images") -> str:
-    """`85.3 images/s`, with which all rates are shown that no benchmark reads."""
+    """`85.3 images/s`, for all rates that benchmarks do not parse."""
     return f"{_three_digits(per_second)} {unit}/s"
 
 
@@ -174,14 +173,14 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Counts steps: a bar on a terminal, elsewhere a plain log line every `interval` seconds. Made by `progress`."""
+    """Counts steps: a bar on a terminal, else a log line every `interval` seconds. Created by `progress`."""
 
     def __init__(self, total: int | None, desc: str, initial: int, unit: str, is_main: bool, max_seconds: float,
                  interval: float, plain: bool) -> None:
         self.total, self.desc, self.unit, self.count = total, desc, unit, initial
         self._initial = initial
         self._deadline = time.monotonic() + max_seconds if max_seconds else math.inf
-        # (time, count, samples) after each of the last updates; the first entry is the start.
+        # (time, count, samples) after each recent update; the first entry is the start.
         self._recent: collections.deque[tuple[float, int, int]] = collections.deque(
             [(time.monotonic(), initial, 0)], maxlen=50
         )
@@ -198,8 +197,8 @@ class Progress:
                              if total else "{desc} {n_fmt} {unit}s [{elapsed}{postfix}]")
 
     def update(self, steps: int = 1, samples: int = 0, **shown: float) -> None:
-        """Note that `steps` more are done, with `samples` samples in them; `shown` are numbers to show: loss=2.3,
-        or of a rate {"images/s": 8.5}."""
+        """Count `steps` more steps with `samples` samples; `shown`: numbers to show, such as loss=2.3, or a rate
+        {"images/s": 8.5}."""
         now = time.monotonic()
         self.count += steps
         self._samples += samples
@@ -219,7 +218,7 @@ class Progress:
 
     @property
     def overall_samples_per_second(self) -> float:
-        """Since the first update, which is left out because it warms up; of a single update: its own."""
+        """Since the first update, which is excluded as warm-up; with a single update, its own."""
         now, _, samples = self._recent[-1]
         if self._first is None or now <= self._first[0]:
             return self.samples_per_second
@@ -227,7 +226,7 @@ class Progress:
 
     @property
     def seconds_left(self) -> float:
-        """Estimate to the last step or the time limit, whichever is first; infinite while unknown."""
+        """Estimated time to the last step or the time limit, whichever comes first; infinite while unknown."""
         rate = self._rate(1)
         steps = (self.total - self.count) / rate if self.total and rate else math.inf
         return max(0.0, min(steps, self._deadline - time.monotonic()))
@@ -248,7 +247,7 @@ class Progress:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside (validation, saving) does not count for samples/s."""
+        """Time spent within the context (validation, saving) does not count for samples/s."""
         start = time.monotonic()
         try:
             yield
@@ -266,7 +265,7 @@ class Progress:
         logger.info("%s %d%s %ss%s", self.desc, self.count, of, self.unit, ", " + postfix if postfix else "")
 
     def close(self) -> None:
-        """End the bar; without one, say in a last line how far it went, if any line was due."""
+        """Close the bar; without one, log a last line, if lines are enabled."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -285,8 +284,8 @@ def progress(total: int | None, desc: str = "", initial: int = 0, unit: str = "s
              max_seconds: float = 0.0, interval: float = 30.0, plain: bool = True) -> Progress:
     """Progress of `total` steps (None: unknown), of which `initial` are done; use it in a `with` statement.
 
-    is_main: only the main process shows anything. max_seconds: a time limit that the time left takes into account (0:
-    none). interval: seconds between plain lines where stderr is no terminal; plain=False: no such lines, because the
-    caller logs its own.
+    is_main: only the main process shows anything. max_seconds: time limit, for the estimate of the time left (0: none).
+    interval: seconds between log lines if stderr is not a terminal; plain=False: no such lines, the caller logs its
+    own.
     """
     return Progress(total, desc, initial, unit, is_main, max_seconds, interval, plain)

@@ -1,4 +1,4 @@
-"""COCO's caption file as one text file per image: the short name of data/process_trainset.py.
+"""Convert COCO's captions to one text file per image: a short name for data/process_trainset.py.
 
 python process_captions.py
 """

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Run the tests. Sets up all it needs.
+# Run the tests. Sets up its environment.
 #
 #   bash run_tests.sh                    the fast suite, and the style and type checks
-#   bash run_tests.sh --slow             adds the long one
+#   bash run_tests.sh --slow             adds the slow tests
 #   bash run_tests.sh --latest           with the newest versions of all packages but PyTorch, in .venv/latest
 #   bash run_tests.sh tests/test_bpe.py  anything else goes to pytest
 set -euo pipefail
@@ -15,10 +15,10 @@ for word in "$@"; do
 done
 set_up "$root" $latest "$root/requirements.txt" "$root/requirements-dev.txt"
 cd "$root"
-# The peer pins packages that no longer install; the tests need its code alone.
-"$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("dalle_pytorch") is None)' ||
+# Peers and their requirements do not install beside this PyTorch; the tests need their code alone.
+"$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch_fidelity") is None)' ||
     "$python" -m pip install --quiet --no-deps dalle-pytorch==1.6.6 axial-positional-embedding==0.3.12 \
-        rotary-embedding-torch==0.9.1
+        rotary-embedding-torch==0.9.1 torch-fidelity==0.4.0
 if [ $# -eq 0 ]; then
     "$python" -m ruff check .
     "$python" -m mypy

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Train a configuration, then draw with it. Sets up all it needs.
+# Train a configuration, then generate images with it. Sets up its environment.
 #
-#   bash run_train.sh                               the built-in demo: from nothing to pictures in about 15 minutes
+#   bash run_train.sh                               the built-in demo: from scratch to images in about 15 minutes
 #   bash run_train.sh L16 --input-folder data/COCO  any configuration of configs.yaml, any flag of train.py
 #   NPROC=4 bash run_train.sh L16 ...               the same with torchrun on 4 GPUs (or CPU processes)
 set -euo pipefail
@@ -21,7 +21,7 @@ else
     "$python" "$root/train.py" --config "$config" "$@"
 fi
 
-# The newest checkpoint's path, the log folder and the input folder, one a line; nothing where none was saved.
+# The newest checkpoint's path, the log folder and the input folder, one per line; nothing if none was saved.
 found=$(PYTHONPATH="$root" "$python" -c '
 import sys, args
 from engines.ipu.hosts import find_popdist
@@ -30,7 +30,7 @@ config = args.parse(sys.argv[1:])
 ipu, data, folder = config.ipu, config.data, config.checkpoints.checkpoint_output_dir
 if ipu.plan or ipu.compile_only or data.generated_data or data.synthetic_data or not folder: sys.exit()
 popdist = find_popdist()
-if popdist and popdist.getInstanceIndex(): sys.exit()  # the first of the instances that poprun started draws
+if popdist and popdist.getInstanceIndex(): sys.exit()  # under poprun only the first instance samples
 newest = newest_checkpoint(folder)
 if newest: print(newest, config.log_dir, config.data.input_folder, sep="\n")' --config "$config" "$@")
 if [ -z "$found" ]; then
@@ -40,15 +40,15 @@ fi
 if [ "$input_folder" = demo ]; then
     "$python" "$root/evaluate.py" --dalle-path "$newest" --json "$log_dir/evaluation.json" --sheet "$log_dir/samples.png"
     echo
-    echo "pictures drawn from captions, beside the real ones:  $log_dir/samples.png"
+    echo "images generated from captions, next to the real ones:  $log_dir/samples.png"
     example="jack-o-lantern|pizza|octopus|rainbow|wolf"
 else
     example="A plate of food has potatoes and fruit."
     "$python" "$root/generate.py" --dalle-path "$newest" --outputs-dir "$log_dir/samples" --num-images 4 \
         --text "$example|A man riding a wave on top of a surfboard.|Two dogs are playing in the snow."
     echo
-    echo "pictures drawn from captions:  $log_dir/samples/*/grid.png"
+    echo "images generated from captions:  $log_dir/samples/*/grid.png"
 fi
-echo "losses:                        $log_dir/loss.png"
-echo "checkpoint:                    $newest"
-echo "draw more:                     $python $root/generate.py --dalle-path $newest --text \"$example\""
+echo "losses:                          $log_dir/loss.png"
+echo "checkpoint:                      $newest"
+echo "generate more:                   $python $root/generate.py --dalle-path $newest --text \"$example\""

@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: configs.yaml, which is no package's, is installed beside args.py, which reads it."""
+"""Installs configs.yaml, which belongs to no package, next to args.py, which reads it: pyproject.toml cannot."""
 from __future__ import annotations
 
 from pathlib import Path

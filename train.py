@@ -1,11 +1,11 @@
 """Train a DALL-E on pairs of image and caption.
 
-    python train.py --config demo                                   # the built-in pictures, a quarter of an hour
-    python train.py --config L16 --input-folder data/COCO           # the published model on COCO
+    python train.py --config demo                                   # the built-in images, a quarter of an hour
+    python train.py --config L16 --input-folder data/COCO           # Mini DALL-E's model on COCO
     torchrun --nproc-per-node 8 train.py --config L16_POD16 --input-folder data/COCO
-    python train.py --config L16 --input-folder data/COCO --resume  # go on at the very next sample
+    python train.py --config L16 --input-folder data/COCO --resume  # continue at the next sample
 
-The loop never asks which device it has: engines/ does.
+The loop is independent of the device: engines/ handles that.
 """
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> int:
-    """Run training as the command line says. Returns the exit status."""
+    """Run training from the command line. Returns the exit status."""
     config = args.parse()
     if config.ipu.plan:
         show_plan(config)
@@ -52,16 +52,16 @@ def main() -> int:
 
 
 def show_plan(config: Config) -> None:
-    """--plan: what would lie on each IPU, as text and as plan.png. Reads the vocabulary and a VQGAN's YAML, no data."""
+    """--plan: what each IPU would hold, as text and as plan.png. Reads the vocabulary and a VQGAN's YAML, no data."""
     vqgan = vqgan_config(config)
     with torch.device("meta"):
         model = dalle_config(config, load_tokenizer(config.data.bpe_path), VQGAN(vqgan))
     found = plan_report.divisions(config, model, vqgan)
     sys.stdout.write(plan_report.describe(config, model, found) + "\n")
     if found:
-        picture = config.log_dir / "plan.png"
-        plan_report.draw(found, picture)
-        sys.stdout.write(f"picture: {picture}\n")
+        chart = config.log_dir / "plan.png"
+        plan_report.draw(found, chart)
+        sys.stdout.write(f"chart: {chart}\n")
 
 
 if __name__ == "__main__":

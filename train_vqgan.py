@@ -1,7 +1,7 @@
 """Stage 1: train or fine-tune a VQGAN on a folder of images or on the built-in demo set.
 
     python train_vqgan.py --input-folder demo --minutes 10 --output output/vqgan
-    python train_vqgan.py --input-folder demo --minutes 10 --output output/vqgan --resume    # go on after a stop
+    python train_vqgan.py --input-folder demo --minutes 10 --output output/vqgan --resume    # continue
     python train_vqgan.py --input-folder DIR --vqgan-model-path W.ckpt --vqgan-config-path C.yaml \\
         --learning-rate 1e-4 --steps 10000 --output output/vqgan
 
@@ -24,7 +24,7 @@ from utils.locks import only_writer
 
 
 def main() -> int:
-    """Command-line entry. Returns the exit status."""
+    """Run training from the command line. Returns the exit status."""
     args = COMMAND.parse()
     log.setup()
     with Interruption() as interruption, only_writer(("--output", Path(args.output))):

@@ -27,15 +27,15 @@ _FOLDER = Path(__file__).resolve().parent
 
 
 def find_vocabulary(path: str) -> str:
-    """Return `path`, or the shipped vocabulary it means: the published application's are in `models/bpe`, not `bpe`.
+    """Return `path`, or the shipped vocabulary for a path of the original Mini DALL-E: `models/bpe/NAME`.
 
-    That holds in the working directory and in this project's folder, where nothing lies at `path` itself.
+    This applies in the working directory and in the project folder, if `path` itself does not exist.
     """
     given = Path(path)
     folder, shipped = os.path.normpath(str(given.parent)), _FOLDER / given.name
-    published = os.path.join("models", "bpe")
-    if folder in (published, str(_FOLDER.parent / published)) and shipped.exists() and not os.path.exists(path):
-        logger.info("vocabulary %s: taking %s", path, shipped)
+    original = os.path.join("models", "bpe")
+    if folder in (original, str(_FOLDER.parent / original)) and shipped.exists() and not os.path.exists(path):
+        logger.info("vocabulary %s: using %s", path, shipped)
         return str(shipped)
     return path
 
@@ -44,27 +44,28 @@ def load_tokenizer(bpe_path: str | None = None) -> Tokenizer:
     """Return the tokenizer of a vocabulary file.
 
     None means the shipped CLIP vocabulary. A path is a YouTokenToMe vocabulary (text), a CLIP vocabulary
-    (`bpe_simple_vocab_16e6.txt`, plain or gzip) or a `tokenizer.json` of Hugging Face (see `bpe.hf`); which of them,
-    the content tells. A folder holds a `tokenizer.json`, or a character BPE vocabulary: `*-vocab.json` and
-    `*-merges.txt`, as in minDALL-E's `tokenizer` folder. A file that begins with `#classes` lists classes (see
-    `bpe.classes`). See `find_vocabulary` for paths of the published application. Raises `UserError` when the file is
-    missing or is none of these.
+    (`bpe_simple_vocab_16e6.txt`, plain or gzip) or a `tokenizer.json` of Hugging Face (see `bpe.hf`), recognised by
+    content. A folder holds a `tokenizer.json`, or a character BPE vocabulary: `*-vocab.json` and `*-merges.txt`, as in
+    minDALL-E's `tokenizer` folder. A file that begins with `#classes` is a list of classes (see `bpe.classes`). See
+    `find_vocabulary` for paths of the original Mini DALL-E. Raises `UserError` when the file is missing or invalid.
     """
     path = CLIP_VOCABULARY if bpe_path is None else find_vocabulary(str(bpe_path))
-    with contextlib.suppress(OSError):  # a name that is too long, a folder that cannot be read: said below
+    with contextlib.suppress(OSError):  # a name that is too long, an unreadable folder: reported below
         if (Path(path) / FILE_NAME).is_file():
             path = os.path.join(path, FILE_NAME)
         elif any(Path(path).glob("*vocab.json")):
             return CharBpeTokenizer(path)
+        elif Path(path).is_dir():
+            raise UserError(f"--bpe-path {path}: a folder without {FILE_NAME}, or *-vocab.json and *-merges.txt")
     content = read_vocabulary_bytes(path)
     if content[:2] == b"\x1f\x8b":
         try:
             with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
                 content = file.read(MAX_VOCABULARY_BYTES + 1)
         except (OSError, EOFError, ValueError, zlib.error) as error:
-            raise UserError(f"--bpe-path {path}: damaged gzip file ({error}); fetch it again") from error
+            raise UserError(f"--bpe-path {path}: damaged gzip file ({error}); download it again") from error
         if len(content) > MAX_VOCABULARY_BYTES:
-            raise UserError(f"--bpe-path {path}: unpacks to more than any vocabulary has")
+            raise UserError(f"--bpe-path {path}: too large to be a vocabulary when unpacked")
     if is_class_header(content):
         return ClassTokenizer(content, path)
     if is_clip_header(content):

@@ -1,9 +1,9 @@
-"""Character BPE vocabularies of HF `tokenizers`, as minDALL-E publishes one: lower-cased, `</w>` ends a word.
+"""Character BPE vocabularies of HF `tokenizers`, as in minDALL-E: lower-cased, `</w>` ends a word.
 
-A folder holds two files: `*-vocab.json`, {"token": id}, and `*-merges.txt`, a merge of two tokens on each line, best
-first. Text is cleaned as BERT cleans it (control characters go, every white space becomes a blank, Chinese characters
-stand alone, accents stay), lower-cased, and cut at white space and around punctuation. A character that the
-vocabulary lacks is [UNK] (1), and [PAD] is 0. Both names mean their ids inside a text, too. This equals
+A folder holds two files: `*-vocab.json`, {"token": id}, and `*-merges.txt`, a merge of two tokens per line, best rank
+first. Text is cleaned as in BERT (control characters are removed, white space becomes spaces, Chinese characters are
+separate words, accents are kept), lower-cased, and split at white space and around punctuation. A character that the
+vocabulary lacks is [UNK] (1), and [PAD] is 0. Both names stand for their ids in texts, too. This equals
 `CharBPETokenizer(..., unk_token="[UNK]", lowercase=True)` with the special token [PAD].
 """
 from __future__ import annotations
@@ -25,7 +25,7 @@ WORD_END = "</w>"
 
 
 def _only_file(folder: Path, pattern: str) -> str:
-    """The one file of this kind; Raises `UserError` when there is none, or more than one."""
+    """Return the only matching file. Raises `UserError` when there is none, or more than one."""
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
         raise UserError(
@@ -35,16 +35,16 @@ def _only_file(folder: Path, pattern: str) -> str:
 
 
 def parse_vocabulary(content: bytes, path: str) -> dict[str, int]:
-    """Return {token: id} of a vocabulary file; `path` is for messages. Raises `UserError` if it is none."""
+    """Return {token: id} of a vocabulary file; `path` is for messages. Raises `UserError` if it is invalid."""
     try:
         vocabulary = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"--bpe-path {path}: no JSON ({error})") from error
+        raise UserError(f"--bpe-path {path}: not JSON ({error})") from error
     if not isinstance(vocabulary, dict) or not vocabulary:
-        raise UserError(f"--bpe-path {path}: no table of tokens")
+        raise UserError(f"--bpe-path {path}: not a table of tokens")
     ids = list(vocabulary.values())
     if any(isinstance(id_, bool) or not isinstance(id_, int) or not 0 <= id_ < MAX_VOCABULARY_SIZE for id_ in ids):
-        raise UserError(f"--bpe-path {path}: its ids are no whole numbers from 0 on")
+        raise UserError(f"--bpe-path {path}: its ids must be whole numbers from 0")
     if len(set(ids)) != len(ids):
         raise UserError(f"--bpe-path {path}: two tokens have the same id")
     if vocabulary.get(PAD) != PAD_ID or UNK not in vocabulary:
@@ -57,7 +57,7 @@ def parse_merges(content: bytes, vocabulary: dict[str, int], path: str) -> list[
     try:
         lines = content.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"--bpe-path {path}: no UTF-8 text (byte {error.start})") from error
+        raise UserError(f"--bpe-path {path}: not UTF-8 text (byte {error.start})") from error
     merges = []
     for number, line in enumerate(lines, 1):
         line = line.rstrip("\r")
@@ -65,7 +65,7 @@ def parse_merges(content: bytes, vocabulary: dict[str, int], path: str) -> list[
             continue
         left, _, right = line.partition(" ")
         if not left or not right or " " in right:
-            raise UserError(f"--bpe-path {path}: line {number} is no merge of two tokens")
+            raise UserError(f"--bpe-path {path}: line {number} is not a merge of two tokens")
         if not {left, right, left + right} <= vocabulary.keys():
             raise UserError(f"--bpe-path {path}: line {number} merges tokens that the vocabulary lacks")
         merges.append((left, right))
@@ -73,7 +73,7 @@ def parse_merges(content: bytes, vocabulary: dict[str, int], path: str) -> list[
 
 
 def write_files(folder: PathLike, vocabulary: bytes, merges: bytes) -> None:
-    """Write a vocabulary's two files under minDALL-E's names. The folder is made."""
+    """Write a vocabulary's two files under minDALL-E's names. Creates the folder."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, content in (("bpe-16k-vocab.json", vocabulary), ("bpe-16k-merges.txt", merges)):
         with atomic_write(Path(folder) / name, "wb") as file:
@@ -81,7 +81,7 @@ def write_files(folder: PathLike, vocabulary: bytes, merges: bytes) -> None:
 
 
 class Words:
-    """Cuts a text into cleaned, lower-cased words."""
+    """Splits a text into cleaned, lower-cased words."""
 
     def __init__(self) -> None:
         from tokenizers import normalizers, pre_tokenizers
@@ -91,7 +91,7 @@ class Words:
 
     def of(self, text: str) -> list[str]:
         """Return the words of a text, in order."""
-        text = self._normalizer.normalize_str(whole_characters(text))  # in which U+FFFD goes
+        text = self._normalizer.normalize_str(whole_characters(text))  # the normalizer removes U+FFFD
         return [word for word, _ in self._splitter.pre_tokenize_str(text)]
 
 
@@ -113,7 +113,7 @@ class CharBpeTokenizer(Tokenizer):
         return {"type": "char_bpe", "sha256": self._sha256}
 
     def save(self, folder: PathLike) -> None:
-        """Write the two files, byte for byte as they were read, under minDALL-E's names."""
+        """Write the two files unchanged, under minDALL-E's names."""
         write_files(folder, *self._files)
 
     def _forget_tables(self) -> None:
@@ -139,7 +139,7 @@ class CharBpeTokenizer(Tokenizer):
         return words
 
     def _merge(self, word: str) -> list[int]:
-        if word in (PAD, UNK):  # no other word holds a bracket beside a letter
+        if word in (PAD, UNK):  # other words never combine brackets and letters
             return [self._vocabulary[word]]
         return super()._merge(word)
 
@@ -152,6 +152,6 @@ class CharBpeTokenizer(Tokenizer):
         return [token[0] for token in tokens if token not in self._vocabulary]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`, words separated by blanks, without [PAD] and [UNK]."""
+        """Return the text of `ids`, words separated by spaces, without [PAD] and [UNK]."""
         texts = [self._texts.get(int(id_), PAD) for id_ in ids]
         return "".join(text for text in texts if text not in (PAD, UNK)).replace(WORD_END, " ").rstrip(" ")

@@ -1,6 +1,6 @@
-"""Learn a character BPE vocabulary, the kind that minDALL-E has: python -m bpe.train --kind char (see train.py).
+"""Learn a character BPE vocabulary, as in minDALL-E: python -m bpe.train --kind char (see train.py).
 
-Equal captions give equal files on every machine: [PAD] 0, [UNK] 1, the characters inside and at the end (`</w>`) of
+Equal captions give equal files on every machine: [PAD] 0, [UNK] 1, the characters within and at the end (`</w>`) of
 words, the most frequent first, then the merges.
 """
 from __future__ import annotations
@@ -26,7 +26,7 @@ def learn_char_vocabulary(captions: Iterable[str], vocab_size: int) -> tuple[byt
         for word in splitter.of(caption):
             words[(*tuple(word[:-1]), word[-1] + WORD_END)] += 1
     if not words:
-        raise UserError("--captions: no caption in them")
+        raise UserError("--captions: no captions found")
     counts: Counter[str] = collections.Counter()
     for word, count in words.items():
         for symbol in word:
@@ -34,11 +34,11 @@ def learn_char_vocabulary(captions: Iterable[str], vocab_size: int) -> tuple[byt
     tokens = [PAD, UNK] + [symbol for symbol, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
     if vocab_size < len(tokens):
         raise UserError(
-            f"--vocab-size {vocab_size} cannot hold the {len(tokens) - 2} characters of these captions (inside and "
+            f"--vocab-size {vocab_size} cannot hold the {len(tokens) - 2} characters of these captions (within and "
             f"at the end of words): give at least {len(tokens)}"
         )
     ids: dict[str, int] = {token: index for index, token in enumerate(tokens)}
-    ordered = sorted(words.items())  # so that the order in which captions are read changes nothing
+    ordered = sorted(words.items())  # so that the order of the captions does not matter
     merges = learn_merges(
         [[ids[symbol] for symbol in word] for word, _ in ordered],
         [count for _, count in ordered],

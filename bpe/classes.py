@@ -1,8 +1,7 @@
-"""Names of classes as a vocabulary: a "text" is one class, or none. For image models that know no captions.
+"""Class names as a vocabulary: a "text" is one class, or none. For image models without captions.
 
-A file of it is `#classes N`, then N lines with one name each. Class k (from 0, in the order of the file) has the id
-k + 1; 0, elsewhere the pad, says that no class is asked for. A vocabulary of no classes belongs to an unconditional
-model: it reads every text as nothing.
+The file is `#classes N`, then N lines with one name each. Class k (from 0, in file order) has the id k + 1; 0, the pad
+id elsewhere, means no class. A vocabulary without classes belongs to an unconditional model: all texts are empty.
 """
 from __future__ import annotations
 
@@ -19,16 +18,16 @@ _SHOWN = 8  # names in a message
 
 
 def is_class_header(content: bytes) -> bool:
-    """Whether the content of a file begins as a list of classes does."""
+    """Whether the content of a file begins like a list of classes."""
     return content.startswith(b"#classes ")
 
 
 def class_file(names: Sequence[str]) -> bytes:
-    """Return the content of a vocabulary file. Raises `UserError` for names that it cannot hold."""
+    """Return the content of a vocabulary file. Raises `UserError` for invalid names."""
     for name in names:
         if not name.strip() or name != name.strip() or len(name.splitlines()) != 1:
             raise UserError(
-                f"{name!r} cannot be the name of a class: it is blank, or blanks or line breaks end it"
+                f"{name!r} cannot be a class name: it is blank, has spaces at an end, or line breaks"
             )
     lines = [f"#classes {len(names)}", *names]
     return ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape")
@@ -42,10 +41,10 @@ class ClassTokenizer(Tokenizer):
         names = content[header.end() :].decode("utf-8", "surrogateescape").splitlines() if header else []
         if header is None or len(names) != int(header.group(1)):
             raise UserError(
-                f"--bpe-path {path}: no list of classes: after `#classes N` it needs N names, one a line"
+                f"--bpe-path {path}: not a list of classes: `#classes N` needs N names after it, one per line"
             )
         if len(set(names)) != len(names) or not all(name.strip() for name in names):
-            raise UserError(f"--bpe-path {path}: a class is named twice, or has a blank name")
+            raise UserError(f"--bpe-path {path}: a class name is duplicate or blank")
         super().__init__(len(names) + 1, hashlib.sha256(content).hexdigest())
         self.classes: list[str] = names
         self._ids = {name: index + 1 for index, name in enumerate(names)}
@@ -58,14 +57,14 @@ class ClassTokenizer(Tokenizer):
         return [text.strip()] if text.strip() and self.classes else []
 
     def _merge(self, word: str) -> list[int]:
-        """Return the id of a class: by its name, or where none is called so by its number from 0."""
+        """Return the id of a class: by its name, otherwise by its number from 0."""
         if word in self._ids:
             return [self._ids[word]]
         if re.fullmatch("[0-9]{1,7}", word) and int(word) < len(self.classes):
             return [int(word) + 1]
         shown = ", ".join(self.classes[:_SHOWN]) + (", ..." if len(self.classes) > _SHOWN else "")
         raise UserError(
-            f"{word[:80]!r} is no class of this model.{nearest(word, self.classes)} It knows {len(self.classes)} (0 "
+            f"{word[:80]!r} is not a class of this model.{nearest(word, self.classes)} It has {len(self.classes)} (0 "
             f"to {len(self.classes) - 1}): {shown}"
         )
 

@@ -1,13 +1,13 @@
 """The vocabulary of CLIP: 49,408 ids over bytes, lower-cased text.
 
-The text is repaired (ftfy), HTML entities are resolved twice, white space collapses to single blanks, letters become
-lower case. A pattern then cuts it into contractions, runs of letters, single digits and runs of anything else; the
-bytes of each piece merge by rank, and `</w>` marks the end of a piece. This equals `SimpleTokenizer` of dalle-pytorch,
-which is that of OpenAI's CLIP.
+The text is repaired (ftfy), HTML entities are resolved twice, white space collapses to single spaces, letters become
+lower case. A pattern then splits it into contractions, runs of letters, single digits and runs of anything else; the
+bytes of each piece merge by rank, and `</w>` marks the end of a piece. This equals `SimpleTokenizer` of dalle-pytorch
+and OpenAI's CLIP.
 
-The file: a header, then one merge per line, of which the first 48,894 count. Ids: 256 bytes, the same with `</w>`, one
-per merge, <|startoftext|>, <|endoftext|>. Id 0, the pad, is also "!" inside a piece: the published application has it
-so. The ids of a CLIP text encoder's own <|startoftext|> and <|endoftext|> are not added.
+The file: a header, then one merge per line, of which the first 48,894 are used. Ids: 256 bytes, the same with `</w>`,
+one per merge, <|startoftext|>, <|endoftext|>. Id 0, the pad, is also "!" within a piece, as in the original Mini
+DALL-E. The <|startoftext|> and <|endoftext|> of CLIP's text encoder are not added.
 """
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _HEADER = b'"bpe_simple_vocab_16e6.txt'
 _NUM_MERGES = 48894
 _WORD_END = "</w>"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
-# Ignoring case, as the original does, reaches the classes too: U+0345, a mark that folds to a letter, is then in none
-# of them, and vanishes. Keep that, and keep \p{L} out of brackets, where this would make that mark a letter.
+# (?i), as in CLIP, affects the classes too: U+0345, a mark that folds to a letter, then matches none of them, and
+# vanishes. Keep that, and keep \p{L} out of brackets, where it would match that mark.
 _PIECE = r"(?i)<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-# Nearly every caption is plain: ASCII without a control character or "&". There ftfy and html have nothing to do, and
-# Python's own `re` can cut the text, which together is several times faster.
+# Nearly every caption is plain: ASCII without control characters or "&". Then ftfy and html have nothing to do, and
+# Python's `re` can split the text, which is several times faster.
 _ASCII_PIECE = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+")
 _PLAIN_TEXT = re.compile(r"[\t\n\r -%'-~]*")
 
@@ -42,7 +42,7 @@ def is_clip_header(content: bytes) -> bool:
 
 
 def _byte_chars() -> list[str]:
-    """Return the character that stands for each byte in the file: itself where printable, else one from U+0100 on."""
+    """Return the character for each byte in the file: itself if printable, else one from U+0100 on."""
     chars = []
     next_free = 0x100
     for byte in range(256):
@@ -66,14 +66,14 @@ def parse_merges(content: bytes, path: str) -> list[tuple[str, str]]:
     merges = [tuple(line.split()) for line in lines]
     if len(merges) < _NUM_MERGES or any(len(merge) != 2 for merge in merges):
         raise UserError(
-            f"--bpe-path {path}: a damaged CLIP vocabulary ({_NUM_MERGES} merges are not there as two tokens each); "
-            "fetch it again"
+            f"--bpe-path {path}: a damaged CLIP vocabulary ({_NUM_MERGES} merges of two tokens are expected); "
+            "download it again"
         )
     return [(left, right) for left, right in merges]
 
 
 def clean(text: str) -> str:
-    """Return `text` repaired, without HTML entities, with single blanks between words, in lower case."""
+    """Return `text` repaired, without HTML entities, with single spaces between words, in lower case."""
     if not _PLAIN_TEXT.fullmatch(text):
         import ftfy
 
@@ -90,7 +90,7 @@ class ClipTokenizer(Tokenizer):
         known = set(texts)
         if len(known) != len(texts) or not all(left in known and right in known for left, right in self._merges):
             raise UserError(
-                f"--bpe-path {path}: a damaged CLIP vocabulary (a token twice or missing); fetch it again"
+                f"--bpe-path {path}: a damaged CLIP vocabulary (a token is duplicate or missing); download it again"
             )
         super().__init__(len(texts), hashlib.sha256(content).hexdigest())
 
@@ -109,8 +109,8 @@ class ClipTokenizer(Tokenizer):
         return state
 
     def _token_texts(self) -> list[str]:
-        """Return the text of each id, as the file writes it."""
-        # Sorting puts the bytes that stand for themselves first, which is the order of the ids.
+        """Return the text of each id, as written in the file."""
+        # Sorting puts printable bytes first, which is the order of the ids.
         alphabet = sorted(_BYTE_CHARS)
         texts = alphabet + [char + _WORD_END for char in alphabet]
         return texts + [left + right for left, right in self._merges] + [_START, _END]
@@ -128,7 +128,7 @@ class ClipTokenizer(Tokenizer):
         if self._splitter is None:
             from tokenizers import Regex, pre_tokenizers
 
-            # "removed" and "invert": what the pattern does not match, white space, goes.
+            # "removed" and "invert": what does not match the pattern, white space, is removed.
             self._splitter = pre_tokenizers.Split(Regex(_PIECE), behavior="removed", invert=True)
         return [piece for piece, _ in self._splitter.pre_tokenize_str(text)]
 
@@ -141,7 +141,7 @@ class ClipTokenizer(Tokenizer):
         return "".join(map(_BYTE_CHARS.__getitem__, word.encode("utf-8")))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`, pieces separated by one blank, without the two special ids."""
+        """Return the text of `ids`, pieces separated by spaces, without the two special ids."""
         if not self._token_bytes:
             bytes_of_chars = {char: byte for byte, char in enumerate(_BYTE_CHARS)}
             for text in self._token_texts()[:-2]:

@@ -1,8 +1,8 @@
-"""The `tokenizer.json` of a Hugging Face tokenizer: any kind that the `tokenizers` package reads, with its own ids.
+"""A Hugging Face `tokenizer.json`: any kind that the `tokenizers` package reads, with its own ids.
 
-Chinese and multilingual vocabularies come so: BERT's WordPiece, byte-level BPE, Unigram. Texts are encoded without the
-special tokens that a model of text wants around them ([CLS], <s>); truncation, padding and dropout of merges that the
-file asks for are ignored. Id 0 is the pad, as everywhere here; where another token has it, that token reads as nothing.
+Chinese and multilingual vocabularies have this format: BERT's WordPiece, byte-level BPE, Unigram. Texts are encoded
+without special tokens of language models ([CLS], <s>); truncation, padding and BPE dropout in the file are ignored.
+Id 0 is the pad, as everywhere here; if another token has it, that token is treated as padding.
 """
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class HfTokenizer(Tokenizer):
         try:
             tokenizer = _read(self._json)
             ids: dict[str, int] = tokenizer.get_vocab()
-            tokenizer.encode("a \ue000")  # shows whether it can do with characters that it lacks
-        except Exception as error:  # the package raises nothing more special
+            tokenizer.encode("a \ue000")  # fails if it cannot handle unknown characters
+        except Exception as error:  # the package raises no specific class
             version = importlib.metadata.version("tokenizers")
-            raise UserError(f"--bpe-path {path}: the package tokenizers {version} cannot use it: {error}") from error
+            raise UserError(f"--bpe-path {path}: the package tokenizers {version} cannot read it: {error}") from error
         if not ids or max(ids.values()) >= MAX_VOCABULARY_SIZE:
             raise UserError(f"--bpe-path {path}: it has no tokens, or an id above {MAX_VOCABULARY_SIZE - 1}")
         super().__init__(max(ids.values()) + 1, hashlib.sha256(content).hexdigest())
@@ -46,7 +46,7 @@ class HfTokenizer(Tokenizer):
         special = [token.get("id") for token in table.get("added_tokens") or () if token.get("special")]
         zero = tokenizer.id_to_token(PAD_ID)
         if zero is not None and (PAD_ID not in special or self._unk_id == PAD_ID):
-            logger.warning("--bpe-path %s: %r has the id 0, which is the pad here: it reads as nothing", path, zero)
+            logger.warning("--bpe-path %s: %r has the id 0, which is the pad here: it is ignored", path, zero)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -60,7 +60,7 @@ class HfTokenizer(Tokenizer):
             self._model = self._build_model()
         return self._model.encode(whole_characters(text), add_special_tokens=False)
 
-    # A text is one word: what splits it is in the file.
+    # A text is one word: the file defines how to split it.
 
     def _split(self, text: str) -> Iterable[str]:
         return [text]
@@ -82,7 +82,7 @@ class HfTokenizer(Tokenizer):
         return [char for place, char in enumerate(text) if place not in known and not char.isspace()]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`, as the file's decoder writes it, without special tokens."""
+        """Return the text of `ids` from the file's decoder, without special tokens."""
         if self._model is None:
             self._model = self._build_model()
         text: str = self._model.decode([int(id_) for id_ in ids if 0 < int(id_) < self.vocab_size])
@@ -96,14 +96,14 @@ def _read(text: str) -> Any:
 
 
 def _parse(content: bytes, path: str) -> dict[str, Any]:
-    """Return the table in a file. Raises `UserError` where it is no `tokenizer.json`."""
+    """Return the table in a file. Raises `UserError` if it is not a `tokenizer.json`."""
     try:
         table = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"--bpe-path {path}: damaged JSON ({str(error)[:100]})") from error
     if not isinstance(table, dict) or not isinstance(table.get("model"), dict):
         raise UserError(
-            f"--bpe-path {path}: JSON, but no {FILE_NAME} of Hugging Face (it has no 'model'); a character BPE "
+            f"--bpe-path {path}: JSON, but not a {FILE_NAME} of Hugging Face (it has no 'model'); a character BPE "
             "vocabulary is given as the folder of its *vocab.json and *merges.txt"
         )
     return table

@@ -1,8 +1,8 @@
-"""What every tokenizer can do: text to ids, ids to text, and captions to one padded tensor.
+"""Base class of tokenizers: text to ids, ids to text, and captions to one padded tensor.
 
-The vocabularies of this project split a text into words and merge each word by ranked pairs (byte pair encoding), a
-word never depending on its neighbours. So the merging itself is left to the `BPE` model of HF `tokenizers`, and its
-results are remembered per word: captions use few different words, which makes a look-up the common case.
+A text is split into words, and each word is merged by ranked pairs (byte pair encoding), independently of its
+neighbours. The `BPE` model of HF `tokenizers` does the merging, and its results are cached per word: captions use few
+different words, so most are cache hits.
 """
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ logger = logging.getLogger(__name__)
 
 PAD_ID = 0  # in every vocabulary: the model turns each 0 of a text into the pad id of its position
 
-# Bounds of the memory of merged words: about 20 MB when full.
+# Limits of the cache of merged words: about 20 MB when full.
 _MAX_KNOWN_WORDS = 1 << 16
 _MAX_KNOWN_WORD_LEN = 64
 _SHOWN = 8
 
 MAX_VOCABULARY_BYTES = 1 << 26
-"""Far above any vocabulary (the largest here has 3 MB); keeps a video given by mistake out of memory."""
+"""Far above any vocabulary (the largest here has 3 MB); a video given by mistake is not read into memory."""
 
 
 MAX_VOCABULARY_SIZE = 1 << 24
-"""Ids at most: a table of embeddings for more fits nowhere."""
+"""Largest number of ids: an embedding table for more would be too large."""
 
 
 def whole_characters(text: str) -> str:
-    """Return `text` with U+FFFD for lone surrogates (undecodable bytes of a command line), which are no characters."""
+    """Return `text` with U+FFFD for lone surrogates (undecodable bytes of a command line)."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -85,11 +85,11 @@ class Tokenizer(abc.ABC):
     @property
     @abc.abstractmethod
     def identity(self) -> dict[str, str]:
-        """What a checkpoint stores to recognise its tokenizer: "type" and "sha256" of the vocabulary's content."""
+        """What a checkpoint stores to identify its tokenizer: "type" and "sha256" of the vocabulary's content."""
 
     @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`. Pads (0) and ids outside [0, vocab_size) are left out."""
+        """Return the text of `ids`. Pads (0) and ids outside [0, vocab_size) are skipped."""
 
     @abc.abstractmethod
     def _split(self, text: str) -> Iterable[str]:
@@ -101,7 +101,7 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def _model_word(self, word: str) -> str:
-        """Return `word` in the characters of `_model`'s vocabulary."""
+        """Return `word` in the alphabet of `_model`'s vocabulary."""
 
     def _merge(self, word: str) -> list[int]:
         """Return the ids of one word."""
@@ -113,7 +113,7 @@ class Tokenizer(abc.ABC):
         return ids
 
     def _word_ids(self, word: str) -> list[int]:
-        """Return the ids that `_model` gives one word."""
+        """Return the ids of one word from `_model`."""
         try:
             tokens = self._model.tokenize(self._model_word(word))
         except UnicodeEncodeError:
@@ -121,11 +121,11 @@ class Tokenizer(abc.ABC):
         return [token.id for token in tokens]
 
     def unknown(self, text: str) -> list[str]:
-        """Return the characters of `text` that no token stands for; by default, as with bytes, there are none."""
+        """Return the characters of `text` that the vocabulary lacks; by default, as with bytes, none."""
         return []
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, without <bos>, <eos> or pads; an empty text has none."""
+        """Return the ids of `text`, without <bos>, <eos> or pads."""
         known_words = self._known_words
         ids: list[int] = []
         for word in self._split(text):
@@ -140,9 +140,9 @@ class Tokenizer(abc.ABC):
     def tokenize(self, texts: str | Sequence[str], text_seq_len: int, truncate: bool = False) -> torch.Tensor:
         """Return the ids of B texts (one text counts as B = 1) as a LongTensor (B, text_seq_len), right-padded with 0.
 
-        Raises `UserError` when a text has more than `text_seq_len` tokens, unless `truncate` cuts it there.
+        Raises `UserError` when a text has more than `text_seq_len` tokens, unless `truncate`.
         """
-        import torch  # here, so that learning a vocabulary does not wait for it
+        import torch  # not at import: learning a vocabulary does not need it
 
         if isinstance(texts, str):
             texts = [texts]
@@ -159,9 +159,9 @@ class Tokenizer(abc.ABC):
 
 
 def warn_of_unknown(tokenizer: Tokenizer, texts: Iterable[str], source: str, at_least: float = 0.01) -> float:
-    """Return the share of the characters in `texts` that the vocabulary lacks; log a warning from `at_least` on.
+    """Return the fraction of characters in `texts` that the vocabulary lacks; warn if it is `at_least` this.
 
-    source: where the texts are from, such as "--text". White space does not count.
+    source: origin of the texts, such as "--text". White space does not count.
     """
     total, unknown = 0, []
     for text in texts:
@@ -170,8 +170,8 @@ def warn_of_unknown(tokenizer: Tokenizer, texts: Iterable[str], source: str, at_
     share = len(unknown) / max(total, 1)
     if unknown and share >= at_least:
         logger.warning(
-            "%s: the vocabulary lacks %.3g %% of the characters (such as %s), in whose place the model sees <UNK>; "
-            "learn one from such captions with python -m bpe.train, and train with it (--bpe-path)",
+            "%s: the vocabulary lacks %.3g %% of the characters (such as %s), which the model sees as <UNK>; "
+            "learn a vocabulary from such captions with python -m bpe.train, and train with it (--bpe-path)",
             source,
             100 * share,
             " ".join(list(dict.fromkeys(unknown))[:_SHOWN]),

@@ -1,12 +1,12 @@
 """Learn a vocabulary from captions and write it in the YouTokenToMe format.
 
     python -m bpe.train --captions captions_train2017.json --vocab-size 8192 --output bpe/my_vocab.txt
-    python -m bpe.train --captions PAIRS --vocab-size 16384 --kind char --output FOLDER     # minDALL-E's kind
+    python -m bpe.train --captions PAIRS --vocab-size 16384 --kind char --output FOLDER     # as in minDALL-E
 
 Captions come from lists (COCO's and other JSON, JSON lines, tables: utils/caption_lists.py), folders of text files
-(.txt, .caption, searched at every depth) and single text files; text files hold one caption per line. The ids 0-3 are
-pad, unknown, begin and end; the word start U+2581 is 4, then come the characters, the most frequent first, then the
-merges. Equal captions give an equal file on every machine.
+(.txt, .caption, searched recursively) and single text files with one caption per line. The ids 0-3 are pad, unknown,
+begin and end; the word start U+2581 is 4, then come the characters, the most frequent first, then the merges. Equal
+captions give equal files on every machine.
 """
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import collections
 import heapq
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Counter, Iterable, Iterator, Sequence, Tuple
@@ -38,8 +39,8 @@ Pair = Tuple[int, int]
 def read_captions(paths: Sequence[str], caption_column: str | None = None) -> Iterator[str]:
     """Yield the captions of lists (see utils/caption_lists.py), folders and text files.
 
-    caption_column: their column or JSON key in the lists. Raises `UserError` for what is none of these, and in the end
-    where there was no caption.
+    caption_column: column or JSON key of captions in lists. Raises `UserError` for other files, and at the end if there
+    was no caption.
     """
     found, problems = False, Problems()
     for caption in _read_each(paths, caption_column, problems):
@@ -48,13 +49,13 @@ def read_captions(paths: Sequence[str], caption_column: str | None = None) -> It
     shown = ", ".join(paths)[:200]
     if not found:
         why = f": {problems.first}" if problems.count else ""
-        raise UserError(f"--captions {shown}: no caption in it{why}")
+        raise UserError(f"--captions {shown}: no captions found{why}")
     if problems.count:
         logger.warning("--captions %s: %d entries have no caption: %s", shown, problems.count, problems.first)
 
 
 class Problems:
-    """Counts the entries of lists that have no caption."""
+    """Counts list entries without a caption."""
 
     count, first = 0, ""
 
@@ -88,7 +89,7 @@ def _read_each(paths: Sequence[str], caption_column: str | None, problems: Probl
 
 
 def count_words(captions: Iterable[str]) -> Counter[str]:
-    """Return how often each word occurs. A blank before a full stop goes, as when captions are prepared."""
+    """Return how often each word occurs. A space before a period is removed, as in prepared captions."""
     words: Counter[str] = collections.Counter()
     for caption in captions:
         words.update(split_words(" ".join(caption.split()).replace(" .", ".")))
@@ -96,7 +97,7 @@ def count_words(captions: Iterable[str]) -> Counter[str]:
 
 
 def choose_alphabet(words: Counter[str], coverage: float) -> list[str]:
-    """Return the most frequent characters, in order: the fewest that make up `coverage` (0-1] of all of them."""
+    """Return the most frequent characters, in order: as few as cover a fraction `coverage` (0-1] of the text."""
     counts: Counter[str] = collections.Counter()
     for word, count in words.items():
         for char in word:
@@ -113,27 +114,27 @@ def choose_alphabet(words: Counter[str], coverage: float) -> list[str]:
 
 
 def _segments(words: Counter[str], ids: dict[str, int]) -> tuple[list[list[int]], list[int]]:
-    """Return the ids of each stretch of known characters in the words, and how often it occurs.
+    """Return the ids of each run of known characters in the words, and how often it occurs.
 
-    An unknown character separates stretches, because nothing merges across it when text is encoded.
+    An unknown character separates runs, because encoding does not merge across it.
     """
-    stretches: Counter[tuple[int, ...]] = collections.Counter()
+    runs: Counter[tuple[int, ...]] = collections.Counter()
     for word, count in words.items():
         current: list[int] = [ids[WORD_START]]
         for char in word:
             if char in ids:
                 current.append(ids[char])
             else:
-                stretches[tuple(current)] += count
+                runs[tuple(current)] += count
                 current = []
-        stretches[tuple(current)] += count
-    # Sorted, so that the order in which captions are read changes nothing.
-    ordered = sorted((stretch, count) for stretch, count in stretches.items() if len(stretch) > 1)
-    return [list(stretch) for stretch, _ in ordered], [count for _, count in ordered]
+        runs[tuple(current)] += count
+    # Sorted, so that the order of the captions does not matter.
+    ordered = sorted((run, count) for run, count in runs.items() if len(run) > 1)
+    return [list(run) for run, _ in ordered], [count for _, count in ordered]
 
 
 def _pairs(tokens: list[int]) -> Iterator[Pair]:
-    """Yield the adjacent pairs that could merge at the same time: "aaa" holds "aa" once."""
+    """Yield the adjacent pairs that can merge at the same time: "aaa" has "aa" once."""
     last_overlaps = False
     for left, right, before in zip(tokens, tokens[1:], [-1, *tokens]):
         last_overlaps = left == right == before and not last_overlaps
@@ -158,11 +159,11 @@ def _merged(tokens: list[int], pair: Pair, result: int) -> list[int]:
 def learn_merges(
     tokens: list[list[int]], counts: list[int], first_id: int, num_merges: int
 ) -> list[tuple[int, int, int]]:
-    """Return up to `num_merges` merges (left, right, result), each of the pair that is the most frequent by then.
+    """Return up to `num_merges` merges (left, right, result), each of the currently most frequent pair.
 
-    `tokens` holds the ids of each word and is changed in place; `counts` how often each word occurs. Results are
-    numbered from `first_id`. Of equally frequent pairs, the one of older tokens goes first. Fewer merges come back when
-    every word has become one token.
+    `tokens` holds the ids of each word and is modified in place; `counts` how often each word occurs. Results are
+    numbered from `first_id`. Of equally frequent pairs, the one of older tokens goes first. There are fewer merges if
+    every word becomes one token.
     """
     totals: dict[Pair, int] = collections.defaultdict(int)
     places: dict[Pair, set[int]] = collections.defaultdict(set)
@@ -181,7 +182,7 @@ def learn_merges(
     while queue and len(merges) < num_merges:
         negative_total, _, pair = heapq.heappop(queue)
         if -negative_total != totals.get(pair, 0):
-            continue  # an entry from before the count changed; the present count has its own entry
+            continue  # a stale entry; the current count has its own
         result = first_id + len(merges)
         merges.append((pair[0], pair[1], result))
         progress.update()
@@ -190,7 +191,7 @@ def learn_merges(
             before = tokens[word]
             after = _merged(before, pair, result)
             if len(after) == len(before):
-                continue  # other merges have broken the pair up here
+                continue  # other merges have split the pair here
             for old in _pairs(before):
                 totals[old] -= counts[word]
                 changed.add(old)
@@ -211,14 +212,14 @@ def learn_merges(
 
 
 def learn_vocabulary(captions: Iterable[str], vocab_size: int, coverage: float = 1.0) -> YttmVocabulary:
-    """Learn a vocabulary of `vocab_size` ids; of fewer, with a warning, when the captions do not hold that many tokens.
+    """Learn a vocabulary of `vocab_size` ids, or fewer, with a warning, if the captions do not have as many tokens.
 
-    `coverage` in (0, 1] is the share of all characters that the vocabulary must know; rarer ones become <UNK>.
+    `coverage` in (0, 1] is the fraction of all characters that the vocabulary covers; rarer ones become <UNK>.
     Raises `UserError` when there are no captions or `vocab_size` is too small for the characters alone.
     """
     words = count_words(captions)
     if not words:
-        raise UserError("--captions: no caption in them")
+        raise UserError("--captions: no captions found")
     alphabet = [WORD_START, *choose_alphabet(words, coverage)]
     first_char_id = len(SPECIALS)
     ids = {char: first_char_id + place for place, char in enumerate(alphabet)}
@@ -234,7 +235,7 @@ def learn_vocabulary(captions: Iterable[str], vocab_size: int, coverage: float =
     vocabulary = YttmVocabulary(list(ids.items()), merges, dict(SPECIALS))
     if vocabulary.size < vocab_size:
         logger.warning(
-            "These captions hold only %d different tokens, so the vocabulary has %d instead of --vocab-size %d",
+            "These captions have only %d different tokens, so the vocabulary has %d instead of --vocab-size %d",
             vocabulary.size,
             vocabulary.size,
             vocab_size,
@@ -250,15 +251,17 @@ class VocabularyOptions(CaptionOptions):
                                        "folders of .txt files, or text files with one caption per line", path=True)
     vocab_size: int = option(REQUIRED, "number of ids (8192 for L16)", ge=1)
     output: str = option(REQUIRED, "where to write the vocabulary", path=True)
-    coverage: float = option(1.0, "share of all characters to know; rarer ones become <UNK> (--kind yttm)",
+    coverage: float = option(1.0, "fraction of all characters to cover; rarer ones become <UNK> (--kind yttm)",
                              gt=0, le=1)
-    kind: str = option("yttm", "yttm: YouTokenToMe's, a file; char: character BPE as minDALL-E's, a folder",
+    kind: str = option("yttm", "yttm: YouTokenToMe, a file; char: character BPE as in minDALL-E, a folder",
                        choices=("yttm", "char"))
 
     def check(self) -> None:
         """Raise UsageError for options that contradict each other."""
         if Path(self.output).is_dir() and self.kind == "yttm":
             raise UsageError(f"--output {self.output} is a folder; give the path of a file")
+        if os.path.realpath(self.output) in map(os.path.realpath, self.captions):
+            raise UsageError(f"--output {self.output} is one of --captions, which it would replace; give another path")
         if self.coverage != 1 and self.kind == "char":
             raise UsageError("--coverage is for --kind yttm, not for --kind char")
 
@@ -268,7 +271,7 @@ COMMAND = Command("python -m bpe.train", "Learn a vocabulary from captions.", Vo
 
 def _write_char_vocabulary(options: VocabularyOptions) -> None:
     from .char_bpe import write_files
-    from .char_train import learn_char_vocabulary  # which needs this module
+    from .char_train import learn_char_vocabulary  # imports this module
 
     captions = read_captions(options.captions, options.caption_column)
     vocabulary, merges = learn_char_vocabulary(captions, options.vocab_size)
@@ -280,7 +283,7 @@ def _write_char_vocabulary(options: VocabularyOptions) -> None:
 
 
 def main() -> None:
-    """Run the command of the module's documentation."""
+    """Learn and write a vocabulary."""
     options = COMMAND.parse()
     if options.kind == "yttm":
         check_writable("--output", options.output)

@@ -1,14 +1,14 @@
-"""YouTokenToMe vocabularies, read and written as their text format, encoding exactly as youtokentome 1.0.6 does.
+"""YouTokenToMe vocabularies in their text format; encoding equals youtokentome 1.0.6.
 
-The format, all of it decimal numbers:
+The format consists of decimal numbers:
     num_chars num_merges
     code_point id                  num_chars times
     left_id right_id result_id     num_merges times, best rank first
     unk_id pad_id bos_id eos_id
-Encoding: the text is cut into words at white space, each word gets a U+2581 in front, and adjacent tokens merge, best
-rank and then leftmost first. White space is tab, line feed, vertical tab, form feed, carriage return, blank and U+2581
-itself, and nothing else: a no-break space is a character like any other. A run of characters that the vocabulary lacks
-becomes one <UNK>. Nothing is lower-cased or normalised.
+Encoding: the text is split into words at white space, each word is prefixed with U+2581, and adjacent tokens merge,
+best rank and then leftmost first. White space is tab, line feed, vertical tab, form feed, carriage return, space and
+U+2581 itself only: a no-break space is an ordinary character. A run of unknown characters becomes one <UNK>. Nothing is
+lower-cased or normalised.
 """
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _SPACES = "\t-\r " + WORD_START
 _WORD = re.compile(f"[^{_SPACES}]+")
 _IS_SPACE = re.compile(f"[{_SPACES}]")
 
-_MAX_CHARACTERS = 1 << 25  # of all tokens together: real ones have some 10 each
+_MAX_CHARACTERS = 1 << 25  # total length of all tokens: real ones have some 10 each
 
-# Names of <UNK> inside the merging model and of specials in decoded text. The first holds a blank, which no word can,
-# so that it never equals the text of a token.
+# Names of <UNK> in the merging model and of specials in decoded text. The first contains a space, which no word can, so
+# it never equals the text of a token.
 _UNK_KEY = "unknown characters"
 _SPECIAL_TEXTS = {"unk": "<UNK>", "bos": "<BOS>", "eos": "<EOS>"}
 
@@ -41,7 +41,7 @@ class YttmVocabulary(NamedTuple):
     merges: list[tuple[int, int, int]]
     """(left id, right id, result id), best rank first."""
     specials: dict[str, int]
-    """Ids of "unk", "pad", "bos", "eos"; -1 for one that the vocabulary does not have (never unk or pad)."""
+    """Ids of "unk", "pad", "bos", "eos"; -1 for one that the vocabulary lacks (never unk or pad)."""
 
     @property
     def size(self) -> int:
@@ -50,7 +50,7 @@ class YttmVocabulary(NamedTuple):
 
 
 def split_words(text: str) -> list[str]:
-    """Return the words of `text` as youtokentome cuts them, without U+2581 in front."""
+    """Return the words of `text` as in youtokentome, without the U+2581 prefix."""
     return _WORD.findall(text)
 
 
@@ -64,19 +64,19 @@ def format_vocabulary(vocabulary: YttmVocabulary) -> str:
 
 
 def parse_vocabulary(content: bytes, path: str) -> YttmVocabulary:
-    """Read the content of a vocabulary file; `path` is for messages. Raises `UserError` when it is not one."""
+    """Parse a vocabulary file; `path` is for messages. Raises `UserError` if it is invalid."""
 
     def wrong(what: str) -> UserError:
         return UserError(
-            f"--bpe-path {path}: {what}; give a YouTokenToMe vocabulary, such as `python -m bpe.train` writes"
+            f"--bpe-path {path}: {what}; give a YouTokenToMe vocabulary, such as one from `python -m bpe.train`"
         )
 
     if not content.strip():
         raise wrong("the file is empty")
     if not re.fullmatch(rb"[-0-9\s]*", content):
-        raise wrong("not a vocabulary file (it holds other things than numbers)")
-    if re.search(rb"[0-9]{25}", content):  # reading very long ones takes for ever
-        raise wrong("not a vocabulary file (it holds a number of too many digits)")
+        raise wrong("not a vocabulary file (it does not consist of numbers)")
+    if re.search(rb"[0-9]{25}", content):  # very long integers are slow to parse
+        raise wrong("not a vocabulary file (a number has too many digits)")
     try:
         numbers = [int(number) for number in content.split()]
     except ValueError as error:
@@ -87,7 +87,7 @@ def parse_vocabulary(content: bytes, path: str) -> YttmVocabulary:
     expected = 2 + 2 * num_chars + 3 * num_merges + 4
     if len(numbers) != expected:
         raise wrong(
-            f"{len(numbers)} numbers where its first line, {num_chars} characters and {num_merges} merges, asks for "
+            f"{len(numbers)} numbers, but its first line ({num_chars} characters and {num_merges} merges) requires "
             f"{expected} (truncated or damaged)"
         )
     end = 2 + 2 * num_chars
@@ -97,7 +97,7 @@ def parse_vocabulary(content: bytes, path: str) -> YttmVocabulary:
         if not valid or (_IS_SPACE.match(chr(code_point)) and chr(code_point) != WORD_START):
             raise wrong(f"{code_point} is not the code point of a character")
     if len(set(code_points)) != num_chars:
-        raise wrong("the same character twice")
+        raise wrong("a duplicate character")
     if ord(WORD_START) not in code_points:
         raise wrong(f"the word start U+2581 ({ord(WORD_START)}) is not among its characters")
     chars = list(zip(map(chr, code_points), numbers[3:end:2]))
@@ -109,7 +109,7 @@ def parse_vocabulary(content: bytes, path: str) -> YttmVocabulary:
 
 
 def _check_ids(vocabulary: YttmVocabulary, wrong: Any) -> None:
-    """Raise what `wrong` makes unless the ids are 0 to size - 1, once each, and merges join known tokens."""
+    """Raise `wrong(...)` unless the ids are 0 to size - 1, once each, and merges join known tokens."""
     specials = vocabulary.specials
     if specials["pad"] != PAD_ID:
         raise wrong("its pad id is {}, the model needs {}".format(specials["pad"], PAD_ID))
@@ -127,12 +127,12 @@ def _check_ids(vocabulary: YttmVocabulary, wrong: Any) -> None:
     seen_texts, total = set(), 0
     for left, right, result in vocabulary.merges:
         if left not in texts or right not in texts:
-            raise wrong(f"merge {left} {right} {result} joins a token that no earlier line makes")
+            raise wrong(f"merge {left} {right} {result} joins a token that no earlier line defines")
         texts[result] = texts[left] + texts[right]
         total += len(texts[result])
         if total > _MAX_CHARACTERS:  # each merge may double a token's length
             raise wrong("its tokens are too long")
-        # Learning by merging never makes one text in two ways, and the merging model tells tokens apart by their text.
+        # Learned merges never produce one text in two ways, and the merging model identifies tokens by text.
         if texts[result] in seen_texts:
             raise wrong(f"two tokens stand for {texts[result]!r}")
         seen_texts.add(texts[result])
@@ -187,7 +187,7 @@ class YttmTokenizer(Tokenizer):
         return [char for word in split_words(text) for char in word if char not in self._characters]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`, words separated by one blank; unknown characters appear as <UNK>."""
+        """Return the text of `ids`, words separated by spaces; unknown characters appear as <UNK>."""
         texts = self._token_texts()
         specials = {self._vocabulary.specials[name]: text for name, text in _SPECIAL_TEXTS.items()}
         pieces = []

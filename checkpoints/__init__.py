@@ -1,4 +1,4 @@
-"""Checkpoints of a DALL-E: formats, reading, writing, and trust (what a stranger's file may ask for)."""
+"""Checkpoints of a DALL-E: formats, reading, writing, and limits for untrusted files."""
 from __future__ import annotations
 
 from checkpoints.files import verify

@@ -1,4 +1,4 @@
-"""Files of weights, opened: tensors and plain values come out of them, code in them never runs, and is named."""
+"""Reading of weight files: only tensors and plain values; code in them never runs, and is named in the error."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _TERMINAL = re.compile(r"\x1b\[[0-9;]*m|[\x00-\x1f\x7f]")
 
 
 def kind(path: Path) -> str:
-    """Return "torch", "legacy" (torch before 1.6, without checksums) or "safetensors", as a file begins.
+    """Return "torch", "legacy" (torch before 1.6, without checksums) or "safetensors", from the first bytes of a file.
 
-    Raises UserError for what is none of them.
+    Raises UserError for other files.
     """
     if not path.is_file():
         raise UserError(f"checkpoint {path} {'is a folder, not a file' if path.is_dir() else 'does not exist'}")
@@ -54,10 +54,9 @@ def kind(path: Path) -> str:
 
 
 def verify(path: PathLike) -> None:
-    """Check that a checkpoint file is complete and undamaged. Raises UserError naming it when not.
+    """Check that a checkpoint file is complete and undamaged. Raises UserError naming it otherwise.
 
-    For a torch file every entry's CRC is compared, for safetensors the header with the size, and the content with the
-    sha256 that our own exports carry.
+    Checks the CRC of every entry of a torch file; for safetensors, header and size, and the sha256 of our own exports.
     """
     path = Path(path)
     form = kind(path)
@@ -66,7 +65,7 @@ def verify(path: PathLike) -> None:
     elif form == "legacy":
         raise UserError(
             f"{path} is no checkpoint that can be verified: it has the format of torch.save before 1.6; load it and "
-            "save it anew with torch.save"
+            "save it again with torch.save"
         )
     else:
         metadata, tensors = read_safetensors(path)
@@ -84,24 +83,24 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def read_torch(path: Path, mapped: bool = False) -> Any:
-    """Return what torch.save wrote, on the CPU. mapped: tensors are views of the file, not to be written to.
+    """Return what torch.save wrote, on the CPU. mapped: tensors are memory-mapped, and must not be written to.
 
-    Raises UserError naming the class or function that the file asks for beyond tensors and plain values.
+    Raises UserError naming the class or function that the file needs besides tensors and plain values.
     """
-    # PyTorch maps files by their name, which need not be text.
+    # PyTorch maps files by name, and can only do so if the name is valid text.
     is_text = not any("\ud800" <= character <= "\udfff" for character in str(path))
     options = {"mmap": True} if mapped and _CAN_MAP and is_text else {}
     try:
         with _placeholders_allowed():
             return torch.load(str(path), map_location="cpu", weights_only=True, **options)
-    except Exception as error:  # whatever a stranger's pickle makes the restricted unpickler raise; none of it ran
-        # PyTorch's own text is long, in colours, and advises to trust the file.
+    except Exception as error:  # the restricted unpickler may raise anything on an untrusted pickle, but runs no code
+        # PyTorch's message is long, coloured, and advises to trust the file.
         text = _TERMINAL.sub(" ", str(error))
         refused = _REFUSED.search(text)
         if refused:
             raise UserError(
-                f"{path} holds more than tensors and plain values ({refused.group(1)[:120]}) and was not opened; have "
-                "its weights and options saved without that, where the file was made"
+                f"{path} holds more than tensors and plain values ({refused.group(1)[:120]}) and was not opened; save "
+                "its weights and options without that where the file was made"
             ) from error
         reason = " ".join(text.split("WeightsUnpickler error:")[-1].split())[:200]
         raise UserError(f"{path} cannot be read as weights ({type(error).__name__}: {reason})") from error
@@ -109,7 +108,7 @@ def read_torch(path: Path, mapped: bool = False) -> Any:
 
 @contextlib.contextmanager
 def _placeholders_allowed() -> Iterator[None]:
-    """Let `torch.load(weights_only=True)` see empty classes under Lightning's names: nothing of Lightning's runs."""
+    """Let `torch.load(weights_only=True)` accept Lightning's class names, as empty classes without its code."""
     placeholders: list[Any] = []
     for name in _LIGHTNING_CLASSES:
         module, _, qualname = name.rpartition(".")
@@ -118,7 +117,7 @@ def _placeholders_allowed() -> Iterator[None]:
         with torch.serialization.safe_globals(placeholders):
             yield
         return
-    # Before torch 2.5 the allow-list is one cached dictionary.
+    # Before PyTorch 2.5 the allow-list is a cached dictionary.
     from torch import _weights_only_unpickler
 
     allowed = _weights_only_unpickler._get_allowed_globals()
@@ -131,7 +130,7 @@ def _placeholders_allowed() -> Iterator[None]:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, str], Weights]:
-    """Return (metadata, tensors). Raises UserError naming a file that is damaged."""
+    """Return (metadata, tensors). Raises UserError naming a damaged file."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,11 +1,10 @@
-"""The published layouts of a DALL-E, as pure functions over dictionaries: nothing here reads a file or builds a model.
+"""Checkpoint layouts of a DALL-E, as pure functions over dictionaries: nothing here reads a file or builds a model.
 
-Inside the application a model has the parameter names of `models.dalle.DalleModel` ("internal names") and the options
-of `models.config.DalleConfig` as a plain dictionary. Published are
-  Mini DALL-E       names with `model.` in front, options in `hparams` (what the application itself writes),
-  DALLE-pytorch     nearly the same names, more options, wrappers (`.fn.`) in the names that come and go with them.
-(minDALL-E has names of its own: see mindalle.py.) UserErrors name the weight or the option; the caller puts
-the file's name in front.
+In memory a model has the parameter names of `models.dalle.DalleModel` ("internal names") and the options of
+`models.config.DalleConfig` as a plain dictionary. In files ("stored names") there are
+  Mini DALL-E       names with the prefix `model.`, options in `hparams` (also the layout of our own checkpoints),
+  DALLE-pytorch     nearly the same names, more options, and wrappers (`.fn.`) in the names that depend on them.
+(For minDALL-E's layout see mindalle.py.) UserErrors name the weight or the option; the caller prepends the file's name.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from models.config import DalleConfig
 from utils.errors import UserError
 from utils.untrusted import is_number, shown
 
-#: Since this version DALLE-pytorch's "conv_like" is the window that ends at a code; before, the one centred on it.
+#: From this version on, DALLE-pytorch's "conv_like" is the window that ends at a code; before, the one centred on it.
 CAUSAL_CONV_VERSION = (1, 5)
 
 
@@ -32,15 +31,18 @@ class StoredModel(NamedTuple):
     weights: Weights
     """Internal names, in the stored precision; may be views of the stored tensors."""
     vqgan: Weights | None
-    """The VQGAN's weights under taming-transformers' names, where the file holds them."""
+    """The VQGAN's weights under taming-transformers' names, if the file holds them."""
 
 
-#: Last part of a published name -> internal name inside a layer, for the attention (0) and the feed-forward branch (1).
+#: Last part of a stored name -> internal name inside a layer, for the attention (0) and the feed-forward branch (1).
 _BRANCH_NAMES = (
-    {"scale": "scale", "norm": "norm", "norm_out": "norm_out", "to_qkv": "fn.qkv", "to_out.0": "fn.out"},
+    {"scale": "scale", "norm": "norm", "norm_out": "norm_out", "to_qkv": "fn.qkv", "to_out.0": "fn.out",
+     "head_scales": "fn.head_scales"},
     {"scale": "scale", "norm": "norm", "norm_out": "norm_out", "net.0": "fn.up", "net.3": "fn.down"},
 )
 _BRANCHES = ("attention", "feed_forward")
+_BARE = ("scale", "fn.head_scales")
+"""Parameters that are no weight or bias of a layer."""
 _OUTSIDE_NAMES = {
     "text_emb.weight": "text_emb.weight",
     "image_emb.weight": "image_emb.weight",
@@ -52,7 +54,7 @@ _OUTSIDE_NAMES = {
 _AXIAL_NAMES = {"weights_0": "rows", "weights_1": "columns", "weights.0": "rows", "weights.1": "columns"}
 _LAYER_NAME = re.compile(r"transformer\.layers\.(?:layers\.)?(\d{1,6})\.([01])\.(?:fn\.)*(.+)")
 
-#: Options of `hparams` that say where parts run or how fast, not what the model computes.
+#: Options of `hparams` about placement and speed, not about what the model computes.
 _RUNTIME_OPTIONS = frozenset(
     (
         "embedding_ipu_id",
@@ -77,7 +79,7 @@ _HPARAMS = (
     "ff_dropout",
     "attn_dropout",
 )
-"""What Mini DALL-E writes of a model."""
+"""The model options that Mini DALL-E stores."""
 
 _MODEL_OPTIONS = frozenset(
     (
@@ -92,55 +94,55 @@ _MODEL_OPTIONS = frozenset(
 )
 
 
-#: Prefixes of the weights of what DALLE-pytorch trains on instead of a VQGAN.
+#: Weight prefixes of the other VAEs that DALLE-pytorch supports.
 _OTHER_VAES = {"vae.enc.": "OpenAIDiscreteVAE", "vae.codebook.": "DiscreteVAE"}
 
 
-def is_published(weights: Iterable[str]) -> bool:
-    """Whether these are names of DALLE-pytorch or Mini DALL-E."""
+def is_dalle_pytorch(weights: Iterable[str]) -> bool:
+    """Whether these are the names of DALLE-pytorch or Mini DALL-E."""
     return "to_logits.1.weight" in weights or "model.to_logits.1.weight" in weights
 
 
 def other_vae(weights: Iterable[str]) -> str | None:
-    """The class of DALLE-pytorch's VAE among the weights where it is no VQGAN (files before 1.2 do not name it)."""
+    """The class of DALLE-pytorch's VAE among the weights, unless it is a VQGAN (files before 1.2 do not name it)."""
     found = (kind for name in weights for prefix, kind in _OTHER_VAES.items() if name.startswith(prefix))
     return next(found, None)
 
 
-def to_published(weights: Mapping[str, Tensor]) -> Weights:
-    """Rename internal weights to Mini DALL-E's names, `model.` in front. The two heads become one (a copy)."""
-    published = {}
+def to_mini_dalle(weights: Mapping[str, Tensor]) -> Weights:
+    """Rename internal weights to Mini DALL-E's names, with the prefix `model.`. The two heads become one (a copy)."""
+    stored = {}
     for name, tensor in weights.items():
         match = re.match(r"transformer\.layers\.(\d+)\.(attention|feed_forward)\.(.+)", name)
         if match:
             layer, branch, rest = match.groups()
-            published[f"transformer.layers.{layer}.{_BRANCHES.index(branch)}.{_published_rest(branch, rest)}"] = tensor
+            stored[f"transformer.layers.{layer}.{_BRANCHES.index(branch)}.{_stored_rest(branch, rest)}"] = tensor
         elif name == "image_pos_emb.rows":
-            published["image_pos_emb.weights_0"] = tensor[None]
+            stored["image_pos_emb.weights_0"] = tensor[None]
         elif name == "image_pos_emb.columns":
-            published["image_pos_emb.weights_1"] = tensor[None]
+            stored["image_pos_emb.weights_1"] = tensor[None]
         elif not name.startswith(("text_head.", "image_head.")):
-            published[{"norm.weight": "to_logits.0.weight", "norm.bias": "to_logits.0.bias"}.get(name, name)] = tensor
+            stored[{"norm.weight": "to_logits.0.weight", "norm.bias": "to_logits.0.bias"}.get(name, name)] = tensor
     for kind in ("weight", "bias"):
         if "text_head." + kind in weights:
-            published["to_logits.1." + kind] = torch.cat([weights["text_head." + kind], weights["image_head." + kind]])
-    return {"model." + name: tensor for name, tensor in published.items()}
+            stored["to_logits.1." + kind] = torch.cat([weights["text_head." + kind], weights["image_head." + kind]])
+    return {"model." + name: tensor for name, tensor in stored.items()}
 
 
-def _published_rest(branch: str, rest: str) -> str:
-    if rest == "scale":
-        return rest
+def _stored_rest(branch: str, rest: str) -> str:
+    if rest in _BARE:
+        return "fn." + rest if rest.startswith("fn.") else rest
     stem, kind = rest.rsplit(".", 1)
-    for published, internal in _BRANCH_NAMES[_BRANCHES.index(branch)].items():
+    for stored, internal in _BRANCH_NAMES[_BRANCHES.index(branch)].items():
         if internal == stem:
-            return f"{'fn.fn.' if stem.startswith('fn.') else 'fn.'}{published}.{kind}"
-    raise ValueError(f"weight '{branch}.{rest}' has no published name")
+            return f"{'fn.fn.' if stem.startswith('fn.') else 'fn.'}{stored}.{kind}"
+    raise ValueError(f"weight '{branch}.{rest}' has no name in Mini DALL-E's checkpoint layout")
 
 
 def _rename(weights: Mapping[str, Tensor]) -> tuple[Weights, Weights]:
-    """Published names without `model.` -> (internal names, but `to_logits.1.*` as it is; what was set aside)."""
+    """Stored names without `model.` -> (internal names, except `to_logits.1.*`; weights that are not the DALL-E's)."""
     renamed: Weights = {}
-    aside: Weights = {}
+    other: Weights = {}
     parts: list[tuple[int, Tensor]] = []
     for name, tensor in weights.items():
         layer = _LAYER_NAME.fullmatch(name)
@@ -164,7 +166,7 @@ def _rename(weights: Mapping[str, Tensor]) -> tuple[Weights, Weights]:
             or name in ("transformer.pos_emb", "logits_mask")  # the mask: before 0.10.8
             or re.fullmatch(r"(text|image)_emb\.linear\.(weight|bias)", name)
         ):
-            aside[name] = tensor
+            other[name] = tensor
         elif name.startswith("transformer.layers.blocks."):
             raise UserError(f"option 'reversible' (weight {shown(name)}) is not supported: train the model without it")
         else:
@@ -174,20 +176,20 @@ def _rename(weights: Mapping[str, Tensor]) -> tuple[Weights, Weights]:
         if any(piece.dim() != 2 or piece.shape[1] != pieces[0].shape[1] for piece in pieces):
             raise UserError("weights 'text_emb.split_embeddings.*' do not have the same width")
         if overlap(pieces):
-            raise UserError("weights 'text_emb.split_embeddings.*' are stored as one and the same")
+            raise UserError("weights 'text_emb.split_embeddings.*' share one storage")
         renamed["text_emb.weight"] = torch.cat(pieces)
-    return renamed, aside
+    return renamed, other
 
 
 def _internal_name(name: str, layer: int, branch: int, rest: str) -> str:
     stem, _, kind = rest.rpartition(".")
     internal = _BRANCH_NAMES[branch].get(stem or rest)
-    if internal is None or (kind not in ("weight", "bias")) != (internal == "scale"):
+    if internal is None or (kind not in ("weight", "bias")) != (internal in _BARE):
         raise UserError(f"weight {shown(name)} belongs to no known layout of a layer")
     return f"transformer.layers.{layer}.{_BRANCHES[branch]}.{internal}" + ("." + kind if stem else "")
 
 
-def from_published(
+def from_dalle_pytorch(
     weights: Mapping[str, Tensor],
     hparams: Mapping[str, Any],
     version: str | None = None,
@@ -195,28 +197,28 @@ def from_published(
 ) -> StoredModel:
     """Read the weights of Mini DALL-E (names start with `model.`) or DALLE-pytorch (they do not).
 
-    `hparams` and `version` are those of the file; `config`, which only our own files have, takes their place.
-    Raises UserError on names that are unknown and on options that have no counterpart.
+    `hparams` and `version` are those of the file; `config`, which only our own files have, replaces them.
+    Raises UserError for unknown names and for options without counterpart.
     """
     mini = any(name.startswith("model.") for name in weights)
-    # The wrapped model of an IPU run may hold weights outside `model.`; they would be unknown, and are named as such.
+    # The wrapped model of an IPU run may hold weights outside `model.`: these are reported as unknown.
     stripped = {
         name[len("model.") :] if mini and name.startswith("model.") else name: tensor
         for name, tensor in weights.items()
     }
-    renamed, aside = _rename(stripped)
+    renamed, other = _rename(stripped)
     if config is not None:
         model = model_config(config, renamed)
     else:
         shift = any(re.match(r"transformer\.layers\.layers\.\d+\.1\.(fn\.){3,}net", name) for name in stripped)
-        model = config_from_hparams(hparams, renamed, aside, None if mini else version or "0", shift)
+        model = config_from_hparams(hparams, renamed, other, None if mini else version or "0", shift)
     _split_head(renamed, model.text_table_size)
     if model.tie_embeddings:
         for part in ("text", "image"):
             if part + "_head.weight" in renamed:
                 renamed.setdefault(part + "_emb.weight", renamed[part + "_head.weight"])
     prefix = "vae.model."
-    vqgan = {name[len(prefix) :]: tensor for name, tensor in aside.items() if name.startswith(prefix)}
+    vqgan = {name[len(prefix) :]: tensor for name, tensor in other.items() if name.startswith(prefix)}
     return StoredModel(model, renamed, vqgan or None)
 
 
@@ -235,14 +237,14 @@ def _split_head(weights: Weights, text_rows: int) -> None:
 def _whole(hparams: Mapping[str, Any], name: str, default: int | None = None) -> int:
     value = hparams.get(name, default)
     if value is None or isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"'hparams' must hold a whole number of at least 1 as '{name}', not {shown(value)}")
+        raise UserError(f"'hparams' needs a whole number of at least 1 as '{name}', not {shown(value)}")
     return value
 
 
 def _number(hparams: Mapping[str, Any], name: str, default: float) -> float:
     value = hparams.get(name, default)
     if not is_number(value):
-        raise UserError(f"'hparams' must hold a number from 0 on as '{name}', not {shown(value)}")
+        raise UserError(f"'hparams' needs a number of at least 0 as '{name}', not {shown(value)}")
     return float(value)
 
 
@@ -254,7 +256,7 @@ def _patterns(hparams: Mapping[str, Any], causal_conv: bool) -> list[str]:
     patterns = [pattern.strip() for pattern in value]
     for pattern in patterns:
         if pattern not in ("full", "axial_row", "axial_col", "conv_like"):
-            hint = {"sparse": ": it needs DeepSpeed's sparse attention", "mlp": ": a gMLP is no attention"}
+            hint = {"sparse": ": it needs DeepSpeed's sparse attention", "mlp": ": a gMLP is not attention"}
             why = hint.get(pattern, "")
             raise UserError(f"option 'attn_types' names {shown(pattern)}, which is not supported{why}")
     return ["conv_causal" if pattern == "conv_like" and causal_conv else pattern for pattern in patterns]
@@ -276,16 +278,16 @@ def _is_newer(version: str) -> bool:
 
 
 def _rows_and_grid(
-    renamed: Mapping[str, Tensor], aside: Mapping[str, Tensor], text_rows: int, text_len: int
+    renamed: Mapping[str, Tensor], other: Mapping[str, Tensor], text_rows: int, text_len: int
 ) -> tuple[int, int]:
-    """Return (codebook size, side of the code grid), which no option holds: they are read off the weights' shapes."""
+    """Return (codebook size, side of the code grid) from the weights' shapes; no option holds them."""
     if "to_logits.1.weight" not in renamed or renamed["to_logits.1.weight"].dim() != 2:
-        raise UserError("weight 'to_logits.1.weight' is missing or no matrix")
+        raise UserError("weight 'to_logits.1.weight' is missing or not a matrix")
     codes = renamed["to_logits.1.weight"].shape[0] - text_rows
     if "text_emb.weight" in renamed and 0 < renamed["text_emb.weight"].shape[0] == text_rows - text_len + 1:
         raise UserError(
             "'text_emb.weight' has no rows for pads: DALLE-pytorch before 0.9 masked them, which is not supported; "
-            "train the model anew"
+            "retrain the model"
         )
     if codes < 1:
         raise UserError(
@@ -294,33 +296,33 @@ def _rows_and_grid(
         )
     if "image_pos_emb.rows" in renamed:
         return codes, renamed["image_pos_emb.rows"].shape[0]
-    if "transformer.pos_emb" in aside and aside["transformer.pos_emb"].dim() >= 2:
-        table = aside["transformer.pos_emb"]
-        # DALLE-pytorch before 1.1.2 stored (1, 1, n, d), without the last position, which no code is predicted from.
+    if "transformer.pos_emb" in other and other["transformer.pos_emb"].dim() >= 2:
+        table = other["transformer.pos_emb"]
+        # DALLE-pytorch before 1.1.2 stored (1, 1, n, d), without the last position, which predicts no code.
         positions = table.shape[-2] - text_len + (table.dim() == 4)
         grid = round(max(positions, 0) ** 0.5)
         if grid and grid * grid == positions:
             return codes, grid
     raise UserError(
-        "neither 'image_pos_emb.weights_0' nor 'transformer.pos_emb' is there to tell the size of the code grid"
+        "the size of the code grid is unknown: neither 'image_pos_emb.weights_0' nor 'transformer.pos_emb' is stored"
     )
 
 
 def config_from_hparams(
     hparams: Mapping[str, Any],
     renamed: Mapping[str, Tensor],
-    aside: Mapping[str, Tensor],
+    other: Mapping[str, Tensor],
     version: str | None,
     shift: bool,
 ) -> DalleConfig:
-    """Turn published options into a configuration.
+    """Convert stored options to a configuration.
 
-    `renamed` and `aside` are the weights (for what only their shapes or names tell), `version` that of DALLE-pytorch or
-    None for Mini DALL-E, `shift` what to take for an absent shift_tokens.
+    `renamed` and `other` are the weights, whose shapes and names imply some options; `version` is that of DALLE-pytorch
+    or None for Mini DALL-E; `shift` is the default of shift_tokens.
     Raises UserError naming an option without counterpart.
     """
     if not isinstance(hparams, Mapping):
-        raise UserError("'hparams' is no table of options")
+        raise UserError("'hparams' is not a table of options")
     for name, value in hparams.items():
         if not isinstance(name, str) or not isinstance(value, (str, int, float, list, tuple, type(None))):
             raise UserError(f"option {shown(name)} has the impossible value {shown(value)}")
@@ -328,12 +330,12 @@ def config_from_hparams(
             raise UserError(f"option '{name}' is not supported: train the model without it")
         if name not in _MODEL_OPTIONS | _RUNTIME_OPTIONS and value not in (None, False, 0):
             raise UserError(
-                f"unknown option {shown(name)} (value {shown(value)}): what it does to the model is not known"
+                f"unknown option {shown(name)} (value {shown(value)}): its effect on the model is unknown"
             )
     text_tokens, text_seq_len = _whole(hparams, "num_text_tokens"), _whole(hparams, "text_seq_len")
-    codes, grid = _rows_and_grid(renamed, aside, text_tokens + text_seq_len, text_seq_len + 1)
-    rotary = bool(hparams.get("rotary_emb", "transformer.pos_emb" in aside))
-    tied = bool(hparams.get("share_input_output_emb", "text_emb.linear.weight" in aside))
+    codes, grid = _rows_and_grid(renamed, other, text_tokens + text_seq_len, text_seq_len + 1)
+    rotary = bool(hparams.get("rotary_emb", "transformer.pos_emb" in other))
+    tied = bool(hparams.get("share_input_output_emb", "text_emb.linear.weight" in other))
     sandwich = "transformer.layers.0.attention.norm_out.weight" in renamed
     return model_config(
         {
@@ -365,7 +367,7 @@ def config_from_hparams(
 
 
 def hparams_from_config(config: DalleConfig, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Return Mini DALL-E's `hparams` for a configuration; `extra` holds the options about IPUs and precision."""
+    """Return Mini DALL-E's `hparams` for a configuration; `extra`: the options about IPUs and precision."""
     hparams = {name: getattr(config, name) for name in _HPARAMS}
     hparams.update(extra)
     return hparams

@@ -1,6 +1,6 @@
-"""minDALL-E's stage-2 layout, read and written: pure functions over dictionaries, its weight names and config.yaml.
+"""minDALL-E's stage-2 layout (weight names and config.yaml), read and written: pure functions over dictionaries.
 
-A fully causal GPT over text and codes: no <bos>, no padding ids of its own, learned positions, biases on q, k and v.
+A causal GPT over text and codes: no <bos>, no unique pad ids, learned positions, biases on q, k and v.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from utils.untrusted import shown
 #: The file of stage 2 in a folder of minDALL-E.
 STAGE2 = "stage2_last.ckpt"
 
-#: What an absent key of config.yaml stands for: the published 1.3B model.
+#: Defaults of absent keys of config.yaml: the published 1.3B model.
 DEFAULTS = {
     "vocab_size_txt": 16384,
     "vocab_size_img": 16384,
@@ -58,15 +58,14 @@ def is_mindalle(weights: Mapping[str, Any]) -> bool:
 def from_mindalle(weights: MutableMapping[str, Tensor], options: Mapping[str, Any]) -> StoredModel:
     """Read minDALL-E's stage-2 weights; `options` is its config.yaml as a dictionary (may be empty).
 
-    Query, key and value become one matrix; they are taken out of `weights`, so that no more than a layer's are held
-    twice.
-    Dropout is left at 0 whatever the file says: it is a choice of the training, and the published model has none.
-    Raises UserError on an unknown weight or an option without counterpart.
+    Query, key and value become one matrix; they are removed from `weights`, so that only one layer's are held twice.
+    Dropout stays 0 whatever the file says: it is a training option, and the published model has none.
+    Raises UserError for an unknown weight or an option without counterpart.
     """
     renamed: Weights = {}
     projections: dict[str, dict[str, Tensor]] = {}
     if overlap(weights.values()):
-        raise UserError("several weights are stored as one and the same")
+        raise UserError("several weights share one storage")
     for name in list(weights):
         tensor = weights[name]
         stem, _, kind = name.rpartition(".")
@@ -92,7 +91,7 @@ def from_mindalle(weights: MutableMapping[str, Tensor], options: Mapping[str, An
 
 
 def config_from_yaml(options: Mapping[str, Any], renamed: Mapping[str, Tensor]) -> DalleConfig:
-    """Turn minDALL-E's config.yaml (as a dictionary) into a configuration; the weights tell of biases."""
+    """Convert minDALL-E's config.yaml (as a dictionary) to a configuration; the weights show which biases exist."""
     stage = options.get("stage2") or {}
     hparams = stage.get("hparams") if isinstance(stage, Mapping) else None
     hparams = hparams or {}
@@ -112,7 +111,7 @@ def config_from_yaml(options: Mapping[str, Any], renamed: Mapping[str, Tensor]) 
         raise UserError("config.yaml: embed_dim {embed_dim} does not divide into n_heads {n_heads}".format(**value))
     grid = round(value["ctx_len_img"] ** 0.5)
     if grid * grid != value["ctx_len_img"]:
-        raise UserError(f"config.yaml: ctx_len_img {value['ctx_len_img']} is no square grid of codes")
+        raise UserError(f"config.yaml: ctx_len_img {value['ctx_len_img']} is not a square grid of codes")
     first = "transformer.layers.0."
     return model_config(
         {
@@ -141,7 +140,7 @@ def config_from_yaml(options: Mapping[str, Any], renamed: Mapping[str, Tensor]) 
 
 # ---- writing
 
-#: Options of a model that the layout can say nothing about, with the values they must have.
+#: Model options that the layout cannot store, with the values they must have.
 _FIXED: dict[str, Any] = {
     "bos": False,
     "unique_pads": False,
@@ -162,20 +161,20 @@ _FIXED: dict[str, Any] = {
 def mindalle_options(config: DalleConfig) -> dict[str, Any]:
     """Return the table "stage2" of config.yaml for a model's options.
 
-    Raises UserError naming an option for which minDALL-E's layout has no place.
+    Raises UserError naming an option that minDALL-E's layout cannot store.
     """
     for name, value in _FIXED.items():
         if getattr(config, name) != value:
             raise UserError(
-                f"minDALL-E's layout has no place for the model option {name} = {shown(getattr(config, name))}; "
+                f"minDALL-E's layout cannot store the model option {name} = {shown(getattr(config, name))}; "
                 "train with --architecture mindalle"
             )
     if set(config.attn_types) != {"full"}:
         raise UserError("minDALL-E's layout has no attention patterns: attn_types must be full")
     if config.heads * config.dim_head != config.dim:
-        raise UserError("minDALL-E's layout asks for heads x dim_head = dim")
+        raise UserError("minDALL-E's layout requires heads x dim_head = dim")
     if config.activation == "geglu" or config.qkv_bias != config.out_bias:
-        raise UserError("minDALL-E's layout has no geglu, and biases on all attention projections or on none")
+        raise UserError("minDALL-E's layout has no geglu, and has biases on all attention projections or on none")
     return {
         "type": "transformer1d",
         "vocab_size_txt": config.num_text_tokens,
@@ -198,7 +197,7 @@ def mindalle_options(config: DalleConfig) -> dict[str, Any]:
 
 
 def to_mindalle(weights: Mapping[str, Tensor]) -> Weights:
-    """Rename internal weights to minDALL-E's names, the inverse of `from_mindalle`; tensors of their own storage."""
+    """Rename internal weights to minDALL-E's names, the inverse of `from_mindalle`; tensors do not share storage."""
     outside = {internal: name for name, internal in _OUTSIDE_NAMES.items()}
     inside = {internal: name for name, internal in _LAYER_NAMES.items()}
     renamed: Weights = {}

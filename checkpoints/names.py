@@ -1,4 +1,4 @@
-"""What others put before the names of weights, and copies beside them: pure functions over dictionaries."""
+"""Prefixes of weight names, and averaged copies of weights: pure functions over dictionaries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from utils.files import PathLike
 
 logger = logging.getLogger(__name__)
 
-#: DistributedDataParallel and torch.compile put these before the name of every weight.
+#: DistributedDataParallel and torch.compile prefix the name of every weight with these.
 _WRAPPERS = ("module.", "_orig_mod.")
 _AVERAGED = "model_ema."
 
@@ -23,7 +23,7 @@ def part(weights: Mapping[str, Tensor], prefix: str) -> Weights:
 
 
 def unwrapped(weights: Mapping[str, Tensor]) -> Weights:
-    """The weights without what wrappers put before every name."""
+    """The weights without the prefixes of wrappers."""
     weights = dict(weights)
     for prefix in _WRAPPERS:
         if weights and all(name.startswith(prefix) for name in weights):
@@ -32,19 +32,19 @@ def unwrapped(weights: Mapping[str, Tensor]) -> Weights:
 
 
 def averaged(weights: Mapping[str, Tensor], path: PathLike) -> Weights:
-    """The weights with their moving averages in place, where latent diffusion's `LitEma` kept one of each.
+    """The weights, replaced by their moving averages if latent diffusion's `LitEma` kept one of each.
 
-    It names the average of `a.b.weight` `model_ema.abweight`. Copies of other modules are left out without a word,
-    an incomplete set with a warning.
+    It names the average of `a.b.weight` `model_ema.abweight`. Averages of other modules are ignored, an incomplete set
+    with a warning.
     """
     own = {name: tensor for name, tensor in weights.items() if not name.startswith(_AVERAGED)}
     copies = {name.replace(".", ""): tensor for name, tensor in part(weights, _AVERAGED).items()}
     found = {name: copies[name.replace(".", "")] for name in own if name.replace(".", "") in copies}
     if found and len(found) == len(own):
-        logger.info("%s: taking its averaged weights (model_ema.*)", path)
+        logger.info("%s: using its averaged weights (model_ema.*)", path)
         return found
     if found:
         logger.warning(
-            "%s: %d of %d weights have an average (model_ema.*), so none is used", path, len(found), len(own)
+            "%s: only %d of %d weights have an average (model_ema.*): none is used", path, len(found), len(own)
         )
     return own

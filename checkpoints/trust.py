@@ -1,7 +1,7 @@
-"""What a stranger's file may ask for: options of the right type and size, and weights that are there.
+"""Limits for untrusted checkpoints: options of the right type and size, and weights that fit them.
 
-A checkpoint comes from anywhere: its options are checked before a model is built from them, on the meta device, which
-tells the weights it needs; and the file's are compared with those before any memory is taken on their word.
+Options are checked before a model is built from them on the meta device, and the file's weights are compared with that
+model before any memory is allocated.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from utils.untrusted import is_number, shown
 
 Weights = Dict[str, Tensor]
 
-#: Longest sequence a checkpoint may ask for: its attention masks take the square of it in bytes (here 1 GiB).
+#: Maximum sequence length: an attention mask takes its square in bytes (here 1 GiB).
 MAX_SEQ_LEN = 32768
-#: Most layers, channels of one, and tokens: those of any model there is, so that building one without weights is quick.
+#: Maximum layers, channels of a layer, and tokens: above any real model, but quick to build without weights.
 MAX_DEPTH, MAX_WIDTH, MAX_TOKENS = 1024, 1 << 20, 10**9
 
-#: Every option of a model with a value that says what it may be: its default, or 1 for the counts that have none.
+#: Every option of a model with a value of its type: the default, or 1 for counts without default.
 _OPTIONS = {
     field.name: 1 if field.default is dataclasses.MISSING else field.default
     for field in dataclasses.fields(DalleConfig)
@@ -50,12 +50,12 @@ def _fits(value: Any, default: Any) -> bool:
 
 
 def model_config(values: Any, weights: Mapping[str, Any]) -> DalleConfig:
-    """Check stored options. weights: those of the same file under internal names, whose layers must be as many.
+    """Check stored options. weights: those of the same file under internal names; the number of layers must match.
 
-    Raises UserError naming an option that is unknown, missing or wrong, or asks for more than any model needs.
+    Raises UserError naming an option that is unknown, missing, wrong or too large.
     """
     if not isinstance(values, Mapping):
-        raise UserError("'config' is no table of model options")
+        raise UserError("'config' is not a table of model options")
     for name in values:
         if name not in _OPTIONS:
             hint = nearest(name, _OPTIONS) if isinstance(name, str) else ""
@@ -72,6 +72,12 @@ def model_config(values: Any, weights: Mapping[str, Any]) -> DalleConfig:
     layers = len({name.split(".")[2] for name in weights if re.match(r"transformer\.layers\.\d+\.", name)})
     if config["depth"] != layers:
         raise UserError(f"option 'depth' is {config['depth']}, but there are weights for {layers} layers")
+    check_size(config)
+    return DalleConfig.from_dict(config)
+
+
+def check_size(config: Mapping[str, Any], flags: Mapping[str, str] | None = None) -> None:
+    """Raise UserError for a model that asks for more than any needs. flags: what messages call its options."""
     width = max(config["dim"] * config["ff_mult"], config["heads"] * config["dim_head"])
     for names, asked, what, limit in (
         ("text_seq_len grid", config["text_seq_len"] + config["grid"] ** 2, "positions", MAX_SEQ_LEN),
@@ -81,29 +87,28 @@ def model_config(values: Any, weights: Mapping[str, Any]) -> DalleConfig:
         ("depth", config["depth"], "layers", MAX_DEPTH),
     ):
         if asked > limit:
-            options = " and ".join(f"{name} {config[name]}" for name in names.split())
+            options = " and ".join(f"{(flags or {}).get(name, name)} {config[name]}" for name in names.split())
             raise UserError(f"with {options} the model has {asked} {what}; at most {limit} are supported")
-    return DalleConfig.from_dict(config)
 
 
 def empty_weights(config: DalleConfig) -> Weights:
-    """Return a model's weights under its own names, on the meta device: shapes without memory."""
-    with torch.device("meta"):  # where PyTorch 2.0 cannot compute rotary angles, which are no weights
+    """Return a model's weights under internal names, on the meta device: shapes without memory."""
+    with torch.device("meta"):  # rotary angles are not weights, and PyTorch 2.0 cannot compute them there
         return DalleModel(dataclasses.replace(config, rotary=False)).state_dict(keep_vars=True)
 
 
 def aliases(weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return which weights of a model are the same tensor as another one: {name: the name that stands for both}."""
+    """Return the weights of a model that are the same tensor as another one: {name: name of the other}."""
     same: dict[str, str] = {}
     first: dict[int, str] = {}
-    for name, tensor in sorted(weights.items(), key=lambda item: "_emb." in item[0]):  # a head stands for its table
+    for name, tensor in sorted(weights.items(), key=lambda item: "_emb." in item[0]):  # heads before embeddings
         if first.setdefault(id(tensor), name) != name:
             same[name] = first[id(tensor)]
     return same
 
 
 def check_state(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: PathLike) -> None:
-    """Compare weights with those of the model (`empty_weights`), strictly.
+    """Compare names and shapes of weights with those of the model (`empty_weights`).
 
     Raises UserError naming the file and a few differences.
     """
@@ -120,9 +125,9 @@ def check_state(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], p
 
 
 def check_tensors(weights: Any) -> None:
-    """Refuse what is no plain floating-point weight, and tensors that claim more elements than the file holds."""
+    """Refuse weights that are not plain tensors, and tensors that claim more elements than the file holds."""
     if not isinstance(weights, Mapping) or not weights:
-        raise UserError("its weights are no table of tensors")
+        raise UserError("its weights are not a table of tensors")
     for name, tensor in weights.items():
         if (
             not isinstance(name, str)
@@ -130,7 +135,7 @@ def check_tensors(weights: Any) -> None:
             or tensor.layout != torch.strided
             or tensor.is_meta
         ):
-            raise UserError(f"weight {shown(name)} is no plain tensor")
+            raise UserError(f"weight {shown(name)} is not a plain tensor")
         if tensor.is_quantized or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise UserError(f"weight {shown(name)} of shape {tuple(tensor.shape)} claims more than the file holds")
 
@@ -141,10 +146,10 @@ def check_claims(value: Any, seen: set[int] | None = None, depth: int = 0) -> No
     if depth > 20:
         raise UserError("its state is nested too deeply")
     if id(value) in seen:
-        return  # a container may be referred to from many places, and each of these in turn
+        return  # shared containers are checked once, or nested sharing would take exponential time
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.is_meta or value.is_quantized:
-            raise UserError("its state holds a tensor that is no plain one")
+            raise UserError("its state holds a tensor that is not plain")
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise UserError(
                 f"its state holds a tensor of shape {tuple(value.shape)} that claims more than the file holds"
@@ -161,14 +166,14 @@ def check_model(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: 
     for name, tensor in weights.items():
         if not tensor.is_floating_point():
             raise UserError(f"weight '{name}' holds {tensor.dtype} instead of floating-point numbers")
-    # Many weights may be views of one small tensor, which the model would then store one by one.
+    # Many weights may be views of one small tensor, which the model would copy one by one.
     same = aliases(own)
     if overlap(tensor for name, tensor in weights.items() if name not in same):
         raise UserError("the weights claim more memory than the file holds")
 
 
 def overlap(tensors: Iterable[Tensor]) -> bool:
-    """Whether tensors share so much storage that copying them takes more memory than their file did."""
+    """Whether tensors share storage, so that copies of them take more memory than the file holds."""
     held: dict[int, int] = {}
     claimed = 0
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""Files of stage 1: a VQGAN's weights and YAML, where its authors publish some, and weights of a perceptual loss."""
+"""Files of stage 1: a VQGAN's weights and YAML, downloads of published ones, and weights of a perceptual loss."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from utils.untrusted import verify_zip
 logger = logging.getLogger(__name__)
 
 _MAX_PARAMETERS = 2e9
-#: Prefixes of a VQGAN in the checkpoint of a model on top of it, of latent diffusion, taming-transformers or minDALL-E.
+#: Prefixes of a VQGAN inside the checkpoint of another model (latent diffusion, taming-transformers, minDALL-E).
 _PARTS = ("first_stage_model.", "stage1.")
 
 
-def _read_tensors(path: PathLike, flag: str) -> Weights:
+def read_tensors(path: PathLike, flag: str) -> Weights:
     """Return the named tensors of a torch file (of its "state_dict" if there is one) or a safetensors file, as stored.
 
     Raises UserError naming `flag` and the file.
@@ -53,18 +53,19 @@ def _read_tensors(path: PathLike, flag: str) -> Weights:
 
 
 def _in_float32(weights: Mapping[str, Tensor], path: PathLike, flag: str) -> Weights:
-    """The weights in float32. Raises UserError where many names stand for one tensor, which would be copied."""
+    """The weights in float32. Raises UserError if weights share storage: each would be copied."""
     if overlap(weights.values()):
         raise UserError(f"{flag} {path}: its weights claim more memory than the file holds")
     return {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
 
 
 def load_vqgan_state(path: PathLike) -> Weights:
-    """Read a VQGAN's float32 tensors, without its training losses (`loss.*`); averages take their place where complete.
+    """Read a VQGAN's float32 tensors, without its training losses (`loss.*`); averaged ones if complete.
 
-    path: a `.ckpt` of taming-transformers or latent diffusion, also of a model on top of a VQGAN, or `.safetensors`.
+    path: a `.ckpt` of taming-transformers or latent diffusion, also of a model that contains a VQGAN, or
+    `.safetensors`.
     """
-    weights = unwrapped(_read_tensors(path, "--vqgan-model-path"))
+    weights = unwrapped(read_tensors(path, "--vqgan-model-path"))
     for prefix in _PARTS:
         weights = part(weights, prefix) or weights
     own = averaged({name: value for name, value in weights.items() if not name.startswith("loss.")}, path)
@@ -72,22 +73,22 @@ def load_vqgan_state(path: PathLike) -> Weights:
 
 
 def check_size(config: VqganConfig) -> Weights:
-    """Return the weights of a model without taking their memory. Raises UserError for one that is absurdly large."""
+    """Return the weights of a model on the meta device. Raises UserError for one that is too large."""
     with torch.device("meta"):
         expected = VQGAN(config).state_dict()
     count = sum(value.numel() for value in expected.values())
     if count > _MAX_PARAMETERS:
         raise UserError(
-            f"VQGAN configuration: it asks for {count:.3g} parameters; at most {_MAX_PARAMETERS:.3g} are built"
+            f"VQGAN configuration: the model has {count:.3g} parameters; at most {_MAX_PARAMETERS:.3g} are supported"
         )
     return expected
 
 
 def build_vqgan(config: VqganConfig, weights: Mapping[str, Tensor], where: str, channels_last: bool = True) -> VQGAN:
-    """Build a frozen VQGAN in eval mode, float32. `channels_last`: store convolutions as CPUs and GPUs compute fastest.
+    """Build a frozen VQGAN in eval mode, float32. `channels_last`: the fastest memory format on CPUs and GPUs.
 
-    Raises UserError, which starts with `where`, when the weights have other names or shapes than the options say,
-    before any memory is taken.
+    Raises UserError, which starts with `where`, if names or shapes of the weights do not fit the options, before any
+    memory is allocated.
     """
     try:
         expected = check_size(config)
@@ -106,7 +107,7 @@ def load_vqgan(
 ) -> VQGAN:
     """Load a VQGAN as `build_vqgan` does, with `identity` set to the sha256 of its weights file.
 
-    config_path: its YAML. Raises UserError when file and configuration do not fit.
+    config_path: its YAML. Raises UserError if file and configuration do not fit.
     """
     config = VqganConfig.from_yaml(config_path)
     where = f"--vqgan-model-path {weights_path}, described by {config_path}"
@@ -120,7 +121,7 @@ def load_vqgan(
 
 @dataclass(frozen=True)
 class PublishedVqgan:
-    """Where the authors of taming-transformers publish a model, and the file names it is cached under."""
+    """URLs of a model published by the authors of taming-transformers, and its file names in the cache."""
 
     weights_url: str
     config_url: str
@@ -129,7 +130,7 @@ class PublishedVqgan:
     config: VqganConfig
 
 
-_MAX_DOWNLOAD = {".ckpt": 2 << 30, ".yml": 1 << 18}  # bytes; the largest of the published ones has 0.98 GB
+_MAX_DOWNLOAD = {".ckpt": 2 << 30, ".yml": 1 << 18}  # bytes; the largest published one has 0.98 GB
 _SHARE = "https://heibox.uni-heidelberg.de/f/{}/?dl=1"
 PUBLISHED: dict[str, PublishedVqgan] = {
     "f16-1024": PublishedVqgan(
@@ -157,9 +158,9 @@ PUBLISHED: dict[str, PublishedVqgan] = {
 
 
 def default_vqgan(cache_dir: PathLike | None = None, name: str = "f16-1024") -> tuple[Path, Path]:
-    """Return (weights, YAML) of a published model, downloading what `cache_dir` (default ~/.cache/dalle) lacks.
+    """Return (weights, YAML) of a published model, downloading files that `cache_dir` (default ~/.cache/dalle) lacks.
 
-    Raises UserError that says what to fetch by hand and where to put it when a download fails.
+    If a download fails, raises UserError that says what to download by hand and where to put it.
     """
     if name not in PUBLISHED:
         known = ", ".join(PUBLISHED) + "." + nearest(name, PUBLISHED)
@@ -175,7 +176,7 @@ def default_vqgan(cache_dir: PathLike | None = None, name: str = "f16-1024") -> 
         logger.info("Downloading the VQGAN %s: %s", name, path)
         try:
             download(url, path, size_limit=_MAX_DOWNLOAD[path.suffix])
-        except UserError as error:  # which says where to put this file
+        except UserError as error:  # it says where to put this file
             also = "".join(f", likewise {url} as {path}" for url, path in missing[index + 1 :])
             raise UserError(f"{error}{also}; or give --vqgan-model-path and --vqgan-config-path") from None
     return weights, config
@@ -193,7 +194,7 @@ def load_perceptual(paths: Sequence[PathLike]) -> PerceptualDistance:
         raise UserError(f"--perceptual-weights takes one or two files (VGG-16, LPIPS), not {len(paths)}")
     model = PerceptualDistance()
     for path, prefix, suffix in zip(paths, ("features.", "lin"), ("", ".model.1.weight")):
-        found = _in_float32(_read_tensors(path, "--perceptual-weights"), path, "--perceptual-weights")
+        found = _in_float32(read_tensors(path, "--perceptual-weights"), path, "--perceptual-weights")
         for name, value in model.state_dict().items():
             if not name.startswith(prefix):
                 continue

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: written whole or not at all, listed, pruned, exported.
+"""Checkpoints of a run: written atomically, listed, pruned, exported.
 
-A run writes `dalle_{epoch}.pt` at the end of each epoch, counted from 0 as the published application does (800 epochs
-end with dalle_799.pt), and `dalle_{epoch}_{step}.pt` inside one, after `step` optimizer steps since the start of the
+A run writes `dalle_{epoch}.pt` at the end of each epoch, counted from 0 like the original Mini DALL-E (800 epochs end
+with dalle_799.pt), and `dalle_{epoch}_{step}.pt` within an epoch, after `step` optimizer steps since the start of
 training. In both, the file's "epoch" counts complete epochs.
 """
 
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from checkpoints.files import tensors_digest, verify
-from checkpoints.formats import hparams_from_config, to_published
+from checkpoints.formats import hparams_from_config, to_mini_dalle
 from checkpoints.reading import SAFETENSORS_FORMAT, DalleCheckpoint
 from checkpoints.trust import aliases, check_state, empty_weights, model_config
 from models.config import DalleConfig
@@ -28,14 +28,14 @@ from utils.files import PathLike, atomic_write
 logger = logging.getLogger(__name__)
 
 _FILE_NAME = re.compile(r"dalle_(\d{1,9})(?:_(\d{1,12}))?\.pt")
-_LEFTOVER = re.compile(r"\.dalle_\d+(?:_\d+)?\.pt\..*\.tmp")  # what atomic_write leaves behind when it is killed
+_LEFTOVER = re.compile(r"\.dalle_\d+(?:_\d+)?\.pt\..*\.tmp")  # left by a killed atomic_write
 
 
 # ---- writing
 
 
 def _require_plain(value: Any, where: str) -> None:
-    """Raise TypeError for what `torch.load(weights_only=True)` would refuse: found when writing, not when resuming."""
+    """Raise TypeError for values that `torch.load(weights_only=True)` would refuse: on writing, not on resuming."""
     if type(value) is dict:
         for key, item in value.items():
             _require_plain(key, where + " key")
@@ -48,7 +48,7 @@ def _require_plain(value: Any, where: str) -> None:
 
 
 def _write_reason(error: BaseException) -> str:
-    """What the operating system said: torch.save wraps a failed write in a RuntimeError that does not."""
+    """The operating system's message, which torch.save hides in a RuntimeError if a write fails."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError):
@@ -58,10 +58,10 @@ def _write_reason(error: BaseException) -> str:
 
 
 def save_checkpoint(path: PathLike, checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint atomically, so that `torch.load(path, weights_only=True)` reads it.
+    """Write a checkpoint atomically, for `torch.load(path, weights_only=True)`.
 
-    Raises TypeError on values that could not be read back, UserError when the file cannot be written (any older file of
-    that name is then still there).
+    Raises TypeError for values that could not be read back, UserError if the file cannot be written (an older file of
+    that name is then kept).
     """
     _require_plain(checkpoint, "checkpoint")
     try:
@@ -80,12 +80,12 @@ def dalle_checkpoint(
     hparams_extra: Mapping[str, Any] | None = None,
     training: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return a checkpoint in Mini DALL-E's published layout, with `config` and `training` added.
+    """Return a checkpoint in Mini DALL-E's checkpoint layout, with `config` and `training` added.
 
     config: `DalleConfig.to_dict()`; state: `DalleModel.state_dict()`; epoch: complete epochs; hparams_extra: options
-    about IPUs and precision that the published `hparams` also hold; training: what a bit-exact resume needs.
+    about IPUs and precision that Mini DALL-E's `hparams` also hold; training: what a bit-exact resume needs.
     `training` has "tokenizer" and "vqgan" (their identities) and, in "engine", "ema" (averaged weights or None).
-    The VQGAN is frozen and not stored: its identity says which one it was.
+    The VQGAN is frozen and not stored, only its identity.
     """
     state = {name: tensor.detach().cpu() for name, tensor in state.items()}
     model = model_config(config, state)
@@ -94,7 +94,7 @@ def dalle_checkpoint(
         "hparams": hparams_from_config(model, hparams_extra or {}),
         "vae_params": None,
         "epoch": epoch,
-        "weights": to_published(state),
+        "weights": to_mini_dalle(state),
         "opt_state": opt_state,
         "scheduler_state": scheduler_state,
         "config": model.to_dict(),
@@ -108,10 +108,10 @@ def dalle_checkpoint(
 def export_safetensors(
     checkpoint: DalleCheckpoint, path: PathLike, dtype: torch.dtype | None = None, ema: bool = True
 ) -> None:
-    """Write a model's weights and options, and nothing of its training, as safetensors.
+    """Write a model's weights and options, without training state, as safetensors.
 
-    dtype: None keeps the stored precision. ema: take the averaged weights where there are some.
-    Raises UserError when a weight has no place in `dtype` or the file cannot be written.
+    dtype: None keeps the stored precision. ema: take the averaged weights if there are any.
+    Raises UserError if a weight overflows `dtype` or the file cannot be written.
     """
     from safetensors.torch import save
 
@@ -121,7 +121,7 @@ def export_safetensors(
     for name, tensor in weights.items():
         if name in same:
             continue
-        # A copy: safetensors refuses tensors that share memory, as the two heads of a published checkpoint do.
+        # A copy: safetensors refuses tensors that share memory, like the two heads of a Mini DALL-E checkpoint.
         tensors[name] = tensor.detach().cpu().to(dtype or tensor.dtype, copy=True).contiguous()
         if not torch.isfinite(tensors[name]).all():
             raise UserError(
@@ -146,12 +146,12 @@ def export_safetensors(
 
 
 def checkpoint_name(epoch: int, step: int | None = None) -> str:
-    """Return the file name at the end of `epoch` (from 0); with `step`, for that optimizer step inside it."""
+    """Return the file name for the end of `epoch` (from 0), or for optimizer step `step` within it."""
     return f"dalle_{epoch}.pt" if step is None else f"dalle_{epoch}_{step}.pt"
 
 
 def list_checkpoints(folder: PathLike) -> list[Path]:
-    """Return a run's checkpoints, complete or not, in the order of training, the newest last."""
+    """Return a run's checkpoints, intact or not, in the order of training, the newest last."""
     found: list[tuple[int, float, Path]] = []
     for path in Path(folder).glob("dalle_*.pt"):
         match = _FILE_NAME.fullmatch(path.name)
@@ -161,10 +161,10 @@ def list_checkpoints(folder: PathLike) -> list[Path]:
 
 
 def newest_checkpoint(folder: PathLike, together: bool = False) -> Path | None:
-    """Return the newest undamaged checkpoint of a run, or None. Damaged ones are named in a warning and passed over.
+    """Return the newest undamaged checkpoint of a run, or None. Damaged ones are skipped with a warning.
 
-    together: all processes of the process group, where there is one, call this at once, and the first verifies for all.
-    A process that does not see its file gets None.
+    together: all processes of the process group, if there is one, call this together, and the first verifies for all.
+    A process that does not see the file gets None.
     """
     together = together and dist.is_available() and dist.is_initialized()
     paths = [] if together and dist.get_rank() else list_checkpoints(folder)
@@ -179,14 +179,14 @@ def _is_whole(path: Path) -> bool:
         verify(path)
         return True
     except UserError as error:
-        logger.warning("Passing over a checkpoint: %s", error)
+        logger.warning("skipping a checkpoint: %s", error)
         return False
 
 
 def prune_checkpoints(folder: PathLike, keep: int) -> list[Path]:
-    """Delete all but the newest `keep` checkpoints of a run (0: keep all) and half-written ones of a killed process.
+    """Delete all but the newest `keep` checkpoints of a run (0: keep all) and partial files of a killed process.
 
-    Returns what was deleted. To be called by the one process that writes, after its write. A file that cannot be
+    Returns the deleted files. Only the process that writes may call this, after its write. A file that cannot be
     deleted is named in a warning.
     """
     if keep < 0:

@@ -1,4 +1,4 @@
-"""What evaluate.py does: the loss of a trained model on pairs, and how well its demo pictures are recognised."""
+"""The work of evaluate.py: loss of a trained model on image-caption pairs, and retrieval@1 on the demo set."""
 from __future__ import annotations
 
 import contextlib
@@ -12,22 +12,30 @@ from torch import Tensor
 
 import log
 from dalle.loading import Loaded, describe_checkpoint, warn_of_guidance
+from dalle.measuring import (
+    MetricOptions,
+    check_metrics,
+    measure_folder,
+    measure_reconstruction,
+    measure_sampled,
+    metrics_report,
+)
 from dalle.pictures import Sample
 from data import DEMO, DataSettings, create_dataset, epoch_order
 from data.demo import DemoRecord, demo_images, demo_records
 from models.dalle import TextToImage
 from models.vqgan import image_codes
-from models.vqgan_metrics import nearest_pictures
-from sampling import Graphs, Sampler, SamplingFlags, decode, encode
+from models.vqgan_metrics import nearest_images
+from sampling import Graphs, Sampler, SamplingFlags, SamplingOptions, decode, encode
 from utils.errors import UsageError
 from utils.flags import DataOptions, ModelOptions, PartsOptions
 from utils.loading import make_loader, read
 from utils.options import Command, Options, again, option
 
 TRAINING_CAPTIONS = 200
-"""Training captions that retrieval samples from."""
+"""Number of training captions for retrieval."""
 SHEET_SAMPLES = (36, 24)
-"""Samples of a contact sheet at most: held out (or of any other data), training."""
+"""Most samples on a contact sheet: held-out ones (or those of other data), training."""
 
 
 @dataclass(frozen=True)
@@ -36,70 +44,104 @@ class PairOptions(DataOptions, title="loss"):
 
     input_folder: str = again(DataOptions, "input_folder", default=DEMO)
     split: str = option("heldout", "part of the demo set", choices=("heldout", "train", "all"))
-    max_pairs: int | None = option(None, "measure the loss on so many pairs only, always the same ones", ge=1,
+    max_pairs: int | None = option(None, "measure the loss on this many pairs only, always the same ones", ge=1,
                                    none="all")
 
 
 @dataclass(frozen=True)
 class RetrievalOptions(SamplingFlags, title="retrieval on the demo set"):
-    """How to sample the pictures that are to be recognised."""
+    """How to sample images for retrieval."""
 
     batch_size: int = again(SamplingFlags, "batch_size", default=32, help="pairs, or images sampled, at the same time")
     top_k: float = again(SamplingFlags, "top_k", default=0.0)
     temperature: float = again(SamplingFlags, "temperature", default=0.0)
-    skip_retrieval: bool = option(False, "measure the loss alone")
-    best_of: int = option(1, "of N images take the one the model finds likeliest; with a --temperature", ge=1, le=4096)
+    cond_scale: tuple[float, ...] = again(SamplingFlags, "cond_scale", default=(1.0,))  # type: ignore[assignment]
+    skip_retrieval: bool = option(False, "measure the loss only")
+    best_of: int = option(1, "keep the likeliest of N images by the model; with a --temperature", ge=1, le=4096)
 
 
 @dataclass(frozen=True)
 class ReportOptions(Options, title="results"):
-    """Where the results go."""
+    """Where to write the results."""
 
-    json: str | None = option(None, "write the numbers there as JSON", path=True, metavar="FILE")
-    sheet: str | None = option(None, "write a contact sheet there, as .png or .jpg: caption, real picture, "
-                               "reconstruction, generated picture", path=True, metavar="FILE")
+    json: str | None = option(None, "write the results to this file as JSON", path=True, metavar="FILE")
+    sheet: str | None = option(None, "write a contact sheet to this file, .png or .jpg: caption, real image, "
+                               "reconstruction, generated image", path=True, metavar="FILE")
 
 
 @dataclass(frozen=True)
-class EvaluateOptions(ModelOptions, PartsOptions, PairOptions, RetrievalOptions, ReportOptions):
+class EvaluateOptions(ModelOptions, PartsOptions, PairOptions, RetrievalOptions, MetricOptions, ReportOptions):
     """The flags of evaluate.py."""
+
+    dalle_path: str | None = again(ModelOptions, "dalle_path", default=None)  # type: ignore[assignment]
+
+    @property
+    def sampled_metrics(self) -> bool:
+        """Whether images are sampled for --metrics."""
+        return self.images is None and not self.reconstruction and bool(set(self.metrics) - {"loss"})
 
     @property
     def samples(self) -> bool:
-        """Whether images are sampled at all."""
-        return self.sheet is not None or (self.input_folder == DEMO and not self.skip_retrieval)
+        """Whether images are sampled."""
+        return self.sheet is not None or self.sampled_metrics or self.retrieves
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether retrieval on the demo set is measured."""
+        other = self.metrics or self.images is not None or self.reconstruction
+        return self.input_folder == DEMO and not self.skip_retrieval and not other
 
     def check(self) -> None:
         """Raise UsageError for options that contradict each other."""
+        check_metrics(self)
         if self.best_of > 1 and self.temperature == 0:
-            raise UsageError(f"--best-of {self.best_of}: at --temperature 0 all images of a caption are the same; give "
-                             "a --temperature, 1 say")
+            raise UsageError(f"--best-of {self.best_of}: at --temperature 0 all images of a caption are the same; "
+                             "give a --temperature, such as 1")
         if self.sheet is not None and not self.sheet.endswith((".png", ".jpg")):
             raise UsageError(f"--sheet: the file's name must end in .png or .jpg, not {self.sheet!r}")
         unused = {"--top-k", "--top-p", "--temperature", "--cond-scale", "--best-of"} & set(self.given())
         if unused and not self.samples:
-            raise UsageError(f"{min(unused)}: nothing is sampled but for retrieval on the demo set, or with --sheet")
+            raise UsageError(f"{min(unused)}: images are only sampled for retrieval on the demo set, --metrics of "
+                             "sampled images, or with --sheet")
         if self.input_folder != DEMO and "--split" in self.given():
             raise UsageError(f"--split is for the demo set, not for --input-folder {self.input_folder}")
 
 
-COMMAND = Command("evaluate.py", "Measure a trained model.", EvaluateOptions)
+    def sampling(self, vocabulary: int) -> SamplingOptions:
+        """How to sample, at the first of the guidance scales."""
+        return super().sampling(vocabulary)._replace(cond_scale=self.cond_scale[0])
 
 
-def evaluate(options: EvaluateOptions, loaded: Loaded) -> tuple[dict[str, Any], list[tuple[str, list[Sample]]]]:
-    """Measure what the options ask for: the numbers, and titled samples for a contact sheet."""
+COMMAND = Command("evaluate.py", "Evaluate a trained model.", EvaluateOptions)
+
+
+def evaluate(
+    options: EvaluateOptions, loaded: Loaded | None, device: torch.device
+) -> tuple[dict[str, Any], list[tuple[str, list[Sample]]]]:
+    """Return the metrics that the options select, and titled samples for a contact sheet.
+
+    loaded: the model of --dalle-path, None for --images and --reconstruction without one.
+    """
+    if options.images is not None:
+        return measure_folder(options, device), []
+    if options.reconstruction or loaded is None:
+        return measure_reconstruction(options, loaded, device), []
     dataset = open_data(loaded, options)
     result: dict[str, Any] = {
-        "checkpoint": describe_model(loaded, options.dalle_path),
+        "checkpoint": describe_model(loaded, str(options.dalle_path)),
         "data": {"input_folder": options.input_folder, "num_pairs": len(dataset)},
-        "validation": validation_loss(loaded, dataset, options),
     }
+    if not options.metrics or "loss" in options.metrics:
+        result["validation"] = validation_loss(loaded, dataset, options)
     if options.samples:
-        warn_of_guidance(loaded, options.cond_scale)
+        for scale in options.cond_scale:
+            warn_of_guidance(loaded, scale)
     groups: list[tuple[str, list[Sample]]] = []
     if options.input_folder == DEMO:
         result["data"]["split"] = options.split
-    if options.input_folder == DEMO and not options.skip_retrieval:
+    if options.sampled_metrics:
+        result.update(measure_sampled(options, loaded, dataset))
+    if options.retrieves:
         result["retrieval"], groups = measure_retrieval(loaded, options)
     elif options.sheet is not None:
         groups = [(options.input_folder, sample_pairs(loaded, dataset, options))]
@@ -107,7 +149,7 @@ def evaluate(options: EvaluateOptions, loaded: Loaded) -> tuple[dict[str, Any], 
 
 
 def describe_model(loaded: Loaded, name: str) -> dict[str, Any]:
-    """Which model was measured."""
+    """Describe the evaluated model."""
     return {
         **describe_checkpoint(loaded, name),
         "parameters": sum(parameter.numel() for parameter in loaded.dalle.parameters()),
@@ -120,7 +162,7 @@ def describe_model(loaded: Loaded, name: str) -> dict[str, Any]:
 
 
 def open_data(loaded: Loaded, options: EvaluateOptions) -> Any:
-    """The pairs to measure on. Captions are cut to what the model reads."""
+    """The pairs to measure on. Captions are truncated to the model's text length."""
     settings = DataSettings(
         text_seq_len=loaded.config.text_seq_len,
         image_size=loaded.image_size,
@@ -136,7 +178,7 @@ def open_data(loaded: Loaded, options: EvaluateOptions) -> Any:
 
 @torch.no_grad()
 def validation_loss(loaded: Loaded, dataset: Any, options: EvaluateOptions) -> dict[str, float]:
-    """Mean loss over all pairs: nats for a token, and what follows from it."""
+    """Mean loss over all pairs in nats per token, and derived metrics."""
     model = TextToImage(loaded.dalle).eval()
     batches = read(make_loader(dataset, options.dataloader_workers, batch_size=options.batch_size))
     sums = torch.zeros(3, dtype=torch.float64)
@@ -157,11 +199,11 @@ def validation_loss(loaded: Loaded, dataset: Any, options: EvaluateOptions) -> d
 
 
 def _exp(value: float) -> float:
-    return math.exp(min(value, 709.0))  # beyond lies infinity; NaN stays NaN
+    return math.exp(min(value, 709.0))  # without overflow; NaN stays NaN
 
 
 def finite(value: Any) -> Any:
-    """The same tables with null for numbers that JSON does not know (the losses of a model that has diverged)."""
+    """Replace non-finite numbers (the losses of a diverged model), which JSON lacks, by None."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -171,32 +213,32 @@ def finite(value: Any) -> Any:
 
 
 class Gallery(NamedTuple):
-    """All pictures of the demo set."""
+    """All images of the demo set."""
 
     records: list[DemoRecord]
     images: Tensor
     """(n, 3, S, S) uint8"""
 
     def positions(self, records: Sequence[DemoRecord]) -> Tensor:
-        """Where these records are in the gallery, LongTensor."""
+        """Positions of these records in the gallery, LongTensor."""
         place = {record.stem: index for index, record in enumerate(self.records)}
         return torch.tensor([place[record.stem] for record in records])
 
 
 def training_records(records: Sequence[DemoRecord], count: int) -> list[DemoRecord]:
-    """A fixed choice of training records: those whose hash is smallest, in the order of the set."""
+    """A fixed choice of training records: those with the smallest hashes, in the order of the set."""
 
-    def draw(record: DemoRecord) -> bytes:
+    def stem_hash(record: DemoRecord) -> bytes:
         return hashlib.sha256(b"evaluate/" + record.stem.encode("ascii")).digest()
 
-    return sorted(sorted(records, key=draw)[:count], key=lambda record: record.stem)
+    return sorted(sorted(records, key=stem_hash)[:count], key=lambda record: record.stem)
 
 
 def sample_best(loaded: Loaded, text: Tensor, options: EvaluateOptions) -> Tensor:
-    """One image for each caption, text (n, T): the likeliest of --best-of. Returns (n, 3, S, S) uint8."""
+    """One image per caption, the likeliest of --best-of. text: (n, T). Returns (n, 3, S, S) uint8."""
     sampling = options.sampling(loaded.config.num_image_tokens)
     best = torch.full((len(text),), -math.inf)
-    pictures = torch.zeros(len(text), 3, loaded.image_size, loaded.image_size, dtype=torch.uint8)
+    images = torch.zeros(len(text), 3, loaded.image_size, loaded.image_size, dtype=torch.uint8)
     with log.progress(len(text) * options.best_of, "sampling", unit="image") as bar:
         sampler = Sampler(loaded, Graphs(loaded.dalle))
         for batch in sampler.images(text, options.best_of, options.batch_size, options.seed, sampling):
@@ -206,22 +248,22 @@ def sample_best(loaded: Loaded, text: Tensor, options: EvaluateOptions) -> Tenso
                 own = slice(row * count, (row + 1) * count)
                 likelihood, index = batch.log_likelihood[own].max(dim=0)
                 if likelihood > best[prompt] or share.first_image == 0:
-                    best[prompt], pictures[prompt] = likelihood, batch.pixels[own][index]
+                    best[prompt], images[prompt] = likelihood, batch.pixels[own][index]
             bar.update(share.num_images, share.num_images)
-    return pictures
+    return images
 
 
 def retrieve(
     loaded: Loaded, gallery: Gallery, records: Sequence[DemoRecord], options: EvaluateOptions
 ) -> tuple[dict[str, Any], list[Sample]]:
-    """Retrieval@1 of images sampled from these records' captions and of reconstructions, and samples to look at."""
+    """Retrieval@1 of images sampled from these records' captions and of reconstructions, and samples to show."""
     own = gallery.positions(records)
     real = gallery.images[own]
     reconstructions = torch.cat([decode(loaded, encode(loaded, part)) for part in real.split(options.batch_size)])
     text = loaded.tokenizer.tokenize([record.caption for record in records], loaded.config.text_seq_len, truncate=True)
     generated = sample_best(loaded, text, options)
-    found = nearest_pictures(generated, gallery.images, loaded.device) == own
-    found_again = nearest_pictures(reconstructions, gallery.images, loaded.device) == own
+    found = nearest_images(generated, gallery.images, loaded.device) == own
+    reconstructions_found = nearest_images(reconstructions, gallery.images, loaded.device) == own
     samples = [
         Sample(record.caption, real[index], reconstructions[index], generated[index], bool(found[index]))
         for index, record in enumerate(records)
@@ -229,21 +271,21 @@ def retrieve(
     return {
         "captions": len(records),
         "generated": float(found.float().mean()),
-        "reconstructions": float(found_again.float().mean()),
+        "reconstructions": float(reconstructions_found.float().mean()),
     }, samples
 
 
 def measure_retrieval(
     loaded: Loaded, options: EvaluateOptions
 ) -> tuple[dict[str, Any], list[tuple[str, list[Sample]]]]:
-    """Retrieval@1 for the held-out captions and for 200 training captions among all pictures of the demo set."""
+    """Retrieval@1 for the held-out captions and for 200 training captions among all images of the demo set."""
     records = demo_records("all")
     gallery = Gallery(records, demo_images(records, loaded.image_size))
     result: dict[str, Any] = {
         "pictures": len(records),
         "temperature": options.temperature,
         "top_k": options.top_k,
-        "cond_scale": options.cond_scale,
+        "cond_scale": options.cond_scale[0],
         "best_of": options.best_of,
         "seed": options.seed,
     }
@@ -270,15 +312,15 @@ def measure_retrieval(
 
 
 def sample_pairs(loaded: Loaded, dataset: Any, options: EvaluateOptions) -> list[Sample]:
-    """A few pairs of any data for a contact sheet, sampled from their captions."""
+    """A few pairs of any data set for a contact sheet, with images generated from their captions."""
     count = min(SHEET_SAMPLES[0], len(dataset))
     text, images = zip(*(dataset[index * len(dataset) // count] for index in range(count)))
     real = torch.stack(images)
     reconstructions = torch.cat([decode(loaded, encode(loaded, part)) for part in real.split(options.batch_size)])
     generated = sample_best(loaded, torch.stack(text), options)
     return [
-        Sample(loaded.tokenizer.decode(row.tolist()), *pictures)
-        for row, *pictures in zip(text, real, reconstructions, generated)
+        Sample(loaded.tokenizer.decode(row.tolist()), *row_images)
+        for row, *row_images in zip(text, real, reconstructions, generated)
     ]
 
 
@@ -286,30 +328,34 @@ def sample_pairs(loaded: Loaded, dataset: Any, options: EvaluateOptions) -> list
 
 
 def report(result: dict[str, Any]) -> str:
-    """The numbers as text."""
-    checkpoint, losses = result["checkpoint"], result["validation"]
-    data = "{input_folder} ({num_pairs} pairs)".format(**result["data"])
-    if "split" in result["data"]:
-        data = "demo set, {split} ({num_pairs} pairs)".format(**result["data"])
-    lines = [
-        "checkpoint   {} (sha256 {}..., {:.2f} M parameters)".format(
-            checkpoint["name"], checkpoint["sha256"][:12], checkpoint["parameters"] / 1e6
-        ),
-        "data         " + data,
-        "loss         {:.4f} nats".format(losses["loss"]),
-        "  text       {:.4f} nats for a token, perplexity {:.2f}".format(
-            losses["text_loss"], losses["text_perplexity"]
-        ),
-        "  image      {:.4f} nats for a code, perplexity {:.2f}".format(
-            losses["image_loss"], losses["image_perplexity"]
-        ),
-        "             {:.4f} bits for a code (at random: {:.2f})".format(
-            losses["bits_per_code"], math.log2(checkpoint["codebook"])
-        ),
-    ]
+    """Format the results as text."""
+    lines = []
+    if "checkpoint" in result:
+        data = "{input_folder} ({num_pairs} pairs)".format(**result["data"])
+        if "split" in result["data"]:
+            data = "demo set, {split} ({num_pairs} pairs)".format(**result["data"])
+        lines += [
+            "checkpoint   {name} (sha256 {sha256:.12}..., {parameters} parameters)".format(
+                **dict(result["checkpoint"], parameters=f"{result['checkpoint']['parameters'] / 1e6:.2f} M")
+            ),
+            "data         " + data,
+        ]
+    if "validation" in result:
+        uniform = math.log2(result["checkpoint"]["codebook"])
+        lines += [
+            line.format(uniform=uniform, **result["validation"])
+            for line in (
+                "loss         {loss:.4f} nats",
+                "  text       {text_loss:.4f} nats per token, perplexity {text_perplexity:.2f}",
+                "  image      {image_loss:.4f} nats per code, perplexity {image_perplexity:.2f}",
+                "             {bits_per_code:.4f} bits per code (uniform: {uniform:.2f})",
+            )
+        ]
+    if "metrics" in result:
+        lines += metrics_report(result)
     if "retrieval" in result:
         retrieval = result["retrieval"]
-        lines.append("retrieval@1 among {} pictures".format(retrieval["pictures"]))
+        lines.append("retrieval@1 among {} images".format(retrieval["pictures"]))
         for name, label in (("heldout", "held-out"), ("train", "training")):
             lines.append(
                 "  {}   {captions} captions: generated {generated:.1%}, reconstructions {reconstructions:.1%}".format(

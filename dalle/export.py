@@ -1,10 +1,10 @@
-"""Write a model in minDALL-E's layout, which its own code and everything here reads.
+"""Write a model in minDALL-E's layout, which minDALL-E's code and this project read.
 
     python -m dalle.export output/minDALLE_1.3B/ckpt/dalle_7.pt exported      # from a checkpoint
-    python train.py --config minDALLE_tiny --export-mindalle exported         # at the end of a training
+    python train.py --config minDALLE_tiny --export-mindalle exported         # at the end of training
 
-A folder of config.yaml, stage1_last.ckpt (VQGAN), stage2_last.ckpt (transformer) and tokenizer/. What it holds is read
-back bit for bit.
+The folder holds config.yaml, stage1_last.ckpt (VQGAN), stage2_last.ckpt (transformer) and tokenizer/. Reading it back
+is bit-exact.
 """
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ logger = logging.getLogger(__name__)
 
 
 def export_options(config: DalleConfig, vqgan: VqganConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the content of config.yaml. Raises UserError for what has no place in the layout."""
+    """Return the content of config.yaml. Raises UserError for options that the layout cannot express."""
     if not isinstance(tokenizer, CharBpeTokenizer):
         raise UserError(
-            "minDALL-E's layout holds a character BPE vocabulary, not one of the kind {}: train with one, a folder, as "
+            "minDALL-E's layout needs a character BPE vocabulary, not one of type {}: train with such a folder as "
             "--bpe-path (python -m bpe.train --kind char learns one)".format(tokenizer.identity["type"])
         )
     stage2 = mindalle_options(config)
@@ -50,7 +50,7 @@ def export_options(config: DalleConfig, vqgan: VqganConfig, tokenizer: Tokenizer
 
 
 def check_empty(folder: PathLike, flag: str) -> None:
-    """Raise UserError unless the folder is empty or can be made: nobody's model is overwritten."""
+    """Raise UserError unless the folder is empty or can be made: no model is overwritten."""
     if any(make_folder(flag, folder).iterdir()):
         raise UserError(f"{flag} {folder}: the folder is not empty; give a new one")
 
@@ -58,25 +58,25 @@ def check_empty(folder: PathLike, flag: str) -> None:
 def export_mindalle(
     folder: PathLike, config: DalleConfig, weights: Mapping[str, Tensor], vqgan: VQGAN, tokenizer: Tokenizer
 ) -> None:
-    """Write a model to a folder. weights: `DalleModel.state_dict()`, in the precision in which they are to be stored.
+    """Write a model to a folder. weights: `DalleModel.state_dict()`, in the precision to store.
 
-    Raises UserError for what has no place in the layout, and when a file cannot be written.
+    Raises UserError for options that the layout cannot express, and when a file cannot be written.
     """
     options = export_options(config, vqgan.config, tokenizer)
     folder = Path(folder)
     if (vqgan.config.num_groups, vqgan.config.patch_size) != (32, 1):
-        logger.warning("%s: minDALL-E's own code does not know the VQGAN's num_groups and patch_size", folder)
+        logger.warning("%s: minDALL-E's code does not support the VQGAN's num_groups and patch_size", folder)
     stage1 = {name: tensor.detach().cpu().contiguous() for name, tensor in vqgan.state_dict().items()}
     stage2 = to_mindalle({name: tensor.detach().cpu() for name, tensor in weights.items()})
     try:
-        assert isinstance(tokenizer, CharBpeTokenizer)  # export_options has seen to it
+        assert isinstance(tokenizer, CharBpeTokenizer)  # checked by export_options
         tokenizer.save(folder / TOKENIZER)
         with atomic_write(folder / "config.yaml") as file:
             yaml.safe_dump(options, file, sort_keys=False)
         for name, state in ((STAGE1, stage1), (STAGE2, stage2)):
             with atomic_write(folder / name, "wb") as file:
                 torch.save({"state_dict": state}, file)
-    except (OSError, RuntimeError) as error:  # torch.save wraps what the system says in a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save wraps an OSError in a RuntimeError
         raise UserError("{} cannot be written: {}".format(folder, str(error).split("\n")[0])) from error
 
 

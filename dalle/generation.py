@@ -1,4 +1,4 @@
-"""Images of captions as files: prompts in, folders of images out. What generate.py does.
+"""The work of generate.py: prompts in, folders of images out.
 
 options = COMMAND.parse(["--dalle-path", "demo", "--text", "red apple"])
 generate(options, load(*options.files))
@@ -33,7 +33,7 @@ from utils.options import Command, Options, option
 
 logger = logging.getLogger(__name__)
 
-_CHARACTERS_PER_TOKEN = 1000  # far above any token's length: what lies behind can not be read by the model
+_CHARACTERS_PER_TOKEN = 1000  # far above any token's length: the model cannot read more
 
 
 @dataclass(frozen=True)
@@ -41,32 +41,32 @@ class PromptOptions(Options, title="prompts"):
     """What to generate."""
 
     text: str = option("", "caption of the images; several are separated by |", metavar="PROMPT")
-    prompts_file: str | None = option(None, "file with a caption on each line, instead of --text or in addition",
+    prompts_file: str | None = option(None, "file with one caption per line, instead of --text or in addition",
                                       path=True)
     gentxt: bool = option(False, "let the model complete each caption first")
-    prime_image: str | None = option(None, "picture whose upper part the images take over", path=True)
+    prime_image: str | None = option(None, "picture whose upper part the images keep", path=True)
     prime_rows: int | None = option(None, "rows of codes taken from --prime-image", ge=1, none="0.4375 of them",
                                     needs="prime_image")
-    image: str | None = option(None, "picture of which the images keep all but the masked part", path=True)
-    mask: str | None = option(None, "part of the picture to generate: a picture in which it is white, or left,top,"
+    image: str | None = option(None, "picture to complete: the images keep all but the masked part", path=True)
+    mask: str | None = option(None, "part of the picture to generate: a mask in which it is white, or left,top,"
                               "right,bottom as fractions, such as 0,0.5,1,1 for the lower half", metavar="FILE|BOX",
                               none="where --image is transparent", needs="image")
 
 
 @dataclass(frozen=True)
 class ResultOptions(Options, title="results"):
-    """How many images, which of them are kept, and where."""
+    """How many images to generate, which ones to keep, and where."""
 
-    num_images: int = option(128, "images of each caption", ge=1, le=10**6)
-    clip_path: str | None = option(None, "order the images by how well they fit their caption: folder or name of a "
+    num_images: int = option(128, "images per caption", ge=1, le=10**6)
+    clip_path: str | None = option(None, "rank the images by CLIP similarity to their caption: folder or name of a "
                                    "CLIP model of transformers", path=True, metavar="DIR|NAME")
-    keep: int | None = option(None, "write only the best N of --num-images: by --clip-path, else the likeliest", ge=1,
+    keep: int | None = option(None, "write only the best N of --num-images: by --clip-path, else by likelihood", ge=1,
                               none="all")
-    outputs_dir: str = option("./outputs", "where the folders of the captions go", path=True)
-    format: str = option("jpg", "of the images", choices=FORMATS)
-    dtype: str = option("float32", "how the transformer's weights are kept: bfloat16 takes half the memory, int8 a "
+    outputs_dir: str = option("./outputs", "folder for the captions' folders", path=True)
+    format: str = option("jpg", "image format", choices=FORMATS)
+    dtype: str = option("float32", "dtype of the transformer's weights: bfloat16 takes half the memory, int8 a "
                         "quarter", choices=DTYPES)
-    cuda_graphs: str = option("auto", "off: on a GPU too, launch each step by itself instead of replaying CUDA graphs",
+    cuda_graphs: str = option("auto", "off: on a GPU, launch kernels step by step instead of replaying CUDA graphs",
                               choices=("auto", "off"))
 
 
@@ -81,19 +81,19 @@ class GenerateOptions(ModelOptions, PartsOptions, PromptOptions, SamplingFlags, 
         if self.image is not None and self.prime_image is not None:
             raise UsageError("--image and --prime-image exclude each other: --mask can mark the lower rows, too")
         if self.keep is not None and self.keep > self.num_images:
-            raise UsageError(f"--keep {self.keep}: only --num-images {self.num_images} are sampled of each caption")
+            raise UsageError(f"--keep {self.keep}: only --num-images {self.num_images} are sampled per caption")
 
 
 COMMAND = Command("generate.py", "Generate images from captions.", GenerateOptions)
 
 
 class Caption(NamedTuple):
-    """A prompt as the model reads it."""
+    """A prompt and its token ids."""
 
     prompt: str
-    """As it was given."""
+    """As given."""
     text: str
-    """The prompt, or with --gentxt the caption it became."""
+    """The prompt, or its completion with --gentxt."""
     ids: list[int]
     """Token ids, at most T."""
 
@@ -113,7 +113,7 @@ def generate(options: GenerateOptions, prompts: Sequence[str], loaded: Loaded) -
 
 
 def read_prompts(options: GenerateOptions) -> list[str]:
-    """The captions of --text and --prompts-file without surrounding blanks, each once, empty ones left out."""
+    """The captions of --text and --prompts-file, stripped, without duplicates and empty ones."""
     texts = options.text.split("|")
     if options.prompts_file is not None:
         try:
@@ -122,33 +122,35 @@ def read_prompts(options: GenerateOptions) -> list[str]:
             raise UserError(f"--prompts-file {options.prompts_file}: {error.strerror or error}") from error
         except UnicodeDecodeError as error:
             raise UserError(
-                f"--prompts-file {options.prompts_file} is no UTF-8 text (byte {error.start})"
+                f"--prompts-file {options.prompts_file} is not UTF-8 text (byte {error.start})"
             ) from error
-    # Bytes of the command line that are no text arrive as lone surrogates, which no file can hold.
+    if any("\0" in text for text in texts):
+        raise UserError(f"--prompts-file {options.prompts_file} is not a text file: it holds NUL characters")
+    # Undecodable bytes of the command line arrive as lone surrogates, which cannot be written to files.
     texts = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip() for text in texts]
     prompts = list(dict.fromkeys(text for text in texts if text))
     if not prompts:
         flag = "--text" if options.text else "--prompts-file"
-        raise UsageError(f"{flag}: there is no caption in it")
+        raise UsageError(f"{flag}: no captions found")
     repeated = sum(map(bool, texts)) - len(prompts)
     if repeated:
-        logger.warning("%d of the captions are given more than once: each counts once", repeated)
+        logger.warning("%d duplicate captions are ignored", repeated)
     return prompts
 
 
 def read_prime(file: str, rows: int, loaded: Loaded) -> Tensor:
-    """The codes (N,) of --prime-image in its first rows, -1 below, where the model samples."""
+    """The codes (N,) of --prime-image in its first rows, -1 below for sampling."""
     grid = loaded.config.grid
     if rows >= grid:
         raise UsageError(
-            f"--prime-rows: the model samples {grid} rows of codes, so at most {grid - 1} can be given, not {rows}"
+            f"--prime-rows: the model has {grid} rows of codes, so at most {grid - 1} can be given, not {rows}"
         )
     picture = _read_picture("--prime-image", file, partial(load_image, image_size=loaded.image_size))
     return given_codes(loaded, picture, rows)
 
 
 def read_completion(options: GenerateOptions, loaded: Loaded) -> Tensor | None:
-    """The codes (N,) that --image gives, -1 where --mask lets the model sample; None without the flag."""
+    """The codes (N,) of --image, -1 where --mask is marked for sampling; None without the flag."""
     if options.image is None:
         return None
     picture = _read_picture("--image", options.image)
@@ -170,20 +172,20 @@ def _read_picture(flag: str, file: str, read: Callable[[str], Any] = open_pictur
 
 
 def read_caption(prompt: str, loaded: Loaded, options: GenerateOptions) -> Caption:
-    """Turn a prompt into token ids: cut to what the model reads, with a warning, or completed with --gentxt."""
+    """Turn a prompt into token ids: truncated to the text length, with a warning, or completed with --gentxt."""
     config, limit = loaded.config, _CHARACTERS_PER_TOKEN * loaded.config.text_seq_len
     shown = prompt if len(prompt) <= 80 else prompt[:77] + "..."
     ids = loaded.tokenizer.encode(prompt if len(prompt) <= limit else re.sub(r"\s+", " ", prompt)[:limit])
     if len(ids) > config.text_seq_len:
         logger.warning(
-            "the model reads %d tokens of a caption, the end of %r (%d tokens) is left out",
+            "the model reads %d tokens of a caption: %r (%d tokens) is truncated",
             config.text_seq_len,
             shown,
             len(ids),
         )
         ids = ids[: config.text_seq_len]
     if not ids:
-        logger.warning("%r has no words for the model: the images are sampled without a caption", shown)
+        logger.warning("%r has no tokens: its images are sampled without a caption", shown)
     if not options.gentxt or not (ids or config.bos):
         return Caption(prompt, prompt, ids)
     ids = complete_caption(loaded, ids, options.seed, options.sampling(config.num_text_tokens))
@@ -193,7 +195,7 @@ def read_caption(prompt: str, loaded: Loaded, options: GenerateOptions) -> Capti
 
 
 class Writer:
-    """Hands the images of each batch to the folders of their captions: at once, or the best ones in their order."""
+    """Writes the images of each batch to their captions' folders: immediately, or at the end if ranked."""
 
     def __init__(
         self,
@@ -203,12 +205,12 @@ class Writer:
         ranker: ClipRanker | None = None,
     ) -> None:
         self.captions, self.options, self.about, self.ranker = captions, options, about, ranker
-        self.folders: dict[int, PromptFolder] = {}  # of captions that are not complete yet
-        self.best: dict[int, Best] = {}  # the same, when images are ranked
+        self.folders: dict[int, PromptFolder] = {}  # of incomplete captions
+        self.best: dict[int, Best] = {}  # of incomplete captions, if images are ranked
         self.taken: set[str] = set()
 
     def write(self, batch: Batch, images_per_second: float, windows: dict[str, Any]) -> None:
-        """Write a batch, and the grids of the captions that it completes. windows: see `Windows.about`."""
+        """Write a batch, and the grids of captions that are now complete. windows: see `Windows.about`."""
         share, options = batch.share, self.options
         images = share.end_image - share.first_image
         for place, index in enumerate(range(share.first_prompt, share.end_prompt)):
@@ -222,7 +224,7 @@ class Writer:
                 self._finish(index, folder, dict(windows, images_per_second=round(images_per_second, 4)))
 
     def _rank(self, index: int, batch: Batch, own: slice) -> None:
-        """Note how good the images of a caption are."""
+        """Score the images of a caption."""
         pixels, likelihood = batch.pixels[own], batch.log_likelihood[own]
         scores = likelihood
         if self.ranker is not None:
@@ -269,7 +271,7 @@ class Writer:
 
 
 def sample_captions(writer: Writer, loaded: Loaded, given: Tensor | None) -> None:
-    """Sample the images of a writer's captions for it. given: codes (N,), -1 where the model samples; None: all."""
+    """Sample and write all images. given: codes (N,), -1 where the model samples; None: sample all codes."""
     config, options, captions = loaded.config, writer.options, writer.captions
     text = torch.zeros(len(captions), config.text_seq_len, dtype=torch.long)
     for row, caption in zip(text, captions):
@@ -296,7 +298,7 @@ def sample_captions(writer: Writer, loaded: Loaded, given: Tensor | None) -> Non
 
 
 def describe_run(loaded: Loaded, options: GenerateOptions, rows: int | None) -> dict[str, Any]:
-    """What generation.json says of the run: settings (prime_rows: as taken), and which files were used."""
+    """What generation.json records of the run: settings (with the actual prime_rows) and the files used."""
     names = "num_images batch_size seed top_k top_p temperature cond_scale gentxt prime_image prime_rows image mask "
     names += "dtype clip_path keep format parallel"
     settings = dict({name: getattr(options, name) for name in names.split()}, prime_rows=rows)

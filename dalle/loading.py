@@ -1,7 +1,7 @@
-"""Everything needed to draw, from the path of a checkpoint: the DALL-E, its tokenizer and its VQGAN.
+"""Load everything for sampling from a checkpoint's path: the DALL-E, its tokenizer and its VQGAN.
 
 loaded = load("demo")                        # the model that comes with this repository
-loaded = load("output/ckpt/dalle_799.pt")    # tokenizer and VQGAN: those it was trained with, if they are still there
+loaded = load("output/ckpt/dalle_799.pt")    # tokenizer and VQGAN: those it was trained with, if found
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from bpe import Tokenizer, load_tokenizer
 from checkpoints import DalleCheckpoint, read_dalle
-from checkpoints.deepspeed import NOTE
+from checkpoints.deepspeed import AUXILIARY
 from checkpoints.reading import weights_file
 from checkpoints.vqgan import PUBLISHED, build_vqgan, default_vqgan, load_vqgan, load_vqgan_state
 from dalle import published
@@ -31,7 +31,7 @@ from utils.files import PathLike, sha256_file
 logger = logging.getLogger(__name__)
 
 DEMO = "demo"
-"""The --dalle-path that stands for the shipped model; a file of this name is "./demo"."""
+"""The --dalle-path of the shipped model; write "./demo" for a file of this name."""
 
 ROOT = Path(__file__).resolve().parent.parent
 _DEMO_DALLE = ROOT / "models" / "demo" / "dalle.safetensors"
@@ -41,13 +41,13 @@ _DEMO_VOCABULARY = ROOT / "bpe" / "demo_vocab.txt"
 
 
 class Loaded(NamedTuple):
-    """A model ready to draw: everything on one device, in eval mode, without gradients, the VQGAN in float32."""
+    """A model ready for sampling: on one device, in eval mode, without gradients, the VQGAN in float32."""
 
     dalle: DalleModel
     vqgan: VQGAN
     tokenizer: Tokenizer
     checkpoint: DalleCheckpoint
-    """What the checkpoint says of itself; its tensors are left out."""
+    """The checkpoint without its tensors."""
 
     @property
     def config(self) -> DalleConfig:
@@ -56,20 +56,19 @@ class Loaded(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The model's device."""
         return self.dalle.text_emb.weight.device
 
     def batch_changes_images(self, rows: int) -> bool:
-        """Whether sampling so many rows (images, twice as many with guidance) at the same time may change one of them,
-        by the rounding of its logits.
+        """Whether images may depend on the batch size, by rounding of logits. rows: images, twice that with guidance.
 
-        With native kernels, so in float32 and int8 on a CPU for up to 96 rows, it does not.
+        With native kernels (float32 and int8 on a CPU, up to 96 rows) they do not.
         """
         return refusal(self.dalle, rows) is not None
 
     @property
     def image_size(self) -> int:
-        """Height and width of its images in pixels. The grid may differ from the one the VQGAN was made for."""
+        """Height and width of its images in pixels. The code grid may differ from the VQGAN's own."""
         return self.config.grid * self.vqgan.config.downsampling
 
 
@@ -81,18 +80,18 @@ def load(
     device: str | torch.device = "cpu",
     dtype: str = "float32",
 ) -> Loaded:
-    """Load a checkpoint in any layout that checkpoints reads, or "demo", the shipped model.
+    """Load a checkpoint in any layout that `checkpoints` reads, or "demo", the shipped model.
 
-    "minDALL-E/1.3B" stands for that published model, which is downloaded; a folder in its layout holds its own
-    vocabulary and VQGAN. Otherwise, bpe_path None: the vocabulary the model was trained with, where it is still to be
-    found (as recorded, in this repository or beside the checkpoint; known by its sha256), else the CLIP vocabulary.
-    vqgan_model_path and vqgan_config_path None: in the same way the VQGAN it was trained with, or the one inside the
-    checkpoint, else the published f16-1024 model, which is downloaded. What is given wins; when it is not what the
-    model was trained with, a warning says so. Where a checkpoint of ours holds averaged weights (EMA), they draw.
-    dtype: how the DALL-E's weights are kept, one of models.quantization.DTYPES; fewer bits take less memory. No more
-    than the weights in the file and, beside them, a tensor or two is ever held.
+    "minDALL-E/1.3B" is the published model, which is downloaded; a folder in its layout has its own vocabulary and
+    VQGAN. Otherwise, bpe_path None: the vocabulary the model was trained with, identified by its sha256, if found (at
+    the recorded path, in this repository or next to the checkpoint), else the CLIP vocabulary. vqgan_model_path and
+    vqgan_config_path None: the VQGAN in the checkpoint, or the one it was trained with if found, else the published
+    f16-1024 model, which is downloaded. Arguments take precedence; a warning says if they are not what the model was
+    trained with. Averaged weights (EMA) are used if the checkpoint has them.
+    dtype: of the DALL-E's weights, one of models.quantization.DTYPES. Peak memory is the weights in the file and one or
+    two tensors.
 
-    Raises UserError naming the flag when something is missing or does not fit.
+    Raises UserError naming the flag when something is missing or does not match.
     """
     if dtype not in DTYPES:
         raise UsageError("--dtype {}: expected one of {}".format(dtype, ", ".join(DTYPES)))
@@ -103,11 +102,11 @@ def load(
             vqgan_model_path, vqgan_config_path = _DEMO_VQGAN, _DEMO_VQGAN_CONFIG
     dalle_path = published.resolve(dalle_path)
     _check_exists(Path(dalle_path))
-    checkpoint = read_dalle(dalle_path, to_draw=True)
+    checkpoint = read_dalle(dalle_path, for_sampling=True)
     path = checkpoint.path
     config = DalleConfig.from_dict(checkpoint.config)
     tokenizer = _open_tokenizer(bpe_path, checkpoint)
-    # minDALL-E's table has a round size, which its vocabulary need not fill: no ids of pads come after it.
+    # minDALL-E's table may be larger than its vocabulary: it has no pad ids after the vocabulary.
     spare = 0 if config.unique_pads else max(config.num_text_tokens - tokenizer.vocab_size, 0)
     if tokenizer.vocab_size + spare != config.num_text_tokens:
         raise UserError(
@@ -123,7 +122,7 @@ def load(
         )
     if vqgan.grid != config.grid:
         own, used = vqgan.grid, config.grid
-        logger.info("the VQGAN was made for %dx%d codes and is used with %dx%d", own, own, used, used)
+        logger.info("the VQGAN was trained with %dx%d codes and is used with %dx%d", own, own, used, used)
     weights = checkpoint.weights if checkpoint.ema is None else checkpoint.ema
     dalle = build_dalle(config, weights, dtype=dtype).to(device).eval().requires_grad_(False)
     options = {"config": (checkpoint.training or {}).get("config")}
@@ -145,7 +144,7 @@ def describe_checkpoint(loaded: Loaded, name: PathLike) -> dict[str, Any]:
 
 
 def warn_of_guidance(loaded: Loaded, cond_scale: float) -> None:
-    """Warn where guidance is asked of a model whose checkpoint says that it was not trained for it."""
+    """Warn of guidance with a model whose checkpoint says that it was not trained for it."""
     options = (loaded.checkpoint.training or {}).get("config")
     if cond_scale != 1 and isinstance(options, dict) and options.get("null_cond_prob") == 0:
         logger.warning("--cond-scale %g: the model was trained with --null-cond-prob 0 and never saw a missing "
@@ -153,23 +152,23 @@ def warn_of_guidance(loaded: Loaded, cond_scale: float) -> None:
 
 
 def _check_exists(path: Path) -> None:
-    """Raise UserError, with what may have been meant, for a path that holds no model."""
+    """Raise UserError, with a suggestion, for a path without a model."""
     names = [DEMO, *published.PUBLISHED_MODELS]
     if not path.exists():
         raise UserError(
-            "--dalle-path {}: there is no such file, folder or published model.{} Known by name: {}".format(
+            "--dalle-path {}: no such file, folder or published model.{} Known names: {}".format(
                 path, nearest(str(path), names), ", ".join(names)
             )
         )
     if weights_file(path).is_dir():
         raise UserError(
-            f"--dalle-path {path}: no folder in minDALL-E's layout (it lacks {published.STAGE2}) or of a DeepSpeed "
-            f"run (it lacks {NOTE}); of other folders give one of the checkpoint files"
+            f"--dalle-path {path}: not a folder in minDALL-E's layout (it lacks {published.STAGE2}) or of a DeepSpeed "
+            f"run (it lacks {AUXILIARY}); for other folders, give one of the checkpoint files"
         )
 
 
 def _lacks(path: Path, name: str, flags: str) -> UserError:
-    return UserError(f"{path.parent} lacks {name}, which it needs: put it there, or give {flags}")
+    return UserError(f"{path.parent} lacks {name}: put it there, or give {flags}")
 
 
 def _check_demo() -> None:
@@ -182,7 +181,7 @@ def _check_demo() -> None:
 
 
 def recorded_files(checkpoint: DalleCheckpoint, part: str) -> dict[str, str]:
-    """What the checkpoint notes of its "tokenizer" or "vqgan": sha256 and paths. Only text: files may say anything."""
+    """The sha256 and paths of "tokenizer" or "vqgan" in the checkpoint. Only strings: the file is untrusted."""
     table: Any = checkpoint.identity.get(part)
     return (
         {key: value for key, value in table.items() if isinstance(value, str) and value}
@@ -192,7 +191,7 @@ def recorded_files(checkpoint: DalleCheckpoint, part: str) -> dict[str, str]:
 
 
 def _places(recorded: str, checkpoint_path: Path) -> Iterator[Path]:
-    """Where a recorded file may be now: as it was given, in this repository, beside the checkpoint."""
+    """Where a recorded file may be now: as recorded, in this repository, next to the checkpoint."""
     yield Path(recorded).expanduser()
     yield ROOT / recorded
     yield checkpoint_path.parent / Path(recorded).name
@@ -209,7 +208,7 @@ def _open_tokenizer(given: PathLike | None, checkpoint: DalleCheckpoint) -> Toke
         tokenizer = load_tokenizer(str(given))
         if sha256 and tokenizer.identity["sha256"] != sha256:
             logger.warning(
-                "--bpe-path %s is not the vocabulary that %s was trained with: its ids may mean other words to it",
+                "--bpe-path %s is not the vocabulary that %s was trained with: its ids may mean other words",
                 given,
                 path,
             )
@@ -226,14 +225,14 @@ def _open_tokenizer(given: PathLike | None, checkpoint: DalleCheckpoint) -> Toke
         try:
             tokenizer = load_tokenizer(str(candidate)) if candidate.exists() else None
         except UserError:
-            continue  # something else lies there by now
+            continue  # replaced by another file
         if tokenizer is not None and tokenizer.identity["sha256"] == sha256:
             logger.info("vocabulary: %s", candidate)
             return tokenizer
     tokenizer = load_tokenizer(None)
     if sha256 and tokenizer.identity["sha256"] != sha256:
         raise UserError(
-            "the vocabulary that {} was trained with ({}) is not to be found: give it with --bpe-path".format(
+            "the vocabulary that {} was trained with ({}) is not found: give it with --bpe-path".format(
                 path, recorded.get("path") or "sha256 " + sha256[:80]
             )
         )
@@ -253,7 +252,7 @@ def _open_vqgan(weights: PathLike | None, config: PathLike | None, checkpoint: D
         vqgan = load_vqgan(weights, config)
         if sha256 and vqgan.identity != sha256:
             logger.warning(
-                "--vqgan-model-path %s is not the VQGAN that %s was trained with: its codes may mean other pictures",
+                "--vqgan-model-path %s is not the VQGAN that %s was trained with: its codes may mean other images",
                 weights,
                 path,
             )
@@ -275,11 +274,11 @@ def _open_vqgan(weights: PathLike | None, config: PathLike | None, checkpoint: D
             if place.is_file() and place_config.is_file() and sha256_file(place) == sha256:
                 logger.info("VQGAN: %s", place)
                 return load_vqgan(place, place_config)
-        # Trained with the published model, it was downloaded to a cache; elsewhere its file has to be given.
+        # A published VQGAN can be downloaded; another one has to be given.
         names = [model.weights_name for model in PUBLISHED.values()]
         if Path(recorded.get("weights", "")).name not in ["", *names]:
             raise UserError(
-                "the VQGAN that {} was trained with ({}) is not to be found: give it with --vqgan-model-path and "
+                "the VQGAN that {} was trained with ({}) is not found: give it with --vqgan-model-path and "
                 "--vqgan-config-path".format(path, recorded["weights"])
             )
     vqgan = load_vqgan(*default_vqgan(name=_published_name(recorded)))
@@ -298,19 +297,19 @@ def _vqgan_places(recorded: dict[str, str], path: Path) -> Iterator[tuple[Path, 
 
 
 def _published_name(recorded: dict[str, str]) -> str:
-    """The published model a recorded path speaks of, else f16-1024, the application's default."""
+    """The published VQGAN of a recorded path, else f16-1024, the default."""
     file_name = Path(recorded.get("weights", "")).name
     return next((name for name, model in PUBLISHED.items() if model.weights_name == file_name), "f16-1024")
 
 
 def _stage1_config(checkpoint: DalleCheckpoint) -> tuple[VqganConfig, str]:
-    """The VQGAN of a model in minDALL-E's layout, and where its options are; absent ones are those of the published."""
+    """The VQGAN's options in minDALL-E's layout, with the published model's as defaults, and where they are from."""
     where = str(checkpoint.path.parent / "config.yaml")
     return stage1_config(checkpoint.hparams, where), where
 
 
 def _stored_vqgan(checkpoint: DalleCheckpoint, config_path: PathLike | None) -> VQGAN:
-    """Build the VQGAN inside the checkpoint: as its YAML says, else as the published model whose shapes it has."""
+    """Build the VQGAN in the checkpoint: from its YAML, else as the published model with the same shapes."""
     weights, inside = checkpoint.vqgan_weights or {}, f"the VQGAN inside {checkpoint.path}"
     if config_path is not None:
         described = VqganConfig.from_yaml(config_path)
@@ -321,4 +320,4 @@ def _stored_vqgan(checkpoint: DalleCheckpoint, config_path: PathLike | None) -> 
     for model in PUBLISHED.values():
         with contextlib.suppress(UserError):
             return build_vqgan(model.config, weights, inside)
-    raise UserError(f"{inside} is no published one: give its YAML file with --vqgan-config-path")
+    raise UserError(f"{inside} is not a published one: give its YAML file with --vqgan-config-path")

@@ -31,16 +31,16 @@ class Candidates(NamedTuple):
     codes: Tensor
     """(N, codes of an image)"""
     log_likelihood: Tensor
-    """(N,) nats, of the codes that were sampled, by the model without temperature and cut-offs."""
+    """(N,) nats, of the sampled codes, by the model without temperature, top-k and top-p."""
 
     def best(self, num: int) -> Candidates:
-        """The `num` likeliest ones, the likeliest first."""
+        """The `num` likeliest candidates, the likeliest first."""
         order = torch.argsort(self.log_likelihood, descending=True)[:num]
         return Candidates(self.images[order], self.codes[order], self.log_likelihood[order])
 
 
 class Dalle(nn.Module):
-    """A model to sample from: `stage1` the VQGAN, `stage2` the DALL-E, `tokenizer` its vocabulary."""
+    """A model to sample from: `stage1` is the VQGAN, `stage2` the DALL-E, `tokenizer` its vocabulary."""
 
     def __init__(self, loaded: Loaded) -> None:
         super().__init__()
@@ -58,22 +58,22 @@ class Dalle(nn.Module):
         vqgan_config_path: PathLike | None = None,
         dtype: str = "float32",
     ) -> Dalle:
-        """Load "minDALL-E/1.3B" (downloaded once, 5 GB), a folder in its layout, "demo", or any checkpoint we read.
+        """Load "minDALL-E/1.3B" (downloaded once, 5 GB), a folder in its layout, "demo", or any supported checkpoint.
 
-        Vocabulary and VQGAN are found beside the weights, or given. dtype: "float32", "bfloat16" (half the memory) or
-        "int8" (a quarter), of the transformer's weights. Raises UserError when something is missing.
+        Vocabulary and VQGAN are given or found as in `dalle.loading.load`. dtype: "float32", "bfloat16" (half the
+        memory) or "int8" (a quarter), of the transformer's weights. Raises UserError when something is missing.
         """
         with as_arguments(dalle_path="path"):
             return cls(load(path, bpe_path, vqgan_model_path, vqgan_config_path, dtype=dtype))
 
     @property
     def loaded(self) -> Loaded:
-        """The parts as the rest of `dalle` takes them."""
+        """The parts, as used by the rest of `dalle`."""
         return Loaded(self.stage2, self.stage1, self.tokenizer, self._checkpoint)
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The model's device."""
         return self.loaded.device
 
     @property
@@ -92,7 +92,7 @@ class Dalle(nn.Module):
         use_fp16: bool = True,
         **options: Any,
     ) -> Tensor:
-        """Generate images of a prompt: floats (num_candidates, 3, S, S) in [0, 1]. See `generate` for all options."""
+        """Generate images for a prompt: floats (num_candidates, 3, S, S) in [0, 1]. See `generate` for all options."""
         choice = (top_k, top_p, softmax_temperature)
         return self.generate(prompt, *choice, num_candidates, device, use_fp16, **options).images
 
@@ -114,23 +114,22 @@ class Dalle(nn.Module):
         mask: Any = None,
         parallel: str | int = "auto",
     ) -> Candidates:
-        """Generate candidates for a prompt, which is cut after the tokens that the model reads.
+        """Generate candidates for a prompt, which is truncated to the model's text length.
 
-        top_k: likeliest codes to sample from, with those that tie (None: all); top_p: of these, the likeliest up to and
-        including the one that crosses this probability (None: all). softmax_temperature: 0 takes the likeliest.
+        top_k: likeliest codes to sample from, including ties (None: all); top_p: of these, the likeliest up to and
+        including the one that crosses this probability (None: all). softmax_temperature: 0 is greedy.
         device: moves the model there first. use_fp16: half precision in the transformer, on CUDA only, unless the
         weights are bfloat16.
-        seed: candidate i depends on it and i alone, whatever the batch size (above 96, in bfloat16 and on a
-        GPU up to rounding);
-        None: from torch's generator (`set_seed`).
+        seed: candidate i depends only on it and i, whatever the batch size (up to rounding above 96, in bfloat16 and on
+        a GPU); None: from torch's generator (`set_seed`).
         cond_scale: classifier-free guidance, for models trained with it (1: none).
         batch_size: candidates sampled at the same time; None: as many as fit. progress: a bar, none, or a function.
-        image, mask: keep this picture where the mask is black (see dalle.completion), and generate what is white.
+        image, mask: keep this picture where the mask is black, and generate where it is white (see dalle.completion).
         parallel: codes of an image that a pass guesses ahead: "auto", "off" or up to 64; the same images in less time.
 
-        Raises UserError for values that cannot be.
+        Raises UserError for invalid values.
         """
-        _check_draw(num_candidates, batch_size, prompt)
+        _check_request(num_candidates, batch_size, prompt)
         sampling = SamplingOptions(top_k, top_p, softmax_temperature, cond_scale)
         sampling.check(temperature="softmax_temperature")
         if device is not None:
@@ -138,7 +137,8 @@ class Dalle(nn.Module):
         config = self.stage2.config
         if (image is None) != (mask is None):
             raise UserError("image and mask belong together: the mask says which part of the image to generate")
-        given = None if image is None else completion_codes(self.loaded, image, mask)
+        with as_arguments():
+            given = None if image is None else completion_codes(self.loaded, image, mask)
         text = self.tokenizer.tokenize(prompt, config.text_seq_len, truncate=True)[0]
         if top_k is not None:
             sampling = sampling._replace(top_k=min(int(top_k), config.num_image_tokens))
@@ -152,7 +152,7 @@ class Dalle(nn.Module):
         return Candidates(torch.cat(images), torch.cat(codes), torch.cat(likelihoods))
 
 
-def _check_draw(num_candidates: int, batch_size: int | None, prompt: str) -> None:
+def _check_request(num_candidates: int, batch_size: int | None, prompt: str) -> None:
     problems: list[str] = []
     if not isinstance(prompt, str):
         problems.append(f"prompt must be a text, not {type(prompt).__name__!r}")
@@ -165,7 +165,7 @@ def _check_draw(num_candidates: int, batch_size: int | None, prompt: str) -> Non
 
 
 class _Counter:
-    """Counts codes over batches, for a bar or for the caller's function; a batch that is tried again counts anew."""
+    """Counts codes over batches, for a progress bar or function; a retried batch is counted again from its start."""
 
     def __init__(self, progress: bool | Progress, num_images: int, steps: int) -> None:
         self._report = progress if callable(progress) else None
@@ -182,7 +182,7 @@ class _Counter:
         self._bar.__exit__(*error)
 
     def step(self, share: Share) -> None:
-        """A code of each image of a batch is sampled."""
+        """Count one sampled code of each image of a batch."""
         if share is not self._share:
             self._share, self._done = share, share.first_image * self._steps
         self._done += share.num_images

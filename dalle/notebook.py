@@ -1,8 +1,8 @@
-"""What the sampling notebook shows: controls, a progress bar, and the generated images ordered by rank.
+"""Widgets of the sampling notebook: controls, a progress bar, and the generated images in ranked order.
 
     gallery = Gallery(Dalle.from_pretrained("demo"))
-    gallery.panel                 # in a notebook: the controls; a click on the button draws
-    gallery.generate()                # the same from code: the sheet as a picture
+    gallery.panel                 # in a notebook: the controls, with a button to generate images
+    gallery.generate()            # the same from code: returns the sheet of images
 
 Needs ipywidgets (python -m pip install ipywidgets notebook).
 """
@@ -23,7 +23,7 @@ from utils.errors import UserError
 from utils.files import PathLike
 
 MAX_CANDIDATES = 96
-"""As many as minDALL-E draws by default."""
+"""minDALL-E's default."""
 
 
 class Ranking(NamedTuple):
@@ -31,17 +31,17 @@ class Ranking(NamedTuple):
 
     order: list[int]
     labels: list[str]
-    """What stands below each image, in that order."""
+    """The label below each image, in that order."""
     by: str
-    """What decided."""
+    """The criterion."""
 
 
 def rank(prompt: str, generated: Candidates, ranker: ClipRanker | None = None) -> Ranking:
-    """Order candidates by CLIP's similarity to the prompt, without a ranker by the model's own likelihood."""
+    """Order candidates by CLIP similarity to the prompt, without a ranker by the model's likelihood."""
     if ranker is None:
-        # Per code, so that the number means the same for any size of image.
+        # Per code, so that the number does not depend on the image size.
         scores = generated.log_likelihood / generated.codes.shape[1]
-        by, label = "likelihood (nats a code)", "{}. {:.2f}"
+        by, label = "likelihood (nats per code)", "{}. {:.2f}"
     else:
         pictures = [to_pil(image) for image in to_uint8(generated.images).cpu()]
         scores, by, label = ranker.similarity(prompt, pictures), "CLIP similarity", "{}. {:.3f}"
@@ -50,9 +50,9 @@ def rank(prompt: str, generated: Candidates, ranker: ClipRanker | None = None) -
 
 
 def ranked_sheet(images: Tensor, ranking: Ranking, columns: int = 0) -> Image.Image:
-    """Put images (N, 3, S, S) in [0, 1] side by side, the best first, each with its rank and score below.
+    """Arrange images (N, 3, S, S) in [0, 1] in a grid, the best first, each with its rank and score below.
 
-    Small images are enlarged. columns 0: about as wide as high.
+    Small images are enlarged. columns 0: about square.
     """
     pictures = to_uint8(images).cpu()
     cells = [Cell([pictures[index]], label) for index, label in zip(ranking.order, ranking.labels)]
@@ -67,10 +67,10 @@ def to_png(picture: Image.Image) -> bytes:
 
 
 class Gallery:
-    """Controls for what to draw, and the images that were generated, in one panel.
+    """Sampling controls and the generated images, in one panel.
 
     Attributes: `panel`, the widget to show; `controls`, name -> widget; `button`, `bar`, `status` and `picture`, the
-    other widgets; `generated` and `ranking`, the newest result (None before the first).
+    other widgets; `generated` and `ranking`, the latest result (None before the first).
     """
 
     def __init__(
@@ -80,9 +80,9 @@ class Gallery:
         prompt: str = "grinning cat",
         num_candidates: int = 16,
     ) -> None:
-        """Build the panel. clip: folder or name of a CLIP of `transformers`, which then decides on the order.
+        """Build the panel. clip: folder or name of a CLIP model of `transformers`, which then ranks the images.
 
-        Raises UserError where ipywidgets or the CLIP model is missing.
+        Raises UserError if ipywidgets or the CLIP model is missing.
         """
         self.model = model
         self.ranker = None if clip is None else ClipRanker(clip, model.device)
@@ -104,21 +104,21 @@ class Gallery:
             "seed": control(widgets.BoundedIntText, "seed", 0, min=0, max=2**31 - 1),
             "cond_scale": control(widgets.FloatSlider, "guidance", 1.0, min=0.0, max=10.0, step=0.25),
         }
-        self.button = widgets.Button(description="Draw", button_style="primary")
+        self.button = widgets.Button(description="Generate", button_style="primary")
         self.bar = widgets.IntProgress(value=0, min=0, max=1, layout=wide)
-        self.status = widgets.Label("guidance: for models trained with captions left out")
+        self.status = widgets.Label("guidance: for models trained with dropped captions")
         self.picture = widgets.Image(format="png", layout=widgets.Layout(display="none"))
         self.button.on_click(self._clicked)
         row = widgets.HBox([self.button, self.bar])
         self.panel = widgets.VBox([*self.controls.values(), row, self.status, self.picture])
 
     def settings(self) -> dict[str, Any]:
-        """What the controls say, as arguments of `Dalle.generate`."""
+        """The values of the controls, as arguments of `Dalle.generate`."""
         values = {name: widget.value for name, widget in self.controls.items()}
         return dict(values, top_k=values["top_k"] or None)
 
     def generate(self) -> Image.Image:
-        """Draw what the controls say and return the sheet, which the panel shows too. Raises UserError."""
+        """Generate images with the controls' values; return the sheet, which the panel shows too. Raises UserError."""
         settings = self.settings()
         self.bar.value = 0
         self.generated = self.model.generate(**settings, progress=self._progress)
@@ -132,10 +132,10 @@ class Gallery:
         self.bar.max, self.bar.value = total, done
 
     def _clicked(self, _: Any) -> None:
-        self.button.disabled, self.status.value = True, "drawing"
+        self.button.disabled, self.status.value = True, "generating"
         try:
             self.generate()
-        except UserError as error:  # there is no console to show it on
+        except UserError as error:  # a notebook has no console
             self.status.value = f"error: {error}"
         except KeyboardInterrupt:
             self.status.value = "interrupted"

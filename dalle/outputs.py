@@ -1,10 +1,10 @@
-"""Where the images of a prompt go: a folder that no prompt and no link can place outside the outputs folder.
+"""Output folders of prompts: no prompt and no link can place them outside the outputs folder.
 
-    <outputs folder>/<prompt with _ for blanks, 100 characters at most>/
+    <outputs folder>/<prompt with _ for spaces, 100 characters at most>/
         0.jpg, 1.jpg, ..., caption.txt, grid.png, generation.json
 
-A prompt that was drawn before replaces its earlier images, all of them: what the earlier generation.json lists is
-deleted when the first new image is there. Files that it does not list are never deleted, only reported.
+Repeating a prompt replaces all its earlier images: files listed in the earlier generation.json are deleted when the
+first new image is ready. Files that it does not list are never deleted, only reported.
 """
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from utils.locks import try_lock
 logger = logging.getLogger(__name__)
 
 MAX_NAME_LEN = 100
-"""Characters of a folder's name."""
-_MAX_NAME_BYTES = 240  # file systems allow 255 bytes, and a letter may have four
+"""Characters of a folder name."""
+_MAX_NAME_BYTES = 240  # file systems allow 255 bytes, and a character may take four
 _IMAGE_NAME = re.compile(rf"[0-9]{{1,9}}\.(?:{'|'.join(FORMATS)})")
-# Names that some systems or tools take for something else, whatever their ending.
+# Names that are reserved on some systems, with any extension.
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
-_REPORT = "generation.json"
+_REPORT, GRID = "generation.json", "grid.png"
 _CANNOT = "--outputs-dir: cannot write"
 
 
 def folder_name(prompt: str) -> str:
-    """The name of a prompt's folder: blanks become _, cut after 100 characters.
+    """The folder name of a prompt: spaces become _, truncated to 100 characters.
 
-    That is all for an ordinary prompt. One that holds what has no place in a name (slashes, control characters, a
-    leading dot or dash, ...) has these replaced by _, and ends in a digest of the prompt, which keeps it apart.
+    Unsafe parts (slashes, control characters, a leading dot or dash, ...) also become _; such a name ends in a digest
+    of the prompt, which makes it unique.
     """
     plain = prompt[:MAX_NAME_LEN].replace(" ", "_")
     safe = "".join("_" if _is_unsafe(character) else character for character in plain)
@@ -52,17 +52,17 @@ def folder_name(prompt: str) -> str:
         safe = "_" + safe
     if safe != plain:
         return with_digest(safe, prompt)
-    return safe if len(safe.encode("utf-8")) <= _MAX_NAME_BYTES else _cut(safe, MAX_NAME_LEN, _MAX_NAME_BYTES)
+    return safe if len(safe.encode("utf-8")) <= _MAX_NAME_BYTES else _truncated(safe, MAX_NAME_LEN, _MAX_NAME_BYTES)
 
 
 def with_digest(name: str, prompt: str, length: int = 8) -> str:
-    """Return the name, cut where needed, with `length` digits of a digest of the whole prompt behind it."""
+    """Return the name, truncated if needed, with `length` digits of a digest of the whole prompt."""
     digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:length]
-    return _cut(name, MAX_NAME_LEN - length - 1, _MAX_NAME_BYTES - length - 1) + "-" + digest
+    return _truncated(name, MAX_NAME_LEN - length - 1, _MAX_NAME_BYTES - length - 1) + "-" + digest
 
 
 def _is_unsafe(character: str) -> bool:
-    """Separators, and what cannot be seen: control characters, line ends, lone surrogates, direction marks."""
+    """Separators and invisible characters: control characters, line ends, lone surrogates, direction marks."""
     if character in "/\\":
         return True
     if character == "\u200d":  # joins the parts of one emoji
@@ -72,20 +72,19 @@ def _is_unsafe(character: str) -> bool:
     )
 
 
-def _cut(name: str, characters: int, size: int) -> str:
+def _truncated(name: str, characters: int, size: int) -> str:
     return name[:characters].encode("utf-8")[:size].decode("utf-8", "ignore")
 
 
 class PromptFolder:
-    """The files of one prompt. After each `add` they agree with each other: an interrupted run leaves what it drew."""
+    """The files of one prompt. They are consistent after each `add`: an interrupted run keeps its images."""
 
     def __init__(
         self, outputs_dir: Path, prompt: str, taken: set[str], image_format: str, about: dict[str, Any]
     ) -> None:
-        """Make the folder, for this process alone. Raises UserError where that is impossible.
+        """Make the folder and lock it for this process. Raises UserError where that is impossible.
 
-        taken: names of this run's folders, as `_folded` makes them; the new one is added. about: what generation.json
-        says beside the images.
+        taken: `_folded` names of this run's folders; the new one is added. about: further entries of generation.json.
         """
         self.prompt, self.format, self.about = prompt, image_format, about
         self.path = outputs_dir / _free_name(outputs_dir, prompt, taken)
@@ -105,25 +104,25 @@ class PromptFolder:
 
     def add(
         self,
-        pictures: Tensor,
+        images: Tensor,
         seeds: Sequence[int],
         codes: Tensor,
         log_likelihood: Tensor,
         notes: Sequence[dict[str, Any]] | None = None,
     ) -> None:
-        """Write images (B, 3, S, S) uint8, numbered on from the last one, and list their seeds and codes (B, N).
+        """Write images (B, 3, S, S) uint8, numbered after the last one, and record their seeds and codes (B, N).
 
-        notes: for each image, what its entry says beside that.
+        notes: further entries for each image.
         """
         if not self._started:
             self._start()
         with writing(_CANNOT, self.path):
-            rows = zip(pictures, seeds, codes.tolist(), log_likelihood.tolist(), notes or [{}] * len(seeds))
-            for picture, seed, row, likelihood, note in rows:
+            rows = zip(images, seeds, codes.tolist(), log_likelihood.tolist(), notes or [{}] * len(seeds))
+            for image, seed, row, likelihood, note in rows:
                 name = f"{len(self._images)}.{self.format}"
-                save_picture(to_pil(picture), self.path / name)
+                save_picture(to_pil(image), self.path / name)
                 if len(self._grid) < GRID_LIMIT:
-                    self._grid.append(picture)
+                    self._grid.append(image)
                 self._images.append(
                     dict(
                         note,
@@ -136,15 +135,15 @@ class PromptFolder:
             self._write_report(complete=False)
 
     def finish(self, **about: Any) -> None:
-        """Write the grid, and note in generation.json that the run is complete, with `about` added."""
+        """Write the grid, and mark the run as complete in generation.json, with `about` added."""
         self.about.update(about)
         with writing(_CANNOT, self.path):
-            save_picture(make_grid(self._grid, self.prompt), self.path / "grid.png")
+            save_picture(make_grid(self._grid, self.prompt), self.path / GRID)
             self._write_report(complete=True)
         self._lock.close()
 
     def _start(self) -> None:
-        """Clear what an earlier run left, now that there is something new to show, and write the caption."""
+        """Delete an earlier run's images, now that there is a new one, and write the caption."""
         with writing(_CANNOT, self.path):
             for name in _listed(self.path):
                 with contextlib.suppress(FileNotFoundError):
@@ -152,7 +151,7 @@ class PromptFolder:
             unlisted = sorted(path.name for path in self.path.iterdir() if _IMAGE_NAME.fullmatch(path.name))
             if unlisted:
                 logger.warning(
-                    "%s already holds %s, which no %s lists: left there unless a new image has the name",
+                    "%s already has %s that no %s lists: kept unless a new image has the same name",
                     self.path,
                     unlisted[0] if len(unlisted) == 1 else f"{len(unlisted)} images",
                     _REPORT,
@@ -163,7 +162,7 @@ class PromptFolder:
 
     def _write_report(self, complete: bool) -> None:
         head = dict({"prompt": self.prompt, "complete": complete}, **self.about)
-        # One line for a key and for an image: indenting would give each code a line of its own.
+        # One line per key and per image: json's indent would give each code its own line.
         lines = [
             f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items()
         ]
@@ -174,19 +173,19 @@ class PromptFolder:
 
 
 def _writable(text: str) -> str:
-    """Escape lone surrogates (bytes of a path that are no text), which UTF-8 cannot hold, as JSON does: \\udcff."""
+    """Escape lone surrogates (undecodable bytes of a path), which UTF-8 lacks, as JSON does: \\udcff."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def check_folders(outputs_dir: Path, prompts: Iterable[str]) -> None:
-    """Raise UserError where the folder of one of these prompts cannot be had, before hours of sampling."""
+    """Raise UserError if the folder of one of these prompts is not available, before hours of sampling."""
     taken: set[str] = set()
     for prompt in prompts:
         taken.add(_folded(_free_name(outputs_dir, prompt, taken)))
 
 
 def _free_name(outputs_dir: Path, prompt: str, taken: set[str]) -> str:
-    """The prompt's folder name, with a digest when another prompt of this run or of an earlier one has it."""
+    """The prompt's folder name, with a digest if another prompt of this or an earlier run has the same name."""
     name = folder_name(prompt)
     for candidate in (name, with_digest(name, prompt), with_digest(name, prompt, 64)):
         if _folded(candidate) in taken:
@@ -205,12 +204,12 @@ def _free_name(outputs_dir: Path, prompt: str, taken: set[str]) -> str:
 
 
 def _folded(name: str) -> str:
-    """The name as file systems compare it that know neither case nor different codes of one letter."""
+    """The name as compared by file systems that ignore case and Unicode normalisation."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
 def _report(folder: Path) -> dict[str, Any]:
-    """An earlier run's generation.json; empty when there is none, or it is none of ours."""
+    """An earlier run's generation.json; empty if there is none, or it is not ours."""
     try:
         with open(str(folder / _REPORT), encoding="utf-8") as file:
             report = json.load(file)
@@ -220,13 +219,13 @@ def _report(folder: Path) -> dict[str, Any]:
 
 
 def _owner(folder: Path) -> str | None:
-    """The prompt that an existing folder belongs to, if it says so."""
+    """The prompt of an existing folder, if recorded."""
     prompt = _report(folder).get("prompt")
     return prompt if isinstance(prompt, str) else None
 
 
 def _listed(folder: Path) -> Iterator[str]:
-    """Files of an earlier run that a new one replaces."""
+    """Files of an earlier run that the new one replaces."""
     images = _report(folder).get("images")
     for image in images if isinstance(images, list) else ():
         name = image.get("file") if isinstance(image, dict) else None

@@ -1,4 +1,4 @@
-"""Tensors as picture files, and pictures side by side: the grid of a prompt, the contact sheet of an evaluation."""
+"""Image files, and grids of images: the grid of a prompt, the contact sheet of an evaluation."""
 from __future__ import annotations
 
 import functools
@@ -13,15 +13,15 @@ from utils.files import PathLike, atomic_write
 
 FORMATS = ("jpg", "png")
 GRID_LIMIT = 64
-"""Images of a grid at most: more would make a picture too large to look at."""
+"""Largest number of images in a grid: more would be too large to view."""
 SIDE = 128
-"""Pictures of a sheet are at least so wide: smaller ones are enlarged by a whole factor."""
+"""Least width of images on a sheet: smaller ones are enlarged by a whole factor."""
 
 _WIDTH = 1680  # a sheet's, at most
 _GAP, _MARGIN = 6, 12
 _HEADING, _LABEL = 18, 13  # font sizes; lines are 3 pixels higher
 _HEADING_LINES, _LABEL_LINES = 4, 2
-_LEGEND = "From left to right: real picture, reconstruction, generated from the caption"
+_LEGEND = "From left to right: real image, reconstruction, generated from the caption"
 _FRAMES = " (green frame: found by retrieval, red: not found)"
 _WHITE = (255, 255, 255)
 _INK = (32, 32, 32)
@@ -29,12 +29,12 @@ _GOOD, _BAD = (46, 139, 87), (200, 60, 50)
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """(3, H, W) uint8 -> picture."""
+    """(3, H, W) uint8 -> PIL image."""
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
 
 
 def save_picture(picture: Image.Image, path: PathLike) -> None:
-    """Write a picture atomically as .jpg (quality 95, full colour resolution) or .png, as the name ends."""
+    """Write a PIL image atomically as .jpg (quality 95, full colour resolution) or .png, by the suffix."""
     is_jpg = str(path).endswith(".jpg")
     settings = {"format": "JPEG", "quality": 95, "subsampling": 0} if is_jpg else {"format": "PNG"}
     with atomic_write(path, "wb") as file:
@@ -42,9 +42,9 @@ def save_picture(picture: Image.Image, path: PathLike) -> None:
 
 
 class Cell(NamedTuple):
-    """Pictures (3, S, S) uint8 side by side, a label below them, and the colour of a frame around the last one."""
+    """Images (3, S, S) uint8 side by side, a label below them, and the colour of a frame around the last one."""
 
-    pictures: Sequence[Tensor]
+    images: Sequence[Tensor]
     label: str = ""
     frame: tuple[int, int, int] | None = None
 
@@ -52,14 +52,15 @@ class Cell(NamedTuple):
 def labelled_grid(
     sections: Sequence[tuple[str, Sequence[Cell]]], legend: str = "", columns: int = 0, side: int = 0
 ) -> Image.Image:
-    """Cells in rows on white, each section below its heading, a legend above all.
+    """Arrange cells in rows on white, each section below its heading, with a legend at the top.
 
-    Every cell has as many pictures as the first, all of one size. columns: cells in a row; 0: as many as fit. side: of
-    a picture, in pixels; 0: its own, enlarged by a whole factor to SIDE or, in one or two columns, more.
+    Every cell has as many images as the first, all of one size. columns: cells in a row; 0: as many as fit. side:
+    displayed image size in pixels; 0: the images' own, enlarged by a whole factor to SIDE or, in one or two columns,
+    more.
     """
     first = sections[0][1][0]
     most = max(len(cells) for _, cells in sections)
-    count, own = len(first.pictures), first.pictures[0].shape[-1]
+    count, own = len(first.images), first.images[0].shape[-1]
     if not side:
         side = own if own >= SIDE else own * -(-max(SIDE, 3 * SIDE // (count * (columns or most))) // own)
     width = count * (side + _GAP) - _GAP
@@ -85,7 +86,7 @@ def labelled_grid(
         for index, (cell, label) in enumerate(zip(cells, remaining)):
             row, column = divmod(index, columns)
             left, upper = _MARGIN + column * (width + _MARGIN), begin + row * row_height
-            for number, picture in enumerate(map(to_pil, cell.pictures)):
+            for number, picture in enumerate(map(to_pil, cell.images)):
                 if side != own:
                     resample = Image.Resampling.NEAREST if side % own == 0 else Image.Resampling.LANCZOS
                     picture = picture.resize((side, side), resample)
@@ -99,9 +100,9 @@ def labelled_grid(
 
 
 def make_grid(images: Sequence[Tensor], caption: str = "") -> Image.Image:
-    """Put pictures (3, S, S) uint8 below their caption, about as wide as high; the first GRID_LIMIT of them.
+    """Arrange the first GRID_LIMIT images (3, S, S) uint8 in an about square grid below their caption.
 
-    Each has its number below it where there are several.
+    If there are several, each has its number below it.
     """
     images = list(images)[:GRID_LIMIT]
     cells = [Cell([image], str(index) if len(images) > 1 else "") for index, image in enumerate(images)]
@@ -109,20 +110,20 @@ def make_grid(images: Sequence[Tensor], caption: str = "") -> Image.Image:
 
 
 class Sample(NamedTuple):
-    """One cell of a contact sheet. Pictures are (3, S, S) uint8."""
+    """One cell of a contact sheet. Images are (3, S, S) uint8."""
 
     caption: str
     real: Tensor
     reconstruction: Tensor
     generated: Tensor
     found: bool | None = None
-    """Whether the generated picture was told apart (retrieval); None: not asked."""
+    """Whether retrieval found the caption's own image; None: no retrieval."""
 
 
 def make_sheet(groups: Sequence[tuple[str, Sequence[Sample]]]) -> Image.Image:
     """A contact sheet: for each group a heading, then its samples: real, reconstruction, generated, caption below.
 
-    A frame around the generated picture says whether it was found: green yes, red no.
+    A frame around the generated image shows whether it was found: green yes, red no.
     """
     frames = {True: _GOOD, False: _BAD, None: None}
     sections = [
@@ -141,7 +142,7 @@ def _write(pen: ImageDraw.ImageDraw, corner: tuple[int, int], lines: Sequence[st
 
 
 def _wrapped(text: str, width: int, size: int, most: int) -> list[str]:
-    """Break a text into at most so many lines of `width` pixels; what does not fit ends in an ellipsis."""
+    """Wrap a text into at most `most` lines of `width` pixels, with an ellipsis if it does not fit."""
     text, font = _drawable(" ".join(text[: 200 * most].split())), _font(size)
     lines: list[str] = []
     while text and len(lines) < most:
@@ -160,7 +161,7 @@ def _wrapped(text: str, width: int, size: int, most: int) -> list[str]:
 
 
 def _drawable(text: str) -> str:
-    """The text with an ellipsis for each run of characters that the font does not have, without joiners of emoji."""
+    """The text with an ellipsis for each run of characters that the font lacks, without emoji joiners."""
     known = _characters()
     parts = []
     visible = text.translate({0x200D: None, 0xFE0F: None})
@@ -182,7 +183,7 @@ def _characters() -> frozenset[int]:
 
 
 def _font_file() -> str:
-    """DejaVu Sans, which comes with Matplotlib: Pillow's own font has no letters beyond Latin-1."""
+    """DejaVu Sans, which comes with Matplotlib: Pillow's own font has only Latin-1."""
     import matplotlib
 
     return f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"

@@ -1,4 +1,4 @@
-"""minDALL-E's published model: fetched once, and the parts of a folder in its layout.
+"""minDALL-E's published model, downloaded once, and the files of its layout.
 
     <folder>/config.yaml, stage1_last.ckpt (the VQGAN), stage2_last.ckpt (the transformer),
     <folder>/tokenizer/bpe-16k-vocab.json, bpe-16k-merges.txt
@@ -20,12 +20,12 @@ logger = logging.getLogger(__name__)
 
 STAGE1, STAGE2, TOKENIZER = "stage1_last.ckpt", mindalle.STAGE2, "tokenizer"
 
-#: Address of each published model; the part before the file's name is the archive's md5.
+#: URL of each published model; the part before the file name is the archive's md5.
 PUBLISHED_MODELS = {
     "minDALL-E/1.3B": "https://arena.kakaocdn.net/brainrepo/models/minDALL-E/57b008f02ceaa02b779c8b7463143315/"
     "1.3B.tar.gz"
 }
-_MAX_ARCHIVE_BYTES = 8 << 30  # of the published 5 GB, and of what they unpack to
+_MAX_ARCHIVE_BYTES = 8 << 30  # limit for the 5 GB archive, and for its content
 
 
 def is_missing(path_or_name: PathLike | None) -> bool:
@@ -34,10 +34,10 @@ def is_missing(path_or_name: PathLike | None) -> bool:
 
 
 def resolve(path_or_name: PathLike, cache_dir: PathLike | None = None, fetch: bool = True) -> Path:
-    """Return the folder of a published model's name, fetched if need be and `fetch` says so; any other path as it is.
+    """Return the folder of a published model, downloaded if needed and `fetch`; any other path unchanged.
 
-    The archive goes to `cache_dir` (default: ~/.cache/minDALL-E), is resumed when interrupted, checked against its md5,
-    unpacked beside its final place and deleted. Raises UserError when it cannot be had.
+    The archive is downloaded to `cache_dir` (default: ~/.cache/minDALL-E), resuming interrupted downloads, checked
+    against its md5, unpacked and deleted. Raises UserError when that fails.
     """
     name = str(path_or_name)
     if name not in PUBLISHED_MODELS:

@@ -1,7 +1,7 @@
-"""Images ordered by CLIP (arXiv 2103.00020): how well each one fits its prompt, by a local `transformers` CLIP.
+"""Ranking images by CLIP similarity to their prompt (arXiv 2103.00020), with a CLIP model of `transformers`.
 
 ranker = ClipRanker("clip-vit-base-patch32")            # a folder with config.json, weights, tokenizer
-scores = ranker.similarity("a cat", pictures)           # (N,) cosine similarities
+scores = ranker.similarity("a cat", pil_images)         # (N,) cosine similarities
 """
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from utils.untrusted import is_number, shown
 logger = logging.getLogger(__name__)
 
 _BATCH = 64
-_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training pictures
+_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training images
 _FILE = "preprocessor_config.json"
 
 
 class Candidate(NamedTuple):
-    """One image that may be kept, on the CPU."""
+    """A ranked image, on the CPU."""
 
     score: float
-    """The higher the better; one that is not a number comes last."""
+    """Higher is better; NaN comes last."""
     number: int
-    """Its place among all images of the prompt; of equal scores the first one wins."""
+    """Its index among all images of the prompt, which breaks ties: the first one wins."""
     seed: int
     codes: Tensor
     """(N,)"""
@@ -45,20 +45,20 @@ class Candidate(NamedTuple):
 
 
 class Best:
-    """The best `keep` images of those that were added; holds no more than these."""
+    """Holds the best `keep` of the images added."""
 
     def __init__(self, keep: int) -> None:
         self._keep = keep
         self._best: list[Candidate] = []
 
     def add(self, candidate: Candidate) -> None:
-        """Take an image into account."""
+        """Add an image if it is among the best."""
         self._best.append(candidate)
         self._best.sort(key=_rank)
         del self._best[self._keep :]
 
     def ordered(self) -> list[Candidate]:
-        """The images that are left, the best first."""
+        """The images kept, the best first."""
         return list(self._best)
 
 
@@ -67,10 +67,10 @@ def _rank(candidate: Candidate) -> tuple[float, int]:
 
 
 class ClipRanker:
-    """A CLIP model with its tokenizer and its preparation of pictures, on one device, in float32."""
+    """A CLIP model with its tokenizer and preprocessing, on one device, in float32."""
 
     def __init__(self, path: PathLike, device: str | torch.device = "cpu") -> None:
-        """Load a folder, or a name that `transformers` downloads. Raises UserError where that is impossible."""
+        """Load a folder, or a name that `transformers` downloads. Raises UserError if that fails."""
         self.path, self.device = str(path), torch.device(device)
         try:
             from transformers import AutoTokenizer, CLIPModel
@@ -80,22 +80,22 @@ class ClipRanker:
             ) from error
         local = Path(self.path).expanduser()
         if local.exists() and not (local / "config.json").is_file():
-            raise UserError(f"--clip-path {path}: no folder of a CLIP model (it lacks config.json)")
+            raise UserError(f"--clip-path {path}: not a folder of a CLIP model (it lacks config.json)")
         name = str(local) if local.exists() else self.path
         only_local = local.exists()
         if only_local:
             _check_config(path, local / "config.json")
-        # Weights that come as pickles are read without running what they hold (weights_only); safetensors hold no code,
-        # and code beside the model is not imported.
+        # Pickled weights are loaded with weights_only, which runs no code; safetensors contain none, and code next to
+        # the model is not imported.
         settings: dict[str, Any] = {"local_files_only": only_local, "trust_remote_code": False}
         with _load_errors(self.path, only_local):
             self.model = CLIPModel.from_pretrained(name, weights_only=True, **settings)
             self.model = self.model.float().eval().to(self.device)
             self.tokenizer = AutoTokenizer.from_pretrained(name, **settings)
-            self._size, self._mean, self._std = self._preparation(name, only_local)
+            self._size, self._mean, self._std = self._preprocessing(name, only_local)
 
-    def _preparation(self, name: str, only_local: bool) -> tuple[int, Tensor, Tensor]:
-        """Side of the pictures, mean and deviation of each channel (3, 1, 1): from the model's file, else CLIP's."""
+    def _preprocessing(self, name: str, only_local: bool) -> tuple[int, Tensor, Tensor]:
+        """Image size, mean and standard deviation per channel (3, 1, 1): from the model's file, else CLIP's."""
         table: dict[str, Any] = {}
         file = Path(name) / _FILE
         if only_local and file.is_file():
@@ -107,35 +107,46 @@ class ClipRanker:
         size = self.model.config.vision_config.image_size
         return size, torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
 
-    def pixels(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Prepare square-cut pictures as CLIP does: (N, 3, size, size), bicubic, normalised."""
+    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        """Preprocess images as CLIP does: (N, 3, size, size), bicubic, centre square, normalised."""
         rows = []
-        for picture in pictures:
-            picture = picture.convert("RGB")
-            scale = self._size / min(picture.size)
-            width, height = (max(self._size, int(side * scale)) for side in picture.size)
-            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        for image in images:
+            image = image.convert("RGB")
+            scale = self._size / min(image.size)
+            width, height = (max(self._size, int(side * scale)) for side in image.size)
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
             left, top = (width - self._size) // 2, (height - self._size) // 2
-            picture = picture.crop((left, top, left + self._size, top + self._size))
-            flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+            image = image.crop((left, top, left + self._size, top + self._size))
+            flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
             rows.append(flat.view(self._size, self._size, 3).permute(2, 0, 1).float() / 255)
         return (torch.stack(rows) - self._mean) / self._std
 
+    def similarity(self, prompt: str, images: Sequence[Image.Image]) -> Tensor:
+        """Return the cosine similarity (N,) of each image with the prompt, on the CPU."""
+        return self.embed_images(images) @ self.embed_texts([prompt])[0]
+
     @torch.no_grad()
-    def similarity(self, prompt: str, pictures: Sequence[Image.Image]) -> Tensor:
-        """Return the cosine similarity (N,) of each picture with the prompt, on the CPU."""
-        limit = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer([prompt], truncation=True, max_length=limit, return_tensors="pt")
-        tokens = {name: tokens[name] for name in ("input_ids", "attention_mask")}
-        text = features(self.model.get_text_features, tokens, self.device)
-        scores = []
-        for start in range(0, len(pictures), _BATCH):
-            pixels = {"pixel_values": self.pixels(pictures[start : start + _BATCH])}
-            scores.append(F.cosine_similarity(features(self.model.get_image_features, pixels, self.device), text))
-        return torch.cat(scores).float().cpu()
+    def embed_texts(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts as unit vectors (N, P), on the CPU."""
+        limit, found = self.model.config.text_config.max_position_embeddings, []
+        for start in range(0, len(prompts), _BATCH):
+            batch = list(prompts[start : start + _BATCH])
+            tokens = self.tokenizer(batch, truncation=True, max_length=limit, padding=True, return_tensors="pt")
+            tokens = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+            found.append(F.normalize(features(self.model.get_text_features, tokens, self.device).float()))
+        return torch.cat(found).cpu()
+
+    @torch.no_grad()
+    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Images as unit vectors (N, P), on the CPU."""
+        found = []
+        for start in range(0, len(images), _BATCH):
+            pixels = {"pixel_values": self.pixels(images[start : start + _BATCH])}
+            found.append(F.normalize(features(self.model.get_image_features, pixels, self.device).float()))
+        return torch.cat(found).cpu()
 
 
-# Options of a CLIP model's parts and what they may be at most: the largest published ones stay far below.
+# Upper limits for options of CLIP models: the largest published ones are far below.
 _LIMITS = {
     "num_hidden_layers": 256,
     "hidden_size": 1 << 14,
@@ -162,12 +173,12 @@ def _read_table(file: Path) -> dict[str, Any]:
     except RecursionError:
         raise ValueError(f"{file.name} is nested too deeply") from None
     if not isinstance(table, dict):
-        raise ValueError(f"{file.name} is no table of options")
+        raise ValueError(f"{file.name} is not a table of options")
     return table
 
 
 def _check_config(path: PathLike, file: Path) -> None:
-    """Check the sizes that a folder's config.json asks for, before transformers builds them. Raises UserError."""
+    """Check the sizes in a folder's config.json, before transformers allocates them. Raises UserError."""
     try:
         table = _read_table(file)
     except (OSError, ValueError) as error:
@@ -179,8 +190,7 @@ def _check_config(path: PathLike, file: Path) -> None:
             value = part.get(name)
             if value is not None and not (type(value) is int and 1 <= value <= limit):
                 raise UserError(
-                    f"--clip-path {path}: config.json asks for {name} {shown(value)}, which is no whole number from "
-                    f"1 to {limit}"
+                    f"--clip-path {path}: {name} in config.json is {shown(value)}, not a whole number from 1 to {limit}"
                 )
 
 
@@ -188,10 +198,10 @@ def _check_config(path: PathLike, file: Path) -> None:
 def _load_errors(path: str, only_local: bool) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # whatever transformers raises for a folder that is damaged or hostile
+    except Exception as error:  # transformers raises many classes for damaged or hostile folders
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             "--clip-path {}: cannot be {} as a CLIP model: {}".format(
-                path, "read" if only_local else "found here or downloaded", reason
+                path, "read" if only_local else "found locally or downloaded", reason
             )
         ) from error

@@ -1,10 +1,10 @@
-"""Transfer learning as in minDALL-E: its text-to-image model becomes a model of images alone, of classes or of none.
+"""Transfer learning as in minDALL-E: its text-to-image model becomes a class-conditional or unconditional image model.
 
     downstream = read_downstream("configs/transfer-imagenet-clscond-gen.yaml")
-    start = image_only(read_dalle("1.3B"), downstream.num_classes, seed=0)     # what training begins from
+    start = image_only(read_dalle("1.3B"), downstream.num_classes, seed=0)     # the start of training
 
-The model stays a DalleModel: its text is one token, the class (see bpe/classes.py), in front of the codes. Token table
-and positions of the codes, blocks and last norm are kept; the start vectors and the head are new.
+The model stays a DalleModel: its text is one token, the class (see bpe/classes.py), before the codes. Embeddings and
+positions of the codes, blocks and last norm are kept; the start vectors and the head are new.
 """
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from utils.errors import UserError, nearest
 from utils.files import PathLike
 from utils.yaml_files import read_yaml
 
-_WEIGHT_STD = 0.02  # of new tables and heads, as in minDALL-E
+_WEIGHT_STD = 0.02  # of new embeddings and heads, as in minDALL-E
 
-#: Every key of the published configurations with its default, which also gives its type; `stage1` has its own reader.
+#: Every key of minDALL-E's configurations with its default, which also sets its type; `stage1` has its own reader.
 _KEYS: dict[str, dict[str, Any]] = {
     "dataset": {
         "dataset": "imagenet",
@@ -80,27 +80,27 @@ _STAGE1_KEYS = {
     "stage1.hparams": ("double_z", *NETWORK_KEYS, "pdrop", "num_groups", "patch_size"),
 }
 
-#: Keys of which only one value can be followed, and why.
+#: Keys with only one supported value, and why.
 _FIXED = {
     "dataset.dataset": ("imagenet", "the data are folders of classes"),
     "dataset.bpe_pdrop": (0.0, "there are no captions"),
-    "stage2.type": ("igpt", "only models of images alone are transferred to"),
-    "stage2.hparams.embd_pdrop": (0.0, "the published model has no dropout"),
-    "stage2.hparams.resid_pdrop": (0.0, "the published model has no dropout"),
-    "stage2.hparams.attn_pdrop": (0.0, "the published model has no dropout"),
-    "optimizer.opt_type": ("adamW", "no other optimizer is known"),
-    "optimizer.sched_type": ("cosine", "no other schedule is known"),
-    "optimizer.max_steps": (0, "epochs and data decide; --max-steps stops earlier"),
+    "stage2.type": ("igpt", "only image-only models are supported"),
+    "stage2.hparams.embd_pdrop": (0.0, "minDALL-E has no dropout"),
+    "stage2.hparams.resid_pdrop": (0.0, "minDALL-E has no dropout"),
+    "stage2.hparams.attn_pdrop": (0.0, "minDALL-E has no dropout"),
+    "optimizer.opt_type": ("adamW", "no other optimizer is supported"),
+    "optimizer.sched_type": ("cosine", "no other schedule is supported"),
+    "optimizer.max_steps": (0, "epochs and data set the steps; --max-steps stops earlier"),
     "experiment.save_ckpt_freq": (
         1,
-        "a checkpoint is written after every epoch; --keep-checkpoints says how many stay",
+        "a checkpoint is written after every epoch; --keep-checkpoints sets how many are kept",
     ),
-    "experiment.test_freq": (1, "the validation loss is taken after every epoch"),
+    "experiment.test_freq": (1, "the validation loss is measured after every epoch"),
 }
 
 
 class Downstream(NamedTuple):
-    """A configuration of transfer learning, checked."""
+    """A checked configuration of transfer learning."""
 
     num_classes: int
     """0: unconditional."""
@@ -111,20 +111,20 @@ class Downstream(NamedTuple):
     """stage2.hparams, and vocab_size_img."""
     learning_rate: float
     min_learning_rate: float
-    """What the cosine ends at."""
+    """End of the cosine schedule."""
     betas: tuple[float, float]
     weight_decay: float
     clip_grad_norm: float
     local_batch_size: int
-    """Images in one forward pass of one process."""
+    """Images per forward pass of one process."""
     total_batch_size: int
-    """Images of one optimizer step."""
+    """Images per optimizer step."""
     epochs: int
     mixed_precision: bool
 
 
 def read_downstream(path: PathLike) -> Downstream:
-    """Read a YAML file of minDALL-E's form. Raises UserError naming the file and the key."""
+    """Read a YAML file in minDALL-E's format. Raises UserError naming the file and the key."""
     document = _document(path)
     values: dict[str, Any] = {}
     for section, keys in _KEYS.items():
@@ -170,7 +170,7 @@ def _document(path: PathLike) -> Mapping[str, Any]:
 
 
 def _table(path: PathLike, section: str, document: Mapping[str, Any], keys: Iterable[str]) -> Mapping[str, Any]:
-    """One section of the document ("stage2.hparams" lies in stage2), without keys that are not known."""
+    """One section of the document ("stage2.hparams" is in stage2). Raises UserError for unknown keys."""
     table: Any = document
     for part in section.split("."):
         table = table.get(part) or {}
@@ -184,7 +184,7 @@ def _table(path: PathLike, section: str, document: Mapping[str, Any], keys: Iter
 
 
 def _values(path: PathLike, section: str, table: Mapping[str, Any]) -> dict[str, Any]:
-    """The checked values of one section: {"section.key": value}, defaults where nothing is said."""
+    """The checked values of one section: {"section.key": value}, with defaults."""
     values = {}
     for key, default in _KEYS[section].items():
         value = table.get(key)
@@ -194,7 +194,7 @@ def _values(path: PathLike, section: str, table: Mapping[str, Any]) -> dict[str,
 
 
 def _checked(where: str, value: Any, default: Any) -> Any:
-    """A value of the default's type; numbers from 0 on, whole ones from 1 on unless the default is 0."""
+    """Check that a value has the default's type; numbers are at least 0, integers 1 unless the default is 0."""
     if isinstance(default, list):
         if not isinstance(value, list):
             raise UserError(f"{where} must be a list of numbers, not {value!r}")
@@ -208,7 +208,7 @@ def _checked(where: str, value: Any, default: Any) -> Any:
             raise UserError(f"{where} must be a number of at least 0, not {value!r}")
         return number
     if type(value) is not type(default):
-        words = {bool: "true or false", int: "a whole number", str: "a text"}
+        words = {bool: "true or false", int: "a whole number", str: "text"}
         raise UserError(f"{where} must be {words[type(default)]}, not {value!r}")
     if type(default) is int and value < (1 if default else 0):
         raise UserError(f"{where} must be at least {1 if default else 0}, not {value}")
@@ -216,7 +216,7 @@ def _checked(where: str, value: Any, default: Any) -> Any:
 
 
 def check_shape(downstream: Downstream, checkpoint: DalleCheckpoint) -> None:
-    """Raise UserError naming the key where a configuration describes another model than the checkpoint holds."""
+    """Raise UserError naming the key where the configuration does not match the checkpoint."""
     config, shape = checkpoint.config, downstream.shape
     own: list[tuple[str, Any]] = [
         ("hparams.embed_dim", config["dim"]),
@@ -239,10 +239,10 @@ def check_shape(downstream: Downstream, checkpoint: DalleCheckpoint) -> None:
 
 
 def image_only(checkpoint: DalleCheckpoint, num_classes: int, seed: int = 0) -> DalleCheckpoint:
-    """Return the checkpoint of a model of images alone to start training from.
+    """Return the checkpoint of an image-only model to start training from.
 
-    Kept: what has to do with codes, but for their head. New, drawn by `seed`: the head, and a start vector for no class
-    and one for each of num_classes. The text head stays, for the model's form, and has nothing to predict.
+    Kept: everything for codes except the head. New, initialised with `seed`: the head, and start vectors for no class
+    and for each of num_classes. The model keeps an unused text head.
     """
     config = dict(
         checkpoint.config,
@@ -258,7 +258,7 @@ def image_only(checkpoint: DalleCheckpoint, num_classes: int, seed: int = 0) -> 
     generator = torch.Generator().manual_seed(seed)
     for name in ("text_emb.weight", "text_pos_emb.weight", "text_head.weight", "text_head.bias"):
         weights.pop(name, None)
-    # The published code draws a lone start vector from the standard normal distribution, tables with 0.02.
+    # minDALL-E's code initialises a single start vector with standard deviation 1, tables with 0.02.
     weights["text_emb.weight"] = _normal((num_classes + 1, dim), _WEIGHT_STD if num_classes else 1.0, generator)
     weights["text_head.weight"] = torch.zeros(num_classes + 1, dim)
     weights["image_head.weight"] = _normal((codes, dim), _WEIGHT_STD, generator)

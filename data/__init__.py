@@ -1,4 +1,4 @@
-"""Pairs of text and image: COCO-style folders, the built-in demo set, and what turns them into tensors."""
+"""Text-image pairs: COCO-style folders, webdataset shards and the built-in demo set, as data sets of tensors."""
 from __future__ import annotations
 
 from data.code_cache import CodeCache, Team

@@ -10,7 +10,7 @@ from utils.files import IMAGE_SUFFIXES
 
 
 def class_names(folder: str) -> list[str]:
-    """The classes of a folder: the names of its folders, sorted. Raises UserError where there are none."""
+    """The classes of a folder: the names of its subfolders, sorted. Raises UserError if there are none."""
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
@@ -18,17 +18,17 @@ def class_names(folder: str) -> list[str]:
             f"{folder} cannot be read as a folder of classes: {error.strerror or error}"
         ) from None
     if not names:
-        raise UserError(f"{folder} holds no folders: give one with a folder of images for each class")
+        raise UserError(f"{folder} has no subfolders: give one with a folder of images for each class")
     return names
 
 
 def list_class_images(folder: str, classes: Sequence[str]) -> FolderPairs:
     """Find the images of these classes; an image's "caption" is the name of its class.
 
-    classes: the names to look for. None at all (of an unconditional model): every image below the folder, with empty
-    captions. Images of other folders, and those in no class folder, are skipped and reported.
+    classes: the names to look for. Empty (for an unconditional model): every image below the folder, with empty
+    captions. Images in other folders, or in none, are skipped and reported.
 
-    Raises UserError when the folder does not exist or holds no image.
+    Raises UserError when the folder does not exist or has no images.
     """
     if not os.path.isdir(folder):
         raise UserError(
@@ -46,7 +46,7 @@ def list_class_images(folder: str, classes: Sequence[str]) -> FolderPairs:
         pairs.captions.append(name if known else "")
     if outside:
         example = os.path.relpath(outside[0], folder)
-        pairs.skipped.append(Skipped(len(outside), "images in the folder of no class of this model", example))
+        pairs.skipped.append(Skipped(len(outside), "images in folders that are not classes of this model", example))
     if not len(pairs.images):
         raise UserError(
             "--input-folder {}: no image in it{}; expected <class>/<image> ({})".format(
@@ -59,7 +59,7 @@ def list_class_images(folder: str, classes: Sequence[str]) -> FolderPairs:
 
 
 def imagenet_folders(folder: str) -> tuple[str, str]:
-    """Training and validation folder of an ImageNet folder: train and val in it; without train itself, and ""."""
+    """Return an ImageNet folder's train and val folders, "" for a missing val; without train: the folder itself, ""."""
     train, validation = os.path.join(folder, "train"), os.path.join(folder, "val")
     if not os.path.isdir(train):
         return folder, ""

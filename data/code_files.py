@@ -1,12 +1,12 @@
-"""Files of image codes: a manifest, records that check themselves, and a lock.
+"""Files of image codes: a manifest, records with checksums, and a lock.
 
     cache/COCO-0123456789ab/
-        manifest.json    what the codes were made of and with; where that is not what it should be, nothing is trusted
-        *.codes          records of equal length; every process that encodes appends to a file of its own
+        manifest.json    what the codes were made from and with; on a mismatch all records are ignored
+        *.codes          records of equal length; every encoding process appends to its own file
         lock             held by the run that encodes
 
-A record holds the identity of an image, its codes and a checksum over both. A record that a crash, a full disk or a bad
-sector cut off or changed therefore counts as absent, and no file needs to say how far another one was written.
+A record holds the identity of an image, its codes and a checksum over both. So a record that a crash, a full disk or a
+bad sector truncated or changed counts as absent, and no file needs to record how far another one was written.
 """
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from utils.locks import Lock, holder, try_lock
 
 logger = logging.getLogger(__name__)
 
-_RECORDS_AT_ONCE = 4096
+_RECORDS_PER_BLOCK = 4096
 
 
 def record_type(num_codes: int, codes_per_image: int) -> numpy.dtype:
-    """Return the layout of a record: 16-bit codes where the codebook allows."""
+    """Return the dtype of a record: 16-bit codes if the codebook allows."""
     kind = "<u2" if num_codes <= 1 << 16 else "<i4"
     return numpy.dtype([("image", "<u8"), ("readable", "u1"), ("codes", kind, (codes_per_image,)), ("check", "<u4")])
 
@@ -43,10 +43,10 @@ def sign(records: numpy.ndarray) -> numpy.ndarray:
 
 
 class Records:
-    """The whole records in some files, counted through all of them. Codes are read from mapped memory.
+    """The records in some files, numbered across all of them. Codes are read from memory-mapped files.
 
-    A file is never changed but at its end, so numbers stay good. A copy for another process takes along the names of
-    the files, not their content.
+    Files are only appended to, so numbers stay valid. Pickling for another process includes the file names, not their
+    content.
     """
 
     def __init__(self, paths: Sequence[Path], dtype: numpy.dtype) -> None:
@@ -63,9 +63,9 @@ class Records:
                 whole.append(records["check"] == _checks(block, dtype.itemsize))
             self.starts.append(sum(map(len, images)))
         self.readable = numpy.concatenate(readable or [numpy.zeros(0, dtype=bool)])
-        """Of each record, whether its image could be read, (n,)."""
+        """Whether the image of each record could be read, (n,)."""
         self.whole = numpy.concatenate(whole or [numpy.zeros(0, dtype=bool)])
-        """Of each record, whether its checksum is right, (n,)."""
+        """Whether the checksum of each record is right, (n,)."""
         good = numpy.nonzero(self.whole)[0]
         identities = numpy.concatenate(images or [numpy.zeros(0, dtype="<u8")])[good]
         # Of several records of one image, those with codes come first.
@@ -92,7 +92,7 @@ class Records:
         return row
 
     def content(self, file: int) -> bytes:
-        """Return the whole records of a file."""
+        """Return the undamaged records of a file."""
         start, end = self.starts[file : file + 2]
         return bytes(self._mapped(file)[self.whole[start:end]].tobytes())
 
@@ -106,7 +106,7 @@ class Records:
 
 
 class CodeRows:
-    """The rows that a CodesDataset reads: `where[row]` is the number of a record, or -1 for codes that are all -1."""
+    """The rows that a CodesDataset reads: `where[row]` is a record number, or -1 for codes that are all -1."""
 
     def __init__(self, records: Records, where: numpy.ndarray) -> None:
         self.records, self.where = records, where
@@ -124,11 +124,11 @@ class Place:
     """A folder of records, their manifest and lock. It need not exist yet."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], dtype: numpy.dtype) -> None:
-        """manifest: what the records here must have been made of and with, as JSON gives it back."""
+        """manifest: what the records must have been made from and with, as parsed from JSON."""
         self.folder, self.manifest, self.dtype = folder, manifest, dtype
 
     def trusted(self) -> bool:
-        """Whether the manifest says that the records are what is wanted here. Raises OSError where that is unknown."""
+        """Whether the manifest on disk matches. Raises OSError if it cannot be read."""
         try:
             return bool(json.loads((self.folder / "manifest.json").read_text(encoding="utf-8")) == self.manifest)
         except (FileNotFoundError, ValueError):
@@ -139,10 +139,10 @@ class Place:
         return Records(self._paths() if self.trusted() else [], self.dtype)
 
     def prepare(self) -> None:
-        """Make the place ready for writing, while nobody else does: drop what is damaged or not trusted."""
+        """Prepare the place for writing, under its lock: drop damaged records and those of another manifest."""
         if not self.trusted():
             for path in self._paths():
-                logger.warning("%s was made of or with something else, or nobody knows: built anew", path)
+                logger.warning("%s was made from or with something else: rebuilding it", path)
                 path.unlink()
             with atomic_write(self.folder / "manifest.json") as file:
                 json.dump(self.manifest, file, indent=1, sort_keys=True)
@@ -152,28 +152,28 @@ class Place:
                 logger.warning("%s holds damaged records: their images are encoded again", name)
                 with atomic_write(self._new_path(), "wb") as file:
                     file.write(records.content(number))
-                os.unlink(name)  # a run that is reading it keeps it to its end
+                os.unlink(name)  # a run that has it open keeps it
 
     def writer(self) -> Writer:
-        """Return what appends records to a new file."""
+        """Return a writer that appends records to a new file."""
         return Writer(self._new_path())
 
     def lock(self) -> Lock | None:
         """Return the lock, or None if another process holds it. Raises OSError.
 
-        It lasts until it is closed or this process ends, in whatever way: no lock is ever left over.
+        It lasts until it is closed or this process ends: no lock is ever stale.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Without locks, two runs at once do the same work twice, no harm else: each writes files of its own.
+        # Without file locks, two concurrent runs only do the same work twice: each writes its own files.
         return try_lock(self.folder / "lock")
 
     def lock_holder(self) -> str:
-        """Return who holds the lock, in words."""
+        """Return a description of the lock's holder."""
         return holder(self.folder / "lock")
 
     def _paths(self) -> list[Path]:
         try:
-            names = os.listdir(str(self.folder))  # a glob finds nothing in a folder that it cannot read
+            names = os.listdir(str(self.folder))  # glob silently finds nothing in an unreadable folder
         except FileNotFoundError:
             return []
         return sorted(self.folder / name for name in names if name.endswith(".codes"))
@@ -183,14 +183,14 @@ class Place:
 
 
 class Writer:
-    """Appends records to a file, which begins to exist with the first of them."""
+    """Appends records to a file, which is created with the first one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: Any | None = None
 
     def write(self, records: numpy.ndarray) -> None:
-        """Append records. Raises OSError; what was written until then stays good."""
+        """Append records. Raises OSError; those written before stay valid."""
         rest = memoryview(records.tobytes())
         while rest:
             if self._file is None:
@@ -198,7 +198,7 @@ class Writer:
             rest = rest[self._file.write(rest) :]
 
     def sync(self) -> None:
-        """Wait until all is on the disk. Raises OSError."""
+        """Flush to disk. Raises OSError."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
@@ -209,16 +209,16 @@ class Writer:
 
 
 def _blocks(path: str, size: int) -> Iterator[bytes]:
-    """Yield the records of a file, many at a time. Not from mapped memory, where a bad disk would end the process."""
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:  # another run has just replaced it
+    """Yield the records of a file in blocks. Not memory-mapped: a disk error would kill the process."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:  # another run may just have replaced it
         while True:
-            block = file.read(_RECORDS_AT_ONCE * size)
+            block = file.read(_RECORDS_PER_BLOCK * size)
             if len(block) < size:
                 return
             yield block[: len(block) // size * size]
 
 
 def _checks(block: bytes, size: int) -> list[int]:
-    """Return the checksum that each record in a block should hold in its last 4 bytes."""
+    """Return the checksum that the last 4 bytes of each record in a block should hold."""
     view = memoryview(block)
     return [zlib.crc32(view[start : start + size - 4]) for start in range(0, len(block), size)]

@@ -1,4 +1,4 @@
-"""From the data options to data sets: a folder, shards, the built-in demo set or random data, split for validation."""
+"""Data sets from options: a folder, shards, the built-in demo set or random data, with a validation split."""
 from __future__ import annotations
 
 import logging
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEMO = "demo"
-"""The name that stands for the built-in set wherever a folder is expected; a folder of this name is "./demo"."""
+"""Name of the built-in set, accepted wherever a folder is expected; write "./demo" for a folder of this name."""
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """How pairs are read, and which are mirrored or skipped."""
+    """How pairs are read, flipped and skipped."""
 
     text_seq_len: int
     """Tokens of a caption."""
@@ -36,20 +36,20 @@ class DataSettings:
     truncate_captions: bool = False
     seed: int = 42
     null_cond_prob: float = 0.0
-    """These are of `TextSettings`."""
+    """See `TextSettings`."""
     num_generated: int = 0
-    """More than 0 makes so many random pairs instead; no folder is read."""
+    """If above 0, make this many random pairs instead of reading a folder."""
     flip: bool = False
-    """Mirror every other image, see `PairDataset`."""
+    """Flip every other image, see `PairDataset`."""
     index_folder: PathLike | None = None
-    """Where the indexes of shards are kept; None: `data.shards.default_index_folder()`."""
+    """Where shard indexes are kept; None: ~/.cache/dalle/shards."""
     shard_images: str | None = None
     shard_captions: str | None = None
-    """Names of members of shards, see `data.shard_index.Members.named`."""
+    """Names of shard members, see `data.shard_index.Members.named`."""
     max_bad_fraction: float = 0.01
     skipped_file: PathLike | None = None
     is_main: bool = True
-    """How many pairs may be skipped, where those are listed, and whether this process does: see utils/skipped.py."""
+    """How many pairs may be skipped, where they are listed, and whether by this process: see utils/skipped.py."""
 
 
 def create_dataset(
@@ -60,14 +60,14 @@ def create_dataset(
     demo_split: str = "all",
     flag: str = "--input-folder",
 ) -> PairDataset:
-    """Return one data set and log what is in it.
+    """Return one data set and log its content.
 
-    input_folder: a folder, webdataset shards (data/shards.py), or "demo" for the built-in set (of which `demo_split`
-        takes "train", "heldout" or "all"). With a vocabulary of classes it is a folder that holds one folder of images
-        for each class (see data/classes.py). flag: where it comes from.
+    input_folder: a folder, webdataset shards (data/shards.py), or "demo" for the built-in set (`demo_split`: "train",
+        "heldout" or "all"). With a vocabulary of classes, a folder with one subfolder of images per class (see
+        data/classes.py). flag: the flag that sets it.
 
-    Raises UserError for a missing or empty folder, one with too many bad pairs, and for captions that are too long and
-    not to be truncated.
+    Raises UserError for a missing or empty folder, one with too many bad pairs, and for captions that are too long
+    without `truncate_captions`.
     """
     text = TextSettings(
         tokenizer, settings.text_seq_len, settings.truncate_captions, settings.seed, settings.null_cond_prob
@@ -93,7 +93,7 @@ def create_dataset(
             dataset = ImageTextFolder(pairs, text, settings.image_size, skipped)
     named = settings.shard_images or settings.shard_captions
     if named and flag == "--input-folder" and not isinstance(dataset, ImageTextShards):
-        raise UsageError("--shard-images and --shard-captions are for webdataset shards, and --input-folder names none")
+        raise UsageError("--shard-images and --shard-captions need webdataset shards as --input-folder")
     dataset.flip = settings.flip
     dataset.held_out = isinstance(dataset, DemoDataset) and demo_split == "heldout"
     logger.info("%s", dataset.report())
@@ -113,10 +113,10 @@ def create_datasets(
 ) -> tuple[PairDataset, PairDataset | None]:
     """Return (training set, validation set or None); arguments as in `create_dataset`.
 
-    The validation set is `validation_folder` where given, else the held-out records of the demo set, else the share
-    (float) or number (int) `validation_holdout` of the pairs, drawn by seed; 0 means none. (The demo set's held-out
-    records are never trained on, whatever that number.) None of its captions is left out, none of its images mirrored,
-    and in epoch 0, at which it stays as long as nobody moves it, its captions are always the same.
+    The validation set is `validation_folder` if given, else the held-out records of the demo set, else a fraction
+    (float) or number (int) `validation_holdout` of the pairs, chosen by seed; 0 means none. (The demo set's held-out
+    records are never trained on, whatever that number.) Its captions are never dropped, its images never flipped, and
+    its captions are always those of epoch 0 unless `set_epoch` is called.
     """
     train = create_dataset(input_folder, tokenizer, settings, demo_split="train")
     clean = replace(settings, null_cond_prob=0.0, num_generated=0, flip=False)

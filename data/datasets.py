@@ -1,12 +1,12 @@
-"""Map-style data sets of (text, image): folders of photos, the built-in demo set, random data, and cached image codes.
+"""Map-style data sets of (text, image): image folders, the built-in demo set, random data, and cached image codes.
 
-Every data set here gives, for an index,
+Items:
 
-    text   LongTensor (T,)          token ids, right-padded with 0; all 0 when the caption was left out on purpose
+    text   LongTensor (T,)          token ids, right-padded with 0; all 0 for a dropped caption
     image  uint8 (3, S, S)          or, from CodesDataset, the image's codes as LongTensor (N,)
 
-Which of an image's captions that is, whether it is left out, and whether the image is mirrored, depends only on (seed,
-epoch, index). The epoch is set with `set_epoch`, also while loader processes are alive: it lies in shared memory.
+Which of an image's captions is used, whether it is dropped, and whether the image is flipped, depends only on (seed,
+epoch, index). `set_epoch` also works while loader processes run: the epoch is in shared memory.
 """
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_REPLACEMENTS = 16
-"""An unreadable image is replaced by another one; so many unreadable ones in a row are an error."""
+"""An unreadable image is replaced by another one; this many unreadable ones in a row are an error."""
 
 _TOKENIZE_BATCH = 1024
 _SOME = 1000
 _CHARACTERS_PER_TOKEN = 1000
-"""Far above any token's length: a caption to be cut to T tokens is cut to this times T characters before."""
+"""Far above any token's length: a caption to truncate to T tokens is first cut to this times T characters."""
 
 Item = Tuple[torch.Tensor, torch.Tensor]
 Self = TypeVar("Self", bound="PairDataset")
@@ -46,28 +46,28 @@ class TextSettings(NamedTuple):
 
     tokenizer: Tokenizer
     text_seq_len: int
-    """Tokens of a caption, T."""
+    """Text length T, in tokens."""
     truncate_captions: bool = False
-    """Cut captions of more than T tokens instead of raising UserError."""
+    """Truncate captions of more than T tokens instead of raising UserError."""
     seed: int = 0
     null_cond_prob: float = 0.0
-    """Share of captions left out (all pads), drawn per (seed, epoch, index)."""
+    """Fraction of captions dropped (all pads), chosen per (seed, epoch, index)."""
 
 
 class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """Pairs numbered 0 .. num_pairs - 1; a subclass says what their captions and images are.
+    """Pairs numbered 0 .. num_pairs - 1; subclasses provide captions and images.
 
-    Can be pickled for loader processes of any start method, which then see later calls of `set_epoch` too.
+    Can be pickled for loader processes of any start method, which also see later calls of `set_epoch`.
     """
 
     flip = False
-    """Mirror every other image, left to right; which ones, changes with the epoch."""
+    """Flip half of the images horizontally; which ones depends on the epoch."""
 
     held_out = False
-    """A part that was held out of the data for validation."""
+    """Whether this is the part held out for validation."""
 
     neighbours = 1
-    """Pairs with numbers next to each other that are best read by one process."""
+    """Number of consecutive pairs that are best read by one process."""
 
     def __init__(self, num_pairs: int, settings: TextSettings) -> None:
         self.num_pairs = num_pairs
@@ -86,7 +86,7 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return self._text(self.source(self.pair_at(index)))
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw captions for this epoch from now on."""
+        """Choose captions for this epoch from now on."""
         self._epoch.fill_(epoch)
 
     def order(self, seed: int, epoch: int) -> torch.Tensor:
@@ -94,9 +94,9 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return epoch_order(len(self), seed, epoch)
 
     def subset(self: Self, indices: torch.Tensor) -> Self:
-        """Return the data set of these pairs only. Captions stay what they are: they are drawn by the pair's number.
+        """Return the data set of these pairs only. Captions do not change: they are chosen by pair number.
 
-        indices: LongTensor (n,) of positions in this data set. Epochs of the two are independent.
+        indices: LongTensor (n,) of positions in this data set. Both data sets have their own epoch.
         """
         part = copy.copy(self)
         part._indices = indices.clone() if self._indices is None else self._indices[indices]
@@ -106,7 +106,7 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
     def split(self: Self, holdout: int | float) -> tuple[Self, Self | None]:
         """Return (training set, validation set), by seed; the validation set is None when `holdout` is 0.
 
-        holdout: number or (as float) share of the pairs to hold out. No caption of the validation set is left out.
+        holdout: number or (as float) fraction of the pairs to hold out. The validation set drops no captions.
         """
         train, held_out = split_holdout(len(self), holdout, self.settings.seed)
         if not len(held_out):
@@ -116,14 +116,14 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return self.subset(train), clean
 
     def without_null_captions(self: Self) -> Self:
-        """Return the same pairs with every caption kept and no image mirrored, for validation."""
+        """Return the same pairs without dropped captions and flips, for validation."""
         clean = copy.copy(self)
         clean.settings = self.settings._replace(null_cond_prob=0.0)
         clean.flip = False
         return clean
 
     def check_captions(self) -> None:
-        """Raise UserError now, rather than hours into training, if a caption is too long to be taken whole."""
+        """Raise UserError if a caption is too long and must not be truncated: now, not hours into training."""
         if self.settings.truncate_captions:
             return
         batch: list[str] = []
@@ -136,12 +136,12 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
             self.settings.tokenizer.tokenize(batch, self.settings.text_seq_len)
 
     def some_captions(self) -> Iterator[str]:
-        """Yield captions of pairs spread over the data set, of all where they are few."""
+        """Yield captions of pairs spread over the data set, of all pairs if they are few."""
         for index in range(0, len(self), -(-len(self) // _SOME)):
             yield from self.captions(self.pair_at(index))
 
     def report(self) -> str:
-        """Return one line on the data found and on what was left out so far."""
+        """Return one line on the data found and skipped so far."""
         return f"{len(self)} pairs of image and captions"
 
     def captions(self, pair: int) -> Sequence[str]:
@@ -153,35 +153,35 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         raise NotImplementedError
 
     def origin(self) -> str:
-        """Return where the images come from: a folder's absolute path, or a name."""
+        """Return the source of the images: a folder's absolute path, or a name."""
         raise NotImplementedError
 
     def image_identity(self, pair: int) -> str:
-        """Return what tells whether the image of a pair is still the same one, without reading it."""
+        """Return a text that changes if the image of a pair changes, without reading the image."""
         raise NotImplementedError
 
     def source(self, pair: int) -> int:
-        """Return the pair whose text and image stand at the place of `pair`: itself, unless its image is unreadable."""
+        """Return the pair used in place of `pair`: itself, unless its image is unreadable."""
         return pair
 
     def check_unreadable(self) -> None:
-        """Raise UserError when more images cannot be read than is allowed."""
+        """Raise UserError when too many images are unreadable."""
 
     def mark_unreadable(self, pair: int, reason: Any) -> None:
-        """Note that the image of a pair cannot be read, and why, so that `source` gives another one."""
+        """Record that the image of a pair cannot be read, and why, so that `source` returns another one."""
         raise UserError(f"the image of pair {pair} of {self.origin()} cannot be read: {reason}")
 
     @property
     def num_variants(self) -> int:
-        """Forms that one image comes in: 2 with `flip`, else 1."""
+        """Variants of each image: 2 with `flip`, else 1."""
         return 2 if self.flip else 1
 
     def variant(self, pair: int) -> int:
-        """Return the form of a pair's image in this epoch: 0 as it is, 1 mirrored."""
+        """Return the variant of a pair's image in this epoch: 0 unchanged, 1 flipped."""
         return random_below(2, "flip", self.settings.seed, int(self._epoch), pair) if self.flip else 0
 
     def image_variant(self, pair: int, variant: int) -> torch.Tensor:
-        """Return the image of a pair in one of its forms, uint8 (3, S, S)."""
+        """Return one variant of the image of a pair, uint8 (3, S, S)."""
         image = self.image(pair)
         return image.flip(-1) if variant else image
 
@@ -213,32 +213,32 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 
 class PhotoPairs(PairDataset):
-    """Pairs of other people's photos: one that turns out to be unreadable is replaced by another pair and counted.
+    """Pairs with images from files: a pair with an unreadable image is replaced by another pair and counted.
 
-    It is the same other pair every time.
+    The replacement is always the same pair.
     """
 
     def __init__(
         self, pairs: Any, num_pairs: int, settings: TextSettings, image_size: int, skipped: SkipReport | None = None
     ) -> None:
-        """pairs: what was found: its name in `folder`, a line on it from `report()`, bad pairs left out in `num_bad`.
+        """pairs: the listing: its name in `folder`, a line from `report()`, the number of bad pairs in `num_bad`.
 
-        skipped: where unreadable images are listed, and how many there may be (default: nowhere, any number).
+        skipped: lists and limits unreadable images (default: not listed, no limit).
         """
         super().__init__(num_pairs, settings)
         self.pairs = pairs
         self.image_size = image_size
         self.skipped = SkipReport(max_bad_fraction=1.0) if skipped is None else skipped
-        # One flag per pair rather than a counter: loader processes share it, and setting a flag needs no lock.
+        # One flag per pair instead of a counter: loader processes share it, and setting a flag needs no lock.
         self._unreadable = torch.zeros(self.num_pairs, dtype=torch.bool).share_memory_()
 
     @property
     def num_unreadable(self) -> int:
-        """Images that could not be read so far, in all loader processes."""
+        """Unreadable images so far, in all loader processes."""
         return int(self._unreadable.sum())
 
     def image_name(self, pair: int) -> str:
-        """Return where the image of a pair lies, for messages."""
+        """Return the location of a pair's image, for messages."""
         raise NotImplementedError
 
     def report(self) -> str:
@@ -256,10 +256,10 @@ class PhotoPairs(PairDataset):
             source = pair if attempt == 0 else self._replacement(pair, attempt)
             if not self._unreadable[source]:
                 return source
-        # A small part of the data, such as a few pairs held out, may have none that is good though most are.
+        # A small subset, such as a few held-out pairs, may have no readable image though most images are readable.
         own = self._unreadable if self._indices is None else self._unreadable[self._indices]
         raise UserError(
-            "{}: {} of the {} images{} cannot be read, such as {}{}; mend or remove them{}".format(
+            "{}: {} of the {} images{} cannot be read, such as {}{}; fix or remove them{}".format(
                 self.skipped.source if self.skipped.source.startswith("--") else self.pairs.folder,
                 int(own.sum()),
                 len(self),
@@ -271,12 +271,12 @@ class PhotoPairs(PairDataset):
         )
 
     def mark_unreadable(self, pair: int, reason: Any) -> None:
-        # The first one is worth a line at once, the others are in report().
+        # Warn of the first one; the others are in report().
         level = logging.DEBUG if self._unreadable.any() else logging.WARNING
         self._unreadable[pair] = True
         name = self.image_name(pair)
         logger.log(level, "cannot read %s (%s); using another pair", name, reason)
-        kind = why_unreadable(reason) if isinstance(reason, BaseException) else "unreadable pictures"
+        kind = why_unreadable(reason) if isinstance(reason, BaseException) else "unreadable images"
         self.skipped.add(name, kind, str(reason))
 
     def check_unreadable(self) -> None:
@@ -288,18 +288,18 @@ class PhotoPairs(PairDataset):
             try:
                 return super()._pair(source)
             except UserError:
-                raise  # a caption that is too long: UserError is a ValueError, but the image has no part in it
+                raise  # a caption that is too long: UserError is a ValueError, but not an image error
             except BROKEN_IMAGE_ERRORS as error:
                 self.mark_unreadable(source, error)
                 self.check_unreadable()
 
     def _replacement(self, pair: int, attempt: int) -> int:
-        """Return another pair of this (sub)set: a validation set never borrows from the training set."""
+        """Return another pair of this (sub)set: a validation set never uses training pairs."""
         return self.pair_at(random_below(len(self), "replacement", self.settings.seed, pair, attempt))
 
 
 class ImageTextFolder(PhotoPairs):
-    """Photos and their captions below a folder, see data/folder.py for the layout and data/images.py for the pixels."""
+    """Images and captions below a folder: data/folder.py has the layout, data/images.py the preprocessing."""
 
     def __init__(
         self, pairs: FolderPairs, settings: TextSettings, image_size: int, skipped: SkipReport | None = None
@@ -326,7 +326,7 @@ class ImageTextFolder(PhotoPairs):
 
 
 def _file_identity(name: str, path: str) -> str:
-    """Return name, size and time of change of a file; the name alone where it has vanished."""
+    """Return name, size and modification time of a file; only the name if it has vanished."""
     try:
         found = os.stat(path)
     except OSError:
@@ -356,11 +356,11 @@ class DemoDataset(PairDataset):
         return _file_identity(path.name, str(path))
 
     def report(self) -> str:
-        return f"demo set: {len(self)} pictures with captions" + (", held out for validation" if self.held_out else "")
+        return f"demo set: {len(self)} images with captions" + (", held out for validation" if self.held_out else "")
 
 
 class GeneratedDataset(PairDataset):
-    """Random ids and pixels made on the host, the same for the same seed: for measuring speed without data."""
+    """Random ids and pixels made on the host, determined by the seed: for measuring speed without data."""
 
     def __init__(self, num_pairs: int, settings: TextSettings, image_size: int) -> None:
         super().__init__(num_pairs, settings)
@@ -393,11 +393,11 @@ class GeneratedDataset(PairDataset):
 
 
 class CodesDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """The pairs of another data set with their images already encoded: items are (text, codes LongTensor (N,)).
+    """The pairs of another data set with encoded images: items are (text, codes LongTensor (N,)).
 
-    codes: integers (n, N), a tensor, a NumPy array (also memory-mapped) or whatever gives such rows: for each pair that
-    `pairs` is a (sub)set of, in order, one row for each form of its image (see `PairDataset.variant`). Rows of images
-    that were never encoded hold -1; asking for one is an error.
+    codes: integers (n, N), a tensor, a NumPy array (also memory-mapped) or another sequence of rows: for each pair of
+    the full set, in order, one row per variant of its image (see `PairDataset.variant`). Rows of images that were never
+    encoded hold -1; reading one is an error.
     """
 
     def __init__(self, pairs: PairDataset, codes: Any) -> None:
@@ -414,14 +414,14 @@ class CodesDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         pair = self.pairs.source(self.pairs.pair_at(index))
         row = self.codes[pair * self.pairs.num_variants + self.pairs.variant(pair)]
         if not isinstance(row, torch.Tensor):
-            row = torch.from_numpy(row.astype("int64"))  # here, for PyTorch reads no unsigned 16-bit arrays
+            row = torch.from_numpy(row.astype("int64"))  # PyTorch cannot convert uint16 arrays
         if int(row.min()) < 0:
-            # Some devices would quietly train on whatever such a code reads.
-            raise RuntimeError(f"the image of pair {pair} was not among those to be encoded")
+            # Some devices would silently train on whatever such a code indexes.
+            raise RuntimeError(f"the image of pair {pair} was not encoded")
         return self.pairs.text_at(index), row.to(torch.int64)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw captions for this epoch from now on."""
+        """Choose captions for this epoch from now on."""
         self.pairs.set_epoch(epoch)
 
     def order(self, seed: int, epoch: int) -> torch.Tensor:
@@ -430,7 +430,7 @@ class CodesDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
     @property
     def num_unreadable(self) -> int:
-        """Images that could not be read when they were to be encoded."""
+        """Images that were unreadable when they were encoded."""
         return int(getattr(self.pairs, "num_unreadable", 0))
 
     def report(self) -> str:

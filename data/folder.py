@@ -1,10 +1,10 @@
-"""Which image belongs to which captions: images and text files anywhere below a folder, paired by file stem.
+"""Image-caption pairs of a folder: images and text files anywhere below it, paired by file stem.
 
     data/COCO/train2017/000000000009.jpg                photos/cat/1.png
     data/COCO/train2017_captions/000000000009.txt       captions/cat/1.txt       one caption per line
 
-The listing also reads the caption files (some seconds for COCO's 118,000), so that empty ones are known before training
-starts. Images are not opened here: that would take many minutes.
+The listing also reads the caption files (some seconds for COCO's 118,000), so that empty ones are found before training
+starts. Images are not opened: that would take many minutes.
 """
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from utils.skipped import Entry, SkipReport
 logger = logging.getLogger(__name__)
 
 _MAX_TEXT_BYTES = 1 << 20
-"""A caption file is larger than this only by mistake."""
+"""A caption file larger than this is a mistake."""
 _SHOWN_SUFFIXES = 8
 _READERS = 8
 _FILES_PER_TASK = 256
@@ -31,8 +31,8 @@ _FILES_PER_TASK = 256
 class PackedStrings:
     """A read-only list of strings in one block of bytes.
 
-    COCO's 591,753 captions take 36 MB this way instead of 90 MB, and loader processes that are forked share them for
-    good: touching a list's strings would copy their memory pages to each process, through the reference counts.
+    COCO's 591,753 captions take 36 MB this way instead of 90 MB, and forked loader processes keep sharing them: reading
+    a list's strings would copy their memory pages to each process, because of the reference counts.
     """
 
     def __init__(self, strings: Iterable[str] = ()) -> None:
@@ -42,7 +42,7 @@ class PackedStrings:
             self.append(string)
 
     def append(self, string: str) -> None:
-        # surrogateescape: names of files are bytes on some systems and need not be UTF-8.
+        # surrogateescape: file names are bytes on some systems and need not be UTF-8.
         self._bytes += string.encode("utf-8", "surrogateescape")
         self._ends.append(len(self._bytes))
 
@@ -56,7 +56,7 @@ class PackedStrings:
 
 
 class Skipped(NamedTuple):
-    """Files that make no pair: how many, for what reason, and one of them."""
+    """Files that form no pair: number, reason and an example."""
 
     num_files: int
     reason: str
@@ -76,18 +76,18 @@ class FolderPairs(NamedTuple):
     """For each image its captions, joined by line breaks, without blank lines."""
     skipped: list[Skipped]
     num_bad: int = 0
-    """Pairs that are there but cannot be used. (Files without a partner are none: COCO has many.)"""
+    """Unusable pairs. (Files without a partner do not count: COCO has many.)"""
     unread: str = ""
     """The types of other files: "3 *.heic, 1 *.json"."""
 
     def report(self) -> str:
-        """Return one line: how many pairs there are and what was left out."""
+        """Return one line: how many pairs there are and what was skipped."""
         return f"{self.folder}: {len(self.images)} pairs of image and captions" + "".join(
-            f"; skipped {skipped}" for skipped in self.left_out()
+            f"; skipped {skipped}" for skipped in self.skipped_files()
         )
 
-    def left_out(self) -> list[str]:
-        """Return what was left out; beside texts without an image, that may be files of other types, too."""
+    def skipped_files(self) -> list[str]:
+        """Return what was skipped; if texts lack images, also other file types, which may be the images."""
         others = f"files of types that are not read: {self.unread}"
         alone = self.unread and any(skipped.reason == _NO_IMAGE for skipped in self.skipped)
         return [*map(str, self.skipped), *([others] if alone else [])]
@@ -101,18 +101,18 @@ def listed_suffixes(counts: Counter[str]) -> str:
 
 _NO_CAPTIONS, _NO_IMAGE, _NO_FOLDER = "images without captions", "text files without an image", "unreadable folders"
 _UNUSED = (_NO_CAPTIONS, _NO_IMAGE)
-"""What is left out without being a bad pair."""
+"""Skipped without counting as bad pairs."""
 
 
 def list_pairs(folder: str, report: SkipReport | None = None) -> FolderPairs:
-    """Find the pairs below `folder`; what makes none goes to `report`, too.
+    """Find the pairs below `folder`; other files are added to `report`.
 
-    A text belongs to the image of the same stem: to the one beside it, otherwise to the one in a folder of the same
-    name (images/cat/1.png, captions/cat/1.txt), otherwise to the only one of that stem in the whole tree. Images with
-    several candidates are ambiguous and skipped, as are images without a text, texts without an image, and texts that
-    are empty, larger than 1 MiB, not UTF-8 or with NUL bytes. Hidden files and folders are ignored.
+    A text belongs to the image of the same stem: in the same folder, otherwise in a folder of the same name
+    (images/cat/1.png, captions/cat/1.txt), otherwise the only one of that stem in the whole tree. Images with several
+    candidates are ambiguous and skipped, as are images without a text, texts without an image, and texts that are
+    empty, larger than 1 MiB, not UTF-8 or with NUL bytes. Hidden files and folders are ignored.
 
-    Raises UserError when the folder does not exist or holds no pair, or when `report` allows no more bad ones.
+    Raises UserError when the folder does not exist or has no pairs, or when `report` has too many bad ones.
     """
     source = f"--input-folder {folder}" if report is None else report.source
     if not os.path.isdir(folder):
@@ -145,12 +145,12 @@ def list_pairs(folder: str, report: SkipReport | None = None) -> FolderPairs:
 
 
 def _nothing_found(source: str, images: list[str], texts: list[str], pairs: FolderPairs) -> str:
-    why = "; ".join(pairs.left_out())
+    why = "; ".join(pairs.skipped_files())
     why = f"; not read: {pairs.unread}" if pairs.unread and not why else why and f": {why}"
     return (
         f"{source}: no pair of image and captions among {len(images)} images and {len(texts)} text files below it"
         f"{why}; expected images ({starred(IMAGE_SUFFIXES)}) and, with the same stem, .txt files with one caption per "
-        "line, e.g. train2017/000000000009.jpg and train2017_captions/000000000009.txt. Where captions lie in one list "
+        "line, e.g. train2017/000000000009.jpg and train2017_captions/000000000009.txt. For captions in one list "
         "(COCO, Karpathy, Flickr8k, metadata.jsonl, CSV, TSV), python data/process_trainset.py --captions LIST "
         "--out-dir FOLDER makes them"
     )
@@ -182,9 +182,9 @@ def list_files(
 
 
 def _walk(folder: str, skipped: dict[str, list[str]]) -> Iterator[str]:
-    """Yield the files below `folder`, through symbolic links too (each real folder once, so that loops end).
+    """Yield the files below `folder`, also through symbolic links (each real folder once, so that loops end).
 
-    With a list of its own rather than os.walk, which calls itself for each level (before Python 3.12) and can run out.
+    Iterative, unlike os.walk before Python 3.12, which can exceed the recursion limit.
     """
     seen = set()
     waiting = [folder]
@@ -217,29 +217,29 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _match(images: list[str], texts: list[str], skipped: dict[str, list[str]]) -> Iterator[tuple[str, str]]:
-    """Yield (image, text) and enter what makes no pair into `skipped` (reason -> paths)."""
+    """Yield (image, text) and add all other files to `skipped` (reason -> paths)."""
     unused: dict[str, str] = {}  # path without suffix -> text
     for text in sorted(texts, key=lambda text: _rank(text, TEXT_SUFFIXES)):
-        unused.setdefault(_place(text), text)
+        unused.setdefault(_without_suffix(text), text)
     by_stem: dict[str, list[str]] = {}
     by_folder: dict[tuple[str, ...], list[str]] = {}  # (name of the folder, stem)
     for place in unused:
         by_stem.setdefault(os.path.basename(place), []).append(place)
         by_folder.setdefault(_last(place, 2), []).append(place)
 
-    elsewhere, beside = [], set(unused)
-    for image in sorted(images, key=lambda image: (_place(image), _rank(image, IMAGE_SUFFIXES))):
-        if _place(image) in unused:
-            yield image, unused.pop(_place(image))
-        elif _place(image) in beside:  # the same picture in another format
+    elsewhere, all_texts = [], set(unused)
+    for image in sorted(images, key=lambda image: (_without_suffix(image), _rank(image, IMAGE_SUFFIXES))):
+        if _without_suffix(image) in unused:
+            yield image, unused.pop(_without_suffix(image))
+        elif _without_suffix(image) in all_texts:  # the same image in another format
             skipped.setdefault(_NO_CAPTIONS, []).append(image)
         else:
             elsewhere.append(image)
 
     alone = []
     for image in elsewhere:
-        candidates = [text for text in by_folder.get(_last(_place(image), 2), ()) if text in unused]
-        found = _closest(_place(image), candidates)
+        candidates = [text for text in by_folder.get(_last(_without_suffix(image), 2), ()) if text in unused]
+        found = _closest(_without_suffix(image), candidates)
         if found is None:
             alone.append(image)
         else:
@@ -263,13 +263,13 @@ def _match(images: list[str], texts: list[str], skipped: dict[str, list[str]]) -
         skipped[_NO_IMAGE] = without_image
 
 
-def _place(path: str) -> str:
+def _without_suffix(path: str) -> str:
     """Return a path without its suffix."""
     return os.path.splitext(path)[0]
 
 
 def _stem(path: str) -> str:
-    return os.path.basename(_place(path))
+    return os.path.basename(_without_suffix(path))
 
 
 def _rank(path: str, suffixes: Sequence[str]) -> int:
@@ -282,7 +282,7 @@ def _last(place: str, count: int) -> tuple[str, ...]:
 
 
 def _closest(place: str, candidates: list[str]) -> str | None:
-    """Return the path that agrees with `place` in more of its last parts than any other one; None: no such."""
+    """Return the candidate that shares most trailing path parts with `place`; None if there is no single one."""
     count = 2
     while len(candidates) > 1 and count <= place.count(os.sep):
         count += 1
@@ -291,7 +291,7 @@ def _closest(place: str, candidates: list[str]) -> str | None:
 
 
 def _read_all(paths: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield `_read_captions` of each path, in order, several at a time: cold and network disks are slow to answer."""
+    """Yield `_read_captions` of each path, in order, several at a time: cold and network disks have high latency."""
     tasks = [paths[start : start + _FILES_PER_TASK] for start in range(0, len(paths), _FILES_PER_TASK)]
     with concurrent.futures.ThreadPoolExecutor(_READERS) as executor:
         for results in executor.map(lambda task: [_read_captions(path) for path in task], tasks):
@@ -299,7 +299,7 @@ def _read_all(paths: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _read_captions(path: str) -> tuple[str, str]:
-    """Return (captions joined by line breaks, "") or ("", what is wrong with the file)."""
+    """Return (captions joined by line breaks, "") or ("", the problem with the file)."""
     try:
         with open_regular(path) as file:
             content = file.read(_MAX_TEXT_BYTES + 1)
@@ -309,16 +309,16 @@ def _read_captions(path: str) -> tuple[str, str]:
 
 
 def split_captions(content: bytes) -> tuple[str, str]:
-    """Return (captions joined by line breaks, "") of a caption file's content, or ("", what is wrong with it)."""
+    """Return (captions joined by line breaks, "") of a caption file's content, or ("", the problem with it)."""
     if len(content) > _MAX_TEXT_BYTES:
         return "", "caption files of more than 1 MiB"
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError:
         return "", "caption files that are not UTF-8"
-    if "\0" in text:  # no text, or text in UTF-16
+    if "\0" in text:  # binary, or UTF-16
         return "", "caption files with NUL bytes"
-    # Not splitlines(), which also breaks at U+2028 and the like; a byte order mark is no part of the first caption.
+    # Not splitlines(), which also splits at U+2028 and the like; a byte order mark is not part of the caption.
     lines = text.lstrip("\ufeff").replace("\r", "\n").split("\n")
     captions = [line.strip() for line in lines if line.strip()]
     return "\n".join(captions), "" if captions else "empty caption files"

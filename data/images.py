@@ -1,10 +1,9 @@
-"""Pictures as tensors: one file -> RGB, centre square, resized, uint8 (3, S, S).
+"""Image files as tensors: RGB, centre-cropped to a square, resized, uint8 (3, S, S).
 
-The pipeline is deterministic, so the image tokens of a photo are the same in every epoch. It equals, byte for byte, the
-published one (a random resized crop with scale 1 and ratio 1, which always falls back to the centre square, then
-torchvision's resize of a PIL picture: bilinear with antialiasing), with three additions for pictures outside COCO: a
-photo is turned upright by its EXIF orientation, as every viewer shows it; transparency becomes white; 16-bit grey keeps
-its upper 8 bits.
+The pipeline is deterministic, so the codes of an image are the same in every epoch. It equals, byte for byte, that of
+the original Mini DALL-E (a random resized crop with scale 1 and ratio 1, which always falls back to the centre square,
+then torchvision's resize of a PIL image: bilinear with antialiasing), with three additions for images outside COCO:
+the EXIF orientation is applied; transparency becomes white; 16-bit grey keeps its upper 8 bits.
 """
 from __future__ import annotations
 
@@ -21,25 +20,25 @@ from PIL import Image, UnidentifiedImageError
 from utils.files import open_regular
 
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
-"""Formats that are read, whatever the file is called: large collections hold misnamed files.
+"""Formats that are read, regardless of the file name: large collections hold misnamed files.
 
-Pillow knows more, but some of them start other programs (EPS: Ghostscript).
+Pillow supports more, but some of them start other programs (EPS: Ghostscript).
 """
 
 BROKEN_IMAGE_ERRORS: tuple[type[Exception], ...] = (
-    OSError,  # missing, cut off, not an image
-    SyntaxError,  # how Pillow's PNG reader reports broken chunks
+    OSError,  # missing, truncated, not an image
+    SyntaxError,  # from Pillow's PNG reader for broken chunks
     ValueError,
     EOFError,
     IndexError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,  # more pixels than Pillow takes for honest
+    Image.DecompressionBombError,  # more pixels than Pillow's limit
 )
 """What Pillow raises for files that it cannot decode."""
 
 MAX_PIXELS = 1 << 27
-"""Pixels of a picture at most: above the largest cameras' (11,648 x 8,736), and half a gigabyte of memory as RGB."""
+"""Largest number of pixels: more than the largest cameras have (11,648 x 8,736), and 400 MB of memory as RGB."""
 
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {
@@ -53,22 +52,25 @@ _TURNS = {
 }
 
 
-def load_image(file: str | IO[bytes], image_size: int) -> torch.Tensor:
-    """Read a picture as uint8 (3, image_size, image_size). Raises one of BROKEN_IMAGE_ERRORS where that fails."""
+def load_image(file: str | IO[bytes], image_size: int | None) -> torch.Tensor:
+    """Read a picture as uint8 (3, image_size, image_size), all of it as (3, H, W) where that is None.
+
+    Raises one of BROKEN_IMAGE_ERRORS where that fails.
+    """
     with contextlib.ExitStack() as opened:
         source = opened.enter_context(_Bounded(open_regular(file))) if isinstance(file, str) else file
         try:
             image = opened.enter_context(Image.open(source, formats=_FORMATS))
-        except UnidentifiedImageError:  # Pillow names the object that it was given, for those who know Python
+        except UnidentifiedImageError:  # Pillow's message shows the repr of the file object
             raise UnidentifiedImageError(f"not one of the formats {', '.join(_FORMATS)}") from None
         check_pixels(image)
         return image_to_tensor(prepare_image(image, image_size))
 
 
 class _Bounded(io.BufferedReader):
-    """A file of which nobody gets more than there is.
+    """A file whose reads are limited to its size.
 
-    Pillow asks for whatever length a damaged chunk claims, and Python takes as much memory before it reads.
+    Pillow requests any length that a damaged chunk claims, and Python allocates that much memory before it reads.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -82,9 +84,9 @@ class _Bounded(io.BufferedReader):
 
 
 def check_pixels(image: Image.Image) -> None:
-    """Raise Image.DecompressionBombError for a picture, not decoded yet, of more than MAX_PIXELS.
+    """Raise Image.DecompressionBombError for an image, not yet decoded, of more than MAX_PIXELS.
 
-    Pillow's own limit is laxer, and switched off in some programs.
+    Pillow's own limit is higher, and disabled in some programs.
     """
     if image.width * image.height > MAX_PIXELS:
         message = "{} x {} pixels; {} at most are decoded"
@@ -92,21 +94,23 @@ def check_pixels(image: Image.Image) -> None:
 
 
 def why_unreadable(error: BaseException) -> str:
-    """Return what kind of file one of BROKEN_IMAGE_ERRORS speaks of, as a plural."""
+    """Return the kind of file that caused one of BROKEN_IMAGE_ERRORS, as a plural."""
     if isinstance(error, Image.DecompressionBombError):
-        return "pictures with too many pixels"
+        return "images with too many pixels"
     if isinstance(error, FileNotFoundError):
-        return "pictures that vanished"
+        return "images that vanished"
     if isinstance(error, UnidentifiedImageError):
-        return "files that are no picture"
+        return "files that are not images"
     if isinstance(error, OSError) and error.errno is not None:
-        return f"pictures that cannot be read ({error.strerror or error})"
-    return "damaged pictures"
+        return f"images that cannot be read ({error.strerror or error})"
+    return "damaged images"
 
 
-def prepare_image(image: Image.Image, image_size: int) -> Image.Image:
-    """Return the centre square of a picture as RGB, upright, image_size pixels high and wide."""
+def prepare_image(image: Image.Image, image_size: int | None) -> Image.Image:
+    """Return the centre square of a picture as RGB, upright, image_size pixels high and wide; None: all of it."""
     image = to_rgb(_upright(image))
+    if image_size is None:
+        return image
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     if image.size != (side, side):
@@ -117,7 +121,7 @@ def prepare_image(image: Image.Image, image_size: int) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return the picture as RGB: transparency becomes white, 16-bit grey is scaled to 8 bits."""
+    """Return the image as RGB: transparency becomes white, 16-bit grey is scaled to 8 bits."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):  # 16-bit grey; convert("RGB") would clip nearly all of it to white
@@ -128,7 +132,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def flatten_on_white(image: Image.Image) -> Image.Image:
-    """Return the picture as RGB; where it is transparent, white shows through."""
+    """Return the image as RGB, composited on white."""
     rgba = image.convert("RGBA")
     background = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
     background.alpha_composite(rgba)
@@ -136,17 +140,17 @@ def flatten_on_white(image: Image.Image) -> Image.Image:
 
 
 def image_to_tensor(image: Image.Image) -> torch.Tensor:
-    """Return an RGB picture of width W and height H as a uint8 tensor (3, H, W) that owns its memory."""
+    """Return an RGB image of width W and height H as a uint8 tensor (3, H, W) that owns its memory."""
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)  # (H * W * 3,)
     return flat.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()  # (3, H, W)
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turn a photo as its EXIF orientation says. Broken EXIF data is no reason to lose the photo: it stays as it is."""
+    """Apply the EXIF orientation. Broken EXIF data is ignored."""
     try:
         orientation: Any = image.getexif().get(_EXIF_ORIENTATION)
     except BROKEN_IMAGE_ERRORS + (TypeError, KeyError, AttributeError):
         return image
-    # Not ImageOps.exif_transpose, which also writes the metadata anew and can fail at that.
+    # Not ImageOps.exif_transpose, which also rewrites the metadata and can fail at that.
     turn = _TURNS.get(orientation)
     return image if turn is None else image.transpose(turn)

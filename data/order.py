@@ -1,7 +1,7 @@
-"""Random choices that depend on nothing but seed, epoch and index: the order of an epoch, captions, what is held out.
+"""Random choices that depend only on seed, epoch and index: the order of an epoch, captions, held-out pairs.
 
-No generator has a state here. Every choice is a hash (SplitMix64) of what it is for, so it is the same in any process,
-in any order of access, after any interruption and under any version of PyTorch.
+There is no generator state: every choice is a hash (SplitMix64) of its purpose and indices, so it is the same in any
+process, in any order of access, after any interruption and under any version of PyTorch.
 """
 from __future__ import annotations
 
@@ -37,27 +37,27 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> torch.Tensor:
 
 
 def windowed_order(runs: torch.Tensor, window: int, seed: int, epoch: int) -> torch.Tensor:
-    """Return an order like `epoch_order`, but one that comes to positions of one run at about the same time.
+    """Return an order like `epoch_order` that visits positions of one run at about the same time.
 
-    runs: LongTensor (n,), the run of each position. Runs are shuffled; then so many at a time (`window`) are mixed with
-    each other as a whole. Where there are no more than that, this is `epoch_order`.
+    runs: LongTensor (n,), the run of each position. Runs are shuffled; then the positions of `window` runs at a time
+    are shuffled together. With at most `window` runs this equals `epoch_order`.
     """
     order = epoch_order(len(runs), seed, epoch)
     present, runs = torch.unique(runs, return_inverse=True)
-    places = torch.argsort(_permutation(len(present), random_bits("runs", seed, epoch)))  # of each run in their order
+    places = torch.argsort(_permutation(len(present), random_bits("runs", seed, epoch)))  # of each run
     return order[torch.argsort(torch.div(places[runs[order]], window, rounding_mode="floor"), stable=True)]
 
 
 def split_holdout(num_samples: int, holdout: int | float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split range(num_samples) at random, by seed alone, into (training, held out): ascending LongTensors.
+    """Split range(num_samples) at random, by seed, into (training, held out): ascending LongTensors.
 
-    holdout: a count, or as a float in [0, 1) a share of the samples (rounded, but at least one sample unless it is 0).
+    holdout: a count, or as a float in [0, 1) a fraction of the samples (rounded, at least one unless it is 0).
     Raises UserError when nothing would be left to train on.
     """
     count = holdout
     if isinstance(holdout, float):
         if not 0 <= holdout < 1:
-            raise UserError(f"the share of pairs to hold out must be at least 0 and below 1, not {holdout}")
+            raise UserError(f"the fraction of pairs to hold out must be at least 0 and below 1, not {holdout}")
         count = max(round(holdout * num_samples), 1) if holdout else 0
     if count < 0 or count >= max(num_samples, 1):
         raise UserError(

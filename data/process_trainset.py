@@ -1,19 +1,19 @@
-"""A list of captions as one text file per image, the form that training reads.
+"""Convert a list of captions to one text file per image, the format that training reads.
 
     python data/process_trainset.py
     python data/process_trainset.py --captions annotations/captions_val2017.json --out-dir val2017_captions
     python data/process_trainset.py --captions flickr8k/captions.txt --out-dir flickr8k/captions
 
 The list is COCO's or Karpathy's JSON, other JSON or JSON lines with an image and a caption in each object, or a table
-(see utils/caption_lists.py, which tells them apart). The text file has the name of the image (000000000009.txt) and one
-caption per line; where images in different folders have the same name, it lies in a folder as theirs. Captions are
-cleaned: line breaks become blanks, blanks collapse, " ." becomes ".". Empty ones, annotations given twice, of unknown
-images or without image or caption are left out and listed in skipped.jsonl in --out-dir; should they be more than
---max-bad-fraction, no text file is written. Each file is written whole or not at all, and only where its content
-changes, so the command can be interrupted and run again.
+(see utils/caption_lists.py). The text file has the name of the image (000000000009.txt) and one caption per line; where
+images in different folders have the same name, it is in a folder of the same name. Captions are cleaned: line breaks
+become spaces, spaces collapse, " ." becomes ".". Empty captions and annotations that are duplicate, of unknown images
+or without image or caption are skipped and listed in skipped.jsonl in --out-dir; if they exceed --max-bad-fraction, no
+text file is written. Files are written atomically, and only if their content changes, so the command can be interrupted
+and run again.
 
-It needs neither PyTorch nor any other package of the project than tqdm. For the 591,753 captions of COCO's training
-set it takes about 330 MB of memory and less than half a minute.
+It needs only tqdm, not PyTorch. For the 591,753 captions of COCO's training set it takes about 330 MB of memory and
+less than half a minute.
 """
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__" and sys.path[0] != str(ROOT):
-    sys.path[0] = str(ROOT)  # run as a file, Python looks for modules in data/
+    sys.path[0] = str(ROOT)  # run as a file: Python looks for modules in data/
 
 from tqdm import tqdm  # noqa: E402
 
@@ -51,7 +51,7 @@ class CaptionFileOptions(CaptionOptions):
     """The flags of this command."""
 
     captions: str = option(str(DEFAULT_CAPTIONS), "list of captions: JSON, JSON lines, CSV or TSV", path=True)
-    image_column: str | None = again(CaptionOptions, "caption_column", help="the same of the image")
+    image_column: str | None = again(CaptionOptions, "caption_column", help="the same for the image")
     out_dir: str = option(str(DEFAULT_OUT_DIR), "folder for the text files", path=True)
     max_bad_fraction: float = again(DataOptions, "max_bad_fraction")
 
@@ -60,40 +60,40 @@ COMMAND = Command("process_trainset.py", "Turn a list of captions into one text 
 
 
 class Counts(NamedTuple):
-    """What `process_captions` did."""
+    """Result of `process_captions`."""
 
     images: int
-    """Images with captions, each with a text file now."""
+    """Images with captions; each has a text file."""
     captions: int
     written: int
-    """Text files that are new or changed; the others already held the same."""
+    """Text files that are new or changed."""
     empty: int
-    """Captions dropped because nothing was left of them."""
+    """Captions dropped because they are empty."""
     repeated: int
-    """Annotations dropped because one with the same id came before."""
+    """Annotations dropped because of a duplicate id."""
     unknown: int
-    """Captions dropped because "images" does not list their image."""
+    """Captions dropped because their image is not in "images"."""
     wrong: int
     """Entries dropped because they lack an image or a caption."""
     without: int
-    """Images listed that have no caption and get no file."""
+    """Listed images without captions, which get no file."""
 
     def __str__(self) -> str:
         text = f"{self.captions} captions of {self.images} images; {self.written} text files written, "
         text += f"{self.images - self.written} unchanged"
         dropped = (
             (self.empty, "empty captions"),
-            (self.repeated, "annotations whose id came before"),
-            (self.unknown, "captions of images that the file does not list"),
+            (self.repeated, "annotations with a duplicate id"),
+            (self.unknown, "captions of unlisted images"),
             (self.wrong, "entries without image or caption"),
             (self.without, "images without captions"),
         )
-        return text + "".join(f"; left out {number} {what}" for number, what in dropped if number)
+        return text + "".join(f"; skipped {number} {what}" for number, what in dropped if number)
 
 
 def clean_caption(caption: str) -> str:
-    """Return the caption on one line: white space collapsed to single blanks, none at the ends or before a stop."""
-    # Half of a surrogate pair, which JSON can express and UTF-8 cannot, becomes "?".
+    """Return the caption on one line: white space collapsed to single spaces, none at the ends or before a period."""
+    # A lone surrogate, which JSON can express and UTF-8 cannot, becomes "?".
     return " ".join(caption.encode("utf-8", "replace").decode("utf-8").split()).replace(" .", ".")
 
 
@@ -105,11 +105,11 @@ def process_captions(
     image_column: str | None = None,
     caption_column: str | None = None,
 ) -> Counts:
-    """Write one text file per image of the list `captions` into `out_dir`, which is made if needed.
+    """Write one text file per image of the list `captions` into `out_dir`, which is created if missing.
 
-    image_column, caption_column: keys or columns to take instead of the usual ones, see utils/caption_lists.py.
-    Raises UserError for a file that is missing, cut off or no list of captions, for more than `max_bad_fraction` of its
-    entries (0 to 1) that cannot be used, and when writing fails.
+    image_column, caption_column: keys or columns to use instead of the usual ones, see utils/caption_lists.py.
+    Raises UserError for a file that is missing, truncated or not a list of captions, if more than `max_bad_fraction` of
+    its entries (0 to 1) are unusable, and when writing fails.
     """
     out_dir = Path(out_dir)
     skipped = SkipReport(out_dir / SKIPPED, max_bad_fraction, f"--captions {captions}")
@@ -118,7 +118,8 @@ def process_captions(
     written = 0
     make_folder("--out-dir", out_dir)
     try:
-        for image_id, lines in tqdm(lines_of.items(), desc="captions", unit=" images", disable=not progress):
+        hidden = None if progress else True  # None: shown on a terminal alone
+        for image_id, lines in tqdm(lines_of.items(), desc="captions", unit=" images", disable=hidden):
             written += _write_if_changed(out_dir / (stems[image_id] + ".txt"), "\n".join(lines) + "\n")
     except OSError as error:
         raise UserError(f"--out-dir {out_dir}: cannot write: {error}") from error
@@ -126,10 +127,10 @@ def process_captions(
 
 
 _EMPTY = "entries with an empty caption"
-_REPEATED = "annotations whose id came before"
-_UNKNOWN = "annotations of images that the file does not list"
+_REPEATED = "annotations with a duplicate id"
+_UNKNOWN = "annotations of unlisted images"
 _WRONG = "entries without image or caption"
-_WRONG_IMAGE = "images that are not of COCO's form"
+_WRONG_IMAGE = "images that are not in COCO's format"
 
 
 def _read(
@@ -156,7 +157,7 @@ def _read(
             seen.add(row.id)
         if not reason and row.image not in names:
             try:
-                # COCO's ids are names as they are; elsewhere a name ends with the suffix of an image.
+                # COCO's ids are names; elsewhere a name ends with an image suffix.
                 is_file = isinstance(row.image, str) and is_image_name(row.image)
                 names[row.image] = _name(row.image, row.image if is_file else None)
             except UserError as error:
@@ -168,11 +169,11 @@ def _read(
         bad += [Entry(row.name, _EMPTY)] * (len(row.captions) - len(lines))
         if lines:
             captions.setdefault(row.image, []).extend(lines)
-    counts = _judge(path, skipped, bad, total, names, captions)
+    counts = _counts(path, skipped, bad, total, names, captions)
     return _stems(path, {image: names[image] for image in captions}), captions, counts
 
 
-def _judge(
+def _counts(
     path: Path,
     skipped: SkipReport,
     bad: list[Entry],
@@ -180,14 +181,14 @@ def _judge(
     names: dict[Any, PurePosixPath],
     captions: dict[Any, list[str]],
 ) -> Counts:
-    """List what is bad, and return the counts. Raises UserError when it is too much, or nothing is left."""
+    """Report bad entries and return the counts. Raises UserError for too many bad entries, or no captions."""
     kinds = Counter(entry.reason for entry in bad)
     if total:
         skipped.add_all(bad)
         skipped.check(total + kinds[_WRONG_IMAGE])
     if not captions:
         why = f" ({skipped.summary()})" if bad else ""
-        raise UserError(f"--captions {path}: no caption in it{why}")
+        raise UserError(f"--captions {path}: no captions found{why}")
     return Counts(
         images=len(captions),
         captions=sum(len(lines) for lines in captions.values()),
@@ -201,13 +202,13 @@ def _judge(
 
 
 def _problem(row: Row) -> str:
-    """Return what keeps an entry from being a caption of an image, or ""."""
+    """Return why an entry is not a caption of an image, or ""."""
     if row.image is None or row.image == "":
-        return row.problem if row.problem.startswith(("has no", "is no")) else "names no image"
+        return row.problem if row.problem.startswith(("has no", "is not")) else "names no image"
     if not _is_id(row.image):
-        return f"has an image that is neither a whole number nor a text: {_shown(row.image)}"
+        return f"has an image that is neither an integer nor text: {_shown(row.image)}"
     if row.id is not None and not _is_id(row.id):
-        return f"has an 'id' that is neither a whole number nor a text: {row.id!r}"
+        return f"has an 'id' that is neither an integer nor text: {row.id!r}"
     return row.problem
 
 
@@ -220,7 +221,7 @@ def _shown(value: Any) -> str:
 
 
 def _names(path: Path, images: list[Any] | None, bad: list[Entry]) -> dict[Any, PurePosixPath]:
-    """Return {image id: name without suffix} of COCO's "images", if there are any. What is wrong goes to `bad`."""
+    """Return {image id: name without suffix} of COCO's "images", if present. Bad entries are added to `bad`."""
     if images is None:
         return {}
     if not isinstance(images, list):
@@ -243,9 +244,9 @@ def _names(path: Path, images: list[Any] | None, bad: list[Entry]) -> dict[Any, 
 
 
 def _name(image: Any, file_name: str | None) -> PurePosixPath:
-    """Return an image's folders and stem: of its file where known, else its id, in twelve digits as COCO has it."""
+    """Return an image's folders and stem: of its file name if known, else its id, in twelve digits as in COCO."""
     name = str(image) if file_name is None else file_name
-    # Without what leads out of --out-dir.
+    # Without parts that lead out of --out-dir.
     parts = name.replace("\\", "/").replace("\0", "").encode("utf-8", "replace").decode("utf-8").split("/")
     stem = parts[-1] if file_name is None else PurePosixPath(parts[-1]).stem
     if isinstance(image, int) and (file_name is None or not stem.strip(".")):
@@ -256,7 +257,7 @@ def _name(image: Any, file_name: str | None) -> PurePosixPath:
 
 
 def _stems(path: Path, names: dict[Any, PurePosixPath]) -> dict[Any, str]:
-    """Return {image: path of its text file without suffix}: its stem, below its folders where stems are not enough.
+    """Return {image: path of its text file without suffix}: its stem, with its folders if stems are not unique.
 
     Raises UserError when two images would share a text file.
     """
@@ -273,10 +274,10 @@ def _stems(path: Path, names: dict[Any, PurePosixPath]) -> dict[Any, str]:
 
 
 def _write_if_changed(path: Path, text: str) -> bool:
-    """Make `path` hold `text`; return whether it did not before.
+    """Write `text` to `path` unless it is already there; return whether it was written.
 
-    Like utils.files.atomic_write, but without waiting for the disk after each of 118,000 small files: what a power
-    failure could leave incomplete, the next run repairs.
+    Like utils.files.atomic_write, but without an fsync for each of 118,000 small files: the next run repairs what a
+    power failure left incomplete.
     """
     content = text.encode("utf-8")
     try:

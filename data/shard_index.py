@@ -1,16 +1,16 @@
-"""What lies where in a webdataset shard: each tar file is read once, header by header, and remembered in a small file.
+"""Index of a webdataset shard: the headers of each tar file are read once, and the index is kept in a small file.
 
     index/cc3m-0123456789ab/00000.tar.index       header (JSON, one line), one record for each image, captions
 
-A sample is what has the same name up to the last dot, whichever program wrote the shard; `Members` says which files of
-it are image and captions. With the index every image can
-be read alone, in any order, so shards need no second way of training beside folders: permutations, split over processes
-and workers, and exact resume are the same. Captions lie in the index itself: a run on cached codes reads no shard.
+A sample is the members with the same name up to the last dot, whichever program wrote the shard; `Members` says which
+of them are image and captions. With the index images have random access, so training on shards is the same as on
+folders: permutations, sharding over processes and workers, and exact resume. Captions are in the index itself: a run on
+cached codes reads no shard.
 
-Why not the readers of the webdataset project: `webdataset` reads shards from front to back, so a run cannot go on at
-the very next sample, and processes get equal numbers of samples only by repeating or dropping some. Its sister `wids`
-has an index, but knows no damaged shards, needs a list of shards and their lengths made beforehand, keeps indexes as
-pickles and maps every shard; both need Python 3.10. What is shared is the format, and the package that expands braces.
+Why not the readers of the webdataset project: `webdataset` reads shards sequentially, so a run cannot resume at the
+next sample, and processes get equal numbers of samples only by repeating or dropping some. Its sibling `wids` has an
+index, but does not handle damaged shards, needs a prepared list of shards and their lengths, keeps indexes as pickles
+and memory-maps every shard; both need Python 3.10. Shared are the format, and the package that expands braces.
 """
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from utils.files import IMAGE_SUFFIXES, atomic_write
 logger = logging.getLogger(__name__)
 
 _FORMAT = 2
-_RECORD = struct.Struct("<QIQI")  # where an image lies in the shard, its bytes, where its captions lie, their bytes
+_RECORD = struct.Struct("<QIQI")  # offset and size of the image in the shard, offset and size of its captions
 _MAX_TEXT = 1 << 20
 _MAX_IMAGE = 1 << 30
 _MAX_OPEN = 64
@@ -45,7 +45,7 @@ UNREADABLE = "shards that cannot be read"
 
 
 class Skips:
-    """Counts what makes no pair, by reason, with an example of each."""
+    """Counts members that form no pair, by reason, with an example of each."""
 
     def __init__(self, counts: dict[str, Any] | None = None) -> None:
         self.counts: dict[str, list[Any]] = dict(counts or {})
@@ -56,16 +56,16 @@ class Skips:
 
 
 class Members(NamedTuple):
-    """Which members of a shard are images, and where their captions are."""
+    """Which members of a shard are images and captions."""
 
     images: tuple[str, ...] = IMAGE_MEMBERS
     """Suffixes of images, in lower case."""
     captions: tuple[str, ...] = CAPTION_MEMBERS
-    """Keys in .json members, and suffixes (in any case) of text members: the first one that has a caption counts."""
+    """Keys in .json members, and suffixes (case-insensitive) of text members: the first one with a caption is used."""
 
     @classmethod
     def named(cls, images: str | None, captions: str | None) -> Members:
-        """Return those that --shard-images and --shard-captions name, with commas between; None: the usual ones.
+        """Return the members named by --shard-images and --shard-captions, comma-separated; None: the defaults.
 
         Raises UsageError.
         """
@@ -73,7 +73,7 @@ class Members(NamedTuple):
         def names(flag: str, text: str) -> list[str]:
             found = [name.strip().lstrip(".") for name in text.split(",")]
             if not all(found):
-                raise UsageError(f"{flag} {text!r}: expected names with commas between, such as img,jpg")
+                raise UsageError(f"{flag} {text!r}: expected comma-separated names, such as img,jpg")
             return found
 
         usual = cls()
@@ -84,17 +84,17 @@ class Members(NamedTuple):
 
 
 class Scanned(NamedTuple):
-    """What a shard holds."""
+    """The content of a shard."""
 
     records: list[tuple[int, int, int, int]]
-    """Of each image, see _RECORD. Those with captions come first, each group in the order of the shard."""
+    """One per image, see _RECORD. Those with captions come first, each group in the order of the shard."""
     num_pairs: int
     """Images with captions."""
     texts: bytes
     """Captions, UTF-8, those of an image separated by line breaks."""
     skips: Skips
     unread: dict[str, int]
-    """How often members of other suffixes are there, and ("key 'url'") keys in .json members without a caption."""
+    """Counts of other suffixes, and ("key 'url'") of keys in .json members without a caption."""
 
 
 # What is in it --------------------------------------------------------------------------------------------------------
@@ -105,14 +105,14 @@ def scan(descriptor: int, size: int, shard: str, members: Members) -> Scanned:
     skips = Skips()
     unread: Counter[str] = collections.Counter()
     images: dict[str, Member] = {}
-    captions: dict[str, dict[str, tuple[str, str]]] = {}  # key -> name in `members` -> (captions, what is wrong)
+    captions: dict[str, dict[str, tuple[str, str]]] = {}  # key -> name in `members` -> (captions, problem)
     names = {"." + name.lower(): name for name in reversed(members.captions)}
     window = Window(descriptor)
     try:
         for member in tar_members(window.read, size):
             key, suffix = os.path.splitext(member.name)
             suffix = suffix.lower()
-            while key.startswith("./"):  # of some of a sample's members, when they were added by different programs
+            while key.startswith("./"):  # only some of a sample's members may have it, if different programs added them
                 key = key[2:]
             if os.path.basename(key).startswith("."):
                 continue
@@ -131,7 +131,7 @@ def scan(descriptor: int, size: int, shard: str, members: Members) -> Scanned:
                         found[name] = text
                 else:
                     text = split_captions(window.read(member.offset, member.size))
-                    if not found.get(names[suffix], ("", ""))[0]:  # a key of a .json member goes first
+                    if not found.get(names[suffix], ("", ""))[0]:  # a key of a .json member has priority
                         found[names[suffix]] = text
             else:
                 _count(unread, suffix)
@@ -140,7 +140,7 @@ def scan(descriptor: int, size: int, shard: str, members: Members) -> Scanned:
     paired, bare, texts = [], [], bytearray()
     for key, member in images.items():
         found = captions.pop(key, {})
-        # A json file gives a caption as it is; in the txt file beside it a line break within would make two of one.
+        # Unlike a .json member, a .txt member cannot express line breaks in a caption.
         text = next((found[name][0] for name in members.captions if name in found and found[name][0]), "")
         if text:
             content = text.encode("utf-8", "replace")
@@ -162,7 +162,7 @@ def _count(unread: Counter[str], name: str) -> None:
 
 
 def _json_captions(content: bytes, members: Members, unread: Counter[str]) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Yield (name, (captions joined by line breaks, "")) of a .json member, or ("json", ("", what is wrong))."""
+    """Yield (name, (captions joined by line breaks, "")) of a .json member, or ("json", ("", problem))."""
     try:
         values = json.loads(content)
     except (ValueError, RecursionError):
@@ -186,7 +186,7 @@ def _json_captions(content: bytes, members: Members, unread: Counter[str]) -> It
 
 
 class OpenFiles:
-    """The descriptors of the files read last, in this process: thousands of shards may not be open all at once."""
+    """Descriptors of recently read files, in this process: thousands of shards cannot all be open."""
 
     def __init__(self) -> None:
         self._open: collections.OrderedDict[str, int] = collections.OrderedDict()
@@ -199,15 +199,15 @@ class OpenFiles:
             os.close(self._open.popitem()[1])
 
     def read(self, path: str, offset: int, size: int, check: Callable[[int], bool]) -> bytes:
-        """Return bytes of a file. Raises UserError when `check` says that the file is another one, and OSError.
+        """Return bytes of a file. Raises UserError when `check` fails because the file was replaced, and OSError.
 
         check(descriptor): called when the file is opened.
         """
-        # Not from mapped memory: where a file was cut off or a disk is bad, that would end the process.
+        # Not memory-mapped: a truncated file or a bad disk would kill the process.
         return os.pread(self._descriptor(path, check), size, offset)
 
     def read_ahead(self, path: str, offset: int, size: int, check: Callable[[int], bool]) -> None:
-        """Ask the system to have this part of a file in memory soon. Raises like `read`."""
+        """Ask the system to prefetch this part of a file. Raises like `read`."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor(path, check), offset, size, os.POSIX_FADV_WILLNEED)
 
@@ -226,13 +226,13 @@ class OpenFiles:
 
 
 class ShardIndex:
-    """Where images and captions of a shard lie. Little of it is in memory: the rest is read from its file."""
+    """Offsets of the images and captions of a shard. Mostly on disk: only the header is in memory."""
 
     def __init__(self, shard: str, header: bytes, file: str | None, body: bytes = b"") -> None:
-        """header: as in the file. body: what follows it, where there is no file."""
+        """header: as in the file. body: the rest, if there is no file."""
         self.shard, self.file, self._header, self._body = shard, file, header, body
         self.problem = ""
-        """Why there is no file, where one could not be written."""
+        """Why the file could not be written, or ""."""
         values = json.loads(header)
         self.size, self.mtime_ns = int(values["size"]), int(values["mtime_ns"])
         self.num_pairs, self.num_images = int(values["pairs"]), int(values["images"])
@@ -246,23 +246,23 @@ class ShardIndex:
         return self._read(self.num_images * _RECORD.size + start, size, files).decode("utf-8")
 
     def content(self, image: int, files: OpenFiles) -> bytes:
-        """Return the file of an image. Raises OSError where the shard cannot be read, UserError where it changed."""
+        """Return an image's file content. Raises OSError if the shard cannot be read, UserError if it changed."""
         offset, size, _, _ = self._record(image, files)
         return files.read(self.shard, offset, size, self._is_same_shard)
 
     def offsets(self, files: OpenFiles) -> list[int]:
-        """Return where in the shard each image begins."""
+        """Return the offset of each image in the shard."""
         records = self._read(0, self.num_images * _RECORD.size, files)
         return [offset for offset, _, _, _ in _RECORD.iter_unpack(records)]
 
     def read_ahead(self, first: int, last: int, files: OpenFiles) -> None:
-        """Have the part of the shard from one image to another one read soon. Raises like `content`."""
+        """Prefetch the part of the shard from the first to the last image. Raises like `content`."""
         start, _, _, _ = self._record(first, files)
         offset, size, _, _ = self._record(last, files)
         files.read_ahead(self.shard, start, offset + size - start, self._is_same_shard)
 
     def name(self, image: int, files: OpenFiles) -> str:
-        """Return shard and name of an image, for messages; a name of more than 100 bytes may be cut off."""
+        """Return shard and name of an image, for messages; a name of more than 100 bytes may be truncated."""
         try:
             header = files.read(self.shard, self._record(image, files)[0] - BLOCK, BLOCK, self._is_same_shard)
             return f"{self.shard}/{name_in_header(header)}"
@@ -277,7 +277,7 @@ class ShardIndex:
             return self._body[offset : offset + size]
         content = files.read(self.file, len(self._header) + offset, size, self._is_same_index)
         if len(content) < size:
-            raise UserError(f"{self.file} was cut off while it was in use; delete it and start again")
+            raise UserError(f"{self.file} was truncated while it was in use; delete it and start again")
         return content
 
     def _is_same_shard(self, descriptor: int) -> bool:
@@ -289,10 +289,10 @@ class ShardIndex:
 
 
 def open_index(shard: str, folder: Path, members: Members) -> ShardIndex:
-    """Return the index of a shard: from its file in `folder`, or by reading the shard when there is none that fits.
+    """Return the index of a shard: from its file in `folder`, or by reading the shard if there is no valid one.
 
-    It is made whole or not at all, so any number of processes may do this at the same time; two at worst do the same
-    work. Where the file cannot be written the index stays in memory. A shard that cannot be read has no images.
+    It is written atomically, so several processes may do this concurrently; at worst they do the same work. If the file
+    cannot be written, the index stays in memory. An unreadable shard has no images.
     """
     file = _index_file(shard, folder, members)
     try:
@@ -329,7 +329,7 @@ def _index_file(shard: str, folder: Path, members: Members) -> Path:
 
 
 def _stored(shard: str, file: Path, found: os.stat_result) -> ShardIndex | None:
-    """Return the index in a file, if it is whole and of this shard as it is now."""
+    """Return the index in a file, if it is complete and matches the shard's current state."""
     try:
         with open(str(file), "rb") as stored:
             header = stored.readline(_MAX_TEXT)

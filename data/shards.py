@@ -1,10 +1,10 @@
-"""Pairs in webdataset shards, as img2dataset writes CC3M and CC12M: tar files of images with a .txt or .json each.
+"""Image-caption pairs in webdataset shards, as written by img2dataset: tar files of images with a .txt or .json each.
 
-    cc3m/{00000..00331}.tar        a pattern (in quotes, for shells expand it too), a glob, one .tar file, or a folder
+    cc3m/{00000..00331}.tar        a pattern (in quotes: shells expand it too), a glob, one .tar file, or a folder
         000000012.jpg  000000012.json  000000012.txt  000000013.jpg ...        other names: `Members`
 
-The tar files are indexed (data/shard_index.py); from then on they are a data set like a folder. Only the order of an
-epoch differs: neighbours in a shard stay together in time, so that slow disks and networks are read in long pieces.
+With their index (data/shard_index.py), tar files are a data set like a folder. Only the order of an epoch differs:
+neighbours in a shard are read at about the same time, so that slow disks and networks are read sequentially.
 """
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ from utils.skipped import SkipReport
 logger = logging.getLogger(__name__)
 
 NEIGHBOURS = 256
-"""Pairs that lie one after the other and are visited at about the same time: some 10 MB of images."""
+"""Consecutive pairs that are visited at about the same time: some 10 MB of images."""
 
 WINDOW = 64
-"""Runs of so many neighbours, from all over the data, that are mixed with each other: 16,384 pairs."""
+"""Number of such runs, from all over the data, that are shuffled together: 16,384 pairs."""
 
 UNPAIRED = ("images without captions", "captions without an image")
-"""What is left out without being a bad pair."""
+"""Skipped without counting as bad pairs."""
 
 MISSING = "shards that do not exist"
 LOST = (MISSING, UNREADABLE, NO_TAR, COMPRESSED)
-"""Whole shards, of which nobody knows how many pairs they hold."""
+"""Unreadable shards: their number of pairs is unknown."""
 
 _READERS = 8
 _MAX_SHARDS = 1_000_000
@@ -59,16 +59,16 @@ _REMOTE = re.compile(r"(pipe:|[A-Za-z][A-Za-z0-9+.-]*://)")
 
 
 class Listing(NamedTuple):
-    """The shards that a pattern names."""
+    """The shards that match a pattern."""
 
     pattern: str
     paths: list[str]
     missing: list[str]
-    """Those named one by one that are not there."""
+    """Explicitly named shards that do not exist."""
 
 
 def require_folder(folder: str, flag: str = "--input-folder") -> None:
-    """Raise UserError unless a folder or shards are there. flag: where the folder comes from."""
+    """Raise UserError unless the folder or the shards exist. flag: the flag that sets it."""
     try:
         if find_shards(folder) is None and not os.path.isdir(folder):
             raise UserError(
@@ -79,16 +79,16 @@ def require_folder(folder: str, flag: str = "--input-folder") -> None:
 
 
 def find_shards(pattern: str) -> Listing | None:
-    """Return the shards that --input-folder names, or None where it names a folder of files.
+    """Return the shards of --input-folder, or None if it is a folder of files.
 
-    A folder counts as shards when .tar files lie in it and no image below it. Raises UserError for remote shards and
-    patterns that fit nothing.
+    A folder counts as shards if it has .tar files in it and no images below it. Raises UserError for remote shards and
+    patterns without a match.
     """
     where = f"--input-folder {pattern}: "
     if _REMOTE.match(pattern):
         raise UserError(
-            where + "shards are read from disks only, for they are read in any order; fetch them first, then name them "
-            "like 'DIR/{00000..00099}.tar'"
+            where + "shards are read in random order, so only from disks; download them first, then name them "
+            "as 'DIR/{00000..00099}.tar'"
         )
     if os.path.isdir(pattern):
         shards = sorted(entry.path for entry in os.scandir(pattern) if _is_shard_name(entry.name) and entry.is_file())
@@ -129,16 +129,16 @@ def _expand_braces(pattern: str) -> list[str]:
         raise UserError(
             f"--input-folder {pattern}: patterns with braces need the package braceexpand: pip install braceexpand"
         ) from error
-    # Each range becomes a list in there before the first path comes out.
+    # braceexpand builds a list of each range before it yields the first path.
     ranges = re.findall(r"\{(-?\d{1,18})\.\.(-?\d{1,18})(?=\.\.|\})", pattern)
     if re.search(r"\d{19}", pattern) or any(abs(int(last) - int(first)) >= _MAX_SHARDS for first, last in ranges):
-        raise UserError(f"--input-folder {pattern}: that are more than {_MAX_SHARDS} shards")
+        raise UserError(f"--input-folder {pattern}: more than {_MAX_SHARDS} shards")
     try:
         paths = list(itertools.islice(braceexpand(pattern), _MAX_SHARDS + 1))
     except ValueError as error:
-        raise UserError(f"--input-folder {pattern}: a brace has no partner") from error
+        raise UserError(f"--input-folder {pattern}: unbalanced braces") from error
     if len(paths) > _MAX_SHARDS:
-        raise UserError(f"--input-folder {pattern}: that are more than {_MAX_SHARDS} shards")
+        raise UserError(f"--input-folder {pattern}: more than {_MAX_SHARDS} shards")
     return paths
 
 
@@ -146,12 +146,12 @@ def _expand_braces(pattern: str) -> list[str]:
 
 
 class Shards:
-    """Indexed shards. Copies for other processes take the indexes along, but no open file."""
+    """Indexed shards. Pickled copies include the indexes, but no open files."""
 
     def __init__(
         self, listing: Listing, index_folder: PathLike | None = None, members: Members | None = None
     ) -> None:
-        """index_folder: where indexes are kept; None: ~/.cache/dalle/shards. members: None for the usual ones."""
+        """index_folder: where indexes are kept; None: ~/.cache/dalle/shards. members: None for the defaults."""
         self.folder, self.members = listing.pattern, Members() if members is None else members
         folder = cache_folder("dalle", "shards") if index_folder is None else Path(index_folder)
         self.indexes = _open_indexes(listing, folder, self.members)
@@ -165,9 +165,9 @@ class Shards:
         self.files = OpenFiles()
         parents = {os.path.dirname(os.path.realpath(path)) for path in listing.paths}
         self.parent = os.path.commonpath(sorted(parents))
-        """Folder that all shards lie in, at some depth."""
+        """Common parent folder of all shards."""
         self.names = {path: os.path.relpath(os.path.realpath(path), self.parent) for path in listing.paths}
-        """Their names below it."""
+        """Shard paths relative to it."""
         skips = Skips()
         if listing.missing:
             skips.add(MISSING, listing.missing[0], len(listing.missing))
@@ -183,16 +183,16 @@ class Shards:
 
     @property
     def num_bad(self) -> int:
-        """Pairs that are there but cannot be used; a shard that is cut off or damaged counts as one."""
+        """Unusable pairs; a truncated or damaged shard counts as one."""
         return sum(skipped.num_files for skipped in self.skipped if skipped.reason not in UNPAIRED + LOST)
 
     @property
     def num_lost(self) -> int:
-        """Shards of which nothing can be used."""
+        """Shards that cannot be read at all."""
         return sum(skipped.num_files for skipped in self.skipped if skipped.reason in LOST)
 
     def check_lost(self, report: SkipReport) -> None:
-        """Note the shards that are lost. Raises UserError where they are a larger share of all than `report` allows."""
+        """Report lost shards. Raises UserError if they are a larger fraction of all than `report` allows."""
         for skipped in self.skipped:
             if skipped.reason in LOST:
                 report.add_count(skipped.reason, skipped.example, skipped.num_files, bad=False)
@@ -204,21 +204,21 @@ class Shards:
         return self.image_starts[-1]
 
     def pair(self, number: int) -> tuple[ShardIndex, int]:
-        """Return (shard, number of the image in it) of a pair."""
+        """Return (shard, number of the image in it) for a pair."""
         return self._locate(self.pair_starts, number)
 
     def image(self, number: int) -> tuple[ShardIndex, int]:
-        """Return (shard, number in it) of an image."""
+        """Return (shard, number in it) for an image."""
         return self._locate(self.image_starts, number)
 
     def report(self) -> str:
-        """Return one line: how many pairs there are and what was left out."""
-        line = f"{self.folder}: {self.num_pairs} pairs of image and captions in {len(self.indexes)} shards"
+        """Return one line: how many pairs there are and what was skipped."""
+        line = f"{self.folder}: {self.num_pairs} pairs of image and captions in {_shards(len(self.indexes))}"
         line += "".join(f"; skipped {skipped}" for skipped in self.skipped)
         return line + self.unread() if self.num_pairs < self.num_images else line
 
     def unread(self) -> str:
-        """Return what else is in the shards: "; not read: 18 *.cap", "; keys of their .json: 'url', 'TEXT'", or ""."""
+        """Return other members of the shards: "; not read: 18 *.cap", "; keys of their .json: 'url', 'TEXT'", or ""."""
         counts: Counter[str] = collections.Counter()
         for index in self.indexes:
             counts.update(index.unread)
@@ -236,21 +236,21 @@ class Shards:
 
 
 def _open_indexes(listing: Listing, folder: Path, members: Members) -> list[ShardIndex]:
-    """Return the index of each shard, in order. Several are read at a time: disks and networks are slow to answer.
+    """Return the index of each shard, in order. Several are read at a time to hide latency of disks and networks.
 
-    Processes that do this at the same time begin at different shards and find the others' work done when they come to
-    it. They do not wait for each other, so none can wait for ever.
+    Concurrent processes start at different shards and later find the indexes of the others. They never wait for each
+    other, so there is no deadlock.
     """
     count = len(listing.paths)
     first = os.getpid() * 7919 % count
     order = [*range(first, count), *range(first)]
     indexes: dict[int, ShardIndex] = {}
-    told = time.monotonic()
+    last_report = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(_READERS) as executor:
         for shard, index in zip(order, executor.map(lambda i: open_index(listing.paths[i], folder, members), order)):
             indexes[shard] = index
-            if time.monotonic() - told > _SECONDS_BETWEEN_REPORTS:
-                told = time.monotonic()
+            if time.monotonic() - last_report > _SECONDS_BETWEEN_REPORTS:
+                last_report = time.monotonic()
                 logger.info("reading the headers of shards, once for all runs: %d of %d", len(indexes), count)
     return [indexes[shard] for shard in range(count)]
 
@@ -261,19 +261,19 @@ def open_shards(
     report: SkipReport | None = None,
     members: Members | None = None,
 ) -> Shards:
-    """Return shards of which at least one holds a pair. What makes no pair goes to `report`, too.
+    """Return shards with at least one pair. Everything else is added to `report`.
 
-    Raises UserError where there is no pair, or when `report` allows no more bad ones, or no more shards that are lost.
+    Raises UserError if there are no pairs, or if `report` has too many bad pairs or lost shards.
     """
     shards = Shards(listing, index_folder, members)
     if not shards.num_pairs:
         why = "; ".join(str(skipped) for skipped in shards.skipped)
         raise UserError(
-            "--input-folder {}: no pair of image and caption in {} shards{}{}; expected images ({}) and, with the same "
-            "name, captions (of {}, as suffix of a text or key in a .json); name others with --shard-images and "
+            "--input-folder {}: no pair of image and caption in {}{}{}; expected images ({}) and, with the same "
+            "name, captions ({}, as text suffix or key in a .json); name others with --shard-images and "
             "--shard-captions".format(
                 listing.pattern,
-                len(listing.paths),
+                _shards(len(listing.paths)),
                 ": " + why if why else "",
                 shards.unread(),
                 starred(shards.members.images),
@@ -290,7 +290,7 @@ def open_shards(
 
 
 class ImageTextShards(PhotoPairs):
-    """Photos and their captions in shards; an unreadable one is replaced by another pair and counted, as in folders."""
+    """Images and captions in shards; unreadable images are replaced and counted, as in folders."""
 
     neighbours = NEIGHBOURS
 
@@ -299,7 +299,7 @@ class ImageTextShards(PhotoPairs):
     ) -> None:
         super().__init__(shards, shards.num_pairs, settings, image_size, skipped)
         self._offsets: tuple[ShardIndex, list[int]] | None = None
-        self._asked: dict[tuple[str, int], None] = {}  # runs of neighbours that are being read, the latest last
+        self._requested: dict[tuple[str, int], None] = {}  # runs of neighbours read ahead, the latest last
 
     def captions(self, pair: int) -> list[str]:
         shard, image = self.pairs.pair(pair)
@@ -317,25 +317,25 @@ class ImageTextShards(PhotoPairs):
         return name
 
     def _read_ahead(self, shard: ShardIndex, image: int, pair: int) -> None:
-        """Have a pair's neighbours read with it, in one piece, for their turn comes soon (see `order`)."""
+        """Read a pair's neighbours ahead, in one piece: they are needed soon (see `order`)."""
         run, place = divmod(pair, NEIGHBOURS)
-        if (shard.shard, run) in self._asked:
+        if (shard.shard, run) in self._requested:
             return
-        self._asked[shard.shard, run] = None
-        if len(self._asked) > 2 * WINDOW:
-            del self._asked[next(iter(self._asked))]
+        self._requested[shard.shard, run] = None
+        if len(self._requested) > 2 * WINDOW:
+            del self._requested[next(iter(self._requested))]
         last = min(image - place + NEIGHBOURS, shard.num_pairs) - 1
         shard.read_ahead(max(image - place, 0), last, self.pairs.files)
 
     def origin(self) -> str:
-        # Not the pattern: more shards of the same folder leave the codes of those encoded before in use.
+        # Not the pattern: adding shards of the same folder keeps the codes of those encoded before.
         parent: str = self.pairs.parent
         return parent
 
     def image_identity(self, pair: int) -> str:
         shard, image = self.pairs.pair(pair)
         name = self.pairs.names[shard.shard]
-        # Whoever asks for this asks for all images of a shard, one after the other.
+        # Callers go through all images of a shard in order.
         if self._offsets is None or self._offsets[0] is not shard:
             self._offsets = (shard, shard.offsets(self.pairs.files))
         return f"{name} {shard.size} {shard.mtime_ns} {self._offsets[1][image]}"
@@ -343,3 +343,7 @@ class ImageTextShards(PhotoPairs):
     def order(self, seed: int, epoch: int) -> torch.Tensor:
         pairs = torch.arange(len(self)) if self._indices is None else self._indices
         return windowed_order(pairs // NEIGHBOURS, WINDOW, seed, epoch)
+
+
+def _shards(number: int) -> str:
+    return "1 shard" if number == 1 else f"{number} shards"

@@ -1,4 +1,4 @@
-"""Which files a tar file holds, and where: its headers alone, up to the first that is wrong."""
+"""Lists the members of a tar file and their offsets, from its headers alone, up to the first invalid one."""
 from __future__ import annotations
 
 import os
@@ -6,20 +6,20 @@ import re
 from typing import Callable, Iterator, NamedTuple
 
 BLOCK = 512
-"""Bytes of a header; contents are filled up to a multiple of them."""
+"""Bytes of a header; contents are padded to a multiple of this."""
 
 _WINDOW = 8192
 _MAX_HEADER = 1 << 20
 _PAX_RECORD = re.compile(rb"(\d{1,7}) ([^=]+)=")
 
-CUT_OFF = "truncated shards, used up to that point"
+TRUNCATED = "truncated shards, used up to that point"
 DAMAGED = "damaged shards, used up to that point"
-NO_TAR = "shards that are no tar files"
-COMPRESSED = "compressed shards (decompress them: nothing inside can be found at once)"
+NO_TAR = "shards that are not tar files"
+COMPRESSED = "compressed shards (decompress them: they have no random access)"
 
 
 class Member(NamedTuple):
-    """A plain file in a tar file."""
+    """A regular file in a tar file."""
 
     name: str
     offset: int
@@ -27,16 +27,16 @@ class Member(NamedTuple):
 
 
 class TarTrouble(Exception):
-    """Why a tar file ends here."""
+    """Why the tar file cannot be read further."""
 
 
 def tar_members(read: Callable[[int, int], bytes], end: int) -> Iterator[Member]:
-    """Yield the plain files of a tar file; raises TarTrouble where it goes on no further though it should.
+    """Yield the regular files of a tar file; raises TarTrouble where it is truncated or invalid.
 
     read(offset, size): bytes, fewer at the end of the file. end: size of the file.
 
     tarfile of the standard library takes 0.1 ms for each of the three members of a sample, an hour for the 12 million
-    of CC12M; this takes a third of that. Read are the formats that tarfile writes: ustar, GNU and pax.
+    samples of CC12M; this takes a third of that. Supports the formats that tarfile writes: ustar, GNU and pax.
     """
     offset = 0
     name: str | None = None
@@ -44,17 +44,17 @@ def tar_members(read: Callable[[int, int], bytes], end: int) -> Iterator[Member]
     while True:
         block = read(offset, BLOCK)
         if len(block) < BLOCK:
-            raise TarTrouble(CUT_OFF if offset else NO_TAR)
+            raise TarTrouble(TRUNCATED if offset else NO_TAR)
         if not block.strip(b"\0"):
             return
         kind, length = _checked_header(block, offset)
         data = offset + BLOCK
-        if kind in (b"x", b"g", b"L", b"K"):  # about the next member
+        if kind in (b"x", b"g", b"L", b"K"):  # metadata of the next member
             if length > _MAX_HEADER:
                 raise TarTrouble(DAMAGED)
             content = read(data, length)
             if len(content) < length:
-                raise TarTrouble(CUT_OFF)
+                raise TarTrouble(TRUNCATED)
             if kind == b"L":
                 name = content.split(b"\0")[0].decode("utf-8", "surrogateescape")
             elif kind == b"x":
@@ -66,12 +66,12 @@ def tar_members(read: Callable[[int, int], bytes], end: int) -> Iterator[Member]
         length = length if size is None else size
         if kind in (b"0", b"\0", b"7"):
             if data + length > end:
-                raise TarTrouble(CUT_OFF)
+                raise TarTrouble(TRUNCATED)
             yield Member(name_in_header(block) if name is None else name, data, length)
-        # Links, folders and devices have no content, whatever their size says.
+        # Links, folders and devices have no content, whatever their size field says.
         offset = data if kind in b"123456" else data + -(-length // BLOCK) * BLOCK
         if offset > end:
-            raise TarTrouble(CUT_OFF)
+            raise TarTrouble(TRUNCATED)
         name = size = None
 
 
@@ -92,15 +92,15 @@ def _checked_header(block: bytes, offset: int) -> tuple[bytes, int]:
 
 
 def name_in_header(block: bytes) -> str:
-    """Return the name in a header block; a longer one (see `tar_members`) is cut off there."""
+    """Return the name in a header block; a long name (see `tar_members`) is truncated there."""
     name, prefix = block[:100].split(b"\0")[0], block[345:500].split(b"\0")[0]
-    if prefix and block[257:263] == b"ustar\0":  # GNU has other things there
+    if prefix and block[257:263] == b"ustar\0":  # GNU uses this field otherwise
         name = prefix + b"/" + name
     return name.decode("utf-8", "surrogateescape")
 
 
 def _pax_values(content: bytes, name: str | None, size: int | None) -> tuple[str | None, int | None]:
-    """Return name and size of the next member as a pax header says, otherwise those given."""
+    """Return name and size of the next member from a pax header, otherwise those given."""
     start = 0
     while start < len(content):
         match = _PAX_RECORD.match(content, start)
@@ -117,7 +117,7 @@ def _pax_values(content: bytes, name: str | None, size: int | None) -> tuple[str
 
 
 class Window:
-    """Reads a file in pieces of some size, so that headers beside each other take one call."""
+    """Reads a file in larger blocks, so that adjacent headers take one call."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor, self.start, self.data = descriptor, 0, b""

@@ -1,4 +1,4 @@
-"""Images without captions, for training a VQGAN: of a folder, shards, or the demo set; and endless batches of them.
+"""Images without captions, for training a VQGAN: from a folder, shards, or the demo set; and endless batches of them.
 
 Letters: B images, S image height and width.
 """
@@ -29,21 +29,21 @@ logger = logging.getLogger(__name__)
 
 
 class Fetched(NamedTuple):
-    """Some images of a source."""
+    """Images read from a source."""
 
     images: Tensor
-    """uint8 (n, 3, S, S): in the order they were asked for, without those that cannot be read."""
+    """uint8 (n, 3, S, S): in the requested order, without unreadable ones."""
     unreadable: list[Entry]
-    """Each image that cannot be read."""
+    """The unreadable images."""
 
 
 class ImageSource(Dataset):
-    """Numbered images. `source[numbers]` fetches several at once, from any process."""
+    """Numbered images. `source[numbers]` reads several, from any process."""
 
     def __init__(self, skipped: SkipReport | None = None) -> None:
-        """skipped: where unreadable images are listed, and how many there may be (default: nowhere, any number)."""
+        """skipped: lists and limits unreadable images (default: not listed, no limit)."""
         self.unreadable: set[str] = set()
-        """Paths of the images that `take` was told of as unreadable."""
+        """Paths of the unreadable images passed to `take`."""
         self.skipped = SkipReport(max_bad_fraction=1.0) if skipped is None else skipped
 
     def __len__(self) -> int:
@@ -57,14 +57,14 @@ class ImageSource(Dataset):
         return epoch_order(len(self), seed, epoch)
 
     def take(self, fetched: Fetched) -> Tensor:
-        """Return the images and remember the others. The first that cannot be read is worth a warning.
+        """Return the images and record unreadable ones. Warns of the first one.
 
-        Raises UserError once no image is left, or when more cannot be read than is allowed.
+        Raises UserError when no image is readable, or when too many are unreadable.
         """
         for entry in fetched.unreadable:
             if not self.unreadable:
                 logger.warning(
-                    "%s cannot be read (%s): left out, as any other such image will be", entry.path, entry.detail
+                    "%s cannot be read (%s): skipped, like all further unreadable images", entry.path, entry.detail
                 )
             self.unreadable.add(entry.path)
         if fetched.unreadable:
@@ -76,7 +76,7 @@ class ImageSource(Dataset):
         return fetched.images
 
     def chunks(self, numbers: Sequence[int], size: int = 64) -> Iterator[Tensor]:
-        """Yield the images with these numbers that can be read, at most `size` at a time: uint8 (n, 3, S, S)."""
+        """Yield the readable images with these numbers, at most `size` at a time: uint8 (n, 3, S, S)."""
         for start in range(0, len(numbers), size):
             images = self.take(self[numbers[start : start + size]])
             if len(images):
@@ -98,18 +98,18 @@ class ImagesInMemory(ImageSource):
 
 
 class PhotoSource(ImageSource):
-    """Other people's photos, prepared as for training on captions: the centre square, resized to S."""
+    """Image files, preprocessed as for training on captions: centre square, resized to S."""
 
     def __init__(self, image_size: int, skipped: SkipReport | None = None) -> None:
         super().__init__(skipped)
         self.image_size = image_size
 
     def name(self, number: int) -> str:
-        """Return where an image lies, for messages."""
+        """Return the location of an image, for messages."""
         raise NotImplementedError
 
     def file(self, number: int) -> str | IO[bytes]:
-        """Return the file of an image, as a path or opened. Raises OSError."""
+        """Return the file of an image, as a path or an open file. Raises OSError."""
         raise NotImplementedError
 
     def __getitem__(self, numbers: Sequence[int]) -> Fetched:
@@ -176,17 +176,16 @@ def open_images(
     skipped_file: PathLike | None = None,
     shard_images: str | None = None,
 ) -> tuple[ImageSource, ImageSource]:
-    """Training and held-out images below a folder, in webdataset shards, or of the demo set (whose split is fixed).
+    """Return training and held-out images of a folder, of webdataset shards, or of the demo set (whose split is fixed).
 
-    max_bad_fraction, skipped_file: how many images may be left out, and where those are listed: utils/skipped.py.
+    max_bad_fraction, skipped_file: how many images may be skipped, and where they are listed: utils/skipped.py.
     shard_images: suffixes of images in shards, see `data.shard_index.Members.named`.
 
-    At most a tenth of the images, but at least one, is held out; which ones depends on the seed. Raises
-    UserError.
+    At most a tenth of the images, but at least one, is held out, chosen by the seed. Raises UserError.
     """
     listing = None if folder == DEMO else find_shards(folder)
     if shard_images and listing is None:
-        raise UsageError("--shard-images is for webdataset shards, and --input-folder names none")
+        raise UsageError("--shard-images needs webdataset shards as --input-folder")
     if folder == DEMO:
         train, heldout = (
             ImagesInMemory(demo_images(demo_records(split), image_size)) for split in ("train", "heldout")
@@ -215,7 +214,7 @@ def open_images(
 
 
 def _skip_reports(folder: str, max_bad_fraction: float, file: PathLike | None) -> list[SkipReport]:
-    """The reports of training and held-out images, which are counted apart."""
+    """Separate reports for training and held-out images."""
     source = f"--input-folder {folder}"
     return [SkipReport(file, max_bad_fraction, name) for name in (source, source + " (held-out images)")]
 
@@ -234,11 +233,11 @@ def _shard_images(
 
 
 class Batches:
-    """Endless batches uint8 (B, 3, S, S): every image once per epoch, in an order that seed and epoch decide.
+    """Endless batches uint8 (B, 3, S, S): every image once per epoch, in an order determined by seed and epoch.
 
-    `taken` counts the batches so far; one that starts with `taken=n` goes on after the n-th batch. What does not fill a
-    batch at the end of an epoch is left out. A batch with unreadable images is that much smaller. `workers` processes
-    read ahead; 0: this process reads. Raises UserError when no image can be read.
+    `taken` counts the batches so far; `taken=n` resumes after the n-th batch. An incomplete batch at the end of an
+    epoch is dropped. Unreadable images make a batch smaller. `workers` processes read ahead; 0: this process reads.
+    Raises UserError when no image is readable.
     """
 
     def __init__(self, source: ImageSource, batch_size: int, seed: int, taken: int = 0, workers: int = 0) -> None:
@@ -270,10 +269,10 @@ class Batches:
                 return images
 
     def close(self) -> None:
-        """End the processes; there are no more batches."""
+        """End the worker processes; no more batches follow."""
         self._fetched.close()
 
 
 def _as_is(fetched: Any) -> Any:
-    """Take batches as the source makes them (a named function: processes that are not forked import it)."""
+    """Identity: the source already makes batches. A named function, so that spawned processes can import it."""
     return fetched

@@ -72,7 +72,7 @@ def _row(spec: Option) -> str:
 
 
 def _relative(default: str) -> str:
-    """A default without the place of this copy."""
+    """A default relative to the repository."""
     return default.replace(str(FILE.parents[1]) + "/", "")
 
 

@@ -1,4 +1,4 @@
-"""Engines run a model on a kind of device; all outside this package is written for one device and one process."""
+"""Engines run a model on a kind of device; code outside this package is written for one device and one process."""
 from __future__ import annotations
 
 import os
@@ -13,8 +13,8 @@ __all__ = ["Engine", "StepResult", "create"]
 def create(config: Config) -> Engine:
     """Return the engine for config.execution.device.
 
-    `auto` takes IPUs where PopTorch finds some or poprun has started this process, else a CUDA GPU where there is one,
-    else the CPU; `device_choice` of the engine says why. Raises UsageError for what cannot run there.
+    `auto` takes IPUs if PopTorch finds some or poprun has started this process, else a CUDA GPU if there is one, else
+    the CPU; the engine's `device_choice` says why. Raises UsageError for options that the device does not support.
     """
     use_ipus, reason = _choose(config)
     if use_ipus:
@@ -25,7 +25,7 @@ def create(config: Config) -> Engine:
         except UsageError as error:
             raise UsageError(f"{error} ({reason})" if reason else str(error)) from None
     else:
-        from engines.native import NativeEngine  # imported here: an IPU host need not be able to import it
+        from engines.native import NativeEngine  # lazily: it may not import on an IPU host
 
         engine = NativeEngine(config)
     engine.device_choice = reason
@@ -40,14 +40,14 @@ def _choose(config: Config) -> tuple[bool, str]:
     if find_popdist() is not None:
         if device in ("cpu", "cuda"):
             raise UsageError(
-                f"--device {device}: poprun has started this process, and each would train alone there; leave "
-                "--device out, or start without poprun"
+                f"--device {device}: poprun has started this process, and each would train separately there; omit "
+                "--device, or start without poprun"
             )
         return True, "--device auto: IPUs, because poprun has started this process" if device == "auto" else ""
     if device == "ipu" and num_processes > 1:
         raise UsageError(
-            f"--device ipu: torchrun has started {num_processes} processes, and each would train alone there; start "
-            "one, or several with poprun"
+            f"--device ipu: torchrun has started {num_processes} processes, and each would train separately there; "
+            "start one, or several with poprun"
         )
     if device != "auto":
         return device == "ipu", ""

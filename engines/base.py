@@ -1,4 +1,4 @@
-"""What training may ask of a device: the seam between the loop and the engines is one optimizer step."""
+"""The interface between the training loop and devices: one optimizer step."""
 from __future__ import annotations
 
 import logging
@@ -18,23 +18,23 @@ logger = logging.getLogger(__name__)
 
 
 class StepResult(NamedTuple):
-    """What one optimizer step reports: scalars, still on the device so that reading them is the caller's choice."""
+    """The result of one optimizer step: scalars that stay on the device until the caller reads them."""
 
     loss: Tensor
-    """Mean loss of the samples this process saw, nats."""
+    """Mean loss of this process's samples, nats."""
     text_loss: Tensor | None = None
     """Its text part."""
     image_loss: Tensor | None = None
     """Its image part."""
     grad_norm: Tensor | None = None
-    """Euclidean norm of the whole gradient before clipping; None where the device keeps it to itself."""
+    """Euclidean norm of the whole gradient before clipping; None if the device does not report it."""
     bad_steps: Tensor | None = None
-    """Steps left out because their gradient was not finite, (2,): since the training began, and in a row up to now. The
-    same in every process; None where the device takes such steps all the same."""
+    """Steps skipped because of a non-finite gradient, (2,): since training began, and in a row up to now. The same in
+    every process; None if the device does not skip such steps."""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split trainable parameters into those with weight decay and vectors (biases, norms, LayerScale) without."""
+    """Split trainable parameters into matrices with weight decay and vectors (biases, norms, LayerScale) without."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trainable if p.numel() != max(p.shape)]
     vectors = [p for p in trainable if p.numel() == max(p.shape)]
@@ -50,13 +50,13 @@ class Engine:
     is_main: bool
     """This process logs and saves; exactly one does."""
     rank: int = 0
-    """Number of this process."""
+    """Index of this process."""
     world_size: int
-    """Processes that train together."""
+    """Number of processes that train together."""
     device_choice: str = ""
-    """What --device auto found, for the log; empty where there was nothing to choose."""
+    """What --device auto found, for the log; empty if the device was given."""
     steps_per_call: int = 1
-    """Optimizer steps of one call of `step`, and so of one batch of `loader`: --device-iterations, on an IPU."""
+    """Optimizer steps per call of `step`, and so per batch of `loader`: --device-iterations, on an IPU."""
 
     def introduce(self) -> None:
         """Log how the device was chosen and how it reaches the global batch."""
@@ -68,9 +68,9 @@ class Engine:
         raise NotImplementedError
 
     def steps_per_epoch(self, num_samples: int, start: int = 0) -> int:
-        """Optimizer steps in an epoch, or from sample `start` of it on; what does not fill a call of `step` is skipped.
+        """Optimizer steps in an epoch, or from its sample `start` on; samples that do not fill a call are skipped.
 
-        Raises UserError where a whole epoch has none.
+        Raises UserError if a whole epoch has no step.
         """
         if not whole_steps(num_samples, self.config.global_batch, self.steps_per_call):
             execution = self.config.execution
@@ -88,7 +88,7 @@ class Engine:
         return whole_steps(num_samples - start, self.config.global_batch, self.steps_per_call)
 
     def _call(self) -> str:
-        """What one call of `step` takes, for messages."""
+        """The samples of one call of `step`, for messages."""
         flags = "--batch-size x --gradient-accumulation x --replication-factor"
         return f"global batch of {self.config.global_batch} ({flags})"
 
@@ -97,24 +97,23 @@ class Engine:
     ) -> Generator[Any, None, None]:
         """Yield one batch for each call of `step` in `epoch`, from its sample `start` on.
 
-        Order and content depend only on seed and epoch. left: optimizer steps that the run has left, of which samples
-        may be read ahead (None: as many as its epochs have). Close the generator where it is not read to its end:
-        processes that read data may end with it.
+        Order and content depend only on seed and epoch. left: remaining optimizer steps of the run, the limit of
+        prefetching (None: to the end of its epochs). Close a generator that is not exhausted: this ends its workers.
         """
         raise NotImplementedError
 
     def prepare(self, model: TextToImage, dataset: Any = None) -> None:
-        """Wrap, place and compile `model` and build its optimizer; logs "Compiled model in X secs" where something was.
+        """Wrap, place and compile `model` and build its optimizer; logs "Compiled model in X secs" if it compiled.
 
-        dataset: what will be trained on. One of its items tells a compiler whether images or their codes are coming;
-        without it, images are if the model has a VQGAN.
+        dataset: the training data, which shows a compiler whether batches hold images or codes. None: images if the
+        model has a VQGAN.
         """
         raise NotImplementedError
 
     def encode(self, vqgan: nn.Module, images: Tensor) -> Tensor:
-        """Return the codes LongTensor (B, N), on the CPU, of images uint8 (B, 3, S, S): those that `step` would make.
+        """Return the codes LongTensor (B, N), on the CPU, of images uint8 (B, 3, S, S): the same as in `step`.
 
-        Nothing needs to be prepared for it. Moves the VQGAN to where it computes; for IPUs the host does.
+        Does not need `prepare`. Moves the VQGAN to its device; with IPUs, that is the host.
         """
         return image_codes(vqgan, images)
 
@@ -125,25 +124,25 @@ class Engine:
     def evaluate(self, dataset: Any, stop: Callable[[], bool] | None = None) -> dict[str, float] | None:
         """Return mean loss, text_loss and image_loss (nats) over a whole dataset, without training.
 
-        stop: asked now and then; where it is true in any process, an engine may return None in all before it is done.
+        stop: polled during evaluation; if it is true in any process, an engine may return None early, in all of them.
         """
         raise NotImplementedError
 
     def remedies(self) -> list[str]:
-        """What makes losses and gradients that are not finite less likely here: flags, for an error's way out."""
+        """Flags that make non-finite losses and gradients less likely on this engine, for error messages."""
         options = self.config.optimizer
         return ["a lower --learning-rate"] + ([] if options.clip_grad_norm else ["--clip-grad-norm 1"])
 
     def memory_plan(self, model: DalleConfig) -> str:
-        """One line on the memory that training a model will take; empty where that is told elsewhere (--plan)."""
+        """One line on the memory that training a model will take; empty if --plan reports it."""
         return ""
 
     def peak_memory(self) -> int | None:
-        """Bytes that this process held at most up to now; None where the engine cannot tell."""
+        """Peak memory of this process in bytes; None if unknown."""
         return None
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Use this rate from the next step on."""
+        """Set the learning rate of the following steps."""
         raise NotImplementedError
 
     def mean(self, value: Tensor) -> float:
@@ -151,29 +150,29 @@ class Engine:
         raise NotImplementedError
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true in any process; every process must ask."""
+        """Whether the flag is true in any process; every process must call it."""
         return flag if self.world_size == 1 else self.mean(torch.tensor(float(flag))) > 0
 
     def model_state(self) -> dict[str, Tensor]:
         """Weights of the DALL-E under its own module names, on the CPU.
 
-        Every process must call it; they need be complete in the main process alone.
+        Every process must call it; only the main process's result need be complete.
         """
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """Everything else that exact resume needs: optimizer, loss scale, averaged weights, random states.
 
-        Every process must call it; it need be complete in the main process alone.
+        Every process must call it; only the main process's result need be complete.
         """
         raise NotImplementedError
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`'s result."""
+        """Resume from the result of `state_dict`."""
         raise NotImplementedError
 
     def barrier(self) -> None:
-        """Wait until every process has come here."""
+        """Wait for all processes."""
 
     def close(self) -> None:
         """Release the device and leave the process group."""

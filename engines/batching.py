@@ -1,4 +1,4 @@
-"""How processes share the global batch of an optimizer step, in micro-batches."""
+"""How the global batch of an optimizer step is split into processes and micro-batches."""
 from __future__ import annotations
 
 from typing import Iterator, NamedTuple
@@ -9,7 +9,7 @@ from utils.errors import UsageError
 
 
 class Batching(NamedTuple):
-    """How one process takes its share of the global batch: `accumulation` micro-batches of `micro` samples."""
+    """Each process's part of the global batch: `accumulation` micro-batches of `micro` samples."""
 
     micro: int
     accumulation: int
@@ -33,7 +33,7 @@ class Batching(NamedTuple):
         return f"global batch {self.global_batch} = {processes} x {micro_batches} x {samples}"
 
 
-def share_batch(global_batch: int, batch_size: int, world_size: int) -> Batching:
+def split_batch(global_batch: int, batch_size: int, world_size: int) -> Batching:
     """Split a global batch over processes, in micro-batches of at most `batch_size` samples, all of one size.
 
     Equal sizes keep the mean of means equal to the mean over all samples, so the result does not depend on the split.
@@ -41,7 +41,7 @@ def share_batch(global_batch: int, batch_size: int, world_size: int) -> Batching
     if global_batch % world_size:
         raise UsageError(
             f"the global batch of {global_batch} (--batch-size x --gradient-accumulation x --replication-factor) "
-            f"cannot be shared equally by {world_size} processes; change --gradient-accumulation or torchrun's "
+            f"cannot be split equally over {world_size} processes; change --gradient-accumulation or torchrun's "
             "--nproc-per-node"
         )
     per_rank = global_batch // world_size
@@ -50,7 +50,7 @@ def share_batch(global_batch: int, batch_size: int, world_size: int) -> Batching
 
 
 class Rows:
-    """The rows of a LongTensor (n, m) as lists, made one at a time: those of a long epoch would take gigabytes."""
+    """The rows of a LongTensor (n, m) as lists, made lazily: those of a long epoch would take gigabytes."""
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows

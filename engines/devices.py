@@ -1,4 +1,4 @@
-"""The device for --device auto, cpu or cuda, and what it is good at."""
+"""The device for --device auto, cpu or cuda, and its capabilities."""
 from __future__ import annotations
 
 import torch
@@ -8,7 +8,7 @@ from utils.threads import share_cores
 
 
 def pick_device(wanted: str, local_rank: int) -> torch.device:
-    """Return the torch device for --device auto, cpu or cuda. Raises UsageError when it is not there."""
+    """Return the torch device for --device auto, cpu or cuda. Raises UsageError if it is not available."""
     share_cores()
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,5 +28,6 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
 
 
 def multiplies_bf16() -> bool:
-    """Whether this CPU has matrix units for bfloat16, with which --matmul-precision medium almost halves a step."""
+    """Whether this CPU has matrix units for bfloat16 (AMX): with them --matmul-precision medium almost halves a step.
+    """
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())

@@ -1,6 +1,6 @@
-"""How much memory training takes on a CPU or GPU: an estimate before it starts, and what it really came to.
+"""Memory of training on a CPU or GPU: an estimate before it starts, and the measured peak.
 
-Counted are tensors that stay: weights, gradients, moments, and what each layer keeps for its backward pass.
+The estimate counts weights, gradients, moments, and the activations that each layer saves for its backward pass.
 """
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from checkpoints.trust import aliases, empty_weights
 from models.config import DalleConfig
 
 _STATE_BYTES = {"Adam": 8, "AdamW": 8, "Muon": 4, "Adafactor": 0}
-"""Of optimizer state for each weight; Muon's matrices have one moment (its few other weights two), Adafactor keeps sums
-of rows and columns."""
+"""Bytes of optimizer state per weight. Muon's matrices have one moment (its few other weights two); Adafactor keeps
+only row and column sums."""
 
 
 class Memory(NamedTuple):
-    """Bytes that training holds at the same time."""
+    """Memory of training in bytes."""
 
     weights: float
     gradients: float
     optimizer: float
     """Moments, and the averaged weights of --ema-decay."""
     activations: float
-    """What the backward pass needs, logits, and the half-precision copies of weights (--shard: gathered weights)."""
+    """Activations saved for the backward pass, logits, half-precision copies of weights (--shard: gathered weights)."""
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum of all parts."""
         return sum(self)
 
     def describe(self) -> str:
@@ -42,9 +42,9 @@ class Memory(NamedTuple):
 
 
 def training_memory(model: DalleConfig, config: Config, precision: str, processes: int = 1) -> Memory:
-    """Estimate what training a model takes in each process. precision: "fp32", "bf16" or "fp16", of the arithmetic.
+    """Estimate the memory of training a model in each process. precision: "fp32", "bf16" or "fp16", of the arithmetic.
 
-    Not in it: Python and PyTorch themselves (about 0.5 GB), scratch memory of kernels, images on their way.
+    Not counted: Python and PyTorch themselves (about 0.5 GB), scratch memory of kernels, prefetched images.
     """
     weights = empty_weights(model)
     same = aliases(weights)
@@ -57,39 +57,41 @@ def training_memory(model: DalleConfig, config: Config, precision: str, processe
     blocks = sum(size for name, size in sizes.items() if ".layers." in name)
     if model.shared_attn_ids or model.shared_ff_ids:
         blocks = 0  # gathered with the rest
-    # Whole for a time: embeddings and heads with their gradients, and two blocks, one ahead of the one that runs.
+    # Gathered: embeddings and heads with their gradients, and two blocks, the current and the prefetched one.
     whole = 8.0 * (count - blocks) + 2 * (4 if precision == "fp32" else 2) * blocks / model.depth
     return Memory(4 * own, 4 * own, state * own, whole + activations(model, config, precision, count - blocks))
 
 
 def activations(model: DalleConfig, config: Config, precision: str, num_weights: int) -> float:
-    """Bytes that a forward pass keeps for the backward pass of one micro-batch, and autocast of `num_weights`."""
+    """Bytes saved for the backward pass of one micro-batch, and autocast's copies of `num_weights` weights."""
     run, half = config.execution, precision != "fp32"
     size = 2 if half else 4
     tokens, dim = run.batch_size * model.seq_len, model.dim
     inner, hidden, wide = model.heads * model.dim_head, model.hidden, model.up_width
-    fused = not (model.shift_tokens or model.sandwich_norm or model.attn_dropout or model.ff_dropout)
+    fused = model.norm == "layer" and not (
+        model.shift_tokens or model.sandwich_norm or model.attn_dropout or model.ff_dropout
+    )
     if fused:  # see ops/linear_ops.py: the input of each branch, queries, keys and values, the wide layer
         layer = tokens * (2 * 4 * dim + size * (3 * inner + wide))
         dense = sum(pattern == "full" or bool(model.rotary) for pattern in model.layer_patterns) / model.depth
-        layer += dense * tokens * size * 2 * inner  # what attention gives, and its copy
+        layer += dense * tokens * size * 2 * inner  # attention's output, and its copy
     else:
-        # Norms as well, what the activation gives, and both factors of a gate.
+        # Also the norms, the activation's output, and both factors of a gate.
         layer = tokens * (4 * 4 * dim + size * (5 * inner + 2 * hidden + wide))
         layer += tokens * (2 * size * dim if half else 0)
         layer += tokens * size * dim * (2 * int(model.layer_scale) + 4 * int(model.sandwich_norm))
     layers = model.depth * layer
-    copies = size * num_weights if half else 0  # autocast makes one of each weight
+    copies = size * num_weights if half else 0  # autocast copies each weight
     if run.activation_checkpointing:
         layers = model.depth * tokens * 4 * dim + layer
     if (fused or run.activation_checkpointing) and run.gradient_accumulation == 1:
-        copies = max(0, copies - 4 * num_weights)  # they are gone before there are gradients
+        copies = max(0, copies - 4 * num_weights)  # freed before there are gradients
     rows = model.text_seq_len * model.text_table_size + model.image_seq_len * model.num_image_tokens
     return float(layers + copies + run.batch_size * rows * (size + 4 + 4))
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Bytes that this process held at most so far: tensors on a GPU, everything on a CPU."""
+    """Peak memory of this process in bytes: tensors on a GPU, everything on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource  # not on Windows
@@ -99,7 +101,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def total_bytes(device: torch.device) -> int:
-    """Memory of the device."""
+    """Memory of the device in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,4 +1,4 @@
-"""Muon on CPUs that have no instructions for bfloat16."""
+"""Muon in float32, for CPUs without bfloat16 instructions."""
 from __future__ import annotations
 
 import torch
@@ -18,9 +18,9 @@ def orthogonalized(grad: Tensor, ns_coefficients: tuple[float, float, float], ns
 
 
 def choose_precision(device: torch.device) -> None:
-    """Let torch.optim.Muon compute in float32 where a CPU cannot multiply bfloat16, which PyTorch takes everywhere.
+    """Make torch.optim.Muon compute in float32 on CPUs without bfloat16 instructions, where PyTorch emulates bfloat16.
 
-    Emulated, that is six times as slow: it took 6 of the 7 seconds of the demo's step on a CPU with AVX2.
+    Emulation is six times as slow: it took 6 of the 7 seconds of the demo's step on a CPU with AVX2.
     """
     module, function = getattr(torch.optim, "_muon", None), "_zeropower_via_newtonschulz"
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)

@@ -1,6 +1,6 @@
 """Plain PyTorch on CPU or CUDA: one process, or several under torchrun, over gloo or nccl.
 
-Several processes each hold the model (DistributedDataParallel), or share it out (--shard, see sharding.py).
+Several processes replicate the model (DistributedDataParallel) or shard it (--shard, see sharding.py).
 """
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from args import Config
 from data.order import random_bits
 from engines import sharding
 from engines.base import Engine, StepResult
-from engines.batching import Rows, share_batch
+from engines.batching import Rows, split_batch
 from engines.devices import multiplies_bf16, pick_device
 from engines.memory import peak_bytes, total_bytes, training_memory
 from engines.optimizers import make_optimizers, make_scaler
@@ -38,9 +38,9 @@ from utils.resume import load_moments
 
 logger = logging.getLogger(__name__)
 
-_SECONDS_TO_LET_GO = 0.3
+_CLOSE_SECONDS = 0.3
 _MANY_WEIGHTS = 10**7
-"""From here on matrix products take most of a step, and it pays to say how they become faster."""
+"""From so many weights on, matmuls dominate a step, and the log suggests a faster precision."""
 
 
 class NativeEngine(Engine):
@@ -56,14 +56,14 @@ class NativeEngine(Engine):
         self.device = pick_device(execution.device, int(os.environ.get("LOCAL_RANK", "0")))
         self.name = self.device.type
         self.is_main = self.rank == 0
-        self.batching = share_batch(config.global_batch, execution.batch_size, self.world_size)
+        self.batching = split_batch(config.global_batch, execution.batch_size, self.world_size)
         if execution.threads:
             torch.set_num_threads(execution.threads)
         if execution.shard:
             sharding.check(self.world_size)
         if self.world_size > 1:
             dist.init_process_group("nccl" if self.name == "cuda" else "gloo")
-            # Questions between hosts, of which no device need know: asking them there would wait for its work.
+            # Host-side communication uses gloo: on the device it would wait for queued kernels.
             self.hosts = dist.new_group(backend="gloo") if self.name == "cuda" else None
         self.sharding: sharding.Sharding | None = None
         precision = execution.native_precision(self.name)
@@ -71,21 +71,21 @@ class NativeEngine(Engine):
         self.precision = precision
         scale = {"enabled": precision == "fp16", "init_scale": float(config.optimizer.loss_scaling)}
         self.scaler = sharding.make_scaler(self.name, **scale) if execution.shard else make_scaler(self.name, scale)
-        self.former_products: str | None = None  # of engines that chose a precision, the last one must close first
+        self.previous_precision: str | None = None  # of matmuls; engines that set one must close in reverse order
         if execution.matmul_precision is not None or self.name == "cuda":
-            self.former_products = torch.get_float32_matmul_precision()
+            self.previous_precision = torch.get_float32_matmul_precision()
             torch.set_float32_matmul_precision(execution.matmul_precision or "high")
         if self.name == "cuda":
             torch.backends.cudnn.allow_tf32 = True
         self.averaged: dict[str, Tensor] | None = None
         self.num_updates = 0
-        self.bad_steps = torch.zeros(2, device=self.device)  # left out: in all, in a row
+        self.bad_steps = torch.zeros(2, device=self.device)  # skipped: in all, in a row
 
     def describe(self) -> str:
-        products = self.config.execution.matmul_precision
-        products = f", products of {products} precision" if products else ""
-        shard = ", model shared out over the processes" if self.config.execution.shard else ""
-        return f"{self.device}, {self.precision}{products}{shard}: {self.batching.describe()}"
+        precision = self.config.execution.matmul_precision
+        matmuls = f", matmuls of {precision} precision" if precision else ""
+        shard = ", model sharded over the processes" if self.config.execution.shard else ""
+        return f"{self.device}, {self.precision}{matmuls}{shard}: {self.batching.describe()}"
 
     # Data
 
@@ -96,7 +96,7 @@ class NativeEngine(Engine):
         order = dataset.order(self.config.execution.random_seed, epoch)
         batching, steps = self.batching, self.steps_per_epoch(len(dataset), start)
         steps = steps if left is None else min(steps, left)
-        # (steps, processes, micro-batches, samples): every process takes its own part of each step's global batch.
+        # (steps, processes, micro-batches, samples): each process takes its part of each step's global batch.
         shares = order[start : start + steps * batching.global_batch].view(
             steps, batching.world_size, batching.accumulation, batching.micro
         )
@@ -132,7 +132,7 @@ class NativeEngine(Engine):
         ]
         if options.ema_decay:
             self.averaged = {key: value.detach().clone() for key, value in self._weights().items()}
-        torch.manual_seed(self.config.execution.random_seed + self.rank)  # dropout and noise differ between processes
+        torch.manual_seed(self.config.execution.random_seed + self.rank)  # dropout, code noise
         self.module: Any = self._parallel(self.model)
         if execution.compile:
             self._compile(blocks)
@@ -141,13 +141,13 @@ class NativeEngine(Engine):
         exact = self.precision == "fp32" and torch.get_float32_matmul_precision() == "highest"
         large = sum(p.numel() for p in self.parameters) >= _MANY_WEIGHTS
         if self.name == "cpu" and exact and large and multiplies_bf16():
-            logger.info("this CPU has units that multiply bfloat16 (AMX): --matmul-precision medium trains faster")
+            logger.info("this CPU has bfloat16 matrix units (AMX): --matmul-precision medium trains faster")
 
     def _parallel(self, model: TextToImage) -> nn.Module:
         if self.world_size == 1 or self.sharding is not None:
             return model
-        # Buffers are constants, made alike in every process, and gloo of older versions cannot send bool ones: DDP is
-        # to leave them alone. Its own option for that differs between versions of PyTorch.
+        # Buffers are constants, equal in every process, and older versions of gloo cannot send bool ones: DDP must not
+        # broadcast them. Its own option for this differs between versions of PyTorch.
         constants = [name for name, _ in model.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, constants)
         devices = [self.device] if self.name == "cuda" else None
@@ -157,12 +157,12 @@ class NativeEngine(Engine):
         if self.sharding is None:
             self.module = torch.compile(self.module)
         else:
-            for block in blocks:  # one by one: what gathers their weights runs between them, and cannot be compiled
+            for block in blocks:  # one by one: FSDP2's hooks between them gather weights and cannot be compiled
                 block.forward = torch.compile(block.forward)
         self._warm_up()
 
     def _warm_up(self) -> None:
-        """Run a micro-batch of zeros forward and backward, so that compilation happens here, not in the first step."""
+        """Run a micro-batch of zeros forward and backward, so that compilation happens before the first step."""
         config = self.model.dalle.config
         text = torch.zeros(self.batching.micro, config.text_seq_len, dtype=torch.long, device=self.device)
         codes = torch.zeros(self.batching.micro, config.image_seq_len, dtype=torch.long, device=self.device)
@@ -181,11 +181,11 @@ class NativeEngine(Engine):
         return image_codes(vqgan.to(self.device), images.to(self.device)).cpu()
 
     def _codes(self, images: Tensor) -> Tensor:
-        """Return codes as they are, and of images (B, 3, S, S) the same codes that `encode` makes."""
+        """Return codes unchanged, and for images (B, 3, S, S) the same codes as `encode`."""
         return images if images.dim() == 2 else image_codes(self.model.vqgan, images)
 
     def _losses(self, text: Tensor, images: Tensor) -> Any:
-        # The codes are looked up outside autocast: they must not depend on the precision of the transformer.
+        # Outside autocast: codes must not depend on the precision of the transformer.
         codes = self._codes(images)
         with torch.autocast(self.name, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
             return self.module(text, codes)
@@ -207,7 +207,7 @@ class NativeEngine(Engine):
                 self.scaler.scale(losses.total / accumulation).backward()
             sums += torch.stack([losses.total.detach(), losses.text.detach(), losses.image.detach()]).float()
         if self.sharding is not None:
-            self.sharding.share_gradients()
+            self.sharding.reduce_gradients()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         grad_norm = self._clip()
@@ -219,7 +219,7 @@ class NativeEngine(Engine):
         return StepResult(sums[0], sums[1], sums[2], grad_norm, self.bad_steps.clone())
 
     def _clip(self) -> Tensor:
-        """Scale the gradients to a norm of --clip-grad-norm at most; return what it was before."""
+        """Clip the gradients to the norm --clip-grad-norm; return the norm before clipping."""
         clip = self.config.optimizer.clip_grad_norm
         if self.sharding is not None:
             return self.sharding.clip(clip)
@@ -232,17 +232,17 @@ class NativeEngine(Engine):
         return norm
 
     def _update_weights(self, bad: Tensor) -> None:
-        """Let the optimizers take their step, unless it is `bad` (bool, 0-d): then no state of theirs changes.
+        """Take an optimizer step, unless the gradient is `bad` (bool, 0-d): then no optimizer state changes.
 
-        Processes have summed their gradients, so that they all come to the same decision without asking each other.
+        The gradients are already reduced, so all processes decide alike without communication.
         """
         # (total, row) -> (total + bad, row + 1 or 0)
         self.bad_steps = torch.stack([self.bad_steps[0] + bad, (self.bad_steps[1] + 1) * bad])
         if all(getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in self.optimizers):
-            # Fused kernels decide on the device, as they do for GradScaler: the host need not wait to know.
+            # Fused kernels decide on the device, as for GradScaler: the host does not synchronise.
             for optimizer in self.optimizers:
-                told: Any = optimizer  # their classes do not name these
-                told.grad_scale, told.found_inf = None, bad.float()
+                scaled: Any = optimizer  # these attributes are not declared
+                scaled.grad_scale, scaled.found_inf = None, bad.float()
                 optimizer.step()
         elif not bad:
             for optimizer in self.optimizers:
@@ -253,20 +253,20 @@ class NativeEngine(Engine):
         self.scaler.update()  # in half precision: a smaller scale after a bad step
 
     def _weights(self) -> dict[str, Tensor]:
-        """This process's part of each weight by name (all of it without --shard), in the memory that the model uses."""
+        """This process's part of each weight by name (all of it without --shard); shares memory with the model."""
         return self.model.dalle.state_dict() if self.sharding is None else self.sharding.weights()
 
     def _update_average(self) -> None:
         if self.averaged is None:
             return
-        # A short history must not be dominated by the random start: the decay grows towards its final value.
+        # The decay grows to its final value, so that the random initialisation does not dominate early averages.
         decay = min(self.config.optimizer.ema_decay, (1 + self.num_updates) / (10 + self.num_updates))
         state = self._weights()
         torch._foreach_lerp_(list(self.averaged.values()), [state[key] for key in self.averaged], 1.0 - decay)
 
     @contextlib.contextmanager
     def _averaged_weights(self) -> Iterator[None]:
-        """Within the context the model holds the averaged weights, where there are any."""
+        """Within the context the model holds the averaged weights, if there are any."""
         if self.averaged is None:
             yield
             return
@@ -287,7 +287,7 @@ class NativeEngine(Engine):
         batches = [mine[first : first + size] for first in range(0, len(mine), size)]
         own = len(batches)
         if self.sharding is not None:
-            # All pass equally often: each needs the others to gather the weights. More passes count for nothing.
+            # Equally many passes in each process, since gathering weights needs all of them; extra ones do not count.
             batches += [[0]] * (-(-len(dataset) // (self.world_size * size)) - own)
         sums = torch.zeros(5, dtype=torch.float64, device=self.device)  # three losses, samples, processes that stopped
         self.model.eval()
@@ -304,7 +304,7 @@ class NativeEngine(Engine):
                 samples = len(text) if index < own else 0
                 sums[:4] += torch.stack([*losses, torch.ones_like(losses.total)]).double() * samples
         if self.sharding is not None:
-            self.sharding.let_go()
+            self.sharding.release()
         if self.world_size > 1:
             dist.all_reduce(sums)
         if sums[4] > 0:
@@ -322,7 +322,7 @@ class NativeEngine(Engine):
         if plan.total > total:
             share = ", or --shard on several GPUs" if self.name == "cuda" and not self.config.execution.shard else ""
             logger.warning(
-                "training takes more memory than the %.1f GB there are: lower --batch-size, or give "
+                "training takes more memory than the available %.1f GB: lower --batch-size, or give "
                 "--activation-checkpointing or --optimizer Adafactor%s",
                 total / 1e9,
                 share,
@@ -388,16 +388,15 @@ class NativeEngine(Engine):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state.get("engine") != "native":
             logger.warning(
-                "the checkpoint's optimizer state is of another engine (%s): it is dropped", state.get("engine")
+                "the checkpoint's optimizer state was saved by another engine (%s); ignored", state.get("engine")
             )
             return
         parts = state["optimizer"].get("parts", [state["optimizer"]])
         groups = [[len(group["params"]) for group in part["param_groups"]] for part in parts]
         if groups != [[len(group["params"]) for group in optimizer.param_groups] for optimizer in self.optimizers]:
             raise UserError(
-                "--resume: the checkpoint's optimizer is another one than --optimizer "
-                f"{self.config.optimizer.optimizer}; resume with the one it was "
-                "trained with, or start from it with --pretrained-checkpoint"
+                f"--resume: the checkpoint's optimizer differs from --optimizer {self.config.optimizer.optimizer}; "
+                "resume with the optimizer it was trained with, or start from it with --pretrained-checkpoint"
             )
         for optimizer, part in zip(self.optimizers, parts):
             if self.sharding is not None:
@@ -416,17 +415,17 @@ class NativeEngine(Engine):
         states = state["random_states"]
         if len(states) != self.world_size:
             logger.warning(
-                "the checkpoint was written by %d processes, now there are %d: random states are new",
+                "the checkpoint was written by %d processes, now there are %d: random states are reinitialised",
                 len(states),
                 self.world_size,
             )
-            # Not those of the run's first steps once more.
+            # Different from those of the run's first steps.
             seed = self.config.execution.random_seed
             torch.manual_seed(random_bits("random state", seed, self.num_updates, self.rank))
             return
-        threads = state.get("threads", 0)  # some of PyTorch's sums depend on their number
+        threads = state.get("threads", 0)  # some of PyTorch's sums depend on the number of threads
         if threads and not self.config.execution.threads and threads != torch.get_num_threads():
-            logger.info("resuming with %d CPU threads, as before; --threads %d would take those PyTorch chooses here",
+            logger.info("resuming with %d CPU threads, as before; --threads %d gives PyTorch's default here",
                         threads, torch.get_num_threads())  # fmt: skip
             torch.set_num_threads(threads)
         torch.set_rng_state(states[self.rank]["cpu"])
@@ -438,10 +437,10 @@ class NativeEngine(Engine):
             dist.barrier()
 
     def close(self) -> None:
-        if self.former_products is not None:
-            torch.set_float32_matmul_precision(self.former_products)
+        if self.previous_precision is not None:
+            torch.set_float32_matmul_precision(self.previous_precision)
         if self.world_size > 1 and dist.is_initialized():
-            # gloo's thread needs the GIL to let go of the last collective's tensors, and whoever drops the last
-            # reference to the group (DDP, with the GIL held) waits for that thread: give it time to finish first.
-            time.sleep(_SECONDS_TO_LET_GO)
+            # Avoid a deadlock: gloo's thread needs the GIL to release the last collective's tensors, and dropping the
+            # last reference to the group (in DDP, holding the GIL) waits for that thread. Let it finish first.
+            time.sleep(_CLOSE_SECONDS)
             dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The optimizers of --optimizer in plain PyTorch, and the loss scaling of half precision."""
+"""The optimizers of --optimizer in plain PyTorch, and loss scaling for half precision."""
 from __future__ import annotations
 
 import logging
@@ -16,12 +16,12 @@ logger = logging.getLogger(__name__)
 
 
 def make_optimizers(model: TextToImage, options: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """Return the optimizer of all trainable parameters; with Muon two: it for the blocks' matrices, AdamW for the rest.
+    """Return the optimizer of all trainable parameters; for Muon two: it for the blocks' matrices, AdamW for the rest.
 
-    Adafactor (arXiv 1804.04235) keeps next to no state; its steps are relative to the size of the weights.
+    Adafactor (arXiv 1804.04235) keeps almost no state; its steps are relative to the size of the weights.
 
-    Muon (Jordan et al. 2024) makes each matrix's update orthogonal; scaled to the size of an AdamW update (Moonlight,
-    arXiv 2502.16982, section 2.2) both take the same learning rate.
+    Muon (Jordan et al. 2024) orthogonalises each matrix's update; scaled to the size of an AdamW update (Moonlight,
+    arXiv 2502.16982, section 2.2), both take the same learning rate.
     """
     betas, name = (options.beta1, options.beta2), options.optimizer
     common: dict[str, Any] = {"lr": options.learning_rate}
@@ -29,12 +29,12 @@ def make_optimizers(model: TextToImage, options: OptimizerConfig) -> list[torch.
     on_gpu = all(p.is_cuda for p in model.dalle.parameters())
     fused = on_gpu or version >= (2, 4)  # on the CPU only newer versions have fused kernels
     if name == "Muon" and not hasattr(torch.optim, "Muon"):
-        logger.warning("PyTorch %s has no Muon (2.9 and newer have): AdamW takes its place", torch.__version__)
+        logger.warning("PyTorch %s has no Muon (it needs 2.9 or newer): using AdamW", torch.__version__)
         name = "AdamW"
     if name == "Adafactor":
         if not hasattr(torch.optim, "Adafactor"):
             raise UsageError(f"--optimizer Adafactor needs PyTorch 2.5 or newer, this is {torch.__version__}")
-        # One weight after the other: the multi-tensor form would hold squares of all gradients at the same time.
+        # One weight at a time: the multi-tensor form would hold the squares of all gradients at once.
         return [torch.optim.Adafactor(parameter_groups(model, options.weight_decay), foreach=False, **common)]
     if name != "Muon":
         kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[name]
@@ -51,7 +51,7 @@ def make_optimizers(model: TextToImage, options: OptimizerConfig) -> list[torch.
 
 
 def make_scaler(device_type: str, options: dict[str, Any]) -> Any:
-    """Return a GradScaler. Before PyTorch 2.3 there was one for CUDA only; disabled it does nothing, on any device."""
+    """Return a GradScaler. PyTorch before 2.3 has only the one for CUDA; disabled, it does nothing on any device."""
     if hasattr(torch.amp, "GradScaler"):
         return torch.amp.GradScaler(device_type, **options)
     return torch.cuda.amp.GradScaler(**options)

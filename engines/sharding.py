@@ -1,12 +1,12 @@
-"""--shard: weights, gradients and optimizer state dealt out to the processes by PyTorch's FSDP2 (`fully_shard`).
+"""--shard: weights, gradients and optimizer state sharded over the processes by PyTorch's FSDP2 (`fully_shard`).
 
-Each process owns some rows of every matrix. A transformer block's matrices are gathered when the block is about to run,
-and let go after it; the embeddings and heads, which are needed first and last, are gathered once for each micro-batch.
-All that is not a matrix (biases, norms, LayerScale: a thousandth of a model) every process has in full.
+Each process owns some rows of every matrix. A transformer block's matrices are gathered just before the block runs and
+released after it; embeddings and heads, which are needed first and last, are gathered once per micro-batch. Vectors
+(biases, norms, LayerScale: a thousandth of a model) are replicated.
 
-What optimizer, clipping and averaging work on are plain tensors: this process's rows, which share the memory of what
-FSDP2 gathers from. So they compute what they compute without --shard, with the same kernels, and checkpoints are the
-same too: whole tensors, collected one by one in the memory of process 0's host.
+Optimizers, clipping and averaging work on plain tensors: this process's rows, which share memory with FSDP2's shards.
+So they run the same kernels as without --shard, and checkpoints are the same: whole tensors, collected one by one in
+the memory of process 0's host.
 """
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from torch import Tensor, nn
 from models.dalle import TextToImage
 from utils.errors import UsageError
 
-#: Optimizer state that has a number for each weight, and is shared out with it; the rest (Adafactor's sums, counts of
-#: steps) is the same in every process.
+#: Optimizer state with one value per weight, sharded like the weight; the rest (Adafactor's sums, step counts) is the
+#: same in every process.
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 def check(world_size: int) -> None:
-    """Raise UsageError where --shard cannot be: with one process, or a PyTorch without what it needs."""
+    """Raise UsageError if --shard is impossible: with one process, or an older PyTorch."""
     if world_size == 1:
         raise UsageError(
-            "--shard shares a model out over processes, and there is one: start train.py with torchrun "
-            "--nproc-per-node N, or leave --shard out"
+            "--shard shards a model over processes, but there is only one: start train.py with torchrun "
+            "--nproc-per-node N, or omit --shard"
         )
     try:
         from torch.distributed.fsdp import fully_shard
@@ -44,7 +44,7 @@ def check(world_size: int) -> None:
 
 
 def make_scaler(device_type: str, **options: Any) -> Any:
-    """Return a GradScaler for the rows of each process: all lower the scale when one of them finds infinities."""
+    """Return a GradScaler for sharded gradients: all processes lower the scale if one of them finds infinities."""
     from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
     return ShardedGradScaler(device_type, process_group=dist.group.WORLD, **options)
@@ -54,9 +54,9 @@ class Sharding:
     """A model's parameters, of which each process owns a part."""
 
     def __init__(self, model: TextToImage, device: torch.device, half: torch.dtype | None) -> None:
-        """Share a model on the CPU out, block by block: no device ever holds all of it.
+        """Shard a model that is on the CPU, block by block: no device ever holds all of it.
 
-        half: the type that autocast computes in; None for float32.
+        half: the dtype of autocast; None for float32.
         """
         from torch.distributed.device_mesh import init_device_mesh
 
@@ -69,26 +69,26 @@ class Sharding:
             parameter.data = parameter.data.to(device)
             dist.broadcast(parameter.data, 0)
         if model.vqgan is not None:
-            model.vqgan.to(device)  # frozen, and small: every process has it
+            model.vqgan.to(device)  # frozen and small: replicated
         self._wrap(half, {p for p in model.parameters() if p not in matrices})
         self.rows = {p: nn.Parameter(_local(p)) for p in model.dalle.parameters() if p.dim() == 2}
         self.matrix_of = {rows: matrix for matrix, rows in self.rows.items()}
 
     def _wrap(self, half: torch.dtype | None, ignored: Any) -> None:
-        """Let FSDP2 deal out all parameters but the ignored ones.
+        """Let FSDP2 shard all parameters except the ignored ones.
 
-        In half precision autocast stays on, and blocks are gathered in that type: autocast would make the very same
-        copies of their matrices, but keep those of the whole model in every process until the forward pass ends. So
-        results are those without --shard, bit for bit; all but the gradients of LayerScale, which are computed from
-        these matrices. FSDP2's own casting of whatever goes into a block (cast_forward_inputs) is off: it would round
-        the residual stream and the norms.
+        In half precision autocast stays on, and blocks are gathered in that dtype: autocast would make the same copies
+        of their matrices, but hold the whole model's in every process until the forward pass ends. So results are
+        bit-identical to those without --shard, except the gradients of LayerScale, which are computed from these
+        matrices. FSDP2's casting of a block's inputs (cast_forward_inputs) is off: it would round the residual stream
+        and the norms.
         """
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         config = self.model.dalle.config
         settings: dict[str, Any] = {"mesh": self.mesh, "ignored_params": ignored}
         blocks = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        if not (config.shared_attn_ids or config.shared_ff_ids):  # what layers share is gathered once for all of them
+        if not (config.shared_attn_ids or config.shared_ff_ids):  # shared layers are gathered once, with the rest
             for block in self.model.dalle.transformer.layers:
                 fully_shard(block, mp_policy=blocks, **settings)
         fully_shard(self.model, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **settings)
@@ -96,20 +96,20 @@ class Sharding:
     # Training
 
     def localize(self, optimizers: list[torch.optim.Optimizer]) -> None:
-        """Let new optimizers work on this process's rows."""
+        """Make new optimizers work on this process's rows."""
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["params"] = [self.rows.get(p, p) for p in group["params"]]
 
     @torch.no_grad()
-    def share_gradients(self) -> None:
-        """After the backward passes of a step: hand the gradients of its rows to each process, averaged over all.
+    def reduce_gradients(self) -> None:
+        """After the backward passes of a step: give each process the averaged gradients of its rows.
 
-        FSDP2 averages those of the matrices after every micro-batch. Averaging only the last sums would save messages,
-        but every process would hold gradients for the whole model until then, as if there were no --shard.
+        FSDP2 averages those of the matrices after every micro-batch. Averaging only the final sums would save
+        communication, but every process would hold gradients of the whole model until then, as without --shard.
         """
         for matrix, rows in self.rows.items():
-            rows.data = _local(matrix)  # the same memory, unless something has replaced it
+            rows.data = _local(matrix)  # usually the same memory
             rows.grad = None if matrix.grad is None else _local(matrix.grad)
         gradients = [p.grad for p in self.replicated if p.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(self.world_size)
@@ -118,11 +118,11 @@ class Sharding:
             gradient.copy_(mean.view_as(gradient))
 
     def clear_gradients(self) -> None:
-        """Let go of what FSDP2 holds; the optimizers' zero_grad sees only the rows."""
+        """Free the gradients that FSDP2 holds; the optimizers' zero_grad covers only the rows."""
         self.model.zero_grad(set_to_none=True)
 
     def clip(self, max_norm: float) -> Tensor:
-        """Scale all gradients to a norm of `max_norm` at most (0: leave them); return the whole one's before, 0-d."""
+        """Clip all gradients to the global norm `max_norm` (0: no clipping); return the norm before clipping, 0-d."""
         whole = [p for p in self.replicated if p.grad is not None]
         parts = [rows for rows in self.rows.values() if rows.grad is not None]
 
@@ -137,10 +137,10 @@ class Sharding:
         return norm
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let an optimizer take its step.
+        """Take an optimizer step.
 
-        Adam's steps are those of single weights. Others look at whole matrices: they get one after the other, whole, in
-        every process, and each process keeps its rows of the result. That is the work of a step without --shard.
+        Adam is elementwise. Others need whole matrices: these are gathered one at a time in every process, which keeps
+        its rows of the result. This does the same work as a step without --shard.
         """
         if isinstance(optimizer, torch.optim.Adam):
             optimizer.step()
@@ -176,7 +176,7 @@ class Sharding:
             state.update({key: self._own(state[key]).clone() for key in _MOMENTS if key in state})
 
     def _gathered(self, rows: Tensor, matrix: Any) -> Tensor:
-        """The whole of a tensor of a matrix's shape in every process, from this one's rows."""
+        """Return a whole tensor of a matrix's shape in every process, from each one's rows."""
         from torch.distributed.tensor import DTensor
 
         whole = DTensor.from_local(
@@ -185,29 +185,29 @@ class Sharding:
         return whole.full_tensor()
 
     def _own(self, whole: Tensor) -> Tensor:
-        """This process's rows of a whole tensor; FSDP2 divides them as `chunk` does, and the last may have none."""
+        """This process's rows of a whole tensor; FSDP2 splits like `chunk`, and the last processes may have none."""
         chunks = whole.chunk(self.world_size)
         return chunks[self.rank] if self.rank < len(chunks) else whole[:0]
 
-    def let_go(self) -> None:
-        """Forget the embeddings and heads that a pass without a backward pass has left gathered: they may change."""
-        self.model.reshard()  # type: ignore[operator]  # fully_shard has made it an FSDPModule
+    def release(self) -> None:
+        """Reshard the embeddings and heads that a forward pass without backward left gathered: they may change."""
+        self.model.reshard()  # type: ignore[operator]  # fully_shard makes it an FSDPModule
 
     # State
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
-        """This process's part of each of the DALL-E's weights, by name, in the memory that training uses."""
+        """This process's part of each weight of the DALL-E, by name; shares memory with training."""
         return {name: _local(value) for name, value in self.model.dalle.state_dict().items()}
 
     def collect(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors on the CPU in process 0, nothing elsewhere. parts: as of `weights`. All must call it."""
+        """Return whole tensors on the CPU in process 0, {} elsewhere. parts: as from `weights`. All must call it."""
         matrices = self._matrices()
         found = {name: self._collected(part, matrices.get(name)) for name, part in parts.items()}
         return {name: whole for name, whole in found.items() if whole is not None}
 
     def distribute(self, whole: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        """The other way: this process's parts, on the device, of whole tensors that each process has read."""
+        """The inverse: return this process's parts, on the device, of whole tensors that each process has read."""
         matrices = self._matrices()
         return {
             name: (self._own(value) if name in matrices else value).to(device, copy=True)
@@ -215,7 +215,7 @@ class Sharding:
         }
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The optimizer's state_dict as it is without --shard, complete in process 0 alone. All must call it."""
+        """Return the optimizer's state_dict as without --shard, complete only in process 0. All must call it."""
         state = optimizer.state_dict()
         state["state"] = dict(state["state"])
         for index, parameter in enumerate(_parameters(optimizer)):
@@ -228,35 +228,35 @@ class Sharding:
         return state
 
     def distribute_optimizer_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Leave in a whole state_dict only what the optimizer's `load_state_dict` is to get in this process."""
+        """Reduce a whole state_dict to this process's part, for the optimizer's `load_state_dict`."""
         for index, parameter in enumerate(_parameters(optimizer)):
             values = state["state"].get(index, {})
             if parameter in self.matrix_of:
                 values.update({key: self._own(values[key]).clone() for key in _MOMENTS if key in values})
 
     def _matrices(self) -> dict[str, Any]:
-        return {name: value for name, value in self.model.dalle.state_dict().items() if _is_shared_out(value)}
+        return {name: value for name, value in self.model.dalle.state_dict().items() if _is_sharded(value)}
 
     def _collected(self, part: Tensor, matrix: Any) -> Tensor | None:
-        """A whole tensor in the memory of process 0's host, else None. matrix: whose rows `part` are; None: it is all.
+        """Return a whole tensor on the CPU in process 0, else None. matrix: whose rows `part` is; None: it is whole.
 
-        One at a time: a device has room for it, since it gathers the largest ones together in every pass. Nothing of
-        torch.distributed.checkpoint.state_dict: it knows neither averages nor an optimizer of rows.
+        One at a time, which fits on a device: each pass gathers the largest ones together. Not done by
+        torch.distributed.checkpoint.state_dict, which supports neither averages nor optimizers of plain rows.
         """
         whole = part if matrix is None else self._gathered(part, matrix)
         return None if self.rank else whole.detach().to("cpu", copy=True)
 
 
-def _is_shared_out(tensor: Tensor) -> bool:
+def _is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
 @torch.no_grad()
 def _local(tensor: Any) -> Tensor:
-    """The plain tensor of this process's rows, or of all where it is not shared out."""
-    return tensor.to_local() if _is_shared_out(tensor) else tensor
+    """The plain tensor of this process's rows, or the tensor itself if it is not sharded."""
+    return tensor.to_local() if _is_sharded(tensor) else tensor
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """In the order of state_dict's numbers."""
+    """In the order of state_dict's indices."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]

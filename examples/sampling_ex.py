@@ -1,10 +1,10 @@
-"""Draw candidates for a prompt, order them by CLIP, save the best: minDALL-E's sampling example.
+"""Sample candidates for a prompt, rank them by CLIP, save the best: minDALL-E's sampling example.
 
     python examples/sampling_ex.py --prompt "a painting of a tree on the ocean" -n 96 --clip-path CLIP_FOLDER
     python examples/sampling_ex.py --model demo --prompt "red apple" -n 8
 
 Images go to <result-path>/<prompt>_0.png (the best), <prompt>_1.png, ... Without --clip-path, OpenAI's package `clip`
-orders them where it is installed, else the model's own likelihood.
+ranks them if installed, else the model's likelihood.
 """
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ logger = logging.getLogger("sampling_ex")
 
 @dataclass(frozen=True)
 class ExampleOptions(Options):
-    """The published flags, and those that a machine without CUDA or network needs."""
+    """minDALL-E's flags, and more for machines without CUDA or network."""
 
     num_candidates: int = option(96, "images to sample", ge=1, short="-n")
     prompt: str = option("A painting of a tree on the ocean", "caption of the images", metavar="PROMPT")
@@ -48,7 +48,7 @@ class ExampleOptions(Options):
     model: str = option("minDALL-E/1.3B", "name (5 GB are downloaded), folder or checkpoint")
     clip_path: str | None = again(GenerateOptions, "clip_path", none="OpenAI's package clip, or the likelihood")
     keep: int = option(16, "images to save", ge=1)
-    batch_size: int | None = again(SamplingFlags, "batch_size", default=None, none="what fits")
+    batch_size: int | None = again(SamplingFlags, "batch_size", default=None, none="as many as fit")
     device: str = again(DeviceOptions, "device")
     result_path: str = option("./figures", "folder of the images", path=True)
 
@@ -57,7 +57,7 @@ COMMAND = Command("sampling_ex.py", "Sample candidates for a prompt and save the
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw, order, save."""
+    """Sample, rank, save."""
     options = COMMAND.parse(argv)
     log.setup()
     folder = make_folder("--result-path", options.result_path)
@@ -74,10 +74,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         batch_size=options.batch_size,
     )
     order = rank(options.prompt, generated, ranker, device)[: options.keep]
-    pictures = to_uint8(generated.images).cpu()
+    images = to_uint8(generated.images).cpu()
     for place, index in enumerate(order.tolist()):
-        save_picture(to_pil(pictures[index]), folder / f"{folder_name(options.prompt)}_{place}.png")
-    logger.info("%s: %d of %d images, the best first: %s", folder, len(order), len(pictures), order.tolist())
+        save_picture(to_pil(images[index]), folder / f"{folder_name(options.prompt)}_{place}.png")
+    logger.info("%s: %d of %d images, the best first: %s", folder, len(order), len(images), order.tolist())
 
 
 def rank(prompt: str, generated: Candidates, ranker: ClipRanker | None, device: Any) -> np.ndarray:
@@ -88,7 +88,7 @@ def rank(prompt: str, generated: Candidates, ranker: ClipRanker | None, device: 
     try:
         import clip
     except ImportError:
-        logger.info("no --clip-path and no package clip: the images are ordered by their likelihood")
+        logger.info("no --clip-path and no package clip: images are ranked by likelihood")
         return generated.log_likelihood.argsort(descending=True).cpu().numpy()
     model_clip, preprocess_clip = clip.load("ViT-B/32", device=device)
     return clip_score(prompt, images, model_clip, preprocess_clip, device)

@@ -1,16 +1,16 @@
-"""Turn minDALL-E into a model of images alone, of classes or of none: its transfer-learning example.
+"""Turn minDALL-E into a class-conditional or unconditional image model: its transfer-learning example.
 
     python examples/transfer_learning_ex.py -d configs/transfer-imagenet-clscond-gen.yaml -u minDALL-E/1.3B \
         -r output/transfer --imagenet-path IMAGENET --n-gpus 8
 
-IMAGENET holds train/<class>/<image> and val/<class>/<image>, or <class>/<image> at once. Everything goes to
+IMAGENET holds train/<class>/<image> and val/<class>/<image>, or just <class>/<image>. All results go to
 <result-path>/<name of the configuration>/: ckpt/dalle_{epoch}.pt, reconstructions_{train,val}.png, metrics.jsonl, ...
-The checkpoints are ordinary ones, of which the class is the prompt:
+The checkpoints are ordinary ones, with the class as the prompt:
 
     python generate.py --dalle-path output/transfer/transfer-imagenet-clscond-gen/ckpt/dalle_7.pt --text n01440764
 
-Unlike the published script this one takes the centre square of every training image instead of a random one, so that
-its codes are computed once and not in every epoch.
+Unlike minDALL-E's script this one uses the centre square of every training image instead of a random crop, so that
+codes are computed once and not in every epoch.
 """
 from __future__ import annotations
 
@@ -50,24 +50,25 @@ from utils.options import REQUIRED, Command, Options, again, option
 logger = logging.getLogger("transfer_learning_ex")
 
 SHOWN = 16
-"""Images in each picture of originals and reconstructions."""
+"""Images in each grid of originals and reconstructions."""
 
 
 @dataclass(frozen=True)
 class TransferOptions(Options):
-    """The published flags, and those that other machines and longer runs need."""
+    """minDALL-E's flags, and more for other machines and longer runs."""
 
     config_downstream: str = option(REQUIRED, "what to train", path=True, short="-d", metavar="YAML")
-    path_upstream: str = option(REQUIRED, "minDALL-E/1.3B, or such a folder", path=True, short="-u", metavar="DIR|NAME")
-    result_path: str = option(REQUIRED, "folder for all that the run writes", path=True, short="-r", metavar="DIR")
+    path_upstream: str = option(REQUIRED, "minDALL-E/1.3B, or a folder in its layout", path=True, short="-u",
+                                metavar="DIR|NAME")
+    result_path: str = option(REQUIRED, "folder for the results", path=True, short="-r", metavar="DIR")
     imagenet_path: str = option(REQUIRED, "images in folders by class", path=True, metavar="DIR")
     n_gpus: int = option(1, "processes to train with", ge=1)
     seed: int = option(0, "seed of weights and data order", ge=0, le=2**31 - 1)
-    resume: bool = option(False, "go on from the newest checkpoint of --result-path")
+    resume: bool = option(False, "resume from the newest checkpoint of --result-path")
     device: str = again(DeviceOptions, "device")
-    precision: str = again(ExecutionConfig, "precision", help="arithmetic; auto: as experiment.use_amp says")
+    precision: str = again(ExecutionConfig, "precision", help="arithmetic; auto: as in experiment.use_amp")
     activation_checkpointing: bool = again(ExecutionConfig, "activation_checkpointing")
-    null_cond_prob: float = again(ModelConfig, "null_cond_prob", help="share of classes left out, for guidance")
+    null_cond_prob: float = again(ModelConfig, "null_cond_prob", help="fraction of classes dropped, for guidance")
     max_steps: int = again(ExecutionConfig, "max_steps")
     keep_checkpoints: int = again(CheckpointsConfig, "keep_checkpoints", default=2)
     dataloader_workers: int = again(DataConfig, "dataloader_workers", default=4)
@@ -80,7 +81,7 @@ COMMAND = Command("transfer_learning_ex.py", "Train an image-only model (class-c
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prepare data and start, then train as train.py does. Returns the exit status."""
+    """Prepare data and initial weights, then train like train.py. Returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     options = COMMAND.parse(words)
     if options.path_upstream not in published.PUBLISHED_MODELS:
@@ -101,40 +102,40 @@ def main(argv: Sequence[str] | None = None) -> int:
             engine.barrier()
             parts = build_parts(config, engine)
             check_data(parts, downstream)
-            upstream = find_upstream(options.path_upstream)  # perhaps a download of 5 GB: all that can be checked is
+            upstream = find_upstream(options.path_upstream)  # may download 5 GB, so after all checks
             start = None if resuming else make_start(upstream, downstream, options.seed)
             parts = with_weights(config, parts)
             if engine.is_main and not resuming:
                 show_reconstructions(engine, parts, folder)
             train(config, engine, parts, start, interruption)
             if engine.is_main and interruption.requested is None:
-                say_how_to_draw(folder, config)
+                log_sampling_command(folder, config)
             return interruption.status
     finally:
         engine.close()
 
 
 def find_upstream(path_or_name: str) -> Path:
-    """The folder of the model to start from; a published one is fetched. Raises UserError."""
+    """The folder of the model to start from; a published one is downloaded. Raises UserError."""
     upstream = published.resolve(path_or_name)
     if not (upstream / published.STAGE1).is_file():
         raise UserError(
-            f"--path-upstream {upstream}: no folder with {published.STAGE1} and {published.STAGE2}"
+            f"--path-upstream {upstream}: not a folder with {published.STAGE1} and {published.STAGE2}"
         )
     return upstream
 
 
 def start_processes(num: int, words: list[str]) -> NoReturn:
-    """Run this script `num` times, and end with the status of these processes."""
+    """Run this script in `num` processes, and exit with their status."""
     sys.exit(launch.main(["--nproc-per-node", str(num), str(Path(__file__).resolve()), *words]))
 
 
 def make_config(options: Any, downstream: Downstream, folder: Path, resuming: bool) -> Config:
-    """What train.py would be told: the YAML file's values, this script's flags, and where things are."""
+    """The configuration for training: the YAML file's values, this script's flags, and paths."""
     per_micro_step = downstream.local_batch_size * options.n_gpus
     if downstream.total_batch_size % per_micro_step:
         raise UserError(
-            f"{options.config_downstream}: experiment.total_batch_size {downstream.total_batch_size} is no multiple "
+            f"{options.config_downstream}: experiment.total_batch_size {downstream.total_batch_size} is not a multiple "
             f"of local_batch_size {downstream.local_batch_size} x --n-gpus {options.n_gpus}"
         )
     if not Path(options.imagenet_path).is_dir():
@@ -191,11 +192,11 @@ def make_config(options: Any, downstream: Downstream, folder: Path, resuming: bo
 
 
 def write_descriptions(downstream: Downstream, config: Config) -> None:
-    """Write what training and drawing read beside the weights: the list of classes and the VQGAN's YAML file."""
+    """Write what training and sampling read besides weights: the list of classes and the VQGAN's YAML file."""
     names = class_names(str(config.data.input_folder)) if downstream.num_classes else []
     if len(names) != downstream.num_classes:
         raise UserError(
-            f"{config.data.input_folder} holds {len(names)} classes: set stage2.hparams.n_classes (now "
+            f"{config.data.input_folder} has {len(names)} classes: set stage2.hparams.n_classes (now "
             f"{downstream.num_classes}) to that number"
         )
     make_folder("--result-path", Path(config.checkpoints.checkpoint_output_dir))
@@ -205,7 +206,7 @@ def write_descriptions(downstream: Downstream, config: Config) -> None:
 
 
 def check_data(parts: Parts, downstream: Downstream) -> None:
-    """Raise UserError, in the words of the YAML file, for what training would stop at."""
+    """Raise UserError, naming keys of the YAML file, for what would stop training."""
     if len(parts.train_set) < downstream.total_batch_size:
         raise UserError(
             f"{len(parts.train_set)} training images do not fill one batch: lower experiment.total_batch_size, now "
@@ -214,7 +215,7 @@ def check_data(parts: Parts, downstream: Downstream) -> None:
     codes = (downstream.image_size // parts.vqgan.config.downsampling) ** 2
     if codes != downstream.shape["ctx_len_img"]:
         raise UserError(
-            "dataset.image_resolution {} makes {} codes of this VQGAN, but stage2.hparams.ctx_len_img is {}".format(
+            "dataset.image_resolution {} gives {} codes with this VQGAN, but stage2.hparams.ctx_len_img is {}".format(
                 downstream.image_size, codes, downstream.shape["ctx_len_img"]
             )
         )
@@ -229,26 +230,26 @@ def make_start(upstream: Path, downstream: Downstream, seed: int) -> Start:
 
 @torch.no_grad()
 def show_reconstructions(engine: Engine, parts: Parts, folder: Path) -> None:
-    """Save originals above what their codes keep of them. Nothing of it changes while the transformer trains."""
+    """Save grids of originals and reconstructions. Once is enough: the VQGAN is frozen."""
     for split, dataset in (("train", parts.train_set), ("val", parts.validation_set)):
         if dataset is None:
             continue
         images = torch.stack([dataset[index][1] for index in range(min(SHOWN, len(dataset)))])
         codes = engine.encode(parts.vqgan, images)
         device = next(parts.vqgan.parameters()).device
-        again = to_uint8(torch.cat([parts.vqgan.decode(row.to(device)) for row in codes.split(4)])).cpu()
-        for name, pictures in (("originals", images), ("reconstructions", again)):
-            save_picture(make_grid(list(pictures), f"{name}: {split}"), folder / f"{name}_{split}.png")
+        reconstructed = to_uint8(torch.cat([parts.vqgan.decode(row.to(device)) for row in codes.split(4)])).cpu()
+        for name, shown in (("originals", images), ("reconstructions", reconstructed)):
+            save_picture(make_grid(list(shown), f"{name}: {split}"), folder / f"{name}_{split}.png")
     logger.info("%s: originals and reconstructions of %d images", folder, len(images))
 
 
-def say_how_to_draw(folder: Path, config: Config) -> None:
-    """Log a command that works as it is."""
+def log_sampling_command(folder: Path, config: Config) -> None:
+    """Log a command that generates images."""
     newest = newest_checkpoint(folder / "ckpt")
     classes = getattr(load_tokenizer(config.data.bpe_path), "classes", None)
     if newest is not None:
         prompt = f'"{classes[0]}"' if classes else "any"
-        logger.info("to draw: python generate.py --dalle-path %s --text %s --num-images 16", newest, prompt)
+        logger.info("to generate images: python generate.py --dalle-path %s --text %s --num-images 16", newest, prompt)
 
 
 if __name__ == "__main__":

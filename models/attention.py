@@ -1,18 +1,19 @@
-"""The parameters of an attention layer: one for every pattern.
+"""The parameters of an attention layer, the same for every pattern.
 
 Letters: D width, H heads, K width of a head.
 """
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from models.config import DalleConfig
 
 
 class Attention(nn.Module):
-    """Multi-head attention over [text part | image part]: who sees whom is given to the block (see transformer.py).
+    """Multi-head attention over [text part | image part]; the block gets the mask (see transformer.py).
 
-    Scale K ** -0.5; dropout acts on the output, as in the published code (not on the attention weights).
+    Scale K ** -0.5; dropout acts on the output, as in the original Mini DALL-E (not on the attention weights).
     """
 
     def __init__(self, config: DalleConfig) -> None:
@@ -22,3 +23,5 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.dim, 3 * inner, bias=config.qkv_bias)
         self.out = nn.Linear(inner, config.dim, bias=config.out_bias)
         self.dropout = nn.Dropout(config.attn_dropout)
+        self.head_scales = nn.Parameter(torch.ones(2, config.dim_head)) if config.qk_norm else None
+        """Scales of normalised queries and keys, (2, K)."""

@@ -1,4 +1,4 @@
-"""Build a model around weights that are there already, without making random ones first and holding both.
+"""Build a model around existing weights, without initialising random ones first and holding both.
 
 dalle = build_dalle(config, checkpoint.weights)                       # takes the tensors out of the dictionary
 dalle = build_dalle(config, checkpoint.weights, dtype="bfloat16")     # converted one by one
@@ -20,9 +20,9 @@ from models.quantization import Int8Linear
 
 @contextlib.contextmanager
 def without_weights() -> Iterator[None]:
-    """Within the context new modules have their parameters on the meta device, where they take no memory and no time.
+    """Within the context new modules have their parameters on the meta device, where they take no memory or time.
 
-    Buffers, such as attention masks, are real: nothing would fill them later. Other threads are left alone.
+    Buffers, such as attention masks, are real, since nothing fills them later. Other threads are not affected.
     """
     thread = threading.get_ident()
 
@@ -43,21 +43,21 @@ def build_dalle(
     weights: MutableMapping[str, Tensor],
     dtype: str = "float32",
 ) -> DalleModel:
-    """Return a DALL-E with these weights (names of `DalleModel.state_dict()`), which are taken out of the dictionary.
+    """Return a DALL-E with these weights (names of `DalleModel.state_dict()`), which are removed from the dictionary.
 
-    Tensors that have the right type already become the parameters themselves; others are converted one by one.
+    Tensors that already have the right dtype become the parameters themselves; others are converted one by one.
     dtype: "float32", "bfloat16", or "int8" for linear layers (the rest float32). int8 cannot be trained.
-    Raises ValueError when names or shapes are not the model's.
+    Raises ValueError if names or shapes do not match the model.
     """
     with without_weights():
         model = DalleModel(config)
     float_type = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     done: set[nn.Module] = set()
-    made: dict[int, nn.Parameter] = {}  # a parameter that several modules share is made once
+    made: dict[int, nn.Parameter] = {}  # a parameter shared by several modules is made once
     for path, module in list(model.named_modules(remove_duplicate=False)):
         tensors = {leaf: _take(weights, path, leaf, own) for leaf, own in module.named_parameters(recurse=False)}
         if module in done:
-            continue  # shared by several layers: these are the same weights again
+            continue  # shared by several layers: the same weights
         done.add(module)
         if dtype == "int8" and isinstance(module, nn.Linear):
             parent, _, name = path.rpartition(".")
@@ -69,7 +69,7 @@ def build_dalle(
                 made[id(empty)] = nn.Parameter(tensor.to(float_type))
             setattr(module, leaf, made[id(empty)])
     if weights:
-        raise ValueError("weights that the model does not have: {}".format(", ".join(list(weights)[:3])))
+        raise ValueError("weights that are not in the model: {}".format(", ".join(list(weights)[:3])))
     return model
 
 

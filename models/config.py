@@ -1,4 +1,4 @@
-"""What a DALL-E is, as data: all that is needed to build one again, nothing about how or where it is trained."""
+"""The configuration of a DALL-E: all that is needed to build one, nothing about how or where it is trained."""
 from __future__ import annotations
 
 import dataclasses
@@ -8,8 +8,10 @@ from typing import Any, Mapping
 
 from utils.errors import UserError, nearest
 
-#: Which image positions an image position may attend to; the text part is always visible to it (see attention.py).
+#: Which image positions an image position may attend to; the text part is always visible (see patterns.py).
 ATTENTION_PATTERNS = ("full", "axial_row", "axial_col", "conv_like", "conv_causal")
+
+ACTIVATIONS, GATED, NORMS = ("geglu", "swiglu", "gelu", "quick_gelu", "relu2"), ("geglu", "swiglu"), ("layer", "rms")
 
 _MINDALLE = {
     "bos": False,
@@ -21,7 +23,7 @@ _MINDALLE = {
     "head_bias": False,
 }
 
-#: The options of DalleConfig that make an architecture (--architecture); what they leave out is size and training.
+#: The options of DalleConfig that define an architecture (--architecture), without size and training.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mini-dalle": {},
     "mindalle": _MINDALLE,
@@ -55,7 +57,7 @@ class DalleConfig:
     dim_head: int
     """K: width of one head; the attention's inner width is H * K."""
     attn_types: tuple[str, ...] = ("full",)
-    """Attention pattern of each layer, repeated in turn when shorter than `depth`."""
+    """Attention pattern of each layer, cycled if shorter than `depth`."""
     loss_img_weight: float = 7.0
     """w in loss = (text + w * image) / (w + 1)."""
     attn_dropout: float = 0.0
@@ -67,7 +69,12 @@ class DalleConfig:
     layer_scale: bool = True
     """A learned per-channel factor on each residual branch (CaiT, arXiv 2103.17239)."""
     activation: str = "geglu"
-    """Feed-forward kind: geglu (arXiv 2002.05202), gelu (exact), or quick_gelu (x * sigmoid(1.702 x))."""
+    """Feed-forward kind: geglu or swiglu (arXiv 2002.05202), gelu (exact), quick_gelu (x * sigmoid(1.702 x)), or relu2
+    (the square of relu, arXiv 2109.08668)."""
+    norm: str = "layer"
+    """Norms of the blocks and before the heads: layer, or rms (no mean, no shift; arXiv 1910.07467)."""
+    qk_norm: bool = False
+    """Queries and keys of each head are RMS-normalised, with learned scales (arXiv 2302.05442)."""
     ff_mult: int = 4
     """Hidden width of the feed-forward layer, as a multiple of `dim`."""
     qkv_bias: bool = False
@@ -88,18 +95,20 @@ class DalleConfig:
     """Image positions: axial (row vector + column vector), learned (one vector each), or none."""
     rotary: bool = False
     """Rotary position embedding of DALLE-pytorch (on queries, keys and values; text and both image axes)."""
+    rotary_2d: bool = False
+    """Rotary positions of queries and keys: half of a head's channels by row, half by column; text counts in both."""
     shift_tokens: bool = False
-    """Half of the text channels come from the token before, a quarter of the image's each from above and left."""
+    """Half of a text token's channels come from the previous token; of a code's, a quarter each from above and left."""
     stable: bool = False
     """Embedding gradients scaled by 0.1 and the last hidden state divided by its largest element (CogView)."""
     tie_embeddings: bool = False
-    """The token tables are the head's rows."""
+    """The embedding tables are the heads' weights."""
     shared_attn_ids: tuple[int, ...] | None = None
-    """Layers with the same id share one attention; repeated in turn. None: nothing is shared."""
+    """Layers with the same id share one attention layer; cycled. None: nothing is shared."""
     shared_ff_ids: tuple[int, ...] | None = None
-    """Layers with the same id share one feed-forward layer; repeated in turn. None: nothing is shared."""
+    """Layers with the same id share one feed-forward layer; cycled. None: nothing is shared."""
     init_std: float = 0.0
-    """Standard deviation of normal initialisation with zero biases (minDALL-E: 0.02); 0: PyTorch's own."""
+    """Standard deviation of normal initialisation with zero biases (minDALL-E: 0.02); 0: PyTorch's defaults."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -126,8 +135,12 @@ class DalleConfig:
                         pattern, nearest(pattern, ATTENTION_PATTERNS), ", ".join(ATTENTION_PATTERNS)
                     )
                 )
-        if self.activation not in ("geglu", "gelu", "quick_gelu"):
-            raise UserError(f"unknown activation {self.activation!r}; known: geglu, gelu, quick_gelu")
+        if self.activation not in ACTIVATIONS:
+            raise UserError(f"unknown activation {self.activation!r}; known: {', '.join(ACTIVATIONS)}")
+        if self.norm not in NORMS:
+            raise UserError(f"unknown norm {self.norm!r}; known: {', '.join(NORMS)}")
+        if self.rotary_2d and (self.rotary or self.dim_head % 4):
+            raise UserError(f"rotary_2d excludes rotary and needs a head width divisible by 4, not {self.dim_head}")
         if self.image_positions not in ("axial", "learned", "none"):
             raise UserError(f"unknown image_positions {self.image_positions!r}; known: axial, learned, none")
         if self.shift_tokens and self.dim % 4:
@@ -135,7 +148,7 @@ class DalleConfig:
         self._check_shared_attention()
 
     def _check_shared_attention(self) -> None:
-        """Layers that share an attention have one pattern: the attention is one module, with one mask."""
+        """Layers that share an attention layer have one pattern: it is one module with one mask."""
         patterns: dict[int, str] = {}
         ids = self.shared_attn_ids or ()
         for layer, pattern in enumerate(self.layer_patterns if ids else ()):
@@ -148,13 +161,13 @@ class DalleConfig:
 
     @property
     def hidden(self) -> int:
-        """Channels between the two layers of a feed-forward branch."""
+        """Hidden channels of a feed-forward layer."""
         return self.ff_mult * self.dim
 
     @property
     def up_width(self) -> int:
-        """Outputs of the first of them: twice as many where half gate the other half."""
-        return self.hidden * (2 if self.activation == "geglu" else 1)
+        """Outputs of its first linear layer: twice the hidden channels if gated."""
+        return self.hidden * (2 if self.activation in GATED else 1)
 
     @property
     def text_len(self) -> int:
@@ -173,7 +186,7 @@ class DalleConfig:
 
     @property
     def text_table_size(self) -> int:
-        """Rows of the text table and of the text head."""
+        """Rows of the text embedding table and of the text head."""
         return self.num_text_tokens + (self.text_seq_len if self.unique_pads else 0)
 
     @property

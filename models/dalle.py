@@ -19,7 +19,7 @@ from ops import Projection, linear
 
 
 class Operands(NamedTuple):
-    """The weights that sampling reads for each chunk, as ops take them."""
+    """The weights that sampling uses for each chunk, in the form that ops take."""
 
     blocks: list[transformer.Operands]
     image_positions: Tensor | None
@@ -68,8 +68,8 @@ class LearnedPositions(nn.Module):
 class DalleModel(nn.Module):
     """Caption and codes in, next-token logits out.
 
-    A text position can only predict text and an image position only codes, so each part has its own head; the published
-    model computes one head over V + T + C rows and masks two thirds of it away. Results are equal.
+    A text position can only predict text and an image position only codes, so each part has its own head. The original
+    Mini DALL-E computes one head over V + T + C rows and masks two thirds of it; results are equal.
     """
 
     def __init__(self, config: DalleConfig) -> None:
@@ -81,7 +81,7 @@ class DalleModel(nn.Module):
         positions = {"axial": AxialPositions, "learned": LearnedPositions}.get(config.image_positions)
         self.image_pos_emb: Any = positions(config.grid, config.dim) if positions else None
         self.transformer = Transformer(config)
-        self.norm = nn.LayerNorm(config.dim)
+        self.norm = transformer.make_norm(config)
         self.text_head = nn.Linear(config.dim, config.text_table_size, bias=config.head_bias)
         self.image_head = nn.Linear(config.dim, config.num_image_tokens, bias=config.head_bias)
         if config.init_std:
@@ -107,7 +107,7 @@ class DalleModel(nn.Module):
         return torch.where(text == 0, pads, text)
 
     def embed_text(self, text: Tensor, positions: Positions | None = None) -> Tensor:
-        """Embed positions of the text part, all by default. text (B, n): the ids there, of `text_part` -> (B, n, D)."""
+        """Embed positions of the text part, all by default. text (B, n): their ids, from `text_part` -> (B, n, D)."""
         x = self.text_emb(text)
         if self.text_pos_emb is not None:
             x = x + (positions or text_positions(0, text.shape[1])).rows(self.text_pos_emb.weight)
@@ -124,17 +124,17 @@ class DalleModel(nn.Module):
         return x if self.image_pos_emb is None else x + self.image_pos_emb.table()[: codes.shape[1]]
 
     def operands(self, project: Project = projection) -> Operands:
-        """Look up what `read` needs of the weights; nothing is dropped there, in training mode either."""
+        """Look up the weights that `read` needs; it applies no dropout, not even in training mode."""
         layers: Any = self.transformer.layers
         blocks = [block.operands(project) for block in layers]
         table = None if self.image_pos_emb is None else self.image_pos_emb.table()
         return Operands(blocks, table, project(self.image_head))
 
     def read(self, ids: Tensor, positions: Positions, cache: Cache, operands: Operands | None = None) -> Tensor:
-        """Read a chunk behind what the cache holds, and keep it there; return what the heads take, (B, n, D).
+        """Read a chunk that follows the cached positions, and cache it; return the heads' input, (B, n, D).
 
-        ids: of `text_part`, (prompts, n), or codes (B, n). The prompt, a given part of an image, the next code and
-        several codes at once are the same call. operands: None looks them up.
+        ids: from `text_part`, (prompts, n), or codes (B, n). The prompt, a given part of an image, the next code and
+        several codes in parallel are the same call. operands: None looks them up.
         """
         own = operands or self.operands()
         if positions.text:
@@ -145,7 +145,7 @@ class DalleModel(nn.Module):
         return self.hidden(self.transformer(x, positions, cache, own.blocks))
 
     def _damp(self, x: Tensor) -> Tensor:
-        """With `stable`: pass a tenth of the gradient on to the embeddings (CogView's trick), the same value."""
+        """With `stable`: the same value, but only a tenth of the gradient reaches the embeddings (CogView)."""
         return x * 0.1 + x.detach() * 0.9 if self.config.stable else x
 
     def hidden(self, x: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ class DalleModel(nn.Module):
         targets = self.text_part(text)[:, 1:]
         if not targets.shape[1]:
             image_loss = F.cross_entropy(image_logits.flatten(0, 1).float(), codes.flatten())
-            # Not a constant: with several processes every parameter must take part, the idle text head too.
+            # Not a constant: with several processes every parameter needs a gradient, the unused text head too.
             text_loss = text_logits.float().sum()
             return Losses(image_loss + text_loss, text_loss, image_loss)
         text_loss = F.cross_entropy(text_logits.flatten(0, 1).float(), targets.flatten())
@@ -185,9 +185,9 @@ class DalleModel(nn.Module):
 class TextToImage(nn.Module):
     """A DALL-E over a frozen VQGAN: takes raw images or their codes. This is what an engine trains.
 
-    The VQGAN holds no trainable parameter, stays in eval mode, and may be absent when codes are given.
-    code_noise: share of the codes that the model reads as random others while training. What it must predict stays as
-    it is, so it learns to trust the caption more than codes that may be wrong, as its own are when it draws.
+    The VQGAN has no trainable parameters, stays in eval mode, and may be absent if codes are given.
+    code_noise: share of the input codes that are replaced by random ones in training. Targets stay unchanged, so the
+    model learns to trust the caption more than codes that may be wrong, as its own are when it samples.
     """
 
     def __init__(self, dalle: DalleModel, vqgan: nn.Module | None = None, code_noise: float = 0.0) -> None:
@@ -215,7 +215,7 @@ class TextToImage(nn.Module):
         with torch.no_grad():
             return self.vqgan.encode(images)
 
-    def _disturbed(self, codes: Tensor) -> Tensor:
+    def _add_code_noise(self, codes: Tensor) -> Tensor:
         if not (self.training and self.code_noise):
             return codes
         wrong = torch.rand(codes.shape, device=codes.device) < self.code_noise
@@ -224,5 +224,5 @@ class TextToImage(nn.Module):
     def forward(self, text: Tensor, images: Tensor) -> Losses:
         """Return the losses of captions (B, T) and images or codes (see `codes`)."""
         codes = self.codes(images)
-        text_logits, image_logits = self.dalle(text, self._disturbed(codes))
+        text_logits, image_logits = self.dalle(text, self._add_code_noise(codes))
         return self.dalle.loss(text_logits, image_logits, text, codes)

@@ -32,7 +32,7 @@ class PatchDiscriminator(nn.Sequential):
 
 
 class Adversary:
-    """The discriminator with its own optimizer, and the two losses of the game."""
+    """The discriminator with its own optimizer, and the two adversarial losses."""
 
     def __init__(
         self, channels: int, learning_rate: float, weight: float, device: torch.device, width: int = 64
@@ -45,7 +45,7 @@ class Adversary:
         """Weighted loss that rises when reconstructions (B, C, S, S) look unreal.
 
         The weight balances its gradient at the decoder's last layer against the reconstruction's (Esser et al., eq. 7),
-        so that neither term drowns the other.
+        so that neither term dominates.
         """
         self.model.requires_grad_(False)
         loss = -self.model(images * 2.0 - 1.0).mean()
@@ -55,7 +55,7 @@ class Adversary:
         return self.weight * balance * loss
 
     def backward(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-        """Hinge loss on real images and reconstructions (both (B, C, S, S)) and its gradient, which `update` takes.
+        """Backpropagate the hinge loss on real images and reconstructions, both (B, C, S, S); `update` steps.
 
         Returns the loss and the gradient's Euclidean norm.
         """
@@ -69,26 +69,26 @@ class Adversary:
         return loss.detach(), torch.stack(norms).norm()
 
     def update(self, learning_rate: float) -> None:
-        """Take the step that `backward` prepared."""
+        """Take an optimizer step with the gradients of `backward`."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
 
     def statistics(self) -> list[Tensor]:
-        """Copies of the averages that normalisation keeps, for `restore`."""
+        """Copies of the running averages of the normalisation layers, for `restore`."""
         return [buffer.clone() for buffer in self.model.buffers()]
 
     @torch.no_grad()
     def restore(self, statistics: list[Tensor]) -> None:
-        """Undo what forward passes since `statistics` did to the averages."""
+        """Restore the running averages that `statistics` returned."""
         for buffer, value in zip(self.model.buffers(), statistics):
             buffer.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes to go on."""
+        """What `load_state_dict` needs to resume."""
         return {"model": dict(self.model.state_dict()), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the state that `state_dict` returned."""
+        """Restore a state from `state_dict`."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -1,7 +1,7 @@
-"""Who sees whom: attention patterns as masks and windows, and the angles of rotary positions.
+"""Attention patterns as masks and windows, and the angles of rotary position embedding.
 
 Letters: P positions of the text part, G side of the code grid, N = G * G codes, W rows in a window, L positions, R
-channels that turn.
+rotated channels.
 """
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ops import Visible
 
-#: Window of the conv patterns: side in codes, and distance between neighbours (the published applications' constants).
+#: Window of the conv patterns: side in codes, and dilation (as in Mini DALL-E and DALLE-pytorch).
 CONV_KERNEL_SIZE = 5
 CONV_DILATION = 1
 
@@ -23,7 +23,7 @@ def allowed_codes(pattern: str, grid: int) -> Tensor:
     num_codes = grid * grid
     row = torch.arange(num_codes).div(grid, rounding_mode="floor")
     column = torch.arange(num_codes) % grid
-    down = row[:, None] - row[None, :]  # (N, N), > 0: the key lies above the query
+    down = row[:, None] - row[None, :]  # (N, N), > 0: the key is above the query
     right = column[:, None] - column[None, :]
     if pattern == "full":
         allowed = torch.ones(num_codes, num_codes, dtype=torch.bool)
@@ -51,7 +51,7 @@ def window_rows(pattern: str) -> int | None:
 
 
 def window_bias(pattern: str, allowed: Tensor, grid: int) -> Tensor:
-    """Return what is added to the scores of the window, (G, G, W * G): 0 where the pattern allows, else -inf.
+    """Return the bias added to the scores of the window, (G, G, W * G): 0 where the pattern allows, else -inf.
 
     allowed (N, N): which image position (row) may attend to which (column), causal, N = G * G.
     """
@@ -86,7 +86,7 @@ def build_mask(pattern: str, text_len: int, grid: int) -> Tensor:
 
 
 def visible(pattern: str, text_len: int, grid: int) -> Visible:
-    """Return a pattern as ops take it."""
+    """Return a pattern in the form that ops take."""
     window = window_bias(pattern, allowed_codes(pattern, grid), grid) if window_rows(pattern) else None
     return Visible(build_mask(pattern, text_len, grid), pattern == "full", window, pattern == "axial_col")
 
@@ -94,9 +94,9 @@ def visible(pattern: str, text_len: int, grid: int) -> Visible:
 def rotary_angles(text_len: int, grid: int, dim_head: int) -> Tensor:
     """Return DALLE-pytorch's rotary angles (P + N, R) for a head's first R = 3 * 2 * ((dim_head // 3) // 2) channels.
 
-    A third turns with the text position (image: a far-away position 8192), a third each with image row and column in
-    [-1, 1] (text: -10). Frequencies as in rotary-embedding-torch: 10000 ** -(2i / n) for text, linear from pi to 5 pi
-    for pixels; each angle serves two neighbouring channels.
+    A third rotates with the text position (image: 8192, far away), a third each with image row and column in [-1, 1]
+    (text: -10). Frequencies as in rotary-embedding-torch: 10000 ** -(2i / n) for text, linear from pi to 5 pi for
+    pixels; each angle is used by two neighbouring channels.
     """
     third = dim_head // 3
     text_freqs = 10000.0 ** -(torch.arange(0, third, 2)[: third // 2].float() / third)
@@ -118,3 +118,16 @@ def rotary_angles(text_len: int, grid: int, dim_head: int) -> Tensor:
         ],
         dim=-1,
     )
+
+
+def rotary_2d_angles(text_len: int, grid: int, dim_head: int) -> Tensor:
+    """Return rotary angles (P + N, dim_head) for two axes: the first half of the channels by row, the rest by column.
+
+    Text token t is at (t, t), as in one dimension; the code of row r and column c at (P + r, P + c). Frequencies are
+    10000 ** -(2i / (dim_head / 2)); each angle is used by two neighbouring channels.
+    """
+    half = dim_head // 2
+    freqs = (10000.0 ** -(torch.arange(0, half, 2).float() / half)).repeat_interleave(2)  # (K / 2,)
+    text, axis = torch.arange(text_len), torch.arange(grid) + text_len
+    rows, columns = torch.cat([text, axis.repeat_interleave(grid)]), torch.cat([text, axis.repeat(grid)])
+    return torch.cat([rows.float()[:, None] * freqs, columns.float()[:, None] * freqs], dim=-1)

@@ -1,7 +1,7 @@
 """Perceptual distance on VGG-16 features (Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features").
 
-The weights are the user's: torchvision's `vgg16`, and optionally the linear weights of LPIPS 0.1; without the latter
-all channels weigh the same.
+The user provides the weights: torchvision's `vgg16`, and optionally the linear weights of LPIPS 0.1; without the latter
+all channels have equal weight.
 Letters: B images, C channels, H and W height and width of a feature map.
 """
 from __future__ import annotations

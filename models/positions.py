@@ -1,7 +1,7 @@
-"""Which positions of the text part or of the image a forward pass covers, and how to reach them in tables and buffers.
+"""Which positions of the text part or of the image a forward pass covers, and how to index tables and buffers by them.
 
-A chunk of the same consecutive positions in every image, known to the host, is a view; positions that only the device
-knows are indices: the same for all images (what a CUDA graph replays), or each image's own.
+A chunk of consecutive positions that are the same in every image and known to the host is a view. Positions that only
+the device knows are indices: the same for all images (as a CUDA graph replays), or each image's own.
 
 Letters: B images, n positions of the chunk, N image positions.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 class Positions(NamedTuple):
     """n positions of the text part or of the image."""
 
-    count: int  # type: ignore[assignment]  # not what tuples count
+    count: int  # type: ignore[assignment]  # hides tuple.count
     """n"""
     start: Any = None
     """The first (int) of n consecutive positions, the same in every image; None: see `index`."""
@@ -48,7 +48,7 @@ class Positions(NamedTuple):
         return table.index_select(0, self.index[0]) if self.shared else table[self.index]
 
     def take(self, buffer: Tensor, dim: int, offset: int = 0) -> Tensor:
-        """What a buffer (B, ...) holds at these positions along `dim`, plus `offset`."""
+        """Return the entries of a buffer (B, ...) at these positions plus `offset` along `dim`."""
         if self.index is None:
             return buffer.narrow(dim, self.start + offset, self.count)
         if self.shared:
@@ -56,7 +56,7 @@ class Positions(NamedTuple):
         return buffer.gather(dim, self._expanded(buffer, dim, offset, batch=0))
 
     def put(self, buffer: Tensor, dim: int, values: Tensor, offset: int = 0, batch: int = 0) -> None:
-        """Write values there. batch: the dimension of the images in the buffer."""
+        """Write entries, indexed as in `take`. batch: the buffer's dimension of images."""
         if self.index is None:
             buffer.narrow(dim, self.start + offset, self.count).copy_(values)
         elif self.shared:

@@ -1,7 +1,7 @@
-"""The transformer of both seeds: its block is described by the config, and it runs whole or chunk by chunk.
+"""The transformer of Mini DALL-E and minDALL-E: blocks as the config describes them, run whole or chunk by chunk.
 
 Letters: B batch, P positions of the text part, G side of the code grid, N = G * G image tokens, L = P + N - 1
-positions, n positions of a chunk, D width, H heads, K width of a head, R channels that turn.
+positions, n positions of a chunk, D width, H heads, K width of a head, R rotated channels.
 """
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch import Tensor, nn
 import ops
 from models.attention import Attention
 from models.config import DalleConfig
-from models.patterns import rotary_angles, visible
+from models.patterns import rotary_2d_angles, rotary_angles, visible
 from models.positions import Positions
 
 
 def projection(module: nn.Module) -> ops.Projection:
-    """Return a linear layer as ops take it; one of another kind, and the reference's, as the module itself."""
+    """Return a linear layer in the form that ops take: for other types, and the reference, the module itself."""
     if type(module) is nn.Linear and not ops.uses_reference():
         return ops.Matrix(module.weight, module.bias)
     return module
 
 
 Project = Callable[[nn.Module], ops.Projection]
-"""How a linear layer is given to ops."""
+"""A function that returns a linear layer in the form that ops take."""
 
 
 class FeedForward(nn.Module):
@@ -41,20 +41,38 @@ class FeedForward(nn.Module):
 
 
 def layer_scale_init(layer: int) -> float:
-    """Start value of LayerScale in layer 0, 1, ...: 0.1 for the first 18, then 1e-5, from the 25th 1e-6 (CaiT)."""
+    """Initial value of LayerScale in layer 0, 1, ...: 0.1 for the first 18, then 1e-5, from the 25th 1e-6 (CaiT)."""
     if layer < 18:
         return 0.1
     return 1e-5 if layer < 24 else 1e-6
 
 
+class RMSNorm(nn.Module):
+    """Divides by the root mean square over the last dimension, then scales."""
+
+    bias = None
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.normalise(x, ops.Norm(self.weight, None, self.eps))
+
+
+def make_norm(config: DalleConfig) -> Any:
+    """A norm over D channels, of the configured kind."""
+    return RMSNorm(config.dim) if config.norm == "rms" else nn.LayerNorm(config.dim)
+
+
 class Residual(nn.Module):
-    """A residual branch: x + scale * norm_out(fn(norm(x))); `scale` and `norm_out` where the config asks for them."""
+    """A residual branch: x + scale * norm_out(fn(norm(x))); `scale` and `norm_out` are optional."""
 
     def __init__(self, config: DalleConfig, layer: int, fn: nn.Module) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(config.dim)
+        self.norm = make_norm(config)
         self.fn = fn
-        self.norm_out = nn.LayerNorm(config.dim) if config.sandwich_norm else None
+        self.norm_out = make_norm(config) if config.sandwich_norm else None
         self.scale = (
             nn.Parameter(torch.full((1, 1, config.dim), layer_scale_init(layer))) if config.layer_scale else None
         )
@@ -64,13 +82,13 @@ class Residual(nn.Module):
         return ops.Norm(self.norm.weight, self.norm.bias, self.norm.eps)
 
     def after(self) -> ops.Norm | None:
-        """The norm at its end, if there is one."""
+        """The norm at its end, or None."""
         norm = self.norm_out
         return None if norm is None else ops.Norm(norm.weight, norm.bias, norm.eps)
 
 
 def shift_text(x: Tensor) -> Tensor:
-    """Take the first half of the channels from the position before (zeros at the first). (B, P, D) -> (B, P, D)."""
+    """Take the first half of the channels from the previous position (first: zeros). (B, P, D) -> (B, P, D)."""
     shifted, kept = x.chunk(2, dim=-1)
     return torch.cat([F.pad(shifted, (0, 0, 1, 0))[:, :-1], kept], dim=-1)
 
@@ -78,8 +96,8 @@ def shift_text(x: Tensor) -> Tensor:
 def shift_codes(x: Tensor, above: Tensor, left: Tensor, columns: Tensor) -> Tensor:
     """Take a quarter of the channels from the code above, and one from the code to the left.
 
-    x, above, left (B, n, D), above zeros in the first row; columns (n,) or (B, n) of the codes: in column 0 there is
-    nothing to the left -> (B, n, D).
+    x, above, left (B, n, D), above zeros in the first row; columns (n,) or (B, n) of the codes: column 0 has no code to
+    the left -> (B, n, D).
     """
     quarter = x.shape[-1] // 4
     left = left[..., quarter : 2 * quarter] * (columns != 0)[..., None]
@@ -87,17 +105,17 @@ def shift_codes(x: Tensor, above: Tensor, left: Tensor, columns: Tensor) -> Tens
 
 
 class Context(Protocol):
-    """What the positions that a block runs see of each other and of those before: all at once, or behind a cache."""
+    """What a block's positions see of each other and of earlier ones: the whole sequence, or a chunk with a cache."""
 
     def attend(self, qkv: Tensor, heads: int, angles: Tensor | None) -> tuple[Tensor, ops.Function]:
-        """qkv (B, n, 3 * H * K) -> a tensor and what makes the heads side by side, (B, n, H * K), of it."""
+        """qkv (B, n, 3 * H * K) -> a tensor and the function that makes it the concatenated heads, (B, n, H * K)."""
 
     def shift(self, x: Tensor, branch: int) -> Tensor:
         """Shift the tokens of branch 0 (attention) or 1 (feed-forward), (B, n, D) -> (B, n, D)."""
 
 
 class Whole(NamedTuple):
-    """All L positions at once."""
+    """The whole sequence of L positions."""
 
     visible: ops.Visible
     text_len: int
@@ -117,11 +135,11 @@ class Cache(Protocol):
     """Keys and values of the positions before a chunk (see sampling/cache.py)."""
 
     def at(self, positions: Positions) -> Sequence[Context]:
-        """What each layer sees of these positions, which are kept for later chunks."""
+        """The context of each layer for these positions, which are cached for later chunks."""
 
 
 class Operands(NamedTuple):
-    """A block's weights and options as ops take them: looking them up costs more than a small matmul."""
+    """A block's weights and options in the form that ops take: looking them up costs more than a small matmul."""
 
     attention_norm: ops.Norm
     qkv: ops.Projection
@@ -134,6 +152,7 @@ class Operands(NamedTuple):
     feed_forward_scale: Tensor | None
     after_feed_forward: ops.Norm | None
     heads: int
+    head_scales: Tensor | None
     activation: str
     attention_dropout: float
     feed_forward_dropout: float
@@ -149,19 +168,20 @@ class Block(nn.Module):
 
     def __init__(self, config: DalleConfig, layer: int, attention: Attention, feed_forward: FeedForward) -> None:
         super().__init__()
-        self.shifts = config.shift_tokens
+        self.shifts, self.rotary_2d = config.shift_tokens, config.rotary_2d
         self.attention = Residual(config, layer, attention)
         self.feed_forward = Residual(config, layer, feed_forward)
 
     def operands(self, project: Project = projection, drops: bool = False) -> Operands:
-        """Look up the weights. project: how a linear layer is given to ops; drops: whether there is dropout."""
+        """Look up the weights. project: see `Project`; drops: whether to apply dropout."""
         first, second = self.attention, self.feed_forward
         attention: Any = first.fn
         feed_forward: Any = second.fn
         return Operands(
             first.before(), project(attention.qkv), project(attention.out), first.scale, first.after(),
             second.before(), project(feed_forward.up), project(feed_forward.down), second.scale, second.after(),
-            attention.heads, feed_forward.activation, attention.dropout.p * drops, feed_forward.dropout.p * drops,
+            attention.heads, attention.head_scales,
+            feed_forward.activation, attention.dropout.p * drops, feed_forward.dropout.p * drops,
         )  # fmt: skip
 
     def forward(
@@ -172,6 +192,9 @@ class Block(nn.Module):
         shift_first = (lambda x: context.shift(x, 0)) if self.shifts else None
         shift_second = (lambda x: context.shift(x, 1)) if self.shifts else None
         qkv = ops.norm_linear(x, own.attention_norm, own.qkv, shift_first)  # (B, n, 3 * H * K)
+        if self.rotary_2d or own.head_scales is not None:
+            qkv = ops.prepare_heads(qkv, own.heads, own.head_scales, angles if self.rotary_2d else None)
+            angles = None if self.rotary_2d else angles
         heads, before = context.attend(qkv, own.heads, angles)
         x = ops.add_linear(
             x, heads, own.out, own.attention_scale, before,
@@ -208,11 +231,13 @@ class Transformer(nn.Module):
         for name in sorted(self._visible):
             self.register_buffer("mask_" + name, self._visible[name].mask, persistent=False)
             self.register_buffer("window_" + name, self._visible[name].window, persistent=False)
-        angles = rotary_angles(config.text_len, config.grid, config.dim_head) if config.rotary else None
+        table = rotary_2d_angles if config.rotary_2d else rotary_angles
+        rotates = config.rotary or config.rotary_2d
+        angles = table(config.text_len, config.grid, config.dim_head) if rotates else None
         self.register_buffer("angles", angles, persistent=False)
 
     def context(self, layer: int) -> Whole:
-        """What the positions of a whole sequence see in a layer."""
+        """The context of a layer for the whole sequence."""
         name, config = self.config.layer_patterns[layer], self.config
         mask, window = getattr(self, "mask_" + name), getattr(self, "window_" + name)
         return Whole(self._visible[name]._replace(mask=mask, window=window), config.text_len, config.grid)
@@ -231,9 +256,9 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         operands: Sequence[Operands] | None = None,
     ) -> Tensor:
-        """Run all L positions, or a chunk of n behind those that the cache holds. x (B, n, D) -> (B, n, D).
+        """Run all L positions, or a chunk of n that follows the cached ones. x (B, n, D) -> (B, n, D).
 
-        operands: of each block; None looks them up.
+        operands: one for each block; None looks them up.
         """
         angles = self._angles(positions, x.shape[1])
         contexts: Sequence[Any] = () if cache is None or positions is None else cache.at(positions)

@@ -46,7 +46,7 @@ class VectorQuantizer(nn.Module):
     def codes(self, z: Tensor) -> Tensor:
         """Features (B, D, g, g) -> codes (B, N)."""
         flat = z.flatten(2).transpose(1, 2)  # (B, N, D)
-        # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every entry: one matrix product decides.
+        # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every entry: one matmul finds the minimum.
         bias = -0.5 * self.codebook.float().pow(2).sum(dim=1)  # (K,)
         return torch.argmax(F.linear(flat, self.codebook, bias.to(flat.dtype)), dim=-1)
 
@@ -63,7 +63,7 @@ class VectorQuantizer(nn.Module):
 class GumbelQuantizer(nn.Module):
     """The entry with the largest logit of a 1x1 projection, relaxed by Gumbel noise in training (Jang et al. 2017).
 
-    Codes of an image are the plain argmax: the published code adds noise here too, which makes an image's codes random.
+    The codes of an image are the plain argmax; taming-transformers adds noise here too, so its codes are random.
     """
 
     def __init__(self, config: VqganConfig, kl_weight: float = 1e-8) -> None:
@@ -93,16 +93,16 @@ class GumbelQuantizer(nn.Module):
 
 
 class VQGAN(nn.Module):
-    """Encoder, quantiser and decoder. `encode` and `decode` speak pixels in [0, 1]; inside they are in [-1, 1].
+    """Encoder, quantiser and decoder. `encode` and `decode` use pixels in [0, 1]; internally they are in [-1, 1].
 
-    Quantisation compares distances: do not call `encode` under bf16 or fp16 autocast, where near ties change codes.
+    Do not call `encode` under bf16 or fp16 autocast: rounding changes codes that are nearly tied.
     """
 
     def __init__(self, config: VqganConfig) -> None:
         super().__init__()
         self.config = config
         self.identity: str | None = None
-        """sha256 of the weights file it was loaded from, if any."""
+        """sha256 of the file that the weights were loaded from, if any."""
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quantize: VectorQuantizer | GumbelQuantizer
@@ -143,7 +143,7 @@ class VQGAN(nn.Module):
         return self.pixels(z).clamp(0.0, 1.0)
 
     def decode_by_parts(self, codes: Tensor) -> Tensor:
-        """`decode`, a few images at a time: those of 256x256 pixels take some 300 MB each while they are decoded."""
+        """`decode`, a few images at a time: decoding takes some 300 MB for each image of 256x256 pixels."""
         return torch.cat([self.decode(part) for part in codes.split(images_at_once(codes))])
 
     def forward(self, pixels: Tensor) -> VqganOutput:
@@ -156,17 +156,17 @@ class VQGAN(nn.Module):
         return (self.decoder(self.post_quant_conv(z)) + 1.0) * 0.5
 
 
-@freed_memory_kept()  # on a CPU the maps of one image take the place of the one before
+@freed_memory_kept()  # on a CPU, feature maps reuse the memory of the previous image's
 @torch.no_grad()
 def image_codes(vqgan: Any, images: Tensor) -> Tensor:
     """Images (B, 3, S, S), uint8 or floats in [0, 1] -> codes (B, N), each image encoded by itself.
 
-    How many images a convolution takes at a time decides which kernel runs, and with it the last bits of features; a
-    code that is nearly a tie can come out differently. One at a time, an image has the same codes in whatever batch it
-    comes, and so encoding beforehand gives exactly what encoding in a training step gives. For the same reason the
-    precision of float32 products is always the same: of a transformer's, that somebody chose, codes must not depend.
+    The batch size of a convolution decides which kernel runs, and so the last bits of features, which can flip a code
+    that is nearly tied. One at a time, an image has the same codes in any batch, so caching codes and encoding in a
+    training step are equal. For the same reason the precision of float32 matmuls is fixed here, independent of the
+    transformer's.
     """
-    # Pixels of their own for each image: also where an image starts in memory may decide which kernel runs.
+    # A new tensor for each image: its alignment in memory may also decide which kernel runs.
     pixels = [image.float() / 255 if image.dtype == torch.uint8 else image.clone() for image in images.split(1)]
     with full_precision(images):
         return torch.cat([vqgan.encode(image) for image in pixels])

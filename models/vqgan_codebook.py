@@ -1,4 +1,4 @@
-"""Keeping a VQGAN's codebook useful during training: moving averages, and unused codes started afresh.
+"""Codebook maintenance in VQGAN training: moving averages, and revival of unused codes.
 
 Letters: B images, D embed_dim, K num_codes, M feature vectors of a batch.
 """
@@ -13,21 +13,21 @@ from models.vqgan import VQGAN, VectorQuantizer
 
 
 class CodebookUpkeep:
-    """Tracks how often each code is used and moves the codebook of a "vq" model from outside the loss.
+    """Tracks how often each code is used and updates the codebook of a "vq" model outside the loss.
 
-    With `decay` the entries follow the features assigned to them by moving averages (van den Oord et al. 2017,
-    appendix A.1) and get no gradient; with None the codebook loss trains them. Either way `revive` moves entries that
-    are hardly used to features of the current batch, so that a small codebook does not waste entries.
+    With `decay` the entries are moving averages of the features assigned to them (van den Oord et al. 2017, appendix
+    A.1) and get no gradient; with None the codebook loss trains them. Either way `revive` moves hardly used entries to
+    features of the current batch, so that no entries are wasted.
     """
 
     def __init__(self, model: VQGAN, decay: float | None = 0.99, usage_decay: float = 0.99) -> None:
         if not isinstance(model.quantize, VectorQuantizer):
-            raise ValueError("only the vq variant has a codebook to keep")
+            raise ValueError("codebook maintenance needs a VQGAN of the variant vq")
         self.codebook = model.quantize.embedding.weight
         self.decay = decay
         self.usage_decay = usage_decay
         num_codes = self.codebook.shape[0]
-        self.usage = torch.ones(num_codes, device=self.codebook.device)  # moving average of use, 1 = as often as all
+        self.usage = torch.ones(num_codes, device=self.codebook.device)  # moving average, 1: average use
         self.count = torch.ones(num_codes, device=self.codebook.device)
         self.total = self.codebook.detach().clone()
         if decay is not None:
@@ -35,7 +35,7 @@ class CodebookUpkeep:
 
     @torch.no_grad()
     def initialise(self, features: Tensor, iterations: int = 10) -> None:
-        """Take the whole codebook from features (M, D) by k-means; features repeat, a little jittered, when M < K."""
+        """Initialise the codebook from features (M, D) by k-means; with M < K features repeat, with some jitter."""
         num_codes = self.codebook.shape[0]
         pick = torch.randperm(features.shape[0], device=features.device)[:num_codes]
         if len(pick) < num_codes:
@@ -69,7 +69,7 @@ class CodebookUpkeep:
     def revive(self, features: Tensor, threshold: float = 0.05) -> Tensor:
         """Move codes used less than `threshold` times as often as the average one to random features (M, D).
 
-        Returns the numbers of the codes that moved (R,).
+        Returns the indices of the moved codes (R,).
         """
         dead = torch.nonzero(self.usage < threshold).flatten()[: features.shape[0]]
         if len(dead) > 0:
@@ -81,11 +81,11 @@ class CodebookUpkeep:
         return dead
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes to go on; the codebook itself belongs to the model."""
+        """What `load_state_dict` needs to resume; the codebook itself is part of the model."""
         return {"usage": self.usage, "count": self.count, "total": self.total}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the state that `state_dict` returned."""
+        """Restore a state from `state_dict`."""
         for name in ("usage", "count", "total"):
             getattr(self, name).copy_(state[name])

@@ -1,4 +1,4 @@
-"""What a VQGAN is made of, read from and written to the YAML layouts of taming-transformers and minDALL-E."""
+"""The configuration of a VQGAN, read from and written to the YAML layouts of taming-transformers and minDALL-E."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -11,14 +11,14 @@ from utils.files import PathLike, atomic_write
 from utils.untrusted import shown
 from utils.yaml_files import read_yaml
 
-# The YAML names a class to import. Nothing is ever imported on a file's word: only how the name ends is looked at.
+# The YAML names a class to import. It is never imported: only the end of its name is compared.
 _VARIANT_OF_TARGET = {"VQModel": "vq", "VQModelInterface": "vq", "GumbelVQ": "gumbel"}
 _TARGET_OF_VARIANT = {"vq": "taming.models.vqgan.VQModel", "gumbel": "taming.models.vqgan.GumbelVQ"}
 
-#: Options of latent diffusion's encoder and decoder of which we know one value.
+#: Options of latent diffusion's encoder and decoder for which only one value is supported.
 _FIXED = {"attn_type": "vanilla", "use_linear_attn": False, "tanh_out": False, "resamp_with_conv": True}
 
-# Far above any model that can be trained: a stranger's file must not make us build for hours, or fill the memory.
+# Far above any trainable model: an untrusted file must not make us build for hours or fill the memory.
 _LIMITS = {
     "num_codes": 1 << 20,
     "embed_dim": 1 << 14,
@@ -40,7 +40,7 @@ _MAX_CHANNELS = 1 << 14
 
 @dataclass(frozen=True)
 class VqganConfig:
-    """Architecture of one VQGAN; the defaults are those of the published f16 model with 1024 codes."""
+    """Architecture of a VQGAN; the defaults are those of the published f16 model with 1024 codes."""
 
     variant: str = "vq"
     """How features become codes: "vq" (nearest codebook entry) or "gumbel" (largest logit of a projection)."""
@@ -49,7 +49,7 @@ class VqganConfig:
     embed_dim: int = 256
     """Length of a codebook entry."""
     resolution: int = 256
-    """Height and width of the images it was made for, in pixels."""
+    """Height and width of images in pixels."""
     z_channels: int = 256
     """Channels of the encoder's output and the decoder's input."""
     ch: int = 128
@@ -67,7 +67,7 @@ class VqganConfig:
     dropout: float = 0.0
     """Dropout probability inside residual blocks (training only)."""
     num_groups: int = 32
-    """Groups of every GroupNorm. Published models all have 32 and do not write it down; small models may need fewer."""
+    """Groups of every GroupNorm. Published models all have 32 without stating it; small models may need fewer."""
     patch_size: int = 1
     """Side of the pixel squares folded into channels before the first convolution, and back after the last; published
     models have 1. With 2 no layer runs at full resolution, where a small model spends most of its time."""
@@ -84,7 +84,7 @@ class VqganConfig:
         if (self.in_channels, self.out_ch) != (3, 3):
             raise UserError(
                 f"VQGAN configuration: in_channels {self.in_channels}, out_ch {self.out_ch}: only models of colour "
-                "images (3 and 3) are supported; they take grey pictures, too"
+                "images (3 and 3) are supported; they also take greyscale images"
             )
         for name in ("ch_mult", "attn_resolutions"):
             values = getattr(self, name)
@@ -93,13 +93,13 @@ class VqganConfig:
             if len(values) > _MAX_LEVELS:
                 raise UserError(f"VQGAN configuration: {name} lists more than {_MAX_LEVELS} levels")
         if not self.ch_mult:
-            raise UserError("VQGAN configuration: ch_mult must name at least one level")
+            raise UserError("VQGAN configuration: ch_mult must list at least one level")
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise UserError(f"VQGAN configuration: dropout must be in [0, 1), not {shown(self.dropout)}")
         if self.resolution % self.downsampling:
             raise UserError(
                 f"VQGAN configuration: resolution {self.resolution} is not a multiple of {self.downsampling}, the "
-                "pixels that ch_mult and patch_size give a code along one side"
+                "pixels per code along one side from ch_mult and patch_size"
             )
         for multiplier in (1, *self.ch_mult):
             if self.ch * multiplier > _MAX_CHANNELS:
@@ -132,9 +132,9 @@ class VqganConfig:
     def from_dict(cls, document: Mapping[str, Any], source: str = "VQGAN configuration") -> VqganConfig:
         """Build the configuration from a parsed taming-transformers document `{"model": {"target", "params"}}`.
 
-        A model on top of a VQGAN (latent diffusion, taming-transformers' Net2NetTransformer) has it as
-        "first_stage_config". A document with the key "stage1" instead is minDALL-E's config.yaml. Keys that describe
-        training or data are ignored. Raises UserError naming `source` and the key.
+        Models built on a VQGAN (latent diffusion, taming-transformers' Net2NetTransformer) have it as
+        "first_stage_config". A document with the key "stage1" instead is minDALL-E's config.yaml. Keys about training
+        or data are ignored. Raises UserError naming `source` and the key.
         """
         if "stage1" in document and "model" not in document:
             return stage1_config(document, source)
@@ -150,7 +150,7 @@ class VqganConfig:
         params = _mapping(model, "params", where)
         network = _mapping(params, "ddconfig", where + ".params")
         if network.get("double_z"):
-            raise UserError(f"{where}.params.ddconfig.double_z is true; that is an autoencoder without codes")
+            raise UserError(f"{where}.params.ddconfig.double_z is true: this is an autoencoder without a codebook")
         if params.get("remap") is not None:
             raise UserError(f"{where}.params.remap renumbers the codes, which is not supported; use a model without it")
         for key, value in _FIXED.items():
@@ -184,7 +184,7 @@ class VqganConfig:
         for key in (*NETWORK_KEYS, "dropout"):
             value = getattr(self, key)
             network[key] = list(value) if isinstance(value, tuple) else value
-        # The keys that only we know are skipped where they say what every published model does.
+        # Our own keys are omitted if they have the value of all published models.
         for key, usual in (("num_groups", 32), ("patch_size", 1)):
             if getattr(self, key) != usual:
                 network[key] = getattr(self, key)
@@ -197,7 +197,7 @@ class VqganConfig:
             yaml.safe_dump(self.to_dict(), file, sort_keys=False, default_flow_style=None)
 
 
-#: What absent keys of stage1 in minDALL-E's config.yaml stand for: the VQGAN that it was published with.
+#: Defaults of absent keys of stage1 in minDALL-E's config.yaml: its published VQGAN.
 _STAGE1_DEFAULTS: dict[str, Any] = {
     "z_channels": 256,
     "resolution": 256,
@@ -231,7 +231,7 @@ def stage1_config(document: Mapping[str, Any], source: str) -> VqganConfig:
 
 
 def stage1_options(config: VqganConfig) -> dict[str, Any]:
-    """Return what `stage1_config` reads back to an equal configuration, but for its dropout: the table "stage1".
+    """Return the table "stage1" that `stage1_config` reads back to an equal configuration, except for dropout.
 
     Raises UserError for a variant that minDALL-E does not have.
     """
@@ -263,7 +263,7 @@ DEMO_CONFIGS: dict[str, VqganConfig] = {
     "f8_demo": _SMALL,
     "f16_demo": replace(_SMALL, num_codes=2048, ch_mult=(3, 4, 5)),
 }
-"""Small models for 64x64 images on a CPU: patches of 4x4 pixels, so that no layer runs above 16x16."""
+"""Small models for 64x64 images on a CPU: with patches of 4x4 pixels no layer runs above 16x16."""
 
 
 def _mapping(document: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any]:

@@ -1,6 +1,6 @@
 """Encoder and decoder of a VQGAN (Esser et al. 2021, "Taming Transformers for High-Resolution Image Synthesis").
 
-Module names follow the published checkpoints, so that their state dicts load as they are.
+Module names are those of taming-transformers' checkpoints, so that their state dicts load unchanged.
 Letters: B images, C channels, H and W height and width in pixels or features, P = H*W positions.
 """
 from __future__ import annotations
@@ -18,7 +18,7 @@ _NORM_EPS = 1e-6
 
 
 class Conv3x3(nn.Conv2d):
-    """3x3 with zeros around, one pixel wide."""
+    """3x3, zero-padded by one pixel."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
@@ -41,7 +41,7 @@ def _norm(channels: int, config: VqganConfig) -> NormSwish:
 
 
 def fold_patches(x: Tensor, size: int) -> Tensor:
-    """(B, C, H, W) -> (B, C * size^2, H/size, W/size): `F.pixel_unshuffle` in operators that every compiler knows."""
+    """(B, C, H, W) -> (B, C * size^2, H/size, W/size): `F.pixel_unshuffle` in operators that all compilers support."""
     batch, channels, height, width = x.shape
     x = x.reshape(batch, channels, height // size, size, width // size, size).permute(0, 1, 3, 5, 2, 4)
     return x.reshape(batch, channels * size * size, height // size, width // size)
@@ -125,7 +125,7 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, each followed by attention where the configuration asks for it."""
+    """One resolution: residual blocks, each followed by attention if configured."""
 
     downsample: Downsample
     upsample: Upsample
@@ -179,7 +179,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features (B, z_channels, H/f, W/f) -> images, about [-1, 1], (B, out_ch, H, W)."""
+    """Features (B, z_channels, H/f, W/f) -> images of about [-1, 1] (B, out_ch, H, W)."""
 
     def __init__(self, config: VqganConfig) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ class Decoder(nn.Module):
             if i != 0:
                 level.upsample = Upsample(width)
             levels.append(level)
-        # Published names count levels from full resolution; the forward pass runs the other way.
+        # Names in checkpoints count levels from full resolution; the forward pass runs in reverse.
         self.up = nn.ModuleList(reversed(levels))
         self.norm_out = _norm(width, config)
         self.patch_size = config.patch_size

@@ -1,12 +1,13 @@
 """Functions on tensors, each with a reference in plain PyTorch and native implementations where they pay.
 
-dispatch.py decides which one runs. Ops know tensors and nothing of models, configurations or caches.
+dispatch.py decides which one runs. Ops know tensors, but no models, configurations or caches.
 """
 from __future__ import annotations
 
-from ops.attention_ops import Visible, attention, explicit, prompt_attention, rotate, sdpa, split_heads
+from ops.attention_ops import Visible, attention, explicit, prepare_heads, prompt_attention, rotate, sdpa, split_heads
 from ops.dispatch import refusal, use, uses_reference
 from ops.explain import explain
+from ops.few_rows import for_few_rows
 from ops.linear_ops import (
     IDENTITY,
     Between,
@@ -17,9 +18,9 @@ from ops.linear_ops import (
     activation,
     add_feed_forward,
     add_linear,
-    for_few_rows,
     linear,
     norm_linear,
+    normalise,
 )
 from ops.sampling_ops import Choice, choice_of, sample
 
@@ -42,6 +43,8 @@ __all__ = [
     "for_few_rows",
     "linear",
     "norm_linear",
+    "normalise",
+    "prepare_heads",
     "prompt_attention",
     "refusal",
     "rotate",

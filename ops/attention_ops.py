@@ -1,11 +1,11 @@
-"""Attention of queries, keys and values that lie side by side, under one description of who sees whom.
+"""Attention on packed queries, keys and values, under one description of which positions see which.
 
-Implementations: an explicit matmul and softmax (the reference), PyTorch's fused kernel, one that computes only what a
-sparse pattern shows (local_attention.py), and a native kernel. Those that can be recomputed in the backward pass are
-`Function`s for `add_linear`.
+Implementations: an explicit matmul and softmax (the reference), PyTorch's fused kernel, one that computes only the
+visible part of a sparse pattern (local_attention.py), and a native kernel. Those that can be recomputed in the backward
+pass are `Function`s for `add_linear`.
 
 Letters: B batch, L positions, H heads, K width of a head, P positions of the text part, G side of the code grid, W rows
-in a window, R channels that turn.
+in a window, R rotated channels.
 """
 from __future__ import annotations
 
@@ -16,44 +16,44 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops import dispatch, native_attention, registered
-from ops.linear_ops import IDENTITY, Function, Recompute
+from ops.linear_ops import IDENTITY, Function, Norm, Recompute, normalise
 from ops.local_attention import local_attention
 
 
 class Visible(NamedTuple):
-    """Who sees whom among L = P + G * G - 1 positions: the text part and all codes but the last."""
+    """Which of L = P + G * G - 1 positions see which: the text part and all codes but the last."""
 
     mask: Tensor
     """(L, L), True where a row's position may attend to a column's."""
     causal: bool = False
     """The mask is the plain lower triangle."""
     window: Tensor | None = None
-    """(G, G, W * G): codes see the text and their window of W rows (columns with `by_column`), of which this is added
-    to the scores, 0 or -inf. None: codes see more than a window."""
+    """(G, G, W * G): codes see the text and their window of W rows (columns with `by_column`); this bias, 0 or -inf, is
+    added to the window's scores. None: codes see more than a window."""
     by_column: bool = False
 
     @property
     def simple(self) -> bool:
-        """Whether positions see all that comes before them, or besides the text their own row or column alone."""
+        """Whether positions see everything before them, or only the text and their own row or column."""
         return self.causal or self.lines > 0
 
     @property
     def lines(self) -> int:
-        """G where codes see the earlier ones of their own row or column alone, else 0."""
+        """G where codes see only the earlier ones of their own row or column, else 0."""
         return self.window.shape[0] if self.window is not None and self.window.shape[2] == self.window.shape[0] else 0
 
 
 _SHORT = 512
-"""Queries up to which PyTorch's fused kernel on a CPU multiplies blocks so small that rounding them to bfloat16, which
-float32 matmuls of medium precision do, takes most of the time: up to six times that of the explicit matmul."""
+"""Up to so many queries PyTorch's fused CPU kernel multiplies such small blocks that rounding them to bfloat16 (float32
+matmuls of medium precision) dominates: it takes up to six times as long as the explicit matmul."""
 _DENSE_ON_GPU = 512
-"""Positions up to which a GPU takes one fused kernel under a mask. An estimate: no GPU was measured."""
+"""Positions up to which a GPU uses one fused kernel with a mask. An estimate: not measured on a GPU."""
 
 
 def explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
     """Softmax(q k^T / sqrt(K)) v, from matmul and softmax alone. (B, H, L, K), (B, H, m, K) twice -> (B, H, L, K).
 
-    mask (..., L, m): True where a position is seen, or floats to add to the scores; None: all are.
+    mask (..., L, m): True where a position is visible, or floats to add to the scores; None: all are visible.
     """
     scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))  # (B, H, L, m)
     if mask is not None and mask.dtype != torch.bool:
@@ -64,7 +64,7 @@ def explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cau
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
-    """The same by PyTorch's fused kernel, where that is not slow (see _SHORT); `causal`: without reading the mask."""
+    """The same by PyTorch's fused kernel, where that is not slow (see _SHORT); `causal`: the mask is not read."""
     short = query.shape[2] <= _SHORT and torch.get_float32_matmul_precision() == "medium"
     if dispatch.uses_reference() or (short and dispatch.suits(query)):
         return explicit(query, key, value, mask)
@@ -99,22 +99,36 @@ def prompt_attention(query: Tensor, text: Tensor, codes: Tensor, bias: Tensor | 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Rotate the leading channel pairs of x (..., L, K) by angles (L, R), or (B, 1, L, R) for x (3, B, H, L, K)."""
     width = angles.shape[-1]
-    turned, rest = x[..., :width], x[..., width:]
-    pairs = turned.unflatten(-1, (-1, 2))
+    rotated, rest = x[..., :width], x[..., width:]
+    pairs = rotated.unflatten(-1, (-1, 2))
     quarter = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
-    return torch.cat([turned * angles.cos() + quarter * angles.sin(), rest], dim=-1).to(x.dtype)
+    return torch.cat([rotated * angles.cos() + quarter * angles.sin(), rest], dim=-1).to(x.dtype)
+
+
+def prepare_heads(qkv: Tensor, heads: int, scales: Tensor | None, angles: Tensor | None) -> Tensor:
+    """Normalise queries and keys of each head and rotate them, (B, n, 3 * H * K) -> (B, n, 3 * H * K).
+
+    scales (2, K) of queries and keys, or None for no norm; angles (n, R) or (B, 1, n, R), or None.
+    """
+    parts = qkv.unflatten(-1, (3, heads, -1))  # (B, n, 3, H, K)
+    pair, values = parts[:, :, :2], parts[:, :, 2:]
+    if scales is not None:
+        pair = normalise(pair, Norm(scales[:, None], None, 1e-6))
+    if angles is not None:
+        pair = rotate(pair, (angles if angles.dim() == 2 else angles[:, 0])[..., None, None, :])
+    return torch.cat([pair, values], dim=2).flatten(2)
 
 
 def split_heads(qkv: Tensor, heads: int, angles: Tensor | None) -> Tensor:
-    """(B, L, 3 * H * K) -> queries, keys and values (3, B, H, L, K), turned where there are angles (see `rotate`)."""
+    """(B, L, 3 * H * K) -> queries, keys and values (3, B, H, L, K), rotated if there are angles (see `rotate`)."""
     parts = qkv.reshape(*qkv.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
-    return parts if angles is None else rotate(parts, angles)  # DALLE-pytorch turns the values too
+    return parts if angles is None else rotate(parts, angles)  # DALLE-pytorch rotates the values too
 
 
 def attention(
     qkv: Tensor, heads: int, visible: Visible, angles: Tensor | None = None
 ) -> tuple[Tensor, Function]:
-    """Return a tensor and what makes of it the heads side by side, (B, L, H * K): for `add_linear`.
+    """Return a tensor and the function that turns it into the concatenated heads, (B, L, H * K), for `add_linear`.
 
     qkv (B, L, 3 * H * K), angles (L, R) or None.
     """
@@ -133,7 +147,7 @@ def attention(
             attended = local_attention(query, key, value, window, visible.by_column)
             return attended.transpose(1, 2).flatten(2)
 
-        # Windows and weights take more memory than all else in a block. A compiler decides that itself.
+        # Windows and weights take more memory than the rest of a block: recompute. A compiler decides by itself.
         return qkv, Recompute(attend, differentiable=dispatch.compiling())
     fused = explicit if implementation == "explicit" else sdpa
     query, key, value = split_heads(qkv, heads, angles)
@@ -142,20 +156,20 @@ def attention(
 
 
 def _windowed(x: Tensor, visible: Visible, implementation: str) -> bool:
-    """Whether to compute only what the pattern shows: always on a CPU, on a GPU when that is much less."""
+    """Whether to compute only the visible part: always on a CPU, on a GPU when that is much less."""
     if visible.window is None or implementation not in ("auto", "local"):
         return False
     return implementation == "local" or x.device.type == "cpu" or x.shape[1] > _DENSE_ON_GPU
 
 
 class NativeAttention:
-    """Attention to all that comes before, or to the text and one's own row or column, by csrc/attention.c."""
+    """Attention to all earlier positions, or to the text and the own row or column, by csrc/attention.c."""
 
     differentiable, number = False, -1
 
     @staticmethod
     def suits(qkv: Tensor, visible: Visible) -> bool:
-        """Whether there is a kernel for it."""
+        """Whether there is a kernel for this."""
         return visible.simple and dispatch.suits(qkv) and qkv.is_contiguous() and native_attention.available()
 
     def __init__(self, visible: Visible, heads: int) -> None:

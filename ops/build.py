@@ -1,13 +1,13 @@
-"""Compile the C sources in csrc/ with the machine's own compiler, once, and load them.
+"""Compile the C sources in csrc/ once with the machine's own compiler, and load them.
 
-What PyTorch's operators do in several passes over memory these do in one; nothing needs them. Without a compiler, on
-another system, or with `DALLE_KERNELS=off` in the environment, `library` returns None and PyTorch computes the same
-(dropout alone draws other numbers).
+They do in one pass over memory what PyTorch's operators do in several, and are optional. Without a compiler, on another
+system, or with `DALLE_KERNELS=off` in the environment, `library` returns None and PyTorch computes the same (only
+dropout masks differ).
 
-A compiled file lies in `~/.cache/dalle/kernels` (or `$XDG_CACHE_HOME/dalle/kernels`) under a name that covers source,
-compiler and processor: another machine with the same home builds its own. Its last 32 bytes are a checksum. What others
-could have written is not loaded, and what is damaged is compiled again. Where that folder will not do, compiled files
-are kept in `$XDG_RUNTIME_DIR/dalle/kernels` or in a folder of this user in the temporary folder.
+Compiled files are cached in `~/.cache/dalle/kernels` (or `$XDG_CACHE_HOME/dalle/kernels`), named by a hash of source,
+compiler and processor: machines that share a home folder build their own. The last 32 bytes are a checksum. A file that
+other users could have written is not loaded; a damaged one is rebuilt. If that folder is unusable, compiled files are
+cached in `$XDG_RUNTIME_DIR/dalle/kernels` or in a per-user folder in the temporary folder.
 """
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ from utils.files import atomic_write
 logger = logging.getLogger(__name__)
 
 SWITCH = "DALLE_KERNELS"
-"""Environment variable: "off" leaves everything to PyTorch."""
+"""Environment variable: "off" disables native kernels."""
 
 _FOLDER = Path(__file__).parent / "csrc"
 _FLAGS = ["-O3", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 _SECONDS = 120
-"""A compiler takes about two; one that hangs must not hang us."""
+"""Time limit of a compiler, which takes about two."""
 _MAX_BYTES = 1 << 26
-"""More than any compiled file has."""
+"""Above the size of any compiled file."""
 
 
 reasons: dict[str, str] = {}
-"""Why `library` returned None, by its names."""
+"""Library name -> why `library` returned None."""
 
 
 @functools.lru_cache(maxsize=None)
 def library(name: str) -> ctypes.CDLL | None:
-    """Return the functions of `name`.c, compiled for this machine, or None where that cannot be done."""
+    """Return the functions of `name`.c, compiled for this machine, or None if that is impossible."""
     reasons.pop(name, None)
     if os.environ.get(SWITCH, "").lower() in ("off", "0", "no", "false"):
         reasons[name] = f"{SWITCH}={os.environ[SWITCH]}"
@@ -87,36 +87,36 @@ def _processor() -> str:
 
 
 def _built(name: str) -> ctypes.CDLL:
-    """Load the compiled file, made where there is none that is whole and trusted."""
+    """Load the cached file if it is intact and trusted; otherwise compile it."""
     compiler = _compiler()
     version = subprocess.run([compiler, "--version"], stdout=subprocess.PIPE, check=True, timeout=_SECONDS).stdout
     digest = hashlib.sha256(version + " ".join(_FLAGS).encode() + _processor().encode())
     for source in (*sorted(_FOLDER.glob("*.h")), _FOLDER / (name + ".c")):
         digest.update(source.read_bytes())
     file_name = f"{name}-{digest.hexdigest()[:20]}.so"
-    return _stored(file_name) or _compiled(compiler, name, file_name)
+    return _load_cached(file_name) or _compile(compiler, name, file_name)
 
 
-def _compiled(compiler: str, name: str, file_name: str) -> ctypes.CDLL:
-    with tempfile.TemporaryDirectory(dir=_workshop()) as folder:
-        half, whole = os.path.join(folder, "half.o"), os.path.join(folder, "whole.so")
-        _call([compiler, *_FLAGS, "-c", str(_FOLDER / (name + ".c")), "-o", half], folder)
-        # Linked without OpenMP's library: its functions are found in the one that PyTorch has loaded, whose threads
-        # are then shared. Two such libraries would fight for the cores.
-        _call([compiler, "-shared", half, "-lm", "-o", whole], folder)
-        with open(whole, "rb") as file:
+def _compile(compiler: str, name: str, file_name: str) -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory(dir=_build_folder()) as folder:
+        object_file, library_file = os.path.join(folder, "object.o"), os.path.join(folder, "library.so")
+        _call([compiler, *_FLAGS, "-c", str(_FOLDER / (name + ".c")), "-o", object_file], folder)
+        # Not linked with OpenMP: its symbols resolve to the library that PyTorch has loaded, so that both share its
+        # threads. Two thread pools would compete for the cores.
+        _call([compiler, "-shared", object_file, "-lm", "-o", library_file], folder)
+        with open(library_file, "rb") as file:
             content = file.read()
-            loaded = _load(file_name, content, file)  # first: what cannot be loaded is not worth keeping
-    _keep(file_name, content)
+            loaded = _load(file_name, content, file)  # first: only what can be loaded is stored
+    _store(file_name, content)
     return loaded
 
 
-def _workshop() -> str:
-    """Return a folder to compile in, where nobody can swap files between compiler and linker."""
+def _build_folder() -> str:
+    """Return a folder to compile in, where other users cannot swap files between compiler and linker."""
     try:
         return str(trusted_folder(tempfile.gettempdir(), shared=True))
     except UntrustedError:
-        return str(trusted_folder(*next(_places())))
+        return str(trusted_folder(*next(_cache_folders())))
 
 
 def _call(command: list[str], folder: str) -> None:
@@ -131,11 +131,11 @@ def _call(command: list[str], folder: str) -> None:
     )
 
 
-# What is kept from run to run -----------------------------------------------------------------------------------------
+# Cache of compiled files ----------------------------------------------------------------------------------------------
 
 
-def _places() -> Iterator[tuple[Path, int]]:
-    """Yield the folders where compiled files may be kept, the best first, and the mode that each is made with."""
+def _cache_folders() -> Iterator[tuple[Path, int]]:
+    """Yield the cache folders, best first, each with the mode it is created with."""
     yield cache_folder("dalle", "kernels"), 0o755
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     if os.path.isabs(runtime):
@@ -143,9 +143,9 @@ def _places() -> Iterator[tuple[Path, int]]:
     yield Path(tempfile.gettempdir(), f"dalle-{os.geteuid()}", "kernels"), 0o700
 
 
-def _stored(file_name: str) -> ctypes.CDLL | None:
-    """Load a file that is kept, or return None. A folder that is missing or out of reach keeps nothing."""
-    for folder, _ in _places():
+def _load_cached(file_name: str) -> ctypes.CDLL | None:
+    """Load a cached file, or return None. A missing or inaccessible folder counts as empty."""
+    for folder, _ in _cache_folders():
         path = folder / file_name
         try:
             with open_trusted(trusted_folder(folder) / file_name) as file:
@@ -156,7 +156,7 @@ def _stored(file_name: str) -> ctypes.CDLL | None:
                 problem = "wrong checksum"
         except UntrustedError as error:
             why = f"{error.filename} {error.strerror}"
-            _warn(f"native kernels refused: {why}; private ones are used until only you may write there")
+            _warn(f"native kernels refused: {why}; private ones are used until only you can write there")
             continue
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             continue
@@ -166,10 +166,10 @@ def _stored(file_name: str) -> ctypes.CDLL | None:
     return None
 
 
-def _keep(file_name: str, content: bytes) -> None:
-    """Keep a compiled file for later runs, in the first place that takes it."""
+def _store(file_name: str, content: bytes) -> None:
+    """Store a compiled file for later runs, in the first folder that takes it."""
     problems = []
-    for folder, mode in _places():
+    for folder, mode in _cache_folders():
         try:
             with atomic_write(trusted_folder(folder, mode) / file_name, "wb", permissions=0o644) as file:
                 file.write(content + _checksum(file_name, content))
@@ -177,8 +177,8 @@ def _keep(file_name: str, content: bytes) -> None:
         except OSError as error:
             problems.append(f"{error.filename or folder}: {error.strerror or error}")
     _warn(
-        "native kernels are compiled again in each run, for they cannot be kept ({}); set XDG_CACHE_HOME to a folder "
-        "that only you may write".format("; ".join(problems))
+        "native kernels are recompiled in each run because they cannot be cached ({}); set XDG_CACHE_HOME to a folder "
+        "that only you can write to".format("; ".join(problems))
     )
 
 
@@ -187,9 +187,9 @@ def _checksum(file_name: str, content: bytes) -> bytes:
 
 
 def _load(file_name: str, content: bytes, file: IO[bytes]) -> ctypes.CDLL:
-    """Load a library from a copy in memory, which nobody can change or cut off any more.
+    """Load a library from a copy in memory, which no other process can change or truncate.
 
-    Where there can be none, for want of memfd_create or under a limit on the size of files, load the open file itself.
+    Without memfd_create, or under a limit on the size of files, load the open file itself.
     """
     try:
         descriptor = os.memfd_create(file_name)
@@ -201,13 +201,13 @@ def _load(file_name: str, content: bytes, file: IO[bytes]) -> ctypes.CDLL:
 
 
 def _load_descriptor(descriptor: int) -> ctypes.CDLL:
-    # Never closed: the dynamic loader knows libraries by path, and would take the next one of this number for this one.
+    # Never closed: the dynamic loader identifies libraries by path, and would take the next file of this number for it.
     return ctypes.CDLL(f"/proc/self/fd/{descriptor}")
 
 
 @functools.lru_cache(maxsize=None)
 def _warn(message: str) -> None:
-    """Log a warning, once in a process: several libraries meet the same folder."""
+    """Log a warning once in a process: several libraries use the same folder."""
     logger.warning("%s", message)
 
 

@@ -1,8 +1,8 @@
-"""3x3 convolutions by Winograd's algorithm, and GroupNorm with swish in one go, on a CPU without gradients.
+"""3x3 convolutions by Winograd's algorithm, and fused GroupNorm and swish, on a CPU without gradients.
 
-A VQGAN with f=16 decodes an image of 256x256 pixels in half of the time that PyTorch's direct convolutions take, which
-run at the speed of a matrix product already: this is a quarter of their arithmetic. Results differ by rounding (5e-6 of
-the largest), and do not depend on what else is in the batch or on the number of threads.
+A VQGAN with f=16 decodes an image of 256x256 pixels in half the time of PyTorch's direct convolutions. Those already
+run at the speed of a matmul; this does a quarter of their arithmetic. Results differ by rounding (5e-6 of the largest),
+and depend neither on the rest of the batch nor on the number of threads.
 
 Letters: B images, C channels, H and W height and width of the result.
 """
@@ -21,12 +21,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ops import dispatch
 from ops.build import library, pointer
 
-#: Products of an input and an output channel up to which weights are transformed: they take four times the memory.
+#: Pairs of an input and an output channel up to which weights are transformed: that takes four times the memory.
 _MAX_PAIRS = 512 * 256
 #: Height times width from which on transforming pays.
 _MIN_POSITIONS = 24 * 24
 _LANES = 16
-"""Floats in the widest vectors there are: a kernel takes whole ones."""
+"""Floats in the widest vector: kernels take whole vectors."""
 
 # B^T is in convolution.c; this is G of Lavin and Gray.
 _G = (
@@ -59,17 +59,17 @@ def _transformed(weight: Tensor, columns: int) -> Tensor:
 
 
 def images_at_once(like: Tensor) -> int:
-    """How many images a network of convolutions is best given at the same time, on the device of this tensor.
+    """The best batch size of a convolutional network on the device of this tensor.
 
-    On a CPU one: how many a convolution takes decides which of PyTorch's kernels runs, and with it the last bits of
-    pixels. An eighth slower than two at a time, and an image is the same in any batch.
+    One on a CPU: the batch size decides which of PyTorch's kernels runs, and so the last bits of pixels. This is an
+    eighth slower than two, but an image is the same in any batch.
     """
     return 1 if like.is_cpu else 16
 
 
 @contextlib.contextmanager
 def full_precision(like: Tensor) -> Iterator[None]:
-    """Compute float32 matmuls in full precision, on GPUs in TF32, whatever was chosen for the rest of the program."""
+    """Compute float32 matmuls in full precision (on GPUs: TF32), whatever is set for the rest of the program."""
     chosen = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest" if like.is_cpu else "high")
     try:
@@ -79,24 +79,24 @@ def full_precision(like: Tensor) -> Iterator[None]:
 
 
 def available() -> bool:
-    """Whether there are such kernels on this machine."""
+    """Whether these kernels run on this machine."""
     return _library() is not None
 
 
-#: Of each weight that was convolved with: what its transform was made from, and the transform.
+#: Weight -> what its transform was made from (address and version), and the transform.
 _transforms: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def conv3x3_refusal(
     x: Tensor, weight: Tensor, residual: Tensor | None = None, doubled: bool = False
 ) -> str | None:
-    """Return why no kernel convolves these (see `conv3x3`), or None where one does."""
+    """Return why no native kernel runs for these arguments of `conv3x3`, or None if one does."""
     problem = dispatch.refusal(x, weight, residual)
     if problem is not None:
         return problem
     outputs, inputs = weight.shape[:2]
     if torch.is_grad_enabled():
-        return "gradients are wanted"
+        return "gradients are required"
     if x.shape[2] * x.shape[3] * (4 if doubled else 1) < _MIN_POSITIONS:
         return "too few positions"
     if inputs * outputs > _MAX_PAIRS:
@@ -109,9 +109,10 @@ def conv3x3_refusal(
 def conv3x3(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, doubled: bool = False
 ) -> Tensor:
-    """Convolve x (B, in, H, W), with zeros around, one pixel wide; or x (B, in, H/2, W/2) with each pixel `doubled` in
-    both directions. weight (out, in, 3, 3). Add `residual` (B, out, H, W), whose memory may be used for the result.
-    Returns (B, out, H, W)."""
+    """Convolve x (B, in, H, W), zero-padded by one pixel; or x (B, in, H/2, W/2), upsampled by 2 first (`doubled`).
+
+    weight (out, in, 3, 3). Adds `residual` (B, out, H, W), whose memory may be reused. Returns (B, out, H, W).
+    """
     if conv3x3_refusal(x, weight, residual, doubled) is None:
         result = _winograd(x, weight, bias, residual, doubled)
         if result is not None:
@@ -124,8 +125,7 @@ def conv3x3(
 def _winograd(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, doubled: bool
 ) -> Tensor | None:
-    """`conv3x3` by a kernel. None where a result is not finite: its numbers overflow earlier than those of a plain
-    sum."""
+    """`conv3x3` by a kernel. None if a result is not finite: its intermediates overflow earlier than plain sums."""
     kernels = _library()
     x = x.contiguous(memory_format=torch.channels_last)
     batch, _, height, width = x.shape
@@ -140,7 +140,7 @@ def _winograd(
         batch, height, width, inputs, outputs, doubled, torch.get_num_threads(),
     )  # fmt: skip
     if failed == 1:
-        raise MemoryError("no memory for a convolution's tiles")
+        raise MemoryError("not enough memory for the tiles of a convolution")
     return None if failed else result
 
 
@@ -157,7 +157,7 @@ def group_norm_swish(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: 
     kernels = _library() if _norm_suits(x, weight) else None
     if kernels is None:
         x = F.group_norm(x, groups, weight, bias, eps)
-        return F.silu(x, inplace=not torch.is_grad_enabled())  # maps of whole images are slow to page in
+        return F.silu(x, inplace=not torch.is_grad_enabled())  # large maps are slow to page in
     batch, channels, height, width = x.shape
     result = torch.empty_like(x)
     memory = torch.empty(kernels.scratch(batch, height * width, channels))
@@ -178,5 +178,5 @@ def _norm_suits(x: Tensor, weight: Tensor) -> bool:
 
 
 def add(x: Tensor, branch: Tensor) -> Tensor:
-    """x + branch, in the place of `branch` where no gradient needs that."""
+    """x + branch, in place of `branch` if no gradients are recorded."""
     return x + branch if torch.is_grad_enabled() else branch.add_(x)

@@ -1,4 +1,4 @@
-"""What surrounds the matmuls of a training step, by csrc/training.c: for contiguous float32 tensors on a CPU."""
+"""The elementwise ops of a training step, by csrc/training.c: for contiguous float32 tensors on a CPU."""
 from __future__ import annotations
 
 import ctypes
@@ -21,7 +21,7 @@ def _functions() -> Any:
             (found.gelu_forward, [size, size, ctypes.c_int, address, address, address]),
             (found.gelu_backward, [size, size, ctypes.c_int, address, address, address, address]),
             (found.add_branch, [size, size, address, address, address, address]),
-            (found.sum_products_and_scale, [size, size, address, address, address, address]),
+            (found.row_dots_and_scale, [size, size, address, address, address, address]),
             (found.drop, [size, ctypes.c_uint64, ctypes.c_double, address]),
         ]
         for function, arguments in signatures:
@@ -31,7 +31,7 @@ def _functions() -> Any:
 
 
 def suits(*tensors: Tensor | None) -> bool:
-    """Whether there are kernels here, and they may compute with these."""
+    """Whether these kernels run on this machine and can take these tensors."""
     return (
         dispatch.suits(*tensors)
         and all(tensor is None or tensor.is_contiguous() for tensor in tensors)
@@ -40,7 +40,7 @@ def suits(*tensors: Tensor | None) -> bool:
 
 
 def _size(x: Tensor) -> tuple[int, int]:
-    """Rows, and how many numbers are in each."""
+    """Number of rows, and elements in a row."""
     return x[..., 0].numel(), x.shape[-1]
 
 
@@ -57,10 +57,10 @@ def _expect_contiguous(*tensors: Tensor | None) -> None:
 
 
 def gelu(x: Tensor, gated: bool, bias: Tensor | None = None) -> Tensor:
-    """gelu(x + bias), or the first half of x + bias (..., n) times gelu of the second where it is gated."""
+    """gelu(x + bias); gated: the first half of x + bias (..., n) times gelu of the second."""
     rows, width = _size(x)
     if gated and width % 2:
-        raise ValueError(f"no halves: {width}")
+        raise ValueError(f"gated gelu needs an even last dimension, not {width}")
     _expect_contiguous(x)
     _expect(x.shape[-1:], bias)
     width //= 1 + gated
@@ -72,7 +72,7 @@ def gelu(x: Tensor, gated: bool, bias: Tensor | None = None) -> Tensor:
 def gelu_backward(
     x: Tensor, gated: bool, grad_output: Tensor, grad_input: Tensor, bias: Tensor | None = None
 ) -> None:
-    """Write the gradient for x to `grad_input`, and what `gelu` gives over `grad_output`."""
+    """Write the gradient of x to `grad_input`, and overwrite `grad_output` with the result of `gelu`."""
     rows, width = _size(grad_output)
     _expect(x.shape, grad_input)
     _expect(x.shape[-1:], bias)
@@ -82,7 +82,7 @@ def gelu_backward(
 
 
 def add_branch(residual: Tensor, scale: Tensor | None, bias: Tensor | None, branch: Tensor) -> Tensor:
-    """Let `branch` (..., D) become residual + scale * (branch + bias), scale (1, 1, D), bias (D), and return it."""
+    """Overwrite `branch` (..., D) with residual + scale * (branch + bias), scale (1, 1, D), bias (D); return it."""
     rows, width = _size(branch)
     _expect(branch.shape, branch, residual)
     _expect(branch.shape[-1:], bias, None if scale is None else scale.flatten())
@@ -90,21 +90,21 @@ def add_branch(residual: Tensor, scale: Tensor | None, bias: Tensor | None, bran
     return branch
 
 
-def sum_products_and_scale(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
-    """Return the sums (rows) of x * y (rows, n); then multiply each row of x by its factor (rows)."""
+def row_dots_and_scale(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
+    """Return the row sums (rows) of x * y (rows, n); then multiply each row of x by its factor (rows)."""
     rows, width = x.shape
     _expect(x.shape, x, y)
     _expect(x.shape[:1], factor)
     sums = x.new_empty(rows)
-    _functions().sum_products_and_scale(rows, width, pointer(y), pointer(factor), pointer(x), pointer(sums))
+    _functions().row_dots_and_scale(rows, width, pointer(y), pointer(factor), pointer(x), pointer(sums))
     return sums
 
 
 def drop(x: Tensor, seed: int, probability: float) -> Tensor:
-    """Set numbers of x to 0 with this probability, divide the others by the rest of it, and return x.
+    """Dropout in place: zero elements of x with this probability, divide the others by 1 - probability; return x.
 
-    The same numbers each time for one seed (64 bits) and shape: so the backward pass needs no mask. PyTorch draws its
-    masks one number after the other, which takes a fifth of a small model's step.
+    A seed (64 bits) always drops the same elements, so the backward pass needs no mask. PyTorch generates its masks
+    serially, which takes a fifth of a small model's step.
     """
     if not 0 <= probability < 1 or not x.is_contiguous():
         raise ValueError(f"probability {probability} is not in [0, 1), or the tensor is not contiguous")
@@ -113,7 +113,7 @@ def drop(x: Tensor, seed: int, probability: float) -> Tensor:
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the square root of the sum of all squares, a scalar."""
+    """Return the Euclidean norm of all tensors together, a scalar."""
     if not suits(*tensors):
         return torch.nn.utils.get_total_norm(tensors)
     addresses = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)

@@ -27,23 +27,23 @@ def _choice(op: str, source: str, available: bool, tensors: list[torch.Tensor], 
 
 
 def explain(like: torch.Tensor | None = None) -> list[Choice]:
-    """Return a line for each op with a native implementation: what would run for tensors like this one (any shape).
+    """Return a choice for each op with a native implementation: what would run for tensors like this one (any shape).
 
-    like: a tensor whose device and type are asked for; None: float32 on the CPU. Sizes and strides that a kernel does
-    not take, and gradients where it knows none, leave single calls to PyTorch besides.
+    like: a tensor with the device and dtype in question; None: float32 on the CPU. Single calls still run in PyTorch if
+    a kernel does not support their sizes, strides or gradients.
     """
     tensors = [torch.empty(1) if like is None else like]
-    there = build.library("rows") is not None
+    available = build.library("rows") is not None
     return [
         _choice("matmul", "matrix", matmul.available(), tensors, "the processor has no matrix unit (AMX)"),
         _choice("attention in training", "attention", native_attention.available(), tensors),
         _choice("gelu, dropout, residual add, gradient norm", "training", elementwise.suits(), tensors),
         _choice("3x3 convolution, group norm with swish", "convolution", convolution.available(), tensors),
-        _choice("decoding codes, sampling from logits", "rows", there, tensors),
+        _choice("decoding codes, sampling from logits", "rows", available, tensors),
     ]
 
 
-COMMAND = Command("python -m ops", "Say which implementation of each op runs on this machine, and why.", Options)
+COMMAND = Command("python -m ops", "Print which implementation of each op runs on this machine, and why.", Options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

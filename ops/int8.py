@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _PART = 1 << 18
-"""Weights made floats at a time on the CPU: as many as stay in a core's cache (1 MB)."""
+"""Weights converted to float at a time on the CPU: they fit in a core's cache (1 MB)."""
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -18,15 +18,15 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -
     if x.is_cpu:
         out = _unscaled(x, weight) * scale.to(x.dtype)
     else:
-        # Scaled before the matmul: sums of up to 127 times as much would overflow in half precision.
+        # Scaled before the matmul: sums up to 127 times as large would overflow in half precision.
         out = F.linear(x, weight.to(x.dtype) * scale[:, None].to(x.dtype))
     return out if bias is None else out + bias.to(out.dtype)
 
 
 def _unscaled(x: Tensor, weight: Tensor) -> Tensor:
-    """x times the unscaled weights, part by part: floats stay in the cache, memory is read for the int8 alone."""
+    """x times the unscaled weights, part by part: the floats stay in the cache, only int8 is read from memory."""
     rows = max(1, _PART // weight.shape[1])
-    # One piece of memory for all parts: a new one for each would be paged in anew, which takes longest of all.
+    # One buffer for all parts: paging in a new one for each would take longer than the rest.
     floats = torch.empty(rows, weight.shape[1], dtype=x.dtype)
     out = x.new_empty(x.shape[:-1] + weight.shape[:1])
     for start in range(0, len(weight), rows):

@@ -1,18 +1,17 @@
-"""Linear layers with what comes before and after them, keeping less for the backward pass than autograd would.
+"""Linear layers fused with the ops around them, saving less for the backward pass than autograd does.
 
-Autograd keeps the input of every operation. What is cheap to compute is recomputed here: normalised inputs from the
-residual stream, activations from their argument, attention weights of sparse patterns from queries and keys. The output
-of a scaled branch is not needed at all. L16 keeps 55 % of what it would otherwise, at the same speed.
+Autograd saves the input of every operation. Here what is cheap is recomputed: normalised inputs from the residual
+stream, activations from their inputs, attention weights of sparse patterns from queries and keys. The output of a
+scaled branch is not needed at all. L16 saves 55 % of what it would otherwise, at the same speed.
 
-The fused versions are plain PyTorch with native kernels where they suit; the references, a line or two each, run
-without gradients, under `ops.use("reference")` (IPUs know no autograd functions written in Python), and for what the
-fused ones do not know: a norm behind a branch, dropout without kernels.
+The fused versions are plain PyTorch with native kernels where they apply. The references, a line or two each, run
+without gradients, under `ops.use("reference")` (IPUs do not support custom autograd functions), and for what the fused
+ones do not support: a norm after a branch, dropout without kernels.
 
 Letters: B batch, L positions, D width of a layer's input, C of its output.
 """
 from __future__ import annotations
 
-import functools
 from typing import Any, Callable, NamedTuple, Optional, Protocol, Tuple, Union
 
 import torch
@@ -37,26 +36,26 @@ class Matrix(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A LayerNorm over the last dimension."""
+    """A norm over the last dimension: LayerNorm, or RMSNorm without a shift."""
 
     scale: Tensor
     """(D,)"""
-    shift: Tensor
-    """(D,)"""
+    shift: Tensor | None
+    """(D,); None: RMSNorm."""
     eps: float
 
 
 Projection = Union[Matrix, Callable[[Tensor], Tensor]]
-"""A linear layer, or a function that does what a layer of another kind does: int8 weights, say."""
+"""A linear layer, or a function in place of one, such as a layer with int8 weights."""
 
 
 Between = Callable[[Tensor], Tensor]
-"""What happens between a norm and a linear layer, (B, L, D) -> (B, L, D): a shift of tokens."""
+"""A function between a norm and a linear layer, (B, L, D) -> (B, L, D): a token shift."""
 
 
 def _fuses() -> bool:
-    """Whether our autograd functions may run: gradients are wanted, and nobody asks for the reference, records, or
-    compiles: a compiler decides itself what is recomputed, and would split its graph at each of them."""
+    """Whether the custom autograd functions run: with gradients, unless the reference is selected or PyTorch traces or
+    compiles. A compiler decides by itself what is recomputed, and each of them would break its graph."""
     return torch.is_grad_enabled() and not (dispatch.uses_reference() or torch.jit.is_tracing() or dispatch.compiling())
 
 
@@ -86,24 +85,23 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Gradients:
         x, weight = ctx.saved_tensors
-        grad_weight = matmul(grad_output.t(), x, out=_room_for(grad_output, weight))
+        grad_weight = matmul(grad_output.t(), x, out=_buffer_for(grad_output, weight))
         return matmul(grad_output, weight), grad_weight, grad_output.sum(dim=0) if ctx.has_bias else None
 
 
 def _linear_into(result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear with a place for the result, (..., C)."""
+    """F.linear with a buffer for the result, (..., C)."""
     matmul(_rows(x), weight.t(), result.view(-1, result.shape[-1]), bias)
     return result
 
 
 def _grad_input(grad_output: Tensor, weight: Tensor) -> Tensor:
-    """What F.linear's input gets, (..., C) @ (C, D)."""
+    """The gradient of F.linear's input, (..., C) @ (C, D)."""
     return matmul(_rows(grad_output), weight).view(*grad_output.shape[:-1], weight.shape[1])
 
 
-def _room_for(grad_output: Tensor, weight: Tensor) -> Tensor:
-    """Memory for the gradient of a weight: what stays is allocated before what is needed for a moment only, or memory
-    would be full of holes."""
+def _buffer_for(grad_output: Tensor, weight: Tensor) -> Tensor:
+    """A buffer for the gradient of a weight: allocated before short-lived tensors, to avoid memory fragmentation."""
     return torch.empty_like(weight, dtype=grad_output.dtype)
 
 
@@ -111,69 +109,33 @@ def _rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2)
 
 
-# ---- the same for inference with a few rows
-
-_PACKED_ROWS = 4
-"""From so many rows on, packed weights are faster. Two or three read them as fast as memory gives them anyway."""
-
-def for_few_rows(matrix: Matrix, rows: int, dtype: torch.dtype) -> Projection:
-    """Return a copy of a linear layer, laid out for inputs of `rows` rows and for no gradient, in another type or not.
-
-    On a CPU a matmul with a handful of rows rearranges the weight, which costs more than the matmul; rearranged once, 8
-    rows take about half the time (AVX-512, L16). In another type than the weight's own: what autocast would cast in
-    each step is cast once.
-    """
-    weight, bias = matrix.weight.detach(), matrix.bias
-    if weight.dtype != dtype:
-        weight, bias = weight.to(dtype), None if bias is None else bias.detach().to(dtype)
-        return lambda x: F.linear(x.to(dtype), weight, bias)
-    if not weight.is_cpu:
-        return matrix
-    if rows >= _PACKED_ROWS and _packs():
-        packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
-        multiply = torch.ops.mkl._mkl_linear
-
-        def few(x: Tensor) -> Tensor:
-            fits = x.numel() == rows * x.shape[-1]
-            return multiply(x, packed, weight, bias, rows) if fits else F.linear(x, weight, bias)
-
-        return few
-    columns = weight.t().contiguous().t() if rows == 1 else weight
-    return lambda x: F.linear(x, columns, bias)
+# ---- norm, then linear layer
 
 
-@functools.lru_cache(maxsize=None)
-def _packs() -> bool:
-    """Whether PyTorch has the matmul with packed weights: 2.0 has its name and nothing behind it."""
-    if not torch.backends.mkl.is_available():
-        return False
-    try:
-        weight = torch.zeros(1, 1)
-        torch.ops.mkl._mkl_linear(weight, torch.ops.mkl._mkl_reorder_linear_weight(weight, 1), weight, None, 1)
-    except (AttributeError, NotImplementedError, RuntimeError):
-        return False
-    return True
-
-
-# ---- a norm before it
+def normalise(x: Tensor, norm: Norm) -> Tensor:
+    """LayerNorm or RMSNorm over the last dimension, (..., D) -> (..., D)."""
+    if norm.shift is not None:
+        return torch.layer_norm(x, x.shape[-1:], *norm)
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # their squares would overflow or round
+    return (wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + norm.eps) * norm.scale).to(x.dtype)
 
 
 def norm_linear(x: Tensor, norm: Norm, project: Projection, between: Between | None = None) -> Tensor:
     """linear(between(norm(x))). (B, L, D) -> (B, L, C)."""
-    if isinstance(project, Matrix) and between is None and _fuses():
+    if isinstance(project, Matrix) and norm.shift is not None and between is None and _fuses():
         return _NormLinear.apply(x, *norm, *project)
-    normed = torch.layer_norm(x, x.shape[-1:], *norm)
+    normed = normalise(x, norm)
     return linear(normed if between is None else between(normed), project)
 
 
 class _NormLinear(torch.autograd.Function):
-    """linear(layer_norm(x)), of which only x is kept."""
+    """linear(layer_norm(x)); only x is saved."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
-        result = None if autocasts(x) else x.new_empty(*x.shape[:-1], len(weight))  # before what is freed again
+        result = None if autocasts(x) else x.new_empty(*x.shape[:-1], len(weight))  # see _buffer_for
         normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], scale, shift, eps)
         ctx.save_for_backward(x, scale, shift, mean, rstd, weight)
         ctx.eps, ctx.has_bias = eps, bias is not None
@@ -182,7 +144,7 @@ class _NormLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Gradients:
         x, scale, shift, mean, rstd, weight = ctx.saved_tensors
-        grad_weight = _room_for(grad_output, weight)
+        grad_weight = _buffer_for(grad_output, weight)
         normed = torch.native_layer_norm(x, x.shape[-1:], scale, shift, ctx.eps)[0].to(grad_output.dtype)
         matmul(_rows(grad_output).t(), _rows(normed), out=grad_weight)
         del normed
@@ -194,31 +156,31 @@ class _NormLinear(torch.autograd.Function):
         return grad_x, grad_scale, grad_shift, None, grad_weight.to(weight.dtype), grad_bias
 
 
-# ---- what comes before a linear layer at the end of a branch
+# ---- functions before the last linear layer of a branch
 
 
 class Function(Protocol):
-    """What comes before a linear layer and is cheap to recompute."""
+    """A function before a linear layer that is cheap to recompute."""
 
     differentiable: bool
     """Whether autograd can differentiate a call; else `recompute` is its gradient."""
     number: int
-    """Of an activation: what csrc/rows.c calls it."""
+    """An activation's number in csrc/rows.c; -1 for other functions."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Compute it."""
 
     def recompute(self, x: Tensor, grad_output: Tensor, grad_input: Tensor) -> Tensor:
-        """Compute it again, and write the gradient for x to `grad_input`. `grad_output` may be overwritten."""
+        """Recompute it, and write the gradient of x to `grad_input`. `grad_output` may be overwritten."""
 
 
 class Recompute:
-    """A function of PyTorch's operators, which autograd differentiates when it is recomputed."""
+    """A function made of PyTorch's operators, which autograd differentiates when it is recomputed."""
 
     def __init__(
         self, function: Callable[[Tensor], Tensor], number: int = -1, differentiable: bool = True
     ) -> None:
-        """differentiable: False keeps its input alone wherever gradients are wanted, see `Function`."""
+        """differentiable: False saves only its input for the backward pass, see `Function`."""
         self.function, self.number, self.differentiable = function, number, differentiable
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -238,12 +200,18 @@ def _geglu(x: Tensor) -> Tensor:
     return x * F.gelu(gate)
 
 
+def _swiglu(x: Tensor) -> Tensor:
+    """The first half of x, gated by silu of the second."""
+    x, gate = x.chunk(2, dim=-1)
+    return x * F.silu(gate)
+
+
 def _quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
 class _NativeGelu:
-    """The exact gelu, or what it gates, of x + bias by a kernel."""
+    """The exact gelu of x + bias, gated or not, by a kernel."""
 
     differentiable, number = False, -1
 
@@ -261,15 +229,16 @@ class _NativeGelu:
 IDENTITY: Function = Recompute(lambda x: x)
 _ACTIVATIONS: dict[str, Function] = {
     "geglu": Recompute(_geglu, 0), "gelu": Recompute(F.gelu, 1), "quick_gelu": Recompute(_quick_gelu, 2),
+    "swiglu": Recompute(_swiglu), "relu2": Recompute(lambda x: F.relu(x).square()),
 }  # fmt: skip
 _NATIVE_ACTIVATIONS = {"geglu": _NativeGelu(gated=True), "gelu": _NativeGelu(gated=False)}
-"""Those that take the bias of the linear layer before them too."""
+"""These also add the bias of the linear layer before them."""
 
 
 def activation(name: str) -> Function:
-    """Return the activation of this name; a gated one halves the last dimension. Raises ValueError for others."""
+    """Return the activation of this name; a gated one halves the last dimension. Raises ValueError if unknown."""
     if name not in _ACTIVATIONS:
-        raise ValueError("unknown activation {!r}: there are {}".format(name, ", ".join(_ACTIVATIONS)))
+        raise ValueError(f"unknown activation {name!r}; known: {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
 
@@ -277,18 +246,18 @@ def activation(name: str) -> Function:
 
 
 class _Dropout(NamedTuple):
-    """One dropout, by kernels only. The backward pass finds out by the seed which numbers were dropped."""
+    """One dropout, by kernels only. The backward pass recomputes the mask from the seed."""
 
     seed: int
     probability: float
 
     @classmethod
     def of(cls, probability: float) -> _Dropout | None:
-        """A new one, by PyTorch's random numbers, or None where nothing is dropped."""
+        """One with a new seed from PyTorch's generator, or None for probability 0."""
         return cls(int(torch.randint(2**63 - 1, ())), probability) if probability else None
 
     def drop(self, x: Tensor) -> Tensor:
-        """Drop some of x, in place."""
+        """Apply to x, in place."""
         return elementwise.drop(x, self.seed, self.probability)
 
 
@@ -304,7 +273,7 @@ def add_linear(
 ) -> Tensor:
     """residual + scale * after(drop(linear(drop(before(x))))), scale (1, 1, D) or None for 1.
 
-    residual (B, L, D), x (B, L, anything) -> (B, L, D). Dropout probabilities are those of training: 0 otherwise.
+    residual (B, L, D), x (B, L, any) -> (B, L, D). Dropout probabilities are 0 outside training.
     """
     drops = inner_dropout or outer_dropout
     if isinstance(project, Matrix) and after is None and (not drops or _drops_natively(x)) and _fuses():
@@ -316,11 +285,11 @@ def add_linear(
     if branch.dtype != residual.dtype:
         branch = branch.to(residual.dtype)
     if after is not None:
-        branch = torch.layer_norm(branch, branch.shape[-1:], *after)
+        branch = normalise(branch, after)
     return residual + branch if scale is None else torch.addcmul(residual, branch, scale)
 
 
-def add_feed_forward(  # noqa: PLR0913 - what one branch is made of
+def add_feed_forward(  # noqa: PLR0913 - all parts of a branch
     x: Tensor,
     norm: Norm,
     up: Projection,
@@ -333,10 +302,11 @@ def add_feed_forward(  # noqa: PLR0913 - what one branch is made of
 ) -> Tensor:
     """x + scale * after(down(drop(activation(up(between(norm(x))))))), scale (1, 1, D) or None for 1.
 
-    (B, L, D) -> (B, L, D). The same as `norm_linear` and `add_linear`; native activations take the bias of `up` along.
+    (B, L, D) -> (B, L, D). Equals `norm_linear` and `add_linear`; native activations also add the bias of `up`.
     """
     before = _NATIVE_ACTIVATIONS.get(name)
-    plain = before is not None and after is None and between is None and _fuses() and not autocasts(x)
+    simple = norm.shift is not None and after is None and between is None
+    plain = before is not None and simple and _fuses() and not autocasts(x)
     if plain and isinstance(up, Matrix) and isinstance(down, Matrix) and elementwise.suits(x, *up, *down, scale):
         hidden = _NormLinear.apply(x, *norm, up.weight, None)
         return _AddLinear.apply(x, hidden, *down, scale, before, up.bias, _Dropout.of(dropout), None)
@@ -353,7 +323,7 @@ def _drop(x: Tensor, probability: float) -> Tensor:
 
 
 class _Recomputed(torch.autograd.Function):
-    """before(x), whose gradient is its own."""
+    """before(x), with the gradient from `before.recompute`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, before: Function) -> Tensor:
@@ -370,13 +340,13 @@ class _Recomputed(torch.autograd.Function):
 
 
 class _AddLinear(torch.autograd.Function):
-    """residual + scale * linear(before(x)), of which only x is kept.
+    """residual + scale * linear(before(x)); only x is saved.
 
-    `shift` is a bias for x, which `before` adds. `inner` drops some of what before(x) gives, which must be a tensor of
-    its own then, `outer` some of what the linear layer gives.
+    `before` adds the bias `shift` to x. `inner` is the dropout on before(x), which must then be a new tensor; `outer`
+    the one on the linear layer's output.
 
-    The gradient for `scale` does not need the branch: sum_r g[r, c] (W a[r] + b)[c] is the sum over k of W[c, k] times
-    (g.T a)[c, k], a matmul that the gradient for W needs anyway, plus b[c] times the sum of g.
+    The gradient of `scale` does not need the branch: sum_r g[r, c] (W a[r] + b)[c] is the sum over k of W[c, k] times
+    (g.T a)[c, k], a matmul that the gradient of W needs anyway, plus b[c] times the sum of g.
     """
 
     @staticmethod
@@ -416,7 +386,7 @@ class _AddLinear(torch.autograd.Function):
         if outer is not None:
             grad_output = outer.drop(grad_output.clone(memory_format=torch.contiguous_format))
         own = grad_output.to(x.dtype)
-        grad_weight = _room_for(own, weight)
+        grad_weight = _buffer_for(own, weight)
         scaled = own if scale is None else (grad_output * scale).to(x.dtype)
         grad_x = torch.empty_like(x)
         shifts = () if shift is None else (shift,)
@@ -441,9 +411,9 @@ class _AddLinear(torch.autograd.Function):
 
 
 def _sum_and_scale(grad_weight: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
-    """The sums (D) over rows of grad_weight * weight (D, C); then scale the rows of grad_weight in place."""
+    """Return the row sums (D) of grad_weight * weight (D, C), then scale the rows of grad_weight in place."""
     if elementwise.suits(grad_weight, weight, factor):
-        return elementwise.sum_products_and_scale(grad_weight, weight, factor)
+        return elementwise.row_dots_and_scale(grad_weight, weight, factor)
     sums = (grad_weight * weight).sum(dim=1)
     grad_weight.mul_(factor[:, None])
     return sums

@@ -1,10 +1,10 @@
-"""Sparse patterns without the part of the product that their masks would throw away.
+"""Sparse attention patterns, without computing the scores that their masks would discard.
 
-An image position of an axial or conv pattern sees the text and a few rows (or its column) of codes. Attending to just
-those, a layer of L16 computes a third of the dense product, at 512x512 pixels a tenth; what comes out is the same.
+An image position of an axial or conv pattern sees the text and a few rows (or its column) of codes. Attending to these
+alone, a layer of L16 computes a third of the dense scores, at 512x512 pixels a tenth, with the same result.
 
 Letters: B batch, P positions of the text part, G side of the code grid, W rows in a window, L positions, H heads, K
-width of a head. Grids lie by column where the window of a position is made of columns (`by_column`).
+width of a head. Grids are transposed if the window of a position consists of columns (`by_column`).
 """
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch import Tensor
 
 
 def on_grid(codes: Tensor, grid: int, by_column: bool) -> Tensor:
-    """Lay out the image positions but the last, (B, H, N - 1, K) -> (B, H, G, G, K), the last as zeros.
+    """Lay out all image positions but the last on the grid, (B, H, N - 1, K) -> (B, H, G, G, K), the last as zeros.
 
-    The rows of the result are what a window is made of: columns of codes with `by_column`.
+    A window consists of rows of the result: columns of codes with `by_column`.
     """
     codes = F.pad(codes, (0, 0, 0, 1)).unflatten(2, (grid, grid))
     return codes.transpose(2, 3) if by_column else codes
 
 
 def off_grid(codes: Tensor, by_column: bool) -> Tensor:
-    """The way back: (B, H, G, G, K) -> (B, H, N - 1, K)."""
+    """The inverse: (B, H, G, G, K) -> (B, H, N - 1, K)."""
     return (codes.transpose(2, 3) if by_column else codes).flatten(2, 3)[:, :, :-1]
 
 
@@ -41,7 +41,7 @@ def window_weights(query: Tensor, key: Tensor, text_key: Tensor, bias: Tensor) -
 
     query (B, H, G, G, K), scaled; key (B, H, G, W * G, K); text_key (B, H, P, K).
     """
-    # Every position sees the whole text: one matrix product for all of them.
+    # Every position sees the whole text: one matmul for all.
     text_scores = torch.matmul(query.flatten(2, 3), text_key.transpose(-1, -2)).unflatten(2, query.shape[2:4])
     window_scores = torch.matmul(query, key.transpose(-1, -2))
     scores = torch.cat([text_scores, window_scores + bias.to(window_scores.dtype)], dim=-1)
@@ -51,8 +51,8 @@ def window_weights(query: Tensor, key: Tensor, text_key: Tensor, bias: Tensor) -
 def local_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, by_column: bool) -> Tensor:
     """Softmax(q k^T / sqrt(K)) v where image positions see the text and their window. (B, H, L, K) -> (B, H, L, K).
 
-    bias (G, G, W * G): 0 where a code sees one of its window, else -inf. The last image position is absent (L = P +
-    G * G - 1), as everywhere in training.
+    bias (G, G, W * G): 0 where a code of the window is visible, else -inf. The last image position is absent (L = P +
+    G * G - 1), as always in training.
     """
     grid = bias.shape[0]
     rows, text_len = bias.shape[2] // grid, query.shape[2] - grid * grid + 1

@@ -1,9 +1,8 @@
-"""Matmuls of float32 by a processor's matrix unit (AMX), by csrc/matrix.c, where there is one.
+"""Float32 matmuls on the processor's matrix unit (AMX), if it has one, by csrc/matrix.c.
 
-Their error is no larger than that of PyTorch's matmuls, which use the vector units alone. Where
-`torch.set_float32_matmul_precision` allows to round what is multiplied, a matmul takes half of the multiplications
-("high": factors of 16 bits, where TF32 on a GPU has 11) or a sixth ("medium": bfloat16, 8 bits). Sums are float32 in
-any case.
+Their error is no larger than that of PyTorch's matmuls, which use only the vector units. If
+`torch.set_float32_matmul_precision` allows rounding of the operands, a matmul takes half of the multiplications
+("high": 16 bits, where TF32 on a GPU has 11) or a sixth ("medium": bfloat16, 8 bits). Sums are always float32.
 """
 from __future__ import annotations
 
@@ -18,11 +17,11 @@ from ops import dispatch
 from ops.build import library, pointer
 
 _LEAST = 64
-"""Rows, columns or steps below which packing costs more than the unit saves."""
+"""Rows, columns or depth below which packing costs more than the matrix unit saves."""
 
 
 _PARTS = {"highest": 3, "high": 2, "medium": 1}
-"""Parts of 8 bits that a factor is taken as."""
+"""Parts of 8 bits that an operand is split into."""
 
 
 @functools.lru_cache(maxsize=None)
@@ -32,12 +31,12 @@ def _functions() -> Any:
         return None
     size: Any = ctypes.c_long
     address: Any = ctypes.c_void_p
-    found.product.argtypes = [size] * 3 + [address, size, size] * 2 + [size, address, size]
+    found.matmul.argtypes = [size] * 3 + [address, size, size] * 2 + [size, address, size]
     return found
 
 
 def available(*tensors: Tensor | None) -> bool:
-    """Whether there is a matrix unit, and it may serve these."""
+    """Whether there is a matrix unit that can take these tensors."""
     return dispatch.suits(*tensors) and _functions() is not None
 
 
@@ -53,21 +52,21 @@ def suits(a: Tensor, b: Tensor, out: Tensor | None = None) -> bool:
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """Return a @ b + bias, of (M, K), (K, N) and (N), which is written to `out` (M, N) where that is given."""
+    """Return a @ b + bias, of (M, K), (K, N) and (N); written to `out` (M, N) if given."""
     if not suits(a, b, out):
         return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
     (rows, depth), columns = a.shape, b.shape[1]
     result = a.new_empty(rows, columns) if out is None else out
     if len(b) != depth or result.shape != (rows, columns):
-        raise ValueError(f"no matmul: {tuple(a.shape)} @ {tuple(b.shape)} to {tuple(result.shape)}")
+        raise ValueError(f"matmul shapes do not fit: {tuple(a.shape)} @ {tuple(b.shape)} to {tuple(result.shape)}")
     (a_line, a_step), (b_step, b_line) = a.stride(), b.stride()
-    failed = _functions().product(
+    failed = _functions().matmul(
         rows, columns, depth,
         pointer(a), a_line, a_step, pointer(b), b_line, b_step,
         _PARTS[torch.get_float32_matmul_precision()], pointer(result), result.stride(0),
     )  # fmt: skip
-    if failed == 2:  # numbers that are not finite, or too large for the unit: PyTorch decides what they give
+    if failed == 2:  # values that are not finite, or too large for the unit: PyTorch computes them
         torch.mm(a, b, out=result)
     elif failed:
-        raise MemoryError(f"there is no memory for the matmul of {tuple(a.shape)} and {tuple(b.shape)}")
+        raise MemoryError(f"not enough memory for the matmul of {tuple(a.shape)} and {tuple(b.shape)}")
     return result if bias is None else result.add_(bias)

@@ -1,4 +1,4 @@
-"""Attention by csrc/attention.c: text that all positions see, then codes that see their row or column.
+"""Attention by csrc/attention.c: a causal text part visible to all, then codes that see their row or column.
 
 Letters: B batch, L positions, H heads, K width of a head, P positions of the text part, G side of the code grid.
 """
@@ -15,7 +15,7 @@ from ops.build import library, pointer
 
 
 class Shape(ctypes.Structure):
-    """As in attention.c."""
+    """The same struct as in attention.c."""
 
     _fields_ = [(name, ctypes.c_long) for name in ("batch", "length", "heads", "width", "text", "grid", "by_column")]
 
@@ -33,18 +33,18 @@ def _functions() -> Any:
 
 
 def available() -> bool:
-    """Whether there are such kernels on this machine."""
+    """Whether these kernels run on this machine."""
     return _functions() is not None
 
 
 @getattr(getattr(torch, "compiler", None), "assume_constant_result", lambda function: function)
 def exists() -> bool:
-    """`available` for what is compiled: asked once, not compiled itself."""
+    """`available` as a constant for torch.compile."""
     return available()
 
 
 class Pattern(NamedTuple):
-    """Who sees whom. grid 0: there are no codes, all is text, of which each position sees what comes before it."""
+    """Which positions see which. grid 0: no codes, plain causal attention on text."""
 
     heads: int
     grid: int
@@ -57,7 +57,7 @@ class Pattern(NamedTuple):
         batch, length, width = qkv.shape
         text = length - self.grid**2 + 1 if self.grid else length
         if width % (3 * self.heads) or text < 1:
-            raise ValueError(f"no queries, keys and values of {self.heads} heads: {tuple(qkv.shape)}")
+            raise ValueError(f"qkv of shape {tuple(qkv.shape)} does not fit {self.heads} heads and grid {self.grid}")
         return Shape(batch, length, self.heads, width // (3 * self.heads), text, self.grid, self.by_column)
 
 
@@ -70,7 +70,7 @@ def _scratch(shape: Shape, backward: bool, like: Tensor) -> Tensor:
 def forward(qkv: Tensor, pattern: Pattern) -> Tensor:
     """Attend. qkv (B, L, 3 * H * K) -> (B, L, H * K)."""
     qkv, shape = qkv.contiguous(), pattern.shape(qkv)
-    result = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)  # before what is freed again
+    result = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)  # before scratch, which is freed
     scratch = _scratch(shape, False, qkv)
     threads, each = scratch.shape
     _functions().attention_forward(ctypes.byref(shape), pointer(qkv), pointer(result), pointer(scratch), each, threads)
@@ -78,14 +78,14 @@ def forward(qkv: Tensor, pattern: Pattern) -> Tensor:
 
 
 def backward(qkv: Tensor, pattern: Pattern, grad_output: Tensor, grad_qkv: Tensor) -> None:
-    """Write the gradient for qkv to `grad_qkv`, and what `forward` gives over `grad_output`, the gradient of that.
+    """Write the gradient of qkv to `grad_qkv`, and overwrite `grad_output` with the result of `forward`.
 
     qkv and grad_qkv (B, L, 3 * H * K), grad_output (B, L, H * K), all contiguous.
     """
     shape = pattern.shape(qkv)
     wanted = (*qkv.shape[:2], qkv.shape[2] // 3)
     if grad_output.shape != wanted or grad_qkv.shape != qkv.shape:
-        raise ValueError(f"gradients of other shapes: {tuple(grad_output.shape)}, {tuple(grad_qkv.shape)}")
+        raise ValueError(f"gradients have wrong shapes: {tuple(grad_output.shape)}, {tuple(grad_qkv.shape)}")
     if not (qkv.is_contiguous() and grad_output.is_contiguous() and grad_qkv.is_contiguous()):
         raise ValueError("queries, keys, values and gradients must be contiguous")
     scratch = _scratch(shape, True, qkv)

@@ -1,9 +1,8 @@
-"""Native ops as PyTorch operators, with autograd and shapes, for what compiles or exports a model.
+"""Native ops registered as PyTorch operators, with autograd and fake kernels, for torch.compile and torch.export.
 
-Eager calls go straight to an implementation (a registered operator with autograd costs tens of microseconds a call).
-Under `torch.compile` and `torch.export` a call of C would end the graph; these operators stay in it.
+Eager calls skip them: a registered operator with autograd costs tens of microseconds a call. Under compile and export a
+direct C call would break the graph; these operators stay in it.
 """
-
 from __future__ import annotations
 
 from typing import Any
@@ -30,7 +29,7 @@ if AVAILABLE:
 
     @torch.library.custom_op("dalle::attention_backward", mutates_args=())
     def attention_backward(qkv: Tensor, grad_output: Tensor, heads: int, grid: int, by_column: bool) -> Tensor:
-        """The gradient for qkv."""
+        """The gradient of qkv, (B, L, 3 * H * K)."""
         grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         native_attention.backward(
             qkv.contiguous(), Pattern(heads, grid, by_column),

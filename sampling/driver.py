@@ -166,12 +166,14 @@ class Sampler:
         options: SamplingOptions = DEFAULT_OPTIONS,
         given: Tensor | None = None,
         on_token: Callable[[Share], None] | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> Iterator[Batch]:
         """Sample num_images images of each caption, text (prompts, T) token ids.
 
         Image i gets the random numbers of `image_seed(seed, i)`, whatever the batch size and the other captions.
         batch_size: images at the same time; None: as many as fit, which is found out. given (N,): codes to keep (see
         `given_codes`). on_token is called after each code of a batch; a batch that did not fit begins again.
+        numbers: of the captions; those with different ones get other random numbers.
         Raises UserError where there is not enough memory.
         """
         size = batch_size or (num_images if self.model.device.type == "cuda" else min(num_images, _LIKELY))
@@ -180,8 +182,9 @@ class Sampler:
         self.shared.copies = Copies()  # weights may have changed
         while todo:
             share = todo.popleft()
-            own = [image_seed(seed, index) for index in range(share.first_image, share.end_image)]
-            seeds = own * (share.end_prompt - share.first_prompt)
+            firsts = [0] * len(text) if numbers is None else [number * num_images for number in numbers]
+            images = range(share.first_image, share.end_image)
+            seeds = [image_seed(seed, first + index) for first in firsts[slice(*share[:2])] for index in images]
             told = None if on_token is None else functools.partial(on_token, share)
             prompts = text[share.first_prompt : share.end_prompt]
             pictures = self._start(share, prompts, seeds, options, given, told)

@@ -68,9 +68,14 @@ class Windows:
         limit = max(1, min(MOST, most_rows // rows))
         if not self.auto:
             return min(self._given, limit)
-        limit = min(limit, 2 * max(self._seconds, default=1) // rows)  # first times mislead: no leaps
-        widths = [width for width in _WIDTHS if width <= max(limit, 1)]
-        best = max(range(len(widths)), key=lambda i: self._gain(widths[i]) / self._cost(rows * widths[i]))
+        widths = [width for width in _WIDTHS if width <= limit]
+        if not any(known <= rows for known in self._seconds):  # nothing to compare with
+            return 1
+        rates = [self._gain(width) / self._cost(rows * width) for width in widths]
+        known = max(sum(rows * width <= max(self._seconds, default=0) for width in widths), 1)
+        best = rates.index(max(rates[:known]))
+        if best == known - 1 and best + 1 < len(widths) and rates[best + 1] > rates[best]:
+            best += 1  # wider than any so far
         self._since += 1
         if self._since % _AGAIN == 0:
             step = 1 if self._since // _AGAIN % 2 else -1
@@ -89,8 +94,6 @@ class Windows:
     def _cost(self, rows: int) -> float:
         """Seconds of a pass, between those that were measured; beyond them a guess that is rather low."""
         known = sorted(self._seconds)
-        if not known:
-            return 1.0
         place = bisect_left(known, rows)
         if place == len(known):
             last, before = known[-1], known[-2] if len(known) > 1 else 0

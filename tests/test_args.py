@@ -93,7 +93,7 @@ def test_published_numbers(name, batch, accumulation, replicas, scaling):
 @pytest.mark.parametrize("words, name, value", [
     ("--vqgan_model_path a --vqgan-config-path=b", "vqgan_model_path", "a"),
     ("--batch_size=2", "batch_size", 2),
-    ("--wandb-run-name a_b", "wandb_run_name", "a_b"),
+    ("--wandb --wandb-run-name a_b", "wandb_run_name", "a_b"),
     ("--layers-per-ipu 0 6 6 4", "layers_per_ipu", [0, 6, 6, 4]),
     ("--layers-per-ipu 0,6,6 4", "layers_per_ipu", [0, 6, 6, 4]),
     ("--attn-types full,axial_row", "attn_types", ["full", "axial_row"]),
@@ -154,6 +154,12 @@ def test_wrong_values_of_flags(words, expected):
 
 
 @pytest.mark.parametrize("words, expected", [
+    (["--generated-data", "--input-folder", "demo"], "--input-folder has no effect with --generated-data"),
+    (["--synthetic-data", "--validation-fraction", "0.1"], "--validation-fraction has no effect with --synthetic-data"),
+    (["--validation-folder", "x", "--validation-fraction", "0.1"], "--validation-fraction has no effect with --valid"),
+    (["--warmup-steps", "10"], "--warmup-steps has no effect with --lr-scheduler ReduceLROnPlateau; it is"),
+    (["--wandb-run-name", "x"], "--wandb-run-name has no effect without --wandb"),
+    (["--loss-scaling", "3"], "--loss-scaling: must be a power of two, got 3"),
     (["--bach-size", "2"], "unknown flag '--bach-size'. Did you mean '--batch-size'?"),
     (["--num_hiden_layers=2"], "unknown flag '--num_hiden_layers'. Did you mean '--num-hidden-layers'?"),
     (["--batch", "2"], "unknown flag '--batch'."),  # no abbreviations
@@ -164,7 +170,7 @@ def test_wrong_values_of_flags(words, expected):
     (["--config", ".transformer"], "no configuration '.transformer'"),
     (["--config-file", "nowhere.yaml"], "--config-file nowhere.yaml cannot be read: No such file"),
 ])
-def test_unknown_names(words, expected):
+def test_unknown_and_ignored_flags(words, expected):
     assert expected in error_of(words)
 
 

@@ -214,14 +214,14 @@ def test_the_smallest_file_is_read(tmp_path):
         (b"", "empty"),
         (b" \n\n", "empty"),
         (b"\x89PNG\r\n\x1a\n\x00\x00", "not a vocabulary"),
-        (b'{"model": {"type": "BPE"}}', "cannot use it"),
+        (b'{"model": {"type": "BPE"}}', "cannot read it"),
         (b"a cat\n", "not a vocabulary"),
         (b"7", "first line"),
         (b"1-2 3", "not a vocabulary"),
         (b"-3 1 " + GOOD[4:].encode(), "first line"),
-        (GOOD.replace("3 1", "3 2").encode(), "20 numbers|asks for 18"),
-        (GOOD.replace("3 1", "4 1").encode(), "asks for 17"),
-        (GOOD.replace("3 1", "99999999999999999999 1").encode(), "asks for"),
+        (GOOD.replace("3 1", "3 2").encode(), "20 numbers|requires 18"),
+        (GOOD.replace("3 1", "4 1").encode(), "requires 17"),
+        (GOOD.replace("3 1", "99999999999999999999 1").encode(), "requires"),
         (GOOD.encode() + b"9", "16 numbers"),
         (GOOD.replace("98 6", "98 8").encode(), "id 8 is not in"),
         (GOOD.replace("98 6", "98 -2").encode(), "id -2 is not in"),
@@ -229,7 +229,7 @@ def test_the_smallest_file_is_read(tmp_path):
         (GOOD.replace("98 6", "98 2").encode(), "id 2 is used twice"),
         (GOOD.replace("5 6 7", "5 7 7").encode(), "joins a token"),
         (GOOD.replace("5 6 7", "1 6 7").encode(), "joins a token"),
-        (GOOD.replace("98 6", "97 6").encode(), "same character twice"),
+        (GOOD.replace("98 6", "97 6").encode(), "duplicate character"),
         (GOOD.replace("98 6", "55296 6").encode(), "55296 is not the code point"),
         (GOOD.replace("98 6", "1114112 6").encode(), "1114112 is not the code point"),
         (GOOD.replace("98 6", "32 6").encode(), "32 is not the code point"),
@@ -277,7 +277,7 @@ def test_a_damaged_clip_vocabulary_is_refused(tmp_path):
 def test_missing_files_and_folders_are_named(tmp_path):
     with pytest.raises(UserError, match="nowhere.txt: no such file.*bpe.train"):
         load_tokenizer(str(tmp_path / "nowhere.txt"))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="a folder without tokenizer.json"):
         load_tokenizer(str(tmp_path))
 
 
@@ -289,7 +289,7 @@ def test_paths_of_the_published_application_find_the_shipped_vocabularies(folder
     (tmp_path / "configs.yaml").write_text(f"L16:\n  bpe_path: {path}\n")
     config = args.parse(["--config-file", "configs.yaml", "--config", "L16", "--generated-data"])
     assert load_tokenizer(config.data.bpe_path).identity == load_tokenizer(str(SHIPPED)).identity
-    assert caplog.messages == [f"vocabulary {path}: taking {SHIPPED}"]
+    assert caplog.messages == [f"vocabulary {path}: using {SHIPPED}"]
     for missing in (folder + "/other.txt", str(tmp_path / "models/bpe/bpe_yttm_vocab.txt")):
         with pytest.raises(UserError, match="no such file"):
             load_tokenizer(missing)
@@ -418,11 +418,11 @@ def test_several_inputs_add_up_and_the_command_runs_as_a_module(tmp_path):
         ("missing.json", None, "no such file"),
         ("image.jpg", b"\xff\xd8\xff\xe0", "not a text file"),
         ("binary.json", b"\xff\xd8\xff\xe0", "not a text file"),
-        ("broken.json", b'{"annotations": [', "cut off"),
+        ("broken.json", b'{"annotations": [', "truncated"),
         ("list.json", b"[1]", "no list 'annotations'"),
         ("instances.json", b'{"annotations": [{"bbox": []}]}', "annotation 0 has no 'image_id' and no 'caption'"),
-        ("empty.txt", b"\n \n", "no caption"),
-        ("empty.json", b'{"annotations": []}', "no caption"),
+        ("empty.txt", b"\n \n", "no captions"),
+        ("empty.json", b'{"annotations": []}', "no captions"),
     ],
 )
 def test_bad_input_ends_with_one_line_and_leaves_the_old_file(
@@ -544,7 +544,7 @@ def test_a_tokenizer_json_is_found_again_by_what_a_checkpoint_notes(beside, tmp_
     checkpoint = types.SimpleNamespace(path=tmp_path / "dalle.pt", identity={"tokenizer": noted}, format="ours")
     assert loading._open_tokenizer(None, checkpoint).identity["sha256"] == noted["sha256"]
     path.write_bytes(path.read_bytes() + b"\n")
-    with pytest.raises(UserError, match="is not to be found: give it with --bpe-path"):
+    with pytest.raises(UserError, match="is not found: give it with --bpe-path"):
         loading._open_tokenizer(None, checkpoint)
 
 
@@ -564,10 +564,10 @@ def test_a_tokenizer_json_without_a_pad_at_zero_is_worth_a_warning(special, tmp_
     "content, complaint",
     [
         ("{", "damaged JSON"),
-        ('{"[PAD]": 0, "a": 1}', "no tokenizer.json of Hugging Face"),
+        ('{"[PAD]": 0, "a": 1}', "not a tokenizer.json of Hugging Face"),
         (
             '{"model": {"type": "WordPiece", "unk_token": "[UNK]", "vocab": {"a": 0}}}',
-            "cannot use it",
+            "cannot read it",
         ),
         ('{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "no tokens"),
         ('{"model": {"type": "BPE", "vocab": {"a": 4000000000}, "merges": []}}', "an id above"),

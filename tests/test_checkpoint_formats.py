@@ -18,7 +18,7 @@ from test_vqgan import TINY as TINY_VQGAN
 from test_vqgan import tiny
 
 from checkpoints import read_dalle
-from checkpoints.deepspeed import NOTE
+from checkpoints.deepspeed import AUXILIARY as NOTE
 from dalle.loading import _open_vqgan
 from models.config import DalleConfig
 from utils.errors import UserError
@@ -230,7 +230,7 @@ def test_reads_mindalle_with_its_vqgan_from_one_lightning_checkpoint(tmp_path, l
     mindalle_yaml(tmp_path)
     checkpoint = read_dalle(path)
     assert_mindalle(checkpoint)
-    assert caplog.text.count("taking its averaged weights") == (2 if averages else 0)
+    assert caplog.text.count("using its averaged weights") == (2 if averages else 0)
     images = torch.rand(1, 3, 32, 32)
     assert torch.equal(_open_vqgan(None, None, checkpoint).encode(images), vqgan.encode(images))
 
@@ -290,12 +290,12 @@ def test_what_is_missing_of_a_deepspeed_run_is_said(tmp_path):
     saved(tmp_path / "itself", dict(document, weights=""), "pytorch_model.bin")
     for path, message in (
         (lone, r"without their options: put the auxiliary.pt of the run's folder \(...-ds-cp\) beside it"),
-        (part, "one process's part of a DeepSpeed run.*zero_to_fp32.py . pytorch_model.bin"),
+        (part, "one process's shard of a DeepSpeed run.*zero_to_fp32.py . pytorch_model.bin"),
         (note, "lacks the run's weights.*zero_to_fp32.py . pytorch_model.bin"),
         (note.parent, "lacks the run's weights.*zero_to_fp32.py . pytorch_model.bin"),
         (sharded, "--max_shard_size"),
-        (saved(tmp_path / "two", state), "several lie near, such as .*a-ds-cp"),
-        (itself, "is no plain tensor"),
+        (saved(tmp_path / "two", state), "there are several, such as .*a-ds-cp"),
+        (itself, "is not a plain tensor"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             read_dalle(path)
@@ -372,7 +372,7 @@ REFUSED = {
     "no pads": (replace("model.text_emb.weight", torch.zeros(11, 8)), "no rows for pads: DALLE-pytorch before 0.9"),
     "images alone": (
         lambda document: document.update(state_dict={"stage2.sos": document.pop("weights")[QKV]}),
-        "model of images alone",
+        "ImageGPT",
     ),
     "sparse pattern": (change(attn_types=("full", "sparse")), "option 'attn_types' names 'sparse'"),
     "unknown pattern": (change(attn_types=("axial_diagonal",)), "option 'attn_types' names 'axial_diagonal'"),
@@ -391,13 +391,13 @@ REFUSED = {
     "too long": (change(text_seq_len=10**9), "'to_logits.1.weight' has 20 rows"),
     "shared ids": (change(shared_attn_ids=[]), "'shared_attn_ids' has the impossible value"),
     "no options": (lambda document: document.pop("hparams"), "neither 'hparams' nor 'config'"),
-    "options of wrong kind": (lambda document: document.update(hparams=[1]), "'hparams' is no table"),
+    "options of wrong kind": (lambda document: document.update(hparams=[1]), "'hparams' is not a table"),
     "epoch": (lambda document: document.update(epoch="last"), "'epoch' must be a whole number"),
     "no weights": (lambda document: document.pop("weights"), "neither 'weights'"),
-    "empty weights": (lambda document: document.update(weights={}), "no table of tensors"),
-    "no tensor": (replace(QKV, 3), "is no plain tensor"),
-    "integer name": (replace(3, torch.ones(1)), "weight 3 is no plain tensor"),
-    "sparse tensor": (replace(QKV, torch.eye(36, 8).to_sparse()), "is no plain tensor"),
+    "empty weights": (lambda document: document.update(weights={}), "not a table of tensors"),
+    "no tensor": (replace(QKV, 3), "is not a plain tensor"),
+    "integer name": (replace(3, torch.ones(1)), "weight 3 is not a plain tensor"),
+    "sparse tensor": (replace(QKV, torch.eye(36, 8).to_sparse()), "is not a plain tensor"),
     "integers": (replace(QKV, torch.zeros(36, 8, dtype=torch.long)), "instead of floating-point numbers"),
     "misshapen": (
         replace(QKV, torch.zeros(36, 9)),
@@ -417,7 +417,7 @@ REFUSED = {
     ),
     "no positions": (
         lambda document: document["weights"].pop("model.image_pos_emb.weights_0"),
-        "to tell the size of the code grid",
+        "the size of the code grid is unknown",
     ),
     "no head": (
         lambda document: document["weights"].pop("model.to_logits.1.weight"),

@@ -379,10 +379,10 @@ def test_weights_beyond_half_precision_are_not_exported_as_infinity(tmp_path):
 @pytest.mark.parametrize(
     "metadata, message",
     [
-        (None, "carries no options"),
-        ({"format": "pt"}, "carries no options"),
-        ({"format": "mini-dalle", "config": "{"}, "'config' is no JSON"),
-        ({"format": "mini-dalle", "config": "[]"}, "'config' is no table"),
+        (None, "holds no options"),
+        ({"format": "pt"}, "holds no options"),
+        ({"format": "mini-dalle", "config": "{"}, "'config' is not JSON"),
+        ({"format": "mini-dalle", "config": "[]"}, "'config' is not a table"),
         ({"format": "mini-dalle", "config": "{}"}, "'num_text_tokens' is missing"),
         ({"format": "mini-dalle", "config": json.dumps(dict(TINY.to_dict(), depth=10**9))}, "option 'depth'"),
         ({"format": "mini-dalle", "config": json.dumps(TINY.to_dict()), "epoch": "-1"}, "'epoch' must be"),

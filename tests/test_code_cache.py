@@ -179,7 +179,7 @@ def test_only_what_a_short_run_uses_is_encoded(photos, tmp_path):
         assert torch.equal(dataset[index][0], text) and torch.equal(dataset[index][1], Encoder()(image[None])[0])
     left_out = [index for index in range(20) if dataset.codes.where[index] < 0]
     assert len(left_out) >= 16
-    with pytest.raises(RuntimeError, match="was not among those to be encoded"):
+    with pytest.raises(RuntimeError, match="was not encoded"):
         dataset[left_out[0]]
     assert encoded(photos, tmp_path)[1] == 16
 
@@ -231,7 +231,7 @@ def test_records_without_their_manifest_are_not_trusted(all_photos, tmp_path, co
     right = manifest.read_bytes()
     manifest.unlink() if content is None else manifest.write_bytes(content)
     assert encoded(all_photos, tmp_path)[1] == 20
-    assert "built anew" in caplog.text and manifest.read_bytes() == right
+    assert "rebuilding it" in caplog.text and manifest.read_bytes() == right
     assert codes_file(tmp_path).parent == manifest.parent
 
 
@@ -337,7 +337,7 @@ def test_a_failure_in_one_process_ends_the_cache_in_all(all_photos, tmp_path, mo
 
 
 def test_processes_that_do_not_see_each_others_files_train_without(all_photos, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(code_cache, "_SECONDS_TO_APPEAR", 0.1)
+    monkeypatch.setattr(code_cache, "_VISIBILITY_TIMEOUT", 0.1)
     results = encoded_by_two(all_photos, [tmp_path / "0", tmp_path / "1"])
     assert all(isinstance(result, ImageTextFolder) for result in results)
     assert "share this folder" in caplog.text
@@ -400,7 +400,7 @@ def test_a_full_disk_ends_the_cache_not_the_run(tmp_path, caplog):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert isinstance(dataset, ImageTextFolder)
-    assert "training goes on without" in caplog.text and "--cache-codes DIR" in caplog.text
+    assert "training continues without" in caplog.text and "--cache-codes DIR" in caplog.text
     assert codes_file(tmp_path).stat().st_size == 1000  # the last record is cut off
     dataset, count = encoded(photos, tmp_path)
     assert count == 60 - 1000 // RECORD

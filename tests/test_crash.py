@@ -244,7 +244,7 @@ def test_asked_to_stop_it_saves_at_the_next_step(server, folder, tmp_path, undis
         os.kill(pid, number)
     assert [server.wait(pid) for pid in pids] == [status] * processes
     (saved,) = (tmp_path / "ckpt").glob("*.pt")
-    assert f"saved as {saved}; --resume goes on" in (tmp_path / "stderr.log").read_text()
+    assert f"saved as {saved}; continue with --resume" in (tmp_path / "stderr.log").read_text()
     assert (tmp_path / "loss.png").exists()
     finish(server, start(server, folder, tmp_path, "--resume", *only_epochs, processes=processes), tmp_path)
     assert_as_undisturbed(tmp_path, undisturbed(processes)[0])
@@ -280,7 +280,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(server,
     newest.write_bytes({"bit": content, "half": content[: len(content) // 2], "empty": b""}[damage])
     finish(server, start(server, folder, tmp_path, "--resume"), tmp_path)
     text = (tmp_path / "stderr.log").read_text()
-    assert "WARNING: Passing over a checkpoint: " in text and str(newest) in text
+    assert "WARNING: skipping a checkpoint: " in text and str(newest) in text
     assert "resumed {}: epoch 1, step 6".format(tmp_path / "ckpt/dalle_1_6.pt") in text
     assert_as_undisturbed(tmp_path, undisturbed(1)[0])
 
@@ -302,6 +302,6 @@ def test_torchrun_passes_sigterm_on(folder, tmp_path, undisturbed):  # noqa: F81
     finally:
         launcher.terminate()
     launcher.wait(300)  # its own status is not ours to decide
-    assert "--resume goes on" in (tmp_path / "stderr.log").read_text()
+    assert "continue with --resume" in (tmp_path / "stderr.log").read_text()
     assert torchrun("--resume").wait(600) == 0
     assert_as_undisturbed(tmp_path, undisturbed(2)[0])

@@ -377,7 +377,7 @@ def test_unreadable_images_are_replaced_the_same_way_every_time_and_counted(tmp_
 
 def test_nothing_but_unreadable_images_is_an_error(tmp_path):
     dataset = create_dataset(input_folder=str(write_folder(tmp_path, 3, broken=range(3))), max_bad_fraction=1, **COMMON)
-    with pytest.raises(UserError, match="^--input-folder .*: 3 of the 3 images cannot be read, such as .*; mend"):
+    with pytest.raises(UserError, match="^--input-folder .*: 3 of the 3 images cannot be read, such as .*; fix"):
         dataset[1]
 
 
@@ -476,7 +476,7 @@ def test_codes_take_the_place_of_images(tmp_path, codes):
     never[1] = -1
     dataset = CodesDataset(folder_dataset(folder), never)
     assert dataset[2][1].tolist() == never[2].tolist()
-    with pytest.raises(RuntimeError, match="the image of pair 1 was not among those to be encoded"):
+    with pytest.raises(RuntimeError, match="the image of pair 1 was not encoded"):
         dataset[1]
 
 

@@ -91,17 +91,17 @@ GOOD_IMAGES = {
     "\u202egpj.emoji \U0001f469\U0001f3fd.jpg": as_bytes(picture(), "JPEG"),
 }
 BAD_IMAGES = {
-    "truncated.jpg": (as_bytes(NOISE, "JPEG")[:700], "damaged pictures"),
-    "also truncated.png": (as_bytes(NOISE, "PNG")[:300], "damaged pictures"),
-    "zero.jpg": (b"", "files that are no picture"),
-    "html.jpg": (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "files that are no picture"),
-    "cut off.tif": (as_bytes(NOISE, "TIFF", compression="tiff_lzw")[:9000], "files that are no picture"),
-    "zeros.png": (bytes(5000), "files that are no picture"),
-    "postscript.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "files that are no picture"),
-    "svg.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "files that are no picture"),
-    "bomb.png": (bomb(20000, 20000), "pictures with too many pixels"),
-    "larger bomb.png": (bomb(2**31 - 1, 2**31 - 1), "pictures with too many pixels"),
-    "claims more.png": (bomb(3000, 2000), "damaged pictures"),
+    "truncated.jpg": (as_bytes(NOISE, "JPEG")[:700], "damaged images"),
+    "also truncated.png": (as_bytes(NOISE, "PNG")[:300], "damaged images"),
+    "zero.jpg": (b"", "files that are not images"),
+    "html.jpg": (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "files that are not images"),
+    "cut off.tif": (as_bytes(NOISE, "TIFF", compression="tiff_lzw")[:9000], "files that are not images"),
+    "zeros.png": (bytes(5000), "files that are not images"),
+    "postscript.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "files that are not images"),
+    "svg.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "files that are not images"),
+    "bomb.png": (bomb(20000, 20000), "images with too many pixels"),
+    "larger bomb.png": (bomb(2**31 - 1, 2**31 - 1), "images with too many pixels"),
+    "claims more.png": (bomb(3000, 2000), "damaged images"),
 }
 GOOD_CAPTIONS = {
     "arabic": "قطة تجلس على الكرسي",
@@ -221,7 +221,7 @@ def test_images_above_the_limit_end_the_loading_wherever_they_are_read(tmp_path,
 
     assert read(0.04) == 100
     assert len(lines(report)) == 4
-    with pytest.raises(UserError, match="--max-bad-fraction 0.03 allows: 4 files that are no picture"):
+    with pytest.raises(UserError, match="--max-bad-fraction 0.03 allows: 4 files that are not images"):
         read(0.03)
 
 

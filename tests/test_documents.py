@@ -17,6 +17,7 @@ import args
 import examples_utils.options
 import training.vqgan_options
 from benchmarks import busy, compare_peers
+from dalle import evaluation
 from examples import transfer_learning_ex
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,6 +105,7 @@ PARSED = {
     r"python examples/transfer_learning_ex\.py (.*)": transfer_learning_ex.COMMAND.parse,
     r"python3 -m examples_utils (.*)": examples_utils.options.parse,
     r"python benchmarks/compare_peers\.py (.*)": compare_peers.COMMAND.parse,
+    r"python evaluate\.py (.*(?:--metrics|--images).*)": evaluation.COMMAND.parse,
     r"python benchmarks/busy\.py (.*)": busy.COMMAND.parse,
 }
 
@@ -113,7 +115,7 @@ ONE_STEP = ["--max-steps", "1", "--cache-codes", "off", "--validation-fraction",
 RUN = {
     r"python train\.py (.*minDALLE_tiny.*)": [*ONE_STEP, "--checkpoint-output-dir", "again/ckpt"],
     r"python generate\.py (.*)": ["--num_images", "2"],
-    r"python evaluate\.py (.*)": ["--max_pairs", "4", "--skip_retrieval"],
+    r"python evaluate\.py ((?!.*(?:--metrics|--images)).*)": ["--max_pairs", "4", "--skip_retrieval"],
     r"python data/process_trainset\.py()": ["--captions", "captions.json", "--out-dir", "captions"],
     r"python data/process_trainset\.py (.+)": [],
     r"python -m bpe\.train (.*)": ["--vocab-size", "60"],

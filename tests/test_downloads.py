@@ -185,12 +185,12 @@ def test_a_missing_file_says_what_to_do_by_hand(server, tmp_path, pauses):
         download(server.url + "/gone.zip", tmp_path / "gone.zip", progress=False)
     message = str(raised.value)
     assert f"{server.url}/gone.zip" in message and "HTTP status 404" in message
-    assert "fetch it by hand and save it as {}".format(tmp_path / "gone.zip") in message and "\n" not in message
+    assert "download it by hand and save it as {}".format(tmp_path / "gone.zip") in message and "\n" not in message
     assert pauses == [] and len(server.requests) == 1
 
 
 def test_no_server_at_all(tmp_path, pauses):
-    with pytest.raises(UserError, match="fetch it by hand"):
+    with pytest.raises(UserError, match="download it by hand"):
         download("http://127.0.0.1:9/file.bin", tmp_path / "x", progress=False)
     assert len(pauses) == downloads.ATTEMPTS - 1
 
@@ -219,7 +219,7 @@ REFUSED = [
     ({}, LONG, "x", "it has 307200 bytes, more than the 307199 expected"),
     ({"send_length": False}, LONG, "x", "it has more than the 307199 bytes expected"),
     ({"content_type": "text/html; charset=utf-8"}, {}, "x.ckpt", "a web page instead of the file"),
-    ({"redirect": "http://example.org/file.bin"}, {}, "x", "http://example.org/file.bin is no https address"),
+    ({"redirect": "http://example.org/file.bin"}, {}, "x", "http://example.org/file.bin is not an https address"),
     ({}, {}, "file/x", "cannot save"),
     ({"free": 1000}, {}, "x", "needs 0.0 GB of space.*free"),
 ]
@@ -244,10 +244,10 @@ def test_a_file_as_large_as_the_limit_is_taken(server, tmp_path):
     "url", ["http://example.org/x", "ftp://example.org/x", "file:///etc/passwd", "x", "http://[bad/x"]
 )
 def test_only_https_without_a_checksum(tmp_path, url):
-    with pytest.raises(UserError, match="no https address"):
+    with pytest.raises(UserError, match="not an https address"):
         download(url, tmp_path / "x", progress=False)
     if not url.startswith("http://e"):
-        with pytest.raises(UserError, match="no https address"):
+        with pytest.raises(UserError, match="not an https address"):
             download(url, tmp_path / "x", sha256=SHA256, progress=False)
 
 

@@ -67,6 +67,11 @@ TRAIN = [
     ("--batch-size 99 --gradient-accumulation 99", "; lower --gradient-accumulation and --batch-size or"),
     (f"{PUBLISHED} --image-size 16 --wandb", "--wandb needs a package .*pip install wandb"),
     (f"{PUBLISHED} --image-size 16 --tensorboard", "--tensorboard needs a package"),
+    ("--hidden-size 999999999", "with --hidden-size 999999999 and .* has .* channels; at most 1048576 are supported"),
+    ("--image-size 80000", r"a code grid \(--image-size\) of 20000 the model has .* positions; at most 32768"),
+    ("--num-hidden-layers 2000", "with --num-hidden-layers 2000 the model has 2000 layers; at most 1024"),
+    ("--pretrained-checkpoint missing", "--pretrained-checkpoint missing: no such file or folder"),
+    ("--log-dir file", "--log-dir file: is a file, not a folder"),
     ("--checkpoint-output-dir file", "--checkpoint-output-dir file: file is a file, not a folder"),
     ("--checkpoint-output-dir file/ckpt", "--checkpoint-output-dir file/ckpt: "),
     ("--checkpoint-output-dir closed", "--checkpoint-output-dir closed: no permission"),
@@ -177,7 +182,7 @@ def test_of_processes_under_torchrun_one_speaks_and_leaves_its_line_for_the_repo
 ENDS = {
     "raise UserError('no')": (1, ["error: no"]),
     "raise UsageError('no')": (2, ["error: no"]),
-    "os.kill(os.getpid(), 9)": (1, ["error: process 0 was ended by SIGKILL"]),
+    "os.kill(os.getpid(), 9)": (1, ["error: process 0 was killed by SIGKILL"]),
     "return 0": (0, []),
 }
 

@@ -109,8 +109,8 @@ def test_loss_is_the_mean_over_all_pairs_whatever_the_batch(model, loaded, pairs
         assert result["data"] == {"input_folder": str(pairs), "num_pairs": 5} and "retrieval" not in result
         assert result["checkpoint"]["epoch"] == 2 and len(result["checkpoint"]["sha256"]) == 64
     printed = capsys.readouterr().out
-    assert f"image      {image_loss:.4f} nats for a code" in printed
-    assert f"{image_loss / math.log(2):.4f} bits for a code (at random: {math.log2(24):.2f})" in printed
+    assert f"image      {image_loss:.4f} nats per code" in printed
+    assert f"{image_loss / math.log(2):.4f} bits per code (uniform: {math.log2(24):.2f})" in printed
 
 
 def test_max_pairs_takes_the_same_pairs_every_time(model, pairs, tmp_path):
@@ -145,8 +145,8 @@ def test_nearest_picture_is_the_exact_one():
     queries = torch.cat([queries, torch.randint(0, 256, (20, 3, 6, 6), dtype=torch.uint8)])
     distances = (queries[:, None].long() - gallery[None].long()).pow(2).flatten(2).sum(-1)
     for chunk in (7, 512):
-        assert evaluation.nearest_pictures(queries, gallery, chunk=chunk).tolist() == distances.argmin(1).tolist()
-    assert evaluation.nearest_pictures(queries[:3], gallery).tolist() == [5, 17, 39]
+        assert evaluation.nearest_images(queries, gallery, chunk=chunk).tolist() == distances.argmin(1).tolist()
+    assert evaluation.nearest_images(queries[:3], gallery).tolist() == [5, 17, 39]
 
 
 def test_pictures_that_differ_in_one_step_of_one_pixel_are_told_apart():
@@ -154,8 +154,8 @@ def test_pictures_that_differ_in_one_step_of_one_pixel_are_told_apart():
     gallery = torch.randint(0, 255, (1, 3, 64, 64), dtype=torch.uint8).repeat(6, 1, 1, 1)
     for index in range(6):
         gallery[index, 0, 0, index] += 1
-    assert evaluation.nearest_pictures(gallery, gallery).tolist() == list(range(6))
-    assert evaluation.nearest_pictures(gallery[:1], gallery[2:]).tolist() == [0]  # all equally near: the first
+    assert evaluation.nearest_images(gallery, gallery).tolist() == list(range(6))
+    assert evaluation.nearest_images(gallery[:1], gallery[2:]).tolist() == [0]  # all equally near: the first
 
 
 def test_training_captions_are_a_fixed_choice():
@@ -192,7 +192,7 @@ def test_retrieval_counts_what_was_found(loaded, monkeypatch):
     numbers, samples = evaluation.retrieve(loaded, gallery, records[1::2], options_for())
     assert numbers["captions"] == 4 and numbers["generated"] == 0.75
     own = [encode(loaded, image[None]) for image in gallery.images[1::2]]
-    nearest = evaluation.nearest_pictures(torch.cat([decode(loaded, row) for row in own]), gallery.images)
+    nearest = evaluation.nearest_images(torch.cat([decode(loaded, row) for row in own]), gallery.images)
     assert numbers["reconstructions"] == float((nearest == torch.tensor([1, 3, 5, 7])).float().mean())
     assert [sample.found for sample in samples] == [True, True, False, True]
     assert torch.equal(samples[2].real, gallery.images[5]) and torch.equal(samples[2].generated, gallery.images[0])
@@ -218,7 +218,7 @@ def test_the_demo_set_from_beginning_to_end(model, small_demo, tmp_path, capsys)
     assert retrieval["pictures"] == 14 and retrieval["temperature"] == 0
     assert (retrieval["heldout"]["captions"], retrieval["train"]["captions"]) == (4, 10)
     printed = capsys.readouterr().out
-    assert "demo set, heldout (4 pairs)" in printed and "retrieval@1 among 14 pictures" in printed
+    assert "demo set, heldout (4 pairs)" in printed and "retrieval@1 among 14 images" in printed
     line = "  held-out   4 captions: generated {generated:.1%}, reconstructions {reconstructions:.1%}"
     assert line.format(**retrieval["heldout"]) in printed
     with Image.open(tmp_path / "sheet.png") as sheet:
@@ -246,8 +246,8 @@ def test_sheet_of_any_data(model, pairs, tmp_path):
     ("--temperature 1e-38", "--temperature: must be at least 1e-06 and at most 1e+06, or 0, got 1e-38"),
     ("--cond_scale 1e38", "--cond-scale: must be at least 0 and at most 1e+06, got 1e38"),
     ("--top_k 2.5", "--top-k: must be a share below 1 or a whole number, got 2.5"),
-    ("--top-p 0.5 --skip-retrieval", "--top-p: nothing is sampled but for retrieval on the demo set, or with --sheet"),
-    ("--cond-scale 2 --input-folder x", "--cond-scale: nothing is sampled"),
+    ("--top-p 0.5 --skip-retrieval", "--top-p: images are only sampled for retrieval on the demo set, or with --sheet"),
+    ("--cond-scale 2 --input-folder x", "--cond-scale: images are only sampled"),
     ("--split train --input-folder x", "--split is for the demo set, not for --input-folder x"),
     ("--sheet sheet.gif", "--sheet: the file's name must end in .png or .jpg, not 'sheet.gif'"),
     ("--split test", "--split: expected one of heldout, train, all, got 'test'"),

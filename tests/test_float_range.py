@@ -197,7 +197,8 @@ def test_gelu_of_what_is_not_finite():
     odd = torch.tensor([[NAN, INF, -INF, 3.4e38, -3.4e38, 1.0, -0.0, 0.0]])
     bits = torch.tensor([[0x7F800001, 0x7FC00001, -1]], dtype=torch.int32).view(torch.float32)  # other nans
     odd = torch.cat([odd, bits], dim=1)
-    torch.testing.assert_close(elementwise.gelu(odd, False), F.gelu(odd), equal_nan=True)
+    expected = F.gelu(odd.double()).float()  # oneDNN's float32 gelu(inf) is not a number on AVX-512
+    torch.testing.assert_close(elementwise.gelu(odd, False), expected, equal_nan=True)
     again, grad_input = torch.ones_like(odd), torch.empty_like(odd)
     elementwise.gelu_backward(odd, False, again, grad_input)
     finite = [False] * 3 + [True] * 5 + [False] * 3
@@ -220,7 +221,7 @@ def test_residual_add_and_scaled_rows_of_all_shapes(rows, width, threads):
 
     def sum_and_scale():
         scaled = x.clone()
-        return elementwise.sum_products_and_scale(scaled, residual, factor), scaled
+        return elementwise.row_dots_and_scale(scaled, residual, factor), scaled
 
     sums, scaled = on_threads(threads, sum_and_scale)
     assert_close(sums, (x.double() * residual).sum(dim=1), 1e-5)
@@ -237,7 +238,7 @@ def test_residual_add_and_scaled_rows_of_all_numbers(chance):
     assert_within(result, exact, sums, 3, lost=LOST * (1 + float(scale.abs().max())))
     x, y, factor = wild(count, width), wild(count, width, high=-8), wild(count, high=0)
     scaled, multiplied = x.clone(), x.double() * y.double()
-    result = elementwise.sum_products_and_scale(scaled, y, factor)
+    result = elementwise.row_dots_and_scale(scaled, y, factor)
     assert_within(result, multiplied.sum(1), multiplied.abs().sum(1), width)
     assert torch.equal(scaled, x * factor[:, None])
 

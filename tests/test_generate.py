@@ -244,7 +244,7 @@ def test_prompts_of_a_file_and_of_text(run, tmp_path, caplog):
     (tmp_path / "prompts.txt").write_bytes("\ufefffirst line\n\n  b|c \r\nfirst line\n".encode("utf-8"))
     reports = run(None, "--prompts_file", str(tmp_path / "prompts.txt"), "--num_images", "1")
     assert set(reports) == {"first_line", "b|c"}
-    assert "1 of the captions are given more than once" in caplog.text
+    assert "1 duplicate captions are ignored" in caplog.text
     reports = run("x| y ||", "--prompts_file", str(tmp_path / "prompts.txt"), "--num_images", "1")
     assert set(reports) == {"first_line", "b|c", "x", "y"}
 
@@ -258,7 +258,7 @@ def test_both_spellings_of_flags_and_values_with_a_dash(files, tmp_path):
 def test_a_long_caption_is_cut_with_a_warning(run, files, caplog):
     report = run("abcdefghijklmnop", "--num_images", "1")["abcdefghijklmnop"]
     assert report["text_tokens"] == files.tokenizer.encode("abcdefghijklmnop")[:10]
-    assert "10 tokens of a caption, the end of 'abcdefghijklmnop' (17 tokens) is left out" in caplog.text
+    assert "10 tokens of a caption: 'abcdefghijklmnop' (17 tokens) is truncated" in caplog.text
 
 
 def test_ten_megabytes_of_text(run, files, tmp_path):
@@ -327,10 +327,10 @@ def test_a_new_run_replaces_the_old_one_whole(run, tmp_path, caplog):
     names = {"0.jpg", "1.jpg", "caption.txt", "generation.json", "grid.png", "notes.txt"}
     assert {path.name for path in folder.iterdir()} == names
     (folder / "7.jpg").write_bytes(b"from somewhere else")
-    assert "already holds" not in caplog.text
+    assert "already has" not in caplog.text
     run("a", "--num_images", "1")
     assert (folder / "7.jpg").exists() and not (folder / "1.jpg").exists()
-    assert "already holds 7.jpg, which no generation.json lists" in caplog.text
+    assert "already has 7.jpg that no generation.json lists" in caplog.text
 
 
 def test_an_old_report_cannot_name_other_files(run, tmp_path):
@@ -403,7 +403,7 @@ def test_parts_are_found_beside_a_checkpoint_that_moved(files, tmp_path):
     assert load(files.save("moved.pt", identity)).vqgan.identity == sha256_file(files.vqgan_model)
     alone = tmp_path / "moved.pt"
     alone.write_bytes((files.folder / "moved.pt").read_bytes())
-    gone = r"{} .* \(/gone/{}\) is not to be found: give it with {}"
+    gone = r"{} .* \(/gone/{}\) is not found: give it with {}"
     with pytest.raises(UserError, match=gone.format("the vocabulary", "letters.txt", "--bpe-path")):
         load(alone)
     with pytest.raises(UserError, match=gone.format("the VQGAN", "vqgan.ckpt", "--vqgan-model-path")):
@@ -461,7 +461,7 @@ def test_the_vqgan_inside_a_published_checkpoint_is_used(files, tmp_path):
     stored = load(tmp_path / "published.pt", files.vocabulary, None, files.vqgan_config)
     codes = torch.arange(16)[None]
     assert stored.checkpoint.format == "mini-dalle" and torch.equal(stored.vqgan.decode(codes), vqgan.decode(codes))
-    with pytest.raises(UserError, match="is no published one: give its YAML file with --vqgan-config-path"):
+    with pytest.raises(UserError, match="is not a published one: give its YAML file with --vqgan-config-path"):
         load(tmp_path / "published.pt", files.vocabulary)
 
 
@@ -505,7 +505,7 @@ def test_demo_means_the_shipped_files(files, monkeypatch, tmp_path):
 
 USAGE = [
     ("", "--text: give a caption, or a file of captions with --prompts-file"),
-    ("--text |", "--text: there is no caption in it"),
+    ("--text |", "--text: no captions found"),
     ("--text a --num_images 0", "--num-images: must be at least 1 and at most 1000000, got 0"),
     ("--text a --num_images many", "--num-images: expected a whole number, got 'many'"),
     ("--text a --batch_size -1", "--batch-size: must be at least 1"),
@@ -543,16 +543,16 @@ def test_user_errors(run, tmp_path):
     Image.new("RGB", (8, 8)).save(picture)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a").write_bytes(b"")
-    unknown = "--dalle-path /nowhere.pt: there is no such file, folder or published model. Known by name: demo"
+    unknown = "--dalle-path /nowhere.pt: no such file, folder or published model. Known names: demo"
     for message, *flags in (
         (unknown, "--dalle_path", "/nowhere.pt"),
         ("is no checkpoint", "--dalle_path", str(bad)),
         ("--prompts-file /nowhere.txt: No such file or directory", "--prompts_file", "/nowhere.txt"),
-        ("is no UTF-8 text (byte 1)", "--prompts_file", str(latin)),
+        ("is not UTF-8 text (byte 1)", "--prompts_file", str(latin)),
         (f"--outputs-dir {bad}: {bad} is a file, not a folder", "--outputs_dir", str(bad), "--dalle_path", str(bad)),
         ("--prime-image /nowhere.png cannot be read: No such file", "--prime_image", "/nowhere.png"),
         (f"--prime-image {bad} cannot be read", "--prime_image", str(bad)),
-        ("--prime-rows: the model samples 4 rows", "--prime_image", str(picture), "--prime_rows", "4"),
+        ("--prime-rows: the model has 4 rows", "--prime_image", str(picture), "--prime_rows", "4"),
         (f"--outputs-dir: cannot write {tmp_path / 'out' / 'a'}: File exists",),
         *([] if torch.cuda.is_available() else [("--device cuda", "--device", "cuda")]),
     ):
@@ -562,7 +562,7 @@ def test_user_errors(run, tmp_path):
 
 
 def test_in_python_errors_name_arguments():
-    with pytest.raises(UserError, match=r"^path dem: there is no such .* Did you mean 'demo'\? Known by name: demo"):
+    with pytest.raises(UserError, match=r"^path dem: no such .* Did you mean 'demo'\? Known names: demo"):
         Dalle.from_pretrained("dem")
 
 

@@ -199,13 +199,13 @@ def test_bubble():
      "at least 7"),
     ({"embedding_serialization_factor": 5}, "--embedding-serialization-factor", "4 does"),
     ({"replication_factor": 3}, "--replication-factor", "powers of two"),
-    ({"enable_rts": True}, "--enable-rts", "leave it out"),
+    ({"enable_rts": True}, "--enable-rts", "omit it"),
     ({"gradient_accumulation": 1}, "--async-dataloader", "--async-dataloader false"),
     ({"enable_als": True}, "--enable-als", "--fp16"),
     ({"ema_decay": 0.9}, "--ema-decay", "--ema-decay 0"),
     ({"attention_impl": "sdpa"}, "--attention-impl", "auto"),
-    ({"compile": True}, "--compile", "leave it out"),
-    ({"matmul_precision": "high"}, "--matmul-precision", "leave it out"),
+    ({"compile": True}, "--compile", "omit it"),
+    ({"matmul_precision": "high"}, "--matmul-precision", "omit it"),
     ({"optimizer": "Muon"}, "--optimizer", "AdamW"),
 ])
 def test_what_cannot_work_is_told_with_its_flag_and_a_way_out(options, flag, way_out):

@@ -229,7 +229,7 @@ def test_where_nothing_keeps_files_each_run_says_so_once_and_compiles(answer, mo
     answer.temporary.parent.write_text("in the way")
     for _ in range(2):
         [line] = answer.ask(compiles=True)
-        assert "cannot be kept (/proc/none: " in line and "set XDG_CACHE_HOME" in line
+        assert "cannot be cached (/proc/none: " in line and "set XDG_CACHE_HOME" in line
     assert [path.name for path in (answer.root / "tmp").iterdir()] == [answer.temporary.parent.name]
 
 

@@ -100,7 +100,7 @@ def test_the_main_process_writes_console_and_file_the_others_only_errors(tmp_pat
 def test_a_log_file_that_cannot_be_made_or_written_is_only_a_warning(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     assert log.setup(tmp_path / "file" / "below") is None
-    assert "going on without it" in capsys.readouterr().err
+    assert "continuing without it" in capsys.readouterr().err
 
     log.setup(tmp_path)
     file = next(handler for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)
@@ -236,7 +236,7 @@ def test_metrics_in_a_folder_that_cannot_be_made(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     with log.Metrics(tmp_path / "file") as metrics:
         metrics.log("train", 1, loss=1.0)
-    assert "going on without it" in caplog.text
+    assert "continuing without it" in caplog.text
 
 
 @pytest.mark.parametrize("name, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])

@@ -130,12 +130,12 @@ def test_a_tokenizer_is_known_by_its_files(folder, tmp_path):
     assert ours.identity["type"] == "char_bpe" and len(ours.identity["sha256"]) == 64
     assert ours.encode("a\ud800b") == ours.encode("ab")
     for vocabulary, merges, message in (
-        ("{", "", "no JSON"),
+        ("{", "", "not JSON"),
         ('{"a": 0}', "", r"needs the tokens \[PAD\] with id 0"),
         ('{"[PAD]": 0, "[UNK]": 1, "a": 1}', "", "same id"),
-        ('{"[PAD]": 0, "[UNK]": 1, "a": "x"}', "", "no whole numbers"),
+        ('{"[PAD]": 0, "[UNK]": 1, "a": "x"}', "", "must be whole numbers"),
         ('{"[PAD]": 0, "[UNK]": 1, "a": 2}', "a b\n", "line 1 merges tokens that the vocabulary lacks"),
-        ('{"[PAD]": 0, "[UNK]": 1, "a": 2}', "#version: 0.2\na\n", "line 2 is no merge"),
+        ('{"[PAD]": 0, "[UNK]": 1, "a": 2}', "#version: 0.2\na\n", "line 2 is not a merge"),
     ):
         (tmp_path / "x-vocab.json").write_text(vocabulary)
         (tmp_path / "x-merges.txt").write_text(merges)
@@ -271,9 +271,9 @@ def test_transparent_parts_are_a_mask():
 
 
 def test_what_a_folder_lacks_is_named(folder, tmp_path):
-    with pytest.raises(UserError, match="minDALL-E/1.4B: there is no such file.* Did you mean 'minDALL-E/1.3B'"):
+    with pytest.raises(UserError, match="minDALL-E/1.4B: no such file.* Did you mean 'minDALL-E/1.3B'"):
         Dalle.from_pretrained("minDALL-E/1.4B")
-    with pytest.raises(UserError, match="no folder in minDALL-E's layout"):
+    with pytest.raises(UserError, match="not a folder in minDALL-E's layout"):
         Dalle.from_pretrained(tmp_path)
     for name, argument in (("stage1_last.ckpt", "vqgan_model_path"), ("tokenizer", "bpe_path")):
         part = tmp_path / name
@@ -356,7 +356,7 @@ def test_a_published_name_is_fetched_once(tmp_path, monkeypatch):
         ([("a/hard", (tarfile.LNKTYPE, "/etc/passwd"))], "unsafe entry"),
         ([("a/pipe", (tarfile.FIFOTYPE, ""))], "unsafe entry"),
         ([("a/large", b"x" * 2000)], "more than the 1000 bytes"),
-        ([("a/x", b"x"), ("b/x", b"x")], "2 things at its top"),
+        ([("a/x", b"x"), ("b/x", b"x")], "2 top-level entries"),
         ([("a/x", b"x"), ("a/x", b"y")], "unsafe entry 'a/x'"),
         ([("a", b"x"), ("a/x", b"y")], "cannot unpack"),
     ],

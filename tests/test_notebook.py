@@ -85,7 +85,7 @@ def test_a_click_draws_what_the_controls_say(gallery, model):
     assert torch.equal(gallery.generated.codes, expected.codes)
     shown = Image.open(io.BytesIO(gallery.picture.value))
     assert shown.convert("RGB").tobytes() == ranked_sheet(expected.images, rank("red apple", expected)).tobytes()
-    assert gallery.status.value == "2 images, ordered by likelihood (nats a code), the best first"
+    assert gallery.status.value == "2 images, ordered by likelihood (nats per code), the best first"
 
 
 def test_the_controls_keep_to_what_the_model_takes(gallery, model):

@@ -68,7 +68,7 @@ def test_a_bad_step_changes_nothing_and_is_counted(folder, tmp_path, monkeypatch
         assert flat(state["optimizer"]) == flat(expected["optimizer"]) and state["bad_steps"] == [1, 1]
         assert [event["bad_steps"] for event in events] == [0, 0, 1]
         assert events[1]["grad_norm"] > 0 and events[2]["grad_norm"] is None and events[2]["loss"] is None
-        assert "step 3: loss or gradient not finite for 1 step(s), 1 in all" in caplog.text
+        assert "step 3: loss or gradient not finite for 1 step(s), 1 in total" in caplog.text
 
 
 def flat(state):
@@ -125,7 +125,7 @@ def test_the_way_out_is_one_that_the_device_has(folder, tmp_path, monkeypatch, m
     config = args.parse(flags(folder, tmp_path, *more))
     engine = engines.create(config)
     saver = Saver(SimpleNamespace(config=config, engine=engine), tmp_path / "dalle_1.pt")
-    assert saver.way_out().startswith(f"the last good checkpoint is {saver.newest}: go on from it")
+    assert saver.way_out().startswith(f"the last good checkpoint is {saver.newest}: continue from it")
     assert saver.way_out().endswith(advice)
 
 

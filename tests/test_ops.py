@@ -150,7 +150,7 @@ def test_the_choice_holds_within_its_context_or_for_good():
     before = ops.use("reference")
     assert ops.uses_reference()
     before.__exit__()
-    with pytest.raises(ValueError, match="unknown implementations 'fast'"):
+    with pytest.raises(ValueError, match="unknown implementation 'fast'"):
         ops.use("fast")
     assert not ops.uses_reference()
 
@@ -163,7 +163,7 @@ def test_an_unknown_activation_is_an_error(name):
 
 def test_explain_says_what_runs_and_why():
     with ops.use("reference"):
-        assert all(line[1:] == ("PyTorch", "reference implementations are asked for") for line in ops.explain())
+        assert all(line[1:] == ("PyTorch", "reference implementations are selected") for line in ops.explain())
     for like, reason in ((torch.ones(1).double(), "a tensor of float64"), (torch.ones(1, device="meta"), "on meta")):
         assert all(line.implementation == "PyTorch" and reason in line.reason for line in ops.explain(like))
     environment = dict(os.environ, DALLE_KERNELS="off")
@@ -187,9 +187,9 @@ def test_other_types_and_devices_take_pytorch():
 @pytest.mark.parametrize(
     "shapes, message",
     [
-        ([(1, 20, 9)], "of 2 heads"),
-        ([(1, 15, 12)], "of 2 heads"),
-        ([(1, 20, 12), (1, 20, 4), (1, 20, 6)], "other shapes"),
+        ([(1, 20, 9)], "fit 2 heads"),
+        ([(1, 15, 12)], "fit 2 heads"),
+        ([(1, 20, 12), (1, 20, 4), (1, 20, 6)], "wrong shapes"),
         ([(1, 12, 20), (1, 20, 4), (1, 20, 12)], "contiguous"),
     ],
 )

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from checkpoints import read_dalle
-from checkpoints.formats import from_published
+from checkpoints.formats import from_dalle_pytorch
 from models.config import DalleConfig
 from models.dalle import DalleModel
 from sampling import SamplingOptions, sample_codes
@@ -157,7 +157,7 @@ def test_logits_losses_and_gradients(peer_package, tmp_path, options):
     own = dict(model.named_parameters())
     theirs = {name: parameter.grad for name, parameter in peer.named_parameters() if not name.startswith("vae.")}
     theirs = {name: gradient for name, gradient in theirs.items() if gradient is not None}
-    expected = from_published(theirs, {}, config=model.config.to_dict()).weights
+    expected = from_dalle_pytorch(theirs, {}, config=model.config.to_dict()).weights
     assert own.keys() <= expected.keys()
     for name, parameter in own.items():
         torch.testing.assert_close(

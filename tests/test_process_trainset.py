@@ -70,11 +70,11 @@ def test_one_file_per_image_named_as_the_image(tmp_path):
     assert (counts.empty, counts.repeated, counts.unknown, counts.without) == (1, 1, 1, 1)
     text = str(counts)
     assert "4 captions of 2 images; 2 text files written, 0 unchanged" in text
-    assert "1 empty captions" in text and "1 captions of images that the file does not list" in text
+    assert "1 empty captions" in text and "1 captions of unlisted images" in text
     assert [(line["path"], line["reason"]) for line in skipped_in(out)] == [
         ("annotation 2", "entries with an empty caption"),
-        ("annotation 5", "annotations whose id came before"),
-        ("annotation 6", "annotations of images that the file does not list"),
+        ("annotation 5", "annotations with a duplicate id"),
+        ("annotation 6", "annotations of unlisted images"),
     ]
 
 
@@ -109,18 +109,19 @@ def test_a_second_run_writes_only_what_changed(tmp_path):
 
 
 WRONG = {
-    "": "cut off",
-    '{"annotations": [{"image_id": 1, "caption": "a': "cut off",
-    '{"annotations": [{"image_id": 1,': "cut off",
+    "": "truncated",
+    '{"annotations": [{"image_id": 1, "caption": "a': "truncated",
+    '{"annotations": [{"image_id": 1,': "truncated",
     "<html>not found</html>": "not a JSON file",
     "[1, 2]": "no list 'annotations'",
     '{"images": []}': "no list 'annotations'",
     '{"annotations": {"image_id": 1}}': "no list 'annotations'",
-    '{"annotations": []}': "no caption in it",
+    '{"annotations": []}': "no captions found",
     '{"annotations": [{"image_id": 1, "caption": "a"}], "images": 3}': "'images' must be a list",
     '{"annotations": [{"image_id": 1, "caption": "a"}, {"image_id": 2, "caption": "b"}], "images": '
     '[{"id": 1, "file_name": "a/1.jpg"}, {"id": 2, "file_name": "a/1.png"}]}': "same name 'a/1'",
     "[" * 100000: "nested too deeply",
+    'image,caption\n1.jpg,"A cat\n2.jpg,A dog\n': "row 2 opens a quote",
 }
 
 
@@ -139,15 +140,15 @@ BAD_ENTRIES = {
     '{"image_id": 1, "caption": " "}': "an empty caption",
     "7": "has no 'image_id'",
     '{"caption": "b"}': "names no image",
-    '{"image_id": 1.5, "caption": "a"}': "neither a whole number nor a text: 1.5",
-    '{"image_id": true, "caption": "a"}': "neither a whole number nor a text: True",
-    '{"image_id": -1, "caption": "a"}': "neither a whole number nor a text: -1",
-    '{"image_id": %s, "caption": "a"}' % ("9" * 10000): "neither a whole number nor a text: 1e+18",
+    '{"image_id": 1.5, "caption": "a"}': "neither an integer nor text: 1.5",
+    '{"image_id": true, "caption": "a"}': "neither an integer nor text: True",
+    '{"image_id": -1, "caption": "a"}': "neither an integer nor text: -1",
+    '{"image_id": %s, "caption": "a"}' % ("9" * 10000): "neither an integer nor text: 1e+18",
     '{"image_id": 1, "bbox": [1, 2]}': "not instances_",
-    '{"image_id": 1, "caption": ["a"]}': "'caption' that is no text",
-    '{"image_id": 1, "caption": %s}' % ("[" * 500 + "]" * 500): "'caption' that is no text",
+    '{"image_id": 1, "caption": ["a"]}': "'caption' that is not text",
+    '{"image_id": 1, "caption": %s}' % ("[" * 500 + "]" * 500): "'caption' that is not text",
     '{"image_id": 1, "caption": "a", "id": [1]}': "has an 'id'",
-    '{"image_id": 1, "caption": "a", "id": 5}, {"image_id": 1, "caption": "b", "id": 5}': "id came before",
+    '{"image_id": 1, "caption": "a", "id": 5}, {"image_id": 1, "caption": "b", "id": 5}': "with a duplicate id",
     '{"image_id": "..", "caption": "a"}': "gives no file name",
 }
 
@@ -184,7 +185,7 @@ def test_bad_images_are_left_out_and_listed(tmp_path, image, detail):
 
 def test_nothing_but_bad_entries_is_an_error(tmp_path):
     source = write_json(tmp_path / "c.json", [annotation(1, "")])
-    with pytest.raises(UserError, match="no caption in it"):
+    with pytest.raises(UserError, match="no captions found"):
         process_captions(source, tmp_path / "out", max_bad_fraction=1)
 
 
@@ -237,6 +238,8 @@ def test_lists_are_told_by_what_is_in_them(tmp_path, name, suffix):
     ('image,caption\n1.jpg,"A cat,\nred ""x"""\n', {"1": 'A cat, red "x"'}),
     ('1.jpg#0\t"A" cat says "B"\n', {"1": '"A" cat says "B"'}),
     ('image\tcaption\n1.jpg\t"a ""cat"""\n2.jpg\t"half\n', {"1": 'a "cat"', "2": '"half'}),
+    ('{"images": [{"filepath": "a", "filename": "1.jpg", "sentences": [{"raw": "one"}]}, '
+     '{"filepath": "b", "filename": "1.jpg", "sentences": [{"raw": "two"}]}]}', {"a/1": "one", "b/1": "two"}),
     ("image,caption\na/1.jpg,one\nb\\1.jpg,two\n../../c/2.jpg,three\n", {"a/1": "one", "b/1": "two", "c/2": "three"}),
     ('[{"image": "COCO_1.5", "caption": "a"}, {"image": 9, "caption": "b"}]', {"COCO_1.5": "a", "000000000009": "b"}),
 ])
@@ -255,9 +258,9 @@ COMMENTS = "image_name| comment_number| comment\n" + "1.jpg| 0| a\n" * 99
     (COMMENTS + "1.jpg| 4   A dog\n", "has 2 columns, not 3"),
     (TABLE + ",b\n", "names no image"),
     (TABLE + "1.jpg,\n", ""),
-    (LINE + '{"image": "1.jpg", "te\n', "is no JSON object"),
-    (LINE + '{"image": "1.jpg", "text": 3}\n', "'text' that is no text: 3"),
-    (LINE + '{"image": {}, "text": "a"}\n', "neither a whole number nor a text"),
+    (LINE + '{"image": "1.jpg", "te\n', "is not a JSON object"),
+    (LINE + '{"image": "1.jpg", "text": 3}\n', "'text' that is not text: 3"),
+    (LINE + '{"image": {}, "text": "a"}\n', "neither an integer nor text"),
 ])
 def test_bad_rows_are_left_out_and_listed(tmp_path, content, detail):
     source, out = tmp_path / "list", tmp_path / "out"
@@ -338,7 +341,7 @@ def test_the_short_name_fails_in_one_line_from_any_folder(tmp_path):
     (tmp_path / "c.json").write_text("{")
     done = run_script(ROOT / "process_captions.py", "--captions", "c.json", "--out-dir", "out", cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.strip() == "error: --captions c.json: the file is cut off; fetch it again"
+    assert done.stderr.strip() == "error: --captions c.json: the file is truncated; download it again"
 
 
 @pytest.mark.skipif(not COCO.is_file(), reason="needs ../shared/data/captions_val2017.json")

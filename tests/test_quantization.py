@@ -102,7 +102,7 @@ def test_weights_of_another_model_are_refused():
     state = dict(DalleModel(SMALL).state_dict())
     for weights, message in (
         ({key: tensor for key, tensor in state.items() if key != "norm.bias"}, "norm.bias is missing"),
-        (dict(state, more=torch.zeros(1)), "does not have: more"),
+        (dict(state, more=torch.zeros(1)), "not in the model: more"),
         (dict(state, **{"norm.bias": torch.zeros(1)}), r"norm.bias has shape \(1,\)"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -209,7 +209,7 @@ def test_the_sampling_example_saves_the_best(mindalle_folder, tmp_path, monkeypa
     caplog.set_level(logging.INFO)
     flags = f"--model {mindalle_folder} -n 5 --prompt a/cat --keep 3 --seed 4 --device cpu".split()
     example.main([*flags, "--result-path", str(tmp_path / "a")])
-    assert len(list((tmp_path / "a").glob("*_[012].png"))) == 3 and "ordered by their likelihood" in caplog.text
+    assert len(list((tmp_path / "a").glob("*_[012].png"))) == 3 and "ranked by likelihood" in caplog.text
     monkeypatch.setattr(example, "ClipRanker", Brightness)
     example.main([*flags, "--result-path", str(tmp_path / "b"), "--clip-path", "x", "--softmax_temperature", "1.5"])
     means = [np.asarray(Image.open(path)).mean() for path in sorted((tmp_path / "b").iterdir())]
@@ -265,7 +265,7 @@ def test_a_local_clip_scores_without_network(clip_folder, monkeypatch, images):
 
 def test_a_wrong_clip_path_is_named(tmp_path):
     pytest.importorskip("transformers")
-    with pytest.raises(UserError, match=r"--clip-path .*: no folder of a CLIP model \(it lacks config.json\)"):
+    with pytest.raises(UserError, match=r"--clip-path .*: not a folder of a CLIP model \(it lacks config.json\)"):
         ClipRanker(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="--clip-path .*cannot be read as a CLIP model"):

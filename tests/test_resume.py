@@ -202,7 +202,7 @@ def test_a_new_value_does_what_its_option_says(saved, name, monkeypatch):
         elif seen is None:
             assert (found == saved.expected) == (rule == FREE)
         else:
-            notes["engine"] = ["products of medium precision" in engine.describe()]
+            notes["engine"] = ["matmuls of medium precision" in engine.describe()]
             notes["checkpointed"] = [hasattr(engine.model.dalle.transformer.layers[0].forward, "func")]
             assert notes[seen] == [{"threads": 2, "bad steps": 1}.get(seen, True)]
 
@@ -348,7 +348,7 @@ def test_what_fills_no_batch_is_told(folder, tmp_path, caplog):  # noqa: F811
     run(folder, tmp_path, *batch(1, 1), "--max-steps", "22")
     run(folder, tmp_path, *batch(2, 2), "--validation-fraction", "0", "--max-steps", "0", "--epochs", "1", "--resume")
     assert "dalle_0_22.pt: epoch 0, step 22, sample 22 of 24" in caplog.text
-    assert "given anew: --batch-size 2 instead of 1, --gradient-accumulation 2 instead of 1, --epochs 1" in caplog.text
+    assert "options: --batch-size 2 instead of 1, --gradient-accumulation 2 instead of 1, --epochs 1" in caplog.text
     assert "epoch 0: its last 2 sample(s) do not fill a batch of 4 and are skipped" in caplog.text
     assert (tmp_path / "ckpt/dalle_0.pt").exists()  # the epoch has its end
 
@@ -433,7 +433,7 @@ def test_a_model_that_decided_on_its_shape_goes_on(folder, tmp_path, caplog):  #
     run(folder, tmp_path / "first", "--max-steps", "1")
     start = ("--pretrained-checkpoint", str(tmp_path / "first/ckpt/dalle_0_1.pt"))
     run(folder, tmp_path / "tuned", "--max-steps", "1", "--hidden-size", "32", *start)
-    assert "decides on its shape, not the configuration: --hidden-size 16 instead of 32" in caplog.text
+    assert "not of the configuration: --hidden-size 16 instead of 32" in caplog.text
     for step, width in (("2", "32"), ("3", "16")):
         run(folder, tmp_path / "tuned", "--max-steps", step, "--hidden-size", width, "--resume")
     with pytest.raises(UserError, match="--hidden-size"):

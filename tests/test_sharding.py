@@ -164,7 +164,7 @@ def test_all_processes_leave_out_a_step_that_is_bad_in_one(trained):
 
 def test_where_it_cannot_be_the_reason_is_told(folder, tmp_path, monkeypatch):  # noqa: F811
     config = args.parse(flags(folder, tmp_path, "--shard"))
-    with pytest.raises(UsageError, match="torchrun.*leave --shard out"):
+    with pytest.raises(UsageError, match="torchrun.*omit --shard"):
         engines.create(config)
     assert any("--shard" in problem for problem in plan.problems(config))
     monkeypatch.delattr(torch.distributed.fsdp, "fully_shard")

@@ -222,7 +222,7 @@ def test_what_makes_no_pair_is_counted_and_named(tmp_path, caplog):
         "1 caption files that are not UTF-8 (such as c.tar/7.png)",
         "1 captions of 1 MB and more (such as d.tar/8.png)",
         "1 truncated shards, used up to that point (such as e.tar)",
-        "2 shards that are no tar files (such as f.tar)",
+        "2 shards that are not tar files (such as f.tar)",
         "1 compressed shards",
         "1 damaged shards, used up to that point (such as i.tar)",
         f"1 shards that do not exist (such as {tmp_path / 's' / 'j.tar'})",
@@ -272,7 +272,7 @@ def test_suffixes_by_flag_for_images_without_captions(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="fewer than two images .*not read: .*view.*; --shard-images names"):
         open_images(str(tmp_path / "0.tar"), SIZE, 256, 0)
     for folder in ("demo", str(tmp_path)[:-1]):
-        with pytest.raises(UserError, match="--shard-images is for webdataset shards"):
+        with pytest.raises(UserError, match="--shard-images needs webdataset shards"):
             open_images(folder, SIZE, 256, 0, shard_images="view")
 
 
@@ -377,13 +377,13 @@ def test_patterns_globs_folders_and_single_shards(tmp_path):
 
 
 @pytest.mark.parametrize("pattern, message", [
-    ("https://x.org/{000..099}.tar", "read from disks only"),
-    ("s3://bucket/0.tar", "read from disks only"),
-    ("pipe:cat 0.tar", "read from disks only"),
+    ("https://x.org/{000..099}.tar", "only from disks"),
+    ("s3://bucket/0.tar", "only from disks"),
+    ("pipe:cat 0.tar", "only from disks"),
     ("/nowhere/{0..9}.tar", r"no such .tar file \(such as /nowhere/0.tar\)"),
     ("/nowhere/*.tar", "no such .tar file"),
     ("/nowhere/0.tar", "no such .tar file"),
-    ("/nowhere/{0..9.tar", "a brace has no partner|no such"),
+    ("/nowhere/{0..9.tar", "unbalanced braces|no such"),
     ("/nowhere/{0..99999999999}.tar", "more than 1000000 shards"),
     (__file__, "neither a folder nor a .tar file"),
 ])
@@ -394,7 +394,7 @@ def test_what_names_no_shards_is_one_clear_line(pattern, message):
 
 def test_shards_without_a_pair_say_why(tmp_path):
     write_tar(tmp_path / "0.tar", {"1.png": PICTURE, "2.txt": b"alone"})
-    with pytest.raises(UserError, match="no pair of image and caption in 1 shards: 1 captions without an image"):
+    with pytest.raises(UserError, match="no pair of image and caption in 1 shard: 1 captions without an image"):
         opened(tmp_path / "0.tar", tmp_path)
 
 

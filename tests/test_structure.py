@@ -22,7 +22,7 @@ from utils.options import VERSION
 
 COMMANDS = {"train", "generate", "evaluate", "train_vqgan"}
 OURS = COMMANDS | {"args", "benchmarks", "bpe", "checkpoints", "dalle", "data", "engines", "examples_utils", "log"}
-OURS |= {"models", "ops", "sampling", "training", "utils"}
+OURS |= {"metrics", "models", "ops", "sampling", "training", "utils"}
 
 #: What each part may import of ours. Commands (scripts, examples, benchmarks) may import everything but each other.
 ARROWS = {
@@ -35,7 +35,8 @@ ARROWS = {
     "data": {"bpe", "utils"},
     "args": {"models", "data", "utils"},
     "sampling": {"models", "ops", "utils"},
-    "dalle": {"checkpoints", "data", "models", "sampling", "bpe", "log", "utils"},
+    "metrics": {"checkpoints", "data", "log", "models", "utils"},
+    "dalle": {"checkpoints", "data", "metrics", "models", "sampling", "bpe", "log", "utils"},
     "engines": {"args", "checkpoints", "data", "models", "ops", "utils", "log"},
     "training": {"args", "bpe", "checkpoints", "dalle", "data", "engines", "log", "models", "utils"},
     "benchmarks": {"args", "bpe", "engines", "log", "models", "ops", "sampling", "training", "utils"},
@@ -160,7 +161,7 @@ def test_every_shipped_configuration_instantiates(name):
     assert schedule.learning_rate(Position()) > 0
     for world_size in (1, 2):
         if config.global_batch % world_size == 0:
-            batching = engines.native.share_batch(config.global_batch, config.execution.batch_size, world_size)
+            batching = engines.native.split_batch(config.global_batch, config.execution.batch_size, world_size)
             assert batching.global_batch == config.global_batch
 
 

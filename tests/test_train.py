@@ -18,7 +18,7 @@ import checkpoints
 import engines
 import train
 from engines.base import parameter_groups
-from engines.native import share_batch
+from engines.native import split_batch
 from models.config import DalleConfig
 from models.dalle import DalleModel, TextToImage
 from models.vqgan import VQGAN
@@ -53,11 +53,14 @@ def fill(folder, count):
 
 
 def flags(folder, out, *more):
+    generated, validated = "--generated-data" in more, "--validation-folder" in more
     return [
-        *("--config", "unit_test", "--input-folder", str(folder / "pairs"), "--image-size", "16"),
+        *("--config", "unit_test", "--image-size", "16"),
+        *(() if generated else ("--input-folder", str(folder / "pairs"))),
+        *(() if generated or validated else ("--validation-fraction", "0.17")),
         *("--batch-size", "2", "--gradient-accumulation", "2", "--epochs", "2", "--max-steps", "0"),
         *("--text-seq-len", "8", "--hidden-size", "16", "--dim-head", "8"),
-        *("--validation-fraction", "0.17", "--device", "cpu"),
+        *("--device", "cpu"),
         *("--vqgan-model-path", str(folder / "vqgan.safetensors"), "--vqgan-config-path", str(folder / "vqgan.yaml")),
         *("--checkpoint-output-dir", str(out / "ckpt"), "--log-every", "1"), *more,
     ]
@@ -113,14 +116,14 @@ def assert_same(first, second):
     ],
 )
 def test_a_global_batch_is_shared_in_equal_micro_batches(global_batch, batch_size, world, expected):
-    batching = share_batch(global_batch, batch_size, world)
+    batching = split_batch(global_batch, batch_size, world)
     assert (batching.micro, batching.accumulation) == expected
     assert batching.global_batch == global_batch
 
 
 def test_a_global_batch_that_does_not_divide_is_an_error():
     with pytest.raises(UsageError, match="--gradient-accumulation"):
-        share_batch(10, 2, 4)
+        split_batch(10, 2, 4)
 
 
 def test_weight_decay_leaves_vectors_alone():
@@ -282,12 +285,12 @@ def test_products_are_as_exact_as_asked_for_until_the_engine_closes(products):
     for precision in ("high", "medium"):
         engine = engines.create(args.parse([*flags, "--matmul-precision", precision]))
         assert torch.get_float32_matmul_precision() == precision
-        assert f"products of {precision} precision" in engine.describe()
+        assert f"matmuls of {precision} precision" in engine.describe()
         engine.close()
         assert torch.get_float32_matmul_precision() == "highest"
     products("high")
     engine = engines.create(args.parse(flags))  # what was set elsewhere stays
-    assert torch.get_float32_matmul_precision() == "high" and "products" not in engine.describe()
+    assert torch.get_float32_matmul_precision() == "high" and "matmuls" not in engine.describe()
     engine.close()
 
 

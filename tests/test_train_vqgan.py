@@ -22,7 +22,7 @@ from models import perceptual
 from models.discriminator import Adversary, PatchDiscriminator
 from models.perceptual import PerceptualDistance
 from models.vqgan import VqganConfig
-from models.vqgan_metrics import code_use, nearest_pictures, psnr, reconstruct, retrieval
+from models.vqgan_metrics import code_use, nearest_images, psnr, reconstruct, retrieval
 from training import vqgan
 from training.vqgan import train
 from training.vqgan_options import AT_RESUME, COMMAND, CONFIGS, choose_config
@@ -82,7 +82,7 @@ def weights(folder):
 def test_figures_are_shown_with_their_units():
     figures = {"reconstruction": 0.123456, "images_per_second": 85.27, "psnr": 21.34567, "codes_used": 0.3848}
     shown = "reconstruction 0.1235, 85.3 images/s, PSNR 21.35 dB, 38.5% of the codes used"
-    shown += ", 95.0% of held-out reconstructions nearest to their own picture"
+    shown += ", 95.0% of held-out reconstructions nearest to their own image"
     assert vqgan.listed({**figures, "ceiling_heldout": 0.95}) == shown
     assert vqgan.listed({"images_per_second": 1234.0}) == "1234 images/s"
 
@@ -166,7 +166,7 @@ def test_a_bad_step_changes_nothing_and_is_counted(folder, narrow_discriminator,
     assert [state.pop(".step") for state in (before, after, later)] == [3, 4, 5]
     assert [key for key in before if before[key] != after[key]] == []
     assert len([key for key in before if before[key] != later[key]]) > 0.5 * len(before)
-    assert "step 4: loss or gradient not finite for 1 step(s), 1 in all" in caplog.text
+    assert "step 4: loss or gradient not finite for 1 step(s), 1 in total" in caplog.text
     assert all(torch.isfinite(weight).all() for weight in weights(folder).values())
 
 
@@ -412,9 +412,9 @@ def test_options_given_anew_take_effect(folder, caplog):
     del older["start"]
     torch.save(older, str(state))  # an older version noted no more
     train(arguments(folder, "--steps", "3", "--resume"))
-    assert "given anew" not in caplog.text
+    assert "changed options" not in caplog.text
     train(arguments(folder, "--steps", "4", "--resume", "--weight-decay", "0.5", "--log-every", "2"))
-    assert "given anew: --steps 4 instead of 3, --weight-decay 0.5 instead of 0.0001\n" in caplog.text
+    assert "changed options: --steps 4 instead of 3, --weight-decay 0.5 instead of 0.0001\n" in caplog.text
     groups = torch.load(str(state), weights_only=True)["trainer"]["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
 
@@ -435,7 +435,7 @@ def test_unreadable_images_are_left_out_and_counted(folder, caplog):
         path.write_bytes(b"no image")
     with pytest.raises(UserError, match="none of 22 images can be read"):
         train(arguments(folder, "--steps", "3", *allowed))
-    with pytest.raises(UserError, match="--max-bad-fraction 0.01 allows: .* files that are no picture .*skipped.jsonl"):
+    with pytest.raises(UserError, match="--max-bad-fraction 0.01 allows: .* files that are not images .*skipped.jsonl"):
         train(arguments(folder, "--steps", "3"))
 
 
@@ -481,7 +481,7 @@ def test_retrieval_finds_the_nearest_picture():
     gallery = torch.randint(256, (40, 3, 4, 4), dtype=torch.uint8)
     pictures = torch.randint(256, (10, 3, 4, 4), dtype=torch.uint8)
     distances = (pictures[:, None].double() - gallery[None].double()).pow(2).flatten(2).sum(dim=2)  # (10, 40)
-    assert torch.equal(nearest_pictures(pictures, gallery, chunk=7), distances.argmin(dim=1))
+    assert torch.equal(nearest_images(pictures, gallery, chunk=7), distances.argmin(dim=1))
     gallery[4] = gallery[3]
     noisy = (gallery[:5].int() + 1).clamp(0, 255).to(torch.uint8)
     assert retrieval(noisy, torch.arange(5), gallery) == 1.0  # of two equal pictures either is right

@@ -166,7 +166,7 @@ def test_classes_are_a_vocabulary(tmp_path):
     assert isinstance(tokenizer, ClassTokenizer) and tokenizer.vocab_size == 4
     assert tokenizer.tokenize(["b", " a cat ", "10", "1", ""], 1).tolist() == [[1], [2], [3], [2], [0]]
     assert tokenizer.decode([2]) == "a cat" and tokenizer.decode([0]) == "" and tokenizer.decode([9]) == ""
-    with pytest.raises(UserError, match=r"'a car' is no class of this model. Did you mean 'a cat'\? It knows 3 "):
+    with pytest.raises(UserError, match=r"'a car' is not a class of this model. Did you mean 'a cat'\? It has 3 "):
         tokenizer.encode("a car")
     none = ClassTokenizer(class_file([]), "x")
     assert none.vocab_size == 1 and none.tokenize("whatever", 1).tolist() == [[0]]
@@ -174,7 +174,7 @@ def test_classes_are_a_vocabulary(tmp_path):
         with pytest.raises(UserError, match="x: "):
             ClassTokenizer(content, "x")
     for name in ("", "a\nb", " a"):
-        with pytest.raises(UserError, match="cannot be the name of a class"):
+        with pytest.raises(UserError, match="cannot be a class name"):
             class_file([name])
 
 
@@ -185,9 +185,9 @@ def test_images_are_listed_by_class(imagenet, tmp_path):
     pairs = list_class_images(train, CLASSES)
     assert len(pairs.images) == 8 and [pairs.captions[i] for i in (0, 7)] == CLASSES
     part = list_class_images(train, CLASSES[:1])
-    assert len(part.images) == 4 and "4 images in the folder of no class" in part.report()
+    assert len(part.images) == 4 and "4 images in folders that are not classes" in part.report()
     assert [list_class_images(train, []).captions[i] for i in range(8)] == [""] * 8
-    with pytest.raises(UserError, match="holds no folders"):
+    with pytest.raises(UserError, match="has no subfolders"):
         class_names(tmp_path)
     with pytest.raises(UserError, match="no image in it"):
         list_class_images(str(tmp_path), CLASSES)
@@ -327,7 +327,7 @@ def test_a_model_of_classes_draws_what_each_class_looks_like(example, upstream, 
         ]
     )
     assert (tmp_path / "out" / "light_wood" / "1.jpg").is_file()
-    with pytest.raises(UserError, match="'cat' is no class of this model"):
+    with pytest.raises(UserError, match="'cat' is not a class of this model"):
         model.generate("cat", num_candidates=1)
 
 
@@ -398,10 +398,10 @@ def test_a_second_run_into_the_same_folder_is_refused(example, upstream, imagene
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"stage2.hparams.n_classes": 1000}, "holds 2 classes: set stage2.hparams.n_classes"),
-        ({"experiment.total_batch_size": 5}, "total_batch_size 5 is no multiple of local_batch_size 2"),
+        ({"stage2.hparams.n_classes": 1000}, "has 2 classes: set stage2.hparams.n_classes"),
+        ({"experiment.total_batch_size": 5}, "total_batch_size 5 is not a multiple of local_batch_size 2"),
         ({"experiment.total_batch_size": 512}, "8 training images do not fill one batch"),
-        ({"stage2.hparams.ctx_len_img": 25}, "makes 16 codes of this VQGAN, but stage2.hparams.ctx_len_img is 25"),
+        ({"stage2.hparams.ctx_len_img": 25}, "gives 16 codes with this VQGAN, but stage2.hparams.ctx_len_img is 25"),
         ({"stage2.hparams.embed_dim": 32}, "stage2.hparams.embed_dim is 32, but .* has 16"),
     ],
 )
@@ -415,7 +415,7 @@ def test_what_does_not_fit_is_named(example, upstream, imagenet, tmp_path, chang
 
 def test_missing_places_are_named(example, upstream, imagenet, tmp_path):
     config = write(tmp_path / "x.yaml")
-    with pytest.raises(UserError, match="--path-upstream .*: no folder with stage1_last.ckpt"):
+    with pytest.raises(UserError, match="--path-upstream .*: not a folder with stage1_last.ckpt"):
         run(example, tmp_path, imagenet, config, tmp_path / "result")
     with pytest.raises(UserError, match="--imagenet-path .*: no such folder"):
         run(example, upstream, tmp_path / "no", config, tmp_path / "result")

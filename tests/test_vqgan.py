@@ -448,7 +448,7 @@ def test_unused_codes_are_revived():
 
 
 def test_upkeep_is_for_the_vq_variant():
-    with pytest.raises(ValueError, match="vq variant"):
+    with pytest.raises(ValueError, match="variant vq"):
         CodebookUpkeep(tiny(TINY_GUMBEL))
 
 

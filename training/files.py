@@ -1,4 +1,4 @@
-"""The files of runs: each folder for one run at a time, nothing of an earlier run lost, and errors of one line."""
+"""The files of runs: one run per folder at a time, earlier runs are kept, and errors are one line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def folders_locked(config: Config, engine: Engine) -> ContextManager[None]:
-    """Within the context no other training writes checkpoints, logs or metrics where this one does."""
+    """Within the context no other training can write checkpoints, logs or metrics to the same folders."""
     folder, own = config.checkpoints.checkpoint_output_dir, [("--log-dir", config.log_dir)]
     if folder:
         own.insert(0, ("--checkpoint-output-dir", Path(folder)))
@@ -30,9 +30,9 @@ def folders_locked(config: Config, engine: Engine) -> ContextManager[None]:
 
 @contextlib.contextmanager
 def reading(state: PathLike, problem: str, way_out: str = "") -> Iterator[None]:
-    """Within the context whatever is wrong with the training state of a file is one line.
+    """Within the context any error in the training state of a file becomes one line.
 
-    The file may be another program's: its weights may be good, its state is none of ours.
+    The file may be another program's, with usable weights but a state that is not ours.
     """
     try:
         yield
@@ -44,8 +44,11 @@ def reading(state: PathLike, problem: str, way_out: str = "") -> Iterator[None]:
 
 
 def check_folders(config: Config) -> None:
-    """Raise UserError unless the data that a configuration names is there."""
+    """Raise UserError unless the data folders of a configuration exist and its output folders can."""
     options = config.data
+    for flag, folder in (("--log-dir", config.misc.log_dir), ("--cache-codes", options.cache_codes)):
+        if folder and Path(folder).is_file():
+            raise UserError(f"{flag} {folder}: is a file, not a folder")
     generated = options.generated_data or options.synthetic_data
     for flag, folder in (
         ("--input-folder", None if generated else options.input_folder),
@@ -56,21 +59,21 @@ def check_folders(config: Config) -> None:
 
 
 def not_finite(weights: Mapping[str, Tensor]) -> str | None:
-    """Return the name of the first weight that is not finite, None if all are: such weights are never saved."""
+    """Return the name of the first non-finite weight, or None: such weights are never saved."""
     return next((name for name, value in weights.items() if not torch.isfinite(value).all()), None)
 
 
 def move_aside(old: Sequence[Path], name: str, cannot: str, done: str) -> None:
-    """Move an earlier run's files, all of one folder, to the first free one in it that `name` makes of 1, 2, ...
+    """Move an earlier run's files, all of one folder, to the first free subfolder `name`.format(1), (2), ...
 
-    done: what to log, with the new folder at its %s. Raises UserError that begins with `cannot`.
+    done: the message to log, with %s for the subfolder. Raises UserError that begins with `cannot`.
     """
     if not old:
         return
     number = 1
     while old[0].with_name(name.format(number)).exists():
         number += 1
-    # Inside the folder, for that is what is known to be writable: it may be a mount point.
+    # Inside the folder, which is known to be writable; it may be a mount point.
     earlier = old[0].with_name(name.format(number))
     with writing(cannot, earlier):
         earlier.mkdir()

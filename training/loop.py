@@ -1,4 +1,4 @@
-"""The loop of both stages: step after step, watched, reported and saved, until the end or until it is asked to stop."""
+"""The training loop of both stages: step, check, report and save, until the end or an interruption."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from utils.interrupts import Interruption
 
 
 class Loop:
-    """Training, of which a subclass says what a step is, how it is reported and saved, and when all is done.
+    """A training loop; subclasses define steps, reports, saving and the end of training.
 
-    Of several processes each has its own, and all of them answer alike.
+    Each process has its own; all must return the same answers.
     """
 
     position: Position
     bad_steps: BadSteps
     interruption: Interruption
     steps_per_call = 1
-    """Optimizer steps of one call of `take_step`."""
+    """Optimizer steps per call of `take_step`."""
 
     def take_steps(self, batches: Iterable[Any]) -> bool:
-        """Train on batches until there are no more or all is done. False: the run was asked to stop, and is saved."""
+        """Train on batches until they or the training end. False: the run was interrupted, and is saved."""
         for batch in batches:
             due = self.take_step(batch)
             if due or self.bad_steps.due(self.position.step, self.steps_per_call):
@@ -36,25 +36,25 @@ class Loop:
         return True
 
     def interrupted(self) -> bool:
-        """Whether the run, in any of its processes, was asked to stop."""
+        """Whether the run was asked to stop, in any process."""
         return self.interruption.requested is not None
 
     def take_step(self, batch: Any) -> bool:
-        """Train on a batch. Returns whether to report it: reading a loss waits for the device, so only some are."""
+        """Train on a batch. Returns whether to report it: not always, since reading a loss waits for the device."""
         raise NotImplementedError
 
     def watch(self) -> None:
-        """Read the loss, and tell `bad_steps`."""
+        """Read the loss and update `bad_steps`."""
         raise NotImplementedError
 
     def end_step(self, due: bool) -> None:
-        """Count the step's time, and report it where that is due."""
+        """Count the step's time, and report the step if due."""
         raise NotImplementedError
 
     def finished(self) -> bool:
-        """Whether all steps are done, or the time is over."""
+        """Whether the step limit or the time limit is reached."""
         raise NotImplementedError
 
     def save(self, stopping: bool) -> None:
-        """Save where that is due, or the run stops here. If it fails training goes on: somebody may make room."""
+        """Save if due or stopping. Training continues after a failed save, since disk space may be freed."""
         raise NotImplementedError

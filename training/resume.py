@@ -1,4 +1,4 @@
-"""Where a run begins: at its newest checkpoint, which must fit the options of now, or with the weights of another."""
+"""The start of a run: its newest checkpoint, which must fit the current options, or the weights of another one."""
 
 from __future__ import annotations
 
@@ -26,9 +26,12 @@ logger = logging.getLogger(__name__)
 
 
 def find_start(config: Config, folder: Path) -> Start | None:
-    """The checkpoint to begin from: the newest complete one with --resume, or --pretrained-checkpoint; else None."""
+    """The checkpoint to start from: the newest complete one with --resume, or --pretrained-checkpoint; else None."""
     if config.checkpoints.pretrained_checkpoint:
         path = published.resolve(config.checkpoints.pretrained_checkpoint)
+        if not path.exists():
+            known = ", ".join(published.PUBLISHED_MODELS)
+            raise UserError(f"--pretrained-checkpoint {path}: no such file or folder. Known by name: {known}")
         return Start(path, checkpoints.read_dalle(path))
     if not config.checkpoints.resume:
         return None
@@ -43,9 +46,9 @@ def find_start(config: Config, folder: Path) -> Start | None:
 
 
 def with_parts_of(start: Start | None, config: Config) -> Config:
-    """Where neither flags nor configuration name a vocabulary or a VQGAN, take those of the checkpoint to begin from.
+    """If neither flags nor configuration name a vocabulary or a VQGAN, take those of the checkpoint to start from.
 
-    They lie beside a model in minDALL-E's layout; other checkpoints note where they were.
+    They are beside a model in minDALL-E's layout; other checkpoints record their paths.
     """
     if start is None:
         return config
@@ -53,8 +56,8 @@ def with_parts_of(start: Start | None, config: Config) -> Config:
         folder = start.checkpoint.path.parent
         vocabulary, vqgan = folder / published.TOKENIZER, (folder / published.STAGE1, folder / "config.yaml")
     else:
-        noted = recorded_files(start.checkpoint, "vqgan")
-        vqgan = (Path(noted.get("weights", "")), Path(noted.get("config", "")))
+        recorded = recorded_files(start.checkpoint, "vqgan")
+        vqgan = (Path(recorded.get("weights", "")), Path(recorded.get("config", "")))
         vocabulary = Path(find_vocabulary(recorded_files(start.checkpoint, "tokenizer").get("path", "")))
     found: dict[str, Any] = {}
     if config.data.bpe_path is None and vocabulary != Path() and vocabulary.exists():
@@ -67,17 +70,17 @@ def with_parts_of(start: Start | None, config: Config) -> Config:
 
 
 def reading_state(start: Start) -> ContextManager[None]:
-    """Within the context whatever is wrong with a checkpoint's training state is one line."""
+    """Within the context any error in a checkpoint's training state becomes one line."""
     way_out = "; start from it with --pretrained-checkpoint"
-    return reading(start.path, "holds no training state of this application", way_out)
+    return reading(start.path, "holds no training state of Mini DALL-E", way_out)
 
 
 def changed_options(start: Start, config: Config) -> resume.Changes:
-    """Return the options that a resumed run is given anew. Raises UsageError for those that cannot change."""
+    """Return the options that a resumed run changes. Raises UsageError for those that cannot change."""
     rules, model = args.resume_rules(), DalleConfig.from_dict(start.checkpoint.config).to_dict()
     now = {name: value for name, value in config.to_dict().items() if rules.get(name) in (args.APPLIES, args.FIXED)}
     for field, name in MODEL_OPTIONS.items():
-        # Of a run that began with --pretrained-checkpoint the model decided, whatever its configuration said.
+        # A run that started from --pretrained-checkpoint took its shape from the model, not from its configuration.
         if rules[name] == args.FIXED and model[field] == now[name]:
             del now[name]
     with reading_state(start):
@@ -88,10 +91,10 @@ def changed_options(start: Start, config: Config) -> resume.Changes:
 
 
 def saved_position(start: Start, config: Config) -> Position:
-    """Return the position that a checkpoint was saved at. Raises UserError where it says none."""
+    """Return the position at which a checkpoint was saved. Raises UserError if it has none."""
     with reading_state(start):
         values = dict(start.training["position"])
-        if "step_in_epoch" in values:  # an older version's, which counted steps of one global batch
+        if "step_in_epoch" in values:  # of an older version, which counted steps of a fixed global batch
             saved = dict(config.to_dict(), **start.training.get("config", {}))
             batch = saved["batch_size"] * saved["gradient_accumulation"] * saved["replication_factor"]
             values.update(sample_in_epoch=values.pop("step_in_epoch") * batch, samples=values["step"] * batch)
@@ -102,26 +105,26 @@ def saved_position(start: Start, config: Config) -> Position:
 
 
 def restore(run: Run, start: Start) -> None:
-    """Give engine and schedule their states back, and log where the run is resumed and with what. Raises UserError.
+    """Restore the states of engine and schedule, and log position and changed options. Raises UserError.
 
-    An epoch whose rest fills no global batch is at its end.
+    An epoch whose rest does not fill a global batch has ended.
     """
     schedule, position, training = run.schedule, run.position, start.training
     with reading_state(start):
         if training["num_samples"] != schedule.num_samples:
             logger.warning(
                 f"the training set has {schedule.num_samples} samples, it had {training['num_samples']} when "
-                f"{start.path} was written: their order is a new one"
+                f"{start.path} was written: their order differs"
             )
         run.engine.load_state_dict(dict(training["engine"], optimizer=start.checkpoint.opt_state))
         schedule.load_state_dict(start.checkpoint.scheduler_state or {})
-    if not run.given_anew.keys().isdisjoint(("learning_rate", "lr_scheduler")):
+    if not run.changes.keys().isdisjoint(("learning_rate", "lr_scheduler")):
         schedule.plateau.restart(run.config.optimizer.learning_rate)
     done, call = position.sample_in_epoch, schedule.samples_per_call
     place = f"epoch {position.epoch}, step {position.step}, sample {done} of {schedule.num_samples}"
     logger.info(f"resumed {start.path}: {place}")
-    if run.given_anew:
-        logger.info(f"given anew: {resume.listed(run.given_anew, args.flag_name)}")
+    if run.changes:
+        logger.info(f"changed options: {resume.listed(run.changes, args.flag_name)}")
     skipped = max(0, schedule.num_samples - done) % call
     if done % call and skipped:
         text = f"its last {skipped} sample(s) do not fill a batch of {call} and are skipped"
@@ -130,9 +133,9 @@ def restore(run: Run, start: Start) -> None:
 
 
 def require_same_files(start: Start, config: Config, parts: Parts) -> None:
-    """Raise UserError where vocabulary or VQGAN of a run are not those of its checkpoint."""
+    """Raise UserError if vocabulary or VQGAN of a run differ from those of its checkpoint."""
     own = identities(config, parts)
-    for what, key, option, noted in (
+    for what, key, option, recorded in (
         ("tokenizer", "sha256", "bpe_path", "path"),
         ("vqgan", "sha256", "vqgan_model_path", "weights"),
         ("vqgan", "options", "vqgan_config_path", "config"),
@@ -140,8 +143,8 @@ def require_same_files(start: Start, config: Config, parts: Parts) -> None:
         with reading_state(start):
             saved = start.checkpoint.identity[what]
             known = saved.get(key, own[what][key]) if key == "options" else saved[key]
-        if known != own[what][key]:  # (older versions noted no options of the VQGAN)
+        if known != own[what][key]:  # (older versions did not record the VQGAN's options)
             raise UserError(
-                f"--resume: {start.path} was trained with another file ({saved.get(noted) or 'CLIP vocabulary'}) "
-                f"than {args.flag_name(option)} names now"
+                f"--resume: {start.path} was trained with another file ({saved.get(recorded) or 'CLIP vocabulary'}) "
+                f"than {args.flag_name(option)} now names"
             )

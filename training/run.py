@@ -1,4 +1,4 @@
-"""Training of a DALL-E: set-up, epochs of steps, validation, checkpoints, and what is left behind at the end."""
+"""Training of a DALL-E: set-up, epochs of steps, validation, checkpoints, and the final report."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def train(
     start: Start | None = None,
     interruption: Interruption | None = None,
 ) -> None:
-    """Build everything, then train: one checkpoint, validation and line of metrics after each epoch.
+    """Build everything, then train, with a validation and a checkpoint after each epoch.
 
-    parts: those of the run, where they are built already. start: weights to begin from that are in no file, instead of
-    --pretrained-checkpoint. interruption: what to listen to; a run that is asked to stop saves after its step.
+    parts: if already built. start: a checkpoint in memory, instead of --pretrained-checkpoint. interruption: polled; a
+    run that is asked to stop saves after the current step.
     """
     run = Run(config, engine, parts, start, interruption or Interruption())
     if not config.ipu.compile_only:  # else the compiled program is in --executable-cache-dir
@@ -53,28 +53,28 @@ def train(
 
 
 class Run(Loop):
-    """A run: what it is made of, and its training from `position` to the end or an interruption."""
+    """A run: its parts, and its training from `position` to the end or an interruption."""
 
     def __init__(
         self, config: Config, engine: Engine, parts: Parts | None, start: Start | None, interruption: Interruption
     ) -> None:
-        """Build and check all that `train` is told of, and prepare the engine. Raises UserError."""
+        """Build and check all parts, and prepare the engine; arguments as for `train`. Raises UserError."""
         torch.manual_seed(config.execution.random_seed)
         options = config.checkpoints
         self.engine, self.interruption, self.steps_per_call = engine, interruption, engine.steps_per_call
         self.folder, self.config = Path(options.checkpoint_output_dir), config
         self.position = Position()
-        self.given_anew: Changes = {}
+        self.changes: Changes = {}
         self.resumed: Start | None = None
         if engine.is_main and options.checkpoint_output_dir:
             make_folder("--checkpoint-output-dir", self.folder)
         check_folders(config)
-        going_on = options.resume and checkpoints.list_checkpoints(self.folder)  # it may have written its export
-        if engine.is_main and options.export_mindalle and not going_on:
+        resuming = options.resume and checkpoints.list_checkpoints(self.folder)  # the export may be its own
+        if engine.is_main and options.export_mindalle and not resuming:
             check_empty(options.export_mindalle, "--export-mindalle")
         metrics = None
         with contextlib.ExitStack() as undo:
-            if start is None and published.is_missing(options.pretrained_checkpoint):  # gigabytes: check what we can
+            if start is None and published.is_missing(options.pretrained_checkpoint):  # large: check first
                 self.make_schedule(build_parts(config.replace(truncate_captions=True), engine))  # any vocabulary
                 metrics = undo.enter_context(contextlib.closing(self.open_metrics()))
             start = start or resume.find_start(config, self.folder)
@@ -84,12 +84,12 @@ class Run(Loop):
             undo.pop_all()
 
     def plan(self, start: Start | None, parts: Parts | None) -> DalleConfig:
-        """Decide what the run is made of, and return its model's configuration. Raises UserError."""
+        """Build the run's parts and schedule, and return its model's configuration. Raises UserError."""
         config, engine = self.config, self.engine
         if start is not None and config.checkpoints.resume:
             self.resumed = start
             self.position = resume.saved_position(start, config)
-            self.given_anew = resume.changed_options(start, config)
+            self.changes = resume.changed_options(start, config)
         self.config = config if parts else resume.with_parts_of(start, config)
         self.parts = parts or build_parts(self.config, engine)
         wanted = model_config(self.config, self.parts, start)
@@ -102,12 +102,12 @@ class Run(Loop):
         return wanted
 
     def make_schedule(self, parts: Parts) -> None:
-        """Count the steps of an epoch. Raises UserError where there is none."""
+        """Build the schedule. Raises UserError if an epoch has no step."""
         self.schedule = Schedule(self.config, len(parts.train_set), self.engine.steps_per_call)
         self.engine.steps_per_epoch(self.schedule.num_samples)
 
     def open_metrics(self) -> log.Metrics:
-        """Open what metrics are written to. Raises UserError where TensorBoard or wandb cannot be had."""
+        """Open the metric writers. Raises UserError if TensorBoard or wandb is unavailable."""
         writers = ("tensorboard", "wandb", "wandb_project_name", "wandb_run_name")
         own: dict[str, Any] = {name: getattr(self.config.misc, name) for name in writers}
         own.update(config=self.config.to_dict(), resume_step=None if self.resumed is None else self.position.step)
@@ -115,7 +115,7 @@ class Run(Loop):
         return log.Metrics(self.config.log_dir, shown, **own)
 
     def prepare(self, start: Start | None, wanted: DalleConfig) -> None:
-        """Load the VQGAN, encode images, and build and place the model: all checks that need none of it are done."""
+        """Load the VQGAN, encode images, and build and place the model. All checks that need none of it come before."""
         self.parts = with_weights(self.config, self.parts)
         if self.resumed is not None:
             resume.require_same_files(self.resumed, self.config, self.parts)
@@ -130,17 +130,17 @@ class Run(Loop):
         self.engine.prepare(model, self.parts.train_set)
 
     def begin(self) -> None:
-        """Go on where the run was, or make room for its first checkpoint; open metrics and progress."""
+        """Restore a resumed run, or move an earlier run's checkpoints aside; start progress."""
         config, engine, position, resumed = self.config, self.engine, self.position, self.resumed
         if resumed is not None:
             resume.restore(self, resumed)
         if engine.is_main and resumed is None and config.checkpoints.checkpoint_output_dir:
-            # Before the first step: whoever resumes this run, killed before it saved, must not find an older one.
+            # Before the first step: if this run is killed before it saves, --resume must not find an older run.
             old = checkpoints.list_checkpoints(self.folder)
-            done = "the checkpoints of an earlier run are now in %s (--resume would have gone on from them)"
+            done = "the checkpoints of an earlier run are now in %s (--resume would have continued it)"
             move_aside(old, "earlier.{}", "--checkpoint-output-dir: cannot make", done)
         self.saver = Saver(self, None if resumed is None else resumed.path)
-        self.resumed = None  # its weights and optimizer state are in the engine: let go of these
+        self.resumed = None  # free it: the engine has its weights and optimizer state
         self.bad_steps = BadSteps(config.optimizer.max_bad_steps, position.step, self.saver.way_out)
         self.total_steps, limit = self.schedule.total_steps(position), self.schedule.max_seconds
         left = max(0.0, limit - position.seconds) if limit else 0.0
@@ -148,7 +148,7 @@ class Run(Loop):
         self.progress = log.progress(self.total_steps, "training", position.step, **shown)
 
     def train(self) -> None:
-        """Train, and leave behind checkpoints, metrics and loss.png. Raises UserError."""
+        """Train, and write checkpoints, metrics and loss.png. Raises UserError."""
         with self.interruption.deferred(), self.metrics, self.progress:
             self.take_epochs()
             self.finish()
@@ -160,7 +160,7 @@ class Run(Loop):
         """Train, validate and save from one epoch to the next."""
         position = self.position
         if self.finished() and not position.validation_due:
-            logger.info(f"nothing left to train: the run ended at step {position.step}; raise its limits to go on")
+            logger.info(f"nothing left to train: the run ended at step {position.step}; raise its limits to continue")
             return
         while position.epoch < self.config.execution.epochs:
             left = self.total_steps - position.step
@@ -176,7 +176,7 @@ class Run(Loop):
                 return self.saver.tell_interrupted()
 
     def end_epoch(self) -> bool:
-        """Validate, tell the schedule, move to the next epoch and save. False: interrupted while validating."""
+        """Validate, update the schedule, move to the next epoch and save. False: interrupted during validation."""
         position, losses = self.position, None
         epoch, complete = position.epoch, not self.schedule.steps_in_epoch(position.sample_in_epoch)
         position.validation_due = False
@@ -237,13 +237,13 @@ class Run(Loop):
 
     def save(self, stopping: bool) -> None:
         # The last step of an epoch, or of all, is saved by `end_epoch`.
-        goes_on = not self.finished() and self.schedule.steps_in_epoch(self.position.sample_in_epoch)
-        if stopping or (goes_on and self.saver.due()):
+        continues = not self.finished() and self.schedule.steps_in_epoch(self.position.sample_in_epoch)
+        if stopping or (continues and self.saver.due()):
             with self.progress.paused():
                 self.saver.save(self.position.epoch)
 
     def finish(self) -> None:
-        """Draw loss.png, report what was unreadable, and say where everything is."""
+        """Plot loss.png, and log unreadable files, throughput, peak memory and where everything is."""
         if not self.engine.is_main:
             return
         if getattr(self.parts.train_set, "num_unreadable", 0):
@@ -257,16 +257,16 @@ class Run(Loop):
             if log.plot_losses(metrics, curve):
                 logger.info(f"losses: {metrics} and {curve}")
         except (UserError, OSError) as error:
-            logger.warning(f"cannot draw {curve} ({error})")
+            logger.warning(f"cannot plot {curve} ({error})")
         if self.saver.newest is not None:
             logger.info(f"checkpoint: {self.saver.newest}")
 
     def export(self) -> None:
-        """--export-mindalle: write the trained model, with averaged weights where there are some."""
+        """--export-mindalle: write the trained model, with averaged weights if there are any."""
         weights, folder = self.engine.model_state(), self.config.checkpoints.export_mindalle
         if self.config.optimizer.ema_decay:
             weights = self.engine.state_dict()["ema"] or weights  # every process takes part
         if self.engine.is_main and folder and self.parts.vqgan_paths:
-            vqgan = load_vqgan(*self.parts.vqgan_paths, channels_last=False)  # the run's may have let its weights go
+            vqgan = load_vqgan(*self.parts.vqgan_paths, channels_last=False)  # the run's may be on the meta device
             export_mindalle(folder, self.model_config, weights, vqgan, self.parts.tokenizer)
             logger.info(f"exported {folder}")

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the published layout, plus what exact resume needs."""
+"""Checkpoints of a run: Mini DALL-E's checkpoint layout, plus what exact resume needs."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Options that the published layout has among its hparams, and that say nothing about the model.
+#: Options among the hparams of Mini DALL-E's checkpoint layout that do not describe the model.
 HPARAMS = ("embedding_ipu_id", "embedding_serialization_factor", "layers_per_ipu", "cls_ipu_id", "fp16", "byteio")
 
 
 class Saver:
     """Writes the checkpoints of a run.
 
-    When one cannot be written, training goes on, for somebody may make room, and a tenth of the usual way later it is
-    tried again. Only a run whose end could not be saved ends with an error.
+    If writing one fails, training continues, since disk space may be freed, and saving is retried after a tenth of the
+    usual steps. Only a run whose last state could not be saved ends with an error.
     """
 
     def __init__(self, run: Run, newest: Path | None) -> None:
-        """newest: the checkpoint that the run goes on from."""
+        """newest: the checkpoint that the run resumes from."""
         self.run, self.engine, self.options = run, run.engine, run.config.checkpoints
         self.folder = Path(self.options.checkpoint_output_dir)
         self.newest = newest  # the newest checkpoint of this run
@@ -40,21 +40,21 @@ class Saver:
         self.problem: UserError | None = None  # why; only the main process knows
 
     def due(self) -> bool:
-        """Whether to save after this step, the last one of an epoch aside."""
+        """Whether to save after this step, apart from the end of an epoch."""
         every, per_call = self.options.checkpoint_save_steps, self.engine.steps_per_call
         if self.failing:
             every = max(per_call, (every or self.run.schedule.steps_in_epoch()) // 10)
         return bool(every) and self.run.position.step % every < per_call
 
     def way_out(self) -> str:
-        """What to do where losses or weights are not finite, for an error's line."""
-        begin = "start again with" if self.newest is None else "go on from it with --resume and"
+        """What to do about non-finite losses or weights, for error messages."""
+        begin = "start again with" if self.newest is None else "continue from it with --resume and"
         remedies = self.engine.remedies()
         flags = ", ".join(remedies[:-1]) + " or " + remedies[-1] if remedies[1:] else remedies[0]
         return f"the last good checkpoint is {self.newest or 'none'}: {begin} {flags}"
 
     def save(self, epoch: int, complete: bool = False) -> None:
-        """Save, unless this step is saved already, in `epoch` or at its end; drop old ones as configured."""
+        """Save, unless this step is already saved, within `epoch` or at its end; delete old ones as configured."""
         step = self.run.position.step
         if self.saved_step == step or not self.options.checkpoint_output_dir:
             return
@@ -78,7 +78,7 @@ class Saver:
     def write(self, path: Path, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Write one checkpoint, in the main process. state: of the engine. Raises UserError."""
         run = self.run
-        run.metrics.sync()  # what the file says has happened is on the disk before it
+        run.metrics.sync()  # metrics must be on disk before the checkpoint
         begin = time.perf_counter()
         optimizer, schedule = state.pop("optimizer"), run.schedule.state_dict()
         options = run.config.to_dict()
@@ -97,14 +97,14 @@ class Saver:
         checkpoints.prune_checkpoints(self.folder, self.options.keep_checkpoints)
 
     def require_saved(self) -> None:
-        """Raise UserError when what the run ended with could not be saved."""
+        """Raise UserError if the last state of the run could not be saved."""
         if self.problem is not None:
             raise UserError(f"{self.problem}; the newest checkpoint is {self.newest or 'none'}")
 
     def tell_interrupted(self) -> None:
-        """Say that the run ends early, and how it goes on."""
+        """Log that the run ends early, and how to continue it."""
         step = self.run.position.step
         if self.saved_step == step:
-            logger.info(f"interrupted at step {step}, saved as {self.newest}; --resume goes on")
+            logger.info(f"interrupted at step {step}, saved as {self.newest}; continue with --resume")
         else:
             logger.warning(f"interrupted at step {step}, not saved")

@@ -1,4 +1,4 @@
-"""How far a run has come, when it ends, and which learning rate each step takes."""
+"""The position of a run, its end, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -12,47 +12,47 @@ from utils import schedules
 
 @dataclass
 class Position:
-    """How far a run has come. Saved with every checkpoint; a resumed run starts at the very next sample."""
+    """The position of a run. Saved with every checkpoint; a resumed run starts at the next sample."""
 
     epoch: int = 0
     sample_in_epoch: int = 0
-    """Samples of this epoch's order that are done with."""
+    """Samples of this epoch's order that are done."""
     step: int = 0
-    """Optimizer steps in all, of whatever global batch."""
+    """Optimizer steps in total, of any global batch."""
     samples: int = 0
-    """Samples trained on in all."""
+    """Samples trained on in total."""
     seconds: float = 0.0
     """Time spent in training steps so far, for --max-minutes and, in stage 1, --minutes."""
     validation_due: bool = False
-    """The run was interrupted before or during the validation that comes after this step, or resumed with a global
-    batch that the rest of the epoch does not fill."""
+    """The run was interrupted before or during the validation after this step, or resumed with a global batch that the
+    rest of the epoch does not fill."""
 
     def advance(self, steps: int, global_batch: int) -> None:
-        """Note that `steps` more optimizer steps are done."""
+        """Advance by `steps` optimizer steps."""
         self.step += steps
         self.sample_in_epoch += steps * global_batch
         self.samples += steps * global_batch
 
 
 class Schedule:
-    """When training ends and which learning rate each step takes.
+    """The end of training and the learning rate of each step.
 
-    Both follow from the samples seen and the options now: a run that is resumed with another global batch ends where a
-    run with this batch ends, and takes its rates.
+    Both depend only on the samples seen and the current options: a run resumed with another global batch ends and takes
+    rates as if it had always had this batch.
     """
 
     def __init__(self, config: Config, num_samples: int, steps_per_call: int = 1) -> None:
-        """num_samples: of the training set. steps_per_call: those of the engine."""
+        """num_samples: of the training set. steps_per_call: of the engine."""
         execution = config.execution
         self.options, self.epochs, self.max_steps = config.optimizer, execution.epochs, execution.max_steps
         self.num_samples, self.global_batch, self.steps_per_call = num_samples, config.global_batch, steps_per_call
         self.max_seconds = 60.0 * execution.max_minutes
         self.plateau = schedules.Plateau(self.options.learning_rate)
-        self.losses = [0.0, 0]  # sum and number of the training losses seen in this epoch
+        self.losses = [0.0, 0]  # sum and count of this epoch's training losses
 
     @property
     def samples_per_call(self) -> int:
-        """Samples that one call of the device takes: the unit in which an epoch is rounded."""
+        """Samples in one call of the device; epochs are truncated to whole calls."""
         return self.global_batch * self.steps_per_call
 
     def steps_in_epoch(self, start: int = 0) -> int:
@@ -60,7 +60,7 @@ class Schedule:
         return schedules.whole_steps(self.num_samples - start, self.global_batch, self.steps_per_call)
 
     def steps_left(self, position: Position) -> int:
-        """Optimizer steps to the end that --epochs and --max-steps set."""
+        """Optimizer steps to the end set by --epochs and --max-steps."""
         if position.epoch >= self.epochs:
             return 0
         whole_epochs = self.epochs - position.epoch - 1
@@ -91,21 +91,21 @@ class Schedule:
         return base * schedules.epoch_factor(name, position.epoch, self.epochs)
 
     def note_loss(self, loss: float) -> None:
-        """Remember a training loss for the plateau; one that is not finite says nothing."""
+        """Record a training loss for the plateau; non-finite ones are ignored."""
         if math.isfinite(loss):
             self.losses = [self.losses[0] + loss, self.losses[1] + 1]
 
     def end_epoch(self, validation_loss: float | None) -> None:
-        """Tell the plateau the epoch's loss: of validation, or the mean training loss where there is none."""
+        """Give the plateau the epoch's loss: that of validation, or the mean training loss if there is none."""
         mean = self.losses[0] / self.losses[1] if self.losses[1] else float("inf")
         self.plateau.step(mean if validation_loss is None else validation_loss)
         self.losses = [0.0, 0]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values that `load_state_dict` takes."""
+        """Plain values for `load_state_dict`."""
         return {"plateau": self.plateau.state_dict(), "losses": list(self.losses)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state_dict."""
+        """Restore a state_dict."""
         self.plateau.load_state_dict(state["plateau"])
         self.losses = list(state["losses"])

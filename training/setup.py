@@ -1,4 +1,4 @@
-"""What a run is made of: vocabulary, VQGAN, data sets, and the model to train."""
+"""The parts of a run: vocabulary, VQGAN, data sets, and the model to train."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import data
 import log
 from args import Config
 from bpe import Tokenizer, load_tokenizer
+from checkpoints.trust import check_size
 from checkpoints.vqgan import PUBLISHED, default_vqgan, load_vqgan
 from engines import Engine
 from models.building import build_dalle
@@ -31,37 +32,38 @@ from utils.skipped import start_report
 
 logger = logging.getLogger(__name__)
 
-#: Options that say how a model is trained, not what it is.
+#: Options of a model's training, not of its architecture.
 TRAINING_OPTIONS = ("loss_img_weight", "attn_dropout", "ff_dropout")
 
-_SAME_NAME = ("text_seq_len", "dim_head", "attn_types", "sandwich_norm", "layer_scale", "init_std", *TRAINING_OPTIONS)
-#: Fields of DalleConfig and the options that decide on them.
+_SAME_NAME = ("text_seq_len", "dim_head", "attn_types", "sandwich_norm", "layer_scale", "init_std", "norm",
+              "qk_norm", "rotary_2d", "activation", "ff_mult", *TRAINING_OPTIONS)
+#: Fields of DalleConfig and the options that set them.
 MODEL_OPTIONS = {
     **{name: name for name in _SAME_NAME},
     **{"dim": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads"},
 }
 
-#: What was left out of the data, a line for each file, in the folder of the log.
+#: The list of files that were skipped, one line each, in the log folder.
 SKIPPED = "skipped.jsonl"
 
-#: Samples of a --generated-data epoch, unless two global batches need more.
+#: Samples of a --generated-data epoch, or two global batches if that is more.
 GENERATED_SAMPLES = 1024
 
 
 class Parts(NamedTuple):
-    """What a run is made of."""
+    """The parts of a run."""
 
     tokenizer: Tokenizer
     vqgan_paths: tuple[Path, Path] | None
-    """Weights and YAML, as soon as they are loaded."""
+    """Weights and YAML, once they are loaded."""
     vqgan: VQGAN
-    """On the meta device until `with_weights` loads it, and again when all images are encoded."""
+    """On the meta device until `with_weights` loads it, and again once all images are encoded."""
     train_set: Any
     validation_set: Any | None
 
 
 class Start(NamedTuple):
-    """A checkpoint to begin from, and its file's name."""
+    """A checkpoint to start from, and its path."""
 
     path: Path
     checkpoint: checkpoints.DalleCheckpoint
@@ -73,9 +75,9 @@ class Start(NamedTuple):
 
 
 def build_parts(config: Config, engine: Engine | None = None) -> Parts:
-    """Open tokenizer and data sets for a VQGAN that is only described: no image is read and nothing is downloaded.
+    """Open tokenizer and data sets, with a VQGAN on the meta device: no image is read and nothing is downloaded.
 
-    engine: of the run, where several processes build their parts. Raises UserError for what does not fit together.
+    engine: needed if several processes build their parts. Raises UserError for parts that do not fit together.
     """
     is_main = engine is None or engine.is_main
     if is_main:
@@ -114,15 +116,15 @@ def build_parts(config: Config, engine: Engine | None = None) -> Parts:
 
 
 def with_weights(config: Config, parts: Parts) -> Parts:
-    """Load the VQGAN, unless it is loaded; a published one is downloaded first where it is not there yet."""
+    """Load the VQGAN, unless it is loaded; a published one is downloaded if it is not cached."""
     if parts.vqgan_paths is not None:
         return parts
     weights, yaml = config.model.vqgan_model_path, config.model.vqgan_config_path  # both or none
     if weights and yaml:
         paths = (Path(weights), Path(yaml))
     elif config.data.generated_data or config.data.synthetic_data:
-        # Random pictures need no trained VQGAN: one of the published shape does the same work, without a download.
-        logger.info(f"generated data: a VQGAN of the published {published_vqgan(config)} shape with random weights")
+        # Random images need no trained VQGAN: one of the same shape does the same work, without a download.
+        logger.info(f"generated data: a VQGAN with the shape of {published_vqgan(config)} and random weights")
         vqgan = VQGAN(parts.vqgan.config)
         vqgan.identity = "random"
         return parts._replace(vqgan=vqgan, vqgan_paths=(Path("random"), Path("random")))
@@ -132,7 +134,7 @@ def with_weights(config: Config, parts: Parts) -> Parts:
 
 
 def encode_images(config: Config, engine: Engine, parts: Parts, position: Position) -> Parts:
-    """Turn images into their codes, each once for all epochs and runs (--cache-codes), and let the VQGAN's weights go.
+    """Encode images to codes, once for all epochs and runs (--cache-codes), and free the VQGAN's weights.
 
     position: where the run starts.
     """
@@ -153,11 +155,11 @@ def encode_images(config: Config, engine: Engine, parts: Parts, position: Positi
         workers=options.dataloader_workers,
         progress=functools.partial(log.progress, unit="image", is_main=engine.is_main),
     )
-    # A run that ends within its first epoch does not come to all images: those that it leaves out need not be encoded.
+    # A run that ends within its first epoch does not use all images: the others need not be encoded.
     short = config.execution.max_steps > 0 and position.epoch == 0
     calls = -(-max(0, config.execution.max_steps - position.step) // engine.steps_per_call)
     samples, order = position.sample_in_epoch + calls * engine.steps_per_call * config.global_batch, None
-    if config.ipu.compile_only:  # the first one tells the shapes
+    if config.ipu.compile_only:  # one image gives the shapes
         short, samples, parts = True, 1, parts._replace(validation_set=None)
     if short and samples < len(parts.train_set):
         order = parts.train_set.order(config.execution.random_seed, 0)[:samples]
@@ -168,18 +170,18 @@ def encode_images(config: Config, engine: Engine, parts: Parts, position: Positi
 
 
 def published_vqgan(config: Config) -> str:
-    """The published VQGAN that a configuration takes where none is given: that of its architecture's authors."""
+    """The default VQGAN of a configuration: the published one that the architecture's authors used."""
     return "f16-1024" if config.model.architecture == "mini-dalle" else "f16-16384"
 
 
 def vqgan_config(config: Config) -> VqganConfig:
-    """The VQGAN that a configuration means, without reading its weights."""
+    """The configuration of the VQGAN, without reading its weights."""
     path = config.model.vqgan_config_path
     return VqganConfig.from_yaml(path) if path else PUBLISHED[published_vqgan(config)].config
 
 
 def identities(config: Config, parts: Parts) -> dict[str, dict[str, Any]]:
-    """What vocabulary and VQGAN are, and where they lay: those that a run is resumed with must be the same."""
+    """Hashes and paths of vocabulary and VQGAN; a run can only be resumed with the same ones."""
     weights, yaml = parts.vqgan_paths or ("", "")
     return {
         "tokenizer": dict(parts.tokenizer.identity, path=config.data.bpe_path or ""),
@@ -193,13 +195,13 @@ def identities(config: Config, parts: Parts) -> dict[str, dict[str, Any]]:
 
 
 def dalle_config(config: Config, tokenizer: Tokenizer, vqgan: VQGAN) -> DalleConfig:
-    """The model that a configuration, a vocabulary and a VQGAN describe. Raises UsageError for an odd --image-size."""
+    """The model of a configuration, a vocabulary and a VQGAN. Raises UsageError for an unsupported --image-size."""
     options, factor = config.model, vqgan.config.downsampling
     size = options.image_size
     if size % factor:
         near = " or ".join(str(n) for n in (size // factor * factor, (size // factor + 1) * factor) if n)
         raise UsageError(
-            f"--image-size {size}: the VQGAN makes a code of {factor} x {factor} pixels, so it must be a multiple of "
+            f"--image-size {size}: the VQGAN encodes {factor} x {factor} pixels to a code, so it must be a multiple of "
             f"{factor}, such as {near}"
         )
     values: dict[str, Any] = dict(
@@ -207,17 +209,21 @@ def dalle_config(config: Config, tokenizer: Tokenizer, vqgan: VQGAN) -> DalleCon
         num_image_tokens=vqgan.num_codes,
         grid=size // factor,
     )
-    values.update((field, getattr(options, name)) for field, name in MODEL_OPTIONS.items())
-    return DalleConfig(**dict(values, **ARCHITECTURES[options.architecture]))
+    given = ((field, getattr(options, name)) for field, name in MODEL_OPTIONS.items())
+    values.update((field, value) for field, value in given if value is not None)  # (--activation: the architecture's)
+    wanted = DalleConfig(**dict(values, **ARCHITECTURES[options.architecture]))
+    flags = {field: args.flag_name(name) for field, name in MODEL_OPTIONS.items()}
+    check_size(wanted.to_dict(), dict(flags, grid="a code grid (--image-size) of"))
+    return wanted
 
 
 def model_config(config: Config, parts: Parts, start: Start | None) -> DalleConfig:
-    """The model to train: a new one as configured, or that of a checkpoint, trained as configured."""
+    """The model to train: a new one as configured, or a checkpoint's with the configured training options."""
     wanted = dalle_config(config, parts.tokenizer, parts.vqgan)
     if start is None:
         return wanted
     own = DalleConfig.from_dict(start.checkpoint.config)
-    if not own.unique_pads:  # minDALL-E's table may have more rows than its vocabulary
+    if not own.unique_pads:  # minDALL-E's embedding may have more rows than its vocabulary
         wanted = dataclasses.replace(wanted, num_text_tokens=max(wanted.num_text_tokens, own.num_text_tokens))
     for name, option in (
         ("num_text_tokens", "bpe_path"),
@@ -234,16 +240,16 @@ def model_config(config: Config, parts: Parts, start: Start | None) -> DalleConf
     if differing:
         flags = {field: args.flag_name(option) for field, option in MODEL_OPTIONS.items()}
         decided = resume.listed(differing, lambda field: flags.get(field, field))
-        logger.warning(f"{start.path} decides on its shape, not the configuration: {decided}")
+        logger.warning(f"the shape is that of {start.path}, not of the configuration: {decided}")
     return dataclasses.replace(own, **{name: getattr(wanted, name) for name in TRAINING_OPTIONS})
 
 
 def build_model(config: Config, parts: Parts, start: Start | None, wanted: DalleConfig) -> TextToImage:
-    """A new model, or the one of a checkpoint, whose weights it takes over."""
+    """A new model, or one with the weights of a checkpoint (which are moved, not copied)."""
     if start is None:
         dalle = DalleModel(wanted)
     else:
-        averaged = None if config.checkpoints.resume else start.checkpoint.ema  # the better ones to start anew from
+        averaged = None if config.checkpoints.resume else start.checkpoint.ema  # averaged weights are the better start
         weights = start.checkpoint.weights if averaged is None else averaged
         dalle = build_dalle(wanted, weights)
     size = sum(p.numel() for p in dalle.parameters()) / 1e6

@@ -44,17 +44,14 @@ WEIGHTS, CONFIG, STATE = "vqgan.safetensors", "vqgan.yaml", "training.pt"
 PICTURES, TRAIN_PICTURES = "reconstructions.png", "reconstructions_train.png"
 SKIPPED = "skipped.jsonl"
 SHOWN = 36
-"""Pairs of an image and its reconstruction at most in a picture of them."""
+"""Maximum number of pairs (image and reconstruction) in a contact sheet."""
 EVALUATED = 256
-"""Held-out images at most that evaluations look at; on the demo set the last one looks at all."""
+"""Maximum number of held-out images in evaluations; on the demo set the last evaluation takes all."""
 NO_STATE, NO_FILE = "is no state of train_vqgan.py", "--output: cannot write"
 
 
 def train(args: VqganOptions, interruption: Interruption | None = None) -> dict[str, float]:
-    """Run the whole job described by `args`; returns the final figures, none where it was interrupted.
-
-    Raises UserError.
-    """
+    """Train as `args` say; returns the final figures, {} if interrupted. Raises UserError."""
     run = Run(args, interruption or Interruption())
     try:
         return run.train()
@@ -63,10 +60,10 @@ def train(args: VqganOptions, interruption: Interruption | None = None) -> dict[
 
 
 class Run(Loop):
-    """A training run: the trainer, its images, how far it has come, and its state on disk."""
+    """A training run: the trainer, its images, its position, and its state on disk."""
 
     def __init__(self, args: VqganOptions, interruption: Interruption) -> None:
-        """Build all that `args` describe; with --resume the run goes on at the very next step. Raises UserError."""
+        """Build all parts; with --resume the run continues at the next step. Raises UserError."""
         torch.manual_seed(args.random_seed)
         self.args, self.interruption, self.folder = args, interruption, Path(args.output)
         make_folder("--output", self.folder)
@@ -88,7 +85,7 @@ class Run(Loop):
         if state is None:
             names = (STATE, WEIGHTS, CONFIG, PICTURES, TRAIN_PICTURES, "metrics.jsonl")
             old = [self.folder / name for name in names if (self.folder / name).is_file()]
-            done = "the files of an earlier run are now in %s (--resume would have gone on with it)"
+            done = "the files of an earlier run are now in %s (--resume would have continued it)"
             move_aside(old, "earlier-{}", NO_FILE, done)
         with contextlib.nullcontext() if state is None else reading(self.folder / STATE, NO_STATE):
             self.begin(state)
@@ -98,9 +95,12 @@ class Run(Loop):
         self.logged = replace(self.position)
 
     def begin(self, state: dict[str, Any] | None) -> None:
-        """Start from the beginning, or resume a state. `position.seconds` leaves evaluation and saving out."""
+        """Start from the beginning, or resume a state. `position.seconds` excludes evaluation and saving."""
         args, taken = self.args, int(state["drawn"]) if state else 0
         self.position = Position(seconds=float(state["seconds"]) if state else 0.0)
+        if len(self.images) < args.batch_size:
+            logger.warning(f"--batch-size {args.batch_size}: there are only {len(self.images)} training images; they "
+                           "are one batch")
         self.batches = Batches(self.images, args.batch_size, args.random_seed, taken, args.dataloader_workers)
         if state:
             self.trainer.load_state_dict(state["trainer"])
@@ -108,27 +108,27 @@ class Run(Loop):
             logger.info(f"resumed at step {self.position.step}, {100 * self.progress:.0f} % of the run")
             was, now = state["num_images"], len(self.images)
             if was != now:
-                logger.warning(f"there were {was} training images, now {now}: others are held out")
+                logger.warning(f"there were {was} training images, now {now}: the held-out images differ")
 
     @property
     def progress(self) -> float:
-        """How far the run has come: 0 at its start, 1 at its end."""
+        """Progress of the run: 0 at its start, 1 at its end."""
         steps, minutes = self.args.steps, self.args.minutes
         if steps is not None:
             return self.position.step / steps
-        assert minutes is not None  # `VqganOptions.check` has seen to it
+        assert minutes is not None  # ensured by `VqganOptions.check`
         return self.position.seconds / (60.0 * minutes)
 
     def train(self) -> dict[str, float]:
-        """Train to the end and save the result; returns its figures, none where the run was interrupted."""
+        """Train to the end and save the result; returns its figures, {} if interrupted."""
         trainer, folder = self.trainer, self.folder
         with self.metrics:
             with self.interruption.deferred(), contextlib.closing(self.batches):
                 if not self.take_steps(self.next_batches()):
-                    how = "saved; --resume goes on" if self.args.save_every else "not saved"
+                    how = "saved; continue with --resume" if self.args.save_every else "not saved"
                     logger.info(f"interrupted at step {self.position.step}, {how}")
                     return {}
-                if not trainer.codebook_ready:  # a run too short for it
+                if not trainer.codebook_ready:  # the run was too short
                     trainer.initialise_codebook(self.batches)
             save_weights(folder, trainer.result, self.args.save_half)
             saved = load_vqgan(folder / WEIGHTS, folder / CONFIG, trainer.device)
@@ -138,9 +138,9 @@ class Run(Loop):
         unreadable = self.images.unreadable | self.held_out.unreadable
         if unreadable:
             text = f"{len(unreadable)} images could not be read, such as {min(unreadable)}"
-            logger.warning(f"{text}; all are listed in {folder / SKIPPED}")
-        logger.info(f"{self.position.step} steps; {listed(report)}")
-        logger.info(f"weights, YAML, metrics and pictures are in {folder}")
+            logger.warning(f"{text}; {folder / SKIPPED} lists them all")
+        logger.info(f"step {self.position.step}, the end: {listed(report)}")
+        logger.info(f"weights, YAML, metrics and reconstructions are in {folder}")
         return report
 
     def next_batches(self) -> Iterator[Tensor]:
@@ -187,16 +187,16 @@ class Run(Loop):
         step, every, ended = self.position.step, self.args.save_every, self.finished()
         if not every or not (step % every == 0 or ended or stopping):
             return
-        self.watch()  # too many bad steps are no state to save
+        self.watch()  # after too many bad steps, do not save
         try:
             self.write()
         except UserError as error:
             if ended or stopping:
                 raise
-            logger.error(f"step {step}: {error}. Training goes on, and tries again with the next state")
+            logger.error(f"step {step}: {error}. Training continues; the next state will be tried")
 
     def write(self) -> None:
-        """Write the state that `read_state` reads, in place of an older one. Raises UserError."""
+        """Write the state for `read_state`, over an older one. Raises UserError."""
         model = self.trainer.model
         require_finite(model, f"step {self.position.step}")
         state = {
@@ -211,14 +211,14 @@ class Run(Loop):
         save_checkpoint(self.folder / STATE, state)
 
     def way_out(self) -> str:
-        """What to do where losses are not finite, for an error's line."""
+        """What to do about non-finite losses, for error messages."""
         file = self.folder / STATE
-        newest = f"the last good state is {file}: go on from it with --resume and" if file.is_file() else "take"
+        newest = f"the last good state is {file}: continue from it with --resume and" if file.is_file() else "take"
         return newest + " a lower --learning-rate or --clip-grad-norm"
 
 
 def make_trainer(args: VqganOptions, device: torch.device) -> Trainer:
-    """The model that `args` describe, with all that trains it. Raises UserError."""
+    """The model of `args` and its trainer. Raises UserError."""
     if args.vqgan_model_path and args.vqgan_config_path:  # both or none
         model = load_vqgan(args.vqgan_model_path, args.vqgan_config_path, device).requires_grad_(True)
     else:
@@ -232,13 +232,13 @@ def make_trainer(args: VqganOptions, device: torch.device) -> Trainer:
     return Trainer(model, args, device, bool(args.vqgan_model_path), perceptual)
 
 
-#: Figures whose name says no unit, as the console shows them.
+#: Figures whose names lack the unit, as the console shows them.
 _SHOWN: dict[str, Callable[[float], str]] = {
     "psnr": "PSNR {:.2f} dB".format,
     "psnr_train": "training images: PSNR {:.2f} dB".format,
     "codes_used": "{:.1%} of the codes used".format,
     "perplexity": "perplexity {:.1f} codes".format,
-    "ceiling_heldout": "{:.1%} of held-out reconstructions nearest to their own picture".format,
+    "ceiling_heldout": "{:.1%} of held-out reconstructions nearest to their own image".format,
     "ceiling_train": "{:.1%} of training ones".format,
     "images_per_second": log.rate,
 }
@@ -253,9 +253,9 @@ def listed(figures: dict[str, float]) -> str:
 
 
 def read_state(args: VqganOptions, model: VQGAN) -> dict[str, Any] | None:
-    """Read what `Run.write` wrote, tensors and plain values alone; None without --resume or where there is nothing yet.
+    """Read what `Run.write` wrote, only tensors and plain values; None without --resume or without a file.
 
-    model: as `args` describe it. Raises UserError when the file is damaged, or of a run that these options do not fit.
+    model: as `args` describe it. Raises UserError if the file is damaged, or the options do not fit its run.
     """
     file = Path(args.output) / STATE
     if not args.resume:
@@ -270,18 +270,18 @@ def read_state(args: VqganOptions, model: VQGAN) -> dict[str, Any] | None:
         same_config = state["config"] == model.config.to_dict()
         same_start = not args.vqgan_model_path or state.get("start", model.identity) == model.identity
         fixed = [name for name, rule in AT_RESUME.items() if rule == FIXED]
-        # Once there is a codebook, nothing is left of the part of the run without one.
+        # Once there is a codebook, the part of the run without one is over.
         fixed += ["continuous_start"] if state["trainer"]["codebook_ready"] else []
-    except Exception as error:  # whatever a file that is no state of ours makes the restricted unpickler raise
+    except Exception as error:  # the restricted unpickler may raise anything on foreign files
         raise UserError(f"--resume: {file} {NO_STATE} ({type(error).__name__})") from error
     resume.refuse(found, fixed, flag_name, file, "start a new run in another --output")
     if not same_config:
         raise UsageError(f"--resume: {file} was written with another --config")
     if not same_start:
-        raise UsageError(f"--resume: {file} began with other weights than --vqgan-model-path names now")
+        raise UsageError(f"--resume: {file} started from other weights than --vqgan-model-path now names")
     found = {name: found[name] for name, rule in AT_RESUME.items() if rule == APPLIES and name in found}
     if found:
-        logger.info(f"given anew: {resume.listed(found, flag_name)}")
+        logger.info(f"changed options: {resume.listed(found, flag_name)}")
     return state
 
 
@@ -291,7 +291,7 @@ def read_state(args: VqganOptions, model: VQGAN) -> dict[str, Any] | None:
 def final_report(
     model: VQGAN, train_images: ImageSource, held_out: ImageSource, folder: Path, device: torch.device, demo: bool
 ) -> dict[str, float]:
-    """Figures of the saved weights; on the demo set also how often a reconstruction is nearest to its own picture."""
+    """Figures of the saved weights; on the demo set also how often a reconstruction is nearest to its own image."""
     shown = reconstruct(model, held_out.chunks(range(len(held_out) if demo else min(EVALUATED, len(held_out)))), device)
     save_grid(folder / PICTURES, shown, "held-out")
     report = shown.figures(model.num_codes)
@@ -310,7 +310,7 @@ def final_report(
 
 
 def save_grid(file: Path, shown: Reconstructions, which: str) -> None:
-    """Draw the first SHOWN pairs as a PNG file, each with its PSNR; which: what the heading calls them."""
+    """Write the first SHOWN pairs as a PNG file, each with its PSNR; which: their name in the heading."""
     pairs = list(zip(shown.originals.split(1), shown.images.split(1)))
     cells = [Cell([pair[0][0], pair[1][0]], f"{psnr(*pair):.1f} dB") for pair in pairs[:SHOWN]]
     heading = f"{len(cells)} of {len(pairs)} {which} images, PSNR of all: {psnr(shown.originals, shown.images):.1f} dB"
@@ -319,7 +319,7 @@ def save_grid(file: Path, shown: Reconstructions, which: str) -> None:
 
 
 def save_weights(folder: Path, model: VQGAN, half: bool) -> None:
-    """Write weights and YAML, each complete or not at all. Raises UserError."""
+    """Write weights and YAML, each atomically. Raises UserError."""
     from safetensors.torch import save as to_bytes
 
     require_finite(model, "--output")
@@ -332,7 +332,7 @@ def save_weights(folder: Path, model: VQGAN, half: bool) -> None:
 
 
 def require_finite(model: nn.Module, when: str) -> None:
-    """Raise UserError where a weight is not finite: such weights are never saved."""
+    """Raise UserError for non-finite weights, which are never saved."""
     bad = not_finite(model.state_dict())
     if bad is not None:
         raise UserError(f"{when}: weights are not finite ({bad}) and were not saved; lower --learning-rate")

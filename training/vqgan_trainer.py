@@ -1,4 +1,4 @@
-"""Training of a VQGAN, one step at a time, on any device: losses, optimizer, averaged weights, the codebook's upkeep.
+"""One training step of a VQGAN on any device: losses, optimizer, averaged weights, codebook maintenance.
 
 Letters: B images, S image height and width, N codes per image, D embed_dim, g codes along one side, M = B*N feature
 vectors.
@@ -32,10 +32,10 @@ def to_pixels(images: Tensor, device: torch.device) -> Tensor:
 
 
 class Trainer:
-    """One VQGAN with its optimizer, moving average, codebook upkeep and optional perceptual and adversarial terms.
+    """A VQGAN with its optimizer, moving average, codebook maintenance and optional perceptual and adversarial terms.
 
-    `codebook_ready`: features are quantised. A model that starts from random weights learns faster when it first runs
-    without codes, and `initialise_codebook` then builds the codebook from its features.
+    `codebook_ready`: features are quantised. A model with random weights learns faster if it first trains without
+    codes; `initialise_codebook` then builds the codebook from its features.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class Trainer:
         self.perceptual = perceptual
         self.step_number = 0
         self.bad_steps = [0, 0]
-        """Steps left out because loss or gradient was not finite: in all, and in a row up to now."""
+        """Steps skipped because loss or gradient was not finite: in total, and in a row up to now."""
         self.upkeep: CodebookUpkeep | None = None
         if model.config.variant == "vq":
             self.upkeep = CodebookUpkeep(model, 0.99 if options.codebook_update == "ema" else None)
-        # Kept as a list: walking through the modules at every step would take its time.
+        # As a list: walking through the modules in every step is slow.
         self._parameters: list[Tensor] = list(model.parameters())
         trained = [p for p in self._parameters if p.requires_grad]
         groups = [
@@ -71,7 +71,7 @@ class Trainer:
 
     @property
     def result(self) -> VQGAN:
-        """The model to evaluate and save: the average of the weights, or without one the weights."""
+        """The model to evaluate and save: the averaged one, or the model itself without --ema-decay."""
         return self._average if self.options.ema_decay else self.model
 
     def reconstruction_loss(self, images: Tensor, pixels: Tensor) -> Tensor:
@@ -85,8 +85,8 @@ class Trainer:
     def step(self, images: Tensor, progress: float) -> dict[str, Tensor]:
         """One optimizer step on uint8 images (B, 3, S, S); returns losses as tensors.
 
-        `progress`, from 0 to 1, is how far the run has come: it decides the learning rate. Where the loss or a gradient
-        is not finite, of the discriminator or of the rest, all stays as it was, and the step is counted in `bad_steps`.
+        `progress` of the run, from 0 to 1, sets the learning rate. If the loss or a gradient is not finite, of the
+        discriminator or of the model, nothing is updated, and the step is counted in `bad_steps`.
         """
         options, model = self.options, self.model.train()
         pixels = to_pixels(images, self.device)
@@ -120,7 +120,7 @@ class Trainer:
             self.optimizer.step()
             if adversary is not None:
                 adversary.update(rate)
-            revived = None if codes is None else self._keep_codebook(features.detach(), codes, progress)
+            revived = None if codes is None else self._update_codebook(features.detach(), codes, progress)
             self._update_average(revived)
         elif adversary is not None:
             adversary.restore(statistics)
@@ -129,7 +129,7 @@ class Trainer:
 
     @torch.no_grad()
     def initialise_codebook(self, batches: Iterator[Tensor]) -> None:
-        """Start the codebook from the features of images to come: about eight feature vectors for each code."""
+        """Initialise the codebook from features of the next images: about eight feature vectors for each code."""
         self.codebook_ready = True
         if self.upkeep is None:
             return
@@ -139,13 +139,13 @@ class Trainer:
         self.upkeep.initialise(torch.cat(features).flatten(2).transpose(1, 2).flatten(0, 1))
         self._average.quantize.codebook.copy_(self.model.quantize.codebook)
 
-    def _keep_codebook(self, features: Tensor, codes: Tensor, progress: float) -> Tensor | None:
+    def _update_codebook(self, features: Tensor, codes: Tensor, progress: float) -> Tensor | None:
         if self.upkeep is None:
             return None
         flat = features.flatten(2).transpose(1, 2).flatten(0, 1)  # (M, D)
         self.upkeep.update(flat, codes.flatten())
         every = self.options.revive_every
-        # The last part of a run settles: a code moved there would have no time to become useful.
+        # Not in the last part of a run: a revived code would have no time to become useful.
         if every and self.step_number % every == every - 1 and progress < 0.8:
             return self.upkeep.revive(flat)
         return None
@@ -155,11 +155,11 @@ class Trainer:
         decay = min(self.options.ema_decay, (1.0 + self.step_number) / (10.0 + self.step_number))
         torch._foreach_lerp_(self._averages, self._parameters, 1.0 - decay)
         if revived is not None:
-            # A moved code is a new code: an average with the old place would be neither.
+            # A revived code is a new code: do not average it with the old one.
             self._average.quantize.codebook[revived] = self.model.quantize.codebook[revived]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs to go on at the very next step: tensors and plain values."""
+        """What `load_state_dict` needs to resume at the next step: tensors and plain values."""
         return {
             "step": self.step_number,
             "bad_steps": list(self.bad_steps),
@@ -174,7 +174,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the state that `state_dict` of a trainer of the same model returned, random numbers included."""
+        """Restore a state from `state_dict` of a trainer of the same model, including random states."""
         self.step_number, self.codebook_ready = state["step"], state["codebook_ready"]
         self.bad_steps = [int(count) for count in state.get("bad_steps", (0, 0))]
         self.model.load_state_dict(state["model"])

@@ -1,1 +1,1 @@
-"""Small helpers that know nothing of the rest of the project: errors, files, downloads, schedules, checkpoints."""
+"""Helpers that do not depend on the rest of the project: errors, files, downloads, schedules, options."""

@@ -1,4 +1,4 @@
-"""Zip archives from the web: downloaded, verified, unpacked, also where the disk has little room to spare.
+"""Download, verify and unpack zip archives, even where disk space is short.
 
 python -m utils.archives --sha256 HEX --unpack data/COCO URL FILE.zip
 """
@@ -25,22 +25,22 @@ logger = logging.getLogger(__name__)
 _BLOCK = 1 << 20
 _MAX_FILES = 1 << 20
 _MAX_RATIO = 100
-"""Times its size that an archive may unpack to: photos hardly shrink, captions to a fifth; bombs reach 1,000."""
-_MAX_SMALL = 1 << 30  # but so much may come out of any archive
+"""Largest allowed unpacked size / archive size: about 1 for photos, 5 for captions; zip bombs reach 1,000."""
+_MAX_SMALL = 1 << 30  # any archive may unpack to this many bytes
 _CUT_BYTES = 256 * _BLOCK
-"""An archive that is shortened while it is unpacked is cut whenever so much of its end is no longer needed."""
+"""An archive that is truncated while it is unpacked is cut in steps of at least this size."""
 
 
 def unpack(archive: PathLike, folder: PathLike, progress: bool = True) -> int:
-    """Unpack a zip archive into `folder` and delete the archive; return the number of files that were missing.
+    """Unpack a zip archive into `folder` and delete the archive; return the number of files unpacked.
 
-    Files that are there with the right size are kept. Where the disk cannot hold archive and content side by side, the
-    archive is cut down from its end as its files are unpacked; should that be interrupted, what is left of it becomes a
-    partial download, which `download` completes.
+    Existing files of the right size are kept. Where the disk cannot hold both archive and content, the archive is
+    truncated from its end as its files are unpacked; if that is interrupted, the rest of it becomes a partial download,
+    which `download` completes.
 
-    Links are unpacked as the plain files that hold their targets' names.
+    Links are unpacked as plain files that hold the names of their targets.
     Raises UserError for a damaged archive, one that unpacks to a hundred times its size or a million files, for names
-    that lead out of `folder`, and when writing fails.
+    outside `folder`, and when writing fails.
     """
     archive, folder = Path(archive), Path(folder)
     part = archive.with_name(archive.name + ".part")
@@ -57,7 +57,7 @@ def unpack(archive: PathLike, folder: PathLike, progress: bool = True) -> int:
             if short:
                 logger.info("%s: little space is left; shortening the archive while it is unpacked", archive)
                 os.replace(str(archive), str(part))
-            # From the end, so that what is unpacked can be cut off.
+            # Last file first, so that the archive can be truncated.
             missing.sort(key=lambda member: member.header_offset, reverse=True)
             with progress_bar(len(missing), archive.name, "files", progress) as bar:
                 for member in missing:
@@ -69,14 +69,14 @@ def unpack(archive: PathLike, folder: PathLike, progress: bool = True) -> int:
             archive.unlink()
         forget_part(part)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, struct.error) as error:
-        raise UserError(f"{archive} is damaged ({error}); delete it and fetch it again") from error
+        raise UserError(f"{archive} is damaged ({error}); delete it and download it again") from error
     except OSError as error:
         raise UserError(f"cannot unpack {archive} into {folder}: {error}") from error
     return len(missing)
 
 
 def _check_member(archive: Path, name: str) -> None:
-    """Raise UserError for a file that would land outside of the folder."""
+    """Raise UserError for a file that would be written outside the folder."""
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name:
         raise UserError(f"{archive} holds a file with the unsafe name {name!r}; it is not unpacked")
@@ -87,12 +87,12 @@ def _has_size(path: Path, size: int) -> bool:
 
 
 def _space(members: Sequence[zipfile.ZipInfo]) -> int:
-    """Return the bytes that unpacked files take, in whole blocks of a file system, and some to spare."""
+    """Return the bytes that unpacked files take, in whole file system blocks, plus a margin."""
     return sum(-(-member.file_size // 4096) * 4096 for member in members) + _CUT_BYTES
 
 
 def _unpack_member(content: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path) -> None:
-    """Unpack one file whole or not at all; reading to its end checks its CRC."""
+    """Unpack one file atomically; reading to its end checks its CRC."""
     target = folder / member.filename
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp")
@@ -110,7 +110,7 @@ def _unpack_member(content: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Pa
 class DownloadOptions(Options):
     """The options of this command."""
 
-    url: str = option(REQUIRED, "where from", positional=True, metavar="URL")
+    url: str = option(REQUIRED, "what to download", positional=True, metavar="URL")
     path: str = option(REQUIRED, "file to write", positional=True, path=True, metavar="PATH")
     sha256: str | None = option(None, "expected checksum")
     size_limit: int | None = option(None, "largest size to accept, in bytes", ge=0)

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: told of in the log, and too many in a row end the run."""
+"""Steps with a non-finite loss or gradient: they are logged, and too many in a row end the run."""
 from __future__ import annotations
 
 import logging
@@ -11,39 +11,39 @@ logger = logging.getLogger(__name__)
 
 
 class BadSteps:
-    """Watches for losses and gradients that are not finite, and ends a run that does not recover from them."""
+    """Watches for non-finite losses and gradients, and ends a run that does not recover from them."""
 
     def __init__(self, limit: int, step: int, way_out: Callable[[], str]) -> None:
-        """limit: of bad steps in a row; 0: none. step: where the run begins. way_out: the end of the error's line."""
+        """limit: bad steps allowed in a row; 0: any number. step: first step. way_out: advice for the error message."""
         self.limit, self.way_out = limit, way_out
         self.total = self.row = 0  # steps, in all and in a row
-        self.looked_at, self.told = step, 0
+        self.last_step, self.reported = step, 0
 
     def due(self, step: int, per_call: int = 1) -> bool:
-        """Whether to look after this step, logged or not: often enough to notice `limit` bad steps in a row."""
+        """Whether to check after this step: often enough to notice `limit` bad steps in a row."""
         return bool(self.limit) and step % self.limit < per_call
 
     def look(self, step: int, loss: float, counts: Sequence[int] | None) -> None:
-        """Note how many bad steps there were, up to this one. Raises UserError when there were too many in a row.
+        """Record how many bad steps there were, up to this one. Raises UserError when there were too many in a row.
 
-        counts: steps left out, in all and in a row up to now; None where the loss alone can be watched.
+        counts: skipped steps, in total and in a row; None where only the loss is known.
         """
         if counts is not None:
             self.total, self.row = counts
         else:
-            # The engine has no say in what the device does: a bad loss stands for all steps since the last one seen.
-            bad = 0 if math.isfinite(loss) else step - self.looked_at
+            # The device cannot skip steps: a bad loss counts for all steps since the last check.
+            bad = 0 if math.isfinite(loss) else step - self.last_step
             self.total, self.row = self.total + bad, self.row + bad if bad else 0
-        self.looked_at = step
-        if self.row and self.total > self.told:
+        self.last_step = step
+        if self.row and self.total > self.reported:
             logger.warning(
-                "step %d: loss or gradient not finite for %d step(s), %d in all since the training began%s",
+                "step %d: loss or gradient not finite for %d step(s), %d in total since training began%s",
                 step,
                 self.row,
                 self.total,
-                "" if counts is None else "; such steps are left out",
+                "" if counts is None else "; such steps are skipped",
             )
-            self.told = self.total
+            self.reported = self.total
         if self.limit and self.row >= self.limit:
             raise UserError(
                 f"step {step}: loss or gradient not finite {self.row} times in a row (--max-bad-steps {self.limit}); "

@@ -1,7 +1,7 @@
-"""Where caches lie, and which of their files may be run as code.
+"""Cache folders, and which of their files may be run as code.
 
     folder = cache_folder("dalle", "codes")                            # ~/.cache/dalle/codes
-    folder = trusted_folder(cache_folder("dalle", "kernels"), 0o755)   # UntrustedError where others may change it
+    folder = trusted_folder(cache_folder("dalle", "kernels"), 0o755)   # UntrustedError if others may change it
     with open_trusted(folder / name) as file: ...
 """
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import IO
 from utils.files import PathLike, open_regular
 
 _MAX_LINKS = 40
-"""Symbolic links in a path before it counts as a loop, as on Linux."""
+"""Symbolic links in a path before it counts as a loop, as in Linux."""
 
 
 def cache_folder(*names: str, holding: str | None = None) -> Path:
-    """Return the folder of these names in $XDG_CACHE_HOME, or in ~/.cache where that is unset or relative.
+    """Return the folder of these names in $XDG_CACHE_HOME, or in ~/.cache if that is unset or relative.
 
-    holding: what earlier versions kept in ~/.cache whatever the variable said; where it is there, that is the folder.
+    holding: a file that earlier versions always kept in ~/.cache; where it exists, that folder is used.
     Source: XDG Base Directory Specification 0.8, which says to ignore relative paths. Not platformdirs, whose last
-    version for Python 3.8 takes them, and which would move the caches on macOS.
+    version for Python 3.8 accepts them, and which would move the caches on macOS.
     """
     root, default = os.environ.get("XDG_CACHE_HOME", ""), Path(os.path.expanduser("~/.cache"), *names)
     if not os.path.isabs(root) or (holding is not None and os.path.exists(str(default / holding))):
@@ -33,14 +33,14 @@ def cache_folder(*names: str, holding: str | None = None) -> Path:
 
 
 class UntrustedError(OSError):
-    """Somebody besides this user and root may change what lies at a path."""
+    """A user other than this one and root may change the file or folder."""
 
 
 def trusted_folder(folder: PathLike, mode: int | None = None, shared: bool = False) -> Path:
-    """Return the folder, without links in its path, if only this user and root may write there or replace its path.
+    """Return the folder, its links resolved, if only this user and root may write to it or replace its path.
 
-    mode: of the folders that are made where they are missing; None: they are not made. shared: a sticky folder such as
-    /tmp will do, where others may add files, but not touch those of this user.
+    mode: permissions of missing folders that are created; None: none are created. shared: accept a sticky folder such
+    as /tmp, where others may add files but not change those of this user.
     Raises UntrustedError, and OSError where the folder is missing or out of reach.
     """
     path = _resolved(Path(os.path.abspath(str(folder))), mode, 0)
@@ -49,7 +49,7 @@ def trusted_folder(folder: PathLike, mode: int | None = None, shared: bool = Fal
 
 
 def open_trusted(path: PathLike) -> IO[bytes]:
-    """Open a plain file in a trusted folder for reading. Raises UntrustedError and OSError; links are not followed."""
+    """Open a regular file in a trusted folder for reading. Raises UntrustedError and OSError; follows no links."""
     file = open_regular(path, getattr(os, "O_NOFOLLOW", 0))
     try:
         _check(path, os.fstat(file.fileno()))
@@ -60,7 +60,7 @@ def open_trusted(path: PathLike) -> IO[bytes]:
 
 
 def _resolved(path: Path, mode: int | None, links: int) -> Path:
-    """Follow an absolute path from the root on. Nobody else can change the part that is checked already."""
+    """Resolve an absolute path from the root down. No other user can change the part that is already checked."""
     if path == path.parent:
         _check(path, os.lstat(str(path)), passing=True)
         return path
@@ -83,10 +83,10 @@ def _resolved(path: Path, mode: int | None, links: int) -> Path:
 
 
 def _check(path: PathLike, found: os.stat_result, passing: bool = False) -> None:
-    """Raise UntrustedError unless nobody else may write it. passing: it is only on the way to what is used."""
+    """Raise UntrustedError if other users may write to it. passing: it is only a parent folder or link."""
     owners = {0, os.geteuid()}
     if passing:
-        owners.add(os.lstat("/").st_uid)  # root under another number, in a container that maps users
+        owners.add(os.lstat("/").st_uid)  # root under another id, in a container that maps users
     if found.st_uid not in owners:
         raise UntrustedError(errno.EPERM, f"belongs to another user (uid {found.st_uid})", str(path))
     harmless = stat.S_ISLNK(found.st_mode) or (passing and found.st_mode & stat.S_ISVTX)

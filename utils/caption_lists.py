@@ -1,13 +1,13 @@
-"""Lists of captions, told apart by what is in them, whatever the file is called.
+"""Caption lists, recognised by their content, not by the file name.
 
     COCO            {"images": [{"id": 9, "file_name": "9.jpg"}], "annotations": [{"image_id": 9, "caption": "A cat"}]}
     Karpathy        {"images": [{"filename": "9.jpg", "sentences": [{"raw": "A cat"}, ...]}, ...]}
     other JSON      [{"image": "9.jpg", "caption": "A cat" or ["A cat", ...]}, ...], or {"9.jpg": "A cat" or [...], ...}
-    JSON lines      an object a line, as in metadata.jsonl of Hugging Face's ImageFolder
-    tables          CSV, TSV, or with | or ; between columns, as Flickr8k's captions.txt and Flickr30k's results.csv;
+    JSON lines      one object per line, as in metadata.jsonl of Hugging Face's ImageFolder
+    tables          CSV, TSV, or columns separated by | or ;, as Flickr8k's captions.txt and Flickr30k's results.csv;
                     without a header where each line begins with an image: 9.jpg#0<TAB>A cat
 
-Nothing but the standard library is needed, and of large JSON files only what is asked for stays in memory.
+Needs only the standard library. Of large JSON files, only the fields needed stay in memory.
 """
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from utils.files import IMAGE_SUFFIXES, open_regular
 IMAGE_KEYS = ("file_name", "filename", "image", "image_name", "image_file", "image_path", "img", "img_path", "filepath")
 IMAGE_KEYS += ("file_path", "path", "file", "image_id")
 CAPTION_KEYS = ("caption", "captions", "text", "sentences", "sentence", "comment", "raw", "description", "prompt")
-"""Names of keys and columns, in any case, the most telling first."""
+"""Names of keys and columns, case-insensitive, the most specific first."""
 
 MAX_BYTES = 1 << 31
 """Twenty times COCO's captions."""
@@ -34,7 +34,7 @@ MAX_BYTES = 1 << 31
 _MAX_DIGITS = 18
 _DELIMITERS = "\t,|;"
 _NUMBER_OF_CAPTION = re.compile(r"#\d+$")
-_JSON_START = re.compile(r"""\s*(\[\s*([\[{"\]\d-]|$)|{\s*(["}]|$))""")  # not that of "[A sign] that says ..."
+_JSON_START = re.compile(r"""\s*(\[\s*([\[{"\]\d-]|$)|{\s*(["}]|$))""")  # does not match "[A sign] that says ..."
 _SHOWN_KEYS = 30
 
 
@@ -42,9 +42,9 @@ class Row(NamedTuple):
     """The captions of one entry."""
 
     name: str
-    """Which entry it is, for messages."""
+    """Name of the entry, for messages."""
     image: Any
-    """Its image: a file name, or an id; None where the entry has none. May be anything that JSON can express."""
+    """Its image: a file name or an id; None if the entry has none. May be any JSON value."""
     captions: list[str]
     problem: str = ""
     """Why there are no captions."""
@@ -53,18 +53,18 @@ class Row(NamedTuple):
 
 
 class Image(NamedTuple):
-    """An image that COCO's "images" lists. A field is None where the entry lacks it."""
+    """An entry of COCO's "images". A field is None where the entry lacks it."""
 
     id: Any
     file_name: Any
 
 
 class CaptionList(NamedTuple):
-    """What a file holds."""
+    """The content of a file."""
 
     rows: Iterable[Row]
     images: list[Any] | None = None
-    """COCO's "images", each an `Image` unless it is no such thing: names of files for the ids in `rows`."""
+    """COCO's "images", each an `Image` unless malformed: file names for the ids in `rows`."""
 
 
 def read_list(
@@ -72,25 +72,25 @@ def read_list(
 ) -> CaptionList:
     """Return the entries of a file.
 
-    image_key, caption_key: the JSON keys or columns to take, instead of the usual names; in a table without a header
+    image_key, caption_key: the JSON keys or columns to use, instead of the usual names; in a table without a header
     their numbers, from 1. with_images: entries must name their images.
 
-    Raises UserError where the file cannot be read or is not a list whose captions (and images) can be told.
+    Raises UserError where the file cannot be read or its captions (and images) are not recognised.
     """
     text = read_text(path)
     if not text.strip():
-        raise UserError(f"--captions {path}: the file is empty or cut off; fetch it again")
+        raise UserError(f"--captions {path}: the file is empty or truncated; download it again")
     found = find_list(path, text, image_key, caption_key, with_images)
     if found is None:
         keys = _Keys(path, image_key, caption_key, with_images)
-        raise keys.not_told("not a JSON file, and no table with a column of captions that can be told")
+        raise keys.not_recognised("not a JSON file, and not a table with a recognisable column of captions")
     return found
 
 
 def find_list(
     path: Path, text: str, image_key: str | None, caption_key: str | None, with_images: bool
 ) -> CaptionList | None:
-    """`read_list` of the text of a file; None where it is neither JSON nor a table that can be told from other text."""
+    """`read_list` of the text of a file; None if it is neither JSON nor recognisable as a table."""
     keys = _Keys(path, image_key, caption_key, with_images)
     if _JSON_START.match(text):
         lines = re.match(r"\s*(.*)\n\s*\S", text)
@@ -112,29 +112,34 @@ def read_text(path: Path) -> str:
             size = os.fstat(file.fileno()).st_size
             if size > MAX_BYTES:
                 raise UserError(f"--captions {path}: too large to be a list of captions")
-            return file.read(size).decode("utf-8-sig")
+            text = file.read(size).decode("utf-8-sig")
+        if "\0" in text:
+            raise UserError(f"--captions {path}: not a text file: it holds NUL characters; save it as UTF-8")
+        return text
     except FileNotFoundError as error:
         raise UserError(
             f"--captions {path}: no such file or folder; COCO's captions are in annotations_trainval2017.zip, which "
-            "utils/download_coco_dataset.sh fetches"
+            "utils/download_coco_dataset.sh downloads"
         ) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"--captions {path}: not a text file (it is not UTF-8: {error.reason})") from error
+        why = f"not a text file (it is not UTF-8: {error.reason}); save it as UTF-8"
+        raise UserError(f"--captions {path}: {why}") from error
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        raise UserError(f"--captions {path}: cannot be read: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--captions {path}: cannot be read: {reason}") from error
 
 
 # Keys ----------------------------------------------------------------------------------------------------------------
 
 
 class _Keys:
-    """Finds the keys of image and caption among those of a file."""
+    """Finds the image and caption keys among those of a file."""
 
     def __init__(self, path: Path, image: str | None, caption: str | None, with_images: bool) -> None:
         self.path, self.image, self.caption, self.with_images = path, image, caption, with_images
-        self.wanted = {key.lower() for key in (*IMAGE_KEYS, *CAPTION_KEYS, image, caption) if key}
+        self.needed = {key.lower() for key in (*IMAGE_KEYS, *CAPTION_KEYS, image, caption) if key}
 
     def choose(self, names: Sequence[str]) -> tuple[str | None, str] | None:
         """Return (image key, caption key) among names; None where one is missing."""
@@ -143,8 +148,8 @@ class _Keys:
             return None
         return image, caption
 
-    def not_told(self, why: str) -> UserError:
-        """Return the error of a file in which no captions, or not their images, are found."""
+    def not_recognised(self, why: str) -> UserError:
+        """Return the error for a file in which captions or their images are not found."""
         flags = "--image-column and --caption-column" if self.with_images else "--caption-column"
         return UserError(
             f"--captions {self.path}: {why}; expected COCO's or Karpathy's JSON, JSON or JSON lines of objects with an "
@@ -152,13 +157,13 @@ class _Keys:
         )
 
     def reduce(self, seen: dict[str, None]) -> Any:
-        """Return a hook for JSON objects that keeps what may be wanted, and notes the names of their keys in `seen`."""
+        """Return a hook for JSON objects that keeps the keys that may be needed, and records all keys in `seen`."""
 
         def hook(entry: dict[str, Any]) -> dict[str, Any]:
             for key in entry:
                 if len(seen) < _SHOWN_KEYS:
                     seen.setdefault(key)
-            return {key: value for key, value in entry.items() if key.lower() in self.wanted or _is_nested(key, value)}
+            return {key: value for key, value in entry.items() if key.lower() in self.needed or _is_nested(key, value)}
 
         return hook
 
@@ -180,9 +185,9 @@ def is_image_name(name: str) -> bool:
 
 
 def _captions(value: Any) -> list[str] | None:
-    """Return the captions in a value of JSON: a text, or a list of texts or of Karpathy's sentences; None: neither."""
+    """Return the captions in a JSON value: a string, or a list of strings or of Karpathy's sentences; else None."""
     if isinstance(value, str):
-        if value.startswith('["'):  # a list in a cell of a table, as in Flickr30k's table of Hugging Face
+        if value.startswith('["'):  # a list in a table cell, as in Flickr30k's table on Hugging Face
             try:
                 return _captions(json.loads(value)) or [value]
             except (ValueError, RecursionError):
@@ -198,7 +203,7 @@ def _captions(value: Any) -> list[str] | None:
 def _row(name: str, image: Any, value: Any, key: str) -> Row:
     captions = _captions(value)
     if captions is None:
-        what = f"has no {key!r}" if value is None else f"has a {key!r} that is no text: {reprlib.repr(value)}"
+        what = f"has no {key!r}" if value is None else f"has a {key!r} that is not text: {reprlib.repr(value)}"
         return Row(name, image, [], what)
     return Row(name, image, captions)
 
@@ -211,14 +216,14 @@ def _load(path: Path, text: str, hook: Any) -> Any:
         return json.loads(text, object_hook=hook, parse_int=_whole)
     except json.JSONDecodeError as error:
         if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
-            raise UserError(f"--captions {path}: the file is cut off; fetch it again") from error
+            raise UserError(f"--captions {path}: the file is truncated; download it again") from error
         raise UserError(f"--captions {path}: not a JSON file: {error}") from error
     except RecursionError as error:
         raise UserError(f"--captions {path}: nested too deeply to be a list of captions") from error
 
 
 def _whole(digits: str) -> Any:
-    """Read a whole number of JSON; one beyond any id becomes a float, which no id is (long ones take for ever)."""
+    """Parse a JSON integer; one too long for an id becomes a float (very long integers are slow to parse)."""
     return int(digits) if len(digits) <= _MAX_DIGITS else float(digits[:_MAX_DIGITS])
 
 
@@ -230,7 +235,7 @@ def _is_json(line: str) -> bool:
 
 
 class _Annotation(NamedTuple):
-    """What is kept of one entry of COCO's "annotations": a third of the memory of the whole."""
+    """The needed fields of one entry of COCO's "annotations": a third of its memory."""
 
     image_id: Any
     caption: Any
@@ -238,7 +243,7 @@ class _Annotation(NamedTuple):
 
 
 def _reduce(entry: dict[str, Any]) -> Any:
-    """Return what is needed of an object in COCO's file (called for every one, the innermost first)."""
+    """Keep the needed fields of an object in COCO's file (called for each one, innermost first)."""
     if "image_id" in entry or "caption" in entry:
         return _Annotation(entry.get("image_id"), entry.get("caption"), entry.get("id"))
     if "file_name" in entry:
@@ -255,7 +260,7 @@ def _coco_rows(annotations: list[Any]) -> Iterator[Row]:
             problem = "has no 'caption'; expected captions_*.json, not instances_*.json"
             yield Row(name, entry.image_id, [], problem, entry.id)
         elif not isinstance(entry.caption, str):
-            problem = f"has a 'caption' that is no text: {reprlib.repr(entry.caption)}"
+            problem = f"has a 'caption' that is not text: {reprlib.repr(entry.caption)}"
             yield Row(name, entry.image_id, [], problem, entry.id)
         else:
             yield Row(name, entry.image_id, [entry.caption], "", entry.id)
@@ -274,7 +279,7 @@ def _json_rows(text: str, keys: _Keys) -> Iterator[Row]:
         if chosen is not None:
             return (_entry(f"entry {index}", entry, *chosen) for index, entry in enumerate(entries))
     names = f" (keys found: {', '.join(seen)})" if seen else ""
-    raise keys.not_told(f"no list 'annotations' and no other list of images and captions in it{names}")
+    raise keys.not_recognised(f"no list 'annotations' and no other list of images and captions in it{names}")
 
 
 def _json_lines(text: str, keys: _Keys) -> Iterator[Row]:
@@ -292,27 +297,30 @@ def _json_lines(text: str, keys: _Keys) -> Iterator[Row]:
     found = list(entries())
     chosen = _choose([entry for _, entry in found], keys)
     if chosen is None:
-        raise keys.not_told(f"no image and caption in its objects (keys found: {', '.join(seen)})")
+        raise keys.not_recognised(f"no image and caption in its objects (keys found: {', '.join(seen)})")
     return (_entry(name, entry, *chosen) for name, entry in found)
 
 
 def _choose(entries: list[Any], keys: _Keys) -> tuple[str | None, str] | None:
-    """Return the keys of the first entry that has what is needed."""
+    """Return the keys of the first entry that has an image and a caption."""
     found = (keys.choose(list(entry)) for entry in entries if isinstance(entry, dict))
     return next((chosen for chosen in found if chosen is not None), None)
 
 
 def _entry(name: str, entry: Any, image: str | None, caption: str) -> Row:
     if not isinstance(entry, dict):
-        return Row(name, None, [], "is no JSON object")
-    return _row(name, None if image is None else entry.get(image), entry.get(caption), caption)
+        return Row(name, None, [], "is not a JSON object")
+    file, folder = None if image is None else entry.get(image), entry.get("filepath")
+    if image == "filename" and isinstance(file, str) and isinstance(folder, str) and not is_image_name(folder):
+        file = f"{folder}/{file}"  # Karpathy's: files of different folders may have one name
+    return _row(name, file, entry.get(caption), caption)
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
 
 
 class _Table(NamedTuple):
-    """How the lines of a table are read: columns are counted from 0."""
+    """The layout of a table; columns are counted from 0."""
 
     delimiter: str
     header: bool
@@ -320,11 +328,11 @@ class _Table(NamedTuple):
     caption: int
     caption_name: str
     width: int
-    """Columns; 0: as many as a line has, of which the caption takes the last ones."""
+    """Number of columns."""
 
 
 def _table(text: str, keys: _Keys) -> Iterator[Row] | None:
-    """Return the rows of a table, None where the text is no table that can be told."""
+    """Return the rows of a table; None if the text is not recognised as one."""
     first = re.match(r"[^\r\n]*", text)[0]  # type: ignore[index]
     found = (_with_header(first, delimiter, keys) for delimiter in _DELIMITERS)
     table = next((table for table in found if table is not None), None)
@@ -332,7 +340,7 @@ def _table(text: str, keys: _Keys) -> Iterator[Row] | None:
     if table is not None:
         return _table_rows(text, table, keys)
     if keys.caption or keys.image or keys.path.suffix.lower() in (".csv", ".tsv"):
-        raise keys.not_told(f"no columns of image and caption in its first line, {first[:200]!r}")
+        raise keys.not_recognised(f"no columns of image and caption in its first line, {first[:200]!r}")
     return None
 
 
@@ -349,7 +357,7 @@ def _with_header(first: str, delimiter: str, keys: _Keys) -> _Table | None:
 
 
 def _without_header(first: str, keys: _Keys) -> _Table | None:
-    """By the numbers of columns, or where the first column is an image and the last one its caption."""
+    """By column numbers, or where the first column is an image and the last one its caption."""
     for delimiter in _DELIMITERS:
         cells = next(_cells(first, delimiter), [])
         numbers = [int(key) if key and re.fullmatch("[0-9]{1,3}", key) else 0 for key in (keys.image, keys.caption)]
@@ -358,14 +366,14 @@ def _without_header(first: str, keys: _Keys) -> _Table | None:
                 image = numbers[0] - 1 if numbers[0] else None
                 return _Table(delimiter, False, image, numbers[1] - 1, f"column {numbers[1]}", len(cells))
         elif keys.caption is None and keys.image is None and len(cells) > 1:
-            column = 1 if delimiter == "," else len(cells) - 1  # commas are in captions, too
+            column = 1 if delimiter == "," else len(cells) - 1  # captions may contain commas
             if is_image_name(_NUMBER_OF_CAPTION.sub("", cells[0])):
                 return _Table(delimiter, False, 0, column, f"column {column + 1}", column + 1)
     return None
 
 
 def _cells(text: str, delimiter: str) -> Iterator[list[str]]:
-    """Yield the cells of each line. A quote in a TSV may be a mere letter, where it would swallow lines."""
+    """Yield the cells of each line. Quotes in a TSV may be literal: parsed as quoting, they would swallow lines."""
     plain = delimiter in "\t|"
     options = {"delimiter": delimiter, "quoting": csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL}
     for cells in csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, **options):  # type: ignore[arg-type]
@@ -379,7 +387,7 @@ def _unquoted(cell: str) -> str:
 
 
 def _table_rows(text: str, table: _Table, keys: _Keys) -> Iterator[Row]:
-    number = 0
+    number, cells = 0, [""]
     try:
         for number, cells in enumerate(_cells(text, table.delimiter), 1):
             if not any(cells) or (table.header and number == 1):
@@ -387,10 +395,12 @@ def _table_rows(text: str, table: _Table, keys: _Keys) -> Iterator[Row]:
             yield _table_row(f"row {number}", cells, table)
     except csv.Error as error:
         raise UserError(f"--captions {keys.path}: row {number + 1} cannot be read ({error})") from error
+    if cells and "\n" in cells[-1] and text.count('"') % 2:
+        raise UserError(f"--captions {keys.path}: row {number} opens a quote that no other closes, and runs to the end")
 
 
 def _table_row(name: str, cells: list[str], table: _Table) -> Row:
-    if len(cells) > table.width and table.caption == table.width - 1:  # commas in a caption without quotes
+    if len(cells) > table.width and table.caption == table.width - 1:  # an unquoted caption with commas
         join = table.delimiter + " " * (table.delimiter in ",;")
         cells = [*cells[:table.caption], join.join(cells[table.caption:])]
     image = None

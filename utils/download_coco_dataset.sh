@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Download COCO 2017: photos and captions, about 26 GB of disk space in the end. Needs Python 3.8 or newer, nothing else.
+# Download COCO 2017: photos and captions, about 26 GB of disk space in the end. Needs only Python 3.8 or newer.
 #
 #   bash utils/download_coco_dataset.sh                    into data/COCO
 #   bash utils/download_coco_dataset.sh --dir /disk/COCO   somewhere else
 #   bash utils/download_coco_dataset.sh --val-only         validation photos and captions only: 2 GB
 #
-# Can be interrupted and run again: it goes on where it stopped and fetches only what is missing. Archives fetched by
-# other means are used when they lie in that folder under their own names (train2017.zip and so on). Each archive is
-# verified by its sha256, unpacked and deleted; where the disk is too small for both, it is shortened while unpacked.
+# Can be interrupted and run again: it resumes where it stopped and downloads only what is missing. Archives downloaded
+# by other means are used if they are in that folder under their own names (train2017.zip and so on). Each archive is
+# verified by its sha256, unpacked and deleted; where the disk is too small for both, it is truncated while unpacked.
 #
-# COCO_URL=... fetches from a mirror with the same folders as http://images.cocodataset.org.
+# COCO_URL=... downloads from a mirror with the same folders as http://images.cocodataset.org.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -22,7 +22,7 @@ annotations|annotations/annotations_trainval2017.zip|252907541|113a836d90195ee1f
 val2017|zips/val2017.zip|815585330|4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05|*.jpg|5000|1
 train2017|zips/train2017.zip|19336861798|69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929|*.jpg|118287|24
 "
-# Tests, and mirrors of other archives, bring their own list.
+# Tests, and mirrors of other archives, provide their own list.
 if [ -n "${COCO_ARCHIVES:-}" ]; then archives=$(cat "$COCO_ARCHIVES"); fi
 
 fail() { echo "error: $*" >&2; exit "${status:-1}"; }
@@ -43,7 +43,7 @@ done
 
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=python3
-    # The environment that run_train.sh made shows progress bars, which a bare Python cannot.
+    # The environment made by run_train.sh has tqdm for progress bars.
     if [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$root/.venv/bin/python" ]; then PYTHON=$root/.venv/bin/python; fi
 fi
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null || fail "Python 3.8 or newer is needed"
@@ -55,7 +55,7 @@ complete() {  # complete FOLDER PATTERN NUMBER: are its files all there?
     [ -d "$dir/$1" ] && [ "$(find "$dir/$1" -maxdepth 1 -type f -name "$2" ! -name '.*' | wc -l)" -ge "$3" ]
 }
 
-# What is missing, and the space for it: less what a download that was interrupted has already written.
+# What is missing, and the space it needs, less what an interrupted download has already written.
 missing=""
 needed=0
 while IFS='|' read -r folder path bytes sha256 pattern number gigabytes; do
@@ -78,9 +78,9 @@ done <<< "$archives"
 if [ -n "$missing" ]; then
     free=$(($(df -Pk "$dir" | awk 'NR == 2 { print $4 }') * 1024))
     if ! $val_only; then echo "COCO 2017 takes 26 GB of disk space (its archives, and captions as text files, included)"; fi
-    echo "to fetch: $(cut -d '|' -f 1 <<< "$missing" | tr '\n' ' ')- $(((needed + 999999999) / 1000000000)) GB more in $dir, where $((free / 1000000000)) GB are free"
+    echo "to download: $(cut -d '|' -f 1 <<< "$missing" | tr '\n' ' ')- $(((needed + 999999999) / 1000000000)) GB more in $dir, where $((free / 1000000000)) GB are free"
     if [ "$free" -lt "$needed" ]; then
-        fail "not enough space in $dir; give another folder with --dir, or fetch less with --val-only"
+        fail "not enough space in $dir; give another folder with --dir, or download less with --val-only"
     fi
 fi
 

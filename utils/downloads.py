@@ -1,10 +1,10 @@
-"""Files from the web, complete or not at all: resumed after interruptions, verified, renamed into place at the end.
+"""Atomic downloads: resumed after interruptions, verified, renamed into place at the end.
 
     from utils.downloads import download
     download("https://example.org/model.ckpt", "model.ckpt", sha256="...")
 
-While a download runs its bytes are in `<path>.part`, with what the server said about them in `<path>.part.json`, so
-that a later call, also in another process, goes on where this one stopped, but only if the server still has that file.
+While a download runs, its bytes are in `<path>.part` and the server's validator in `<path>.part.json`, so that a later
+call, also in another process, resumes where this one stopped, if the server still has that file.
 """
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from utils.locks import wait_for_lock
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 5
-"""Failed attempts in a row, without a byte gained, before a download is given up."""
+"""Attempts in a row without a byte received before a download is given up."""
 FIRST_PAUSE = 1.0
 """Seconds before the second attempt; each further pause is twice as long."""
 TIMEOUT = 30.0
@@ -44,7 +44,7 @@ _LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
 class _Retry(Exception):
-    """An attempt failed in a way that may pass."""
+    """A transient failure of an attempt."""
 
 
 def download(
@@ -55,13 +55,13 @@ def download(
     size_limit: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Make `path` hold what is at `url`, and return it.
+    """Download `url` to `path`, and return the path.
 
-    A file that is there already is kept, if it has the checksum given; with none given it counts as complete, because
-    files get their name only when they are. Transfers need https, or else a checksum or a server on this machine.
+    An existing file is kept if it has the given checksum; without one it counts as complete, because files get their
+    name only at the end. Transfers need https, a checksum or a server on this machine.
 
     sha256, md5: expected checksum in hexadecimal. size_limit: largest size to accept, in bytes.
-    Raises UserError (which says what to fetch by hand and where to put it) when the file cannot be had.
+    Raises UserError (which says what to download by hand and where to put it) when the download fails.
     """
     path = Path(path)
     checksums = {name: value.lower() for name, value in (("sha256", sha256), ("md5", md5)) if value}
@@ -70,17 +70,17 @@ def download(
         wrong = _mismatch(path, checksums)
         if not wrong:
             return path
-        logger.warning("%s is there, but %s; fetching it again", path, wrong)
+        logger.warning("%s exists, but %s; downloading it again", path, wrong)
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path):
             if path.is_file() and not _mismatch(path, checksums):
-                return path  # another process fetched it while this one waited
+                return path  # another process downloaded it while this one waited
             resumed = _fetch(url, part, bool(checksums), size_limit, progress, path)
             wrong = _mismatch(part, checksums)
             if wrong and resumed:
-                # The part may have come from another version of the file: once more, from nothing.
+                # The part may be from another version of the file: start over.
                 forget_part(part)
                 _fetch(url, part, bool(checksums), size_limit, progress, path)
                 wrong = _mismatch(part, checksums)
@@ -98,7 +98,7 @@ def download(
 
 
 def _fetch(url: str, part: Path, verified: bool, size_limit: int | None, progress: bool, path: Path) -> bool:
-    """Fill `part`, resuming what is in it; return whether any of it was there before."""
+    """Complete `part`; return whether a part existed before."""
     resumed = part.is_file() and part.stat().st_size > 0
     failures, most = 0, part.stat().st_size if resumed else 0
     while True:
@@ -117,7 +117,7 @@ def _fetch(url: str, part: Path, verified: bool, size_limit: int | None, progres
 
 
 def _attempt(url: str, part: Path, verified: bool, size_limit: int | None, progress: bool, path: Path) -> None:
-    """Ask for what `part` lacks and append it. Raises _Retry, or UserError when trying again is of no use."""
+    """Request what `part` lacks and append it. Raises _Retry, or UserError when retrying cannot help."""
     start, validator = _resume_point(url, part, verified)
     request = urllib.request.Request(url, headers={"User-Agent": "mini-dalle", "Accept-Encoding": "identity"})
     if start:
@@ -129,7 +129,7 @@ def _attempt(url: str, part: Path, verified: bool, size_limit: int | None, progr
         with opener.open(request, timeout=TIMEOUT) as response:
             _receive(response, url, part, start, size_limit, progress, path)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and start:  # nothing after these bytes: complete, or of another file
+        if error.code == 416 and start:  # no further bytes: complete, or part of another file
             if _total_size(error.headers) == start:
                 return
             forget_part(part)
@@ -149,7 +149,7 @@ def _attempt(url: str, part: Path, verified: bool, size_limit: int | None, progr
 def _receive(
     response: Any, url: str, part: Path, start: int, size_limit: int | None, progress: bool, path: Path
 ) -> None:
-    """Write a response's body to `part`, after the first `start` bytes when the server agreed to that."""
+    """Write a response's body to `part`, after the first `start` bytes if the server sent that range."""
     if response.status != 206 or _range_start(response.headers) != start:
         start = 0
     length = response.headers.get("Content-Length", "")
@@ -182,7 +182,7 @@ def _receive(
 
 
 def _blocks(response: Any) -> Iterator[bytes]:
-    """Yield a response's body. A failure of the network is a _Retry, told apart from one of the disk."""
+    """Yield a response's body. Network errors become _Retry, unlike disk errors."""
     while True:
         try:
             block = response.read(_BLOCK)
@@ -194,7 +194,7 @@ def _blocks(response: Any) -> Iterator[bytes]:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects only to where a download may come from."""
+    """Follows redirects only to allowed addresses."""
 
     def __init__(self, verified: bool, first_url: str, path: Path) -> None:
         self.verified, self.first_url, self.path = verified, first_url, path
@@ -205,21 +205,21 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def _check_address(url: str, verified: bool, first_url: str, path: Path) -> None:
-    """Raise UserError unless nobody on the way could change what comes from `url` unnoticed."""
+    """Raise UserError if a third party could change what comes from `url` unnoticed."""
     try:
         parts = urllib.parse.urlsplit(url)
         safe = parts.scheme == "https" or (parts.scheme == "http" and (verified or parts.hostname in _LOCAL_HOSTS))
     except ValueError:
         safe = False
     if not safe:
-        _give_up(first_url, path, f"{url} is no https address")
+        _give_up(first_url, path, f"{url} is not an https address")
 
 
 class DownloadError(UserError):
-    """A file cannot be had, for `reason`."""
+    """A download failed, for `reason`."""
 
     def __init__(self, url: str, path: Path, reason: str) -> None:
-        super().__init__(f"cannot download {url}: {reason}; fetch it by hand and save it as {path}")
+        super().__init__(f"cannot download {url}: {reason}; download it by hand and save it as {path}")
         self.reason = reason
 
 
@@ -227,7 +227,7 @@ def _give_up(url: str, path: Path, reason: str) -> NoReturn:
     raise DownloadError(url, path, reason)
 
 
-# What is known of a part ---------------------------------------------------------------------------------------------
+# Partial files -------------------------------------------------------------------------------------------------------
 
 
 def _notes(part: Path) -> Path:
@@ -235,16 +235,16 @@ def _notes(part: Path) -> Path:
 
 
 def forget_part(part: Path) -> None:
-    """Delete a part and its notes, as far as they exist."""
+    """Delete a part and its notes, if they exist."""
     for file in (part, _notes(part)):
         with contextlib.suppress(FileNotFoundError):
             file.unlink()
 
 
 def _resume_point(url: str, part: Path, verified: bool) -> tuple[int, str]:
-    """Return (bytes that may be kept, what identifies the server's file); (0, "") to start from nothing.
+    """Return (bytes that may be kept, validator of the server's file); (0, "") to start over.
 
-    Without identification a part is resumed only when a checksum will tell whether that went well.
+    Without a validator, a part is resumed only if a checksum will verify the result.
     """
     if not part.is_file():
         return 0, ""
@@ -258,7 +258,7 @@ def _resume_point(url: str, part: Path, verified: bool) -> tuple[int, str]:
 
 
 def _validator(headers: Any) -> str:
-    """Return what If-Range takes: a strong ETag, else the date of the last change, else ""."""
+    """Return the value for If-Range: a strong ETag, else the date of the last change, else ""."""
     etag = headers.get("ETag", "")
     return headers.get("Last-Modified", "") if not etag or etag.startswith("W/") else etag
 
@@ -297,7 +297,7 @@ def _locked(path: Path) -> Iterator[None]:
     with open(str(path.with_name("." + path.name + ".lock")), "w") as file:
         wait_for_lock(file)
         yield
-        # Only after success: whoever waits for the deleted file, or makes a new one, will find the download complete.
+        # Only after success: a process that waits for this file, or makes a new one, finds the complete download.
         with contextlib.suppress(FileNotFoundError):
             os.unlink(file.name)
 
@@ -306,7 +306,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def progress_bar(total: int | None, name: str, unit: str, progress: bool) -> Any:
-    """Return a bar on stderr, with `update`; one that shows nothing without `progress` or without tqdm."""
+    """Return a progress bar on stderr, with `update`; it shows nothing without `progress` or without tqdm."""
     try:
         from tqdm import tqdm
     except ImportError:

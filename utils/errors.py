@@ -1,4 +1,4 @@
-"""The two errors that a user may cause, and how a script ends with them: one line on stderr, no traceback."""
+"""Errors that users cause, and how a script exits with them: one line on stderr, no traceback."""
 from __future__ import annotations
 
 import contextlib
@@ -12,14 +12,14 @@ from typing import Callable, Iterable, NoReturn
 
 
 class UserError(ValueError):
-    """Something the user gave cannot work. The message is one line that names the flag, file or key and the way out."""
+    """Invalid input. The message is one line that names the flag, file or key and the way out."""
 
 
 class UsageError(UserError):
-    """The command line or a configuration is wrong (exit status 2; every other `UserError` ends with 1)."""
+    """The command line or a configuration is wrong (exit status 2; any other `UserError`: 1)."""
 
 
-# What PyTorch puts before the message of an error that a loader process raised: its traceback.
+# PyTorch's prefix to the message of an error in a loader process: the traceback.
 _IN_WORKER = re.compile(r"\ACaught \w+ in DataLoader worker process \d+\.\nOriginal Trace.*\n[\w.]+Error: ", re.DOTALL)
 
 
@@ -32,11 +32,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit with what it returns (None: 0), 2 after `UsageError`, 1 after another `UserError`.
 
-    An `OSError` that names a file ends with 1 and a line, too: files vanish and disks fill at any place.
+    An `OSError` that names a file also becomes one line (exit status 1): files vanish and disks fill at any time.
 
-    Any other exception is a defect of ours and keeps its traceback.
+    Any other exception is a bug and keeps its traceback.
     """
-    from utils import start  # here: who imports the library keeps his own hook for errors
+    from utils import start  # not at import: programs that import the library keep their own error hook
 
     start.done()
     if hasattr(sys.stdout, "reconfigure"):
@@ -51,7 +51,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:
         sys.exit(141)
     except OSError as error:
-        # A file that vanished, a full disk, a name that is too long, wherever it was met. Without a name it is ours.
+        # A file that vanished, a full disk, a name that is too long. Without a file name it is a bug.
         if error.filename is None:
             raise
         name, reason = str(error.filename), error.strerror or type(error).__name__
@@ -60,7 +60,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     try:
         sys.stderr.flush()
     except OSError:
-        # A log on a full disk does not undo what was done: Python would try again at its end, and exit with 120.
+        # A log on a full disk is no failure: Python would flush again at exit, and exit with 120.
         sys.stderr = open(os.devnull, "w")
     sys.exit(status or 0)
 
@@ -70,10 +70,10 @@ _SECONDS_TO_BE_ENDED = 10.0
 
 
 def _end(message: str, status: int) -> NoReturn:
-    """Say what is wrong, in one line whatever it holds (names of files, prompts), and exit.
+    """Print the message as one line, whatever it holds (file names, prompts), and exit.
 
-    Processes that torchrun started mostly fail alike: the first one of a machine speaks for all, and the file that
-    torchrun reads puts what it said at the end of torchrun's own report.
+    Processes started by torchrun mostly fail for the same reason: local rank 0 reports for all, also to the file whose
+    content torchrun prints at the end of its own report.
     """
     line = "error: " + " ".join(message.split())
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")

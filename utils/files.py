@@ -1,4 +1,4 @@
-"""Files that are either complete or absent: atomic writing and content hashes."""
+"""Atomic writing, checks of output paths, safe reading and content hashes."""
 from __future__ import annotations
 
 import contextlib
@@ -15,7 +15,7 @@ from utils.errors import UserError
 PathLike = Union[str, "os.PathLike[str]"]
 
 IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg", ".bmp", ".webp", ".jfif", ".jpe", ".gif", ".tif", ".tiff")
-"""Of two images with one name, the suffix that comes first here has the captions."""
+"""Of two images with the same stem, the one whose suffix comes first here gets the captions."""
 
 TEXT_SUFFIXES = (".txt", ".caption", ".cap")
 """Suffixes of caption files, the preferred one first."""
@@ -23,17 +23,17 @@ TEXT_SUFFIXES = (".txt", ".caption", ".cap")
 
 @contextlib.contextmanager
 def atomic_write(path: PathLike, mode: str = "w", permissions: int = 0o666) -> Iterator[IO[Any]]:
-    """Open a temporary file beside `path`; on success it replaces `path` in one step, on any error it is removed.
+    """Open a temporary file next to `path`; on success it replaces `path` atomically, on any error it is removed.
 
-    A reader therefore sees the old file or the new one, never half of one, also after a crash or a full disk.
-    Text is written as UTF-8 with "\\n" line ends. permissions: of the new file, less the umask.
+    Readers see the old file or the new one, never a partial one, also after a crash or with a full disk.
+    Text is written as UTF-8 with "\\n" line ends. permissions: of the new file, before the umask.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = str(path.parent / f".{path.name[:100]}.{uuid.uuid4().hex[:16]}.tmp")
 
     def opener(name: str, flags: int) -> int:
-        return os.open(name, flags, permissions)  # mkstemp would not take them, and the umask is not one thread's own
+        return os.open(name, flags, permissions)  # mkstemp does not take them, and the umask is process-wide
 
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
     opened = open(temporary, mode.replace("w", "x"), encoding=encoding, newline=newline, opener=opener)
@@ -51,8 +51,8 @@ def atomic_write(path: PathLike, mode: str = "w", permissions: int = 0o666) -> I
 
 
 def _sync_folder(folder: Path) -> None:
-    """Let a new name in a folder survive a loss of power, before anything older is deleted."""
-    with contextlib.suppress(OSError):  # not every file system can
+    """Make a new name in a folder survive a power loss, before anything older is deleted."""
+    with contextlib.suppress(OSError):  # not supported by every file system
         descriptor = os.open(str(folder), os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -61,9 +61,9 @@ def _sync_folder(folder: Path) -> None:
 
 
 def make_folder(flag: str, folder: PathLike, shown: PathLike = "") -> Path:
-    """Make a folder for results, before the work is done. Raises UserError where nothing could be written there.
+    """Make a folder for results, before the work starts. Raises UserError if it is not writable.
 
-    shown: what the flag holds, where it is not the folder.
+    shown: the flag's value, if it is not the folder.
     """
     folder, where = Path(folder), f"{flag} {shown or folder}"
     try:
@@ -78,7 +78,7 @@ def make_folder(flag: str, folder: PathLike, shown: PathLike = "") -> Path:
 
 
 def check_writable(flag: str, file: PathLike) -> None:
-    """Make the folder of a file that is to be written later. Raises UserError where it could not be."""
+    """Make the folder of a file that will be written later. Raises UserError if it could not be written."""
     if Path(file).is_dir():
         raise UserError(f"{flag} {file}: is a folder, not a file")
     make_folder(flag, Path(file).parent, file)
@@ -94,13 +94,13 @@ def writing(what: str, path: PathLike) -> Iterator[None]:
 
 
 def open_regular(path: PathLike, more_flags: int = 0) -> IO[bytes]:
-    """Open a plain file for reading bytes. Raises OSError, also for pipes and devices.
+    """Open a regular file for reading bytes. Raises OSError, also for pipes and devices.
 
-    Those lie in folders from anywhere, and reading one can wait for ever or never end. more_flags: of os.open.
+    Untrusted folders may hold those, and reading one may block or never end. more_flags: of os.open.
     """
 
     def opener(name: str, flags: int) -> int:
-        # Opening a pipe would wait for its other end.
+        # Opening a pipe would block until its other end is opened.
         return os.open(name, flags | more_flags | getattr(os, "O_NONBLOCK", 0))
 
     file = open(str(path), "rb", opener=opener)

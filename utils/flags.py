@@ -1,4 +1,4 @@
-"""Options that several commands take, each declared once; `utils.options.again` puts one into another table."""
+"""Options that several commands share, each declared once; `utils.options.again` adds one to another table."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ from utils.options import REQUIRED, Options, again, option
 class DeviceOptions(Options, title="device"):
     """Where and how to compute."""
 
-    device: str = option("auto", "where to compute; auto: cuda if there is one, else cpu",
+    device: str = option("auto", "where to compute; auto: cuda if available, else cpu",
                          choices=("auto", "cpu", "cuda"))
     threads: int = option(0, "CPU threads; 0: as PyTorch chooses", ge=0)
-    matmul_precision: str | None = option(None, "how exactly float32 matrix products take their factors, as "
-                                          "torch.set_float32_matmul_precision says: highest (float32), high (TF32 on a "
+    matmul_precision: str | None = option(None, "precision of float32 matmuls, as in "
+                                          "torch.set_float32_matmul_precision: highest (float32), high (TF32 on a "
                                           "GPU, 16 bits on a CPU with AMX), medium (bfloat16)",
                                           none="high on a GPU, highest on a CPU", choices=("highest", "high", "medium"))
 
 
 @dataclass(frozen=True)
 class ModelOptions(Options, title="model"):
-    """Which model to load, and where to."""
+    """Which model to load, and onto which device."""
 
     dalle_path: str = option(REQUIRED, "checkpoint of the model, folder in minDALL-E's layout or minDALL-E/1.3B; demo: "
                              "the one that comes with this repository", path=True)
@@ -33,10 +33,10 @@ class PartsOptions(Options, title="vocabulary and VQGAN"):
     """Vocabulary and VQGAN: arguments of `dalle.loading.load`."""
 
     bpe_path: str | None = option(None, "vocabulary of YouTokenToMe, tokenizer.json of Hugging Face, or list of "
-                                  "classes", none="the one the model was trained with, where it is found, else CLIP's",
+                                  "classes", none="the one the model was trained with, if found, else CLIP's",
                                   path=True)
     vqgan_model_path: str | None = option(None, "weights of the VQGAN (.ckpt or .safetensors)", path=True,
-                                          none="those the model was trained with, where they are found, else the "
+                                          none="those the model was trained with, if found, else the "
                                           "published f16-1024 model, downloaded")
     vqgan_config_path: str | None = option(None, "YAML file of the VQGAN", path=True, none="that of its weights")
 
@@ -47,17 +47,17 @@ class DataOptions(Options, title="data"):
 
     input_folder: str = option(REQUIRED, "folder of images and captions, webdataset shards such as "
                                "'DIR/{00000..00099}.tar', or 'demo' for the built-in set", path=True)
-    max_bad_fraction: float = option(0.01, "share of the data that may be skipped because it cannot be read; "
-                                     "skipped.jsonl beside the results lists it", ge=0, le=1)
+    max_bad_fraction: float = option(0.01, "fraction of the data that may be skipped because it is unreadable; "
+                                     "skipped.jsonl next to the results lists it", ge=0, le=1)
     dataloader_workers: int = option(0, "processes that read data", ge=0, le=1024)
 
 
 @dataclass(frozen=True)
 class ShardOptions(Options, title="data"):
-    """What is read of webdataset shards."""
+    """Which entries of webdataset shards to read."""
 
-    shard_images: str | None = option(None, "suffixes of the images in shards, with commas between (img,jpg)",
-                                      none="those of folders, and img")
+    shard_images: str | None = option(None, "suffixes of the images in shards, comma-separated (img,jpg)",
+                                      none="those of image folders, and img")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Locks on files and folders: one process at a time writes there. A lock ends with its process: none is left over.
+"""Locks on files and folders: one process at a time writes there. A lock ends with its process: none is ever stale.
 
-Not filelock: its last version for Python 3.8 empties the file that names the holder, and its forks keep the lock.
+Not filelock: its last version for Python 3.8 empties the file that names the holder, and forks keep the lock.
 """
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class Lock:
         _held.add(self)
 
     def close(self) -> None:
-        """Let go. May be called again."""
+        """Release the lock. May be called again."""
         if self._descriptor is not None:
             with contextlib.suppress(OSError, AttributeError):  # no locks here
-                fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # now, whatever a fork has still open
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # now, even if a fork still has the file open
             self.forget()
 
     def forget(self) -> None:
-        """Have nothing to do with it any more: in a forked process, where unlocking would unlock the parent's."""
+        """Close without unlocking: in a forked process, unlocking would release the parent's lock."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -51,21 +51,21 @@ class Lock:
 _held: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 
-def _let_go() -> None:
+def _forget_locks() -> None:
     for lock in list(_held):
         lock.forget()
 
 
-# A worker that outlives its killed parent by some seconds must not hold the locks for it.
+# A worker that outlives its killed parent by some seconds must not hold its locks.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
+    os.register_at_fork(after_in_child=_forget_locks)
 
 
 def try_lock(path: PathLike) -> Lock | None:
-    """Lock a folder that exists, or a file, made where it is missing; None if another process holds the lock.
+    """Lock an existing folder, or a file, created if missing; None if another process holds the lock.
 
-    A file then says who holds it; what a link points to is not written. On file systems without locks, says so and goes
-    on. Raises OSError.
+    The holder is written into the file; symbolic links are not followed. File systems without locks: logs a warning and
+    proceeds. Raises OSError.
     """
     is_folder = os.path.isdir(path)
     new_file = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
@@ -74,19 +74,19 @@ def try_lock(path: PathLike) -> Lock | None:
         os.close(descriptor)
         return None
     if not is_folder:
-        with contextlib.suppress(OSError):  # a full disk: the lock holds, but does not say whose it is
+        with contextlib.suppress(OSError):  # a full disk: the lock holds, but its file does not name the holder
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     return Lock(descriptor)
 
 
 def wait_for_lock(file: IO[Any]) -> None:
-    """Lock an open file until it is closed, as soon as no other process holds its lock; without locks, go on."""
+    """Lock an open file until it is closed, waiting for any other holder; no-op without file locks."""
     _locked(file.fileno(), file.name)
 
 
 def _locked(descriptor: int, path: PathLike, more_flags: int = 0) -> bool:
-    """Return False if another process holds the lock and the flags say not to wait; True also without locks."""
+    """Return False if another process holds the lock and the flags say not to wait; True also without file locks."""
     try:
         if fcntl is not None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | more_flags)
@@ -103,7 +103,7 @@ def _warn(message: str) -> None:
 
 
 def holder(path: PathLike) -> str:
-    """Return who holds the lock on a file, in words."""
+    """Return a description of the process that holds the lock on a file."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         return Path(path).read_text(encoding="utf-8") or "another process"
     return "another process"
@@ -111,10 +111,10 @@ def holder(path: PathLike) -> str:
 
 @contextlib.contextmanager
 def only_writer(*folders: tuple[str, Path]) -> Iterator[None]:
-    """Within the context no other process may write into these (flag, folder) through `only_writer`.
+    """Within the context, no other process can enter `only_writer` for these (flag, folder).
 
     Makes missing folders. Raises UserError that names flag, folder and the other process. A folder where no lock can be
-    made is left alone: who writes there will say why it cannot be.
+    made is ignored: writing there will report the reason.
     """
     with contextlib.ExitStack() as held:
         known = set()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Write constraints/py*.txt: for each Python, the newest version of every package that the requirements files allow and
-# that comes as a wheel. Run it when a requirement changes, and now and then; then `bash run_tests.sh`.
+# that comes as a wheel. Run it when a requirement changes, and regularly; then `bash run_tests.sh`.
 #
 #   bash utils/make_constraints.sh
 set -euo pipefail
@@ -17,7 +17,7 @@ for version in 3.8 3.10 3.11 3.12 3.13; do
     fi
     "$work/venv/bin/uv" pip compile --quiet --no-config --no-header --no-annotate --only-binary :all: --python-version "$version" \
         --python-platform linux --output-file "$work/pins" "${files[@]}"
-    # requirements.txt pins PyTorch, which pins the CUDA packages it needs; where another PyTorch is installed, it stays.
+    # requirements.txt pins PyTorch, which pins its CUDA packages; another installed PyTorch is kept.
     {
         echo "# Made by utils/make_constraints.sh: what run_train.sh and run_tests.sh install on Python $version."
         grep -v -E '^(torch|triton|nvidia-|cuda-)' "$work/pins"

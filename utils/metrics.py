@@ -1,6 +1,6 @@
-"""Numbers of a run: metrics.jsonl, TensorBoard and Weights & Biases, and loss.png that is drawn of them. See `log`.
+"""Metrics of a run: metrics.jsonl, TensorBoard and Weights & Biases, and the plot loss.png. See `log`.
 
-A writer that fails while training runs (a full disk, a lost connection) says so once and is left out from then on.
+A writer that fails during training (a full disk, a lost connection) logs one warning and is disabled.
 """
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ logger = logging.getLogger(__name__)
 
 
 class Metrics:
-    """Numbers of a run as `<log_dir>/metrics.jsonl`, and to TensorBoard and Weights & Biases when asked.
+    """Writes metrics to `<log_dir>/metrics.jsonl`, and optionally to TensorBoard and Weights & Biases.
 
-    One JSON object a line: {"event": "train", "step": 12, "time": 1700000000.0, "loss": 2.3, ...}. Events are "train"
-    and "validation" with loss, text_loss and image_loss (what `plot_losses` draws), or any other word. A number that
-    is not finite is written as null.
+    One JSON object per line: {"event": "train", "step": 12, "time": 1700000000.0, "loss": 2.3, ...}. Events are "train"
+    and "validation" with loss, text_loss and image_loss (what `plot_losses` draws), or any other word. Non-finite
+    numbers are written as null.
 
-    resume_step: None starts a new file and moves an older one aside (metrics.1.jsonl, ...). A number goes on with the
-    file: lines of later steps, which an interrupted run had written after its last checkpoint, are dropped.
-    metrics.jsonl is begun by `with` or the first event: a run that fails before leaves an earlier one's where it is.
-    Raises UserError when a writer that was asked for is not installed.
+    resume_step: None starts a new file and renames an older one (metrics.1.jsonl, ...). A number appends to the file:
+    lines of later steps, which an interrupted run wrote after its last checkpoint, are dropped.
+    metrics.jsonl is created by `with` or the first event: a run that fails earlier keeps the file of an earlier run.
+    Raises UserError when a requested writer is not installed.
     """
 
     def __init__(self, log_dir: PathLike, is_main: bool = True, tensorboard: bool = False, wandb: bool = False,
@@ -41,7 +41,7 @@ class Metrics:
         self.path = self._log_dir / "metrics.jsonl"
         self._writers: dict[str, Any] = {}
         self._begin: Callable[[], _JsonLines] | None = None
-        self._known: set[tuple[Any, Any]] = set()  # events at the very step a resumed run starts from
+        self._known: set[tuple[Any, Any]] = set()  # events already logged at the step where a run resumes
         if not is_main:
             return
         if tensorboard:
@@ -54,7 +54,7 @@ class Metrics:
         try:
             self._writers[name] = make()
         except OSError as error:
-            logger.warning("%s in %s cannot be written (%s): going on without it", name, self._log_dir,
+            logger.warning("%s in %s cannot be written (%s): continuing without it", name, self._log_dir,
                            error.strerror or error)
 
     def _open_file(self, resume_step: int | None) -> _JsonLines:
@@ -85,17 +85,17 @@ class Metrics:
         for name, writer in list(self._writers.items()):
             try:
                 writer.write(event, step, plain)
-            # Writers are other people's packages, disks and networks: whatever fails there must not end a long run.
+            # Third-party packages, disks and networks: no failure there may end a long run.
             except Exception as error:
                 del self._writers[name]
-                logger.warning("%s cannot be written any more (%s: %s): training goes on without it",
+                logger.warning("%s can no longer be written (%s: %s): training continues without it",
                                name, type(error).__name__, error)
 
     def sync(self) -> None:
-        """Wait until the lines of metrics.jsonl are on the disk."""
+        """Flush metrics.jsonl to disk."""
         writer = self._writers.get("metrics.jsonl")
         if writer is not None:
-            with contextlib.suppress(OSError):  # the next line that is written will say so
+            with contextlib.suppress(OSError):  # the next write will report it
                 writer.sync()
 
     def close(self) -> None:
@@ -118,7 +118,7 @@ class Metrics:
 
 
 def _plain(value: Any) -> bool | int | float | str | None:
-    """A JSON value: None for numbers that JSON does not know."""
+    """A JSON value: None for non-finite numbers."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     number = float(value)
@@ -140,13 +140,13 @@ class _JsonLines:
         self._open()
 
     def _open(self) -> None:
-        # Unbuffered: what could not be written must not be tried again when the file is closed.
+        # Unbuffered: a failed write must not be retried when the file is closed.
         self._file: IO[bytes] = open(str(self._path), "ab", buffering=0)
 
     def write(self, event: str, step: int, values: Mapping[str, Any]) -> None:
         line = dict({"event": event, "step": step, "time": round(time.time(), 3)}, **values)
         if not self._path.exists():
-            logger.warning("%s is gone: a new one begins at step %d", self._path, step)
+            logger.warning("%s was deleted: starting a new one at step %d", self._path, step)
             self._file.close()
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._open()
@@ -186,7 +186,7 @@ class _Wandb:
             self._run = wandb.init(project=project, name=name, config=dict(config or {}), dir=str(folder), id=run_id,
                                    resume="allow" if resumed else None, settings=wandb.Settings(console="off"))
         except Exception as error:
-            # No account, no network, a refused project: all are wandb's own errors.
+            # No account, no network, a refused project: each has its own error class in wandb.
             raise UserError(f"--wandb: {error} Without an account, set WANDB_MODE=offline") from None
         with atomic_write(id_file) as file:
             file.write(run_id + "\n")
@@ -203,7 +203,7 @@ def _numbers(values: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 
 def read_metrics(path: PathLike) -> list[dict[str, Any]]:
-    """The events of a metrics.jsonl; lines that are cut off or no events (a crash, a full disk) are left out."""
+    """The events of a metrics.jsonl; truncated and invalid lines (a crash, a full disk) are skipped."""
     events = []
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
@@ -222,8 +222,7 @@ def read_metrics(path: PathLike) -> list[dict[str, Any]]:
 def smoothed(values: Sequence[float], half_window: int) -> list[float]:
     """Centred moving average over 2 * half_window + 1 values, fewer at the ends.
 
-    Unlike an exponential average it does not lag, so that a falling training loss is not drawn above the validation
-    loss that it really is below.
+    Unlike an exponential average it does not lag, which would plot a falling training loss above the validation loss.
     """
     sums = [0.0]
     for value in values:
@@ -236,12 +235,12 @@ def smoothed(values: Sequence[float], half_window: int) -> list[float]:
 
 
 def plot_losses(jsonl_path: PathLike, png_path: PathLike) -> bool:
-    """Draw the losses of a metrics.jsonl over the optimizer steps: training (raw and smoothed, and its text and image
-    parts) and validation. Returns False, and draws nothing, when there is no training loss yet.
+    """Plot the losses of a metrics.jsonl over the optimizer steps: training (raw and smoothed, and its text and image
+    parts) and validation. Returns False, and plots nothing, when there is no training loss yet.
 
     Raises UserError when the file cannot be read.
     """
-    # A figure of its own instead of pyplot: no global state, no display.
+    # Figure instead of pyplot: no global state, no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -256,7 +255,7 @@ def plot_losses(jsonl_path: PathLike, png_path: PathLike) -> bool:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     half = len(train[0]) // 60  # a window of about a thirtieth of the run
-    marker = "." if len(train[0]) < 30 else ""  # a short run's curve is hardly a line
+    marker = "." if len(train[0]) < 30 else ""  # a short run has few points
     important: list[float] = []
     axes.plot(*train, color="tab:blue", alpha=0.25, linewidth=0.8)
     for key, label, colour, width in (("loss", "train", "tab:blue", 2.0),
@@ -273,7 +272,7 @@ def plot_losses(jsonl_path: PathLike, png_path: PathLike) -> bool:
         important += values
         axes.plot(steps, values, color="tab:red", linewidth=1.6, marker="o", markersize=4,
                   label=f"validation {values[-1]:.3f}")
-    # Single spikes must not flatten the curves.
+    # Scale to the smoothed curves: single spikes must not flatten them.
     low, high = min(important), max(important)
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     axes.set_ylim(low - margin, high + margin)
@@ -289,7 +288,7 @@ def plot_losses(jsonl_path: PathLike, png_path: PathLike) -> bool:
 
 
 def _curve(events: Sequence[Mapping[str, Any]], event: str, key: str) -> tuple[list[int], list[float]]:
-    """Steps and finite values of one number."""
+    """Steps and finite values of one metric."""
     points = [(item["step"], item[key]) for item in events
               if item["event"] == event and isinstance(item.get(key), (int, float)) and math.isfinite(item[key])]
     return [step for step, _ in points], [value for _, value in points]

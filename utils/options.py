@@ -1,4 +1,4 @@
-"""Options of all commands: tables of fields, from which flags, checks, --help, errors and docs/flags.md are made.
+"""Options of all commands: dataclasses that define flags, checks, --help, errors and docs/flags.md.
 
     @dataclass(frozen=True)
     class Training(Options, title="training"):
@@ -9,7 +9,7 @@
     options = COMMAND.parse(["--steps", "5"])         # a Training; --layers is (16,)
 
 An annotation is one of bool, int, float and str, or a tuple of them (`tuple[int, ...]`), and may end in `| None`; it is
-read as text, because Python 3.8 could not evaluate it. Flags are shown with hyphens and taken with underscores too.
+parsed as text, because Python 3.8 cannot evaluate it. Flags are shown with hyphens; underscores are accepted too.
 """
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from utils.errors import UsageError, UserError, nearest
 from utils.untrusted import shown
 
 VERSION = "1.0.0"
-"""Of the project, as pyproject.toml has it."""
+"""The project's version, as in pyproject.toml."""
 
 REQUIRED: Any = object()
-"""The default of an option that must be given."""
+"""Default of a required option."""
 
 _TYPES: dict[str, Any] = {"bool": bool, "int": int, "float": float, "str": str}
 _ANNOTATION = re.compile(r"(?P<many>tuple\[)?(?P<type>bool|int|float|str)(?(many), \.\.\.\])(?P<optional> \| None)?")
@@ -41,7 +41,7 @@ _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 class Range(NamedTuple):
-    """Numbers from `ge` or above `gt`, up to `le` or below `lt`, each None for no limit; and 0 with `or_zero`."""
+    """Numbers >= `ge`, > `gt`, <= `le` and < `lt`, each None for no limit; also 0 with `or_zero`."""
 
     ge: float | None = None
     gt: float | None = None
@@ -50,14 +50,14 @@ class Range(NamedTuple):
     or_zero: bool = False
 
     def holds(self, value: float) -> bool:
-        """Whether a number is one of these; those that are not finite never are."""
+        """Whether a number is in the range; non-finite ones never are."""
         if self.or_zero and value == 0:
             return True
         low = (self.ge is None or value >= self.ge) and (self.gt is None or value > self.gt)
         high = (self.le is None or value <= self.le) and (self.lt is None or value < self.lt)
         try:
             return low and high and math.isfinite(value)
-        except OverflowError:  # a whole number that no float can hold
+        except OverflowError:  # an integer too large for a float
             return False
 
     def __str__(self) -> str:
@@ -80,12 +80,12 @@ class Option(NamedTuple):
 
     @property
     def flag(self) -> str:
-        """As it is typed; a positional one by its metavar."""
+        """The flag as typed; for a positional option its metavar."""
         return self.metavar if self.settings.get("positional") else flag_name(self.name)
 
     @property
     def metavar(self) -> str:
-        """What stands for its value in --help."""
+        """Placeholder for its value in --help."""
         if "metavar" in self.settings:
             return str(self.settings["metavar"])
         if "choices" in self.settings and not self.many:
@@ -94,20 +94,20 @@ class Option(NamedTuple):
 
     @property
     def within(self) -> Range:
-        """The numbers that it takes."""
+        """The allowed range."""
         bounds = {key: self.settings[key] for key in ("ge", "gt", "le", "lt") if key in self.settings}
         return self.settings.get("within") or Range(**bounds)
 
     @property
     def default_text(self) -> str:
-        """The default, for people."""
+        """The default, as shown to users."""
         if self.default in (None, (), ""):
             return str(self.settings.get("none", "none"))
         return "required" if self.default is REQUIRED else display(self.default)
 
     @property
     def help(self) -> str:
-        """The help with default and limits."""
+        """The help text with default and limits."""
         notes = [self.default_text if self.default is REQUIRED else f"default: {self.default_text}"]
         notes += [str(self.within)] if str(self.within) else []
         if self.many and "choices" in self.settings:
@@ -115,24 +115,24 @@ class Option(NamedTuple):
         if self.settings.get("needs"):
             notes.append(f"with {flag_name(self.settings['needs'])}")
         if self.settings.get("resume") in ("fixed", "content"):
-            notes.append("stays as it is with --resume")
+            notes.append("fixed with --resume")
         return f"{self.settings['help']} ({'; '.join(notes)})"
 
     def checked(self, value: Any, where: str = "", is_text: bool = False) -> Any:
         """Convert a value to the option's type and check it. Raises UsageError that starts with `where` (the flag).
 
-        is_text: it was typed on the command line, where everything is text; in YAML a number must be a number (only
-        floats may be text, because YAML 1.1 reads 3e-4 as text).
+        is_text: the value comes from the command line, where everything is text; in YAML a number must be a number
+        (only floats may be text, because YAML 1.1 reads 3e-4 as text).
         """
         where = where or self.flag
-        empty = ("none",) if self.settings.get("path") else ("none", "")  # a path may be a variable that is not set
+        empty = ("none",) if self.settings.get("path") else ("none", "")  # an empty path may be an unset variable
         if self.optional and (value is None or (is_text and isinstance(value, str) and value.lower() in empty)):
             return None
         if not self.many:
             return self._checked_item(value, where, is_text)
         if isinstance(value, str):
             value = [value]
-        listed = self.kind is not str or "choices" in self.settings  # other texts may hold commas of their own
+        listed = self.kind is not str or "choices" in self.settings  # other texts may contain commas
         items: list[Any] = []
         for item in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(item, str) and listed:
@@ -166,23 +166,23 @@ class Option(NamedTuple):
 
 
 def option(default: Any, help: str, **settings: Any) -> Any:
-    """Declare an option as a field of a table. default: REQUIRED where there is none.
+    """Declare an option as a field of a table. default: REQUIRED if there is none.
 
     settings, all of them optional:
-    ge, gt, le, lt: bounds of numbers; within: a `Range` of them; check: a function that returns what a number must be,
-        or "" where it is
-    choices: allowed words; bare: the word that the flag alone stands for
-    path: True for a path, of which ~ is expanded; empty: it may be empty; metavar: what stands for the value in --help
-    none: what the default stands for where it is None or empty
-    needs: name of the option without which this one is refused
-    positional: it is given by its place; short: a flag of one letter besides, such as "-n"
+    ge, gt, le, lt: bounds of numbers; within: a `Range` instead; check: a function that returns what a number must be,
+        or "" if it is valid
+    choices: allowed words; bare: the value of the flag without a value
+    path: True for a path, in which ~ is expanded; empty: it may be empty; metavar: placeholder in --help
+    none: meaning of the default if it is None or empty
+    needs: name of another option that this one requires
+    positional: given without a flag; short: an additional one-letter flag, such as "-n"
     resume: what --resume does with a new value (utils/resume.py)
     """
     return field(default=default, metadata=dict(settings, help=help))
 
 
 def again(table: type[Options], name: str, **changes: Any) -> Any:
-    """Declare an option of another table here too; changes: what differs (default, help, settings of `option`)."""
+    """Declare an option of another table here too; changes: overrides (default, help, settings of `option`)."""
     first = table.__dataclass_fields__[name]  # type: ignore[attr-defined]
     settings = dict(first.metadata, **changes)
     return field(default=settings.pop("default", first.default), metadata=settings)
@@ -190,7 +190,7 @@ def again(table: type[Options], name: str, **changes: Any) -> Any:
 
 @dataclass(frozen=True)
 class Options:
-    """Base of all tables: frozen dataclasses. Checks every value, also those given in code or by `replace`."""
+    """Base of all tables: frozen dataclasses. Checks every value, also those set in code or by `replace`."""
 
     def __init_subclass__(cls, title: str = "") -> None:
         cls.title = title  # type: ignore[attr-defined]
@@ -200,7 +200,7 @@ class Options:
         missing = [spec for spec in specs if getattr(self, spec.name) is REQUIRED]
         if missing:
             listed = ", ".join(spec.flag + ("" if _positional(spec) else f" {spec.metavar}") for spec in missing)
-            what = f": {missing[0].settings['help']}" if len(missing) == 1 else "; --help says what they are"
+            what = f": {missing[0].settings['help']}" if len(missing) == 1 else "; see --help"
             raise UsageError(f"missing {listed}{what}")
         for spec in specs:
             value = getattr(self, spec.name)
@@ -214,10 +214,10 @@ class Options:
         self.check()
 
     def check(self) -> None:
-        """Raise UsageError for options that contradict each other. For tables to override."""
+        """Raise UsageError for options that contradict each other. Tables may override this."""
 
     def given(self) -> list[str]:
-        """The flags of the options that are not at their defaults."""
+        """Flags of the options that differ from their defaults."""
         return [spec.flag for spec in options_of(type(self)) if getattr(self, spec.name) != spec.default]
 
 
@@ -228,7 +228,7 @@ _TABLES: dict[Any, tuple[Option, ...]] = {}
 
 
 def options_of(table: type[Options]) -> tuple[Option, ...]:
-    """The options of a table, those of the tables it inherits first."""
+    """The options of a table, inherited ones first."""
     if table not in _TABLES:
         found = []
         for spec in dataclasses.fields(table):
@@ -241,7 +241,7 @@ def options_of(table: type[Options]) -> tuple[Option, ...]:
 
 
 def groups(table: type[Options]) -> list[tuple[str, list[Option]]]:
-    """The options of a table by title: each in the table that declares its name first, as the last one declares it."""
+    """The options of a table by title: each under the first table that declares it, with the last declaration."""
     specs = {spec.name: spec for spec in options_of(table)}
     owners = [owner for owner in table.__mro__ if dataclasses.is_dataclass(owner)]
     found = []
@@ -259,7 +259,7 @@ def flag_name(name: str) -> str:
 
 @contextlib.contextmanager
 def as_arguments(**names: str) -> Iterator[None]:
-    """Within, errors name arguments of Python instead of flags: bpe_path for --bpe-path, or what `names` has for it."""
+    """Within the context, errors name Python arguments instead of flags: bpe_path for --bpe-path, or as in `names`."""
     try:
         yield
     except UserError as error:
@@ -271,7 +271,7 @@ def as_arguments(**names: str) -> Iterator[None]:
 
 
 def display(value: Any) -> str:
-    """A value as it is typed."""
+    """A value as typed."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
@@ -286,12 +286,12 @@ def _positional(spec: Option) -> bool:
 
 
 def _quoted(value: Any) -> str:
-    text = repr(value) if isinstance(value, str) else shown(value)  # aliases in YAML can make a long print of little
+    text = repr(value) if isinstance(value, str) else shown(value)  # YAML aliases can expand to a very long text
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _convert(value: Any, kind: Any, is_text: bool) -> Any:
-    """`value` as bool, int, float or str; ValueError where that would be a guess."""
+    """`value` as bool, int, float or str; ValueError if the conversion is ambiguous."""
     if kind is bool:
         if is_text and isinstance(value, str) and value.lower() in _TRUE + _FALSE:
             return value.lower() in _TRUE
@@ -319,14 +319,14 @@ def _convert(value: Any, kind: Any, is_text: bool) -> Any:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises UsageError instead of printing its usage and exiting, and takes no abbreviations."""
+    """argparse that raises UsageError instead of printing its usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message[len("argument ") :] if message.startswith("argument ") else message)
 
 
 class Command(Generic[T]):
-    """A program with options: its name (as it is called), what it is for, and its table or tables."""
+    """A program with options: its name (as called), its purpose, and its table or tables."""
 
     def __init__(self, name: str, about: str, table: type[T], *more: type[Options]) -> None:
         self.name, self.about, self.table = name, about, table
@@ -335,7 +335,7 @@ class Command(Generic[T]):
         self.specs = {spec.name: spec for _, specs in self.groups for spec in specs}
 
     def parser(self) -> Parser:
-        """An argparse parser that finds the words of each flag; `read` converts and checks them."""
+        """An argparse parser that assigns arguments to flags; `read` converts and checks them."""
         needed = [spec for spec in self.specs.values() if spec.default is REQUIRED]
         words = [spec.flag if _positional(spec) else f"{spec.flag} {spec.metavar}" for spec in needed]
         parser = Parser(
@@ -351,7 +351,7 @@ class Command(Generic[T]):
         for title, specs in self.groups:
             group: Any = parser.add_argument_group(title) if title else parser
             for spec in specs:
-                # Absent flags must not hide a configuration's values, so argparse is given no defaults and no types.
+                # Absent flags must not override a configuration, so argparse gets no defaults and no types.
                 settings: dict[str, Any] = {"metavar": spec.metavar, "default": argparse.SUPPRESS}
                 settings["help"] = spec.help.replace("%", "%%")
                 if _positional(spec):
@@ -366,7 +366,7 @@ class Command(Generic[T]):
         return parser
 
     def read(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
-        """The options that `argv` (default: the process's words) holds, checked one by one: {name: value}.
+        """The options in `argv` (default: sys.argv[1:]), checked one by one: {name: value}.
 
         Raises UsageError, one line that names the flag.
         """
@@ -377,25 +377,25 @@ class Command(Generic[T]):
         return {name: self.specs[name].checked(value, is_text=True) for name, value in vars(found).items()}
 
     def parse(self, argv: Sequence[str] | None = None) -> T:
-        """The command's table with what `argv` holds. Raises UsageError."""
+        """The command's table with the options in `argv`. Raises UsageError."""
         return self.table(**self.read(argv))
 
     def _words(self, argv: list[str]) -> list[str]:
-        """Spell flags as the parser knows them, and tie values that look like short flags to theirs (`--text=-rf`)."""
+        """Spell flags with hyphens, and join values that look like short flags to their flag (`--text=-rf`)."""
         known = {spec.flag: spec for spec in self.specs.values() if not _positional(spec)}
-        places = any(map(_positional, self.specs.values()))
+        has_positional = any(map(_positional, self.specs.values()))
         words: list[str] = []
-        tie = False  # the word before is a flag that waits for its one value
+        join = False  # the previous word is a flag that expects one value
         for word in argv:
             flag, equals, value = word.partition("=")
             spec = known.get(flag.replace("_", "-")) if flag.startswith("--") else None
-            if tie and word.startswith("-") and not word.startswith("--"):
+            if join and word.startswith("-") and not word.startswith("--"):
                 words[-1] += "=" + word
-            elif spec is not None and spec.kind is bool and places and not equals:
-                words.append(spec.flag + "=true")  # the next word is none of its
+            elif spec is not None and spec.kind is bool and has_positional and not equals:
+                words.append(spec.flag + "=true")  # the next word is not its value
             else:
                 words.append(word if spec is None else spec.flag + equals + value)
-            tie = spec is not None and not equals and not spec.many and spec.kind is not bool
+            join = spec is not None and not equals and not spec.many and spec.kind is not bool
         return words
 
     def _unknown(self, word: str) -> UsageError:
@@ -410,7 +410,7 @@ class Command(Generic[T]):
 
 
 def choose(name: str, commands: Mapping[str, Command[Any]], argv: Sequence[str] | None = None) -> tuple[str, list[str]]:
-    """Return which of a program's commands is called, and the words after it. Raises UsageError that names them."""
+    """Return the command that is called, and the arguments after it. Raises UsageError that lists the commands."""
     words = list(sys.argv[1:] if argv is None else argv)
     first, listed = words[0] if words else "", " or ".join(commands)
     if first in ("-h", "--help"):

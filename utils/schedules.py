@@ -1,4 +1,4 @@
-"""Learning-rate schedules as plain functions of how far training has come, and the one that looks at the loss."""
+"""Learning-rate schedules as plain functions of training progress, and the one that depends on the loss."""
 from __future__ import annotations
 
 import math
@@ -6,20 +6,20 @@ from typing import Any
 
 import torch
 
-#: Share of the epochs (or steps) that warm up where nothing else is said (the published application's constant).
+#: Default fraction of epochs (or steps) for warm-up, as in the original Mini DALL-E.
 WARMUP_FRACTION = 0.2
 
 
 def whole_steps(num_samples: int, global_batch: int, steps_per_call: int = 1) -> int:
-    """Return the optimizer steps that so many samples fill, in whole calls of the device; the rest fills none."""
+    """Return the number of full optimizer steps in `num_samples`, a multiple of `steps_per_call`."""
     return max(0, num_samples) // (global_batch * steps_per_call) * steps_per_call
 
 
 def epoch_factor(name: str, epoch: int, epochs: int) -> float:
-    """Return the factor on the base learning rate in `epoch` (0-based) of `epochs`, for schedules that step by epochs.
+    """Return the factor on the base learning rate in `epoch` (0-based) of `epochs`, for per-epoch schedules.
 
-    constant    linear warm-up (1 + e) / (1 + w) over the first fifth of the epochs, w of them, then 1
-    multi_step  the same, then 0.1 for the last half of what remains
+    constant    linear warm-up (1 + e) / (1 + w) over the first fifth of the epochs (w epochs), then 1
+    multi_step  the same, then 0.1 for the second half of the remaining epochs
     """
     warmup = int(epochs * WARMUP_FRACTION)
     if epoch < warmup:
@@ -35,14 +35,14 @@ def cosine_factor(progress: float, floor: float = 0.01) -> float:
 
 
 class Plateau:
-    """ReduceLROnPlateau with the published constants, over PyTorch's own scheduler and detached from any optimizer.
+    """ReduceLROnPlateau with the constants of the original Mini DALL-E: PyTorch's scheduler without an optimizer.
 
     Halves the learning rate after 10 epochs without improvement, then waits 10 epochs; never below 1e-6.
     """
 
     def __init__(self, learning_rate: float) -> None:
-        # PyTorch's scheduler reads and writes an optimizer's learning rate; this one has nothing else to it: the
-        # real optimizer may live on a device that only takes finished rates (engine.set_learning_rate).
+        # PyTorch's scheduler reads and writes an optimizer's learning rate; this dummy only holds it: the real one may
+        # be on a device that only takes computed rates (engine.set_learning_rate).
         self._holder = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)
         self._scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self._holder, factor=0.5, patience=10, cooldown=10, min_lr=1e-6
@@ -50,25 +50,25 @@ class Plateau:
 
     @property
     def learning_rate(self) -> float:
-        """The rate to use now."""
+        """The current learning rate."""
         return float(self._holder.param_groups[0]["lr"])
 
     def restart(self, learning_rate: float) -> None:
-        """Use this rate from now on, with all patience ahead of it; the best loss so far stays the one to beat."""
+        """Set the learning rate and reset patience and cooldown; keep the best loss."""
         self._holder.param_groups[0]["lr"] = learning_rate
         self._scheduler.num_bad_epochs = self._scheduler.cooldown_counter = 0
 
     def step(self, loss: float) -> None:
-        """Take note of an epoch's loss."""
+        """Record an epoch's loss."""
         self._scheduler.step(loss)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values that `load_state_dict` takes."""
+        """Plain values for `load_state_dict`."""
         kept = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
         return dict({key: getattr(self._scheduler, key) for key in kept}, learning_rate=self.learning_rate)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state_dict."""
+        """Restore a state_dict."""
         for key, value in state.items():
             if key == "learning_rate":
                 self._holder.param_groups[0]["lr"] = value

@@ -1,7 +1,7 @@
-# Sourced by run_train.sh and run_tests.sh: sets `python` to an interpreter that has what the requirements files list, in
-# the versions of constraints/.
+# Sourced by run_train.sh and run_tests.sh: sets `python` to an interpreter with the packages of the requirements files,
+# in the versions of constraints/.
 #
-# An active virtual environment, conda environment or Poplar SDK is used as it is; else .venv is made beside this project.
+# An active virtual environment, conda environment or Poplar SDK is used; else .venv is made in the project folder.
 # An installed PyTorch is never replaced: it may be a CUDA build, or the one that the Poplar SDK's wheel needs.
 
 set_up() {  # set_up PROJECT_FOLDER [--latest] REQUIREMENTS_FILE...    --latest: newest versions, in .venv/latest
@@ -12,7 +12,7 @@ set_up() {  # set_up PROJECT_FOLDER [--latest] REQUIREMENTS_FILE...    --latest:
         shift
     fi
     if [ -n "${POPLAR_SDK_ENABLED:-}" ]; then
-        [ -z "$latest" ] || { echo "error: --latest: the Poplar SDK's Python has no newer versions; leave it out" >&2; exit 1; }
+        [ -z "$latest" ] || { echo "error: --latest: the Poplar SDK's Python has no newer versions; omit it" >&2; exit 1; }
         set -- "$root/requirements-ipu.txt" "${@:2}"
     fi
     if [ -z "$latest" ] && [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}${POPLAR_SDK_ENABLED:-}" ]; then
@@ -40,7 +40,7 @@ set_up() {  # set_up PROJECT_FOLDER [--latest] REQUIREMENTS_FILE...    --latest:
         which="newest versions: there are no constraints for Python $version, use 3.10 to 3.13"
         constraints=/dev/null
     fi
-    # Installed before, with these very lists: nothing to do, and no network needed.
+    # Already installed from these lists: nothing to do, no network needed.
     marker=$home/.mini_dalle_requirements
     wanted=$(cat "$@" "$constraints" | cksum)
     if [ -z "$latest" ] && [ -f "$marker" ] && [ "$(cat "$marker")" = "$wanted" ]; then
@@ -50,7 +50,7 @@ set_up() {  # set_up PROJECT_FOLDER [--latest] REQUIREMENTS_FILE...    --latest:
     if [ -z "$latest" ] && torch=$("$python" -c 'import torch; print(torch.__version__)' 2>/dev/null); then
         case $torch in
             [01].*) ;;
-            2.[0-2].*) skip='^-r |^torch[=><]' pins='^numpy==2' more='numpy<2' ;;  # these do not take NumPy 2
+            2.[0-2].*) skip='^-r |^torch[=><]' pins='^numpy==2' more='numpy<2' ;;  # these do not support NumPy 2
             *) skip='^-r |^torch[=><]' ;;
         esac
     fi

@@ -1,11 +1,11 @@
-"""What a run leaves out of its data: counted once, listed in a file, and never silently more than a given share.
+"""Data that a run skips: counted once, listed in a file, and an error above a given fraction.
 
     skipped = SkipReport("output/skipped.jsonl", max_bad_fraction=0.01, source="--input-folder data/COCO")
-    skipped.add("train2017/000000000009.jpg", "damaged pictures", "image file is truncated")
+    skipped.add("train2017/000000000009.jpg", "damaged images", "image file is truncated")
     skipped.check(total=118287)                     # UserError above 1 % of the samples
 
-The file is the one channel between processes: loader processes and the ranks of a run append to it, one JSON object a
-line, and read there what the others found. So each file counts once, whichever process meets it and however often.
+Processes communicate through this file only: loader processes and the ranks of a run append one JSON object per line,
+and read what the others found. So each file counts once, whichever processes find it and however often.
 """
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ _MAX_DETAIL = 300
 
 
 class Entry(NamedTuple):
-    """One thing that was left out."""
+    """One skipped sample or file."""
 
     path: str
-    """A file, or whatever else finds the sample again ("shard-3.tar: 000012.jpg")."""
+    """A file, or another identification of the sample ("shard-3.tar: 000012.jpg")."""
     reason: str
-    """What is wrong with it, as the plural of a kind: "damaged pictures"."""
+    """Its kind, as a plural: "damaged images"."""
     detail: str = ""
-    """What is wrong with this one."""
+    """The problem of this one."""
 
 
 def start_report(file: PathLike) -> None:
-    """Forget what an earlier run wrote. To be called once, by one process, before any report into `file` is made."""
+    """Delete the report of an earlier run. Call once, in one process, before any report uses `file`."""
     with contextlib.suppress(OSError):
         os.unlink(str(file))
 
 
 class SkipReport:
-    """What one source of data left out; several may share a file. Can be pickled for loader processes."""
+    """What was skipped of one data source; several may share a file. Can be pickled for loader processes."""
 
     def __init__(
         self,
@@ -53,27 +53,27 @@ class SkipReport:
         flag: str = "--max-bad-fraction",
         is_main: bool = True,
     ) -> None:
-        """file: where to list; None: nowhere, and each process counts what it found itself.
+        """file: where to list; None: nowhere, and each process counts only what it finds.
 
-        max_bad_fraction: largest share of bad samples that `check` lets pass, 0 to 1; `flag` is where it comes from.
-        source: what messages call the data. is_main: whether this process lists what every process finds alike.
+        max_bad_fraction: largest fraction of bad samples that `check` accepts, 0 to 1; `flag` sets it.
+        source: name of the data in messages. is_main: whether this process lists what all processes find.
         """
         self.file = None if file is None else str(file)
         self.max_bad_fraction, self.source, self.flag, self.is_main = max_bad_fraction, source, flag, is_main
         self._seen: dict[str, str] = {}  # path -> reason of bad samples
-        self._kinds: dict[str, list[Any]] = {}  # reason -> [number, example], also of what is no sample
-        self._counted = 0  # bad samples that `add_count` was told of
+        self._kinds: dict[str, list[Any]] = {}  # reason -> [number, example], also of unused files
+        self._counted = 0  # bad samples added by `add_count`
         self._offset = 0
-        self._told = False
+        self._warned = False
 
     # Adding
 
     def add(self, path: str, reason: str, detail: str = "") -> bool:
-        """Note a bad sample, from any process. Returns whether it is new."""
+        """Record a bad sample, from any process. Returns whether it is new."""
         return self.add_all([Entry(path, reason, detail)]) > 0
 
     def add_all(self, entries: Iterable[Entry], everywhere: bool = False) -> int:
-        """Note bad samples; returns how many are new. everywhere: all processes find these, so one of them lists."""
+        """Record bad samples; returns how many are new. everywhere: all processes find these, so the main one lists."""
         entries = [entry for entry in dict.fromkeys(entries) if entry.path not in self._seen]
         if not entries:
             return 0
@@ -86,9 +86,9 @@ class SkipReport:
         return len(new)
 
     def add_unused(self, entries: Iterable[Entry]) -> None:
-        """Note files that make no sample, such as pictures without a caption: listed and counted, but not as bad.
+        """Record unused files, such as images without a caption: listed and counted, but not as bad.
 
-        To be called where all processes find the same ones.
+        For files that all processes find.
         """
         entries = list(entries)
         for entry in entries:
@@ -100,7 +100,7 @@ class SkipReport:
                     self._write(file, entries, bad=False)
 
     def add_count(self, reason: str, example: str, number: int, bad: bool = True) -> None:
-        """Note a kind of which only the number and an example are known, as of an index. To be called by all alike."""
+        """Record a kind by number and one example, as from an index. To be called in all processes."""
         self._kinds.setdefault(reason, [0, example])[0] += number
         if bad and number == 1:
             self._seen[example] = reason
@@ -127,37 +127,37 @@ class SkipReport:
 
     @property
     def num_bad(self) -> int:
-        """Bad samples that any process found so far."""
+        """Number of bad samples found so far by any process."""
         if self.file is not None and self._size() > self._offset:
             with self._locked(write=False) as file:
                 self._read_others(file)
         return len(self._seen) + self._counted
 
     def kinds(self) -> list[tuple[int, str, str]]:
-        """Return (number, reason, example) of each kind of file left out, bad or unused."""
+        """Return (number, reason, example) of each kind of skipped file, bad or unused."""
         self.num_bad  # noqa: B018 (reads what other processes found)
         return [(number, reason, example) for reason, (number, example) in sorted(self._kinds.items())]
 
     def summary(self) -> str:
-        """Return "3 damaged pictures (such as x.jpg), 1 ...; all are listed in FILE"; "" when nothing was left out."""
+        """Return "3 damaged images (such as x.jpg), 1 ...; all are listed in FILE"; "" when nothing was skipped."""
         kinds = ", ".join("{} {} (such as {})".format(*kind) for kind in self.kinds())
         return kinds + (self.where() if kinds else "")
 
     def where(self) -> str:
-        """Return "; all are listed in FILE", or "" where nothing is."""
+        """Return "; all are listed in FILE", or "" if nothing is listed."""
         return f"; all are listed in {self.file}" if self.file is not None and self._size() else ""
 
     def check(self, total: int, bad: int | None = None, unit: str = "samples") -> None:
         """Raise UserError when more than `max_bad_fraction` of `total` samples, or other units, are bad.
 
-        bad: how many are; None: all that this report counted as bad samples.
+        bad: number of bad ones; None: all bad samples of this report.
         """
         bad = self.num_bad if bad is None else bad
         if bad <= self.max_bad_fraction * total:
             return
         raise UserError(
             f"{self.source}: {bad} of {total} {unit} cannot be used, more than {self.flag} {self.max_bad_fraction:g} "
-            f"allows: {self.summary()}; mend or remove them, or raise {self.flag} to go on without them"
+            f"allows: {self.summary()}; fix or remove them, or raise {self.flag} to skip them"
         )
 
     # The file
@@ -170,17 +170,17 @@ class SkipReport:
 
     @contextlib.contextmanager
     def _locked(self, write: bool) -> Iterator[IO[bytes] | None]:
-        """Open the file for this process alone; None where that is impossible, which ends no run: it is a report."""
+        """Open the file under a lock; None if that fails: a report must not end a run."""
         file: IO[bytes] | None = None
         if self.file is not None and (write or self._size()):
             try:
                 if write:
                     os.makedirs(os.path.dirname(os.path.abspath(self.file)), exist_ok=True)
-                # Without a buffer: what a full disk does not take must not come back when the file is closed.
+                # Unbuffered: a write that failed on a full disk must not be retried when the file is closed.
                 file = open(self.file, "a+b" if write else "rb", buffering=0)
                 wait_for_lock(file)
             except OSError as error:
-                self._complain(error)
+                self._warn(error)
         try:
             yield file
         finally:
@@ -188,7 +188,7 @@ class SkipReport:
                 file.close()
 
     def _read_others(self, file: IO[bytes] | None) -> None:
-        """Take over what other processes appended since the last look."""
+        """Read what other processes appended since the last call."""
         size = self._size()
         if file is None or size <= self._offset:
             return
@@ -196,13 +196,13 @@ class SkipReport:
             file.seek(self._offset)
             content = file.read(size - self._offset)
         except OSError as error:
-            return self._complain(error)
-        end = content.rfind(b"\n") + 1  # a line that a full disk cut is not taken
+            return self._warn(error)
+        end = content.rfind(b"\n") + 1  # without a last line that a full disk truncated
         self._offset += end
         for line in content[:end].splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 entry = json.loads(line.decode("ascii"))
-                # What stands for several was counted by every process itself (add_count).
+                # Entries for several samples were counted by every process (add_count).
                 if entry["bad"] and entry["number"] == 1 and entry["source"] == self.source:
                     self._note(entry["path"], entry["reason"])
 
@@ -227,9 +227,9 @@ class SkipReport:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._offset = file.tell()
         except OSError as error:
-            self._complain(error)
+            self._warn(error)
 
-    def _complain(self, error: OSError) -> None:
-        if not self._told:
-            self._told = True
-            logger.warning("cannot list what is left out in %s: %s", self.file, error.strerror or error)
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning("cannot list what is skipped in %s: %s", self.file, error.strerror or error)

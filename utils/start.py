@@ -1,6 +1,6 @@
-"""Imported first by the commands: what stops their imports is one line, without a traceback.
+"""Imported first by the commands: errors during their imports become one line, without a traceback.
 
-That is a Python without the packages, and Ctrl-C before there is anything to interrupt. `run_main` ends it.
+These are missing packages, and Ctrl-C during imports. `run_main` removes the hook.
 """
 from __future__ import annotations
 
@@ -29,6 +29,6 @@ _before, sys.excepthook = sys.excepthook, _tell
 
 
 def done() -> None:
-    """All is imported: from now on errors are told as ever."""
+    """Restore the previous error hook, after all imports."""
     if sys.excepthook is _tell:
         sys.excepthook = _before

@@ -1,4 +1,4 @@
-"""How this process's threads share the cores with other processes."""
+"""How this process's threads share cores with other processes."""
 from __future__ import annotations
 
 import ctypes
@@ -12,28 +12,28 @@ from typing import Any, Callable
 logger = logging.getLogger(__name__)
 
 _CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-"""Environment variables by which a user decides how threads wait."""
+"""Environment variables that set how threads wait."""
 
 _INTERVAL = 0.1
-"""Seconds between two looks at how long the threads waited for a core."""
+"""Seconds between two measurements of how long the threads waited for a core."""
 
 _BUSY, _QUIET = 0.1, 0.05
-"""Seconds that threads waited for a core, for each second that they ran. Measured: 0.00 to 0.02 alone, 0.45 to 1.0
-beside one busy process or one for each core, whether they spin or sleep."""
+"""Seconds that threads waited for a core per second that they ran. Measured: 0.00 to 0.02 alone, 0.45 to 1.0 next to
+one busy process or one per core, whether they spin or sleep."""
 
 _WORK = 0.02
-"""Seconds that the threads must have run before that ratio says anything."""
+"""Seconds that the threads must have run before that ratio is meaningful."""
 
 
 @functools.lru_cache(maxsize=None)
 def share_cores() -> bool:
-    """While other processes want the cores, let threads that wait for each other sleep. Returns whether they can.
+    """While other processes use the cores, let OpenMP threads that wait for each other sleep. Returns whether they can.
 
-    Beside busy processes a thread spins until its time slice ends, while its partner is not scheduled: two threads on
-    two such cores then take 10 to 60 times as long as one. On a quiet machine spinning is faster, by a fifth for a
-    small model. OpenMP reads its environment when PyTorch is imported, which a notebook did long ago, so this works on
-    the loaded library: GNU's spins a thousandth as long once there are more threads than cores, so a sleeping team of
-    as many threads as cores comes and goes; Intel's and LLVM's have a function, called once.
+    Next to busy processes, a thread spins until its time slice ends while its partner is not scheduled: two threads on
+    two such cores then take 10 to 60 times as long as one. On an idle machine spinning is faster, by a fifth for a
+    small model. OpenMP reads its environment when PyTorch is imported, which in a notebook was long ago, so this acts
+    on the loaded library. GNU's spins a thousandth as long once there are more threads than cores, so a sleeping team
+    of as many threads as cores is started and ended; Intel's and LLVM's have a function, called once.
     """
     if not sys.platform.startswith("linux") or any(name in os.environ for name in _CHOSEN):
         return False
@@ -50,12 +50,12 @@ def share_cores() -> bool:
                 threading.Thread(target=_watch, args=watch, name="share cores", daemon=True).start()
             done = True
         except (OSError, AttributeError, RuntimeError) as error:
-            logger.debug("threads of %s go on spinning: %s", path, error)
+            logger.debug("threads of %s keep spinning: %s", path, error)
     return done
 
 
 def _loaded_runtimes() -> list[str]:
-    """The files of the OpenMP libraries in this process."""
+    """Paths of the OpenMP libraries loaded in this process."""
     with open("/proc/self/maps") as maps:
         paths = {line.split(maxsplit=5)[5].strip() for line in maps if "omp" in line and line.count("/")}
     return sorted(path for path in paths if os.path.basename(path).startswith(("libgomp", "libiomp", "libomp")))
@@ -66,11 +66,11 @@ def _watch(
     schedule: Callable[[], dict[str, tuple[float, float]]],
     wait: Callable[[float], Any],
 ) -> None:
-    """Keep a sleeping team while this process waits for cores, and at first, and where Linux does not tell."""
+    """Keep a sleeping team at first, while this process waits for cores, and where Linux has no such statistics."""
     try:
         _keep_team(new_team, schedule, wait)
-    except (OSError, RuntimeError) as error:  # no further thread may be started
-        logger.debug("threads go on as they are: %s", error)
+    except (OSError, RuntimeError) as error:  # no more threads can be started
+        logger.debug("threads are left as they are: %s", error)
 
 
 def _keep_team(
@@ -96,20 +96,20 @@ def _keep_team(
 
 
 def _schedule() -> dict[str, tuple[float, float]]:
-    """Seconds that each thread of this process ran, and that it waited for a core. Empty where Linux does not tell."""
+    """{thread: (seconds run, seconds waited for a core)} of this process; empty without scheduler statistics."""
     times = {}
     for thread in os.listdir("/proc/self/task"):
         try:
             with open(f"/proc/self/task/{thread}/schedstat") as file:
                 ran, waited, _ = file.read().split()
         except (OSError, ValueError):
-            continue  # the thread has ended, or this Linux does not count
+            continue  # the thread has ended, or the kernel has no statistics
         times[thread] = (int(ran) / 1e9, int(waited) / 1e9)
     return times if any(ran for ran, _ in times.values()) else {}
 
 
 class _SleepingTeam(threading.Thread):
-    """As many sleeping threads of the OpenMP library as there are cores. They end with the thread that began them."""
+    """As many sleeping threads of the OpenMP library as there are cores. They end with the thread that started them."""
 
     def __init__(self, runtime: ctypes.CDLL) -> None:
         super().__init__(name="sleeping team", daemon=True)
@@ -118,12 +118,12 @@ class _SleepingTeam(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        # Any function without effect is a body of the region.
+        # The body of the region: any function without side effects.
         cores = len(os.sched_getaffinity(0))
         self._runtime.GOMP_parallel(self._runtime.omp_get_thread_num, None, cores + 1, 0)
         self._over.wait()
 
     def end(self) -> None:
-        """End the threads, so that those of others spin again."""
+        """End these threads, so that working threads spin again."""
         self._over.set()
         self.join()

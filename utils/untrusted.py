@@ -1,4 +1,4 @@
-"""What comes from a stranger's file: values cut short before they are shown, sane numbers, archives checked."""
+"""Values from untrusted files: truncated for messages, numbers bounded, archives checked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHORT.maxlevel = 2
 
 
 def shown(value: Any) -> str:
-    """A value or name from a stranger's file, cut short for a message: nested references could print without end."""
+    """A value or name from an untrusted file, truncated for a message: nested references could print without end."""
     return _SHORT.repr(value)
 
 
@@ -28,7 +28,7 @@ def is_number(value: Any) -> bool:
 
 
 def check_archive(path: PathLike) -> None:
-    """Check a file that torch.save may have written; one that is no archive (torch before 1.6) passes.
+    """Check a file that torch.save may have written; one that is not an archive (torch before 1.6) passes.
 
     Raises UserError for a damaged archive, and for a compressed one: torch writes none, and they can be bombs.
     """

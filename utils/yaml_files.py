@@ -1,8 +1,8 @@
-"""YAML from anywhere: plain values only, and neither time nor memory beyond the text's size.
+"""Untrusted YAML: plain values only, with time and memory bounded by the text's size.
 
-YAML can name classes to build, and its aliases and merge keys can make a gigabyte of a few lines. Safe loading makes
-plain values only, and aliases mere references to one value: so never print a value whole (utils.untrusted.shown
-cuts it short), and merged keys are counted here.
+YAML can name classes to build, and a few lines of aliases and merge keys can expand to a gigabyte. Safe loading makes
+plain values only, with aliases as references to one value: so never print a value whole (utils.untrusted.shown
+truncates it), and merged keys are counted here.
 """
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from utils.errors import UserError
 from utils.files import PathLike, open_regular
 
 MAX_BYTES = 1 << 18
-"""Larger than any configuration, and read within a few seconds."""
+"""Larger than any configuration, and parsed within a few seconds."""
 _MAX_MERGED = 100000
 _MAX_DIGITS = 40
 _MERGE = "tag:yaml.org,2002:merge"
 
 
 class _BoundedLoader(yaml.SafeLoader):
-    """Safe YAML with bounds on what merge keys copy and on the length of numbers."""
+    """Safe YAML with limits on merged keys and on the length of numbers."""
 
     merged = 0
 
     def flatten_mapping(self, node: Any) -> None:
-        """Replace merge keys by what they stand for: each key once, of the first source that has it.
+        """Expand merge keys: each key once, from the first source that has it.
 
-        So says https://yaml.org/type/merge.html; PyYAML 6.0.4 takes the last source, and older ones keep every copy.
+        Source: https://yaml.org/type/merge.html; PyYAML 6.0.4 takes the last source, older ones keep every copy.
         """
         inherited: dict[Any, Any] = {}
         own = []
@@ -51,7 +51,7 @@ class _BoundedLoader(yaml.SafeLoader):
 
     def short_number(self, node: Any) -> Any:
         if len(self.construct_scalar(node)) > _MAX_DIGITS:
-            raise yaml.constructor.ConstructorError(None, None, "a number of too many digits", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, "a number with too many digits", node.start_mark)
         return (self.construct_yaml_int if node.tag.endswith("int") else self.construct_yaml_float)(node)
 
 
@@ -60,7 +60,7 @@ for _kind in ("int", "float"):
 
 
 class _UniqueKeyLoader(_BoundedLoader):
-    """A key given twice is an error (YAML itself would silently take the last)."""
+    """A duplicate key is an error (PyYAML would silently take the last)."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -92,8 +92,8 @@ def parse_yaml(content: bytes, where: str, unique_keys: bool = False) -> Any:
         problem = " ".join(str(getattr(error, "problem", None) or error).split())[:200]
         raise UserError(f"{where}{line}: {problem}") from error
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
-        # What PyYAML's own constructors raise for a date that is none, an empty number, !!bool of a word, ...
-        raise UserError(f"{where}: a value that is none of its kind ({str(error)[:100]})") from error
+        # PyYAML's constructors raise these for an invalid date, an empty number, !!bool of a word, ...
+        raise UserError(f"{where}: a value that does not match its type ({str(error)[:100]})") from error
 
 
 def read_yaml(path: PathLike, what: str = "", unique_keys: bool = False) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Helpers under the names that minDALL-E's users know; see dalle.utils.utils."""
+"""Helpers with minDALL-E's names; see dalle.utils.utils."""

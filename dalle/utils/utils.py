@@ -1,4 +1,4 @@
-"""Seeds, and the order of images by how well they fit a prompt, under minDALL-E's names.
+"""Seeding and CLIP ranking, with minDALL-E's names.
 
 from dalle.utils.utils import clip_score, set_seed
 """
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from utils.errors import UserError
 
-_BATCH = 64  # images that CLIP sees at the same time
+_BATCH = 64  # images per CLIP call
 
 
 def set_seed(seed: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's generators, those of all GPUs too."""
+    """Seed Python's, NumPy's and PyTorch's generators, including all GPUs."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # NumPy takes no more
+    np.random.seed(seed % 2**32)  # NumPy's limit
     torch.manual_seed(seed)
     torch.cuda.manual_seed_all(seed)
 
@@ -34,7 +34,7 @@ def clip_score(
     device: str | torch.device | None = None,
     tokenizer: Callable[..., Any] | None = None,
 ) -> np.ndarray:
-    """Return the images' indices (N,), the one that fits the prompt best first. See `clip_similarity`."""
+    """Return the images' indices (N,), the best match of the prompt first. See `clip_similarity`."""
     scores = clip_similarity(prompt, images, model_clip, preprocess_clip, device, tokenizer)
     return torch.argsort(scores, descending=True).cpu().numpy()
 
@@ -61,15 +61,15 @@ def clip_similarity(
     if images.ndim != 4 or images.shape[-1] != 3:
         raise UserError(f"images: expected an array (N, H, W, 3), got {images.shape}")
     if images.dtype != np.uint8:
-        images = (np.clip(images, 0.0, 1.0) * 255).astype(np.uint8)  # cut off, as the published code does
-    pictures = [Image.fromarray(image) for image in images]
+        images = (np.clip(images, 0.0, 1.0) * 255).astype(np.uint8)  # truncated, as in minDALL-E's code
+    pil_images = [Image.fromarray(image) for image in images]
     if hasattr(model_clip, "similarity"):
-        return model_clip.similarity(prompt, pictures)
+        return model_clip.similarity(prompt, pil_images)
     device = _device(model_clip) if device is None else device
     if hasattr(model_clip, "encode_image"):
-        return _encode_style(prompt, pictures, model_clip, preprocess_clip, device, tokenizer)
+        return _encode_style(prompt, pil_images, model_clip, preprocess_clip, device, tokenizer)
     if hasattr(model_clip, "get_image_features"):
-        return _transformers_style(prompt, pictures, model_clip, preprocess_clip, device)
+        return _transformers_style(prompt, pil_images, model_clip, preprocess_clip, device)
     raise UserError(
         f"model_clip is a {type(model_clip).__name__}: expected a model of clip, open_clip or transformers, or a "
         "ClipRanker"
@@ -81,23 +81,23 @@ def _device(model: torch.nn.Module) -> torch.device:
 
 
 def _encode_style(
-    prompt: str, pictures: Sequence[Image.Image], model: Any, preprocess: Any, device: Any, tokenizer: Any
+    prompt: str, pil_images: Sequence[Image.Image], model: Any, preprocess: Any, device: Any, tokenizer: Any
 ) -> Tensor:
-    """OpenAI's clip and open_clip: both have encode_image and encode_text, and differ in the tokenizer."""
+    """For OpenAI's clip and open_clip: both have encode_image and encode_text, and differ in the tokenizer."""
     if not callable(preprocess):
-        raise UserError("preprocess_clip must be the function that clip.load or open_clip returns beside the model")
+        raise UserError("preprocess_clip must be the function that clip.load or open_clip returns with the model")
     tokens = (tokenizer or _clip_tokenizer(model))([prompt]).to(device)
     text = model.encode_text(tokens)
     return torch.cat(
         [
             F.cosine_similarity(model.encode_image(torch.stack([preprocess(p) for p in part]).to(device)), text)
-            for part in _parts(pictures)
+            for part in _parts(pil_images)
         ]
     )
 
 
 def _clip_tokenizer(model: Any) -> Callable[..., Any]:
-    """The tokenizer that belongs to a model: of the package its class is from."""
+    """The tokenizer of a model: from the package of its class."""
     package = type(model).__module__.partition(".")[0]
     try:
         if package == "open_clip":
@@ -112,7 +112,7 @@ def _clip_tokenizer(model: Any) -> Callable[..., Any]:
 
 
 def _transformers_style(
-    prompt: str, pictures: Sequence[Image.Image], model: Any, processor: Any, device: Any
+    prompt: str, pil_images: Sequence[Image.Image], model: Any, processor: Any, device: Any
 ) -> Tensor:
     if not callable(processor):
         raise UserError("preprocess_clip must be the CLIPProcessor that belongs to the model")
@@ -120,20 +120,20 @@ def _transformers_style(
     return torch.cat(
         [
             F.cosine_similarity(features(model.get_image_features, _pixels(processor, part), device), text)
-            for part in _parts(pictures)
+            for part in _parts(pil_images)
         ]
     )
 
 
-def _pixels(processor: Any, pictures: Sequence[Image.Image]) -> Any:
-    return processor(images=list(pictures), return_tensors="pt")
+def _pixels(processor: Any, pil_images: Sequence[Image.Image]) -> Any:
+    return processor(images=list(pil_images), return_tensors="pt")
 
 
 def features(encode: Callable[..., Any], inputs: Any, device: Any) -> Tensor:
-    """Call a `transformers` encoder. Before version 5 it returns the features, since then an object that holds them."""
+    """Call a `transformers` encoder, which since version 5 returns an object that holds the features."""
     output = encode(**{name: value.to(device) for name, value in inputs.items()})
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
-def _parts(pictures: Sequence[Image.Image]) -> Sequence[Sequence[Image.Image]]:
-    return [pictures[start : start + _BATCH] for start in range(0, len(pictures), _BATCH)]
+def _parts(pil_images: Sequence[Image.Image]) -> Sequence[Sequence[Image.Image]]:
+    return [pil_images[start : start + _BATCH] for start in range(0, len(pil_images), _BATCH)]

@@ -1,4 +1,4 @@
-"""Samples in the order in which the replicas take them, and PopTorch's data loader over it."""
+"""Samples in the order in which the replicas take them, and PopTorch's data loader over them."""
 from __future__ import annotations
 
 import copy
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from args import Config
 
-#: Samples that a worker hands over at once (--async-dataloader), where a call of the device takes more than that.
+#: Largest number of samples that a worker passes on at a time (--async-dataloader).
 WORKER_BATCH = 128
 
 
 def own_epoch(dataset: Any) -> Any:
-    """Return the data set with an epoch of its own: copies of one in several processes share theirs otherwise."""
+    """Return a copy of the data set with its own epoch: copies in several processes would otherwise share it."""
     if hasattr(dataset, "subset"):
         return dataset.subset(torch.arange(len(dataset)))
-    if hasattr(dataset, "pairs"):  # codes over the captions of another set
+    if hasattr(dataset, "pairs"):  # codes with the captions of another data set
         dataset = copy.copy(dataset)
         dataset.pairs = own_epoch(dataset.pairs)
     return dataset
@@ -26,8 +26,8 @@ def own_epoch(dataset: Any) -> Any:
 class Stream(torch.utils.data.Dataset):  # type: ignore[type-arg]
     """The samples of one process from a sample of an epoch to the end of the last epoch, in training order.
 
-    It goes over the ends of epochs, so that the loader's workers stay and work ahead. A step of the native engine takes
-    the same samples: step k from sample s on owns order[s + k * global : s + (k + 1) * global], process j a j-th part.
+    It crosses epochs, so that the loader's workers persist and prefetch. Steps of the native engine take the same
+    samples: step k from sample s on has order[s + k * global : s + (k + 1) * global], process j the j-th part.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class Stream(torch.utils.data.Dataset):  # type: ignore[type-arg]
         left: int | None = None,
     ) -> None:
         """position: (epoch, sample) to start from. epochs: where to end. steps: in the rest of that epoch, and in each
-        later one. shares: (samples of this process in a step, its number, number of processes). dtype: element type of
-        images that are scaled here; None: bytes stay bytes. left: steps that the run has left; None: no limit. Loaders
-        must not read ahead of them: in a run that is shorter than an epoch, further images need not have codes.
+        later one. shares: (samples of this process in a step, its index, number of processes). dtype: of images that
+        are scaled here; None: bytes stay bytes. left: remaining steps of the run; None: no limit. Loaders must not
+        prefetch past them: in a run shorter than an epoch, later images need not have cached codes.
         """
         self.dataset, self.seed, self.dtype = dataset, seed, dtype
         self.first_epoch, self.start = position
@@ -57,7 +57,7 @@ class Stream(torch.utils.data.Dataset):  # type: ignore[type-arg]
         self._order: list[int] = []
 
     def __getstate__(self) -> Any:
-        return dict(vars(self), _epoch=-1, _own=None, _order=[])  # every worker finds its own epoch
+        return dict(vars(self), _epoch=-1, _own=None, _order=[])  # every worker has its own epoch
 
     def __len__(self) -> int:
         return self.steps * self.share
@@ -81,9 +81,9 @@ class Stream(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 
 class Padded(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """One process's part of a data set for evaluation, filled up to whole calls of the device, as many in each process.
+    """One process's part of a data set for evaluation, padded to whole calls of the device, equally many per process.
 
-    Items are (text, image, counts): the last is 1.0, or 0.0 for what only fills.
+    Items are (text, image, counts): counts is 1.0, or 0.0 for padding.
     """
 
     def __init__(self, dataset: Any, process: int, processes: int, multiple: int, dtype: Any) -> None:
@@ -105,16 +105,16 @@ class Padded(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 
 def prepare_image(image: Tensor, dtype: Any) -> Tensor:
-    """Return codes as they are, and pixels scaled to [0, 1]; bytes, for the device to scale, when dtype is None."""
+    """Return codes unchanged, and pixels scaled to [0, 1]; or bytes, which the device scales, if dtype is None."""
     if image.dtype != torch.uint8 or dtype is None:
         return image
     return (image.float() / 255).to(dtype)
 
 
 def make_loader(poptorch: Any, options: Any, config: Config, samples: Any, ahead: bool) -> Any:
-    """Return PopTorch's loader over samples that are in their final order already, for one pass over them.
+    """Return PopTorch's loader for one pass over samples that are already in their final order.
 
-    ahead: load the next batches while the device works, in a process of its own.
+    ahead: prefetch batches in a separate process.
     """
     workers = config.data.dataloader_workers
     settings: dict[str, Any] = {}

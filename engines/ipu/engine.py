@@ -3,7 +3,7 @@
     python train.py --config L16_POD16 --device ipu
     poprun --num-replicas 16 --num-instances 4 --ipus-per-replica 4 python train.py --config L16_POD64 --device ipu
 
-The model is built for one device and changed from outside (model.py); where its parts go is plan.py's business.
+The model is built for one device and adapted from outside (model.py); plan.py places its parts.
 """
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ class IpuEngine(Engine):
         self.options = build_options(self.poptorch, config, self.hosts, self.seed)
         self.iterations = self.steps_per_call = config.execution.device_iterations
         self.half = uses_half(config)
-        # What the device gets: bytes (None), or pixels scaled on the host.
+        # The device gets bytes (None), or pixels scaled on the host.
         self.image_dtype = None if config.ipu.byteio else torch.float16 if self.half else torch.float32
         self.evaluator: Any = None
         self._loader: Any = None
         self._source: Any = None  # its iterator
-        self._source_at: Any = None  # (data set, epoch, sample) of the batch that comes next
-        self._device_rate: float | None = None  # the learning rate that the device has
+        self._position: Any = None  # (data set, epoch, sample) of the next batch
+        self._device_rate: float | None = None  # the learning rate on the device
 
     @property
     def share(self) -> int:
-        """Samples that this process takes in one optimizer step."""
+        """Samples of this process in one optimizer step."""
         run = self.config.execution
         return run.batch_size * run.gradient_accumulation * self.hosts.local_replicas
 
@@ -87,14 +87,14 @@ class IpuEngine(Engine):
             for _ in range(calls):
                 yield batch
             return
-        self._go_to(dataset, epoch, start, left)
+        self._seek(dataset, epoch, start, left)
         for call in range(1, calls + 1):
-            self._source_at = (dataset, epoch + 1, 0) if call == calls else (dataset, epoch, start + call * per_call)
+            self._position = (dataset, epoch + 1, 0) if call == calls else (dataset, epoch, start + call * per_call)
             yield next(self._source)
 
-    def _go_to(self, dataset: Any, epoch: int, start: int, left: int | None) -> None:
-        """Let the loader go on where it is; only where another place is asked for, start a new one."""
-        at, ends = self._source_at, epoch >= self.config.execution.epochs  # where the stream ends
+    def _seek(self, dataset: Any, epoch: int, start: int, left: int | None) -> None:
+        """Continue with the current loader if it is at this position, else start a new one."""
+        at, ends = self._position, epoch >= self.config.execution.epochs  # where the stream ends
         if not ends and at is not None and at[0] is dataset and at[1:] == (epoch, start):
             return
         self._stop_loader()
@@ -112,13 +112,13 @@ class IpuEngine(Engine):
         self._source = iter(self._loader)
 
     def _stop_loader(self) -> None:
-        self._source = self._source_at = None
+        self._source = self._position = None
         if self._loader is not None:
             self._loader.terminate()
             self._loader = None
 
     def _example(self, encodes_images: bool) -> list[Tensor]:
-        """Zeros of the shapes and types of a batch."""
+        """Zeros with the shapes and dtypes of a batch."""
         samples, model = self.share * self.iterations, self.model.dalle.config
         text = torch.zeros(samples, model.text_seq_len, dtype=torch.long)
         if not encodes_images:
@@ -133,7 +133,7 @@ class IpuEngine(Engine):
         check(self.config, model.dalle.config)
         self.encodes_images = model.vqgan is not None
         if dataset is not None:
-            first = int(dataset.order(self.seed, 0)[0])  # in a short run, others need not have codes
+            first = int(dataset.order(self.seed, 0)[0])  # in a short run, others may lack codes
             self.encodes_images = dataset[first][1].dim() > 1
         self.model = adapt(model, self.half, self.config.ipu.embedding_serialization_factor, self.encodes_images)
         self.hosts.broadcast_weights(self.model.state_dict())
@@ -149,15 +149,15 @@ class IpuEngine(Engine):
         logger.info(log.compiled_line(time.perf_counter() - begin))
 
     def step(self, batch: Any) -> StepResult:
-        sums = self.executor(*batch)  # each 0-d, or one for each replica of this process
+        sums = self.executor(*batch)  # each 0-d, or one value for each replica of this process
         micro_batches = self.iterations * self.config.execution.gradient_accumulation
         loss, text_loss, image_loss = (value.float().mean() / micro_batches for value in sums)
         return StepResult(loss, text_loss, image_loss)
 
     def evaluate(self, dataset: Any, stop: Callable[[], bool] | None = None) -> dict[str, float] | None:
         dataset.set_epoch(0)
-        # Both programs want the same IPUs: they take turns. Detaching brings weights and optimizer state to the host,
-        # and each attaches again, with the newest weights, when it is called.
+        # Both programs use the same IPUs, in turn. Detaching copies weights and optimizer state to the host; calling a
+        # program attaches it again, with the newest weights.
         if self.executor.isAttachedToDevice():
             self.executor.detachFromDevice()
         self.module.eval()
@@ -202,7 +202,7 @@ class IpuEngine(Engine):
 
     @property
     def _layout(self) -> dict[str, Any]:
-        """What must be equal for an optimizer state of the device to fit."""
+        """What must match for an optimizer state of the device to fit."""
         return {
             "embedding_serialization_factor": self.config.ipu.embedding_serialization_factor,
             "fp16": self.half,
@@ -210,7 +210,7 @@ class IpuEngine(Engine):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        # Each process knows the random state of its own replicas, which differ: the checkpoint holds a row of each.
+        # Each process has the random states of its own replicas: the checkpoint holds a row per process.
         own = torch.tensor([signed(int(value)) for value in self.executor.rng_state], dtype=torch.int64)
         return {
             "engine": self.name,
@@ -223,7 +223,7 @@ class IpuEngine(Engine):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state.get("engine") != self.name or state["layout"] != self._layout:
             logger.warning(
-                "the checkpoint's optimizer state is dropped: it is of another engine or layout (%s)",
+                "the checkpoint's optimizer state does not fit: it was saved by another engine or layout (%s); ignored",
                 state.get("layout", state.get("engine")),
             )
             return
@@ -235,7 +235,7 @@ class IpuEngine(Engine):
         else:
             logger.warning(
                 "the checkpoint was written by %d replicas in %d processes, now there are %d in %d: "
-                "random states are new",
+                "random states are reinitialised",
                 state["replicas"],
                 len(states),
                 self.hosts.replicas,
@@ -258,12 +258,12 @@ def counted(number: int, noun: str, plural: str = "s") -> str:
 
 
 def signed(value: int) -> int:
-    """Return a number of 64 bits without a sign as the one with a sign that has the same bits: what tensors hold."""
+    """Return an unsigned 64-bit number as the signed one with the same bits, for an int64 tensor."""
     return value - 2**64 if value >= 2**63 else value
 
 
 def plain_values(value: Any) -> Any:
-    """Return nested containers as plain dicts and lists of plain tensors, as a checkpoint can be read back."""
+    """Return nested containers as plain dicts and lists of plain tensors, which a checkpoint can hold."""
     if isinstance(value, dict):
         return {key: plain_values(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

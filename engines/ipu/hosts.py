@@ -1,6 +1,6 @@
-"""The processes of one training run: a single one, or those that `poprun` started (popdist), joined by horovod.
+"""The processes of one training run: a single one, or several that `poprun` started (popdist), with horovod.
 
-Gradients never pass here: the devices reduce them. The hosts share the first weights, the seed and what is logged.
+The devices reduce gradients themselves. The hosts share the initial weights, the seed and logged values.
 """
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ NO_POPDIST = "poprun: {0} cannot be imported ({1}); install the {0} wheel of the
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error says, for a message of one line."""
+    """Return the first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def find_poptorch() -> tuple[Any | None, str]:
-    """Return the module `poptorch` and "", or None and why it cannot be used: "" where it is not installed at all."""
+    """Return the module `poptorch` and "", or None and why it cannot be used: "" if it is not installed."""
     try:
         poptorch = importlib.import_module("poptorch")
     except ModuleNotFoundError as error:
         return None, "" if error.name == "poptorch" else str(error)
-    except Exception as error:  # without its SDK or with another PyTorch it fails in many ways
+    except Exception as error:  # without its SDK or with the wrong PyTorch it fails in many ways
         return None, first_line(error)
     if not hasattr(poptorch, "ipuHardwareIsAvailable"):
         return None, "{} is not PopTorch".format(getattr(poptorch, "__file__", None) or poptorch)
@@ -39,7 +39,7 @@ def find_poptorch() -> tuple[Any | None, str]:
 
 
 def import_poptorch() -> Any:
-    """Return the module `poptorch`. Raises UsageError where it is missing or its SDK is not enabled."""
+    """Return the module `poptorch`. Raises UsageError if it is missing or its SDK is not enabled."""
     poptorch, reason = find_poptorch()
     if poptorch is None:
         raise UsageError(NO_POPTORCH.format(reason or "it is not installed"))
@@ -47,12 +47,12 @@ def import_poptorch() -> Any:
 
 
 def find_popdist() -> Any | None:
-    """Return the module `popdist` where poprun has started this process, else None."""
+    """Return the module `popdist` if poprun has started this process, else None."""
     try:
         popdist = importlib.import_module("popdist")
         return popdist if popdist.isPopdistEnvSet() else None
     except Exception as error:
-        if any(name.startswith("POPDIST_") for name in os.environ):  # what poprun tells popdist
+        if any(name.startswith("POPDIST_") for name in os.environ):  # set by poprun
             raise UsageError(NO_POPDIST.format("popdist", first_line(error))) from None
         return None
 
@@ -61,7 +61,7 @@ class Hosts:
     """One process that drives all replicas."""
 
     index = 0
-    """Number of this process; 0 logs and saves."""
+    """Index of this process; 0 logs and saves."""
     count = 1
 
     def __init__(self, replicas: int) -> None:
@@ -79,7 +79,7 @@ class Hosts:
         """Overwrite the weights with those of process 0."""
 
     def gather(self, values: Tensor) -> Tensor:
-        """Return the values (n,) of all processes, by their numbers: (count, n). They must be equally many in each."""
+        """Return the values (n,) of all processes by index: (count, n). n must be the same in each."""
         return values.unsqueeze(0)
 
     def mean(self, value: Tensor) -> Tensor:
@@ -87,11 +87,11 @@ class Hosts:
         return value
 
     def barrier(self) -> None:
-        """Wait until every process has come here."""
+        """Wait for all processes."""
 
 
 class PoprunHosts(Hosts):
-    """This process is one of several instances, each of which drives some of the replicas."""
+    """One of several instances, each of which drives some of the replicas."""
 
     def __init__(self, popdist: Any, replicas: int) -> None:
         super().__init__(int(popdist.getNumTotalReplicas()))
@@ -109,7 +109,7 @@ class PoprunHosts(Hosts):
         self.horovod.init()
 
     def options(self, poptorch: Any, ipus_per_replica: int) -> Any:
-        # These options know the replicas from poprun and refuse to be told.
+        # These options take the replicas from poprun and must not be given them.
         return importlib.import_module("popdist.poptorch").Options(ipus_per_replica=ipus_per_replica)
 
     def broadcast_seed(self, seed: int) -> int:

@@ -1,7 +1,7 @@
-"""What an IPU needs of a built model, added from outside: blocks, checkpoints, serialized tables, the marked loss.
+"""Adapts a built model to IPUs from outside: pipeline blocks, recomputation checkpoints, serialized tables, the loss.
 
-`poptorch` is imported where a forward pass calls it: modules stay copyable, and importing this file needs no SDK.
-Letters as in models/: B batch, T text tokens, N image tokens, D width, V rows of the text table.
+`poptorch` is imported inside forward passes, so that modules stay copyable and importing this file needs no SDK.
+Letters as in models/: B batch, T text tokens, N image tokens, D width, V rows of the text embedding table.
 """
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from models.vqgan import VQGAN
 
 
 class ImageEncoder(nn.Module):
-    """The encoder half of a frozen VQGAN, as a module of its own: a block begins where a *module* is called."""
+    """The encoder half of a frozen VQGAN, as a module: a pipeline block can only begin at a module's call."""
 
     def __init__(self, vqgan: VQGAN) -> None:
         super().__init__()
-        vqgan = copy.deepcopy(vqgan)  # the caller's keeps its decoder, precision and memory format
+        vqgan = copy.deepcopy(vqgan)  # the caller's model keeps decoder, precision and memory format
         del vqgan.decoder, vqgan.post_quant_conv
         for parameter in vqgan.parameters():
-            # Weights are copied to the device as they lie in memory; `load_vqgan` lays them out channels-last.
+            # Weights are copied to the device in their memory layout; `load_vqgan` makes them channels-last.
             parameter.data = parameter.data.contiguous()
         self.vqgan = vqgan.requires_grad_(False).eval()
 
@@ -39,12 +39,12 @@ class ImageEncoder(nn.Module):
         import poptorch
 
         codes = self.vqgan.encode(pixels.to(next(self.vqgan.parameters()).dtype))
-        # Kept, so that the backward pass of the embeddings does not run the whole encoder a second time.
+        # Kept, so that the backward pass of the embeddings does not recompute the whole encoder.
         return poptorch.recomputationCheckpoint(codes)
 
 
 class SerializedEmbedding(nn.Module):
-    """An embedding table in several parts, looked up one after the other: gradients need no copy of the whole table."""
+    """An embedding table in several parts, looked up serially, so that gradients need no copy of the whole table."""
 
     def __init__(self, embedding: nn.Embedding, factor: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class SerializedEmbedding(nn.Module):
             self.parts.append(part)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Ids (B, n) -> (B, n, D): each id is found in exactly one part, the others add zeros."""
+        """Ids (B, n) -> (B, n, D): each id is in exactly one part, the others add zeros."""
         found: list[Tensor] = []
         for index, part in enumerate(self.parts):
             local = ids - index * self.rows
@@ -67,7 +67,7 @@ class SerializedEmbedding(nn.Module):
 
 
 class SerializedLinear(nn.Module):
-    """A linear layer whose product is computed in `factor` parts of its outputs; weight and bias are the given ones."""
+    """A linear layer whose matmul is serialized over `factor` parts of its outputs; shares weight and bias."""
 
     def __init__(self, linear: nn.Linear, factor: int) -> None:
         super().__init__()
@@ -87,8 +87,8 @@ class SerializedLinear(nn.Module):
 class IpuStep(nn.Module):
     """The module that runs on the IPU: a TextToImage and its loss, for one micro-batch.
 
-    Training returns (total, text, image) losses, scalars, the first one marked as the loss to differentiate.
-    Evaluation returns the sums of text and image losses of the samples that count.
+    Training returns (total, text, image) losses, scalars, the first marked as the loss to differentiate. Evaluation
+    returns the sums of text and image losses over the samples that count.
     """
 
     def __init__(self, model: TextToImage) -> None:
@@ -99,15 +99,15 @@ class IpuStep(nn.Module):
         """text (B, T); images as TextToImage takes them; counts (B,), 1.0 or 0.0, for evaluation."""
         import poptorch
 
-        with ops.use("reference"):  # PopTorch knows no autograd functions written in Python, and no native kernels
+        with ops.use("reference"):  # PopTorch supports neither custom autograd functions nor native kernels
             if counts is not None:
                 return self.loss_sums(text, images, counts)
             losses = self.model(text, images)
-        # The loss has two cross-entropies in it: without the mark PopTorch finds "multiple independent losses".
+        # The loss contains two cross-entropies: unmarked, PopTorch reports "multiple independent losses".
         return poptorch.identity_loss(losses.total, reduction="none"), losses.text, losses.image
 
     def loss_sums(self, text: Tensor, images: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the sums over samples of each one's mean text loss and mean image loss, times what it counts."""
+        """Return the sums over samples of their mean text loss and mean image loss, weighted by counts."""
         dalle = self.model.dalle
         codes = self.model.codes(images)
         text_logits, image_logits = dalle(text, codes)
@@ -120,8 +120,8 @@ class IpuStep(nn.Module):
 
 
 def adapt(model: TextToImage, half: bool, serialization_factor: int, encodes_images: bool) -> TextToImage:
-    """Change a built model for an IPU, in place: serialized tables, encoder alone, precision."""
-    changed: Any = model  # its new parts stand in for modules of other types
+    """Adapt a built model to an IPU, in place: serialized tables, only the VQGAN's encoder, precision."""
+    changed: Any = model  # its new modules have other types
     if serialization_factor > 1:
         changed.dalle.text_emb = SerializedEmbedding(model.dalle.text_emb, serialization_factor)
         changed.dalle.text_head = SerializedLinear(model.dalle.text_head, serialization_factor)
@@ -131,15 +131,15 @@ def adapt(model: TextToImage, half: bool, serialization_factor: int, encodes_ima
 
 
 def to_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give all parameters this type. Buffers keep theirs: masks are boolean, rotary angles need float32."""
+    """Convert all parameters. Buffers keep their dtype: masks are boolean, rotary angles need float32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
 
 
 def place(model: TextToImage, plan: list[Placement]) -> set[str]:
-    """Begin a block at each change of IPU and keep each layer's result for the backward pass.
+    """Begin a block at each change of IPU, and checkpoint each layer's output for the backward pass.
 
-    Returns a set that takes in the path of each block that begins, so that one that never does can be told.
+    Returns a set that collects the paths of blocks that begin, to detect those that never do.
     """
     import poptorch
 
@@ -155,7 +155,7 @@ def place(model: TextToImage, plan: list[Placement]) -> set[str]:
 
 
 class _Note:
-    """A hook that notes that a module was called."""
+    """A hook that records that a module was called."""
 
     def __init__(self, calls: set[str], path: str) -> None:
         self.calls, self.path = calls, path
@@ -174,7 +174,7 @@ def _checkpoint(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
 
 
 def canonical_state(dalle: nn.Module) -> dict[str, Tensor]:
-    """Return a DALL-E's weights under the names it had before `adapt`, as plain float32 tensors of their own."""
+    """Return copies of a DALL-E's weights under their names before `adapt`, as plain float32 tensors."""
     state: dict[str, Tensor] = {}
     parts: dict[str, list[Tensor]] = {}
     for key, value in dalle.state_dict().items():
@@ -182,7 +182,7 @@ def canonical_state(dalle: nn.Module) -> dict[str, Tensor]:
         module, _, rest = key.partition(".parts.")
         if rest:
             parts.setdefault(module + ".weight", []).append(value)
-            state[module + ".weight"] = value  # keeps its place among the keys
+            state[module + ".weight"] = value  # keeps the order of keys
         else:
             state[key] = value
     state.update((key, torch.cat(values)) for key, values in parts.items())
@@ -190,5 +190,5 @@ def canonical_state(dalle: nn.Module) -> dict[str, Tensor]:
 
 
 def plain(value: Tensor | nn.Parameter) -> Tensor:
-    """Return a copy on the host as a bare Tensor: PopTorch gives a model's parameters a class of its own."""
+    """Return a copy on the host as a plain Tensor: PopTorch changes the class of a model's parameters."""
     return value.detach().cpu().clone().as_subclass(torch.Tensor)

@@ -1,4 +1,4 @@
-"""From the configuration to PopTorch: its options and its optimizer. Every execution flag ends up here."""
+"""PopTorch's options and optimizer from the configuration. Every execution flag is applied here."""
 from __future__ import annotations
 
 from typing import Any
@@ -19,7 +19,7 @@ def build_options(poptorch: Any, config: Config, hosts: Hosts, seed: int) -> Any
     options.deviceIterations(run.device_iterations)
     options.Training.gradientAccumulation(run.gradient_accumulation)
     options.Training.accumulationAndReplicationReductionType(poptorch.ReductionType.Mean)
-    # Summed on the device: a loss of all micro-batches that costs no more to fetch than that of the last one.
+    # Summed on the device: the loss of all micro-batches costs no more to fetch than that of the last one.
     options.outputMode(poptorch.OutputMode.Sum)
     options.Precision.enableStochasticRounding(ipu.stochastic_rounding)
     if config.optimizer.enable_als:
@@ -32,7 +32,7 @@ def build_options(poptorch: Any, config: Config, hosts: Hosts, seed: int) -> Any
 
 
 def build_evaluation_options(poptorch: Any, config: Config, hosts: Hosts, seed: int, stages: int) -> Any:
-    """Return the options of the evaluation program: no accumulation; iterations instead fill the pipeline."""
+    """Return the options of the evaluation program: no accumulation; device iterations fill the pipeline instead."""
     options = _common(poptorch, config, hosts, seed)
     options.deviceIterations(4 * stages)
     options.outputMode(poptorch.OutputMode.Sum)
@@ -60,18 +60,18 @@ def _common(poptorch: Any, config: Config, hosts: Hosts, seed: int) -> Any:
 
 
 def memory_proportions(proportions: Any, ipus: int) -> dict[str, float]:
-    """Return PopTorch's name and the share of each IPU; a single share holds for all."""
+    """Return the memory proportion of each IPU by PopTorch's name for it; a single one applies to all."""
     shares: list[float] = list(proportions) * (ipus if len(proportions) == 1 else 1)
     return {f"IPU{index}": share for index, share in enumerate(shares)}
 
 
 def engine_options(profile_dir: Any) -> dict[str, str]:
-    """Return the options of the Poplar engine; into `profile_dir` it writes a report for the PopVision analysers."""
+    """Return the options of the Poplar engine; with `profile_dir` it writes a report there for PopVision."""
     options = {"opt.useAutoloader": "true", "target.syncReplicasIndependently": "true"}
     if profile_dir is not None:
         options.update(
             {
-                "debug.allowOutOfMemory": "true",  # a program that does not fit is the one to look at
+                "debug.allowOutOfMemory": "true",  # programs that do not fit need profiling most
                 "autoReport.directory": str(profile_dir),
                 "autoReport.all": "true",
                 "profiler.format": "v3",
@@ -103,6 +103,6 @@ def build_optimizer(poptorch: Any, config: Config, model: nn.Module) -> Any:
         second_order_momentum_accum_type=torch.float32,
         **settings,
     )
-    # What is passed by name may change from step to step and is sent each time; this one never does.
+    # Keyword arguments are variable and sent in each step; this one is constant.
     optimizer.variable_attrs.markAsConstant("weight_decay")
     return optimizer

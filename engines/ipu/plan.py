@@ -11,13 +11,13 @@ from args import Config, IpuConfig
 from models.config import DalleConfig
 from utils.errors import UsageError
 
-#: Path of a transformer layer, but for its number.
+#: Path of a transformer layer, without its index.
 LAYER = "dalle.transformer.layers."
 
-#: What follows the last layer; the loss is computed with it.
+#: The modules after the last layer; the loss is on their IPU.
 HEAD = ("dalle.norm", "dalle.text_head", "dalle.image_head")
 
-#: Parts of the embedding that are read, not called: they lie where the tables before them lie.
+#: Parts of the embedding that are read, not called: they are on the IPU of the tables before them.
 POSITIONS = ("dalle.text_pos_emb", "dalle.image_pos_emb")
 
 
@@ -39,9 +39,9 @@ def head_ipu(ipu: IpuConfig) -> int:
 
 
 def pipeline_plan(config: Config, encodes_images: bool = True) -> list[Placement]:
-    """Return every part of the model with its IPU, in the order in which a forward pass comes to them.
+    """Return every part of the model with its IPU, in the order of the forward pass.
 
-    encodes_images: the VQGAN runs on IPU 0, in front of the embeddings; False when the data are image codes already.
+    encodes_images: the VQGAN runs on IPU 0, before the embeddings; False if the data are already image codes.
     """
     ipu = config.ipu
     plan = [Placement("vqgan", 0)] if encodes_images else []
@@ -52,9 +52,9 @@ def pipeline_plan(config: Config, encodes_images: bool = True) -> list[Placement
 
 
 def block_starts(plan: list[Placement]) -> list[Placement]:
-    """Return the modules at which another IPU takes over.
+    """Return the modules at which execution moves to another IPU.
 
-    What runs before the first of them is on IPU 0. Each start is one pipeline stage more, also a return to an IPU.
+    What runs before the first of them is on IPU 0. Each start adds a pipeline stage, even on an IPU used before.
     """
     before = [0] + [placement.ipu for placement in plan]
     return [placement for placement, previous in zip(plan, before) if placement.ipu != previous]
@@ -77,7 +77,7 @@ def min_accumulation(stages: int) -> int:
 
 
 def bubble(stages: int, accumulation: int) -> float:
-    """Return the share of an optimizer step that an IPU waits, since the pipeline fills and drains once in M cycles."""
+    """Return the share of an optimizer step that an IPU idles, since the pipeline fills and drains once per step."""
     return (2 * stages - 2) / (accumulation + 2 * stages - 2)
 
 
@@ -85,16 +85,16 @@ def bubble(stages: int, accumulation: int) -> float:
 
 
 def check(config: Config, model: DalleConfig | None = None) -> None:
-    """Raise UsageError for the first thing that keeps a configuration (and a model, if known) from training on IPUs."""
+    """Raise UsageError for the first reason why a configuration (and a model, if known) cannot train on IPUs."""
     found = problems(config, model)
     if found:
         raise UsageError(found[0])
 
 
 def problems(config: Config, model: DalleConfig | None = None) -> list[str]:
-    """Return what keeps a configuration from training on IPUs, a line each: the flag, what is wrong, the way out."""
+    """Return why a configuration cannot train on IPUs, a line for each problem: flag, problem, way out."""
     found = _layout_problems(config.ipu, model.depth if model else config.model.num_hidden_layers)
-    if not found:  # the rest needs a plan that can be drawn
+    if not found:  # the rest needs a valid layout
         found += _pipeline_problems(config)
         if model is not None:
             found += _model_problems(config, model)
@@ -111,7 +111,7 @@ def _layout_problems(ipu: IpuConfig, depth: int) -> list[str]:
     if not _power_of_two(ipus):
         found.append(
             f"--ipus-per-replica {ipus}: IPUs come in powers of two; give the next one, and 0 in --layers-per-ipu "
-            "for IPUs that are to stay empty"
+            "for empty IPUs"
         )
     if len(ipu.layers_per_ipu) != ipus:
         found.append(
@@ -157,7 +157,7 @@ def _model_problems(config: Config, model: DalleConfig) -> list[str]:
         )
     if model.tie_embeddings and (factor > 1 or head_ipu(ipu) != ipu.embedding_ipu_id):
         found.append(
-            "this model's embeddings and heads share weights, which must lie on one IPU, in one piece: give "
+            "this model's embeddings and heads share weights, which must be on one IPU, in one piece: give "
             f"--cls-ipu-id {ipu.embedding_ipu_id} and --embedding-serialization-factor 1"
         )
     ipus = layer_ipus(ipu)
@@ -167,7 +167,7 @@ def _model_problems(config: Config, model: DalleConfig) -> list[str]:
             if where.setdefault(shared[layer % len(shared)], index) != index:
                 found.append(
                     f"--layers-per-ipu: layer {layer} shares weights with a layer on IPU "
-                    f"{where[shared[layer % len(shared)]]}, so it must lie there too"
+                    f"{where[shared[layer % len(shared)]]}, so it must be there too"
                 )
                 break
     return found
@@ -182,7 +182,7 @@ def _option_problems(config: Config) -> list[str]:
         )
     if ipu.enable_rts and run.replication_factor == 1:
         found.append(
-            "--enable-rts shards the optimizer state over replicas, but --replication-factor is 1; leave it out"
+            "--enable-rts shards the optimizer state over replicas, but --replication-factor is 1; omit it"
         )
     if ipu.async_dataloader and run.global_batch * run.device_iterations == 1:
         found.append(
@@ -190,30 +190,31 @@ def _option_problems(config: Config) -> list[str]:
             "--async-dataloader false or a larger --batch-size"
         )
     if optimizer.optimizer not in ("Adam", "AdamW"):
-        found.append(f"--optimizer {optimizer.optimizer}: IPUs have Adam and AdamW; give one of them")
+        found.append(f"--optimizer {optimizer.optimizer}: IPUs support Adam and AdamW; give one of them")
     if optimizer.enable_als and not uses_half(config):
-        found.append("--enable-als scales losses for half precision; add --fp16, or leave it out")
+        found.append("--enable-als scales losses for half precision; add --fp16, or omit it")
     if optimizer.ema_decay:
         found.append(
-            f"--ema-decay {optimizer.ema_decay:g}: weights are not averaged on IPUs; give --ema-decay 0"
+            f"--ema-decay {optimizer.ema_decay:g}: averaging of weights is not supported on IPUs; give --ema-decay 0"
         )
     if config.model.attention_impl in ("sdpa", "local"):
         found.append(
-            f"--attention-impl {config.model.attention_impl}: IPUs take the explicit product; give explicit or auto"
+            f"--attention-impl {config.model.attention_impl}: IPUs support only explicit attention; give explicit or "
+            "auto"
         )
     if run.compile:
         found.append(
-            "--compile is torch.compile, which is not for IPUs: their programs are always compiled; leave it out"
+            "--compile is torch.compile, which does not support IPUs: their programs are always compiled; omit it"
         )
     if run.matmul_precision is not None:
         found.append(
-            "--matmul-precision is for GPUs and CPUs; on IPUs --fp16 and --enable-half-partials say how exactly "
-            "products are computed: leave it out"
+            "--matmul-precision is for GPUs and CPUs; on IPUs --fp16 and --enable-half-partials set the precision of "
+            "matmuls: omit it"
         )
     if run.shard:
         found.append(
-            "--shard is for GPUs and CPUs; on IPUs --layers-per-ipu spreads the model and --enable-rts the optimizer "
-            "state: leave it out"
+            "--shard is for GPUs and CPUs; on IPUs --layers-per-ipu splits the model and --enable-rts shards the "
+            "optimizer state: omit it"
         )
     return found
 

@@ -1,7 +1,7 @@
-"""What a placement costs: memory and arithmetic of each IPU, estimated from the model, and the best division of layers.
+"""Cost of a placement: memory and arithmetic of each IPU, estimated from the model, and the best division of layers.
 
-The model runs once on PyTorch's `meta` device, which computes shapes and nothing else; every operator it calls counts.
-Needs no SDK. Left out is what only the compiler knows: program code, exchange buffers, scratch memory of operators.
+The model runs once on the `meta` device, which only computes shapes; all operator calls are counted. Needs no SDK.
+Not counted is what only the compiler knows: program code, exchange buffers, scratch memory of operators.
 """
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class PartCost(NamedTuple):
     stage: int
     parameters: int
     trainable: int
-    """Parameters that are trained."""
+    """Trainable parameters."""
     weight_bytes: int
     flops: float
     """Multiplications and additions of a forward pass."""
     stored_bytes: int
-    """Its result, where that is kept for the backward pass instead of being computed again."""
+    """Its output, if that is stored for the backward pass instead of being recomputed."""
     written_bytes: int
-    """All that its operators write: what is alive while a trained part is computed again, at most."""
+    """All outputs of its operators: an upper bound of what is alive while a trained part is recomputed."""
     peak_bytes: int
-    """Operands and result of its largest operator, and one more result: what is alive without a backward pass."""
+    """Operands and output of its largest operator, and one more output: what is alive without a backward pass."""
 
 
 class IpuCost(NamedTuple):
@@ -51,19 +51,19 @@ class IpuCost(NamedTuple):
     gradients: float
     optimizer: float
     stored: float
-    """Activations kept for the backward pass, of all micro-batches on their way."""
+    """Activations stored for the backward pass, of all micro-batches in flight."""
     working: float
     """Activations alive while one part is computed."""
     flops: float
 
     @property
     def memory(self) -> float:
-        """Bytes in all."""
+        """Total bytes."""
         return self.weights + self.gradients + self.optimizer + self.stored + self.working
 
 
 class _Recorder(TorchDispatchMode):
-    """Adds up what each operator costs, for the part that `current` names."""
+    """Adds up the cost of each operator, for the part with the index `current`."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -88,9 +88,9 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _flops(func: Any, args: Sequence[Any], result: Tensor) -> float:
-    """FLOPs of a matrix product or convolution; everything else is not counted.
+    """FLOPs of a matmul or convolution; everything else is not counted.
 
-    PyTorch counts them itself from 2.1 on (torch.utils.flop_counter); IPUs have 2.0.1.
+    torch.utils.flop_counter needs PyTorch 2.1; IPUs have 2.0.1.
     """
     name = func.overloadpacket.__name__
     if name in ("mm", "bmm"):
@@ -103,9 +103,9 @@ def _flops(func: Any, args: Sequence[Any], result: Tensor) -> float:
 
 
 def measure(model: TextToImage, plan: list[Placement], image_size: int) -> list[PartCost]:
-    """Return what each part of a plan costs.
+    """Return the cost of each part of a plan.
 
-    model: on the meta device, with the element types and the attention it will have on the IPU.
+    model: on the meta device, with the same dtypes as on the IPU.
     """
     recorder = _Recorder(len(plan))
     stored = [0] * len(plan)
@@ -125,13 +125,13 @@ def measure(model: TextToImage, plan: list[Placement], image_size: int) -> list[
         hooks.append(module.register_forward_pre_hook(begin))
         if placement.path.startswith(LAYER):
             hooks.append(module.register_forward_hook(end))
-    if model.vqgan is not None:  # its method `encode` is called, not the module itself; recording starts there anyway
+    if model.vqgan is not None:  # `encode` is called, not the module, but it is the first part anyway
         dtype = next(model.vqgan.parameters()).dtype
         images = torch.empty(1, 3, image_size, image_size, device="meta", dtype=dtype)
     else:
         images = torch.empty(1, model.dalle.config.image_seq_len, device="meta", dtype=torch.long)
     text = torch.empty(1, model.dalle.config.text_seq_len, device="meta", dtype=torch.long)
-    with torch.no_grad(), recorder, ops.use("reference"):  # as on an IPU: parts are told by calls of their modules
+    with torch.no_grad(), recorder, ops.use("reference"):  # as on an IPU: hooks need calls of the modules
         model(text, images)
     for hook in hooks:
         hook.remove()
@@ -161,14 +161,14 @@ def measure(model: TextToImage, plan: list[Placement], image_size: int) -> list[
 
 
 def training_flops(part: PartCost, stages: int) -> float:
-    """FLOPs of one sample: forward, backward (twice as much) and, in a pipeline, forward again before the backward."""
+    """FLOPs of one sample: forward, backward (twice as much) and, in a pipeline, recomputation of the forward."""
     if part.placement.path == "vqgan":
         return part.flops
     return part.flops * (3 if stages == 1 else 4)
 
 
 def in_flight(stage: int, stages: int) -> int:
-    """Micro-batches whose forward pass a stage has done and whose backward pass has not come back to it."""
+    """Micro-batches that have passed a stage forward, but not yet backward."""
     return 2 * (stages - 1 - stage) + 1
 
 
@@ -182,7 +182,7 @@ def ipu_costs(config: Config, parts: list[PartCost]) -> list[IpuCost]:
 
 
 def _tokens(parts: list[PartCost]) -> int:
-    """Bytes of the hidden state between two layers: what enters a stage."""
+    """Bytes of the hidden state between two layers, the input of a stage."""
     return max(part.stored_bytes for part in parts)
 
 
@@ -191,7 +191,7 @@ def _ipu_cost(config: Config, ipu: int, parts: list[PartCost], stages: int, ente
     paths = tuple(part.placement.path for part in parts)
     trained = [part for part in parts if part.placement.path != "vqgan"]
     trainable = sum(part.trainable for part in parts)
-    if stages == 1:  # nothing is computed again: all activations stay
+    if stages == 1:  # no recomputation: all activations are stored
         stored = float(sum(part.written_bytes for part in trained))
     else:
         stored = 0.0
@@ -214,7 +214,7 @@ def _ipu_cost(config: Config, ipu: int, parts: list[PartCost], stages: int, ente
 
 
 def _working(parts: list[PartCost], stages: int) -> int:
-    """The largest of: a layer computed again; embeddings together; norm, heads and loss together; the VQGAN's peak."""
+    """The largest of: a recomputed layer; all embeddings; norm, heads and loss; the VQGAN's peak."""
     groups: dict[str, int] = {}
     for part in parts:
         path = part.placement.path
@@ -232,7 +232,7 @@ def gradient_bytes(config: Config) -> int:
 
 
 def state_bytes(config: Config) -> float:
-    """Bytes of Adam's two moments of one parameter that lie on an IPU."""
+    """Bytes on an IPU of Adam's two moments of one parameter."""
     if config.ipu.optimizer_state_offchip:
         return 0.0
     first = 2 if uses_half(config) and config.optimizer.enable_half_first_order_momentum else 4
@@ -240,7 +240,7 @@ def state_bytes(config: Config) -> float:
 
 
 def balance(ipus: list[IpuCost]) -> float:
-    """Return mean / largest of the FLOPs of the IPUs: 1 when all are equally busy."""
+    """Return mean / maximum of the IPUs' FLOPs: 1 if all are equally busy."""
     busiest = max(ipu.flops for ipu in ipus)
     return sum(ipu.flops for ipu in ipus) / len(ipus) / busiest
 
@@ -249,10 +249,10 @@ def balance(ipus: list[IpuCost]) -> float:
 
 
 def divide(config: Config, parts: list[PartCost]) -> tuple[int, ...]:
-    """Return the `layers_per_ipu` whose busiest IPU has least to compute; of these, the one with the least memory.
+    """Return the `layers_per_ipu` that minimises the FLOPs of the busiest IPU, then the memory of the fullest one.
 
-    Only divisions that fit into memory count; when none does, the one whose fullest IPU holds least.
-    VQGAN, embeddings and heads stay on the IPUs that the configuration gives them.
+    Only divisions that fit into memory count; if none fits, the one with the least memory on the fullest IPU.
+    VQGAN, embeddings and heads stay on the configured IPUs.
     """
     ipus = config.ipu.ipus_per_replica
     stages = max(2, num_stages([part.placement for part in parts])) if ipus > 1 else 1
@@ -282,8 +282,8 @@ def divide(config: Config, parts: list[PartCost]) -> tuple[int, ...]:
 
 
 def _partition(ipus: int, layers: int, cost: Callable[[int, int, int], float]) -> tuple[float, tuple[int, ...]]:
-    """Divide `layers`, in order, so that the largest cost(ipu, first, last) is least: return it and the counts."""
-    # best[n]: (largest cost so far, counts) with the first n layers on the IPUs so far
+    """Divide `layers`, in order, so that the maximum cost(ipu, first, last) is minimal; return it and the counts."""
+    # best[n]: (maximum cost, counts) with the first n layers on the IPUs so far
     best: list[tuple[float, tuple[int, ...]]] = [(float("inf"), ())] * (layers + 1)
     best[0] = (0.0, ())
     for ipu in range(ipus):

@@ -1,7 +1,7 @@
-"""--plan: what would lie on each IPU, as a table and as a picture, without IPU, SDK, data or weights.
+"""--plan: what each IPU would hold, as a table and a chart, without IPU, SDK, data or weights.
 
-python train.py --config L16 --plan          # what the configuration says
-python train.py --config L16 --plan auto     # and the best division of the layers
+python train.py --config L16 --plan          # the configured division of layers
+python train.py --config L16 --plan auto     # and the best one
 """
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from models.dalle import DalleModel, TextToImage
 from models.vqgan import VQGAN
 from models.vqgan_config import VqganConfig
 
-#: The parts of an IPU's memory, in the order in which table and picture stack them.
+#: The parts of an IPU's memory, in the order of table and chart.
 MEMORY = ("weights", "gradients", "optimizer", "stored", "working")
 NOTE = """\
-Estimates, in MB of 10^6 bytes for one micro-batch; FLOPs for one sample: multiplications and additions of matrix
-products and convolutions, forward, backward, and forward again where activations are not kept. stored: activations kept
-until the backward pass; working: those alive while the largest part is computed. Not in it: program code, exchange
-buffers, scratch memory of operators (--matmul-proportion); leave a third of the {:.0f} MB free for them."""
+Estimates, in MB of 10^6 bytes for one micro-batch; FLOPs for one sample: multiplications and additions of matmuls and
+convolutions, forward, backward, and forward again where activations are recomputed. stored: activations stored for the
+backward pass; working: those alive while the largest part is computed. Not counted: program code, exchange buffers,
+scratch memory of operators (--matmul-proportion); leave a third of the {:.0f} MB free for them."""
 
-CODES_AHEAD = "images are encoded ahead, on the host: no VQGAN on the IPUs; with --cache-codes off it is on IPU 0"
+CODES_AHEAD = "images are encoded in advance, on the host: no VQGAN on the IPUs; with --cache-codes off it is on IPU 0"
 IMAGES_ON_IPU = "images are encoded in each step, by the VQGAN on IPU 0"
 
 
 class Division(NamedTuple):
-    """One way to divide the layers, and what it costs."""
+    """One way to divide the layers, and its cost."""
 
     name: str
     config: Config
@@ -41,11 +41,11 @@ class Division(NamedTuple):
 
 
 def divisions(config: Config, model: DalleConfig, vqgan: VqganConfig) -> list[Division]:
-    """Return the configuration's division unless it is impossible, and with --plan auto the best one."""
+    """Return the configured division if it is valid, and with --plan auto the best one."""
     ipus, depth = config.ipu.ipus_per_replica, model.depth
     given = config
     possible = len(config.ipu.layers_per_ipu) == ipus and sum(config.ipu.layers_per_ipu) == depth
-    if not possible:  # any will do to find out what the parts cost
+    if not possible:  # any division will do to measure the parts
         given = config.replace(layers_per_ipu=[depth] + [0] * (ipus - 1))
     parts = measured(given, model, vqgan)
     found = []
@@ -63,7 +63,7 @@ def divisions(config: Config, model: DalleConfig, vqgan: VqganConfig) -> list[Di
 
 
 def measured(config: Config, model: DalleConfig, vqgan: VqganConfig) -> list[PartCost]:
-    """Build the model on the meta device as the IPU engine would run it, and return what its parts cost."""
+    """Build the model on the meta device as the IPU engine would run it, and return the cost of its parts."""
     encodes_images = not config.data.keeps_codes
     with torch.device("meta"):
         encoder = VQGAN(vqgan)
@@ -76,7 +76,7 @@ def measured(config: Config, model: DalleConfig, vqgan: VqganConfig) -> list[Par
 
 
 def describe(config: Config, model: DalleConfig, found: list[Division]) -> str:
-    """Return the text of --plan: a table for each division, what it means, and what keeps it from training."""
+    """Return the text of --plan: for each division a table, a summary, and problems that prevent training."""
     run, ipu = config.execution, config.ipu
     lines = [
         "{}: {} layers on {} IPU{} of {:.0f} MB, {} replica{}, micro-batch {}, {}".format(
@@ -102,7 +102,7 @@ def describe(config: Config, model: DalleConfig, found: list[Division]) -> str:
 
 
 def table(division: Division) -> list[str]:
-    """Return the lines of a division's table: one IPU each, and their heading."""
+    """Return the lines of a division's table: a header, then one line for each IPU."""
     total = sum(ipu.flops for ipu in division.ipus)
     rows: list[tuple[str, ...]] = [
         ("IPU", "stage", "modules", "M params", *MEMORY, "total", "of IPU", "GFLOPs", "share")
@@ -122,7 +122,7 @@ def table(division: Division) -> list[str]:
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    # Words are read from the left, numbers compared from the right.
+    # Words are left-aligned, numbers right-aligned.
     return [
         "  ".join(
             cell.ljust(width) if column == 2 else cell.rjust(width)
@@ -138,7 +138,7 @@ def memory(ipu: IpuCost) -> tuple[float, ...]:
 
 
 def modules(paths: tuple[str, ...]) -> str:
-    """Shorten the paths on an IPU: runs of layers become one word, positions go with their embedding."""
+    """Shorten the paths on an IPU: runs of layers are merged, positions omitted."""
     words: list[str] = []
     layers = [int(path[len(LAYER) :]) for path in paths if path.startswith(LAYER)]
     for path in paths:
@@ -152,7 +152,7 @@ def modules(paths: tuple[str, ...]) -> str:
 
 
 def summary(division: Division) -> str:
-    """Return one line on the pipeline: its stages, the balance of the IPUs, the time lost to filling and draining."""
+    """Return one line on the pipeline: stages, balance of the IPUs, time lost to filling and draining."""
     stages, accumulation = plan.num_stages(division.placements), division.config.execution.gradient_accumulation
     busy, idle = plan_costs.balance(division.ipus), plan.bubble(stages, accumulation)
     fullest = max(division.ipus, key=lambda ipu: ipu.memory)
@@ -174,7 +174,7 @@ def summary(division: Division) -> str:
 
 
 def draw(found: list[Division], path: Path) -> None:
-    """Write a picture of the divisions: a row each, memory on the left, arithmetic on the right."""
+    """Write a chart of the divisions: a row each, memory on the left, arithmetic on the right."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,14 +1,14 @@
-/* What a VQGAN computes on a CPU most of the time: 3x3 convolutions, and GroupNorm followed by swish.
+/* The ops that dominate a VQGAN on a CPU: 3x3 convolutions, and GroupNorm followed by swish.
 
    Tensors are channels last: (B, H, W, C) in memory. */
 #include "vector.h"
 #include <stdlib.h>
 
 /* Winograd's algorithm F(4x4, 3x3) (Lavin and Gray 2015, "Fast Algorithms for Convolutional Neural Networks"): a tile of
-   4x4 results comes from 36 products a pair of channels instead of 144. The products of many tiles are 36 matrix
-   products; what goes in and comes out is computed from and to the maps in the same go, while it is in the cache. */
+   4x4 results takes 36 multiplications a pair of channels instead of 144. Those of many tiles are 36 matmuls; inputs
+   and outputs are transformed in the same pass over the maps, while they are in the cache. */
 #define TILE 4
-#define PATCH 6 /* side of what a tile sees */
+#define PATCH 6 /* side of a tile's input */
 #define POINTS (PATCH * PATCH)
 #define COLUMNS (2 * LANES) /* output channels at a time */
 #if LANES == 16
@@ -18,7 +18,7 @@
 #else
 #define ROWS 8
 #endif
-#define CACHE 900000 /* bytes of transformed inputs that a thread works on: about half of its second-level cache */
+#define CACHE 900000 /* bytes of transformed inputs per thread: about half of its second-level cache */
 
 int32_t columns(void) { return COLUMNS; }
 
@@ -103,22 +103,22 @@ static inline void sum_tile(const float *sums, long stride, vec result[TILE][TIL
     for (int j = 0; j < TILE; j++) transform_out(half[j], result[j]);
 }
 
-static long least(long a, long b) { return a < b ? a : b; }
+static long min(long a, long b) { return a < b ? a : b; }
 
 /* y = conv3x3(x) + bias [+ residual], padded with zeros by one pixel.
 
    x (B, H, W, in), or (B, H/2, W/2, in) of which each pixel counts as 2x2 (doubled = 1); y and residual (B, H, W, out).
    weights: G g G^T as (out/COLUMNS, POINTS, in, COLUMNS). in is a multiple of LANES, out of COLUMNS. Every tile is
-   computed in the same order, whatever else is in the batch and however many threads there are.
-   Returns 0, 1 when there is no memory, or 2 when a result is not finite: that of plain sums might be, for what lies
-   between here is up to 100 times as large, and a tile shares what is not finite. */
+   computed in the same order, independent of the rest of the batch and of the number of threads.
+   Returns 0, 1 if there is no memory, or 2 if a result is not finite. Plain sums might be finite: intermediates here are
+   up to 100 times as large, and infinities spread over a tile. */
 int32_t convolve(const float *x, const float *weights, const float *bias, const float *residual, float *y, long batch,
                  long height, long width, long in, long out, int32_t doubled, int32_t threads) {
     const long down = (height + TILE - 1) / TILE, across = (width + TILE - 1) / TILE, tiles = batch * down * across;
     if (tiles == 0) return 0;
     const long fits = CACHE / (POINTS * in * 4) / ROWS * ROWS, share = (tiles + threads - 1) / threads;
-    long group = least(fits > ROWS ? fits : ROWS, (share + ROWS - 1) / ROWS * ROWS); /* tiles at a time */
-    const long stride = group * in + LANES; /* not a power of two: those would fall into the same lines of the cache */
+    long group = min(fits > ROWS ? fits : ROWS, (share + ROWS - 1) / ROWS * ROWS); /* tiles at a time */
+    const long stride = group * in + LANES; /* no power of two: its multiples map to the same cache lines */
     const long rows = group * COLUMNS + LANES, groups = (tiles + group - 1) / group;
     const long source_height = doubled ? height / 2 : height, source_width = doubled ? width / 2 : width;
     int32_t failed = 0;
@@ -138,7 +138,7 @@ int32_t convolve(const float *x, const float *weights, const float *bias, const 
 #pragma omp for schedule(dynamic, 1)
         for (long g = 0; g < groups; g++) {
             if (memory == NULL) continue;
-            const long first = g * group, count = least(group, tiles - first);
+            const long first = g * group, count = min(group, tiles - first);
             const long padded = (count + ROWS - 1) / ROWS * ROWS;
             for (long t = 0; t < count; t++) {
                 const long tile = first + t, image = tile / (down * across);
@@ -153,7 +153,7 @@ int32_t convolve(const float *x, const float *weights, const float *bias, const 
                     }
                 read_tile(pixels, in, points + t * in, stride);
             }
-            for (long t = count; t < padded; t++) /* rows that only fill the last product up */
+            for (long t = count; t < padded; t++) /* rows that pad the last matmul */
                 for (long p = 0; p < POINTS; p++) memset(points + p * stride + t * in, 0, in * 4);
 
             for (long n = 0; n < out; n += COLUMNS) {
@@ -165,22 +165,22 @@ int32_t convolve(const float *x, const float *weights, const float *bias, const 
                 for (long t = 0; t < count; t++) {
                     const long tile = first + t, image = tile / (down * across);
                     const long top = tile / across % down * TILE, left = tile % across * TILE;
-                    const long high = least(TILE, height - top), wide = least(TILE, width - left);
+                    const long high = min(TILE, height - top), wide = min(TILE, width - left);
                     for (int half = 0; half < 2; half++) {
                         const long c = n + half * LANES;
                         const vec shift = bias ? load(bias + c) : (vec){};
                         vec result[TILE][TILE];
-                        ivec odd = {};
+                        ivec not_finite = {};
                         sum_tile(sums + t * COLUMNS + half * LANES, rows, result);
                         for (long j = 0; j < high; j++)
                             for (long i = 0; i < wide; i++) {
                                 const long place = ((image * height + top + j) * width + left + i) * out + c;
                                 vec value = result[j][i] + shift;
                                 if (residual) value += load(residual + place);
-                                odd |= (ivec)magnitude(value) > 0x7f7fffff;
+                                not_finite |= (ivec)magnitude(value) > 0x7f7fffff;
                                 store(y + place, value);
                             }
-                        for (int lane = 0; lane < LANES; lane++) any |= odd[lane];
+                        for (int lane = 0; lane < LANES; lane++) any |= not_finite[lane];
                     }
                 }
             }
@@ -194,7 +194,7 @@ int32_t convolve(const float *x, const float *weights, const float *bias, const 
     return failed;
 }
 
-#define PIECE 256 /* positions whose sums are taken in single precision */
+#define PIECE 256 /* positions summed in single precision */
 
 long scratch(long batch, long positions, long channels) {
     return 2 * channels * batch * ((positions + PIECE - 1) / PIECE + 1);
@@ -203,7 +203,7 @@ long scratch(long batch, long positions, long channels) {
 /* y = swish(GroupNorm(x)), or only the norm (swish = 0).
 
    x, y (B, P, C), y may be x; weight, bias (C); memory: `scratch` floats. C is a multiple of LANES and of groups.
-   Sums are taken by pieces and those added up in their order, whatever number of threads there is. */
+   Sums are taken by pieces, which are added in a fixed order for any number of threads. */
 void norm_swish(const float *x, float *y, const float *weight, const float *bias, float *memory, long batch,
                 long positions, long channels, long groups, double eps, int32_t swish, int32_t threads) {
     const long pieces = (positions + PIECE - 1) / PIECE, width = channels / groups;
@@ -213,13 +213,13 @@ void norm_swish(const float *x, float *y, const float *weight, const float *bias
     {
 #pragma omp for schedule(static)
         for (long piece = 0; piece < batch * pieces; piece++) {
-            const long first = piece % pieces * PIECE, count = least(PIECE, positions - first);
+            const long first = piece % pieces * PIECE, count = min(PIECE, positions - first);
             const float *image = x + piece / pieces * positions * channels, *from = image + first * channels;
             float *sums = partial + piece * 2 * channels, *squares = sums + channels;
             memset(sums, 0, 2 * channels * sizeof(float));
             for (long p = 0; p < count; p++)
                 for (long c = 0; c < channels; c += LANES) {
-                    /* Away from the first position: the variance is not the small difference of large numbers. */
+                    /* Relative to the first position, so that the variance is no small difference of large numbers. */
                     vec value = load(from + p * channels + c) - load(image + c);
                     store(sums + c, load(sums + c) + value);
                     store(squares + c, load(squares + c) + value * value);
@@ -250,7 +250,7 @@ void norm_swish(const float *x, float *y, const float *weight, const float *bias
         }
 #pragma omp for schedule(static)
         for (long piece = 0; piece < batch * pieces; piece++) {
-            const long b = piece / pieces, first = piece % pieces * PIECE, count = least(PIECE, positions - first);
+            const long b = piece / pieces, first = piece % pieces * PIECE, count = min(PIECE, positions - first);
             const long place = (b * positions + first) * channels;
             const float *center = factors + 2 * b * channels, *scale = center + channels;
             for (long i = 0; i < count * channels; i += channels)

@@ -1,4 +1,4 @@
-/* Vectors of floats as wide as the processor has them, in GCC's portable notation: AVX-512, AVX2, NEON. */
+/* Vectors of floats as wide as the processor supports, in GCC's portable notation: AVX-512, AVX2, NEON. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -22,7 +22,7 @@ typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 
 static inline vec load(const float *p) { return *(const loose *)p; }
 static inline void store(float *p, vec x) { *(loose *)p = x; }
-/* LANES bytes as floats. GCC's portable conversion takes bytes one by one. */
+/* LANES bytes as floats. GCC's portable conversion is scalar. */
 static inline vec widened(const int8_t *p) {
 #if LANES == 16
     return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
@@ -32,7 +32,7 @@ static inline vec widened(const int8_t *p) {
     return (vec){p[0], p[1], p[2], p[3]};
 #endif
 }
-/* Fewer floats than a vector has; zeros behind them. */
+/* n < LANES floats, padded with zeros. */
 static inline vec load_some(const float *p, long n) {
 #if LANES == 16
     return (vec)_mm512_maskz_loadu_ps((__mmask16)((1 << n) - 1), p);
@@ -52,7 +52,7 @@ static inline float sum_of(vec x) {
     return s;
 }
 #else
-static inline float sum_of(vec x) { /* each half to the other, until all are the same */
+static inline float sum_of(vec x) { /* add halves until all lanes are equal */
     ivec lane;
     for (int i = 0; i < LANES; i++) lane[i] = i;
 #pragma GCC unroll 4
@@ -66,7 +66,7 @@ static inline vec magnitude(vec x) { return (vec)((ivec)x & 0x7fffffff); }
 
 /* e^x to about one unit in the last place, for x up to 88; 0 below -87.3, where it would be subnormal. NaN stays NaN. */
 static inline vec exp_of(vec x) {
-    vec bounded = smaller(fill(88.0f), larger(fill(-87.3f), x)); /* the second where they do not compare */
+    vec bounded = smaller(fill(88.0f), larger(fill(-87.3f), x)); /* NaN compares false: the second operand */
     vec scaled = bounded * 1.44269504f;
     const vec magic = fill(12582912.0f + 127.0f); /* adding 1.5 * 2^23 rounds to a whole number n; 127: see `power` */
     vec whole = scaled + magic;
@@ -85,9 +85,9 @@ static inline vec exp_of(vec x) {
     return (vec)(~tiny & (ivec)(p * power));
 }
 
-/* The share of the normal distribution below x, and its density there. The tail is e^(-x^2 / 2) times a polynomial in
+/* The normal distribution's cumulative probability and density at x. The tail is e^(-x^2 / 2) times a polynomial in
  * t = 1 / (1 + p |x|), fitted to a relative error of 2e-8 up to |x| = 14. */
-static inline vec share_below(vec x, vec *density) {
+static inline vec normal_cdf(vec x, vec *density) {
     vec t = 1.0f / (1.0f + 0.21f * magnitude(x)), power = exp_of(x * x * -0.5f);
     vec p = fill(-0.0716544717f);
     p = p * t + 0.283579858f;
@@ -105,10 +105,10 @@ static inline vec share_below(vec x, vec *density) {
 
 static inline vec gelu_of(vec x) {
     vec density;
-    return x * share_below(x, &density);
+    return x * normal_cdf(x, &density);
 }
 
-/* x / (1 + e^-(slope x)), of which the power never overflows. */
+/* x / (1 + e^-(slope x)), without overflow of the power. */
 static inline vec swish_of(vec x, float slope) {
     vec power = exp_of(magnitude(x) * -slope);
     return x * either(x > 0.0f, fill(1.0f), power) / (1.0f + power);

@@ -1,4 +1,4 @@
-/* Products of small matrices that lie in a cache, and what they need: tiles of the result stay in registers. */
+/* Matmuls of small matrices that are in a cache; tiles of the result stay in registers. And a transpose. */
 #include "vector.h"
 
 #if LANES == 16
@@ -11,10 +11,10 @@
 #define FITS(rows, vectors) 1 /* of 16 registers */
 #endif
 
-static inline long least(long a, long b) { return a < b ? a : b; }
+static inline long min(long a, long b) { return a < b ? a : b; }
 static inline long rounded(long n) { return (n + LANES - 1) / LANES * LANES; }
 
-/* A tile of `product`, rows by vectors, both constants where this is inlined. */
+/* A tile of `matmul`, rows by vectors, both constant after inlining. */
 static inline __attribute__((always_inline)) void tile(
     int rows, int vectors, long depth, const float *a, long row, long step, const float *b, long b_row, float *c,
     long c_row, int add) {
@@ -60,13 +60,13 @@ static __attribute__((noinline)) void any_tile(
     }
 }
 
-/* c (m, n) = a b, or c += a b where `add`. a (m, depth) has its element (i, k) at a[i * row + k * step], so it may be a
- * transposed matrix; b (depth, n) and c have rows b_row and c_row apart. n must be whole vectors. */
-static inline void product(
+/* c (m, n) = a b, or c += a b with `add`. Element (i, k) of a (m, depth) is a[i * row + k * step], so a may be
+ * transposed; b (depth, n) and c have row strides b_row and c_row. n must be a multiple of LANES. */
+static inline void matmul(
     long m, long n, long depth, const float *a, long row, long step, const float *b, long b_row, float *c, long c_row,
     int add) {
     long vectors = n / LANES, columns = (vectors + MOST_VECTORS - 1) / MOST_VECTORS;
-    for (long column = 0; column < columns; column++) { /* pieces of equal size, give or take one */
+    for (long column = 0; column < columns; column++) { /* pieces of equal size, to within one */
         long from = column * vectors / columns, width = (column + 1) * vectors / columns - from, most = MOST_ROWS;
         while (!FITS(most, width)) most--;
         long pieces = (m + most - 1) / most;
@@ -80,7 +80,7 @@ static inline void product(
 }
 
 /* to (n, m) = from (m, n) transposed. Rows of both are padded to whole vectors, and so is m: `from` must have that many
- * rows, and all that is padding is copied as it is. */
+ * rows; padding is copied unchanged. */
 static inline void transpose(long m, long n, const float *from, long from_row, float *to, long to_row) {
     for (long i = 0; i < m; i += LANES)
         for (long j = 0; j < n; j += LANES) {
