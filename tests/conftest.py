@@ -1,6 +1,7 @@
 """What all tests share: --slow, single-threaded PyTorch, warnings as errors, and the real photos where they are."""
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
@@ -100,13 +101,15 @@ def mindalle_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def training_folder(tmp_path_factory):
-    """24 pairs with two captions each and a tiny VQGAN, as `helpers.training_flags` wants them; not to be changed."""
-    from helpers import write_pairs, write_vqgan
+    """24 pairs with two captions each and a tiny VQGAN, for `helpers.flags` and `helpers.run`; not to be changed."""
+    from helpers import fill
 
-    folder = tmp_path_factory.mktemp("training")
-    write_vqgan(folder)
-    write_pairs(folder / "pairs", [f"picture {index}\nthe {index} th\n" for index in range(24)])
-    return folder
+    return fill(tmp_path_factory.mktemp("training"), 24)
+
+
+@pytest.fixture(scope="session")
+def folder(training_folder):
+    return training_folder
 
 
 @pytest.fixture(scope="session")
@@ -141,3 +144,12 @@ def unit(request):
 
     with matrix_units(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def undisturbed(server, folder, tmp_path_factory):
+    """Results of runs of test_crash that nothing happened to, for so many processes, and the CPU time they took."""
+    from test_crash import run_undisturbed
+
+    make = functools.partial(tmp_path_factory.mktemp, "whole")
+    return functools.lru_cache(None)(lambda processes: run_undisturbed(server, folder, make(), processes))

@@ -4,11 +4,13 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
+import io
 import json
 import os
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -110,6 +112,13 @@ def flat(state, name=""):
     return {name: state.detach().cpu().numpy().tobytes() if isinstance(state, torch.Tensor) else state}
 
 
+def refused(message, function, *given, kind=UserError, **named):
+    """Call what must raise such an error with a message like this pattern; return its text."""
+    with pytest.raises(kind, match=message or None) as caught:
+        function(*given, **named)
+    return str(caught.value)
+
+
 class Payload:
     """Unpickled freely, it makes a folder: what a hostile file would do with its reader's rights."""
 
@@ -140,6 +149,27 @@ def write_pairs(folder, captions, size=16, seed=1):
     return folder
 
 
+def tar_of(path, files):
+    """Write a compressed tar archive of (name, its bytes or the kind of a link or device and its target)."""
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+            else:
+                member.type, member.linkname = content
+                archive.addfile(member)
+    return path
+
+
+def fill(folder, count):
+    """Put a tiny VQGAN and so many pairs with two captions each into a folder, as `training_flags` wants them."""
+    write_vqgan(folder)
+    write_pairs(folder / "pairs", [f"picture {index}\nthe {index} th\n" for index in range(count)])
+    return folder
+
+
 # Training ------------------------------------------------------------------------------------------------------------
 
 
@@ -147,8 +177,15 @@ def training_flags(folder, out, *more, source="pairs", image_size=16):
     """The command line of a tiny training run, four pairs in a step, on the data and the VQGAN in a folder."""
     text = f"--config unit_test --device cpu --image-size {image_size} --batch-size 2 --gradient-accumulation 2"
     text += " --epochs 2 --max-steps 0 --text-seq-len 8 --hidden-size 16 --dim-head 8 --log-every 1"
-    places = [f"--input-folder={folder / source}", f"--checkpoint-output-dir={out / 'ckpt'}"]
-    return [*text.split(), *places, *vqgan_flags(folder), *map(str, more)]
+    places = [] if "--generated-data" in more else [f"--input-folder={folder / source}"]
+    places += [f"--checkpoint-output-dir={out / 'ckpt'}", *vqgan_flags(folder)]
+    return [*text.split(), *places, *map(str, more)]
+
+
+def flags(folder, out, *more):
+    """`training_flags` with four of 24 pairs held out for validation, where options leave it the choice."""
+    held_out = () if {"--generated-data", "--validation-folder"} & set(more) else ("--validation-fraction", "0.17")
+    return training_flags(folder, out, *held_out, *more)
 
 
 def train_here(flags):
@@ -165,14 +202,24 @@ def read_metrics(folder, event=None):
     return [line for line in lines if event in (None, line["event"])]
 
 
+def run(folder, out, *more):
+    """Train in this process and return the metrics."""
+    train_here(flags(folder, out, *more))
+    return read_metrics(out)
+
+
 def losses_of(out):
     """(event, step, loss, image loss) of every line of metrics.jsonl."""
     return [(line["event"], line["step"], line["loss"], line["image_loss"]) for line in read_metrics(out)]
 
 
+def weights(path):
+    return checkpoints.read_dalle(path).weights
+
+
 def weights_of(out):
     """The weights in the newest checkpoint of a run."""
-    return checkpoints.read_dalle(checkpoints.newest_checkpoint(out / "ckpt")).weights
+    return weights(checkpoints.newest_checkpoint(out / "ckpt"))
 
 
 # Processes -----------------------------------------------------------------------------------------------------------
@@ -201,7 +248,7 @@ def together(command, count):
 def in_threads(*works):
     """Run functions at the same time and return their results."""
     with ThreadPoolExecutor(len(works)) as pool:
-        return [future.result(60) for future in [pool.submit(work) for work in works]]
+        return [future.result(300) for future in [pool.submit(work) for work in works]]
 
 
 def teams(count):

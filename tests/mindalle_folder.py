@@ -5,6 +5,7 @@ import json
 import math
 
 import torch
+import torch.nn.functional as F
 import yaml
 
 WIDTH, LAYERS, HEADS, TEXT_LEN, GRID, CODES = 16, 2, 4, 8, 4, 24
@@ -85,6 +86,27 @@ def stage2_shapes(texts, codes=CODES, width=WIDTH, layers=LAYERS, text_len=TEXT_
             stem = f"blocks.{layer}.{name}."
             shapes[stem + "weight"], shapes[stem + "bias"] = size, size[:1]
     return shapes
+
+
+def reference_blocks(w, x, heads, layers=LAYERS, quick=False):
+    """minDALL-E's forward pass over its own names, after the embeddings: (B, N, D) -> (B, N, D)."""
+
+    def linear(x, name):
+        return F.linear(x, w[name + ".weight"], w[name + ".bias"])
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], w[name + ".weight"], w[name + ".bias"], 1e-5)
+
+    for layer in range(layers):
+        block = f"blocks.{layer}."
+        parts = (linear(norm(x, block + "ln1"), block + "attn." + name) for name in ("query", "key", "value"))
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)
+        scores = (q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5
+        scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), float("-inf"))
+        x = x + linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), block + "attn.proj")
+        hidden = linear(norm(x, block + "ln2"), block + "mlp.0")
+        x = x + linear(hidden * torch.sigmoid(1.702 * hidden) if quick else F.gelu(hidden), block + "mlp.2")
+    return norm(x, "ln_f")
 
 
 def start_weights(classes):

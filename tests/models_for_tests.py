@@ -38,12 +38,8 @@ TEXT = torch.tensor([[3, 8, 1, 0, 0], [11, 2, 2, 9, 4]])
 GREEDY = SamplingOptions(temperature=0)
 #: Options of sampling at the ends of their ranges.
 EDGES = [
-    {"temperature": 1e-6},
-    {"temperature": 1e6},
-    {"top_p": 1e-300},
-    {"temperature": 0, "cond_scale": 1e6},
-    {"temperature": 1e-6, "cond_scale": 1e6, "top_k": 5, "top_p": 0.9},
-    {"temperature": 1e6, "cond_scale": 0},
+    {"temperature": 1e-6}, {"temperature": 1e6}, {"top_p": 1e-300}, {"temperature": 0, "cond_scale": 1e6},
+    {"temperature": 1e-6, "cond_scale": 1e6, "top_k": 5, "top_p": 0.9}, {"temperature": 1e6, "cond_scale": 0},
 ]
 
 

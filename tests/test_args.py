@@ -1,18 +1,20 @@
-"""Options: precedence, types, ranges, names, inheritance and the shipped configurations."""
+"""Options: of train.py (precedence, types, ranges, names, inheritance, configurations), and of any command."""
 from __future__ import annotations
 
 import dataclasses
 import re
+from dataclasses import dataclass, replace
 
 import pytest
+from helpers import refused
 
 import args
 from args import Config, ExecutionConfig, parse
 from models.config import ARCHITECTURES, DalleConfig
-from utils.errors import UsageError
+from utils.errors import UsageError, UserError
+from utils.options import REQUIRED, Command, Options, again, as_arguments, choose, groups, option
 
-PUBLISHED = ["L16", "L16_POD16", "L16_POD64", "L16_CLIP_vocab"]
-SHIPPED = [*PUBLISHED, "unit_test", "demo", "minDALLE_1.3B", "minDALLE_tiny"]
+SHIPPED = "L16 L16_POD16 L16_POD64 L16_CLIP_vocab unit_test demo minDALLE_1.3B minDALLE_tiny".split()
 SMALL = """
 base: &base
   input_folder: demo
@@ -24,31 +26,37 @@ child:
 """
 
 
-def write(folder, text):
+def write(folder, text, name="a"):
+    """The flags that choose a configuration of a file with this text."""
     path = folder / "my.yaml"
     path.write_text(text, encoding="utf-8")
-    return str(path)
+    return ["--config-file", str(path), "--config", name]
 
 
 def error_of(argv):
-    with pytest.raises(UsageError) as caught:
-        parse(argv)
-    message = str(caught.value)
+    message = refused("", parse, argv, kind=UsageError)
     assert "\n" not in message
     return message
 
 
 @pytest.mark.parametrize("words, name, batch_size", [
-    (["base"], "base", 3), (["base", "--batch-size", "7"], "base", 7), (["child"], "child", 5)])
+    ([], "base", 3), (["--batch-size", "7"], "base", 7), ([], "child", 5),
+])
 def test_default_then_yaml_with_what_it_inherits_then_flag(tmp_path, words, name, batch_size):
-    config = parse(["--config-file", write(tmp_path, SMALL), "--config", *words])
+    config = parse([*write(tmp_path, SMALL, name), *words])
     assert (config.name, config.execution.batch_size, config.execution.epochs) == (name, batch_size, 1)
     assert config.optimizer.learning_rate == 0.01
 
 
-def test_defaults():
+def test_defaults_and_names():
     assert parse([]).name == "unit_test"
     assert [str(parse(["--config", "L16", *words]).log_dir) for words in ([], ["--log-dir", "x"])] == ["output", "x"]
+    assert error_of(["--config", "nothing like it"]).endswith(", ".join(SHIPPED))  # which are all tested
+    names = args.option_names()
+    assert len(names) == len(set(names)) > 70 and not {"config", "config_file"} & set(names)
+    assert args.COMMAND.specs["architecture"].settings["choices"] == tuple(ARCHITECTURES)
+    for values in ARCHITECTURES.values():
+        assert values.keys() <= {field.name for field in dataclasses.fields(DalleConfig)}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -56,16 +64,11 @@ def test_every_shipped_configuration_fits_an_ipu_system(name):
     config = parse(["--config", name, "--generated-data"])
     ipu = config.ipu
     assert sum(ipu.layers_per_ipu) == config.model.num_hidden_layers
-    assert len(ipu.layers_per_ipu) == ipu.ipus_per_replica
-    assert ipu.embedding_ipu_id < ipu.ipus_per_replica
+    assert len(ipu.layers_per_ipu) == ipu.ipus_per_replica > ipu.embedding_ipu_id
     assert len(ipu.matmul_proportion) in (1, ipu.ipus_per_replica)
     # A pipeline of n stages needs at least 2n - 1 micro-batches.
     assert config.execution.gradient_accumulation >= 2 * ipu.ipus_per_replica - 1
     assert config.execution.native_precision("cpu") == ("bf16" if name == "minDALLE_1.3B" else "fp32")
-
-
-def test_shipped_names_are_all_tested():
-    assert error_of(["--config", "nothing like it"]).endswith(", ".join(SHIPPED))
 
 
 @pytest.mark.parametrize("name, batch, accumulation, replicas, scaling", [
@@ -75,8 +78,7 @@ def test_published_numbers(name, batch, accumulation, replicas, scaling):
     config = parse(["--config", name])
     run, model, optimizer = config.execution, config.model, config.optimizer
     assert (run.batch_size, run.gradient_accumulation, run.replication_factor) == (batch, accumulation, replicas)
-    assert config.global_batch == batch * accumulation * replicas
-    assert optimizer.loss_scaling == scaling
+    assert config.global_batch == batch * accumulation * replicas and optimizer.loss_scaling == scaling
     assert (model.hidden_size, model.num_hidden_layers, model.num_attention_heads, model.dim_head) == (512, 16, 16, 64)
     row, column = "axial_row", "axial_col"
     assert model.attn_types == ((row, row, column, row) * 2 + (row, row, column, "full", row, row, column, "full"))
@@ -91,39 +93,30 @@ def test_published_numbers(name, batch, accumulation, replicas, scaling):
 
 
 @pytest.mark.parametrize("words, name, value", [
-    ("--vqgan_model_path a --vqgan-config-path=b", "vqgan_model_path", "a"),
-    ("--batch_size=2", "batch_size", 2),
+    ("--vqgan_model_path a --vqgan-config-path=b", "vqgan_model_path", "a"), ("--batch_size=2", "batch_size", 2),
     ("--wandb --wandb-run-name a_b", "wandb_run_name", "a_b"),
     ("--layers-per-ipu 0 6 6 4", "layers_per_ipu", [0, 6, 6, 4]),
     ("--layers-per-ipu 0,6,6 4", "layers_per_ipu", [0, 6, 6, 4]),
     ("--attn-types full,axial_row", "attn_types", ["full", "axial_row"]),
-    ("--config L16 --bpe-path none", "bpe_path", None),
-    ("--cls-ipu-id none", "cls_ipu_id", None),
-    ("--plan", "plan", "show"),
-    ("--plan auto", "plan", "auto"),
+    ("--config L16 --bpe-path none", "bpe_path", None), ("--cls-ipu-id none", "cls_ipu_id", None),
+    ("--plan", "plan", "show"), ("--plan auto", "plan", "auto"),
 ])
 def test_spellings_of_flags_and_values(words, name, value):
     assert parse(words.split()).to_dict()[name] == value
 
 
-@pytest.mark.parametrize("words, value", [(["--fp16"], True), (["--fp16", "true"], True), (["--fp16", "False"], False),
-                                          (["--fp16=0"], False), ([], True)])
-def test_boolean_flags_stand_alone_or_take_a_value(words, value):
-    assert parse(["--config", "L16", *words]).execution.fp16 is value
-
-
-def test_tuples_in_yaml(tmp_path):
+def test_tuples_and_floats_in_yaml_and_boolean_flags(tmp_path):
     text = "a: {input_folder: demo, attn_types: 'full,conv_like', matmul_proportion: 0.2, layers_per_ipu: [1, 2]}"
-    config = parse(["--config-file", write(tmp_path, text), "--config", "a"])
+    config = parse(write(tmp_path, text))
     assert config.model.attn_types == ("full", "conv_like")
     assert (config.ipu.matmul_proportion, config.ipu.layers_per_ipu) == ((0.2,), (1, 2))
-
-
-def test_a_float_may_be_written_as_yaml_text_or_whole_number(tmp_path):
-    config = parse(["--config-file", write(tmp_path, "a: {input_folder: demo, learning_rate: 3e-4, loss_scaling: 8}"),
-                    "--config", "a"])
-    assert config.optimizer.learning_rate == 3e-4
-    assert config.optimizer.loss_scaling == 8.0 and isinstance(config.optimizer.loss_scaling, float)
+    # A float may be written as YAML's text or as a whole number.
+    optimizer = parse(write(tmp_path, "a: {input_folder: demo, learning_rate: 3e-4, loss_scaling: 8}")).optimizer
+    assert (optimizer.learning_rate, optimizer.loss_scaling) == (3e-4, 8.0)
+    assert isinstance(optimizer.loss_scaling, float)
+    for words in ("--fp16", "--fp16 true", "--fp16 False", "--fp16=0", ""):
+        value = "False" not in words and "0" not in words
+        assert parse(["--config", "L16", *words.split()]).execution.fp16 is value
 
 
 @pytest.mark.parametrize("words, expected", [
@@ -143,10 +136,8 @@ def test_a_float_may_be_written_as_yaml_text_or_whole_number(tmp_path):
     (["--attn-types", "full,axial_rows"], "got 'axial_rows'. Did you mean 'axial_row'?"),
     (["--attn-types", "full,"], "--attn-types: expected one of full"),
     (["--optimizer", "adam"], "expected one of Adam, AdamW, Muon, Adafactor, got 'adam'. Did you mean 'Adam'?"),
-    (["--bpe-path", "a\0b"], "--bpe-path: "),
-    (["--input-folder", ""], "--input-folder"),
-    (["--batch-size"], "--batch-size: expected one argument"),
-    (["--batch-size", "9" * 5000], "--batch-size: "),
+    (["--bpe-path", "a\0b"], "--bpe-path: "), (["--input-folder", ""], "--input-folder"),
+    (["--batch-size"], "--batch-size: expected one argument"), (["--batch-size", "9" * 5000], "--batch-size: "),
 ])
 def test_wrong_values_of_flags(words, expected):
     message = error_of(words)
@@ -182,8 +173,7 @@ def test_unknown_and_ignored_flags(words, expected):
     ("a: {batch_size: 2.0}", "batch_size: expected a whole number"),
     ("a: {batch_size: null}", "batch_size: expected a whole number, got None"),
     ("a: {batch_size: [1]}", "batch_size: expected a whole number"),
-    ("a: {batch_size: 0}", "batch_size: must be at least 1"),
-    ("a: {fp16: 1}", "fp16: expected true or false, got 1"),
+    ("a: {batch_size: 0}", "batch_size: must be at least 1"), ("a: {fp16: 1}", "fp16: expected true or false, got 1"),
     ("a: {fp16: 'true'}", "fp16: expected true or false"),
     ("a: {learning_rate: fast}", "learning_rate: expected a number, got 'fast'"),
     ("a: {learning_rate: .inf}", "learning_rate: expected a number"),
@@ -193,31 +183,22 @@ def test_unknown_and_ignored_flags(words, expected):
     ("a: {layers_per_ipu: [1, [2]]}", "layers_per_ipu: expected a whole number, got [2]"),
     ("a: {epochs: 1, epochs: 2}", "key 'epochs' is given twice"),
     ("a: {epochs: 1}\na: {epochs: 2}", "line 2: key 'a' is given twice"),
-    ("a: [1]", "configuration 'a' must be a mapping"),
-    ("[1]", "must be a YAML mapping"),
-    ("a: {epochs: 1", "line 1"),
-    ("a: !!python/object/apply:os.system ['true']", "my.yaml"),
-    ("a: {? [1] : 2}", "my.yaml"),
-    ("\x00", "my.yaml"),
-    ("[" * 1000, "my.yaml"),
+    ("a: [1]", "configuration 'a' must be a mapping"), ("[1]", "must be a YAML mapping"),
+    ("a: {epochs: 1", "line 1"), ("a: !!python/object/apply:os.system ['true']", "my.yaml"),
+    ("a: {? [1] : 2}", "my.yaml"), ("\x00", "my.yaml"), ("[" * 1000, "my.yaml"),
 ])
 def test_wrong_yaml(tmp_path, text, expected):
-    assert expected in error_of(["--config-file", write(tmp_path, text), "--config", "a"])
+    assert expected in error_of(write(tmp_path, text))
 
 
-def test_a_key_inherited_and_given_is_no_duplicate(tmp_path):
+def test_a_key_inherited_and_given_is_no_duplicate_and_the_first_of_several_sources_wins(tmp_path):
     # PyYAML copies merged keys into a node before it is built: those copies must not count as duplicates.
-    text = SMALL + "grandchild: &g {<<: *base, epochs: 2}\nlast: {<<: [*g, *base], epochs: 3}\n"
-    config = parse(["--config-file", write(tmp_path, text), "--config", "last"])
-    assert (config.execution.epochs, config.execution.batch_size) == (3, 3)
-
-
-@pytest.mark.parametrize("order, epochs", [("*g, *other, *base", 2), ("*base, *other, *g", 4)])
-def test_the_first_of_several_sources_wins(tmp_path, order, epochs):
-    # As YAML defines it. PyYAML 6.0.4 takes the last.
-    text = SMALL + f"g: &g {{epochs: 2}}\nother: &other {{epochs: 4}}\nlast: {{<<: [{order}]}}\n"
-    config = parse(["--config-file", write(tmp_path, text), "--config", "last"])
-    assert (config.execution.epochs, config.execution.batch_size) == (epochs, 3)
+    text = SMALL + "grandchild: &g {<<: *base, epochs: 2}\nother: &other {epochs: 4}\n"
+    for last, epochs in (
+        ("<<: [*g, *base], epochs: 3", 3), ("<<: [*g, *other, *base]", 2), ("<<: [*base, *other, *g]", 4),
+    ):  # as YAML defines it; PyYAML 6.0.4 takes the last source
+        config = parse(write(tmp_path, text + f"last: {{{last}}}\n", "last"))
+        assert (config.execution.epochs, config.execution.batch_size) == (epochs, 3)
 
 
 @pytest.mark.parametrize("words, names", [
@@ -236,34 +217,16 @@ def test_the_first_of_several_sources_wins(tmp_path, order, epochs):
 ])
 def test_contradictions_name_the_flags(words, names):
     message = error_of(words)
-    assert all(name in message for name in names)
-
-
-def test_every_architecture_can_be_chosen():
-    assert args.COMMAND.specs["architecture"].settings["choices"] == tuple(ARCHITECTURES)
-    for values in ARCHITECTURES.values():
-        assert values.keys() <= {field.name for field in dataclasses.fields(DalleConfig)}
-
-
-def test_precision_of_the_native_engine():
-    half = ExecutionConfig(fp16=True)
-    assert (half.native_precision("cpu"), half.native_precision("cuda")) == ("fp32", "fp16")
-    assert ExecutionConfig().native_precision("cuda") == "fp32"
-    assert ExecutionConfig(fp16=True, precision="bf16").native_precision("cpu") == "bf16"
-    with pytest.raises(UsageError, match="--precision"):
-        ExecutionConfig(precision="fp16").native_precision("cpu")
+    assert [name for name in names if name not in message] == []
 
 
 def test_paths_are_looked_for_beside_the_configuration_file(tmp_path, monkeypatch):
-    folder = tmp_path / "configurations"
-    elsewhere = tmp_path / "elsewhere"
-    folder.mkdir()
-    elsewhere.mkdir()
+    folder, elsewhere = tmp_path / "configurations", tmp_path / "elsewhere"
+    for path in (folder / "demo", elsewhere):
+        path.mkdir(parents=True)
     (folder / "vocab.txt").write_text("x")
-    (folder / "demo").mkdir()
     monkeypatch.chdir(elsewhere)
-    file = write(folder, "a: {input_folder: demo, bpe_path: vocab.txt, log_dir: logs}")
-    words = ["--config-file", file, "--config", "a"]
+    words = write(folder, "a: {input_folder: demo, bpe_path: vocab.txt, log_dir: logs}")
     config = parse(words)
     assert config.data.bpe_path == str(folder / "vocab.txt")
     assert config.data.input_folder == "demo"  # the built-in set, whatever lies around
@@ -277,27 +240,21 @@ def test_configurations_are_frozen_checked_and_survive_a_dict():
     config = parse(["--config", "demo", "--attn-types", "full,axial_row"])
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.execution.batch_size = 3
-    with pytest.raises(UsageError, match="--batch-size: must be at least 1"):
-        dataclasses.replace(config.execution, batch_size=0)
+    refused("--batch-size: must be at least 1", dataclasses.replace, config.execution, batch_size=0, kind=UsageError)
     flat = config.to_dict()
     assert flat["config"] == "demo" and flat["attn_types"] == ["full", "axial_row"]
     assert Config.from_dict(flat) == config
     assert config.replace(hidden_size=8).model.hidden_size == 8 and config.model.hidden_size != 8
-    with pytest.raises(UsageError, match="Did you mean 'hidden_size'"):
-        config.replace(hiden_size=8)
-
-
-def test_option_names_are_unique():
-    names = args.option_names()
-    assert len(names) == len(set(names)) > 70
-    assert not {"config", "config_file"} & set(names)
-
-
-def test_describe_names_the_global_batch_and_what_was_changed():
+    refused("Did you mean 'hidden_size'", config.replace, hiden_size=8, kind=UsageError)
     text = parse(["--config", "L16_POD16"]).describe()
     assert "global batch 16384 = 2 (batch_size) x 2048 (gradient_accumulation) x 4 (replication_factor)" in text
     assert "enable_rts=true" in text and "dim_head" not in text
     assert max(len(line) for line in text.splitlines()) <= 120
+    half = ExecutionConfig(fp16=True)
+    assert (half.native_precision("cpu"), half.native_precision("cuda")) == ("fp32", "fp16")
+    assert ExecutionConfig().native_precision("cuda") == "fp32"
+    assert ExecutionConfig(fp16=True, precision="bf16").native_precision("cpu") == "bf16"
+    refused("--precision", ExecutionConfig(precision="fp16").native_precision, "cpu", kind=UsageError)
 
 
 def test_help_has_the_groups_and_every_flag(capsys):
@@ -323,3 +280,64 @@ def test_help_has_the_groups_and_every_flag(capsys):
     """
     for flag in seed_flags.split():
         assert f"--{flag} " in text, flag
+
+
+@dataclass(frozen=True)
+class Shared(Options, title="shared"):
+    seed: int = option(42, "of everything", ge=0)
+    names: tuple[str, ...] = option((), "files", path=True)
+
+
+@dataclass(frozen=True)
+class Example(Shared, title="own"):
+    source: str = option(REQUIRED, "what to read", positional=True, metavar="SOURCE")
+    seed: int = again(Shared, "seed", default=7)
+    size: float | None = option(None, "how large", gt=0, short="-s", none="all of it")
+    half: bool = option(False, "half of it")
+    part: str = option("all", "which part", choices=("all", "odd"), needs="half")
+
+
+COMMAND = Command("example.py", "An example.", Example)
+
+
+@pytest.mark.parametrize("words, expected", [
+    ("a", {}), ("--half a", {"half": True}), ("a --half=false", {}), ("-s 2 a", {"size": 2.0}),
+    ("a --size=none --seed 0", {"seed": 0}), ("a --names b,c ~d", {"names": ("b,c", "~d")}),
+    ("--half a --part odd", {"half": True, "part": "odd"}),
+])
+def test_words(words, expected, monkeypatch):
+    monkeypatch.setattr("os.path.expanduser", str)
+    assert COMMAND.parse(words.split()) == Example(source="a", **expected)
+
+
+@pytest.mark.parametrize("words, message", [
+    ("", "missing SOURCE: what to read"), ("a b", "unexpected argument 'b'"),
+    ("a --size 0", "--size: must be above 0, got 0"), ("a --part odd", "--part needs --half: half of it"),
+    ("a --part ode", "--part: expected one of all, odd, got 'ode'. Did you mean 'odd'?"),
+    ("a --sead 1", "unknown flag '--sead'. Did you mean '--seed'?"),
+])
+def test_errors(words, message):
+    error = refused("", COMMAND.parse, words.split(), kind=UsageError)
+    assert error.startswith(message)
+
+
+def test_values_given_in_code_are_checked_too():
+    example = Example(source="a")
+    assert example.seed == 7 and example.given() == ["SOURCE"]
+    for values in ({"seed": -1}, {"seed": True}, {"part": "odd"}, {"names": "\0"}):
+        with pytest.raises(UsageError):
+            replace(example, **values)
+    found = {title: [spec.name for spec in specs] for title, specs in groups(Example)}
+    assert found == {"shared": ["seed", "names"], "own": ["source", "size", "half", "part"]}
+    with pytest.raises(UserError, match="^path a--b: give bpe_path$"), as_arguments(dalle_path="path"):
+        raise UserError("--dalle-path a--b: give --bpe-path")
+
+
+def test_commands_of_a_program(capsys):
+    commands = {"export": COMMAND, "verify": COMMAND}
+    assert choose("x", commands, ["verify", "a", "--half"]) == ("verify", ["a", "--half"])
+    for words in (["verif"], [], ["--half", "verify"]):
+        refused("export or verify", choose, "x", commands, words, kind=UsageError)
+    with pytest.raises(SystemExit):
+        choose("x", commands, ["--help"])
+    assert "export" in capsys.readouterr().out

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_train import folder, run  # noqa: F401
+from helpers import run
 
 import args
 import checkpoints
@@ -93,7 +93,7 @@ def test_the_native_decoder_refuses_by_name_and_pytorch_samples(name):
     assert found.codes.shape == (2, 16)
 
 
-def test_training_saves_and_resumes_such_a_model(folder, tmp_path):  # noqa: F811
+def test_training_saves_and_resumes_such_a_model(folder, tmp_path):
     words = "--norm rms --qk-norm --rotary-2d --activation swiglu --sandwich-norm".split()
     run(folder, tmp_path, *words, "--max-steps", "2")
     checkpoint = checkpoints.read_dalle(checkpoints.newest_checkpoint(tmp_path / "ckpt"))

@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from helpers import NOBODY, give_away
+from helpers import NOBODY, give_away, refused
 
 from checkpoints import vqgan
 from dalle import published
@@ -15,13 +15,13 @@ from utils.errors import UserError
 from utils.files import atomic_write
 
 
-@pytest.mark.parametrize("value", [None, "", "relative", "~/here", "./x"])
-def test_only_an_absolute_variable_moves_the_caches(value, monkeypatch, tmp_path):
+def test_only_an_absolute_variable_moves_the_caches(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME")
-    if value is not None:
-        monkeypatch.setenv("XDG_CACHE_HOME", value)
     assert cache_folder("dalle", "codes") == tmp_path / ".cache" / "dalle" / "codes"
+    for value in ("", "relative", "~/here", "./x"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert cache_folder("dalle", "codes") == tmp_path / ".cache" / "dalle" / "codes"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
     assert cache_folder("dalle", "codes") == tmp_path / "x" / "dalle" / "codes"
 
@@ -36,10 +36,8 @@ def test_models_that_were_fetched_earlier_are_found(monkeypatch, tmp_path):
 
     monkeypatch.setattr("utils.downloads.download", nothing)
     monkeypatch.setattr(published, "download", nothing)
-    with pytest.raises(UserError, match=f"would be {tmp_path / 'x' / 'dalle'}"):
-        vqgan.default_vqgan()
-    with pytest.raises(UserError, match=f"would be {tmp_path / 'x' / 'minDALL-E'}"):
-        published.resolve("minDALL-E/1.3B")
+    refused(f"would be {tmp_path / 'x' / 'dalle'}", vqgan.default_vqgan)
+    refused(f"would be {tmp_path / 'x' / 'minDALL-E'}", published.resolve, "minDALL-E/1.3B")
     old = tmp_path / ".cache"
     (old / "minDALL-E" / "1.3B").mkdir(parents=True)
     (old / "dalle").mkdir()
@@ -50,10 +48,7 @@ def test_models_that_were_fetched_earlier_are_found(monkeypatch, tmp_path):
     assert vqgan.default_vqgan() == tuple(old / "dalle" / name for name in names)
 
 
-# Whose they are
-
-
-def test_missing_folders_are_made_for_their_owner_alone(tmp_path):
+def test_missing_folders_are_made_for_their_owner_alone(tmp_path, monkeypatch):
     before = os.umask(0)
     try:
         path = trusted_folder(tmp_path / "a" / "b", 0o755)
@@ -68,23 +63,26 @@ def test_missing_folders_are_made_for_their_owner_alone(tmp_path):
     with pytest.raises(FileNotFoundError):
         trusted_folder(tmp_path / "a" / "c")
     assert not (tmp_path / "a" / "c").exists()
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert trusted_folder("/usr") == Path("/usr")
+
+
+def untrusted(complaint, *given):
+    refused(complaint, trusted_folder, *given, kind=UntrustedError)
 
 
 @pytest.mark.parametrize("mode", [0o757, 0o775, 0o1777])
 def test_a_folder_that_others_may_write_is_refused(mode, tmp_path):
     folder = trusted_folder(tmp_path / "a" / "b" / "c", 0o755)
     folder.chmod(mode)
-    with pytest.raises(UntrustedError, match=f"may be written by others .mode {mode:o}"):
-        trusted_folder(folder)
+    untrusted(f"may be written by others .mode {mode:o}", folder)
     folder.chmod(0o755)
     folder.parent.parent.chmod(mode)
     if mode & stat.S_ISVTX:  # as /tmp: nobody else may replace what lies there
         assert trusted_folder(folder) == folder and trusted_folder(folder.parent.parent, shared=True)
     else:
-        with pytest.raises(UntrustedError, match=str(folder.parent.parent)):
-            trusted_folder(folder)
-        with pytest.raises(UntrustedError):  # and nothing is made there
-            trusted_folder(folder / "d", 0o755)
+        untrusted(str(folder.parent.parent), folder)
+        untrusted("", folder / "d", 0o755)  # and nothing is made there
         assert not (folder / "d").exists()
 
 
@@ -92,30 +90,25 @@ def test_a_folder_that_others_may_write_is_refused(mode, tmp_path):
 def test_a_folder_of_another_user_is_refused_at_any_depth(name, tmp_path):
     folder = trusted_folder(tmp_path / "a" / "b" / "c", 0o755)
     give_away(tmp_path / name)
-    with pytest.raises(UntrustedError, match=rf"belongs to another user \(uid {NOBODY}\)"):
-        trusted_folder(folder)
+    untrusted(rf"belongs to another user \(uid {NOBODY}\)", folder)
 
 
 def test_a_link_is_followed_as_far_as_nobody_else_could_turn_it(tmp_path):
-    real = trusted_folder(tmp_path / "real" / "inner", 0o755)
+    real, shared = trusted_folder(tmp_path / "real" / "inner", 0o755), tmp_path / "shared"
     (tmp_path / "link").symlink_to("real/../real")
     assert trusted_folder(tmp_path / "link" / "inner") == real
-    shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o777)
     (shared / "link").symlink_to(real)
     (tmp_path / "second").symlink_to(shared / "link")
     for path in (shared / "link", tmp_path / "second"):
-        with pytest.raises(UntrustedError, match="may be written by others"):
-            trusted_folder(path)
+        untrusted("may be written by others", path)
     shared.chmod(0o1777)
     assert trusted_folder(tmp_path / "second") == real
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    with pytest.raises(OSError, match="symbolic links"):
-        trusted_folder(tmp_path / "loop" / "x", 0o755)
+    refused("symbolic links", trusted_folder, tmp_path / "loop" / "x", 0o755, kind=OSError)
     give_away(shared / "link")
-    with pytest.raises(UntrustedError, match="another user"):
-        trusted_folder(tmp_path / "second")
+    untrusted("another user", tmp_path / "second")
 
 
 @pytest.mark.parametrize("kind", ["written by others", "of another user", "a link", "a pipe", "a folder"])
@@ -136,8 +129,3 @@ def test_only_a_plain_file_of_ones_own_is_opened(kind, tmp_path):
     with pytest.raises(OSError) as caught:
         open_trusted(path)
     assert isinstance(caught.value, UntrustedError) == (kind in ("written by others", "of another user"))
-
-
-def test_folders_of_root_are_trusted_by_others(monkeypatch):
-    monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    assert trusted_folder("/usr") == Path("/usr")

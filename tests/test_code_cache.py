@@ -113,7 +113,11 @@ def assert_same_items(codes, images):
             assert row.dtype == torch.int64 and torch.equal(row, Encoder()(image[None])[0])
 
 
-# What is read
+def encoded_rightly(photos, folder):
+    """How many images it takes to encode the photos, whose codes are checked."""
+    dataset, count = encoded(photos, folder)
+    assert_same_items(dataset, photo_set(photos))
+    return count
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -126,27 +130,24 @@ def test_items_are_those_of_the_images(photos, tmp_path, broken, flip):
         images = photo_set(photos, seed=5, null_cond_prob=0.2)
         images.flip = flip
         sets += images.split(6)
-    train_set, validation_set = cache_in(tmp_path / "codes", Encoder()).encoded(sets[0], sets[1])
-    assert_same_items(train_set, sets[2])
-    assert_same_items(validation_set, sets[3])
-    again = Encoder()
-    train_set, validation_set = cache_in(tmp_path / "codes", again).encoded(sets[0], sets[1])
-    assert again.count == 0
-    assert_same_items(train_set, sets[2])
+    for again in (False, True):
+        encoder = Encoder()
+        train_set, validation_set = cache_in(tmp_path / "codes", encoder).encoded(sets[0], sets[1])
+        assert (encoder.count == 0) == again
+        assert_same_items(train_set, sets[2])
+        assert_same_items(validation_set, sets[3])
 
 
 def test_mirrored_images_are_others_in_each_epoch(all_photos):
     plain, mirrored = photo_set(all_photos), photo_set(all_photos)
-    mirrored.flip = True
-    changes = []
+    mirrored.flip, changes = True, []
     for epoch in range(2):
         mirrored.set_epoch(epoch)
         flips = [not torch.equal(plain[index][1], mirrored[index][1]) for index in range(20)]
         assert all(torch.equal(mirrored[i][1], plain[i][1].flip(-1)) for i in range(20) if flips[i])
         assert 3 < sum(flips) < 17
         changes.append(flips)
-    assert changes[0] != changes[1]
-    assert not mirrored.split(4)[1].flip
+    assert changes[0] != changes[1] and not mirrored.split(4)[1].flip
 
 
 @pytest.mark.parametrize("num_codes, size", [(65536, 2), (65537, 4)])
@@ -157,11 +158,7 @@ def test_codes_take_two_bytes_where_the_codebook_allows(all_photos, tmp_path, nu
     dataset, _ = cache_in(tmp_path, largest, num_codes).encoded(photo_set(all_photos), None)
     assert dataset[7][1].tolist() == [num_codes - 1] * CODES
     assert codes_file(tmp_path).stat().st_size == 20 * (8 + 1 + CODES * size + 4)
-
-
-def test_a_copy_for_a_spawned_process_reads_the_same(all_photos, tmp_path):
-    dataset, _ = encoded(all_photos, tmp_path)
-    rows = pickle.dumps(dataset.codes)
+    rows = pickle.dumps(dataset.codes)  # for a spawned process:
     assert len(rows) < 20 * 200  # the names of the files, not what is in them
     copied = pickle.loads(rows)
     assert all(numpy.array_equal(copied[row], dataset.codes[row]) for row in range(20))
@@ -184,44 +181,32 @@ def test_only_what_a_short_run_uses_is_encoded(photos, tmp_path):
     assert encoded(photos, tmp_path)[1] == 16
 
 
-def test_the_demo_and_random_images_have_identities_of_their_own(all_photos, tmp_path):
-    records = [DemoRecord(path.stem, "c", path) for path in sorted(all_photos.glob("*.png"))]
-    encoder = Encoder()
-    for part, expected in ((records[:12], 12), (records[12:], 20), (records, 20)):
-        dataset, _ = cache_in(tmp_path, encoder).encoded(DemoDataset(part, TextSettings(Letters(), 8), SIZE), None)
-        assert encoder.count == expected and len(dataset) == len(part)
-
-
-# What is encoded again
-
-
 def test_an_image_that_changed_is_encoded_again_and_no_other(photos, tmp_path):
-    assert encoded(photos, tmp_path)[1] == 20
-    assert encoded(f"{photos}/", tmp_path)[1] == 0
+    assert encoded(photos, tmp_path)[1] == 20 and encoded(f"{photos}/", tmp_path)[1] == 0
     os.utime(photos / "001.png", (1e9, 1e9))
     assert encoded(photos, tmp_path)[1] == 1
     for name in ("002.png", "003.png"):
         Image.new("RGB", (9, 9), (1, 2, 3)).save(photos / name)
-    dataset, count = encoded(photos, tmp_path)
-    assert count == 2
-    assert_same_items(dataset, photo_set(photos))
+    assert encoded_rightly(photos, tmp_path) == 2
     (photos / "004.png").unlink()
     write_photos(photos, 1)
     (photos / "000a.png").write_bytes((photos / "005.png").read_bytes())
     (photos / "000a.txt").write_text("new")
-    dataset, count = encoded(photos, tmp_path)
-    assert count == 2 and len(dataset) == 20
-    assert_same_items(dataset, photo_set(photos))
+    assert encoded_rightly(photos, tmp_path) == 2
 
 
 def test_another_vqgan_size_or_rule_for_pixels_encodes_all(all_photos, tmp_path, monkeypatch):
     assert encoded(all_photos, tmp_path)[1] == 20
     assert encoded(all_photos, tmp_path, made_with={"vqgan": "4567"})[1] == 20
     monkeypatch.setattr(code_cache, "PIXEL_RULES", "other")
-    assert encoded(all_photos, tmp_path)[1] == 20
-    assert len(list(tmp_path.glob("photos-*"))) == 3
+    assert encoded(all_photos, tmp_path)[1] == 20 and len(list(tmp_path.glob("photos-*"))) == 3
     monkeypatch.undo()
     assert encoded(all_photos, tmp_path)[1] == 0
+    records = [DemoRecord(path.stem, "c", path) for path in sorted(all_photos.glob("*.png"))]
+    encoder = Encoder()
+    for part, expected in ((records[:12], 12), (records[12:], 20), (records, 20)):
+        dataset, _ = cache_in(tmp_path, encoder).encoded(DemoDataset(part, TextSettings(Letters(), 8), SIZE), None)
+        assert encoder.count == expected and len(dataset) == len(part)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff{"])
@@ -246,16 +231,12 @@ def test_damaged_records_and_those_cut_off_are_encoded_again(all_photos, tmp_pat
     for record in hit:  # in all four runs together, each byte of a record once
         content[record * RECORD + (record + seed // 2) % RECORD] ^= 1 << chance.randrange(8)
     codes_file(damaged).write_bytes(content)
-    dataset, count = encoded(all_photos, damaged)
-    assert count == len(hit) and "damaged" in caplog.text
-    assert_same_items(dataset, photo_set(all_photos))
+    assert encoded_rightly(all_photos, damaged) == len(hit) and "damaged" in caplog.text
     caplog.clear()
     assert encoded(all_photos, damaged)[1] == 0 and not caplog.text
     length = chance.randrange(20 * RECORD)
     os.truncate(codes_file(cut), length)
-    dataset, count = encoded(all_photos, cut)
-    assert count == 20 - length // RECORD
-    assert_same_items(dataset, photo_set(all_photos))
+    assert encoded_rightly(all_photos, cut) == 20 - length // RECORD
 
 
 def test_mending_a_file_does_not_disturb_who_reads_it(all_photos, tmp_path):
@@ -277,10 +258,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(photos, tmp_path, stop_afte
         encoded(photos, tmp_path, Encoder(stop_after))
     written = sum(path.stat().st_size for path in tmp_path.glob("*/*.codes")) // RECORD
     done = max(written - 1, 0)  # without the unreadable image, which comes first
-    assert stop_after - 3 < done <= stop_after
-    dataset, count = encoded(photos, tmp_path)
-    assert count == 19 - done
-    assert_same_items(dataset, photo_set(photos))
+    assert stop_after - 3 < done <= stop_after and encoded_rightly(photos, tmp_path) == 19 - done
 
 
 def test_an_unreadable_image_is_tried_again_by_the_next_run(photos, tmp_path, caplog):
@@ -288,17 +266,11 @@ def test_an_unreadable_image_is_tried_again_by_the_next_run(photos, tmp_path, ca
     good = path.read_bytes()
     path.write_bytes(b"x" * len(good))
     os.utime(path, (1e9, 1e9))
-    assert encoded(photos, tmp_path)[1] == 19
-    assert f"cannot read {path}" in caplog.text
+    assert encoded(photos, tmp_path)[1] == 19 and f"cannot read {path}" in caplog.text
     assert encoded(photos, tmp_path)[1] == 0
     path.write_bytes(good)
     os.utime(path, (1e9, 1e9))
-    dataset, count = encoded(photos, tmp_path)
-    assert count == 1
-    assert_same_items(dataset, photo_set(photos))
-
-
-# Several processes and runs
+    assert encoded_rightly(photos, tmp_path) == 1
 
 
 def encoded_by_two(photos, folders, encoders=(None, None)):
@@ -308,64 +280,51 @@ def encoded_by_two(photos, folders, encoders=(None, None)):
     return in_threads(*runs)
 
 
-def test_two_processes_share_the_work(photos, tmp_path):
+def test_two_processes_share_the_work(photos, tmp_path, monkeypatch, caplog):
     break_image(photos / "001.png")
     encoders = Encoder(), Encoder()
     for dataset in encoded_by_two(photos, [tmp_path] * 2, encoders):
         assert_same_items(dataset, photo_set(photos))
     assert (encoders[0].count, encoders[1].count) == (10, 9)
     assert len(list(tmp_path.glob("*/*.codes"))) == 2
-
-
-def test_a_failure_in_one_process_ends_the_cache_in_all(all_photos, tmp_path, monkeypatch, caplog):
-    class Full(Encoder):
-        def __call__(self, images):
-            full.add(threading.current_thread())
-            return super().__call__(images)
-
-    full, write = set(), code_files.Writer.write
-
-    def fail(writer, records):
-        if threading.current_thread() in full:
-            full_disk()
-        write(writer, records)
-
-    monkeypatch.setattr(code_files.Writer, "write", fail)
-    results = encoded_by_two(all_photos, [tmp_path] * 2, [Full(), None])
-    assert all(isinstance(result, ImageTextFolder) for result in results)
-    assert caplog.text.count("No space left on device") == 2
-
-
-def test_processes_that_do_not_see_each_others_files_train_without(all_photos, tmp_path, monkeypatch, caplog):
+    # Processes that do not see each other's files train without.
     monkeypatch.setattr(code_cache, "_VISIBILITY_TIMEOUT", 0.1)
-    results = encoded_by_two(all_photos, [tmp_path / "0", tmp_path / "1"])
+    results = encoded_by_two(photos, [tmp_path / "0", tmp_path / "1"])
     assert all(isinstance(result, ImageTextFolder) for result in results)
     assert "share this folder" in caplog.text
 
 
+def test_a_failure_in_one_process_ends_the_cache_in_all(all_photos, tmp_path, monkeypatch, caplog):
+    writing, write = [], code_files.Writer.write
+
+    def fail(writer, records):
+        writing.append(threading.current_thread())
+        full_disk() if writing[0] is threading.current_thread() else write(writer, records)
+
+    monkeypatch.setattr(code_files.Writer, "write", fail)
+    results = encoded_by_two(all_photos, [tmp_path] * 2)
+    assert all(isinstance(result, ImageTextFolder) for result in results)
+    assert caplog.text.count("No space left on device") == 2
+
+
 def test_a_second_run_waits_and_takes_what_the_first_one_made(all_photos, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    begun, go_on = threading.Event(), threading.Event()
+    begun, told = threading.Event(), f"waiting for process {os.getpid()}"
 
     class Slow(Encoder):
         def __call__(self, images):
             begun.set()
-            assert go_on.wait(60)
+            deadline = time.monotonic() + 60
+            while told not in caplog.text and time.monotonic() < deadline:
+                time.sleep(0.01)
             return super().__call__(images)
 
     def second():
         assert begun.wait(60)
         return encoded(all_photos, tmp_path)
 
-    def watch():
-        deadline = time.monotonic() + 60
-        while f"waiting for process {os.getpid()}" not in caplog.text and time.monotonic() < deadline:
-            time.sleep(0.01)
-        go_on.set()
-        return "waiting for" in caplog.text
-
-    first, (dataset, count), waited = in_threads(lambda: encoded(all_photos, tmp_path, Slow()), second, watch)
-    assert (first[1], count, waited) == (20, 0, True)
+    first, (dataset, count) = in_threads(lambda: encoded(all_photos, tmp_path, Slow()), second)
+    assert (first[1], count) == (20, 0) and told in caplog.text
     assert_same_items(dataset, photo_set(all_photos))
 
 
@@ -387,9 +346,6 @@ def test_the_lock_of_a_killed_process_is_free(all_photos, tmp_path):
     lock.close()
 
 
-# Where codes cannot be kept
-
-
 def test_a_full_disk_ends_the_cache_not_the_run(tmp_path, caplog):
     """A real short write: files may not grow beyond 1000 bytes, which is in the middle of a record."""
     photos = write_photos(tmp_path / "photos", 60)
@@ -402,9 +358,17 @@ def test_a_full_disk_ends_the_cache_not_the_run(tmp_path, caplog):
     assert isinstance(dataset, ImageTextFolder)
     assert "training continues without" in caplog.text and "--cache-codes DIR" in caplog.text
     assert codes_file(tmp_path).stat().st_size == 1000  # the last record is cut off
-    dataset, count = encoded(photos, tmp_path)
-    assert count == 60 - 1000 // RECORD
-    assert_same_items(dataset, photo_set(photos))
+    assert encoded_rightly(photos, tmp_path) == 60 - 1000 // RECORD
+
+
+@contextlib.contextmanager
+def opened_again(*folders):
+    """Folders whose rights a test takes away can be deleted after it."""
+    try:
+        yield
+    finally:
+        for folder in filter(Path.is_dir, folders):
+            folder.chmod(0o700)
 
 
 def without_rights_of_root(function):
@@ -423,11 +387,6 @@ def without_rights_of_root(function):
     assert os.waitpid(child, 0)[1] == 0
 
 
-def give_away_readable(path):
-    path.chmod(0o700)
-    give_away(path)
-
-
 def relink(path, target):
     target.write_text("kept")
     path.unlink()
@@ -436,9 +395,8 @@ def relink(path, target):
 
 # What is wrong with the folder of all codes (codes), of a data set (place) or its files, and how to make it so.
 UNUSABLE = {
-    "above unreadable": lambda codes, place: codes.parent.chmod(0),
-    "unreadable": lambda codes, place: codes.chmod(0),
-    "of another user": lambda codes, place: give_away_readable(codes),
+    "above unreadable": lambda codes, place: codes.parent.chmod(0), "unreadable": lambda codes, place: codes.chmod(0),
+    "of another user": lambda codes, place: (codes.chmod(0o700), give_away(codes)),
     "a file": lambda codes, place: (shutil.rmtree(codes), codes.write_text("")),
     "below a file": lambda codes, place: (shutil.rmtree(codes.parent), codes.parent.write_text("")),
     "a loop": lambda codes, place: (shutil.rmtree(codes), codes.symlink_to(codes)),
@@ -447,7 +405,9 @@ UNUSABLE = {
     "place without a list": lambda codes, place: place.chmod(0o300),
     "manifest unreadable": lambda codes, place: (place / "manifest.json").chmod(0),
     "codes unreadable": lambda codes, place: codes_file(codes).chmod(0),
-    "manifest of another user": lambda codes, place: give_away_readable(place / "manifest.json"),
+    "manifest of another user": lambda codes, place: (
+        (place / "manifest.json").chmod(0o700), give_away(place / "manifest.json"),
+    ),
     "lock a link": lambda codes, place: (codes_file(codes).unlink(), relink(place / "lock", codes / "kept")),
 }
 
@@ -467,13 +427,9 @@ def test_a_cache_that_cannot_be_used_costs_one_warning(all_photos, tmp_path, cap
         [record] = [record for record in caplog.records if record.levelno >= logging.WARNING]
         assert f"cannot keep image codes in {codes} (" in record.message, record.message
 
-    try:
+    with opened_again(codes.parent, codes, place):
         without_rights_of_root(check)
         assert contents(tmp_path / "cache") == before
-    finally:
-        for folder in (codes.parent, codes, place):
-            if folder.is_dir():
-                folder.chmod(0o700)
 
 
 def contents(folder):
@@ -498,13 +454,8 @@ def test_a_complete_cache_need_not_be_writable(all_photos, tmp_path, caplog):
         assert count == 0 and not [record for record in caplog.records if record.levelno >= logging.WARNING]
         assert_same_items(dataset, photo_set(all_photos))
 
-    try:
+    with opened_again(place):
         without_rights_of_root(check)
-    finally:
-        place.chmod(0o755)
-
-
-# Training
 
 
 @pytest.fixture(scope="module")
@@ -519,8 +470,8 @@ def material(tmp_path_factory):
 
 
 def flags(material, out, *more):
-    own = ("--validation-fraction", "0.2", "--ff-dropout", "0.1", "--max-bad-fraction", "0.1")
-    return training_flags(material, out, *own, *more, image_size=SIZE)
+    own = () if "--generated-data" in more else ("--validation-fraction", "0.2", "--max-bad-fraction", "0.1")
+    return training_flags(material, out, "--ff-dropout", "0.1", *own, *more, image_size=SIZE)
 
 
 def trained(material, out, *more):
@@ -553,15 +504,14 @@ def test_training_is_the_same_with_and_without(material, tmp_path, more, monkeyp
         assert_same(weights_of(tmp_path / "without"), weights_of(tmp_path / name))
 
 
-def test_a_short_run_encodes_only_its_own_images(material, short_without, tmp_path, caplog):
+def test_a_short_run_encodes_only_its_own_images_or_none(material, short_without, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    assert trained(material, tmp_path, "--cache-codes", str(tmp_path / "codes"), *SHORT) == short_without
+    cache = ("--cache-codes", str(tmp_path / "codes"))
+    assert trained(material, tmp_path / "first", *cache, *SHORT) == short_without
     assert "encoding 8 of 8 images" in caplog.text
-
-
-def test_training_goes_on_when_codes_cannot_be_written(material, short_without, tmp_path, monkeypatch, caplog):
+    shutil.rmtree(tmp_path / "codes")
     monkeypatch.setattr(code_files.Writer, "write", full_disk)
-    assert trained(material, tmp_path, "--cache-codes", str(tmp_path / "codes"), *SHORT) == short_without
+    assert trained(material, tmp_path / "second", *cache, *SHORT) == short_without
     (warning,) = [record.message for record in caplog.records if "cannot keep image codes" in record.message]
     assert "No space left on device" in warning
 
@@ -575,17 +525,26 @@ def test_random_images_are_encoded_in_the_step_unless_a_folder_is_given(material
     assert "encoding 4 of 4 images" in caplog.text
 
 
-def test_an_images_codes_do_not_depend_on_its_batch(material):
+def test_codes_depend_neither_on_the_batch_nor_on_the_precision_of_products(material, products):
     vqgan = load_vqgan(material / "vqgan.safetensors", material / "vqgan.yaml")
     images = torch.randint(0, 256, (7, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     features = []
     vqgan.quantize.codes = lambda z: features.append(copy.deepcopy(z)) or torch.zeros(len(z), 4, dtype=torch.int64)
-    image_codes(vqgan, images)
-    image_codes(vqgan, images[2:5])
-    image_codes(vqgan, images[4:5])
+    for part in (slice(7), slice(2, 5), slice(4, 5)):
+        image_codes(vqgan, images[part])
     assert [len(z) for z in features] == [1] * 11
     assert torch.equal(torch.cat(features[2:5]), torch.cat(features[7:10]))
     assert torch.equal(features[4], features[10])
+    # They are kept for later runs, which may ask for another one.
+    torch.manual_seed(0)
+    sizes = {"resolution": 32, "ch": 64, "ch_mult": (1, 2), "attn_resolutions": (16,), "num_res_blocks": 1}
+    vqgan = VQGAN(VqganConfig(**sizes, z_channels=64, embed_dim=64, num_codes=1024))
+    images, codes = torch.rand(1, 3, 32, 32), []
+    for precision in ("highest", "high", "medium"):
+        products(precision)
+        codes.append(image_codes(vqgan.eval(), images))
+        assert torch.get_float32_matmul_precision() == precision
+    assert torch.equal(codes[0], codes[1]) and torch.equal(codes[0], codes[2])
 
 
 def test_ipus_get_codes_and_no_vqgan(material, tmp_path, monkeypatch):
@@ -609,16 +568,3 @@ def test_two_processes_train_as_one_does_without(server, material, tmp_path):
     assert len(list((tmp_path / "codes").glob("*/*.codes"))) == 4  # of each process, for training and validation
     for (_, _, loss, _), (_, _, expected, _) in zip(losses_of(tmp_path / "two"), without):
         assert loss == pytest.approx(expected, rel=1e-4)
-
-
-def test_codes_do_not_depend_on_the_precision_of_products(products):
-    """They are kept for later runs, which may ask for another one."""
-    torch.manual_seed(0)
-    sizes = {"resolution": 32, "ch": 64, "ch_mult": (1, 2), "attn_resolutions": (16,), "num_res_blocks": 1}
-    vqgan = VQGAN(VqganConfig(**sizes, z_channels=64, embed_dim=64, num_codes=1024))
-    images, codes = torch.rand(1, 3, 32, 32), []
-    for precision in ("highest", "high", "medium"):
-        products(precision)
-        codes.append(image_codes(vqgan.eval(), images))
-        assert torch.get_float32_matmul_precision() == precision
-    assert torch.equal(codes[0], codes[1]) and torch.equal(codes[0], codes[2])

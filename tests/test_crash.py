@@ -6,7 +6,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import ROOT, flags, folder, run  # noqa: F401 (a fixture)
+from helpers import ROOT, flags, flat, free_port, read_metrics, run
 
 import checkpoints
 
@@ -22,23 +21,19 @@ STEPS = 10  # of `arguments`: five in each of two epochs, validated after each
 LAST = "dalle_1.pt"
 
 
-def arguments(folder, out, *more):  # noqa: F811
+def arguments(folder, out, *more):
     """A run that saves all the time, and whose every random state matters."""
     options = ("--ff-dropout", "0.1", "--ema-decay", "0.9", "--lr-scheduler", "ReduceLROnPlateau")
     return flags(folder, out, "--checkpoint-save-steps", "2", "--cache-codes", str(out / "codes"), *options, *more)
 
 
-def start(server, folder, out, *more, processes=1, kill=None, largest_file=None):  # noqa: F811
+def start(server, folder, out, *more, processes=1, kill=None, largest_file=None):
     out.mkdir(exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         server.start(
             arguments(folder, out, *more), out / "stderr.log", kill if rank == processes - 1 else None,
-            largest_file=largest_file,
-            **dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1"),
-            MASTER_PORT=port,
+            largest_file=largest_file, RANK=str(rank), LOCAL_RANK=str(rank), **common,
         )
         for rank in range(processes)
     ]
@@ -53,44 +48,24 @@ def result(out):
     state = torch.load(out / "ckpt" / LAST, weights_only=True)
     state["training"].pop("config")  # says --resume
     state["training"]["position"].pop("seconds")
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    events = [{key: line[key] for key in line if key not in ("time", "samples_per_second")} for line in lines]
+    times = ("time", "samples_per_second")
+    events = [{key: line[key] for key in line if key not in times} for line in read_metrics(out)]
     assert [event["step"] for event in events if event["event"] == "train"] == list(range(1, STEPS + 1))
     assert [event["step"] for event in events if event["event"] == "validation"] == [STEPS // 2, STEPS]
-    return plain(state), events, (out / "loss.png").read_bytes()
+    return flat(state), events, (out / "loss.png").read_bytes()
 
 
-def plain(value):
-    """Tensors as their bytes, so that == compares bits."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return (value.dtype, value.shape, value.numpy().tobytes()) if isinstance(value, torch.Tensor) else value
-
-
-@pytest.fixture(scope="module")
-def undisturbed(server, folder, tmp_path_factory):  # noqa: F811
-    """Results of runs that nothing happened to, for one and two processes, and the CPU time that each took."""
-    results = {}
-
-    def of(processes):
-        if processes not in results:
-            out = tmp_path_factory.mktemp("whole")
-            pids = start(server, folder, out, processes=processes)
-            finish(server, pids, out)
-            results[processes] = (result(out), server.seconds[pids[0]])
-        return results[processes]
-
-    return of
+def run_undisturbed(server, folder, out, processes):
+    """The result of a run that nothing happens to, and the CPU time that it took."""
+    pids = start(server, folder, out, processes=processes)
+    finish(server, pids, out)
+    return result(out), server.seconds[pids[0]]
 
 
 def assert_as_undisturbed(out, expected):
     state, events, curve = result(out)
     assert events == expected[1]
-    assert state.keys() == expected[0].keys()
-    for key, value in state.items():
-        assert value == expected[0][key], key
+    assert [key for key in {**state, **expected[0]} if state.get(key) != expected[0].get(key)] == []
     assert curve == expected[2]
 
 
@@ -103,8 +78,6 @@ MOMENTS = {
     "in validation": ("engines.native:NativeEngine._averaged_weights", 1, "after"),
     "between metrics and checkpoint": ("utils.metrics:_JsonLines.write", 7, "after"),
 }
-
-
 FAST = ("encoding", "writing a checkpoint", "between metrics and checkpoint")
 
 
@@ -115,7 +88,7 @@ def slow_unless(fast, *names_and_values):
 
 
 @pytest.mark.parametrize("moment", slow_unless([(name,) for name in FAST], *MOMENTS))
-def test_killed_at_a_certain_moment_it_goes_on_with_the_same_bits(server, folder, tmp_path, undisturbed, moment):  # noqa: F811
+def test_killed_at_a_certain_moment_it_goes_on_with_the_same_bits(server, folder, tmp_path, undisturbed, moment):
     pids = start(server, folder, tmp_path, "--resume", kill=MOMENTS[moment])
     assert [server.wait(pid) for pid in pids] == [-signal.SIGKILL], "was not killed"
     finish(server, start(server, folder, tmp_path, "--resume"), tmp_path)
@@ -123,7 +96,7 @@ def test_killed_at_a_certain_moment_it_goes_on_with_the_same_bits(server, folder
 
 
 @pytest.mark.parametrize("zeros", [False, True])
-def test_a_loss_of_power_costs_the_newest_files_not_the_run(server, folder, tmp_path, undisturbed, zeros):  # noqa: F811
+def test_a_loss_of_power_costs_the_newest_files_not_the_run(server, folder, tmp_path, undisturbed, zeros):
     pids = start(server, folder, tmp_path, kill=MOMENTS["between metrics and checkpoint"])
     assert [server.wait(pid) for pid in pids] == [-signal.SIGKILL]
     *_, sure, newest = checkpoints.list_checkpoints(tmp_path / "ckpt")
@@ -139,7 +112,7 @@ def test_a_loss_of_power_costs_the_newest_files_not_the_run(server, folder, tmp_
     assert_as_undisturbed(tmp_path, undisturbed(1)[0])
 
 
-def test_a_save_waits_for_the_disk_before_anything_older_goes(folder, tmp_path, monkeypatch):  # noqa: F811
+def test_a_save_waits_for_the_disk_before_anything_older_goes(folder, tmp_path, monkeypatch):
     """What a kill cannot show: until it is synced, the system may write the newer before the older, or never."""
     events, fsync, replace, unlink = [], os.fsync, os.replace, Path.unlink
 
@@ -182,7 +155,7 @@ def lines_until(lines, checkpoint):
     return sum(len(line) for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step)
 
 
-def disturb(server, folder, out, processes, seconds, choice, kills):  # noqa: F811
+def disturb(server, folder, out, processes, seconds, choice, kills):
     """Kill a run up to so often, now and then with a loss of power, and let it come to its end; returns how often."""
     flag, killed = [], 0
     while killed < kills:
@@ -203,7 +176,7 @@ def disturb(server, folder, out, processes, seconds, choice, kills):  # noqa: F8
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_at_random_moments_it_ends_with_the_same_bits(server, folder, tmp_path, undisturbed, processes):  # noqa: F811
+def test_killed_at_random_moments_it_ends_with_the_same_bits(server, folder, tmp_path, undisturbed, processes):
     expected, seconds = undisturbed(processes)
     assert disturb(server, folder, tmp_path, processes, seconds, random.Random(processes), kills=4 - processes)
     assert_as_undisturbed(tmp_path, expected)
@@ -211,7 +184,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(server, folder, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_fifty_kills_at_random_moments(server, folder, tmp_path, undisturbed, processes):  # noqa: F811
+def test_fifty_kills_at_random_moments(server, folder, tmp_path, undisturbed, processes):
     expected, seconds = undisturbed(processes)
     choice, killed, runs = random.Random(50 + processes), 0, 0
     while killed < 50:
@@ -220,9 +193,6 @@ def test_fifty_kills_at_random_moments(server, folder, tmp_path, undisturbed, pr
         assert_as_undisturbed(out, expected)
         runs += 1
     print(f"{killed} kills in {runs} runs of {processes} process(es)")
-
-
-# Asked to stop
 
 
 def wait_for(out, text, seconds=300):
@@ -236,7 +206,7 @@ SIGNALS = [(number, status, processes) for number, status in ((15, 0), (2, 130))
 
 
 @pytest.mark.parametrize("number, status, processes", slow_unless([(15, 0, 2), (2, 130, 1)], *SIGNALS))
-def test_asked_to_stop_it_saves_at_the_next_step(server, folder, tmp_path, undisturbed, processes, number, status):  # noqa: F811
+def test_asked_to_stop_it_saves_at_the_next_step(server, folder, tmp_path, undisturbed, processes, number, status):
     only_epochs = ("--checkpoint-save-steps", "0")
     pids = start(server, folder, tmp_path, *only_epochs, processes=processes)
     wait_for(tmp_path, "step 2/")
@@ -251,18 +221,18 @@ def test_asked_to_stop_it_saves_at_the_next_step(server, folder, tmp_path, undis
 
 
 @pytest.mark.parametrize("validation, processes", slow_unless([(2, 2)], (1, 1), (1, 2), (2, 1), (2, 2)))
-def test_asked_to_stop_while_it_validates(server, folder, tmp_path, undisturbed, processes, validation):  # noqa: F811
+def test_asked_to_stop_while_it_validates(server, folder, tmp_path, undisturbed, processes, validation):
     """Of two processes the last one alone gets the signal."""
     moment = ("engines.native:NativeEngine._averaged_weights", validation, "after", signal.SIGTERM)
     finish(server, start(server, folder, tmp_path, processes=processes, kill=moment), tmp_path)
-    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    events = read_metrics(tmp_path)
     assert [event["event"] for event in events].count("validation") == validation - 1
     assert events[-1]["step"] == 5 * validation
     finish(server, start(server, folder, tmp_path, "--resume", processes=processes), tmp_path)
     assert_as_undisturbed(tmp_path, undisturbed(processes)[0])
 
 
-def test_killed_before_it_saved_it_does_not_resume_an_earlier_run(server, folder, tmp_path, undisturbed):  # noqa: F811
+def test_killed_before_it_saved_it_does_not_resume_an_earlier_run(server, folder, tmp_path, undisturbed):
     finish(server, start(server, folder, tmp_path, "--random-seed", "7", "--max-steps", "6"), tmp_path)
     (pid,) = start(server, folder, tmp_path, kill=("engines.native:NativeEngine._update_weights", 2, "before"))
     assert server.wait(pid) == -signal.SIGKILL
@@ -272,7 +242,7 @@ def test_killed_before_it_saved_it_does_not_resume_an_earlier_run(server, folder
 
 
 @pytest.mark.parametrize("damage", slow_unless([("bit",)], "bit", "half", "empty"))
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(server, folder, tmp_path, undisturbed, damage):  # noqa: F811
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(server, folder, tmp_path, undisturbed, damage):
     finish(server, start(server, folder, tmp_path, "--max-steps", "7"), tmp_path)
     newest = tmp_path / "ckpt/dalle_1_7.pt"
     content = bytearray(newest.read_bytes())
@@ -286,7 +256,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(server,
 
 
 @pytest.mark.slow
-def test_torchrun_passes_sigterm_on(folder, tmp_path, undisturbed):  # noqa: F811
+def test_torchrun_passes_sigterm_on(folder, tmp_path, undisturbed):
     """The launcher has SIGTERM from a scheduler, its processes have it from the launcher."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(ROOT / "train.py"), *arguments(folder, tmp_path)]

@@ -1,13 +1,11 @@
 """Dirty data: whatever lies in a folder, training uses what is good, lists the rest once, and stops above a limit."""
 from __future__ import annotations
 
-import inspect
 import io
 import json
 import os
 import random
 import struct
-import subprocess
 import sys
 import warnings
 import zlib
@@ -15,23 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT, flags, refused, run_script, train_here, write_pairs
 from PIL import Image
-from test_train import flags
-from test_train import folder as tiny  # noqa: F401 (a fixture)
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
-import args
-import engines
-import train
 from bpe import load_tokenizer
 from data import DataSettings, ImageTextFolder, TextSettings, create_dataset
 from data.folder import list_pairs
 from data.images import MAX_PIXELS
+from utils import loading
 from utils.errors import UserError, run_main
 from utils.skipped import Entry, SkipReport, start_report
 
-ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = str(ROOT / "bpe" / "demo_vocab.txt")
 T = 16
 
@@ -45,6 +39,10 @@ def as_bytes(image, kind, **options):
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
+
+
+def jpeg(**options):
+    return as_bytes(picture(), "JPEG", **options)
 
 
 def bomb(width, height):
@@ -61,58 +59,45 @@ def bomb(width, height):
 def rotated():
     exif = Image.Exif()
     exif[0x0112] = 6
-    return as_bytes(picture(), "JPEG", exif=exif)
+    return jpeg(exif=exif)
 
 
 NOISE = Image.frombytes("RGB", (64, 64), random.Random(0).getrandbits(8 * 64 * 64 * 3).to_bytes(64 * 64 * 3, "big"))
 FRAMES = [picture("P", color=number) for number in range(3)]
 
 GOOD_IMAGES = {
-    "plain.jpg": as_bytes(picture(), "JPEG"),
-    "cmyk.jpg": as_bytes(picture().convert("CMYK"), "JPEG"),
-    "grey.jpg": as_bytes(picture("L"), "JPEG"),
-    "palette.png": as_bytes(picture().convert("P"), "PNG"),
+    "plain.jpg": jpeg(), "cmyk.jpg": as_bytes(picture().convert("CMYK"), "JPEG"), "turned.jpg": rotated(),
+    "grey.jpg": as_bytes(picture("L"), "JPEG"), "palette.png": as_bytes(picture().convert("P"), "PNG"),
     "palette transparent.png": as_bytes(picture("P", color=0), "PNG", transparency=0),
-    "bits.png": as_bytes(Image.new("1", (9, 9)), "PNG"),
+    "bits.png": as_bytes(Image.new("1", (9, 9)), "PNG"), "1x1.png": as_bytes(picture(size=(1, 1)), "PNG"),
     "16 bit.png": as_bytes(Image.new("I;16", (20, 16), 30000), "PNG"),
     "alpha.png": as_bytes(Image.new("RGBA", (20, 16), (1, 2, 3, 100)), "PNG"),
     "animated.png": as_bytes(picture(), "PNG", save_all=True, append_images=[picture(color=(0, 0, 0))] * 3),
     "animated gif.png": as_bytes(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]),
-    "turned.jpg": rotated(),
-    "broken exif.jpg": as_bytes(picture(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\xff" * 24),
-    "1x1.png": as_bytes(picture(size=(1, 1)), "PNG"),
-    "20000 wide.png": as_bytes(picture("L", (20000, 3)), "PNG"),
-    "png called.jpg": as_bytes(picture(), "PNG"),
-    "jpeg called.png": as_bytes(picture(), "JPEG"),
-    "webp called.bmp": as_bytes(picture(), "WEBP"),
+    "broken exif.jpg": jpeg(exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\xff" * 24),
+    "20000 wide.png": as_bytes(picture("L", (20000, 3)), "PNG"), "png called.jpg": as_bytes(picture(), "PNG"),
+    "jpeg called.png": jpeg(), "webp called.bmp": as_bytes(picture(), "WEBP"),
     "cmyk lzw.tif": as_bytes(picture().convert("CMYK"), "TIFF", compression="tiff_lzw"),
-    "grey 16 bit.tiff": as_bytes(Image.new("I;16", (20, 16), 30000), "TIFF"),
-    "-rf.jpg": as_bytes(picture(), "JPEG"),
-    "\u202egpj.emoji \U0001f469\U0001f3fd.jpg": as_bytes(picture(), "JPEG"),
+    "grey 16 bit.tiff": as_bytes(Image.new("I;16", (20, 16), 30000), "TIFF"), "-rf.jpg": jpeg(),
+    "\u202egpj.emoji \U0001f469\U0001f3fd.jpg": jpeg(),
 }
+NONE = "files that are not images"
 BAD_IMAGES = {
     "truncated.jpg": (as_bytes(NOISE, "JPEG")[:700], "damaged images"),
-    "also truncated.png": (as_bytes(NOISE, "PNG")[:300], "damaged images"),
-    "zero.jpg": (b"", "files that are not images"),
-    "html.jpg": (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "files that are not images"),
-    "cut off.tif": (as_bytes(NOISE, "TIFF", compression="tiff_lzw")[:9000], "files that are not images"),
-    "zeros.png": (bytes(5000), "files that are not images"),
-    "postscript.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "files that are not images"),
-    "svg.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "files that are not images"),
+    "also truncated.png": (as_bytes(NOISE, "PNG")[:300], "damaged images"), "zero.jpg": (b"", NONE),
+    "html.jpg": (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", NONE), "zeros.png": (bytes(5000), NONE),
+    "cut off.tif": (as_bytes(NOISE, "TIFF", compression="tiff_lzw")[:9000], NONE),
+    "postscript.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", NONE),
+    "svg.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", NONE),
     "bomb.png": (bomb(20000, 20000), "images with too many pixels"),
     "larger bomb.png": (bomb(2**31 - 1, 2**31 - 1), "images with too many pixels"),
     "claims more.png": (bomb(3000, 2000), "damaged images"),
 }
 GOOD_CAPTIONS = {
-    "arabic": "قطة تجلس على الكرسي",
-    "hebrew": "חתול יושב על כיסא\u202e",
-    "emoji": "\U0001f469\U0001f3fd\u200d\U0001f680 \u2764\ufe0f",
-    "marked": "\ufeffa cat",
-    "control": "a\x07 cat\x1b[31m",
-    "many lines": "a cat\n" * 5000,
-    "long line": "cat " * 100000,
-    "one long word": "x" * 300000,
-    "windows": "a cat\r\na dog\r\n",
+    "arabic": "قطة تجلس على الكرسي", "hebrew": "חתול יושב על כיסא\u202e",
+    "emoji": "\U0001f469\U0001f3fd\u200d\U0001f680 \u2764\ufe0f", "marked": "\ufeffa cat",
+    "control": "a\x07 cat\x1b[31m", "many lines": "a cat\n" * 5000, "long line": "cat " * 100000,
+    "one long word": "x" * 300000, "windows": "a cat\r\na dog\r\n",
 }
 BAD_CAPTIONS = {
     "nul": (b"a cat\0 on a mat", "caption files with NUL bytes"),
@@ -129,18 +114,17 @@ NUM_BAD = len(BAD_IMAGES) + len(BAD_CAPTIONS)
 def dirty(tmp_path_factory):
     """A folder of all that, a pair each."""
     folder = tmp_path_factory.mktemp("dirty")
-    for name, content in list(GOOD_IMAGES.items()) + [(name, bad[0]) for name, bad in BAD_IMAGES.items()]:
+    for name, content in {**GOOD_IMAGES, **{name: bad for name, (bad, _) in BAD_IMAGES.items()}}.items():
         (folder / name).write_bytes(content)
         (folder / (os.path.splitext(name)[0] + ".txt")).write_text("a red picture\n", encoding="utf-8")
-    for name, caption in [(n, c.encode("utf-8")) for n, c in GOOD_CAPTIONS.items()] + [
-        (name, bad[0]) for name, bad in BAD_CAPTIONS.items()
-    ]:
+    good = {name: caption.encode() for name, caption in GOOD_CAPTIONS.items()}
+    for name, caption in {**good, **{name: bad for name, (bad, _) in BAD_CAPTIONS.items()}}.items():
         (folder / (name + ".jpg")).write_bytes(GOOD_IMAGES["plain.jpg"])
         (folder / (name + ".txt")).write_bytes(caption)
-    (folder / "unpaired.jpg").write_bytes(GOOD_IMAGES["plain.jpg"])
     # Names and things that a careless walk opens, waits for, or follows for ever.
     os.mkfifo(str(folder / "pipe.txt"))
-    (folder / "pipe.jpg").write_bytes(GOOD_IMAGES["plain.jpg"])
+    for name in ("unpaired.jpg", "pipe.jpg"):
+        (folder / name).write_bytes(GOOD_IMAGES["plain.jpg"])
     (folder / "loop").symlink_to(folder, target_is_directory=True)
     (folder / "itself.jpg").symlink_to(folder / "itself.jpg")
     (folder / "folder.jpg").mkdir()
@@ -195,9 +179,7 @@ def test_loader_processes_list_each_file_once(dirty, tmp_path):
 
 def test_more_than_the_limit_is_one_error_that_names_flag_counts_and_file(dirty, tmp_path):
     report = tmp_path / "skipped.jsonl"
-    with pytest.raises(UserError) as raised:
-        dataset_of(dirty, skipped_file=report)
-    message = str(raised.value)
+    message = refused("", dataset_of, dirty, skipped_file=report)
     bad = len(BAD_CAPTIONS) + PIPES
     assert f"--input-folder {dirty}" in message and "--max-bad-fraction 0.01" in message
     assert f"{bad} of {NUM_GOOD + NUM_BAD + PIPES} samples" in message and str(report) in message
@@ -207,9 +189,7 @@ def test_more_than_the_limit_is_one_error_that_names_flag_counts_and_file(dirty,
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_images_above_the_limit_end_the_loading_wherever_they_are_read(tmp_path, workers):
-    for number in range(100):
-        (tmp_path / f"{number:03}.png").write_bytes(GOOD_IMAGES["1x1.png"])
-        (tmp_path / f"{number:03}.txt").write_text("a cat")
+    write_pairs(tmp_path, ["a cat"] * 100, size=4)
     for number in (3, 50, 51, 99):
         (tmp_path / f"{number:03}.png").write_bytes(b"no picture")
     report = tmp_path / "out" / "skipped.jsonl"
@@ -217,12 +197,10 @@ def test_images_above_the_limit_end_the_loading_wherever_they_are_read(tmp_path,
     def read(limit):
         start_report(report)
         dataset = dataset_of(tmp_path, max_bad_fraction=limit, skipped_file=report)
-        return sum(len(text) for text, _ in DataLoader(dataset, batch_size=4, num_workers=workers))
+        return sum(len(text) for text, _ in loading.read(loading.make_loader(dataset, workers, batch_size=4)))
 
-    assert read(0.04) == 100
-    assert len(lines(report)) == 4
-    with pytest.raises(UserError, match="--max-bad-fraction 0.03 allows: 4 files that are not images"):
-        read(0.03)
+    assert read(0.04) == 100 and len(lines(report)) == 4
+    refused("--max-bad-fraction 0.03 allows: 4 files that are not images", read, 0.03)
 
 
 def test_an_error_of_a_loader_process_is_still_one_line(capsys):
@@ -230,21 +208,21 @@ def test_an_error_of_a_loader_process_is_still_one_line(capsys):
         raise UserError("--input-folder x: 1 of 1\nsamples")
     except UserError:
         sent = ExceptionWrapper(where="in DataLoader worker process 0")  # what PyTorch sends to the main process
-    with pytest.raises(SystemExit) as ended:
-        run_main(sent.reraise)
-    assert ended.value.code == 1 and capsys.readouterr().err == "error: --input-folder x: 1 of 1 samples\n"
+    assert refused("", run_main, sent.reraise, kind=SystemExit) == "1"
+    assert capsys.readouterr().err == "error: --input-folder x: 1 of 1 samples\n"
 
 
 def test_deep_folders_are_walked_to_their_end(tmp_path):
-    (tmp_path / "a.png").write_bytes(GOOD_IMAGES["1x1.png"])
-    (tmp_path / "a.txt").write_text("a cat")
-    here, depth, limit = os.getcwd(), 150, sys.getrecursionlimit()
+    write_pairs(tmp_path, ["a cat"])
+    here, depth, limit, frames, frame = os.getcwd(), 150, sys.getrecursionlimit(), 0, sys._getframe()
+    while frame:
+        frames, frame = frames + 1, frame.f_back
     os.chdir(str(tmp_path))
     try:
         for _ in range(depth):
             os.mkdir("d")
             os.chdir("d")
-        sys.setrecursionlimit(len(inspect.stack(0)) + 100)  # a walk that calls itself for each level runs out
+        sys.setrecursionlimit(frames + 100)  # a walk that calls itself for each level runs out
         assert len(list_pairs(str(tmp_path)).images) == 1
     finally:
         sys.setrecursionlimit(limit)
@@ -256,23 +234,16 @@ def test_deep_folders_are_walked_to_their_end(tmp_path):
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_folders_without_permission_are_named(tmp_path):
-    (tmp_path / "a.png").write_bytes(GOOD_IMAGES["1x1.png"])
-    (tmp_path / "a.txt").write_text("a cat")
+    write_pairs(tmp_path, ["a cat"])
     (tmp_path / "closed").mkdir(mode=0)
     assert [skipped.reason for skipped in list_pairs(str(tmp_path)).skipped] == ["unreadable folders"]
 
 
 def test_the_limit_on_pixels_comes_before_any_decoding(monkeypatch, tmp_path):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as some programs have it
-    path = tmp_path / "bomb.png"
-    path.write_bytes(bomb(MAX_PIXELS // 1000 + 1, 1000))
-    (tmp_path / "bomb.txt").write_text("a cat")
+    (write_pairs(tmp_path, ["a cat"]) / "000.png").write_bytes(bomb(MAX_PIXELS // 1000 + 1, 1000))
     dataset = ImageTextFolder(list_pairs(str(tmp_path)), TextSettings(load_tokenizer(VOCABULARY), T), 16)
-    with pytest.raises(Image.DecompressionBombError):
-        dataset.image(0)
-
-
-# The report ----------------------------------------------------------------------------------------------------------
+    refused("", dataset.image, 0, kind=Image.DecompressionBombError)
 
 
 def test_sources_share_a_file_and_count_apart(tmp_path):
@@ -284,8 +255,11 @@ def test_sources_share_a_file_and_count_apart(tmp_path):
     again = SkipReport(file, 0.5, "--input-folder a")  # another process
     assert again.num_bad == 1 and not again.add("x", "damaged")
     again.check(2)
-    with pytest.raises(UserError, match="--input-folder a: 1 of 1 samples.* 1 damaged .such as x."):
-        again.check(1)
+    refused("--input-folder a: 1 of 1 samples.* 1 damaged .such as x.", again.check, 1)
+    report = SkipReport(tmp_path / "names.jsonl")
+    report.add("caf\udce9\n.jpg", "damaged", "line\nbreak " * 100)
+    line = lines(tmp_path / "names.jsonl")[0]
+    assert line["path"] == "caf\udce9\n.jpg" and len(line["detail"]) == 300
 
 
 def test_a_report_that_cannot_be_written_ends_no_run(tmp_path, caplog):
@@ -298,29 +272,18 @@ def test_a_report_that_cannot_be_written_ends_no_run(tmp_path, caplog):
     assert full.add("a", "damaged") and full.num_bad == 1 and "No space left" in caplog.text
 
 
-def test_names_that_are_no_text_are_listed(tmp_path):
-    report = SkipReport(tmp_path / "skipped.jsonl")
-    report.add("caf\udce9\n.jpg", "damaged", "line\nbreak " * 100)
-    line = lines(tmp_path / "skipped.jsonl")[0]
-    assert line["path"] == "caf\udce9\n.jpg" and len(line["detail"]) == 300
-
-
-# Training ------------------------------------------------------------------------------------------------------------
-
-
-def train_flags(tiny, dirty, out, cache, limit):  # noqa: F811
+def train_flags(folder, dirty, out, cache, limit):
     """Those of test_train, but of dirty data."""
     cache = str(out / "codes") if cache == "on" else "off"
     own = ["--input-folder", str(dirty), "--bpe-path", VOCABULARY, "--truncate-captions", "--text-seq-len", str(T)]
     own += ["--gradient-accumulation", "1", "--validation-fraction", "0.2", "--checkpoint-save-steps", "0"]
-    return flags(tiny, out, *own, "--max-bad-fraction", str(limit), "--cache-codes", cache)
+    return flags(folder, out, *own, "--max-bad-fraction", str(limit), "--cache-codes", cache)
 
 
 @pytest.mark.parametrize("cache", ["off", "on"])
-def test_training_on_dirty_data_ends_well_and_lists_it(tiny, dirty, tmp_path, cache):  # noqa: F811
-    config = args.parse(train_flags(tiny, dirty, tmp_path, cache, 0.5))
+def test_training_on_dirty_data_ends_well_and_lists_it(folder, dirty, tmp_path, cache):
     for _ in range(2 if cache == "off" else 1):  # the second run lists it anew, not again
-        train.train(config, engines.create(config))
+        train_here(train_flags(folder, dirty, tmp_path, cache, 0.5))
         bad = [line for line in lines(tmp_path / "skipped.jsonl") if line["bad"]]
         assert len(bad) == len({line["path"] for line in bad}) == NUM_BAD + PIPES
         assert {line["reason"] for line in bad} >= {reason for _, reason in BAD_IMAGES.values()}
@@ -329,11 +292,10 @@ def test_training_on_dirty_data_ends_well_and_lists_it(tiny, dirty, tmp_path, ca
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", ["off", "on"])
-def test_two_processes_stop_at_the_limit_in_one_line_each(tiny, dirty, tmp_path, cache):  # noqa: F811
+def test_two_processes_stop_at_the_limit_in_one_line_each(folder, dirty, tmp_path, cache):
     limit = (len(BAD_CAPTIONS) + PIPES + 1) / (NUM_GOOD + NUM_BAD + PIPES)  # the captions, and one image
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-    command += train_flags(tiny, dirty, tmp_path, cache, limit)
-    done = subprocess.run(command, cwd=str(ROOT), stderr=subprocess.PIPE, timeout=300, encoding="utf-8")
+    command = "-m torch.distributed.run --standalone --nproc-per-node 2 train.py".split()
+    done = run_script(*command, *train_flags(folder, dirty, tmp_path, cache, limit))
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert errors and all("--max-bad-fraction" in line and "skipped.jsonl" in line for line in errors)

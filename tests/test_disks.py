@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import shutil
 import signal
 import sys
@@ -10,92 +9,80 @@ import types
 
 import pytest
 import torch
-from test_crash import assert_as_undisturbed, finish, slow_unless, start, undisturbed  # noqa: F401 (fixtures)
-from test_train import flags, folder, weights  # noqa: F401
+from helpers import assert_same, flags, full_disk, read_metrics, refused, weights
+from test_crash import assert_as_undisturbed, finish, slow_unless, start
 
 import args
 import engines
 import log
 import train
 from engines.native import NativeEngine
-from utils.errors import UserError
 
 SMALL = 20_000  # bytes: more than any log here takes, less than a checkpoint
 
 
-def run(folder, out, *more):  # noqa: F811
+def trained(folder, out, *more):
     config = args.parse(flags(folder, out, *more))
     log.setup(config.log_dir)
     train.train(config, engines.create(config))
 
 
-def everything(folder):  # noqa: F811
+def everything(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
 def steps(out):
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line["step"] for line in lines if line["event"] == "train"]
-
-
-# Checkpoints
+    return [line["step"] for line in read_metrics(out, "train")]
 
 
 @pytest.mark.parametrize("processes", slow_unless([(2,)], 1, 2))
-def test_no_room_for_checkpoints(server, folder, tmp_path, undisturbed, processes):  # noqa: F811
+def test_no_room_for_checkpoints(server, folder, tmp_path, undisturbed, processes):
     """Trained to the end, exit 1, what was good is good; and with room it goes on from there."""
     moment = ("engines.native:NativeEngine._update_weights", 4, "before")
     assert -signal.SIGKILL in map(server.wait, start(server, folder, tmp_path, processes=processes, kill=moment))
     good, log_file = everything(tmp_path / "ckpt"), tmp_path / "stderr.log"
-    (tmp_path / "stderr.log").unlink()
+    log_file.unlink()
     pids = start(server, folder, tmp_path, "--resume", processes=processes, largest_file=SMALL)
     assert [server.wait(pid) for pid in pids] == [1, 0][:processes]
     text = log_file.read_text()
     assert "Traceback" not in text and text.count("ERROR: step ") == 7  # it tries more often
     (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
-    assert "dalle_1.pt: File too large; the newest checkpoint is {}".format(tmp_path / "ckpt/dalle_0_2.pt") in line
+    assert f"dalle_1.pt: File too large; the newest checkpoint is {tmp_path / 'ckpt/dalle_0_2.pt'}" in line
     assert everything(tmp_path / "ckpt") == good  # and nothing half-written
     assert steps(tmp_path) == list(range(1, 11))
     finish(server, start(server, folder, tmp_path, "--resume", processes=processes), tmp_path)
     assert_as_undisturbed(tmp_path, undisturbed(processes)[0])
 
 
-def test_a_disk_that_has_room_again(folder, tmp_path, monkeypatch, caplog):  # noqa: F811
+def test_a_disk_that_has_room_again(folder, tmp_path, monkeypatch, caplog):
     save, calls = torch.save, []
 
     def full_for_a_while(*values):
         calls.append(len(steps(tmp_path)))
-        if 4 <= calls[-1] < 8:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(*values)
+        full_disk() if 4 <= calls[-1] < 8 else save(*values)
 
     monkeypatch.setattr(torch, "save", full_for_a_while)
-    run(folder, tmp_path, "--checkpoint-save-steps", "4")
+    trained(folder, tmp_path, "--checkpoint-save-steps", "4")
     assert calls == [4, 5, 6, 7, 8, 10]
     assert caplog.text.count("No space left on device; the newest checkpoint is none") == 4
     assert sorted(path.name for path in (tmp_path / "ckpt").iterdir()) == ["dalle_1.pt", "dalle_1_8.pt"]
 
 
-# Logs and metrics
-
-
-def test_no_room_for_logs_metrics_curve_and_codes(server, folder, tmp_path):  # noqa: F811
+def test_no_room_for_logs_metrics_curve_and_codes(server, folder, tmp_path):
     options = ("--checkpoint-output-dir", "", "--log-dir", str(tmp_path / "log"))
-    pids = start(server, folder, tmp_path, *options, largest_file=600)
     # The standard error of a real run may be a file on the same disk: it is full, too.
-    finish(server, pids, tmp_path)
+    finish(server, start(server, folder, tmp_path, *options, largest_file=600), tmp_path)
     assert (tmp_path / "stderr.log").stat().st_size == 600
     assert 0 < len(log.read_metrics(tmp_path / "log/metrics.jsonl")) < 5
     assert not (tmp_path / "log/loss.png").exists() and not list((tmp_path / "log").glob(".*tmp"))
 
 
-def test_a_read_only_log_folder(server, folder, tmp_path):  # noqa: F811
+def test_a_read_only_log_folder(server, folder, tmp_path):
     (tmp_path / "log").mkdir(mode=0o555)
-    pids = start(server, folder, tmp_path, "--log-dir", str(tmp_path / "log"))
-    finish(server, pids, tmp_path)
-    text = (tmp_path / "stderr.log").read_text()
+    finish(server, start(server, folder, tmp_path, "--log-dir", str(tmp_path / "log")), tmp_path)
+    warnings = [line for line in (tmp_path / "stderr.log").read_text().splitlines() if "WARNING" in line]
     for name in ("train.log (", "metrics.jsonl in ", "loss.png ("):
-        assert len([line for line in text.splitlines() if "WARNING" in line and name in line]) == 1, name
+        assert sum(name in line for line in warnings) == 1, name
     assert (tmp_path / "ckpt/dalle_1.pt").exists() and not list((tmp_path / "log").iterdir())
 
 
@@ -110,7 +97,7 @@ def test_tensorboard_that_cannot_be_made(tmp_path, monkeypatch, caplog):
     assert steps(tmp_path) == [1]
 
 
-def test_folders_that_vanish_are_made_again(folder, tmp_path, monkeypatch, caplog):  # noqa: F811
+def test_folders_that_vanish_are_made_again(folder, tmp_path, monkeypatch, caplog):
     step, count = NativeEngine.step, [0]
 
     def vanishing(self, batch):
@@ -120,7 +107,7 @@ def test_folders_that_vanish_are_made_again(folder, tmp_path, monkeypatch, caplo
         return step(self, batch)
 
     monkeypatch.setattr(NativeEngine, "step", vanishing)
-    run(folder, tmp_path / "run", "--checkpoint-save-steps", "2")
+    trained(folder, tmp_path / "run", "--checkpoint-save-steps", "2")
     assert sorted(path.name for path in (tmp_path / "run/ckpt").glob("*.pt")) == [
         "dalle_0.pt", "dalle_0_4.pt", "dalle_1.pt", "dalle_1_6.pt", "dalle_1_8.pt",
     ]
@@ -139,11 +126,11 @@ def test_a_log_folder_that_vanishes_and_cannot_be_made_again(tmp_path, caplog):
     assert caplog.text.count("can no longer be written") == 1
 
 
-def test_an_earlier_run_that_cannot_be_moved_is_left_alone(folder, tmp_path):  # noqa: F811
-    run(folder, tmp_path, "--max-steps", "2")
+def test_an_earlier_run_that_cannot_be_moved_is_left_alone(folder, tmp_path):
+    trained(folder, tmp_path, "--max-steps", "2")
     (tmp_path / "ckpt/earlier.1").mkdir()
     (tmp_path / "ckpt/earlier.2").symlink_to(tmp_path / "nowhere")  # does not exist, nor can be made
     good = weights(tmp_path / "ckpt/dalle_0_2.pt")
-    with pytest.raises(UserError, match="--checkpoint-output-dir: cannot make .*earlier.2: File exists"):
-        run(folder, tmp_path, "--max-steps", "2")
-    assert weights(tmp_path / "ckpt/dalle_0_2.pt").keys() == good.keys()
+    complaint = "--checkpoint-output-dir: cannot make .*earlier.2: File exists"
+    refused(complaint, trained, folder, tmp_path, "--max-steps", "2")
+    assert_same(weights(tmp_path / "ckpt/dalle_0_2.pt"), good)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import http.server
@@ -16,13 +17,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers import ROOT, refused
 
 from checkpoints import vqgan
 from utils import archives, downloads
 from utils.downloads import download
-from utils.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 CONTENT = bytes(range(256)) * 1200  # 307,200 bytes
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
@@ -80,14 +80,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body[: server.cut_after.pop(0)] if server.cut_after else body)
 
 
-@pytest.fixture
-def server():
+@contextlib.contextmanager
+def serving():
     server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def server():
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)
@@ -126,8 +131,7 @@ def test_cut_connections_are_resumed(server, tmp_path, pauses):
 def test_a_later_process_goes_on_from_the_part(server, tmp_path, monkeypatch):
     monkeypatch.setattr(downloads, "ATTEMPTS", 1)
     server.cut_after = [100000, 0]
-    with pytest.raises(UserError, match="connection ended after 100000 of 307200 bytes"):
-        fetch(server, tmp_path / "x")
+    refused("connection ended after 100000 of 307200 bytes", fetch, server, tmp_path / "x")
     assert (tmp_path / "x.part").stat().st_size == 100000 and not (tmp_path / "x").exists()
     fetch(server, tmp_path / "x")
     assert server.requests[-1][1] == "bytes=100000-" and (tmp_path / "x").read_bytes() == CONTENT
@@ -159,58 +163,41 @@ def test_a_part_is_continued_only_where_that_is_right(server, tmp_path, case):
     assert (tmp_path / "x").read_bytes() == CONTENT and names(tmp_path) == ["x"]
 
 
-def test_a_server_without_ranges_starts_again_and_is_given_up_in_the_end(server, tmp_path, pauses):
-    server.ranges = False
-    server.cut_after = [200000]
+@pytest.mark.parametrize("behaviour, waits, then, complaint", [
+    ({"ranges": False, "cut_after": [200000]}, [1], {"cut_after": [1000] * 50}, "ended after 1000 of 307200 bytes"),
+    ({"statuses": [503, 429, 500]}, [2, 4, 8], {"statuses": [503] * 50}, "HTTP status 503"),
+], ids=["without ranges", "busy"])
+def test_servers_are_asked_again_up_to_a_limit(server, tmp_path, pauses, behaviour, waits, then, complaint):
+    vars(server).update(behaviour)
     fetch(server, tmp_path / "x")
-    assert (tmp_path / "x").read_bytes() == CONTENT
-    server.cut_after = [1000] * 50
-    with pytest.raises(UserError, match="connection ended after 1000 of 307200 bytes"):
-        fetch(server, tmp_path / "y")
-    assert len(server.requests) == 2 + 1 + downloads.ATTEMPTS and not (tmp_path / "y").exists()
+    assert (tmp_path / "x").read_bytes() == CONTENT and pauses == waits
+    vars(server).update(then)
+    asked = len(server.requests) + (1 if "cut_after" in then else 0)
+    refused(complaint, fetch, server, tmp_path / "y")
+    assert len(server.requests) == asked + downloads.ATTEMPTS and not (tmp_path / "y").exists()
 
 
-def test_busy_servers_are_asked_again_up_to_a_limit(server, tmp_path, pauses):
-    server.statuses = [503, 429, 500]
-    fetch(server, tmp_path / "x")
-    assert (tmp_path / "x").read_bytes() == CONTENT and pauses == [2, 4, 8]
-    server.statuses = [503] * 50
-    with pytest.raises(UserError, match="HTTP status 503"):
-        fetch(server, tmp_path / "y")
-    assert len(server.requests) == 4 + downloads.ATTEMPTS
-
-
-def test_a_missing_file_says_what_to_do_by_hand(server, tmp_path, pauses):
-    with pytest.raises(UserError) as raised:
-        download(server.url + "/gone.zip", tmp_path / "gone.zip", progress=False)
-    message = str(raised.value)
-    assert f"{server.url}/gone.zip" in message and "HTTP status 404" in message
-    assert "download it by hand and save it as {}".format(tmp_path / "gone.zip") in message and "\n" not in message
-    assert pauses == [] and len(server.requests) == 1
-
-
-def test_no_server_at_all(tmp_path, pauses):
-    with pytest.raises(UserError, match="download it by hand"):
-        download("http://127.0.0.1:9/file.bin", tmp_path / "x", progress=False)
+def test_a_missing_file_says_what_to_do_by_hand(server, tmp_path, pauses, monkeypatch):
+    gone = server.url + "/gone.zip"
+    message = refused("HTTP status 404", download, gone, tmp_path / "gone.zip", progress=False)
+    assert gone in message and "\n" not in message and pauses == [] and len(server.requests) == 1
+    assert f"download it by hand and save it as {tmp_path / 'gone.zip'}" in message
+    # A published VQGAN that cannot be had says its advice once.
+    published = dataclasses.replace(vqgan.PUBLISHED["f16-1024"], config_url=gone)
+    monkeypatch.setitem(vqgan.PUBLISHED, "f16-1024", published)
+    message = refused("HTTP status 404", vqgan.default_vqgan, tmp_path)
+    assert message.count("by hand") == 1 and published.weights_url in message
+    # No server at all.
+    refused("download it by hand", download, "http://127.0.0.1:9/file.bin", tmp_path / "x", progress=False)
     assert len(pauses) == downloads.ATTEMPTS - 1
 
 
-def test_a_published_vqgan_that_cannot_be_had_says_its_advice_once(tmp_path, monkeypatch, server):
-    published = dataclasses.replace(vqgan.PUBLISHED["f16-1024"], config_url=server.url + "/gone.yml")
-    monkeypatch.setitem(vqgan.PUBLISHED, "f16-1024", published)
-    with pytest.raises(UserError, match="HTTP status 404") as raised:
-        vqgan.default_vqgan(tmp_path)
-    assert str(raised.value).count("by hand") == 1 and published.weights_url in str(raised.value)
-
-
 def test_a_wrong_checksum_leaves_no_file(server, tmp_path):
-    with pytest.raises(UserError, match=f"its sha256 is {SHA256}, not 00"):
-        fetch(server, tmp_path / "x", sha256="00" * 32)
-    with pytest.raises(UserError, match="its md5 is"):
-        fetch(server, tmp_path / "x", sha256=SHA256, md5="00" * 16)
+    refused(f"its sha256 is {SHA256}, not 00", fetch, server, tmp_path / "x", sha256="00" * 32)
+    refused("its md5 is", fetch, server, tmp_path / "x", sha256=SHA256, md5="00" * 16)
     assert not [name for name in names(tmp_path) if not name.endswith(".lock")]
     (tmp_path / "x").write_bytes(b"an old file")
-    fetch(server, tmp_path / "x", sha256=SHA256)
+    fetch(server, tmp_path / "x", sha256=SHA256, size_limit=len(CONTENT))
     assert (tmp_path / "x").read_bytes() == CONTENT
 
 
@@ -220,8 +207,7 @@ REFUSED = [
     ({"send_length": False}, LONG, "x", "it has more than the 307199 bytes expected"),
     ({"content_type": "text/html; charset=utf-8"}, {}, "x.ckpt", "a web page instead of the file"),
     ({"redirect": "http://example.org/file.bin"}, {}, "x", "http://example.org/file.bin is not an https address"),
-    ({}, {}, "file/x", "cannot save"),
-    ({"free": 1000}, {}, "x", "needs 0.0 GB of space.*free"),
+    ({}, {}, "file/x", "cannot save"), ({"free": 1000}, {}, "x", "needs 0.0 GB of space.*free"),
 ]
 
 
@@ -231,34 +217,21 @@ def test_what_is_refused(server, tmp_path, monkeypatch, behaviour, options, name
     if "free" in behaviour:
         monkeypatch.setattr(downloads.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     vars(server).update(behaviour)
-    with pytest.raises(UserError, match=message):
-        fetch(server, tmp_path / name, **options)
+    refused(message, fetch, server, tmp_path / name, **options)
     assert not (tmp_path / name).exists()
 
 
-def test_a_file_as_large_as_the_limit_is_taken(server, tmp_path):
-    assert fetch(server, tmp_path / "x", size_limit=len(CONTENT)).read_bytes() == CONTENT
-
-
-@pytest.mark.parametrize(
-    "url", ["http://example.org/x", "ftp://example.org/x", "file:///etc/passwd", "x", "http://[bad/x"]
-)
-def test_only_https_without_a_checksum(tmp_path, url):
-    with pytest.raises(UserError, match="not an https address"):
-        download(url, tmp_path / "x", progress=False)
-    if not url.startswith("http://e"):
-        with pytest.raises(UserError, match="not an https address"):
-            download(url, tmp_path / "x", sha256=SHA256, progress=False)
+def test_only_https_without_a_checksum(tmp_path):
+    for url in ("http://example.org/x", "ftp://example.org/x", "file:///etc/passwd", "x", "http://[bad/x"):
+        for more in ({}, {"sha256": SHA256}) if not url.startswith("http://e") else ({},):
+            refused("not an https address", download, url, tmp_path / "x", progress=False, **more)
 
 
 def test_redirects_are_followed(server, tmp_path):
-    other = Server()
-    threading.Thread(target=other.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    server.redirect = other.url + "/file.bin"
-    other.cut_after = [1000]
-    fetch(server, tmp_path / "x")
-    other.shutdown()
-    other.server_close()
+    with serving() as other:
+        server.redirect = other.url + "/file.bin"
+        other.cut_after = [1000]
+        fetch(server, tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == CONTENT and other.requests[1] == ("/file.bin", "bytes=1000-")
 
 
@@ -267,9 +240,6 @@ def test_two_downloads_of_one_file_become_one(server, tmp_path):
         tasks = [executor.submit(fetch, server, tmp_path / "x") for _ in range(4)]
     assert [task.result() for task in tasks] == [tmp_path / "x"] * 4
     assert len(server.requests) == 1 and names(tmp_path) == ["x"]
-
-
-# Archives ------------------------------------------------------------------------------------------------------------
 
 
 def zip_of(files):
@@ -330,24 +300,17 @@ def test_little_space_and_an_interruption(server, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["../evil.txt", "/evil.txt", "a/../../evil.txt", "..\\evil.txt", "C:evil.txt"])
 def test_unsafe_names_are_refused(tmp_path, name):
     (tmp_path / "a.zip").write_bytes(zip_of({"good.txt": b"", name: b""}))
-    with pytest.raises(UserError, match="unsafe name"):
-        archives.unpack(tmp_path / "a.zip", tmp_path / "in" / "out", progress=False)
+    refused("unsafe name", archives.unpack, tmp_path / "a.zip", tmp_path / "in" / "out", progress=False)
     assert names(tmp_path) == ["a.zip"]
 
 
 def test_damaged_archives(tmp_path):
     (tmp_path / "a.zip").write_bytes(zip_of(FILES).replace(bytes([7]) * 5000, bytes([8]) * 5000))
-    with pytest.raises(UserError, match="damaged.*CRC"):
-        archives.unpack(tmp_path / "a.zip", tmp_path / "out", progress=False)
+    refused("damaged.*CRC", archives.unpack, tmp_path / "a.zip", tmp_path / "out", progress=False)
     assert "photos/000000000007.jpg" not in unpacked(tmp_path / "out") and (tmp_path / "a.zip").exists()
     (tmp_path / "a.zip").write_bytes(b"PK but no archive")
-    with pytest.raises(UserError, match="damaged"):
-        archives.unpack(tmp_path / "a.zip", tmp_path / "out", progress=False)
-    with pytest.raises(UserError, match="cannot unpack"):
-        archives.unpack(tmp_path / "none.zip", tmp_path / "out", progress=False)
-
-
-# COCO ----------------------------------------------------------------------------------------------------------------
+    refused("damaged", archives.unpack, tmp_path / "a.zip", tmp_path / "out", progress=False)
+    refused("cannot unpack", archives.unpack, tmp_path / "none.zip", tmp_path / "out", progress=False)
 
 
 COCO = {
@@ -365,22 +328,15 @@ def coco(server, tmp_path):
     """Run the script against the server, with small archives in the place of COCO's."""
     lines = []
     for path, (files, (folder, pattern, number)) in COCO.items():
-        content = zip_of(files)
-        server.files["/" + path] = content
+        content = server.files["/" + path] = zip_of(files)
         digest = hashlib.sha256(content).hexdigest()
         lines.append("|".join([folder, path, str(len(content)), digest, pattern, str(number), "0"]))
     (tmp_path / "archives").write_text("\n".join(lines) + "\n")
+    own = dict(os.environ, COCO_URL=server.url, COCO_ARCHIVES=str(tmp_path / "archives"), PYTHON=sys.executable)
+    command = ["bash", str(ROOT / "utils" / "download_coco_dataset.sh")]
 
-    def run(*flags, **environment):
-        settings = dict(
-            os.environ, COCO_URL=server.url, COCO_ARCHIVES=str(tmp_path / "archives"), PYTHON=sys.executable
-        )
-        settings.update(environment)
-        script = str(ROOT / "utils" / "download_coco_dataset.sh")
-        return subprocess.run(
-            ["bash", script, *list(flags)], cwd=str(tmp_path), env=settings, timeout=120,
-            capture_output=True, text=True,
-        )  # fmt: skip
+    def run(*flags):
+        return subprocess.run([*command, *flags], cwd=tmp_path, env=own, timeout=120, capture_output=True, text=True)
 
     return run
 

@@ -1,9 +1,9 @@
 """What flags, headers, counts and permissions tell is told in one line, before an image is read or a byte fetched."""
 from __future__ import annotations
 
+import functools
 import json
 import os
-import subprocess
 import sys
 import types
 import urllib.request
@@ -11,18 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT, in_threads, refused, run_script
+from helpers import run as train_pairs
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_train import flags, folder  # noqa: F401
-from test_train import run as train_pairs
 
 import training.vqgan
 from training import resume
 from training.vqgan_options import COMMAND
 from utils import errors
-from utils.errors import UsageError, UserError, run_main
-
-ROOT = Path(__file__).resolve().parents[1]
+from utils.errors import UsageError, run_main
+from utils.options import VERSION
 
 
 @pytest.fixture
@@ -42,6 +41,7 @@ def untouched(monkeypatch, tmp_path):
 
 
 PUBLISHED = "--vqgan-model-path none --vqgan-config-path none"  # which would be downloaded
+FITTING = f"{PUBLISHED} --image-size 16"
 MINDALLE = "--architecture mindalle --num-attention-heads 2 --attn-types full"
 # (flags, beside those of test_train.flags; what the error says)
 TRAIN = [
@@ -53,30 +53,29 @@ TRAIN = [
     ("--pretrained-checkpoint minDALL-E/1.3B --input-folder missing", "--input-folder missing: no such folder"),
     ("--pretrained-checkpoint minDALL-E/1.3B --batch-size 1000", "; lower --batch-size or"),
     ("--pretrained-checkpoint minDALL-E/1.3B --wandb", "--wandb needs a package"),
-    (f"{PUBLISHED} --image-size 16 --text-seq-len 1 --truncate-captions false", "--text-seq-len"),
+    (f"{FITTING} --text-seq-len 1 --truncate-captions false", "--text-seq-len"),
     ("--bpe-path missing.txt", "missing.txt"),
-    (f"{PUBLISHED} --image-size 16 --input-folder full", "--input-folder full: no pair of image and captions"),
-    ("--device cuda", "--device cuda: PyTorch .* sees no CUDA GPU here"),
-    ("--vqgan-config-path file", "file"),
+    (f"{FITTING} --input-folder full", "--input-folder full: no pair of image and captions"),
+    ("--device cuda", "--device cuda: PyTorch .* sees no CUDA GPU here"), ("--vqgan-config-path file", "file"),
     ("--pretrained-checkpoint file", "file is no checkpoint"),
     ("--pretrained-checkpoint demo.safetensors", "demo.safetensors has num_text_tokens = .*, but --bpe-path makes"),
-    (f"{PUBLISHED} --image-size 16 --gradient-accumulation 1000", "fill one .*; lower --gradient-accumulation or"),
-    (f"{PUBLISHED} --image-size 16 --batch-size 1000 --gradient-accumulation 1", "; lower --batch-size or give more"),
-    (f"{PUBLISHED} --image-size 16 --batch-size 1000", "; lower --batch-size or"),
-    (f"{PUBLISHED} --image-size 16 --replication-factor 1000", "; lower --replication-factor or"),
+    (f"{FITTING} --gradient-accumulation 1000", "fill one .*; lower --gradient-accumulation or"),
+    (f"{FITTING} --batch-size 1000 --gradient-accumulation 1", "; lower --batch-size or give more"),
+    (f"{FITTING} --batch-size 1000", "; lower --batch-size or"),
+    (f"{FITTING} --replication-factor 1000", "; lower --replication-factor or"),
     ("--batch-size 99 --gradient-accumulation 99", "; lower --gradient-accumulation and --batch-size or"),
-    (f"{PUBLISHED} --image-size 16 --wandb", "--wandb needs a package .*pip install wandb"),
-    (f"{PUBLISHED} --image-size 16 --tensorboard", "--tensorboard needs a package"),
     ("--hidden-size 999999999", "with --hidden-size 999999999 and .* has .* channels; at most 1048576 are supported"),
     ("--image-size 80000", r"a code grid \(--image-size\) of 20000 the model has .* positions; at most 32768"),
     ("--num-hidden-layers 2000", "with --num-hidden-layers 2000 the model has 2000 layers; at most 1024"),
     ("--pretrained-checkpoint missing", "--pretrained-checkpoint missing: no such file or folder"),
     ("--log-dir file", "--log-dir file: is a file, not a folder"),
+    (f"{FITTING} --wandb", "--wandb needs a package .*pip install wandb"),
+    (f"{FITTING} --tensorboard", "--tensorboard needs a package"),
     ("--checkpoint-output-dir file", "--checkpoint-output-dir file: file is a file, not a folder"),
     ("--checkpoint-output-dir file/ckpt", "--checkpoint-output-dir file/ckpt: "),
     ("--checkpoint-output-dir closed", "--checkpoint-output-dir closed: no permission"),
     (f"--export-mindalle full {MINDALLE}", "--export-mindalle full: .*not empty"),
-    (f"{PUBLISHED} --image-size 16 --export-mindalle new {MINDALLE}", "a character BPE vocabulary"),
+    (f"{FITTING} --export-mindalle new {MINDALLE}", "a character BPE vocabulary"),
 ]
 
 
@@ -98,25 +97,23 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("words, message", TRAIN, ids=[words for words, _ in TRAIN])
-def test_training(words, message, folder, place, untouched):  # noqa: F811
-    with pytest.raises(UserError, match=message):
-        train_pairs(folder, place, *words.split(), "--cache-codes", "codes")
+def test_training(words, message, folder, place, untouched):
+    refused(message, train_pairs, folder, place, *words.split(), "--cache-codes", "codes")
     assert not untouched and not Path("codes").exists() and not Path("metrics.jsonl").exists()
 
 
-def test_wandb_without_a_key(folder, place, untouched, monkeypatch):  # noqa: F811
+def test_wandb_without_a_key(folder, place, untouched, monkeypatch):
     def init(**_):
         raise RuntimeError("api_key not configured (no-tty).")
 
-    wandb = types.SimpleNamespace(init=init, Settings=lambda **_: None)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Settings=lambda **_: None))
     Path("metrics.jsonl").write_text("an earlier run's\n")
-    with pytest.raises(UserError, match="--wandb: api_key not .*WANDB_MODE=offline"):
-        train_pairs(folder, place, "--wandb", "--cache-codes", "codes")
+    complaint = "--wandb: api_key not .*WANDB_MODE=offline"
+    refused(complaint, train_pairs, folder, place, "--wandb", "--cache-codes", "codes")
     assert not untouched and not Path("codes").exists() and Path("metrics.jsonl").read_text() == "an earlier run's\n"
 
 
-def test_a_resumed_run(folder, place, monkeypatch, request):  # noqa: F811
+def test_a_resumed_run(folder, place, monkeypatch, request):
     """Other options and another VQGAN; and what was read is let go of once it is in the engine."""
     train_pairs(folder, place, "--max-steps", "1", "--cache-codes", "codes")
     changed = folder / "vqgan2.safetensors"
@@ -127,8 +124,7 @@ def test_a_resumed_run(folder, place, monkeypatch, request):  # noqa: F811
         ("--random-seed 7", "written with --random-seed 42, not 7"),
         (f"--vqgan-model-path {changed}", "trained with another file"),
     ):
-        with pytest.raises(UserError, match=message):
-            train_pairs(folder, place, "--resume", "--cache-codes", "other", *words.split())
+        refused(message, train_pairs, folder, place, "--resume", "--cache-codes", "other", *words.split())
     assert not untouched and not Path("other").exists()
     monkeypatch.undo()
     resumed, restore = [], resume.restore
@@ -140,10 +136,8 @@ def test_a_resumed_run(folder, place, monkeypatch, request):  # noqa: F811
 VQGAN = [
     ("--output file", "--output file: file is a file, not a folder"),
     ("--output closed", "--output closed: no permission to write there"),
-    ("--input-folder missing", "--input-folder missing: no such folder"),
-    ("--config file.yaml", "file.yaml"),
-    ("--vqgan_model_path file --vqgan_config_path file", "file"),
-    ("--perceptual-weights file", "file"),
+    ("--input-folder missing", "--input-folder missing: no such folder"), ("--config file.yaml", "file.yaml"),
+    ("--vqgan_model_path file --vqgan_config_path file", "file"), ("--perceptual-weights file", "file"),
     ("--resume --output full", "full/training.pt is no"),
 ]
 
@@ -151,19 +145,13 @@ VQGAN = [
 @pytest.mark.parametrize("words, message", VQGAN, ids=[words for words, _ in VQGAN])
 def test_training_of_a_vqgan(words, message, place, untouched):
     torch.save({"other": 1}, "full/training.pt")
-    base = ["--input-folder", "demo", "--output", "out", "--steps", "1", "--device", "cpu"]
-    with pytest.raises(UserError, match=message):
-        training.vqgan.train(COMMAND.parse([*base, *words.split()]))
+    base = "--input-folder demo --output out --steps 1 --device cpu".split()
+    refused(message, lambda: training.vqgan.train(COMMAND.parse([*base, *words.split()])))
     assert not untouched
 
 
-# How a program ends ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("rank", [0, 1])
-def test_of_processes_under_torchrun_one_speaks_and_leaves_its_line_for_the_report(
-    rank, tmp_path, monkeypatch, capsys
-):
+def test_of_processes_under_torchrun_one_speaks_and_leaves_its_line(rank, tmp_path, monkeypatch, capsys):
     def fail():
         raise UsageError("--batch-size:\nbad")
 
@@ -171,61 +159,52 @@ def test_of_processes_under_torchrun_one_speaks_and_leaves_its_line_for_the_repo
     monkeypatch.setattr(errors.time, "sleep", slept.append)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     monkeypatch.setenv("LOCAL_RANK", str(rank))
-    with pytest.raises(SystemExit) as ended:
-        run_main(fail)
-    assert ended.value.code == 2 and capsys.readouterr().err == "error: --batch-size: bad\n"
+    assert refused("", run_main, fail, kind=SystemExit) == "2"
+    assert capsys.readouterr().err == "error: --batch-size: bad\n"
     assert bool(slept) == (rank == 1)  # in which torchrun ends it, unless it alone has failed
     message = json.loads((tmp_path / "error.json").read_text())["message"]
     assert message["message"] == message["extraInfo"]["py_callstack"] == "error: --batch-size: bad"
 
 
 ENDS = {
-    "raise UserError('no')": (1, ["error: no"]),
-    "raise UsageError('no')": (2, ["error: no"]),
-    "os.kill(os.getpid(), 9)": (1, ["error: process 0 was killed by SIGKILL"]),
-    "return 0": (0, []),
+    "raise UserError('no')": (1, ["error: no"]), "raise UsageError('no')": (2, ["error: no"]),
+    "os.kill(os.getpid(), 9)": (1, ["error: process 0 was killed by SIGKILL"]), "return 0": (0, []),
 }
 
 
-@pytest.mark.parametrize("body", ENDS)
-def test_our_torchrun_adds_nothing(body, tmp_path, capfd, monkeypatch):
+def test_our_torchrun_adds_nothing(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(
-        "import os\nfrom utils.errors import UsageError, UserError, run_main\n"
-        f"def main():\n    {body}\nrun_main(main)\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    done = subprocess.run(
-        [sys.executable, "-m", "utils.launch", "--nproc-per-node", "2", str(script)],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    status, lines = ENDS[body]
-    assert (done.returncode, done.stderr.splitlines(), done.stdout) == (status, lines, "")
+    bodies = "".join(f"    if sys.argv[1] == {body!r}: {body}\n" for body in ENDS)
+    imports = "import os, sys\nfrom utils.errors import UsageError, UserError, run_main\n"
+    script.write_text(f"{imports}def main():\n{bodies}run_main(main)\n")
+    launch = ("-m", "utils.launch", "--nproc-per-node", "2", script)
+    runs = [functools.partial(run_script, *launch, body, PYTHONPATH=str(ROOT)) for body in ENDS]
+    for done, (status, lines) in zip(in_threads(*runs), ENDS.values()):
+        assert (done.returncode, done.stderr.splitlines(), done.stdout) == (status, lines, "")
 
 
-def test_the_library_leaves_the_hook_for_errors_alone():
-    code = "import sys; before = sys.excepthook; import dalle.models; sys.exit(sys.excepthook is not before)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+def test_a_process_that_imports_the_library_or_runs_a_program():
+    """The hook for errors is left alone, and more loader processes than cores are nothing to warn of."""
+    code = "import runpy, sys; before = sys.excepthook; import dalle.models; assert sys.excepthook is before\n"
+    code += f"from utils.loading import make_loader; make_loader(range(3), workers={2 + (os.cpu_count() or 1)})\n"
+    code += "sys.argv = ['train.py', '--version']; runpy.run_path('train.py', run_name='__main__')"
+    done = run_script("-c", code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"mini-dalle {VERSION}\n", "")
 
 
-@pytest.mark.parametrize("program", ["train", "generate", "evaluate", "train_vqgan"])
-def test_a_python_without_the_packages_says_how_to_get_them(program):
-    done = subprocess.run([sys.executable, "-S", f"{program}.py"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith(f"error: {sys.executable} has no package '") and "run_train.sh" in done.stderr
+def test_a_python_without_the_packages_says_how_to_get_them():
+    for program in ("train", "generate", "evaluate", "train_vqgan"):
+        done = run_script("-S", f"{program}.py")
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+        assert done.stderr.startswith(f"error: {sys.executable} has no package '") and "run_train.sh" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "body, last, status",
-    [
-        ("raise KeyboardInterrupt", "interrupted", -2),
-        ("import utils.no_such", "ModuleNotFoundError: No module named 'utils.no_such'", 1),  # ours: a defect
-        ("utils.start.done(); import no_such", "ModuleNotFoundError: No module named 'no_such'", 1),
-    ],
-)
+@pytest.mark.parametrize("body, last, status", [
+    ("raise KeyboardInterrupt", "interrupted", -2),
+    ("import utils.no_such", "ModuleNotFoundError: No module named 'utils.no_such'", 1),  # ours: a defect
+    ("utils.start.done(); import no_such", "ModuleNotFoundError: No module named 'no_such'", 1),
+])
 def test_what_stops_imports(body, last, status):
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", f"import utils.start\n{body}"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = run_script("-S", "-c", f"import utils.start\n{body}")
     lines = done.stderr.splitlines()
     assert done.returncode == status and lines[-1] == last and (len(lines) == 1) == (last == "interrupted")

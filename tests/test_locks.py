@@ -7,8 +7,7 @@ import signal
 import types
 
 import pytest
-from test_crash import arguments, assert_as_undisturbed, finish, start, undisturbed, wait_for  # noqa: F401 (fixtures)
-from test_train import folder  # noqa: F401
+from test_crash import arguments, assert_as_undisturbed, finish, start, wait_for
 
 import train_vqgan
 from dalle.outputs import PromptFolder
@@ -17,7 +16,7 @@ from utils.errors import UserError
 from utils.locks import only_writer, try_lock
 
 
-def test_a_second_training_into_the_same_folder_is_refused(server, folder, tmp_path, undisturbed):  # noqa: F811
+def test_a_second_training_into_the_same_folder_is_refused(server, folder, tmp_path, undisturbed):
     (first,) = start(server, folder, tmp_path)
     wait_for(tmp_path, "step 2/")
     os.kill(first, signal.SIGSTOP)
@@ -38,7 +37,7 @@ def test_a_second_training_into_the_same_folder_is_refused(server, folder, tmp_p
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_workers_hold_no_lock_and_leave_signals_to_the_main_process(server, folder, tmp_path, undisturbed, number):  # noqa: F811
+def test_workers_hold_no_lock_and_leave_signals_to_the_main_process(server, folder, tmp_path, undisturbed, number):
     workers = ("--dataloader-workers", "1", "--checkpoint-save-steps", "1")
     (pid,) = start(server, folder, tmp_path, *workers)
     wait_for(tmp_path, "step 2/")

@@ -7,12 +7,14 @@ import logging
 import re
 import sys
 import types
+from unittest import mock
 
 import pytest
+import torch
+from helpers import full_disk, read_metrics, refused
 from PIL import Image
 
 import log
-from utils.errors import UserError
 
 
 class Terminal(io.StringIO):
@@ -22,39 +24,28 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture(autouse=True)
-def logging_as_before():
-    root = logging.getLogger()
-    before, level = list(root.handlers), root.level
-    yield
-    for handler in [handler for handler in root.handlers if handler not in before]:
-        root.removeHandler(handler)
-        handler.close()
-    root.setLevel(level)
-
-
 def events(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_metrics(path.parent)
+
+
+BLUE, RED = (31, 119, 180), (214, 39, 40)
 
 
 def colours(png):
     return {colour for _, colour in Image.open(png).convert("RGB").getcolors(1 << 20)}
 
 
-def full_disk(*_args, **_kwargs):
-    raise OSError(28, "No space left on device")
-
-
-# Lines and log file
-
-
 def test_lines_match_what_benchmarks_look_for():
-    line = log.step_line(12, 100, 3, 2.3651, 1.5, 2.5, 1e-3, 85.3)
-    assert re.findall(r"throughput: *(.*?) samples/sec", line) == ["85.3"]
-    assert re.findall(r"loss: *(\d*\.\d*)", line) == ["2.3651"]
+    line, loss = log.step_line(12, 100, 3, 2.3651, 1.5, 2.5, 1e-3, 85.3), r"loss: *(\d*\.\d*)"
+    assert re.findall(r"throughput: *(.*?) samples/sec", line) == ["85.3"] and re.findall(loss, line) == ["2.3651"]
     assert re.findall(r"throughput: *(.*?) samples/sec", log.throughput_line(1234.5)) == ["1234"]
     assert re.findall(r"throughput: *(.*?) images/sec", log.throughput_line(7.125, "images")) == ["7.12"]
     assert re.findall(r"Compiled model in *(.*?) secs", log.compiled_line(12.34)) == ["12.3"]
+    line = log.validation_line(12, 3, 2.5, 1.5, 2.75)
+    assert "2.5000" in line and not re.search(loss, line)  # it is not taken for the training loss
+    for seconds, text in ((0, "0s"), (45, "45s"), (59.7, "1m00s"), (200, "3m20s"), (3900, "1h05m"), (1e5, "1d03h")):
+        assert log.duration(seconds) == text
+    assert log.duration(float("inf")) == "?"
 
 
 @pytest.mark.parametrize("value, text", [(0.0, "0"), (0.012345, "0.0123"), (8.527, "8.53"), (85.27, "85.3"),
@@ -69,17 +60,6 @@ def test_rates_have_three_digits_everywhere(monkeypatch, value, text):
     assert bar.postfix().endswith(f"{text} tokens/s")
 
 
-def test_a_validation_line_is_not_taken_for_the_training_loss():
-    line = log.validation_line(12, 3, 2.5, 1.5, 2.75)
-    assert "2.5000" in line and not re.search(r"loss: *(\d*\.\d*)", line)
-
-
-@pytest.mark.parametrize("seconds, text", [(0, "0s"), (45, "45s"), (59.7, "1m00s"), (200, "3m20s"), (3900, "1h05m"),
-                                           (100000, "1d03h"), (float("inf"), "?")])
-def test_duration(seconds, text):
-    assert log.duration(seconds) == text
-
-
 def test_the_main_process_writes_console_and_file_the_others_only_errors(tmp_path, capsys):
     path = log.setup(tmp_path / "new")
     logging.getLogger("a").info("hello %d", 1)
@@ -92,8 +72,7 @@ def test_the_main_process_writes_console_and_file_the_others_only_errors(tmp_pat
     logging.getLogger("a").warning("quiet")
     logging.getLogger("a").error("loud")
     written = capsys.readouterr().err
-    assert "quiet" not in written and "ERROR: loud" in written
-    assert not (tmp_path / "other").exists()
+    assert "quiet" not in written and "ERROR: loud" in written and not (tmp_path / "other").exists()
     assert "loud" not in path.read_text(encoding="utf-8")  # set up again: the first file is closed
 
 
@@ -113,9 +92,6 @@ def test_a_log_file_that_cannot_be_made_or_written_is_only_a_warning(tmp_path, c
     assert "one" in written and "two" in written
 
 
-# Progress
-
-
 def test_without_a_terminal_progress_is_plain_log_lines(capsys):
     log.setup()
     with log.progress(4, "train", initial=1, unit="step", interval=0) as bar:
@@ -123,18 +99,13 @@ def test_without_a_terminal_progress_is_plain_log_lines(capsys):
             bar.update(1, samples=8, loss=2.5)
     lines = capsys.readouterr().err.splitlines()
     assert re.search(r"train 2/4 \(50%\) steps, loss 2\.5000, \d+(\.\d)? images/s, .+ left$", lines[0])
-    assert "train 4/4 (100%) steps, loss 2.5000" in lines[-1]
-    assert "\r" not in "".join(lines)
-
-
-def test_plain_lines_wait_for_their_interval_and_may_be_left_out(capsys):
-    log.setup()
-    with log.progress(None, "read", unit="image", interval=3600) as bar:
+    assert "train 4/4 (100%) steps, loss 2.5000" in lines[-1] and "\r" not in "".join(lines)
+    with log.progress(None, "read", unit="image", interval=3600) as bar:  # which wait for their interval,
         for _ in range(5):
             bar.update(10)
         assert capsys.readouterr().err == ""
     assert "read 50 images" in capsys.readouterr().err
-    for settings in (dict(plain=False), dict(is_main=False)):
+    for settings in (dict(plain=False), dict(is_main=False)):  # and may be disabled
         with log.progress(2, "read", interval=0, **settings) as bar:
             bar.update(2)
     assert capsys.readouterr().err == ""
@@ -184,11 +155,15 @@ def test_rates_leave_out_the_first_step_and_pauses(monkeypatch):
     assert bar.seconds_left == pytest.approx((26 + 2.5) / 9)
 
 
-# Metrics
+def write_losses(folder, *losses, **settings):
+    """Metrics of so many steps; returns their path."""
+    with log.Metrics(folder, **settings) as metrics:
+        for step, loss in enumerate(losses, 1):
+            metrics.log("train", step, loss=loss)
+    return metrics.path
 
 
 def test_metrics_are_one_flushed_json_line_each(tmp_path):
-    torch = pytest.importorskip("torch")
     metrics = log.Metrics(tmp_path)
     metrics.log("train", 1, epoch=0, loss=torch.tensor(2.5), image_loss=float("nan"), note="x")
     (event,) = events(metrics.path)  # readable before close
@@ -197,14 +172,10 @@ def test_metrics_are_one_flushed_json_line_each(tmp_path):
     metrics.close()
     log.Metrics(tmp_path / "other", is_main=False).log("train", 1, loss=1.0)
     assert not (tmp_path / "other").exists()
-
-
-def test_a_new_run_keeps_the_metrics_of_the_one_before(tmp_path):
-    for loss in (1.0, 2.0, 3.0):
-        with log.Metrics(tmp_path) as metrics:
-            metrics.log("train", 1, loss=loss)
+    for loss in (2.0, 3.0):  # a new run keeps the metrics of the one before
+        write_losses(tmp_path, loss)
     names = ["metrics.1.jsonl", "metrics.2.jsonl", "metrics.jsonl"]
-    assert [events(tmp_path / name)[0]["loss"] for name in names] == [1.0, 2.0, 3.0]
+    assert [json.loads((tmp_path / name).read_text())["loss"] for name in names] == [2.5, 2.0, 3.0]
 
 
 def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
@@ -224,97 +195,65 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
 
 def test_a_full_disk_stops_only_the_metrics(tmp_path, monkeypatch, caplog):
     metrics = log.Metrics(tmp_path).__enter__()
-    monkeypatch.setattr(metrics._writers["metrics.jsonl"], "_file",
-                        types.SimpleNamespace(write=full_disk, flush=full_disk, close=full_disk))
+    full = types.SimpleNamespace(write=full_disk, flush=full_disk, close=full_disk)
+    monkeypatch.setattr(metrics._writers["metrics.jsonl"], "_file", full)
     for step in range(3):
         metrics.log("train", step, loss=1.0)
     metrics.close()
     assert caplog.text.count("No space left on device") == 1
-
-
-def test_metrics_in_a_folder_that_cannot_be_made(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    with log.Metrics(tmp_path / "file") as metrics:
-        metrics.log("train", 1, loss=1.0)
+    write_losses(tmp_path / "file", 1.0)  # a folder that cannot be made
     assert "continuing without it" in caplog.text
 
 
 @pytest.mark.parametrize("name, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
 def test_a_missing_package_is_named_with_the_way_out(tmp_path, monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)  # what Python does with a module that cannot be imported
-    with pytest.raises(UserError, match=f"--{name} needs .* pip install {name}$"):
-        log.Metrics(tmp_path, **{name: True})
+    refused(f"--{name} needs .* pip install {name}$", log.Metrics, tmp_path, **{name: True})
 
 
 def test_tensorboard_event_files(tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
-    with log.Metrics(tmp_path, tensorboard=True) as metrics:
-        metrics.log("train", 1, loss=2.5)
+    write_losses(tmp_path, 2.5, tensorboard=True)
     (file,) = (tmp_path / "tensorboard").iterdir()
     assert b"train/loss" in file.read_bytes()
 
 
-class FakeWandb(types.ModuleType):
-    """Records how it is called; like the real one, `init` raises without an account."""
-
-    def __init__(self, account=True):
-        super().__init__("wandb")
-        self.account, self.inits, self.logged, self.finished = account, [], [], 0
-
-    def Settings(self, **settings):
-        return settings
-
-    def init(self, **settings):
-        if not self.account:
-            raise RuntimeError("No API key configured.")
-        self.inits.append(settings)
-        return self
-
-    def log(self, values, step):
-        if step == 3:
-            raise ConnectionError("gone")
-        self.logged.append((step, values))
-
-    def finish(self):
-        self.finished += 1
-
-
-def test_wandb_gets_numbers_and_a_resumed_run_its_id(tmp_path, monkeypatch):
-    wandb = FakeWandb()
+@pytest.fixture
+def wandb(monkeypatch):
+    """Stands in for the package; the run that it makes is `wandb.init.return_value`."""
+    wandb = mock.Mock(Settings=dict)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    for resume_step in (None, 1, None):
-        with log.Metrics(tmp_path, wandb=True, wandb_project_name="p", wandb_run_name="r", config={"a": 1},
-                         resume_step=resume_step) as metrics:
-            metrics.log("train", 1 if resume_step is None else 2, loss=2.5, note="x")
-    first, resumed, new = wandb.inits
+    return wandb
+
+
+def test_wandb_gets_numbers_and_a_resumed_run_its_id(tmp_path, wandb):
+    names, run = {"wandb_project_name": "p", "wandb_run_name": "r"}, wandb.init.return_value
+    for step, resume_step in ((1, None), (2, 1), (1, None)):
+        with log.Metrics(tmp_path, wandb=True, config={"a": 1}, resume_step=resume_step, **names) as metrics:
+            metrics.log("train", step, loss=2.5, note="x")
+    first, resumed, new = (call.kwargs for call in wandb.init.call_args_list)
     assert (first["project"], first["name"], first["config"], first["dir"]) == ("p", "r", {"a": 1}, str(tmp_path))
     assert resumed["id"] == first["id"] != new["id"]
     assert (first["resume"], resumed["resume"]) == (None, "allow")
-    assert wandb.logged[:2] == [(1, {"train/loss": 2.5}), (2, {"train/loss": 2.5})]
-    assert wandb.finished == 3
+    assert run.log.call_args_list[:2] == [mock.call({"train/loss": 2.5}, step=step) for step in (1, 2)]
+    assert run.finish.call_count == 3
 
 
-def test_wandb_that_fails_is_left_out_and_the_rest_goes_on(tmp_path, monkeypatch, caplog):
-    wandb = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    with log.Metrics(tmp_path, wandb=True) as metrics:
-        for step in (1, 2, 3, 4):
-            metrics.log("train", step, loss=1.0)
-    assert [step for step, _ in wandb.logged] == [1, 2]
+def test_wandb_that_fails_is_left_out_and_the_rest_goes_on(tmp_path, wandb, caplog):
+    wandb.init.return_value.log.side_effect = [None, None, ConnectionError("gone")]
+    assert len(events(write_losses(tmp_path, 1.0, 1.0, 1.0, 1.0, wandb=True))) == 4
+    assert [call.kwargs["step"] for call in wandb.init.return_value.log.call_args_list] == [1, 2, 3]
     assert caplog.text.count("ConnectionError: gone") == 1
-    assert len(events(metrics.path)) == 4
+    wandb.init.side_effect = RuntimeError("No API key configured.")  # as without an account
+    refused("--wandb: No API key configured.*WANDB_MODE=offline", log.Metrics, tmp_path, wandb=True)
 
 
-def test_wandb_without_an_account_names_the_offline_mode(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(account=False))
-    with pytest.raises(UserError, match="--wandb: No API key configured.*WANDB_MODE=offline"):
-        log.Metrics(tmp_path, wandb=True)
-
-
-# Curve
-
-
-def test_smoothing_is_centred():
+def test_nothing_is_drawn_without_a_training_loss_and_smoothing_is_centred(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "train", "step": 1, "loss": null}\nnonsense\n[1]\n{"event": "train", "loss": 1}\n')
+    assert log.plot_losses(path, tmp_path / "loss.png") is False and not (tmp_path / "loss.png").exists()
+    refused("absent.jsonl: No such file", log.plot_losses, tmp_path / "absent.jsonl", tmp_path / "loss.png")
     assert log.smoothed([1.0, 2.0, 6.0, 4.0], 1) == [1.5, 3.0, 4.0, 5.0]
     assert log.smoothed([1.0, 2.0], 0) == [1.0, 2.0]
     line = [float(value) for value in range(20)]
@@ -327,29 +266,10 @@ def test_loss_png_shows_training_and_validation(tmp_path):
             loss = float("nan") if step == 50 else 2 + 6 / step
             metrics.log("train", step, loss=loss, text_loss=1 + 6 / step, image_loss=2.2 + 6 / step)
     png = tmp_path / "pictures" / "loss.png"
-    assert log.plot_losses(metrics.path, png)
-    assert Image.open(png).size == (1080, 660)
-    blue, red = (31, 119, 180), (214, 39, 40)
-    assert blue in colours(png) and red not in colours(png)
-
+    assert log.plot_losses(metrics.path, png) and Image.open(png).size == (1080, 660)
+    assert BLUE in colours(png) and RED not in colours(png)
     with log.Metrics(tmp_path, resume_step=100) as metrics:
         metrics.log("validation", 50, loss=3.0)
         metrics.log("validation", 100, loss=2.5)
-    assert log.plot_losses(metrics.path, png)
-    assert red in colours(png)
-
-
-def test_nothing_is_drawn_without_a_training_loss(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"event": "train", "step": 1, "loss": null}\nnonsense\n[1]\n{"event": "train", "loss": 1}\n')
-    assert log.plot_losses(path, tmp_path / "loss.png") is False
-    assert not (tmp_path / "loss.png").exists()
-    with pytest.raises(UserError, match="absent.jsonl: No such file"):
-        log.plot_losses(tmp_path / "absent.jsonl", tmp_path / "loss.png")
-
-
-def test_one_single_step_can_be_drawn(tmp_path):
-    with log.Metrics(tmp_path) as metrics:
-        metrics.log("train", 1, loss=2.5)
-    assert log.plot_losses(metrics.path, tmp_path / "loss.png")
-    assert (31, 119, 180) in colours(tmp_path / "loss.png")
+    assert log.plot_losses(metrics.path, png) and RED in colours(png)
+    assert log.plot_losses(write_losses(tmp_path / "single", 2.5), png) and BLUE in colours(png)

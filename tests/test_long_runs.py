@@ -1,18 +1,19 @@
-"""Over 2,000 steps or images: memory, open files and processes do not grow."""
+"""Memory: neither it nor open files and processes grow over 2,000 steps or images; what is kept of freed memory."""
 from __future__ import annotations
 
-import json
 import os
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from test_train import flags, folder, run  # noqa: F401
+from helpers import flags, read_metrics, run, run_script
 
 import args
 from training.setup import build_parts
+from utils import memory
 from utils.loading import make_loader, read
 
 GROWTH = 4.0
@@ -48,7 +49,7 @@ def check(seen, total, what):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_does_not_grow(server, folder, tmp_path, workers):  # noqa: F811
+def test_training_does_not_grow(server, folder, tmp_path, workers):
     """8 epochs of 256 steps, each with a loader of its own, validation and checkpoints."""
     options = flags(folder, tmp_path, "--generated-data", "--validation-folder", str(folder / "pairs"))
     options += ["--dataloader-workers", str(workers), "--epochs", "8", "--checkpoint-save-steps", "100"]
@@ -59,7 +60,7 @@ def test_training_does_not_grow(server, folder, tmp_path, workers):  # noqa: F81
         return len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
 
     check(watch(server, pid, steps, 2048), 2048, f"training, {workers} workers")
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(tmp_path)
     assert lines[-2]["step"] == 2048 and lines[-1]["event"] == "validation"
 
 
@@ -79,7 +80,7 @@ class Watched(torch.utils.data.Dataset):
 
 
 @pytest.mark.slow
-def test_loading_does_not_grow(folder, tmp_path):  # noqa: F811
+def test_loading_does_not_grow(folder, tmp_path):
     """2,000 batches of one loader, in each of its two processes; `test_training_does_not_grow` watches the main one."""
     pairs = build_parts(args.parse(flags(folder, tmp_path))).train_set
     loader = make_loader(Watched(pairs, 8000), 2, batch_size=4, prefetch_factor=4)
@@ -96,7 +97,7 @@ def test_loading_does_not_grow(folder, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_generation_does_not_grow(server, folder, tmp_path):  # noqa: F811
+def test_generation_does_not_grow(server, folder, tmp_path):
     """2,000 images of 250 captions."""
     run(folder, tmp_path, "--max-steps", "1")
     (tmp_path / "prompts.txt").write_text("".join(f"picture {number}\n" for number in range(250)))
@@ -110,3 +111,41 @@ def test_generation_does_not_grow(server, folder, tmp_path):  # noqa: F811
 
     check(watch(server, pid, folders, 250), 250, "generation")
     assert len(list((tmp_path / "out").glob("*/7.jpg"))) == 250 and torch.load(checkpoint, weights_only=True)
+
+
+FAULTS = """
+import os, resource
+import torch
+from utils.memory import freed_memory_kept, keep_freed_memory
+for how in ("keep", "leave", "return"):
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        continue
+    kept = how == "keep" and keep_freed_memory()
+    if how == "return":
+        with freed_memory_kept():
+            pass
+    torch.ones(9 << 20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(60):
+        torch.ones(9 << 20)  # 38 MB
+    print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_what_is_freed_is_used_again_without_asking_the_system():
+    done = run_script("-c", FAULTS, OMP_NUM_THREADS="1")
+    (kept, keep), (_, leave), (_, returned) = (line.split() for line in done.stdout.splitlines())
+    if kept == "False":
+        pytest.skip("another C library")
+    assert int(keep) < min(int(leave), int(returned)) / 3
+
+
+def test_elsewhere_nothing_changes(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert memory.keep_freed_memory() is False
+    with memory.freed_memory_kept():
+        pass

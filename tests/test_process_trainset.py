@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, SHARED_DATA, run_script
+from helpers import ROOT, SHARED_DATA, refused, run_script
 
 from bpe.train import read_captions
 from data.process_trainset import clean_caption, main, process_captions
@@ -38,13 +38,9 @@ def skipped_in(folder):
 
 
 @pytest.mark.parametrize("caption, expected", [
-    ("A cat .", "A cat."),
-    (" A  cat\n\n sits \t. ", "A cat sits."),
-    ("one\r\ntwo\u2028three\u00a0four", "one two three four"),
-    ("A cat . A dog .", "A cat. A dog."),
-    ("\n \t", ""),
-    ("3 .5 apples", "3.5 apples"),
-    ("half \ud83d of a pair", "half ? of a pair"),
+    ("A cat .", "A cat."), (" A  cat\n\n sits \t. ", "A cat sits."),
+    ("one\r\ntwo\u2028three\u00a0four", "one two three four"), ("A cat . A dog .", "A cat. A dog."), ("\n \t", ""),
+    ("3 .5 apples", "3.5 apples"), ("half \ud83d of a pair", "half ? of a pair"),
 ])
 def test_clean_caption(caption, expected):
     assert clean_caption(caption) == expected
@@ -53,12 +49,8 @@ def test_clean_caption(caption, expected):
 def test_one_file_per_image_named_as_the_image(tmp_path):
     images = {9: "000000000009.jpg", 25: "train/odd name.jpg", 3: "c.jpg"}
     annotations = [
-        annotation(9, "First .", id=1),
-        annotation(25, "Tüte 漢", id=2),
-        annotation(9, " \n ", id=3),
-        annotation(9, "Second\nline", id=4),
-        annotation(9, "First .", id=5),
-        annotation(9, "Second\nline", id=4),
+        annotation(9, "First .", id=1), annotation(25, "Tüte 漢", id=2), annotation(9, " \n ", id=3),
+        annotation(9, "Second\nline", id=4), annotation(9, "First .", id=5), annotation(9, "Second\nline", id=4),
         annotation(77, "of an image that is not listed", id=6),
     ]
     out = tmp_path / "out"
@@ -72,25 +64,21 @@ def test_one_file_per_image_named_as_the_image(tmp_path):
     assert "4 captions of 2 images; 2 text files written, 0 unchanged" in text
     assert "1 empty captions" in text and "1 captions of unlisted images" in text
     assert [(line["path"], line["reason"]) for line in skipped_in(out)] == [
-        ("annotation 2", "entries with an empty caption"),
-        ("annotation 5", "annotations with a duplicate id"),
+        ("annotation 2", "entries with an empty caption"), ("annotation 5", "annotations with a duplicate id"),
         ("annotation 6", "annotations of unlisted images"),
     ]
 
 
-def test_without_a_list_of_images_names_come_from_ids(tmp_path):
+def test_names_come_from_ids_or_images_and_cannot_lead_out_of_the_folder(tmp_path):
     annotations = [annotation(9, "a"), annotation("named", "b"), annotation("../../up", "c")]
     process_captions(write_json(tmp_path / "c.json", annotations), tmp_path / "deep" / "out")
     assert names_in(tmp_path / "deep" / "out") == ["000000000009.txt", "named.txt", "up.txt"]
     assert names_in(tmp_path) == ["c.json", "deep"]
-
-
-def test_names_cannot_lead_out_of_the_folder(tmp_path):
     images = {1: "../../../evil.jpg", 2: "..\\evil2.jpg", 3: ".."}
     source = write_json(tmp_path / "c.json", [annotation(number, "x") for number in images], images)
     process_captions(source, tmp_path / "a" / "b")
     assert names_in(tmp_path / "a" / "b") == ["000000000003.txt", "evil.txt", "evil2.txt"]
-    assert len(list(tmp_path.rglob("*.txt"))) == 3
+    assert len(list(tmp_path.rglob("*.txt"))) == 3 + 3
 
 
 def test_a_second_run_writes_only_what_changed(tmp_path):
@@ -108,20 +96,15 @@ def test_a_second_run_writes_only_what_changed(tmp_path):
     assert not [name for name in names_in(out) if name.startswith(".")]
 
 
+TWO = '{"annotations": [{"image_id": 1, "caption": "a"}, {"image_id": 2, "caption": "b"}], "images": %s}'
 WRONG = {
-    "": "truncated",
-    '{"annotations": [{"image_id": 1, "caption": "a': "truncated",
-    '{"annotations": [{"image_id": 1,': "truncated",
-    "<html>not found</html>": "not a JSON file",
-    "[1, 2]": "no list 'annotations'",
-    '{"images": []}': "no list 'annotations'",
-    '{"annotations": {"image_id": 1}}': "no list 'annotations'",
-    '{"annotations": []}': "no captions found",
-    '{"annotations": [{"image_id": 1, "caption": "a"}], "images": 3}': "'images' must be a list",
-    '{"annotations": [{"image_id": 1, "caption": "a"}, {"image_id": 2, "caption": "b"}], "images": '
-    '[{"id": 1, "file_name": "a/1.jpg"}, {"id": 2, "file_name": "a/1.png"}]}': "same name 'a/1'",
-    "[" * 100000: "nested too deeply",
+    "": "truncated", '{"annotations": [{"image_id": 1, "caption": "a': "truncated",
+    '{"annotations": [{"image_id": 1,': "truncated", "<html>not found</html>": "not a JSON file",
+    "[1, 2]": "no list 'annotations'", '{"images": []}': "no list 'annotations'", "[" * 100000: "nested too deeply",
+    '{"annotations": {"image_id": 1}}': "no list 'annotations'", '{"annotations": []}': "no captions found",
+    '{"annotations": [{"image_id": 1, "caption": ""}]}': "no captions found", TWO % "3": "'images' must be a list",
     'image,caption\n1.jpg,"A cat\n2.jpg,A dog\n': "row 2 opens a quote",
+    TWO % '[{"id": 1, "file_name": "a/1.jpg"}, {"id": 2, "file_name": "a/1.png"}]': "same name 'a/1'",
 }
 
 
@@ -129,18 +112,14 @@ WRONG = {
 def test_wrong_files_end_in_one_line_that_names_the_file(tmp_path, content):
     source = tmp_path / "captions.json"
     source.write_text(content)
-    with pytest.raises(UserError) as raised:
-        process_captions(source, tmp_path / "out")
-    message = str(raised.value)
+    message = refused("", process_captions, source, tmp_path / "out", max_bad_fraction=1)
     assert WRONG[content] in message and f"--captions {source}" in message and "\n" not in message
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() or names_in(tmp_path / "out") == ["skipped.jsonl"]
 
 
 BAD_ENTRIES = {
-    '{"image_id": 1, "caption": " "}': "an empty caption",
-    "7": "has no 'image_id'",
-    '{"caption": "b"}': "names no image",
-    '{"image_id": 1.5, "caption": "a"}': "neither an integer nor text: 1.5",
+    '{"image_id": 1, "caption": " "}': "an empty caption", "7": "has no 'image_id'",
+    '{"caption": "b"}': "names no image", '{"image_id": 1.5, "caption": "a"}': "neither an integer nor text: 1.5",
     '{"image_id": true, "caption": "a"}': "neither an integer nor text: True",
     '{"image_id": -1, "caption": "a"}': "neither an integer nor text: -1",
     '{"image_id": %s, "caption": "a"}' % ("9" * 10000): "neither an integer nor text: 1e+18",
@@ -164,16 +143,13 @@ def test_bad_entries_are_left_out_listed_and_limited(tmp_path, entry):
     (line,) = skipped_in(out)
     assert BAD_ENTRIES[entry] in line["reason"] + line["detail"]
     (out / "000000000001.txt").unlink()
-    with pytest.raises(UserError) as raised:
-        process_captions(source, out, max_bad_fraction=0.04)
-    message = str(raised.value)
-    assert "--max-bad-fraction 0.04" in message and str(out / "skipped.jsonl") in message and "\n" not in message
+    message = refused("--max-bad-fraction 0.04", process_captions, source, out, max_bad_fraction=0.04)
+    assert str(out / "skipped.jsonl") in message and "\n" not in message
     assert names_in(out) == ["skipped.jsonl"]
 
 
 @pytest.mark.parametrize("image, detail", [
-    ('{"id": 2}', "lacks a valid"),
-    ('{"id": 1, "file_name": "other.jpg"}', "is of the file '1', too"),
+    ('{"id": 2}', "lacks a valid"), ('{"id": 1, "file_name": "other.jpg"}', "is of the file '1', too"),
     ('{"id": "x", "file_name": ".."}', "gives no file name"),
 ])
 def test_bad_images_are_left_out_and_listed(tmp_path, image, detail):
@@ -181,12 +157,6 @@ def test_bad_images_are_left_out_and_listed(tmp_path, image, detail):
     (tmp_path / "c.json").write_text(f'{{"images": {images}, "annotations": [{{"image_id": 1, "caption": "a"}}]}}')
     assert process_captions(tmp_path / "c.json", tmp_path / "out", max_bad_fraction=0.5).wrong == 1
     assert detail in skipped_in(tmp_path / "out")[0]["detail"]
-
-
-def test_nothing_but_bad_entries_is_an_error(tmp_path):
-    source = write_json(tmp_path / "c.json", [annotation(1, "")])
-    with pytest.raises(UserError, match="no captions found"):
-        process_captions(source, tmp_path / "out", max_bad_fraction=1)
 
 
 SENTENCES = [{"raw": "A cat .", "tokens": ["a", "cat"]}, {"raw": "A dog"}]
@@ -207,8 +177,7 @@ LISTS = {
     "Flickr30k": "image_name| comment_number| comment\n1.jpg| 0| A cat .\n1.jpg| 1| A dog\n",
     "Flickr30k of Hugging Face": 'raw,filename,split\n"[""A cat ."", ""A dog""]",1.jpg,train\n',
     "CSV with an index": ",filepath,title,caption\n0,a/1.jpg,x,A cat .\n1,a/1.jpg,y,A dog\n",
-    "CSV without a header": "1.jpg,A cat .\n1.jpg,A dog\n",
-    "TSV": 'path\ttext\n\n1.jpg\t"A cat ."\n1.jpg\tA dog\n',
+    "CSV without a header": "1.jpg,A cat .\n1.jpg,A dog\n", "TSV": 'path\ttext\n\n1.jpg\t"A cat ."\n1.jpg\tA dog\n',
     "semicolons": "\ufeffimage;caption\n1.jpg;A cat .\n1.jpg;A dog\n",
 }
 NAMED = {
@@ -255,10 +224,8 @@ COMMENTS = "image_name| comment_number| comment\n" + "1.jpg| 0| a\n" * 99
 
 
 @pytest.mark.parametrize("content, detail", [
-    (COMMENTS + "1.jpg| 4   A dog\n", "has 2 columns, not 3"),
-    (TABLE + ",b\n", "names no image"),
-    (TABLE + "1.jpg,\n", ""),
-    (LINE + '{"image": "1.jpg", "te\n', "is not a JSON object"),
+    (COMMENTS + "1.jpg| 4   A dog\n", "has 2 columns, not 3"), (TABLE + ",b\n", "names no image"),
+    (TABLE + "1.jpg,\n", ""), (LINE + '{"image": "1.jpg", "te\n', "is not a JSON object"),
     (LINE + '{"image": "1.jpg", "text": 3}\n', "'text' that is not text: 3"),
     (LINE + '{"image": {}, "text": "a"}\n', "neither an integer nor text"),
 ])
@@ -270,8 +237,7 @@ def test_bad_rows_are_left_out_and_listed(tmp_path, content, detail):
     assert detail in line["detail"] and bool(line["detail"]) == bool(detail)
     assert line["path"].endswith(("99", "100", "101"))
     assert len([caption for caption in read_captions([str(source)]) if caption]) in (99, 100)
-    with pytest.raises(UserError, match="--max-bad-fraction 0.001"):
-        process_captions(source, out, max_bad_fraction=0.001)
+    refused("--max-bad-fraction 0.001", process_captions, source, out, max_bad_fraction=0.001)
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -281,43 +247,30 @@ def test_bad_rows_are_left_out_and_listed(tmp_path, content, detail):
 ])
 def test_lists_that_cannot_be_told_show_their_names(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=message):
-        process_captions(tmp_path / name, tmp_path / "out")
-    with pytest.raises(UserError, match=message):
-        list(read_captions([str(tmp_path / name)]))
+    refused(message, process_captions, tmp_path / name, tmp_path / "out")
+    refused(message, list, read_captions([str(tmp_path / name)]))
     with pytest.raises(UserError, match="--caption-column"):
         process_captions(tmp_path / name, tmp_path / "out", image_column="who", caption_column="other")
 
 
-@pytest.mark.parametrize("content", ["a sign with letters, text\nimage\n", "[A sign] x\n{y\n", "1, 2\n3\n", '"a", b\n'])
-def test_text_is_no_list(tmp_path, content):
-    (tmp_path / "lines.txt").write_text(content)
-    assert list(read_captions([str(tmp_path / "lines.txt")])) == content.split("\n")
+def test_text_is_no_list(tmp_path):
+    for content in ("a sign with letters, text\nimage\n", "[A sign] x\n{y\n", "1, 2\n3\n", '"a", b\n'):
+        (tmp_path / "lines.txt").write_text(content)
+        assert list(read_captions([str(tmp_path / "lines.txt")])) == content.split("\n")
 
 
-def test_missing_and_binary_files(tmp_path):
-    with pytest.raises(UserError, match="no such file.*download_coco_dataset.sh"):
-        process_captions(tmp_path / "missing.json", tmp_path / "out")
+def test_wrong_places_and_flags_are_named(tmp_path):
     (tmp_path / "archive.zip").write_bytes(b"PK\x03\x04\xff\xfe")
-    with pytest.raises(UserError, match="not UTF-8"):
-        process_captions(tmp_path / "archive.zip", tmp_path / "out")
-    with pytest.raises(UserError, match="cannot be read"):
-        process_captions(tmp_path, tmp_path / "out")
-
-
-def test_unwritable_folder_is_one_line(tmp_path):
-    source = write_json(tmp_path / "c.json", [annotation(1, "a")])
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--out-dir .*is a file, not a folder"):
-        process_captions(source, tmp_path / "file")
+    source = write_json(tmp_path / "c.json", [annotation(1, "a")])
     long_name = write_json(tmp_path / "long.json", [annotation("n" * 300, "a")])
-    with pytest.raises(UserError, match="--out-dir .*cannot write"):
-        process_captions(long_name, tmp_path / "out")
-
-
-def test_unknown_flags_are_usage_errors(tmp_path):
-    with pytest.raises(UsageError, match="unknown flag '--out'. Did you mean '--out-dir'"):
-        main(["--out", "x"])
+    for captions, out, complaint in (
+        (tmp_path / "none", "out", "no such file.*download_coco_dataset.sh"), (tmp_path, "out", "cannot be read"),
+        (tmp_path / "archive.zip", "out", "not UTF-8"), (long_name, "out", "--out-dir .*cannot write"),
+        (source, "file", "--out-dir .*is a file, not a folder"),
+    ):
+        refused(complaint, process_captions, captions, tmp_path / out)
+    refused("unknown flag '--out'. Did you mean '--out-dir'", main, ["--out", "x"], kind=UsageError)
 
 
 @pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
@@ -335,10 +288,7 @@ def test_the_commands(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module("data.process_trainset", run_name="__main__")
     assert (out / "000000000139.txt").read_bytes() == b"A room.\n"
-
-
-def test_the_short_name_fails_in_one_line_from_any_folder(tmp_path):
-    (tmp_path / "c.json").write_text("{")
+    source.write_text("{")  # the short name fails in one line from any folder
     done = run_script(ROOT / "process_captions.py", "--captions", "c.json", "--out-dir", "out", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.strip() == "error: --captions c.json: the file is truncated; download it again"

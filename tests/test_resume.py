@@ -1,9 +1,9 @@
 """--resume: options given anew take effect or are refused by name, and position and schedules count in samples."""
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-import json
 import shutil
 from pathlib import Path
 from unittest import mock
@@ -11,37 +11,26 @@ from unittest import mock
 import poptorch_stand_in
 import pytest
 import torch
+from helpers import ROOT, assert_same, flags, read_metrics, refused, run, train_here, weights_of
 from ipu_helpers import Pairs, make_config, make_model
 from PIL import Image
-from test_train import ROOT, assert_same, flags, folder, run, weights  # noqa: F401 (a fixture)
 
 import args
 import checkpoints
 import engines
-import log
 import train
 from checkpoints.vqgan import load_vqgan
+from data import epoch_order
 from engines.native import NativeEngine
 from training import vqgan_options
 from training.schedule import Position, Schedule
 from training.vqgan import save_weights
 from utils.bad_steps import BadSteps
-from utils.errors import UserError
 from utils.resume import APPLIES, CONTENT, FIXED, FREE
 
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    monkeypatch.setattr(log, "plot_losses", lambda *_: False)  # half of a tiny run's time
-
-
-# Options given anew ---------------------------------------------------------------------------------------------------
-
 #: The run that is resumed: two steps of it are saved.
-BASE = (
-    *("--optimizer", "AdamW", "--lr-scheduler", "cosine", "--warmup-steps", "1", "--weight-decay", "0.1"),
-    *("--validation-fraction", "0", "--epochs", "1", "--max-bad-fraction", "0.5", "--max-steps", "2"),
-)
+BASE = "--optimizer AdamW --lr-scheduler cosine --warmup-steps 1 --weight-decay 0.1 --validation-fraction 0 --epochs 1"
+BASE = (*BASE.split(), "--max-bad-fraction", "0.5", "--max-steps", "2")
 
 NEW_FOLDER, NEW_VQGAN, NEW_WORDS, NEW_LOGS = "other pairs", "other VQGAN", "other words", "other logs"  # see `Saved`
 
@@ -61,6 +50,11 @@ _ALONE = dict(
     cache_codes="off", augment="flip", checkpoint_save_steps=1, keep_checkpoints=1, log_dir=NEW_LOGS, tensorboard=True,
     wandb=True, wandb_project_name="another", wandb_run_name="another",
 )
+#: What is refused in itself.
+_REFUSED = dict(
+    shard=True, vae_path="vae", truncate_captions=False, shard_images="img", shard_captions="cap", max_bad_fraction=0.0,
+    export_mindalle="exported",
+)
 #: The same of options that an IPU engine alone looks at.
 _IPU = dict(
     device_iterations=2, fp16=True, embedding_serialization_factor=2, matmul_proportion=[0.3], stochastic_rounding=True,
@@ -71,42 +65,28 @@ _IPU = dict(
 ANEW = {
     **{name: {name: value} for name, value in _ALONE.items()},
     **{name: ({name: value}, "ipu") for name, value in _IPU.items()},
-    "device": ({"device": "cuda"}, "--device cuda"),
-    "epochs": ({"epochs": 2, "max_steps": 0}, list(range(3, 13))),
-    "max_steps": ({"max_steps": 4}, [3, 4]),
-    "max_minutes": ({"max_minutes": 1e-9, "max_steps": 5}, [3]),
-    "matmul_precision": ({"matmul_precision": "medium"}, "engine"),
-    "compile": ({"compile": True}, "compiled"),
+    **{name: ({name: value}, args.flag_name(name)) for name, value in _REFUSED.items()},
+    # Every run of these tests is resumed, in a copy of its folder.
+    "checkpoint_output_dir": {}, "resume": {}, "device": ({"device": "cuda"}, "--device cuda"),
+    "epochs": ({"epochs": 2, "max_steps": 0}, list(range(3, 13))), "max_steps": ({"max_steps": 4}, [3, 4]),
+    "max_minutes": ({"max_minutes": 1e-9, "max_steps": 5}, [3]), "log_every": ({"log_every": 5, "max_steps": 4}, [4]),
+    "matmul_precision": ({"matmul_precision": "medium"}, "engine"), "compile": ({"compile": True}, "compiled"),
     "activation_checkpointing": ({"activation_checkpointing": True}, "checkpointed"),
-    "shard": ({"shard": True}, "--shard"),
-    "threads": ({"threads": 2}, "threads"),
-    "ipus_per_replica": (TWO_IPUS, "ipu", {"gradient_accumulation": 5}),
-    "layers_per_ipu": ({"layers_per_ipu": [1, 2]}, "ipu", TWO_IPUS),
-    "cls_ipu_id": ({"cls_ipu_id": 0}, "ipu", TWO_IPUS),
+    "threads": ({"threads": 2}, "threads"), "ipus_per_replica": (TWO_IPUS, "ipu", {"gradient_accumulation": 5}),
+    "layers_per_ipu": ({"layers_per_ipu": [1, 2]}, "ipu", TWO_IPUS), "cls_ipu_id": ({"cls_ipu_id": 0}, "ipu", TWO_IPUS),
     "embedding_ipu_id": ({"embedding_ipu_id": 1}, "ipu", TWO_IPUS),
     "enable_rts": ({"enable_rts": True}, "ipu", {"replication_factor": 2}),
-    "compile_only": ({"compile_only": True}, "untouched"),
-    "max_bad_steps": ({"max_bad_steps": 1}, "bad steps"),
-    "loss_scaling": ({"loss_scaling": 128.0}, "scale"),
-    "enable_als": ({"enable_als": True}, "ipu", {"fp16": True}),
+    "compile_only": ({"compile_only": True}, "untouched"), "max_bad_steps": ({"max_bad_steps": 1}, "bad steps"),
+    "loss_scaling": ({"loss_scaling": 128.0}, "scale"), "enable_als": ({"enable_als": True}, "ipu", {"fp16": True}),
     "architecture": {"architecture": "mindalle", "attn_types": ["full"], "dim_head": 16},
-    "vae_path": ({"vae_path": "vae"}, "--vae-path"),
-    "truncate_captions": ({"truncate_captions": False}, "--truncate-captions"),
-    "shard_images": ({"shard_images": "img"}, "--shard-images"),
-    "shard_captions": ({"shard_captions": "cap"}, "--shard-captions"),
-    "max_bad_fraction": ({"max_bad_fraction": 0.0}, "--max-bad-fraction"),
-    "checkpoint_output_dir": {},  # every run of these tests is resumed in a copy of its folder
     "pretrained_checkpoint": ({"pretrained_checkpoint": "dalle.pt"}, "--resume and --pretrained-checkpoint"),
-    "resume": {},
-    "export_mindalle": ({"export_mindalle": "exported"}, "--export-mindalle"),
-    "log_every": ({"log_every": 5, "max_steps": 4}, [4]),
 }
 
 
 class Saved:
     """A run of which two steps are saved, and what any number of tests resume from there."""
 
-    def __init__(self, folder, out):  # noqa: F811
+    def __init__(self, folder, out):
         self.out, self.number = out, 0
         pairs = Path(shutil.copytree(folder / "pairs", out / "pairs"))
         (pairs / "long.txt").write_text("far more words than eight tokens have room for, whatever they are\n")
@@ -133,11 +113,8 @@ class Saved:
         self.expected = self.resume()[0]  # where nothing is given anew
 
     def train(self, config):
-        engine = engines.create(config)
-        try:
+        with contextlib.closing(engines.create(config)) as engine:
             train.train(config, engine)
-        finally:
-            engine.close()
         return engine
 
     def resume(self, **anew):
@@ -150,10 +127,8 @@ class Saved:
         options = {"checkpoint_output_dir": str(out / "ckpt"), "resume": True, "max_steps": 3, **anew}
         engine = self.train(self.config.replace(**options))
         newest = checkpoints.read_dalle(checkpoints.newest_checkpoint(out / "ckpt"))
-        lines = (Path(options["log_dir"]) / "metrics.jsonl").read_text().splitlines()
-        events = [json.loads(line) for line in lines]
+        events = [event for event in read_metrics(Path(options["log_dir"])) if event["step"] > 2]
         kept = [{k: v for k, v in event.items() if k not in ("time", "samples_per_second")} for event in events]
-        kept = [event for event in kept if event["step"] > 2]
         return {"events": kept, "weights": digest(newest.weights), "ema": digest(newest.ema or {})}, engine
 
 
@@ -162,10 +137,8 @@ def digest(tensors):
 
 
 @pytest.fixture(scope="module")
-def saved(folder, tmp_path_factory):  # noqa: F811
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(log, "plot_losses", lambda *_: False)
-        return Saved(folder, tmp_path_factory.mktemp("resume"))
+def saved(folder, tmp_path_factory):
+    return Saved(folder, tmp_path_factory.mktemp("resume"))
 
 
 def test_every_option_has_a_verdict_and_a_test():
@@ -187,11 +160,9 @@ def test_a_new_value_does_what_its_option_says(saved, name, monkeypatch):
         assert rule == APPLIES
         check_loss_scale(saved, monkeypatch)
     elif isinstance(seen, str) and seen.startswith("--"):
-        with pytest.raises(UserError, match=seen):
-            saved.resume(**anew)
+        refused(seen, saved.resume, **anew)
     elif rule in (FIXED, CONTENT):
-        with pytest.raises(UserError, match="^--resume: .*dalle_0_2.pt .* " + flag):
-            saved.resume(**anew)
+        refused("^--resume: .*dalle_0_2.pt .* " + flag, saved.resume, **anew)
     else:
         notes = take_notes(monkeypatch)
         found, engine = saved.resume(**anew)
@@ -270,9 +241,6 @@ def plain(value):
     return plain(vars(value)) if ours else repr(value)
 
 
-# Position and schedules -----------------------------------------------------------------------------------------------
-
-
 def taken(monkeypatch):
     """A list that grows by the numbers of the samples of each epoch that is read, in the order of training."""
     found, batches = [], NativeEngine._batches
@@ -287,28 +255,21 @@ def taken(monkeypatch):
 
 
 def rates(out):
-    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {event["step"]: event["learning_rate"] for event in events if event["event"] == "train"}
-
-
-BATCHES = ("--batch-size", "{}", "--gradient-accumulation", "{}", "--validation-fraction", "0")
+    return {event["step"]: event["learning_rate"] for event in read_metrics(out, "train")}
 
 
 def batch(size, accumulation):
-    return [word.format(number) for word, number in zip(BATCHES, (None, size, None, accumulation, None, None))]
+    return f"--batch-size {size} --gradient-accumulation {accumulation} --validation-fraction 0".split()
 
 
-@pytest.mark.parametrize(
-    "first, stop, then, skipped",
-    [
-        ((1, 1), 10, (4, 1), 2),  # samples 10, 14 and 18 of 24 begin a step; the last two fill none
-        ((4, 1), 3, (1, 2), 0),
-        ((2, 2), 3, (2, 3), 0),
-        ((1, 1), 22, (2, 2), 2),  # nothing is left of the epoch but its end
-        ((4, 2), 3, (3, 1), 0),  # between two epochs
-    ],
-)
-def test_another_batch_goes_on_at_the_right_sample(folder, tmp_path, monkeypatch, first, stop, then, skipped):  # noqa: F811
+@pytest.mark.parametrize("first, stop, then, skipped", [
+    ((1, 1), 10, (4, 1), 2),  # samples 10, 14 and 18 of 24 begin a step; the last two fill none
+    ((4, 1), 3, (1, 2), 0),
+    ((2, 2), 3, (2, 3), 0),
+    ((1, 1), 22, (2, 2), 2),  # nothing is left of the epoch but its end
+    ((4, 2), 3, (3, 1), 0),  # between two epochs
+])
+def test_another_batch_goes_on_at_the_right_sample(folder, tmp_path, monkeypatch, first, stop, then, skipped):
     """No sample is skipped or repeated but what fills no batch, --epochs are as many, and rates are those of a run that
     had the later batch from its start, at the same sample."""
     schedule = ("--lr-scheduler", "cosine", "--warmup-steps", "3", "--epochs", "3")
@@ -320,7 +281,7 @@ def test_another_batch_goes_on_at_the_right_sample(folder, tmp_path, monkeypatch
     position = checkpoints.read_dalle(newest).training["position"]
     assert newest.name == "dalle_2.pt" and (tmp_path / "ckpt/dalle_0.pt").exists()
     samples = sum(seen, [])
-    epochs = [train_order(epoch) for epoch in range(3)]
+    epochs = [epoch_order(24, 42, epoch).tolist() for epoch in range(3)]
     epochs[stop * size // 24] = epochs[stop * size // 24][: 24 - skipped]
     assert samples == sum(epochs, [])
     steps = stop + (3 * 24 - skipped - stop * size) // later
@@ -337,16 +298,10 @@ def test_another_batch_goes_on_at_the_right_sample(folder, tmp_path, monkeypatch
         assert found[step + 1] == pytest.approx(whole.learning_rate(at), rel=0.1 if skipped else 1e-12)
 
 
-def train_order(epoch):
-    from data import epoch_order
-
-    return epoch_order(24, 42, epoch).tolist()
-
-
-def test_what_fills_no_batch_is_told(folder, tmp_path, caplog):  # noqa: F811
+def test_what_fills_no_batch_is_told(folder, tmp_path, caplog):
     caplog.set_level("INFO")
     run(folder, tmp_path, *batch(1, 1), "--max-steps", "22")
-    run(folder, tmp_path, *batch(2, 2), "--validation-fraction", "0", "--max-steps", "0", "--epochs", "1", "--resume")
+    run(folder, tmp_path, *batch(2, 2), "--max-steps", "0", "--epochs", "1", "--resume")
     assert "dalle_0_22.pt: epoch 0, step 22, sample 22 of 24" in caplog.text
     assert "options: --batch-size 2 instead of 1, --gradient-accumulation 2 instead of 1, --epochs 1" in caplog.text
     assert "epoch 0: its last 2 sample(s) do not fill a batch of 4 and are skipped" in caplog.text
@@ -354,7 +309,7 @@ def test_what_fills_no_batch_is_told(folder, tmp_path, caplog):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", ["dalle_0_2.pt", "dalle_1_8.pt"])
-def test_checkpoints_of_older_versions_are_resumed_with_the_same_bits(folder, tmp_path, name):  # noqa: F811
+def test_checkpoints_of_older_versions_are_resumed_with_the_same_bits(folder, tmp_path, name):
     more = ("--lr-scheduler", "cosine", "--warmup-steps", "3", "--checkpoint-save-steps", "2")
     run(folder, tmp_path / "whole", *more)
     content = torch.load(tmp_path / "whole/ckpt" / name, weights_only=True)
@@ -367,10 +322,7 @@ def test_checkpoints_of_older_versions_are_resumed_with_the_same_bits(folder, tm
     (tmp_path / "parts/ckpt").mkdir(parents=True)
     torch.save(content, tmp_path / "parts/ckpt" / name)
     run(folder, tmp_path / "parts", "--resume", *more)
-    assert_same(weights(tmp_path / "whole/ckpt/dalle_1.pt"), weights(tmp_path / "parts/ckpt/dalle_1.pt"))
-
-
-# Rates ----------------------------------------------------------------------------------------------------------------
+    assert_same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
 
 
 @pytest.mark.parametrize("name", ["ReduceLROnPlateau", "constant", "multi_step", "cosine"])
@@ -392,43 +344,38 @@ def test_a_new_rate_takes_effect_with_every_schedule(name):
         assert lower.learning_rate(position) == expected
 
 
-def test_the_advice_after_bad_steps_works(folder, tmp_path):  # noqa: F811
+def test_the_advice_after_bad_steps_works(folder, tmp_path):
     """A lower --learning-rate, by flag or in a changed YAML file, with the schedule of the published configurations."""
     text = "a: {{learning_rate: {}, hidden_size: {}, lr_scheduler: ReduceLROnPlateau, truncate_captions: true"
-    text += ", bpe_path: {}}}}}".format(ROOT / "bpe" / "bpe_yttm_vocab.txt")
+    text += f", bpe_path: {ROOT / 'bpe' / 'bpe_yttm_vocab.txt'}}}}}"
     file = tmp_path / "mine.yaml"
-    words = flags(folder, tmp_path, "--num-hidden-layers", "1", "--config-file", str(file), "--config", "a")
+    words = flags(folder, tmp_path, "--num-hidden-layers", "1", "--config-file", file, "--config", "a")
     at = words.index("--hidden-size")
     words[at : at + 2] = []
 
-    def go(rate, *more, width=16):
+    def go(rate, steps, *more, width=16):
         file.write_text(text.format(rate, width))
-        config = args.parse([*words, *more])
-        train.train(config, engines.create(config))
+        train_here([*words, "--max-steps", steps, *more])
         return list(rates(tmp_path).values())
 
-    assert go(3.0e-4, "--max-steps", "1") == [3e-4]
-    assert go(3.0e-4, "--max-steps", "2", "--resume", "--learning-rate", "1e-5") == [3e-4, 1e-5]
-    assert go(1.0e-5, "--max-steps", "3", "--resume") == [3e-4, 1e-5, 1e-5]  # the same, in the file
-    assert go(2.0e-6, "--max-steps", "4", "--resume") == [3e-4, 1e-5, 1e-5, 2e-6]
-    with pytest.raises(UserError, match="dalle_0_4.pt was written with --hidden-size 16, not 32; .* --checkpoint-out"):
-        go(2.0e-6, "--max-steps", "5", "--resume", width=32)
+    assert go(3.0e-4, "1") == [3e-4]
+    assert go(3.0e-4, "2", "--resume", "--learning-rate", "1e-5") == [3e-4, 1e-5]
+    assert go(1.0e-5, "3", "--resume") == [3e-4, 1e-5, 1e-5]  # the same, in the file
+    assert go(2.0e-6, "4", "--resume") == [3e-4, 1e-5, 1e-5, 2e-6]
+    complaint = "dalle_0_4.pt was written with --hidden-size 16, not 32; .* --checkpoint-out"
+    refused(complaint, go, 2.0e-6, "5", "--resume", width=32)
 
 
-# Files ----------------------------------------------------------------------------------------------------------------
-
-
-def test_files_may_lie_elsewhere(saved, folder, tmp_path):  # noqa: F811
+def test_files_may_lie_elsewhere(saved, folder, tmp_path):
     files = {
-        "vqgan_model_path": folder / "vqgan.safetensors",
-        "vqgan_config_path": folder / "vqgan.yaml",
+        "vqgan_model_path": folder / "vqgan.safetensors", "vqgan_config_path": folder / "vqgan.yaml",
         "bpe_path": ROOT / "bpe" / "bpe_yttm_vocab.txt",
     }
     moved = {name: str(shutil.copy(path, tmp_path / ("moved " + path.name))) for name, path in files.items()}
     assert saved.resume(**moved)[0] == saved.expected
 
 
-def test_a_model_that_decided_on_its_shape_goes_on(folder, tmp_path, caplog):  # noqa: F811
+def test_a_model_that_decided_on_its_shape_goes_on(folder, tmp_path, caplog):
     """--pretrained-checkpoint had another shape than the configuration: neither is given anew when it is resumed."""
     run(folder, tmp_path / "first", "--max-steps", "1")
     start = ("--pretrained-checkpoint", str(tmp_path / "first/ckpt/dalle_0_1.pt"))
@@ -436,18 +383,13 @@ def test_a_model_that_decided_on_its_shape_goes_on(folder, tmp_path, caplog):  #
     assert "not of the configuration: --hidden-size 16 instead of 32" in caplog.text
     for step, width in (("2", "32"), ("3", "16")):
         run(folder, tmp_path / "tuned", "--max-steps", step, "--hidden-size", width, "--resume")
-    with pytest.raises(UserError, match="--hidden-size"):
-        run(folder, tmp_path / "tuned", "--max-steps", "4", "--hidden-size", "8", "--resume")
+    refused("--hidden-size", run, folder, tmp_path / "tuned", "--max-steps", "4", "--hidden-size", "8", "--resume")
 
 
-def test_a_resumed_run_keeps_its_number_of_threads(folder, tmp_path):  # noqa: F811
+def test_a_resumed_run_keeps_its_number_of_threads(folder, tmp_path, threads):
     """Some of PyTorch's sums depend on it."""
-    before = torch.get_num_threads()
-    try:
-        run(folder, tmp_path, "--max-steps", "1", "--threads", "2")
-        for steps, more, expected in (("2", (), 2), ("3", ("--threads", "3"), 3), ("4", (), 3)):
-            torch.set_num_threads(1)
-            run(folder, tmp_path, "--max-steps", steps, "--resume", *more)
-            assert torch.get_num_threads() == expected
-    finally:
-        torch.set_num_threads(before)
+    run(folder, tmp_path, "--max-steps", "1", "--threads", "2")
+    for steps, more, expected in (("2", (), 2), ("3", ("--threads", "3"), 3), ("4", (), 3)):
+        threads(1)
+        run(folder, tmp_path, "--max-steps", steps, "--resume", *more)
+        assert torch.get_num_threads() == expected

@@ -4,17 +4,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from helpers import letters_vocabulary
+from helpers import letters_vocabulary, tiny_vqgan
 
 from bpe import load_tokenizer
 from checkpoints import dalle_checkpoint, save_checkpoint
 from models.config import DalleConfig
 from models.dalle import DalleModel
-from models.vqgan import VQGAN, VqganConfig
+from models.vqgan import VQGAN
 from utils.files import sha256_file
 
-VQGAN_CONFIG = VqganConfig(num_codes=24, embed_dim=4, resolution=16, z_channels=4, ch=8, ch_mult=(1, 2, 2),
-                           num_res_blocks=1, attn_resolutions=(), num_groups=4)
+VQGAN_CONFIG = tiny_vqgan(num_codes=24, embed_dim=4, z_channels=4, ch_mult=(1, 2, 2))
 
 
 class TinyModel:
@@ -44,8 +43,7 @@ class TinyModel:
         self.identity = {
             "tokenizer": dict(self.tokenizer.identity, path=str(self.vocabulary)),
             "vqgan": {
-                "sha256": sha256_file(self.vqgan_model),
-                "weights": str(self.vqgan_model),
+                "sha256": sha256_file(self.vqgan_model), "weights": str(self.vqgan_model),
                 "config": str(self.vqgan_config),
             },
         }
