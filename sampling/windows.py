@@ -17,9 +17,11 @@ from utils.errors import UserError
 MOST = 64
 """The widest window."""
 _WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-_UNKNOWN = 0.7
-"""Share of the windows right up to a place that are right there too, where none was as wide: wider ones are tried."""
+_UNKNOWN, _PRIOR = 0.7, 2.0
+"""Share of the windows right up to a place that are taken to be right there too, and how many windows say otherwise."""
 _FORGET = 0.98
+_RECONSIDER = 12
+"""Passes for which a width stays: to find it takes as long as a tenth of a small model's pass."""
 _AGAIN = 48
 """Passes after which a neighbouring width is tried again: its time was perhaps another program's fault."""
 
@@ -46,7 +48,7 @@ class Windows:
         """Codes of an image that were sampled, and the passes that they took."""
         self._accepted, self._tried = [0.0] * MOST, [0.0] * MOST
         self._seconds: dict[int, float] = {}
-        self._since = 0
+        self._since, self._choice = 0, ((0, 0), 1)
 
     @property
     def codes_per_pass(self) -> float:
@@ -68,10 +70,18 @@ class Windows:
         limit = max(1, min(MOST, most_rows // rows))
         if not self.auto:
             return min(self._given, limit)
-        limit = min(limit, 2 * max(self._seconds, default=1) // rows)  # first times mislead: no leaps
-        widths = [width for width in _WIDTHS if width <= max(limit, 1)]
-        best = max(range(len(widths)), key=lambda i: self._gain(widths[i]) / self._cost(rows * widths[i]))
         self._since += 1
+        if self._since % _RECONSIDER and self._choice[0] == (rows, limit) and self._since > _AGAIN:
+            return self._choice[1]
+        widths = [width for width in _WIDTHS if width <= limit]
+        if not any(known <= rows for known in self._seconds):  # nothing to compare with
+            return 1
+        rates = [self._gain(width) / self._cost(rows * width) for width in widths]
+        known = max(sum(rows * width <= max(self._seconds, default=0) for width in widths), 1)
+        best = rates.index(max(rates[:known]))
+        if best == known - 1 and best + 1 < len(widths) and rates[best + 1] > rates[best]:
+            best += 1  # wider than any so far
+        self._choice = (rows, limit), widths[best]
         if self._since % _AGAIN == 0:
             step = 1 if self._since // _AGAIN % 2 else -1
             best = min(max(best + step, 0), len(widths) - 1)
@@ -81,16 +91,14 @@ class Windows:
         """Codes that a pass is expected to give."""
         total = share = 1.0
         for place in range(1, width):
-            known = self._tried[place]
-            share = min(share, self._accepted[place] / known) if known else share * _UNKNOWN
+            expected = self._accepted[place] + _PRIOR * _UNKNOWN * share
+            share = min(share, expected / (self._tried[place] + _PRIOR))
             total += share
         return total
 
     def _cost(self, rows: int) -> float:
         """Seconds of a pass, between those that were measured; beyond them a guess that is rather low."""
         known = sorted(self._seconds)
-        if not known:
-            return 1.0
         place = bisect_left(known, rows)
         if place == len(known):
             last, before = known[-1], known[-2] if len(known) > 1 else 0

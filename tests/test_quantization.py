@@ -61,7 +61,7 @@ def test_rows_are_off_by_half_a_step_at_most():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_layer_gives_the_product_of_the_rounded_weights(bias, monkeypatch):
+def test_a_layer_multiplies_by_the_rounded_weights(bias, monkeypatch):
     monkeypatch.setattr("ops.int8._PART", 40)  # several parts, the last one smaller
     linear = nn.Linear(8, 13, bias=bias)
     layer = Int8Linear(linear.weight, linear.bias)
@@ -140,7 +140,7 @@ def test_fewer_bits_take_less_memory(dtype, share):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_api_draws_with_every_dtype(folder, dtype):
+def test_the_api_samples_with_every_dtype(folder, dtype):
     model = Dalle.from_pretrained(folder, dtype=dtype).to("cpu")
     options = {"num_candidates": 3, "seed": 1, "progress": False, "use_fp16": True, "cond_scale": 1.5}
     images = model.sampling("a painting of the sea", device="cpu", **options)

@@ -17,7 +17,7 @@ def splitmix64(value: int) -> int:
 
 
 def splitmix64_tensor(values: torch.Tensor) -> torch.Tensor:
-    """`splitmix64` of each element, the 64 bits held in int64 (whose arithmetic wraps around as needed)."""
+    """`splitmix64` of each element, with 64 bits in int64 (whose arithmetic wraps around)."""
     values = values + signed(GOLDEN)
     values = (values ^ shift_right(values, 30)) * signed(_MIX_1)
     values = (values ^ shift_right(values, 27)) * signed(_MIX_2)
@@ -25,7 +25,7 @@ def splitmix64_tensor(values: torch.Tensor) -> torch.Tensor:
 
 
 def shift_right(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift: >> of int64 repeats the sign bit, which the mask takes away again."""
+    """Logical shift: >> of int64 is arithmetic, so the sign bits are masked off."""
     return (values >> bits) & ((1 << (64 - bits)) - 1)
 
 

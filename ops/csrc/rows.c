@@ -99,7 +99,7 @@ int64_t panel_width(void) { return PANEL; }
 PACK(pack, float)
 PACK(pack_bytes, int8_t)
 
-/* Weights as they come into a product: number i of a panel and those after it. `size` is known when this is compiled. */
+/* Weights as they come into a matmul: number i of a panel and those after it. `size` is known when this is compiled. */
 INLINE vec weights_at(const char *panel, int64_t i, int size) {
     return size == 1 ? widened((const int8_t *)panel + i) : load((const float *)panel + i);
 }
@@ -189,12 +189,12 @@ typedef struct {
     int64_t activation;
 } ending;
 
-static void finish(const ending *end, const linear *product, int64_t panel, int64_t rows, int64_t row, int count,
+static void finish(const ending *end, const linear *matmul, int64_t panel, int64_t rows, int64_t row, int count,
                    vec sums[][2]) {
     int64_t column = panel * PANEL;
-    vec left = load(product->bias + column), right = load(product->bias + column + LANES);
-    if (product->scale) {
-        vec first = load(product->scale + column), second = load(product->scale + column + LANES);
+    vec left = load(matmul->bias + column), right = load(matmul->bias + column + LANES);
+    if (matmul->scale) {
+        vec first = load(matmul->scale + column), second = load(matmul->scale + column + LANES);
         for (int r = 0; r < count; r++) {
             sums[r][0] *= first;
             sums[r][1] *= second;
@@ -232,20 +232,20 @@ static void finish(const ending *end, const linear *product, int64_t panel, int6
     }
 }
 
-/* This thread's part of a product: x (depth, rows) with rows side by side. */
-static void multiply(const linear *product, const float *x, int64_t rows, const ending *end) {
+/* This thread's part of a matmul: x (depth, rows) with rows side by side. */
+static void multiply(const linear *matmul, const float *x, int64_t rows, const ending *end) {
     int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-    int64_t from = product->panels * thread / threads, to = product->panels * (thread + 1) / threads;
+    int64_t from = matmul->panels * thread / threads, to = matmul->panels * (thread + 1) / threads;
     int64_t tiles = (rows + MOST - 1) / MOST;
-    int size = product->scale ? 1 : 4;
+    int size = matmul->scale ? 1 : 4;
     vec sums[MOST][2];
     for (int64_t panel = from; panel < to; panel++) {
-        const char *weight = (const char *)product->weight + panel * product->depth * PANEL * size;
+        const char *weight = (const char *)matmul->weight + panel * matmul->depth * PANEL * size;
         for (int64_t i = 0; i < tiles; i++) {
             int64_t row = rows * i / tiles;
             int count = rows * (i + 1) / tiles - row;
-            sums_of(x + row, rows, weight, product->depth, tiles, i, count, size, sums);
-            finish(end, product, panel, rows, row, count, sums);
+            sums_of(x + row, rows, weight, matmul->depth, tiles, i, count, size, sums);
+            finish(end, matmul, panel, rows, row, count, sums);
         }
     }
 }
@@ -256,14 +256,14 @@ static void turn_round(const float *x, int64_t rows, int64_t stride, int64_t col
 }
 
 /* x (rows, depth) -> out (rows, panels * PANEL); room: depth * rows floats */
-void multiply_rows(const linear *product, const float *x, int64_t rows, float *out, float *room, int64_t threads) {
-    turn_round(x, rows, product->depth, product->depth, room);
-    ending end = {PLAIN, out, product->panels * PANEL, NULL, 0};
+void multiply_rows(const linear *matmul, const float *x, int64_t rows, float *out, float *room, int64_t threads) {
+    turn_round(x, rows, matmul->depth, matmul->depth, room);
+    ending end = {PLAIN, out, matmul->panels * PANEL, NULL, 0};
 #pragma omp parallel num_threads(threads)
-    multiply(product, room, rows, &end);
+    multiply(matmul, room, rows, &end);
 }
 
-/* The sum of n floats, at all places where threads read products' weights: how fast memory can be read at all. */
+/* The sum of n floats, at all places where threads read matmuls' weights: how fast memory can be read at all. */
 double read_all(const float *x, int64_t n, int64_t threads) {
     int64_t part = n / (threads * PLACES * LANES) * LANES;
     double total = 0;
@@ -594,7 +594,7 @@ static plan plan_of(const model *m, int64_t rows) {
     at.logits = at.hidden + up_to(m->hidden, PANEL) * rows;
     at.space = at.logits + rows * at.wide_head;
     at.own = at.space + 2 * rows * at.wide_head;
-    /* Each thread: its copy of the input of a product (D, R), then a row, or what a head needs. */
+    /* Each thread: its copy of the input of a matmul (D, R), then a row, or what a head needs. */
     at.of_thread = at.wide * rows + most(at.wide, up_to(m->width, LANES) + up_to(m->text_len + codes, LANES));
     at.of_thread = up_to(at.of_thread, 64);
     at.own = up_to(at.own, 64);
