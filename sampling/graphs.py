@@ -179,7 +179,7 @@ class Graphs:
             self.clear()
             self.state = state
         prompts = len(request.keys) // request.images
-        width = request.windows.fixed(len(request.keys) * (2 if request.options.guided else 1))
+        width = request.windows.fixed(len(request.keys) * (2 if request.options.guided else 1), on_gpu=True)
         shape = _Shape(prompts, request.images, request.options, width)
         try:
             return self._sample(request, shape)

@@ -128,7 +128,8 @@ def _sample(model: DalleModel, request: Request, copies: Copies) -> Sampled:
             begin = time.perf_counter()
             unfinished = batch - fronts.count(num_codes - 1) if decoder.most_rows else batch
             rows = unfinished * decoder.rows // batch
-            width = windows.width(rows, decoder.most_rows) if decoder.most_rows else windows.fixed(rows)
+            on_gpu, most = canvas.codes.is_cuda, decoder.most_rows
+            width = windows.width(rows, most) if most else windows.fixed(rows, on_gpu)
             width = min(width, num_codes - 1 - min(fronts))
             decoder.advance(canvas, width, fronts[0] if min(fronts) == max(fronts) else None)
             before, fronts = fronts, canvas.fronts.tolist()

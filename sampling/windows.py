@@ -60,9 +60,9 @@ class Windows:
         """What generation.json says; no width where it changed from pass to pass."""
         return {"codes_per_pass": round(self.codes_per_pass, 3), "window": self._fixed}
 
-    def fixed(self, rows: int) -> int:
+    def fixed(self, rows: int, on_gpu: bool) -> int:
         """The width where logits depend on it up to rounding: by nothing but the configuration. rows: of one code."""
-        self._fixed = max(1, min(8, 32 // rows)) if self.auto else self._given
+        self._fixed = max(1, min(8, (32 if on_gpu else 4) // rows)) if self.auto else self._given
         return self._fixed
 
     def width(self, rows: int, most_rows: int) -> int:

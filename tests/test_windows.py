@@ -43,7 +43,7 @@ def test_native_windows_give_the_same_bits(options, case):
         assert windows.codes_per_pass > 1 or case == "greedy"
 
 
-@pytest.mark.parametrize("case, parallel", [("one image", 64), ("guided", 3), ("completed", "auto")])
+@pytest.mark.parametrize("case, parallel", [("one image", 64), ("guided", 3), ("completed", 8)])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_windows_of_pytorch_give_the_same_codes(options, case, parallel):
     """In double precision, where rounding, which depends on the width, changes no code."""
@@ -114,8 +114,9 @@ def test_the_width_follows_what_windows_bring_and_cost(rows, right, slope):
 
 
 def test_without_timing_the_width_follows_from_the_configuration():
-    assert [Windows().fixed(rows) for rows in (1, 4, 8, 16, 32, 100)] == [8, 8, 4, 2, 1, 1]
-    assert Windows("off").fixed(1) == 1 and Windows(12).fixed(100) == 12
+    assert [Windows().fixed(rows, on_gpu=True) for rows in (1, 4, 8, 16, 32, 100)] == [8, 8, 4, 2, 1, 1]
+    assert [Windows().fixed(rows, on_gpu=False) for rows in (1, 2, 4, 100)] == [4, 2, 1, 1]
+    assert Windows("off").fixed(1, True) == 1 and Windows(12).fixed(100, False) == 12
     assert Windows("off").width(1, 96) == 1 and Windows("12").width(1, 96) == 12 and Windows(12).width(32, 96) == 3
 
 
