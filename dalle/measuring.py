@@ -39,7 +39,7 @@ class MetricOptions(Options, title="metrics of images"):
     """What to measure, and on which images."""
 
     metrics: tuple[str, ...] = option((), "what to measure; prc: precision and recall; clip: CLIP score and retrieval; "
-                                      "copies: nearest training images", none="loss, and retrieval on the demo set",
+                                      "copies: nearest images of the data", none="loss, and retrieval on the demo set",
                                       choices=("loss", *METRICS, "clip", "copies"))
     num_images: int = option(0, "images to sample for --metrics; 0: one for each pair", ge=0, le=10**7)
     images: str | None = option(None, "measure the images of this folder, whatever made them", path=True)
@@ -229,7 +229,7 @@ _NAMES = {
     "is": "Inception Score", "precision": "precision", "recall": "recall", "clip": "CLIP score",
     "clip_retrieval": "CLIP retrieval@1 of 100", "rfid": "rFID", "rfid_infinity": "rFID, extrapolated", "rkid":
     "rKID x 1000", "psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS", "codes_used": "share of the codebook used",
-    "perplexity": "perplexity of the codes", "nearest_distance": "distance to the nearest training image",
+    "perplexity": "perplexity of the codes", "nearest_distance": "distance to the nearest image of the data",
 }  # fmt: skip
 
 
@@ -264,5 +264,5 @@ def plot_sweep(result: dict[str, Any], path: str) -> None:
     for row in rows:
         axes.annotate(f"{row['cond_scale']:g}", (row["clip"], row["fid"]), textcoords="offset points", xytext=(6, 6))
     axes.set(xlabel="CLIP score (higher is better)", ylabel="FID (lower is better)")
-    axes.set_title(f"Guidance scales, {result['protocol']['num_images']} images each")
+    axes.set_title(f"Guidance scales, {result['protocol']['num_images']:,} images each")
     figure.savefig(path, dpi=150)
