@@ -39,7 +39,7 @@ class MetricOptions(Options, title="metrics of images"):
     """What to measure, and on which images."""
 
     metrics: tuple[str, ...] = option((), "what to measure; prc: precision and recall; clip: CLIP score and retrieval; "
-                                      "copies: nearest training images", none="loss, and retrieval on the demo set",
+                                      "copies: nearest images of the data", none="loss, and retrieval on the demo set",
                                       choices=("loss", *METRICS, "clip", "copies"))
     num_images: int = option(0, "images to sample for --metrics; 0: one for each pair", ge=0, le=10**7)
     images: str | None = option(None, "measure the images of this folder, whatever made them", path=True)
@@ -144,6 +144,7 @@ def measure_reconstruction(options: EvaluateOptions, loaded: Loaded | None, devi
         both = distances(options.metrics, features[1], features[0])
         figures.update({f"r{name}": value for name, value in both.items()})
     facts = {"input_folder": options.input_folder, "image_size": size, "vqgan": vqgan.identity}
+    facts["inception"] = None if network is None else network.identity
     about = protocol(options, images.num_images, images.num_images, **facts)
     return {"protocol": about, "metrics": [figures]}
 
@@ -183,7 +184,8 @@ def measure_sampled(options: EvaluateOptions, loaded: Loaded, dataset: Any) -> d
         if clips is not None:
             found.update(clips.result())
         if kept:
-            found.update(copies(options, torch.stack(kept), dataset))
+            scaled = f"-{scale:g}" if len(options.cond_scale) > 1 else ""
+            found.update(copies(options, torch.stack(kept), dataset, f".copies{scaled}.png"))
         results.append(found)
     facts: dict[str, Any] = {"top_k": options.top_k, "top_p": options.top_p, "temperature": options.temperature}
     facts.update(inception=network.identity if network else None, clip=options.clip_path)
@@ -206,7 +208,7 @@ def sampled_images(options: EvaluateOptions, loaded: Loaded, dataset: Any, count
                 bar.update(len(own), len(own))
 
 
-def copies(options: EvaluateOptions, generated: Tensor, dataset: Any) -> dict[str, Any]:
+def copies(options: EvaluateOptions, generated: Tensor, dataset: Any, ending: str) -> dict[str, Any]:
     """Distances of generated images to the nearest images of the data, and a sheet of both beside the results."""
     batches = (
         torch.stack([dataset[i][1] for i in range(start, min(start + 256, len(dataset)))])
@@ -215,7 +217,7 @@ def copies(options: EvaluateOptions, generated: Tensor, dataset: Any) -> dict[st
     found = memorization.nearest(generated, batches)
     result: dict[str, Any] = {"nearest_distance": float(found.distance.mean())}
     if options.json is not None:
-        sheet = Path(options.json).with_suffix(".copies.png")
+        sheet = Path(options.json).with_suffix(ending)
         pairs = zip(generated, found.images, found.distance.tolist())
         cells = [Cell(pair, f"{distance:.3f}") for *pair, distance in pairs]
         legend = "Each pair: generated image, nearest image of the data; below: RMS distance of pixels (0 to 1)"
@@ -229,7 +231,7 @@ _NAMES = {
     "is": "Inception Score", "precision": "precision", "recall": "recall", "clip": "CLIP score",
     "clip_retrieval": "CLIP retrieval@1 of 100", "rfid": "rFID", "rfid_infinity": "rFID, extrapolated", "rkid":
     "rKID x 1000", "psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS", "codes_used": "share of the codebook used",
-    "perplexity": "perplexity of the codes", "nearest_distance": "distance to the nearest training image",
+    "perplexity": "perplexity of the codes", "nearest_distance": "distance to the nearest image of the data",
 }  # fmt: skip
 
 

@@ -261,13 +261,16 @@ def test_a_model_is_measured_at_each_guidance_scale(weights, tmp_path, capsys):
     first, second = evaluated(tmp_path, *words), evaluated(tmp_path, *words)
     assert first["metrics"] == second["metrics"] and [row["cond_scale"] for row in first["metrics"]] == [1, 2]
     assert first["metrics"][0]["fid"] != first["metrics"][1]["fid"] and first["validation"]["loss"] > 0
-    assert first["protocol"]["num_real"] == 4 and (tmp_path / "result.copies.png").is_file()
+    assert first["protocol"]["num_real"] == 4
+    assert all((tmp_path / f"result.copies-{scale}.png").is_file() for scale in (1, 2))
     assert capsys.readouterr().out.count("guidance") == 2
 
 
 def test_a_tokenizer_is_measured(folder, weights, tmp_path):
     words = ("--reconstruction", "--dalle-path", "demo", "--input-folder", str(folder), "--metrics", "fid")
-    (found,) = evaluated(tmp_path, *words, "--inception-weights", str(weights))["metrics"]
+    result = evaluated(tmp_path, *words, "--inception-weights", str(weights))
+    (found,) = result["metrics"]
+    assert len(result["protocol"]["inception"]) == 64
     assert found["psnr"] > 10 and 0 < found["ssim"] < 1 and found["rfid"] > 0 and 1 < found["perplexity"] <= 512
 
 
