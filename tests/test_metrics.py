@@ -17,7 +17,7 @@ import evaluate
 from dalle import measuring
 from dalle.clip_score import ClipCollector
 from metrics import distances, memorization
-from metrics.features import Features, features_of
+from metrics.features import Collector, Features, features_of
 from metrics.images import ImageSet, folder_images
 from metrics.inception import Inception, load_inception
 from metrics.reconstruction import ssim
@@ -226,6 +226,11 @@ def test_ssim():
         expected.append(torch.stack(channels).mean())
     assert torch.allclose(ssim(images, noisy), torch.stack(expected))
     assert torch.allclose(ssim(images, images), torch.ones(2, dtype=torch.float64))
+
+
+def test_features_that_are_not_finite_are_refused():
+    with pytest.raises(UserError, match="--inception-weights: this network's features are not finite"):
+        Collector(lambda images: (images.float(), images / 0.0)).add(random_images(1, 8, 0))
 
 
 def test_nearest_training_images():
