@@ -425,15 +425,15 @@ def _check_together(config: Config) -> None:
         raise UsageError("--vqgan-model-path and --vqgan-config-path go together: give both, or none for the published "
                          "model")
     if model.vae_path is not None:
-        raise UsageError("--vae-path: discrete VAEs are not supported; give a VQGAN with --vqgan-model-path and "
-                         "--vqgan-config-path")
+        raise UsageError("--vae-path: discrete VAEs are not supported; give --vqgan-model-path and --vqgan-config-path")
     if model.architecture == "mindalle":
         _check_mindalle(model)
+    if model.rotary_2d and model.dim_head % 4:
+        raise UsageError(f"--rotary-2d: needs a --dim-head divisible by 4, not {model.dim_head}")
     if model.architecture == "image-gpt" and model.text_seq_len != 1:
         raise UsageError("--architecture image-gpt reads one class, no text: it needs --text-seq-len 1")
     if model.architecture == "image-gpt" and run.device == "ipu":
-        raise UsageError("--architecture image-gpt is not for IPUs, which always compute the text loss; use "
-                         "--device cuda or cpu")
+        raise UsageError("--architecture image-gpt: IPUs always compute the text loss; use --device cuda or cpu")
     if data.generated_data and data.synthetic_data:
         raise UsageError("--generated-data and --synthetic-data exclude each other: give one of them")
     if config.checkpoints.export_mindalle is not None:

@@ -54,7 +54,8 @@ class RetrievalOptions(SamplingFlags, title="retrieval on the demo set"):
 
     batch_size: int = again(SamplingFlags, "batch_size", default=32, help="pairs, or images sampled, at the same time")
     top_k: float = again(SamplingFlags, "top_k", default=0.0)
-    temperature: float = again(SamplingFlags, "temperature", default=0.0)
+    temperature: float | None = again(  # type: ignore[assignment]
+        SamplingFlags, "temperature", default=None, none="1 for --metrics of sampled images, else 0")
     cond_scale: tuple[float, ...] = again(SamplingFlags, "cond_scale", default=(1.0,))  # type: ignore[assignment]
     skip_retrieval: bool = option(False, "measure the loss only")
     best_of: int = option(1, "keep the likeliest of N images by the model; with a --temperature", ge=1, le=4096)
@@ -94,7 +95,7 @@ class EvaluateOptions(ModelOptions, PartsOptions, PairOptions, RetrievalOptions,
     def check(self) -> None:
         """Raise UsageError for options that contradict each other."""
         check_metrics(self)
-        if self.best_of > 1 and self.temperature == 0:
+        if self.best_of > 1 and self.sampling(1).temperature == 0:
             raise UsageError(f"--best-of {self.best_of}: at --temperature 0 all images of a caption are the same; "
                              "give a --temperature, such as 1")
         if self.sheet is not None and not self.sheet.endswith((".png", ".jpg")):
@@ -109,7 +110,8 @@ class EvaluateOptions(ModelOptions, PartsOptions, PairOptions, RetrievalOptions,
 
     def sampling(self, vocabulary: int) -> SamplingOptions:
         """How to sample, at the first of the guidance scales."""
-        return super().sampling(vocabulary)._replace(cond_scale=self.cond_scale[0])
+        temperature = float(self.sampled_metrics) if self.temperature is None else self.temperature
+        return super().sampling(vocabulary)._replace(cond_scale=self.cond_scale[0], temperature=temperature)
 
 
 COMMAND = Command("evaluate.py", "Evaluate a trained model.", EvaluateOptions)
@@ -283,7 +285,7 @@ def measure_retrieval(
     gallery = Gallery(records, demo_images(records, loaded.image_size))
     result: dict[str, Any] = {
         "pictures": len(records),
-        "temperature": options.temperature,
+        "temperature": options.sampling(1).temperature,
         "top_k": options.top_k,
         "cond_scale": options.cond_scale[0],
         "best_of": options.best_of,

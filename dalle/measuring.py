@@ -144,6 +144,7 @@ def measure_reconstruction(options: EvaluateOptions, loaded: Loaded | None, devi
         both = distances(options.metrics, features[1], features[0])
         figures.update({f"r{name}": value for name, value in both.items()})
     facts = {"input_folder": options.input_folder, "image_size": size, "vqgan": vqgan.identity}
+    facts["inception"] = None if network is None else network.identity
     about = protocol(options, images.num_images, images.num_images, **facts)
     return {"protocol": about, "metrics": [figures]}
 
@@ -183,9 +184,11 @@ def measure_sampled(options: EvaluateOptions, loaded: Loaded, dataset: Any) -> d
         if clips is not None:
             found.update(clips.result())
         if kept:
-            found.update(copies(options, torch.stack(kept), dataset))
+            scaled = f"-{scale:g}" if len(options.cond_scale) > 1 else ""
+            found.update(copies(options, torch.stack(kept), dataset, f".copies{scaled}.png"))
         results.append(found)
-    facts: dict[str, Any] = {"top_k": options.top_k, "top_p": options.top_p, "temperature": options.temperature}
+    facts: dict[str, Any] = {"top_k": options.top_k, "top_p": options.top_p}
+    facts["temperature"] = options.sampling(1).temperature
     facts.update(inception=network.identity if network else None, clip=options.clip_path)
     about = protocol(options, count, 0 if real is None else len(real.pooled), **facts)
     return {"protocol": about, "metrics": results}
@@ -206,7 +209,7 @@ def sampled_images(options: EvaluateOptions, loaded: Loaded, dataset: Any, count
                 bar.update(len(own), len(own))
 
 
-def copies(options: EvaluateOptions, generated: Tensor, dataset: Any) -> dict[str, Any]:
+def copies(options: EvaluateOptions, generated: Tensor, dataset: Any, ending: str) -> dict[str, Any]:
     """Distances of generated images to the nearest images of the data, and a sheet of both beside the results."""
     batches = (
         torch.stack([dataset[i][1] for i in range(start, min(start + 256, len(dataset)))])
@@ -215,7 +218,7 @@ def copies(options: EvaluateOptions, generated: Tensor, dataset: Any) -> dict[st
     found = memorization.nearest(generated, batches)
     result: dict[str, Any] = {"nearest_distance": float(found.distance.mean())}
     if options.json is not None:
-        sheet = Path(options.json).with_suffix(".copies.png")
+        sheet = Path(options.json).with_suffix(ending)
         pairs = zip(generated, found.images, found.distance.tolist())
         cells = [Cell(pair, f"{distance:.3f}") for *pair, distance in pairs]
         legend = "Each pair: generated image, nearest image of the data; below: RMS distance of pixels (0 to 1)"

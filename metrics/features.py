@@ -36,8 +36,11 @@ class Collector:
         self.network, self._parts = network, list[Features]()
 
     def add(self, images: Tensor) -> None:
-        """Take images uint8 (n, 3, H, W) into account."""
-        self._parts.append(Features(*(found.float().cpu() for found in self.network(images))))
+        """Take images uint8 (n, 3, H, W) into account. Raises UserError where the network fails."""
+        found = Features(*(found.float().cpu() for found in self.network(images)))
+        if not all(part.isfinite().all() for part in found):
+            raise UserError("--inception-weights: this network's features are not finite; is the file damaged?")
+        self._parts.append(found)
 
     def result(self) -> Features:
         """The features of all images so far."""

@@ -69,6 +69,7 @@ class Windows:
         """The width of the next pass, for so many rows of one code each, that fit together with so many in all."""
         limit = max(1, min(MOST, most_rows // rows))
         if not self.auto:
+            self._fixed = self._fixed if self._given <= limit else None
             return min(self._given, limit)
         self._since += 1
         if self._since % _RECONSIDER and self._choice[0] == (rows, limit) and self._since > _AGAIN:

@@ -212,6 +212,7 @@ def test_a_key_inherited_and_given_is_no_duplicate_and_the_first_of_several_sour
     (["--config", "minDALLE_tiny", "--sandwich-norm"], ["--sandwich-norm", "--architecture mindalle"]),
     (["--config", "minDALLE_tiny", "--attn-types", "full", "axial_row"], ["--attn-types", "--architecture mindalle"]),
     (["--architecture", "image-gpt"], ["--architecture image-gpt", "--text-seq-len 1"]),
+    (["--rotary-2d", "--dim-head", "6"], ["--rotary-2d", "--dim-head divisible by 4", "6"]),
     (["--architecture", "image-gpt", "--text-seq-len", "1", "--device", "ipu"], ["--architecture image-gpt", "IPU"]),
     (["--config", "minDALLE_tiny", "--dim-head", "32"], ["--dim-head", "--num-attention-heads", "--hidden-size"]),
 ])

@@ -457,6 +457,7 @@ USAGE = [
     ("--text a --top_k 1.5", "--top-k: must be a share below 1 or a whole number, got 1.5"),
     ("--text a --top_p 0", "--top-p: must be above 0 and at most 1"),
     ("--text a --top_p 1.1", "--top-p: must be above 0 and at most 1"),
+    ("--text a --parallel 65", "--parallel: must be auto, off or a number of codes from 1 to 64, got 65"),
     ("--text a --temperature nan", "--temperature: expected a number, got 'nan'"),
     ("--text a --temperature 1e-38", "--temperature: must be at least 1e-06 and at most 1e+06, or 0, got 1e-38"),
     ("--text a --cond_scale 1e38", "--cond-scale: must be at least 0 and at most 1e+06, got 1e38"),

@@ -17,7 +17,7 @@ import evaluate
 from dalle import measuring
 from dalle.clip_score import ClipCollector
 from metrics import distances, memorization
-from metrics.features import Features, features_of
+from metrics.features import Collector, Features, features_of
 from metrics.images import ImageSet, folder_images
 from metrics.inception import Inception, load_inception
 from metrics.reconstruction import ssim
@@ -228,6 +228,11 @@ def test_ssim():
     assert torch.allclose(ssim(images, images), torch.ones(2, dtype=torch.float64))
 
 
+def test_features_that_are_not_finite_are_refused():
+    with pytest.raises(UserError, match="--inception-weights: this network's features are not finite"):
+        Collector(lambda images: (images.float(), images / 0.0)).add(random_images(1, 8, 0))
+
+
 def test_nearest_training_images():
     training = random_images(30, 32, 1)
     generated = training[[7, 29]].clone()
@@ -257,17 +262,20 @@ def test_a_folder_is_measured(folder, weights, tmp_path, capsys):
 def test_a_model_is_measured_at_each_guidance_scale(weights, tmp_path, capsys):
     """Other captions get other random numbers; a second run gives the same figures."""
     words = ("--dalle-path", "demo", "--metrics", "loss,fid,copies", "--num-images", "6", "--max-pairs", "4")
-    words += ("--cond-scale", "1", "2", "--temperature", "1", "--inception-weights", str(weights))
+    words += ("--cond-scale", "1", "2", "--inception-weights", str(weights))
     first, second = evaluated(tmp_path, *words), evaluated(tmp_path, *words)
     assert first["metrics"] == second["metrics"] and [row["cond_scale"] for row in first["metrics"]] == [1, 2]
     assert first["metrics"][0]["fid"] != first["metrics"][1]["fid"] and first["validation"]["loss"] > 0
-    assert first["protocol"]["num_real"] == 4 and (tmp_path / "result.copies.png").is_file()
+    assert first["protocol"]["temperature"] == 1 and first["protocol"]["num_real"] == 4
+    assert all((tmp_path / f"result.copies-{scale}.png").is_file() for scale in (1, 2))
     assert capsys.readouterr().out.count("guidance") == 2
 
 
 def test_a_tokenizer_is_measured(folder, weights, tmp_path):
     words = ("--reconstruction", "--dalle-path", "demo", "--input-folder", str(folder), "--metrics", "fid")
-    (found,) = evaluated(tmp_path, *words, "--inception-weights", str(weights))["metrics"]
+    result = evaluated(tmp_path, *words, "--inception-weights", str(weights))
+    (found,) = result["metrics"]
+    assert len(result["protocol"]["inception"]) == 64
     assert found["psnr"] > 10 and 0 < found["ssim"] < 1 and found["rfid"] > 0 and 1 < found["perplexity"] <= 512
 
 

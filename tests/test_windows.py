@@ -117,6 +117,9 @@ def test_without_timing_the_width_follows_from_the_configuration():
     assert [Windows().fixed(rows, on_gpu=True) for rows in (1, 4, 8, 16, 32, 100)] == [8, 8, 4, 2, 1, 1]
     assert [Windows().fixed(rows, on_gpu=False) for rows in (1, 2, 4, 100)] == [4, 2, 1, 1]
     assert Windows("off").fixed(1, True) == 1 and Windows(12).fixed(100, False) == 12
+    windows = Windows(12)
+    assert windows.width(8, 96) == 12 == windows.about["window"]
+    assert windows.width(9, 96) == 10 and windows.about["window"] is None
     assert Windows("off").width(1, 96) == 1 and Windows("12").width(1, 96) == 12 and Windows(12).width(32, 96) == 3
 
 

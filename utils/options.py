@@ -153,11 +153,10 @@ class Option(NamedTuple):
         if "choices" in settings and value not in settings["choices"]:
             listed, near = ", ".join(settings["choices"]), nearest(value, settings["choices"])
             raise UsageError(f"{where}: expected one of {listed}, got {_quoted(value)}.{near}")
-        if self.kind in (int, float):
-            problem = "" if self.within.holds(value) else str(self.within)
-            problem = problem or (settings["check"](value) if "check" in settings else "")
-            if problem:
-                raise UsageError(f"{where}: must be {problem}, got {given[:80] if is_text else _quoted(value)}")
+        problem = str(self.within) if self.kind in (int, float) and not self.within.holds(value) else ""
+        problem = problem or (settings["check"](value) if "check" in settings else "")
+        if problem:
+            raise UsageError(f"{where}: must be {problem}, got {given[:80] if is_text else _quoted(value)}")
         if settings.get("path") and not (value == "" and settings.get("empty")):
             if not value or "\0" in value:
                 raise UsageError(f"{where}: {_quoted(value)} is not a path")
@@ -169,7 +168,7 @@ def option(default: Any, help: str, **settings: Any) -> Any:
     """Declare an option as a field of a table. default: REQUIRED if there is none.
 
     settings, all of them optional:
-    ge, gt, le, lt: bounds of numbers; within: a `Range` instead; check: a function that returns what a number must be,
+    ge, gt, le, lt: bounds of numbers; within: a `Range` instead; check: a function that returns what a value must be,
         or "" if it is valid
     choices: allowed words; bare: the value of the flag without a value
     path: True for a path, in which ~ is expanded; empty: it may be empty; metavar: placeholder in --help
