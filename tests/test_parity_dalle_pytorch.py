@@ -157,8 +157,8 @@ def test_guidance(peer_package, tmp_path, cond_scale):
     conditional, null = (model(part, codes)[1] for part in (text, torch.zeros_like(text)))
     # The peer blanks the captions it is given in place, hence the copies.
     expected = split(peer.forward_with_cond_scale(text.clone(), codes, cond_scale=cond_scale))[1]
-    both, scales = torch.cat([conditional, null]).flatten(1), torch.tensor([cond_scale] * len(text))
-    assert_same(guided(both, scales), expected.flatten(1))
+    scales = torch.full((len(text), 1, 1), cond_scale, dtype=torch.double)
+    assert_same(guided(torch.cat([conditional, null]), scales), expected)
 
     greedy = torch.zeros(1, 0, dtype=torch.long)
     for _ in range(codes.shape[1]):
