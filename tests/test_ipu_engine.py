@@ -315,7 +315,7 @@ def test_auto_means_the_ipus_that_are_there(found, options, name, choice, poptor
     (1, {"device": "auto", "optimizer": "Muon"}, None,
      "--optimizer Muon: IPUs support Adam.*--device auto: the IPUs.*--device cpu"),
     (1, {"device": "auto", "architecture": "image-gpt", "text_seq_len": 1}, None,
-     "--architecture image-gpt is not for IPUs.*--device auto: the IPUs"),
+     "--architecture image-gpt: IPUs always.*--device auto: the IPUs"),
     (4, {"gradient_accumulation": 2}, "poptorch", "--gradient-accumulation 2: a pipeline of 4 stages needs at least 7"),
     (4, {}, "poptorch", "wheel of Poplar SDK 3.4.*--device cpu"),
     (1, {"embedding_serialization_factor": 4}, None,
