@@ -14,7 +14,7 @@ from metrics.images import ImageSet
 from metrics.inception import Inception
 from models.perceptual import PerceptualDistance
 from models.vqgan import VQGAN, image_codes
-from models.vqgan_metrics import psnr
+from models.vqgan_metrics import psnr, use_of_counts
 
 
 def _window() -> Tensor:
@@ -77,8 +77,5 @@ def reconstruct(
                 collector.add(part)
             counts += len(batch)
             bar.update(len(batch), len(batch))
-    share = use.double() / use.sum()
-    figures = {name: value / counts for name, value in sums.items()}
-    figures["codes_used"] = float((use > 0).double().mean())
-    figures["perplexity"] = float((-(share * share.clamp_min(1e-12).log()).sum()).exp())
+    figures = {**{name: value / counts for name, value in sums.items()}, **use_of_counts(use)}
     return figures, [collector.result() for collector in collectors]

@@ -50,7 +50,12 @@ def psnr(images: Tensor, others: Tensor) -> float:
 
 def code_use(codes: Tensor, num_codes: int) -> dict[str, float]:
     """Share of the K = num_codes codes that occur in codes (n, N), and the perplexity (K if all occur equally)."""
-    share = torch.bincount(codes.flatten(), minlength=num_codes).double() / codes.numel()  # (K,)
+    return use_of_counts(torch.bincount(codes.flatten(), minlength=num_codes))
+
+
+def use_of_counts(counts: Tensor) -> dict[str, float]:
+    """`code_use` from how often each code occurs, (K,)."""
+    share = counts.double() / counts.sum()
     entropy = -(share * share.clamp_min(1e-12).log()).sum()
     return {"codes_used": float((share > 0).double().mean()), "perplexity": float(entropy.exp())}
 
