@@ -4,7 +4,7 @@ from __future__ import annotations
 import datetime
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import TYPE_CHECKING, Any, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -158,22 +158,22 @@ def measure_sampled(options: EvaluateOptions, loaded: Loaded, dataset: Any) -> d
     wanted = [name for name in options.metrics if name in METRICS]
     network = load_inception(options.inception_weights, loaded.device) if wanted else None
     clip = ClipRanker(options.clip_path, loaded.device) if options.clip_path else None
-    real = None
-    if network is not None and wanted != ["is"]:
-        collector, pairs = Collector(network), min(count, len(dataset))
-        with log.progress(pairs, "measuring real images", unit="image") as bar:
-            for start in range(0, pairs, options.batch_size):
-                batch = torch.stack([dataset[i][1] for i in range(start, min(start + options.batch_size, pairs))])
-                collector.add(batch)
-                bar.update(len(batch), len(batch))
-        real = collector.result()
+    collector = None if network is None or wanted == ["is"] else Collector(network)
+    texts, pairs = [], min(count, len(dataset))
+    with log.progress(pairs, "reading pairs", unit="pair") as bar:  # once for all scales
+        for text, images in batches_of(dataset, pairs, options.batch_size):
+            texts.append(text)
+            if collector is not None:
+                collector.add(images)
+            bar.update(len(text), len(text))
+    text, real = torch.cat(texts), None if collector is None else collector.result()
     results = []
     for scale in options.cond_scale:
         found: dict[str, Any] = {"cond_scale": scale}
         collected = None if network is None else Collector(network)
         clips = None if clip is None else ClipCollector(clip)
         kept: list[Tensor] = []
-        for captions, images in sampled_images(options, loaded, dataset, count, scale):
+        for captions, images in sampled_images(options, loaded, text, count, scale):
             if collected is not None:
                 collected.add(images)
             if clips is not None:
@@ -194,27 +194,30 @@ def measure_sampled(options: EvaluateOptions, loaded: Loaded, dataset: Any) -> d
     return {"protocol": about, "metrics": results}
 
 
-def sampled_images(options: EvaluateOptions, loaded: Loaded, dataset: Any, count: int, scale: float) -> Any:
-    """Yield captions and their images uint8 (n, 3, S, S), `count` images in all."""
+def batches_of(dataset: Any, count: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The first `count` pairs of a data set: text (n, T) and images uint8 (n, 3, S, S)."""
+    for start in range(0, count, batch_size):
+        text, images = zip(*(dataset[index] for index in range(start, min(start + batch_size, count))))
+        yield torch.stack(text), torch.stack(images)
+
+
+def sampled_images(
+    options: EvaluateOptions, loaded: Loaded, text: Tensor, count: int, scale: float
+) -> Iterator[tuple[list[str], Tensor]]:
+    """Yield captions and their images uint8 (n, 3, S, S), `count` images in all; text (pairs, T) is repeated."""
     sampler = Sampler(loaded, Graphs(loaded.dalle))
     sampling = options.sampling(loaded.config.num_image_tokens)._replace(cond_scale=scale)
+    text, numbers = text[torch.arange(count) % len(text)], range(count)
     with log.progress(count, f"sampling at guidance {scale:g}", unit="image") as bar:
-        for start in range(0, count, options.batch_size):
-            numbers = list(range(start, min(start + options.batch_size, count)))
-            text = torch.stack([dataset[number % len(dataset)][0] for number in numbers])
-            captions = [loaded.tokenizer.decode(row.tolist()) for row in text]
-            for batch in sampler.images(text, 1, options.batch_size, options.seed, sampling, numbers=numbers):
-                own = captions[batch.share.first_prompt : batch.share.end_prompt]
-                yield own, batch.pixels
-                bar.update(len(own), len(own))
+        for batch in sampler.images(text, 1, options.batch_size, options.seed, sampling, numbers=numbers):
+            own = text[batch.share.first_prompt : batch.share.end_prompt]
+            yield [loaded.tokenizer.decode(row.tolist()) for row in own], batch.pixels
+            bar.update(len(own), len(own))
 
 
 def copies(options: EvaluateOptions, generated: Tensor, dataset: Any, ending: str) -> dict[str, Any]:
     """Distances of generated images to the nearest images of the data, and a sheet of both beside the results."""
-    batches = (
-        torch.stack([dataset[i][1] for i in range(start, min(start + 256, len(dataset)))])
-        for start in range(0, len(dataset), 256)
-    )
+    batches = (images for _, images in batches_of(dataset, len(dataset), 256))
     found = memorization.nearest(generated, batches)
     result: dict[str, Any] = {"nearest_distance": float(found.distance.mean())}
     if options.json is not None:
