@@ -1,0 +1,80 @@
+// The form: its limits and defaults are the model's; its values are those of a request.
+
+import { $, el } from "./dom.js";
+
+const NUMBERS = ["n", "seed", "cond_scale", "temperature", "top_p", "top_k", "num_candidates"];
+const FOLDED = ["temperature", "top_p", "top_k", "num_candidates", "rank"];
+const MAX_SEED = 2 ** 31 - 1;
+
+const form = $("composer");
+const field = (name) => form.elements.namedItem(name);
+let defaults = {};
+
+/** Follow what a model can do: its capabilities are the server's. */
+export function follow(capabilities) {
+  defaults = { n: 4, seed: "", rank: "likelihood", ...capabilities.defaults };
+  $("guidance-field").hidden = !capabilities.guidance;
+  $("rank-field").hidden = !capabilities.clip;
+  field("n").max = capabilities.max_n;
+  const examples = (capabilities.examples ?? []).map((text) =>
+    el("button", { type: "button", onclick: () => { field("prompt").value = text; field("prompt").focus(); } }, text));
+  $("examples").replaceChildren(...examples);
+  write(defaults);
+}
+
+/** Show settings in the form. What they do not say stays. */
+export function write(settings) {
+  for (const [name, value] of Object.entries(settings)) {
+    if (field(name)) field(name).value = value ?? "";
+  }
+  show();
+}
+
+/** The form's values as a request without a prompt of its own: empty fields are left to the server. */
+export function read() {
+  const settings = { prompt: field("prompt").value.trim() };
+  for (const name of NUMBERS) {
+    if (field(name).value !== "" && !field(name).closest("[hidden]")) settings[name] = Number(field(name).value);
+  }
+  if (settings.num_candidates > settings.n && !$("rank-field").hidden) settings.rank = field("rank").value;
+  return settings;
+}
+
+/** A seed for a run that was not given one, so that it can be repeated. */
+export const newSeed = () => Math.floor(Math.random() * MAX_SEED);
+
+/** Mark the field that an error is about, if it is one of the form; show it. */
+export function blame(name) {
+  for (const each of form.elements) each.removeAttribute("aria-invalid");
+  const wrong = name && field(name);
+  if (!wrong) return;
+  wrong.setAttribute("aria-invalid", "true");
+  if (FOLDED.includes(name)) $("more").open = true;
+}
+
+function show() {
+  for (const output of form.querySelectorAll("output")) output.value = Number(field(output.htmlFor.value).value).toString();
+  const changed = FOLDED.filter((name) => field(name).value !== String(defaults[name] ?? "")).length;
+  $("changed").textContent = changed ? `${changed} changed` : "";
+}
+
+form.addEventListener("input", (event) => {
+  event.target.removeAttribute("aria-invalid");
+  show();
+});
+// A folded field cannot say what is wrong with it.
+form.addEventListener("invalid", (event) => { if (event.target.closest("details")) $("more").open = true; }, true);
+form.addEventListener("click", (event) => {
+  const step = event.target.closest("[data-step]")?.dataset.step;
+  if (!step) return;
+  const n = field("n");
+  n.value = Math.min(Math.max(Number(n.value) + Number(step), n.min), n.max);
+});
+$("defaults").addEventListener("click", () => {
+  write(Object.fromEntries(FOLDED.map((name) => [name, defaults[name]])));
+});
+field("prompt").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  form.requestSubmit();
+});
