@@ -22,11 +22,13 @@ export function ordered(run) {
   return finished(run).sort((a, b) => score(b) - score(a));
 }
 
+const number = (value, digits) => value.toFixed(digits).replace("-", "−");
+
 function score(run, picture) {
-  if (picture.clip_score != null && order === "clip") return `CLIP ${picture.clip_score.toFixed(3)}`;
-  if (picture.log_likelihood == null) return "";
+  if (picture.clip_score != null && order === "clip") return [el("span", { class: "unit" }, "CLIP "), number(picture.clip_score, 3)];
+  if (picture.log_likelihood == null) return [];
   // Per code, so that the number does not depend on the image size.
-  return `${(picture.log_likelihood / run.sampledCodes).toFixed(2)} nats`;
+  return [number(picture.log_likelihood / run.sampledCodes, 2), el("span", { class: "unit" }, " nats/code")];
 }
 
 export function slug(text) {
@@ -38,7 +40,8 @@ function download(run, picture) {
   el("a", { href: dataUrl(picture), download: name }).click();
 }
 
-function summary(run) {
+/** What a run is, in a line. */
+export function summary(run) {
   const { settings } = run;
   const parts = [plural(run.pictures.length, "picture"), `seed ${settings.seed}`];
   if (settings.cond_scale > 1) parts.push(`guidance ${settings.cond_scale}`);
@@ -70,13 +73,21 @@ export class Gallery {
 
   render() {
     const { run } = this;
-    if (!run) return this.root.replaceChildren(el("div", { class: "empty" },
-      el("h2", { id: "shown-title" }, "Nothing here yet"),
-      el("p", {}, "Write what the pictures should show, or choose an example. They appear here, code by code.")));
+    if (!run) return this.root.replaceChildren(...this.welcome());
     const pictures = ordered(run);
     const tiles = el("ol", { class: "tiles", "data-count": Math.min(pictures.length, 4) },
       ...pictures.map((picture) => this.tile(run, picture)));
+    tiles.style.setProperty("--grid", run.grid);
     this.root.replaceChildren(this.heading(run), tiles);
+  }
+
+  welcome() {
+    const places = Array.from({ length: 4 }, () => el("li", {}, el("div", { class: "frame" })));
+    return [
+      el("header", { class: "title" }, el("div", {},
+        el("h2", { id: "shown-title" }, "What should the pictures show?"),
+        el("p", { class: "meta" }, "Write a prompt or choose an example. The pictures appear here, code by code."))),
+      el("ol", { class: "tiles", "data-count": 4, "aria-hidden": "true" }, ...places)];
   }
 
   heading(run) {
@@ -85,7 +96,8 @@ export class Gallery {
     const choose = (event) => { order = event.target.value; this.render(); $("order").focus(); };
     const several = run.state !== "running" && names.length > 1 && run.pictures.length > 1;
     return el("header", { class: "title" },
-      el("div", {}, el("h2", { id: "shown-title" }, run.settings.prompt), el("p", { class: "meta" }, summary(run))),
+      run.source && origin(run.source),
+      el("div", { class: "name" }, el("h2", { id: "shown-title" }, run.settings.prompt), el("p", { class: "meta" }, summary(run))),
       run.state !== "running" && el("div", { class: "deeds" },
         several && el("label", {}, el("span", { class: "unseen" }, "Order"), el("select", { id: "order", onchange: choose }, ...options)),
         el("button", { type: "button", onclick: () => this.actions.reuse(run) }, "Use settings"),
@@ -94,7 +106,6 @@ export class Gallery {
 
   tile(run, picture) {
     const tile = el("li", { "data-index": picture.index });
-    tile.style.setProperty("--grid", run.grid);
     this.fill(tile, picture);
     return tile;
   }
@@ -108,10 +119,18 @@ export class Gallery {
     const open = () => this.viewer.open(run, picture);
     tile.replaceChildren(
       el("button", { type: "button", class: "frame", "aria-label": `Open ${name}`, onclick: open }, image),
-      el("div", { class: "caption" }, el("span", { class: "score" }, score(run, picture)),
+      el("div", { class: "caption" }, el("span", { class: "score" }, ...score(run, picture)),
         iconButton("paint", "Paint a part anew", () => this.actions.paint(run, picture)),
         iconButton("download", "Download", () => download(run, picture))));
   }
+}
+
+/** The picture that a run completes, with what it paints anew. */
+function origin({ url, marked }) {
+  const cells = marked.map((on) => el("span", { class: on && "marked" }));
+  const cover = el("span", { class: "cover" }, ...cells);
+  cover.style.setProperty("--grid", Math.sqrt(marked.length));
+  return el("span", { class: "origin" }, el("img", { src: url, alt: "The picture before" }), cover);
 }
 
 /** One picture, large, with its settings. */
@@ -142,7 +161,7 @@ class Viewer {
     const act = (deed) => () => { this.dialog.close(); deed(run, picture); };
     const facts = [
       ["Seed", settings.seed], ["Picture", `${picture.index + 1} of that seed`],
-      ["Log-likelihood", picture.log_likelihood?.toFixed(2)], ["CLIP similarity", picture.clip_score?.toFixed(3)],
+      ["Log-likelihood", picture.log_likelihood == null ? null : `${number(picture.log_likelihood, 2)} nats`], ["CLIP similarity", picture.clip_score?.toFixed(3)],
       ["Guidance", settings.cond_scale], ["Temperature", settings.temperature], ["Top-k", settings.top_k],
       ["Top-p", settings.top_p], ["Candidates", settings.num_candidates],
     ].filter(([, value]) => value != null);
@@ -152,9 +171,9 @@ class Viewer {
       return button;
     };
     this.dialog.replaceChildren(el("article", {},
+      el("header", {}, el("h2", { id: "viewer-title" }, settings.prompt), closeButton()),
       el("img", { src: dataUrl(picture), alt: settings.prompt }),
       el("div", { class: "beside" },
-        el("header", {}, el("h2", { id: "viewer-title" }, settings.prompt), closeButton()),
         el("dl", {}, ...facts.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, String(value))))),
         el("div", { class: "deeds" },
           el("button", { type: "button", class: "primary", onclick: () => download(run, picture) }, icon("download"), "Download PNG"),

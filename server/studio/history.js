@@ -1,7 +1,7 @@
 // The runs of this session: kept in the tab, newest first, until it is closed.
 
-import { $, el, plural } from "./dom.js";
-import { dataUrl, ordered } from "./gallery.js";
+import { $, el } from "./dom.js";
+import { dataUrl, ordered, summary } from "./gallery.js";
 
 const KEY = "studio.runs";
 const MOST = 50;
@@ -14,7 +14,12 @@ export class History {
     } catch {
       // Written by another version: begin anew.
     }
-    $("forget").addEventListener("click", () => { this.runs = []; this.save(); this.select(null); });
+    $("forget").addEventListener("click", () => {
+      if (!confirm("Forget all pictures of this session? What was not downloaded is lost.")) return;
+      this.runs = this.runs.filter((run) => run.state === "running");
+      this.save();
+      this.select(this.runs[0] ?? null);
+    });
   }
 
   add(run) {
@@ -53,9 +58,8 @@ export class History {
   entry(run) {
     const pictures = ordered(run).filter((picture) => picture.b64_json).slice(0, 4);
     const time = new Date(run.time).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
-    const meta = `${plural(run.pictures.length, "picture")}  ·  seed ${run.settings.seed}  ·  ${time}`;
     return el("li", {}, el("button", { type: "button", "aria-current": run === this.shown && "true", onclick: () => this.select(run) },
       el("span", { class: "thumbs" }, ...pictures.map((picture) => el("img", { src: dataUrl(picture), alt: "" }))),
-      el("span", { class: "what" }, run.settings.prompt), el("span", { class: "meta" }, meta)));
+      el("span", { class: "what" }, run.settings.prompt), el("span", { class: "meta" }, `${time}  ·  ${summary(run)}`)));
   }
 }

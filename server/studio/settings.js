@@ -15,8 +15,10 @@ export function follow(capabilities) {
   defaults = { n: 4, seed: "", rank: "likelihood", ...capabilities.defaults };
   $("guidance-field").hidden = !capabilities.guidance;
   $("rank-field").hidden = !capabilities.clip;
+  // Pixels of small pictures are shown as such where these are large.
+  document.documentElement.toggleAttribute("data-fine", capabilities.image_size >= 128);
   field("n").max = capabilities.max_n;
-  const examples = (capabilities.examples ?? []).map((text) =>
+  const examples = (capabilities.examples ?? []).slice(0, 6).map((text) =>
     el("button", { type: "button", onclick: () => { field("prompt").value = text; field("prompt").focus(); } }, text));
   $("examples").replaceChildren(...examples);
   write(defaults);

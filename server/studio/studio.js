@@ -14,7 +14,7 @@ const model = () => offered.find(({ id }) => id === $("model").value);
 const gallery = new Gallery($("shown"), {
   variations: (run) => start(run.settings.prompt, { ...run.settings, seed: newSeed() }, run.source),
   reuse: (run) => { write(run.settings); $("prompt").focus(); say("The form has this run's settings."); },
-  paint: (run, picture) => editor.open(dataUrl(picture), run.settings.prompt, run.grid),
+  paint: (run, picture) => editor.open(dataUrl(picture), run.settings.prompt, (model()?.capabilities ?? run).grid),
   lowerHalf: (run, picture) =>
     start(run.settings.prompt, { ...run.settings, seed: newSeed() }, { url: dataUrl(picture), marked: lowerHalf(run.grid) }),
 });
@@ -28,10 +28,11 @@ const withSeed = (settings) => ({ ...settings, seed: settings.seed ?? newSeed() 
 
 async function start(prompt, settings, source) {
   if (running) return say("Pictures are being made already: wait, or cancel.");
-  const { image_size: imageSize, grid } = model().capabilities;
+  if (!model()) return connect();
+  const { grid } = model().capabilities;
   const pictures = Array.from({ length: settings.n }, (_, index) => ({ index, state: "waiting" }));
   const run = {
-    time: Date.now(), state: "running", settings: { ...settings, prompt }, source, pictures, imageSize, grid,
+    time: Date.now(), state: "running", settings: { ...settings, prompt }, source, pictures, grid,
     sampledCodes: source ? source.marked.filter(Boolean).length : grid * grid,
   };
   running = { run, controller: new AbortController() };
@@ -107,6 +108,7 @@ function notice(content) {
   clearInterval(countdown);
   $("notice").hidden = !content;
   $("notice").replaceChildren(...(content ?? []));
+  if (content) $("notice").scrollIntoView({ block: "nearest" });
 }
 
 /** Say what went wrong, with a way to try again; a busy server is tried again by itself. */
@@ -123,9 +125,9 @@ function report(error, again) {
   const timer = el("span", { "aria-hidden": "true" });
   close.textContent = "Give up";
   retry.textContent = "Try now";
-  notice([el("p", {}, `The server is busy: ${error.message}. It is tried again by itself. `, timer), retry, close]);
+  notice([el("p", {}, `The server is busy: ${error.message}. Trying again by itself `, timer), retry, close]);
   const tick = () => {
-    timer.textContent = `${seconds} s`;
+    timer.textContent = `in ${seconds} s`;
     if (seconds-- <= 0) retry.click();
   };
   tick();
@@ -136,7 +138,8 @@ function askForKey(problem, again) {
   const dialog = $("key");
   $("key-problem").textContent = problem;
   $("key-value").value = "";
-  dialog.querySelector("form").onsubmit = () => { setKey($("key-value").value); again(); };
+  dialog.querySelector("form").onsubmit = () => { setKey($("key-value").value); notice(null); again(); };
+  notice([el("p", {}, problem), el("button", { type: "button", onclick: () => dialog.showModal() }, "Enter a key")]);
   dialog.showModal();
 }
 
@@ -170,6 +173,7 @@ async function connect() {
   } catch (error) {
     return report(error, connect);
   }
+  $("generate").disabled = false;
   $("model").replaceChildren(...offered.map(({ id }) => el("option", { value: id }, id)));
   $("model").disabled = offered.length < 2;
   follow(model().capabilities);
