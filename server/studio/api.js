@@ -48,9 +48,13 @@ export async function models() {
   return (await (await send("v1/models")).json()).data;
 }
 
+/** Whether more pictures are sampled than are kept: which ones is known at the end. */
+export const chooses = (settings) => settings.num_candidates > settings.n;
+
 /** Sample pictures; yields the server's events. source {picture, mask}: blobs, to complete that picture. */
 export async function* sample(settings, source, signal) {
-  const wanted = { response_format: "b64_json", output_format: "png", stream: true, partial_images: 3, ...settings };
+  const wanted = { response_format: "b64_json", output_format: "png", stream: true, ...settings };
+  if (!chooses(settings)) wanted.partial_images = 3;
   let path = "v1/images/generations", body = JSON.stringify(wanted);
   if (source) {
     path = "v1/images/edits";

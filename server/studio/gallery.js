@@ -3,7 +3,7 @@
 import { $, closable, el, icon, iconButton, plural } from "./dom.js";
 
 const ORDERS = {
-  sampled: ["as sampled", (picture) => -picture.index],
+  sampled: ["as sampled", (picture) => -picture.number],
   likelihood: ["by likelihood", (picture) => picture.log_likelihood],
   clip: ["by CLIP similarity", (picture) => picture.clip_score],
 };
@@ -36,7 +36,7 @@ export function slug(text) {
 }
 
 function download(run, picture) {
-  const name = `${slug(run.settings.prompt)}-${run.settings.seed}-${picture.index}.png`;
+  const name = `${slug(run.settings.prompt)}-${run.settings.seed}-${picture.number}.png`;
   el("a", { href: dataUrl(picture), download: name }).click();
 }
 
@@ -66,7 +66,7 @@ export class Gallery {
   /** Show a run as it is now, if it is the one shown. */
   update(run, picture) {
     if (run !== this.run) return;
-    const tile = picture && this.root.querySelector(`[data-index="${picture.index}"]`);
+    const tile = picture && this.root.querySelector(`[data-place="${picture.place}"]`);
     if (!tile || run.state !== "running") return this.render();
     this.fill(tile, picture);
   }
@@ -105,14 +105,14 @@ export class Gallery {
   }
 
   tile(run, picture) {
-    const tile = el("li", { "data-index": picture.index });
+    const tile = el("li", { "data-place": picture.place });
     this.fill(tile, picture);
     return tile;
   }
 
   fill(tile, picture) {
     const { run } = this;
-    const name = `Picture ${picture.index + 1} of ${run.pictures.length}: ${run.settings.prompt}`;
+    const name = `Picture ${picture.place + 1} of ${run.pictures.length}: ${run.settings.prompt}`;
     tile.dataset.state = picture.state;
     const image = picture.b64_json && el("img", { src: dataUrl(picture), alt: picture.state === "done" ? name : `${name}, unfinished` });
     if (picture.state !== "done") return tile.replaceChildren(el("div", { class: "frame" }, image));
@@ -160,7 +160,7 @@ class Viewer {
     const { run, picture, actions } = this, { settings } = run, pictures = ordered(run);
     const act = (deed) => () => { this.dialog.close(); deed(run, picture); };
     const facts = [
-      ["Seed", settings.seed], ["Picture", `${picture.index + 1} of that seed`],
+      ["Seed", settings.seed], ["Picture", `number ${picture.number}`],
       ["Log-likelihood", picture.log_likelihood == null ? null : `${number(picture.log_likelihood, 2)} nats`], ["CLIP similarity", picture.clip_score?.toFixed(3)],
       ["Guidance", settings.cond_scale], ["Temperature", settings.temperature], ["Top-k", settings.top_k],
       ["Top-p", settings.top_p], ["Candidates", settings.num_candidates],

@@ -4,7 +4,7 @@ import { $, el } from "./dom.js";
 
 const NUMBERS = ["n", "seed", "cond_scale", "temperature", "top_p", "top_k", "num_candidates"];
 const FOLDED = ["temperature", "top_p", "top_k", "num_candidates", "rank"];
-const MAX_SEED = 2 ** 31 - 1;
+const SEEDS = 2 ** 31;
 
 const form = $("composer");
 const field = (name) => form.elements.namedItem(name);
@@ -12,12 +12,16 @@ let defaults = {};
 
 /** Follow what a model can do: its capabilities are the server's. */
 export function follow(capabilities) {
-  defaults = { n: 4, seed: "", rank: "likelihood", ...capabilities.defaults };
+  const rank = capabilities.clip ? "clip" : "likelihood", { top_k: topK } = capabilities.defaults;
+  defaults = { n: Math.min(4, capabilities.max_n), seed: "", num_candidates: "", rank, ...capabilities.defaults };
+  // Below 1 it is the share of codes that is not taken: shown as the number that is.
+  if (topK > 0 && topK < 1) defaults.top_k = Math.max(1, Math.floor((1 - topK) * capabilities.num_codes));
   $("guidance-field").hidden = !capabilities.guidance;
   $("rank-field").hidden = !capabilities.clip;
   // Pixels of small pictures are shown as such where these are large.
   document.documentElement.toggleAttribute("data-fine", capabilities.image_size >= 128);
-  field("n").max = capabilities.max_n;
+  field("n").max = field("num_candidates").max = capabilities.max_n;
+  field("top_k").max = capabilities.num_codes;
   const examples = (capabilities.examples ?? []).slice(0, 6).map((text) =>
     el("button", { type: "button", onclick: () => { field("prompt").value = text; field("prompt").focus(); } }, text));
   $("examples").replaceChildren(...examples);
@@ -43,7 +47,7 @@ export function read() {
 }
 
 /** A seed for a run that was not given one, so that it can be repeated. */
-export const newSeed = () => Math.floor(Math.random() * MAX_SEED);
+export const newSeed = () => Math.floor(Math.random() * SEEDS);
 
 /** Mark the field that an error is about, if it is one of the form; show it. */
 export function blame(name) {

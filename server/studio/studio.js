@@ -1,6 +1,6 @@
 // The studio: a form, the pictures it asks the server for, and what was made in this session.
 
-import { ApiError, models, sample, setKey } from "./api.js";
+import { ApiError, chooses, models, sample, setKey } from "./api.js";
 import { $, el, plural } from "./dom.js";
 import { completion, Editor, lowerHalf, squared } from "./editor.js";
 import { dataUrl, Gallery } from "./gallery.js";
@@ -30,7 +30,8 @@ async function start(prompt, settings, source) {
   if (running) return say("Pictures are being made already: wait, or cancel.");
   if (!model()) return connect();
   const { grid } = model().capabilities;
-  const pictures = Array.from({ length: settings.n }, (_, index) => ({ index, state: "waiting" }));
+  const known = !chooses(settings);
+  const pictures = Array.from({ length: settings.n }, (_, place) => ({ place, number: known ? place : null, state: "waiting" }));
   const run = {
     time: Date.now(), state: "running", settings: { ...settings, prompt }, source, pictures, grid,
     sampledCodes: source ? source.marked.filter(Boolean).length : grid * grid,
@@ -62,23 +63,20 @@ async function start(prompt, settings, source) {
 
 async function receive(run, signal) {
   const source = run.source && (await completion(run.source));
-  const waiting = run.pictures.map(({ index }) => index);
+  const done = ({ state }) => state === "done";
   for await (const event of sample({ model: $("model").value, ...run.settings }, source, signal)) {
     const completed = event.type.endsWith(".completed");
-    const index = event.index ?? waiting[0];
-    const picture = run.pictures[index];
+    const own = run.pictures.find(({ number }) => number === event.image_index);
+    const picture = own ?? run.pictures.find(({ number }) => number === null);
     if (!picture) continue;
     Object.assign(picture, {
-      b64_json: event.b64_json, state: completed ? "done" : "partial",
+      b64_json: event.b64_json, state: completed ? "done" : "partial", number: event.image_index,
       log_likelihood: event.log_likelihood, clip_score: event.clip_score,
     });
-    if (completed) {
-      waiting.splice(waiting.indexOf(index), 1);
-      if (waiting.length) say(`${run.pictures.length - waiting.length} of ${plural(run.pictures.length, "picture")}`);
-    }
+    if (completed) say(`${run.pictures.filter(done).length} of ${plural(run.pictures.length, "picture")} …`);
     gallery.update(run, picture);
   }
-  if (waiting.length) throw new ApiError("The connection ended before all pictures were there.");
+  if (!run.pictures.every(done)) throw new ApiError("The connection ended before all pictures were there.");
 }
 
 /** Keep a run's finished pictures; forget it where there are none. */
