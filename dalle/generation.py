@@ -126,8 +126,7 @@ def read_prompts(options: GenerateOptions) -> list[str]:
             ) from error
     if any("\0" in text for text in texts):
         raise UserError(f"--prompts-file {options.prompts_file} is not a text file: it holds NUL characters")
-    # Undecodable bytes of the command line arrive as lone surrogates, which cannot be written to files.
-    texts = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip() for text in texts]
+    texts = [clean(text) for text in texts]
     prompts = list(dict.fromkeys(text for text in texts if text))
     if not prompts:
         flag = "--text" if options.text else "--prompts-file"
@@ -136,6 +135,11 @@ def read_prompts(options: GenerateOptions) -> list[str]:
     if repeated:
         logger.warning("%d duplicate captions are ignored", repeated)
     return prompts
+
+
+def clean(prompt: str) -> str:
+    """A prompt without surrounding spaces. Lone surrogates (undecodable bytes), which files cannot hold, are replaced."""
+    return prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
 
 
 def read_prime(file: str, rows: int, loaded: Loaded) -> Tensor:
@@ -171,11 +175,25 @@ def _read_picture(flag: str, file: str, read: Callable[[str], Any] = open_pictur
         raise UserError(f"{flag} {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
+def token_ids(prompt: str, loaded: Loaded) -> list[int]:
+    """All token ids of a prompt; of one that is far too long, those of its beginning."""
+    limit = _CHARACTERS_PER_TOKEN * loaded.config.text_seq_len
+    return loaded.tokenizer.encode(prompt if len(prompt) <= limit else re.sub(r"\s+", " ", prompt)[:limit])
+
+
+def text_of(ids: Sequence[Sequence[int]], loaded: Loaded) -> Tensor:
+    """Token ids of some prompts, each at most T, as the model reads them: (prompts, T)."""
+    text = torch.zeros(len(ids), loaded.config.text_seq_len, dtype=torch.long)
+    for row, own in zip(text, ids):
+        row[: len(own)] = torch.tensor(own, dtype=torch.long)
+    return text
+
+
 def read_caption(prompt: str, loaded: Loaded, options: GenerateOptions) -> Caption:
     """Turn a prompt into token ids: truncated to the text length, with a warning, or completed with --gentxt."""
-    config, limit = loaded.config, _CHARACTERS_PER_TOKEN * loaded.config.text_seq_len
+    config = loaded.config
     shown = prompt if len(prompt) <= 80 else prompt[:77] + "..."
-    ids = loaded.tokenizer.encode(prompt if len(prompt) <= limit else re.sub(r"\s+", " ", prompt)[:limit])
+    ids = token_ids(prompt, loaded)
     if len(ids) > config.text_seq_len:
         logger.warning(
             "the model reads %d tokens of a caption: %r (%d tokens) is truncated",
@@ -273,9 +291,7 @@ class Writer:
 def sample_captions(writer: Writer, loaded: Loaded, given: Tensor | None) -> None:
     """Sample and write all images. given: codes (N,), -1 where the model samples; None: sample all codes."""
     config, options, captions = loaded.config, writer.options, writer.captions
-    text = torch.zeros(len(captions), config.text_seq_len, dtype=torch.long)
-    for row, caption in zip(text, captions):
-        row[: len(caption.ids)] = torch.tensor(caption.ids, dtype=torch.long)
+    text = text_of([caption.ids for caption in captions], loaded)
     sampling = options.sampling(config.num_image_tokens)
     tokens = config.image_seq_len - (0 if given is None else first_sampled(given))  # steps of one image
     begin = time.perf_counter()

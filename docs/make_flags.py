@@ -15,6 +15,7 @@ import dalle.export
 import dalle.generation
 import data.process_trainset
 import examples_utils.options
+import server.options
 import training.vqgan_options
 import utils.archives
 from benchmarks import busy, compare_peers
@@ -27,6 +28,7 @@ COMMANDS: tuple[Command[Any], ...] = (
     args.COMMAND,
     dalle.generation.COMMAND,
     dalle.evaluation.COMMAND,
+    server.options.COMMAND,
     training.vqgan_options.COMMAND,
     data.process_trainset.COMMAND,
     bpe.train.COMMAND,
