@@ -138,7 +138,7 @@ def read_prompts(options: GenerateOptions) -> list[str]:
 
 
 def clean(prompt: str) -> str:
-    """A prompt without surrounding spaces. Lone surrogates (undecodable bytes), which files cannot hold, are replaced."""
+    """A prompt without surrounding spaces, and without lone surrogates (undecodable bytes), which files cannot hold."""
     return prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
 
 

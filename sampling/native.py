@@ -22,6 +22,7 @@ from models.patterns import allowed_codes
 from models.positions import Positions
 from models.quantization import Int8Linear
 from ops import Norm, activation, rows
+from ops.attention_ops import HEAD_EPS
 from ops.build import pointer
 from ops.rows import Linear, Packed, address, at, threads_for, whole
 from sampling.cache import LayerCache
@@ -35,7 +36,7 @@ _KNOWN = frozenset(
     "num_text_tokens num_image_tokens text_seq_len grid dim depth heads dim_head attn_types loss_img_weight "
     "attn_dropout ff_dropout sandwich_norm layer_scale activation ff_mult qkv_bias out_bias ff_bias head_bias bos "
     "unique_pads text_positions image_positions rotary shift_tokens stable tie_embeddings shared_attn_ids "
-    "shared_ff_ids init_std".split()
+    "shared_ff_ids init_std norm qk_norm rotary_2d".split()
 )
 """The options of DalleConfig that this decoder implements, or that are nothing to it. Others it refuses by name."""
 
@@ -56,13 +57,13 @@ class _Branch(ctypes.Structure):
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [("attention", _Branch), ("feed_forward", _Branch)]
+    _fields_ = [("attention", _Branch), ("feed_forward", _Branch), ("query", _Norm), ("key", _Norm)]
     _fields_ += [(name, address) for name in ("text_key", "text_value", "image_key", "image_value")]
     _fields_ += [("text_lane", whole), ("lane", whole), ("starts", address), ("seen", address)]
 
 
 _SIZES = "sequences rows images codes dim heads width text_len grid hidden activation layers threads turned".split()
-_SIZES += ["stable"]
+_SIZES += ["stable", "turns_values"]
 _POINTERS = "table positions cosines sines".split()
 
 
@@ -101,9 +102,9 @@ def refusal(model: DalleModel, num_rows: int) -> str | None:
     unknown = unknown_option(model.config, _KNOWN)
     if unknown is not None:
         return f"the native decoder does not know the model option {unknown}"
-    parameters = list(model.transformer.parameters()) + list(model.image_head.parameters())
     if activation(model.config.activation).number < 0:
         return f"the native decoder does not know the activation {model.config.activation}"
+    parameters = list(model.transformer.parameters()) + list(model.image_head.parameters())
     refused = rows.refusal(*parameters, model.norm.weight, model.norm.bias, model.image_emb.weight)
     if refused is not None:
         return refused
@@ -153,6 +154,7 @@ class NativeDecoder(Decoder):
             cosines=at(tables[1]),
             sines=at(tables[2]),
             stable=config.stable,
+            turns_values=config.rotary,
             last=_norm(Norm(model.norm.weight, model.norm.bias, model.norm.eps)),
             head=self._pack(model.image_head).struct,
             stack=ctypes.cast(self._layers, ctypes.POINTER(_Layer)),
@@ -191,7 +193,9 @@ class NativeDecoder(Decoder):
             branch.history = at(shown)
         lanes, seen = (cache.text.stride(2), cache.codes.stride(2)), _seen(cache.pattern, cache.grid)
         self._kept.append(seen)
-        return _Layer(*branches, *map(at, (*cache.text, *cache.codes)), *lanes, *map(at, seen))
+        scales = [None, None] if own.head_scales is None else map(self._keep, own.head_scales.detach())
+        heads = [_norm(scale if scale is None else Norm(scale, None, HEAD_EPS)) for scale in scales]
+        return _Layer(*branches, *heads, *map(at, (*cache.text, *cache.codes)), *lanes, *map(at, seen))
 
     def _branch(self, before: Norm, after: Norm | None, first: Packed, second: Packed) -> _Branch:
         return _Branch(_norm(before), _norm(after), first.struct, second.struct)
