@@ -19,6 +19,10 @@ cd "$root"
 "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch_fidelity") is None)' ||
     "$python" -m pip install --quiet --no-deps dalle-pytorch==1.6.6 axial-positional-embedding==0.3.12 \
         rotary-embedding-torch==0.9.1 torch-fidelity==0.4.0
+# The studio is tested in a browser, where there is one (Debian: apt-get install chromium-driver).
+if command -v chromedriver >/dev/null; then
+    "$python" -c 'import selenium' 2>/dev/null || "$python" -m pip install --quiet selenium==4.51.0
+fi
 if [ $# -eq 0 ]; then
     "$python" -m ruff check .
     "$python" -m mypy

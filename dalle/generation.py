@@ -299,7 +299,7 @@ def sample_captions(writer: Writer, loaded: Loaded, given: Tensor | None) -> Non
     def images_per_second() -> float:
         return bar.count / tokens / max(time.perf_counter() - begin, 1e-9)
 
-    def on_token(share: Share) -> None:
+    def on_token(share: Share, _: object) -> None:
         bar.update(share.num_images, 0, **{"images/s": images_per_second()})
 
     with log.progress(len(captions) * options.num_images * tokens, "sampling", unit="token") as bar:

@@ -15,8 +15,7 @@ from dalle.completion import completion_codes
 from dalle.models import Candidates, Dalle
 from dalle.pictures import Cell, labelled_grid, save_picture
 from data.demo import demo_records
-from sampling import to_uint8
-from sampling.partial import decode_partial
+from sampling import decode_partial, to_uint8
 from utils.files import atomic_write
 
 FILE = Path(__file__).resolve().parent / "gallery.md"

@@ -230,7 +230,7 @@ async def stream(
             if isinstance(event, Partial):
                 content = await run_in_threadpool(results.partial_file, event, request)
                 fields = {"partial_image_index": event.stage, "image_index": event.number, "seed": job.seed,
-                          "progress": float(event.there.float().mean())}  # fmt: skip
+                          "progress": event.progress}  # fmt: skip
                 told = schemas.event(f"{kind}.partial_image", request, api.size, **fields)
             elif isinstance(event, Done):
                 content, about = await picture_of(api, request, job, event)

@@ -37,6 +37,14 @@ new MutationObserver(() => {
 }).observe(document.getElementById("shown"), { childList: true, subtree: true });
 """
 
+#: What reaches beyond the window.
+WIDE = """
+const end = document.documentElement.clientWidth + 1;
+return [...document.querySelectorAll("body *")].filter((node) => node.checkVisibility()
+  && node.getBoundingClientRect().right > end).map((node) => node.outerHTML);
+"""
+CONTROLS = {"button", "textbox", "spinbutton", "slider", "combobox", "radio", "gridcell", "image", "dialog", "grid"}
+
 
 class Page:
     """The studio in a browser."""
@@ -80,23 +88,25 @@ class Page:
 
     def pictures(self):
         """The sources of the run's pictures, when all are there."""
-        self.until(lambda: self.find("#generate").text == "Generate" and not self.all("#shown li:not([data-state=done])"))
+        self.until(lambda: not self.find("#cancel").is_displayed() and not self.all("#shown li:not([data-state=done])"))
         return [image.get_attribute("src") for image in self.all("#shown .frame img")]
 
     def says(self, selector, text):
         self.until(lambda: text in self.find(selector).text)
 
     def problems(self):
-        """What went to another address or to the console, and what lies beside the window."""
+        """Requests to other addresses, console messages, nameless controls, and what reaches beyond the window."""
         sent = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         urls = [each["params"]["request"]["url"] for each in sent if each["method"] == "Network.requestWillBeSent"]
         assert len(urls) > 5
         elsewhere = [url for url in urls if not url.startswith((self.address, "data:", "blob:"))]
         refused = "the server responded with a status of"
         console = [entry["message"] for entry in self.driver.get_log("browser") if refused not in entry["message"]]
-        wide = "return [...document.querySelectorAll('body *')].filter((node) => node.checkVisibility() && "
-        wide += "node.getBoundingClientRect().right > document.documentElement.clientWidth + 1).map((node) => node.outerHTML)"
-        return [*elsewhere, *console, *self.script(wide)]
+        tree = self.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+        controls = [node for node in tree if not node["ignored"] and node["role"]["value"] in CONTROLS]
+        nameless = [node for node in controls if not node["name"]["value"]]
+        assert len(controls) > 10
+        return [*elsewhere, *console, *nameless, *self.script(WIDE)]
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +116,7 @@ def app():
     server = Server(app, 1.0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
     thread.start()
-    app.address = "http://127.0.0.1:{}/".format(taken.getsockname()[1])
+    app.address = f"http://127.0.0.1:{taken.getsockname()[1]}/"
     yield app
     server.should_exit = True
     thread.join(20)
@@ -150,7 +160,7 @@ def test_type_generate_watch_paint_complete_download(page):
     # The preview: ever more of each picture, and what is there is about the picture that it becomes.
     seen = [opened(source) for place, source in page.script("return seen") if place == "0"]
     shown = [sum(picture.getchannel("A").tobytes()) // 255 for picture in seen]
-    assert len(shown) >= 2 and shown == sorted(set(shown)) and 0 < shown[0] and shown[-1] < 64 * 64
+    assert len(shown) >= 2 and shown == sorted(set(shown)) and shown[0] > 0 and shown[-1] < 64 * 64
     # The likeliest first, or as sampled.
     scores = [float(each.text.split()[0].replace("−", "-")) for each in page.all("#shown .score")]
     assert scores == sorted(scores, reverse=True) and len(scores) == 4
