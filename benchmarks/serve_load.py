@@ -130,7 +130,7 @@ def mixed_load(count: int, seed: int, prompts: Sequence[str] = DEMO_PROMPTS) -> 
         parameters.update(top_p=chance.choice([1.0, 0.9]), cond_scale=chance.choice([1.0, 1.0, 2.0]))
         if chance.random() < 0.25:
             parameters.update(stream=True, partial_images=chance.randrange(4))
-        leaves = chance.random() * 2 if number % _LEAVES_ONE_IN == 3 else None
+        leaves = chance.random() / 2 if number % _LEAVES_ONE_IN == 3 else None
         asks.append(Ask(parameters, chance.choice([None, None, None, 2, 5]), leaves))
     return asks
 
