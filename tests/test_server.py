@@ -1,11 +1,15 @@
 """The server: answers of the images API to OpenAI's client, what it refuses, and clients that come and go."""
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import http.client
 import io
 import json
+import re
+import shlex
+import shutil
 import signal
 import socket
 import struct
@@ -29,6 +33,7 @@ from benchmarks import serve_load
 from dalle.loading import DEMO_PROMPTS, load
 from data.images import image_to_tensor
 from server.app import make_app
+from server.guard import Guard
 from server.options import API_KEY_VARIABLE, COMMAND
 from server.running import Server, listen
 from server.store import Store
@@ -414,6 +419,25 @@ def test_requests_that_are_too_large_or_come_from_elsewhere(served):
     assert served.raw("GET", "/v1/models", host="evil.example")[0] == 400
 
 
+def test_a_client_that_does_not_read_is_given_up():
+    told = []
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    guard = Guard(app, None, 100, 0.05, lambda *what: told.append(what))
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    with pytest.raises(asyncio.TimeoutError):
+        asyncio.run(guard(scope, None, lambda message: asyncio.sleep(60)))
+    assert told[0][:2] == ("other", 200)
+
+
+@pytest.mark.parametrize("kind, body", [("multipart/form-data", b""), ("multipart/form-data; boundary=x", b"--y\r\n")])
+def test_forms_that_are_none(served, kind, body):
+    status, _, content = served.raw("POST", "/v1/images/edits", body, content_type=kind)
+    assert status == 400 and json.loads(content)["error"]["type"] == "invalid_request_error"
+
+
 def test_routes_that_do_not_exist(served):
     for method, path, status in (("GET", "/docs", 404), ("GET", "/openapi.json", 404), ("GET", "/v1/images", 404),
                                  ("GET", "/v1/images/generations", 405), ("GET", "/../../etc/passwd", 404)):
@@ -536,7 +560,27 @@ def test_metrics(served):
         assert f"mini_dalle_{name}" in text
 
 
-# ---- the command
+# ---- the command, and what its document says
+
+DOCUMENT = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
+
+
+def test_code_in_the_document_runs(served, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT, flags=re.S)
+    exec(code.replace(":8000", f":{served.port}"), {})
+    printed = capsys.readouterr().out
+    assert printed.startswith("7 0 -") and "image_generation.completed" in printed
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
+@pytest.mark.parametrize("command", re.findall(r"^curl .*", DOCUMENT, flags=re.M))
+def test_curl_in_the_document_gets_images(served, tmp_path, command):
+    for name, colour in (("face", "white"), ("mask", (0, 0, 0, 0))):
+        Image.new("RGBA", (64, 64), colour).save(tmp_path / f"{name}.png")
+    words = shlex.split(command.replace(":8000", f":{served.port}"))
+    answer = subprocess.run(words, cwd=tmp_path, capture_output=True, check=True, timeout=60).stdout
+    assert len(json.loads(answer)["data"]) == 2
+
 
 
 def test_the_command_serves_until_a_signal_and_completes_what_runs():
