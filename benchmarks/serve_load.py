@@ -25,6 +25,7 @@ import uuid
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, Callable, NamedTuple, Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,13 +35,14 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from benchmarks.compare_peers import PeerOptions  # noqa: E402
 from dalle.completion import completion_codes, transparent_mask  # noqa: E402
 from dalle.generation import text_of, token_ids  # noqa: E402
 from dalle.loading import DEMO, DEMO_PROMPTS, Loaded, load  # noqa: E402
 from data.images import image_to_tensor  # noqa: E402
 from sampling import Sampler, SamplingOptions, top_k_count  # noqa: E402
 from utils.errors import UserError, run_main  # noqa: E402
-from utils.options import Command, Options, option  # noqa: E402
+from utils.options import Command, Options, again, option  # noqa: E402
 
 _LEAVES_ONE_IN = 8
 _TIMEOUT = 600.0
@@ -51,7 +53,8 @@ class LoadOptions(Options):
     """The flags of this command."""
 
     clients: tuple[int, ...] = option((1, 4, 16), "numbers of clients whose images/s are measured", ge=1)
-    seconds: float = option(20.0, "for which each number of clients is measured", gt=0)
+    seconds: float = option(10.0, "for which each number of clients is measured in each turn", gt=0)
+    turns: int = again(PeerOptions, "turns", default=3, help="of the numbers of clients; medians are printed")
     stress_clients: int = option(64, "clients of the mixed load", ge=1)
     requests: int = option(500, "requests of the mixed load; 0: none", ge=0)
     slots: int = option(32, "as for serve.py", ge=1)
@@ -130,7 +133,7 @@ def mixed_load(count: int, seed: int, prompts: Sequence[str] = DEMO_PROMPTS) -> 
         parameters.update(top_p=chance.choice([1.0, 0.9]), cond_scale=chance.choice([1.0, 1.0, 2.0]))
         if chance.random() < 0.25:
             parameters.update(stream=True, partial_images=chance.randrange(4))
-        leaves = chance.random() * 2 if number % _LEAVES_ONE_IN == 3 else None
+        leaves = chance.random() / 2 if number % _LEAVES_ONE_IN == 3 else None
         asks.append(Ask(parameters, chance.choice([None, None, None, 2, 5]), leaves))
     return asks
 
@@ -281,8 +284,9 @@ def main() -> None:
     options = COMMAND.parse()
     with Served(options.slots) as served:
         work(served.port, 4, mixed_load(16, 0))  # warm up
-        for clients in options.clients:
-            speed, batch = measure(served.port, clients, options.seconds)
+        turns = [[measure(served.port, n, options.seconds) for n in options.clients] for _ in range(options.turns)]
+        for clients, measured in zip(options.clients, zip(*turns)):
+            speed, batch = map(median, zip(*measured))
             print(f"{clients:>3} clients: {speed:6.2f} images/s, {batch:5.2f} images in a pass", flush=True)  # noqa: T201
         if options.requests:
             stress(served, options)

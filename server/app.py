@@ -20,6 +20,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from dalle.generation import token_ids
@@ -265,27 +266,32 @@ async def read_json(request: Request) -> dict[str, Any]:
     return body
 
 
-async def read_form(request: Request) -> tuple[dict[str, str], dict[str, bytes]]:
-    """The fields and files of a form. Raises ApiError."""
+async def read_form(request: Request, max_bytes: int) -> tuple[dict[str, str], dict[str, bytes]]:
+    """The fields and files of a form, which has at most max_bytes. Raises ApiError."""
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise ApiError("The content type must be multipart/form-data", status=415)
     fields: dict[str, str] = {}
     files: dict[str, bytes] = {}
-    async with request.form(max_files=4, max_fields=_MAX_FIELDS) as form:
-        for name, value in form.multi_items():
-            name = "image" if name == "image[]" else name
-            if name in fields or name in files:
-                raise ApiError(f"{name[:80]} is given twice: one is supported", name[:80], "invalid_value")
-            if isinstance(value, UploadFile):
-                files[name] = await value.read()
-            else:
-                fields[name] = value
+    try:
+        parser = MultiPartParser(request.headers, request.stream(), max_files=4, max_fields=_MAX_FIELDS)
+        parser.spool_max_size = max_bytes  # in memory, and never on a disk
+        form = await parser.parse()
+    except (MultiPartException, KeyError) as error:
+        raise ApiError(f"The body of the request is not a valid form: {getattr(error, 'message', error)}") from error
+    for name, value in form.multi_items():
+        name = "image" if name == "image[]" else name
+        if name in fields or name in files:
+            raise ApiError(f"{name[:80]} is given twice: one is supported", name[:80], "invalid_value")
+        if isinstance(value, UploadFile):
+            files[name] = await value.read()
+        else:
+            fields[name] = value
     return fields, files
 
 
 async def edit(api: Api, request: Request) -> Response:
     """Answer a request to complete a picture."""
-    fields, files = await read_form(request)
+    fields, files = await read_form(request, api.options.max_body * 2**20)
     for name in files:
         if name not in ("image", "mask"):
             raise ApiError(f"'{name[:80]}' must not be a file", name[:80], "invalid_value")

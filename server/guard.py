@@ -32,7 +32,10 @@ class Guard:
     def __init__(
         self, app: Any, key: str | None, max_bytes: int, seconds: float, told: Callable[[str, int, float], None]
     ) -> None:
-        """seconds: for which a client may send a request. told: called with route, status and seconds of each."""
+        """seconds: that a client may take to send a request, and to read each part of its answer.
+
+        told: called with route, status and seconds of each.
+        """
         self.app, self.key, self.max_bytes, self.seconds, self.told = app, key, max_bytes, seconds, told
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -47,7 +50,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message).update({**HEADERS, "x-request-id": told})
-            await send(message)
+            await asyncio.wait_for(send(message), self.seconds)  # a client that does not read holds nothing for ever
 
         try:
             error = self.refusal(scope)

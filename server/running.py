@@ -38,6 +38,7 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=10, lifespan="off",
         )  # fmt: skip
         super().__init__(settings)
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         self.scheduler, self.stop_timeout = app.state.scheduler, stop_timeout
         self.stopped_by: int | None = None
 

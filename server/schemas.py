@@ -9,7 +9,7 @@ from typing import Any, Mapping
 from dalle.generation import clean
 from sampling import SamplingFlags
 from utils.errors import UsageError, UserError, nearest
-from utils.options import Options, again, as_arguments, option, options_of
+from utils.options import REQUIRED, Options, again, as_arguments, option, options_of
 
 MAX_PROMPT = 32000
 """Characters of a prompt, as in OpenAI's API."""
@@ -52,7 +52,7 @@ def _prompt(text: str) -> str:
 class ImageRequest(Options, title="parameters"):
     """The parameters of /v1/images/generations; /v1/images/edits has the files image and mask in addition."""
 
-    prompt: str = option("", "what the images show; the model reads as many tokens of it as it knows", check=_prompt)
+    prompt: str = option(REQUIRED, "what the images show; the model reads only its first tokens", check=_prompt)
     model: str | None = option(None, "id of the model", none="the one that is served")
     n: int = option(1, "images to return", ge=1)
     size: str = option("auto", "auto, or the size of the model's images, such as 64x64")

@@ -19,11 +19,12 @@ def read_picture(content: bytes, name: str, max_pixels: int) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
             if picture.width * picture.height > max_pixels:
-                limit = f"{max_pixels / 1e6:g} megapixels at most are accepted"
-                message = f"{name} has {picture.width} x {picture.height} pixels; {limit}"
-                raise ApiError(message, name, "image_too_large")
+                raise Image.DecompressionBombError
             picture.load()
             return picture.copy()
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's limit is higher
+        limit = f"{max_pixels / 1e6:g} megapixels at most are accepted"
+        raise ApiError(f"{name} has too many pixels: {limit}", name, "image_too_large") from error
     except BROKEN_IMAGE_ERRORS as error:
         listed = ", ".join(FORMATS)
         raise ApiError(f"{name} cannot be read as one of {listed}", name, "invalid_image") from error

@@ -40,7 +40,7 @@ ARROWS = {
     "server": {"dalle", "data", "sampling", "utils"},
     "engines": {"args", "checkpoints", "data", "models", "ops", "utils", "log"},
     "training": {"args", "bpe", "checkpoints", "dalle", "data", "engines", "log", "models", "utils"},
-    "benchmarks": {"args", "bpe", "engines", "log", "models", "ops", "sampling", "training", "utils"},
+    "benchmarks": {"args", "bpe", "dalle", "data", "engines", "log", "models", "ops", "sampling", "training", "utils"},
     "examples_utils": {"args", "bpe", "dalle", "data", "engines", "log", "models", "utils"},
 }
 CONFIGURATIONS = [
