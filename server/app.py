@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, AsyncIterator, Callable, Mapping
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
@@ -320,8 +320,7 @@ def make_app(loaded: Loaded, options: ServeOptions, ranker: ClipRanker | None = 
     if options.host in ("127.0.0.1", "localhost"):  # a page of another site may have let its name lead here
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
     add_routes(app, api)
-    if (STUDIO / "index.html").is_file():
-        app.mount("/", StaticFiles(directory=STUDIO, html=True))
+    app.mount("/studio", StaticFiles(directory=STUDIO))
     return app
 
 
@@ -352,6 +351,10 @@ def add_routes(app: FastAPI, api: Api) -> None:
         if found is None:
             raise ApiError("There is no such picture, or it has expired", code="not_found", status=404)
         return Response(found.content, media_type=found.media_type, headers={"cache-control": "private"})
+
+    @app.get("/")
+    async def studio() -> Response:
+        return FileResponse(STUDIO / "index.html")
 
     @app.get("/healthz")
     async def health() -> Response:

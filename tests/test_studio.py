@@ -291,8 +291,8 @@ def test_the_page_asks_for_the_key(page, app, monkeypatch):
     page.driver.get(page.address)
     page.until(page.find("#key").is_displayed)
     page.find("#key-value").send_keys("wrong", Keys.ENTER)
+    page.until(lambda: not page.find("#key-value").get_attribute("value") and page.find("#key").is_displayed())
     page.says("#key-problem", "Incorrect")
-    page.until(page.find("#key").is_displayed)
     page.find("#key-value").send_keys("secret", Keys.ENTER)
     page.until(lambda: page.find("#model").text == "demo" and not page.find("#notice").is_displayed())
 
