@@ -75,7 +75,7 @@ export class Gallery {
     const { run } = this;
     if (!run) return this.root.replaceChildren(...this.welcome());
     const pictures = ordered(run);
-    const tiles = el("ol", { class: "tiles", "data-count": Math.min(pictures.length, 4) },
+    const tiles = el("ol", { class: "tiles", "data-count": pictures.length > 12 ? "many" : Math.min(pictures.length, 4) },
       ...pictures.map((picture) => this.tile(run, picture)));
     tiles.style.setProperty("--grid", run.grid);
     this.root.replaceChildren(this.heading(run), tiles);

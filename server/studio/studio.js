@@ -42,7 +42,8 @@ async function start(prompt, settings, source) {
   blame(null);
   history.add(run);
   history.select(run);
-  $("shown").scrollIntoView({ block: "nearest" });
+  const { top } = $("shown").getBoundingClientRect();
+  if (top < 0 || top > innerHeight / 2) $("shown").scrollIntoView();
   say(`Sampling ${plural(settings.n, "picture")} …`);
   const begin = performance.now();
   try {
