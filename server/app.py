@@ -21,7 +21,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from dalle.generation import token_ids
 from dalle.loading import DEMO, DEMO_PROMPTS, Loaded, knows_guidance
@@ -316,9 +315,7 @@ def make_app(loaded: Loaded, options: ServeOptions, ranker: ClipRanker | None = 
     app, api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None), Api(loaded, options, ranker)
     app.state.api, app.state.scheduler = api, api.scheduler
     app.add_middleware(Guard, key=options.key, max_bytes=options.max_body * 2**20, seconds=options.request_timeout,
-                       told=api.told)
-    if options.host in ("127.0.0.1", "localhost"):  # a page of another site may have let its name lead here
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
+                       told=api.told, host=options.host)
     add_routes(app, api)
     app.mount("/studio", StaticFiles(directory=STUDIO))
     return app

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 import secrets
 import time
 from typing import Any, Callable
@@ -11,6 +12,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 
 from server.schemas import ApiError
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Names of this machine. Other names that lead here may be those of another site's pages (DNS rebinding)."""
 
 POLICY = ("default-src 'self'; img-src 'self' blob: data:; style-src 'self'; script-src 'self'; object-src 'none'; "
           "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
@@ -30,12 +34,19 @@ class Guard:
     """ASGI middleware."""
 
     def __init__(
-        self, app: Any, key: str | None, max_bytes: int, seconds: float, told: Callable[[str, int, float], None]
+        self,
+        app: Any,
+        key: str | None,
+        max_bytes: int,
+        seconds: float,
+        told: Callable[[str, int, float], None],
+        host: str = "",
     ) -> None:
         """seconds: that a client may take to send a request, and to read each part of its answer.
 
-        told: called with route, status and seconds of each.
+        told: called with route, status and seconds of each. host: the address where the server listens.
         """
+        self.hosts = LOOPBACK if host in LOOPBACK else None
         self.app, self.key, self.max_bytes, self.seconds, self.told = app, key, max_bytes, seconds, told
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -67,6 +78,8 @@ class Guard:
     def refusal(self, scope: Any) -> ApiError | None:
         """Why a request is refused by its headers, if it is."""
         headers = Headers(scope=scope)
+        if self.hosts and re.sub(r":\d*$", "", headers.get("host", "")).strip("[]") not in self.hosts:
+            return ApiError(f"This server answers only to the names {', '.join(LOOPBACK)}", code="unknown_host")
         if scope["method"] not in ("GET", "HEAD") and headers.get("sec-fetch-site", "none") not in (
             "none", "same-origin",
         ):  # fmt: skip

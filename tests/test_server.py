@@ -416,7 +416,11 @@ def test_requests_that_are_too_large_or_come_from_elsewhere(served):
         assert served.post(PLAIN, sec_fetch_site=site)[0] == 403
     status, headers, _ = served.post(PLAIN, sec_fetch_site="same-origin", origin="http://evil.example")
     assert status == 200 and not [name for name in headers if name.lower().startswith("access-control")]
-    assert served.raw("GET", "/v1/models", host="evil.example")[0] == 400
+    for host in ("localhost:1", "127.0.0.1", "[::1]:8000", "[::1]"):
+        assert served.raw("GET", "/v1/models", host=host)[0] == 200
+    for host in ("evil.example", "127.0.0.1.evil.example:8000", ""):
+        status, _, content = served.raw("GET", "/v1/models", host=host)
+        assert status == 400 and json.loads(content)["error"]["code"] == "unknown_host"
 
 
 def test_a_client_that_does_not_read_is_given_up():
