@@ -27,6 +27,8 @@ KNOWN = (
 UNKNOWN = ("blue apple", "cat with a hat", "two pizzas", "a dog on the beach", "cold fire", "Mona Lisa", "42", "")
 BOXES = {"grinning cat": (0, 0.5, 1, 1), "pizza": (0.5, 0, 1, 1), "wolf": (0.25, 0.375, 0.75, 0.625)}
 """What is completed: left, top, right, bottom."""
+CANDIDATES = 16
+"""Samples of which the likeliest is shown."""
 SIZE = 8
 """Pictures in a row."""
 
@@ -88,8 +90,8 @@ def cells(images: Tensor, labels: list[str] | None = None) -> list[Cell]:
 
 
 def likeliest(prompts: list[str]) -> list[Cell]:
-    """The likeliest of 16 images of each prompt."""
-    return [cells(candidates(prompt, 16).best(1).images, [prompt])[0] for prompt in prompts]
+    """The likeliest image of each prompt."""
+    return [cells(candidates(prompt, CANDIDATES).best(1).images, [prompt])[0] for prompt in prompts]
 
 
 def held_out() -> list[str]:
@@ -123,7 +125,7 @@ def completion() -> list[tuple[str, list[Cell]]]:
     """An image while it is sampled, and pictures that are completed."""
     rows = []
     for prompt in ("jack-o-lantern", "octopus"):
-        codes = candidates(prompt, 16).best(1).codes
+        codes = candidates(prompt, CANDIDATES).best(1).codes
         count = codes.shape[1]
         steps = [count * step // (SIZE - 1) for step in range(SIZE)]
         partial = torch.stack([codes[0].where(torch.arange(count) < step, torch.tensor(-1)) for step in steps])
@@ -131,10 +133,10 @@ def completion() -> list[tuple[str, list[Cell]]]:
         labels = [f"{step} of {count} codes" for step in steps]
         rows.append((prompt, [Cell([picture], label) for picture, label in zip(pictures, labels)]))
     for prompt, box in BOXES.items():
-        first = candidates(prompt, 16).best(1)
+        first = candidates(prompt, CANDIDATES).best(1)
         picture = to_uint8(first.images).cpu()[0]
         codes = completion_codes(model().loaded, picture, box)
-        found = candidates(prompt, SIZE - 2, image=picture, mask=box)
+        found = candidates(prompt, max(SIZE - 2, 1), image=picture, mask=box)
         kept = decode_partial(model().loaded, codes[None])[0, :3]
         rows.append((f"{prompt}, completed", [Cell([picture], "given"), Cell([kept], "kept"), *cells(found.images)]))
     return rows
