@@ -8,6 +8,7 @@ import shutil
 import threading
 
 import pytest
+import torch
 from PIL import Image
 
 REASON = "needs the packages of requirements-serve.txt, selenium, chromium and chromedriver (Debian: chromium-driver)"
@@ -271,6 +272,23 @@ def test_errors_are_said_and_a_busy_server_is_tried_again(page, app, monkeypatch
     page.find("#generate").click()
     page.says("#notice", "The server is busy")
     assert len(page.pictures()) == 4 and len(refused) == 1 and not page.find("#notice").is_displayed()
+
+
+def test_clip_orders_the_pictures_where_the_server_has_it(page, app, monkeypatch):
+    class Reddest:
+        """The redder a picture, the better it fits."""
+
+        def similarity(self, prompt, pictures):
+            return torch.tensor([float(picture.resize((1, 1)).getpixel((0, 0))[0]) for picture in pictures])
+
+    for holder in (app.state.api, app.state.scheduler):
+        monkeypatch.setattr(holder, "ranker", Reddest())
+    page.open()
+    page.find("#prompt").send_keys("rainbow", Keys.ENTER)
+    reds = [opened(source).resize((1, 1)).getpixel((0, 0))[0] for source in page.pictures()]
+    assert reds == sorted(reds, reverse=True) and page.find("#shown .score").text == f"CLIP {reds[0]}.000"
+    Select(page.find("#order")).select_by_value("likelihood")
+    assert "nats/code" in page.find("#shown .score").text
 
 
 def test_what_is_cancelled_leaves_the_server(page, app, monkeypatch):

@@ -7,25 +7,26 @@ const ORDERS = {
   likelihood: ["by likelihood", (picture) => picture.log_likelihood],
   clip: ["by CLIP similarity", (picture) => picture.clip_score],
 };
-let order = "likelihood";
+let order = null; // as chosen; at first the best that there is
 
 export const dataUrl = (picture) => `data:image/png;base64,${picture.b64_json}`;
 
 const finished = (run) => run.pictures.filter((picture) => picture.state === "done");
 const scored = (run, name) => finished(run).length > 0 && finished(run).every((picture) => ORDERS[name][1](picture) != null);
 
+const orderOf = (run) => [order, "clip", "likelihood"].find((name) => name && scored(run, name)) ?? "sampled";
+
 /** The pictures of a run, the best first once all are there. */
 export function ordered(run) {
   if (run.state === "running") return run.pictures;
-  const chosen = scored(run, order) ? order : "sampled";
-  const score = ORDERS[chosen][1];
+  const score = ORDERS[orderOf(run)][1];
   return finished(run).sort((a, b) => score(b) - score(a));
 }
 
 const number = (value, digits) => value.toFixed(digits).replace("-", "−");
 
 function score(run, picture) {
-  if (picture.clip_score != null && order === "clip") return [el("span", { class: "unit" }, "CLIP "), number(picture.clip_score, 3)];
+  if (orderOf(run) === "clip") return [el("span", { class: "unit" }, "CLIP "), number(picture.clip_score, 3)];
   if (picture.log_likelihood == null) return [];
   // Per code, so that the number does not depend on the image size.
   return [number(picture.log_likelihood / run.sampledCodes, 2), el("span", { class: "unit" }, " nats/code")];
@@ -92,7 +93,7 @@ export class Gallery {
 
   heading(run) {
     const names = Object.keys(ORDERS).filter((name) => scored(run, name));
-    const options = names.map((name) => el("option", { value: name, selected: name === order }, ORDERS[name][0]));
+    const options = names.map((name) => el("option", { value: name, selected: name === orderOf(run) }, ORDERS[name][0]));
     const choose = (event) => { order = event.target.value; this.render(); $("order").focus(); };
     const several = run.state !== "running" && names.length > 1 && run.pictures.length > 1;
     return el("header", { class: "title" },

@@ -42,7 +42,7 @@ export function read() {
   for (const name of NUMBERS) {
     if (field(name).value !== "" && !field(name).closest("[hidden]")) settings[name] = Number(field(name).value);
   }
-  if (settings.num_candidates > settings.n && !$("rank-field").hidden) settings.rank = field("rank").value;
+  if (!$("rank-field").hidden) settings.rank = field("rank").value;
   return settings;
 }
 
