@@ -627,6 +627,15 @@ def test_missing_packages_are_named(package, monkeypatch):
         serve.main(["--dalle-path", "missing"])
 
 
+def test_prompts_to_try_come_from_a_file(tmp_path):
+    (tmp_path / "prompts.txt").write_text(" a cat\n\na dog \n", encoding="utf-8")
+    options = COMMAND.parse(["--dalle-path", "demo", "--examples", str(tmp_path / "prompts.txt")])
+    assert options.prompts() == ["a cat", "a dog"]
+    assert not COMMAND.parse(["--dalle-path", "other"]).prompts()
+    with pytest.raises(UserError, match="--examples missing.txt: No such file"):
+        serve.main(["--dalle-path", "missing", "--examples", "missing.txt", "--port", "0"])
+
+
 def test_a_port_that_is_taken_is_named_before_anything_is_loaded():
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
