@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(
             f"serving needs the package {error.name}: python -m pip install -r requirements-serve.txt"
         ) from error
+    options.prompts()  # before anything is loaded
     taken = listen(options.host, options.port)
     if options.threads:
         torch.set_num_threads(options.threads)

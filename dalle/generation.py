@@ -116,16 +116,7 @@ def read_prompts(options: GenerateOptions) -> list[str]:
     """The captions of --text and --prompts-file, stripped, without duplicates and empty ones."""
     texts = options.text.split("|")
     if options.prompts_file is not None:
-        try:
-            texts += Path(options.prompts_file).read_text(encoding="utf-8-sig").splitlines()
-        except OSError as error:
-            raise UserError(f"--prompts-file {options.prompts_file}: {error.strerror or error}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"--prompts-file {options.prompts_file} is not UTF-8 text (byte {error.start})"
-            ) from error
-    if any("\0" in text for text in texts):
-        raise UserError(f"--prompts-file {options.prompts_file} is not a text file: it holds NUL characters")
+        texts += read_lines("--prompts-file", options.prompts_file)
     texts = [clean(text) for text in texts]
     prompts = list(dict.fromkeys(text for text in texts if text))
     if not prompts:
@@ -140,6 +131,19 @@ def read_prompts(options: GenerateOptions) -> list[str]:
 def clean(prompt: str) -> str:
     """A prompt without surrounding spaces, and without lone surrogates (undecodable bytes), which files cannot hold."""
     return prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
+
+
+def read_lines(flag: str, file: str) -> list[str]:
+    """The lines of a text file. Raises UserError naming the flag."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise UserError(f"{flag} {file}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag} {file} is not UTF-8 text (byte {error.start})") from error
+    if any("\0" in line for line in lines):
+        raise UserError(f"{flag} {file} is not a text file: it holds NUL characters")
+    return lines
 
 
 def read_prime(file: str, rows: int, loaded: Loaded) -> Tensor:

@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from dalle.generation import token_ids
-from dalle.loading import DEMO, DEMO_PROMPTS, Loaded, knows_guidance
+from dalle.loading import Loaded, knows_guidance
 from dalle.reranking import ClipRanker
 from sampling import SamplingOptions, encode, top_k_count
 from server import results, schemas
@@ -56,7 +56,7 @@ class Api:
 
     def __init__(self, loaded: Loaded, options: ServeOptions, ranker: ClipRanker | None) -> None:
         self.loaded, self.options, self.ranker = loaded, options, ranker
-        self.name, self.created = model_name(options), int(time.time())
+        self.name, self.created, self.examples = model_name(options), int(time.time()), options.prompts()
         self.size = f"{loaded.image_size}x{loaded.image_size}"
         self.defaults = {name: getattr(options, name) for name in schemas.SAMPLING}
         self.scheduler = Scheduler(loaded, options.slots, options.parallel, options.max_queue, ranker, self)
@@ -93,7 +93,7 @@ class Api:
             "clip": self.ranker is not None, "guidance": knows_guidance(self.loaded) and options.slots > 1,
             "max_prompt_tokens": config.text_seq_len, "num_codes": config.num_image_tokens,
             "output_formats": list(schemas.FORMATS), "defaults": self.defaults,
-            "examples": list(DEMO_PROMPTS) if options.dalle_path == DEMO else [],
+            "examples": self.examples,
         }  # fmt: skip
         about = {"id": self.name, "object": "model", "created": self.created, "owned_by": "mini-dalle"}
         return dict(about, capabilities=capabilities)

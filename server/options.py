@@ -4,13 +4,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from dalle.generation import ResultOptions
+from dalle.generation import ResultOptions, clean, read_lines
+from dalle.loading import DEMO, DEMO_PROMPTS
 from sampling import SamplingFlags
 from utils.errors import UsageError
 from utils.flags import DeviceOptions, ModelOptions, PartsOptions
 from utils.options import Command, Options, again, option
 
 API_KEY_VARIABLE = "MINI_DALLE_API_KEY"
+_MOST_EXAMPLES = 100
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class ServedOptions(Options, title="sampling"):
     dtype: str = again(ResultOptions, "dtype")
     clip_path: str | None = again(ResultOptions, "clip_path", help="CLIP model to rank images by: folder or name of a "
                                   "CLIP model of transformers")
+    examples: str | None = option(None, "file with one prompt a line, for the page to offer", path=True,
+                                  none="those of the demo model")
     slots: int = option(32, "images sampled in the same passes; one with guidance takes two", ge=1, le=4096)
     threads: int = again(DeviceOptions, "threads")
 
@@ -66,6 +70,13 @@ class ServeOptions(ModelOptions, PartsOptions, ServedOptions, NetworkOptions, Li
             raise UsageError("--slots 1 with --cond-scale: an image with guidance takes two")
         if not self.host.strip():
             raise UsageError("--host: give an address, such as 127.0.0.1")
+
+    def prompts(self) -> list[str]:
+        """Prompts to try. Raises UserError."""
+        if self.examples is None:
+            return list(DEMO_PROMPTS) if self.dalle_path == DEMO else []
+        lines = [clean(line) for line in read_lines("--examples", self.examples)]
+        return [line for line in lines if line][:_MOST_EXAMPLES]
 
     @property
     def key(self) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import functools
 import http.client
 import io
 import json
@@ -30,12 +31,15 @@ from PIL import Image
 import generate as generate_script
 import serve
 from benchmarks import serve_load
+from dalle.generation import token_ids
 from dalle.loading import DEMO_PROMPTS, load
 from data.images import image_to_tensor
+from sampling import SamplingOptions
 from server.app import make_app
 from server.guard import Guard
 from server.options import API_KEY_VARIABLE, COMMAND
 from server.running import Server, listen
+from server.scheduler import Done, Job
 from server.store import Store
 from utils.errors import UserError
 
@@ -510,6 +514,20 @@ def test_a_full_queue_is_refused_for_now():
         assert served.post(PLAIN)[0] == 200
 
 
+def test_requests_take_turns():
+    """A large request does not keep a small one waiting."""
+    with Served("--slots", "1") as served:
+        order = []
+        with served.held():
+            for name, count in (("large", 4), ("small", 1)):
+                ids = token_ids("wolf", loaded())
+                deliver = functools.partial(lambda name, event: order.append((name, type(event))), name)
+                served.scheduler.add(Job(ids, SamplingOptions(), 1, count, deliver))
+        served.until(lambda scheduler: len(order) == 7)
+    done = [name for name, kind in order if kind is Done]
+    assert done.index("small") <= 2 and done.count("large") == 4
+
+
 def test_requests_end_in_time_and_the_server_in_order():
     with Served("--request-timeout", "1") as served:
         with served.held():
@@ -607,6 +625,15 @@ def test_missing_packages_are_named(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"{package}.*: python -m pip install -r requirements-serve.txt"):
         serve.main(["--dalle-path", "missing"])
+
+
+def test_prompts_to_try_come_from_a_file(tmp_path):
+    (tmp_path / "prompts.txt").write_text(" a cat\n\na dog \n", encoding="utf-8")
+    options = COMMAND.parse(["--dalle-path", "demo", "--examples", str(tmp_path / "prompts.txt")])
+    assert options.prompts() == ["a cat", "a dog"]
+    assert not COMMAND.parse(["--dalle-path", "other"]).prompts()
+    with pytest.raises(UserError, match="--examples missing.txt: No such file"):
+        serve.main(["--dalle-path", "missing", "--examples", "missing.txt", "--port", "0"])
 
 
 def test_a_port_that_is_taken_is_named_before_anything_is_loaded():
