@@ -82,7 +82,7 @@ class Page:
         return self.driver.find_elements("css selector", selector)
 
     def until(self, condition):
-        return WebDriverWait(self.driver, 20, 0.02).until(lambda _: condition())
+        return WebDriverWait(self.driver, 60, 0.02).until(lambda _: condition())
 
     def keys(self, *keys):
         ActionChains(self.driver).send_keys(*keys).perform()
