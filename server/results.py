@@ -51,7 +51,7 @@ def partial_file(partial: Partial, request: ImageRequest) -> bytes:
     return encode(picture, request)
 
 
-def text_of(content: bytes) -> str:
+def base64_of(content: bytes) -> str:
     """Bytes as base64."""
     return base64.b64encode(content).decode("ascii")
 
