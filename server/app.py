@@ -30,7 +30,7 @@ from server import results, schemas
 from server.guard import Guard, answer
 from server.metrics import CONTENT_TYPE, Metrics
 from server.options import ServeOptions
-from server.scheduler import Busy, Done, Ended, Event, Failed, Job, Partial, Scheduler, Stopping, failure
+from server.scheduler import Busy, Done, Ended, Event, Failed, Job, Partial, Scheduler, Stopping
 from server.schemas import ApiError, ImageRequest, read_request
 from server.store import Store
 from server.uploads import read_edit
@@ -162,7 +162,6 @@ class Api:
             return ApiError(f"The request was not complete after {seconds} and was given up", None, "timeout", 503)
         if isinstance(error, UserError):
             return ApiError(str(error), str(error).split()[0], "invalid_value")
-        assert failure(error), error
         return ApiError("The server failed at this request; its log says why", None, "internal_error", 500)
 
 
@@ -201,7 +200,7 @@ async def complete(
                     name = api.store.put(content, request.output_format)
                     data.append((event.picture.number, {"url": f"{client.base_url}images/{name}", **about}))
                 else:
-                    data.append((event.picture.number, {"b64_json": results.text_of(content), **about}))
+                    data.append((event.picture.number, {"b64_json": results.base64_of(content), **about}))
             elif isinstance(event, Ended):
                 ordered = data if job.keep else sorted(data, key=lambda entry: entry[0])
                 used = schemas.usage(len(job.ids), event.given, event.sampled)
@@ -242,7 +241,7 @@ async def stream(
                 return
             else:
                 return
-            yield sse(told["type"], dict(told, b64_json=results.text_of(content)))
+            yield sse(told["type"], dict(told, b64_json=results.base64_of(content)))
     finally:
         api.scheduler.cancel(job)
 

@@ -38,7 +38,7 @@ def partial_file(partial: Partial, request: ImageRequest) -> bytes:
     return encode(to_pil(partial.pixels), request)
 
 
-def text_of(content: bytes) -> str:
+def base64_of(content: bytes) -> str:
     """Bytes as base64."""
     return base64.b64encode(content).decode("ascii")
 

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, Callable, NamedTuple, Protocol, Sequence, Union
+from typing import Callable, NamedTuple, Protocol, Sequence, Union
 
 from torch import Tensor
 
@@ -380,8 +380,3 @@ class Scheduler:
                 job.deliver(Done(picture, picture.score if job.clip else None))
         given = 0 if job.kept is None else int((job.kept >= 0).sum())
         self._over(job, Ended(given, (self.loaded.config.image_seq_len - given) * job.count))
-
-
-def failure(error: Any) -> bool:
-    """Whether a job failed by a fault of the server."""
-    return not isinstance(error, (_Cancelled, Stopping, TimeoutError, UserError))

@@ -1,10 +1,10 @@
 """Parameters of requests, declared as flags are, and errors in the form of OpenAI's API."""
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import time
 from dataclasses import dataclass
-from typing import Any, Mapping
+from typing import Any, Iterator, Mapping
 
 from dalle.generation import clean
 from sampling import SamplingFlags
@@ -17,6 +17,9 @@ MAX_PROMPT = 32000
 FORMATS = ("png", "jpeg", "webp")
 QUALITY, BACKGROUND = "auto", "opaque"
 """What events say of these parameters."""
+
+SAMPLING = ("temperature", "top_k", "top_p", "cond_scale")
+"""Parameters that are flags of generate.py, too."""
 
 #: Parameters of OpenAI's API that a model here has no use for, and the values that ask for nothing special.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -121,19 +124,13 @@ def read_request(given: Mapping[str, Any], defaults: Mapping[str, Any], is_text:
         return ImageRequest(**dict(values, prompt=clean(values["prompt"])))
 
 
-class _named:
+@contextlib.contextmanager
+def _named(name: str | None) -> Iterator[None]:
     """Within the context, UserErrors become ApiErrors of a parameter; None: of the first word of the message."""
-
-    def __init__(self, name: str | None) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, _: Any) -> None:
-        if isinstance(error, UserError):
-            name = self.name or str(error).split()[0].rstrip(":")
-            raise ApiError(str(error), name, "invalid_value") from error
+    try:
+        yield
+    except UserError as error:
+        raise ApiError(str(error), name or str(error).split()[0].rstrip(":"), "invalid_value") from error
 
 
 def about_format(request: ImageRequest, size: str) -> dict[str, Any]:
@@ -160,9 +157,4 @@ def event(kind: str, request: ImageRequest, size: str, **fields: Any) -> dict[st
 
 def sampling_of(request: ImageRequest) -> dict[str, Any]:
     """The options of sampling by their flags' names, as pictures and history hold them."""
-    names = [field.name for field in dataclasses.fields(ImageRequest) if field.name in SAMPLING]
-    return {name: getattr(request, name) for name in names}
-
-
-SAMPLING = ("temperature", "top_k", "top_p", "cond_scale")
-"""Parameters that are flags of generate.py, too."""
+    return {name: getattr(request, name) for name in SAMPLING}
