@@ -234,6 +234,14 @@ def test_all_of_it_by_keyboard(page):
     assert marked() == [0, 1, 2, 7]
     page.find("#undo").send_keys(Keys.ENTER)
     assert marked() == [0, 1, 2] and page.find("#editor-status").text == "3 of 64 codes marked"
+    page.find("#complete").send_keys(Keys.ENTER)
+    page.says("#shown .meta", "3 codes painted anew")
+    page.pictures()
+    # Focus is not lost with what had it.
+    assert page.script("return document.activeElement.id") == "shown-title"
+    page.find("#history li:last-child button").send_keys(Keys.ENTER)
+    assert page.script("return document.activeElement.matches('#history li:last-child button')")
+    assert page.pictures() == first
 
 
 def test_a_picture_of_ones_own_is_completed(page, tmp_path):

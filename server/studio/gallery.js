@@ -73,20 +73,24 @@ export class Gallery {
   }
 
   render() {
-    const { run } = this;
-    if (!run) return this.root.replaceChildren(...this.welcome());
-    const pictures = ordered(run);
+    const focused = this.root.contains(document.activeElement);
+    this.root.replaceChildren(...(this.run ? this.content() : this.welcome()));
+    if (focused) $("shown-title").focus(); // what had the focus is gone
+  }
+
+  content() {
+    const { run } = this, pictures = ordered(run);
     const tiles = el("ol", { class: "tiles", "data-count": pictures.length > 12 ? "many" : Math.min(pictures.length, 4) },
       ...pictures.map((picture) => this.tile(run, picture)));
     tiles.style.setProperty("--grid", run.grid);
-    this.root.replaceChildren(this.heading(run), tiles);
+    return [this.heading(run), tiles];
   }
 
   welcome() {
     const places = Array.from({ length: 4 }, () => el("li", {}, el("div", { class: "frame" })));
     return [
       el("header", { class: "title" }, el("div", {},
-        el("h2", { id: "shown-title" }, "What should the pictures show?"),
+        el("h2", { id: "shown-title", tabindex: -1 }, "What should the pictures show?"),
         el("p", { class: "meta" }, "Write a prompt or choose an example. The pictures appear here, code by code."))),
       el("ol", { class: "tiles", "data-count": 4, "aria-hidden": "true" }, ...places)];
   }
@@ -98,7 +102,7 @@ export class Gallery {
     const several = run.state !== "running" && names.length > 1 && run.pictures.length > 1;
     return el("header", { class: "title" },
       run.source && origin(run.source),
-      el("div", { class: "name" }, el("h2", { id: "shown-title" }, run.settings.prompt), el("p", { class: "meta" }, summary(run))),
+      el("div", { class: "name" }, el("h2", { id: "shown-title", tabindex: -1 }, run.settings.prompt), el("p", { class: "meta" }, summary(run))),
       run.state !== "running" && el("div", { class: "deeds" },
         several && el("label", {}, el("span", { class: "unseen" }, "Order"), el("select", { id: "order", onchange: choose }, ...options)),
         el("button", { type: "button", onclick: () => this.actions.reuse(run) }, "Use settings"),

@@ -52,7 +52,10 @@ export class History {
 
   render() {
     $("history").hidden = !this.runs.length;
-    $("history").querySelector("ol").replaceChildren(...this.runs.map((run) => this.entry(run)));
+    const list = $("history").querySelector("ol");
+    const place = [...list.children].findIndex((entry) => entry.contains(document.activeElement));
+    list.replaceChildren(...this.runs.map((run) => this.entry(run)));
+    if (place >= 0) list.children[place]?.firstChild.focus();
   }
 
   entry(run) {

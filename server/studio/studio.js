@@ -124,7 +124,7 @@ function report(error, again) {
   const timer = el("span", { "aria-hidden": "true" });
   close.textContent = "Give up";
   retry.textContent = "Try now";
-  notice([el("p", {}, `The server is busy: ${error.message}. Trying again by itself `, timer), retry, close]);
+  notice([el("p", {}, `${error.message}. Trying again by itself `, timer), retry, close]);
   const tick = () => {
     timer.textContent = `in ${seconds} s`;
     if (seconds-- <= 0) retry.click();
