@@ -245,12 +245,10 @@ def sample_best(loaded: Loaded, text: Tensor, options: EvaluateOptions) -> Tenso
         sampler = Sampler(loaded, Graphs(loaded.dalle))
         for batch in sampler.images(text, options.best_of, options.batch_size, options.seed, sampling):
             share = batch.share
-            count = share.end_image - share.first_image
-            for row, prompt in enumerate(range(share.first_prompt, share.end_prompt)):
-                own = slice(row * count, (row + 1) * count)
-                likelihood, index = batch.log_likelihood[own].max(dim=0)
-                if likelihood > best[prompt] or share.first_image == 0:
-                    best[prompt], images[prompt] = likelihood, batch.pixels[own][index]
+            for row, (prompt, image) in enumerate(zip(*share)):
+                likelihood = batch.log_likelihood[row]
+                if likelihood > best[prompt] or image == 0:
+                    best[prompt], images[prompt] = likelihood, batch.pixels[row]
             bar.update(share.num_images, share.num_images)
     return images
 

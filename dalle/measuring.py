@@ -210,7 +210,7 @@ def sampled_images(
     text, numbers = text[torch.arange(count) % len(text)], range(count)
     with log.progress(count, f"sampling at guidance {scale:g}", unit="image") as bar:
         for batch in sampler.images(text, 1, options.batch_size, options.seed, sampling, numbers=numbers):
-            own = text[batch.share.first_prompt : batch.share.end_prompt]
+            own = text[list(batch.share.prompts)]
             yield [loaded.tokenizer.decode(row.tolist()) for row in own], batch.pixels
             bar.update(len(own), len(own))
 
