@@ -21,7 +21,7 @@ class Journal:
     """The lines of one group of images. Hidden files: those that read folders of images pass them by."""
 
     def __init__(self, folder: Path, numbers: range, group: str = "") -> None:
-        """numbers: of the images of the group. Files count from the first, which may have another one in a later run."""
+        """numbers: of the images of the group. Files count from the first: it may have another in a later run."""
         self.folder, self.numbers, self._start = folder, numbers, f".part{group}-"
         self._own = folder / f"{self._start}{uuid.uuid4().hex[:12]}.jsonl"
 

@@ -83,7 +83,7 @@ def test_all_figures_of_images(fidelity, weights):
     sets = [random_images(24, 40, 1), torch.flip(random_images(20, 56, 2), dims=[1]) // 2]
     network = load_inception(weights)
     generated, real = (
-        features_of(ImageSet("", len(images), None, lambda size, own=images: iter(own.split(size))), network, 8)
+        features_of(ImageSet("", len(images), None, images.__getitem__), network, 8)
         for images in sets
     )
     options = dict(feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(weights), cuda=False)
@@ -181,7 +181,7 @@ def test_images_of_a_folder(folder):
     (folder / "red" / "2.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="--images .*2.png cannot be read"):
         list(found.batches(8))
-    for path, message in ((folder / "none", "no such folder"), (folder / "red" / "0.png", "no such folder")):
+    for path, message in ((folder / "none", "no such folder"), (folder / "red" / "0.png", "neither a folder nor")):
         with pytest.raises(UserError, match=f"--images .*: {message}"):
             folder_images("--images", str(path))
 
