@@ -175,7 +175,9 @@ class Flat(Outputs):
     def begin(self, captions: Sequence[Caption]) -> None:
         if self.processes.is_first:
             self._hold(-1, lock_folder(self.folder))
-            if not self._header.get("complete"):
+            if self._header.get("complete"):
+                shutil.rmtree(str(self._state), ignore_errors=True)  # perhaps the run was killed at its very end
+            else:
                 with writing(CANNOT, self.folder):
                     self._state.mkdir(exist_ok=True)
                     self._write_header(complete=False)

@@ -165,8 +165,8 @@ class Outputs:
             records = self._journal_of(group).read()
             there = [number for number in records if self.image_path(number).is_file()]
             if self.ranked:  # candidates that are not among the best have no file
-                best = {record["number"] for record in self._chosen(records)}
-                there = [number for number in records if number not in best or number in set(there)]
+                lost = {record["number"] for record in self._chosen(records)} - set(there)
+                there = [number for number in records if number not in lost]
                 for number in there:
                     self._note_best(records[number])
             self.kept[group] = len(there)
