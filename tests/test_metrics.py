@@ -311,6 +311,7 @@ WRONG = [
     ("--reconstruction --dalle-path demo --metrics is", "fid and kid"),
     ("--dalle-path demo --metrics clip", "--metrics clip and --clip-path belong together"),
     ("--dalle-path demo --cond-scale 1 2", "--cond-scale: several scales"),
+    ("--dalle-path demo --metrics fid --cond-scale 1 1", "--cond-scale: each scale is given once"),
     ("--dalle-path demo --plot x.png", "--plot needs --metrics fid clip"),
     ("--dalle-path demo --num-images 5", "--num-images needs --metrics"),
     ("--dalle-path x --metrics fid prc --num-images 3", "prc needs at least 4 images: --num-images is 3"),
