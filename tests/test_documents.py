@@ -17,7 +17,7 @@ import args
 import examples_utils.options
 import training.vqgan_options
 from benchmarks import busy, compare_peers
-from dalle import evaluation
+from dalle import evaluation, generation
 from examples import transfer_learning_ex
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -91,7 +91,8 @@ PARSED = {
     r"python examples/transfer_learning_ex\.py (.*)": transfer_learning_ex.COMMAND.parse,
     r"python3 -m examples_utils (.*)": examples_utils.options.parse,
     r"python benchmarks/compare_peers\.py (.*)": compare_peers.COMMAND.parse,
-    r"python evaluate\.py (.*(?:--metrics|--images).*)": evaluation.COMMAND.parse,
+    r"(?:torchrun --nproc-per-node \d+|python) evaluate\.py (.*(?:--metrics|--images).*)": evaluation.COMMAND.parse,
+    r"torchrun --nproc-per-node \d+ generate\.py (.*)": generation.COMMAND.parse,
     r"python benchmarks/busy\.py (.*)": busy.COMMAND.parse,
 }
 
