@@ -190,9 +190,9 @@ class _Counter:
     def step(self, share: Share, so_far: SoFar) -> None:
         """Count one sampled code of each image of a batch."""
         if self._preview is not None:
-            self._preview(share.first_image, so_far)
+            self._preview(share.images[0], so_far)
         if share is not self._share:
-            self._share, self._done = share, share.first_image * self._steps
+            self._share, self._done = share, share.images[0] * self._steps
         self._done += share.num_images
         if self._done > self._shown:
             self._bar.update(self._done - self._shown)

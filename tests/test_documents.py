@@ -18,7 +18,7 @@ import examples_utils.options
 import server.options
 import training.vqgan_options
 from benchmarks import busy, compare_peers, serve_load
-from dalle import evaluation
+from dalle import evaluation, generation
 from docs import make_gallery
 from examples import transfer_learning_ex
 
@@ -107,7 +107,8 @@ PARSED = {
     r"python examples/transfer_learning_ex\.py (.*)": transfer_learning_ex.COMMAND.parse,
     r"python3 -m examples_utils (.*)": examples_utils.options.parse,
     r"python benchmarks/compare_peers\.py (.*)": compare_peers.COMMAND.parse,
-    r"python evaluate\.py (.*(?:--metrics|--images).*)": evaluation.COMMAND.parse,
+    r"(?:torchrun --nproc-per-node \d+|python) evaluate\.py (.*(?:--metrics|--images).*)": evaluation.COMMAND.parse,
+    r"torchrun --nproc-per-node \d+ generate\.py (.*)": generation.COMMAND.parse,
     r"python benchmarks/busy\.py (.*)": busy.COMMAND.parse,
     r"python benchmarks/serve_load\.py(?: (.*))?": serve_load.COMMAND.parse,
     r"python serve\.py (.*)": server.options.COMMAND.parse,
