@@ -3,13 +3,14 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import json
 import re
 import secrets
 import time
 from typing import Any, Callable
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 
 from server.schemas import ApiError
 
@@ -24,10 +25,11 @@ HEADERS = {
 }  # fmt: skip
 
 
-def answer(error: ApiError) -> JSONResponse:
+def answer(error: ApiError) -> Response:
     """An error as an answer."""
     headers = {"retry-after": str(error.retry)} if error.retry else None
-    return JSONResponse(error.body(), error.status, headers)
+    content = json.dumps(error.body())  # escaped: a name may hold lone surrogates, which UTF-8 lacks
+    return Response(content, error.status, headers, media_type="application/json")
 
 
 class Guard:

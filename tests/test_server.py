@@ -19,12 +19,15 @@ import sys
 import threading
 import time
 import zlib
+from types import SimpleNamespace
 from typing import get_args
 
 import openai
 import pytest
 import torch
 from helpers import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from openai.types import ImageEditStreamEvent, ImageGenStreamEvent, ImagesResponse
 from PIL import Image
 
@@ -40,6 +43,7 @@ from server.guard import Guard
 from server.options import API_KEY_VARIABLE, COMMAND
 from server.running import Server, listen
 from server.scheduler import Done, Job
+from server.schemas import NEUTRAL, SPECS, ApiError, read_request
 from server.store import Store
 from utils.errors import UserError
 
@@ -307,6 +311,7 @@ def test_a_stream_of_edits(served):
 
 REFUSED = [
     ({"sede": 1}, 400, "sede", "Unknown parameter: 'sede'. Did you mean 'seed'?"),
+    ({"\ud800": 1}, 400, "\ud800", "Unknown parameter: '\ud800'"),
     ({"prompt": None}, 400, "prompt", "prompt is missing"),
     ({"prompt": "  "}, 400, "prompt", "prompt: must be a text"),
     ({"prompt": "a\0b"}, 400, "prompt", "prompt: must be a text"),
@@ -344,6 +349,30 @@ def test_bad_parameters_are_named(served, change, status, param, message):
     found, _, body = served.post({**PLAIN, **change})
     assert found == status and message in body["error"]["message"]
     assert body["error"]["param"] == param and body["error"]["type"] == "invalid_request_error"
+
+
+PLAIN_VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+VALUES = PLAIN_VALUES | st.lists(PLAIN_VALUES, max_size=2)
+NAMES = st.sampled_from([*SPECS, *NEUTRAL]) | st.text(max_size=5)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.dictionaries(NAMES, VALUES, max_size=5), st.booleans())
+def test_any_values_of_parameters_are_read_or_refused(given, is_text):
+    if is_text:
+        given = {name: str(value) for name, value in given.items()}
+    try:
+        request = read_request({"prompt": "a cat", **given}, {}, is_text)
+    except ApiError as error:
+        assert error.status == 400 and (error.param in given or error.param in SPECS) and "--" not in str(error)
+    else:
+        assert request.sampled >= request.n >= 1
+        SamplingOptions(None, request.top_p, request.temperature, request.cond_scale).check()
+
+
+def test_lone_surrogates_in_a_prompt_are_replaced(served):
+    _, _, body = served.post({"prompt": "red \ud800 apple"})
+    assert opened(SimpleNamespace(**body["data"][0])).text["Description"] == "red \ufffd apple"
 
 
 def test_neutral_parameters_are_accepted(served):
@@ -391,6 +420,7 @@ EDITS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Image size .* decompression bomb")
 @pytest.mark.parametrize("fields, files, param, message", EDITS, ids=lambda value: str(value)[:40])
 def test_bad_edits_are_named(served, fields, files, param, message):
     body, kind = serve_load.form({"prompt": "a cat", **fields} if "prompt" not in files else fields, files)
