@@ -24,7 +24,8 @@ from metrics.inception import load_inception
 from metrics.reconstruction import reconstruct
 from sampling import Graphs, Sampler
 from utils.errors import UsageError
-from utils.options import VERSION, Options, option
+from utils.flags import NetworkOptions
+from utils.options import VERSION, Options, again, option
 
 if TYPE_CHECKING:
     from dalle.evaluation import EvaluateOptions
@@ -49,10 +50,8 @@ class MetricOptions(Options, title="metrics of images"):
                                   "of the codebook")
     image_size: int | None = option(None, "centre squares of this size are measured", ge=8, le=4096,
                                     none="images as they are; with --reconstruction, the VQGAN's size")
-    inception_weights: str | None = option(None, "Inception network in torch-fidelity's layout", path=True,
-                                           none="the published one, downloaded")
-    clip_path: str | None = option(None, "folder or name of a CLIP model of transformers", path=True,
-                                   metavar="DIR|NAME")
+    inception_weights: str | None = again(NetworkOptions, "inception_weights")
+    clip_path: str | None = again(NetworkOptions, "clip_path")
     perceptual_weights: tuple[str, ...] | None = option(None, "VGG-16 of torchvision and the linear weights of LPIPS "
                                                         "0.1, for LPIPS", path=True, metavar="FILE",
                                                         needs="reconstruction")

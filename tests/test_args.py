@@ -150,6 +150,8 @@ def test_wrong_values_of_flags(words, expected):
     (["--validation-folder", "x", "--validation-fraction", "0.1"], "--validation-fraction has no effect with --valid"),
     (["--warmup-steps", "10"], "--warmup-steps has no effect with --lr-scheduler ReduceLROnPlateau; it is"),
     (["--wandb-run-name", "x"], "--wandb-run-name has no effect without --wandb"),
+    (["--generated-data", "--evaluate-every", "5"], "--evaluate-every has no effect with --generated-data"),
+    (["--evaluate-captions", "5"], "--evaluate-captions needs --evaluate-every"),
     (["--loss-scaling", "3"], "--loss-scaling: must be a power of two, got 3"),
     (["--bach-size", "2"], "unknown flag '--bach-size'. Did you mean '--batch-size'?"),
     (["--num_hiden_layers=2"], "unknown flag '--num_hiden_layers'. Did you mean '--num-hidden-layers'?"),
