@@ -43,6 +43,8 @@ class Visible(NamedTuple):
         return self.window.shape[0] if self.window is not None and self.window.shape[2] == self.window.shape[0] else 0
 
 
+HEAD_EPS = 1e-6
+"""Added to the mean square of a head's queries or keys where they are normalised."""
 _SHORT = 512
 """Up to so many queries PyTorch's fused CPU kernel multiplies such small blocks that rounding them to bfloat16 (float32
 matmuls of medium precision) dominates: it takes up to six times as long as the explicit matmul."""
@@ -113,7 +115,7 @@ def prepare_heads(qkv: Tensor, heads: int, scales: Tensor | None, angles: Tensor
     parts = qkv.unflatten(-1, (3, heads, -1))  # (B, n, 3, H, K)
     pair, values = parts[:, :, :2], parts[:, :, 2:]
     if scales is not None:
-        pair = normalise(pair, Norm(scales[:, None], None, 1e-6))
+        pair = normalise(pair, Norm(scales[:, None], None, HEAD_EPS))
     if angles is not None:
         pair = rotate(pair, (angles if angles.dim() == 2 else angles[:, 0])[..., None, None, :])
     return torch.cat([pair, values], dim=2).flatten(2)

@@ -229,7 +229,7 @@ class _NativeGelu:
 IDENTITY: Function = Recompute(lambda x: x)
 _ACTIVATIONS: dict[str, Function] = {
     "geglu": Recompute(_geglu, 0), "gelu": Recompute(F.gelu, 1), "quick_gelu": Recompute(_quick_gelu, 2),
-    "swiglu": Recompute(_swiglu), "relu2": Recompute(lambda x: F.relu(x).square()),
+    "swiglu": Recompute(_swiglu, 3), "relu2": Recompute(lambda x: F.relu(x).square(), 4),
 }  # fmt: skip
 _NATIVE_ACTIVATIONS = {"geglu": _NativeGelu(gated=True), "gelu": _NativeGelu(gated=False)}
 """These also add the bias of the linear layer before them."""

@@ -22,6 +22,7 @@ from models.patterns import allowed_codes
 from models.positions import Positions
 from models.quantization import Int8Linear
 from ops import Norm, activation, rows
+from ops.attention_ops import HEAD_EPS
 from ops.build import pointer
 from ops.rows import Linear, Packed, address, at, threads_for, whole
 from sampling.cache import LayerCache
@@ -35,7 +36,7 @@ _KNOWN = frozenset(
     "num_text_tokens num_image_tokens text_seq_len grid dim depth heads dim_head attn_types loss_img_weight "
     "attn_dropout ff_dropout sandwich_norm layer_scale activation ff_mult qkv_bias out_bias ff_bias head_bias bos "
     "unique_pads text_positions image_positions rotary shift_tokens stable tie_embeddings shared_attn_ids "
-    "shared_ff_ids init_std".split()
+    "shared_ff_ids init_std norm qk_norm rotary_2d".split()
 )
 """The options of DalleConfig that this decoder implements, or that are nothing to it. Others it refuses by name."""
 
@@ -56,13 +57,13 @@ class _Branch(ctypes.Structure):
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [("attention", _Branch), ("feed_forward", _Branch)]
+    _fields_ = [("attention", _Branch), ("feed_forward", _Branch), ("query", _Norm), ("key", _Norm)]
     _fields_ += [(name, address) for name in ("text_key", "text_value", "image_key", "image_value")]
     _fields_ += [("text_lane", whole), ("lane", whole), ("starts", address), ("seen", address)]
 
 
 _SIZES = "sequences rows images codes dim heads width text_len grid hidden activation layers threads turned".split()
-_SIZES += ["stable"]
+_SIZES += ["stable", "turns_values"]
 _POINTERS = "table positions cosines sines".split()
 
 
@@ -72,8 +73,9 @@ class _Model(ctypes.Structure):
 
 
 class _Canvas(ctypes.Structure):
-    _fields_ = [(name, whole) for name in "images num_codes stride guided".split()]
-    _fields_ += [(name, address) for name in "codes fronts scores kept keys temperature top_p scale top_k".split()]
+    _fields_ = [(name, whole) for name in "images num_codes stride".split()]
+    _fields_ += [(name, address) for name in "codes fronts scores kept nulls keys".split()]
+    _fields_ += [(name, address) for name in "temperature top_p scale top_k".split()]
 
 
 class _Seen(NamedTuple):
@@ -100,9 +102,9 @@ def refusal(model: DalleModel, num_rows: int) -> str | None:
     unknown = unknown_option(model.config, _KNOWN)
     if unknown is not None:
         return f"the native decoder does not know the model option {unknown}"
-    parameters = list(model.transformer.parameters()) + list(model.image_head.parameters())
     if activation(model.config.activation).number < 0:
         return f"the native decoder does not know the activation {model.config.activation}"
+    parameters = list(model.transformer.parameters()) + list(model.image_head.parameters())
     refused = rows.refusal(*parameters, model.norm.weight, model.norm.bias, model.image_emb.weight)
     if refused is not None:
         return refused
@@ -119,7 +121,7 @@ def refusal(model: DalleModel, num_rows: int) -> str | None:
 
 
 class NativeDecoder(Decoder):
-    """Feeds a code or a window of each row natively; prompts and given codes by the model's own forward pass."""
+    """Feeds codes natively; prompts by the model's own forward pass."""
 
     most_rows = MOST_ROWS
 
@@ -152,6 +154,7 @@ class NativeDecoder(Decoder):
             cosines=at(tables[1]),
             sines=at(tables[2]),
             stable=config.stable,
+            turns_values=config.rotary,
             last=_norm(Norm(model.norm.weight, model.norm.bias, model.norm.eps)),
             head=self._pack(model.image_head).struct,
             stack=ctypes.cast(self._layers, ctypes.POINTER(_Layer)),
@@ -190,7 +193,9 @@ class NativeDecoder(Decoder):
             branch.history = at(shown)
         lanes, seen = (cache.text.stride(2), cache.codes.stride(2)), _seen(cache.pattern, cache.grid)
         self._kept.append(seen)
-        return _Layer(*branches, *map(at, (*cache.text, *cache.codes)), *lanes, *map(at, seen))
+        scales = [None, None] if own.head_scales is None else map(self._keep, own.head_scales.detach())
+        heads = [_norm(scale if scale is None else Norm(scale, None, HEAD_EPS)) for scale in scales]
+        return _Layer(*branches, *heads, *map(at, (*cache.text, *cache.codes)), *lanes, *map(at, seen))
 
     def _branch(self, before: Norm, after: Norm | None, first: Packed, second: Packed) -> _Branch:
         return _Branch(_norm(before), _norm(after), first.struct, second.struct)
@@ -200,15 +205,20 @@ class NativeDecoder(Decoder):
         if num_rows > self.struct.rows:
             self.struct.rows = num_rows
             self._scratch = torch.zeros(rows.functions().room_of(ctypes.byref(self.struct)))
-            self._integers = torch.zeros(5 * num_rows, dtype=torch.long)
+            self._integers = torch.zeros(6 * num_rows, dtype=torch.long)
             self.struct.scratch = at(self._scratch)
 
     def feed(self, codes: Tensor, positions: Positions) -> Tensor:
-        if positions.count > 1 and positions.index is None:  # codes that are given first
-            return super().feed(codes, positions)
+        places = max(1, MOST_ROWS // self.rows)
+        if positions.count > places and positions.index is None:  # codes that are given first
+            parts = range(0, positions.count, places)
+            steps = [Positions(min(places, positions.count - part), positions.start + part) for part in parts]
+            return torch.cat([self.feed(codes[:, step.start : step.end], step) for step in steps], dim=1)
         if codes.shape != (self.rows, positions.count):
             raise ValueError(f"codes {tuple(codes.shape)} for {self.rows} rows")
-        index = torch.tensor([[positions.start]]) if positions.index is None else positions.index
+        index = positions.index
+        if index is None:
+            index = torch.arange(positions.start, positions.end)[None]
         index, codes = index.expand(self.rows, -1).contiguous(), codes.contiguous()
         self._make_room(codes.numel())
         out = torch.empty(*codes.shape, self.struct.dim)
@@ -220,16 +230,22 @@ class NativeDecoder(Decoder):
             raise IndexError(f"a {what} is not in the table: {given.flatten().tolist()}")
         return out
 
+    def part(self, first: int, end: int) -> NativeDecoder:
+        self._make_room(MOST_ROWS)  # the part has the same
+        part: Any = super().part(first, end)
+        part._all = self._all[first:end]
+        return part
+
     def advance(
         self, canvas: Canvas, width: int, start: int | None = None, reach: int = 0, together: bool = False
     ) -> None:
-        self._make_room(self.rows * width)
+        self._make_room(min(self.rows * width, max(self.rows, MOST_ROWS)))
         if self._canvas is not canvas:
-            choice = canvas.choice(len(canvas.codes))
+            choice = canvas.by
             self._canvas, self._canvas_struct = canvas, _Canvas(
-                *canvas.codes.shape[:1], canvas.num_codes, canvas.codes.shape[1], canvas.options.guided,
-                *map(at, (canvas.codes, canvas.fronts, canvas.scores, canvas.kept, canvas.keys, choice.temperature,
-                          choice.top_p, canvas.cond_scale, choice.top_k)),
+                *canvas.codes.shape[:1], canvas.num_codes, canvas.codes.shape[1],
+                *map(at, (canvas.codes, canvas.fronts, canvas.scores, canvas.kept, canvas.nulls, canvas.keys,
+                          choice.temperature, choice.top_p, canvas.cond_scale, choice.top_k)),
             )  # fmt: skip
         failed = rows.functions().advance(
             ctypes.byref(self.struct), ctypes.byref(self._canvas_struct), width, pointer(self._integers)

@@ -29,6 +29,11 @@ OPTIONS = {
     "rotary and shift": {"rotary": True, "shift_tokens": True, "attn_types": ("axial_row", "axial_col")},
     "stable sandwich tied": {"stable": True, "sandwich_norm": True, "tie_embeddings": True},
     "shared": {"depth": 4, "shared_attn_ids": (0, 1), "shared_ff_ids": (0,)},
+    "modern": dict(ALL, norm="rms", qk_norm=True, rotary_2d=True, image_positions="none", activation="swiglu"),
+    "modern and shift": {
+        "norm": "rms", "sandwich_norm": True, "activation": "relu2", "ff_mult": 6, "shift_tokens": True,
+        "rotary_2d": True, "attn_types": ("conv_like", "axial_col"),
+    },
     "mindalle": {
         "bos": False, "unique_pads": False, "layer_scale": False, "activation": "gelu", "image_positions": "learned",
         "qkv_bias": True,

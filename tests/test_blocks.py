@@ -14,9 +14,7 @@ from models.config import DalleConfig
 from models.dalle import DalleModel
 from models.patterns import rotary_2d_angles
 from models.positions import Positions
-from sampling import SamplingOptions, sample_codes
 from sampling.cache import Cache
-from sampling.native import refusal
 from utils.errors import UsageError, UserError
 
 SMALL = DalleConfig(
@@ -83,14 +81,6 @@ def test_definitions_of_norms_and_activations():
     own = ops.prepare_heads(qkv, 2, torch.full((2, 4), 3.0, dtype=torch.float64), None).view(2, 3, 3, 2, 4)
     assert torch.allclose(own[:, :, :2].pow(2).mean(-1), torch.full((2, 3, 2, 2), 9.0, dtype=torch.float64), atol=1e-4)
     assert torch.equal(own[:, :, 2], qkv.view(2, 3, 3, 2, 4)[:, :, 2])
-
-
-@pytest.mark.parametrize("name", ["norm", "qk_norm", "rotary_2d", "activation"])
-def test_the_native_decoder_refuses_by_name_and_pytorch_samples(name):
-    model = DalleModel(dataclasses.replace(SMALL, **{name: OPTIONS["all"][name]})).eval()
-    assert name in str(refusal(model, 2))
-    found = sample_codes(model, torch.ones(4, dtype=torch.long), [1, 2], SamplingOptions(temperature=0.0))
-    assert found.codes.shape == (2, 16)
 
 
 def test_training_saves_and_resumes_such_a_model(folder, tmp_path):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from models_for_tests import TEXT, decode, needs_kernels, random_codes, random_model
 
 import ops
+from models.config import ACTIVATIONS
 from models.patterns import build_mask, visible
 from models.quantization import Int8Linear
 from models.vqgan_layers import Conv3x3, NormSwish
@@ -480,12 +481,16 @@ def test_sampling_from_logits(chance):
     assert torch.equal(greedy, logits.argmax(1))
 
 
-@pytest.mark.parametrize("activation", ["geglu", "gelu", "quick_gelu"])
+@pytest.mark.parametrize(
+    "options",
+    [*({"activation": name} for name in ACTIVATIONS), {"norm": "rms", "qk_norm": True, "rotary_2d": True}],
+    ids=str,
+)
 @pytest.mark.parametrize("exponent", [-146, -100, -30, 0, 30, 55])
 @torch.no_grad()
-def test_steps_of_the_row_decoder(exponent, activation):
+def test_steps_of_the_row_decoder(exponent, options):
     """Embeddings of any size, beside the model in float64."""
-    models = [random_model(attn_types=("full", "axial_row"), activation=activation) for _ in range(2)]
+    models = [random_model(attn_types=("full", "axial_row"), **options) for _ in range(2)]
     models[0].float().image_emb.weight.mul_(2.0**exponent)
     models[1].image_emb.weight.copy_(models[0].image_emb.weight)
     codes, logits = random_codes(3)[:, :9], []

@@ -31,6 +31,7 @@ from sampling.native import NativeDecoder, best_decoder
 WIDE = {
     "wide heads": {"dim_head": 64, "heads": 3, "dim": 40, "attn_types": ("full", "axial_col"), "sandwich_norm": True},
     "odd": {"dim_head": 21, "heads": 3, "dim": 37, "activation": "quick_gelu", "out_bias": False, "ff_bias": False},
+    "odd, modern": {"dim_head": 21, "heads": 3, "dim": 37, "activation": "relu2", "norm": "rms", "qk_norm": True},
     "long": {"dim_head": 40, "dim": 200, "attn_types": ("conv_like", "axial_row"), "shift_tokens": True},
 }
 
@@ -129,7 +130,7 @@ def test_steps_give_the_logits_of_the_whole_pass(options, images, first, count, 
 
 @needs_kernels
 @torch.no_grad()
-@pytest.mark.parametrize("activation", ["geglu", "gelu"])
+@pytest.mark.parametrize("activation", ["geglu", "gelu", "swiglu"])
 def test_int8_steps_give_what_pytorch_gives(activation, threads):
     threads(2)
     model = random_floats(activation=activation)
@@ -182,9 +183,11 @@ def test_the_same_images_are_sampled(name, count):
 
 @needs_kernels
 @torch.no_grad()
-def test_a_broken_weight_is_not_hidden():
-    model = random_floats(activation="geglu")
-    model.image_emb.weight[3, 2] = float("nan")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [{}, {"activation": "relu2"}, {"activation": "swiglu", "norm": "rms"}], ids=str)
+def test_a_broken_weight_is_not_hidden(options, value):
+    model = random_floats(**options)
+    model.image_emb.weight[3, 2] = value
     codes = random_codes(4).clamp(min=4)
     codes[2, 30] = 3
     found = steps(model, codes, 4).isnan().all(-1)  # (35, 4)

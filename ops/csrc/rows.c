@@ -23,7 +23,8 @@
 #define AHEAD 12 /* inputs between what is computed and what is asked for */
 #define INLINE static inline __attribute__((always_inline))
 
-enum { GEGLU, GELU, QUICK_GELU };
+enum { GEGLU, GELU, QUICK_GELU, SWIGLU, RELU2 };
+#define GATED(activation) ((activation) == GEGLU || (activation) == SWIGLU)
 
 typedef struct {
     const void *weight; /* panels, of floats or of int8 */
@@ -33,7 +34,7 @@ typedef struct {
 } linear;
 
 typedef struct {
-    const float *weight, *bias; /* NULL: there is none */
+    const float *weight, *bias; /* NULL: there is none; without a bias: RMSNorm */
     float eps;
 } norm;
 
@@ -46,6 +47,7 @@ typedef struct {
 
 typedef struct {
     branch attention, feed_forward;
+    norm query, key; /* of a head, where these are normalised */
     const float *text_key, *text_value; /* (S / images, H, P, K), of each prompt and head `text_lane` floats */
     float *image_key, *image_value;     /* (S, H, N, K), of each sequence and head `lane` floats */
     int64_t text_lane, lane;
@@ -55,6 +57,7 @@ typedef struct {
 typedef struct {
     int64_t sequences, rows, images, codes, dim, heads, width, text_len, grid, hidden, activation, layers, threads, turned;
     int64_t stable; /* whether the stream is divided by its largest float at the end */
+    int64_t turns_values; /* whether rotary embedding turns them too */
     const float *table, *positions; /* (codes, D); (N, D) or NULL */
     const float *cosines, *sines;   /* (N, turned) of rotary embedding, or NULL */
     norm last;
@@ -189,6 +192,12 @@ typedef struct {
     int64_t activation;
 } ending;
 
+INLINE vec active(vec x, int64_t activation) {
+    if (activation == GEGLU || activation == GELU) return gelu_of(x);
+    if (activation == RELU2) return either(x < 0.0f, fill(0), x * x);
+    return swish_of(x, activation == SWIGLU ? 1.0f : 1.702f);
+}
+
 static void finish(const ending *end, const linear *matmul, int64_t panel, int64_t rows, int64_t row, int count,
                    vec sums[][2]) {
     int64_t column = panel * PANEL;
@@ -203,12 +212,8 @@ static void finish(const ending *end, const linear *matmul, int64_t panel, int64
     for (int r = 0; r < count; r++) {
         vec a = sums[r][0] + left, b = sums[r][1] + right;
         if (end->kind == ACTIVE) {
-            if (end->activation == GEGLU) {
-                sums[r][0] = a * gelu_of(b);
-            } else {
-                sums[r][0] = end->activation == GELU ? gelu_of(a) : swish_of(a, 1.702f);
-                sums[r][1] = end->activation == GELU ? gelu_of(b) : swish_of(b, 1.702f);
-            }
+            sums[r][1] = active(b, end->activation);
+            sums[r][0] = GATED(end->activation) ? a * sums[r][1] : active(a, end->activation);
             continue;
         }
         float *to = end->out + (row + r) * end->stride + column;
@@ -224,7 +229,7 @@ static void finish(const ending *end, const linear *matmul, int64_t panel, int64
         store(to + LANES, b);
     }
     if (end->kind == ACTIVE) {
-        int wide = end->activation == GEGLU ? LANES : PANEL;
+        int wide = GATED(end->activation) ? LANES : PANEL;
         const float *from = (const float *)sums;
         float *to = end->out + panel * wide * rows + row;
         for (int lane = 0; lane < wide; lane++)
@@ -289,9 +294,9 @@ double read_all(const float *x, int64_t n, int64_t threads) {
 static void normalise(const norm *by, const float *x, int64_t n, float *out) {
     int64_t whole = n / LANES * LANES;
     vec sum = fill(0);
-    for (int64_t i = 0; i < whole; i += LANES) sum += load(x + i);
+    for (int64_t i = 0; by->bias && i < whole; i += LANES) sum += load(x + i);
     sum += load_some(x + whole, n - whole);
-    float mean = sum_of(sum) / n;
+    float mean = by->bias ? sum_of(sum) / n : 0.0f;
     sum = fill(0);
     for (int64_t i = 0; i < whole; i += LANES) {
         vec difference = load(x + i) - mean;
@@ -300,9 +305,11 @@ static void normalise(const norm *by, const float *x, int64_t n, float *out) {
     float squares = sum_of(sum);
     for (int64_t i = whole; i < n; i++) squares += (x[i] - mean) * (x[i] - mean);
     float factor = 1.0f / sqrtf(squares / n + by->eps);
-    for (int64_t i = 0; i < whole; i += LANES)
-        store(out + i, (load(x + i) - mean) * factor * load(by->weight + i) + load(by->bias + i));
-    for (int64_t i = whole; i < n; i++) out[i] = (x[i] - mean) * factor * by->weight[i] + by->bias[i];
+    for (int64_t i = 0; i < whole; i += LANES) {
+        vec own = (load(x + i) - mean) * factor * load(by->weight + i);
+        store(out + i, by->bias ? own + load(by->bias + i) : own);
+    }
+    for (int64_t i = whole; i < n; i++) out[i] = (x[i] - mean) * factor * by->weight[i] + (by->bias ? by->bias[i] : 0.0f);
 }
 
 /* All rows normalised, and shifted where tokens are: x (R, stride) -> out (D, R), a copy of each thread. row: room for D
@@ -365,16 +372,20 @@ static void turn(float *x, const float *cosines, const float *sines, int64_t tur
     }
 }
 
-/* Head h of row r: keep key and value of the code there, and turn and scale its query. */
+/* Head h of row r: normalise and turn query and key, keep key and value of the code there, and scale the query. */
 static void keep(const model *m, const chunk *c, const layer *l, int64_t r, int64_t h, float *qkv, int64_t stride) {
     int64_t width = m->width, inner = m->heads * width, position = c->positions[r];
     float *query = qkv + r * stride + h * width, *key = query + inner, *value = key + inner;
     int64_t place = (c->of[r / c->places] * m->heads + h) * l->lane + position * width;
+    if (l->query.weight) {
+        normalise(&l->query, query, width, query);
+        normalise(&l->key, key, width, key);
+    }
     if (m->cosines) {
         const float *cosines = m->cosines + position * m->turned, *sines = m->sines + position * m->turned;
         turn(query, cosines, sines, m->turned);
         turn(key, cosines, sines, m->turned);
-        turn(value, cosines, sines, m->turned);
+        if (m->turns_values) turn(value, cosines, sines, m->turned);
     }
     memcpy(l->image_key + place, key, width * sizeof(float));
     memcpy(l->image_value + place, value, width * sizeof(float));
@@ -702,10 +713,11 @@ int64_t step(const model *m, int64_t rows, int64_t places, const int64_t *of, co
 
 /* The images of a batch while they are sampled: B images, N codes of each and room for the last window. */
 typedef struct {
-    int64_t images, num_codes, stride, guided;
+    int64_t images, num_codes, stride;
     int64_t *codes, *fronts; /* (B, stride): sampled ones, and guesses; (B): the last position that stays as it is */
     float *scores;           /* (B, stride) log-likelihoods */
-    const int64_t *kept;     /* (stride) codes to keep in every image, or -1 */
+    const int64_t *kept;     /* (B, stride) codes to keep, or -1 */
+    const int64_t *nulls;    /* (B) the sequence that has an image without its caption, or -1 */
     const int64_t *keys;     /* (B) of the noise */
     const double *temperature, *top_p, *scale; /* (B), and so is top_k; `scale`: of guidance */
     const int64_t *top_k;
@@ -716,7 +728,8 @@ static int64_t code_at(const model *m, const canvas *v, const plan *at, int64_t 
                        float *score) {
     float *own = m->scratch + at->logits + r * at->wide_head, *space = m->scratch + at->space + 2 * r * at->wide_head;
     *score = 0;
-    if (v->kept[position] >= 0) return v->kept[position];
+    int64_t kept = v->kept[image * v->stride + position];
+    if (kept >= 0) return kept;
     uint64_t state = v->keys[image] + (uint64_t)(position * m->codes) * GOLDEN;
     choice by = {v->temperature[image], v->top_p[image], v->top_k[image], state};
     return sampled(own, m->codes, &by, space, score);
@@ -729,23 +742,26 @@ static void guide(const model *m, const plan *at, float scale, int64_t r, int64_
 }
 
 /* Feed a window of each image that lacks codes, choose the code behind each of its places, and move the image's front on
- * over those that were guessed right, and one more. integers: room for 5 * R. Returns what `wrong` does. */
+ * over those that were guessed right, and one more. integers: room for 6 * R. Returns what `wrong` does. */
 int64_t advance(const model *m, const canvas *v, int64_t width, int64_t *integers) {
-    int64_t last = v->num_codes - 1, active = 0;
-    for (int64_t i = 0; i < v->images; i++) active += v->fronts[i] < last;
-    int64_t half = active * width, rows = v->guided ? 2 * half : half;
+    int64_t last = v->num_codes - 1, active = 0, guided = 0;
+    for (int64_t i = 0; i < v->images; i++)
+        if (v->fronts[i] < last) active++, guided += v->nulls[i] >= 0;
+    int64_t half = active * width, rows = half + guided * width;
     if (rows > m->rows) return 4;
     int64_t *of = integers, *codes = of + rows, *positions = codes + rows, *tokens = positions + rows, *images = tokens + rows;
+    int64_t *nulls = images + rows; /* the first row of the window without the caption, or -1 */
     float scores[half > 0 ? half : 1];
-    for (int64_t i = 0, window = 0; i < v->images; i++) {
+    for (int64_t i = 0, window = 0, next = active; i < v->images; i++) {
         if (v->fronts[i] >= last) continue;
         images[window] = of[window] = i;
-        if (v->guided) of[active + window] = v->images + i;
+        nulls[window] = v->nulls[i] < 0 ? -1 : next * width;
+        if (v->nulls[i] >= 0) of[next++] = v->nulls[i];
         for (int64_t place = 0; place < width; place++) {
-            int64_t r = window * width + place, position = v->fronts[i] + place;
+            int64_t r = window * width + place, null = nulls[window] + place, position = v->fronts[i] + place;
             codes[r] = v->codes[i * v->stride + position];
             positions[r] = position < last ? position : last; /* what is fed there does not count */
-            if (v->guided) codes[half + r] = codes[r], positions[half + r] = positions[r];
+            if (nulls[window] >= 0) codes[null] = codes[r], positions[null] = positions[r];
         }
         window++;
     }
@@ -769,7 +785,8 @@ int64_t advance(const model *m, const canvas *v, int64_t width, int64_t *integer
         for (int64_t r = thread; r < half; r += threads) {
             int64_t image = images[r / width], position = v->fronts[image] + r % width + 1;
             if (position > last) continue;
-            if (v->guided) guide(m, &at, v->scale[image], r, half + r);
+            int64_t null = nulls[r / width];
+            if (null >= 0) guide(m, &at, v->scale[image], r, null + r % width);
             tokens[r] = code_at(m, v, &at, image, position, r, scores + r);
         }
     }
