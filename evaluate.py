@@ -23,9 +23,11 @@ from dalle.evaluation import COMMAND, evaluate, finite, report
 from dalle.loading import load
 from dalle.measuring import plot_sweep
 from dalle.pictures import make_sheet, save_picture
+from dalle.scoring import Scores
 from engines.native import pick_device
 from utils.errors import UsageError, run_main
 from utils.files import atomic_write, check_writable, writing
+from utils.prompt_lists import read_prompts
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -37,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_writable(flag, file)
     if options.json and options.sheet and os.path.realpath(options.json) == os.path.realpath(options.sheet):
         raise UsageError(f"--json and --sheet name the same file, {options.sheet}: give each its own")
+    Scores(options.scorer)  # shows what is wrong with them before a model is loaded
+    if options.prompts_file is not None:
+        read_prompts(options.prompts_file, options.caption_column)
     parts = (options.bpe_path, options.vqgan_model_path, options.vqgan_config_path)
     device = pick_device(options.device, 0)
     loaded = load(options.dalle_path, *parts, device) if options.dalle_path else None

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Sequence
 
 import torch
@@ -28,7 +29,8 @@ from models.vqgan import image_codes
 from models.vqgan_metrics import nearest_images
 from sampling import Graphs, Sampler, SamplingFlags, SamplingOptions, decode, encode
 from utils.errors import UsageError
-from utils.flags import DataOptions, ModelOptions, PartsOptions
+from utils.files import sha256_file
+from utils.flags import DataOptions, ModelOptions, PartsOptions, PromptsFileOptions
 from utils.loading import make_loader, read
 from utils.options import Command, Options, again, option
 
@@ -43,6 +45,8 @@ class PairOptions(DataOptions, title="loss"):
     """Which pairs to measure the loss on."""
 
     input_folder: str = again(DataOptions, "input_folder", default=DEMO)
+    prompts_file: str | None = again(PromptsFileOptions, "prompts_file", none="captions of --input-folder")
+    caption_column: str | None = again(PromptsFileOptions, "caption_column")
     split: str = option("heldout", "part of the demo set", choices=("heldout", "train", "all"))
     max_pairs: int | None = option(None, "measure the loss on this many pairs only, always the same ones", ge=1,
                                    none="all")
@@ -79,7 +83,8 @@ class EvaluateOptions(ModelOptions, PartsOptions, PairOptions, RetrievalOptions,
     @property
     def sampled_metrics(self) -> bool:
         """Whether images are sampled for --metrics."""
-        return self.images is None and not self.reconstruction and bool(set(self.metrics) - {"loss"})
+        wanted = bool(self.scorer) or bool(set(self.metrics) - {"loss"})
+        return wanted and self.images is None and not self.reconstruction
 
     @property
     def samples(self) -> bool:
@@ -89,7 +94,7 @@ class EvaluateOptions(ModelOptions, PartsOptions, PairOptions, RetrievalOptions,
     @property
     def retrieves(self) -> bool:
         """Whether retrieval on the demo set is measured."""
-        other = self.metrics or self.images is not None or self.reconstruction
+        other = self.metrics or self.scorer or self.images is not None or self.reconstruction
         return self.input_folder == DEMO and not self.skip_retrieval and not other
 
     def check(self) -> None:
@@ -128,16 +133,16 @@ def evaluate(
         return measure_folder(options, device), []
     if options.reconstruction or loaded is None:
         return measure_reconstruction(options, loaded, device), []
+    result: dict[str, Any] = {"checkpoint": describe_model(loaded, str(options.dalle_path))}
+    for scale in options.cond_scale if options.samples else ():
+        warn_of_guidance(loaded, scale)
+    if options.prompts_file is not None:
+        result["data"] = {"prompts_file": options.prompts_file, "sha256": sha256_file(Path(options.prompts_file))}
+        return {**result, **measure_sampled(options, loaded, None)}, []
     dataset = open_data(loaded, options)
-    result: dict[str, Any] = {
-        "checkpoint": describe_model(loaded, str(options.dalle_path)),
-        "data": {"input_folder": options.input_folder, "num_pairs": len(dataset)},
-    }
-    if not options.metrics or "loss" in options.metrics:
+    result["data"] = {"input_folder": options.input_folder, "num_pairs": len(dataset)}
+    if "loss" in options.metrics or not (options.metrics or options.scorer):
         result["validation"] = validation_loss(loaded, dataset, options)
-    if options.samples:
-        for scale in options.cond_scale:
-            warn_of_guidance(loaded, scale)
     groups: list[tuple[str, list[Sample]]] = []
     if options.input_folder == DEMO:
         result["data"]["split"] = options.split
@@ -333,9 +338,9 @@ def report(result: dict[str, Any]) -> str:
     """Format the results as text."""
     lines = []
     if "checkpoint" in result:
-        data = "{input_folder} ({num_pairs} pairs)".format(**result["data"])
-        if "split" in result["data"]:
-            data = "demo set, {split} ({num_pairs} pairs)".format(**result["data"])
+        kinds = {"prompts_file": "{prompts_file}", "split": "demo set, {split} ({num_pairs} pairs)"}
+        form = next((kinds[key] for key in kinds if key in result["data"]), "{input_folder} ({num_pairs} pairs)")
+        data = form.format(**result["data"])
         lines += [
             "checkpoint   {name} (sha256 {sha256:.12}..., {parameters} parameters)".format(
                 **dict(result["checkpoint"], parameters=f"{result['checkpoint']['parameters'] / 1e6:.2f} M")

@@ -4,7 +4,7 @@ from __future__ import annotations
 import datetime
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Iterator, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -16,16 +16,18 @@ from dalle.loading import Loaded
 from dalle.outputs import GRID
 from dalle.pictures import Cell, labelled_grid, save_picture
 from dalle.reranking import ClipRanker
+from dalle.scoring import Scores, scores_report
 from metrics import memorization
 from metrics.distances import METRICS, distances
-from metrics.features import Collector, features_of
+from metrics.features import Collector, Features, features_of
 from metrics.images import folder_images
-from metrics.inception import load_inception
+from metrics.inception import Inception, load_inception
 from metrics.reconstruction import reconstruct
 from sampling import Graphs, Sampler
-from utils.errors import UsageError
+from utils.errors import UsageError, UserError
 from utils.flags import NetworkOptions
 from utils.options import VERSION, Options, again, option
+from utils.prompt_lists import read_prompts
 
 if TYPE_CHECKING:
     from dalle.evaluation import EvaluateOptions
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 FEW_IMAGES = 10_000
 """Below that FID, IS, precision and recall say more of the number of images than of the model."""
 SHOWN_COPIES = 24
+NETWORK = "Inception of 2015-12-05, TensorFlow 1 resizing, as torch-fidelity 0.4.0"
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class MetricOptions(Options, title="metrics of images"):
     perceptual_weights: tuple[str, ...] | None = option(None, "VGG-16 of torchvision and the linear weights of LPIPS "
                                                         "0.1, for LPIPS", path=True, metavar="FILE",
                                                         needs="reconstruction")
+    scorer: tuple[str, ...] = option((), "functions that score sampled images (dalle/scoring.py)", none="none",
+                                     metavar="MODULE:FUNCTION")
     plot: str | None = option(None, "plot FID against CLIP score over --cond-scale in this .png file", path=True,
                               metavar="FILE")
 
@@ -85,6 +90,13 @@ def check_metrics(options: EvaluateOptions) -> None:
             raise UsageError("--reconstruction needs --vqgan-model-path and --vqgan-config-path, or --dalle-path")
     if ("clip" in wanted) != (options.clip_path is not None):
         raise UsageError("--metrics clip and --clip-path belong together")
+    if options.prompts_file is not None:
+        unused = ("--input-folder", "--split", "--max-pairs", "--sheet", "--skip-retrieval", "--best-of")
+        _refuse(options, "--prompts-file", unused)
+        if wanted - {"is", "clip"} or not (wanted or options.scorer):
+            raise UsageError("--prompts-file has no images to compare with: give --metrics is or clip, or --scorer")
+    if options.scorer and (options.images is not None or options.reconstruction):
+        raise UsageError("--scorer is for sampled images, not for --images or --reconstruction")
     if len(options.cond_scale) > 1 and not options.sampled_metrics:
         raise UsageError("--cond-scale: several scales are for --metrics fid, kid, is, prc and clip")
     if options.plot is not None and not {"fid", "clip"} <= wanted:
@@ -104,7 +116,7 @@ def protocol(options: EvaluateOptions, num_images: int, num_real: int, **more: A
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {"mini-dalle": VERSION, "torch": torch.__version__},
-        "network": "Inception of 2015-12-05, TensorFlow 1 resizing, as torch-fidelity 0.4.0",
+        "network": NETWORK if more.get("inception") else None,
         "num_images": num_images,
         "num_real": num_real,
         "seed": options.seed,
@@ -148,48 +160,83 @@ def measure_reconstruction(options: EvaluateOptions, loaded: Loaded | None, devi
     return {"protocol": about, "metrics": [figures]}
 
 
+class Asked(NamedTuple):
+    """What images are sampled for."""
+
+    text: Tensor
+    """(prompts, T) token ids."""
+    captions: list[str]
+    records: list[dict[str, Any]]
+    """Entries of --prompts-file, or {"caption": text}."""
+    real: Features | None
+    """Of the real images of these pairs, where they are needed."""
+
+
+def read_asked(options: EvaluateOptions, loaded: Loaded, dataset: Any, network: Inception | None) -> Asked:
+    """The prompts of --prompts-file, or the first --num-images pairs of the data."""
+    tokenizer = loaded.tokenizer
+    if options.prompts_file is not None:
+        prompts = read_prompts(options.prompts_file, options.caption_column)
+        if not prompts:
+            raise UserError(f"--prompts-file {options.prompts_file}: there are no prompts in it")
+        captions = [prompt.text for prompt in prompts]
+        text = tokenizer.tokenize(captions, loaded.config.text_seq_len, truncate=True)
+        return Asked(text, captions, [prompt.record for prompt in prompts], None)
+    collector = None if network is None or set(options.metrics) & set(METRICS) == {"is"} else Collector(network)
+    texts, pairs = [], min(options.num_images or len(dataset), len(dataset))
+    with log.progress(pairs, "reading pairs", unit="pair") as bar:  # once for all scales
+        for part, images in batches_of(dataset, pairs, options.batch_size):
+            texts.append(part)
+            if collector is not None:
+                collector.add(images)
+            bar.update(len(part), len(part))
+    text = torch.cat(texts)
+    captions = [tokenizer.decode(row.tolist()) for row in text]
+    records = [{"caption": caption} for caption in captions]
+    return Asked(text, captions, records, None if collector is None else collector.result())
+
+
 def measure_sampled(options: EvaluateOptions, loaded: Loaded, dataset: Any) -> dict[str, Any]:
     """Metrics of images sampled from the captions of a data set, for each --cond-scale. Raises UserError.
 
-    Image i is of pair i of a fixed order, and has random numbers of its own. Real images are those of the same pairs.
+    Image i is of pair or prompt i of a fixed order, which repeats, and has random numbers of its own. Real images are
+    those of the same pairs. dataset: not read with --prompts-file.
     """
-    count = options.num_images or len(dataset)
     wanted = [name for name in options.metrics if name in METRICS]
     network = load_inception(options.inception_weights, loaded.device) if wanted else None
     clip = ClipRanker(options.clip_path, loaded.device) if options.clip_path else None
-    collector = None if network is None or wanted == ["is"] else Collector(network)
-    texts, pairs = [], min(count, len(dataset))
-    with log.progress(pairs, "reading pairs", unit="pair") as bar:  # once for all scales
-        for text, images in batches_of(dataset, pairs, options.batch_size):
-            texts.append(text)
-            if collector is not None:
-                collector.add(images)
-            bar.update(len(text), len(text))
-    text, real = torch.cat(texts), None if collector is None else collector.result()
+    asked = read_asked(options, loaded, dataset, network)
+    count = options.num_images or len(asked.text)
     results = []
     for scale in options.cond_scale:
         found: dict[str, Any] = {"cond_scale": scale}
         collected = None if network is None else Collector(network)
         clips = None if clip is None else ClipCollector(clip)
+        scores = Scores(options.scorer) if options.scorer else None
         kept: list[Tensor] = []
-        for captions, images in sampled_images(options, loaded, text, count, scale):
+        for places, images in sampled_images(options, loaded, asked.text, count, scale):
+            captions = [asked.captions[place] for place in places]
             if collected is not None:
                 collected.add(images)
             if clips is not None:
                 clips.add(images, captions)
+            if scores is not None:
+                scores.add(images, captions, [asked.records[place] for place in places])
             kept += list(images[: max(0, SHOWN_COPIES - len(kept))]) if "copies" in options.metrics else []
         if collected is not None:
-            found.update(distances(wanted, collected.result(), real))
+            found.update(distances(wanted, collected.result(), asked.real))
         if clips is not None:
             found.update(clips.result())
+        if scores is not None:
+            found["scores"] = scores.result()
         if kept:
             scaled = f"-{scale:g}" if len(options.cond_scale) > 1 else ""
             found.update(copies(options, torch.stack(kept), dataset, f".copies{scaled}.png"))
         results.append(found)
     facts: dict[str, Any] = {"top_k": options.top_k, "top_p": options.top_p}
     facts["temperature"] = options.sampling(1).temperature
-    facts.update(inception=network.identity if network else None, clip=options.clip_path)
-    about = protocol(options, count, 0 if real is None else len(real.pooled), **facts)
+    facts.update(inception=network.identity if network else None, clip=options.clip_path, scorer=list(options.scorer))
+    about = protocol(options, count, 0 if asked.real is None else len(asked.real.pooled), **facts)
     return {"protocol": about, "metrics": results}
 
 
@@ -202,15 +249,15 @@ def batches_of(dataset: Any, count: int, batch_size: int) -> Iterator[tuple[Tens
 
 def sampled_images(
     options: EvaluateOptions, loaded: Loaded, text: Tensor, count: int, scale: float
-) -> Iterator[tuple[list[str], Tensor]]:
-    """Yield captions and their images uint8 (n, 3, S, S), `count` images in all; text (pairs, T) is repeated."""
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield places in text (prompts, T), which repeats, and their images uint8 (n, 3, S, S): `count` in all."""
     sampler = Sampler(loaded, Graphs(loaded.dalle))
     sampling = options.sampling(loaded.config.num_image_tokens)._replace(cond_scale=scale)
-    text, numbers = text[torch.arange(count) % len(text)], range(count)
+    places, numbers = torch.arange(count) % len(text), range(count)
     with log.progress(count, f"sampling at guidance {scale:g}", unit="image") as bar:
-        for batch in sampler.images(text, 1, options.batch_size, options.seed, sampling, numbers=numbers):
-            own = text[batch.share.first_prompt : batch.share.end_prompt]
-            yield [loaded.tokenizer.decode(row.tolist()) for row in own], batch.pixels
+        for batch in sampler.images(text[places], 1, options.batch_size, options.seed, sampling, numbers=numbers):
+            own = places[batch.share.first_prompt : batch.share.end_prompt].tolist()
+            yield own, batch.pixels
             bar.update(len(own), len(own))
 
 
@@ -249,6 +296,7 @@ def metrics_report(result: dict[str, Any]) -> list[str]:
             continue
         factor = 1000 if key in ("kid", "rkid") else 1
         lines.append(f"{name:<48}" + "".join(f"{row[key] * factor:>12.4g}" for row in rows))
+    lines += scores_report([row.get("scores", {}) for row in rows])
     few = result["protocol"]["num_images"]
     if few < FEW_IMAGES and not {"fid", "is", "precision", "rfid"}.isdisjoint(rows[0]):
         lines.append(f"note: {few} images: FID, IS, precision and recall depend on their number; compare equal numbers")

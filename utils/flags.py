@@ -94,3 +94,12 @@ class CaptionOptions(Options):
 
     caption_column: str | None = option(None, "column or JSON key of the caption, or its number in a table without a "
                                         "header", none="the usual names")
+
+
+@dataclass(frozen=True)
+class PromptsFileOptions(Options):
+    """Which file prompts are read from (utils/prompt_lists.py)."""
+
+    prompts_file: str | None = option(None, "file of prompts: one a line, or a list in JSON, CSV or TSV, such as "
+                                      "those of GenEval, DrawBench and PartiPrompts", path=True)
+    caption_column: str | None = again(CaptionOptions, "caption_column", needs="prompts_file")
