@@ -17,12 +17,11 @@ from dalle.outputs import GRID
 from dalle.pictures import Cell, labelled_grid, save_picture
 from dalle.reranking import ClipRanker
 from dalle.scoring import Scores, scores_report
-from metrics import memorization
+from metrics import memorization, reconstruction
 from metrics.distances import METRICS, distances
 from metrics.features import Collector, Features, features_of
 from metrics.images import folder_images
 from metrics.inception import Inception, load_inception
-from metrics.reconstruction import reconstruct
 from sampling import Graphs, Sampler
 from utils.errors import UsageError, UserError
 from utils.flags import NetworkOptions
@@ -150,7 +149,7 @@ def measure_reconstruction(options: EvaluateOptions, loaded: Loaded | None, devi
     images = folder_images("--input-folder", options.input_folder, size)
     network = load_inception(options.inception_weights, device) if options.metrics else None
     lpips = load_perceptual(options.perceptual_weights).to(device) if options.perceptual_weights else None
-    figures, features = reconstruct(images, vqgan, device, options.batch_size, network, lpips)
+    figures, features = reconstruction.measure(images, vqgan, device, options.batch_size, network, lpips)
     if network is not None:
         both = distances(options.metrics, features[1], features[0])
         figures.update({f"r{name}": value for name, value in both.items()})
