@@ -101,7 +101,8 @@ ONE_STEP = ["--max-steps", "1", "--cache-codes", "off", "--validation-fraction",
 RUN = {
     r"python train\.py (.*minDALLE_tiny.*)": [*ONE_STEP, "--checkpoint-output-dir", "again/ckpt"],
     r"python generate\.py (.*)": ["--num_images", "2"],
-    r"python evaluate\.py ((?!.*(?:--metrics|--images)).*)": ["--max_pairs", "4", "--skip_retrieval"],
+    r"python evaluate\.py ((?!.*(?:--metrics|--images|--scorer)).*)": ["--max_pairs", "4", "--skip_retrieval"],
+    r"python evaluate\.py (.*--scorer.*)": ["--num-images", "2"],
     r"python data/process_trainset\.py()": ["--captions", "captions.json", "--out-dir", "captions"],
     r"python data/process_trainset\.py (.+)": [],
     r"python -m bpe\.train (.*)": ["--vocab-size", "60"],
@@ -148,6 +149,7 @@ def workspace(tmp_path_factory):
     coco = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"id": 1, "image_id": 1, "caption": "A cat."}]}
     texts = {
         "prompts.txt": "grinning cat\nred apple\n", "captions.json": json.dumps(coco),
+        "annotations/captions_val2014.json": json.dumps(coco),
         "flickr8k/captions.txt": "image,caption\n" + "0.jpg,a dog runs over the grass\n" * 5,
     }
     copies = {
