@@ -41,15 +41,12 @@ SHEET_SAMPLES = (36, 24)
 
 
 @dataclass(frozen=True)
-class PairOptions(DataOptions, title="loss"):
-    """Which pairs to measure the loss on."""
+class PairOptions(DataOptions, title="pairs"):
+    """Which pairs to measure."""
 
     input_folder: str = again(DataOptions, "input_folder", default=DEMO)
-    prompts_file: str | None = again(PromptsFileOptions, "prompts_file", none="captions of --input-folder")
-    caption_column: str | None = again(PromptsFileOptions, "caption_column")
     split: str = option("heldout", "part of the demo set", choices=("heldout", "train", "all"))
-    max_pairs: int | None = option(None, "measure the loss on this many pairs only, always the same ones", ge=1,
-                                   none="all")
+    max_pairs: int | None = option(None, "take this many pairs only, always the same ones", ge=1, none="all")
 
 
 @dataclass(frozen=True)
@@ -75,10 +72,13 @@ class ReportOptions(Options, title="results"):
 
 
 @dataclass(frozen=True)
-class EvaluateOptions(ModelOptions, PartsOptions, PairOptions, RetrievalOptions, MetricOptions, ReportOptions):
+class EvaluateOptions(
+    ModelOptions, PartsOptions, PairOptions, PromptsFileOptions, RetrievalOptions, MetricOptions, ReportOptions
+):
     """The flags of evaluate.py."""
 
     dalle_path: str | None = again(ModelOptions, "dalle_path", default=None)  # type: ignore[assignment]
+    prompts_file: str | None = again(PromptsFileOptions, "prompts_file", none="captions of --input-folder")
 
     @property
     def sampled_metrics(self) -> bool:

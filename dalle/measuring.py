@@ -44,10 +44,9 @@ class MetricOptions(Options, title="metrics of images"):
     metrics: tuple[str, ...] = option((), "what to measure; prc: precision and recall; clip: CLIP score and retrieval; "
                                       "copies: nearest images of the data", none="loss, and retrieval on the demo set",
                                       choices=("loss", *METRICS, "clip", "copies"))
-    num_images: int = option(0, "images to sample for --metrics; 0: one for each pair", ge=0, le=10**7)
+    num_images: int = option(0, "images to sample for --metrics; 0: one for each pair or prompt", ge=0, le=10**7)
     images: str | None = option(None, "measure the images of this folder, whatever made them", path=True)
-    reference: str | None = option(None, "folder of real images to compare with, or 'demo'", path=True,
-                                   none="the images of --input-folder")
+    reference: str | None = option(None, "with --images: folder of real images to compare with, or 'demo'", path=True)
     reconstruction: bool = option(False, "measure how well the VQGAN reconstructs images: rFID, PSNR, SSIM, LPIPS, use "
                                   "of the codebook")
     image_size: int | None = option(None, "centre squares of this size are measured", ge=8, le=4096,
@@ -57,8 +56,8 @@ class MetricOptions(Options, title="metrics of images"):
     perceptual_weights: tuple[str, ...] | None = option(None, "VGG-16 of torchvision and the linear weights of LPIPS "
                                                         "0.1, for LPIPS", path=True, metavar="FILE",
                                                         needs="reconstruction")
-    scorer: tuple[str, ...] = option((), "functions that score sampled images (dalle/scoring.py)", none="none",
-                                     metavar="MODULE:FUNCTION")
+    scorer: tuple[str, ...] = option((), "functions that score sampled images, such as "
+                                     "examples.scorers:colour_names", none="none", metavar="MODULE:FUNCTION")
     plot: str | None = option(None, "plot FID against CLIP score over --cond-scale in this .png file", path=True,
                               metavar="FILE")
 

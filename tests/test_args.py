@@ -95,6 +95,7 @@ def test_published_numbers(name, batch, accumulation, replicas, scaling):
 @pytest.mark.parametrize("words, name, value", [
     ("--vqgan_model_path a --vqgan-config-path=b", "vqgan_model_path", "a"), ("--batch_size=2", "batch_size", 2),
     ("--wandb --wandb-run-name a_b", "wandb_run_name", "a_b"),
+    ("--wandb false --wandb-run-name a_b", "wandb_run_name", "a_b"),
     ("--layers-per-ipu 0 6 6 4", "layers_per_ipu", [0, 6, 6, 4]),
     ("--layers-per-ipu 0,6,6 4", "layers_per_ipu", [0, 6, 6, 4]),
     ("--attn-types full,axial_row", "attn_types", ["full", "axial_row"]),
@@ -266,7 +267,7 @@ def test_help_has_the_groups_and_every_flag(capsys):
     assert caught.value.code == 0
     text = capsys.readouterr().out
     positions = [text.index(f"\n{title}:\n") for title in
-                 ("execution", "IPU", "optimizer", "model", "data", "checkpoints", "misc")]
+                 ("execution", "IPU", "optimizer", "model", "data", "checkpoints", "evaluation while training", "misc")]
     assert positions == sorted(positions)
     for name in args.option_names():
         assert re.search(rf"^  {args.flag_name(name)}\b", text, re.MULTILINE), name

@@ -97,7 +97,7 @@ class CaptionOptions(Options):
 
 
 @dataclass(frozen=True)
-class PromptsFileOptions(Options):
+class PromptsFileOptions(Options, title="prompts"):
     """Which file prompts are read from (utils/prompt_lists.py)."""
 
     prompts_file: str | None = option(None, "file of prompts: one a line, or a list in JSON, CSV or TSV, such as "
