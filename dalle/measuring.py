@@ -11,22 +11,24 @@ from torch import Tensor
 
 import log
 from checkpoints.vqgan import load_perceptual, load_vqgan
-from dalle.clip_score import ClipCollector
+from dalle.clip_score import Embedded
 from dalle.loading import Loaded
 from dalle.outputs import GRID
 from dalle.pictures import Cell, labelled_grid, save_picture
 from dalle.reranking import ClipRanker
-from dalle.scoring import Scores, scores_report
+from dalle.scoring import Scorers, as_bytes, from_bytes, scores_report, summary
+from data.code_cache import PIXEL_RULES
 from metrics import memorization, reconstruction
-from metrics.distances import METRICS, distances
-from metrics.features import Collector, Features, features_of
-from metrics.images import folder_images
+from metrics.distances import METRICS, Real, check_counts, distances
+from metrics.features import Features, cached_features, features_of, keep_features
+from metrics.images import ImageSet, folder_images, identity_of
 from metrics.inception import Inception, load_inception
-from sampling import Graphs, Sampler
-from utils.errors import UsageError, UserError
+from sampling import Batch, Graphs, Sampler, Share
+from utils.errors import UsageError
 from utils.flags import NetworkOptions
-from utils.options import VERSION, Options, again, option
-from utils.prompt_lists import read_prompts
+from utils.options import VERSION, Options, again, option, options_of
+from utils.parts import Found, Parts
+from utils.prompt_lists import Prompt
 
 if TYPE_CHECKING:
     from dalle.evaluation import EvaluateOptions
@@ -81,7 +83,7 @@ def check_metrics(options: EvaluateOptions) -> None:
     if options.image_size is not None and not (options.images or options.reconstruction):
         raise UsageError("--image-size needs --images or --reconstruction: a model has its own size")
     if options.reconstruction:
-        _refuse(options, "--reconstruction", ("--num-images", "--clip-path", "--sheet"))
+        _refuse(options, "--reconstruction", ("--num-images", "--clip-path", "--sheet", "--resume"))
         if wanted - {"fid", "kid"}:
             raise UsageError("--reconstruction: --metrics may add fid and kid (rFID, rKID) alone")
         if options.dalle_path is None and not (options.vqgan_model_path and options.vqgan_config_path):
@@ -101,12 +103,27 @@ def check_metrics(options: EvaluateOptions) -> None:
         raise UsageError("--plot needs --metrics fid clip")
     if options.num_images and not options.sampled_metrics:
         raise UsageError("--num-images needs --metrics of sampled images")
+    if options.num_images:
+        check_counts(options.metrics, (options.num_images, "--num-images is"))
 
 
 def _refuse(options: Options, mode: str, flags: Sequence[str]) -> None:
     unused = [flag for flag in flags if flag in options.given()]
     if unused:
         raise UsageError(f"{unused[0]} has no use with {mode}")
+
+
+_FREE = "--json --sheet --plot --resume --device --dataloader-workers --parallel --max-bad-fraction".split()
+_FREE += ["--cond-scale"]  # each is computed apart
+_FILES = "--dalle-path --vqgan-model-path --vqgan-config-path --bpe-path --inception-weights --prompts-file".split()
+_FILES += ["--scorer"]
+"""Known by their content."""
+
+
+def settings_of(options: EvaluateOptions) -> dict[str, Any]:
+    """What results depend on, by flag; but files, which are known by their content."""
+    table = ((spec.flag, getattr(options, spec.name)) for spec in options_of(type(options)))
+    return {flag: value for flag, value in table if flag not in (*_FREE, *_FILES)}
 
 
 def protocol(options: EvaluateOptions, num_images: int, num_real: int, **more: Any) -> dict[str, Any]:
@@ -122,17 +139,20 @@ def protocol(options: EvaluateOptions, num_images: int, num_real: int, **more: A
     }
 
 
-def measure_folder(options: EvaluateOptions, device: torch.device) -> dict[str, Any]:
-    """--images: metrics of the images in a folder. Raises UserError."""
+def measure_folder(options: EvaluateOptions, device: torch.device, parts: Parts) -> dict[str, Any]:
+    """--images: metrics of the images in a folder or in shards. Raises UserError."""
     assert options.images is not None
     images = folder_images("--images", options.images, options.image_size, GRID)
     real = folder_images("--reference", options.reference, options.image_size, GRID) if options.reference else None
+    counts = [(found.num_images, f"{found.name} has") for found in (images, real) if found is not None]
+    check_counts(options.metrics, *counts)
     network = load_inception(options.inception_weights, device)
-    found = features_of(images, network, options.batch_size)
-    wanted = None if real is None else features_of(real, network, options.batch_size)
+    parts.begin({**settings_of(options), "--inception-weights": network.identity})
+    found = features_of(images, network, options.batch_size, parts)
+    wanted = None if real is None else features_of(real, network, options.batch_size, parts, "reference")
     facts = {"images": options.images, "reference": options.reference, "image_size": options.image_size}
     about = protocol(options, images.num_images, real.num_images if real else 0, inception=network.identity, **facts)
-    return {"protocol": about, "metrics": [distances(options.metrics, found, wanted)]}
+    return {"protocol": about, "metrics": [distances(options.metrics, found, wanted)] if parts.is_first else []}
 
 
 def measure_reconstruction(options: EvaluateOptions, loaded: Loaded | None, device: torch.device) -> dict[str, Any]:
@@ -166,103 +186,146 @@ class Asked(NamedTuple):
     captions: list[str]
     records: list[dict[str, Any]]
     """Entries of --prompts-file, or {"caption": text}."""
-    real: Features | None
-    """Of the real images of these pairs, where they are needed."""
 
-
-def read_asked(options: EvaluateOptions, loaded: Loaded, dataset: Any, network: Inception | None) -> Asked:
-    """The prompts of --prompts-file, or the first --num-images pairs of the data."""
-    tokenizer = loaded.tokenizer
-    if options.prompts_file is not None:
-        prompts = read_prompts(options.prompts_file, options.caption_column)
-        if not prompts:
-            raise UserError(f"--prompts-file {options.prompts_file}: there are no prompts in it")
+    @classmethod
+    def of_prompts(cls, prompts: Sequence[Prompt], loaded: Loaded) -> Asked:
+        """Those of --prompts-file."""
         captions = [prompt.text for prompt in prompts]
-        text = tokenizer.tokenize(captions, loaded.config.text_seq_len, truncate=True)
-        return Asked(text, captions, [prompt.record for prompt in prompts], None)
-    collector = None if network is None or set(options.metrics) & set(METRICS) == {"is"} else Collector(network)
-    texts, pairs = [], min(options.num_images or len(dataset), len(dataset))
-    with log.progress(pairs, "reading pairs", unit="pair") as bar:  # once for all scales
-        for part, images in batches_of(dataset, pairs, options.batch_size):
-            texts.append(part)
-            if collector is not None:
-                collector.add(images)
-            bar.update(len(part), len(part))
-    text = torch.cat(texts)
-    captions = [tokenizer.decode(row.tolist()) for row in text]
-    records = [{"caption": caption} for caption in captions]
-    return Asked(text, captions, records, None if collector is None else collector.result())
+        text = loaded.tokenizer.tokenize(captions, loaded.config.text_seq_len, truncate=True)
+        return cls(text, captions, [prompt.record for prompt in prompts])
+
+    @classmethod
+    def of_pairs(cls, text: Tensor, loaded: Loaded) -> Asked:
+        """The captions of pairs, (n, T)."""
+        captions = [loaded.tokenizer.decode(row.tolist()) for row in text]
+        return cls(text, captions, [{"caption": caption} for caption in captions])
 
 
-def measure_sampled(options: EvaluateOptions, loaded: Loaded, dataset: Any) -> dict[str, Any]:
+def measure_sampled(
+    options: EvaluateOptions, loaded: Loaded, dataset: Any, parts: Parts, prompts: Sequence[Prompt] = ()
+) -> dict[str, Any]:
     """Metrics of images sampled from the captions of a data set, for each --cond-scale. Raises UserError.
 
     Image i is of pair or prompt i of a fixed order, which repeats, and has random numbers of its own. Real images are
-    those of the same pairs. dataset: not read with --prompts-file.
+    those of the same pairs. Figures are those of the first process. prompts: instead of a data set.
     """
     wanted = [name for name in options.metrics if name in METRICS]
     network = load_inception(options.inception_weights, loaded.device) if wanted else None
     clip = ClipRanker(options.clip_path, loaded.device) if options.clip_path else None
-    asked = read_asked(options, loaded, dataset, network)
+    scorers, features = Scorers(options.scorer), None
+    if prompts:
+        asked = Asked.of_prompts(prompts, loaded)
+    else:
+        compared = network if set(wanted) - {"is"} else None
+        text, features = read_pairs(options, dataset, compared, parts)
+        asked = Asked.of_pairs(text, loaded)
     count = options.num_images or len(asked.text)
-    results = []
+    real, results = None if features is None else Real(features), []
     for scale in options.cond_scale:
+        measured = Measured(network, clip, scorers, loaded, asked, "copies" in options.metrics)
+        sampled = measured.sample(options, count, scale, parts)
+        if not parts.is_first:
+            continue
         found: dict[str, Any] = {"cond_scale": scale}
-        collected = None if network is None else Collector(network)
-        clips = None if clip is None else ClipCollector(clip)
-        scores = Scores(options.scorer) if options.scorer else None
-        kept: list[Tensor] = []
-        for places, images in sampled_images(options, loaded, asked.text, count, scale):
-            captions = [asked.captions[place] for place in places]
-            if collected is not None:
-                collected.add(images)
-            if clips is not None:
-                clips.add(images, captions)
-            if scores is not None:
-                scores.add(images, captions, [asked.records[place] for place in places])
-            kept += list(images[: max(0, SHOWN_COPIES - len(kept))]) if "copies" in options.metrics else []
-        if collected is not None:
-            found.update(distances(wanted, collected.result(), asked.real))
-        if clips is not None:
-            found.update(clips.result())
-        if scores is not None:
-            found["scores"] = scores.result()
-        if kept:
+        if network is not None:
+            found.update(distances(wanted, Features(sampled["pooled"], sampled["logits"]), real))
+        if clip is not None:
+            found.update(Embedded(sampled["clip_images"], sampled["clip_texts"]).figures())
+        if options.scorer:
+            records = (asked.records[number % len(asked.records)] for number in range(count))
+            found["scores"] = summary(from_bytes(sampled["scores"]), records)
+        if "shown" in sampled:
             scaled = f"-{scale:g}" if len(options.cond_scale) > 1 else ""
-            found.update(copies(options, torch.stack(kept), dataset, f".copies{scaled}.png"))
+            found.update(copies(options, sampled["shown"], dataset, f".copies{scaled}.png"))
         results.append(found)
     facts: dict[str, Any] = {"top_k": options.top_k, "top_p": options.top_p}
     facts["temperature"] = options.sampling(1).temperature
-    facts.update(inception=network.identity if network else None, clip=options.clip_path, scorer=list(options.scorer))
-    about = protocol(options, count, 0 if asked.real is None else len(asked.real.pooled), **facts)
+    facts.update(inception=network.identity if network else None, clip=options.clip_path, scorers=scorers.identity)
+    about = protocol(options, count, 0 if features is None else len(features.pooled), **facts)
     return {"protocol": about, "metrics": results}
 
 
-def batches_of(dataset: Any, count: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The first `count` pairs of a data set: text (n, T) and images uint8 (n, 3, S, S)."""
-    for start in range(0, count, batch_size):
-        text, images = zip(*(dataset[index] for index in range(start, min(start + batch_size, count))))
-        yield torch.stack(text), torch.stack(images)
+def check_sampled(options: EvaluateOptions, num_pairs: int) -> None:
+    """Raise UsageError for too few images, before a model is loaded or an image is read."""
+    source = (options.num_images, "--num-images is")
+    pairs = (min(options.num_images or num_pairs, num_pairs), "the pairs to compare with are")
+    check_counts(options.metrics, source if options.num_images else (num_pairs, "without --num-images it is"), pairs)
 
 
-def sampled_images(
-    options: EvaluateOptions, loaded: Loaded, text: Tensor, count: int, scale: float
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield places in text (prompts, T), which repeats, and their images uint8 (n, 3, S, S): `count` in all."""
-    sampler = Sampler(loaded, Graphs(loaded.dalle))
-    sampling = options.sampling(loaded.config.num_image_tokens)._replace(cond_scale=scale)
-    places, numbers = torch.arange(count) % len(text), range(count)
-    with log.progress(count, f"sampling at guidance {scale:g}", unit="image") as bar:
-        for batch in sampler.images(text[places], 1, options.batch_size, options.seed, sampling, numbers=numbers):
-            own = places[batch.share.first_prompt : batch.share.end_prompt].tolist()
-            yield own, batch.pixels
-            bar.update(len(own), len(own))
+def read_pairs(
+    options: EvaluateOptions, dataset: Any, network: Inception | None, parts: Parts
+) -> tuple[Tensor, Features | None]:
+    """The text (n, T) of the pairs that are measured, and features of their images, computed once for all scales."""
+    count = min(options.num_images or len(dataset), len(dataset))
+    facts = [PIXEL_RULES, dataset.origin(), *(dataset.image_identity(dataset.pair_at(index)) for index in range(count))]
+    images = ImageSet(options.input_folder, count, identity_of(facts, dataset.image_size), lambda i: dataset[i][1])
+    features = None if network is None else cached_features(images, network, parts.processes, "pairs")
+    if network is None or features is not None:
+        return torch.stack([dataset.text_at(index) for index in range(count)]), features
+
+    def work(batches: Iterator[range]) -> Iterator[Found]:
+        for numbers in batches:
+            text, pixels = zip(*(dataset[index] for index in numbers))
+            yield {"text": torch.stack(text), **Features.of(torch.stack(pixels), network)._asdict()}
+
+    with log.progress(count, "reading pairs", unit="pair", is_main=parts.is_first) as bar:
+        found = parts.compute("pairs", count, options.batch_size, work, bar.reach)
+    features = Features(found["pooled"], found["logits"])
+    replaced = sum(parts.processes.gather("pairs replaced", [getattr(dataset, "num_unreadable", 0)]))
+    if not replaced:  # else images are those of other pairs
+        keep_features(images, network, features, parts.processes)
+    return found["text"], features
+
+
+class Measured(NamedTuple):
+    """What is computed of each sampled image, so that images need not be kept."""
+
+    network: Inception | None
+    clip: ClipRanker | None
+    scorers: Scorers
+    loaded: Loaded
+    asked: Asked
+    shown: bool
+    """Whether the first SHOWN_COPIES images are kept."""
+
+    def sample(self, options: EvaluateOptions, count: int, scale: float, parts: Parts) -> Found:
+        """Sample `count` images of the captions, which are repeated; compute what is wanted of each."""
+        sampling = options.sampling(self.loaded.config.num_image_tokens)._replace(cond_scale=scale)
+        text, numbers = self.asked.text[torch.arange(count) % len(self.asked.text)], range(count)
+        sampler = Sampler(self.loaded, Graphs(self.loaded.dalle), parallel=options.parallel)
+
+        def work(batches: Iterator[range]) -> Iterator[Found]:
+            given = (options.batch_size, options.seed, sampling)
+            shares = (Share.of(batch, 1) for batch in batches)
+            for batch in sampler.images(text, 1, *given, numbers=numbers, shares=shares):
+                yield self._found(batch)
+
+        with log.progress(
+            count, f"sampling at guidance {scale:g}", unit="image", is_main=parts.is_first
+        ) as bar:
+            return parts.compute(f"guidance-{scale:g}", count, options.batch_size, work, bar.reach)
+
+    def _found(self, batch: Batch) -> Found:
+        found: Found = {}
+        places = [prompt % len(self.asked.captions) for prompt in batch.share.prompts]
+        captions = [self.asked.captions[place] for place in places]
+        if self.network is not None:
+            found.update(Features.of(batch.pixels, self.network)._asdict())
+        if self.clip is not None:
+            found["clip_images"], found["clip_texts"] = Embedded.of(self.clip, batch.pixels, captions)
+        if self.scorers.names:
+            records = [self.asked.records[place] for place in places]
+            found["scores"] = as_bytes(self.scorers.score(batch.pixels, captions, records))
+        first = batch.share.prompts[0]
+        if self.shown and first < SHOWN_COPIES:
+            found["shown"] = batch.pixels[: SHOWN_COPIES - first]
+        return found
 
 
 def copies(options: EvaluateOptions, generated: Tensor, dataset: Any, ending: str) -> dict[str, Any]:
     """Distances of generated images to the nearest images of the data, and a sheet of both beside the results."""
-    batches = (images for _, images in batches_of(dataset, len(dataset), 256))
-    found = memorization.nearest(generated, batches)
+    images = ImageSet(options.input_folder, len(dataset), None, lambda index: dataset[index][1])
+    found = memorization.nearest(generated, images.batches(256))
     result: dict[str, Any] = {"nearest_distance": float(found.distance.mean())}
     if options.json is not None:
         sheet = Path(options.json).with_suffix(ending)

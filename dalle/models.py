@@ -184,7 +184,7 @@ class _Counter:
     def step(self, share: Share) -> None:
         """Count one sampled code of each image of a batch."""
         if share is not self._share:
-            self._share, self._done = share, share.first_image * self._steps
+            self._share, self._done = share, share.images[0] * self._steps
         self._done += share.num_images
         if self._done > self._shown:
             self._bar.update(self._done - self._shown)

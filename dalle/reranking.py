@@ -9,7 +9,7 @@ import contextlib
 import json
 import logging
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple, Sequence
+from typing import Any, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,44 +26,6 @@ logger = logging.getLogger(__name__)
 _BATCH = 64
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training images
 _FILE = "preprocessor_config.json"
-
-
-class Candidate(NamedTuple):
-    """A ranked image, on the CPU."""
-
-    score: float
-    """Higher is better; NaN comes last."""
-    number: int
-    """Its index among all images of the prompt, which breaks ties: the first one wins."""
-    seed: int
-    codes: Tensor
-    """(N,)"""
-    log_likelihood: Tensor
-    """() nats"""
-    pixels: Tensor
-    """(3, S, S) uint8"""
-
-
-class Best:
-    """Holds the best `keep` of the images added."""
-
-    def __init__(self, keep: int) -> None:
-        self._keep = keep
-        self._best: list[Candidate] = []
-
-    def add(self, candidate: Candidate) -> None:
-        """Add an image if it is among the best."""
-        self._best.append(candidate)
-        self._best.sort(key=_rank)
-        del self._best[self._keep :]
-
-    def ordered(self) -> list[Candidate]:
-        """The images kept, the best first."""
-        return list(self._best)
-
-
-def _rank(candidate: Candidate) -> tuple[float, int]:
-    return (-candidate.score if candidate.score == candidate.score else float("inf"), candidate.number)
 
 
 class ClipRanker:

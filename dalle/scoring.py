@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import math
 import os
 import sys
 import traceback
 from collections import defaultdict
-from typing import Any, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.files import sha256_file
 
 Scorer = Callable[[Tensor, "list[str]", "list[dict[str, Any]]"], Any]
 
@@ -63,35 +67,58 @@ def _in_one_line(name: str) -> Iterator[None]:
         raise UserError(f"--scorer {name}: {type(error).__name__}: {error} ({place})") from error
 
 
-class Scores:
-    """Collects the scores of images as they come."""
+class Scorers:
+    """The functions of --scorer."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        """names: of the scorers, module:function."""
-        self.scorers = {name: load_scorer(name) for name in names}
-        self._found: list[tuple[dict[str, Any], dict[str, float]]] = []
+        """names: module:function of each. Raises UserError."""
+        self.names = tuple(names)
+        self._scorers = {name: load_scorer(name) for name in names}
 
-    def add(self, images: Tensor, captions: Sequence[str], records: Sequence[dict[str, Any]]) -> None:
-        """Score images uint8 (n, 3, S, S), with a caption and a record of each. Raises UserError."""
-        for name, scorer in self.scorers.items():
+    @property
+    def identity(self) -> dict[str, str | None]:
+        """The SHA-256 of the file of each, if it has one."""
+        files = {name: getattr(sys.modules.get(name.partition(":")[0]), "__file__", None) for name in self.names}
+        return {name: None if file is None else sha256_file(Path(file)) for name, file in files.items()}
+
+    def score(
+        self, images: Tensor, captions: Sequence[str], records: Sequence[dict[str, Any]]
+    ) -> list[dict[str, float]]:
+        """The scores of each image, uint8 (n, 3, S, S), with a caption and a record of each. Raises UserError."""
+        found: list[dict[str, float]] = [{} for _ in captions]
+        for name, scorer in self._scorers.items():
             with _in_one_line(name):
-                rows = scorer(images, list(captions), list(records))
-                self._found += zip(records, _checked(name, rows, len(images)))
+                rows = _checked(name, scorer(images, list(captions), list(records)), len(images))
+            for scores, row in zip(found, rows):
+                scores.update(row)
+        return found
 
-    def result(self) -> dict[str, Any]:
-        """{score: {"mean", "count", "by": {key: {value: {"mean", "count"}}}}}; count: of images."""
-        names = dict.fromkeys(name for _, scores in self._found for name in scores)
-        return {name: self._about(name) for name in names}
 
-    def _about(self, name: str) -> dict[str, Any]:
-        rows = [(record, scores[name]) for record, scores in self._found if name in scores]
-        by: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for record, score in rows:
-            for key, value in record.items():
-                if key.lower() in CATEGORIES and isinstance(value, str):
-                    by[key][value].append(score)
-        parts = {key: {value: _mean(own) for value, own in groups.items()} for key, groups in by.items()}
-        return {**_mean([score for _, score in rows]), "by": parts}
+def as_bytes(rows: Sequence[dict[str, float]]) -> Tensor:
+    """Scores as JSON lines, uint8 (bytes,): those of several batches can be concatenated."""
+    return torch.tensor(list("".join(json.dumps(row) + "\n" for row in rows).encode("ascii")), dtype=torch.uint8)
+
+
+def from_bytes(lines: Tensor) -> list[dict[str, float]]:
+    """The inverse of `as_bytes`."""
+    return [json.loads(line) for line in bytes(lines.tolist()).splitlines()]
+
+
+def summary(rows: Iterable[dict[str, float]], records: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """{score: {"mean", "count", "by": {key: {value: {"mean", "count"}}}}} of images; count: of images."""
+    both = list(zip(rows, records))
+    names = dict.fromkeys(name for scores, _ in both for name in scores)
+    return {name: _about([(scores[name], record) for scores, record in both if name in scores]) for name in names}
+
+
+def _about(rows: Sequence[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
+    by: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for score, record in rows:
+        for key, value in record.items():
+            if key.lower() in CATEGORIES and isinstance(value, str):
+                by[key][value].append(score)
+    parts = {key: {value: _mean(own) for value, own in groups.items()} for key, groups in by.items()}
+    return {**_mean([score for score, _ in rows]), "by": parts}
 
 
 def _mean(scores: Sequence[float]) -> dict[str, float]:

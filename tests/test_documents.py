@@ -17,7 +17,7 @@ import args
 import examples_utils.options
 import training.vqgan_options
 from benchmarks import busy, compare_peers
-from dalle import evaluation
+from dalle import evaluation, generation
 from examples import transfer_learning_ex
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -91,7 +91,8 @@ PARSED = {
     r"python examples/transfer_learning_ex\.py (.*)": transfer_learning_ex.COMMAND.parse,
     r"python3 -m examples_utils (.*)": examples_utils.options.parse,
     r"python benchmarks/compare_peers\.py (.*)": compare_peers.COMMAND.parse,
-    r"python evaluate\.py (.*(?:--metrics|--images).*)": evaluation.COMMAND.parse,
+    r"(?:torchrun --nproc-per-node \d+|python) evaluate\.py (.*(?:--metrics|--images).*)": evaluation.COMMAND.parse,
+    r"torchrun --nproc-per-node \d+ generate\.py (.*)": generation.COMMAND.parse,
     r"python benchmarks/busy\.py (.*)": busy.COMMAND.parse,
 }
 
@@ -149,7 +150,6 @@ def workspace(tmp_path_factory):
     coco = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"id": 1, "image_id": 1, "caption": "A cat."}]}
     texts = {
         "prompts.txt": "grinning cat\nred apple\n", "captions.json": json.dumps(coco),
-        "annotations/captions_val2014.json": json.dumps(coco),
         "flickr8k/captions.txt": "image,caption\n" + "0.jpg,a dog runs over the grass\n" * 5,
     }
     copies = {

@@ -8,7 +8,7 @@ import torch
 from helpers import refused
 
 import evaluate
-from dalle.scoring import Scores, load_scorer, scores_report
+from dalle.scoring import Scorers, as_bytes, from_bytes, load_scorer, scores_report, summary
 from examples.scorers import HUES, colour_names
 from utils.prompt_lists import read_prompts
 
@@ -84,12 +84,12 @@ def module(tmp_path, monkeypatch):
 
 
 def test_means_over_all_and_by_category(module):
-    scores = Scores([module('[{"n": r["n"], "x": True} if r["n"] else {} for r in records]', "counts_of_records")])
+    scorers = Scorers([module('[{"n": r["n"], "x": True} if r["n"] else {} for r in records]', "counts_of_records")])
     images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     records = [{"n": 1, "Tag": "a"}, {"n": 0, "Tag": "a"}, {"n": 4, "Tag": "b"}, {"n": 3, "Tag": "a", "other": "c"}]
-    for part in (records[:2], records[2:]):
-        scores.add(images, ["", ""], part)
-    found = scores.result()
+    parts = [as_bytes(scorers.score(images, ["", ""], part)) for part in (records[:2], records[2:])]
+    found = summary(from_bytes(torch.cat(parts)), records)
+    assert len(scorers.identity["counts_of_records:score"]) == 64
     groups = {"a": {"mean": 2.0, "count": 2}, "b": {"mean": 4.0, "count": 1}}
     assert found["n"] == {"mean": 8 / 3, "count": 3, "by": {"Tag": groups}} and found["x"]["mean"] == 1
     lines = scores_report([found, found])
@@ -104,7 +104,7 @@ def test_means_over_all_and_by_category(module):
 def test_a_scorer_that_is_wrong(module, body, message):
     name = module(body, f"wrong_{abs(hash(body))}")
     images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
-    refused(f"^--scorer {name}: .*{message}", Scores([name]).add, images, ["", ""], [{}, {}])
+    refused(f"^--scorer {name}: .*{message}", Scorers([name]).score, images, ["", ""], [{}, {}])
 
 
 @pytest.mark.parametrize("name, message", [
