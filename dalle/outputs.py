@@ -15,6 +15,7 @@ import collections
 import contextlib
 import functools
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Sequence
@@ -40,6 +41,8 @@ _FREE = ("batch_size", "parallel", "prime_image", "image", "mask", "prime_rows")
 _PARTS = {"checkpoint": "--dalle-path", "vqgan": "--vqgan-model-path", "tokenizer": "--bpe-path"}
 _DIGESTS = {"given_sha256": "--image or --prime-image", "prompts_sha256": "--text or --prompts-file"}
 _MOST_LOCKS = 64
+_WRITERS = 8
+"""Images that are written at the same time."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class Outputs:
         self.kept: collections.Counter[int] = collections.Counter()
         """Images of each group that an interrupted run has left."""
         self.finished: set[int] = set()
+        self._pool = ThreadPoolExecutor(_WRITERS)
         self._journals: dict[int, Journal] = {}
         self._best: dict[int, list[Record]] = {}  # by prompt, if they are ranked
         self._locks: collections.OrderedDict[int, Lock] = collections.OrderedDict()
@@ -140,6 +144,7 @@ class Outputs:
 
     def close(self) -> None:
         """Let go of everything, also after an error."""
+        self._pool.shutdown()
         for lock in self._locks.values():
             lock.close()
 
@@ -184,45 +189,53 @@ class Outputs:
 
         notes: what the files say of the run as far as it is.
         """
-        counts: collections.Counter[int] = collections.Counter()
-        rows = zip(*batch.share, batch.seeds, batch.codes.tolist(), batch.log_likelihood.tolist(), batch.pixels)
-        for row, (prompt, image, seed, codes, likelihood, pixels) in enumerate(rows):
-            number = prompt * self.options.num_images + image
-            group = number // self.group_size
-            if group not in self._journals:
-                self.processes.once(f"start {group}", functools.partial(self._start, group))
-                self._journals[group] = self._journal_of(group)
+        num_images, counts = self.options.num_images, collections.Counter[int]()
+        rows = zip(*batch.share, batch.seeds, batch.codes.tolist(), batch.log_likelihood.tolist())
+        records = []
+        for row, (prompt, image, seed, codes, likelihood) in enumerate(rows):
+            number = prompt * num_images + image
             record: Record = {"number": number, "file": self.image_path(number).name, "seed": seed, "codes": codes}
             record["log_likelihood"] = _finite(likelihood)
             if clip_scores is not None:
                 record["clip_score"] = _finite(clip_scores[row])
-            self._write(group, record, pixels)
-            counts[group] += 1
-        for group, count in counts.items():
-            with writing(CANNOT, self.folder):
+            records.append(record)
+            counts[number // self.group_size] += 1
+        for group in counts:
+            if group not in self._journals:
+                self.processes.once(f"start {group}", functools.partial(self._start, group))
+                self._journals[group] = self._journal_of(group)
+        with writing(CANNOT, self.folder):
+            self._write(records, batch.pixels)
+            for group in counts:
                 self._journals[group].sync()
+        for group, count in counts.items():
             if self.processes.add(f"group {group}", count) + self.kept[group] == len(self.numbers(group)):
                 self._finish(group, notes)
 
-    def _write(self, group: int, record: Record, pixels: Tensor) -> None:
-        with writing(CANNOT, self.folder):
-            worse = self._note_best(record) if self.ranked else None
-            if worse is not record:
-                save_picture(to_pil(pixels), self.image_path(record["number"]))
-            self._journals[group].append(record)
-            if worse is not None and worse is not record:
-                with contextlib.suppress(FileNotFoundError):
-                    self.image_path(worse["number"]).unlink()
+    def _write(self, records: Sequence[Record], pixels: Tensor) -> None:
+        """Write images, several at a time because each waits for the disk, and then a line for each."""
+        beaten = {number for record in records for number in self._note_best(record)} if self.ranked else set()
+        wanted = [place for place, record in enumerate(records) if record["number"] not in beaten]
 
-    def _note_best(self, record: Record) -> Record | None:
-        """Take a candidate among the best of its prompt that are known here; return one that is not any more."""
+        def save(place: int) -> None:
+            save_picture(to_pil(pixels[place]), self.image_path(records[place]["number"]))
+
+        saved = self._pool.map(save, wanted)
+        for record in records:
+            if record["number"] not in beaten:
+                next(saved)
+            self._journals[record["number"] // self.group_size].append(record)
+        for number in beaten - {record["number"] for record in records}:
+            with contextlib.suppress(FileNotFoundError):
+                self.image_path(number).unlink()
+
+    def _note_best(self, record: Record) -> list[int]:
+        """Take a candidate among the best of its prompt that are known here; return which one is not any more, if any.
+        """
         best = self._best.setdefault(record["number"] // self.options.num_images, [])
         best.append(dict(record, codes=None))
         best.sort(key=rank)
-        if len(best) <= (self.options.keep or self.options.num_images):
-            return None
-        worst = best.pop()
-        return record if worst["number"] == record["number"] else worst
+        return [best.pop()["number"]] if len(best) > (self.options.keep or self.options.num_images) else []
 
     def _chosen(self, records: dict[int, Record]) -> list[Record]:
         """The images to keep of those of a group, in the order of their files."""
