@@ -99,6 +99,8 @@ def check_metrics(options: EvaluateOptions) -> None:
         raise UsageError("--scorer is for sampled images, not for --images or --reconstruction")
     if len(options.cond_scale) > 1 and not options.sampled_metrics:
         raise UsageError("--cond-scale: several scales are for --metrics fid, kid, is, prc and clip")
+    if len({f"{scale:g}" for scale in options.cond_scale}) < len(options.cond_scale):
+        raise UsageError("--cond-scale: each scale is given once")
     if options.plot is not None and not {"fid", "clip"} <= wanted:
         raise UsageError("--plot needs --metrics fid clip")
     if options.num_images and not options.sampled_metrics:

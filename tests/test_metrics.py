@@ -241,16 +241,26 @@ def test_a_folder_is_measured(folder, weights, tmp_path, capsys):
     assert "note: 4 images" in capsys.readouterr().out
 
 
-def test_a_model_is_measured_at_each_guidance_scale(weights, tmp_path, capsys):
-    """Other captions get other random numbers; a second run gives the same figures."""
+def test_a_model_is_measured_at_each_guidance_scale(weights, tmp_path, capsys, caplog, monkeypatch):
+    """Other captions get other random numbers; a second run gives the same figures. What is real is measured once."""
+    made, moments = [], distances.Moments.__init__
+    monkeypatch.setattr(distances.Moments, "__init__", lambda *given: (made.append(given), moments(*given))[1])
     words = ("--dalle-path", "demo", "--metrics", "loss,fid,copies", "--num-images", "6", "--max-pairs", "4")
     words += ("--cond-scale", "1", "2", "--inception-weights", str(weights))
     first, second = evaluated(tmp_path, *words), evaluated(tmp_path, *words)
+    assert [len(features) for _, features in made] == [4, 6, 6] * 2
+    assert caplog.text.count("features of demo: those of an earlier run") == 1
     assert first["metrics"] == second["metrics"] and [row["cond_scale"] for row in first["metrics"]] == [1, 2]
     assert first["metrics"][0]["fid"] != first["metrics"][1]["fid"] and first["validation"]["loss"] > 0
     assert first["protocol"]["temperature"] == 1 and first["protocol"]["num_real"] == 4
     assert all((tmp_path / f"result.copies-{scale}.png").is_file() for scale in (1, 2))
     assert capsys.readouterr().out.count("guidance") == 2
+
+
+def test_too_few_images_of_a_folder_are_refused_before_anything_is_loaded(folder):
+    words = f"--images {folder} --metrics is --inception-weights none.pth"
+    with pytest.raises(UserError, match="--metrics is needs at least 10 images: .* has 4"):
+        evaluate.main(words.split())
 
 
 def test_a_tokenizer_is_measured(folder, weights, tmp_path):
@@ -301,6 +311,7 @@ WRONG = [
     ("--reconstruction --dalle-path demo --metrics is", "fid and kid"),
     ("--dalle-path demo --metrics clip", "--metrics clip and --clip-path belong together"),
     ("--dalle-path demo --cond-scale 1 2", "--cond-scale: several scales"),
+    ("--dalle-path demo --metrics fid --cond-scale 1 1", "--cond-scale: each scale is given once"),
     ("--dalle-path demo --plot x.png", "--plot needs --metrics fid clip"),
     ("--dalle-path demo --num-images 5", "--num-images needs --metrics"),
     ("--dalle-path x --metrics fid prc --num-images 3", "prc needs at least 4 images: --num-images is 3"),

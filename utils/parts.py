@@ -95,13 +95,17 @@ class Parts:
         there = {start: end for start, end in self._there(name)}
         pieces = list(_missing(there, count, self._piece(count, batch_size)))
         self.processes.barrier(f"{name} listed")
-        total = sum(map(len, pieces))
-        for numbers, found in _by_piece((pieces[i] for i in self.processes.share(name, len(pieces))), batch_size, work):
-            self._keep(name, numbers, found)
-            done = self.processes.add(f"{name} done", len(numbers))
+        total, shared = sum(map(len, pieces)), (pieces[i] for i in self.processes.share(name, len(pieces)))
+
+        def computed(number: int) -> None:
+            done = self.processes.add(f"{name} computed", number)
             if tell is not None:
                 tell(count - total + done)
-        self.processes.wait(f"{name} done", total, None if tell is None else lambda done: tell(count - total + done))
+
+        for numbers, found in _by_piece(shared, batch_size, work, computed):
+            self._keep(name, numbers, found)
+            self.processes.add(f"{name} kept", len(numbers))
+        self.processes.wait(f"{name} kept", total, lambda _: computed(0))
         return self._all(name)
 
     def _piece(self, count: int, batch_size: int) -> int:
@@ -149,26 +153,37 @@ def _missing(there: Mapping[int, int], count: int, size: int) -> Iterator[range]
     """What lies between the ranges that are there, {start: end}, in pieces of at most so many."""
     done = 0
     for start, end in [*sorted(there.items()), (count, count)]:
-        for first in range(done, start, size):
-            yield range(first, min(first + size, start))
+        yield from _split(range(done, start), size)
         done = max(done, end)
 
 
 def _by_piece(
-    pieces: Iterator[range], batch_size: int, work: Callable[[Iterator[range]], Iterator[Found]]
+    pieces: Iterator[range],
+    batch_size: int,
+    work: Callable[[Iterator[range]], Iterator[Found]],
+    computed: Callable[[int], Any],
 ) -> Iterator[tuple[range, Found]]:
-    """Feed pieces to `work` in batches, and put together what it yields for each piece. It may run ahead."""
+    """Feed pieces to `work` in batches, and put together what it yields for each piece. It may run ahead.
+
+    computed: called with the size of each batch that it has yielded.
+    """
     taken: deque[range] = deque()
 
     def batches() -> Iterator[range]:
         for numbers in pieces:
             taken.append(numbers)
-            for start in range(numbers.start, numbers.stop, batch_size):
-                yield range(start, min(start + batch_size, numbers.stop))
+            yield from _split(numbers, batch_size)
 
     parts: list[Found] = []
     for found in work(batches()):
+        sizes = [len(batch) for batch in _split(taken[0], batch_size)]
+        computed(sizes[len(parts)])
         parts.append(found)
-        if len(parts) == -(-len(taken[0]) // batch_size):
+        if len(parts) == len(sizes):
             yield taken.popleft(), joined(parts)
             parts = []
+
+
+def _split(numbers: range, size: int) -> Iterator[range]:
+    for start in range(numbers.start, numbers.stop, size):
+        yield range(start, min(start + size, numbers.stop))

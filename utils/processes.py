@@ -31,13 +31,17 @@ class Processes:
 
     @classmethod
     def started(cls) -> Processes:
-        """Those that torchrun has started, by its environment variables; else this one alone."""
+        """Those that torchrun has started, by its environment variables; else this one alone. Raises UserError."""
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls()
         from torch.distributed import PrefixStore, rendezvous
 
-        store, rank, size = next(iter(rendezvous("env://")))
+        try:
+            store, rank, size = next(iter(rendezvous("env://")))
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"WORLD_SIZE={size}, but the processes cannot meet ({reason}): use torchrun") from error
         return cls(rank, size, PrefixStore("work-" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store))
 
     @property
