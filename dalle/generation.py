@@ -9,7 +9,6 @@ import re
 import time
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Callable, Sequence
 
 import torch
@@ -25,9 +24,10 @@ from dalle.reranking import ClipRanker
 from data.images import BROKEN_IMAGE_ERRORS, load_image
 from sampling import SAMPLER, Batch, Graphs, Sampler, SamplingFlags, Share, complete_caption, given_codes, prime_rows
 from utils.errors import UsageError, UserError
-from utils.flags import ModelOptions, PartsOptions
-from utils.options import VERSION, Command, Options, option
+from utils.flags import ModelOptions, PartsOptions, PromptsFileOptions
+from utils.options import VERSION, Command, Options, again, option
 from utils.processes import Processes
+from utils.prompt_lists import read_prompts as read_prompts_file
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ class PromptOptions(Options, title="prompts"):
     """What to generate."""
 
     text: str = option("", "caption of the images; several are separated by |", metavar="PROMPT")
-    prompts_file: str | None = option(None, "file with one caption per line, instead of --text or in addition",
-                                      path=True)
+    prompts_file: str | None = again(PromptsFileOptions, "prompts_file")
+    caption_column: str | None = again(PromptsFileOptions, "caption_column")
     gentxt: bool = option(False, "let the model complete each caption first")
     prime_image: str | None = option(None, "picture whose upper part the images keep", path=True)
     prime_rows: int | None = option(None, "rows of codes taken from --prime-image", ge=1, none="0.4375 of them",
@@ -110,16 +110,7 @@ def read_prompts(options: GenerateOptions) -> list[str]:
     """The captions of --text and --prompts-file, stripped, without duplicates and empty ones."""
     texts = options.text.split("|")
     if options.prompts_file is not None:
-        try:
-            texts += Path(options.prompts_file).read_text(encoding="utf-8-sig").splitlines()
-        except OSError as error:
-            raise UserError(f"--prompts-file {options.prompts_file}: {error.strerror or error}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"--prompts-file {options.prompts_file} is not UTF-8 text (byte {error.start})"
-            ) from error
-    if any("\0" in text for text in texts):
-        raise UserError(f"--prompts-file {options.prompts_file} is not a text file: it holds NUL characters")
+        texts += [prompt.text for prompt in read_prompts_file(options.prompts_file, options.caption_column)]
     # Undecodable bytes of the command line arrive as lone surrogates, which cannot be written to files.
     texts = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip() for text in texts]
     prompts = list(dict.fromkeys(text for text in texts if text))

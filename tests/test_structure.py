@@ -38,7 +38,8 @@ ARROWS = {
     "metrics": {"checkpoints", "data", "log", "models", "utils"},
     "dalle": {"checkpoints", "data", "metrics", "models", "sampling", "bpe", "log", "utils"},
     "engines": {"args", "checkpoints", "data", "models", "ops", "utils", "log"},
-    "training": {"args", "bpe", "checkpoints", "dalle", "data", "engines", "log", "models", "utils"},
+    "training": {"args", "bpe", "checkpoints", "dalle", "data", "engines", "log", "metrics", "models", "sampling"}
+    | {"utils"},
     "benchmarks": {"args", "bpe", "engines", "log", "models", "ops", "sampling", "training", "utils"},
     "examples_utils": {"args", "bpe", "dalle", "data", "engines", "log", "models", "utils"},
 }
