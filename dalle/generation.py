@@ -111,8 +111,7 @@ def read_prompts(options: GenerateOptions) -> list[str]:
     texts = options.text.split("|")
     if options.prompts_file is not None:
         texts += [prompt.text for prompt in read_prompts_file(options.prompts_file, options.caption_column)]
-    # Undecodable bytes of the command line arrive as lone surrogates, which cannot be written to files.
-    texts = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip() for text in texts]
+    texts = [clean(text) for text in texts]
     prompts = list(dict.fromkeys(text for text in texts if text))
     if not prompts:
         flag = "--text" if options.text else "--prompts-file"
@@ -121,6 +120,11 @@ def read_prompts(options: GenerateOptions) -> list[str]:
     if repeated:
         logger.warning("%d duplicate captions are ignored", repeated)
     return prompts
+
+
+def clean(prompt: str) -> str:
+    """A prompt without surrounding spaces, and without lone surrogates (undecodable bytes), which files cannot hold."""
+    return prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
 
 
 def read_prime(file: str, rows: int, loaded: Loaded) -> Tensor:
@@ -156,11 +160,25 @@ def _read_picture(flag: str, file: str, read: Callable[[str], Any] = open_pictur
         raise UserError(f"{flag} {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
+def token_ids(prompt: str, loaded: Loaded) -> list[int]:
+    """All token ids of a prompt; of one that is far too long, those of its beginning."""
+    limit = _CHARACTERS_PER_TOKEN * loaded.config.text_seq_len
+    return loaded.tokenizer.encode(prompt if len(prompt) <= limit else re.sub(r"\s+", " ", prompt)[:limit])
+
+
+def text_of(ids: Sequence[Sequence[int]], loaded: Loaded) -> Tensor:
+    """Token ids of some prompts, each at most T, as the model reads them: (prompts, T)."""
+    text = torch.zeros(len(ids), loaded.config.text_seq_len, dtype=torch.long)
+    for row, own in zip(text, ids):
+        row[: len(own)] = torch.tensor(own, dtype=torch.long)
+    return text
+
+
 def read_caption(prompt: str, loaded: Loaded) -> Caption:
     """Turn a prompt into token ids: truncated to the text length, with a warning."""
-    config, limit = loaded.config, _CHARACTERS_PER_TOKEN * loaded.config.text_seq_len
+    config = loaded.config
     shown = _shown(prompt)
-    ids = loaded.tokenizer.encode(prompt if len(prompt) <= limit else re.sub(r"\s+", " ", prompt)[:limit])
+    ids = token_ids(prompt, loaded)
     if len(ids) > config.text_seq_len:
         logger.warning(
             "the model reads %d tokens of a caption: %r (%d tokens) is truncated",
@@ -201,9 +219,7 @@ def sample_missing(
     given: codes (N,), -1 where the model samples; None: sample all codes.
     """
     config, captions, processes = loaded.config, outputs.captions, outputs.processes
-    text = torch.zeros(len(captions), config.text_seq_len, dtype=torch.long)
-    for row, caption in zip(text, captions):
-        row[: len(caption.ids)] = torch.tensor(caption.ids, dtype=torch.long)
+    text = text_of([caption.ids for caption in captions], loaded)
     tokens = config.image_seq_len - (0 if given is None else first_sampled(given))  # steps of one image
     batches = missing.split(options.batch_size) if len(missing) else ()
     with Told(len(missing), tokens, processes) as told:

@@ -28,6 +28,11 @@ _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27
 _FILE = "preprocessor_config.json"
 
 
+def ranked(score: float | None, number: int) -> tuple[float, int]:
+    """Sort key of candidate `number` of a prompt: the highest score first, those without one (None, NaN) last."""
+    return (float("inf") if score is None or score != score else -score, number)
+
+
 class ClipRanker:
     """A CLIP model with its tokenizer and preprocessing, on one device, in float32."""
 

@@ -108,12 +108,21 @@ class Continuous:
 
         Raises UserError for options out of range.
         """
-        options, canvas = image.options.check(), self.canvas
+        image.options.check()
         rows = [self._free.pop(0) for _ in range(image.slots)]
-        row, device = rows[0], canvas.codes.device
-        kept = [-1] * self.num_codes if image.given is None else image.given.tolist()
+        try:
+            self._begin(image, rows)
+        except BaseException:
+            self.finish(rows[0])
+            raise
+        return rows[0]
+
+    def _begin(self, image: Image, rows: list[int]) -> None:
+        options, canvas, row = image.options, self.canvas, rows[0]
+        device = canvas.codes.device
         choice = ops.choice_of(1, options.temperature, options.top_k, options.top_p, device)
         self.running[row] = _Running(rows, choice)
+        kept = [-1] * self.num_codes if image.given is None else image.given.tolist()
         canvas.scores[row], canvas.keys[row] = 0, noise.keys([image.seed])[0]
         canvas.kept[row, : self.num_codes] = torch.tensor(kept, device=device)
         canvas.codes[row] = canvas.kept[row].clamp(min=0)
@@ -134,7 +143,6 @@ class Continuous:
             with self.decoder:
                 alone.choose_first(self.decoder.logits(hidden), prefix)
             self.fronts[row] = prefix
-        return row
 
     def _told(self) -> None:
         """Let the host know what some running image asks for."""
