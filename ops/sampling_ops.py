@@ -5,7 +5,7 @@ Letters: R rows, C tokens of the vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,16 @@ class Choice(NamedTuple):
     any_top_p: bool
     any_greedy: bool
     """Whether the temperature of a row is 0."""
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Choice:
+        """The choice of other rows: what a function makes of each tensor."""
+        tensors: dict[str, Any] = {name: function(getattr(self, name)) for name in self._fields[:5]}
+        return self._replace(**tensors)
+
+    def put(self, row: int, other: Choice) -> None:
+        """Take one row of options over. What the host knows of all rows stays as it is."""
+        for own, new in zip(self[:5], other[:5]):
+            own[row : row + 1].copy_(new)
 
 
 def keep_top_k(logits: Tensor, kth: Tensor, most: int) -> Tensor:

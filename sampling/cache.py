@@ -9,6 +9,7 @@ heads, K width of a head, D width, W codes that a sparse pattern shows at most, 
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any, NamedTuple
 
@@ -137,6 +138,14 @@ class LayerCache:
         self.sight: Any = None
         """What they see, a `Sight`; None for the text part."""
 
+    def part(self, first: int, end: int) -> LayerCache:
+        """The same memory for some prompts with one image each."""
+        part = copy.copy(self)
+        part.text, part.codes = self.text[:, first:end], self.codes[:, first:end]
+        part.joint = None if self.joint is None else self.joint[:, first:end]
+        part.shown = [shown[first:end] for shown in self.shown]
+        return part
+
     def attend(self, qkv: Tensor, heads: int, angles: Tensor | None) -> tuple[Tensor, ops.Function]:
         """Keep keys and values of the chunk and attend from there. (B, n, 3 * H * K) -> (B, n, H * K)."""
         at, parts = self.at, ops.split_heads(qkv, heads, angles)  # (3, B, H, n, K)
@@ -181,6 +190,12 @@ class Cache:
         self.config, self.prompts, self.images = config, prompts, images
         self.layers = [LayerCache(config, pattern, prompts, images, device, dtype) for pattern in config.layer_patterns]
         self._patterns = {name: _pattern(name, config, device, dtype) for name in set(config.layer_patterns)}
+
+    def part(self, first: int, end: int) -> Cache:
+        """The same memory for some prompts with one image each."""
+        part = copy.copy(self)
+        part.prompts, part.layers = end - first, [layer.part(first, end) for layer in self.layers]
+        return part
 
     def at(self, positions: Positions) -> list[LayerCache]:
         """The layers, set to the next chunk."""

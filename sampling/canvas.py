@@ -5,6 +5,7 @@ Letters: B images, R rows (B, twice as many with guidance), N image tokens, n co
 
 from __future__ import annotations
 
+import copy
 from typing import Callable, NamedTuple
 
 import torch
@@ -61,12 +62,20 @@ class Canvas:
         shape = (batch, num_codes + 2 * MOST)  # a window, and the guesses for the next, may end behind the last code
         self.codes = torch.zeros(shape, dtype=torch.long, device=device)
         self.scores = torch.zeros(shape, device=device)
-        self.kept = torch.full((1, shape[1]), -1, dtype=torch.long, device=device)
+        self.kept = torch.full(shape, -1, dtype=torch.long, device=device)
+        """Codes to keep, or -1."""
         self.keys = torch.zeros(batch, dtype=torch.long, device=device)
         self.fronts = torch.zeros(batch, dtype=torch.long, device=device)
         """Position of the last code of each image that nothing can change any more."""
         self.cond_scale = torch.full((batch, 1, 1), options.cond_scale, dtype=torch.float64, device=device)
-        self.options = options
+        self.by = ops.choice_of(batch, options.temperature, options.top_k, options.top_p, device)
+        images = torch.arange(batch, device=device)
+        self.nulls = images + batch if options.guided else torch.full_like(images, -1)
+        """The row of a decoder that has each image without its caption, or -1; row i has image i with it."""
+        self.of: Tensor | None = images.repeat(2) if options.guided else None
+        """(R,) the image of each row; None: its own number."""
+        self.mixed = False
+        """Whether some images are guided and others are not."""
         self._choices: dict[int, ops.Choice] = {}
 
     def begin(self, request: Request) -> None:
@@ -74,20 +83,35 @@ class Canvas:
         self.scores.zero_()
         self.keys.copy_(request.keys)
         self.kept[:, : self.num_codes].copy_(torch.tensor([request.kept]))
-        self.codes.copy_(self.kept.clamp(min=0).expand_as(self.codes))
+        self.codes.copy_(self.kept.clamp(min=0))
 
     def rows(self, codes: Tensor) -> Tensor:
         """Codes (B, n) as a decoder is fed them, (R, n)."""
-        return codes.repeat(2, 1) if self.options.guided else codes
+        return codes if self.of is None else codes[self.of]
 
-    def choice(self, rows: int) -> ops.Choice:
-        """The options for so many rows."""
-        if rows not in self._choices:
-            options = self.options
-            self._choices[rows] = ops.choice_of(
-                rows, options.temperature, options.top_k, options.top_p, self.codes.device
-            )
-        return self._choices[rows]
+    def part(self, first: int, end: int, of: Tensor | None) -> Canvas:
+        """The same memory for images `first` up to `end`. of: the image of each row, counted from `first`."""
+        part = copy.copy(self)
+        for name in ("codes", "scores", "kept", "keys", "fronts", "cond_scale", "nulls"):
+            setattr(part, name, getattr(self, name)[first:end])
+        part.by, part.of, part._choices = self.by.each(lambda tensor: tensor[first:end]), of, {}
+        return part
+
+    def _choice(self, count: int) -> ops.Choice:
+        """The options for so many codes of each image."""
+        if count not in self._choices:
+            self._choices[count] = self.by.each(lambda tensor: tensor.repeat_interleave(count, dim=0))
+        return self._choices[count]
+
+    def _guided(self, logits: Tensor) -> Tensor:
+        """Logits (R, n, C) of all rows -> (B, n, C) of the images."""
+        if self.of is None:
+            return logits
+        if not self.mixed:
+            return guided(logits, self.cond_scale)
+        own = logits[: len(self.codes)]
+        pairs = torch.cat([own, logits[self.nulls.clamp(min=0)]])
+        return torch.where((self.nulls < 0)[:, None, None], own, guided(pairs, self.cond_scale))
 
     def choose(self, logits: Tensor, at: Tensor) -> Tensor:
         """Choose codes from logits (R, n, C) for their positions (B, n), and write them there; what is kept stays.
@@ -95,17 +119,16 @@ class Canvas:
         Returns how many of them (B,) nothing can change any more: those that had been guessed, from the first on, and
         one more. Behind a window come guesses for the next: what its last logits give with the noise there.
         """
-        if self.options.guided:
-            logits = guided(logits, self.cond_scale)
+        logits = self._guided(logits)
         batch, width = at.shape
         if width > 1:
             at = torch.cat([at, at + width], dim=1)
             logits = torch.cat([logits, logits[:, -1:].expand(-1, width, -1)], dim=1)
         count = at.shape[1]
         keys = self.keys.repeat_interleave(count)
-        tokens, scores = ops.sample(logits.float().flatten(0, 1), keys, at.flatten(), self.choice(batch * count))
+        tokens, scores = ops.sample(logits.float().flatten(0, 1), keys, at.flatten(), self._choice(count))
         tokens, scores = tokens.view(batch, count), scores.view(batch, count)
-        kept = self.kept[0, at]
+        kept = self.kept.gather(1, at)
         tokens, scores = torch.where(kept < 0, tokens, kept), scores.masked_fill(kept >= 0, 0.0)
         right = (self.codes.gather(1, at) == tokens)[:, : width - 1].cumprod(dim=1)
         self.codes.scatter_(1, at, tokens)

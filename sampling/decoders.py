@@ -8,6 +8,7 @@ Letters: R rows (images, twice as many with guidance), n positions of a chunk, D
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -133,10 +134,23 @@ class Decoder:
         positions = Positions(width, start)
         if start is None:
             index = at.clamp(max=last)  # what is fed behind the last does not count
-            index = index[:1] if together else index.repeat(self.rows // len(index), 1)
+            index = index[:1] if together else canvas.rows(index)
             positions = Positions.of(index, reach or last + 1)
         hidden = self.feed(canvas.rows(canvas.codes.gather(1, at)), positions)
         canvas.fronts.add_(canvas.choose(self.logits(hidden), at + 1)).clamp_(max=last)
+
+    def reader(self, prompts: int) -> Decoder:
+        """A decoder with the same weights for so many prompts of one image each, in memory of its own."""
+        reader = copy.copy(self)
+        reader.rows = prompts
+        reader.cache = Cache(self.model.config, prompts, 1, self.model.text_emb.weight.device, self.dtype)
+        return reader
+
+    def part(self, first: int, end: int) -> Decoder:
+        """A decoder of rows `first` up to `end`, where each is of a prompt of its own, in the same memory."""
+        part = copy.copy(self)
+        part.rows, part.cache = end - first, self.cache.part(first, end)
+        return part
 
     def _read(self, ids: Tensor, positions: Positions) -> Tensor:
         # Copies are laid out for one code of each row; in another type they serve all.

@@ -110,6 +110,18 @@ class Progress:
                 self.on_token()
 
 
+def one_pass(decoder: Decoder, canvas: Canvas, windows: Windows, fronts: list[int], rows: int) -> list[int]:
+    """Move images on from these fronts, by a window of each that lacks codes: so many rows in all. Returns fronts."""
+    begin, most = time.perf_counter(), decoder.most_rows
+    width = windows.width(rows, most) if most else windows.fixed(rows, canvas.codes.is_cuda)
+    width = min(width, canvas.num_codes - 1 - min(fronts))
+    decoder.advance(canvas, width, fronts[0] if min(fronts) == max(fronts) else None)
+    reached: list[int] = canvas.fronts.tolist()
+    accepted = [front - before for front, before in zip(reached, fronts) if front > before]
+    windows.note(rows * width, width, accepted, time.perf_counter() - begin)
+    return reached
+
+
 def _sample(model: DalleModel, request: Request, copies: Copies) -> Sampled:
     """Sample a batch, window by window."""
     num_codes, batch, prefix = len(request.kept), len(request.keys), request.prefix
@@ -125,16 +137,8 @@ def _sample(model: DalleModel, request: Request, copies: Copies) -> Sampled:
         canvas.choose_first(decoder.logits(hidden), prefix)
         progress, fronts, windows = Progress(prefix, request.on_token), [prefix] * batch, request.windows
         while min(fronts) < num_codes - 1:
-            begin = time.perf_counter()
             unfinished = batch - fronts.count(num_codes - 1) if decoder.most_rows else batch
-            rows = unfinished * decoder.rows // batch
-            on_gpu, most = canvas.codes.is_cuda, decoder.most_rows
-            width = windows.width(rows, most) if most else windows.fixed(rows, on_gpu)
-            width = min(width, num_codes - 1 - min(fronts))
-            decoder.advance(canvas, width, fronts[0] if min(fronts) == max(fronts) else None)
-            before, fronts = fronts, canvas.fronts.tolist()
-            accepted = [front - old for front, old in zip(fronts, before) if front > old]
-            windows.note(rows * width, width, accepted, time.perf_counter() - begin)
+            fronts = one_pass(decoder, canvas, windows, fronts, unfinished * decoder.rows // batch)
             progress.tell(fronts)
     return canvas.result()
 

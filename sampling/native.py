@@ -75,8 +75,9 @@ class _Model(ctypes.Structure):
 
 
 class _Canvas(ctypes.Structure):
-    _fields_ = [(name, whole) for name in "images num_codes stride guided".split()]
-    _fields_ += [(name, address) for name in "codes fronts scores kept keys temperature top_p scale top_k".split()]
+    _fields_ = [(name, whole) for name in "images num_codes stride".split()]
+    _fields_ += [(name, address) for name in "codes fronts scores kept nulls keys".split()]
+    _fields_ += [(name, address) for name in "temperature top_p scale top_k".split()]
 
 
 class _Seen(NamedTuple):
@@ -119,7 +120,7 @@ def refusal(model: DalleModel, num_rows: int) -> str | None:
 
 
 class NativeDecoder(Decoder):
-    """Feeds a code or a window of each row natively, prompts and given codes too."""
+    """Feeds prompts and codes natively."""
 
     most_rows, calculates_in = MOST_ROWS, torch.float32
 
@@ -210,7 +211,7 @@ class NativeDecoder(Decoder):
         if num_rows > self.struct.rows:
             self.struct.rows = num_rows
             self._scratch = torch.zeros(rows.functions().room_of(ctypes.byref(self.struct)))
-            self._integers = torch.zeros(5 * num_rows, dtype=torch.long)
+            self._integers = torch.zeros(6 * num_rows, dtype=torch.long)
             self.struct.scratch = at(self._scratch)
 
     def prompt(self, text: Tensor) -> Tensor:
@@ -226,12 +227,11 @@ class NativeDecoder(Decoder):
         return out[:, -1]
 
     def feed(self, codes: Tensor, positions: Positions) -> Tensor:
-        most = max(1, MOST_ROWS // self.rows)
-        if positions.start is not None and positions.count > most:  # codes that are given first
-            starts = range(0, positions.count, most)
-            parts = zip(codes.split(most, dim=1), starts)
-            found = [self.feed(part, Positions(part.shape[1], positions.start + start)) for part, start in parts]
-            return torch.cat(found, dim=1)
+        places = max(1, MOST_ROWS // self.rows)
+        if positions.count > places and positions.index is None:  # codes that are given first
+            parts = range(0, positions.count, places)
+            steps = [Positions(min(places, positions.count - part), positions.start + part) for part in parts]
+            return torch.cat([self.feed(codes[:, step.start : step.end], step) for step in steps], dim=1)
         if codes.shape != (self.rows, positions.count):
             raise ValueError(f"codes {tuple(codes.shape)} for {self.rows} rows")
         index = positions.index
@@ -248,16 +248,25 @@ class NativeDecoder(Decoder):
             raise IndexError(f"a {what} is not in the table: {given.flatten().tolist()}")
         return out
 
+    def reader(self, prompts: int) -> NativeDecoder:
+        return NativeDecoder(self.model, prompts, 1, self.copies)
+
+    def part(self, first: int, end: int) -> NativeDecoder:
+        self._make_room(MOST_ROWS)  # the part has the same
+        part: Any = super().part(first, end)
+        part._all = self._all[first:end]
+        return part
+
     def advance(
         self, canvas: Canvas, width: int, start: int | None = None, reach: int = 0, together: bool = False
     ) -> None:
-        self._make_room(self.rows * width)
+        self._make_room(min(self.rows * width, max(self.rows, MOST_ROWS)))
         if self._canvas is not canvas:
-            choice = canvas.choice(len(canvas.codes))
+            choice = canvas.by
             self._canvas, self._canvas_struct = canvas, _Canvas(
-                *canvas.codes.shape[:1], canvas.num_codes, canvas.codes.shape[1], canvas.options.guided,
-                *map(at, (canvas.codes, canvas.fronts, canvas.scores, canvas.kept, canvas.keys, choice.temperature,
-                          choice.top_p, canvas.cond_scale, choice.top_k)),
+                *canvas.codes.shape[:1], canvas.num_codes, canvas.codes.shape[1],
+                *map(at, (canvas.codes, canvas.fronts, canvas.scores, canvas.kept, canvas.nulls, canvas.keys,
+                          choice.temperature, choice.top_p, canvas.cond_scale, choice.top_k)),
             )  # fmt: skip
         failed = rows.functions().advance(
             ctypes.byref(self.struct), ctypes.byref(self._canvas_struct), width, pointer(self._integers)

@@ -164,18 +164,22 @@ INLINE void places(const float *x, int64_t stride, const char *weight, int64_t d
 }
 
 #define OF(rows, panels, size) places(x, stride, weight, depth, begin, end, next, rows, panels, size, sums)
-#define CASE(n)                                                                                       \
-    case n:                                                                                           \
-        if (panels == 2) size == 1 ? OF(PAIRED(n), 2, 1) : OF(PAIRED(n), 2, 2);                       \
-        else size == 1 ? OF(n, 1, 1) : size == 2 ? OF(n, 1, 2) : OF(n, 1, 4);                         \
+#define CASE(n)                                                               \
+    case n:                                                                   \
+        size == 1 ? OF(n, 1, 1) : size == 2 ? OF(n, 1, 2) : OF(n, 1, 4);      \
         break;
-#define PAIRED(n) (2 * (n) <= MOST ? (n) : 1)
+#define PAIR(n)                                                               \
+    case MOST + n:                                                            \
+        size == 1 ? OF(n, 2, 1) : OF(n, 2, 2);                                \
+        break;
 
 static void few(const float *x, int64_t stride, const char *weight, int64_t depth, int64_t begin, int64_t end,
                 wanted next, int rows, int panels, int size, vec sums[][2]) {
-    switch (rows) {
+    switch (panels == 2 ? MOST + rows : rows) {
+        PAIR(1) PAIR(2) PAIR(3)
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if MOST > 6
+        PAIR(4) PAIR(5) PAIR(6)
         CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #endif
     }
@@ -770,10 +774,11 @@ int64_t step(const model *m, int64_t rows, int64_t places, const int64_t *of, co
 
 /* The images of a batch while they are sampled: B images, N codes of each and room for the last window. */
 typedef struct {
-    int64_t images, num_codes, stride, guided;
+    int64_t images, num_codes, stride;
     int64_t *codes, *fronts; /* (B, stride): sampled ones, and guesses; (B): the last position that stays as it is */
     float *scores;           /* (B, stride) log-likelihoods */
-    const int64_t *kept;     /* (stride) codes to keep in every image, or -1 */
+    const int64_t *kept;     /* (B, stride) codes to keep, or -1 */
+    const int64_t *nulls;    /* (B) the sequence that has an image without its caption, or -1 */
     const int64_t *keys;     /* (B) of the noise */
     const double *temperature, *top_p, *scale; /* (B), and so is top_k; `scale`: of guidance */
     const int64_t *top_k;
@@ -784,7 +789,8 @@ static int64_t code_at(const model *m, const canvas *v, const plan *at, int64_t 
                        float *score) {
     float *own = m->scratch + at->logits + r * at->wide_head, *space = m->scratch + at->space + 2 * r * at->wide_head;
     *score = 0;
-    if (v->kept[position] >= 0) return v->kept[position];
+    int64_t kept = v->kept[image * v->stride + position];
+    if (kept >= 0) return kept;
     uint64_t state = v->keys[image] + (uint64_t)(position * m->codes) * GOLDEN;
     choice by = {v->temperature[image], v->top_p[image], v->top_k[image], state};
     return sampled(own, m->codes, &by, space, score);
@@ -797,23 +803,26 @@ static void guide(const model *m, const plan *at, float scale, int64_t r, int64_
 }
 
 /* Feed a window of each image that lacks codes, choose the code behind each of its places, and move the image's front on
- * over those that were guessed right, and one more. integers: room for 5 * R. Returns what `wrong` does. */
+ * over those that were guessed right, and one more. integers: room for 6 * R. Returns what `wrong` does. */
 int64_t advance(const model *m, const canvas *v, int64_t width, int64_t *integers) {
-    int64_t last = v->num_codes - 1, active = 0;
-    for (int64_t i = 0; i < v->images; i++) active += v->fronts[i] < last;
-    int64_t half = active * width, rows = v->guided ? 2 * half : half;
+    int64_t last = v->num_codes - 1, active = 0, guided = 0;
+    for (int64_t i = 0; i < v->images; i++)
+        if (v->fronts[i] < last) active++, guided += v->nulls[i] >= 0;
+    int64_t half = active * width, rows = half + guided * width;
     if (rows > m->rows) return 4;
     int64_t *of = integers, *codes = of + rows, *positions = codes + rows, *tokens = positions + rows, *images = tokens + rows;
+    int64_t *nulls = images + rows; /* the first row of the window without the caption, or -1 */
     float scores[half > 0 ? half : 1];
-    for (int64_t i = 0, window = 0; i < v->images; i++) {
+    for (int64_t i = 0, window = 0, next = active; i < v->images; i++) {
         if (v->fronts[i] >= last) continue;
         images[window] = of[window] = i;
-        if (v->guided) of[active + window] = v->images + i;
+        nulls[window] = v->nulls[i] < 0 ? -1 : next * width;
+        if (v->nulls[i] >= 0) of[next++] = v->nulls[i];
         for (int64_t place = 0; place < width; place++) {
-            int64_t r = window * width + place, position = v->fronts[i] + place;
+            int64_t r = window * width + place, null = nulls[window] + place, position = v->fronts[i] + place;
             codes[r] = v->codes[i * v->stride + position];
             positions[r] = position < last ? position : last; /* what is fed there does not count */
-            if (v->guided) codes[half + r] = codes[r], positions[half + r] = positions[r];
+            if (nulls[window] >= 0) codes[null] = codes[r], positions[null] = positions[r];
         }
         window++;
     }
@@ -837,7 +846,8 @@ int64_t advance(const model *m, const canvas *v, int64_t width, int64_t *integer
         for (int64_t r = thread; r < half; r += threads) {
             int64_t image = images[r / width], position = v->fronts[image] + r % width + 1;
             if (position > last) continue;
-            if (v->guided) guide(m, &at, v->scale[image], r, half + r);
+            int64_t null = nulls[r / width];
+            if (null >= 0) guide(m, &at, v->scale[image], r, null + r % width);
             tokens[r] = code_at(m, v, &at, image, position, r, scores + r);
         }
     }
