@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 
@@ -30,7 +31,7 @@ _FILE = "preprocessor_config.json"
 
 def ranked(score: float | None, number: int) -> tuple[float, int]:
     """Sort key of candidate `number` of a prompt: the highest score first, those without one (None, NaN) last."""
-    return (float("inf") if score is None or score != score else -score, number)
+    return (float("inf") if score is None or math.isnan(score) else -score, number)
 
 
 class ClipRanker:
