@@ -25,11 +25,14 @@ from dalle.evaluation import COMMAND, EvaluateOptions, evaluate, finite, report
 from dalle.loading import load
 from dalle.measuring import plot_sweep, settings_of
 from dalle.pictures import make_sheet, save_picture
+from dalle.scoring import Scorers
 from engines.native import pick_device
-from utils.errors import UsageError, run_main
+from metrics.distances import check_counts
+from utils.errors import UsageError, UserError, run_main
 from utils.files import atomic_write, check_writable, writing
 from utils.parts import Parts
 from utils.processes import Processes
+from utils.prompt_lists import Prompt, read_prompts
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,13 +49,27 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UsageError("--reconstruction is measured by one process: start it without torchrun")
         parts = open_parts(options, processes)
         parts.check(settings_of(options))  # now, not when the model is loaded
+        prompts = asked_prompts(options)
         device = pick_device(options.device, int(os.environ.get("LOCAL_RANK", "0")))
         files = (options.bpe_path, options.vqgan_model_path, options.vqgan_config_path)
         loaded = load(options.dalle_path, *files, device) if options.dalle_path else None
-        result, samples = evaluate(options, loaded, device, parts)
+        result, samples = evaluate(options, loaded, device, parts, prompts)
         if processes.is_first:
             write(options, result, samples)
             parts.remove()
+
+
+def asked_prompts(options: EvaluateOptions) -> list[Prompt]:
+    """The prompts of --prompts-file. Also shows what is wrong with a --scorer before a model is loaded."""
+    Scorers(options.scorer)
+    if options.prompts_file is None:
+        return []
+    prompts = read_prompts(options.prompts_file, options.caption_column)
+    if not prompts:
+        raise UserError(f"--prompts-file {options.prompts_file}: there are no prompts in it")
+    source = "--num-images is" if options.num_images else f"--prompts-file {options.prompts_file} has"
+    check_counts(options.metrics, (options.num_images or len(prompts), source))
+    return prompts
 
 
 def open_parts(options: EvaluateOptions, processes: Processes) -> Parts:

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Iterator, NamedTuple, Sequence
 
 import torch
@@ -24,6 +25,7 @@ from dalle.measuring import (
     settings_of,
 )
 from dalle.pictures import Sample
+from dalle.scoring import Scorers
 from data import DEMO, DataSettings, create_dataset, epoch_order
 from data.demo import DemoRecord, demo_images, demo_records
 from models.dalle import TextToImage
@@ -31,10 +33,12 @@ from models.vqgan import image_codes
 from models.vqgan_metrics import nearest_images
 from sampling import Graphs, Sampler, SamplingFlags, SamplingOptions, Share, decode, encode
 from utils.errors import UsageError
-from utils.flags import DataOptions, ModelOptions, PartsOptions
+from utils.files import sha256_file
+from utils.flags import DataOptions, ModelOptions, PartsOptions, PromptsFileOptions
 from utils.loading import make_loader, read
 from utils.options import Command, Options, again, option
 from utils.parts import Found, Parts
+from utils.prompt_lists import Prompt
 
 TRAINING_CAPTIONS = 200
 """Number of training captions for retrieval."""
@@ -43,13 +47,12 @@ SHEET_SAMPLES = (36, 24)
 
 
 @dataclass(frozen=True)
-class PairOptions(DataOptions, title="loss"):
-    """Which pairs to measure the loss on."""
+class PairOptions(DataOptions, title="pairs"):
+    """Which pairs to measure."""
 
     input_folder: str = again(DataOptions, "input_folder", default=DEMO)
     split: str = option("heldout", "part of the demo set", choices=("heldout", "train", "all"))
-    max_pairs: int | None = option(None, "measure the loss on this many pairs only, always the same ones", ge=1,
-                                   none="all")
+    max_pairs: int | None = option(None, "take this many pairs only, always the same ones", ge=1, none="all")
 
 
 @dataclass(frozen=True)
@@ -77,15 +80,19 @@ class ReportOptions(Options, title="results"):
 
 
 @dataclass(frozen=True)
-class EvaluateOptions(ModelOptions, PartsOptions, PairOptions, RetrievalOptions, MetricOptions, ReportOptions):
+class EvaluateOptions(
+    ModelOptions, PartsOptions, PairOptions, PromptsFileOptions, RetrievalOptions, MetricOptions, ReportOptions
+):
     """The flags of evaluate.py."""
 
     dalle_path: str | None = again(ModelOptions, "dalle_path", default=None)  # type: ignore[assignment]
+    prompts_file: str | None = again(PromptsFileOptions, "prompts_file", none="captions of --input-folder")
 
     @property
     def sampled_metrics(self) -> bool:
         """Whether images are sampled for --metrics."""
-        return self.images is None and not self.reconstruction and bool(set(self.metrics) - {"loss"})
+        wanted = bool(self.scorer) or bool(set(self.metrics) - {"loss"})
+        return wanted and self.images is None and not self.reconstruction
 
     @property
     def samples(self) -> bool:
@@ -95,7 +102,7 @@ class EvaluateOptions(ModelOptions, PartsOptions, PairOptions, RetrievalOptions,
     @property
     def retrieves(self) -> bool:
         """Whether retrieval on the demo set is measured."""
-        other = self.metrics or self.images is not None or self.reconstruction
+        other = self.metrics or self.scorer or self.images is not None or self.reconstruction
         return self.input_folder == DEMO and not self.skip_retrieval and not other
 
     def check(self) -> None:
@@ -124,31 +131,37 @@ COMMAND = Command("evaluate.py", "Evaluate a trained model.", EvaluateOptions)
 
 
 def evaluate(
-    options: EvaluateOptions, loaded: Loaded | None, device: torch.device, parts: Parts
+    options: EvaluateOptions,
+    loaded: Loaded | None,
+    device: torch.device,
+    parts: Parts,
+    prompts: Sequence[Prompt] = (),
 ) -> tuple[dict[str, Any], list[tuple[str, list[Sample]]]]:
     """Return the metrics that the options select, and titled samples for a contact sheet.
 
     loaded: the model of --dalle-path, None for --images and --reconstruction without one. parts: of all processes,
-    which share the work and all call this; the result is that of the first one.
+    which share the work and all call this; the result is that of the first one. prompts: of --prompts-file.
     """
     if options.images is not None:
         return measure_folder(options, device, parts), []
     if options.reconstruction or loaded is None:
         return measure_reconstruction(options, loaded, device), []
+    model = describe_model(loaded, str(options.dalle_path))
+    result: dict[str, Any] = {"checkpoint": model}
+    settings = {**settings_of(options), **_contents(loaded, model), "--scorer": Scorers(options.scorer).identity}
+    for scale in options.cond_scale if options.samples else ():
+        warn_of_guidance(loaded, scale)
+    if options.prompts_file is not None:
+        result["data"] = {"prompts_file": options.prompts_file, "sha256": sha256_file(Path(options.prompts_file))}
+        parts.begin({**settings, "--prompts-file": f"of sha256 {result['data']['sha256']}"})
+        return {**result, **measure_sampled(options, loaded, None, parts, prompts)}, []
     dataset = open_data(loaded, options)
     if options.sampled_metrics:
         check_sampled(options, len(dataset))
-    model = describe_model(loaded, str(options.dalle_path))
-    parts.begin({**settings_of(options), **_contents(loaded, model), "the number of pairs": len(dataset)})
-    result: dict[str, Any] = {
-        "checkpoint": model,
-        "data": {"input_folder": options.input_folder, "num_pairs": len(dataset)},
-    }
-    if not options.metrics or "loss" in options.metrics:
+    parts.begin({**settings, "the number of pairs": len(dataset)})
+    result["data"] = {"input_folder": options.input_folder, "num_pairs": len(dataset)}
+    if "loss" in options.metrics or not (options.metrics or options.scorer):
         result["validation"] = validation_loss(loaded, dataset, options, parts)
-    if options.samples:
-        for scale in options.cond_scale:
-            warn_of_guidance(loaded, scale)
     groups: list[tuple[str, list[Sample]]] = []
     if options.input_folder == DEMO:
         result["data"]["split"] = options.split
@@ -375,9 +388,9 @@ def report(result: dict[str, Any]) -> str:
     """Format the results as text."""
     lines = []
     if "checkpoint" in result:
-        data = "{input_folder} ({num_pairs} pairs)".format(**result["data"])
-        if "split" in result["data"]:
-            data = "demo set, {split} ({num_pairs} pairs)".format(**result["data"])
+        kinds = {"prompts_file": "{prompts_file}", "split": "demo set, {split} ({num_pairs} pairs)"}
+        form = next((kinds[key] for key in kinds if key in result["data"]), "{input_folder} ({num_pairs} pairs)")
+        data = form.format(**result["data"])
         lines += [
             "checkpoint   {name} (sha256 {sha256:.12}..., {parameters} parameters)".format(
                 **dict(result["checkpoint"], parameters=f"{result['checkpoint']['parameters'] / 1e6:.2f} M")

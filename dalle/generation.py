@@ -9,7 +9,6 @@ import re
 import time
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Callable, Sequence
 
 import torch
@@ -25,9 +24,10 @@ from dalle.reranking import ClipRanker
 from data.images import BROKEN_IMAGE_ERRORS, load_image
 from sampling import SAMPLER, Batch, Graphs, Sampler, SamplingFlags, Share, complete_caption, given_codes, prime_rows
 from utils.errors import UsageError, UserError
-from utils.flags import ModelOptions, PartsOptions
-from utils.options import VERSION, Command, Options, option
+from utils.flags import ModelOptions, PartsOptions, PromptsFileOptions
+from utils.options import VERSION, Command, Options, again, option
 from utils.processes import Processes
+from utils.prompt_lists import read_prompts as read_prompts_file
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ class PromptOptions(Options, title="prompts"):
     """What to generate."""
 
     text: str = option("", "caption of the images; several are separated by |", metavar="PROMPT")
-    prompts_file: str | None = option(None, "file with one caption per line, instead of --text or in addition",
-                                      path=True)
+    prompts_file: str | None = again(PromptsFileOptions, "prompts_file")
+    caption_column: str | None = again(PromptsFileOptions, "caption_column")
     gentxt: bool = option(False, "let the model complete each caption first")
     prime_image: str | None = option(None, "picture whose upper part the images keep", path=True)
     prime_rows: int | None = option(None, "rows of codes taken from --prime-image", ge=1, none="0.4375 of them",
@@ -110,7 +110,7 @@ def read_prompts(options: GenerateOptions) -> list[str]:
     """The captions of --text and --prompts-file, stripped, without duplicates and empty ones."""
     texts = options.text.split("|")
     if options.prompts_file is not None:
-        texts += read_lines("--prompts-file", options.prompts_file)
+        texts += [prompt.text for prompt in read_prompts_file(options.prompts_file, options.caption_column)]
     texts = [clean(text) for text in texts]
     prompts = list(dict.fromkeys(text for text in texts if text))
     if not prompts:
@@ -125,19 +125,6 @@ def read_prompts(options: GenerateOptions) -> list[str]:
 def clean(prompt: str) -> str:
     """A prompt without surrounding spaces, and without lone surrogates (undecodable bytes), which files cannot hold."""
     return prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
-
-
-def read_lines(flag: str, file: str) -> list[str]:
-    """The lines of a text file. Raises UserError naming the flag."""
-    try:
-        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise UserError(f"{flag} {file}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{flag} {file} is not UTF-8 text (byte {error.start})") from error
-    if any("\0" in line for line in lines):
-        raise UserError(f"{flag} {file} is not a text file: it holds NUL characters")
-    return lines
 
 
 def read_prime(file: str, rows: int, loaded: Loaded) -> Tensor:
@@ -189,7 +176,8 @@ def text_of(ids: Sequence[Sequence[int]], loaded: Loaded) -> Tensor:
 
 def read_caption(prompt: str, loaded: Loaded) -> Caption:
     """Turn a prompt into token ids: truncated to the text length, with a warning."""
-    config, shown = loaded.config, _shown(prompt)
+    config = loaded.config
+    shown = _shown(prompt)
     ids = token_ids(prompt, loaded)
     if len(ids) > config.text_seq_len:
         logger.warning(

@@ -13,6 +13,8 @@ import uuid
 from pathlib import Path
 from typing import Any, Dict, Iterator
 
+from dalle.reranking import ranked
+
 Record = Dict[str, Any]
 """Of an image: number, file, seed, codes, log_likelihood, and clip_score where images are ranked by it."""
 
@@ -66,5 +68,4 @@ def records_in(file: Path) -> Iterator[Record]:
 
 def rank(record: Record) -> tuple[float, int]:
     """Orders candidates of a prompt: by CLIP score or likelihood, the best first; those without any come last."""
-    score = record.get("clip_score", record["log_likelihood"])
-    return (float("inf") if score is None else -score, record["number"])
+    return ranked(record.get("clip_score", record["log_likelihood"]), record["number"])

@@ -68,7 +68,7 @@ class Loaded(NamedTuple):
     def batch_changes_images(self, rows: int) -> bool:
         """Whether images may depend on the batch size, by rounding of logits. rows: images, twice that with guidance.
 
-        With native kernels (float32 and int8 on a CPU, up to 96 rows) they do not.
+        With native kernels (on a CPU, up to 96 rows) they do not.
         """
         return refusal(self.dalle, rows) is not None
 

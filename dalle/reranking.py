@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 
@@ -26,6 +27,11 @@ logger = logging.getLogger(__name__)
 _BATCH = 64
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training images
 _FILE = "preprocessor_config.json"
+
+
+def ranked(score: float | None, number: int) -> tuple[float, int]:
+    """Sort key of candidate `number` of a prompt: the highest score first, those without one (None, NaN) last."""
+    return (float("inf") if score is None or math.isnan(score) else -score, number)
 
 
 class ClipRanker:

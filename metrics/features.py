@@ -44,7 +44,8 @@ class Collector:
     """Collects features of batches as they come, so that images need not be kept."""
 
     def __init__(self, network: Inception) -> None:
-        self.network, self._parts = network, list[Features]()
+        self.network = network
+        self._parts: list[Features] = []
 
     def add(self, images: Tensor) -> None:
         """Take images uint8 (n, 3, H, W) into account. Raises UserError where the network fails."""

@@ -15,7 +15,6 @@ Letters: S slots (rows of the decoder), T text tokens, N codes of an image.
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from typing import NamedTuple, Sequence
 
@@ -26,7 +25,6 @@ import ops
 from models.dalle import DalleModel
 from models.positions import Positions
 from ops import noise
-from sampling.cache import Cache
 from sampling.canvas import Canvas, Sampled
 from sampling.decoders import Decoder
 from sampling.loop import Shared, one_pass
@@ -153,10 +151,9 @@ class Continuous:
         """Read a prompt, unless it was among the last, into some rows of the cache. Returns (rows, D)."""
         key = (len(rows), *text.tolist())
         if key not in self._prompts:
-            count, model = len(rows), self.decoder.model
+            count = len(rows)
             if count not in self._readers:
-                self._readers[count] = copy.copy(self.decoder)
-                self._readers[count].cache = Cache(model.config, count, 1, text.device, self.decoder.dtype)
+                self._readers[count] = self.decoder.reader(count)
             reader = self._readers[count]
             hidden = reader.prompt(torch.stack([text, torch.zeros_like(text)][:count]))
             self._prompts[key] = _Read(hidden, [layer.text.clone() for layer in reader.cache.layers])

@@ -4,12 +4,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from dalle.generation import ResultOptions, clean, read_lines
+from dalle.generation import clean
 from dalle.loading import DEMO, DEMO_PROMPTS
+from dalle.outputs import ResultOptions
 from sampling import SamplingFlags
 from utils.errors import UsageError
 from utils.flags import DeviceOptions, ModelOptions, PartsOptions
 from utils.options import Command, Options, again, option
+from utils.prompt_lists import read_prompts
 
 API_KEY_VARIABLE = "MINI_DALLE_API_KEY"
 _MOST_EXAMPLES = 100
@@ -38,7 +40,7 @@ class ServedOptions(Options, title="sampling"):
     dtype: str = again(ResultOptions, "dtype")
     clip_path: str | None = again(ResultOptions, "clip_path", help="CLIP model to rank images by: folder or name of a "
                                   "CLIP model of transformers")
-    examples: str | None = option(None, "file with one prompt a line, for the page to offer", path=True,
+    examples: str | None = option(None, "file of prompts for the page to offer, one a line or a list", path=True,
                                   none="those of the demo model")
     slots: int = option(32, "images sampled in the same passes; one with guidance takes two", ge=1, le=4096)
     threads: int = again(DeviceOptions, "threads")
@@ -75,8 +77,8 @@ class ServeOptions(ModelOptions, PartsOptions, ServedOptions, NetworkOptions, Li
         """Prompts to try. Raises UserError."""
         if self.examples is None:
             return list(DEMO_PROMPTS) if self.dalle_path == DEMO else []
-        lines = [clean(line) for line in read_lines("--examples", self.examples)]
-        return [line for line in lines if line][:_MOST_EXAMPLES]
+        prompts = [clean(prompt.text) for prompt in read_prompts(self.examples, flag="--examples")]
+        return [prompt for prompt in prompts if prompt][:_MOST_EXAMPLES]
 
     @property
     def key(self) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from dalle.pictures import picture_bytes, to_pil
-from server.scheduler import Partial, Picture
+from server.scheduler import Candidate, Partial
 from server.schemas import ImageRequest, sampling_of
 from utils.options import VERSION
 
@@ -27,7 +27,7 @@ def encode(picture: Image.Image, request: ImageRequest, about: dict[str, Any] | 
     return picture_bytes(picture, request.output_format, request.output_compression, texts)
 
 
-def complete_file(picture: Picture, request: ImageRequest, about: dict[str, Any]) -> bytes:
+def complete_file(picture: Candidate, request: ImageRequest, about: dict[str, Any]) -> bytes:
     """The file of a complete image."""
     return encode(to_pil(picture.pixels), request, about)
 
@@ -42,7 +42,7 @@ def base64_of(content: bytes) -> str:
     return base64.b64encode(content).decode("ascii")
 
 
-def item(picture: Picture, seed: int, clip_score: float | None) -> dict[str, Any]:
+def item(picture: Candidate, seed: int, clip_score: float | None) -> dict[str, Any]:
     """What an answer says of an image besides its picture."""
     likelihood = picture.log_likelihood
     about = {"seed": seed, "image_index": picture.number, "image_seed": picture.seed,

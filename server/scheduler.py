@@ -22,7 +22,7 @@ from torch import Tensor
 from dalle.generation import text_of
 from dalle.loading import Loaded
 from dalle.pictures import to_pil
-from dalle.reranking import ClipRanker
+from dalle.reranking import ClipRanker, ranked
 from sampling import SamplingOptions, decode, decode_partial, image_seed
 from sampling.continuous import Continuous, Image
 from utils.errors import UserError
@@ -58,29 +58,21 @@ class Partial(NamedTuple):
     """Share of the codes that are there."""
 
 
-class Picture(NamedTuple):
-    """A complete image, on the CPU."""
+class Candidate(NamedTuple):
+    """An image of a request, on the CPU."""
 
-    score: float
-    """Higher is better; NaN comes last."""
     number: int
-    """In its request, which breaks ties: the first one wins."""
+    """Among the images of the request."""
     seed: int
     log_likelihood: float
-    """In nats."""
     pixels: Tensor
     """(3, S, S) uint8"""
-
-    @property
-    def rank(self) -> tuple[float, int]:
-        """Orders pictures, the best first."""
-        return (-self.score if self.score == self.score else float("inf"), self.number)
 
 
 class Done(NamedTuple):
     """An image that is complete."""
 
-    picture: Picture
+    picture: Candidate
     clip_score: float | None
 
 
@@ -143,7 +135,7 @@ class Job:
     over: Exception | None = None
     """Why it is to be ended."""
     kept: Tensor | None = None
-    done: list[Picture] = field(default_factory=list)
+    done: list[Candidate] = field(default_factory=list)
     delivered: int = 0
 
     @property
@@ -374,8 +366,7 @@ class Scheduler:
         del self._slots[number]
         codes, log_likelihood = self.images.finish(number)
         pixels = decode(self.loaded, codes[None])[0]  # by itself: the batch must not matter
-        likelihood = float(log_likelihood)
-        picture = Picture(likelihood, slot.number, slot.seed, likelihood, pixels)
+        picture = Candidate(slot.number, slot.seed, float(log_likelihood), pixels)
         job.done.append(picture)
         now = time.monotonic()
         self._seconds_of_image += 0.1 * (now - self._since - self._seconds_of_image)
@@ -390,12 +381,12 @@ class Scheduler:
     def _finish(self, job: Job) -> None:
         """Deliver what waited for the last image."""
         if job.keep:
-            scores = [picture.score for picture in job.done]
+            scores = [picture.log_likelihood for picture in job.done]
             if job.clip and self.ranker is not None:
                 pictures = [to_pil(picture.pixels) for picture in job.done]
                 scores = self.ranker.similarity(job.prompt, pictures).tolist()
-            ranked = [picture._replace(score=score) for score, picture in zip(scores, job.done)]
-            for picture in sorted(ranked, key=lambda picture: picture.rank)[: job.keep]:
-                job.deliver(Done(picture, picture.score if job.clip else None))
+            rivals = sorted(zip(scores, job.done), key=lambda rival: ranked(rival[0], rival[1].number))
+            for score, picture in rivals[: job.keep]:
+                job.deliver(Done(picture, score if job.clip else None))
         given = 0 if job.kept is None else int((job.kept >= 0).sum())
         self._over(job, Ended(given, (self.loaded.config.image_seq_len - given) * job.count))

@@ -161,7 +161,7 @@ FILES = [
     ("train", "--vqgan-config-path", "--vqgan-model-path {model}", ()), ("train", "--pretrained-checkpoint", "", ()),
     ("generate", "--dalle_path", "", ()), ("generate", "--vqgan_model_path", "--vqgan_config_path {config}", ()),
     ("generate", "--bpe_path", "", ()), ("generate", "--vqgan_config_path", "--vqgan_model_path {model}", ()),
-    ("generate", "--prompts_file", "", ("text.txt", "html", "list.json", "yaml.yaml", "empty")),
+    ("generate", "--prompts_file", "", ("text.txt", "html", "yaml.yaml", "empty")),
     ("generate", "--prime_image", "", ("picture.png",)), ("generate", "--image", "--mask 0,0,1,1", ("picture.png",)),
     ("generate", "--mask", "--image picture.png", ("picture.png",)), ("evaluate", "--dalle_path", "", ()),
     ("evaluate", "--bpe_path", "", ()), ("train_vqgan", "--vqgan_model_path", "--vqgan_config_path {config}", ()),

@@ -490,8 +490,8 @@ def test_user_errors(run, tmp_path):
     for message, flags in (
         (unknown, "--dalle_path /nowhere.pt"),
         ("is no checkpoint", f"--dalle_path {bad}"),
-        ("--prompts-file /nowhere.txt: No such file or directory", "--prompts_file /nowhere.txt"),
-        ("is not UTF-8 text (byte 1)", f"--prompts_file {latin}"),
+        ("--prompts-file /nowhere.txt: no such file", "--prompts_file /nowhere.txt"),
+        ("latin.txt: not a text file (it is not UTF-8", f"--prompts_file {latin}"),
         (f"--outputs-dir {bad}: {bad} is a file, not a folder", f"--outputs_dir {bad} --dalle_path {bad}"),
         ("--prime-image /nowhere.png cannot be read: No such file", "--prime_image /nowhere.png"),
         (f"--prime-image {bad} cannot be read", f"--prime_image {bad}"),

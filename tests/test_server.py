@@ -662,7 +662,7 @@ def test_prompts_to_try_come_from_a_file(tmp_path):
     options = COMMAND.parse(["--dalle-path", "demo", "--examples", str(tmp_path / "prompts.txt")])
     assert options.prompts() == ["a cat", "a dog"]
     assert not COMMAND.parse(["--dalle-path", "other"]).prompts()
-    with pytest.raises(UserError, match="--examples missing.txt: No such file"):
+    with pytest.raises(UserError, match="--examples missing.txt: no such file"):
         serve.main(["--dalle-path", "missing", "--examples", "missing.txt", "--port", "0"])
 
 

@@ -39,7 +39,8 @@ ARROWS = {
     "dalle": {"checkpoints", "data", "metrics", "models", "sampling", "bpe", "log", "utils"},
     "server": {"dalle", "data", "sampling", "utils"},
     "engines": {"args", "checkpoints", "data", "models", "ops", "utils", "log"},
-    "training": {"args", "bpe", "checkpoints", "dalle", "data", "engines", "log", "models", "utils"},
+    "training": {"args", "bpe", "checkpoints", "dalle", "data", "engines", "log", "metrics", "models", "sampling"}
+    | {"utils"},
     "benchmarks": {"args", "bpe", "dalle", "data", "engines", "log", "models", "ops", "sampling", "training", "utils"},
     "examples_utils": {"args", "bpe", "dalle", "data", "engines", "log", "models", "utils"},
 }
