@@ -92,7 +92,10 @@ class DalleModel(nn.Module):
 
     def _init_normal(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=self.config.init_std)
+            # Sums over the inputs keep their size at any width: those of blocks if the weights shrink with its root;
+            # those of the heads, whose inputs become alike in training, if they shrink with the width.
+            power = 0.5 * isinstance(module, nn.Linear) + 0.5 * (module in (self.text_head, self.image_head))
+            nn.init.normal_(module.weight, std=self.config.init_std * self.config.width_ratio**power)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # an embedding has none
         elif isinstance(module, (AxialPositions, LearnedPositions)):
@@ -168,18 +171,26 @@ class DalleModel(nn.Module):
     def loss(self, text_logits: Tensor, image_logits: Tensor, text: Tensor, codes: Tensor) -> Losses:
         """Return (CE_text + w * CE_image) / (w + 1) and its parts, each a mean over its positions (scalars, nats).
 
+        In training the total has the z-loss, too.
+
         A text part of one position predicts no text: its loss is 0, and the total is that of the image alone.
         """
-        targets = self.text_part(text)[:, 1:]
-        if not targets.shape[1]:
-            image_loss = F.cross_entropy(image_logits.flatten(0, 1).float(), codes.flatten())
+        targets, weight = self.text_part(text)[:, 1:], self.config.loss_img_weight
+        image_loss = F.cross_entropy(image_logits.flatten(0, 1).float(), codes.flatten())
+        if targets.shape[1]:
+            text_loss = F.cross_entropy(text_logits.flatten(0, 1).float(), targets.flatten())
+            total = (text_loss + weight * image_loss) / (weight + 1)
+        else:
             # Not a constant: with several processes every parameter needs a gradient, the unused text head too.
             text_loss = text_logits.float().sum()
-            return Losses(image_loss + text_loss, text_loss, image_loss)
-        text_loss = F.cross_entropy(text_logits.flatten(0, 1).float(), targets.flatten())
-        image_loss = F.cross_entropy(image_logits.flatten(0, 1).float(), codes.flatten())
-        weight = self.config.loss_img_weight
-        return Losses((text_loss + weight * image_loss) / (weight + 1), text_loss, image_loss)
+            total = image_loss + text_loss
+        if self.training and self.config.z_loss:
+            share = weight / (weight + 1) if targets.shape[1] else 1.0
+            z_loss = share * image_logits.float().logsumexp(dim=-1).square().mean()
+            if share < 1:
+                z_loss = z_loss + (1 - share) * text_logits.float().logsumexp(dim=-1).square().mean()
+            total = total + self.config.z_loss * z_loss
+        return Losses(total, text_loss, image_loss)
 
 
 class TextToImage(nn.Module):

@@ -33,10 +33,10 @@ from utils.skipped import start_report
 logger = logging.getLogger(__name__)
 
 #: Options of a model's training, not of its architecture.
-TRAINING_OPTIONS = ("loss_img_weight", "attn_dropout", "ff_dropout")
+TRAINING_OPTIONS = ("loss_img_weight", "z_loss", "attn_dropout", "ff_dropout")
 
 _SAME_NAME = ("text_seq_len", "dim_head", "attn_types", "sandwich_norm", "layer_scale", "init_std", "norm",
-              "qk_norm", "rotary_2d", "activation", "ff_mult", *TRAINING_OPTIONS)
+              "qk_norm", "rotary_2d", "activation", "ff_mult", "base_width", *TRAINING_OPTIONS)
 #: Fields of DalleConfig and the options that set them.
 MODEL_OPTIONS = {
     **{name: name for name in _SAME_NAME},
@@ -97,7 +97,7 @@ def build_parts(config: Config, engine: Engine | None = None) -> Parts:
         seed=config.execution.random_seed,
         null_cond_prob=model.null_cond_prob,
         num_generated=max(GENERATED_SAMPLES, 2 * config.global_batch) if generated else 0,
-        flip=options.augment == "flip",
+        augment=options.augment,
         index_folder=None if options.cache_codes in ("auto", "off") else Path(options.cache_codes) / "shards",
         shard_images=options.shard_images,
         shard_captions=options.shard_captions,
