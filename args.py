@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-from models.options import BlockOptions
+from models.options import LossOptions
 from utils.errors import UsageError, UserError, nearest
 from utils.flags import DataOptions, DeviceOptions, PartsOptions, ShardOptions
 from utils.options import Command, Options, again, display, flag_name, option, options_of
@@ -142,7 +142,7 @@ class OptimizerConfig(Options, title="optimizer"):
 
 
 @dataclass(frozen=True)
-class ModelConfig(BlockOptions, title="model"):
+class ModelConfig(LossOptions, title="model"):
     """The transformer and its VQGAN."""
 
     architecture: str = option("mini-dalle", "kind of transformer; mindalle: minDALL-E's (GELU, learned positions, no "
@@ -165,11 +165,6 @@ class ModelConfig(BlockOptions, title="model"):
     attn_dropout: float = option(0.0, "dropout of the attention output", ge=0, lt=1, resume=APPLIES)
     init_std: float = option(0.0, "standard deviation of the initial weights; 0: PyTorch's default initialisation",
                              ge=0, resume=FIXED)
-    loss_img_weight: float = option(7.0, "weight of the image loss relative to the text loss", ge=0, resume=APPLIES)
-    code_noise: float = option(0.0, "share of the input codes replaced by random ones in training", ge=0, lt=1,
-                               resume=APPLIES)
-    null_cond_prob: float = option(0.0, "share of captions dropped in training, for classifier-free guidance", ge=0,
-                                   le=1, resume=APPLIES)
     vqgan_model_path: str | None = again(PartsOptions, "vqgan_model_path", path="find", resume=CONTENT,
                                          none="the published f16-1024 model (see --architecture), downloaded")
     vqgan_config_path: str | None = again(PartsOptions, "vqgan_config_path", path="find", resume=CONTENT)
@@ -201,8 +196,9 @@ class DataConfig(Options, title="data"):
     cache_codes: str = option("auto", "folder that caches the codes of images, each encoded once; auto: "
                                       "~/.cache/dalle/codes, except for generated data; off: images are encoded in "
                                       "every step", path=True, resume=FREE)
-    augment: str = option("none", "flip: mirror half of the training images, different ones in each epoch",
-                          choices=("none", "flip"), resume=APPLIES)
+    augment: str = option("none", "how half of the training images change, others in each epoch; flip: mirrored; "
+                                  "views: mirrored, moved, larger or smaller, as their captions then say",
+                          choices=("none", "flip", "views"), resume=APPLIES)
 
     @property
     def keeps_codes(self) -> bool:
@@ -444,7 +440,9 @@ def _check_together(config: Config) -> None:
     if config.checkpoints.resume and config.checkpoints.pretrained_checkpoint is not None:
         raise UsageError("--resume and --pretrained-checkpoint exclude each other: the one continues a run, the other "
                          "starts a new one")
-    if run.precision == "fp16" and run.device == "cpu":
+    if run.device == "cpu":
         run.native_precision("cpu")
     if run.precision == "bf16" and run.device == "ipu":
         raise UsageError("--precision bf16 is not for IPUs; use fp16 or fp32")
+    if model.base_width and config.optimizer.optimizer == "Adafactor":
+        raise UsageError("--base-width: steps of --optimizer Adafactor are relative to the weights; omit it")
