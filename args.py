@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-from models.options import LossOptions
+from models.options import LossOptions, check_mindalle
 from utils.errors import UsageError, UserError, nearest
 from utils.flags import DataOptions, DeviceOptions, PartsOptions, ShardOptions
 from utils.options import Command, Options, again, display, flag_name, option, options_of
@@ -196,9 +196,11 @@ class DataConfig(Options, title="data"):
     cache_codes: str = option("auto", "folder that caches the codes of images, each encoded once; auto: "
                                       "~/.cache/dalle/codes, except for generated data; off: images are encoded in "
                                       "every step", path=True, resume=FREE)
-    augment: str = option("none", "how half of the training images change, others in each epoch; flip: mirrored; "
+    augment: str = option("none", "how some of the training images change, others in each epoch; flip: mirrored; "
                                   "views: mirrored, moved, larger or smaller, as their captions then say",
                           choices=("none", "flip", "views"), resume=APPLIES)
+    augment_share: float = option(0.5, "share of the training images that --augment changes", gt=0, le=1,
+                                  resume=APPLIES)
 
     @property
     def keeps_codes(self) -> bool:
@@ -368,6 +370,8 @@ def _refuse_ignored(flags: Mapping[str, Any], values: Mapping[str, Any]) -> None
         (("input_folder", "validation_fraction"), without_data, f"with {generated}"),
         (("validation_fraction",), values.get("validation_folder"), "with --validation-folder"),
         (("warmup_steps",), scheduler != "cosine", f"with --lr-scheduler {scheduler}; it is for cosine"),
+        (("code_noise_per_image",), not values.get("code_noise"), "without --code-noise"),
+        (("augment_share",), values.get("augment", "none") == "none", "without --augment"),
         (("wandb_project_name", "wandb_run_name"), not values.get("wandb"), "without --wandb"),
     ):
         given = [name for name in names if name in flags and flags[name] not in (None, 0)]
@@ -393,20 +397,6 @@ def load_configuration(config_file: Path, name: str) -> dict[str, Any]:
     return configurations[name]
 
 
-def _check_mindalle(model: ModelConfig) -> None:
-    """Refuse options that minDALL-E's layout cannot store."""
-    for name in ("norm", "qk_norm", "rotary_2d", "activation", "ff_mult"):
-        if getattr(model, name) != getattr(ModelConfig, name):
-            raise UsageError(f"{flag_name(name)}: --architecture {model.architecture} has its own; omit it")
-    if model.sandwich_norm:
-        raise UsageError("--sandwich-norm: --architecture mindalle has one LayerNorm for each branch; omit it")
-    if set(model.attn_types) != {"full"}:
-        raise UsageError("--attn-types: every layer of --architecture mindalle has full attention; give full")
-    if model.num_attention_heads * model.dim_head != model.hidden_size:
-        raise UsageError(f"--dim-head {model.dim_head}: the heads of --architecture mindalle split its width, so "
-                         f"--num-attention-heads x --dim-head must be --hidden-size {model.hidden_size}")
-
-
 def _find(path: str, folder: Path) -> str:
     """Resolve a path that is missing in the working directory but exists beside the configuration file."""
     if path != BUILT_IN_SET and not os.path.exists(path) and os.path.exists(str(folder / path)):
@@ -423,7 +413,7 @@ def _check_together(config: Config) -> None:
     if model.vae_path is not None:
         raise UsageError("--vae-path: discrete VAEs are not supported; give --vqgan-model-path and --vqgan-config-path")
     if model.architecture == "mindalle":
-        _check_mindalle(model)
+        check_mindalle(model)
     if model.rotary_2d and model.dim_head % 4:
         raise UsageError(f"--rotary-2d: needs a --dim-head divisible by 4, not {model.dim_head}")
     if model.architecture == "image-gpt" and model.text_seq_len != 1:
@@ -444,5 +434,7 @@ def _check_together(config: Config) -> None:
         run.native_precision("cpu")
     if run.precision == "bf16" and run.device == "ipu":
         raise UsageError("--precision bf16 is not for IPUs; use fp16 or fp32")
+    if model.code_noise_per_image and model.code_noise > 0.5:
+        raise UsageError(f"--code-noise {model.code_noise}: with --code-noise-per-image at most 0.5")
     if model.base_width and config.optimizer.optimizer == "Adafactor":
         raise UsageError("--base-width: steps of --optimizer Adafactor are relative to the weights; omit it")

@@ -41,6 +41,7 @@ class DataSettings:
     num_generated: int = 0
     """If above 0, make this many random pairs instead of reading a folder."""
     augment: str = "none"
+    augment_share: float = 0.5
     """See `PairDataset`."""
     index_folder: PathLike | None = None
     """Where shard indexes are kept; None: ~/.cache/dalle/shards."""
@@ -97,7 +98,7 @@ def create_dataset(
         raise UsageError("--shard-images and --shard-captions need webdataset shards as --input-folder")
     if settings.augment == "views" and getattr(tokenizer, "classes", None) is not None:
         raise UsageError("--augment views adds words to captions, which a list of classes lacks; give flip")
-    dataset.augment = settings.augment
+    dataset.augment, dataset.augment_share = settings.augment, settings.augment_share
     dataset.held_out = isinstance(dataset, DemoDataset) and demo_split == "heldout"
     logger.info("%s", dataset.report())
     dataset.check_captions()

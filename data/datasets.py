@@ -62,7 +62,10 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
     """
 
     augment = "none"
-    """A key of `AUGMENTATIONS`: half of the images are taken in another view; which ones depends on the epoch."""
+    """A key of `AUGMENTATIONS`: some of the images are taken in another view; which ones depends on the epoch."""
+
+    augment_share = 0.5
+    """How many."""
 
     held_out = False
     """Whether this is the part held out for validation."""
@@ -180,7 +183,7 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
     def variant(self, pair: int) -> int:
         """Return the variant of a pair's image in this epoch: 0 unchanged, from 1 on a view."""
         views, key = AUGMENTATIONS[self.augment], (self.settings.seed, int(self._epoch), pair)
-        if not views or not random_below(2, "flip", *key):
+        if not views or random_unit("flip", *key) < 1 - self.augment_share:
             return 0
         view = random_below(len(views), "view", *key)
         return 1 + view if self._fits(pair, views[view].words) else 0

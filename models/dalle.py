@@ -102,6 +102,14 @@ class DalleModel(nn.Module):
             for parameter in module.parameters():
                 nn.init.normal_(parameter, std=self.config.init_std)
 
+    @torch.no_grad()
+    def start_from(self, codebook: Tensor) -> None:
+        """Give codes random projections of a VQGAN's codebook (C, E) as their vectors, as large as before."""
+        features = (codebook - codebook.mean(dim=0)) / codebook.std(dim=0).clamp(min=1e-6)
+        for table in (self.image_emb.weight, self.image_head.weight):
+            vectors = features @ torch.randn(codebook.shape[1], table.shape[1])
+            table.copy_(vectors * (table.std() / vectors.std()))
+
     def text_targets(self, text: Tensor) -> Tensor:
         """Give each pad its position's own id. (B, T) with 0 for pads -> (B, T)."""
         if not self.config.unique_pads:
@@ -199,13 +207,21 @@ class TextToImage(nn.Module):
     The VQGAN has no trainable parameters, stays in eval mode, and may be absent if codes are given.
     code_noise: share of the input codes that are replaced by random ones in training. Targets stay unchanged, so the
     model learns to trust the caption more than codes that may be wrong, as its own are when it samples.
+    noise_per_image: each image has its own share, from 0 to twice `code_noise`, so that the model also learns to trust
+    codes that fit together.
     """
 
-    def __init__(self, dalle: DalleModel, vqgan: nn.Module | None = None, code_noise: float = 0.0) -> None:
+    def __init__(
+        self,
+        dalle: DalleModel,
+        vqgan: nn.Module | None = None,
+        code_noise: float = 0.0,
+        noise_per_image: bool = False,
+    ) -> None:
         super().__init__()
         self.dalle = dalle
         self.vqgan: Any = vqgan
-        self.code_noise = code_noise
+        self.code_noise, self.noise_per_image = code_noise, noise_per_image
         if vqgan is not None:
             vqgan.requires_grad_(False).eval()
 
@@ -229,7 +245,10 @@ class TextToImage(nn.Module):
     def _add_code_noise(self, codes: Tensor) -> Tensor:
         if not (self.training and self.code_noise):
             return codes
-        wrong = torch.rand(codes.shape, device=codes.device) < self.code_noise
+        share: Any = self.code_noise
+        if self.noise_per_image:
+            share = 2 * share * torch.rand(len(codes), 1, device=codes.device)
+        wrong = torch.rand(codes.shape, device=codes.device) < share
         return torch.where(wrong, torch.randint_like(codes, self.dalle.config.num_image_tokens), codes)
 
     def forward(self, text: Tensor, images: Tensor) -> Losses:

@@ -135,3 +135,25 @@ def test_medium_precision_multiplies_in_bfloat16_without_a_matrix_unit(monkeypat
         torch.set_float32_matmul_precision("highest")
     lost = (out - exact).norm() / exact.norm()
     assert 1e-4 < lost < 1e-2
+
+
+def test_codes_start_from_the_codebook():
+    """As large as they were, and alike where the codebook's are."""
+    torch.manual_seed(0)
+    model, codebook = DalleModel(dataclasses.replace(TINY, dim=64)), torch.randn(13, 6)
+    codebook[3] = codebook[7]
+    before = [table.std().item() for table in (model.image_emb.weight, model.image_head.weight)]
+    model.start_from(codebook)
+    for table, std in zip((model.image_emb.weight, model.image_head.weight), before):
+        assert torch.equal(table[3], table[7]) and table.std().item() == pytest.approx(std, rel=1e-3)
+        likeness = torch.corrcoef(table)[0, 1:], torch.corrcoef((codebook - codebook.mean(0)) / codebook.std(0))[0, 1:]
+        assert torch.corrcoef(torch.stack(likeness))[0, 1] > 0.8
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_each_image_may_have_its_own_share_of_wrong_codes(per_image):
+    torch.manual_seed(0)
+    model = TextToImage(DalleModel(TINY), None, 0.3, per_image)
+    wrong = (model._add_code_noise(torch.full((4000, 100), 13)) != 13).float().mean(dim=1)
+    assert wrong.mean().item() == pytest.approx(0.3, abs=0.02)
+    assert wrong.std().item() == pytest.approx(0.6 / 12**0.5 if per_image else 0.3 / 6, abs=0.02)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 import args
 import checkpoints
@@ -98,6 +99,7 @@ def build_parts(config: Config, engine: Engine | None = None) -> Parts:
         null_cond_prob=model.null_cond_prob,
         num_generated=max(GENERATED_SAMPLES, 2 * config.global_batch) if generated else 0,
         augment=options.augment,
+        augment_share=options.augment_share,
         index_folder=None if options.cache_codes in ("auto", "off") else Path(options.cache_codes) / "shards",
         shard_images=options.shard_images,
         shard_captions=options.shard_captions,
@@ -244,10 +246,17 @@ def model_config(config: Config, parts: Parts, start: Start | None) -> DalleConf
     return dataclasses.replace(own, **{name: getattr(wanted, name) for name in TRAINING_OPTIONS})
 
 
-def build_model(config: Config, parts: Parts, start: Start | None, wanted: DalleConfig) -> TextToImage:
-    """A new model, or one with the weights of a checkpoint (which are moved, not copied)."""
+def build_model(
+    config: Config, parts: Parts, start: Start | None, wanted: DalleConfig, codebook: Tensor
+) -> TextToImage:
+    """A new model, or one with the weights of a checkpoint (which are moved, not copied).
+
+    codebook: the VQGAN's, (C, E), for --init-codes.
+    """
     if start is None:
         dalle = DalleModel(wanted)
+        if config.model.init_codes == "codebook":
+            dalle.start_from(codebook.detach().float())
     else:
         averaged = None if config.checkpoints.resume else start.checkpoint.ema  # averaged weights are the better start
         weights = start.checkpoint.weights if averaged is None else averaged
@@ -256,4 +265,5 @@ def build_model(config: Config, parts: Parts, start: Start | None, wanted: Dalle
     tokens = f"{wanted.text_seq_len} text + {wanted.image_seq_len} image tokens"
     logger.info(f"DALL-E: {size:.2f} M parameters, {tokens}")
     encoded = isinstance(parts.train_set, data.CodesDataset)
-    return TextToImage(dalle, None if encoded else parts.vqgan, config.model.code_noise)
+    options = config.model
+    return TextToImage(dalle, None if encoded else parts.vqgan, options.code_noise, options.code_noise_per_image)
