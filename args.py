@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 from models.options import LossOptions, check_mindalle
-from utils.errors import UsageError, UserError, nearest
-from utils.flags import DataOptions, DeviceOptions, PartsOptions, ShardOptions
+from utils.errors import UsageError, nearest
+from utils.flags import DataOptions, DeviceOptions, EvaluationConfig, PartsOptions, ShardOptions
 from utils.options import Command, Options, again, display, flag_name, option, options_of
 from utils.resume import APPLIES, CONTENT, FIXED, FREE
-from utils.yaml_files import read_yaml
+from utils.yaml_files import load_configuration
 
 DEFAULT_CONFIG_FILE = Path(__file__).resolve().parent / "configs.yaml"
 DEFAULT_CONFIG = "unit_test"
@@ -203,13 +203,17 @@ class DataConfig(Options, title="data"):
                                   resume=APPLIES)
 
     @property
+    def generated(self) -> bool:
+        """Whether pairs are random."""
+        return self.generated_data or self.synthetic_data
+
+    @property
     def keeps_codes(self) -> bool:
         """Whether images are encoded in advance and training reads their codes (--cache-codes).
 
         auto does not cache random images: they serve to measure the whole step.
         """
-        generated = self.generated_data or self.synthetic_data
-        return self.cache_codes != "off" and not (self.cache_codes == "auto" and generated)
+        return self.cache_codes != "off" and not (self.cache_codes == "auto" and self.generated)
 
 
 @dataclass(frozen=True)
@@ -253,6 +257,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoints: CheckpointsConfig = field(default_factory=CheckpointsConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     misc: MiscConfig = field(default_factory=MiscConfig)
 
     def __post_init__(self) -> None:
@@ -314,7 +319,7 @@ class Config:
 
 SECTIONS: dict[str, type[Options]] = {
     "execution": ExecutionConfig, "ipu": IpuConfig, "optimizer": OptimizerConfig, "model": ModelConfig,
-    "data": DataConfig, "checkpoints": CheckpointsConfig, "misc": MiscConfig,
+    "data": DataConfig, "checkpoints": CheckpointsConfig, "evaluation": EvaluationConfig, "misc": MiscConfig,
 }
 
 
@@ -354,7 +359,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         if _SPECS[key].settings.get("path") == "find" and value is not None:
             values[key] = _find(value, config_file.parent)
     config = Config.from_dict(dict(values, config=name))
-    needs_data = not (config.data.generated_data or config.data.synthetic_data or config.ipu.plan)
+    needs_data = not (config.data.generated or config.ipu.plan)
     if config.data.input_folder is None and needs_data:
         raise UsageError("--input-folder: give a folder of images and captions, 'demo' for the built-in set, "
                          "or --generated-data")
@@ -363,38 +368,19 @@ def parse(argv: Sequence[str] | None = None) -> Config:
 
 def _refuse_ignored(flags: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """Refuse flags that another option leaves without effect; a configuration may hold them, for other runs."""
-    generated = "--generated-data" if values.get("generated_data") else "--synthetic-data"
-    without_data = values.get("generated_data") or values.get("synthetic_data")
+    without_data = next((flag_name(name) for name in ("generated_data", "synthetic_data") if values.get(name)), "")
     scheduler = values.get("lr_scheduler", OptimizerConfig.lr_scheduler)
     for names, ignored, reason in (
-        (("input_folder", "validation_fraction"), without_data, f"with {generated}"),
+        (("input_folder", "validation_fraction", "evaluate_every"), without_data, f"with {without_data}"),
         (("validation_fraction",), values.get("validation_folder"), "with --validation-folder"),
         (("warmup_steps",), scheduler != "cosine", f"with --lr-scheduler {scheduler}; it is for cosine"),
         (("code_noise_per_image",), not values.get("code_noise"), "without --code-noise"),
         (("augment_share",), values.get("augment", "none") == "none", "without --augment"),
-        (("wandb_project_name", "wandb_run_name"), not values.get("wandb"), "without --wandb"),
+        (("wandb_project_name", "wandb_run_name"), not values.get("wandb") and "wandb" not in flags, "without --wandb"),
     ):
         given = [name for name in names if name in flags and flags[name] not in (None, 0)]
         if given and ignored:
             raise UsageError(f"{flag_name(given[0])} has no effect {reason}")
-
-
-def load_configuration(config_file: Path, name: str) -> dict[str, Any]:
-    """The keys and values of the configuration `name`, as parsed from YAML.
-
-    Names that start with a dot and `defaults` are only inherited by others (`<<: *anchor`) and cannot be chosen.
-    """
-    try:
-        configurations = read_yaml(config_file, "--config-file", unique_keys=True)
-    except UserError as error:
-        raise UsageError(str(error)) from None
-    names = [key for key in configurations if isinstance(key, str) and not key.startswith(".") and key != "defaults"]
-    if name not in names:
-        raise UsageError("--config: {} has no configuration '{}'.{} It has: {}".format(
-            config_file.name, name, nearest(name, names), ", ".join(names)))
-    if not isinstance(configurations[name], dict):
-        raise UsageError(f"{config_file.name}: configuration '{name}' must be a mapping of options")
-    return configurations[name]
 
 
 def _find(path: str, folder: Path) -> str:
@@ -425,7 +411,7 @@ def _check_together(config: Config) -> None:
     if config.checkpoints.export_mindalle is not None:
         if model.architecture != "mindalle":
             raise UsageError("--export-mindalle: only models of --architecture mindalle fit into its layout")
-        if data.generated_data or data.synthetic_data:
+        if data.generated:
             raise UsageError("--export-mindalle: a model trained on generated data has no VQGAN to export")
     if config.checkpoints.resume and config.checkpoints.pretrained_checkpoint is not None:
         raise UsageError("--resume and --pretrained-checkpoint exclude each other: the one continues a run, the other "

@@ -12,8 +12,8 @@ def _run(module: str) -> None:
     run_main(import_module(module).main)
 
 
-train, generate, evaluate, train_vqgan = (
-    partial(_run, name) for name in ("train", "generate", "evaluate", "train_vqgan")
+train, generate, evaluate, serve, train_vqgan = (
+    partial(_run, name) for name in ("train", "generate", "evaluate", "serve", "train_vqgan")
 )
 
 

@@ -211,6 +211,11 @@ class Progress:
         elif now - self._last_line >= self._interval:
             self._log_line()
 
+    def reach(self, count: int) -> None:
+        """So many samples are done, a step each; fewer than before: nothing new."""
+        if count > self.count:
+            self.update(count - self.count, count - self.count)
+
     @property
     def samples_per_second(self) -> float:
         """Over the last (up to 50) updates; 0.0 before the first."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+from collections import deque
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Sequence
+from pathlib import Path
+from typing import Any, Iterator, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -15,22 +17,28 @@ from dalle.loading import Loaded, describe_checkpoint, warn_of_guidance
 from dalle.measuring import (
     MetricOptions,
     check_metrics,
+    check_sampled,
     measure_folder,
     measure_reconstruction,
     measure_sampled,
     metrics_report,
+    settings_of,
 )
 from dalle.pictures import Sample
+from dalle.scoring import Scorers
 from data import DEMO, DataSettings, create_dataset, epoch_order
 from data.demo import DemoRecord, demo_images, demo_records
 from models.dalle import TextToImage
 from models.vqgan import image_codes
 from models.vqgan_metrics import nearest_images
-from sampling import Graphs, Sampler, SamplingFlags, SamplingOptions, decode, encode
+from sampling import Graphs, Sampler, SamplingFlags, SamplingOptions, Share, decode, encode
 from utils.errors import UsageError
-from utils.flags import DataOptions, ModelOptions, PartsOptions
+from utils.files import sha256_file
+from utils.flags import DataOptions, ModelOptions, PartsOptions, PromptsFileOptions
 from utils.loading import make_loader, read
 from utils.options import Command, Options, again, option
+from utils.parts import Found, Parts
+from utils.prompt_lists import Prompt
 
 TRAINING_CAPTIONS = 200
 """Number of training captions for retrieval."""
@@ -39,13 +47,12 @@ SHEET_SAMPLES = (36, 24)
 
 
 @dataclass(frozen=True)
-class PairOptions(DataOptions, title="loss"):
-    """Which pairs to measure the loss on."""
+class PairOptions(DataOptions, title="pairs"):
+    """Which pairs to measure."""
 
     input_folder: str = again(DataOptions, "input_folder", default=DEMO)
     split: str = option("heldout", "part of the demo set", choices=("heldout", "train", "all"))
-    max_pairs: int | None = option(None, "measure the loss on this many pairs only, always the same ones", ge=1,
-                                   none="all")
+    max_pairs: int | None = option(None, "take this many pairs only, always the same ones", ge=1, none="all")
 
 
 @dataclass(frozen=True)
@@ -66,20 +73,26 @@ class ReportOptions(Options, title="results"):
     """Where to write the results."""
 
     json: str | None = option(None, "write the results to this file as JSON", path=True, metavar="FILE")
+    resume: bool = option(False, "continue an interrupted run with the same options: what is computed is kept in a "
+                          "folder beside --json until the results are written", needs="json")
     sheet: str | None = option(None, "write a contact sheet to this file, .png or .jpg: caption, real image, "
                                "reconstruction, generated image", path=True, metavar="FILE")
 
 
 @dataclass(frozen=True)
-class EvaluateOptions(ModelOptions, PartsOptions, PairOptions, RetrievalOptions, MetricOptions, ReportOptions):
+class EvaluateOptions(
+    ModelOptions, PartsOptions, PairOptions, PromptsFileOptions, RetrievalOptions, MetricOptions, ReportOptions
+):
     """The flags of evaluate.py."""
 
     dalle_path: str | None = again(ModelOptions, "dalle_path", default=None)  # type: ignore[assignment]
+    prompts_file: str | None = again(PromptsFileOptions, "prompts_file", none="captions of --input-folder")
 
     @property
     def sampled_metrics(self) -> bool:
         """Whether images are sampled for --metrics."""
-        return self.images is None and not self.reconstruction and bool(set(self.metrics) - {"loss"})
+        wanted = bool(self.scorer) or bool(set(self.metrics) - {"loss"})
+        return wanted and self.images is None and not self.reconstruction
 
     @property
     def samples(self) -> bool:
@@ -89,7 +102,7 @@ class EvaluateOptions(ModelOptions, PartsOptions, PairOptions, RetrievalOptions,
     @property
     def retrieves(self) -> bool:
         """Whether retrieval on the demo set is measured."""
-        other = self.metrics or self.images is not None or self.reconstruction
+        other = self.metrics or self.scorer or self.images is not None or self.reconstruction
         return self.input_folder == DEMO and not self.skip_retrieval and not other
 
     def check(self) -> None:
@@ -118,36 +131,54 @@ COMMAND = Command("evaluate.py", "Evaluate a trained model.", EvaluateOptions)
 
 
 def evaluate(
-    options: EvaluateOptions, loaded: Loaded | None, device: torch.device
+    options: EvaluateOptions,
+    loaded: Loaded | None,
+    device: torch.device,
+    parts: Parts,
+    prompts: Sequence[Prompt] = (),
 ) -> tuple[dict[str, Any], list[tuple[str, list[Sample]]]]:
     """Return the metrics that the options select, and titled samples for a contact sheet.
 
-    loaded: the model of --dalle-path, None for --images and --reconstruction without one.
+    loaded: the model of --dalle-path, None for --images and --reconstruction without one. parts: of all processes,
+    which share the work and all call this; the result is that of the first one. prompts: of --prompts-file.
     """
     if options.images is not None:
-        return measure_folder(options, device), []
+        return measure_folder(options, device, parts), []
     if options.reconstruction or loaded is None:
         return measure_reconstruction(options, loaded, device), []
+    model = describe_model(loaded, str(options.dalle_path))
+    result: dict[str, Any] = {"checkpoint": model}
+    settings = {**settings_of(options), **_contents(loaded, model), "--scorer": Scorers(options.scorer).identity}
+    for scale in options.cond_scale if options.samples else ():
+        warn_of_guidance(loaded, scale)
+    if options.prompts_file is not None:
+        result["data"] = {"prompts_file": options.prompts_file, "sha256": sha256_file(Path(options.prompts_file))}
+        parts.begin({**settings, "--prompts-file": f"of sha256 {result['data']['sha256']}"})
+        return {**result, **measure_sampled(options, loaded, None, parts, prompts)}, []
     dataset = open_data(loaded, options)
-    result: dict[str, Any] = {
-        "checkpoint": describe_model(loaded, str(options.dalle_path)),
-        "data": {"input_folder": options.input_folder, "num_pairs": len(dataset)},
-    }
-    if not options.metrics or "loss" in options.metrics:
-        result["validation"] = validation_loss(loaded, dataset, options)
-    if options.samples:
-        for scale in options.cond_scale:
-            warn_of_guidance(loaded, scale)
+    if options.sampled_metrics:
+        check_sampled(options, len(dataset))
+    parts.begin({**settings, "the number of pairs": len(dataset)})
+    result["data"] = {"input_folder": options.input_folder, "num_pairs": len(dataset)}
+    if "loss" in options.metrics or not (options.metrics or options.scorer):
+        result["validation"] = validation_loss(loaded, dataset, options, parts)
     groups: list[tuple[str, list[Sample]]] = []
     if options.input_folder == DEMO:
         result["data"]["split"] = options.split
     if options.sampled_metrics:
-        result.update(measure_sampled(options, loaded, dataset))
+        result.update(measure_sampled(options, loaded, dataset, parts))
     if options.retrieves:
-        result["retrieval"], groups = measure_retrieval(loaded, options)
+        result["retrieval"], groups = measure_retrieval(loaded, options, parts)
     elif options.sheet is not None:
-        groups = [(options.input_folder, sample_pairs(loaded, dataset, options))]
+        groups = [(options.input_folder, sample_pairs(loaded, dataset, options, parts))]
     return result, groups
+
+
+def _contents(loaded: Loaded, model: dict[str, Any]) -> dict[str, Any]:
+    """What results depend on besides options, by the flag that sets it."""
+    files = {"--dalle-path": model["sha256"], "--vqgan-model-path": loaded.vqgan.identity}
+    files["--bpe-path"] = loaded.tokenizer.identity.get("sha256")
+    return {flag: f"of sha256 {str(digest)[:12]}..." for flag, digest in files.items()}
 
 
 def describe_model(loaded: Loaded, name: str) -> dict[str, Any]:
@@ -179,17 +210,21 @@ def open_data(loaded: Loaded, options: EvaluateOptions) -> Any:
 
 
 @torch.no_grad()
-def validation_loss(loaded: Loaded, dataset: Any, options: EvaluateOptions) -> dict[str, float]:
+def validation_loss(loaded: Loaded, dataset: Any, options: EvaluateOptions, parts: Parts) -> dict[str, float]:
     """Mean loss over all pairs in nats per token, and derived metrics."""
     model = TextToImage(loaded.dalle).eval()
-    batches = read(make_loader(dataset, options.dataloader_workers, batch_size=options.batch_size))
-    sums = torch.zeros(3, dtype=torch.float64)
-    with contextlib.closing(batches), log.progress(len(dataset), "measuring", unit="pair") as bar:
-        for text, images in batches:
-            losses = model(text.to(loaded.device), image_codes(loaded.vqgan, images.to(loaded.device)))
-            sums += torch.stack(tuple(losses)).double().cpu() * len(text)  # the last batch may be smaller
-            bar.update(len(text), len(text))
-    loss, text_loss, image_loss = (sums / len(dataset)).tolist()
+
+    def work(numbers: Iterator[range]) -> Iterator[Found]:
+        batches = read(make_loader(dataset, options.dataloader_workers, batch_sampler=numbers))
+        with contextlib.closing(batches):
+            for text, images in batches:
+                losses = model(text.to(loaded.device), image_codes(loaded.vqgan, images.to(loaded.device)))
+                # The last batch may be smaller.
+                yield {"losses": torch.stack(tuple(losses)).double().cpu()[None] * len(text)}
+
+    with log.progress(len(dataset), "measuring", unit="pair", is_main=parts.is_first) as bar:
+        found = parts.compute("loss", len(dataset), options.batch_size, work, bar.reach)
+    loss, text_loss, image_loss = (found["losses"].sum(dim=0) / len(dataset)).tolist()
     return {
         "loss": loss,
         "text_loss": text_loss,
@@ -236,34 +271,54 @@ def training_records(records: Sequence[DemoRecord], count: int) -> list[DemoReco
     return sorted(sorted(records, key=stem_hash)[:count], key=lambda record: record.stem)
 
 
-def sample_best(loaded: Loaded, text: Tensor, options: EvaluateOptions) -> Tensor:
-    """One image per caption, the likeliest of --best-of. text: (n, T). Returns (n, 3, S, S) uint8."""
+def sample_best(
+    loaded: Loaded, text: Tensor, options: EvaluateOptions, parts: Parts | None = None, name: str = "best"
+) -> Tensor:
+    """One image per caption, the likeliest of --best-of. text: (n, T). Returns (n, 3, S, S) uint8.
+
+    parts: of the processes that share the captions, in which these have this name.
+    """
+    parts, count, best_of = Parts() if parts is None else parts, len(text), options.best_of
     sampling = options.sampling(loaded.config.num_image_tokens)
-    best = torch.full((len(text),), -math.inf)
-    images = torch.zeros(len(text), 3, loaded.image_size, loaded.image_size, dtype=torch.uint8)
-    with log.progress(len(text) * options.best_of, "sampling", unit="image") as bar:
-        sampler = Sampler(loaded, Graphs(loaded.dalle))
-        for batch in sampler.images(text, options.best_of, options.batch_size, options.seed, sampling):
-            share = batch.share
-            count = share.end_image - share.first_image
-            for row, prompt in enumerate(range(share.first_prompt, share.end_prompt)):
-                own = slice(row * count, (row + 1) * count)
-                likelihood, index = batch.log_likelihood[own].max(dim=0)
-                if likelihood > best[prompt] or share.first_image == 0:
-                    best[prompt], images[prompt] = likelihood, batch.pixels[own][index]
-            bar.update(share.num_images, share.num_images)
-    return images
+    sampler = Sampler(loaded, Graphs(loaded.dalle), parallel=options.parallel)
+
+    def work(batches: Iterator[range]) -> Iterator[Found]:
+        begun: deque[range] = deque()
+
+        def shares() -> Iterator[Share]:
+            for captions in batches:
+                begun.append(captions)
+                images = range(captions.start * best_of, captions.stop * best_of)
+                yield from Share.of(images, best_of).split(options.batch_size)
+
+        best: dict[int, tuple[float, Tensor]] = {}
+        for batch in sampler.images(text, best_of, options.batch_size, options.seed, sampling, shares=shares()):
+            rows = zip(*batch.share, batch.log_likelihood.tolist(), batch.pixels)
+            for prompt, image, likelihood, pixels in rows:
+                if image == 0 or likelihood > best[prompt][0]:
+                    best[prompt] = likelihood, pixels
+            if (prompt, image) == (begun[0].stop - 1, best_of - 1):
+                yield {"images": torch.stack([best.pop(prompt)[1] for prompt in begun.popleft()])}
+
+    with log.progress(count, "sampling", unit="image", is_main=parts.is_first) as bar:
+        together = max(1, options.batch_size // best_of)
+        return parts.compute(f"{name}-{sampling.cond_scale:g}", count, together, work, bar.reach)["images"]
 
 
 def retrieve(
-    loaded: Loaded, gallery: Gallery, records: Sequence[DemoRecord], options: EvaluateOptions
+    loaded: Loaded,
+    gallery: Gallery,
+    records: Sequence[DemoRecord],
+    options: EvaluateOptions,
+    parts: Parts | None = None,
+    name: str = "retrieval",
 ) -> tuple[dict[str, Any], list[Sample]]:
     """Retrieval@1 of images sampled from these records' captions and of reconstructions, and samples to show."""
     own = gallery.positions(records)
     real = gallery.images[own]
     reconstructions = torch.cat([decode(loaded, encode(loaded, part)) for part in real.split(options.batch_size)])
     text = loaded.tokenizer.tokenize([record.caption for record in records], loaded.config.text_seq_len, truncate=True)
-    generated = sample_best(loaded, text, options)
+    generated = sample_best(loaded, text, options, parts, name)
     found = nearest_images(generated, gallery.images, loaded.device) == own
     reconstructions_found = nearest_images(reconstructions, gallery.images, loaded.device) == own
     samples = [
@@ -278,7 +333,7 @@ def retrieve(
 
 
 def measure_retrieval(
-    loaded: Loaded, options: EvaluateOptions
+    loaded: Loaded, options: EvaluateOptions, parts: Parts
 ) -> tuple[dict[str, Any], list[tuple[str, list[Sample]]]]:
     """Retrieval@1 for the held-out captions and for 200 training captions among all images of the demo set."""
     records = demo_records("all")
@@ -296,7 +351,7 @@ def measure_retrieval(
         ("heldout", demo_records("heldout"), SHEET_SAMPLES[0]),
         ("train", training_records(demo_records("train"), TRAINING_CAPTIONS), SHEET_SAMPLES[1]),
     ):
-        numbers, samples = retrieve(loaded, gallery, chosen, options)
+        numbers, samples = retrieve(loaded, gallery, chosen, options, parts, name)
         result[name] = numbers
         spread = [samples[index * len(samples) // shown] for index in range(shown)] if len(samples) > shown else samples
         groups.append(
@@ -313,13 +368,13 @@ def measure_retrieval(
     return result, groups
 
 
-def sample_pairs(loaded: Loaded, dataset: Any, options: EvaluateOptions) -> list[Sample]:
+def sample_pairs(loaded: Loaded, dataset: Any, options: EvaluateOptions, parts: Parts) -> list[Sample]:
     """A few pairs of any data set for a contact sheet, with images generated from their captions."""
     count = min(SHEET_SAMPLES[0], len(dataset))
     text, images = zip(*(dataset[index * len(dataset) // count] for index in range(count)))
     real = torch.stack(images)
     reconstructions = torch.cat([decode(loaded, encode(loaded, part)) for part in real.split(options.batch_size)])
-    generated = sample_best(loaded, torch.stack(text), options)
+    generated = sample_best(loaded, torch.stack(text), options, parts, "sheet")
     return [
         Sample(loaded.tokenizer.decode(row.tolist()), *row_images)
         for row, *row_images in zip(text, real, reconstructions, generated)
@@ -333,9 +388,9 @@ def report(result: dict[str, Any]) -> str:
     """Format the results as text."""
     lines = []
     if "checkpoint" in result:
-        data = "{input_folder} ({num_pairs} pairs)".format(**result["data"])
-        if "split" in result["data"]:
-            data = "demo set, {split} ({num_pairs} pairs)".format(**result["data"])
+        kinds = {"prompts_file": "{prompts_file}", "split": "demo set, {split} ({num_pairs} pairs)"}
+        form = next((kinds[key] for key in kinds if key in result["data"]), "{input_folder} ({num_pairs} pairs)")
+        data = form.format(**result["data"])
         lines += [
             "checkpoint   {name} (sha256 {sha256:.12}..., {parameters} parameters)".format(
                 **dict(result["checkpoint"], parameters=f"{result['checkpoint']['parameters'] / 1e6:.2f} M")

@@ -33,6 +33,12 @@ logger = logging.getLogger(__name__)
 DEMO = "demo"
 """The --dalle-path of the shipped model; write "./demo" for a file of this name."""
 
+DEMO_PROMPTS = (
+    "red apple", "grinning cat", "jack-o-lantern", "pizza", "octopus", "rainbow", "wolf", "flag: Italy",
+    "woman astronaut: dark skin tone", "snowman",
+)  # fmt: skip
+"""Captions that the shipped model knows."""
+
 ROOT = Path(__file__).resolve().parent.parent
 _DEMO_DALLE = ROOT / "models" / "demo" / "dalle.safetensors"
 _DEMO_VQGAN = ROOT / "models" / "demo" / "vqgan.safetensors"
@@ -62,7 +68,7 @@ class Loaded(NamedTuple):
     def batch_changes_images(self, rows: int) -> bool:
         """Whether images may depend on the batch size, by rounding of logits. rows: images, twice that with guidance.
 
-        With native kernels (float32 and int8 on a CPU, up to 96 rows) they do not.
+        With native kernels (on a CPU, up to 96 rows) they do not.
         """
         return refusal(self.dalle, rows) is not None
 
@@ -143,10 +149,15 @@ def describe_checkpoint(loaded: Loaded, name: PathLike) -> dict[str, Any]:
     }
 
 
+def knows_guidance(loaded: Loaded) -> bool:
+    """Whether the model was trained with missing captions, or its checkpoint does not say."""
+    options = (loaded.checkpoint.training or {}).get("config")
+    return not (isinstance(options, dict) and options.get("null_cond_prob") == 0)
+
+
 def warn_of_guidance(loaded: Loaded, cond_scale: float) -> None:
     """Warn of guidance with a model whose checkpoint says that it was not trained for it."""
-    options = (loaded.checkpoint.training or {}).get("config")
-    if cond_scale != 1 and isinstance(options, dict) and options.get("null_cond_prob") == 0:
+    if cond_scale != 1 and not knows_guidance(loaded):
         logger.warning("--cond-scale %g: the model was trained with --null-cond-prob 0 and never saw a missing "
                        "caption, so guidance may only distort images", cond_scale)
 

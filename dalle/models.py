@@ -120,8 +120,8 @@ class Dalle(nn.Module):
         including the one that crosses this probability (None: all). softmax_temperature: 0 is greedy.
         device: moves the model there first. use_fp16: half precision in the transformer, on CUDA only, unless the
         weights are bfloat16.
-        seed: candidate i depends only on it and i, whatever the batch size (up to rounding above 96, in bfloat16 and on
-        a GPU); None: from torch's generator (`set_seed`).
+        seed: candidate i depends only on it and i, whatever the batch size (up to rounding above 96, without
+        native kernels and on a GPU); None: from torch's generator (`set_seed`).
         cond_scale: classifier-free guidance, for models trained with it (1: none).
         batch_size: candidates sampled at the same time; None: as many as fit. progress: a bar, none, or a function.
         image, mask: keep this picture where the mask is black, and generate where it is white (see dalle.completion).
@@ -184,7 +184,7 @@ class _Counter:
     def step(self, share: Share) -> None:
         """Count one sampled code of each image of a batch."""
         if share is not self._share:
-            self._share, self._done = share, share.first_image * self._steps
+            self._share, self._done = share, share.images[0] * self._steps
         self._done += share.num_images
         if self._done > self._shown:
             self._bar.update(self._done - self._shown)

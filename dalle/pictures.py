@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 import functools
+import io
 import itertools
 import math
-from typing import NamedTuple, Sequence
+from typing import Any, Mapping, NamedTuple, Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from utils.files import PathLike, atomic_write
@@ -33,12 +34,33 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
 
 
+def picture_bytes(
+    picture: Image.Image, form: str, quality: int | None = None, about: Mapping[str, str] | None = None
+) -> bytes:
+    """A picture as the bytes of a file: form "png", "jpeg" (full colour resolution) or "webp".
+
+    quality: of jpeg (None: 95) and webp (None: without loss). about: keywords and texts, which PNG files hold.
+    """
+    settings: dict[str, Any] = {"quality": quality}
+    if form == "png":
+        settings = {"pnginfo": PngImagePlugin.PngInfo()}
+        for keyword, text in (about or {}).items():
+            settings["pnginfo"].add_itxt(keyword, text)
+    elif form == "jpeg":
+        settings = {"quality": 95 if quality is None else quality, "subsampling": 0}
+        picture = picture.convert("RGB")
+    elif quality is None:
+        settings = {"lossless": True}
+    buffer = io.BytesIO()
+    picture.save(buffer, format=form.upper(), **settings)
+    return buffer.getvalue()
+
+
 def save_picture(picture: Image.Image, path: PathLike) -> None:
-    """Write a PIL image atomically as .jpg (quality 95, full colour resolution) or .png, by the suffix."""
-    is_jpg = str(path).endswith(".jpg")
-    settings = {"format": "JPEG", "quality": 95, "subsampling": 0} if is_jpg else {"format": "PNG"}
+    """Write a PIL image atomically as .jpg or .png, by the suffix."""
+    content = picture_bytes(picture, "jpeg" if str(path).endswith(".jpg") else "png")
     with atomic_write(path, "wb") as file:
-        picture.save(file, **settings)
+        file.write(content)
 
 
 class Cell(NamedTuple):

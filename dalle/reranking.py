@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple, Sequence
+from typing import Any, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,42 +29,9 @@ _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27
 _FILE = "preprocessor_config.json"
 
 
-class Candidate(NamedTuple):
-    """A ranked image, on the CPU."""
-
-    score: float
-    """Higher is better; NaN comes last."""
-    number: int
-    """Its index among all images of the prompt, which breaks ties: the first one wins."""
-    seed: int
-    codes: Tensor
-    """(N,)"""
-    log_likelihood: Tensor
-    """() nats"""
-    pixels: Tensor
-    """(3, S, S) uint8"""
-
-
-class Best:
-    """Holds the best `keep` of the images added."""
-
-    def __init__(self, keep: int) -> None:
-        self._keep = keep
-        self._best: list[Candidate] = []
-
-    def add(self, candidate: Candidate) -> None:
-        """Add an image if it is among the best."""
-        self._best.append(candidate)
-        self._best.sort(key=_rank)
-        del self._best[self._keep :]
-
-    def ordered(self) -> list[Candidate]:
-        """The images kept, the best first."""
-        return list(self._best)
-
-
-def _rank(candidate: Candidate) -> tuple[float, int]:
-    return (-candidate.score if candidate.score == candidate.score else float("inf"), candidate.number)
+def ranked(score: float | None, number: int) -> tuple[float, int]:
+    """Sort key of candidate `number` of a prompt: the highest score first, those without one (None, NaN) last."""
+    return (float("inf") if score is None or math.isnan(score) else -score, number)
 
 
 class ClipRanker:

@@ -1,15 +1,17 @@
 """The interface between the training loop and devices: one optimizer step."""
 from __future__ import annotations
 
+import contextlib
 import logging
-from typing import Any, Callable, Generator, NamedTuple
+from typing import Any, Callable, Generator, Iterator, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from args import Config
+from models.building import build_dalle
 from models.config import DalleConfig
-from models.dalle import TextToImage
+from models.dalle import DalleModel, TextToImage
 from models.vqgan import image_codes
 from utils.errors import UserError
 from utils.schedules import whole_steps
@@ -55,6 +57,8 @@ class Engine:
     """Number of processes that train together."""
     device_choice: str = ""
     """What --device auto found, for the log; empty if the device was given."""
+    model: TextToImage
+    """What `prepare` got."""
     steps_per_call: int = 1
     """Optimizer steps per call of `step`, and so per batch of `loader`: --device-iterations, on an IPU."""
 
@@ -153,12 +157,24 @@ class Engine:
         """Whether the flag is true in any process; every process must call it."""
         return flag if self.world_size == 1 else self.mean(torch.tensor(float(flag))) > 0
 
-    def model_state(self) -> dict[str, Tensor]:
-        """Weights of the DALL-E under its own module names, on the CPU.
+    def model_state(self, averaged: bool = False) -> dict[str, Tensor]:
+        """Weights of the DALL-E under its own module names, on the CPU. averaged: their moving average, if any.
 
         Every process must call it; only the main process's result need be complete.
         """
         raise NotImplementedError
+
+    @contextlib.contextmanager
+    def sampling_model(self) -> Iterator[DalleModel | None]:
+        """Within the context: the DALL-E to sample from, in eval mode, with averaged weights if there are any.
+
+        None in all processes but the main one; every one must enter. Here it is a copy on the CPU.
+        """
+        weights = self.model_state(averaged=True)
+        with torch.random.fork_rng(devices=[]):  # a new model has random weights at first
+            model = build_dalle(self.model.dalle.config, weights).eval() if self.is_main else None
+        with torch.no_grad():
+            yield model
 
     def state_dict(self) -> dict[str, Any]:
         """Everything else that exact resume needs: optimizer, loss scale, averaged weights, random states.

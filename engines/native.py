@@ -29,7 +29,7 @@ from engines.devices import multiplies_bf16, pick_device
 from engines.memory import peak_bytes, total_bytes, training_memory
 from engines.optimizers import make_optimizers, make_scaler
 from models.config import DalleConfig
-from models.dalle import TextToImage
+from models.dalle import DalleModel, TextToImage
 from models.vqgan import image_codes
 from ops.elementwise import total_norm
 from utils.errors import UserError
@@ -45,8 +45,6 @@ _MANY_WEIGHTS = 10**7
 
 class NativeEngine(Engine):
     """The model on one device for each process."""
-
-    model: TextToImage
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -353,10 +351,21 @@ class NativeEngine(Engine):
 
     # State
 
-    def model_state(self) -> dict[str, Tensor]:
+    def model_state(self, averaged: bool = False) -> dict[str, Tensor]:
+        weights = self._weights() if self.averaged is None or not averaged else self.averaged
         if self.sharding is not None:
-            return self.sharding.collect(self.sharding.weights())
-        return {key: value.detach().cpu().clone() for key, value in self.model.dalle.state_dict().items()}
+            return self.sharding.collect(weights)
+        return {key: value.detach().cpu().clone() for key, value in weights.items()}
+
+    @contextlib.contextmanager
+    def sampling_model(self) -> Iterator[DalleModel | None]:
+        if self.sharding is not None:  # no process has it whole
+            with super().sampling_model() as model:
+                yield model
+            return
+        self.model.eval()
+        with torch.no_grad(), self._averaged_weights():
+            yield self.model.dalle if self.is_main else None
 
     def state_dict(self) -> dict[str, Any]:
         random_state = {"cpu": torch.get_rng_state()}
@@ -366,19 +375,14 @@ class NativeEngine(Engine):
         if self.world_size > 1:
             states = [{} for _ in range(self.world_size)]
             dist.all_gather_object(states, random_state)
-        average = self.averaged
-        if self.sharding is not None:
-            optimizers = [self.sharding.optimizer_state(optimizer) for optimizer in self.optimizers]
-            average = None if average is None else self.sharding.collect(average)
-        else:
-            optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-            average = None if average is None else {key: value.cpu().clone() for key, value in average.items()}
+        state_of: Any = (lambda own: own.state_dict()) if self.sharding is None else self.sharding.optimizer_state
+        optimizers = [state_of(optimizer) for optimizer in self.optimizers]
         return {
             "engine": "native",
             "optimizer": optimizers[0] if len(optimizers) == 1 else {"parts": optimizers},
             "scaler": self.scaler.state_dict(),
             "loss_scaling": self.config.optimizer.loss_scaling,
-            "ema": average,
+            "ema": None if self.averaged is None else self.model_state(averaged=True),
             "num_updates": self.num_updates,
             "bad_steps": [int(count) for count in self.bad_steps.tolist()],
             "random_states": states,

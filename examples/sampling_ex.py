@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import log
 from dalle.generation import GenerateOptions
 from dalle.models import Candidates, Dalle
-from dalle.outputs import folder_name
 from dalle.pictures import save_picture, to_pil
+from dalle.prompt_folders import folder_name
 from dalle.reranking import ClipRanker
 from dalle.utils.utils import clip_score, set_seed
 from engines.native import pick_device

@@ -7,15 +7,16 @@ et al. 2016; precision and recall Kynkaanniemi et al. 2019; FID without bias Cho
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Sequence
+from typing import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from metrics.features import Features
-from utils.errors import UserError
+from utils.errors import UsageError, UserError
 
 SEED = 2020
 METRICS = ("fid", "kid", "is", "prc")
@@ -121,7 +122,9 @@ def inception_score(logits: Tensor, seed: int = SEED) -> tuple[float, float]:
 
 
 def _radii(features: Tensor) -> Tensor:
-    """Distance of each to its third neighbour, (n,)."""
+    """Distance of each to its third neighbour, (n,). Raises ValueError if there is none."""
+    if len(features) <= NEIGHBOURS:
+        raise ValueError(f"precision and recall need more than {NEIGHBOURS} images")
     found = [torch.cdist(part, features).kthvalue(NEIGHBOURS + 1).values for part in features.split(_ROWS)]
     return torch.cat(found)  # (itself is the first)
 
@@ -132,25 +135,59 @@ def _covered(x: Tensor, centres: Tensor, radii: Tensor) -> float:
     return float(torch.cat(inside).double().mean())
 
 
-def precision_recall(features: Tensor, real: Tensor) -> tuple[float, float]:
-    """Share of images among the real ones' neighbourhoods, and of real ones among the images'."""
-    if min(len(features), len(real)) <= NEIGHBOURS:
-        raise ValueError(f"precision and recall need more than {NEIGHBOURS} images")
-    return _covered(features, real, _radii(real)), _covered(real, features, _radii(features))
+def precision_recall(features: Tensor, real: Tensor, radii: Tensor | None = None) -> tuple[float, float]:
+    """Share of images among the real ones' neighbourhoods, and of real ones among the images'.
+
+    radii: of the real ones' neighbourhoods, if they are known.
+    """
+    radii = _radii(real) if radii is None else radii
+    return _covered(features, real, radii), _covered(real, features, _radii(features))
 
 
-def distances(metrics: Sequence[str], generated: Features, real: Features | None) -> dict[str, float]:
+class Real:
+    """Features of real images, and what each metric needs of them, computed once for all sets that are compared."""
+
+    def __init__(self, features: Features) -> None:
+        self.features = features
+
+    @functools.cached_property
+    def moments(self) -> Moments:
+        """For FID."""
+        return Moments(self.features.pooled)
+
+    @functools.cached_property
+    def radii(self) -> Tensor:
+        """For precision, (n,)."""
+        return _radii(self.features.pooled)
+
+
+LEAST = {"fid": 2, "kid": 2, "is": IS_SPLITS, "prc": NEIGHBOURS + 1}
+"""The fewest images of each set that a metric is defined for."""
+
+
+def check_counts(metrics: Iterable[str], generated: tuple[int, str], real: tuple[int, str] | None = None) -> None:
+    """Raise UsageError for too few images, before they are sampled or read. Given are numbers, and where they are from.
+    """
+    for metric in metrics:
+        for count, source in (generated, real) if real is not None and metric != "is" else (generated,):
+            if count < LEAST.get(metric, 0):
+                raise UsageError(f"--metrics {metric} needs at least {LEAST[metric]} images: {source} {count}")
+
+
+def distances(metrics: Sequence[str], generated: Features, real: Features | Real | None) -> dict[str, float]:
     """The metrics asked for, of METRICS. Raises UserError for too few images."""
     found: dict[str, float] = {}
+    real = Real(real) if isinstance(real, Features) else real
     try:
         if "is" in metrics:
             found["is"], found["is_deviation"] = inception_score(generated.logits)
         if real is not None and "fid" in metrics:
-            found.update(fid_with_uncertainty(generated.pooled, Moments(real.pooled)))
+            found.update(fid_with_uncertainty(generated.pooled, real.moments))
         if real is not None and "kid" in metrics:
-            found["kid"], found["kid_deviation"] = kid(generated.pooled, real.pooled)
+            found["kid"], found["kid_deviation"] = kid(generated.pooled, real.features.pooled)
         if real is not None and "prc" in metrics:
-            found["precision"], found["recall"] = precision_recall(generated.pooled, real.pooled)
+            both = precision_recall(generated.pooled, real.features.pooled, real.radii)
+            found["precision"], found["recall"] = both
     except ValueError as error:
         raise UserError(f"--metrics: {error}") from None
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import Iterator, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +16,8 @@ from metrics.inception import Inception
 from utils.caches import cache_folder
 from utils.errors import UserError
 from utils.files import make_folder
+from utils.parts import Found, Parts, joined
+from utils.processes import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -29,40 +31,69 @@ class Features(NamedTuple):
     """(n, 1008), without bias."""
 
 
+    @classmethod
+    def of(cls, images: Tensor, network: Inception) -> Features:
+        """Those of images uint8 (n, 3, H, W). Raises UserError where the network fails."""
+        found = cls(*(found.float().cpu() for found in network(images)))
+        if not all(part.isfinite().all() for part in found):
+            raise UserError("--inception-weights: this network's features are not finite; is the file damaged?")
+        return found
+
+
 class Collector:
     """Collects features of batches as they come, so that images need not be kept."""
 
     def __init__(self, network: Inception) -> None:
-        self.network, self._parts = network, list[Features]()
+        self.network = network
+        self._parts: list[Features] = []
 
     def add(self, images: Tensor) -> None:
         """Take images uint8 (n, 3, H, W) into account. Raises UserError where the network fails."""
-        found = Features(*(found.float().cpu() for found in self.network(images)))
-        if not all(part.isfinite().all() for part in found):
-            raise UserError("--inception-weights: this network's features are not finite; is the file damaged?")
-        self._parts.append(found)
+        self._parts.append(Features.of(images, self.network))
 
     def result(self) -> Features:
         """The features of all images so far."""
         return Features(*(torch.cat(parts) for parts in zip(*self._parts)))
 
 
-def features_of(images: ImageSet, network: Inception, batch_size: int, cache: bool = True) -> Features:
-    """Features of a set; with `cache` those of an earlier run are taken, and these are kept."""
-    file = _cache_file(images, network) if cache else None
-    found = None if file is None else _cached(file, images.num_images)
+def features_of(
+    images: ImageSet, network: Inception, batch_size: int, parts: Parts | None = None, name: str = "images"
+) -> Features:
+    """Features of a set: those of an earlier run where it can be identified, else these are kept.
+
+    parts: of the processes that share the work, in which these have this name; all get the result.
+    """
+    parts = Parts() if parts is None else parts
+    found = cached_features(images, network, parts.processes, name)
     if found is not None:
-        logger.info(f"features of {images.name}: those of an earlier run ({file})")
         return found
-    collector = Collector(network)
-    with log.progress(images.num_images, "measuring", unit="image") as bar:
-        for batch in images.batches(batch_size):
-            collector.add(batch)
-            bar.update(len(batch), len(batch))
-    found = collector.result()
-    if file is not None:
-        _keep(found, file)
+
+    def work(batches: Iterator[range]) -> Iterator[Found]:
+        for numbers in batches:
+            yield joined([Features.of(batch, network)._asdict() for batch in images.batches(batch_size, numbers)])
+
+    with log.progress(images.num_images, "measuring", unit="image", is_main=parts.processes.is_first) as bar:
+        result = parts.compute(name, images.num_images, batch_size, work, bar.reach)
+    found = Features(result["pooled"], result["logits"])
+    keep_features(images, network, found, parts.processes)
     return found
+
+
+def cached_features(images: ImageSet, network: Inception, processes: Processes, name: str) -> Features | None:
+    """Features of the set that an earlier run has left, for all processes or for none. name: used once."""
+    file = _cache_file(images, network)
+    found = None if file is None else _cached(file, images.num_images)
+    if not all(processes.gather(f"{name} cached", [found is not None])):
+        return None
+    logger.info(f"features of {images.name}: those of an earlier run ({file})")
+    return found
+
+
+def keep_features(images: ImageSet, network: Inception, found: Features, processes: Processes) -> None:
+    """Keep features for later runs."""
+    file = _cache_file(images, network)
+    if file is not None and processes.is_first:
+        _keep(found, file)
 
 
 def _cache_file(images: ImageSet, network: Inception) -> Path | None:

@@ -12,9 +12,9 @@ import log
 from metrics.features import Collector, Features
 from metrics.images import ImageSet
 from metrics.inception import Inception
+from models import vqgan_metrics
 from models.perceptual import PerceptualDistance
-from models.vqgan import VQGAN, image_codes
-from models.vqgan_metrics import psnr, use_of_counts
+from models.vqgan import VQGAN
 
 
 def _window() -> Tensor:
@@ -48,7 +48,7 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def reconstruct(
+def measure(
     images: ImageSet,
     vqgan: VQGAN,
     device: Any,
@@ -65,17 +65,16 @@ def reconstruct(
     collectors = [] if network is None else [Collector(network), Collector(network)]
     with log.progress(images.num_images, "reconstructing", unit="image") as bar:
         for batch in images.batches(batch_size):
-            codes = image_codes(vqgan, batch.to(device))
-            again = (vqgan.decode_by_parts(codes) * 255).round().clamp(0, 255).to(torch.uint8).cpu()
-            use += torch.bincount(codes.flatten().cpu(), minlength=vqgan.num_codes)
-            sums["psnr"] += psnr(batch, again) * len(batch)
+            _, again, codes = vqgan_metrics.reconstruct(vqgan, [batch], device)
+            use += torch.bincount(codes.flatten(), minlength=vqgan.num_codes)
+            sums["psnr"] += vqgan_metrics.psnr(batch, again) * len(batch)
             sums["ssim"] += float(ssim(batch, again).sum())
             if lpips is not None:
-                pair = [images.to(device).float() / 255 for images in (again, batch)]
+                pair = [part.to(device).float() / 255 for part in (again, batch)]
                 sums["lpips"] += float(lpips(*pair)) * len(batch)
             for collector, part in zip(collectors, (batch, again)):
                 collector.add(part)
             counts += len(batch)
             bar.update(len(batch), len(batch))
-    figures = {**{name: value / counts for name, value in sums.items()}, **use_of_counts(use)}
+    figures = {**{name: value / counts for name, value in sums.items()}, **vqgan_metrics.use_of_counts(use)}
     return figures, [collector.result() for collector in collectors]

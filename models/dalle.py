@@ -117,9 +117,12 @@ class DalleModel(nn.Module):
         pads = torch.arange(text.shape[1], device=text.device) + self.config.num_text_tokens
         return torch.where(text == 0, pads, text)
 
-    def embed_text(self, text: Tensor, positions: Positions | None = None) -> Tensor:
-        """Embed positions of the text part, all by default. text (B, n): their ids, from `text_part` -> (B, n, D)."""
-        x = self.text_emb(text)
+    def embed_text(self, text: Tensor, positions: Positions | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Embed positions of the text part, all by default. text (B, n): their ids, from `text_part` -> (B, n, D).
+
+        dtype: what is added, if not in the type of the weights.
+        """
+        x = self.text_emb(text).to(dtype)
         if self.text_pos_emb is not None:
             x = x + (positions or text_positions(0, text.shape[1])).rows(self.text_pos_emb.weight)
         return x

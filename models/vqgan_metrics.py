@@ -9,7 +9,7 @@ from typing import Any, Iterable, NamedTuple
 import torch
 from torch import Tensor
 
-from models.vqgan import VQGAN
+from models.vqgan import VQGAN, image_codes
 from utils.errors import UserError
 
 
@@ -30,12 +30,12 @@ class Reconstructions(NamedTuple):
 
 @torch.no_grad()
 def reconstruct(model: VQGAN, parts: Iterable[Tensor], device: Any = "cpu") -> Reconstructions:
-    """Encode and decode batches of images (B, 3, S, S). Raises UserError if there are none."""
+    """Encode batches of images (B, 3, S, S) as training does, and decode them. Raises UserError if there are none."""
     model.eval()
     done: list[Reconstructions] = []
     for originals in parts:
-        codes = model.encode(originals.to(device).float() / 255)
-        images = (model.decode(codes) * 255).round().to(torch.uint8)
+        codes = image_codes(model, originals.to(device))
+        images = (model.decode_by_parts(codes) * 255).round().to(torch.uint8)
         done.append(Reconstructions(originals, images.cpu(), codes.cpu()))
     if not done:
         raise UserError("there are no images to evaluate the VQGAN on")

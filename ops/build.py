@@ -36,7 +36,7 @@ SWITCH = "DALLE_KERNELS"
 
 _FOLDER = Path(__file__).parent / "csrc"
 _FLAGS = ["-O3", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
-_SECONDS = 120
+_SECONDS = 300
 """Time limit of a compiler, which takes about two."""
 _MAX_BYTES = 1 << 26
 """Above the size of any compiled file."""

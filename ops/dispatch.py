@@ -9,7 +9,7 @@ requirements (sizes, strides, gradients). On GPUs and in other dtypes PyTorch's 
 """
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -65,7 +65,9 @@ def compiling() -> bool:
     return compiler is not None and hasattr(compiler, "is_compiling") and compiler.is_compiling()
 
 
-def refusal(*tensors: Tensor | None, registered: bool = False) -> str | None:
+def refusal(
+    *tensors: Tensor | None, registered: bool = False, dtypes: Sequence[torch.dtype] = (torch.float32,)
+) -> str | None:
     """Return why no native implementation can take these tensors (None: absent), or None if one can.
 
     registered: the implementation is a registered operator (registered.py), which may be compiled.
@@ -84,7 +86,7 @@ def refusal(*tensors: Tensor | None, registered: bool = False) -> str | None:
             return "a subclass of Tensor"
         if not tensor.is_cpu:
             return f"a tensor on {tensor.device.type}"
-        if tensor.dtype != torch.float32:
+        if tensor.dtype not in dtypes:
             return "a tensor of {}".format(str(tensor.dtype).replace("torch.", ""))
     return None
 

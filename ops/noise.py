@@ -2,7 +2,7 @@
 
 A fixed sequence of IEEE float32 operations, as in csrc/noise.h: no function of a library, whose last bits differ.
 
-Letters: R rows, C tokens of the vocabulary.
+Letters: R rows (n positions of B images), C tokens of the vocabulary.
 """
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from utils.splitmix import GOLDEN, MASK, signed, splitmix64, splitmix64_tensor
 
+_MOST, _LONGEST = 1 << 15, 64
+"""Numbers, and positions of an image, in a block (see `Blocks`): more would leave the cache."""
 _LOG_2 = 0.6931471824645996
 _POLYNOMIAL = (-0.14292079210281372, 0.22055938839912415, -0.254032701253891, 0.33258023858070374, -0.4999021887779236,
                1.000004529953003)  # fmt: skip
@@ -51,3 +53,29 @@ def gumbel(state: Tensor, vocabulary: int) -> Tensor:
     """The noise of all tokens from where a `stream` stands: (R,) -> (R, C) float32."""
     token = torch.arange(vocabulary, device=state.device)
     return gumbel_of((splitmix64_tensor(state[:, None] + token * signed(GOLDEN)) >> 33) & 0x7FFFFFFF)
+
+
+class Blocks:
+    """The noise of some images, made for many positions at a time: each time takes some sixty operations.
+
+    The host looks at keys and positions, so they are on a CPU.
+    """
+
+    def __init__(self, images: int) -> None:
+        self._images = images
+        self._keys, self._first, self._block = torch.zeros(0), torch.zeros(0), torch.zeros(0, 0, 0)
+
+    def at(self, key: Tensor, position: Tensor, vocabulary: int) -> Tensor:
+        """`gumbel` of the streams of (R,) keys at (R,) positions, those of an image next to each other: (R, C)."""
+        own, positions = key.view(self._images, -1)[:, :1], position.view(self._images, -1)  # (B, 1), (B, n)
+        length = min(_LONGEST, _MOST // (self._images * vocabulary))
+        if length < 4 * positions.shape[1]:
+            return gumbel(stream(key, position, vocabulary), vocabulary)
+        known = torch.equal(own, self._keys) and self._block.shape[-1] == vocabulary
+        places = positions - self._first if known else None
+        if places is None or int(places.min()) < 0 or int(places.max()) >= self._block.shape[1]:
+            self._keys, self._first = own.clone(), positions.amin(dim=1, keepdim=True)
+            places = positions - self._first
+            ahead = self._first + torch.arange(max(length, int(places.max()) + 1))
+            self._block = gumbel(stream(own, ahead, vocabulary).flatten(), vocabulary).unflatten(0, ahead.shape)
+        return self._block[torch.arange(self._images)[:, None], places].flatten(0, 1)

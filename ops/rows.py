@@ -2,7 +2,8 @@
 
 Sampling a few images reads all weights for each code, and the arithmetic hides behind that. So weights are laid out
 once in the order in which they are read, by several places in turn (a core gets half as much again from memory that
-way). Sums go in the same order for any number of rows and threads. Float32 on a CPU; weights may be int8.
+way). Sums go in the same order for any number of rows and threads. Float32 on a CPU; weights may be bfloat16 or int8:
+they become float32 when they are read, and all else stays float32.
 
 Letters: R rows, D inputs and N outputs of a linear layer, C tokens of a vocabulary.
 """
@@ -29,7 +30,8 @@ address, whole = ctypes.c_void_p, ctypes.c_int64
 class Linear(ctypes.Structure):
     """As in rows.c."""
 
-    _fields_ = [(name, address) for name in ("weight", "bias", "scale")] + [("depth", whole), ("panels", whole)]
+    _fields_ = [(name, address) for name in ("weight", "bias", "scale")]
+    _fields_ += [(name, whole) for name in ("depth", "panels", "size")]
 
 
 @functools.lru_cache(maxsize=None)
@@ -39,30 +41,31 @@ def functions() -> Any:
     if found is not None:
         found.panel_width.restype = found.room_of.restype = whole
         found.panel_width.argtypes, found.room_of.argtypes = [], [address]
-        for pack in (found.pack, found.pack_bytes):
+        for pack in (found.pack, found.pack_halves, found.pack_bytes):
             pack.argtypes, pack.restype = [address, whole, whole, whole, address, whole], None
         found.multiply_rows.argtypes = [address, address, whole, address, address, whole]
         found.multiply_rows.restype = None
         found.sample_rows.argtypes = [address, whole, whole, whole, *[address] * 7, whole]
         found.sample_rows.restype = None
         found.gumbel.argtypes, found.gumbel.restype = [address, whole, address], None
+        found.read_text.argtypes, found.read_text.restype = [address, whole, whole, *[address] * 3], None
         found.step.argtypes, found.step.restype = [address, whole, whole, *[address] * 4], whole
         found.advance.argtypes, found.advance.restype = [address, address, whole, address], whole
         found.read_all.argtypes, found.read_all.restype = [address, whole, whole], ctypes.c_double
     return found
 
 
-def refusal(*tensors: Tensor | None) -> str | None:
-    """Why these functions may not compute with these tensors, or None where they may."""
-    refused = dispatch.refusal(*tensors)
+def refusal(*tensors: Tensor | None, halves: bool = False) -> str | None:
+    """Why these functions may not compute with these tensors, or None where they may. halves: also with bfloat16."""
+    refused = dispatch.refusal(*tensors, dtypes=(torch.float32, torch.bfloat16) if halves else (torch.float32,))
     if refused is None and functions() is None:
         return build.reasons.get("rows", "no compiled kernels")
     return refused
 
 
-def at(tensor: Tensor | None) -> int | None:
-    """The address of a tensor's memory."""
-    return None if tensor is None else tensor.data_ptr()
+def at(tensor: Tensor | None, row: int = 0) -> int | None:
+    """The address of a tensor's memory, or of a row of a matrix."""
+    return None if tensor is None else tensor[row:].data_ptr()
 
 
 def read_all(x: Tensor) -> float | None:
@@ -90,7 +93,7 @@ class Packed:
     def __init__(
         self, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None, gated: bool = False
     ) -> None:
-        """weight (N, D) float32, or int8 with scales (N,)."""
+        """weight (N, D) float32, bfloat16, or int8 with scales (N,); bias (N,) float32 or bfloat16."""
         size = weight.numel() * weight.element_size()
         self.library, self.threads = functions(), threads_for(size * 4)  # one matmul of some four
         self.outputs, depth = weight.shape
@@ -99,16 +102,17 @@ class Packed:
         panels = -(-(self.outputs // 2 if gated else self.outputs) // width)
 
         def packed(values: Tensor, depth: int) -> Tensor:
-            pack = self.library.pack_bytes if values.dtype == torch.int8 else self.library.pack
+            packs = {1: self.library.pack_bytes, 2: self.library.pack_halves, 4: self.library.pack}
+            pack = packs[values.element_size()]
             values, result = values.detach().contiguous(), values.new_empty(panels * panel * depth)
             pack(pointer(values), self.outputs, depth, gated, pointer(result), self.threads)
             return result
 
-        bias = weight.new_zeros(self.outputs, dtype=torch.float32) if bias is None else bias
-        self.weight, self.bias = packed(weight, depth), packed(bias, 1)
+        bias = weight.new_zeros(self.outputs) if bias is None else bias
+        self.weight, self.bias = packed(weight, depth), packed(bias.float(), 1)
         self.scale = None if scale is None else packed(scale, 1)
         self.bytes = self.weight.numel() * self.weight.element_size()
-        self.struct = Linear(at(self.weight), at(self.bias), at(self.scale), depth, panels)
+        self.struct = Linear(at(self.weight), at(self.bias), at(self.scale), depth, panels, weight.element_size())
 
     def __call__(self, x: Tensor) -> Tensor:
         """(R, D) -> (R, N), not for gated ones."""

@@ -59,8 +59,8 @@ def keep_top_p(probabilities: Tensor, p: Tensor) -> Tensor:
     return torch.where(p < 1, kept / kept.sum(dim=-1, keepdim=True), probabilities)
 
 
-def reference(logits: Tensor, state: Tensor, choice: Choice) -> Tensor:
-    """Take the token whose logit plus Gumbel noise is the largest. logits (R, C), state (R,) -> tokens (R,).
+def reference(logits: Tensor, gumbel: Tensor, choice: Choice) -> Tensor:
+    """Take the token whose logit plus Gumbel noise is the largest. logits and noise (R, C) -> tokens (R,).
 
     That is a sample of their softmax (the Gumbel-max trick), and where logits move a little, mostly the same token.
     """
@@ -76,20 +76,25 @@ def reference(logits: Tensor, state: Tensor, choice: Choice) -> Tensor:
     if choice.any_top_p:
         chances = keep_top_p(torch.softmax(scaled, dim=-1), choice.top_p.float())
         scaled = scaled.masked_fill((chances == 0) & (choice.top_p < 1)[:, None], float("-inf"))
-    token = (scaled + noise.gumbel(state, logits.shape[-1])).argmax(dim=-1)
+    token = (scaled + gumbel).argmax(dim=-1)
     return token if greedy is None else torch.where(choice.temperature == 0, greedy, token)
 
 
-def sample(logits: Tensor, key: Tensor, position: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
+def sample(
+    logits: Tensor, key: Tensor, position: Tensor, choice: Choice, blocks: noise.Blocks | None = None
+) -> tuple[Tensor, Tensor]:
     """Sample a token of each row, (R,), and return its log-likelihood in nats under the unfiltered logits, (R,).
 
     logits (R, C); key and position (R,): of the noise, so that a row's token does not depend on the batch it is in
     (`ops.noise`). Where the last of several equally likely tokens do not fit into top_p, the lowest numbers stay.
+    blocks: what makes the noise of several passes at once, if anything does.
     """
     state = noise.stream(key, position, logits.shape[-1])
     if rows.refusal(logits) is None:
         return rows.sample(logits, state, choice.temperature, choice.top_k, choice.top_p)
-    token = reference(logits, state, choice)
+    vocabulary = logits.shape[-1]
+    own = noise.gumbel(state, vocabulary) if blocks is None else blocks.at(key, position, vocabulary)
+    token = reference(logits, own, choice)
     return token, torch.log_softmax(logits.float(), dim=-1).gather(-1, token[:, None])[:, 0]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import ops
+from ops import noise
 from sampling.options import SamplingOptions
 from sampling.windows import MOST, Windows
 
@@ -76,6 +77,8 @@ class Canvas:
         """(R,) the image of each row; None: its own number."""
         self.mixed = False
         """Whether some images are guided and others are not."""
+        self.blocks: noise.Blocks | None = None
+        """Where noise comes from, if not made for each pass."""
         self._choices: dict[int, ops.Choice] = {}
 
     def begin(self, request: Request) -> None:
@@ -95,6 +98,7 @@ class Canvas:
         for name in ("codes", "scores", "kept", "keys", "fronts", "cond_scale", "nulls"):
             setattr(part, name, getattr(self, name)[first:end])
         part.by, part.of, part._choices = self.by.each(lambda tensor: tensor[first:end]), of, {}
+        part.blocks = None
         return part
 
     def _choice(self, count: int) -> ops.Choice:
@@ -126,7 +130,7 @@ class Canvas:
             logits = torch.cat([logits, logits[:, -1:].expand(-1, width, -1)], dim=1)
         count = at.shape[1]
         keys = self.keys.repeat_interleave(count)
-        tokens, scores = ops.sample(logits.float().flatten(0, 1), keys, at.flatten(), self._choice(count))
+        tokens, scores = ops.sample(logits.float().flatten(0, 1), keys, at.flatten(), self._choice(count), self.blocks)
         tokens, scores = tokens.view(batch, count), scores.view(batch, count)
         kept = self.kept.gather(1, at)
         tokens, scores = torch.where(kept < 0, tokens, kept), scores.masked_fill(kept >= 0, 0.0)

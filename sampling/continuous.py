@@ -15,7 +15,6 @@ Letters: S slots (rows of the decoder), T text tokens, N codes of an image.
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from typing import NamedTuple, Sequence
 
@@ -26,7 +25,6 @@ import ops
 from models.dalle import DalleModel
 from models.positions import Positions
 from ops import noise
-from sampling.cache import Cache
 from sampling.canvas import Canvas, Sampled
 from sampling.decoders import Decoder
 from sampling.loop import Shared, one_pass
@@ -108,12 +106,21 @@ class Continuous:
 
         Raises UserError for options out of range.
         """
-        options, canvas = image.options.check(), self.canvas
+        image.options.check()
         rows = [self._free.pop(0) for _ in range(image.slots)]
-        row, device = rows[0], canvas.codes.device
-        kept = [-1] * self.num_codes if image.given is None else image.given.tolist()
+        try:
+            self._begin(image, rows)
+        except BaseException:
+            self.finish(rows[0])
+            raise
+        return rows[0]
+
+    def _begin(self, image: Image, rows: list[int]) -> None:
+        options, canvas, row = image.options, self.canvas, rows[0]
+        device = canvas.codes.device
         choice = ops.choice_of(1, options.temperature, options.top_k, options.top_p, device)
         self.running[row] = _Running(rows, choice)
+        kept = [-1] * self.num_codes if image.given is None else image.given.tolist()
         canvas.scores[row], canvas.keys[row] = 0, noise.keys([image.seed])[0]
         canvas.kept[row, : self.num_codes] = torch.tensor(kept, device=device)
         canvas.codes[row] = canvas.kept[row].clamp(min=0)
@@ -134,7 +141,6 @@ class Continuous:
             with self.decoder:
                 alone.choose_first(self.decoder.logits(hidden), prefix)
             self.fronts[row] = prefix
-        return row
 
     def _told(self) -> None:
         """Let the host know what some running image asks for."""
@@ -145,10 +151,9 @@ class Continuous:
         """Read a prompt, unless it was among the last, into some rows of the cache. Returns (rows, D)."""
         key = (len(rows), *text.tolist())
         if key not in self._prompts:
-            count, model = len(rows), self.decoder.model
+            count = len(rows)
             if count not in self._readers:
-                self._readers[count] = copy.copy(self.decoder)
-                self._readers[count].cache = Cache(model.config, count, 1, text.device, self.decoder.dtype)
+                self._readers[count] = self.decoder.reader(count)
             reader = self._readers[count]
             hidden = reader.prompt(torch.stack([text, torch.zeros_like(text)][:count]))
             self._prompts[key] = _Read(hidden, [layer.text.clone() for layer in reader.cache.layers])

@@ -46,7 +46,7 @@ def is_small(model: DalleModel) -> bool:
     """Whether a second copy of the weights is no burden."""
     layers = model.operands(lambda module: module).projections
     weights = [layer.weight for layer in layers if hasattr(layer, "weight")]
-    return sum(weight.numel() * 4 for weight in weights) <= MAX_BYTES
+    return sum(weight.numel() * weight.element_size() for weight in weights) <= MAX_BYTES
 
 
 class Copies:
@@ -79,13 +79,15 @@ class Decoder:
 
     most_rows = 0
     """Rows of a pass up to which its logits do not depend on their number; 0: they do."""
+    calculates_in: torch.dtype | None = None
+    """The type of its arithmetic and of what it keeps, if that does not follow from the weights."""
 
     def __init__(self, model: DalleModel, prompts: int, images: int, copies: Copies | None = None) -> None:
         """images: of each of the prompts, which are next to each other in the R = prompts * images rows.
 
         copies: of weights, kept for the decoders of later batches of the same model, whose weights must not change.
         """
-        self.model, self.rows, self.dtype = model, prompts * images, computed_in(model)
+        self.model, self.rows, self.dtype = model, prompts * images, self.calculates_in or computed_in(model)
         self.copies = Copies() if copies is None else copies
         self.cache = Cache(model.config, prompts, images, model.text_emb.weight.device, self.dtype)
         self._casts, self._lays_out = self.dtype != model.text_emb.weight.dtype, False
@@ -136,6 +138,13 @@ class Decoder:
             positions = Positions.of(index, reach or last + 1)
         hidden = self.feed(canvas.rows(canvas.codes.gather(1, at)), positions)
         canvas.fronts.add_(canvas.choose(self.logits(hidden), at + 1)).clamp_(max=last)
+
+    def reader(self, prompts: int) -> Decoder:
+        """A decoder with the same weights for so many prompts of one image each, in memory of its own."""
+        reader = copy.copy(self)
+        reader.rows = prompts
+        reader.cache = Cache(self.model.config, prompts, 1, self.model.text_emb.weight.device, self.dtype)
+        return reader
 
     def part(self, first: int, end: int) -> Decoder:
         """A decoder of rows `first` up to `end`, where each is of a prompt of its own, in the same memory."""

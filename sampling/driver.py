@@ -13,9 +13,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import logging
-from collections import deque
-from typing import Callable, Iterator, NamedTuple, Protocol, Sequence
+from collections import Counter, deque
+from typing import Callable, Iterable, Iterator, NamedTuple, Protocol, Sequence
 
 import torch
 from torch import Tensor
@@ -57,17 +58,33 @@ class Model(Protocol):
 
 
 class Share(NamedTuple):
-    """What a batch samples: images first_image up to end_image of each prompt first_prompt up to end_prompt."""
+    """What a batch samples: images of prompts, the images of a prompt next to each other."""
 
-    first_prompt: int
-    end_prompt: int
-    first_image: int
-    end_image: int
+    prompts: tuple[int, ...]
+    """The prompt of each image."""
+    images: tuple[int, ...]
+    """The number of each image among those of its prompt."""
+
+    @classmethod
+    def of(cls, numbers: Iterable[int], num_images: int) -> Share:
+        """The images of these numbers: num_images * prompt + image."""
+        places = [divmod(number, num_images) for number in numbers]
+        return cls(tuple(prompt for prompt, _ in places), tuple(image for _, image in places))
 
     @property
     def num_images(self) -> int:
         """Images in the batch, of all its prompts."""
-        return (self.end_prompt - self.first_prompt) * (self.end_image - self.first_image)
+        return len(self.prompts)
+
+    def to_read(self) -> tuple[int, ...]:
+        """The prompts to read: each once where all have as many images, else one for each image."""
+        counts = Counter(self.prompts)
+        return tuple(counts) if len(set(counts.values())) == 1 else self.prompts
+
+    def split(self, size: int) -> Iterator[Share]:
+        """Parts of at most so many images."""
+        for start in range(0, self.num_images, size):
+            yield Share(self.prompts[start : start + size], self.images[start : start + size])
 
 
 class Batch(NamedTuple):
@@ -92,13 +109,15 @@ def image_seed(seed: int, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode("ascii")).digest()[:6], "big")
 
 
-def split(whole: Share, batch_size: int) -> Iterator[Share]:
-    """Split into batches of at most batch_size; several prompts are in one where all their images fit."""
-    together = max(1, batch_size // (whole.end_image - whole.first_image))
-    for prompt in range(whole.first_prompt, whole.end_prompt, together):
-        for image in range(whole.first_image, whole.end_image, batch_size):
-            ends = min(prompt + together, whole.end_prompt), min(image + batch_size, whole.end_image)
-            yield Share(prompt, ends[0], image, ends[1])
+def all_shares(num_prompts: int, num_images: int, batch_size: int) -> Iterator[Share]:
+    """All images of all prompts, in order, in full batches."""
+    total = num_prompts * num_images
+    for start in range(0, total, batch_size):
+        yield Share.of(range(start, min(start + batch_size, total)), num_images)
+
+
+def _split(shares: Iterable[Share], size: int) -> Iterator[Share]:
+    return (part for share in shares for part in share.split(size))
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
@@ -157,7 +176,7 @@ class Sampler:
         """What the windows of guessed codes brought so far."""
         return self.shared.windows
 
-    def images(
+    def images(  # noqa: PLR0913 - the rest by name
         self,
         text: Tensor,
         num_images: int,
@@ -167,6 +186,7 @@ class Sampler:
         given: Tensor | None = None,
         on_token: Callable[[Share], None] | None = None,
         numbers: Sequence[int] | None = None,
+        shares: Iterable[Share] | None = None,
     ) -> Iterator[Batch]:
         """Sample num_images images of each caption, text (prompts, T) token ids.
 
@@ -174,27 +194,25 @@ class Sampler:
         batch_size: images at the same time; None: as many as fit, which is found out. given (N,): codes to keep (see
         `given_codes`). on_token is called after each code of a batch; a batch that did not fit begins again.
         numbers: of the captions; those with different ones get other random numbers.
+        shares: the batches to sample; None: all images, in full batches. They are asked for one by one.
         Raises UserError where there is not enough memory.
         """
         size = batch_size or (num_images if self.model.device.type == "cuda" else min(num_images, _LIKELY))
-        todo = deque(split(Share(0, len(text), 0, num_images), size))
+        todo = iter(all_shares(len(text), num_images, size) if shares is None else shares)
         decoding: deque[Callable[[], Batch]] = deque()
         self.shared.copies = Copies()  # weights may have changed
-        while todo:
-            share = todo.popleft()
-            firsts = [0] * len(text) if numbers is None else [number * num_images for number in numbers]
-            images = range(share.first_image, share.end_image)
-            seeds = [image_seed(seed, first + index) for first in firsts[slice(*share[:2])] for index in images]
+        while (share := next(todo, None)) is not None:
+            firsts = [0 if numbers is None else numbers[prompt] * num_images for prompt in share.prompts]
+            seeds = [image_seed(seed, first + image) for first, image in zip(firsts, share.images)]
             told = None if on_token is None else functools.partial(on_token, share)
-            prompts = text[share.first_prompt : share.end_prompt]
-            pictures = self._start(share, prompts, seeds, options, given, told)
+            pictures = self._start(share, text[list(share.to_read())], seeds, options, given, told)
             if pictures is None:
                 if batch_size is not None or share.num_images == 1:
                     count = f"{share.num_images} image{'s' if share.num_images > 1 else ''}"
                     raise UserError(f"not enough memory for a batch of {count}: lower --batch-size")
                 size = (share.num_images + 1) // 2
                 logger.info("not enough memory for %d images at the same time: trying %d", share.num_images, size)
-                todo = deque(part for whole in (share, *todo) for part in split(whole, size))
+                todo = _split(itertools.chain([share], todo), size)
                 continue
             decoding.append(pictures)
             if len(decoding) > self._pictures.ahead:

@@ -130,6 +130,7 @@ def _sample(model: DalleModel, request: Request, copies: Copies) -> Sampled:
         _say(refused)
     canvas = Canvas(batch, num_codes, request.options, request.keys.device)
     canvas.begin(request)
+    canvas.blocks = noise.Blocks(batch) if canvas.codes.is_cpu else None
     hidden = read_request(decoder, canvas, request)
     if prefix == num_codes:
         return canvas.result()

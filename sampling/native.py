@@ -1,14 +1,16 @@
 """The native decoder: a code or a window of each image through the whole transformer in one call of ops/csrc/rows.c.
 
-Float32 on a CPU, weights of linear layers may be int8. A whole pass is one call, because what happens between two
-matmuls, attention to a row of codes say, takes less than PyTorch needs to be asked for it. What is sampled for an image
-depends neither on windows nor on the number of images or threads: sums go in the same order for all.
+Float32 on a CPU; weights may be bfloat16, and those of linear layers int8, which become float32 where they are read. A
+whole pass is one call, because what happens between two matmuls, attention to a row of codes say, takes less than
+PyTorch needs to be asked for it. What is sampled for an image depends neither on windows nor on the number of images or
+threads: sums go in the same order for all, those of the prompt and of given codes too.
 
 Letters: R rows (images, twice as many with guidance), D width, P text positions, N codes of an image.
 """
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 from typing import Any, NamedTuple
@@ -93,10 +95,6 @@ def _seen(pattern: str, grid: int) -> _Seen:
     return _Seen(starts.int(), torch.cat(seen).int())
 
 
-def _norm(norm: Norm | None) -> _Norm:
-    return _Norm(None, None, 0.0) if norm is None else _Norm(at(norm.scale), at(norm.shift), norm.eps)
-
-
 def refusal(model: DalleModel, num_rows: int) -> str | None:
     """Why the native decoder cannot decode so many rows of this model, or None where it can."""
     unknown = unknown_option(model.config, _KNOWN)
@@ -105,10 +103,11 @@ def refusal(model: DalleModel, num_rows: int) -> str | None:
     if activation(model.config.activation).number < 0:
         return f"the native decoder does not know the activation {model.config.activation}"
     parameters = list(model.transformer.parameters()) + list(model.image_head.parameters())
-    refused = rows.refusal(*parameters, model.norm.weight, model.norm.bias, model.image_emb.weight)
+    parameters += [*model.norm.parameters(), *model.image_emb.parameters(), *model.text_emb.parameters()]
+    refused = rows.refusal(*parameters, halves=True)
     if refused is not None:
         return refused
-    if computed_in(model) != torch.float32:
+    if computed_in(model) != model.text_emb.weight.dtype:
         return "under autocast"
     for module in model.operands(lambda module: module).projections:
         if type(module) not in (nn.Linear, Int8Linear):
@@ -121,17 +120,18 @@ def refusal(model: DalleModel, num_rows: int) -> str | None:
 
 
 class NativeDecoder(Decoder):
-    """Feeds codes natively; prompts by the model's own forward pass."""
+    """Feeds prompts and codes natively."""
 
-    most_rows = MOST_ROWS
+    most_rows, calculates_in = MOST_ROWS, torch.float32
 
     def __init__(self, model: DalleModel, prompts: int, images: int, copies: Copies | None = None) -> None:
         super().__init__(model, prompts, images, copies)
         config = model.config
         self._kept: list[Any] = []  # what is given to C by its address
         angles = model.transformer.angles
-        turned = [None, None] if angles is None else [angles[config.text_len :].cos(), angles[config.text_len :].sin()]
-        tables = [x if x is None else self._keep(x.detach()) for x in (self.operands.image_positions, *turned)]
+        turned = [None, None] if angles is None else [self._keep(angles).cos(), self._keep(angles).sin()]
+        positions = copy.deepcopy(model.image_pos_emb)  # in bfloat16 rows and columns would be added in it
+        tables = [x if x is None else self._keep(x) for x in (positions and positions.float().table(), *turned)]
         self._layers = (_Layer * config.depth)(*map(self._layer, self.operands.blocks, self.cache.layers))
         layers = {layer for block in self.operands.blocks for layer in block.projections}
         self.struct = _Model(
@@ -149,13 +149,13 @@ class NativeDecoder(Decoder):
             layers=config.depth,
             threads=threads_for(sum(self._pack(layer).bytes for layer in layers) // config.depth),
             turned=0 if angles is None else angles.shape[1],
-            table=at(self._keep(model.image_emb.weight.detach())),
+            table=at(self._keep(model.image_emb.weight)),
             positions=at(tables[0]),
-            cosines=at(tables[1]),
-            sines=at(tables[2]),
+            cosines=at(tables[1], config.text_len),
+            sines=at(tables[2], config.text_len),
             stable=config.stable,
             turns_values=config.rotary,
-            last=_norm(Norm(model.norm.weight, model.norm.bias, model.norm.eps)),
+            last=self._norm(Norm(model.norm.weight, model.norm.bias, model.norm.eps)),
             head=self._pack(model.image_head).struct,
             stack=ctypes.cast(self._layers, ctypes.POINTER(_Layer)),
         )
@@ -167,9 +167,15 @@ class NativeDecoder(Decoder):
         return self.model.operands(lambda module: module)  # weights are packed below
 
     def _keep(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.contiguous()
-        self._kept.append(tensor)
-        return tensor
+        """The tensor as float32, one row after the other, for as long as C knows its address."""
+        self._kept.append(tensor.detach().float().contiguous())
+        return self._kept[-1]
+
+    def _norm(self, norm: Norm | None) -> _Norm:
+        if norm is None:
+            return _Norm(None, None, 0.0)
+        scale, shift = (x if x is None else self._keep(x) for x in norm[:2])
+        return _Norm(at(scale), at(shift), norm.eps)
 
     def _pack(self, module: Any, gated: bool = False) -> Packed:
         copies = self.copies.of("native")
@@ -193,12 +199,12 @@ class NativeDecoder(Decoder):
             branch.history = at(shown)
         lanes, seen = (cache.text.stride(2), cache.codes.stride(2)), _seen(cache.pattern, cache.grid)
         self._kept.append(seen)
-        scales = [None, None] if own.head_scales is None else map(self._keep, own.head_scales.detach())
-        heads = [_norm(scale if scale is None else Norm(scale, None, HEAD_EPS)) for scale in scales]
+        scales = [None, None] if own.head_scales is None else [Norm(one, None, HEAD_EPS) for one in own.head_scales]
+        heads = map(self._norm, scales)
         return _Layer(*branches, *heads, *map(at, (*cache.text, *cache.codes)), *lanes, *map(at, seen))
 
     def _branch(self, before: Norm, after: Norm | None, first: Packed, second: Packed) -> _Branch:
-        return _Branch(_norm(before), _norm(after), first.struct, second.struct)
+        return _Branch(self._norm(before), self._norm(after), first.struct, second.struct)
 
     def _make_room(self, num_rows: int) -> None:
         """Let steps have so many rows."""
@@ -207,6 +213,18 @@ class NativeDecoder(Decoder):
             self._scratch = torch.zeros(rows.functions().room_of(ctypes.byref(self.struct)))
             self._integers = torch.zeros(6 * num_rows, dtype=torch.long)
             self.struct.scratch = at(self._scratch)
+
+    def prompt(self, text: Tensor) -> Tensor:
+        ids = self.model.text_part(text)
+        embedded = self.model.embed_text(ids, dtype=torch.float32).detach()  # (prompts, P, D)
+        out, (count, text_len) = torch.empty_like(embedded), ids.shape
+        together = min(max(1, MOST_ROWS // text_len), count)
+        self._make_room(together * text_len)
+        for first in range(0, count, together):
+            some = slice(first, first + together)
+            given = map(pointer, (embedded[some], self._integers, out[some]))
+            rows.functions().read_text(ctypes.byref(self.struct), first, len(out[some]), *given)
+        return out[:, -1]
 
     def feed(self, codes: Tensor, positions: Positions) -> Tensor:
         places = max(1, MOST_ROWS // self.rows)
@@ -229,6 +247,9 @@ class NativeDecoder(Decoder):
             what, given = (("code", codes), ("position", index))[failed - 1]
             raise IndexError(f"a {what} is not in the table: {given.flatten().tolist()}")
         return out
+
+    def reader(self, prompts: int) -> NativeDecoder:
+        return NativeDecoder(self.model, prompts, 1, self.copies)
 
     def part(self, first: int, end: int) -> NativeDecoder:
         self._make_room(MOST_ROWS)  # the part has the same

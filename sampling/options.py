@@ -79,7 +79,7 @@ class SamplingFlags(Options, title="sampling"):
     parallel: str = option("auto", "codes of an image that a pass guesses ahead: the same image in fewer passes; off: "
                            "none; auto: as many as pay", check=problem, metavar="auto|off|W")
     seed: int = option(42, "image i is the same for the same seed, whatever the batch size (up to 96, with guidance "
-                       "48) in float32 and int8 on a CPU; in bfloat16 and on a GPU rounding depends on it",
+                       "48) on a CPU with native kernels; on a GPU rounding depends on it",
                        ge=0, le=2**63 - 1)
 
     def sampling(self, vocabulary: int) -> SamplingOptions:

@@ -114,6 +114,26 @@ def folder(training_folder):
 
 
 @pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory):
+    """A file in torch-fidelity's layout: random weights whose norms fit data, and a head that tells images apart."""
+    from helpers import random_images
+
+    from metrics.inception import Inception
+
+    torch.manual_seed(0)
+    network = Inception()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+            module.train()
+    _, logits = network(random_images(8, 64, 3))
+    network.fc.weight.data *= 40 / logits.std()
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(network.state_dict(), str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
 def server():
     """Runs the programs as processes of their own, each in milliseconds (see fork_server.py)."""
     from fork_server import ForkServer

@@ -139,6 +139,13 @@ def random_picture(seed, size=16):
     return Image.fromarray(pixels.numpy())
 
 
+def random_images(count: int, size: int, seed: int) -> torch.Tensor:
+    """Smooth random images of different contrast, uint8 (n, 3, S, S)."""
+    generator = torch.Generator().manual_seed(seed)
+    small = torch.rand(count, 3, 6, 6, generator=generator) * torch.rand(count, 1, 1, 1, generator=generator)
+    return (torch.nn.functional.interpolate(small, size, mode="bicubic").clamp(0, 1) * 255).to(torch.uint8)
+
+
 def write_pairs(folder, captions, size=16, seed=1):
     """Write a random picture and a text file for each element of `captions`, numbered in their order."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -95,6 +95,7 @@ def test_published_numbers(name, batch, accumulation, replicas, scaling):
 @pytest.mark.parametrize("words, name, value", [
     ("--vqgan_model_path a --vqgan-config-path=b", "vqgan_model_path", "a"), ("--batch_size=2", "batch_size", 2),
     ("--wandb --wandb-run-name a_b", "wandb_run_name", "a_b"),
+    ("--wandb false --wandb-run-name a_b", "wandb_run_name", "a_b"),
     ("--layers-per-ipu 0 6 6 4", "layers_per_ipu", [0, 6, 6, 4]),
     ("--layers-per-ipu 0,6,6 4", "layers_per_ipu", [0, 6, 6, 4]),
     ("--attn-types full,axial_row", "attn_types", ["full", "axial_row"]),
@@ -150,6 +151,8 @@ def test_wrong_values_of_flags(words, expected):
     (["--validation-folder", "x", "--validation-fraction", "0.1"], "--validation-fraction has no effect with --valid"),
     (["--warmup-steps", "10"], "--warmup-steps has no effect with --lr-scheduler ReduceLROnPlateau; it is"),
     (["--wandb-run-name", "x"], "--wandb-run-name has no effect without --wandb"),
+    (["--generated-data", "--evaluate-every", "5"], "--evaluate-every has no effect with --generated-data"),
+    (["--evaluate-captions", "5"], "--evaluate-captions needs --evaluate-every"),
     (["--loss-scaling", "3"], "--loss-scaling: must be a power of two, got 3"),
     (["--bach-size", "2"], "unknown flag '--bach-size'. Did you mean '--batch-size'?"),
     (["--num_hiden_layers=2"], "unknown flag '--num_hiden_layers'. Did you mean '--num-hidden-layers'?"),
@@ -264,7 +267,7 @@ def test_help_has_the_groups_and_every_flag(capsys):
     assert caught.value.code == 0
     text = capsys.readouterr().out
     positions = [text.index(f"\n{title}:\n") for title in
-                 ("execution", "IPU", "optimizer", "model", "data", "checkpoints", "misc")]
+                 ("execution", "IPU", "optimizer", "model", "data", "checkpoints", "evaluation while training", "misc")]
     assert positions == sorted(positions)
     for name in args.option_names():
         assert re.search(rf"^  {args.flag_name(name)}\b", text, re.MULTILINE), name

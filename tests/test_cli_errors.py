@@ -24,6 +24,8 @@ import evaluate
 import examples_utils.cli
 import examples_utils.options
 import generate
+import serve
+import server.options
 import train
 import train_vqgan
 import utils.archives
@@ -39,14 +41,14 @@ MAINS = {
     "train": train.main, "generate": generate.main, "evaluate": evaluate.main, "train_vqgan": train_vqgan.main,
     "process_trainset": data.process_trainset.main, "bpe.train": bpe.train.main,
     "examples_utils": examples_utils.cli.main, "checkpoints": checkpoints.__main__.main,
-    "archives": utils.archives.main, "dalle.export": dalle.export.main, "ops": ops_main,
+    "archives": utils.archives.main, "serve": serve.main, "dalle.export": dalle.export.main, "ops": ops_main,
 }
 # What each command needs beside the flag that is wrong.
 BASE = {
     "train": "--config demo --device cpu --max-steps 1 --checkpoint-output-dir out/ckpt",
     "generate": "--dalle_path demo --text a --num_images 1 --device cpu --outputs_dir out",
     "evaluate": "--dalle_path demo --skip_retrieval --device cpu --max_pairs 1",
-    "train_vqgan": "--input-folder demo --steps 1 --device cpu --output out/vqgan",
+    "train_vqgan": "--input-folder demo --steps 1 --device cpu --output out/vqgan", "serve": "--dalle_path demo",
     "process_trainset": "--captions captions.json --out-dir out",
     "bpe.train": "--captions captions.json --vocab-size 30 --output out/vocab.txt",
     "examples_utils": "benchmark --spec benchmarks.yml --log-dir out/logs", "ops": "",
@@ -113,7 +115,7 @@ def check(result, status, *names):
 COMMANDS = {
     "train": args.COMMAND, "generate": generation.COMMAND, "evaluate": evaluation.COMMAND,
     "train_vqgan": vqgan_options.COMMAND, "process_trainset": data.process_trainset.COMMAND,
-    "bpe.train": bpe.train.COMMAND, "examples_utils": examples_utils.options.COMMAND,
+    "bpe.train": bpe.train.COMMAND, "examples_utils": examples_utils.options.COMMAND, "serve": server.options.COMMAND,
 }
 
 
@@ -139,6 +141,7 @@ NEAR = {
     "evaluate": ("--inputfolder", "--input-folder"), "train_vqgan": ("--minute", "--minutes"),
     "process_trainset": ("--outdir", "--out-dir"), "bpe.train": ("--vocabsize", "--vocab-size"),
     "examples_utils": ("--includeconvergence", "--include-convergence"), "ops": ("--versio", "--version"),
+    "serve": ("--hosts", "--host"),
 }
 
 
@@ -158,7 +161,7 @@ FILES = [
     ("train", "--vqgan-config-path", "--vqgan-model-path {model}", ()), ("train", "--pretrained-checkpoint", "", ()),
     ("generate", "--dalle_path", "", ()), ("generate", "--vqgan_model_path", "--vqgan_config_path {config}", ()),
     ("generate", "--bpe_path", "", ()), ("generate", "--vqgan_config_path", "--vqgan_model_path {model}", ()),
-    ("generate", "--prompts_file", "", ("text.txt", "html", "list.json", "yaml.yaml", "empty")),
+    ("generate", "--prompts_file", "", ("text.txt", "html", "yaml.yaml", "empty")),
     ("generate", "--prime_image", "", ("picture.png",)), ("generate", "--image", "--mask 0,0,1,1", ("picture.png",)),
     ("generate", "--mask", "--image picture.png", ("picture.png",)), ("evaluate", "--dalle_path", "", ()),
     ("evaluate", "--bpe_path", "", ()), ("train_vqgan", "--vqgan_model_path", "--vqgan_config_path {config}", ()),
@@ -224,7 +227,10 @@ WORDS = [  # more of them are in test_args.py, test_generate.py, test_evaluate.p
     ("generate", "--dalle_path demo --text a --image picture.png --mask 0,0,2,1 --num_images 1", 2, ["--mask 0,0,2,1"]),
     ("generate", "--dalle_path demo --text a --image picture.png --mask picture.png", 1, ["--mask: nothing is marked"]),
     ("generate", "--dalle_path demo --text a --clip_path folder --num_images 1", 1, ["--clip-path", "folder"]),
-    ("evaluate", "--skip_retrieval", 2, ["--dalle-path"]),
+    ("evaluate", "--skip_retrieval", 2, ["--dalle-path"]), ("serve", "", 2, ["--dalle-path"]),
+    ("serve", "--dalle_path demo --slots 1 --cond_scale 2", 2, ["--slots 1", "--cond-scale"]),
+    ("serve", "--dalle_path missing --port 0", 1, ["--dalle-path missing"]),
+    ("serve", "--dalle_path demo --port 0 --clip_path missing", 1, ["--clip-path"]),
     ("evaluate", "--dalle_path demo --json a.png --sheet ./a.png", 2, ["--json and --sheet", "a.png"]),
     ("train_vqgan", "--input-folder demo --output out --steps 1 --config f9", 2, ["--config", "f9"]),
     ("train_vqgan", "--input-folder demo --output out --steps 1 --config missing.yaml", 1, ["missing.yaml"]),

@@ -15,9 +15,10 @@ from PIL import Image
 
 import args
 import examples_utils.options
+import server.options
 import training.vqgan_options
-from benchmarks import busy, compare_peers
-from dalle import evaluation
+from benchmarks import busy, compare_peers, serve_load
+from dalle import evaluation, generation
 from examples import transfer_learning_ex
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -79,6 +80,7 @@ NOT_HERE = {
     r"bash utils/make_constraints\.sh": "asks a registry for all versions",
     r"bash utils/download_coco_dataset\.sh": "downloads 26 GB; test_downloads.py runs it on small archives",
     r"python -m pytest tests/cpu_ipu_test\.py -rs": "needs an IPU",
+    r"curl .*": "asks a server; test_server.py runs them",
 }
 
 # ---- commands that are parsed: they train for long, or need an accelerator, a download or several processes
@@ -91,8 +93,11 @@ PARSED = {
     r"python examples/transfer_learning_ex\.py (.*)": transfer_learning_ex.COMMAND.parse,
     r"python3 -m examples_utils (.*)": examples_utils.options.parse,
     r"python benchmarks/compare_peers\.py (.*)": compare_peers.COMMAND.parse,
-    r"python evaluate\.py (.*(?:--metrics|--images).*)": evaluation.COMMAND.parse,
+    r"(?:torchrun --nproc-per-node \d+|python) evaluate\.py (.*(?:--metrics|--images).*)": evaluation.COMMAND.parse,
+    r"torchrun --nproc-per-node \d+ generate\.py (.*)": generation.COMMAND.parse,
     r"python benchmarks/busy\.py (.*)": busy.COMMAND.parse,
+    r"python benchmarks/serve_load\.py(?: (.*))?": serve_load.COMMAND.parse,
+    r"python serve\.py (.*)": server.options.COMMAND.parse,
 }
 
 # ---- commands that run, in a folder that has what they name; the flags make them small
@@ -101,7 +106,8 @@ ONE_STEP = ["--max-steps", "1", "--cache-codes", "off", "--validation-fraction",
 RUN = {
     r"python train\.py (.*minDALLE_tiny.*)": [*ONE_STEP, "--checkpoint-output-dir", "again/ckpt"],
     r"python generate\.py (.*)": ["--num_images", "2"],
-    r"python evaluate\.py ((?!.*(?:--metrics|--images)).*)": ["--max_pairs", "4", "--skip_retrieval"],
+    r"python evaluate\.py ((?!.*(?:--metrics|--images|--scorer)).*)": ["--max_pairs", "4", "--skip_retrieval"],
+    r"python evaluate\.py (.*--scorer.*)": ["--num-images", "2"],
     r"python data/process_trainset\.py()": ["--captions", "captions.json", "--out-dir", "captions"],
     r"python data/process_trainset\.py (.+)": [],
     r"python -m bpe\.train (.*)": ["--vocab-size", "60"],
@@ -178,7 +184,10 @@ def test_a_command_runs(command, words, small, workspace, monkeypatch):
     run(command, [*words, *small], monkeypatch)
 
 
-@pytest.mark.parametrize("code", [code for name, code in blocks("python") if name != "architecture.md"])
+ELSEWHERE = ("architecture.md", "server.md")  # no program, and one that test_server.py runs
+
+
+@pytest.mark.parametrize("code", [code for name, code in blocks("python") if name not in ELSEWHERE])
 def test_code_runs(code):
     names = {}
     exec(code, names)

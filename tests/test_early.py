@@ -71,6 +71,8 @@ TRAIN = [
     ("--log-dir file", "--log-dir file: is a file, not a folder"),
     (f"{FITTING} --wandb", "--wandb needs a package .*pip install wandb"),
     (f"{FITTING} --tensorboard", "--tensorboard needs a package"),
+    (f"{FITTING} --evaluate-every 2 --inception-weights file", "--inception-weights: file is no checkpoint"),
+    (f"{FITTING} --evaluate-every 2 --clip-path full", "--clip-path"),
     ("--checkpoint-output-dir file", "--checkpoint-output-dir file: file is a file, not a folder"),
     ("--checkpoint-output-dir file/ckpt", "--checkpoint-output-dir file/ckpt: "),
     ("--checkpoint-output-dir closed", "--checkpoint-output-dir closed: no permission"),

@@ -21,6 +21,7 @@ from helpers import ROOT, run_script
 import args as train_args
 import log
 from benchmarks import busy, compare_peers
+from dalle import evaluation
 from examples_utils import cli, metrics, process, report, runner
 from examples_utils.machine import Machine, missing
 from examples_utils.spec import Metric, build_command, load_entries, make_benchmark, select, variants
@@ -740,5 +741,26 @@ def test_train_takes_the_flags_of_every_shipped_entry(name, tmp_path):
         elif "busy.py" in words:
             for config_name in busy.COMMAND.parse(words[words.index("busy.py") + 1:]).configs:
                 assert train_args.parse(["--config", config_name, "--generated-data"])
+        elif "evaluate.py" in words:
+            evaluation.COMMAND.parse(words[words.index("evaluate.py") + 1 :])
         else:
             assert "generate.py" in words and "--dalle_path" in words
+
+
+def test_the_shipped_spec_reads_the_tables_of_evaluate(tmp_path):
+    retrieval = {"captions": 9, "generated": 0.5, "reconstructions": 1.0}
+    names = ("fid", "fid_infinity", "kid", "is", "precision", "recall", "psnr", "ssim", "codes_used", "perplexity")
+    validation = ("loss", "text_loss", "text_perplexity", "image_loss", "image_perplexity", "bits_per_code")
+    (tmp_path / "o").write_text(evaluation.report({
+        "checkpoint": {"name": "x", "sha256": "a" * 64, "parameters": 1, "codebook": 2},
+        "data": {"input_folder": "demo", "num_pairs": 9},
+        "validation": {name: 2.5 for name in validation},
+        "metrics": [dict({name: 0.25 for name in names}, cond_scale=1)], "protocol": {"num_images": 9},
+        "retrieval": {"pictures": 9, "heldout": retrieval, "train": dict(retrieval, generated=0.75)},
+    }))  # fmt: skip
+    (tmp_path / "e").touch()
+    entries = [item for item in shipped() if "evaluate.py" in item.cmd]
+    assert len(entries) == 4
+    for item in entries:
+        found, problems = metrics.extract(item.metrics, tmp_path / "o", tmp_path / "e")
+        assert not problems and all(value is not None for result in found.values() for value in result.values())

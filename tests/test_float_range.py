@@ -104,7 +104,7 @@ def test_matmuls_by_the_matrix_unit(unit, precision, eps, ranges, chance, produc
     assert_within(result, a.double() @ b.double(), sums, k, eps=eps)
 
 
-@pytest.mark.parametrize("kind", ["float32", "int8"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 @torch.no_grad()
 def test_matmuls_of_the_row_decoder(kind, chance):
     outputs, depth, count = chance.randint(1, 70), chance.randint(1, 300), chance.choice((0, 1, 3, 14))
@@ -113,6 +113,8 @@ def test_matmuls_of_the_row_decoder(kind, chance):
     layer.bias.copy_(wild(outputs))
     if kind == "int8":
         layer = Int8Linear(layer.weight, layer.bias)
+    if kind == "bfloat16":
+        layer.bfloat16()
     x = wild(count, depth, high=110)  # int8 sums, up to 127 * 300 times as large, are scaled last: the stated ceiling
     if count > 2:
         x[1] = NAN

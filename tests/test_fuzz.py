@@ -31,7 +31,7 @@ from checkpoints import dalle_checkpoint, export_safetensors, read_dalle, save_c
 from checkpoints.trust import model_config
 from checkpoints.vqgan import check_size, load_vqgan_state
 from dalle.completion import mask_cells, parse_box
-from dalle.outputs import PromptFolder, folder_name
+from dalle.prompt_folders import folder_name, lock_folder, prompt_folders
 from data.images import BROKEN_IMAGE_ERRORS, load_image
 from data.process_trainset import clean_caption, process_captions
 from examples_utils.spec import load_entries, select
@@ -378,9 +378,10 @@ def test_any_options_of_a_stored_model(values):
 @given(strategies.lists(strategies.text(max_size=200), min_size=1, max_size=4))
 @settings(deadline=None, max_examples=100)
 def test_any_prompts_have_folders_of_their_own_inside(tmp_path_factory, prompts):
-    outputs, taken = tmp_path_factory.mktemp("outputs"), set()
-    names = [PromptFolder(outputs, prompt, taken, "png", {}).path for prompt in dict.fromkeys(prompts)]
+    outputs = tmp_path_factory.mktemp("outputs")
+    names = prompt_folders(outputs, dict.fromkeys(prompts))
     for path in names:
+        lock_folder(path)
         assert path.is_dir() and path.resolve().parent == outputs.resolve()
         assert path.name not in (".", "..") and not path.name.startswith("-") and "/" not in path.name
     # Apart, also where the file system knows no case.
@@ -389,8 +390,7 @@ def test_any_prompts_have_folders_of_their_own_inside(tmp_path_factory, prompts)
 
 @pytest.mark.parametrize("first, second", [("A Cat", "a cat"), ("STRASSE", "straße"), ("caf\u00e9", "cafe\u0301")])
 def test_prompts_that_differ_in_case_or_coding_have_two_folders(tmp_path, first, second):
-    taken = set()
-    names = [PromptFolder(tmp_path, prompt, taken, "png", {}).path.name for prompt in (first, second)]
+    names = [path.name for path in prompt_folders(tmp_path, (first, second))]
     assert names[0] == folder_name(first) and names[1] != folder_name(second)
 
 
@@ -402,7 +402,9 @@ SHELL = [
 
 @pytest.mark.parametrize("prompt", SHELL, ids=range(len(SHELL)))
 def test_no_name_of_a_folder_is_a_command_even_in_double_quotes_of_a_shell(prompt, tmp_path):
-    name = PromptFolder(tmp_path, prompt, set(), "png", {}).path.name
+    (folder,) = prompt_folders(tmp_path, [prompt])
+    lock_folder(folder)
+    name = folder.name
     command = ["sh", "-c", 'ls -d -- "$1"/ && cd -- "$1"', "sh", name]
     assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == [name]

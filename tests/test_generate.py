@@ -28,13 +28,14 @@ from checkpoints.vqgan import load_vqgan
 from dalle import loading
 from dalle.loading import load
 from dalle.models import Dalle
-from dalle.outputs import MAX_NAME_LEN, PromptFolder, folder_name, with_digest
+from dalle.outputs import Outputs
+from dalle.prompt_folders import MAX_NAME_LEN, folder_name, lock_folder, prompt_folders, with_digest
 from data.images import load_image
 from models.config import DalleConfig
 from models.dalle import DalleModel
 from models.vqgan import VQGAN, VqganConfig
 from sampling import SamplingOptions, decode, image_seed, prime_rows, sample_codes, to_uint8
-from sampling.driver import Share, split
+from sampling.driver import all_shares
 from utils.errors import UsageError, UserError
 from utils.files import sha256_file
 
@@ -125,15 +126,16 @@ def test_an_image_depends_on_seed_and_index_alone(run, codes):
 
 @settings(deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 20))
-def test_batches_cover_every_image_once(num_prompts, num_images, batch_size):
-    drawn = []
-    for share in split(Share(0, num_prompts, 0, num_images), batch_size):
-        assert 0 < share.num_images <= batch_size
-        images = range(share.first_image, share.end_image)
-        drawn += itertools.product(range(share.first_prompt, share.end_prompt), images)
+def test_full_batches_cover_every_image_once(num_prompts, num_images, batch_size):
+    shares = list(all_shares(num_prompts, num_images, batch_size))
+    assert [share.num_images for share in shares[:-1]] == [batch_size] * (len(shares) - 1)
     # A prompt's images come in their order, so that they can be written as they come.
-    expected = list(itertools.product(range(num_prompts), range(num_images)))
-    assert sorted(drawn, key=lambda pair: pair[0]) == expected
+    drawn = [place for share in shares for place in zip(*share)]
+    assert drawn == list(itertools.product(range(num_prompts), range(num_images)))
+    for share in shares:  # as sample_codes lays out equally many images of each prompt that it reads
+        read = share.to_read()
+        assert [prompt for prompt in read for _ in range(share.num_images // len(read))] == list(share.prompts)
+        assert [place for part in share.split(3) for place in zip(*part)] == list(zip(*share))
 
 
 @pytest.mark.parametrize("options", [{}, {"shift_tokens": True, "rotary": True}])
@@ -283,9 +285,10 @@ def test_no_prompt_leaves_its_folder(prompt):
 @settings(max_examples=20, deadline=None)
 @given(prompts=st.lists(hostile, min_size=2, max_size=6, unique=True))
 def test_prompts_never_share_a_folder(tmp_path_factory, prompts):
-    outputs, taken = tmp_path_factory.mktemp("outputs"), set()
-    folders = [PromptFolder(outputs, prompt, taken, "png", {}).path for prompt in prompts]
-    assert len(set(folders)) == len(folders)
+    outputs = tmp_path_factory.mktemp("outputs")
+    folders = prompt_folders(outputs, prompts)
+    locks = [lock_folder(folder) for folder in folders]
+    assert len(locks) == len(set(folders)) == len(folders)
     assert sorted(folders) == sorted(outputs.iterdir())
 
 
@@ -318,7 +321,7 @@ def test_an_old_report_cannot_name_other_files(run, tmp_path):
 
 def test_an_interrupted_run_leaves_a_report_of_what_is_there(run, tmp_path, monkeypatch):
     run("a", "--num_images 6 --seed 1")
-    add, calls = PromptFolder.add, []
+    add, calls = Outputs.add, []
 
     def interrupted(self, *arguments):
         calls.append(1)
@@ -326,7 +329,7 @@ def test_an_interrupted_run_leaves_a_report_of_what_is_there(run, tmp_path, monk
             raise KeyboardInterrupt
         add(self, *arguments)
 
-    monkeypatch.setattr(PromptFolder, "add", interrupted)
+    monkeypatch.setattr(Outputs, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run("a", "--num_images 6 --batch_size 2 --seed 2")
     folder = tmp_path / "out" / "a"
@@ -487,8 +490,8 @@ def test_user_errors(run, tmp_path):
     for message, flags in (
         (unknown, "--dalle_path /nowhere.pt"),
         ("is no checkpoint", f"--dalle_path {bad}"),
-        ("--prompts-file /nowhere.txt: No such file or directory", "--prompts_file /nowhere.txt"),
-        ("is not UTF-8 text (byte 1)", f"--prompts_file {latin}"),
+        ("--prompts-file /nowhere.txt: no such file", "--prompts_file /nowhere.txt"),
+        ("latin.txt: not a text file (it is not UTF-8", f"--prompts_file {latin}"),
         (f"--outputs-dir {bad}: {bad} is a file, not a folder", f"--outputs_dir {bad} --dalle_path {bad}"),
         ("--prime-image /nowhere.png cannot be read: No such file", "--prime_image /nowhere.png"),
         (f"--prime-image {bad} cannot be read", f"--prime_image {bad}"),

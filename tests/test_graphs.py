@@ -200,7 +200,7 @@ def test_a_batch_is_decoded_while_the_next_is_sampled(graph, monkeypatch):
     vqgan = VQGAN(VqganConfig(num_codes=20, embed_dim=4, resolution=12, z_channels=4, ch=4, ch_mult=(1, 2),
                               num_res_blocks=1, attn_resolutions=(), num_groups=2)).eval()  # fmt: skip
     loaded = Loaded(random_model().float(), vqgan, None, None)
-    expected = list(Sampler(loaded).images(TEXT, 3, batch_size=2, seed=1))
+    expected = list(Sampler(loaded).images(TEXT, 4, batch_size=2, seed=1))
     sampled = []
 
     class Beside(driver._Pictures):
@@ -215,7 +215,7 @@ def test_a_batch_is_decoded_while_the_next_is_sampled(graph, monkeypatch):
     monkeypatch.setattr(driver, "_Pictures", Beside)
     monkeypatch.setattr(driver, "_room_on_host", torch.empty_like)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
-    for index, batch in enumerate(Sampler(loaded).images(TEXT, 3, batch_size=2, seed=1)):
+    for index, batch in enumerate(Sampler(loaded).images(TEXT, 4, batch_size=2, seed=1)):
         assert sampled[-1] == expected[min(index + 1, 3)].share
         assert batch.share == expected[index].share and batch.seeds == expected[index].seeds
         assert torch.equal(batch.pixels, expected[index].pixels) and torch.equal(batch.codes, expected[index].codes)

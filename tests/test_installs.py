@@ -170,7 +170,7 @@ def test_every_package_module_and_data_file_is_listed_for_pip(project):
     modules = {name[:-3] for name in files if name.endswith(".py") and "/" not in name}
     assert set(listed["py-modules"]) == modules - {"setup", "process_captions"}
     patterns = [f"{name}/{pattern}" for name, found in listed["package-data"].items() for pattern in found]
-    for name in tracked("bpe", "models", "ops"):
+    for name in tracked("bpe", "models", "ops", "server"):
         if not name.endswith((".py", "bpe/SOURCE.md")):
             assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns), name
 

@@ -48,26 +48,10 @@ def random_floats(**options):
 
 
 def steps(model, codes, images, first=0, expected=NativeDecoder):
-    """Logits after each code, fed one after the other."""
-    count = torch.get_num_threads()
+    """Logits after the prompt or the first codes, and after each further one, fed one after the other."""
     decoder = best_decoder(model, len(codes) // images, images)[0]
     assert type(decoder) is expected
-    prompt, feed = decoder.prompt, decoder.feed
-
-    def alone(text):  # what comes before is PyTorch's: on some CPUs its last bits depend on the threads
-        torch.set_num_threads(1)
-        hidden = prompt(text)
-        if not first:
-            torch.set_num_threads(count)
-        return hidden
-
-    def fed(own, positions):
-        hidden = feed(own, positions)
-        torch.set_num_threads(count)
-        return hidden
-
-    decoder.prompt, decoder.feed = alone, fed
-    return decode(decoder, TEXT[: len(codes) // images], codes, first)[1:]
+    return decode(decoder, TEXT[: len(codes) // images], codes, first)
 
 
 def packed(layer):
@@ -79,20 +63,23 @@ def packed(layer):
 
 @needs_kernels
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [torch.nn.Linear, Int8Linear], ids=["float32", "int8"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("depth, outputs", [(1, 1), (7, 5), (24, 40), (65, 32), (130, 33), (600, 97)])
 def test_matmuls_of_all_sizes(kind, depth, outputs, threads):
     torch.manual_seed(1)
     threads(1 + outputs % 2)
     for bias in (True, False):
         layer = torch.nn.Linear(depth, outputs, bias=bias)
-        if kind is Int8Linear:
+        if kind == "int8":
             layer = Int8Linear(torch.randn(outputs, depth), layer.bias)
-        matmul = packed(layer)
+        matmul = packed(layer.bfloat16() if kind == "bfloat16" else layer)
+        layer.float()
+        floats = packed(layer)
         for count in [*range(1, 14), 16, 25, 37, 48]:
             x = torch.randn(count, depth)
             found = matmul(x)
-            torch.testing.assert_close(found, layer(x), rtol=1e-5, atol=1e-5 if kind is torch.nn.Linear else 1e-4)
+            torch.testing.assert_close(found, layer(x), rtol=1e-5, atol=1e-4 if kind == "int8" else 1e-5)
+            assert kind == "int8" or torch.equal(found, floats(x))
             assert torch.equal(found[:1], matmul(x[:1]))  # to the bit, however many rows there are
 
 
@@ -122,8 +109,8 @@ def test_steps_give_the_logits_of_the_whole_pass(options, images, first, count, 
     exact = random_model(**options)
     model = copy.deepcopy(exact).float()
     codes, text = random_codes(2 * images), TEXT.repeat_interleave(images, 0)
-    expected = exact(text, codes)[1][:, first + 1 :].transpose(0, 1)
-    usual = (model(text, codes)[1][:, first + 1 :].transpose(0, 1) - expected).abs().max()
+    expected = exact(text, codes)[1][:, first:].transpose(0, 1)
+    usual = (model(text, codes)[1][:, first:].transpose(0, 1) - expected).abs().max()
     found = steps(model, codes, images, first)
     assert usual < 1e-3 and (found - expected).abs().max() < 3 * usual + 1e-6
 
@@ -148,11 +135,21 @@ def test_int8_steps_give_what_pytorch_gives(activation, threads):
 
 @needs_kernels
 @torch.no_grad()
+@pytest.mark.parametrize("options", [*OPTIONS.values(), *WIDE.values()], ids=[*OPTIONS, *WIDE])
+def test_bfloat16_weights_give_the_bits_of_their_floats(options, threads):
+    threads(2)
+    model = random_floats(**options).bfloat16()
+    found = steps(model, random_codes(2), 2, first=13)
+    assert torch.equal(found, steps(model.float(), random_codes(2), 2, first=13))
+
+
+@needs_kernels
+@torch.no_grad()
 def test_neither_other_images_nor_threads_change_a_bit(threads):
     model, codes = random_floats(**ALL), random_codes(17)
     together = steps(model, codes, 17)
     assert torch.equal(steps(model, codes, 17), together)
-    assert torch.equal(steps(model, codes[4:7], 3), together[:, 4:7])
+    assert torch.equal(steps(model, codes[4:7], 3, first=30), together[30:, 4:7])
     assert torch.equal(steps(model, codes[5:6], 1), together[:, 5:6])  # whose keys lie elsewhere
     threads(2)
     assert torch.equal(steps(model, codes, 17), together)
@@ -190,7 +187,7 @@ def test_a_broken_weight_is_not_hidden(options, value):
     model.image_emb.weight[3, 2] = value
     codes = random_codes(4).clamp(min=4)
     codes[2, 30] = 3
-    found = steps(model, codes, 4).isnan().all(-1)  # (35, 4)
+    found = steps(model, codes, 4)[1:].isnan().all(-1)  # (35, 4)
     assert found[30:, 2].all() and found.sum() == 5
 
 
@@ -269,9 +266,10 @@ def test_only_floats_on_a_cpu_are_decoded_natively(monkeypatch):
 
     model = random_floats()
     assert fed_by(model) is NativeDecoder
-    assert fed_by(copy.deepcopy(model).bfloat16()) is Decoder and fed_by(random_model()) is Decoder
+    assert fed_by(copy.deepcopy(model).bfloat16()) is NativeDecoder and fed_by(random_model()) is Decoder
     with torch.autocast("cpu", torch.bfloat16):
         assert fed_by(model) is Decoder
+    assert fed_by(copy.deepcopy(model).half()) is Decoder
     other = copy.deepcopy(model)
     layer = other.transformer.layers[1].feed_forward.fn
     layer.up = Doubling(layer.up.in_features, layer.up.out_features, bias=False)
@@ -295,7 +293,7 @@ def test_without_kernels_pytorch_computes_the_same(name, value, request, monkeyp
     monkeypatch.setenv(name, value)
     monkeypatch.delenv("CC", raising=False)
     found = steps(model, codes, 1, expected=Decoder)
-    torch.testing.assert_close(found, before[1:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, before, rtol=1e-5, atol=1e-5)
 
 
 @needs_kernels

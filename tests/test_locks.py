@@ -10,7 +10,7 @@ import pytest
 from test_crash import arguments, assert_as_undisturbed, finish, start, wait_for
 
 import train_vqgan
-from dalle.outputs import PromptFolder
+from dalle.prompt_folders import lock_folder, prompt_folders
 from utils import locks
 from utils.errors import UserError
 from utils.locks import only_writer, try_lock
@@ -111,9 +111,10 @@ def test_stage_1_and_generation_are_refused_too(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", argv)
     with only_writer(("--output", tmp_path)), pytest.raises(UserError, match="--output .* already writing there"):
         train_vqgan.main()
-    first = PromptFolder(tmp_path, "a cat", set(), "png", {})
+    cat, dog = prompt_folders(tmp_path, ["a cat", "a dog"])
+    first = lock_folder(cat)
     with pytest.raises(UserError, match="--outputs-dir: another process is writing images into .*a_cat"):
-        PromptFolder(tmp_path, "a cat", set(), "png", {})
-    PromptFolder(tmp_path, "a dog", set(), "png", {})
-    del first
-    PromptFolder(tmp_path, "a cat", set(), "png", {})
+        lock_folder(cat)
+    lock_folder(dog)
+    first.close()
+    lock_folder(cat)

@@ -232,11 +232,17 @@ def test_wandb_gets_numbers_and_a_resumed_run_its_id(tmp_path, wandb):
     for step, resume_step in ((1, None), (2, 1), (1, None)):
         with log.Metrics(tmp_path, wandb=True, config={"a": 1}, resume_step=resume_step, **names) as metrics:
             metrics.log("train", step, loss=2.5, note="x")
+            metrics.images("samples", step, ["a", "b"], torch.zeros(2, 3, 4, 5, dtype=torch.uint8))
     first, resumed, new = (call.kwargs for call in wandb.init.call_args_list)
     assert (first["project"], first["name"], first["config"], first["dir"]) == ("p", "r", {"a": 1}, str(tmp_path))
     assert resumed["id"] == first["id"] != new["id"]
     assert (first["resume"], resumed["resume"]) == (None, "allow")
-    assert run.log.call_args_list[:2] == [mock.call({"train/loss": 2.5}, step=step) for step in (1, 2)]
+    logged, image = run.log.call_args_list, wandb.Image.return_value
+    assert logged[:4:2] == [mock.call({"train/loss": 2.5}, step=step) for step in (1, 2)]
+    assert logged[1] == mock.call({"samples": [image, image]}, step=1)
+    assert [(call.args[0].shape, call.kwargs) for call in wandb.Image.call_args_list[:2]] == [
+        ((4, 5, 3), {"caption": "a"}), ((4, 5, 3), {"caption": "b"})
+    ]
     assert run.finish.call_count == 3
 
 

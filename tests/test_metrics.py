@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, random_images
 from PIL import Image
 
 import evaluate
@@ -19,7 +19,7 @@ from dalle.clip_score import ClipCollector
 from metrics import distances, memorization
 from metrics.features import Collector, Features, features_of
 from metrics.images import ImageSet, folder_images
-from metrics.inception import Inception, load_inception
+from metrics.inception import load_inception
 from metrics.reconstruction import ssim
 from utils.errors import UserError
 
@@ -43,27 +43,9 @@ def fidelity():
     sys.modules.update(before)
 
 
-def random_images(count: int, size: int, seed: int) -> torch.Tensor:
-    """Smooth random images of different contrast, uint8 (n, 3, S, S)."""
-    generator = torch.Generator().manual_seed(seed)
-    small = torch.rand(count, 3, 6, 6, generator=generator) * torch.rand(count, 1, 1, 1, generator=generator)
-    return (torch.nn.functional.interpolate(small, size, mode="bicubic").clamp(0, 1) * 255).to(torch.uint8)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A file in torch-fidelity's layout: random weights whose norms fit data, and a head that tells images apart."""
-    torch.manual_seed(0)
-    network = Inception()
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0
-            module.train()
-    _, logits = network(random_images(8, 64, 3))
-    network.fc.weight.data *= 40 / logits.std()
-    path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.save(network.state_dict(), str(path))
-    return path
+@pytest.fixture(scope="session")
+def weights(inception_weights):
+    return inception_weights
 
 
 def test_features_of_images(fidelity, weights):
@@ -83,7 +65,7 @@ def test_all_figures_of_images(fidelity, weights):
     sets = [random_images(24, 40, 1), torch.flip(random_images(20, 56, 2), dims=[1]) // 2]
     network = load_inception(weights)
     generated, real = (
-        features_of(ImageSet("", len(images), None, lambda size, own=images: iter(own.split(size))), network, 8)
+        features_of(ImageSet("", len(images), None, images.__getitem__), network, 8)
         for images in sets
     )
     options = dict(feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(weights), cuda=False)
@@ -181,7 +163,7 @@ def test_images_of_a_folder(folder):
     (folder / "red" / "2.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="--images .*2.png cannot be read"):
         list(found.batches(8))
-    for path, message in ((folder / "none", "no such folder"), (folder / "red" / "0.png", "no such folder")):
+    for path, message in ((folder / "none", "no such folder"), (folder / "red" / "0.png", "neither a folder nor")):
         with pytest.raises(UserError, match=f"--images .*: {message}"):
             folder_images("--images", str(path))
 
@@ -259,16 +241,26 @@ def test_a_folder_is_measured(folder, weights, tmp_path, capsys):
     assert "note: 4 images" in capsys.readouterr().out
 
 
-def test_a_model_is_measured_at_each_guidance_scale(weights, tmp_path, capsys):
-    """Other captions get other random numbers; a second run gives the same figures."""
+def test_a_model_is_measured_at_each_guidance_scale(weights, tmp_path, capsys, caplog, monkeypatch):
+    """Other captions get other random numbers; a second run gives the same figures. What is real is measured once."""
+    made, moments = [], distances.Moments.__init__
+    monkeypatch.setattr(distances.Moments, "__init__", lambda *given: (made.append(given), moments(*given))[1])
     words = ("--dalle-path", "demo", "--metrics", "loss,fid,copies", "--num-images", "6", "--max-pairs", "4")
     words += ("--cond-scale", "1", "2", "--inception-weights", str(weights))
     first, second = evaluated(tmp_path, *words), evaluated(tmp_path, *words)
+    assert [len(features) for _, features in made] == [4, 6, 6] * 2
+    assert caplog.text.count("features of demo: those of an earlier run") == 1
     assert first["metrics"] == second["metrics"] and [row["cond_scale"] for row in first["metrics"]] == [1, 2]
     assert first["metrics"][0]["fid"] != first["metrics"][1]["fid"] and first["validation"]["loss"] > 0
     assert first["protocol"]["temperature"] == 1 and first["protocol"]["num_real"] == 4
     assert all((tmp_path / f"result.copies-{scale}.png").is_file() for scale in (1, 2))
     assert capsys.readouterr().out.count("guidance") == 2
+
+
+def test_too_few_images_of_a_folder_are_refused_before_anything_is_loaded(folder):
+    words = f"--images {folder} --metrics is --inception-weights none.pth"
+    with pytest.raises(UserError, match="--metrics is needs at least 10 images: .* has 4"):
+        evaluate.main(words.split())
 
 
 def test_a_tokenizer_is_measured(folder, weights, tmp_path):
@@ -319,8 +311,13 @@ WRONG = [
     ("--reconstruction --dalle-path demo --metrics is", "fid and kid"),
     ("--dalle-path demo --metrics clip", "--metrics clip and --clip-path belong together"),
     ("--dalle-path demo --cond-scale 1 2", "--cond-scale: several scales"),
+    ("--dalle-path demo --metrics fid --cond-scale 1 1", "--cond-scale: each scale is given once"),
     ("--dalle-path demo --plot x.png", "--plot needs --metrics fid clip"),
     ("--dalle-path demo --num-images 5", "--num-images needs --metrics"),
+    ("--dalle-path x --metrics fid prc --num-images 3", "prc needs at least 4 images: --num-images is 3"),
+    ("--dalle-path x --metrics is --num-images 9", "is needs at least 10 images: --num-images is 9"),
+    ("--dalle-path demo --resume", "--resume needs --json"),
+    ("--reconstruction --dalle-path demo --resume --json x", "--resume has no use with --reconstruction"),
     ("--dalle-path demo --perceptual-weights x", "--perceptual-weights needs --reconstruction"),
     ("--dalle-path demo --metrics bleu", "--metrics: expected one of loss, fid"),
 ]

@@ -128,7 +128,7 @@ def test_the_way_out_is_one_that_the_device_has(training_folder, tmp_path, monke
 def test_weights_that_are_not_finite_are_never_saved(run, tmp_path, monkeypatch):
     state = NativeEngine.model_state
 
-    def damaged(self):
+    def damaged(self, averaged=False):
         return {key: value * float("nan") if self.num_updates > 2 else value for key, value in state(self).items()}
 
     monkeypatch.setattr(NativeEngine, "model_state", damaged)

@@ -146,7 +146,7 @@ def test_the_api_samples_with_every_dtype(folder, dtype):
     images = model.sampling("a painting of the sea", device="cpu", **options)
     assert images.shape == (3, 3, 16, 16) and images.dtype == torch.float32 and torch.isfinite(images).all()
     if build.library("rows") is not None:
-        assert model.loaded.batch_changes_images(96) == (dtype == "bfloat16")
+        assert not model.loaded.batch_changes_images(96)
     assert model.loaded.batch_changes_images(97)
     if not model.loaded.batch_changes_images(1):
         assert torch.equal(images, model.sampling("a painting of the sea", batch_size=2, **options))

@@ -18,8 +18,9 @@ from PIL import Image
 import generate
 from dalle import generation
 from dalle.completion import completion_codes
+from dalle.journal import rank
 from dalle.loading import load
-from dalle.reranking import Best, Candidate, ClipRanker
+from dalle.reranking import ClipRanker
 from dalle.utils.utils import clip_score, clip_similarity
 from utils.errors import UsageError, UserError
 
@@ -150,11 +151,9 @@ def test_without_clip_the_likeliest_are_kept(run):
 
 
 def test_best_holds_no_more_than_it_keeps():
-    best, nothing = Best(2), torch.zeros(1)
-    for index, score in enumerate([0.1, float("nan"), 0.5, 0.5, 0.2]):
-        best.add(Candidate(score, index, index, nothing, nothing[0], nothing))
-        assert len(best.ordered()) <= 2
-    assert [candidate.number for candidate in best.ordered()] == [2, 3]
+    scores = enumerate([0.1, None, 0.5, 0.5, 0.2])
+    records = [{"number": number, "clip_score": score, "log_likelihood": 0} for number, score in scores]
+    assert [record["number"] for record in sorted(records, key=rank)] == [2, 3, 4, 0, 1]
 
 
 def test_completion_keeps_what_the_mask_leaves(run, mindalle_folder, tmp_path):

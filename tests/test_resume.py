@@ -50,13 +50,14 @@ _ALONE = dict(
     vqgan_config_path=NEW_VQGAN + ".yaml", input_folder=NEW_FOLDER, validation_folder=NEW_FOLDER,
     validation_fraction=0.2, bpe_path=NEW_WORDS, generated_data=True, synthetic_data=True, dataloader_workers=1,
     cache_codes="off", augment="flip", checkpoint_save_steps=1, keep_checkpoints=1, log_dir=NEW_LOGS, tensorboard=True,
-    wandb=True, wandb_project_name="another", wandb_run_name="another",
+    wandb=True, wandb_project_name="another", wandb_run_name="another", evaluate_every=1,
 )
 #: What is refused in itself.
 _REFUSED = dict(
     shard=True, vae_path="vae", truncate_captions=False, shard_images="img", shard_captions="cap", max_bad_fraction=0.0,
     export_mindalle="exported",
 )
+_EVALUATED = dict(evaluate_captions=2, evaluate_images=2, inception_weights="file", clip_path="folder")
 #: The same of options that an IPU engine alone looks at.
 _IPU = dict(
     device_iterations=2, fp16=True, embedding_serialization_factor=2, matmul_proportion=[0.3], stochastic_rounding=True,
@@ -68,6 +69,7 @@ ANEW = {
     **{name: {name: value} for name, value in _ALONE.items()},
     **{name: ({name: value}, "ipu") for name, value in _IPU.items()},
     **{name: ({name: value}, args.flag_name(name)) for name, value in _REFUSED.items()},
+    **{name: ({name: value}, args.flag_name(name) + " needs --evaluate-every") for name, value in _EVALUATED.items()},
     # Every run of these tests is resumed, in a copy of its folder.
     "checkpoint_output_dir": {}, "resume": {}, "device": ({"device": "cuda"}, "--device cuda"),
     "epochs": ({"epochs": 2, "max_steps": 0}, list(range(3, 13))), "max_steps": ({"max_steps": 4}, [3, 4]),

@@ -508,3 +508,16 @@ def test_without_bos_there_must_be_a_word_to_start_from():
     model = random_model(bos=False, unique_pads=False)
     with pytest.raises(ValueError, match="without <bos>"):
         complete_text(model, [], 1)
+
+
+def test_blocks_of_noise_hold_what_is_made_for_each_pass():
+    """Positions that go on, jump, fall behind and differ between images; other images; a table too large to keep."""
+    blocks = noise.Blocks(2)
+    for seeds, first, count, vocabulary in (
+        ([1, 2], 0, 1, 7), ([1, 2], 1, 3, 7), ([1, 2], 60, 8, 7), ([1, 2], 2, 40, 7), ([3, 2], 3, 1, 7),
+        ([3, 2], 4, 1, 9), ([3, 2], 5, 1, 1 << 13),
+    ):  # fmt: skip
+        keys = noise.keys(seeds).repeat_interleave(count)
+        positions = (torch.tensor([[first], [first + 9]]) + torch.arange(count)).flatten()
+        expected = noise.gumbel(noise.stream(keys, positions, vocabulary), vocabulary)
+        assert torch.equal(blocks.at(keys, positions, vocabulary), expected)

@@ -20,9 +20,9 @@ from training.schedule import Position, Schedule
 from training.setup import dalle_config, vqgan_config
 from utils.options import VERSION
 
-COMMANDS = {"train", "generate", "evaluate", "train_vqgan"}
+COMMANDS = {"train", "generate", "evaluate", "serve", "train_vqgan"}
 OURS = COMMANDS | {"args", "benchmarks", "bpe", "checkpoints", "dalle", "data", "engines", "examples_utils", "log"}
-OURS |= {"metrics", "models", "ops", "sampling", "training", "utils"}
+OURS |= {"metrics", "models", "ops", "sampling", "server", "training", "utils"}
 
 #: What each part may import of ours. Commands (scripts, examples, benchmarks) may import everything but each other.
 ARROWS = {
@@ -37,9 +37,11 @@ ARROWS = {
     "sampling": {"models", "ops", "utils"},
     "metrics": {"checkpoints", "data", "log", "models", "utils"},
     "dalle": {"checkpoints", "data", "metrics", "models", "sampling", "bpe", "log", "utils"},
+    "server": {"dalle", "data", "sampling", "utils"},
     "engines": {"args", "checkpoints", "data", "models", "ops", "utils", "log"},
-    "training": {"args", "bpe", "checkpoints", "dalle", "data", "engines", "log", "models", "utils"},
-    "benchmarks": {"args", "bpe", "engines", "log", "models", "ops", "sampling", "training", "utils"},
+    "training": {"args", "bpe", "checkpoints", "dalle", "data", "engines", "log", "metrics", "models", "sampling"}
+    | {"utils"},
+    "benchmarks": {"args", "bpe", "dalle", "data", "engines", "log", "models", "ops", "sampling", "training", "utils"},
     "examples_utils": {"args", "bpe", "dalle", "data", "engines", "log", "models", "utils"},
 }
 CONFIGURATIONS = [

@@ -8,7 +8,7 @@ import torch
 from models_for_tests import OPTIONS, TEXT, needs_kernels, primed, random_model
 
 from dalle.loading import load
-from sampling import SamplingOptions, Shared, Windows, image_seed, sample_codes
+from sampling import SamplingOptions, Shared, Windows, image_seed, native, sample_codes
 from utils.errors import UserError
 
 #: What is sampled beside the plain case: seeds, captions, options, given codes.
@@ -55,28 +55,35 @@ def test_windows_of_pytorch_give_the_same_codes(options, case, parallel):
 
 
 @pytest.mark.parametrize(
-    "count", [12, pytest.param(200, marks=pytest.mark.slow)], ids=["12 captions", "200 captions"]
+    "count, by_pytorch",
+    [(12, False), *(pytest.param(200, by_pytorch, marks=pytest.mark.slow) for by_pytorch in (False, True))],
+    ids=["12 captions", "200 captions", "200 captions by PyTorch"],
 )
 @needs_kernels
-def test_the_demo_model_samples_the_same_images_in_fewer_passes(count):
-    """Captions, seeds and settings in turn, alone and two at once."""
+def test_the_demo_model_samples_the_same_images_in_fewer_passes(count, by_pytorch, monkeypatch):
+    """Captions, seeds and settings in turn, alone and two at once. PyTorch's logits may decide a tie differently."""
+    if by_pytorch:
+        monkeypatch.setattr(native, "refusal", lambda model, rows: "by PyTorch")
     loaded = load("demo")
     captions = ["red apple", "pizza", "octopus", "flag: Italy", "wolf", "rainbow", "grinning cat", "snowman", "guitar"]
     settings = [
         SamplingOptions(top_k=top_k, top_p=top_p, temperature=temperature)
         for top_k, top_p, temperature in itertools.product((10, None, 64), (None, 0.9), (1.0, 0.7, 1.3))
     ]
-    codes = passes = 0
+    codes = passes = ties = 0
     for number in range(count):
         text = loaded.tokenizer.tokenize(captions[number % len(captions)], loaded.config.text_seq_len)[0]
         seeds, options = [image_seed(7, number + i) for i in range(1 + number % 2)], settings[number % len(settings)]
         expected = sample_codes(loaded.dalle, text, seeds, options, shared=Shared("off"))
         shared = Shared((8, 16, "auto")[number % 3])
         found = sample_codes(loaded.dalle, text, seeds, options, shared=shared)
-        assert torch.equal(found.codes, expected.codes)
-        assert torch.equal(found.log_likelihood, expected.log_likelihood)
+        if by_pytorch:
+            ties += int((found.codes != expected.codes).any(dim=1).sum())
+        else:
+            assert torch.equal(found.codes, expected.codes)
+            assert torch.equal(found.log_likelihood, expected.log_likelihood)
         codes, passes = codes + shared.windows.codes, passes + shared.windows.passes
-    assert codes / passes > 1.5
+    assert codes / passes > 1.5 and ties <= count // 100
 
 
 # ---- the width of a window

@@ -49,9 +49,8 @@ def check_folders(config: Config) -> None:
     for flag, folder in (("--log-dir", config.misc.log_dir), ("--cache-codes", options.cache_codes)):
         if folder and Path(folder).is_file():
             raise UserError(f"{flag} {folder}: is a file, not a folder")
-    generated = options.generated_data or options.synthetic_data
     for flag, folder in (
-        ("--input-folder", None if generated else options.input_folder),
+        ("--input-folder", None if options.generated else options.input_folder),
         ("--validation-folder", options.validation_folder),
     ):
         if folder not in (None, data.DEMO):

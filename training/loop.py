@@ -31,8 +31,11 @@ class Loop:
             ended = self.finished()
             stopping = not ended and self.interrupted()
             self.save(stopping)
-            if stopping or ended:
-                return not stopping
+            if stopping:
+                return False
+            self.evaluate(ended)
+            if ended:
+                return True
         return True
 
     def interrupted(self) -> bool:
@@ -57,4 +60,8 @@ class Loop:
 
     def save(self, stopping: bool) -> None:
         """Save if due or stopping. Training continues after a failed save, since disk space may be freed."""
+        raise NotImplementedError
+
+    def evaluate(self, ended: bool) -> None:
+        """Evaluate the model if that is due. ended: the training has."""
         raise NotImplementedError

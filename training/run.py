@@ -20,6 +20,7 @@ from dalle.export import check_empty, export_mindalle, export_options
 from engines import Engine
 from models.config import DalleConfig
 from training import resume
+from training.evaluation import Evaluation
 from training.files import check_folders, move_aside
 from training.loop import Loop
 from training.saver import Saver
@@ -66,6 +67,7 @@ class Run(Loop):
         self.position = Position()
         self.changes: Changes = {}
         self.resumed: Start | None = None
+        self.evaluation: Evaluation | None = None
         if engine.is_main and options.checkpoint_output_dir:
             make_folder("--checkpoint-output-dir", self.folder)
         check_folders(config)
@@ -99,6 +101,8 @@ class Run(Loop):
         if memory:
             logger.info(memory)
         self.make_schedule(self.parts)
+        if self.config.evaluation.evaluate_every and not self.config.data.generated:
+            self.evaluation = Evaluation(self.config, engine, self.parts, super().interrupted)
         return wanted
 
     def make_schedule(self, parts: Parts) -> None:
@@ -125,6 +129,8 @@ class Run(Loop):
                 text = f"the processes found different checkpoints; they must all see {self.folder}"
                 raise UserError(f"--resume: {text}")
         codebook = self.parts.vqgan.quantize.codebook  # once images are encoded, the VQGAN is freed
+        if self.evaluation is not None:
+            self.evaluation.begin(self.parts, self.resumed is not None)
         self.parts = encode_images(self.config, self.engine, self.parts, self.position)
         model = build_model(self.config, self.parts, start, wanted, codebook)
         self.model_config = model.dalle.config
@@ -182,24 +188,45 @@ class Run(Loop):
         epoch, complete = position.epoch, not self.schedule.steps_in_epoch(position.sample_in_epoch)
         position.validation_due = False
         if self.parts.validation_set is not None:
-            losses = self.engine.evaluate(self.parts.validation_set, super().interrupted)
+            losses = self.validate()
             if losses is None:
                 position.validation_due = True
                 self.saver.save(epoch)
                 return False
-            logger.info(log.validation_line(position.step, epoch, **losses))
-            self.metrics.log("validation", position.step, epoch=epoch, **losses)
         if complete:
             self.schedule.end_epoch(None if losses is None else losses["loss"])
             position.epoch, position.sample_in_epoch = epoch + 1, 0
         self.saver.save(epoch, complete)
+        if self.evaluation is not None and self.evaluation.due(position.step, self.finished()):
+            self.evaluation.run(position.step, self.metrics)
         return True
+
+    def validate(self) -> dict[str, float] | None:
+        """Log the mean losses over the held-out pairs; None if there are none, or the run is interrupted."""
+        position, pairs = self.position, self.parts.validation_set
+        losses = None if pairs is None else self.engine.evaluate(pairs, super().interrupted)
+        if losses is not None:
+            logger.info(log.validation_line(position.step, position.epoch, **losses))
+            self.metrics.log("validation", position.step, epoch=position.epoch, **losses)
+        return losses
+
+    def evaluate(self, ended: bool) -> None:
+        # After the last step of an epoch, or of all, `end_epoch` does it.
+        if self.evaluation is not None and self.continues and self.evaluation.due(self.position.step):
+            with self.progress.paused():
+                self.validate()
+                self.evaluation.run(self.position.step, self.metrics)
 
     def interrupted(self) -> bool:
         return self.engine.any(super().interrupted())
 
     def finished(self) -> bool:
         return self.schedule.finished(self.position)
+
+    @property
+    def continues(self) -> bool:
+        """Whether more steps of this epoch follow."""
+        return not self.finished() and bool(self.schedule.steps_in_epoch(self.position.sample_in_epoch))
 
     def take_step(self, batch: Any) -> bool:
         self.mark, self.learning_rate = time.perf_counter(), self.schedule.learning_rate(self.position)
@@ -238,8 +265,7 @@ class Run(Loop):
 
     def save(self, stopping: bool) -> None:
         # The last step of an epoch, or of all, is saved by `end_epoch`.
-        continues = not self.finished() and self.schedule.steps_in_epoch(self.position.sample_in_epoch)
-        if stopping or (continues and self.saver.due()):
+        if stopping or (self.continues and self.saver.due()):
             with self.progress.paused():
                 self.saver.save(self.position.epoch)
 
@@ -264,9 +290,7 @@ class Run(Loop):
 
     def export(self) -> None:
         """--export-mindalle: write the trained model, with averaged weights if there are any."""
-        weights, folder = self.engine.model_state(), self.config.checkpoints.export_mindalle
-        if self.config.optimizer.ema_decay:
-            weights = self.engine.state_dict()["ema"] or weights  # every process takes part
+        weights, folder = self.engine.model_state(averaged=True), self.config.checkpoints.export_mindalle
         if self.engine.is_main and folder and self.parts.vqgan_paths:
             vqgan = load_vqgan(*self.parts.vqgan_paths, channels_last=False)  # the run's may be on the meta device
             export_mindalle(folder, self.model_config, weights, vqgan, self.parts.tokenizer)

@@ -87,7 +87,6 @@ def build_parts(config: Config, engine: Engine | None = None) -> Parts:
         engine.barrier()
     tokenizer = load_tokenizer(config.data.bpe_path)
     options, model = config.data, config.model
-    generated = options.generated_data or options.synthetic_data
     with torch.device("meta"):
         vqgan = VQGAN(vqgan_config(config))
     dalle_config(config, tokenizer, vqgan)
@@ -97,7 +96,7 @@ def build_parts(config: Config, engine: Engine | None = None) -> Parts:
         truncate_captions=options.truncate_captions,
         seed=config.execution.random_seed,
         null_cond_prob=model.null_cond_prob,
-        num_generated=max(GENERATED_SAMPLES, 2 * config.global_batch) if generated else 0,
+        num_generated=max(GENERATED_SAMPLES, 2 * config.global_batch) if options.generated else 0,
         augment=options.augment,
         augment_share=options.augment_share,
         index_folder=None if options.cache_codes in ("auto", "off") else Path(options.cache_codes) / "shards",
@@ -112,7 +111,7 @@ def build_parts(config: Config, engine: Engine | None = None) -> Parts:
         tokenizer,
         settings,
         validation_folder=options.validation_folder,
-        validation_holdout=0.0 if generated else options.validation_fraction,
+        validation_holdout=0.0 if options.generated else options.validation_fraction,
     )
     return Parts(tokenizer, None, vqgan, train_set, validation_set)
 
@@ -124,7 +123,7 @@ def with_weights(config: Config, parts: Parts) -> Parts:
     weights, yaml = config.model.vqgan_model_path, config.model.vqgan_config_path  # both or none
     if weights and yaml:
         paths = (Path(weights), Path(yaml))
-    elif config.data.generated_data or config.data.synthetic_data:
+    elif config.data.generated:
         # Random images need no trained VQGAN: one of the same shape does the same work, without a download.
         logger.info(f"generated data: a VQGAN with the shape of {published_vqgan(config)} and random weights")
         vqgan = VQGAN(parts.vqgan.config)

@@ -164,15 +164,18 @@ class Run(Loop):
         self.bad_steps.look(self.position.step, float(self.losses["reconstruction"]), self.trainer.bad_steps)
 
     def end_step(self, due: bool) -> None:
-        trainer, position, logged = self.trainer, self.position, self.logged
+        position, logged = self.position, self.logged
         if due:
             row = {name: float(value) for name, value in self.losses.items()}
-            row["bad_steps"] = trainer.bad_steps[0]
+            row["bad_steps"] = self.trainer.bad_steps[0]
             seconds = max(position.seconds - logged.seconds, 1e-9)
             row["images_per_second"] = (position.samples - logged.samples) / seconds
             self.logged = replace(position)
             self.report("train", f" ({self.progress:.0%})", row)
-        if position.step % self.args.evaluate_every == 0 and trainer.codebook_ready:
+
+    def evaluate(self, ended: bool) -> None:
+        trainer = self.trainer
+        if self.position.step % self.args.evaluate_every == 0 and trainer.codebook_ready:
             part = self.held_out.chunks(range(min(EVALUATED, len(self.held_out))))
             figures = reconstruct(trainer.result, part, trainer.device).figures(trainer.model.num_codes)
             self.report("heldout", ", held out", figures)

@@ -25,13 +25,15 @@ from utils.files import IMAGE_SUFFIXES, open_regular
 
 IMAGE_KEYS = ("file_name", "filename", "image", "image_name", "image_file", "image_path", "img", "img_path", "filepath")
 IMAGE_KEYS += ("file_path", "path", "file", "image_id")
-CAPTION_KEYS = ("caption", "captions", "text", "sentences", "sentence", "comment", "raw", "description", "prompt")
+CAPTION_KEYS = ("caption", "captions", "text", "sentences", "sentence", "comment", "raw", "description", "prompt",
+                "prompts")
 """Names of keys and columns, case-insensitive, the most specific first."""
 
 MAX_BYTES = 1 << 31
 """Twenty times COCO's captions."""
 
 _MAX_DIGITS = 18
+_LONGEST_HEADER = 10_000
 _DELIMITERS = "\t,|;"
 _NUMBER_OF_CAPTION = re.compile(r"#\d+$")
 _JSON_START = re.compile(r"""\s*(\[\s*([\[{"\]\d-]|$)|{\s*(["}]|$))""")  # does not match "[A sign] that says ..."
@@ -50,6 +52,8 @@ class Row(NamedTuple):
     """Why there are no captions."""
     id: Any = None
     """The entry's own id in COCO's files."""
+    record: dict[str, Any] | None = None
+    """All of the entry, where that was asked for (not of COCO's files)."""
 
 
 class Image(NamedTuple):
@@ -88,10 +92,13 @@ def read_list(
 
 
 def find_list(
-    path: Path, text: str, image_key: str | None, caption_key: str | None, with_images: bool
+    path: Path, text: str, image_key: str | None, caption_key: str | None, with_images: bool, records: bool = False
 ) -> CaptionList | None:
-    """`read_list` of the text of a file; None if it is neither JSON nor recognisable as a table."""
-    keys = _Keys(path, image_key, caption_key, with_images)
+    """`read_list` of the text of a file; None if it is neither JSON nor recognisable as a table.
+
+    records: keep whole entries.
+    """
+    keys = _Keys(path, image_key, caption_key, with_images, records)
     if _JSON_START.match(text):
         lines = re.match(r"\s*(.*)\n\s*\S", text)
         if lines is not None and _is_json(lines.group(1)):
@@ -137,8 +144,10 @@ def read_text(path: Path) -> str:
 class _Keys:
     """Finds the image and caption keys among those of a file."""
 
-    def __init__(self, path: Path, image: str | None, caption: str | None, with_images: bool) -> None:
-        self.path, self.image, self.caption, self.with_images = path, image, caption, with_images
+    def __init__(
+        self, path: Path, image: str | None, caption: str | None, with_images: bool, records: bool = False
+    ) -> None:
+        self.path, self.image, self.caption, self.with_images, self.records = path, image, caption, with_images, records
         self.needed = {key.lower() for key in (*IMAGE_KEYS, *CAPTION_KEYS, image, caption) if key}
 
     def choose(self, names: Sequence[str]) -> tuple[str | None, str] | None:
@@ -163,6 +172,8 @@ class _Keys:
             for key in entry:
                 if len(seen) < _SHOWN_KEYS:
                     seen.setdefault(key)
+            if self.records:
+                return entry
             return {key: value for key, value in entry.items() if key.lower() in self.needed or _is_nested(key, value)}
 
         return hook
@@ -200,12 +211,12 @@ def _captions(value: Any) -> list[str] | None:
     return texts if texts and len(texts) == len(items) else None
 
 
-def _row(name: str, image: Any, value: Any, key: str) -> Row:
+def _row(name: str, image: Any, value: Any, key: str, record: dict[str, Any] | None = None) -> Row:
     captions = _captions(value)
     if captions is None:
         what = f"has no {key!r}" if value is None else f"has a {key!r} that is not text: {reprlib.repr(value)}"
         return Row(name, image, [], what)
-    return Row(name, image, captions)
+    return Row(name, image, captions, record=record)
 
 
 # JSON ----------------------------------------------------------------------------------------------------------------
@@ -277,7 +288,7 @@ def _json_rows(text: str, keys: _Keys) -> Iterator[Row]:
     for entries in lists:
         chosen = _choose(entries if isinstance(entries, list) else [], keys)
         if chosen is not None:
-            return (_entry(f"entry {index}", entry, *chosen) for index, entry in enumerate(entries))
+            return (_entry(f"entry {index}", entry, *chosen, keys) for index, entry in enumerate(entries))
     names = f" (keys found: {', '.join(seen)})" if seen else ""
     raise keys.not_recognised(f"no list 'annotations' and no other list of images and captions in it{names}")
 
@@ -298,7 +309,7 @@ def _json_lines(text: str, keys: _Keys) -> Iterator[Row]:
     chosen = _choose([entry for _, entry in found], keys)
     if chosen is None:
         raise keys.not_recognised(f"no image and caption in its objects (keys found: {', '.join(seen)})")
-    return (_entry(name, entry, *chosen) for name, entry in found)
+    return (_entry(name, entry, *chosen, keys) for name, entry in found)
 
 
 def _choose(entries: list[Any], keys: _Keys) -> tuple[str | None, str] | None:
@@ -307,13 +318,13 @@ def _choose(entries: list[Any], keys: _Keys) -> tuple[str | None, str] | None:
     return next((chosen for chosen in found if chosen is not None), None)
 
 
-def _entry(name: str, entry: Any, image: str | None, caption: str) -> Row:
+def _entry(name: str, entry: Any, image: str | None, caption: str, keys: _Keys) -> Row:
     if not isinstance(entry, dict):
         return Row(name, None, [], "is not a JSON object")
     file, folder = None if image is None else entry.get(image), entry.get("filepath")
     if image == "filename" and isinstance(file, str) and isinstance(folder, str) and not is_image_name(folder):
         file = f"{folder}/{file}"  # Karpathy's: files of different folders may have one name
-    return _row(name, file, entry.get(caption), caption)
+    return _row(name, file, entry.get(caption), caption, entry if keys.records else None)
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
@@ -329,18 +340,23 @@ class _Table(NamedTuple):
     caption_name: str
     width: int
     """Number of columns."""
+    names: Sequence[str] = ()
+    """Of the columns, where whole entries are kept."""
 
 
 def _table(text: str, keys: _Keys) -> Iterator[Row] | None:
     """Return the rows of a table; None if the text is not recognised as one."""
     first = re.match(r"[^\r\n]*", text)[0]  # type: ignore[index]
+    if len(first) > _LONGEST_HEADER:
+        return None
     found = (_with_header(first, delimiter, keys) for delimiter in _DELIMITERS)
     table = next((table for table in found if table is not None), None)
     table = _without_header(first, keys) if table is None else table
     if table is not None:
         return _table_rows(text, table, keys)
     if keys.caption or keys.image or keys.path.suffix.lower() in (".csv", ".tsv"):
-        raise keys.not_recognised(f"no columns of image and caption in its first line, {first[:200]!r}")
+        what = "columns of image and caption" if keys.with_images else "column of captions"
+        raise keys.not_recognised(f"no {what} in its first line, {first[:200]!r}")
     return None
 
 
@@ -353,7 +369,7 @@ def _with_header(first: str, delimiter: str, keys: _Keys) -> _Table | None:
     if image is None and keys.caption is None and not all(re.fullmatch(r"[\w.-]*", name) for name in names):
         return None  # a line of text, such as "a sign with letters, text"
     place = None if image is None else names.index(image)
-    return _Table(delimiter, True, place, names.index(caption), caption, len(names))
+    return _Table(delimiter, True, place, names.index(caption), caption, len(names), names * keys.records)
 
 
 def _without_header(first: str, keys: _Keys) -> _Table | None:
@@ -408,4 +424,5 @@ def _table_row(name: str, cells: list[str], table: _Table) -> Row:
         image = _NUMBER_OF_CAPTION.sub("", cells[table.image])
     if len(cells) != table.width:
         return Row(name, image, [], f"has {len(cells)} columns, not {table.width}")
-    return _row(name, image, cells[table.caption], table.caption_name)
+    record = dict(zip(table.names, cells)) if table.names else None
+    return _row(name, image, cells[table.caption], table.caption_name, record)

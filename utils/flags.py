@@ -4,6 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from utils.options import REQUIRED, Options, again, option
+from utils.resume import FREE
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,33 @@ class DataOptions(Options, title="data"):
 
 
 @dataclass(frozen=True)
+class NetworkOptions(Options):
+    """The networks that metrics of images need."""
+
+    inception_weights: str | None = option(None, "Inception network in torch-fidelity's layout", path=True,
+                                           none="the published one, downloaded")
+    clip_path: str | None = option(None, "folder or name of a CLIP model of transformers", path=True,
+                                   metavar="DIR|NAME")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(Options, title="evaluation while training"):
+    """Images and metrics of held-out pairs while train.py runs."""
+
+    evaluate_every: int = option(0, "optimizer steps between evaluations: validation loss, images of some held-out "
+                                 "captions, metrics; 0: none", ge=0, resume=FREE)
+    evaluate_captions: int = option(8, "captions, always the same ones, of which images are sampled", ge=1, le=64,
+                                    needs="evaluate_every", resume=FREE)
+    evaluate_images: int = option(256, "images to sample for FID and KID (--inception-weights), the CLIP score "
+                                  "(--clip-path) and retrieval (on the demo set); 0: none", ge=0, le=10000,
+                                  needs="evaluate_every", resume=FREE)
+    inception_weights: str | None = again(NetworkOptions, "inception_weights", none="no FID, no KID",
+                                          needs="evaluate_every", resume=FREE)
+    clip_path: str | None = again(NetworkOptions, "clip_path", none="no CLIP score", needs="evaluate_every",
+                                  resume=FREE)
+
+
+@dataclass(frozen=True)
 class ShardOptions(Options, title="data"):
     """Which entries of webdataset shards to read."""
 
@@ -66,3 +94,12 @@ class CaptionOptions(Options):
 
     caption_column: str | None = option(None, "column or JSON key of the caption, or its number in a table without a "
                                         "header", none="the usual names")
+
+
+@dataclass(frozen=True)
+class PromptsFileOptions(Options, title="prompts"):
+    """Which file prompts are read from (utils/prompt_lists.py)."""
+
+    prompts_file: str | None = option(None, "file of prompts: one a line, or a list in JSON, CSV or TSV, such as "
+                                      "those of GenEval, DrawBench and PartiPrompts", path=True)
+    caption_column: str | None = again(CaptionOptions, "caption_column", needs="prompts_file")

@@ -15,6 +15,8 @@ import uuid
 from pathlib import Path
 from typing import IO, Any, Callable, Mapping, Sequence
 
+from torch import Tensor
+
 from utils.errors import UserError
 from utils.files import PathLike, atomic_write
 
@@ -82,9 +84,16 @@ class Metrics:
         if (event, step) in self._known:
             return
         plain = {key: _plain(value) for key, value in values.items()}
+        self._each(lambda writer: writer.write(event, step, plain))
+
+    def images(self, event: str, step: int, captions: Sequence[str], images: Tensor) -> None:
+        """Write images uint8 (n, 3, H, W) with their captions, to TensorBoard and Weights & Biases alone."""
+        self._each(lambda writer: writer.images(event, step, captions, images))
+
+    def _each(self, write: Callable[[Any], None]) -> None:
         for name, writer in list(self._writers.items()):
             try:
-                writer.write(event, step, plain)
+                write(writer)
             # Third-party packages, disks and networks: no failure there may end a long run.
             except Exception as error:
                 del self._writers[name]
@@ -154,11 +163,18 @@ class _JsonLines:
         while rest:
             rest = rest[self._file.write(rest):]
 
+    def images(self, event: str, step: int, captions: Sequence[str], images: Tensor) -> None:
+        """Nothing: these are files of their own."""
+
     def sync(self) -> None:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
+
+
+_TAG = 80
+"""Characters of a caption in the name of an image."""
 
 
 class _TensorBoard:
@@ -170,6 +186,11 @@ class _TensorBoard:
         for key, value in _numbers(values):
             self._writer.add_scalar(f"{event}/{key}", value, step)
 
+    def images(self, event: str, step: int, captions: Sequence[str], images: Tensor) -> None:
+        for number, (caption, image) in enumerate(zip(captions, images)):
+            self._writer.add_image(f"{event}/{number}: {caption[:_TAG]}", image, step)
+        self._writer.flush()
+
     def close(self) -> None:
         self._writer.close()
 
@@ -178,6 +199,7 @@ class _Wandb:
     def __init__(self, folder: Path, project: str, name: str | None, config: Mapping[str, Any] | None,
                  resume_step: int | None) -> None:
         wandb = _import("wandb", "wandb")
+        self._wandb = wandb
         folder.mkdir(parents=True, exist_ok=True)
         id_file = folder / "wandb_run_id.txt"
         resumed = resume_step is not None and id_file.exists()
@@ -193,6 +215,10 @@ class _Wandb:
 
     def write(self, event: str, step: int, values: Mapping[str, Any]) -> None:
         self._run.log({f"{event}/{key}": value for key, value in _numbers(values)}, step=step)
+
+    def images(self, event: str, step: int, captions: Sequence[str], images: Tensor) -> None:
+        pairs = zip(images.permute(0, 2, 3, 1).numpy(), captions)
+        self._run.log({event: [self._wandb.Image(image, caption=caption) for image, caption in pairs]}, step=step)
 
     def close(self) -> None:
         self._run.finish()

@@ -6,11 +6,12 @@ truncates it), and merged keys are counted here.
 """
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from utils.errors import UserError
+from utils.errors import UsageError, UserError, nearest
 from utils.files import PathLike, open_regular
 
 MAX_BYTES = 1 << 18
@@ -111,3 +112,21 @@ def read_yaml(path: PathLike, what: str = "", unique_keys: bool = False) -> dict
     if not isinstance(document, dict):
         raise UserError(f"{where} must be a YAML mapping")
     return document
+
+
+def load_configuration(config_file: Path, name: str) -> dict[str, Any]:
+    """The keys and values of the configuration `name`, as parsed from YAML.
+
+    Names that start with a dot and `defaults` are only inherited by others (`<<: *anchor`) and cannot be chosen.
+    """
+    try:
+        configurations = read_yaml(config_file, "--config-file", unique_keys=True)
+    except UserError as error:
+        raise UsageError(str(error)) from None
+    names = [key for key in configurations if isinstance(key, str) and not key.startswith(".") and key != "defaults"]
+    if name not in names:
+        raise UsageError("--config: {} has no configuration '{}'.{} It has: {}".format(
+            config_file.name, name, nearest(name, names), ", ".join(names)))
+    if not isinstance(configurations[name], dict):
+        raise UsageError(f"{config_file.name}: configuration '{name}' must be a mapping of options")
+    return configurations[name]

@@ -196,7 +196,7 @@ class IpuEngine(Engine):
 
     # State
 
-    def model_state(self) -> dict[str, Tensor]:
+    def model_state(self, averaged: bool = False) -> dict[str, Tensor]:
         self.executor.copyWeightsToHostIfNeeded()
         return canonical_state(self.model.dalle)
 

@@ -27,10 +27,10 @@ enum { GEGLU, GELU, QUICK_GELU, SWIGLU, RELU2 };
 #define GATED(activation) ((activation) == GEGLU || (activation) == SWIGLU)
 
 typedef struct {
-    const void *weight; /* panels, of floats or of int8 */
+    const void *weight; /* panels, of float32, bfloat16 or int8 */
     const float *bias;  /* (panels * PANEL) in the order of the panels, and so is scale */
-    const float *scale; /* what int8 weights are multiplied by; NULL for floats */
-    int64_t depth, panels;
+    const float *scale; /* what int8 weights are multiplied by; NULL for others */
+    int64_t depth, panels, size; /* bytes of a weight */
 } linear;
 
 typedef struct {
@@ -48,7 +48,7 @@ typedef struct {
 typedef struct {
     branch attention, feed_forward;
     norm query, key; /* of a head, where these are normalised */
-    const float *text_key, *text_value; /* (S / images, H, P, K), of each prompt and head `text_lane` floats */
+    float *text_key, *text_value;       /* (S / images, H, P, K), of each prompt and head `text_lane` floats */
     float *image_key, *image_value;     /* (S, H, N, K), of each sequence and head `lane` floats */
     int64_t text_lane, lane;
     const int32_t *starts, *seen; /* position i sees the codes seen[starts[i]] up to seen[starts[i + 1]] */
@@ -59,7 +59,7 @@ typedef struct {
     int64_t stable; /* whether the stream is divided by its largest float at the end */
     int64_t turns_values; /* whether rotary embedding turns them too */
     const float *table, *positions; /* (codes, D); (N, D) or NULL */
-    const float *cosines, *sines;   /* (N, turned) of rotary embedding, or NULL */
+    const float *cosines, *sines;   /* (N, turned) of rotary embedding, behind those of the text part, or NULL */
     norm last;
     linear head;
     const layer *stack;
@@ -67,7 +67,7 @@ typedef struct {
 } model; /* `rows`: the most that a step has */
 
 /* The codes of a step: row r is in place r % places of the window of sequence of[r / places], at positions[r]. A window's
- * positions ascend. */
+ * positions ascend. Or the text parts of some prompts: positions -P to -1 in the window of a prompt's first sequence. */
 typedef struct {
     int64_t rows, places;
     const int64_t *of, *positions;
@@ -80,8 +80,9 @@ static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 int64_t panel_width(void) { return PANEL; }
 
-/* Weight (n, depth) -> panels. gated: each panel has LANES rows of the first half and the same of the second. */
-#define PACK(name, type)                                                                                        \
+/* Weight (n, depth) -> panels. gated: each panel has LANES rows of the first half and the same of the second. Lane `PLACE`
+ * says where in a panel's line. */
+#define PACK(name, type, PLACE)                                                                                 \
     void name(const type *weight, int64_t n, int64_t depth, int64_t gated, type *out, int64_t threads) {        \
         int64_t half = gated ? n / 2 : 0, step = gated ? LANES : PANEL, each = gated ? half : n;                \
         int64_t panels = (each + step - 1) / step;                                                              \
@@ -95,91 +96,120 @@ int64_t panel_width(void) { return PANEL; }
             }                                                                                                   \
             type *to = out + panel * depth * PANEL;                                                             \
             for (int64_t k = 0; k < depth; k++, to += PANEL)                                                    \
-                for (int lane = 0; lane < PANEL; lane++) to[lane] = row[lane] ? row[lane][k] : 0;               \
+                for (int lane = 0; lane < PANEL; lane++) to[PLACE(lane)] = row[lane] ? row[lane][k] : 0;        \
         }                                                                                                       \
     }
 
-PACK(pack, float)
-PACK(pack_bytes, int8_t)
+#define IN_TURN(lane) (lane)
+#define IN_PAIRS(lane) ((lane) % LANES * 2 + (lane) / LANES)
+PACK(pack, float, IN_TURN)
+PACK(pack_bytes, int8_t, IN_TURN)
+PACK(pack_halves, uint16_t, IN_PAIRS)
 
-/* Weights as they come into a matmul: number i of a panel and those after it. `size` is known when this is compiled. */
-INLINE vec weights_at(const char *panel, int64_t i, int size) {
-    return size == 1 ? widened((const int8_t *)panel + i) : load((const float *)panel + i);
+/* A panel's weights of input k. Two bfloat16 numbers share a word, each of which is the upper half of a float. `size` is
+ * known when this is compiled. */
+INLINE void weights_at(const char *panel, int64_t k, int size, vec *left, vec *right) {
+    const char *line = panel + k * PANEL * size;
+    if (size == 2) {
+        ivec words;
+        memcpy(&words, line, sizeof words);
+        *left = (vec)(words << 16);
+        *right = (vec)(words & (int32_t)0xffff0000);
+    } else if (size == 1) {
+        *left = widened((const int8_t *)line);
+        *right = widened((const int8_t *)line + LANES);
+    } else {
+        *left = load((const float *)line);
+        *right = load((const float *)line + LANES);
+    }
 }
 
 /* What to ask memory for while place p of a panel is read at k: PANEL weights or LANES, from `from` + p * step + k times
- * as many on; all in bytes. */
+ * as many on; all in bytes. For the second of two panels the same, one panel on. */
 typedef struct {
     const char *from;
     int64_t step, each;
 } wanted;
 
-/* Sums of `rows` rows for inputs from `begin` to `end` of each place of a panel, added to what they are. Several places
- * are read in turn: a core that reads at one place alone gets two thirds as much from memory. `rows` and `size`, bytes
- * of a weight, are known when this is compiled, so that sums are in registers. x (depth, stride): the rows lie side by
- * side. */
-INLINE void places(const float *x, int64_t stride, const char *weight, int64_t part, int64_t begin, int64_t end,
-                   wanted next, int rows, int size, vec sums[][2]) {
+/* Sums of `rows` rows for inputs from `begin` to `end` of each place of one or two panels, added to what they are. Several
+ * places are read in turn: a core that reads at one place alone gets two thirds as much from memory; and with few rows two
+ * panels of few bytes, or each addition would wait for the one before it. `rows`, `panels` and `size`, bytes of a weight, are known
+ * when this is compiled, so that sums are in registers. x (depth, stride): the rows lie side by side. */
+INLINE void places(const float *x, int64_t stride, const char *weight, int64_t depth, int64_t begin, int64_t end,
+                   wanted next, int rows, int panels, int size, vec sums[][2]) {
+    int64_t part = depth / PLACES, apart = depth * PANEL * size;
     vec own[MOST][2];
-    for (int r = 0; r < rows; r++) own[r][0] = sums[r][0], own[r][1] = sums[r][1];
+    for (int r = 0; r < panels * rows; r++) own[r][0] = sums[r][0], own[r][1] = sums[r][1];
     for (int64_t k = begin; k < end; k++) {
 #pragma GCC unroll 8
         for (int place = 0; place < PLACES; place++) {
-            const char *ask = next.from + place * next.step + k * next.each;
-            __builtin_prefetch(ask, 0, 2);
-            if (next.each > 64) __builtin_prefetch(ask + 64, 0, 2);
-            /* Hidden, or the compiler loads them again for each row. */
-            vec left = rounded(weights_at(weight, (place * part + k) * PANEL, size));
-            vec right = rounded(weights_at(weight, (place * part + k) * PANEL + LANES, size));
+#pragma GCC unroll 2
+            for (int panel = 0; panel < panels; panel++) {
+                const char *ask = next.from + panel * apart + place * next.step + k * next.each;
+                __builtin_prefetch(ask, 0, 2);
+                if (next.each > 64) __builtin_prefetch(ask + 64, 0, 2);
+                vec left, right;
+                weights_at(weight + panel * apart, place * part + k, size, &left, &right);
+                left = rounded(left), right = rounded(right); /* or the compiler loads them again for each row */
 #pragma GCC unroll 12
-            for (int r = 0; r < rows; r++) {
-                vec value = fill(x[(place * part + k) * stride + r]);
-                own[r][0] += value * left;
-                own[r][1] += value * right;
+                for (int r = 0; r < rows; r++) {
+                    vec value = fill(x[(place * part + k) * stride + r]);
+                    own[panel * rows + r][0] += value * left;
+                    own[panel * rows + r][1] += value * right;
+                }
             }
         }
     }
-    for (int r = 0; r < rows; r++) sums[r][0] = own[r][0], sums[r][1] = own[r][1];
+    for (int r = 0; r < panels * rows; r++) sums[r][0] = own[r][0], sums[r][1] = own[r][1];
 }
 
-#define CASE(n)                                                                   \
-    case n:                                                                       \
-        if (size == 1) places(x, stride, weight, part, begin, end, next, n, 1, sums); \
-        else places(x, stride, weight, part, begin, end, next, n, 4, sums);       \
+#define OF(rows, panels, size) places(x, stride, weight, depth, begin, end, next, rows, panels, size, sums)
+#define CASE(n)                                                               \
+    case n:                                                                   \
+        size == 1 ? OF(n, 1, 1) : size == 2 ? OF(n, 1, 2) : OF(n, 1, 4);      \
+        break;
+#define PAIR(n)                                                               \
+    case MOST + n:                                                            \
+        size == 1 ? OF(n, 2, 1) : OF(n, 2, 2);                                \
         break;
 
-static void few(const float *x, int64_t stride, const char *weight, int64_t part, int64_t begin, int64_t end,
-                wanted next, int rows, int size, vec sums[][2]) {
-    switch (rows) {
+static void few(const float *x, int64_t stride, const char *weight, int64_t depth, int64_t begin, int64_t end,
+                wanted next, int rows, int panels, int size, vec sums[][2]) {
+    switch (panels == 2 ? MOST + rows : rows) {
+        PAIR(1) PAIR(2) PAIR(3)
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if MOST > 6
+        PAIR(4) PAIR(5) PAIR(6)
         CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #endif
     }
 }
 
-/* Sums of `rows` rows for one panel, which is gone through `times` times, this being number `time`. */
+/* Sums of `rows` rows for one or two panels, which are gone through `times` times, this being number `time`. Those of the
+ * second panel follow those of the first. */
 static void sums_of(const float *x, int64_t stride, const char *weight, int64_t depth, int64_t times, int64_t time,
-                    int rows, int size, vec sums[][2]) {
+                    int rows, int panels, int size, vec sums[][2]) {
     int64_t ahead = AHEAD * 4 / size, part = depth / PLACES, last = part > ahead ? part - ahead : 0;
     int64_t each = PANEL * size; /* bytes of an input's weights */
-    const char *panel = weight + depth * each; /* the next one */
-    for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = fill(0);
+    const char *after = weight + panels * depth * each; /* the next panels */
+    for (int r = 0; r < panels * rows; r++) sums[r][0] = sums[r][1] = fill(0);
     if (times == 1) {
-        wanted soon = {weight + ahead * each, part * each, each}, then = {panel - last * each, part * each, each};
-        few(x, stride, weight, part, 0, last, soon, rows, size, sums);
-        few(x, stride, weight, part, last, part, then, rows, size, sums);
+        wanted soon = {weight + ahead * each, part * each, each}, then = {after - last * each, part * each, each};
+        few(x, stride, weight, depth, 0, last, soon, rows, panels, size, sums);
+        few(x, stride, weight, depth, last, part, then, rows, panels, size, sums);
     } else { /* memory would wait while a panel in the cache is gone through again: half of the next one each time */
-        wanted half = {panel + time % 2 * (PLACES / 2) * part * each, part * each / 2, each / 2};
-        few(x, stride, weight, part, 0, part, half, rows, size, sums);
+        wanted half = {after + time % 2 * (PLACES / 2) * part * each, part * each / 2, each / 2};
+        few(x, stride, weight, depth, 0, part, half, rows, panels, size, sums);
     }
-    for (int64_t k = PLACES * part; k < depth; k++) {
-        vec left = weights_at(weight, k * PANEL, size), right = weights_at(weight, k * PANEL + LANES, size);
-        for (int r = 0; r < rows; r++) {
-            sums[r][0] += x[k * stride + r] * left;
-            sums[r][1] += x[k * stride + r] * right;
+    for (int panel = 0; panel < panels; panel++, weight += depth * each)
+        for (int64_t k = PLACES * part; k < depth; k++) {
+            vec left, right;
+            weights_at(weight, k, size, &left, &right);
+            for (int r = 0; r < rows; r++) {
+                sums[panel * rows + r][0] += x[k * stride + r] * left;
+                sums[panel * rows + r][1] += x[k * stride + r] * right;
+            }
         }
-    }
 }
 
 enum { PLAIN, RESIDUAL, ACTIVE };
@@ -242,15 +272,16 @@ static void multiply(const linear *matmul, const float *x, int64_t rows, const e
     int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
     int64_t from = matmul->panels * thread / threads, to = matmul->panels * (thread + 1) / threads;
     int64_t tiles = (rows + MOST - 1) / MOST;
-    int size = matmul->scale ? 1 : 4;
+    int size = matmul->size;
     vec sums[MOST][2];
-    for (int64_t panel = from; panel < to; panel++) {
+    for (int64_t panel = from, panels; panel < to; panel += panels) {
         const char *weight = (const char *)matmul->weight + panel * matmul->depth * PANEL * size;
+        panels = size < 4 && 2 * rows <= MOST && panel + 2 <= to ? 2 : 1;
         for (int64_t i = 0; i < tiles; i++) {
             int64_t row = rows * i / tiles;
             int count = rows * (i + 1) / tiles - row;
-            sums_of(x + row, rows, weight, matmul->depth, tiles, i, count, size, sums);
-            finish(end, matmul, panel, rows, row, count, sums);
+            sums_of(x + row, rows, weight, matmul->depth, tiles, i, count, panels, size, sums);
+            for (int64_t j = 0; j < panels; j++) finish(end, matmul, panel + j, rows, row, count, sums + j * count);
         }
     }
 }
@@ -312,26 +343,35 @@ static void normalise(const norm *by, const float *x, int64_t n, float *out) {
     for (int64_t i = whole; i < n; i++) out[i] = (x[i] - mean) * factor * by->weight[i] + (by->bias ? by->bias[i] : 0.0f);
 }
 
+/* Where row r lies normalised while tokens are shifted: with those of the codes before it, or of the text part, in
+ * `between` (R, D). */
+INLINE float *shifted(const model *m, const chunk *c, const branch *b, int64_t r, float *between) {
+    int64_t dim = m->dim, grid = m->grid, position = c->positions[r];
+    if (position < 0) return between + r * dim;
+    return b->history + (c->of[r / c->places] * (grid + grid * grid) + grid + position) * dim;
+}
+
 /* All rows normalised, and shifted where tokens are: x (R, stride) -> out (D, R), a copy of each thread. row: room for D
  * floats. */
-static void prepare(const model *m, const chunk *c, const branch *b, const float *x, int64_t stride, float *row,
-                    float *out) {
+static void prepare(const model *m, const chunk *c, const branch *b, const float *x, int64_t stride, float *between,
+                    float *row, float *out) {
     int64_t dim = m->dim, rows = c->rows, grid = m->grid, quarter = dim / 4;
-    int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num(), apart = (grid + grid * grid) * dim;
+    int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
     for (int64_t r = 0; r < rows; r++) {
-        float *own = row;
-        if (b->history) {
-            own = b->history + c->of[r / c->places] * apart + (grid + c->positions[r]) * dim;
-            if (r % threads != thread) continue;
-        }
+        if (b->history && r % threads != thread) continue;
+        float *own = b->history ? shifted(m, c, b, r, between) : row;
         normalise(&b->before, x + r * stride, dim, own);
         for (int64_t k = 0; !b->history && k < dim; k++) out[k * rows + r] = own[k];
     }
     if (!b->history) return;
 #pragma omp barrier
     for (int64_t r = 0; r < rows; r++) {
-        const float *own = b->history + c->of[r / c->places] * apart + (grid + c->positions[r]) * dim;
-        int first = c->positions[r] % grid == 0;
+        const float *own = shifted(m, c, b, r, between);
+        int64_t position = c->positions[r];
+        for (int64_t k = 0; position < 0 && k < dim; k++)
+            out[k * rows + r] = k >= 2 * quarter ? own[k] : position == -m->text_len ? 0.0f : own[k - dim];
+        if (position < 0) continue;
+        int first = position % grid == 0;
         for (int64_t k = 0; k < quarter; k++) out[k * rows + r] = own[k - grid * dim];
         for (int64_t k = quarter; k < 2 * quarter; k++) out[k * rows + r] = first ? 0.0f : own[k - dim];
         for (int64_t k = 2 * quarter; k < dim; k++) out[k * rows + r] = own[k];
@@ -376,7 +416,9 @@ static void turn(float *x, const float *cosines, const float *sines, int64_t tur
 static void keep(const model *m, const chunk *c, const layer *l, int64_t r, int64_t h, float *qkv, int64_t stride) {
     int64_t width = m->width, inner = m->heads * width, position = c->positions[r];
     float *query = qkv + r * stride + h * width, *key = query + inner, *value = key + inner;
-    int64_t place = (c->of[r / c->places] * m->heads + h) * l->lane + position * width;
+    int64_t text = position < 0, sequence = c->of[r / c->places];
+    int64_t place = text ? (sequence / m->images * m->heads + h) * l->text_lane + (m->text_len + position) * width
+                         : (sequence * m->heads + h) * l->lane + position * width;
     if (l->query.weight) {
         normalise(&l->query, query, width, query);
         normalise(&l->key, key, width, key);
@@ -387,8 +429,8 @@ static void keep(const model *m, const chunk *c, const layer *l, int64_t r, int6
         turn(key, cosines, sines, m->turned);
         if (m->turns_values) turn(value, cosines, sines, m->turned);
     }
-    memcpy(l->image_key + place, key, width * sizeof(float));
-    memcpy(l->image_value + place, value, width * sizeof(float));
+    memcpy((text ? l->text_key : l->image_key) + place, key, width * sizeof(float));
+    memcpy((text ? l->text_value : l->image_value) + place, value, width * sizeof(float));
     float scale = 1.0f / sqrtf(width);
     for (int64_t i = 0; i < width; i++) query[i] *= scale;
 }
@@ -397,12 +439,13 @@ static void keep(const model *m, const chunk *c, const layer *l, int64_t r, int6
  * when this is compiled where it is the usual one. */
 INLINE void attend(const model *m, const chunk *ch, const layer *l, int64_t r, int64_t h, const float *query,
                    int64_t width, float *room, float *out) {
-    int64_t texts = m->text_len, sequence = ch->of[r / ch->places], position = ch->positions[r];
+    int64_t sequence = ch->of[r / ch->places], position = ch->positions[r], codes = position >= 0;
+    int64_t texts = m->text_len + (codes ? 0 : position + 1);
     int64_t text = (sequence / m->images * m->heads + h) * l->text_lane, image = (sequence * m->heads + h) * l->lane;
     const float *text_key = l->text_key + text, *text_value = l->text_value + text;
     const float *image_key = l->image_key + image, *image_value = l->image_value + image;
-    const int32_t *seen = l->seen + l->starts[position];
-    int64_t shown = l->starts[position + 1] - l->starts[position], count = texts + shown;
+    const int32_t *seen = l->seen + (codes ? l->starts[position] : 0);
+    int64_t shown = codes ? l->starts[position + 1] - l->starts[position] : 0, count = texts + shown;
     float *weights = room + up_to(width, LANES);
     for (int64_t i = 0; i < texts; i++) weights[i] = dot(query, text_key + i * width, width);
     for (int64_t i = 0; i < shown; i++) weights[texts + i] = dot(query, image_key + seen[i] * width, width);
@@ -634,10 +677,10 @@ static void add(const model *m, const branch *b, const plan *at, int64_t rows, c
 static void through(const model *m, const chunk *c, const layer *l, const plan *at) {
     int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
     float *stream = m->scratch + at->stream, *qkv = m->scratch + at->qkv, *heads = m->scratch + at->heads;
-    float *hidden = m->scratch + at->hidden;
+    float *hidden = m->scratch + at->hidden, *between = m->scratch + at->branch;
     float *normed = m->scratch + at->own + thread * at->of_thread, *room = normed + at->wide * c->rows;
 
-    prepare(m, c, &l->attention, stream, at->wide, room, normed);
+    prepare(m, c, &l->attention, stream, at->wide, between, room, normed);
     ending end = {PLAIN, qkv, at->wide_qkv, NULL, 0};
     multiply(&l->attention.first, normed, c->rows, &end);
 #pragma omp barrier
@@ -657,7 +700,7 @@ static void through(const model *m, const chunk *c, const layer *l, const plan *
 #pragma omp barrier
     add(m, &l->attention, at, c->rows, heads, room);
 
-    prepare(m, c, &l->feed_forward, stream, at->wide, room, normed);
+    prepare(m, c, &l->feed_forward, stream, at->wide, between, room, normed);
     end = (ending){ACTIVE, hidden, 0, NULL, m->activation};
     multiply(&l->feed_forward.first, normed, c->rows, &end);
 #pragma omp barrier
@@ -695,6 +738,26 @@ static void finished(const model *m, const plan *at, int64_t r, float *out) {
     normalise(&m->last, own, m->dim, out);
 }
 
+/* What was embedded, through all layers. */
+static void run(const model *m, const chunk *c, const plan *at, float *out) {
+#pragma omp parallel num_threads(m->threads)
+    for (int64_t i = 0; i < m->layers; i++) through(m, c, m->stack + i, at);
+    for (int64_t r = 0; r < c->rows; r++) finished(m, at, r, out + r * m->dim);
+}
+
+/* Read text parts, embedded (prompts, P, D), of a number of prompts from `first` on; integers: room for 2 * R. out (R, D):
+ * what the head takes. */
+void read_text(const model *m, int64_t first, int64_t prompts, const float *embedded, int64_t *integers, float *out) {
+    int64_t rows = prompts * m->text_len, *of = integers + rows;
+    for (int64_t r = 0; r < rows; r++) integers[r] = r % m->text_len - m->text_len;
+    for (int64_t i = 0; i < prompts; i++) of[i] = (first + i) * m->images;
+    chunk c = {rows, m->text_len, of, integers};
+    plan at = plan_of(m, rows);
+    for (int64_t r = 0; r < rows; r++)
+        memcpy(m->scratch + at.stream + r * at.wide, embedded + r * m->dim, m->dim * sizeof(float));
+    run(m, &c, &at, out);
+}
+
 /* Feed codes (R) to some sequences; out (R, D): what the head takes. Returns what `wrong` does. */
 int64_t step(const model *m, int64_t rows, int64_t places, const int64_t *of, const int64_t *codes,
              const int64_t *positions, float *out) {
@@ -703,9 +766,7 @@ int64_t step(const model *m, int64_t rows, int64_t places, const int64_t *of, co
     if (failed) return failed;
     plan at = plan_of(m, rows);
     embed(m, &c, &at, codes);
-#pragma omp parallel num_threads(m->threads)
-    for (int64_t i = 0; i < m->layers; i++) through(m, &c, m->stack + i, &at);
-    for (int64_t r = 0; r < rows; r++) finished(m, &at, r, out + r * m->dim);
+    run(m, &c, &at, out);
     return 0;
 }
 

@@ -1,0 +1,1 @@
+"""The images API: requests, their scheduler over the sampling driver, answers, and the page in the browser."""
