@@ -13,7 +13,7 @@ for word in "$@"; do
     shift
     if [ "$word" = --latest ]; then latest=--latest; else set -- "$@" "$word"; fi
 done
-set_up "$root" $latest "$root/requirements.txt" "$root/requirements-dev.txt"
+set_up "$root" $latest "$root/requirements.txt" "$root/requirements-serve.txt" "$root/requirements-dev.txt"
 cd "$root"
 # Peers and their requirements do not install beside this PyTorch; the tests need their code alone.
 "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch_fidelity") is None)' ||
