@@ -44,7 +44,7 @@ class Guard:
         told: Callable[[str, int, float], None],
         host: str = "",
     ) -> None:
-        """seconds: that a client may take to send a request, and to read each part of its answer.
+        """seconds: that a client may take to send a request.
 
         told: called with route, status and seconds of each. host: the address where the server listens.
         """
@@ -65,7 +65,7 @@ class Guard:
                 headers = MutableHeaders(scope=message)
                 headers.update({**HEADERS, "x-request-id": told})
                 headers.setdefault("cache-control", "no-cache")  # the page's parts belong together
-            await asyncio.wait_for(send(message), self.seconds)  # a client that does not read holds nothing for ever
+            await send(message)
 
         try:
             error = self.refusal(scope)
@@ -80,15 +80,16 @@ class Guard:
     def refusal(self, scope: Any) -> ApiError | None:
         """Why a request is refused by its headers, if it is."""
         headers = Headers(scope=scope)
-        if self.hosts and re.sub(r":\d*$", "", headers.get("host", "")).strip("[]") not in self.hosts:
+        if self.hosts and re.sub(r":\d*$", "", headers.get("host", "")).strip("[]").lower() not in self.hosts:
             return ApiError(f"This server answers only to the names {', '.join(LOOPBACK)}", code="unknown_host")
-        if scope["method"] not in ("GET", "HEAD") and headers.get("sec-fetch-site", "none") not in (
-            "none", "same-origin",
-        ):  # fmt: skip
+        origin, host = headers.get("origin"), headers.get("host", "")
+        own = origin is None or origin.partition("://")[2] == host  # over plain HTTP browsers say no more than this
+        site = headers.get("sec-fetch-site", "none" if own else "cross-site")
+        if scope["method"] not in ("GET", "HEAD") and site not in ("none", "same-origin"):
             return ApiError("pages of other sites may not use this server", code="cross_site", status=403)
         if self.key is not None and scope["path"].startswith("/v1"):
             given = headers.get("authorization", "").partition(" ")
-            right = hmac.compare_digest(given[2].strip().encode(), self.key.encode())
+            right = hmac.compare_digest(given[2].strip().encode("latin-1"), self.key.encode(errors="surrogateescape"))
             if given[0].lower() != "bearer" or not right:
                 return ApiError("Incorrect API key provided: send 'Authorization: Bearer KEY'", code="invalid_api_key",
                                 status=401)

@@ -267,10 +267,14 @@ class Scheduler:
         if self.watcher is not None and self._slots:
             self.watcher.passed(len(self._slots))
         for number, slot in list(self._slots.items()):
-            if number in complete:
-                self._complete(number, slot)
-            elif slot.marks:
-                self._show(number, slot)
+            try:
+                if number in complete:
+                    self._complete(number, slot)
+                elif slot.marks:
+                    self._show(number, slot)
+            except Exception as error:  # this request's own
+                logger.exception("a request failed")
+                slot.job.over = error
 
     def _end_jobs(self) -> None:
         """Free what belongs to jobs that are over."""
@@ -363,8 +367,8 @@ class Scheduler:
     def _complete(self, number: int, slot: _Slot) -> None:
         """Decode an image and deliver it, or let it wait for its rivals."""
         job = slot.job
-        del self._slots[number]
         codes, log_likelihood = self.images.finish(number)
+        del self._slots[number]
         pixels = decode(self.loaded, codes[None])[0]  # by itself: the batch must not matter
         picture = Candidate(slot.number, slot.seed, float(log_likelihood), pixels)
         job.done.append(picture)

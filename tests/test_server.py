@@ -1,7 +1,6 @@
 """The server: answers of the images API to OpenAI's client, what it refuses, and clients that come and go."""
 from __future__ import annotations
 
-import asyncio
 import base64
 import contextlib
 import functools
@@ -25,6 +24,7 @@ from typing import get_args
 import openai
 import pytest
 import torch
+from fastapi import Response
 from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,7 +39,6 @@ from dalle.loading import DEMO_PROMPTS, load
 from data.images import image_to_tensor
 from sampling import SamplingOptions
 from server.app import make_app
-from server.guard import Guard
 from server.options import API_KEY_VARIABLE, COMMAND
 from server.running import Server, listen
 from server.scheduler import Done, Job
@@ -448,26 +447,34 @@ def test_requests_that_are_too_large_or_come_from_elsewhere(served):
         assert b" 413 " in connection.recv(100)
     for site in ("cross-site", "same-site"):
         assert served.post(PLAIN, sec_fetch_site=site)[0] == 403
+    for origin in ("http://evil.example", "null"):  # without the other header: not a page of https or this machine
+        assert served.post(PLAIN, origin=origin)[0] == 403
+    assert served.post(PLAIN, origin=f"http://127.0.0.1:{served.port}")[0] == 200
     status, headers, _ = served.post(PLAIN, sec_fetch_site="same-origin", origin="http://evil.example")
     assert status == 200 and not [name for name in headers if name.lower().startswith("access-control")]
-    for host in ("localhost:1", "127.0.0.1", "[::1]:8000", "[::1]"):
+    for host in ("LOCALHOST", "localhost:1", "127.0.0.1", "[::1]:8000", "[::1]"):
         assert served.raw("GET", "/v1/models", host=host)[0] == 200
     for host in ("evil.example", "127.0.0.1.evil.example:8000", ""):
         status, _, content = served.raw("GET", "/v1/models", host=host)
         assert status == 400 and json.loads(content)["error"]["code"] == "unknown_host"
 
 
+@pytest.mark.parametrize("part", [b"", b"POST /v1/images/generations HTTP/1.1\r\nhost: loc"])
+def test_connections_without_a_request_are_closed(monkeypatch, part):
+    monkeypatch.setattr("server.running.HEADER_SECONDS", 0.2)
+    with Served() as served, socket.create_connection(("127.0.0.1", served.port), 60) as connection:
+        connection.sendall(part)
+        with contextlib.suppress(ConnectionError):
+            assert connection.recv(1) == b""
+
+
 def test_a_client_that_does_not_read_is_given_up():
-    told = []
-
-    async def app(scope, receive, send):
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-
-    guard = Guard(app, None, 100, 0.05, lambda *what: told.append(what))
-    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
-    with pytest.raises(asyncio.TimeoutError):
-        asyncio.run(guard(scope, None, lambda message: asyncio.sleep(60)))
-    assert told[0][:2] == ("other", 200)
+    with Served("--request-timeout", "0.5") as served:
+        served.app.get("/large")(lambda: Response(b"x" * (32 << 20)))
+        with socket.create_connection(("127.0.0.1", served.port), 60) as connection:
+            connection.sendall(b"GET /large HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            served.until(lambda _: served.server.server_state.connections)
+            served.until(lambda _: not served.server.server_state.connections)
 
 
 @pytest.mark.parametrize("kind, body", [("multipart/form-data", b""), ("multipart/form-data; boundary=x", b"--y\r\n")])
@@ -590,6 +597,25 @@ def test_a_pass_that_fails_ends_its_requests_and_no_others(served, caplog):
     status, _, body = served.post(PLAIN)
     assert status == 500 and body["error"]["type"] == "server_error" and "no such luck" in caplog.text
     assert served.post({**PLAIN, "n": 33})[0] == 200  # all slots are free
+
+
+def test_an_image_that_cannot_be_decoded_ends_its_request_and_no_other(served, monkeypatch, caplog):
+    def fail(*_):
+        monkeypatch.undo()
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr("server.scheduler.decode", fail)
+    status, _, body = served.post(PLAIN)
+    assert status == 500 and body["error"]["type"] == "server_error" and "no such luck" in caplog.text
+    assert served.post({**PLAIN, "n": 33})[0] == 200  # all slots are free
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_error(served, caplog):
+    with socket.create_connection(("127.0.0.1", served.port), 60) as connection:
+        connection.sendall(b"POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n"
+                           b"content-type: application/json\r\n\r\n{")
+    served.until(lambda _: b'generations",status="499"' in served.raw("GET", "/metrics")[2])
+    assert not caplog.text
 
 
 def test_the_api_key(monkeypatch):
