@@ -84,7 +84,8 @@ def module(tmp_path, monkeypatch):
 
 
 def test_means_over_all_and_by_category(module):
-    scorers = Scorers([module('[{"n": r["n"], "x": True} if r["n"] else {} for r in records if images.add_(1).any()]', "counts_of_records")])
+    body = '[{"n": r["n"], "x": True} if r["n"] else {} for r in records if images.add_(1).any()]'
+    scorers = Scorers([module(body, "counts_of_records")])
     images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     records = [{"n": 1, "Tag": "a"}, {"n": 0, "Tag": "a"}, {"n": 4, "Tag": "b"}, {"n": 3, "Tag": "a", "other": "c"}]
     parts = [as_bytes(scorers.score(images, ["", ""], part)) for part in (records[:2], records[2:])]
