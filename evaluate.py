@@ -13,6 +13,7 @@ from __future__ import annotations
 import utils.start  # noqa: F401 - first: it reports errors of the imports below
 
 # isort: split
+import contextlib
 import json
 import os
 import sys
@@ -38,7 +39,7 @@ from utils.prompt_lists import Prompt, read_prompts
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate as the command line says."""
     options = COMMAND.parse(argv)
-    with Processes.started() as processes:
+    with Processes.started() as processes, contextlib.closing(open_parts(options, processes)) as parts:
         log.setup(is_main=processes.is_first)
         for flag, file in (("--json", options.json), ("--sheet", options.sheet), ("--plot", options.plot)):
             if file is not None:
@@ -47,7 +48,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UsageError(f"--json and --sheet name the same file, {options.sheet}: give each its own")
         if processes.size > 1 and options.reconstruction:
             raise UsageError("--reconstruction is measured by one process: start it without torchrun")
-        parts = open_parts(options, processes)
         parts.check(settings_of(options))  # now, not when the model is loaded
         prompts = asked_prompts(options)
         device = pick_device(options.device, int(os.environ.get("LOCAL_RANK", "0")))
@@ -79,7 +79,7 @@ def open_parts(options: EvaluateOptions, processes: Processes) -> Parts:
     if processes.size == 1:
         return Parts(processes)
     own = [tempfile.mkdtemp(prefix="evaluate-")] if processes.is_first else []
-    return Parts(processes, Path(processes.gather("folder", own)[0]))
+    return Parts(processes, Path(processes.gather("folder", own)[0]), temporary=True)
 
 
 def write(options: EvaluateOptions, result: dict[str, Any], samples: list[Any]) -> None:

@@ -113,7 +113,7 @@ class EvaluateOptions(
                              "give a --temperature, such as 1")
         if self.sheet is not None and not self.sheet.endswith((".png", ".jpg")):
             raise UsageError(f"--sheet: the file's name must end in .png or .jpg, not {self.sheet!r}")
-        unused = {"--top-k", "--top-p", "--temperature", "--cond-scale", "--best-of"} & set(self.given())
+        unused = {"--top-k", "--top-p", "--temperature", "--cond-scale", "--best-of", "--parallel"} & set(self.given())
         if unused and not self.samples:
             raise UsageError(f"{min(unused)}: images are only sampled for retrieval on the demo set, --metrics of "
                              "sampled images, or with --sheet")

@@ -19,6 +19,9 @@ Record = Dict[str, Any]
 """Of an image: number, file, seed, codes, log_likelihood, and clip_score where images are ranked by it."""
 
 
+_KEYS = {"number", "file", "seed", "codes", "log_likelihood"}
+
+
 class Journal:
     """The lines of one group of images. Hidden files: those that read folders of images pass them by."""
 
@@ -60,9 +63,9 @@ class Journal:
 def records_in(file: Path) -> Iterator[Record]:
     """The records of a journal's file. The last line may not be one: its process was killed."""
     for line in file.read_bytes().splitlines():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
-            if isinstance(record, dict) and {"number", "file", "seed", "codes", "log_likelihood"} <= record.keys():
+            if isinstance(record, dict) and record.keys() >= _KEYS and isinstance(record["number"], int):
                 yield record
 
 

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 LINES = "generation.jsonl"
 _IMAGE_NAME = re.compile(rf"[0-9]{{1,9}}\.(?:{'|'.join(FORMATS)})")
 _STAGED = ".candidate-"
+_UNFINISHED = f".*.{'[0-9a-f]' * 16}.tmp"
+"""Files of `atomic_write`."""
 _PER_GROUP = 1000
 
 
@@ -49,7 +51,8 @@ class Folders(Outputs):
         return ((path, read_report(path)) for path in self.paths)
 
     def _is_finished(self, group: int) -> bool:
-        return read_report(self.paths[group]).get("complete") is True
+        report = read_report(self.paths[group])
+        return report.get("complete") is True and not _lost(self.paths[group], report.get("images"))
 
     def _journal_of(self, group: int) -> Journal:
         return Journal(self.paths[group], self.numbers(group))
@@ -57,6 +60,13 @@ class Folders(Outputs):
     def image_path(self, number: int) -> Path:
         prompt, image = divmod(number, self.options.num_images)
         return self.paths[prompt] / f"{_STAGED if self.ranked else ''}{image}.{self.options.format}"
+
+    def begin(self, captions: Sequence[Caption]) -> None:
+        for group in self.finished if self.processes.is_first else ():  # perhaps the run was killed at its very end
+            self._journal_of(group).remove()
+            for staged in self.paths[group].glob(f"{_STAGED}*"):
+                staged.unlink()
+        super().begin(captions)
 
     def _start(self, group: int) -> None:
         path = self.paths[group]
@@ -126,6 +136,12 @@ class Flat(Outputs):
         self._header = read_report(self.folder)
         if options.resume and "layout" in self._header:
             refuse_layout(self.folder, self._header, self.layout)
+            lost = _lost(self.folder, _read_lines(self.folder / LINES)) if self._header.get("complete") is True else ""
+            if lost:
+                raise UserError(
+                    f"--resume: {self.folder} was complete, but lacks {lost}: restore it, or start without --resume, "
+                    "into another --outputs-dir"
+                )
         elif self.folder.is_dir():
             earlier = sorted(name for name in os.listdir(str(self.folder)) if self._ours.fullmatch(name))
             if "layout" in self._header:
@@ -154,12 +170,7 @@ class Flat(Outputs):
     def _is_finished(self, group: int) -> bool:
         if self._header.get("complete") is True:
             return True
-        try:
-            lines = self._lines(group).read_text(encoding="utf-8").splitlines()
-        except OSError:
-            return False
-        files = {json.loads(line)["file"].partition("/")[0] for line in lines}
-        return all((self.folder / file).is_file() for file in files)
+        return not _lost(self.folder, _read_lines(self._lines(group)))
 
     def _journal_of(self, group: int) -> Journal:
         return Journal(self._state, self.numbers(group), f"{group:05}")
@@ -175,10 +186,14 @@ class Flat(Outputs):
     def begin(self, captions: Sequence[Caption]) -> None:
         if self.processes.is_first:
             self._hold(-1, lock_folder(self.folder))
+            if read_report(self.folder) != self._header:
+                raise self._changed()
             if self._header.get("complete"):
                 shutil.rmtree(str(self._state), ignore_errors=True)  # perhaps the run was killed at its very end
             else:
                 with writing(CANNOT, self.folder):
+                    for unfinished in self.folder.glob(_UNFINISHED):  # a killed process was writing them
+                        unfinished.unlink()
                     self._state.mkdir(exist_ok=True)
                     self._write_header(complete=False)
         self.processes.barrier("begun")
@@ -276,6 +291,22 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(content)
     archive.addfile(member, io.BytesIO(content))
+
+
+def _read_lines(file: Path) -> list[Any] | None:
+    """The lines of a list of images; None if it cannot be read."""
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _lost(folder: Path, images: Any) -> str:
+    """A file of these images, or their shard, that is not there; "" if all are. images: entries of a report."""
+    if not isinstance(images, list) or not all(isinstance(image, dict) and image.get("file") for image in images):
+        return f"a list of its images ({LINES})"
+    files = dict.fromkeys(str(image["file"]).partition("/")[0] for image in images)
+    return next((file for file in files if not (folder / file).is_file()), "")
 
 
 def _copy(source: Path, target: Path) -> None:

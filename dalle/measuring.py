@@ -4,7 +4,7 @@ from __future__ import annotations
 import datetime
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Any, Collection, Iterator, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -72,18 +72,20 @@ def check_metrics(options: EvaluateOptions) -> None:
     if options.images is None and not options.reconstruction and options.dalle_path is None:
         raise UsageError("missing --dalle-path PATH: a model to evaluate; or give --images or --reconstruction")
     if options.images is not None:
-        _refuse(options, "--images", ("--dalle-path", "--vqgan-model-path", "--num-images", "--max-pairs"))
+        _refuse_others(options, "--images", _OF_IMAGES | {"--scorer", "--plot", "--clip-path"})  # they say more below
         other = wanted - set(METRICS)
         if other or not wanted:
             raise UsageError(f"--images: give --metrics of {', '.join(METRICS)}, not {', '.join(other) or 'none'}")
         if wanted != {"is"} and options.reference is None:
             raise UsageError(f"--metrics {', '.join(sorted(wanted - {'is'}))} needs --reference: the real images")
+        if wanted == {"is"} and options.reference is not None:
+            raise UsageError("--reference has no use with --metrics is, which compares with no images")
     elif options.reference is not None:
         raise UsageError("--reference needs --images")
     if options.image_size is not None and not (options.images or options.reconstruction):
         raise UsageError("--image-size needs --images or --reconstruction: a model has its own size")
     if options.reconstruction:
-        _refuse(options, "--reconstruction", ("--num-images", "--clip-path", "--sheet", "--resume"))
+        _refuse_others(options, "--reconstruction", _OF_RECONSTRUCTION | {"--scorer", "--plot"})
         if wanted - {"fid", "kid"}:
             raise UsageError("--reconstruction: --metrics may add fid and kid (rFID, rKID) alone")
         if options.dalle_path is None and not (options.vqgan_model_path and options.vqgan_config_path):
@@ -91,7 +93,8 @@ def check_metrics(options: EvaluateOptions) -> None:
     if ("clip" in wanted) != (options.clip_path is not None):
         raise UsageError("--metrics clip and --clip-path belong together")
     if options.prompts_file is not None:
-        unused = ("--input-folder", "--split", "--max-pairs", "--sheet", "--skip-retrieval", "--best-of")
+        unused = ("--input-folder", "--split", "--max-pairs", "--max-bad-fraction", "--dataloader-workers", "--sheet",
+                  "--skip-retrieval", "--best-of")
         _refuse(options, "--prompts-file", unused)
         if wanted - {"is", "clip"} or not (wanted or options.scorer):
             raise UsageError("--prompts-file has no images to compare with: give --metrics is or clip, or --scorer")
@@ -103,10 +106,25 @@ def check_metrics(options: EvaluateOptions) -> None:
         raise UsageError("--cond-scale: each scale is given once")
     if options.plot is not None and not {"fid", "clip"} <= wanted:
         raise UsageError("--plot needs --metrics fid clip")
+    if options.inception_weights is not None and wanted.isdisjoint(METRICS):
+        raise UsageError(f"--inception-weights is for --metrics of {', '.join(METRICS)}")
+    if options.best_of > 1 and options.sampled_metrics and options.sheet is None:
+        raise UsageError("--best-of is for retrieval and --sheet, not for --metrics of sampled images or --scorer")
     if options.num_images and not options.sampled_metrics:
         raise UsageError("--num-images needs --metrics of sampled images")
     if options.num_images:
         check_counts(options.metrics, (options.num_images, "--num-images is"))
+
+
+_ANY = {"--batch-size", "--device", "--inception-weights", "--json", "--metrics", "--image-size"}
+_OF_IMAGES = _ANY | {"--images", "--reference", "--resume"}
+_OF_RECONSTRUCTION = _ANY | {"--reconstruction", "--input-folder", "--dalle-path", "--vqgan-model-path"}
+_OF_RECONSTRUCTION |= {"--vqgan-config-path", "--bpe-path", "--perceptual-weights"}
+"""What --images and --reconstruction have use for."""
+
+
+def _refuse_others(options: Options, mode: str, flags: Collection[str]) -> None:
+    _refuse(options, mode, [flag for flag in options.given() if flag not in flags])
 
 
 def _refuse(options: Options, mode: str, flags: Sequence[str]) -> None:

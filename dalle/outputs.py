@@ -28,7 +28,7 @@ from dalle.pictures import FORMATS, save_picture, to_pil
 from dalle.prompt_folders import CANNOT
 from models.quantization import DTYPES
 from sampling import Batch
-from utils.errors import UsageError
+from utils.errors import UsageError, UserError
 from utils.files import writing
 from utils.locks import Lock
 from utils.options import Options, flag_name, option
@@ -251,12 +251,17 @@ class Outputs:
         numbers = self.numbers(group)
         with writing(CANNOT, self.folder):
             records = journal.read()
+            if len(records) < len(numbers):
+                raise self._changed()
             self._merge(group, self._chosen(records), notes)
             journal.remove()
         for prompt in range(numbers.start // self.options.num_images, -(-numbers.stop // self.options.num_images)):
             self._best.pop(prompt, None)
         if group in self._locks:
             self._locks.pop(group).close()
+
+    def _changed(self) -> UserError:
+        return UserError(f"--outputs-dir {self.folder}: another run has changed it meanwhile; give --resume again")
 
     def _hold(self, group: int, lock: Lock) -> None:
         """Hold a lock until the group is complete; where another process completes it, it is one of the last."""

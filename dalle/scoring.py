@@ -61,7 +61,7 @@ def _in_one_line(name: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{os.path.basename(last.filename)}, line {last.lineno}"
         raise UserError(f"--scorer {name}: {type(error).__name__}: {error} ({place})") from error
@@ -88,7 +88,7 @@ class Scorers:
         found: list[dict[str, float]] = [{} for _ in captions]
         for name, scorer in self._scorers.items():
             with _in_one_line(name):
-                rows = _checked(name, scorer(images, list(captions), list(records)), len(images))
+                rows = _checked(name, scorer(images.clone(), list(captions), list(records)), len(images))
             for scores, row in zip(found, rows):
                 scores.update(row)
         return found

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Iterator, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import log
@@ -16,7 +16,7 @@ from metrics.inception import Inception
 from utils.caches import cache_folder
 from utils.errors import UserError
 from utils.files import make_folder
-from utils.parts import Found, Parts, joined
+from utils.parts import Found, Parts, joined, save_tensors
 from utils.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -115,10 +115,8 @@ def _cached(file: Path, count: int) -> Features | None:
 
 
 def _keep(found: Features, file: Path) -> None:
-    part = file.with_name(f"{file.name}.part")
     try:
         make_folder("the cache of features", file.parent)
-        save_file(found._asdict(), str(part))
-        part.replace(file)
+        save_tensors(found._asdict(), file)
     except (OSError, UserError) as error:  # it only saves time
         logger.warning(f"{file} cannot be written ({error}): these features are not cached")

@@ -1,7 +1,9 @@
 """generate.py and evaluate.py in several processes: who does what, layouts, what is kept when a run is resumed."""
 from __future__ import annotations
 
+import functools
 import json
+import shutil
 import signal
 
 import pytest
@@ -12,6 +14,7 @@ from torch.distributed import TCPStore
 
 import evaluate
 import generate
+from dalle import generation
 from dalle.journal import Journal
 from metrics.images import folder_images
 from utils.errors import UserError
@@ -25,7 +28,7 @@ def model(tmp_path_factory):
     return TinyModel(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def flags(model):
     """The flags of generate.py for 40 images, and more."""
 
@@ -112,6 +115,50 @@ def test_layouts_hold_the_same_images_and_shards_are_read_back(flags, model, tmp
     refused("--images .*1 truncated shards", folder_images, "--images", str(tmp_path / "tar"))
 
 
+@pytest.mark.parametrize("layout, file", [("flat", "000000-0000.png"), ("tar", "00000.tar")])
+def test_images_that_a_complete_run_has_lost_are_told(layout, file, flags, earlier, tmp_path):
+    run = f"--num-images 2 --layout {layout}"
+    shutil.copytree(earlier(run), tmp_path, dirs_exist_ok=True)
+    (tmp_path / file).unlink()
+    refused(f"was complete, but lacks {file}", generate.main, flags(tmp_path, f"{run} --resume"))
+
+
+def test_a_folder_that_has_lost_an_image_is_sampled_again(flags, earlier, tmp_path):
+    shutil.copytree(earlier("--num-images 2 "), tmp_path, dirs_exist_ok=True)
+    before = tree(tmp_path)
+    (tmp_path / "dog" / "1.png").unlink()
+    (tmp_path / "a_cat" / ".part-x.jsonl").touch()  # the run was killed before it deleted this
+    generate.main(flags(tmp_path, "--num-images 2 --resume"))
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("layout", ["folders", "flat"])
+def test_a_run_that_another_one_has_overtaken_gives_up(layout, flags, tmp_path, monkeypatch):
+    """Both resume: the other one ends between this one's look at the folder and its first image."""
+    run = flags(tmp_path, f"--num-images 3 --layout {layout} --resume")
+    append, read_caption = Journal.append, generation.read_caption
+
+    def first_only(self, record):
+        append(self, record)
+        raise KeyboardInterrupt
+
+    def overtaken(*given):
+        monkeypatch.undo()
+        generate.main(run)
+        return read_caption(*given)
+
+    monkeypatch.setattr(Journal, "append", first_only)
+    with pytest.raises(KeyboardInterrupt):
+        generate.main(run)
+    monkeypatch.setattr(Journal, "append", append)
+    monkeypatch.setattr(generation, "read_caption", overtaken)
+    refused("another run has changed it meanwhile", generate.main, run)
+    generate.main(run)
+    generate.main(flags(tmp_path / "whole", f"--num-images 3 --layout {layout}"))
+    whole = tree(tmp_path / "whole")
+    assert {name: content for name, content in tree(tmp_path).items() if "whole" not in name} == whole
+
+
 WRONG = [
     ("--layout flat", "--layout flat", "holds the images of an earlier run: --resume continues it"),
     ("--layout flat", "--layout flat --resume --seed 7", "was written with --seed 42, not 7; resume with that, or"),
@@ -125,11 +172,26 @@ WRONG = [
 ]
 
 
+@pytest.fixture(scope="module")
+def earlier(flags, tmp_path_factory):
+    """The outputs of a complete run with these flags."""
+
+    @functools.lru_cache(maxsize=None)
+    def run(more):
+        out = tmp_path_factory.mktemp("earlier")
+        generate.main(flags(out, more))
+        return out
+
+    return run
+
+
 @pytest.mark.parametrize("first, then, message", WRONG, ids=[f"{first} {then}" for first, then, _ in WRONG])
-def test_what_does_not_fit_an_earlier_run_is_refused_by_name(first, then, message, flags, model, tmp_path):
+def test_what_does_not_fit_an_earlier_run_is_refused_by_name(
+    first, then, message, flags, earlier, model, tmp_path
+):
     weights = {name: tensor + 1 for name, tensor in model.model.state_dict().items()}
     other = model.save("other.pt", model.identity, weights)
-    generate.main(flags(tmp_path, f"--num-images 2 {first}"))
+    shutil.copytree(earlier(f"--num-images 2 {first}"), tmp_path, dirs_exist_ok=True)
     before = tree(tmp_path)
     refused(message, generate.main, flags(tmp_path, f"--num-images 2 {then.format(other=other)}"))
     assert tree(tmp_path) == before
@@ -149,6 +211,8 @@ def test_lines_that_were_cut_off_are_not_read(tmp_path):
     second.append(dict(record, number=20))
     (file,) = set(first.files()) - {second._own}
     file.write_bytes(file.read_bytes() + b'{"number": 2, "fi')
+    for line in (b"null", b"\xff", b"[" * 100_000, json.dumps(dict(record, number="2")).encode()):
+        file.write_bytes(file.read_bytes() + b"\n" + line)
     assert list(Journal(tmp_path, range(20, 40)).read()) == [20, 21]
     assert list(Journal(tmp_path, range(0, 20)).read().values())[1] == dict(record, number=1)
 
@@ -200,6 +264,8 @@ def test_parts_that_are_there_are_not_computed_again(tmp_path):
     parts.begin({"--seed": 1})
     with pytest.raises(KeyboardInterrupt):
         parts.compute("a", 1000, 100, lambda batches: work(batches, 3))
+    refused("--json: another process keeps its results in", Parts(folder=tmp_path, resume=True).begin, {"--seed": 1})
+    parts.close()
     told, again = [], Parts(folder=tmp_path, resume=True)
     again.begin({"--seed": 1})
     assert again.compute("a", 1000, 100, work, told.append)["squares"].tolist() == [n**2 for n in range(1000)]

@@ -84,11 +84,13 @@ def module(tmp_path, monkeypatch):
 
 
 def test_means_over_all_and_by_category(module):
-    scorers = Scorers([module('[{"n": r["n"], "x": True} if r["n"] else {} for r in records]', "counts_of_records")])
+    body = '[{"n": r["n"], "x": True} if r["n"] else {} for r in records if images.add_(1).any()]'
+    scorers = Scorers([module(body, "counts_of_records")])
     images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     records = [{"n": 1, "Tag": "a"}, {"n": 0, "Tag": "a"}, {"n": 4, "Tag": "b"}, {"n": 3, "Tag": "a", "other": "c"}]
     parts = [as_bytes(scorers.score(images, ["", ""], part)) for part in (records[:2], records[2:])]
     found = summary(from_bytes(torch.cat(parts)), records)
+    assert not images.any()  # scorers have a copy
     assert len(scorers.identity["counts_of_records:score"]) == 64
     groups = {"a": {"mean": 2.0, "count": 2}, "b": {"mean": 4.0, "count": 1}}
     assert found["n"] == {"mean": 8 / 3, "count": 3, "by": {"Tag": groups}} and found["x"]["mean"] == 1
@@ -99,7 +101,8 @@ def test_means_over_all_and_by_category(module):
 @pytest.mark.parametrize("body, message", [
     ("[{}]", "must return a dictionary for each of 2 images, not 1 items"), ("None", "not NoneType"),
     ("[1, 2]", "must return a dictionary"), ("[{'a': float('nan')}] * 2", "'a' is not a finite number"),
-    ("[{'a': 'b'}] * 2", "ValueError"), ("1 / 0", r"ZeroDivisionError: division by zero \(wrong_\d+\.py, line 2\)"),
+    ("[{'a': 'b'}] * 2", "ValueError"),
+    ("exit(0)", "SystemExit: 0"), ("1 / 0", r"ZeroDivisionError: division by zero \(wrong_\d+\.py, line 2\)"),
 ])
 def test_a_scorer_that_is_wrong(module, body, message):
     name = module(body, f"wrong_{abs(hash(body))}")

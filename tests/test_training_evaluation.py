@@ -4,7 +4,7 @@ from __future__ import annotations
 import poptorch_stand_in
 import pytest
 import torch
-from helpers import assert_same, flags, full_disk, losses_of, read_metrics, run, weights_of
+from helpers import assert_same, flags, full_disk, losses_of, read_metrics, refused, run, weights_of
 from ipu_helpers import Pairs, make_config, make_model
 from PIL import Image
 
@@ -117,6 +117,11 @@ def test_metrics_of_sampled_images(folder, plain, tmp_path, monkeypatch):
     found = read_metrics(tmp_path, "evaluation")
     assert [event["step"] for event in found] == [2, 4]
     assert all(event["fid"] > 0 and event["clip"] == 100 and "kid" in event for event in found)
+
+
+def test_too_few_images_for_fid_are_refused_first(folder, tmp_path):
+    more = (*EVERY_2, "--evaluate-images", "1", "--inception-weights", "x")
+    refused("--inception-weights: FID needs at least 2 images, .* takes 1", run, folder, tmp_path, *more)
 
 
 def test_images_in_tensorboard(folder, tmp_path):

@@ -34,7 +34,7 @@ from models.vqgan_metrics import nearest_images
 from sampling import Sampler, SamplingFlags, SamplingOptions, decode, encode
 from training.files import move_aside
 from training.setup import Parts
-from utils.errors import UserError
+from utils.errors import UsageError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,9 @@ class Evaluation:
         shown = min(options.evaluate_captions, len(pairs))
         self.shown = pairs.subset(torch.arange(shown) * len(pairs) // shown)
         self.measured = pairs.subset(epoch_order(len(pairs), self.seed, 0)[: options.evaluate_images])
+        if options.inception_weights is not None and len(self.measured) < 2:
+            raise UsageError(f"--inception-weights: FID needs at least 2 images; of {len(pairs)} {self.which} pairs "
+                             f"--evaluate-images {options.evaluate_images} takes {len(self.measured)}")
         self.queries = demo_records("heldout") if config.data.input_folder == DEMO else []
         self.queries = self.queries[: options.evaluate_images]
         self.network: Inception | None = None

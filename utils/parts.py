@@ -5,6 +5,7 @@
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -14,11 +15,13 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Mapping
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.files import atomic_write, make_folder
+from utils.files import atomic_write, make_folder, writing
+from utils.locks import Lock, try_lock
 from utils.processes import Processes
 from utils.resume import changes, refuse
 
@@ -35,10 +38,21 @@ Found = Dict[str, Tensor]
 class Parts:
     """What processes have computed so far, in files; in memory where a process is alone and nothing is resumed."""
 
-    def __init__(self, processes: Processes | None = None, folder: Path | None = None, resume: bool = False) -> None:
-        """folder: the same for all processes; None: in memory. resume: take what an earlier run has left there."""
+    def __init__(
+        self,
+        processes: Processes | None = None,
+        folder: Path | None = None,
+        resume: bool = False,
+        temporary: bool = False,
+    ) -> None:
+        """folder: the same for all processes; None: in memory. resume: take what an earlier run has left there.
+
+        temporary: delete the folder also after an error.
+        """
         self.processes, self.folder, self.resume = Processes() if processes is None else processes, folder, resume
         self._in_memory: dict[str, dict[int, Found]] = {}
+        self._temporary = temporary
+        self._lock: Lock | None = None
 
     @property
     def is_first(self) -> bool:
@@ -65,11 +79,15 @@ class Parts:
         self.check(settings)
         self.processes.barrier("settings are read")
         if self.folder is not None and self.is_first:
-            if not self.resume:
-                if (self.folder / _SETTINGS).is_file():
-                    logger.warning("%s of an interrupted run is deleted: --resume would have continued it", self.folder)
-                shutil.rmtree(str(self.folder), ignore_errors=True)
             make_folder("--json", self.folder)
+            self._lock = try_lock(self.folder)
+            if self._lock is None:
+                raise UserError(f"--json: another process keeps its results in {self.folder}: wait for it, or give "
+                                "another file")
+            if not self.resume and (self.folder / _SETTINGS).is_file():
+                logger.warning("%s of an interrupted run is deleted: --resume would have continued it", self.folder)
+                for file in self.folder.iterdir():
+                    file.unlink()
             with atomic_write(self.folder / _SETTINGS) as file:
                 file.write(json.dumps(settings, indent=2) + "\n")
         self.processes.barrier("settings are written")
@@ -78,6 +96,13 @@ class Parts:
         """Delete the files, when the result is elsewhere."""
         if self.folder is not None and self.is_first:
             shutil.rmtree(str(self.folder), ignore_errors=True)
+
+    def close(self) -> None:
+        """Let go of the folder, also after an error."""
+        if self._temporary:
+            self.remove()
+        if self._lock is not None:
+            self._lock.close()
 
     def compute(
         self,
@@ -123,12 +148,8 @@ class Parts:
             self._in_memory.setdefault(name, {})[numbers.start] = found
             return
         file = self.folder / f"{name}-{numbers.start:09}-{numbers.stop:09}.safetensors"
-        part = file.with_suffix(f".{os.getpid()}.part")
-        try:
-            save_file({key: tensor.contiguous() for key, tensor in found.items()}, str(part))
-            part.replace(file)
-        except Exception as error:  # safetensors has its own class for a full disk
-            raise UserError(f"--json: cannot write {file}: {error}") from error
+        with writing("--json: cannot write", file):
+            save_tensors(found, file)
 
     def _all(self, name: str) -> Found:
         if self.folder is None:
@@ -141,6 +162,19 @@ class Parts:
                 except Exception as error:  # a damaged file raises whatever safetensors raises
                     raise UserError(f"{file} is damaged ({error}): delete it, and continue with --resume") from error
         return joined(parts)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write a safetensors file, of which readers never see a part. Raises OSError."""
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, str(part))
+        part.replace(file)
+    except SafetensorError as error:  # its own class for a full disk
+        raise OSError(str(error)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def joined(parts: list[Found]) -> Found:
