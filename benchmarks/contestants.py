@@ -27,7 +27,7 @@ from engines.memory import peak_bytes
 from models.config import DalleConfig
 from models.dalle import DalleModel, TextToImage
 from models.vqgan import VQGAN
-from sampling import Graphs, SamplingOptions, Shared, sample_codes
+from sampling import Graphs, SamplingOptions, Shared, Windows, sample_codes
 from training.setup import dalle_config, vqgan_config
 from utils.errors import run_main
 from utils.flags import DeviceOptions
@@ -194,7 +194,8 @@ class Ours(Contestant):
             dalle, self.prompts = self.sampled_from()
             self.dalle = dalle.eval().to(self.device, self.autocast or torch.float32)
             self.graphs = Graphs(self.dalle) if self.graphs_enabled else None
-            self.shared: dict[int, Shared] = {}
+            self.shared = Shared()
+            self.windows: dict[str | int, Windows] = {}
             return
         model = TextToImage(DalleModel(self.shape), self.vqgan if task == TRAIN_IMAGES else None)
         self.inputs = self.images if task == TRAIN_IMAGES else self.codes
@@ -207,23 +208,23 @@ class Ours(Contestant):
         """The model that samples, and its prompts (count, T)."""
         return DalleModel(self.shape), self.text[:1]
 
-    def _codes(self, prompt: int, images: int, shared: Shared) -> Tensor:
+    def _codes(self, prompt: int, images: int, parallel: str | int) -> Tensor:
         options = SamplingOptions(top_k=int(self.dalle.config.num_image_tokens * (1 - DROPPED)))
         seeds, text = list(range(images)), self.prompts[prompt]
-        return sample_codes(self.dalle, text, seeds, options, graphs=self.graphs, shared=shared).codes
+        self.shared.windows = self.windows.setdefault(parallel, Windows(parallel))  # as of one sampling.Sampler
+        return sample_codes(self.dalle, text, seeds, options, graphs=self.graphs, shared=self.shared).codes
 
     def sample(self, images: int) -> None:
-        codes = self._codes(0, images, Shared(self.parallel))
+        codes = self._codes(0, images, self.parallel)
         with torch.no_grad():
             self.vqgan.decode_by_parts(codes)
 
     def window(self, width: int) -> dict[str, Any]:
         """Sample the codes of one image of each prompt, so many in one pass."""
-        shared = self.shared.setdefault(width, Shared(width))  # keeps what is copied once for all images
         for prompt in range(len(self.prompts)):
-            self._codes(prompt, 1, shared)
+            self._codes(prompt, 1, width)
         codes = (self.dalle.config.image_seq_len - 1) * len(self.prompts)  # the first comes with the caption
-        return {"codes_per_pass": shared.windows.codes_per_pass, "codes": codes}
+        return {"codes_per_pass": self.windows[width].codes_per_pass, "codes": codes}
 
 
 class OneCode(Ours):
