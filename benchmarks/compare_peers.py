@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import json
 import logging
 import platform
@@ -40,12 +41,15 @@ from benchmarks.contestants import (  # noqa: E402
     GENERATE,
     NAMES,
     OLD_NAMES,
+    ONE_CODE,
     OURS,
     PEER,
     PLAIN,
     REPAIRED,
+    SHIPPED,
     TRAIN_CODES,
     TRAIN_IMAGES,
+    WINDOWS,
     WITHOUT_GRAPHS,
     SettingOptions,
     settings,
@@ -61,7 +65,8 @@ logger = logging.getLogger(__name__)
 ENTRIES: dict[str, tuple[str, ...]] = {
     TRAIN_CODES: (OURS, PEER),
     TRAIN_IMAGES: (OURS, PLAIN, PEER),
-    GENERATE: (OURS, WITHOUT_GRAPHS, REPAIRED, PEER, PLAIN),
+    GENERATE: (OURS, ONE_CODE, WITHOUT_GRAPHS, REPAIRED, PEER, PLAIN),
+    WINDOWS: (OURS, SHIPPED),
 }
 #: Contestants that compute the whole sequence for each code.
 WHOLE_SEQUENCE = (PEER, PLAIN)
@@ -77,6 +82,7 @@ class PeerOptions(SettingOptions):
     turns: int = option(5, "turns, after one to warm up; fewer for many images", ge=1)
     tasks: tuple[str, ...] = option(tuple(ENTRIES), "what is timed", choices=tuple(ENTRIES))
     contestants: tuple[str, ...] = option(NAMES, "who is timed", choices=(*NAMES, *OLD_NAMES))
+    widths: tuple[int, ...] = option((2, 4, 8, 16), "codes that a pass takes, in the task windows", ge=2, le=64)
     exact: bool = option(False, "sample whole images with the slow contestants too")
     growth: bool = option(False, "also measure growth with batch and grid")
     growth_batches: tuple[int, ...] = option((1, 2, 4, 8, 16, 32), "batches of --growth", ge=1, needs="growth")
@@ -132,9 +138,9 @@ class Worker:
     def ask(self, **request: Any) -> float:
         """Have it do something; seconds it took."""
         self.input.write((json.dumps(request) + "\n").encode())
-        answer = self._answer()
-        self.peak = answer["peak"]
-        return answer["seconds"]
+        self.answer = self._answer()
+        self.peak = self.answer["peak"]
+        return self.answer["seconds"]
 
     def close(self) -> None:
         """End the process."""
@@ -207,6 +213,29 @@ def measure_sampling(names: Sequence[str], options: PeerOptions, num_codes: int)
             worker.close()
 
 
+def measure_windows(names: Sequence[str], options: PeerOptions) -> list[dict[str, Any]]:
+    """Codes that passes of each width give, and what such a pass takes, also in passes of one code in the same turn."""
+    workers, found = [Worker(name, WINDOWS, options) for name in names], []
+    try:
+        for worker in workers:
+            given: dict[int, float] = {}  # codes per pass, the same in every turn
+
+            def seconds_of_a_pass(width: int, worker: Worker = worker, given: dict[int, float] = given) -> float:
+                seconds = worker.ask(do="window", width=width)
+                given[width] = worker.answer["codes_per_pass"]
+                return seconds * given[width] / worker.answer["codes"]
+
+            turns = [[seconds_of_a_pass(width) for width in (1, *options.widths)] for _ in range(options.turns + 1)][1:]
+            for width, seconds in zip((1, *options.widths), zip(*turns)):
+                costs = [own / one for own, (one, *_) in zip(seconds, turns)]
+                figures = dict(codes_per_pass=given[width], seconds=median(seconds), cost=median(costs))
+                found.append(dict(name=worker.name, width=width, **figures))
+        return found
+    finally:
+        for worker in workers:
+            worker.close()
+
+
 def measure_growth(options: PeerOptions) -> dict[str, list[dict[str, float]]]:
     """How this project's cost grows with the batch and with the grid."""
     growth: dict[str, list[dict[str, float]]] = {"batch": [], "grid": []}
@@ -252,7 +281,7 @@ def summary(found: Sequence[Measured], report: dict[str, Any], options: PeerOpti
         if value is not None:
             result[key] = round(value, 3)
 
-    for name in (WITHOUT_GRAPHS, PEER, PLAIN, REPAIRED):
+    for name in (ONE_CODE, WITHOUT_GRAPHS, PEER, PLAIN, REPAIRED):
         label = f"training on codes, speed over {name} (images)"
         add(label, ratio(found, TRAIN_CODES, name, TRAIN_IMAGES, batch))
         add(f"training on images, speed over {name}", ratio(found, TRAIN_IMAGES, name, TRAIN_IMAGES, batch))
@@ -268,10 +297,12 @@ def summary(found: Sequence[Measured], report: dict[str, Any], options: PeerOpti
         add("training on codes, share of the fastest matmul", speed / machine["fastest_gflop_per_second"])
         promised = machine.get("datasheet_gflop_per_second")
         add("training on codes, share of the datasheet's speed", speed / promised if promised else None)
-    one = by.get((OURS, GENERATE, 1))
-    if one:
-        limit = report["weights_gb"] * report["num_codes"] / machine["read_gb_per_second"] + report["decode_seconds"]
-        add("sampling 1, times the limit that memory bandwidth sets", median(one.seconds) / limit)
+    limit = report["weights_gb"] * report["num_codes"] / machine["read_gb_per_second"]
+    for name, images in itertools.product((OURS, ONE_CODE), options.images):
+        sampled = by.get((name, GENERATE, images))
+        if sampled:
+            label = f"{name}, sampling {images}, times the limit of one code per pass"
+            add(label, median(sampled.seconds) / (limit + images * report["decode_seconds"]))
     return result
 
 
@@ -294,6 +325,12 @@ def table(found: Sequence[Measured], report: dict[str, Any]) -> str:
         )
     if any(m.interpolated for m in found):
         lines.append(f"* interpolated from {len(POSITIONS)} positions of an image, plus decoding")
+    if report.get("windows"):
+        names = "", "width", "codes per pass", "ms a pass", "in passes of one code"
+        lines += ["", "{:<36}{:>7}{:>16}{:>11}{:>23}".format(*names)]
+    for m in report.get("windows", []):
+        given = "{:.2f}".format(m["codes_per_pass"]) if m["name"] == SHIPPED else "-"  # random weights say nothing
+        lines.append("{name:<36}{width:>7}{:>16}{:>11.2f}{cost:>23.2f}".format(given, 1e3 * m["seconds"], **m))
     lines.append("")
     lines += [f"{key:<80}{value:>8.2f}" for key, value in report["summary"].items()]
     return "\n".join(lines)
@@ -363,6 +400,8 @@ def main() -> None:
         speed.measure()
         if task == GENERATE:
             found += measure_sampling(members, options, report["num_codes"])
+        elif task == WINDOWS:
+            report["windows"] = measure_windows(members, options)
         else:
             found += measure_training(members, task, options)
             logger.info("%s: %s", task, ", ".join(f"{m.name} {median(m.seconds):.2f} s" for m in found))

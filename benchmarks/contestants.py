@@ -22,11 +22,12 @@ import args
 import engines
 import ops
 from bpe import load_tokenizer
+from dalle.loading import DEMO, DEMO_PROMPTS, load
 from engines.memory import peak_bytes
 from models.config import DalleConfig
 from models.dalle import DalleModel, TextToImage
 from models.vqgan import VQGAN
-from sampling import Graphs, SamplingOptions, sample_codes
+from sampling import Graphs, SamplingOptions, Shared, Windows, sample_codes
 from training.setup import dalle_config, vqgan_config
 from utils.errors import run_main
 from utils.flags import DeviceOptions
@@ -34,11 +35,13 @@ from utils.memory import keep_freed_memory
 from utils.options import REQUIRED, Command, Options, again, option
 
 OURS = "Mini DALL-E"
+ONE_CODE = "Mini DALL-E (one code per pass)"
+SHIPPED = "Mini DALL-E (shipped demo model)"
 WITHOUT_GRAPHS = "Mini DALL-E (no CUDA graphs)"
 PLAIN = "naive baseline"
 PEER = "DALLE-pytorch"
 REPAIRED = "DALLE-pytorch (cache repaired)"
-NAMES = (OURS, WITHOUT_GRAPHS, PLAIN, PEER, REPAIRED)
+NAMES = (OURS, ONE_CODE, SHIPPED, WITHOUT_GRAPHS, PLAIN, PEER, REPAIRED)
 OLD_NAMES = {
     "Mini DALL-E, no CUDA graphs": WITHOUT_GRAPHS,
     "published algorithm": PLAIN,
@@ -49,7 +52,8 @@ OLD_NAMES = {
 """Names in older reports."""
 
 TRAIN_CODES, TRAIN_IMAGES, GENERATE = "train on codes", "train on images", "generate"
-TASKS = (TRAIN_CODES, TRAIN_IMAGES, GENERATE)
+WINDOWS = "windows"
+TASKS = (TRAIN_CODES, TRAIN_IMAGES, GENERATE, WINDOWS)
 
 #: The share of the logits that is dropped before sampling: DALLE-pytorch's filter_thres for all.
 DROPPED = 0.5
@@ -176,16 +180,21 @@ class Ours(Contestant):
 
     graphs_enabled = True
     """Whether a GPU replays CUDA graphs."""
+    parallel = "auto"
+    """See `sampling.Windows`."""
 
     def prepare(self, task: str) -> None:
         if task == TRAIN_CODES:  # as in train.py, which needs no VQGAN any more when all is encoded
             self.vqgan = self.vqgan.to("meta")
         else:
             self.vqgan = channels_last(self.vqgan).to(self.device)
-        if task == GENERATE:
+        if task in (GENERATE, WINDOWS):
             keep_freed_memory()  # as sampling.Sampler does
-            self.dalle = DalleModel(self.shape).eval().to(self.device, self.autocast or torch.float32)
+            dalle, self.prompts = self.sampled_from()
+            self.dalle = dalle.eval().to(self.device, self.autocast or torch.float32)
             self.graphs = Graphs(self.dalle) if self.graphs_enabled else None
+            self.shared = Shared()
+            self.windows: dict[str | int, Windows] = {}
             return
         model = TextToImage(DalleModel(self.shape), self.vqgan if task == TRAIN_IMAGES else None)
         self.inputs = self.images if task == TRAIN_IMAGES else self.codes
@@ -194,11 +203,41 @@ class Ours(Contestant):
     def train(self) -> None:
         self.engine.step([(self.text, self.inputs)])
 
+    def sampled_from(self) -> tuple[DalleModel, Tensor]:
+        """The model that samples, and its prompts (count, T)."""
+        return DalleModel(self.shape), self.text[:1]
+
+    def _codes(self, prompt: int, images: int, parallel: str | int) -> Tensor:
+        options = SamplingOptions(top_k=int(self.dalle.config.num_image_tokens * (1 - DROPPED)))
+        seeds, text = list(range(images)), self.prompts[prompt]
+        self.shared.windows = self.windows.setdefault(parallel, Windows(parallel))  # as of one sampling.Sampler
+        return sample_codes(self.dalle, text, seeds, options, graphs=self.graphs, shared=self.shared).codes
+
     def sample(self, images: int) -> None:
-        options = SamplingOptions(top_k=int(self.shape.num_image_tokens * (1 - DROPPED)))
-        codes = sample_codes(self.dalle, self.text[0], list(range(images)), options, graphs=self.graphs).codes
+        codes = self._codes(0, images, self.parallel)
         with torch.no_grad():
             self.vqgan.decode_by_parts(codes)
+
+    def window(self, width: int) -> dict[str, Any]:
+        """Sample the codes of one image of each prompt, so many in one pass."""
+        for prompt in range(len(self.prompts)):
+            self._codes(prompt, 1, width)
+        codes = (self.dalle.config.image_seq_len - 1) * len(self.prompts)  # the first comes with the caption
+        return {"codes_per_pass": self.windows[width].codes_per_pass, "codes": codes}
+
+
+class OneCode(Ours):
+    """The same with a pass for each code."""
+
+    parallel = "off"
+
+
+class Shipped(Ours):
+    """The demo's model as it is shipped: how many guesses are right depends on what a model has learned."""
+
+    def sampled_from(self) -> tuple[DalleModel, Tensor]:
+        loaded = load(DEMO)
+        return loaded.dalle, loaded.tokenizer.tokenize(DEMO_PROMPTS, loaded.config.text_seq_len)
 
 
 class WithoutGraphs(Ours):
@@ -338,18 +377,21 @@ def import_peer() -> Any:
 KINDS: dict[str, Callable[[ContestantOptions], Contestant]] = {
     OURS: Ours,
     WITHOUT_GRAPHS: WithoutGraphs,
+    ONE_CODE: OneCode,
+    SHIPPED: Shipped,
     PLAIN: Plain,
     PEER: Peer,
     REPAIRED: Repaired,
 }
 
 
-def perform(contestant: Contestant, request: dict[str, Any]) -> None:
-    """Do what a line asks for."""
+def perform(contestant: Contestant, request: dict[str, Any]) -> dict[str, Any]:
+    """Do what a line asks for; what there is to say about it."""
     what = request.pop("do")
-    getattr(contestant, what)(**request)
+    about = getattr(contestant, what)(**request)
     if contestant.device.type == "cuda":
         torch.cuda.synchronize(contestant.device)
+    return about or {}
 
 
 def main() -> None:
@@ -361,9 +403,9 @@ def main() -> None:
     print(json.dumps({"parameters": count(contestant)}), file=answers, flush=True)
     for line in sys.stdin:
         begin = time.perf_counter()
-        perform(contestant, json.loads(line))
-        seconds = time.perf_counter() - begin
-        print(json.dumps({"seconds": seconds, "peak": peak_bytes(contestant.device)}), file=answers, flush=True)
+        about = perform(contestant, json.loads(line))
+        about.update(seconds=time.perf_counter() - begin, peak=peak_bytes(contestant.device))
+        print(json.dumps(about), file=answers, flush=True)
 
 
 def count(contestant: Contestant) -> int:

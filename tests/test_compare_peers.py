@@ -13,7 +13,19 @@ from helpers import ROOT, run_script
 
 import ops
 from benchmarks import chart, compare_peers, contestants, limits
-from benchmarks.contestants import GENERATE, OURS, PEER, PLAIN, REPAIRED, TRAIN_CODES, TRAIN_IMAGES, WITHOUT_GRAPHS
+from benchmarks.contestants import (
+    GENERATE,
+    ONE_CODE,
+    OURS,
+    PEER,
+    PLAIN,
+    REPAIRED,
+    SHIPPED,
+    TRAIN_CODES,
+    TRAIN_IMAGES,
+    WINDOWS,
+    WITHOUT_GRAPHS,
+)
 from models.config import DalleConfig
 from models.dalle import DalleModel
 from utils.errors import UserError
@@ -55,6 +67,41 @@ def test_contestants_sample(name, task, clean_modules, monkeypatch):
     assert len(decoded) == (1 if slow else 2) and all(len(codes) == made.shape.image_seq_len for codes in decoded)
     if slow:
         made.token(3, 2)
+
+
+@pytest.mark.parametrize("name, most_codes", [(OURS, 3), (SHIPPED, 4)])
+def test_windows_of_the_trained_model_bring_what_they_say(name, most_codes):
+    made = contestant(name, WINDOWS)
+    made.prompts = made.prompts[:1]
+    codes = made.dalle.config.image_seq_len - 1
+    assert made.window(1) == {"codes_per_pass": 1.0, "codes": codes}
+    found = made.window(most_codes)
+    assert found["codes"] == codes and 1 <= found["codes_per_pass"] <= most_codes
+    assert name == OURS or found["codes_per_pass"] > 1.5  # the weights are those that were trained
+    assert made.window(most_codes) == found  # in every turn
+
+
+def test_a_pass_costs_what_it_takes_beside_a_pass_of_one_code(monkeypatch):
+    class Fake:
+        def __init__(self, name, task, options):
+            self.name, self.seconds = name, iter([9, 9, 1, 2, 3, 9])  # a turn to warm up, and two
+
+        def ask(self, do, width):
+            self.answer = {"codes_per_pass": width / 2 if width > 1 else 1.0, "codes": 10}
+            return next(self.seconds)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(compare_peers, "Worker", Fake)
+    options = compare_peers.COMMAND.parse(["--turns", "2", "--widths", "8"])
+    one, eight = compare_peers.measure_windows([SHIPPED], options)
+    assert one == {"name": SHIPPED, "width": 1, "codes_per_pass": 1.0, "seconds": pytest.approx(0.2), "cost": 1.0}
+    assert eight == {"name": SHIPPED, "width": 8, "codes_per_pass": 4.0, "seconds": pytest.approx(2.2),
+                     "cost": pytest.approx((0.8 / 0.1 + 3.6 / 0.3) / 2)}
+    report = report_of([], options)
+    text = compare_peers.table([], dict(report, windows=[dict(eight, name=OURS), eight]))
+    assert re.findall(r"8 +(\S+) +2200.00 +10.00", text) == ["-", "4.00"]  # random weights say nothing of guesses
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -124,16 +171,19 @@ def test_ratios_are_medians_of_turns_and_limits_come_from_the_machine(tmp_path):
         measured(OURS, TRAIN_CODES, [2.0, 1.0, 4.0], peak=6),
         measured(PEER, TRAIN_IMAGES, [4.0, 3.0, 20.0]),
         measured(OURS, GENERATE, [10.0], images=1),
+        measured(ONE_CODE, GENERATE, [15.0], images=1),
         measured(REPAIRED, GENERATE, [30.0], images=1),
     ]
     report = report_of(found, options)
     assert report["summary"] == {
         "training on codes, speed over DALLE-pytorch (images)": 3.0,
+        "sampling 1, speed over Mini DALL-E (one code per pass)": 1.5,
         "sampling 1, speed over DALLE-pytorch (cache repaired)": 3.0,
         "training on codes, peak memory of DALLE-pytorch": 0.6,
         "training on codes, share of the matmul's speed": 0.5,
         "training on codes, share of the fastest matmul": 0.4,
-        "sampling 1, times the limit that memory bandwidth sets": 2.0,
+        "Mini DALL-E, sampling 1, times the limit of one code per pass": 2.0,
+        "Mini DALL-E (one code per pass), sampling 1, times the limit of one code per pass": 3.0,
     }
     text = compare_peers.table(found, report)
     assert "abacus" in text and all(key in text for key in report["summary"])
@@ -185,5 +235,6 @@ def test_the_whole_comparison(tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "compare_peers.json").read_text())
     assert report["precision"] == "fp32 (matmul high)"
-    assert len(report["results"]) == 2 + 3 + 2 * 4 and len(report["growth"]["batch"]) == 2
+    assert len(report["results"]) == 2 + 3 + 2 * 5 and len(report["growth"]["batch"]) == 2
+    assert len(report["windows"]) == 2 * 5
     assert (tmp_path / "compare_peers.png").is_file() and "peak GB" in done.stdout

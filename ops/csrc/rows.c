@@ -131,39 +131,51 @@ typedef struct {
     int64_t step, each;
 } wanted;
 
+/* Add to the sums of `rows` rows what input `i` of one or two panels gives, and ask memory for what lies at `ask`. */
+INLINE void one(const float *x, const char *weight, int64_t i, int64_t apart, const char *ask, int wide, int rows,
+                int panels, int size, vec sums[][2]) {
+#pragma GCC unroll 2
+    for (int panel = 0; panel < panels; panel++, ask += apart) {
+        __builtin_prefetch(ask, 0, 2);
+        if (wide) __builtin_prefetch(ask + 64, 0, 2);
+        vec left, right;
+        weights_at(weight + panel * apart, i, size, &left, &right);
+        left = rounded(left), right = rounded(right); /* or the compiler loads them again for each row */
+#pragma GCC unroll 12
+        for (int r = 0; r < rows; r++) {
+            vec value = fill(x[r]);
+            sums[panel * rows + r][0] += value * left;
+            sums[panel * rows + r][1] += value * right;
+        }
+    }
+}
+
 /* Sums of `rows` rows for inputs from `begin` to `end` of each place of one or two panels, added to what they are. Several
  * places are read in turn: a core that reads at one place alone gets two thirds as much from memory; and with few rows two
- * panels of few bytes, or each addition would wait for the one before it. `rows`, `panels` and `size`, bytes of a weight, are known
- * when this is compiled, so that sums are in registers. x (depth, stride): the rows lie side by side. */
-INLINE void places(const float *x, int64_t stride, const char *weight, int64_t depth, int64_t begin, int64_t end,
-                   wanted next, int rows, int panels, int size, vec sums[][2]) {
-    int64_t part = depth / PLACES, apart = depth * PANEL * size;
+ * panels of few bytes, or each addition would wait for the one before it. `rows`, `panels` and `size`, bytes of a weight,
+ * are known when this is compiled, so that sums are in registers. x (depth, stride): the rows lie side by side. */
+INLINE void places(const float *x, int64_t stride, const char *weight, int64_t depth, int64_t apart, int64_t begin,
+                   int64_t end, wanted next, int rows, int panels, int size, vec sums[][2]) {
+    int64_t part = depth / PLACES;
+    int wide = next.each > 64;
     vec own[MOST][2];
     for (int r = 0; r < panels * rows; r++) own[r][0] = sums[r][0], own[r][1] = sums[r][1];
+#define PLACE                                                                                                        \
+    one(x + (place * part + k) * stride, weight, place * part + k, apart, next.from + place * next.step + k * next.each, \
+        wide, rows, panels, size, own)
     for (int64_t k = begin; k < end; k++) {
+        if (rows > 4) { /* enough between jumps, and an eighth as much to compile */
+#pragma GCC unroll 1
+            for (int place = 0; place < PLACES; place++) PLACE;
+        } else {
 #pragma GCC unroll 8
-        for (int place = 0; place < PLACES; place++) {
-#pragma GCC unroll 2
-            for (int panel = 0; panel < panels; panel++) {
-                const char *ask = next.from + panel * apart + place * next.step + k * next.each;
-                __builtin_prefetch(ask, 0, 2);
-                if (next.each > 64) __builtin_prefetch(ask + 64, 0, 2);
-                vec left, right;
-                weights_at(weight + panel * apart, place * part + k, size, &left, &right);
-                left = rounded(left), right = rounded(right); /* or the compiler loads them again for each row */
-#pragma GCC unroll 12
-                for (int r = 0; r < rows; r++) {
-                    vec value = fill(x[(place * part + k) * stride + r]);
-                    own[panel * rows + r][0] += value * left;
-                    own[panel * rows + r][1] += value * right;
-                }
-            }
+            for (int place = 0; place < PLACES; place++) PLACE;
         }
     }
     for (int r = 0; r < panels * rows; r++) sums[r][0] = own[r][0], sums[r][1] = own[r][1];
 }
 
-#define OF(rows, panels, size) places(x, stride, weight, depth, begin, end, next, rows, panels, size, sums)
+#define OF(rows, panels, size) places(x, stride, weight, depth, depth * PANEL * size, begin, end, next, rows, panels, size, sums)
 #define CASE(n)                                                               \
     case n:                                                                   \
         size == 1 ? OF(n, 1, 1) : size == 2 ? OF(n, 1, 2) : OF(n, 1, 4);      \
