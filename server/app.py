@@ -44,6 +44,8 @@ STUDIO = Path(__file__).resolve().parent / "studio"
 
 _UPLOADS_AT_ONCE = 2
 _MAX_FIELDS = 64
+_MAX_JSON = 2**20
+"""Bytes: twice those of the longest prompt, as parsing may take 20 times as much memory."""
 
 
 def model_name(options: ServeOptions) -> str:
@@ -256,8 +258,11 @@ async def read_json(request: Request) -> dict[str, Any]:
     """The JSON object that a request brings. Raises ApiError."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError("The content type must be application/json", status=415)
+    content = await request.body()
+    if len(content) > _MAX_JSON:
+        raise ApiError("The JSON of the request is too large: 1 MB at most is accepted", status=413)
     try:
-        body = json.loads(await request.body())
+        body = json.loads(content)
     except (ValueError, RecursionError):
         raise ApiError("The body of the request is not valid JSON") from None
     if not isinstance(body, dict):
