@@ -13,12 +13,16 @@ for word in "$@"; do
     shift
     if [ "$word" = --latest ]; then latest=--latest; else set -- "$@" "$word"; fi
 done
-set_up "$root" $latest "$root/requirements.txt" "$root/requirements-dev.txt"
+set_up "$root" $latest "$root/requirements.txt" "$root/requirements-serve.txt" "$root/requirements-dev.txt"
 cd "$root"
 # Peers and their requirements do not install beside this PyTorch; the tests need their code alone.
 "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch_fidelity") is None)' ||
     "$python" -m pip install --quiet --no-deps dalle-pytorch==1.6.6 axial-positional-embedding==0.3.12 \
         rotary-embedding-torch==0.9.1 torch-fidelity==0.4.0
+# The studio is tested in a browser, where there is one (Debian: apt-get install chromium-driver).
+if command -v chromedriver >/dev/null; then
+    "$python" -c 'import selenium' 2>/dev/null || "$python" -m pip install --quiet selenium==4.51.0
+fi
 if [ $# -eq 0 ]; then
     "$python" -m ruff check .
     "$python" -m mypy

@@ -264,7 +264,7 @@ class Told:
         """Of all processes, in the first one."""
         return self._bar.count / self.tokens / max(time.perf_counter() - self._begin, 1e-9)
 
-    def token(self, share: Share) -> None:
+    def token(self, share: Share, _: object = None) -> None:
         """A code of each image of a batch is sampled."""
         if time.perf_counter() - self._looked > _SECONDS_BETWEEN_LOOKS:
             self._look(self.processes.add("images of others", 0))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dalle.completion import Picture, completion_codes, first_sampled
 from dalle.loading import Loaded, load
-from sampling import Graphs, Sampler, SamplingOptions, Share
+from sampling import Graphs, Sampler, SamplingOptions, Share, SoFar
 from utils.downloads import progress_bar
 from utils.errors import UserError
 from utils.files import PathLike
@@ -21,6 +21,9 @@ from utils.options import as_arguments
 
 Progress = Callable[[int, int], None]
 """Called with (codes sampled so far, codes to sample)."""
+
+Preview = Callable[[int, SoFar], None]
+"""Called with the number of a batch's first candidate, and what gives the codes of the batch so far."""
 
 
 class Candidates(NamedTuple):
@@ -113,6 +116,7 @@ class Dalle(nn.Module):
         image: Picture | None = None,
         mask: Any = None,
         parallel: str | int = "auto",
+        preview: Preview | None = None,
     ) -> Candidates:
         """Generate candidates for a prompt, which is truncated to the model's text length.
 
@@ -126,6 +130,7 @@ class Dalle(nn.Module):
         batch_size: candidates sampled at the same time; None: as many as fit. progress: a bar, none, or a function.
         image, mask: keep this picture where the mask is black, and generate where it is white (see dalle.completion).
         parallel: codes of an image that a pass guesses ahead: "auto", "off" or up to 64; the same images in less time.
+        preview: called after each code. `sampling.decode_partial` makes pictures of what it is given.
 
         Raises UserError for invalid values.
         """
@@ -146,7 +151,7 @@ class Dalle(nn.Module):
             seed = int(torch.randint(2**31 - 1, ()))
         sampler = Sampler(self.loaded, self._graphs, floats=True, half=use_fp16, parallel=parallel)
         steps = config.image_seq_len - (0 if given is None else first_sampled(given))
-        with _Counter(progress, num_candidates, steps) as counter:
+        with _Counter(progress, num_candidates, steps, preview) as counter:
             batches = sampler.images(text[None], num_candidates, batch_size, seed, sampling, given, counter.step)
             _, _, codes, likelihoods, images = zip(*batches)
         return Candidates(torch.cat(images), torch.cat(codes), torch.cat(likelihoods))
@@ -167,7 +172,8 @@ def _check_request(num_candidates: int, batch_size: int | None, prompt: str) -> 
 class _Counter:
     """Counts codes over batches, for a progress bar or function; a retried batch is counted again from its start."""
 
-    def __init__(self, progress: bool | Progress, num_images: int, steps: int) -> None:
+    def __init__(self, progress: bool | Progress, num_images: int, steps: int, preview: Preview | None) -> None:
+        self._preview = preview
         self._report = progress if callable(progress) else None
         self._total, self._steps = num_images * steps, steps
         self._bar = progress_bar(self._total, "sampling", "token", progress is True)
@@ -181,8 +187,10 @@ class _Counter:
     def __exit__(self, *error: Any) -> None:
         self._bar.__exit__(*error)
 
-    def step(self, share: Share) -> None:
+    def step(self, share: Share, so_far: SoFar) -> None:
         """Count one sampled code of each image of a batch."""
+        if self._preview is not None:
+            self._preview(share.images[0], so_far)
         if share is not self._share:
             self._share, self._done = share, share.images[0] * self._steps
         self._done += share.num_images

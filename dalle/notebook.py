@@ -1,4 +1,4 @@
-"""Widgets of the sampling notebook: controls, a progress bar, and the generated images in ranked order.
+"""Widgets of the sampling notebook: controls, a progress bar, and the images while they are sampled, then in order.
 
     gallery = Gallery(Dalle.from_pretrained("demo"))
     gallery.panel                 # in a notebook: the controls, with a button to generate images
@@ -12,18 +12,21 @@ import io
 import math
 from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from dalle.models import Candidates, Dalle
 from dalle.pictures import Cell, labelled_grid, to_pil
 from dalle.reranking import ClipRanker
-from sampling import to_uint8
+from sampling import SoFar, decode_partial, to_uint8
 from utils.errors import UserError
 from utils.files import PathLike
 
 MAX_CANDIDATES = 96
 """minDALL-E's default."""
+PREVIEWS = 8
+"""Sheets of partial images, at most, while images are sampled."""
 
 
 class Ranking(NamedTuple):
@@ -55,7 +58,10 @@ def ranked_sheet(images: Tensor, ranking: Ranking, columns: int = 0) -> Image.Im
     Small images are enlarged. columns 0: about square.
     """
     pictures = to_uint8(images).cpu()
-    cells = [Cell([pictures[index]], label) for index, label in zip(ranking.order, ranking.labels)]
+    return _sheet([Cell([pictures[index]], label) for index, label in zip(ranking.order, ranking.labels)], columns)
+
+
+def _sheet(cells: list[Cell], columns: int = 0) -> Image.Image:
     return labelled_grid([("", cells)], columns=columns or math.ceil(math.sqrt(len(cells))))
 
 
@@ -121,15 +127,30 @@ class Gallery:
         """Generate images with the controls' values; return the sheet, which the panel shows too. Raises UserError."""
         settings = self.settings()
         self.bar.value = 0
-        self.generated = self.model.generate(**settings, progress=self._progress)
+        self._codes = torch.full((settings["num_candidates"], self.model.stage2.config.image_seq_len), -1)
+        self._there = 0
+        self.generated = self.model.generate(**settings, progress=self._progress, preview=self._preview)
         self.ranking = rank(settings["prompt"], self.generated, self.ranker)
         sheet = ranked_sheet(self.generated.images, self.ranking)
-        self.picture.value, self.picture.layout.display = to_png(sheet), None
+        self._show(sheet)
         self.status.value = f"{len(self.ranking.order)} images, ordered by {self.ranking.by}, the best first"
         return sheet
 
     def _progress(self, done: int, total: int) -> None:
         self.bar.max, self.bar.value = total, done
+
+    def _preview(self, first: int, so_far: SoFar) -> None:
+        """Show what is there of all candidates, in the order in which they are sampled."""
+        codes = so_far().cpu()
+        self._codes[first : first + len(codes)] = codes
+        there = int((self._codes >= 0).sum())
+        if self._codes.numel() > there >= self._there + self._codes.numel() / PREVIEWS:
+            self._there = there
+            pictures = decode_partial(self.model.loaded, self._codes)[:, :3]
+            self._show(_sheet([Cell([picture], "…") for picture in pictures]))
+
+    def _show(self, sheet: Image.Image) -> None:
+        self.picture.value, self.picture.layout.display = to_png(sheet), None
 
     def _clicked(self, _: Any) -> None:
         self.button.disabled, self.status.value = True, "generating"

@@ -1,6 +1,7 @@
 """From prompts to codes to pictures: options, cache, decoders, one loop, one driver."""
 from __future__ import annotations
 
+from sampling.canvas import SoFar
 from sampling.driver import (
     Batch,
     Sampler,
@@ -16,6 +17,7 @@ from sampling.driver import (
 from sampling.graphs import Graphs
 from sampling.loop import SAMPLER, Sampled, Shared, complete_text, sample_codes
 from sampling.options import COND_SCALES, DEFAULT_OPTIONS, TEMPERATURES, SamplingFlags, SamplingOptions, top_k_count
+from sampling.partial import decode_partial
 from sampling.windows import Windows
 
 __all__ = [
@@ -31,10 +33,12 @@ __all__ = [
     "SamplingOptions",
     "Share",
     "Shared",
+    "SoFar",
     "Windows",
     "complete_caption",
     "complete_text",
     "decode",
+    "decode_partial",
     "encode",
     "given_codes",
     "image_seed",

@@ -6,7 +6,7 @@ Letters: B images, R rows (B, twice as many with guidance), N image tokens, n co
 from __future__ import annotations
 
 import copy
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ import ops
 from ops import noise
 from sampling.options import SamplingOptions
 from sampling.windows import MOST, Windows
+
+SoFar = Callable[[], Tensor]
+"""Gives the codes (B, N) of a batch while it is sampled, -1 where one may still change."""
 
 
 class Sampled(NamedTuple):
@@ -42,7 +45,7 @@ class Request(NamedTuple):
     """N codes to keep in every image, -1 where the model samples."""
     options: SamplingOptions
     windows: Windows
-    on_token: Callable[[], None] | None = None
+    on_token: Callable[[SoFar], None] | None = None
 
     @property
     def prefix(self) -> int:
@@ -143,6 +146,13 @@ class Canvas:
         """Choose the code at a position of every image from logits (R, C): the front is there."""
         self.fronts.fill_(position)
         self.choose(logits[:, None], self.fronts[:, None])
+
+    def so_far(self, fronts: Sequence[int]) -> Tensor:
+        """Codes (B, N) of images that are certain up to these fronts, -1 where one may still change."""
+        ends = torch.tensor(fronts, device=self.codes.device)[:, None]
+        places = torch.arange(self.num_codes, device=self.codes.device)
+        codes, kept = self.codes[:, : self.num_codes], self.kept[:, : self.num_codes]
+        return codes.masked_fill((places > ends) & (kept < 0), -1)
 
     def result(self) -> Sampled:
         """What was sampled."""

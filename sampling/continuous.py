@@ -182,9 +182,9 @@ class Continuous:
             self.passes, self.rows_of_passes = self.passes + 1, self.rows_of_passes + len(active)
         return [row for row in self.running if self.fronts[row] == last]
 
-    def codes(self, number: int) -> tuple[Tensor, int]:
-        """The codes (N,) of an image so far, and the position of the last that is certain; kept ones are, too."""
-        return self.canvas.codes[number, : self.num_codes].clone(), self.fronts[number]
+    def codes(self, number: int) -> Tensor:
+        """The codes (N,) of an image so far, -1 where one may still change."""
+        return self.canvas.part(number, number + 1, None).so_far([self.fronts[number]])[0]
 
     def finish(self, number: int) -> Sampled:
         """What an image has become, codes (N,) and () nats; its slots are free then. It may be incomplete."""

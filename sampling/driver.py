@@ -23,6 +23,7 @@ from torch import Tensor
 
 from models.dalle import DalleModel
 from models.vqgan import VQGAN, image_codes
+from sampling.canvas import SoFar
 from sampling.decoders import Copies
 from sampling.graphs import Graphs
 from sampling.loop import Sampled, Shared, complete_text, sample_codes
@@ -184,7 +185,7 @@ class Sampler:
         seed: int = 0,
         options: SamplingOptions = DEFAULT_OPTIONS,
         given: Tensor | None = None,
-        on_token: Callable[[Share], None] | None = None,
+        on_token: Callable[[Share, SoFar], None] | None = None,
         numbers: Sequence[int] | None = None,
         shares: Iterable[Share] | None = None,
     ) -> Iterator[Batch]:
@@ -192,7 +193,8 @@ class Sampler:
 
         Image i gets the random numbers of `image_seed(seed, i)`, whatever the batch size and the other captions.
         batch_size: images at the same time; None: as many as fit, which is found out. given (N,): codes to keep (see
-        `given_codes`). on_token is called after each code of a batch; a batch that did not fit begins again.
+        `given_codes`). on_token is called after each code of a batch, with what gives its codes so far; a batch that
+        did not fit begins again.
         numbers: of the captions; those with different ones get other random numbers.
         shares: the batches to sample; None: all images, in full batches. They are asked for one by one.
         Raises UserError where there is not enough memory.
@@ -227,7 +229,7 @@ class Sampler:
         seeds: list[int],
         options: SamplingOptions,
         given: Tensor | None,
-        on_token: Callable[[], None] | None,
+        on_token: Callable[[SoFar], None] | None,
     ) -> Callable[[], Batch] | None:
         """Sample a batch and return what waits for its pictures, or None where it does not fit into memory."""
         try:

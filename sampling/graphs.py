@@ -116,7 +116,7 @@ class Session:
         first, last, stride = self._begin(request), self.num_codes - 1, self.decoder.model.config.grid
         if first > last:  # all codes were given
             return self.canvas.result()
-        progress = Progress(first, request.on_token)
+        progress = Progress(self.canvas, first, request.on_token)
         low = high = first  # the device is between these
         seen: list[tuple[Tensor, Any, int]] = []
         replays = 0

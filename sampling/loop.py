@@ -18,7 +18,7 @@ from models.dalle import DalleModel
 from models.positions import Positions, text_positions
 from ops import noise
 from sampling.cache import Cache
-from sampling.canvas import Canvas, Request, Sampled
+from sampling.canvas import Canvas, Request, Sampled, SoFar
 from sampling.decoders import Copies, Decoder
 from sampling.native import best_decoder
 from sampling.options import DEFAULT_OPTIONS, SamplingOptions
@@ -62,7 +62,7 @@ def sample_codes(
     seeds: Sequence[int],
     options: SamplingOptions = DEFAULT_OPTIONS,
     given: Tensor | None = None,
-    on_token: Callable[[], None] | None = None,
+    on_token: Callable[[SoFar], None] | None = None,
     graphs: Recorded | None = None,
     shared: Shared | None = None,
 ) -> Sampled:
@@ -70,8 +70,8 @@ def sample_codes(
 
     text (T,) or (prompts, T) token ids; seeds: one for each image, the first caption's first. given (N,): codes to
     keep in every image, -1 where the model shall sample (image completion, priming). on_token is called after each
-    code. graphs: a `sampling.graphs.Graphs` of this model, which samples the same in less time on a GPU. shared: to be
-    given to later calls too while the weights stay the same.
+    code, with what gives the codes so far. graphs: a `sampling.graphs.Graphs` of this model, which samples the same in
+    less time on a GPU. shared: to be given to later calls too while the weights stay the same.
     Returns codes (B, N) on the model's device, images of one caption next to each other. Raises UserError for options
     that are out of range.
     """
@@ -98,8 +98,8 @@ def _say(refused: str) -> None:
 class Progress:
     """Calls `on_token` for each code of the mean image."""
 
-    def __init__(self, first: int, on_token: Callable[[], None] | None) -> None:
-        self.on_token, self.told = on_token, first
+    def __init__(self, canvas: Canvas, first: int, on_token: Callable[[SoFar], None] | None) -> None:
+        self.canvas, self.on_token, self.told = canvas, on_token, first
         self.tell([first])
 
     def tell(self, fronts: Sequence[int]) -> None:
@@ -107,7 +107,7 @@ class Progress:
         while self.told <= sum(fronts) // len(fronts):
             self.told += 1
             if self.on_token is not None:
-                self.on_token()
+                self.on_token(functools.partial(self.canvas.so_far, fronts))
 
 
 def one_pass(decoder: Decoder, canvas: Canvas, windows: Windows, fronts: list[int], rows: int) -> list[int]:
@@ -136,7 +136,7 @@ def _sample(model: DalleModel, request: Request, copies: Copies) -> Sampled:
         return canvas.result()
     with decoder:
         canvas.choose_first(decoder.logits(hidden), prefix)
-        progress, fronts, windows = Progress(prefix, request.on_token), [prefix] * batch, request.windows
+        progress, fronts, windows = Progress(canvas, prefix, request.on_token), [prefix] * batch, request.windows
         while min(fronts) < num_codes - 1:
             unfinished = batch - fronts.count(num_codes - 1) if decoder.most_rows else batch
             fronts = one_pass(decoder, canvas, windows, fronts, unfinished * decoder.rows // batch)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, AsyncIterator, Callable, Mapping
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
@@ -245,7 +245,7 @@ async def stream(
         if isinstance(event, Partial):
             content = await run_in_threadpool(results.partial_file, event, request)
             fields = {"partial_image_index": event.stage, "image_index": event.number, "seed": job.seed,
-                      "progress": float(event.there.float().mean())}  # fmt: skip
+                      "progress": event.progress}  # fmt: skip
             told = schemas.event(f"{kind}.partial_image", request, api.size, **fields)
         elif isinstance(event, Done):
             content, about = await picture_of(api, request, job, event)
@@ -333,8 +333,7 @@ def make_app(loaded: Loaded, options: ServeOptions, ranker: ClipRanker | None = 
     app.add_middleware(Guard, key=options.key, max_bytes=options.max_body * 2**20, seconds=options.request_timeout,
                        told=api.told, host=options.host)
     add_routes(app, api)
-    if (STUDIO / "index.html").is_file():
-        app.mount("/", StaticFiles(directory=STUDIO, html=True))
+    app.mount("/studio", StaticFiles(directory=STUDIO))
     return app
 
 
@@ -365,6 +364,10 @@ def add_routes(app: FastAPI, api: Api) -> None:
         if found is None:
             raise ApiError("There is no such picture, or it has expired", code="not_found", status=404)
         return Response(found.content, media_type=found.media_type, headers={"cache-control": "private"})
+
+    @app.get("/")
+    async def studio() -> Response:
+        return FileResponse(STUDIO / "index.html")
 
     @app.get("/healthz")
     async def health() -> Response:

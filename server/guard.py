@@ -68,7 +68,9 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message).update({**HEADERS, "x-request-id": told})
+                headers = MutableHeaders(scope=message)
+                headers.update({**HEADERS, "x-request-id": told})
+                headers.setdefault("cache-control", "no-cache")  # the page's parts belong together
             await send(message)
 
         try:

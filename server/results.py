@@ -6,18 +6,12 @@ import json
 import math
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
 from dalle.pictures import picture_bytes, to_pil
 from server.scheduler import Candidate, Partial
 from server.schemas import ImageRequest, sampling_of
 from utils.options import VERSION
-
-GREY = (128, 128, 128)
-"""What jpeg, which cannot be transparent, shows where nothing is there yet."""
 
 
 def settings(request: ImageRequest, model: str, seed: int, number: int) -> dict[str, Any]:
@@ -39,15 +33,8 @@ def complete_file(picture: Candidate, request: ImageRequest, about: dict[str, An
 
 
 def partial_file(partial: Partial, request: ImageRequest) -> bytes:
-    """The file of a partial picture: what is not there yet is transparent, or grey where that cannot be."""
-    size = partial.pixels.shape[-1]
-    shown: Tensor = F.interpolate(partial.there[None, None].float(), size=(size, size))[0]
-    rgba = torch.cat([partial.pixels, (shown * 255).to(torch.uint8)])
-    picture = to_pil(rgba)
-    if request.output_format == "jpeg":
-        background = Image.new("RGBA", picture.size, (*GREY, 255))
-        picture = Image.alpha_composite(background, picture)
-    return encode(picture, request)
+    """The file of a partial picture: what is not there yet is transparent, or a grey grid in a jpeg."""
+    return encode(to_pil(partial.pixels), request)
 
 
 def base64_of(content: bytes) -> str:

@@ -17,14 +17,13 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Callable, NamedTuple, Protocol, Sequence, Union
 
-import torch
 from torch import Tensor
 
 from dalle.generation import text_of
 from dalle.loading import Loaded
 from dalle.pictures import to_pil
 from dalle.reranking import ClipRanker, ranked
-from sampling import SamplingOptions, decode, image_seed
+from sampling import SamplingOptions, decode, decode_partial, image_seed
 from sampling.continuous import Continuous, Image
 from utils.errors import UserError
 from utils.memory import keep_freed_memory
@@ -54,9 +53,9 @@ class Partial(NamedTuple):
     stage: int
     """Number of the partial picture."""
     pixels: Tensor
-    """(3, S, S) uint8"""
-    there: Tensor
-    """(G, G) bool: whose codes are certain."""
+    """(4, S, S) uint8, see `decode_partial`."""
+    progress: float
+    """Share of the codes that are there."""
 
 
 class Candidate(NamedTuple):
@@ -356,20 +355,13 @@ class Scheduler:
 
     def _show(self, number: int, slot: _Slot) -> None:
         """Deliver a partial picture, if one is due."""
-        codes, front = self.images.codes(number)
-        due = [mark for mark in slot.marks if mark <= front]
+        due = [mark for mark in slot.marks if mark <= self.images.fronts[number]]
         if not due:
             return
         slot.marks = slot.marks[len(due) :]
-        grid = self.loaded.config.grid
-        there = torch.arange(len(codes)) <= front
-        if slot.job.kept is not None:
-            there |= slot.job.kept >= 0
-        codes = codes.cpu()
-        for place in (~there).nonzero()[:, 0].tolist():  # the code above, so that the edge is smooth
-            codes[place] = codes[max(place - grid, 0)]
-        pixels = decode(self.loaded, codes[None])[0]
-        slot.job.deliver(Partial(slot.number, slot.told, pixels, there.view(grid, grid)))
+        codes = self.images.codes(number)
+        pixels = decode_partial(self.loaded, codes[None])[0]
+        slot.job.deliver(Partial(slot.number, slot.told, pixels, float((codes >= 0).float().mean())))
         slot.told += 1
 
     def _complete(self, number: int, slot: _Slot) -> None:

@@ -19,6 +19,7 @@ import server.options
 import training.vqgan_options
 from benchmarks import busy, compare_peers, serve_load
 from dalle import evaluation, generation
+from docs import make_gallery
 from examples import transfer_learning_ex
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -68,6 +69,19 @@ def test_the_readme_is_short_and_every_document_two_hops_from_it():
             targets = re.findall(r"\]\(([^)#:]+\.md)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
             reached |= {(path.parent / target).resolve() for target in targets if (path.parent / target).exists()}
     assert set(DOCUMENTS) <= reached
+
+
+def test_the_gallery_is_what_its_command_writes(tmp_path, monkeypatch):
+    """With fewer pictures."""
+    sheets = sorted((ROOT / "docs/images").glob("gallery_*.png"))
+    assert len(sheets) == 4 and all(file.stat().st_size < 300_000 for file in sheets)
+    small = {"FILE": tmp_path / "gallery.md", "KNOWN": ["pizza"], "UNKNOWN": ["42"], "SIZE": 2, "CANDIDATES": 2}
+    for name, value in small.items():
+        monkeypatch.setattr(make_gallery, name, value)
+    (tmp_path / "images").mkdir()
+    make_gallery.main()
+    assert (tmp_path / "gallery.md").read_text() == (ROOT / "docs/gallery.md").read_text(), "run its command"
+    assert sorted(file.name for file in (tmp_path / "images").iterdir()) == [file.name for file in sheets]
 
 
 # ---- commands that need what is not here, each with the reason

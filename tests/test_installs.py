@@ -22,7 +22,8 @@ ANEW = "run: bash utils/make_constraints.sh"
 
 def requirements(python):
     """The requirements of one Python, PyTorch excluded, which the constraints leave alone."""
-    names = ["requirements.txt", "requirements-dev.txt", *(["requirements-ipu.txt"] if python == "3.8" else [])]
+    names = ["requirements.txt", "requirements-serve.txt", "requirements-dev.txt"]
+    names += ["requirements-ipu.txt"] if python == "3.8" else []
     for line in "\n".join((ROOT / name).read_text() for name in names).splitlines():
         if line and line[0] not in "#-":
             requirement = Requirement(line)

@@ -14,6 +14,7 @@ from PIL import Image
 from dalle import notebook
 from dalle.models import Candidates, Dalle
 from dalle.notebook import Gallery, Ranking, rank, ranked_sheet
+from sampling.partial import BLANK
 from utils.errors import UserError
 
 NOTEBOOK = ROOT / "examples" / "sampling_interactive_demo.ipynb"
@@ -73,13 +74,19 @@ def test_a_click_draws_what_the_controls_say(gallery, model):
     values = {"num_candidates": 2, "top_k": 0, "top_p": 0.9, "softmax_temperature": 0.7, "seed": 5, "cond_scale": 1.5}
     for name, value in values.items():
         gallery.controls[name].value = value
-    fractions, busy = [], []
+    fractions, busy, sheets = [], [], []
+    gallery.picture.observe(lambda change: sheets.append(change["new"]), "value")
     gallery.bar.observe(lambda change: fractions.append(gallery.bar.value / gallery.bar.max), "value")
     gallery.button.observe(lambda change: busy.append(change["new"]), "disabled")
     assert gallery.picture.layout.display == "none"
     gallery.button.click()
     assert busy == [True, False] and gallery.picture.layout.display is None
     assert fractions == sorted(fractions) and fractions[-1] == 1.0 and len(fractions) == 16
+    # Partial images of ever more codes, then the ranked ones.
+    *partial, last = [Image.open(io.BytesIO(sheet)).convert("RGB") for sheet in sheets]
+    blank = [sheet.tobytes().count(bytes([BLANK] * 24)) for sheet in partial]
+    assert 4 <= len(partial) <= notebook.PREVIEWS and blank == sorted(set(blank), reverse=True)
+    assert {sheet.size for sheet in partial} == {last.size}
     expected = model.generate("red apple", **dict(values, top_k=None), progress=False)
     assert torch.equal(gallery.generated.codes, expected.codes)
     shown = Image.open(io.BytesIO(gallery.picture.value))

@@ -1,10 +1,16 @@
 """Grids and contact sheets: pictures large enough to look at, each with what it shows."""
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from helpers import tiny_vqgan
 
 from dalle.pictures import GRID_LIMIT, SIDE, Cell, Sample, labelled_grid, make_grid, make_sheet
+from models.vqgan import VQGAN
+from sampling import decode, decode_partial
+from sampling.partial import BLANK, LINE
 
 RED, GREEN, BLUE = (200, 0, 0), (0, 200, 0), (0, 0, 200)
 FRAMES = (46, 139, 87), (200, 60, 50)
@@ -60,3 +66,18 @@ def test_every_section_and_label_is_there():
     labelled = labelled_grid([("one", [cell] * 4), ("two", [cell])], "legend", columns=2)
     assert colours(labelled)[RED] == 5 * SIDE * SIDE == 1.25 * colours(plain_sheet)[RED]
     assert labelled.width == plain_sheet.width and labelled.height > 1.5 * plain_sheet.height
+
+
+@pytest.mark.parametrize("hidden", [range(16), range(5, 16), [0, 6, 15], []], ids=str)
+def test_a_partial_picture_is_blank_where_codes_are_missing(hidden):
+    model = SimpleNamespace(vqgan=VQGAN(tiny_vqgan()).eval(), device="cpu")
+    model.dalle = SimpleNamespace(config=SimpleNamespace(grid=4))
+    codes = torch.arange(16)[None].repeat(2, 1)
+    codes[1, list(hidden)] = -1
+    whole, partial = decode_partial(model, codes)
+    assert torch.equal(whole[:3], decode(model, codes[:1])[0]) and (whole[3] == 255).all()
+    for place in range(16):
+        row, column = 4 * (place // 4), 4 * (place % 4)
+        square = partial[:, row : row + 4, column : column + 4]
+        assert (square[3] == (0 if place in hidden else 255)).all()
+        assert place not in hidden or set(square[:3].flatten().tolist()) == {BLANK, LINE}

@@ -446,7 +446,7 @@ def test_options_out_of_range_are_refused_by_name(options, message):
 @pytest.mark.parametrize("hidden", [range(36), range(14, 36), range(9, 20), [0, 7, 8, 35], [35], []], ids=str)
 def test_given_codes_are_kept_and_the_rest_is_sampled_from_the_model(hidden, options):
     model, given, steps = random_model(**options), primed(list(hidden)), []
-    found = sample_codes(model, TEXT[0], [1, 2], GREEDY, given=given, on_token=lambda: steps.append(1))
+    found = sample_codes(model, TEXT[0], [1, 2], GREEDY, given=given, on_token=lambda so_far: steps.append(so_far()))
     kept = given >= 0
     assert torch.equal(found.codes[:, kept], given[kept].expand(2, -1))
     logits = conditional_logits(model, TEXT[0], found.codes)
@@ -454,6 +454,9 @@ def test_given_codes_are_kept_and_the_rest_is_sampled_from_the_model(hidden, opt
     scores = likelihood(logits[:, ~kept], found.codes[:, ~kept])  # of the sampled codes alone
     torch.testing.assert_close(found.log_likelihood.double(), scores, rtol=1e-5, atol=1e-4)
     assert len(steps) == (36 - min(hidden) if len(hidden) else 0)
+    certain = [(codes >= 0).sum() for codes in steps]
+    assert all(torch.equal(codes, found.codes.where(codes >= 0, codes)) for codes in steps)
+    assert certain == sorted(certain) and certain[-1:] in ([], [72])
 
 
 def test_priming_works_with_guidance_and_several_captions():

@@ -11,7 +11,7 @@ python3 -m venv "$work/venv"
 "$work/venv/bin/python" -m pip install --quiet uv
 mkdir -p constraints
 for version in 3.8 3.10 3.11 3.12 3.13; do
-    files=(requirements.txt requirements-dev.txt)
+    files=(requirements.txt requirements-serve.txt requirements-dev.txt)
     if [ "$version" = 3.8 ]; then
         files=(requirements-ipu.txt "${files[@]}")
     fi
