@@ -44,6 +44,8 @@ STUDIO = Path(__file__).resolve().parent / "studio"
 
 _UPLOADS_AT_ONCE = 2
 _MAX_FIELDS = 64
+_MAX_JSON = 2**20
+"""Bytes: twice those of the longest prompt, as parsing may take 20 times as much memory."""
 
 
 def model_name(options: ServeOptions) -> str:
@@ -166,13 +168,27 @@ class Api:
         return ApiError("The server failed at this request; its log says why", None, "internal_error", 500)
 
 
+class Events(StreamingResponse):
+    """An answer of events, whose request ends with it, even if it was not begun."""
+
+    def __init__(self, events: AsyncIterator[str], end: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        self.end = end
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.end()
+
+
 async def generate(api: Api, request: ImageRequest, kind: str, client: Request, given: Any = None) -> Response:
     """Answer a request for images. kind: of its events."""
     api.check(request)
     job, events = api.start(request, given)
     if request.stream:
-        body = stream(api, request, kind, job, events)
-        return StreamingResponse(body, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        return Events(stream(api, request, kind, job, events), lambda: api.scheduler.cancel(job))
     try:
         return JSONResponse(await complete(api, request, job, events, client))
     finally:
@@ -222,29 +238,26 @@ async def picture_of(api: Api, request: ImageRequest, job: Job, event: Done) -> 
 async def stream(
     api: Api, request: ImageRequest, kind: str, job: Job, events: asyncio.Queue[Event]
 ) -> AsyncIterator[str]:
-    """Server-sent events of a request; ended when the client leaves."""
+    """Server-sent events of a request."""
     codes = api.loaded.config.image_seq_len
-    try:
-        while True:
-            event = await events.get()
-            if isinstance(event, Partial):
-                content = await run_in_threadpool(results.partial_file, event, request)
-                fields = {"partial_image_index": event.stage, "image_index": event.number, "seed": job.seed,
-                          "progress": event.progress}  # fmt: skip
-                told = schemas.event(f"{kind}.partial_image", request, api.size, **fields)
-            elif isinstance(event, Done):
-                content, about = await picture_of(api, request, job, event)
-                given = 0 if job.kept is None else int((job.kept >= 0).sum())
-                used = schemas.usage(len(job.ids), given, codes - given)
-                told = schemas.event(f"{kind}.completed", request, api.size, usage=used, **about)
-            elif isinstance(event, Failed):
-                yield sse("error", api.error(event.error).body())
-                return
-            else:
-                return
-            yield sse(told["type"], dict(told, b64_json=results.base64_of(content)))
-    finally:
-        api.scheduler.cancel(job)
+    while True:
+        event = await events.get()
+        if isinstance(event, Partial):
+            content = await run_in_threadpool(results.partial_file, event, request)
+            fields = {"partial_image_index": event.stage, "image_index": event.number, "seed": job.seed,
+                      "progress": event.progress}  # fmt: skip
+            told = schemas.event(f"{kind}.partial_image", request, api.size, **fields)
+        elif isinstance(event, Done):
+            content, about = await picture_of(api, request, job, event)
+            given = 0 if job.kept is None else int((job.kept >= 0).sum())
+            used = schemas.usage(len(job.ids), given, codes - given)
+            told = schemas.event(f"{kind}.completed", request, api.size, usage=used, **about)
+        elif isinstance(event, Failed):
+            yield sse("error", api.error(event.error).body())
+            return
+        else:
+            return
+        yield sse(told["type"], dict(told, b64_json=results.base64_of(content)))
 
 
 def sse(name: str, body: Mapping[str, Any]) -> str:
@@ -256,8 +269,11 @@ async def read_json(request: Request) -> dict[str, Any]:
     """The JSON object that a request brings. Raises ApiError."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError("The content type must be application/json", status=415)
+    content = await request.body()
+    if len(content) > _MAX_JSON:
+        raise ApiError("The JSON of the request is too large: 1 MB at most is accepted", status=413)
     try:
-        body = json.loads(await request.body())
+        body = json.loads(content)
     except (ValueError, RecursionError):
         raise ApiError("The body of the request is not valid JSON") from None
     if not isinstance(body, dict):

@@ -32,6 +32,10 @@ def answer(error: ApiError) -> Response:
     return Response(content, error.status, headers, media_type="application/json")
 
 
+BODIES = 16
+"""Of the largest size, that all requests together may hold."""
+
+
 class Guard:
     """ASGI middleware."""
 
@@ -48,6 +52,7 @@ class Guard:
 
         told: called with route, status and seconds of each. host: the address where the server listens.
         """
+        self.held = 0  # bytes that the requests at present have sent
         self.hosts = LOOPBACK if host in LOOPBACK else None
         self.app, self.key, self.max_bytes, self.seconds, self.told = app, key, max_bytes, seconds, told
 
@@ -56,6 +61,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        received = [0]  # bytes
         begin, status, told = time.perf_counter(), 500, secrets.token_hex(8)
 
         async def send_with_headers(message: Any) -> None:
@@ -72,8 +78,9 @@ class Guard:
             if error is not None:
                 await answer(error)(scope, receive, send_with_headers)
             else:
-                await self.app(scope, self.limited(receive), send_with_headers)
+                await self.app(scope, self.limited(receive, received), send_with_headers)
         finally:
+            self.held -= received[0]
             route = getattr(scope.get("route"), "path", "") or "other"
             self.told(route, status, time.perf_counter() - begin)
 
@@ -101,21 +108,25 @@ class Guard:
         limit = f"{self.max_bytes / 2**20:g} MB"
         return ApiError(f"The request is too large: {limit} at most are accepted", code="request_too_large", status=413)
 
-    def limited(self, receive: Any) -> Any:
-        """Receive no more than is allowed, and not for ever."""
-        received, deadline, complete = 0, time.monotonic() + self.seconds, False
+    def limited(self, receive: Any, received: list[int]) -> Any:
+        """Receive no more than is allowed, and not for ever. received: [bytes so far]."""
+        deadline, complete = time.monotonic() + self.seconds, False
 
         async def receive_some() -> Any:
-            nonlocal received, complete
+            nonlocal complete
             if complete:  # only the end of the connection is awaited
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), max(deadline - time.monotonic(), 0))
             except asyncio.TimeoutError:
                 raise ApiError("The request took too long to arrive", code="timeout", status=408) from None
-            received += len(message.get("body", b""))
-            if received > self.max_bytes:
+            size = len(message.get("body", b""))
+            received[0] += size
+            self.held += size
+            if received[0] > self.max_bytes:
                 raise self.too_large()
+            if self.held > BODIES * self.max_bytes:
+                raise ApiError("The server is busy: it is being sent too much", code="busy", status=503, retry=5)
             complete = not message.get("more_body", False)
             return message
 

@@ -97,6 +97,7 @@ class Server(uvicorn.Server):
         )  # fmt: skip
         super().__init__(settings)
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+        logging.getLogger("python_multipart").setLevel(logging.ERROR)  # clients are told of their forms
         self.scheduler, self.stop_timeout = app.state.scheduler, stop_timeout
         self.stopped_by: int | None = None
 

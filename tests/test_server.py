@@ -437,7 +437,7 @@ def test_a_mask_beside_the_square_is_named(served):
 
 def test_requests_that_are_too_large_or_come_from_elsewhere(served):
     large = b'{"prompt": "' + b"x" * (17 << 20) + b'"}'
-    assert served.post(large)[0] == 413
+    assert served.post(large)[0] == served.post(b" " * (2 << 20))[0] == 413
     with socket.create_connection(("127.0.0.1", served.port), 60) as connection:  # without saying how large
         connection.sendall(b"POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n"
                            b"content-type: application/json\r\n\r\n")
@@ -457,6 +457,14 @@ def test_requests_that_are_too_large_or_come_from_elsewhere(served):
     for host in ("evil.example", "127.0.0.1.evil.example:8000", ""):
         status, _, content = served.raw("GET", "/v1/models", host=host)
         assert status == 400 and json.loads(content)["error"]["code"] == "unknown_host"
+
+
+def test_requests_together_hold_no_more_than_a_few(served, monkeypatch):
+    monkeypatch.setattr("server.guard.BODIES", 0)
+    status, headers, body = served.post(PLAIN)
+    assert status == 503 and headers["retry-after"] and body["error"]["code"] == "busy"
+    monkeypatch.undo()
+    assert served.post(PLAIN)[0] == 200  # nothing is held any more
 
 
 @pytest.mark.parametrize("part", [b"", b"POST /v1/images/generations HTTP/1.1\r\nhost: loc"])
