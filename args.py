@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-from models.options import BlockOptions
+from models.options import LossOptions, check_mindalle
 from utils.errors import UsageError, nearest
 from utils.flags import DataOptions, DeviceOptions, EvaluationConfig, PartsOptions, ShardOptions
 from utils.options import Command, Options, again, display, flag_name, option, options_of
@@ -142,7 +142,7 @@ class OptimizerConfig(Options, title="optimizer"):
 
 
 @dataclass(frozen=True)
-class ModelConfig(BlockOptions, title="model"):
+class ModelConfig(LossOptions, title="model"):
     """The transformer and its VQGAN."""
 
     architecture: str = option("mini-dalle", "kind of transformer; mindalle: minDALL-E's (GELU, learned positions, no "
@@ -165,11 +165,6 @@ class ModelConfig(BlockOptions, title="model"):
     attn_dropout: float = option(0.0, "dropout of the attention output", ge=0, lt=1, resume=APPLIES)
     init_std: float = option(0.0, "standard deviation of the initial weights; 0: PyTorch's default initialisation",
                              ge=0, resume=FIXED)
-    loss_img_weight: float = option(7.0, "weight of the image loss relative to the text loss", ge=0, resume=APPLIES)
-    code_noise: float = option(0.0, "share of the input codes replaced by random ones in training", ge=0, lt=1,
-                               resume=APPLIES)
-    null_cond_prob: float = option(0.0, "share of captions dropped in training, for classifier-free guidance", ge=0,
-                                   le=1, resume=APPLIES)
     vqgan_model_path: str | None = again(PartsOptions, "vqgan_model_path", path="find", resume=CONTENT,
                                          none="the published f16-1024 model (see --architecture), downloaded")
     vqgan_config_path: str | None = again(PartsOptions, "vqgan_config_path", path="find", resume=CONTENT)
@@ -201,8 +196,11 @@ class DataConfig(Options, title="data"):
     cache_codes: str = option("auto", "folder that caches the codes of images, each encoded once; auto: "
                                       "~/.cache/dalle/codes, except for generated data; off: images are encoded in "
                                       "every step", path=True, resume=FREE)
-    augment: str = option("none", "flip: mirror half of the training images, different ones in each epoch",
-                          choices=("none", "flip"), resume=APPLIES)
+    augment: str = option("none", "how some of the training images change, others in each epoch; flip: mirrored; "
+                                  "views: mirrored, moved, larger or smaller, as their captions then say",
+                          choices=("none", "flip", "views"), resume=APPLIES)
+    augment_share: float = option(0.5, "share of the training images that --augment changes", gt=0, le=1,
+                                  resume=APPLIES)
 
     @property
     def generated(self) -> bool:
@@ -376,25 +374,13 @@ def _refuse_ignored(flags: Mapping[str, Any], values: Mapping[str, Any]) -> None
         (("input_folder", "validation_fraction", "evaluate_every"), without_data, f"with {without_data}"),
         (("validation_fraction",), values.get("validation_folder"), "with --validation-folder"),
         (("warmup_steps",), scheduler != "cosine", f"with --lr-scheduler {scheduler}; it is for cosine"),
+        (("code_noise_per_image",), not values.get("code_noise"), "without --code-noise"),
+        (("augment_share",), values.get("augment", "none") == "none", "without --augment"),
         (("wandb_project_name", "wandb_run_name"), not values.get("wandb") and "wandb" not in flags, "without --wandb"),
     ):
         given = [name for name in names if name in flags and flags[name] not in (None, 0)]
         if given and ignored:
             raise UsageError(f"{flag_name(given[0])} has no effect {reason}")
-
-
-def _check_mindalle(model: ModelConfig) -> None:
-    """Refuse options that minDALL-E's layout cannot store."""
-    for name in ("norm", "qk_norm", "rotary_2d", "activation", "ff_mult"):
-        if getattr(model, name) != getattr(ModelConfig, name):
-            raise UsageError(f"{flag_name(name)}: --architecture {model.architecture} has its own; omit it")
-    if model.sandwich_norm:
-        raise UsageError("--sandwich-norm: --architecture mindalle has one LayerNorm for each branch; omit it")
-    if set(model.attn_types) != {"full"}:
-        raise UsageError("--attn-types: every layer of --architecture mindalle has full attention; give full")
-    if model.num_attention_heads * model.dim_head != model.hidden_size:
-        raise UsageError(f"--dim-head {model.dim_head}: the heads of --architecture mindalle split its width, so "
-                         f"--num-attention-heads x --dim-head must be --hidden-size {model.hidden_size}")
 
 
 def _find(path: str, folder: Path) -> str:
@@ -413,7 +399,7 @@ def _check_together(config: Config) -> None:
     if model.vae_path is not None:
         raise UsageError("--vae-path: discrete VAEs are not supported; give --vqgan-model-path and --vqgan-config-path")
     if model.architecture == "mindalle":
-        _check_mindalle(model)
+        check_mindalle(model)
     if model.rotary_2d and model.dim_head % 4:
         raise UsageError(f"--rotary-2d: needs a --dim-head divisible by 4, not {model.dim_head}")
     if model.architecture == "image-gpt" and model.text_seq_len != 1:
@@ -430,7 +416,11 @@ def _check_together(config: Config) -> None:
     if config.checkpoints.resume and config.checkpoints.pretrained_checkpoint is not None:
         raise UsageError("--resume and --pretrained-checkpoint exclude each other: the one continues a run, the other "
                          "starts a new one")
-    if run.precision == "fp16" and run.device == "cpu":
+    if run.device == "cpu":
         run.native_precision("cpu")
     if run.precision == "bf16" and run.device == "ipu":
         raise UsageError("--precision bf16 is not for IPUs; use fp16 or fp32")
+    if model.code_noise_per_image and model.code_noise > 0.5:
+        raise UsageError(f"--code-noise {model.code_noise}: with --code-noise-per-image at most 0.5")
+    if model.base_width and config.optimizer.optimizer == "Adafactor":
+        raise UsageError("--base-width: steps of --optimizer Adafactor are relative to the weights; omit it")

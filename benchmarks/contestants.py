@@ -100,15 +100,14 @@ def settings(options: SettingOptions) -> args.Config:
     flags = ["--config", options.config, "--generated-data", "--batch-size", str(options.batch_size)]
     flags += ["--gradient-accumulation", "1", "--replication-factor", "1", "--device", options.device]
     flags += ["--precision", options.precision]
-    if options.matmul_precision:
-        flags += ["--matmul-precision", options.matmul_precision]
     if options.threads:
         flags += ["--threads", str(options.threads)]
     if options.device == "cuda":  # recomputing saves memory, which peers do without and a model's FLOPs do not count
         flags += ["--activation-checkpointing", "false"]
     if options.compile:
         flags += ["--compile"]
-    return args.parse(flags)
+    # Blocks that peers lack, and arithmetic that they were not asked for, would not compare.
+    return args.parse(flags).replace(matmul_precision=options.matmul_precision, qk_norm=False, rotary_2d=False)
 
 
 def shape(config: args.Config, grid: int = 0) -> tuple[DalleConfig, VQGAN]:

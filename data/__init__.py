@@ -3,7 +3,8 @@ from __future__ import annotations
 
 from data.code_cache import CodeCache, Team
 from data.create import DEMO, DataSettings, create_dataset, create_datasets
-from data.datasets import CodesDataset, DemoDataset, GeneratedDataset, ImageTextFolder, PairDataset, TextSettings
+from data.datasets import CodesDataset, DemoDataset, ImageTextFolder, PairDataset, TextSettings
+from data.generated import GeneratedDataset
 from data.order import epoch_order, split_holdout
 from data.shards import require_folder
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from bpe import warn_of_unknown
 from data.classes import list_class_images
-from data.datasets import DemoDataset, GeneratedDataset, ImageTextFolder, PairDataset, TextSettings
+from data.datasets import DemoDataset, ImageTextFolder, PairDataset, TextSettings
 from data.demo import demo_records
 from data.folder import list_pairs
+from data.generated import GeneratedDataset
 from data.shard_index import Members
 from data.shards import ImageTextShards, find_shards, open_shards
 from utils.errors import UsageError, UserError
@@ -27,7 +28,7 @@ DEMO = "demo"
 
 @dataclass(frozen=True)
 class DataSettings:
-    """How pairs are read, flipped and skipped."""
+    """How pairs are read, augmented and skipped."""
 
     text_seq_len: int
     """Tokens of a caption."""
@@ -39,8 +40,9 @@ class DataSettings:
     """See `TextSettings`."""
     num_generated: int = 0
     """If above 0, make this many random pairs instead of reading a folder."""
-    flip: bool = False
-    """Flip every other image, see `PairDataset`."""
+    augment: str = "none"
+    augment_share: float = 0.5
+    """See `PairDataset`."""
     index_folder: PathLike | None = None
     """Where shard indexes are kept; None: ~/.cache/dalle/shards."""
     shard_images: str | None = None
@@ -94,7 +96,9 @@ def create_dataset(
     named = settings.shard_images or settings.shard_captions
     if named and flag == "--input-folder" and not isinstance(dataset, ImageTextShards):
         raise UsageError("--shard-images and --shard-captions need webdataset shards as --input-folder")
-    dataset.flip = settings.flip
+    if settings.augment == "views" and getattr(tokenizer, "classes", None) is not None:
+        raise UsageError("--augment views adds words to captions, which a list of classes lacks; give flip")
+    dataset.augment, dataset.augment_share = settings.augment, settings.augment_share
     dataset.held_out = isinstance(dataset, DemoDataset) and demo_split == "heldout"
     logger.info("%s", dataset.report())
     dataset.check_captions()
@@ -115,11 +119,11 @@ def create_datasets(
 
     The validation set is `validation_folder` if given, else the held-out records of the demo set, else a fraction
     (float) or number (int) `validation_holdout` of the pairs, chosen by seed; 0 means none. (The demo set's held-out
-    records are never trained on, whatever that number.) Its captions are never dropped, its images never flipped, and
+    records are never trained on, whatever that number.) Its captions are never dropped, its images never augmented, and
     its captions are always those of epoch 0 unless `set_epoch` is called.
     """
     train = create_dataset(input_folder, tokenizer, settings, demo_split="train")
-    clean = replace(settings, null_cond_prob=0.0, num_generated=0, flip=False)
+    clean = replace(settings, null_cond_prob=0.0, num_generated=0, augment="none")
     if validation_folder is not None:
         try:
             flag = "--validation-folder"

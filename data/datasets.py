@@ -5,8 +5,8 @@ Items:
     text   LongTensor (T,)          token ids, right-padded with 0; all 0 for a dropped caption
     image  uint8 (3, S, S)          or, from CodesDataset, the image's codes as LongTensor (N,)
 
-Which of an image's captions is used, whether it is dropped, and whether the image is flipped, depends only on (seed,
-epoch, index). `set_epoch` also works while loader processes run: the epoch is in shared memory.
+Which of an image's captions is used, whether it is dropped, and in which view the image is taken, depends only on
+(seed, epoch, index). `set_epoch` also works while loader processes run: the epoch is in shared memory.
 """
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ import torch
 from data.demo import DemoRecord, demo_images
 from data.folder import FolderPairs
 from data.images import BROKEN_IMAGE_ERRORS, load_image, why_unreadable
-from data.order import epoch_order, random_below, random_bits, random_unit, split_holdout
+from data.order import epoch_order, random_below, random_unit, split_holdout
+from data.views import AUGMENTATIONS
 from utils.errors import UserError
 from utils.skipped import SkipReport
 
@@ -60,8 +61,11 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
     Can be pickled for loader processes of any start method, which also see later calls of `set_epoch`.
     """
 
-    flip = False
-    """Flip half of the images horizontally; which ones depends on the epoch."""
+    augment = "none"
+    """A key of `AUGMENTATIONS`: some of the images are taken in another view; which ones depends on the epoch."""
+
+    augment_share = 0.5
+    """How many."""
 
     held_out = False
     """Whether this is the part held out for validation."""
@@ -116,10 +120,10 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return self.subset(train), clean
 
     def without_null_captions(self: Self) -> Self:
-        """Return the same pairs without dropped captions and flips, for validation."""
+        """Return the same pairs without dropped captions and augmentation, for validation."""
         clean = copy.copy(self)
         clean.settings = self.settings._replace(null_cond_prob=0.0)
-        clean.flip = False
+        clean.augment = "none"
         return clean
 
     def check_captions(self) -> None:
@@ -173,17 +177,26 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
     @property
     def num_variants(self) -> int:
-        """Variants of each image: 2 with `flip`, else 1."""
-        return 2 if self.flip else 1
+        """Variants of each image: itself and its views."""
+        return 1 + len(AUGMENTATIONS[self.augment])
 
     def variant(self, pair: int) -> int:
-        """Return the variant of a pair's image in this epoch: 0 unchanged, 1 flipped."""
-        return random_below(2, "flip", self.settings.seed, int(self._epoch), pair) if self.flip else 0
+        """Return the variant of a pair's image in this epoch: 0 unchanged, from 1 on a view."""
+        views, key = AUGMENTATIONS[self.augment], (self.settings.seed, int(self._epoch), pair)
+        if not views or random_unit("flip", *key) < 1 - self.augment_share:
+            return 0
+        view = random_below(len(views), "view", *key)
+        return 1 + view if self._fits(pair, views[view].words) else 0
+
+    def _fits(self, pair: int, words: str) -> bool:
+        """Whether a caption with the words of a view has no more than T tokens: truncated, it would be wrong."""
+        tokenizer, length = self.settings.tokenizer, self.settings.text_seq_len
+        return not words or not tokenizer.tokenize(self._caption(pair, words), length + 1, truncate=True)[0, length]
 
     def image_variant(self, pair: int, variant: int) -> torch.Tensor:
         """Return one variant of the image of a pair, uint8 (3, S, S)."""
         image = self.image(pair)
-        return image.flip(-1) if variant else image
+        return AUGMENTATIONS[self.augment][variant - 1].change(image) if variant else image
 
     def pair_at(self, index: int) -> int:
         """Return the number of the pair at a position in this (sub)set."""
@@ -200,11 +213,17 @@ class PairDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         epoch = int(self._epoch)
         if settings.null_cond_prob and random_unit("null", settings.seed, epoch, pair) < settings.null_cond_prob:
             return torch.zeros(settings.text_seq_len, dtype=torch.int64)
-        captions = self.captions(pair)
-        caption = captions[random_below(len(captions), "caption", settings.seed, epoch, pair)]
+        variant = self.variant(pair)
+        caption = self._caption(pair, AUGMENTATIONS[self.augment][variant - 1].words if variant else "")
+        return settings.tokenizer.tokenize(caption, settings.text_seq_len, settings.truncate_captions)[0]
+
+    def _caption(self, pair: int, words: str) -> str:
+        """Return a pair's caption in this epoch, with the words of a view."""
+        settings, captions = self.settings, self.captions(pair)
+        caption = captions[random_below(len(captions), "caption", settings.seed, int(self._epoch), pair)]
         if settings.truncate_captions:
             caption = caption[: _CHARACTERS_PER_TOKEN * settings.text_seq_len]
-        return settings.tokenizer.tokenize(caption, settings.text_seq_len, settings.truncate_captions)[0]
+        return f"{caption}, {words}" if words else caption
 
     def _all_captions(self) -> Iterator[str]:
         pairs = range(self.num_pairs) if self._indices is None else self._indices.tolist()
@@ -357,39 +376,6 @@ class DemoDataset(PairDataset):
 
     def report(self) -> str:
         return f"demo set: {len(self)} images with captions" + (", held out for validation" if self.held_out else "")
-
-
-class GeneratedDataset(PairDataset):
-    """Random ids and pixels made on the host, determined by the seed: for measuring speed without data."""
-
-    def __init__(self, num_pairs: int, settings: TextSettings, image_size: int) -> None:
-        super().__init__(num_pairs, settings)
-        self.image_size = image_size
-
-    def image(self, pair: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(random_bits("image", self.settings.seed, pair) >> 1)
-        shape = (3, self.image_size, self.image_size)
-        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-
-    def origin(self) -> str:
-        return "generated"
-
-    def image_identity(self, pair: int) -> str:
-        return f"{self.settings.seed} {pair}"
-
-    def report(self) -> str:
-        return f"generated data: {len(self)} random pairs"
-
-    def check_captions(self) -> None:
-        """Nothing to check: the texts are ids already."""
-
-    def _text(self, pair: int) -> torch.Tensor:
-        settings = self.settings
-        generator = torch.Generator().manual_seed(random_bits("text", settings.seed, pair) >> 1)
-        text = torch.randint(1, settings.tokenizer.vocab_size, (settings.text_seq_len,), generator=generator)
-        length = 1 + random_below(settings.text_seq_len, "length", settings.seed, pair)
-        text[length:] = 0
-        return text
 
 
 class CodesDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]

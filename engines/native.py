@@ -333,7 +333,7 @@ class NativeEngine(Engine):
     def set_learning_rate(self, learning_rate: float) -> None:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate * group.get("lr_scale", 1.0)  # see engines/optimizers.py
 
     def mean(self, value: Tensor) -> float:
         value = value.detach().to(self.device, torch.float64, copy=True)

@@ -22,6 +22,9 @@ def make_optimizers(model: TextToImage, options: OptimizerConfig) -> list[torch.
 
     Muon (Jordan et al. 2024) orthogonalises each matrix's update; scaled to the size of an AdamW update (Moonlight,
     arXiv 2502.16982, section 2.2), both take the same learning rate.
+
+    With --base-width, steps of AdamW for matrices of blocks and heads shrink as the width grows (muP, arXiv 2203.03466,
+    table 8), and Muon's with its root: of that size, its update has a norm that grows with the root of the width.
     """
     betas, name = (options.beta1, options.beta2), options.optimizer
     common: dict[str, Any] = {"lr": options.learning_rate}
@@ -38,16 +41,32 @@ def make_optimizers(model: TextToImage, options: OptimizerConfig) -> list[torch.
         return [torch.optim.Adafactor(parameter_groups(model, options.weight_decay), foreach=False, **common)]
     if name != "Muon":
         kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[name]
-        groups = parameter_groups(model, options.weight_decay)
+        groups = [part for group in parameter_groups(model, options.weight_decay) for part in _scaled(model, group)]
         return [kind(groups, betas=betas, eps=options.eps, fused=fused, **common)]
     matrices = [p for p in model.dalle.transformer.parameters() if p.dim() == 2]
     muon.choose_precision(matrices[0].device)
     known = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    first = [{"params": matrices, "lr_scale": model.dalle.config.width_ratio**0.5}]
     return [
-        torch.optim.Muon(matrices, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw", **common),
-        torch.optim.AdamW(rest, weight_decay=0.0, betas=betas, eps=options.eps, fused=fused, **common),
+        torch.optim.Muon(first, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw", **common),
+        torch.optim.AdamW(
+            _scaled(model, {"params": rest}), weight_decay=0.0, betas=betas, eps=options.eps, fused=fused, **common
+        ),
     ]
+
+
+def _scaled(model: TextToImage, group: dict[str, Any]) -> list[dict[str, Any]]:
+    """Split a group of AdamW: weights whose inputs grow with the width have smaller steps."""
+    dalle = model.dalle
+    if not dalle.config.base_width:
+        return [group]
+    inner = {id(p) for p in dalle.transformer.parameters() if p.dim() == 2}
+    inner |= {id(dalle.text_head.weight), id(dalle.image_head.weight)}
+    wide = [p for p in group["params"] if id(p) in inner]
+    other = [p for p in group["params"] if id(p) not in inner]
+    parts = [dict(group, params=wide, lr_scale=dalle.config.width_ratio), dict(group, params=other)]
+    return [part for part in parts if part["params"]]
 
 
 def make_scaler(device_type: str, options: dict[str, Any]) -> Any:

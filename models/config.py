@@ -60,6 +60,8 @@ class DalleConfig:
     """Attention pattern of each layer, cycled if shorter than `depth`."""
     loss_img_weight: float = 7.0
     """w in loss = (text + w * image) / (w + 1)."""
+    z_loss: float = 0.0
+    """In training the loss of each position also has z_loss * log(sum(exp(logits)))^2 (PaLM, arXiv 2204.02311)."""
     attn_dropout: float = 0.0
     """Dropout on an attention layer's output."""
     ff_dropout: float = 0.0
@@ -109,6 +111,8 @@ class DalleConfig:
     """Layers with the same id share one feed-forward layer; cycled. None: nothing is shared."""
     init_std: float = 0.0
     """Standard deviation of normal initialisation with zero biases (minDALL-E: 0.02); 0: PyTorch's defaults."""
+    base_width: float = 0.0
+    """The width that `init_std` and the learning rate were tuned at, see `width_ratio`; 0: this one."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -158,6 +162,12 @@ class DalleConfig:
                     f"layers that share attention {shared} (shared_attn_ids) have different patterns in attn_types: "
                     f"{patterns[shared]} and {pattern}"
                 )
+
+    @property
+    def width_ratio(self) -> float:
+        """base_width / dim: initial weights and learning rates shrink with it, so that what was tuned at one width
+        holds at others (muP, arXiv 2203.03466, table 8)."""
+        return self.base_width / self.dim if self.base_width else 1.0
 
     @property
     def hidden(self) -> int:

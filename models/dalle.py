@@ -92,12 +92,23 @@ class DalleModel(nn.Module):
 
     def _init_normal(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=self.config.init_std)
+            # Sums over the inputs keep their size at any width: those of blocks if the weights shrink with its root;
+            # those of the heads, whose inputs become alike in training, if they shrink with the width.
+            power = 0.5 * isinstance(module, nn.Linear) + 0.5 * (module in (self.text_head, self.image_head))
+            nn.init.normal_(module.weight, std=self.config.init_std * self.config.width_ratio**power)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # an embedding has none
         elif isinstance(module, (AxialPositions, LearnedPositions)):
             for parameter in module.parameters():
                 nn.init.normal_(parameter, std=self.config.init_std)
+
+    @torch.no_grad()
+    def start_from(self, codebook: Tensor) -> None:
+        """Give codes random projections of a VQGAN's codebook (C, E) as their vectors, as large as before."""
+        features = (codebook - codebook.mean(dim=0)) / codebook.std(dim=0).clamp(min=1e-6)
+        for table in (self.image_emb.weight, self.image_head.weight):
+            vectors = features @ torch.randn(codebook.shape[1], table.shape[1])
+            table.copy_(vectors * (table.std() / vectors.std()))
 
     def text_targets(self, text: Tensor) -> Tensor:
         """Give each pad its position's own id. (B, T) with 0 for pads -> (B, T)."""
@@ -171,18 +182,26 @@ class DalleModel(nn.Module):
     def loss(self, text_logits: Tensor, image_logits: Tensor, text: Tensor, codes: Tensor) -> Losses:
         """Return (CE_text + w * CE_image) / (w + 1) and its parts, each a mean over its positions (scalars, nats).
 
+        In training the total has the z-loss, too.
+
         A text part of one position predicts no text: its loss is 0, and the total is that of the image alone.
         """
-        targets = self.text_part(text)[:, 1:]
-        if not targets.shape[1]:
-            image_loss = F.cross_entropy(image_logits.flatten(0, 1).float(), codes.flatten())
+        targets, weight = self.text_part(text)[:, 1:], self.config.loss_img_weight
+        image_loss = F.cross_entropy(image_logits.flatten(0, 1).float(), codes.flatten())
+        if targets.shape[1]:
+            text_loss = F.cross_entropy(text_logits.flatten(0, 1).float(), targets.flatten())
+            total = (text_loss + weight * image_loss) / (weight + 1)
+        else:
             # Not a constant: with several processes every parameter needs a gradient, the unused text head too.
             text_loss = text_logits.float().sum()
-            return Losses(image_loss + text_loss, text_loss, image_loss)
-        text_loss = F.cross_entropy(text_logits.flatten(0, 1).float(), targets.flatten())
-        image_loss = F.cross_entropy(image_logits.flatten(0, 1).float(), codes.flatten())
-        weight = self.config.loss_img_weight
-        return Losses((text_loss + weight * image_loss) / (weight + 1), text_loss, image_loss)
+            total = image_loss + text_loss
+        if self.training and self.config.z_loss:
+            share = weight / (weight + 1) if targets.shape[1] else 1.0
+            z_loss = share * image_logits.float().logsumexp(dim=-1).square().mean()
+            if share < 1:
+                z_loss = z_loss + (1 - share) * text_logits.float().logsumexp(dim=-1).square().mean()
+            total = total + self.config.z_loss * z_loss
+        return Losses(total, text_loss, image_loss)
 
 
 class TextToImage(nn.Module):
@@ -191,13 +210,21 @@ class TextToImage(nn.Module):
     The VQGAN has no trainable parameters, stays in eval mode, and may be absent if codes are given.
     code_noise: share of the input codes that are replaced by random ones in training. Targets stay unchanged, so the
     model learns to trust the caption more than codes that may be wrong, as its own are when it samples.
+    noise_per_image: each image has its own share, from 0 to twice `code_noise`, so that the model also learns to trust
+    codes that fit together.
     """
 
-    def __init__(self, dalle: DalleModel, vqgan: nn.Module | None = None, code_noise: float = 0.0) -> None:
+    def __init__(
+        self,
+        dalle: DalleModel,
+        vqgan: nn.Module | None = None,
+        code_noise: float = 0.0,
+        noise_per_image: bool = False,
+    ) -> None:
         super().__init__()
         self.dalle = dalle
         self.vqgan: Any = vqgan
-        self.code_noise = code_noise
+        self.code_noise, self.noise_per_image = code_noise, noise_per_image
         if vqgan is not None:
             vqgan.requires_grad_(False).eval()
 
@@ -221,7 +248,10 @@ class TextToImage(nn.Module):
     def _add_code_noise(self, codes: Tensor) -> Tensor:
         if not (self.training and self.code_noise):
             return codes
-        wrong = torch.rand(codes.shape, device=codes.device) < self.code_noise
+        share: Any = self.code_noise
+        if self.noise_per_image:
+            share = 2 * share * torch.rand(len(codes), 1, device=codes.device)
+        wrong = torch.rand(codes.shape, device=codes.device) < share
         return torch.where(wrong, torch.randint_like(codes, self.dalle.config.num_image_tokens), codes)
 
     def forward(self, text: Tensor, images: Tensor) -> Losses:

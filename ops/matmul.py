@@ -3,6 +3,9 @@
 Their error is no larger than that of PyTorch's matmuls, which use only the vector units. If
 `torch.set_float32_matmul_precision` allows rounding of the operands, a matmul takes half of the multiplications
 ("high": 16 bits, where TF32 on a GPU has 11) or a sixth ("medium": bfloat16, 8 bits). Sums are always float32.
+
+Processors with only vector instructions for bfloat16 (AVX-512) use them for "medium", in half of the time: PyTorch
+multiplies operands and rounds results to bfloat16, as in autocast.
 """
 from __future__ import annotations
 
@@ -35,13 +38,24 @@ def _functions() -> Any:
     return found
 
 
+@functools.lru_cache(maxsize=None)
+def _multiplies_vectors() -> bool:
+    """Whether the processor has vector instructions for bfloat16, which PyTorch's matmuls use."""
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+
+
+def _in_bfloat16() -> bool:
+    """Whether matmuls take PyTorch's bfloat16: where it may be as inexact, and there is no matrix unit."""
+    return _functions() is None and torch.get_float32_matmul_precision() == "medium" and _multiplies_vectors()
+
+
 def available(*tensors: Tensor | None) -> bool:
-    """Whether there is a matrix unit that can take these tensors."""
-    return dispatch.suits(*tensors) and _functions() is not None
+    """Whether there is a matrix unit, or bfloat16 in its place, that can take these tensors."""
+    return dispatch.suits(*tensors) and (_functions() is not None or _in_bfloat16())
 
 
 def suits(a: Tensor, b: Tensor, out: Tensor | None = None) -> bool:
-    """Whether `matmul` uses the matrix unit for these."""
+    """Whether `matmul` uses the matrix unit, or bfloat16 in its place, for these."""
     return (
         min(*a.shape, *b.shape) >= _LEAST
         and 1 in a.stride()
@@ -59,6 +73,9 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None, bias: Tensor | None 
     result = a.new_empty(rows, columns) if out is None else out
     if len(b) != depth or result.shape != (rows, columns):
         raise ValueError(f"matmul shapes do not fit: {tuple(a.shape)} @ {tuple(b.shape)} to {tuple(result.shape)}")
+    if _functions() is None:
+        result.copy_(torch.mm(a.bfloat16(), b.bfloat16()))
+        return result if bias is None else result.add_(bias)
     (a_line, a_step), (b_step, b_line) = a.stride(), b.stride()
     failed = _functions().matmul(
         rows, columns, depth,

@@ -14,7 +14,7 @@ from models.config import ARCHITECTURES, DalleConfig
 from utils.errors import UsageError, UserError
 from utils.options import REQUIRED, Command, Options, again, as_arguments, choose, groups, option
 
-SHIPPED = "L16 L16_POD16 L16_POD64 L16_CLIP_vocab unit_test demo minDALLE_1.3B minDALLE_tiny".split()
+SHIPPED = "L16 L16_POD16 L16_POD64 L16_CLIP_vocab M16 unit_test demo minDALLE_1.3B minDALLE_tiny".split()
 SMALL = """
 base: &base
   input_folder: demo

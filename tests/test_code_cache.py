@@ -120,7 +120,7 @@ def encoded_rightly(photos, folder):
     return count
 
 
-@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("flip", ["none", "flip", "views"])
 @pytest.mark.parametrize("broken", [(), (3, 4, 11)])
 def test_items_are_those_of_the_images(photos, tmp_path, broken, flip):
     for index in broken:
@@ -128,7 +128,7 @@ def test_items_are_those_of_the_images(photos, tmp_path, broken, flip):
     sets = []
     for _ in range(2):
         images = photo_set(photos, seed=5, null_cond_prob=0.2)
-        images.flip = flip
+        images.augment = flip
         sets += images.split(6)
     for again in (False, True):
         encoder = Encoder()
@@ -140,14 +140,14 @@ def test_items_are_those_of_the_images(photos, tmp_path, broken, flip):
 
 def test_mirrored_images_are_others_in_each_epoch(all_photos):
     plain, mirrored = photo_set(all_photos), photo_set(all_photos)
-    mirrored.flip, changes = True, []
+    mirrored.augment, changes = "flip", []
     for epoch in range(2):
         mirrored.set_epoch(epoch)
         flips = [not torch.equal(plain[index][1], mirrored[index][1]) for index in range(20)]
         assert all(torch.equal(mirrored[i][1], plain[i][1].flip(-1)) for i in range(20) if flips[i])
         assert 3 < sum(flips) < 17
         changes.append(flips)
-    assert changes[0] != changes[1] and not mirrored.split(4)[1].flip
+    assert changes[0] != changes[1] and mirrored.split(4)[1].augment == "none"
 
 
 @pytest.mark.parametrize("num_codes, size", [(65536, 2), (65537, 4)])

@@ -45,7 +45,8 @@ _ALONE = dict(
     num_hidden_layers=2, num_attention_heads=2, dim_head=4, text_seq_len=9, image_size=32, attn_types=["full"],
     attention_impl="explicit", ff_dropout=0.5, attn_dropout=0.5, sandwich_norm=True, norm="rms", qk_norm=True,
     rotary_2d=True, activation="swiglu", ff_mult=3, layer_scale=False, init_std=0.02,
-    loss_img_weight=1.0, code_noise=0.5, null_cond_prob=1.0, vqgan_model_path=NEW_VQGAN + ".safetensors",
+    z_loss=0.1, base_width=32.0, init_codes="codebook", loss_img_weight=1.0, code_noise=0.5, null_cond_prob=1.0,
+    vqgan_model_path=NEW_VQGAN + ".safetensors",
     vqgan_config_path=NEW_VQGAN + ".yaml", input_folder=NEW_FOLDER, validation_folder=NEW_FOLDER,
     validation_fraction=0.2, bpe_path=NEW_WORDS, generated_data=True, synthetic_data=True, dataloader_workers=1,
     cache_codes="off", augment="flip", checkpoint_save_steps=1, keep_checkpoints=1, log_dir=NEW_LOGS, tensorboard=True,
@@ -82,6 +83,8 @@ ANEW = {
     "compile_only": ({"compile_only": True}, "untouched"), "max_bad_steps": ({"max_bad_steps": 1}, "bad steps"),
     "loss_scaling": ({"loss_scaling": 128.0}, "scale"), "enable_als": ({"enable_als": True}, "ipu", {"fp16": True}),
     "architecture": {"architecture": "mindalle", "attn_types": ["full"], "dim_head": 16},
+    "code_noise_per_image": {"code_noise": 0.3, "code_noise_per_image": True},
+    "augment_share": {"augment": "flip", "augment_share": 0.9},
     "pretrained_checkpoint": ({"pretrained_checkpoint": "dalle.pt"}, "--resume and --pretrained-checkpoint"),
 }
 

@@ -47,7 +47,7 @@ ARROWS = {
 CONFIGURATIONS = [
     name for name in yaml.safe_load((ROOT / "configs.yaml").read_text()) if name[0] != "." and name != "defaults"
 ]
-PUBLISHED = "L16 L16_POD16 L16_POD64 L16_CLIP_vocab unit_test demo minDALLE_1.3B minDALLE_tiny".split()
+PUBLISHED = "L16 L16_POD16 L16_POD64 L16_CLIP_vocab M16 unit_test demo minDALLE_1.3B minDALLE_tiny".split()
 DEVICE_PACKAGES = {"poptorch", "popdist", "popart", "horovod"}
 
 #: The most lines of a module and of a function. (Ruff counts arguments.)
@@ -105,7 +105,7 @@ def test_every_shipped_configuration_instantiates(name):
     with torch.device("meta"):
         dalle = DalleModel(dalle_config(config, tokenizer, VQGAN(vqgan_config(config))))
     parameters = sum(p.numel() for p in dalle.parameters())
-    if name.startswith("L16"):
+    if name.startswith(("L16", "M16")):
         assert parameters == pytest.approx(93.6e6 if name != "L16_CLIP_vocab" else 136e6, rel=0.02)
     if name == "minDALLE_1.3B":  # the published vocabulary is smaller than the one at hand
         assert parameters - 2 * 1536 * (tokenizer.vocab_size - 16384) == 1291081728

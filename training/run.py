@@ -128,10 +128,11 @@ class Run(Loop):
             if not same:
                 text = f"the processes found different checkpoints; they must all see {self.folder}"
                 raise UserError(f"--resume: {text}")
+        codebook = self.parts.vqgan.quantize.codebook  # once images are encoded, the VQGAN is freed
         if self.evaluation is not None:
             self.evaluation.begin(self.parts, self.resumed is not None)
         self.parts = encode_images(self.config, self.engine, self.parts, self.position)
-        model = build_model(self.config, self.parts, start, wanted)
+        model = build_model(self.config, self.parts, start, wanted, codebook)
         self.model_config = model.dalle.config
         self.engine.prepare(model, self.parts.train_set)
 

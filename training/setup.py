@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 import args
 import checkpoints
@@ -33,10 +34,10 @@ from utils.skipped import start_report
 logger = logging.getLogger(__name__)
 
 #: Options of a model's training, not of its architecture.
-TRAINING_OPTIONS = ("loss_img_weight", "attn_dropout", "ff_dropout")
+TRAINING_OPTIONS = ("loss_img_weight", "z_loss", "attn_dropout", "ff_dropout")
 
 _SAME_NAME = ("text_seq_len", "dim_head", "attn_types", "sandwich_norm", "layer_scale", "init_std", "norm",
-              "qk_norm", "rotary_2d", "activation", "ff_mult", *TRAINING_OPTIONS)
+              "qk_norm", "rotary_2d", "activation", "ff_mult", "base_width", *TRAINING_OPTIONS)
 #: Fields of DalleConfig and the options that set them.
 MODEL_OPTIONS = {
     **{name: name for name in _SAME_NAME},
@@ -96,7 +97,8 @@ def build_parts(config: Config, engine: Engine | None = None) -> Parts:
         seed=config.execution.random_seed,
         null_cond_prob=model.null_cond_prob,
         num_generated=max(GENERATED_SAMPLES, 2 * config.global_batch) if options.generated else 0,
-        flip=options.augment == "flip",
+        augment=options.augment,
+        augment_share=options.augment_share,
         index_folder=None if options.cache_codes in ("auto", "off") else Path(options.cache_codes) / "shards",
         shard_images=options.shard_images,
         shard_captions=options.shard_captions,
@@ -243,10 +245,17 @@ def model_config(config: Config, parts: Parts, start: Start | None) -> DalleConf
     return dataclasses.replace(own, **{name: getattr(wanted, name) for name in TRAINING_OPTIONS})
 
 
-def build_model(config: Config, parts: Parts, start: Start | None, wanted: DalleConfig) -> TextToImage:
-    """A new model, or one with the weights of a checkpoint (which are moved, not copied)."""
+def build_model(
+    config: Config, parts: Parts, start: Start | None, wanted: DalleConfig, codebook: Tensor
+) -> TextToImage:
+    """A new model, or one with the weights of a checkpoint (which are moved, not copied).
+
+    codebook: the VQGAN's, (C, E), for --init-codes.
+    """
     if start is None:
         dalle = DalleModel(wanted)
+        if config.model.init_codes == "codebook":
+            dalle.start_from(codebook.detach().float())
     else:
         averaged = None if config.checkpoints.resume else start.checkpoint.ema  # averaged weights are the better start
         weights = start.checkpoint.weights if averaged is None else averaged
@@ -255,4 +264,5 @@ def build_model(config: Config, parts: Parts, start: Start | None, wanted: Dalle
     tokens = f"{wanted.text_seq_len} text + {wanted.image_seq_len} image tokens"
     logger.info(f"DALL-E: {size:.2f} M parameters, {tokens}")
     encoded = isinstance(parts.train_set, data.CodesDataset)
-    return TextToImage(dalle, None if encoded else parts.vqgan, config.model.code_noise)
+    options = config.model
+    return TextToImage(dalle, None if encoded else parts.vqgan, options.code_noise, options.code_noise_per_image)

@@ -197,6 +197,8 @@ def _option_problems(config: Config) -> list[str]:
         found.append(
             f"--ema-decay {optimizer.ema_decay:g}: averaging of weights is not supported on IPUs; give --ema-decay 0"
         )
+    if config.model.base_width:
+        found.append(f"--base-width {config.model.base_width}: IPUs have one learning rate for all weights; omit it")
     if config.model.attention_impl in ("sdpa", "local"):
         found.append(
             f"--attention-impl {config.model.attention_impl}: IPUs support only explicit attention; give explicit or "
