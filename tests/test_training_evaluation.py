@@ -121,7 +121,7 @@ def test_metrics_of_sampled_images(folder, plain, tmp_path, monkeypatch):
 
 def test_too_few_images_for_fid_are_refused_first(folder, tmp_path):
     more = (*EVERY_2, "--evaluate-images", "1", "--inception-weights", "x")
-    refused("--inception-weights: FID needs at least 2 images, .* takes 1", run, folder, tmp_path, *more)
+    refused("--inception-weights: FID needs at least 2 images; .* takes 1", run, folder, tmp_path, *more)
 
 
 def test_images_in_tensorboard(folder, tmp_path):
