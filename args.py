@@ -370,11 +370,13 @@ def _refuse_ignored(flags: Mapping[str, Any], values: Mapping[str, Any]) -> None
     """Refuse flags that another option leaves without effect; a configuration may hold them, for other runs."""
     without_data = next((flag_name(name) for name in ("generated_data", "synthetic_data") if values.get(name)), "")
     scheduler = values.get("lr_scheduler", OptimizerConfig.lr_scheduler)
+    measures = values.get("inception_weights") or values.get("clip_path") or values.get("input_folder") == BUILT_IN_SET
     for names, ignored, reason in (
         (("input_folder", "validation_fraction", "evaluate_every"), without_data, f"with {without_data}"),
         (("validation_fraction",), values.get("validation_folder"), "with --validation-folder"),
         (("warmup_steps",), scheduler != "cosine", f"with --lr-scheduler {scheduler}; it is for cosine"),
         (("code_noise_per_image",), not values.get("code_noise"), "without --code-noise"),
+        (("evaluate_images",), not measures, "without --inception-weights or --clip-path, but on the demo set"),
         (("augment_share",), values.get("augment", "none") == "none", "without --augment"),
         (("wandb_project_name", "wandb_run_name"), not values.get("wandb") and "wandb" not in flags, "without --wandb"),
     ):
