@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         files = (options.bpe_path, options.vqgan_model_path, options.vqgan_config_path)
         loaded = load(options.dalle_path, *files, device) if options.dalle_path else None
         result, samples = evaluate(options, loaded, device, parts, prompts)
+        processes.barrier("results are read")  # by all, before the first deletes the parts
         if processes.is_first:
             write(options, result, samples)
             parts.remove()

@@ -22,6 +22,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 
 from dalle.loading import load  # noqa: E402
 from server.app import make_app  # noqa: E402
+from server.guard import Guard  # noqa: E402
 from server.options import COMMAND  # noqa: E402
 from server.running import Server, listen  # noqa: E402
 from server.scheduler import Busy  # noqa: E402
@@ -313,7 +314,7 @@ def test_what_is_cancelled_leaves_the_server(page, app, monkeypatch):
 
 
 def test_the_page_asks_for_the_key(page, app, monkeypatch):
-    monkeypatch.setattr("server.guard.Guard.refusal", needs_key)
+    monkeypatch.setattr(Guard, "refusal", needs_key)
     page.driver.get(page.address)
     page.until(page.find("#key").is_displayed)
     page.find("#key-value").send_keys("wrong", Keys.ENTER)
