@@ -100,8 +100,9 @@ class Folders(Outputs):
             entries.append(self.entry(record, name))
         save_picture(make_grid(shown, self.prompts[group]), path / GRID)
         self._report(group, entries, complete=True, **notes)
-        for staged in path.glob(f"{_STAGED}*"):
-            staged.unlink()
+        for leftover in (*path.glob(f"{_STAGED}*"), *path.glob(_UNFINISHED)):  # of killed processes
+            with contextlib.suppress(FileNotFoundError):
+                leftover.unlink()
         logger.info("%s: %d image%s", path, len(entries), "s" if len(entries) > 1 else "")
 
     def _report(self, group: int, images: Sequence[dict[str, Any]], complete: bool, **notes: Any) -> None:
