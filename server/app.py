@@ -249,8 +249,7 @@ async def stream(
             told = schemas.event(f"{kind}.partial_image", request, api.size, **fields)
         elif isinstance(event, Done):
             content, about = await picture_of(api, request, job, event)
-            given = 0 if job.kept is None else int((job.kept >= 0).sum())
-            used = schemas.usage(len(job.ids), given, codes - given)
+            used = schemas.usage(len(job.ids), job.num_given, codes - job.num_given)
             told = schemas.event(f"{kind}.completed", request, api.size, usage=used, **about)
         elif isinstance(event, Failed):
             yield sse("error", api.error(event.error).body())

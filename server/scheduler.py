@@ -143,6 +143,11 @@ class Job:
         """Images that have had no slot."""
         return 0 if self.over else self.count - self.started
 
+    @property
+    def num_given(self) -> int:
+        """Codes of each image that are kept."""
+        return 0 if self.kept is None else int((self.kept >= 0).sum())
+
 
 class _Cancelled(Exception):
     """Nobody waits for it any more."""
@@ -392,5 +397,4 @@ class Scheduler:
             rivals = sorted(zip(scores, job.done), key=lambda rival: ranked(rival[0], rival[1].number))
             for score, picture in rivals[: job.keep]:
                 job.deliver(Done(picture, score if job.clip else None))
-        given = 0 if job.kept is None else int((job.kept >= 0).sum())
-        self._over(job, Ended(given, (self.loaded.config.image_seq_len - given) * job.count))
+        self._over(job, Ended(job.num_given, (self.loaded.config.image_seq_len - job.num_given) * job.count))
