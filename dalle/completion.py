@@ -130,9 +130,3 @@ def completion_codes(loaded: Loaded, picture: Picture, mask: Any) -> Tensor:
     size = loaded.image_size
     codes = encode(loaded, picture_pixels(picture, size)[None])[0]
     return codes.masked_fill(mask_cells(mask, loaded.config.grid, size), -1)
-
-
-def first_sampled(codes: Tensor) -> int:
-    """The first position (of N) that the model samples; N if there is none."""
-    sampled = (codes < 0).nonzero()
-    return int(sampled[0]) if len(sampled) else len(codes)

@@ -16,13 +16,24 @@ from torch import Tensor
 
 import log
 from bpe import warn_of_unknown
-from dalle.completion import completion_codes, first_sampled, open_picture, parse_box, transparent_mask
+from dalle.completion import completion_codes, open_picture, parse_box, transparent_mask
 from dalle.loading import Loaded, describe_checkpoint, warn_of_guidance
 from dalle.outputs import Caption, Outputs, ResultOptions
 from dalle.pictures import to_pil
 from dalle.reranking import ClipRanker
 from data.images import BROKEN_IMAGE_ERRORS, load_image
-from sampling import SAMPLER, Batch, Graphs, Sampler, SamplingFlags, Share, complete_caption, given_codes, prime_rows
+from sampling import (
+    SAMPLER,
+    Batch,
+    Graphs,
+    Sampler,
+    SamplingFlags,
+    Share,
+    complete_caption,
+    first_sampled,
+    given_codes,
+    prime_rows,
+)
 from utils.errors import UsageError, UserError
 from utils.flags import ModelOptions, PartsOptions, PromptsFileOptions
 from utils.options import VERSION, Command, Options, again, option
@@ -220,7 +231,7 @@ def sample_missing(
     """
     config, captions, processes = loaded.config, outputs.captions, outputs.processes
     text = text_of([caption.ids for caption in captions], loaded)
-    tokens = config.image_seq_len - (0 if given is None else first_sampled(given))  # steps of one image
+    tokens = config.image_seq_len - (0 if given is None else first_sampled(given.tolist()))  # steps of one image
     batches = missing.split(options.batch_size) if len(missing) else ()
     with Told(len(missing), tokens, processes) as told:
         graphs = Graphs(loaded.dalle) if options.cuda_graphs == "auto" else None

@@ -11,9 +11,9 @@ from typing import Any, Callable, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dalle.completion import Picture, completion_codes, first_sampled
+from dalle.completion import Picture, completion_codes
 from dalle.loading import Loaded, load
-from sampling import Graphs, Sampler, SamplingOptions, Share, SoFar
+from sampling import Graphs, Sampler, SamplingOptions, Share, SoFar, first_sampled
 from utils.downloads import progress_bar
 from utils.errors import UserError
 from utils.files import PathLike
@@ -150,7 +150,7 @@ class Dalle(nn.Module):
         if seed is None:
             seed = int(torch.randint(2**31 - 1, ()))
         sampler = Sampler(self.loaded, self._graphs, floats=True, half=use_fp16, parallel=parallel)
-        steps = config.image_seq_len - (0 if given is None else first_sampled(given))
+        steps = config.image_seq_len - (0 if given is None else first_sampled(given.tolist()))
         with _Counter(progress, num_candidates, steps, preview) as counter:
             batches = sampler.images(text[None], num_candidates, batch_size, seed, sampling, given, counter.step)
             _, _, codes, likelihoods, images = zip(*batches)

@@ -1,7 +1,7 @@
 """From prompts to codes to pictures: options, cache, decoders, one loop, one driver."""
 from __future__ import annotations
 
-from sampling.canvas import SoFar
+from sampling.canvas import SoFar, first_sampled
 from sampling.driver import (
     Batch,
     Sampler,
@@ -40,6 +40,7 @@ __all__ = [
     "decode",
     "decode_partial",
     "encode",
+    "first_sampled",
     "given_codes",
     "image_seed",
     "prime_rows",

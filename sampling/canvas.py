@@ -34,6 +34,11 @@ def guided(logits: Tensor, cond_scale: Tensor) -> Tensor:
     return null + (conditional - null) * cond_scale.to(null.dtype)
 
 
+def first_sampled(codes: Sequence[int]) -> int:
+    """The first position of an image's N codes that the model samples, where they are negative; N if there is none."""
+    return next((place for place, code in enumerate(codes) if code < 0), len(codes))
+
+
 class Request(NamedTuple):
     """A batch to sample, on the model's device."""
 
@@ -50,7 +55,7 @@ class Request(NamedTuple):
     @property
     def prefix(self) -> int:
         """How many codes are kept before the first one that is sampled."""
-        return next((i for i, code in enumerate(self.kept) if code < 0), len(self.kept))
+        return first_sampled(self.kept)
 
     @property
     def images(self) -> int:

@@ -25,7 +25,7 @@ import ops
 from models.dalle import DalleModel
 from models.positions import Positions
 from ops import noise
-from sampling.canvas import Canvas, Sampled
+from sampling.canvas import Canvas, Sampled, first_sampled
 from sampling.decoders import Decoder
 from sampling.loop import Shared, one_pass
 from sampling.native import best_decoder
@@ -129,7 +129,7 @@ class Continuous:
         canvas.of[rows] = row  # type: ignore[index]
         canvas.by.put(row, choice)
         self._told()
-        prefix = next((place for place, code in enumerate(kept) if code < 0), self.num_codes)
+        prefix = first_sampled(kept)
         hidden = self._read(image.text.to(device), rows)
         if prefix < self.num_codes:
             codes = canvas.codes[row : row + 1, :prefix]
