@@ -404,6 +404,8 @@ def _check_together(config: Config) -> None:
         check_mindalle(model)
     if model.rotary_2d and model.dim_head % 4:
         raise UsageError(f"--rotary-2d: needs a --dim-head divisible by 4, not {model.dim_head}")
+    if model.shift_tokens and model.hidden_size % 4:
+        raise UsageError(f"--shift-tokens: needs a --hidden-size divisible by 4, not {model.hidden_size}")
     if model.architecture == "image-gpt" and model.text_seq_len != 1:
         raise UsageError("--architecture image-gpt reads one class, no text: it needs --text-seq-len 1")
     if model.architecture == "image-gpt" and run.device == "ipu":

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any, Callable, NamedTuple, Protocol, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ops
@@ -87,23 +86,6 @@ class Residual(nn.Module):
         return None if norm is None else ops.Norm(norm.weight, norm.bias, norm.eps)
 
 
-def shift_text(x: Tensor) -> Tensor:
-    """Take the first half of the channels from the previous position (first: zeros). (B, P, D) -> (B, P, D)."""
-    shifted, kept = x.chunk(2, dim=-1)
-    return torch.cat([F.pad(shifted, (0, 0, 1, 0))[:, :-1], kept], dim=-1)
-
-
-def shift_codes(x: Tensor, above: Tensor, left: Tensor, columns: Tensor) -> Tensor:
-    """Take a quarter of the channels from the code above, and one from the code to the left.
-
-    x, above, left (B, n, D), above zeros in the first row; columns (n,) or (B, n) of the codes: column 0 has no code to
-    the left -> (B, n, D).
-    """
-    quarter = x.shape[-1] // 4
-    left = left[..., quarter : 2 * quarter] * (columns != 0)[..., None]
-    return torch.cat([above[..., :quarter], left, x[..., 2 * quarter :]], dim=-1)
-
-
 class Context(Protocol):
     """What a block's positions see of each other and of earlier ones: the whole sequence, or a chunk with a cache."""
 
@@ -125,10 +107,7 @@ class Whole(NamedTuple):
         return ops.attention(qkv, heads, self.visible, angles)
 
     def shift(self, x: Tensor, branch: int) -> Tensor:
-        text, codes = x[:, : self.text_len], x[:, self.text_len :]
-        above, left = (F.pad(codes, (0, 0, by, 0))[:, : codes.shape[1]] for by in (self.grid, 1))
-        columns = torch.arange(codes.shape[1], device=x.device) % self.grid
-        return torch.cat([shift_text(text), shift_codes(codes, above, left, columns)], dim=1)
+        return ops.shift_tokens(x, self.text_len, self.grid)
 
 
 class Cache(Protocol):

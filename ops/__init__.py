@@ -23,6 +23,7 @@ from ops.linear_ops import (
     normalise,
 )
 from ops.sampling_ops import Choice, choice_of, sample
+from ops.token_shift import shift_codes, shift_text, shift_tokens
 
 __all__ = [
     "IDENTITY",
@@ -50,6 +51,9 @@ __all__ = [
     "rotate",
     "sample",
     "sdpa",
+    "shift_codes",
+    "shift_text",
+    "shift_tokens",
     "split_heads",
     "use",
     "uses_reference",

@@ -9,14 +9,14 @@ in a window, R rotated channels.
 """
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops import dispatch, native_attention
-from ops.linear_ops import IDENTITY, Function, Norm, Recompute, normalise
+from ops import dispatch, elementwise, native_attention
+from ops.linear_ops import IDENTITY, Function, Norm, Recompute, fuses, normalise
 from ops.local_attention import local_attention
 
 
@@ -112,6 +112,9 @@ def prepare_heads(qkv: Tensor, heads: int, scales: Tensor | None, angles: Tensor
 
     scales (2, K) of queries and keys, or None for no norm; angles (n, R) or (B, 1, n, R), or None.
     """
+    whole = angles is None or angles.dim() == 2
+    if whole and fuses() and elementwise.suits(qkv, scales) and not dispatch.autocasts(qkv):
+        return _PrepareHeads.apply(qkv, heads, scales, angles)
     parts = qkv.unflatten(-1, (3, heads, -1))  # (B, n, 3, H, K)
     pair, values = parts[:, :, :2], parts[:, :, 2:]
     if scales is not None:
@@ -119,6 +122,33 @@ def prepare_heads(qkv: Tensor, heads: int, scales: Tensor | None, angles: Tensor
     if angles is not None:
         pair = rotate(pair, (angles if angles.dim() == 2 else angles[:, 0])[..., None, None, :])
     return torch.cat([pair, values], dim=2).flatten(2)
+
+
+class _PrepareHeads(torch.autograd.Function):
+    """`prepare_heads` by kernels; only qkv is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, heads: int, scales: Tensor | None, angles: Tensor | None) -> Tensor:
+        ctx.save_for_backward(qkv, scales, angles)
+        ctx.heads = heads
+        return _PrepareHeads.of(qkv, heads, scales, angles).forward(qkv)
+
+    @staticmethod
+    def of(qkv: Tensor, heads: int, scales: Tensor | None, angles: Tensor | None) -> elementwise.Heads:
+        """Describe it for the kernels."""
+        cosine = sine = None
+        if angles is not None:
+            rest = qkv.shape[-1] // (3 * heads) - angles.shape[-1]
+            cosine = F.pad(angles.cos(), (0, rest), value=1.0)
+            sine = F.pad(angles.sin() * angles.new_tensor([-1.0, 1.0]).repeat(angles.shape[-1] // 2), (0, rest))
+        return elementwise.Heads(heads, HEAD_EPS, scales, cosine, sine)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, scales, angles = ctx.saved_tensors
+        own = _PrepareHeads.of(qkv, ctx.heads, scales, angles)
+        grad_qkv, grad_scales = own.backward(qkv, grad_output.contiguous())
+        return grad_qkv, None, grad_scales, None
 
 
 def split_heads(qkv: Tensor, heads: int, angles: Tensor | None) -> Tensor:

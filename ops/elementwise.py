@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any, Sequence
+from typing import Any, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ def _functions() -> Any:
             (found.add_branch, [size, size, address, address, address, address]),
             (found.row_dots_and_scale, [size, size, address, address, address, address]),
             (found.drop, [size, ctypes.c_uint64, ctypes.c_double, address]),
+            (found.heads_forward, [size] * 4 + [ctypes.c_float] + [address] * 5),
+            (found.heads_backward, [size] * 4 + [ctypes.c_float] + [address] * 6 + [size, address]),
         ]
         for function, arguments in signatures:
             function.argtypes, function.restype = arguments, None
@@ -110,6 +112,45 @@ def drop(x: Tensor, seed: int, probability: float) -> Tensor:
         raise ValueError(f"probability {probability} is not in [0, 1), or the tensor is not contiguous")
     _functions().drop(x.numel(), seed, probability, pointer(x))
     return x
+
+
+class Heads(NamedTuple):
+    """How queries and keys of each head are normalised and turned, see `attention_ops.prepare_heads`."""
+
+    heads: int
+    eps: float
+    scales: Tensor | None
+    """(2, K) of queries and keys; None: they are not normalised."""
+    cosine: Tensor | None
+    """(n, K) for each position; None: they are not turned."""
+    sine: Tensor | None
+    """(n, K), negative for the first channel of a pair."""
+
+    def _arguments(self, qkv: Tensor) -> list[Any]:
+        rows, width = _size(qkv)
+        positions, width = qkv.shape[-2], width // (3 * self.heads)
+        _expect(torch.Size([2, width]), self.scales)
+        _expect(torch.Size([positions, width]), self.cosine, self.sine)
+        _expect_contiguous(qkv)
+        tables = pointer(self.scales), pointer(self.cosine), pointer(self.sine)
+        return [rows, positions, self.heads, width, self.eps, *tables, pointer(qkv)]
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        """qkv (B, n, 3 * H * K) -> (B, n, 3 * H * K)."""
+        result = torch.empty_like(qkv)
+        _functions().heads_forward(*self._arguments(qkv), pointer(result))
+        return result
+
+    def backward(self, qkv: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gradients of qkv and of the scales."""
+        _expect(qkv.shape, grad_output)
+        grad_input = torch.empty_like(qkv)
+        chunks = 32  # a fixed number: sums do not depend on the number of threads
+        grad_scales = None if self.scales is None else self.scales.new_zeros(chunks, *self.scales.shape)
+        _functions().heads_backward(
+            *self._arguments(qkv), pointer(grad_output), pointer(grad_input), chunks, pointer(grad_scales)
+        )
+        return grad_input, None if grad_scales is None else grad_scales.sum(dim=0)
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -53,7 +53,7 @@ Between = Callable[[Tensor], Tensor]
 """A function between a norm and a linear layer, (B, L, D) -> (B, L, D): a token shift."""
 
 
-def _fuses() -> bool:
+def fuses() -> bool:
     """Whether the custom autograd functions run: with gradients, unless the reference is selected or PyTorch traces or
     compiles. A compiler decides by itself what is recomputed, and each of them would break its graph."""
     return torch.is_grad_enabled() and not (dispatch.uses_reference() or torch.jit.is_tracing() or dispatch.compiling())
@@ -122,7 +122,7 @@ def normalise(x: Tensor, norm: Norm) -> Tensor:
 
 def norm_linear(x: Tensor, norm: Norm, project: Projection, between: Between | None = None) -> Tensor:
     """linear(between(norm(x))). (B, L, D) -> (B, L, C)."""
-    if isinstance(project, Matrix) and norm.shift is not None and between is None and _fuses():
+    if isinstance(project, Matrix) and norm.shift is not None and between is None and fuses():
         return _NormLinear.apply(x, *norm, *project)
     normed = normalise(x, norm)
     return linear(normed if between is None else between(normed), project)
@@ -276,7 +276,7 @@ def add_linear(
     residual (B, L, D), x (B, L, any) -> (B, L, D). Dropout probabilities are 0 outside training.
     """
     drops = inner_dropout or outer_dropout
-    if isinstance(project, Matrix) and after is None and (not drops or _drops_natively(x)) and _fuses():
+    if isinstance(project, Matrix) and after is None and (not drops or _drops_natively(x)) and fuses():
         inner, outer = _Dropout.of(inner_dropout), _Dropout.of(outer_dropout)
         return _AddLinear.apply(residual, x, *project, scale, before, None, inner, outer)
     differentiable = before.differentiable or not torch.is_grad_enabled()
@@ -305,10 +305,9 @@ def add_feed_forward(  # noqa: PLR0913 - all parts of a branch
     (B, L, D) -> (B, L, D). Equals `norm_linear` and `add_linear`; native activations also add the bias of `up`.
     """
     before = _NATIVE_ACTIVATIONS.get(name)
-    simple = norm.shift is not None and after is None and between is None
-    plain = before is not None and simple and _fuses() and not autocasts(x)
+    plain = before is not None and after is None and fuses() and not autocasts(x)
     if plain and isinstance(up, Matrix) and isinstance(down, Matrix) and elementwise.suits(x, *up, *down, scale):
-        hidden = _NormLinear.apply(x, *norm, up.weight, None)
+        hidden = norm_linear(x, norm, Matrix(up.weight, None), between)
         return _AddLinear.apply(x, hidden, *down, scale, before, up.bias, _Dropout.of(dropout), None)
     hidden = norm_linear(x, norm, up, between)
     return add_linear(x, hidden, down, scale, activation(name), inner_dropout=dropout, after=after)

@@ -21,7 +21,6 @@ import ops
 from models.config import DalleConfig
 from models.patterns import allowed_codes
 from models.positions import Positions
-from models.transformer import shift_codes, shift_text
 
 
 class Sight(NamedTuple):
@@ -174,11 +173,11 @@ class LayerCache:
         if at.text:
             if at.start:
                 raise ValueError("with shift_tokens the text part is read at once")
-            return shift_text(x)
+            return ops.shift_text(x)
         shown = self.shown[branch]
         at.put(shown, 1, x, self.grid)
         above, left = at.take(shown, 1), at.take(shown, 1, self.grid - 1)
-        return shift_codes(x, above.to(x.dtype), left.to(x.dtype), at.rows(self.columns))
+        return ops.shift_codes(x, above.to(x.dtype), left.to(x.dtype), at.rows(self.columns))
 
 
 class Cache:

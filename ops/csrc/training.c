@@ -80,6 +80,96 @@ void row_dots_and_scale(long rows, long n, const float *y, const float *factor, 
     }
 }
 
+#ifdef __clang__
+static inline vec swapped(vec x) {
+    vec y;
+    for (int i = 0; i < LANES; i++) y[i] = x[i ^ 1];
+    return y;
+}
+#else
+static inline vec swapped(vec x) {
+    ivec lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i ^ 1;
+    return __builtin_shuffle(x, lane);
+}
+#endif
+
+/* 1 over the root mean square of x (width); eps is added to the mean square. */
+static inline float inverse_rms(const float *x, long width, float eps) {
+    vec sum = {};
+    for (long i = 0; i < width; i += LANES) {
+        vec own = load_up_to(x + i, width - i);
+        sum += own * own;
+    }
+    return 1.0f / sqrtf(sum_of(sum) / width + eps);
+}
+
+/* Queries and keys of each head, normalised and turned; values as they are. qkv and out (rows, 3, heads, width). scales
+ * (2, width) of queries and keys, or NULL: no norm. Channel c of position p = row % positions becomes cosine[p, c] times
+ * itself plus sine[p, c] times the other of its pair; cosine and sine (positions, width) or NULL. */
+void heads_forward(long rows, long positions, long heads, long width, float eps, const float *scales,
+                   const float *cosine, const float *sine, const float *qkv, float *out) {
+    long part_size = heads * width;
+#pragma omp parallel for
+    for (long row = 0; row < rows; row++) {
+        const float *c = cosine + row % positions * width, *s = sine + row % positions * width;
+        for (long part = 0; part < 2; part++)
+            for (long h = 0; h < heads; h++) {
+                long at = (row * 3 + part) * part_size + h * width;
+                float by = scales ? inverse_rms(qkv + at, width, eps) : 1;
+                for (long i = 0; i < width; i += LANES) {
+                    long left = width - i;
+                    vec x = load_up_to(qkv + at + i, left) * by;
+                    if (scales) x *= load_up_to(scales + part * width + i, left);
+                    if (cosine) x = x * load_up_to(c + i, left) + swapped(x) * load_up_to(s + i, left);
+                    store_up_to(out + at + i, x, left);
+                }
+            }
+        memcpy(out + (row * 3 + 2) * part_size, qkv + (row * 3 + 2) * part_size, part_size * sizeof(float));
+    }
+}
+
+/* Write the gradient of qkv to grad_input, and that of scales, in `chunks` parts to be added, to grad_scales (chunks, 2,
+ * width), which is zero before. */
+void heads_backward(long rows, long positions, long heads, long width, float eps, const float *scales,
+                    const float *cosine, const float *sine, const float *qkv, const float *grad_output,
+                    float *grad_input, long chunks, float *grad_scales) {
+    long part_size = heads * width;
+#pragma omp parallel for
+    for (long chunk = 0; chunk < chunks; chunk++)
+        for (long row = rows * chunk / chunks; row < rows * (chunk + 1) / chunks; row++) {
+            const float *c = cosine + row % positions * width, *s = sine + row % positions * width;
+            for (long part = 0; part < 2; part++)
+                for (long h = 0; h < heads; h++) {
+                    long at = (row * 3 + part) * part_size + h * width;
+                    const float *x = qkv + at, *own = scales + part * width;
+                    float *grad = grad_input + at, *grad_scale = grad_scales + (chunk * 2 + part) * width;
+                    float by = scales ? inverse_rms(x, width, eps) : 1;
+                    vec sum = {};
+                    for (long i = 0; i < width; i += LANES) {
+                        long left = width - i;
+                        vec g = load_up_to(grad_output + at + i, left);
+                        if (cosine) g = g * load_up_to(c + i, left) + swapped(g * load_up_to(s + i, left));
+                        if (scales) {
+                            vec normed = load_up_to(x + i, left) * by;
+                            store_up_to(grad_scale + i, load_up_to(grad_scale + i, left) + g * normed, left);
+                            g *= load_up_to(own + i, left);
+                            sum += g * normed;
+                        }
+                        store_up_to(grad + i, g, left);
+                    }
+                    float mean = sum_of(sum) / width;
+                    for (long i = 0; scales && i < width; i += LANES) {
+                        long left = width - i;
+                        vec normed = load_up_to(x + i, left) * by;
+                        store_up_to(grad + i, (load_up_to(grad + i, left) - normed * mean) * by, left);
+                    }
+                }
+            long values = (row * 3 + 2) * part_size;
+            memcpy(grad_input + values, grad_output + values, part_size * sizeof(float));
+        }
+}
+
 /* A hash of x: C. Wellons' lowbias32. */
 static inline uint32_t hashed(uint32_t x) {
     x = (x ^ x >> 16) * 0x7feb352dU;
