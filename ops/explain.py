@@ -37,7 +37,7 @@ def explain(like: torch.Tensor | None = None) -> list[Choice]:
     return [
         _choice("matmul", "matrix", matmul.available(), tensors, "the processor has no matrix unit (AMX)"),
         _choice("attention in training", "attention", native_attention.available(), tensors),
-        _choice("gelu, dropout, residual add, gradient norm", "training", elementwise.suits(), tensors),
+        _choice("gelu, dropout, heads, residual add, norms", "training", elementwise.suits(), tensors),
         _choice("3x3 convolution, group norm with swish", "convolution", convolution.available(), tensors),
         _choice("decoding codes, sampling from logits", "rows", available, tensors),
     ]

@@ -19,7 +19,7 @@ from models.patterns import build_mask, visible
 from models.quantization import Int8Linear
 from models.vqgan_layers import Conv3x3, NormSwish
 from ops import convolution, elementwise, matmul, native_attention, noise
-from ops.attention_ops import NativeAttention
+from ops.attention_ops import HEAD_EPS, NativeAttention
 from ops.rows import Packed
 from sampling.decoders import Decoder
 from sampling.native import NativeDecoder, best_decoder
@@ -202,6 +202,57 @@ def test_gelu_relative_to_its_result_and_of_what_is_not_finite():
     elementwise.gelu_backward(odd, False, again, grad_input)
     finite = [False] * 3 + [True] * 5 + [False] * 3
     assert again.isfinite().tolist() == grad_input.isfinite().tolist() == [finite]
+
+
+def heads_of(qkv, heads, scales, angles, grad_output):
+    """Prepared heads, and the gradients of qkv and scales."""
+    own = [x.clone().requires_grad_() for x in (qkv, scales) if x is not None]
+    result = ops.prepare_heads(own[0], heads, None if scales is None else own[1], angles)
+    return [result.detach(), *torch.autograd.grad(result, own, grad_output)]
+
+
+@pytest.mark.parametrize("heads, width, turned", [(1, 4, 4), (4, 56, 56), (3, 20, 12), (2, 130, 32)])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_prepared_heads_of_all_shapes(heads, width, turned, scaled, threads):
+    torch.manual_seed(0)
+    qkv, grad_output = torch.randn(2, 3, 37, 3 * heads * width)
+    scales = torch.rand(2, width) + 0.5 if scaled else None
+    for angles in (torch.randn(37, turned // 2).repeat_interleave(2, dim=1), None):
+        given = [x if x is None else x.double() for x in (qkv, scales, angles, grad_output)]
+        with ops.use("reference"):
+            expected = heads_of(given[0], heads, *given[1:])
+        for grad in (grad_output, grad_output.mT.contiguous().mT):
+            found = on_threads(threads, lambda given=(qkv, heads, scales, angles, grad): heads_of(*given), range(1, 6))
+            for own, exact in zip(found, expected):
+                assert_close(own, exact, 1e-6)
+
+
+def test_prepared_heads_of_all_numbers(chance):
+    """Squares may vanish or overflow; what is not finite stays in its head."""
+    heads, width, count = chance.randint(1, 3), 4 * chance.randint(1, 17), chance.choice((1, 5))
+    low = chance.choice((-149, -30, 70))  # beside 2^64 it depends on the order of a sum whether it overflows
+    qkv = wild(count, 6, 3 * heads * width, low=low, high=low + 50)
+    qkv[0, 2, 0] = chance.choice((NAN, INF, -INF, 0.0))
+    angles = (torch.randn(6, width // 2) * 100).repeat_interleave(2, dim=1)
+    scales, grad_output = wild(2, width, low=-10, high=10), wild(*qkv.shape, low=-40, high=10)
+    found = heads_of(qkv, heads, scales, angles, grad_output)
+    with ops.use("reference"):
+        expected = heads_of(qkv, heads, scales, angles, grad_output)
+    parts = qkv.double().unflatten(-1, (3, heads, width))
+    inverse = torch.rsqrt(parts.square().mean(dim=-1, keepdim=True).float() + HEAD_EPS).double()
+    inverse[:, :, 2] = 1
+    normed = parts * inverse * torch.cat([scales, torch.ones(1, width)])[:, None].abs()
+    sizes = normed.abs().amax(dim=-1, keepdim=True).expand_as(parts)
+    given = grad_output.double().unflatten(-1, (3, heads, width)).abs().amax(dim=-1, keepdim=True) * inverse
+    slopes = (given * (1 + sizes) * scales.abs().max().clamp(min=1) * width).expand_as(parts)
+    for own, exact, size in zip(found, expected, (sizes, slopes)):
+        assert bool((own.isfinite() | ~exact.isfinite()).all())  # autograd multiplies overflown squares by 0
+        keep = exact.isfinite() & size.flatten(2).isfinite()
+        error = (own - exact)[keep].abs().double()
+        assert bool((error <= 1e-5 * size.flatten(2)[keep] + FLUSHED * 1e3).all())
+    assert bool((found[2].isfinite() | ~expected[2].isfinite()).all())
+    bad, hurt = (set(odd_rows(x[0])) for x in (qkv, found[0]))
+    assert hurt <= bad
 
 
 @pytest.mark.parametrize("rows, width", [(1, 1), (7, 16), (9, 37), (70, 130)])
