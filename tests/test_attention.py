@@ -12,7 +12,7 @@ from test_ops import BLOCKS, TINY
 import ops
 from models.config import ATTENTION_PATTERNS
 from models.dalle import DalleModel
-from models.patterns import CONV_KERNEL_SIZE, allowed_codes, build_mask, rotary_angles, window_bias
+from models.patterns import CONV_KERNEL_SIZE, allowed_codes, build_mask, rotary_2d_angles, rotary_angles, window_bias
 from models.transformer import Transformer
 from ops.attention_ops import explicit, rotate, sdpa
 from ops.dispatch import ATTENTION
@@ -194,3 +194,15 @@ def test_rotary_angles_of_text_and_image():
     torch.testing.assert_close(rows[1], -10 * pixel, rtol=1e-6, atol=0)
     torch.testing.assert_close(rows[3 + 5], 0 * pixel, rtol=0, atol=1e-6)  # code 5: row 1 of 0..2, column 2
     torch.testing.assert_close(columns[3 + 5], 1 * pixel, rtol=1e-6, atol=0)
+
+
+def test_2d_rotary_scores_depend_on_distances_alone():
+    """For two codes on rows and columns, for two text tokens on their distance."""
+    angles, grid = rotary_2d_angles(3, 5, 8).double(), 5
+    query, key = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    turned = [rotate(x.expand(28, 8), angles) for x in (query, key)]
+    scores = turned[0] @ turned[1].T
+    codes = scores[3:, 3:].view(grid, grid, grid, grid)
+    assert torch.allclose(codes[1:, 1:, 1:, 1:], codes[:-1, :-1, :-1, :-1])
+    assert not torch.allclose(codes[1, 2, 1, 1], codes[1, 2, 1, 2])
+    assert torch.allclose(scores[0, 1], scores[1, 2]) and not torch.allclose(scores[0, 1], scores[1, 0])

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import in_threads
+from helpers import in_threads, refused
 
 from models.config import DalleConfig
 from models.dalle import DalleModel
@@ -130,8 +130,7 @@ def test_others_find_the_matrix_unit_as_it_was_and_wrong_shapes_are_refused():
         matrix.matmul(torch.randn(200, 300), torch.randn(300, 250))
         assert torch.equal(a @ b, before)
     for wrong in ((torch.ones(64, 65), torch.ones(66, 64)), (SQUARE, SQUARE, torch.ones(64, 65))):
-        with pytest.raises(ValueError, match="matmul shapes do not fit"):
-            matrix.matmul(*wrong)
+        refused("matmul shapes do not fit", matrix.matmul, *wrong, kind=ValueError)
 
 
 @pytest.mark.parametrize("a, b", [
@@ -161,8 +160,6 @@ def test_as_exact_as_pytorch_is_told_to_be(precision, tolerance, least, rows, co
         whole = torch.randint(-16, 16, a.shape).float()  # few bits: nothing is lost
         few = whole[:90].t()
         assert torch.equal(matrix.matmul(whole, few).double(), whole.double() @ few.double())
-
-
         a[3, 5], a[60, 0] = NAN, INF  # passed on, and no further
         assert odd_rows(matrix.matmul(a, b)) == [3, 60]
 
@@ -174,6 +171,19 @@ def test_pytorch_multiplies_without_a_matrix_unit(library, monkeypatch):
     a, b = torch.randn(100, 100), torch.randn(100, 100)
     assert not matrix.suits(a, b)
     assert torch.equal(matrix.matmul(a, b), a @ b)
+
+
+@pytest.mark.skipif(not matrix._multiplies_vectors(), reason="needs AVX-512 with bfloat16")
+def test_medium_precision_multiplies_in_bfloat16_without_a_matrix_unit(monkeypatch, products):
+    monkeypatch.setattr(matrix, "_functions", lambda: None)
+    a, b, bias, out = torch.randn(100, 70), torch.randn(80, 70).t(), torch.randn(80), torch.empty(100, 80)
+    exact = a.double() @ b.double() + bias
+    assert not matrix.suits(a, b)
+    products("medium")
+    assert matrix.suits(a, b, out) and matrix.matmul(a, b, out, bias) is out
+    assert matrix.matmul(a, b).dtype == torch.float32
+    lost = (out - exact).norm() / exact.norm()
+    assert 1e-4 < lost < 1e-2
 
 
 def tiny(**options):

@@ -1,15 +1,23 @@
 """Training end to end on hand-made data: batch arithmetic, loop, resume, two processes, precision, checkpoints."""
 from __future__ import annotations
 
+import dataclasses
+from unittest import mock
+
 import pytest
 import torch
-from helpers import assert_same, flags, losses_of, refused, run, weights, weights_of
+import torch.nn.functional as F
+from helpers import Letters, assert_same, flags, losses_of, refused, run, weights, weights_of, words
 
 import args
 import checkpoints
 import engines
+from data import DemoDataset, TextSettings
+from data.demo import demo_records
 from engines.base import parameter_groups
-from engines.native import split_batch
+from engines.ipu import plan
+from engines.native import NativeEngine, split_batch
+from engines.optimizers import make_optimizers
 from models.config import DalleConfig
 from models.dalle import DalleModel, TextToImage
 from utils.errors import UsageError
@@ -68,6 +76,15 @@ def test_training_lowers_the_loss_and_saves_what_generate_reads(folder, tmp_path
     raw = torch.load(tmp_path / "ckpt" / "dalle_5.pt", weights_only=True)
     assert {"hparams", "vae_params", "epoch", "weights", "opt_state", "scheduler_state"} <= raw.keys()
     assert "model.transformer.layers.0.0.fn.fn.to_qkv.weight" in raw["weights"]
+
+
+def test_a_model_of_newer_blocks_is_saved_and_resumed(folder, tmp_path):
+    words = "--norm rms --qk-norm --rotary-2d --activation swiglu --sandwich-norm".split()
+    run(folder, tmp_path, *words, "--max-steps", "2")
+    config = checkpoints.read_dalle(checkpoints.newest_checkpoint(tmp_path / "ckpt")).config
+    assert [config[name] for name in ("norm", "qk_norm", "rotary_2d", "activation")] == ["rms", True, True, "swiglu"]
+    events = run(folder, tmp_path, *words, "--max-steps", "4", "--resume")
+    assert max(event["step"] for event in events) == 4
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +196,86 @@ def test_muon_computes_in_float32_where_bfloat16_is_emulated(shape, monkeypatch)
     spread = torch.linalg.svdvals(ours(*arguments))  # of an orthogonal matrix all are 1
     assert float(spread.min()) > 0.5 and float(spread.max()) < 1.3
     torch.testing.assert_close(ours(*arguments), theirs(*arguments).float(), rtol=0, atol=0.05)
+
+
+def engine_of(optimizer, dim, base_width):
+    """A native engine's model and optimizers, at its learning rate."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(SMALL, depth=2, dim=dim, heads=dim // 8, dim_head=8, base_width=base_width)
+    model = TextToImage(DalleModel(dataclasses.replace(config, layer_scale=False, init_std=0.1)))
+    options = args.OptimizerConfig(optimizer=optimizer, learning_rate=3e-3)
+    engine = mock.Mock(optimizers=make_optimizers(model, options))
+    NativeEngine.set_learning_rate(engine, options.learning_rate)
+    return model, engine.optimizers
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "Muon"])
+def test_base_width_scales_weights_and_rates(optimizer):
+    model, optimizers = engine_of(optimizer, 64, 16.0)
+    dalle, rates = model.dalle, {}
+    for group in (group for one in optimizers for group in one.param_groups):
+        rates.update((id(p), group["lr"]) for p in group["params"])
+    block = dalle.transformer.layers[0].feed_forward.fn.up.weight
+    for weight, std, rate in (
+        (block, 0.1 / 2, 3e-3 / (2 if optimizer == "Muon" else 4)),
+        (dalle.image_head.weight, 0.1 / 4, 3e-3 / 4),
+        (dalle.image_emb.weight, 0.1, 3e-3),
+        (dalle.norm.weight, None, 3e-3),
+    ):
+        assert rates[id(weight)] == pytest.approx(rate)
+        assert std is None or weight.std().item() == pytest.approx(std, rel=0.1)
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "Muon"])
+def test_steps_change_logits_as_much_at_any_width(optimizer):
+    """With --base-width, as is its purpose; without it a model of eight times the width changes several times as much.
+    """
+    growth = {}
+    for base_width in (0.0, 32.0):
+        changes = []
+        for dim in (32, 256):
+            model, optimizers = engine_of(optimizer, dim, base_width)
+            batch = torch.randint(1, 8, (3, 4)), torch.randint(8, (3, 4))
+            before = model.dalle(*batch)[1].detach()
+            for _ in range(3):
+                model(*batch).total.backward()
+                for one in optimizers:
+                    one.step()
+                    one.zero_grad()
+            changes.append((model.dalle(*batch)[1].detach() - before).square().mean().sqrt().item())
+        growth[base_width] = changes[1] / changes[0]
+    assert growth[32.0] < 1.6 and growth[0.0] > 1.5 * growth[32.0], growth
+
+
+def test_base_width_is_refused_where_nothing_scales_rates():
+    words = "--config unit_test --optimizer Adafactor --base-width 64".split()
+    refused("--base-width: steps of --optimizer Adafactor", args.parse, words, kind=UsageError)
+    config = args.parse("--config unit_test --base-width 64".split())
+    assert any(line.startswith("--base-width 64") for line in plan.problems(config))
+
+
+def test_captions_say_in_which_view_an_image_is():
+    records = demo_records("train")[:60]
+    plain = DemoDataset(records, TextSettings(Letters(), 40), 64)
+    views = DemoDataset(records, TextSettings(Letters(), 40), 64)
+    views.augment, seen = "views", {}
+    for epoch in range(3):
+        views.set_epoch(epoch)
+        for index, record in enumerate(records):
+            text, image = views[index]
+            caption, original = words(text), plain[index][1]
+            assert caption.startswith(record.caption)
+            added = caption[len(record.caption) :]
+            assert added or torch.equal(image, original)
+            if added:
+                assert len(caption) <= 40
+                seen[added] = (original, image)
+    assert set(seen) == {f", {name}" for name in "mirrored,moved left,moved right,moved up,moved down,smaller,larger"
+                         .split(",")}  # fmt: skip
+    for name, move in (
+        ("mirrored", lambda x: x.flip(-1)),
+        ("moved left", lambda x: F.pad(x[:, :, 3:], (0, 3), value=255)),
+        ("moved down", lambda x: F.pad(x[:, :-3], (0, 0, 3, 0), value=255)),
+    ):
+        original, image = seen[f", {name}"]
+        assert (move(original) != image).float().mean() < 0.05, name  # but for what the border repeats
