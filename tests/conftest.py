@@ -101,16 +101,11 @@ def mindalle_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def training_folder(tmp_path_factory):
+def folder(tmp_path_factory):
     """24 pairs with two captions each and a tiny VQGAN, for `helpers.flags` and `helpers.run`; not to be changed."""
     from helpers import fill
 
     return fill(tmp_path_factory.mktemp("training"), 24)
-
-
-@pytest.fixture(scope="session")
-def folder(training_folder):
-    return training_folder
 
 
 @pytest.fixture(scope="session")
@@ -164,7 +159,7 @@ def products():
 
 @pytest.fixture
 def threads():
-    """Sets PyTorch's number of threads; the former one comes back after the test."""
+    """Sets PyTorch's number of threads, likewise."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

@@ -90,14 +90,14 @@ def poprun(server, store, *commands):
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_trains(server, tmp_path, training_folder, monkeypatch):
+def test_two_processes_train_what_one_trains(server, tmp_path, folder, monkeypatch):
     poptorch_stand_in.install(monkeypatch)
     one, both, nothing = (tmp_path / name for name in ("one", "both", "nothing"))
     layout = "--ipus-per-replica 2 --layers-per-ipu 0 3 --gradient-accumulation 5 --replication-factor 2".split()
-    assert [step for _, step, _ in run(training_folder, one, *layout)] == [1, 2, 2, 3, 4, 4]
+    assert [step for _, step, _ in run(folder, one, *layout)] == [1, 2, 2, 3, 4, 4]
     # The second process would have another order, other captions, other pairs held out and other first weights.
     layout += ["--cache-codes", str(tmp_path / "codes")]  # each process encodes its share of the images
-    first, second = flags(training_folder, both, *layout), flags(training_folder, nothing, *layout, "--random-seed", 7)
+    first, second = flags(folder, both, *layout), flags(folder, nothing, *layout, "--random-seed", 7)
     poprun(server, tmp_path / "store1", *([*words, "--max-steps", "3"] for words in (first, second)))
     assert not [path for pattern in ("*.pt", "*.jsonl", "*.log") for path in nothing.rglob(pattern)]
 

@@ -41,15 +41,15 @@ def steps(metrics):
 
 
 @pytest.fixture(scope="module")
-def whole(training_folder, tmp_path_factory):
+def whole(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as monkeypatch:
         poptorch_stand_in.install(monkeypatch)
-        return out, run(training_folder, out)
+        return out, run(folder, out)
 
 
-def test_a_run_on_ipus_logs_validates_and_saves_what_one_on_the_cpu_does(training_folder, tmp_path, whole):
-    metrics = run(training_folder, tmp_path, "--device", "cpu")
+def test_a_run_on_ipus_logs_validates_and_saves_what_one_on_the_cpu_does(folder, tmp_path, whole):
+    metrics = run(folder, tmp_path, "--device", "cpu")
     assert [line[:2] for line in metrics] == [line[:2] for line in whole[1]] and steps(metrics) == [1, 2, 3, 4]
     assert [event for event, *_ in metrics].count("validation") == 2
     assert [loss for *_, loss in metrics] == pytest.approx([loss for *_, loss in whole[1]], abs=1e-5)
@@ -60,25 +60,25 @@ def test_a_run_on_ipus_logs_validates_and_saves_what_one_on_the_cpu_does(trainin
     assert {value.dtype for value in theirs.values()} == {torch.float32}
 
 
-def test_a_resumed_run_ends_with_the_same_weights(training_folder, tmp_path, whole):
-    run(training_folder, tmp_path, "--max-steps", "3")  # inside the second epoch
-    run(training_folder, tmp_path, "--resume")
+def test_a_resumed_run_ends_with_the_same_weights(folder, tmp_path, whole):
+    run(folder, tmp_path, "--max-steps", "3")  # inside the second epoch
+    run(folder, tmp_path, "--resume")
     assert_same(weights_of(tmp_path), weights_of(whole[0]))
     out = tmp_path / "iterations"  # count all their steps
-    assert steps(run(training_folder, out, "--device-iterations", "2", "--epochs", "1")) == [2]
+    assert steps(run(folder, out, "--device-iterations", "2", "--epochs", "1")) == [2]
     assert checkpoints.read_dalle(out / "ckpt/dalle_0.pt").training["position"]["step"] == 2
 
 
 @pytest.mark.parametrize("first, second", [("ipu", "cpu"), ("cpu", "ipu")])
-def test_weights_cross_engines_and_optimizer_states_are_dropped_aloud(training_folder, tmp_path, first, second, caplog):
-    run(training_folder, tmp_path, "--device", first, "--max-steps", "2")
-    assert steps(run(training_folder, tmp_path, "--device", second, "--resume")) == [1, 2, 3, 4]
+def test_weights_cross_engines_and_optimizer_states_are_dropped_aloud(folder, tmp_path, first, second, caplog):
+    run(folder, tmp_path, "--device", first, "--max-steps", "2")
+    assert steps(run(folder, tmp_path, "--device", second, "--resume")) == [1, 2, 3, 4]
     assert "optimizer state" in caplog.text and "ignored" in caplog.text
 
 
-def test_compile_only_compiles_and_stops(training_folder, tmp_path, caplog):
+def test_compile_only_compiles_and_stops(folder, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    assert run(training_folder, tmp_path, "--compile-only", "--cache-codes", str(tmp_path / "codes")) == []
+    assert run(folder, tmp_path, "--compile-only", "--cache-codes", str(tmp_path / "codes")) == []
     # It is made for codes, of which one tells the shapes; hours of encoding are for the run itself.
     for start in ("Compiled model in ", "encoding 1 of 1 images"):
         assert any(message.startswith(start) for message in caplog.messages)
