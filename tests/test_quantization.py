@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import refused
-from mindalle_folder import merges_and_vocabulary
+from mindalle_folder import TOKENS
 from torch import nn
 
 from checkpoints import dalle_checkpoint, save_checkpoint
@@ -29,7 +29,6 @@ OPTIONS = {
     "shared": {"shared_attn_ids": (0, 1), "shared_ff_ids": (0,), "tie_embeddings": True},
     "sparse, rotary": {"attn_types": ("axial_row", "conv_like"), "rotary": True},
 }
-CHARACTERS = len(merges_and_vocabulary()[1])
 TEXT = torch.tensor([[3, 8, 2, 9, 0, 0], [1, 5, 7, 2, 29, 4]])
 CODES = torch.arange(32).view(2, 16) * 7 % 20
 
@@ -174,7 +173,7 @@ def peak_of(call):
 
 @pytest.mark.parametrize("trained", [False, True], ids=["weights", "with training state"])
 def test_loading_holds_the_weights_once(mindalle_folder, tmp_path, trained):
-    sizes = {"dim": 512, "dim_head": 64, "depth": 6, "heads": 8, "num_text_tokens": CHARACTERS, "num_image_tokens": 24}
+    sizes = {"dim": 512, "dim_head": 64, "depth": 6, "heads": 8, "num_text_tokens": TOKENS, "num_image_tokens": 24}
     config = DalleConfig.from_dict(dict(SMALL.to_dict(), **sizes))
     with without_weights():
         model = DalleModel(config)
