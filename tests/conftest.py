@@ -165,6 +165,14 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def poptorch(monkeypatch):
+    """The stand-in for PopTorch, as `import poptorch` finds it."""
+    from poptorch_stand_in import install
+
+    return install(monkeypatch)
+
+
 @pytest.fixture(params=["native", "emulated"])
 def unit(request):
     """The matrix unit of the processor, where it has one, or one in portable C."""

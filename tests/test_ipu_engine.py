@@ -9,7 +9,6 @@ import operator
 import sys
 import types
 
-import poptorch_stand_in
 import poptorch_stand_in_device as device
 import pytest
 import torch
@@ -40,10 +39,7 @@ from models.dalle import DalleModel, TextToImage
 from models.vqgan import VQGAN, VqganConfig
 from utils.errors import UsageError
 
-
-@pytest.fixture(autouse=True)
-def poptorch(monkeypatch):
-    return poptorch_stand_in.install(monkeypatch)
+pytestmark = pytest.mark.usefixtures("poptorch")
 
 
 def samples_for(config, calls=2):
@@ -519,10 +515,10 @@ class Horovod(types.ModuleType):
 
 
 @pytest.fixture
-def poprun(monkeypatch):
+def poprun(monkeypatch, poptorch):
     """`poprun --num-replicas 4 --num-instances 2`, seen from the second instance."""
 
-    class Options(poptorch_stand_in.Options):
+    class Options(poptorch.Options):
         def __init__(self, ipus_per_replica):
             super().__init__()
             self._values["replication_factor"] = 2

@@ -9,10 +9,7 @@ from helpers import refused
 from poptorch_stand_in import Options
 from torch import nn
 
-
-@pytest.fixture(autouse=True)
-def installed(monkeypatch):
-    return poptorch.install(monkeypatch)
+pytestmark = pytest.mark.usefixtures("poptorch")
 
 
 class Model(nn.Module):
@@ -149,9 +146,9 @@ def test_what_poptorch_takes_is_taken(stages, accumulation, model):
     assert compiled(stages, accumulation, **model).weights["first.weight"] == {stages.get("first", 0)}
 
 
-def test_a_program_holds_the_ipus_and_its_model_until_it_lets_go(installed):
+def test_a_program_holds_the_ipus_and_its_model_until_it_lets_go(poptorch):
     with pytest.raises(AttributeError):
-        installed.noSuchThing  # noqa: B018
+        poptorch.noSuchThing  # noqa: B018
     model = Model()
     program = ran(model=model)
     program.detachFromDevice()

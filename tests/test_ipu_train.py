@@ -24,10 +24,7 @@ import train
 from models.dalle import DalleConfig, DalleModel
 from utils.errors import UsageError
 
-
-@pytest.fixture(autouse=True)
-def poptorch(monkeypatch):
-    return poptorch_stand_in.install(monkeypatch)
+pytestmark = pytest.mark.usefixtures("poptorch")
 
 
 def flags(folder, out, *more):
@@ -184,8 +181,7 @@ def poprun(server, store, *commands):
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_trains(server, tmp_path, folder, monkeypatch):
-    poptorch_stand_in.install(monkeypatch)
+def test_two_processes_train_what_one_trains(server, tmp_path, folder):
     one, both, nothing = (tmp_path / name for name in ("one", "both", "nothing"))
     layout = "--ipus-per-replica 2 --layers-per-ipu 0 3 --gradient-accumulation 5 --replication-factor 2".split()
     assert [step for _, step, _ in run(folder, one, *layout)] == [1, 2, 2, 3, 4, 4]

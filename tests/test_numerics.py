@@ -4,7 +4,6 @@ from __future__ import annotations
 import os
 from types import SimpleNamespace
 
-import poptorch_stand_in
 import pytest
 import torch
 from helpers import assert_same, flat, read_metrics, refused, train_here, training_flags, weights_of
@@ -116,8 +115,7 @@ def test_an_engine_that_cannot_leave_steps_out_is_watched_by_its_loss():
     ("--device ipu --precision fp16", "--clip-grad-norm 1, a lower --loss-scaling or --precision fp32"),
     ("--device ipu --precision fp32", "a lower --learning-rate or --clip-grad-norm 1"),
 ])
-def test_the_way_out_is_one_that_the_device_has(folder, tmp_path, monkeypatch, more, advice):
-    poptorch_stand_in.install(monkeypatch)
+def test_the_way_out_is_one_that_the_device_has(folder, tmp_path, poptorch, more, advice):
     config = args.parse(flags(folder, tmp_path, *more.split()))
     saver = Saver(SimpleNamespace(config=config, engine=engines.create(config)), tmp_path / "dalle_1.pt")
     assert saver.way_out().startswith(f"the last good checkpoint is {saver.newest}: continue from it")

@@ -1,7 +1,6 @@
 """--evaluate-every: images and metrics while training, which leave the training as it is."""
 from __future__ import annotations
 
-import poptorch_stand_in
 import pytest
 import torch
 from helpers import assert_same, flags, full_disk, losses_of, read_metrics, refused, run, weights_of
@@ -78,8 +77,7 @@ def test_averaged_weights_are_sampled_in_eval_mode_and_trained_ones_come_back(fo
     assert_same(engine.averaged, engine.model_state(averaged=True))
 
 
-def test_an_ipu_is_sampled_by_a_copy(monkeypatch):
-    poptorch_stand_in.install(monkeypatch)
+def test_an_ipu_is_sampled_by_a_copy(poptorch):
     engine = engines.create(make_config(1))
     engine.prepare(make_model(), Pairs(16))
     state = torch.get_rng_state()
