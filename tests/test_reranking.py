@@ -1,7 +1,6 @@
 """Images ordered by CLIP or likelihood, and completion, in generate.py, the API and the sampling example."""
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import socket
@@ -22,6 +21,7 @@ from dalle.journal import rank
 from dalle.loading import load
 from dalle.reranking import ClipRanker
 from dalle.utils.utils import clip_score, clip_similarity
+from examples import sampling_ex
 from utils.errors import UsageError, UserError
 
 
@@ -192,18 +192,17 @@ def test_flags_that_cannot_be_are_named(run, flags, message):
 
 
 def test_the_sampling_example_saves_the_best(mindalle_folder, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])
     monkeypatch.setitem(sys.modules, "clip", None)
-    example = importlib.import_module("sampling_ex")
     caplog.set_level(logging.INFO)
     flags = f"--model {mindalle_folder} -n 5 --prompt a/cat --keep 3 --seed 4 --device cpu".split()
-    example.main([*flags, "--result-path", str(tmp_path / "a")])
+    sampling_ex.main([*flags, "--result-path", str(tmp_path / "a")])
     assert len(list((tmp_path / "a").glob("*_[012].png"))) == 3 and "ranked by likelihood" in caplog.text
-    monkeypatch.setattr(example, "ClipRanker", Brightness)
-    example.main([*flags, "--result-path", str(tmp_path / "b"), "--clip-path", "x", "--softmax_temperature", "1.5"])
+    monkeypatch.setattr(sampling_ex, "ClipRanker", Brightness)
+    sampling_ex.main([*flags, "--result-path", str(tmp_path / "b"), "--clip-path", "x", "--softmax_temperature", "1.5"])
     means = [np.asarray(Image.open(path)).mean() for path in sorted((tmp_path / "b").iterdir())]
     assert len(means) == 3 and means == sorted(means)
-    refused("--softmax-temperature: must be at least 1e-06", example.main, [*flags, "--softmax-temperature", "1e-38"])
+    flags += ["--softmax-temperature", "1e-38"]
+    refused("--softmax-temperature: must be at least 1e-06", sampling_ex.main, flags)
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,11 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import math
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +28,7 @@ from dalle.transfer import check_shape, image_only, read_downstream
 from data.classes import class_names, imagenet_folders, list_class_images
 from data.images import image_to_tensor, prepare_image
 from engines.native import NativeEngine
+from examples import transfer_learning_ex
 from models.config import DalleConfig
 from models.dalle import DalleModel
 from sampling import SamplingOptions, sample_codes
@@ -52,16 +51,6 @@ def imagenet(tmp_path_factory):
                 pixels[0, 0, 0] = index  # never the same file twice
                 Image.fromarray(pixels).save(folder / f"{index}.JPEG", format="PNG")
     return root
-
-
-@pytest.fixture(scope="module")
-def example():
-    path = ROOT / "examples" / "transfer_learning_ex.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # where dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def write(path, **changes):
@@ -229,10 +218,10 @@ def words(mindalle_folder, imagenet):
 
 
 @pytest.fixture
-def run(example, words):
+def run(words):
     """Runs the script; returns the folder of the run, and keeps the exit status."""
     def run(config, result, *flags, **places):
-        run.status = example.main(words(config, result, *flags, **places))
+        run.status = transfer_learning_ex.main(words(config, result, *flags, **places))
         return result / Path(config).stem
 
     return run
