@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers import in_threads, refused
+from test_ops import learn
 
 from models.config import DalleConfig
 from models.dalle import DalleModel
@@ -189,16 +190,7 @@ def test_medium_precision_multiplies_in_bfloat16_without_a_matrix_unit(monkeypat
 def tiny(**options):
     torch.manual_seed(0)
     sizes = {"num_text_tokens": 70, "num_image_tokens": 70, "grid": 8, "dim": 64, "attn_types": ("full",)}
-    model = DalleModel(DalleConfig(**dict(sizes, **options)))
-    text, codes = torch.randint(1, 70, (3, model.config.text_seq_len)), torch.randint(70, (3, 64))
-    return model, text, codes
-
-
-def learn(model, text, codes):
-    model.zero_grad()
-    torch.manual_seed(1)
-    model.loss(*model(text, codes), text, codes).total.backward()
-    return [parameter.grad.clone() for parameter in model.parameters()]
+    return DalleModel(DalleConfig(**dict(sizes, **options)))
 
 
 @needs_unit
@@ -207,20 +199,20 @@ def learn(model, text, codes):
 ], ids=["fused", "not fused", "dropout"])
 def test_a_training_step_uses_it_and_learns_the_same(options, monkeypatch, products):
     options = dict(options, attn_types=("axial_row", "full"), qkv_bias=True, head_bias=True)
-    batch = tiny(text_seq_len=30, depth=2, heads=2, dim_head=32, **options)
+    model = tiny(text_seq_len=30, depth=2, heads=2, dim_head=32, **options)
     used, plain = [], matrix.suits
     monkeypatch.setattr(matrix, "suits", lambda *tensors: used.append(plain(*tensors)) or used[-1])
-    own = learn(*batch)
+    own = learn(model, count=3)
     # Three or more matmuls for each of four matrices in a layer and of two heads; nothing in this step is too small.
     assert len(used) >= 30 and all(used)
     monkeypatch.setattr(matrix, "suits", lambda *tensors: False)
-    expected = learn(*batch)
+    expected = learn(model, count=3)
     for ours, theirs in zip(own, expected):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     monkeypatch.setattr(matrix, "suits", plain)
     for precision, tolerance in (("high", 1e-4), ("medium", 0.05)):
         products(precision)
-        for ours, theirs in zip(learn(*batch), expected):
+        for ours, theirs in zip(learn(model, count=3), expected):
             assert float((ours - theirs).norm()) < tolerance * float(theirs.norm()) + 1e-6
 
 
@@ -228,11 +220,11 @@ def test_a_training_step_uses_it_and_learns_the_same(options, monkeypatch, produ
 @pytest.mark.parametrize("gate", [-9.8, -12.0])
 def test_gates_that_are_all_but_closed_spoil_no_gradient(gate, monkeypatch):
     """Their gradients are tiny numbers, which the unit takes for zero unless they are scaled."""
-    model, *batch = tiny(text_seq_len=12, depth=1, heads=1, dim_head=64)
+    model = tiny(text_seq_len=12, depth=1, heads=1, dim_head=64)
     up = model.transformer.layers[0].feed_forward.fn.up
     torch.nn.init.constant_(up.bias[len(up.bias) // 2 :][:4], gate)
     norms = []
     for suits in (matrix.suits, lambda *tensors: False):
         monkeypatch.setattr(matrix, "suits", suits)
-        norms.append(torch.stack([gradient.norm() for gradient in learn(model, *batch)]).norm())
+        norms.append(torch.stack([gradient.norm() for gradient in learn(model, count=3)]).norm())
     torch.testing.assert_close(norms[0], norms[1])

@@ -64,14 +64,15 @@ def test_blocks_have_the_gradients_of_the_reference(grid, pattern, options):
         torch.testing.assert_close(transformer(x).double(), exact[0], rtol=1e-4, atol=1e-5)
 
 
-def batch(config):
+def batch(config, count=2):
     chance = torch.Generator().manual_seed(3)
-    text = torch.randint(1, config.num_text_tokens, (2, config.text_seq_len), generator=chance)
-    return text, torch.randint(config.num_image_tokens, (2, config.grid**2), generator=chance)
+    text = torch.randint(1, config.num_text_tokens, (count, config.text_seq_len), generator=chance)
+    return text, torch.randint(config.num_image_tokens, (count, config.grid**2), generator=chance)
 
 
-def learn(model, kind="native"):
-    text, codes = batch(model.config)
+def learn(model, kind="native", count=2):
+    """The loss of a batch and the gradients of all parameters."""
+    text, codes = batch(model.config, count)
     model.zero_grad()
     torch.manual_seed(1)
     with ops.use(kind):
