@@ -425,14 +425,17 @@ def test_options_out_of_range_are_refused_by_name(options, message):
 # ---- given codes
 
 
-@pytest.mark.parametrize("options", [{}, dict(ALL, shift_tokens=True)], ids=["full", "shift"])
+@pytest.mark.parametrize("options, cond_scale", [
+    ({}, 1.0), ({}, 2.0), (dict(ALL, shift_tokens=True), 1.0),
+], ids=["full", "guided", "shift"])
 @pytest.mark.parametrize("hidden", [range(36), range(14, 36), range(9, 20), [0, 7, 8, 35], [35], []], ids=str)
-def test_given_codes_are_kept_and_the_rest_is_sampled_from_the_model(hidden, options):
+def test_given_codes_are_kept_and_the_rest_is_sampled_from_the_model(hidden, options, cond_scale):
     model, given, steps = random_model(**options), primed(list(hidden)), []
-    found = sample_codes(model, TEXT[0], [1, 2], GREEDY, given=given, on_token=lambda so_far: steps.append(so_far()))
+    greedy = GREEDY._replace(cond_scale=cond_scale)
+    found = sample_codes(model, TEXT[0], [1, 2], greedy, given=given, on_token=lambda so_far: steps.append(so_far()))
     kept = given >= 0
     assert torch.equal(found.codes[:, kept], given[kept].expand(2, -1))
-    logits = conditional_logits(model, TEXT[0], found.codes)
+    logits = conditional_logits(model, TEXT[0], found.codes, cond_scale)
     assert torch.equal(found.codes[:, ~kept], logits.argmax(-1)[:, ~kept])
     scores = likelihood(logits[:, ~kept], found.codes[:, ~kept])  # of the sampled codes alone
     torch.testing.assert_close(found.log_likelihood.double(), scores, rtol=1e-5, atol=1e-4)
@@ -440,15 +443,6 @@ def test_given_codes_are_kept_and_the_rest_is_sampled_from_the_model(hidden, opt
     certain = [(codes >= 0).sum() for codes in steps]
     assert all(torch.equal(codes, found.codes.where(codes >= 0, codes)) for codes in steps)
     assert certain == sorted(certain) and certain[-1:] in ([], [72])
-
-
-def test_priming_works_with_guidance_and_several_captions():
-    model, given = random_model(), primed(slice(12, None))
-    found = sample_codes(model, TEXT, [1, 2], SamplingOptions(temperature=0, cond_scale=2.0), given=given)
-    for index in range(2):
-        logits = conditional_logits(model, TEXT[index], found.codes[index : index + 1], 2.0)[0]
-        assert torch.equal(found.codes[index, :12], given[:12])
-        assert torch.equal(found.codes[index, 12:], logits.argmax(-1)[12:])
 
 
 # ---- completing the text
