@@ -38,9 +38,12 @@ def pytest_configure(config):
     log.plot_losses = lambda *_: False
     # The models are tiny: one thread is faster than sharing them out, and results do not depend on the machine's cores.
     torch.set_num_threads(1)
-    # Image codes go to a folder of this session, matplotlib's slow font cache stays where it is.
+    # Image codes go to a folder of this session, with copies of compiled kernels; matplotlib's slow font cache stays.
     os.environ.setdefault("MPLCONFIGDIR", str(cache_folder("matplotlib")))
+    kernels = cache_folder("dalle", "kernels")
     config.own_cache = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="test_cache_")
+    if kernels.is_dir():
+        shutil.copytree(kernels, Path(config.own_cache, "dalle", "kernels"))
     if not pins.other_versions():
         os.environ["PYTHONWARNINGS"] = ",".join(STRICT)
         for line in [*STRICT, "error::DeprecationWarning:" + OURS]:

@@ -262,43 +262,6 @@ def test_what_is_missing_of_a_deepspeed_run_is_said(tmp_path):
         assert str(path.parent) in caught and "\n" not in caught
 
 
-def old_mask(document, _):
-    document["weights"]["logits_mask"] = torch.ones(1, 7, 20, dtype=torch.bool)
-
-
-def old_rotary_table(document, shape):
-    document["weights"]["transformer.pos_emb"] = torch.zeros(shape)
-    document["hparams"].update(rotary_emb=True, shift_tokens=True)
-
-
-OLD = {
-    "mask before 0.10.8": ({}, "fn.fn.", old_mask, None),
-    "no scale before 0.7": ({"layer_scale": False}, "fn.", lambda document, _: None, None),
-    "shift that no option tells": ({"shift_tokens": True}, "fn.fn.fn.", lambda document, _: None, None),
-    "rotary before 1.1.2": (OPTIONS["rotary"], "fn.fn.fn.", old_rotary_table, (1, 1, 7, 6)),
-    "rotary since": (OPTIONS["rotary"], "fn.fn.fn.", old_rotary_table, (1, 8, 6)),
-}
-
-
-@pytest.mark.parametrize("options, wrappers, edit, detail", OLD.values(), ids=OLD)
-def test_reads_what_older_versions_of_dalle_pytorch_wrote(tmp_path, options, wrappers, edit, detail):
-    model = random_model(**options)
-    document = mini_dalle(model)  # hparams without newer options
-    document["weights"] = published_names(model, wrappers, "transformer.layers.layers.")
-    edit(document, detail)
-    checkpoint = read_dalle(saved(tmp_path, document))
-    assert torch.equal(logits(rebuilt(checkpoint)), logits(model))
-
-
-@pytest.mark.parametrize("name, kind", [("vae.enc.w", "OpenAIDiscreteVAE"), ("vae.codebook.weight", "DiscreteVAE")])
-def test_codes_of_another_vae_are_worth_a_warning(tmp_path, name, kind, caplog):
-    document = dalle_pytorch()
-    del document["vae_class_name"]
-    document["weights"][name] = torch.ones(1)
-    read_dalle(saved(tmp_path, document))
-    assert f"was trained on codes of a '{kind}'" in caplog.text
-
-
 def change(**values):
     """An edit of a checkpoint's hparams."""
     return lambda document: document["hparams"].update(values)
@@ -326,6 +289,36 @@ def rename(old, new):
 def replace(name, tensor):
     """An edit that replaces a weight."""
     return lambda document: document["weights"].update({name: tensor})
+
+
+OLD = {
+    "mask before 0.10.8": ({}, "fn.fn.", replace("logits_mask", torch.ones(1, 7, 20, dtype=torch.bool))),
+    "no scale before 0.7": ({"layer_scale": False}, "fn.", change()),
+    "shift that no option tells": ({"shift_tokens": True}, "fn.fn.fn.", change()),
+    "rotary before 1.1.2": (OPTIONS["rotary"], "fn.fn.fn.", replace("transformer.pos_emb", torch.zeros(1, 1, 7, 6))),
+    "rotary since": (OPTIONS["rotary"], "fn.fn.fn.", replace("transformer.pos_emb", torch.zeros(1, 8, 6))),
+}
+
+
+@pytest.mark.parametrize("options, wrappers, edit", OLD.values(), ids=OLD)
+def test_reads_what_older_versions_of_dalle_pytorch_wrote(tmp_path, options, wrappers, edit):
+    model = random_model(**options)
+    document = mini_dalle(model)  # hparams without newer options
+    document["weights"] = published_names(model, wrappers, "transformer.layers.layers.")
+    if "rotary" in options:
+        document["hparams"].update(rotary_emb=True, shift_tokens=True)
+    edit(document)
+    checkpoint = read_dalle(saved(tmp_path, document))
+    assert torch.equal(logits(rebuilt(checkpoint)), logits(model))
+
+
+@pytest.mark.parametrize("name, kind", [("vae.enc.w", "OpenAIDiscreteVAE"), ("vae.codebook.weight", "DiscreteVAE")])
+def test_codes_of_another_vae_are_worth_a_warning(tmp_path, name, kind, caplog):
+    document = dalle_pytorch()
+    del document["vae_class_name"]
+    document["weights"][name] = torch.ones(1)
+    read_dalle(saved(tmp_path, document))
+    assert f"was trained on codes of a '{kind}'" in caplog.text
 
 
 PIECE = "model.text_emb.split_embeddings.{}.weight"

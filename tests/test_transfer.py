@@ -208,22 +208,17 @@ def test_only_head_and_start_vectors_are_new(mindalle_folder, tmp_path):
 
 
 @pytest.fixture
-def words(mindalle_folder, imagenet):
-    """The command line of the script for a configuration and a folder of results."""
+def run(mindalle_folder, imagenet):
+    """Runs the script; returns the folder of the run, and keeps the exit status."""
     def words(config, result, *flags, upstream=mindalle_folder, images=imagenet):
         base = ["-d", str(config), "-u", str(upstream), "-r", str(result), "--imagenet-path", str(images)]
         return [*base, "--device", "cpu", "--dataloader-workers", "0", *flags]
 
-    return words
-
-
-@pytest.fixture
-def run(words):
-    """Runs the script; returns the folder of the run, and keeps the exit status."""
     def run(config, result, *flags, **places):
         run.status = transfer_learning_ex.main(words(config, result, *flags, **places))
         return result / Path(config).stem
 
+    run.words = words
     return run
 
 
@@ -332,11 +327,11 @@ def test_what_does_not_fit_is_named(run, tmp_path, changes, message, monkeypatch
 
 
 @pytest.mark.slow
-def test_several_processes_train_the_same_model(run, words, tmp_path):
+def test_several_processes_train_the_same_model(run, tmp_path):
     """--n-gpus starts torchrun; the losses are those of one process."""
     config = write(tmp_path / "cls.yaml", **{"experiment.epochs": 2, "experiment.local_batch_size": 1})
     run(config, tmp_path / "a")
-    flags = words(config, tmp_path / "b", "--n-gpus", "2")
+    flags = run.words(config, tmp_path / "b", "--n-gpus", "2")
     assert run_script(ROOT / "examples" / "transfer_learning_ex.py", *flags).returncode == 0
     # Not the weights: the keys' biases have no true gradient, and Adam makes whole steps of its rounding.
     for event in ("train", "validation"):
