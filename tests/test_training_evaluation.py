@@ -52,14 +52,16 @@ def sheets_of_the_first(out):
 
 def test_processes_and_shards_end_as_without(server, folder, tmp_path):
     """Two processes, replicated or sharded: the first one samples."""
-    for more in ((), ("--shard", "--ema-decay", "0.9")):
-        found = []
-        for own in ((), EVERY_2):
-            out = tmp_path / f"{len(more)}{len(own)}"
-            server.together(flags(folder, out, "--max-steps", "3", "--ff-dropout", "0.1", *more, *own), tmp_path)
-            found.append(weights_of(out))
-        assert_same(*found)
-        assert sheets(out) == ["step_000002.png", "step_000003.png"]
+    from test_sharding import two_processes  # skipped where there is no --shard
+
+    outs = [[tmp_path / kind / how for how in ("without", "with")] for kind in ("replicated", "sharded")]
+    common, runs = ("--max-steps", "3", "--ff-dropout", "0.1"), []
+    for (without, evaluated), more in zip(outs, ((), ("--shard", "--ema-decay", "0.9"))):
+        runs += [flags(folder, without, *common, *more), flags(folder, evaluated, *common, *more, *EVERY_2)]
+    two_processes(server, tmp_path, [{"flags": flags} for flags in runs])
+    for without, evaluated in outs:
+        assert_same(weights_of(without), weights_of(evaluated))
+        assert sheets(evaluated) == ["step_000002.png", "step_000003.png"]
 
 
 def test_averaged_weights_are_sampled_in_eval_mode_and_trained_ones_come_back(folder, tmp_path):
