@@ -179,7 +179,7 @@ def poptorch(monkeypatch):
 @pytest.fixture(params=["native", "emulated"])
 def unit(request):
     """The matrix unit of the processor, where it has one, or one in portable C."""
-    from emulation import matrix_units
+    from models_for_tests import matrix_units
 
     with matrix_units(request.param):
         yield request.param
