@@ -43,11 +43,8 @@ def test_training_is_the_same_with_evaluations_and_resumed(folder, plain, tmp_pa
     assert [event for event in losses_of(tmp_path) if event[0] == "train"] == trained
     (tmp_path / "samples" / "mine.txt").touch()
     run(folder, tmp_path, *EVERY_2, "--max-steps", "1")  # a new run
-    assert sheets(tmp_path) == ["step_000001.png"] and sheets_of_the_first(tmp_path) == steps
-
-
-def sheets_of_the_first(out):
-    return sorted(path.name for path in (out / "samples" / "earlier.1").iterdir())
+    assert sheets(tmp_path) == ["step_000001.png"]
+    assert sorted(path.name for path in (tmp_path / "samples/earlier.1").iterdir()) == steps
 
 
 def test_processes_and_shards_end_as_without(server, folder, tmp_path):
