@@ -38,9 +38,12 @@ def pytest_configure(config):
     log.plot_losses = lambda *_: False
     # The models are tiny: one thread is faster than sharing them out, and results do not depend on the machine's cores.
     torch.set_num_threads(1)
-    # Image codes go to a folder of this session, matplotlib's slow font cache stays where it is.
+    # Image codes go to a folder of this session, with copies of compiled kernels; matplotlib's slow font cache stays.
     os.environ.setdefault("MPLCONFIGDIR", str(cache_folder("matplotlib")))
+    kernels = cache_folder("dalle", "kernels")
     config.own_cache = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="test_cache_")
+    if kernels.is_dir():
+        shutil.copytree(kernels, Path(config.own_cache, "dalle", "kernels"))
     if not pins.other_versions():
         os.environ["PYTHONWARNINGS"] = ",".join(STRICT)
         for line in [*STRICT, "error::DeprecationWarning:" + OURS]:
@@ -101,16 +104,11 @@ def mindalle_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def training_folder(tmp_path_factory):
+def folder(tmp_path_factory):
     """24 pairs with two captions each and a tiny VQGAN, for `helpers.flags` and `helpers.run`; not to be changed."""
     from helpers import fill
 
     return fill(tmp_path_factory.mktemp("training"), 24)
-
-
-@pytest.fixture(scope="session")
-def folder(training_folder):
-    return training_folder
 
 
 @pytest.fixture(scope="session")
@@ -164,16 +162,24 @@ def products():
 
 @pytest.fixture
 def threads():
-    """Sets PyTorch's number of threads; the former one comes back after the test."""
+    """Sets PyTorch's number of threads, likewise."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def poptorch(monkeypatch):
+    """The stand-in for PopTorch, as `import poptorch` finds it."""
+    from poptorch_stand_in import install
+
+    return install(monkeypatch)
+
+
 @pytest.fixture(params=["native", "emulated"])
 def unit(request):
     """The matrix unit of the processor, where it has one, or one in portable C."""
-    from emulation import matrix_units
+    from models_for_tests import matrix_units
 
     with matrix_units(request.param):
         yield request.param

@@ -6,6 +6,8 @@ This is the only test that needs the hardware, and the only one that says anythi
 """
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from ipu_helpers import Pairs, largest_difference, make_config, make_model, train_plainly, train_with
@@ -31,13 +33,10 @@ def test_training_equals_the_cpu(stages, images):
     need(stages)
     config = make_config(stages, embedding_serialization_factor=2)
     dataset = Pairs(4 * config.global_batch, images)
-    engine = IpuEngine(config)
-    try:
+    with contextlib.closing(IpuEngine(config)) as engine:
         losses = train_with(engine, config, make_model(with_vqgan=images), dataset)
         weights = engine.model_state()
         validation = engine.evaluate(dataset)["loss"]
-    finally:
-        engine.close()
     expected, model = train_plainly(config, make_model(with_vqgan=images), dataset)
     assert losses == pytest.approx(expected, rel=1e-3)
     assert largest_difference(weights, model.dalle.state_dict()) < 1e-3
@@ -51,10 +50,7 @@ def test_half_precision_follows_the_cpu():
     need(4)
     config = make_config(4, fp16=True, stochastic_rounding=True, loss_scaling=128.0, learning_rate=1e-3)
     dataset = Pairs(8 * config.global_batch)
-    engine = IpuEngine(config)
-    try:
+    with contextlib.closing(IpuEngine(config)) as engine:
         losses = train_with(engine, config, make_model(), dataset)
-    finally:
-        engine.close()
     expected, _ = train_plainly(config, make_model(), dataset)
     assert losses == pytest.approx(expected, rel=2e-2)

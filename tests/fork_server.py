@@ -151,8 +151,8 @@ def _serve():
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sys.path.insert(0, str(ROOT))
-    # torch._dynamo: what the first optimizer imports.
-    for name in ("train", "engines.native", "torch._dynamo"):
+    # torch._dynamo: what the first optimizer imports; torch.distributed.fsdp: what --shard does.
+    for name in ("train", "engines.native", "torch._dynamo", "torch.distributed.fsdp"):
         importlib.import_module(name)
     with tempfile.TemporaryDirectory() as folder:  # the first curve reads fonts
         lines = Path(folder, "metrics.jsonl")

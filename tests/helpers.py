@@ -1,7 +1,6 @@
 """What more than one test file needs: tiny models, data sets and tokenizers, runs in this process and beside it."""
 from __future__ import annotations
 
-import dataclasses
 import errno
 import functools
 import io
@@ -26,7 +25,6 @@ import data
 import engines
 import train
 from data import DataSettings, Team
-from models.dalle import DalleModel
 from models.vqgan import VQGAN, VqganConfig
 from utils.errors import UserError
 
@@ -86,15 +84,6 @@ def write_vqgan(folder, **changes):
 
 def vqgan_flags(folder):
     return [f"--vqgan-model-path={folder / 'vqgan.safetensors'}", f"--vqgan-config-path={folder / 'vqgan.yaml'}"]
-
-
-def random_dalle(config, seed=3, **options):
-    """A DALL-E in which no two weights are equal, not even biases and norms, so that every term matters."""
-    torch.manual_seed(seed)
-    model = DalleModel(dataclasses.replace(config, **options)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    return model
 
 
 def assert_same(first, second):
@@ -236,20 +225,6 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def together(command, count):
-    """Run so many processes as torchrun would; return what each wrote: (stdout, stderr)."""
-    common = dict(os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    common.update(WORLD_SIZE=str(count), PYTHONPATH=str(ROOT))
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [
-        subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=ROOT, **pipes)
-        for rank in range(count)
-    ]
-    written = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0] * count, written
-    return written
 
 
 def in_threads(*works):

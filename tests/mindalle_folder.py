@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,40 +24,9 @@ CAPTIONS = [
     "A painting of a monkey with sunglasses in the frame", "The cat's CAFÉ, on the beach!",
     "two cats on a red sofa; the other cat is on the floor", "un château à l'île, 中文 text", "a painting of the sea",
 ]
-
-
-def merges_and_vocabulary():
-    """A small character BPE, learned from CAPTIONS the simple way: the most frequent pair first, ties by name."""
-    words = {}
-    for caption in CAPTIONS:
-        for word in "".join(c if c.isalnum() else f" {c} " for c in caption.lower()).split():
-            symbols = (*tuple(word[:-1]), word[-1] + "</w>")
-            words[symbols] = words.get(symbols, 0) + 1
-    alphabet = sorted({symbol for word in words for symbol in word} | set("abcdefghijklmnopqrstuvwxyz"))
-    merges = []
-    for _ in range(60):
-        pairs = {}
-        for word, count in words.items():
-            for pair in zip(word, word[1:]):
-                pairs[pair] = pairs.get(pair, 0) + count
-        if not pairs:
-            break
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        merges.append(best)
-        merged = {}
-        for word, count in words.items():
-            symbols, index = [], 0
-            while index < len(word):
-                if word[index : index + 2] == best:
-                    symbols.append("".join(best))
-                    index += 2
-                else:
-                    symbols.append(word[index])
-                    index += 1
-            merged[tuple(symbols)] = merged.get(tuple(symbols), 0) + count
-        words = merged
-    tokens = ["[PAD]", "[UNK]"] + alphabet + ["".join(merge) for merge in merges]
-    return merges, {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+#: A small character BPE that was learned from CAPTIONS: a vocabulary and its merges.
+TOKENIZER = Path(__file__).parent / "assets" / "mindalle_tokenizer"
+TOKENS = len(json.loads((TOKENIZER / "bpe-16k-vocab.json").read_text(encoding="utf-8")))
 
 
 def wave(name, shape):
@@ -157,12 +128,8 @@ def stage1_shapes():
 
 def make_folder(folder):
     """Write the model and return its folder."""
-    merges, vocabulary = merges_and_vocabulary()
-    (folder / "tokenizer").mkdir(parents=True)
-    (folder / "tokenizer" / "bpe-16k-vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    lines = ["#version: 0.2"] + ["{} {}".format(*merge) for merge in merges]
-    (folder / "tokenizer" / "bpe-16k-merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    texts = len(vocabulary) + 3  # the published table need not be full
+    shutil.copytree(TOKENIZER, folder / "tokenizer")
+    texts = TOKENS + 3  # the published table need not be full
     config = {
         "dataset": {"context_length": TEXT_LEN},
         "stage1": {"type": "vqgan", "embed_dim": 32, "n_embed": CODES, "hparams": STAGE1},

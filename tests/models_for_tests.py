@@ -1,7 +1,12 @@
 """What tests of models, ops and sampling share: tiny models whose every term matters, and decoding code by code."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import hashlib
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +15,7 @@ import ops
 from models.config import DalleConfig
 from models.dalle import DalleModel
 from models.positions import Positions, next_code
-from ops import build, noise
+from ops import build, matmul, noise
 from sampling import SamplingOptions, sample_codes
 
 needs_kernels = pytest.mark.skipif(build.library("rows") is None, reason="no C compiler, or kernels are switched off")
@@ -151,3 +156,24 @@ def check_edge(model, options, graphs=None):
         logits = conditional_logits(random_model(**ALL), TEXT[0], found.codes, options.cond_scale)
         assert torch.equal(found.codes, logits.argmax(-1))
     assert len(found.codes.unique()) > 1
+
+
+@functools.lru_cache(maxsize=None)
+def _emulated():
+    header = Path(__file__).with_name("amx_emulation.h")
+    digest = hashlib.sha256(header.read_bytes()).hexdigest()[:16]  # part of the compiled file's name
+    # -O2: a third of the compiler's time, and no slower to run.
+    flags = [*build._FLAGS, "-O2", "-w", "-include", str(header), "-D__AMX_BF16__", "-DEMULATION=0x" + digest]
+    with mock.patch.object(build, "_FLAGS", flags), mock.patch.object(matmul, "library", build.library.__wrapped__):
+        return matmul._functions.__wrapped__()
+
+
+@contextlib.contextmanager
+def matrix_units(kind):
+    """Multiply by the "native" unit, or by an "emulated" one; skip where there is none."""
+    functions = matmul._functions() if kind == "native" else _emulated()
+    if functions is None:
+        pytest.skip("no AMX, no C compiler, or kernels are switched off")
+    with mock.patch.object(matmul, "_functions", lambda: functions):
+        assert matmul.suits(torch.ones(64, 64), torch.ones(64, 64))
+        yield

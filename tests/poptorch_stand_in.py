@@ -20,24 +20,11 @@ import torch
 Error = device.Error
 
 
-class OutputMode(enum.IntEnum):
-    Final, EveryN, All, Sum, Default = range(5)
-
-
-class ReductionType(enum.IntEnum):
-    Sum, Mean, NoReduction = range(3)
-
-
-class DataLoaderMode(enum.IntEnum):
-    Sync, Async, AsyncRebatched = range(3)
-
-
-class AutoStage(enum.IntEnum):
-    SameAsIpu, AutoIncrement = range(2)
-
-
-class MatMulSerializationMode(enum.Enum):
-    InputChannels, ReducingDim, OutputChannels, Disabled = "input_channels", "reducing_dim", "output_channels", "none"
+OutputMode = enum.Enum("OutputMode", "Sum")
+ReductionType = enum.Enum("ReductionType", "Mean")
+DataLoaderMode = enum.Enum("DataLoaderMode", "Sync AsyncRebatched")
+AutoStage = enum.Enum("AutoStage", "SameAsIpu AutoIncrement")
+MatMulSerializationMode = enum.Enum("MatMulSerializationMode", "OutputChannels")
 
 
 # Options -------------------------------------------------------------------------------------------------------------
@@ -71,9 +58,8 @@ class _Settings:
         return other
 
 
-def _option(key, kind, accepts=lambda value: True):
+def _option(key, kind):
     def set_option(self, value):
-        assert accepts(value), f"{value} is not for {key}"
         return self._set(key, value, kind)
 
     return set_option
@@ -81,13 +67,13 @@ def _option(key, kind, accepts=lambda value: True):
 
 class _Training(_Settings):
     gradientAccumulation = _option("gradient_accumulation", int)
-    accumulationAndReplicationReductionType = _option("reduction", ReductionType, lambda kind: kind < 2)
+    accumulationAndReplicationReductionType = _option("reduction", ReductionType)
     setAutomaticLossScaling = _option("automatic_loss_scaling", bool)
 
 
 class _Precision(_Settings):
     enableStochasticRounding = _option("stochastic_rounding", bool)
-    setPartialsType = _option("partials_type", torch.dtype, lambda kind: kind in (torch.float16, torch.float32))
+    setPartialsType = _option("partials_type", torch.dtype)
 
 
 class TensorLocationSettings(_Settings):
@@ -113,11 +99,11 @@ class PipelinedExecution:
 class Options(_Settings):
     def __init__(self):
         super().__init__(
-            device_iterations=1, replication_factor=1, output_mode=OutputMode.Default, auto_round_num_ipus=False,
+            device_iterations=1, replication_factor=1, output_mode=None, auto_round_num_ipus=False,
             offline=False, synthetic=False, strategy=PipelinedExecution(AutoStage.SameAsIpu), memory={}, cache=None,
             relaxed=False,
         )
-        training = {"gradient_accumulation": 1, "reduction": ReductionType.Mean, "automatic_loss_scaling": False}
+        training = {"gradient_accumulation": 1, "reduction": None, "automatic_loss_scaling": False}
         vars(self).update(
             Training=_Training(self, **training), Precision=_Precision(self, stochastic_rounding=False),
             TensorLocations=_TensorLocations(self), _Popart=_Popart(self),
@@ -130,9 +116,7 @@ class Options(_Settings):
     setExecutionStrategy = _option("strategy", PipelinedExecution)
     enableExecutableCaching = _option("cache", str)
     enableSyntheticData = _option("synthetic", bool)
-    setAvailableMemoryProportion = _option(
-        "memory", dict, lambda value: all(key.startswith("IPU") and key[3:].isdigit() for key in value)
-    )
+    setAvailableMemoryProportion = _option("memory", dict)
 
     def randomSeed(self, value):
         self._set("random_seed", value, int)
@@ -191,33 +175,30 @@ def serializedMatMul(lhs, rhs, mode, factor=0, keep_precision=False):
 
 
 def identity_loss(x, reduction):
-    assert reduction in ("none", "mean", "sum"), "Unsupported reduction type!"
-    x = {"none": lambda: x, "mean": x.mean, "sum": x.sum}[reduction]()
+    assert reduction == "none"
     return device.mark_loss(x)
 
 
-def _frozen_options(options, default_mode):
+def _frozen_options(options):
     """A frozen copy of options that are frozen from now on."""
+    assert options.output_mode is OutputMode.Sum, "the stand-in sums outputs, whatever it is told"
     freeze(options)
     options = options.clone()
-    if options.output_mode == OutputMode.Default:
-        options.outputMode(default_mode)
     freeze(options)
     return options
 
 
 def trainingModel(model, options=None, optimizer=None):
-    assert isinstance(options, Options) and isinstance(optimizer, torch.optim.Optimizer)
+    assert isinstance(optimizer, torch.optim.Optimizer)
     if hasattr(type(model), "poptorch_executor"):
         raise RuntimeError("Model has already been wrapped in 'poptorch.trainingModel'. Call model.destroy() first.")
-    return device.Executor(model, _frozen_options(options, OutputMode.Final), optimizer)
+    return device.Executor(model, _frozen_options(options), optimizer)
 
 
 def inferenceModel(model, options=None):
-    assert isinstance(options, Options)
     if options.Training.gradient_accumulation != 1:
         raise Error("You must set Training.gradientAccumulation to 1 when running an inferenceModel().")
-    return device.Executor(model, _frozen_options(options, OutputMode.All), None)
+    return device.Executor(model, _frozen_options(options), None)
 
 
 def ipuHardwareIsAvailable(num_ipus=1):

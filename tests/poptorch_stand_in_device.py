@@ -200,7 +200,7 @@ class Executor:
         host = dict(self._user_model.named_parameters())
         model = copy.deepcopy(self._user_model).to("meta")
         names = list(model.named_parameters(remove_duplicate=False))
-        self.capture = Capture(names, self.options.strategy.auto_stage == 1)
+        self.capture = Capture(names, self.options.strategy.auto_stage.name == "AutoIncrement")
         before = [id(value) for _, value in names] + [id(value) for value in model.buffers()]
         inputs = [tensor.to("meta") for tensor in inputs]
         CAPTURES.append(self.capture)
@@ -349,17 +349,15 @@ class Executor:
         micro, results = inputs[0].shape[0] // (iterations * accumulation * replicas), []
         chunks = zip(*[tensor.split(micro) for tensor in inputs])  # replicas of each step of each iteration
         for _ in range(iterations):
-            steps = [[self._micro_batch(next(chunks)) for _ in range(replicas)] for _ in range(accumulation)]
-            results.append(steps)
+            results += [[self._micro_batch(next(chunks)) for _ in range(replicas)] for _ in range(accumulation)]
             if self._optimizer is not None:
                 self._update()
         self._dirty = self._optimizer is not None
         if self._cached_rng_state is not None:
             self._cached_rng_state = [self._cached_rng_state[0], sum(self._cached_rng_state[1:]) + 1]
-        return tuple(
-            self._output([[[outputs[index] for outputs in replica] for replica in step] for step in results])
-            for index in range(len(results[0][0][0]))
-        )
+        # Outputs are summed over steps and iterations; scalars of n replicas become (n,).
+        sums = [[sum(values) for values in zip(*outputs)] for outputs in zip(*results)]
+        return tuple(values[0] if replicas == 1 else torch.stack(values) for values in zip(*sums))
 
     def _micro_batch(self, inputs):
         RUNS.append([])
@@ -370,10 +368,8 @@ class Executor:
             marked = RUNS.pop()
         if self._optimizer is not None:
             _, accumulation, replicas = self._micro_batches
-            mean = accumulation * replicas if self.options.Training.reduction == 1 else 1
-            (marked[0] * (self._optimizer.loss_scaling / mean)).backward()
-        narrow = {torch.int64: torch.int32, torch.float64: torch.float32}
-        return [output.detach().to(narrow.get(output.dtype, output.dtype)) for output in outputs]
+            (marked[0] * (self._optimizer.loss_scaling / (accumulation * replicas))).backward()
+        return [output.detach() for output in outputs]
 
     def _update(self):
         parameters = self._device_optimizer_parameters()
@@ -384,20 +380,3 @@ class Executor:
             torch.nn.utils.clip_grad_norm_(parameters, self._optimizer.max_grad_norm)
         self._device_optimizer.step()
         self._device_optimizer.zero_grad()
-
-    def _output(self, values):
-        """values[iteration][accumulation][replica] -> as the output mode says; scalars of n replicas become (n,)."""
-        mode = int(self.options.output_mode)
-        replicas = len(values[0][0])
-        if mode == 2:  # All
-            flat = [value for iteration in values for step in iteration for value in step]
-            return torch.stack(flat) if flat[0].dim() == 0 else torch.cat(flat)
-        if mode == 0:  # Final
-            kept = values[-1][-1]
-        elif mode == 3:  # Sum
-            kept = [sum(step[replica] for iteration in values for step in iteration) for replica in range(replicas)]
-        else:
-            raise Error(f"output mode {mode} is not part of the stand-in")
-        if replicas == 1:
-            return kept[0]
-        return torch.stack(kept) if kept[0].dim() == 0 else torch.cat(kept)

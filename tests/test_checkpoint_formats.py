@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from helpers import refused
-from mindalle_folder import reference_blocks, stage2_shapes
+from mindalle_folder import reference_blocks, stage2_shapes, wave
 from safetensors.torch import save_file
 from test_checkpoints import OPTIONS, TINY, logits, random_model, rebuilt
 from test_vqgan import TINY as TINY_VQGAN
@@ -70,7 +70,8 @@ def dalle_pytorch(model=None):
 
 
 def mindalle():
-    return {"state_dict": mindalle_weights()}
+    shapes = stage2_shapes(texts=9, codes=7, width=8, layers=2, text_len=3, image_len=4)
+    return {"state_dict": {name: wave(name, shape) for name, shape in shapes.items()}}
 
 
 def saved(path, document, name="dalle.pt"):
@@ -120,22 +121,6 @@ def test_conv_like_means_what_it_meant_in_that_version_of_dalle_pytorch(tmp_path
     assert checkpoint.format == "dalle-pytorch" and checkpoint.config["attn_types"] == [pattern]
 
 
-def mindalle_weights():
-    """Random weights under minDALL-E's names."""
-    generator = torch.Generator().manual_seed(5)
-    shapes = stage2_shapes(texts=9, codes=7, width=8, layers=2, text_len=3, image_len=4)
-    return {name: torch.randn(shape, generator=generator) * 0.5 for name, shape in shapes.items()}
-
-
-def mindalle_logits(w, text, codes, heads, quick):
-    """minDALL-E's forward pass over its own names: the reference for the reader."""
-    images = w["tok_emb_img.weight"][codes] + w["pos_emb_img.weight"][: codes.shape[1]]
-    x = torch.cat([w["tok_emb_txt.weight"][text] + w["pos_emb_txt.weight"], images], 1)
-    x = reference_blocks(w, x, heads, layers=2, quick=quick)
-    last = text.shape[1] - 1
-    return x[:, :last] @ w["head_txt.weight"].T, x[:, last:] @ w["head_img.weight"].T
-
-
 def mindalle_yaml(folder, quick=False):
     stage1 = dict(type="vqgan", embed_dim=8, n_embed=16, hparams=TINY_VQGAN.to_dict()["model"]["params"]["ddconfig"])
     hparams = dict(embed_dim=8, n_layers=2, n_dense_layers=2, n_heads=4, ctx_len_img=4, ctx_len_txt=3)
@@ -145,9 +130,13 @@ def mindalle_yaml(folder, quick=False):
 
 
 def assert_mindalle(checkpoint, quick=False):
-    """Its logits are those of minDALL-E's own forward pass over `mindalle_weights`."""
+    """Its logits are those of minDALL-E's own forward pass over its own names."""
     text, codes = torch.tensor([[4, 0, 0], [8, 2, 5]]), torch.tensor([[6, 1, 0, 3], [2, 2, 4, 5]])
-    expected = mindalle_logits(mindalle_weights(), text, codes[:, :-1], 4, quick)
+    w, last = mindalle()["state_dict"], text.shape[1] - 1
+    images = w["tok_emb_img.weight"][codes[:, :-1]] + w["pos_emb_img.weight"][:3]
+    x = torch.cat([w["tok_emb_txt.weight"][text] + w["pos_emb_txt.weight"], images], 1)
+    x = reference_blocks(w, x, heads=4, layers=2, quick=quick)
+    expected = x[:, :last] @ w["head_txt.weight"].T, x[:, last:] @ w["head_img.weight"].T
     assert checkpoint.format == "mindalle"
     for ours, theirs in zip(rebuilt(checkpoint)(text, codes), expected):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -187,7 +176,7 @@ def lightning(monkeypatch):
 def test_reads_mindalle_with_its_vqgan_from_one_lightning_checkpoint(tmp_path, lightning, averages, caplog):
     caplog.set_level("INFO")
     vqgan, of = tiny(), with_averages if averages else dict
-    state = {**prefixed(of(vqgan.state_dict()), "stage1."), **prefixed(of(mindalle_weights()), "stage2.")}
+    state = {**prefixed(of(vqgan.state_dict()), "stage1."), **prefixed(of(mindalle()["state_dict"]), "stage2.")}
     path = saved(tmp_path, dict(lightning, state_dict=state), "last.ckpt")
     assert b"pytorch_lightning" in path.read_bytes()
     mindalle_yaml(tmp_path)
@@ -262,43 +251,6 @@ def test_what_is_missing_of_a_deepspeed_run_is_said(tmp_path):
         assert str(path.parent) in caught and "\n" not in caught
 
 
-def old_mask(document, _):
-    document["weights"]["logits_mask"] = torch.ones(1, 7, 20, dtype=torch.bool)
-
-
-def old_rotary_table(document, shape):
-    document["weights"]["transformer.pos_emb"] = torch.zeros(shape)
-    document["hparams"].update(rotary_emb=True, shift_tokens=True)
-
-
-OLD = {
-    "mask before 0.10.8": ({}, "fn.fn.", old_mask, None),
-    "no scale before 0.7": ({"layer_scale": False}, "fn.", lambda document, _: None, None),
-    "shift that no option tells": ({"shift_tokens": True}, "fn.fn.fn.", lambda document, _: None, None),
-    "rotary before 1.1.2": (OPTIONS["rotary"], "fn.fn.fn.", old_rotary_table, (1, 1, 7, 6)),
-    "rotary since": (OPTIONS["rotary"], "fn.fn.fn.", old_rotary_table, (1, 8, 6)),
-}
-
-
-@pytest.mark.parametrize("options, wrappers, edit, detail", OLD.values(), ids=OLD)
-def test_reads_what_older_versions_of_dalle_pytorch_wrote(tmp_path, options, wrappers, edit, detail):
-    model = random_model(**options)
-    document = mini_dalle(model)  # hparams without newer options
-    document["weights"] = published_names(model, wrappers, "transformer.layers.layers.")
-    edit(document, detail)
-    checkpoint = read_dalle(saved(tmp_path, document))
-    assert torch.equal(logits(rebuilt(checkpoint)), logits(model))
-
-
-@pytest.mark.parametrize("name, kind", [("vae.enc.w", "OpenAIDiscreteVAE"), ("vae.codebook.weight", "DiscreteVAE")])
-def test_codes_of_another_vae_are_worth_a_warning(tmp_path, name, kind, caplog):
-    document = dalle_pytorch()
-    del document["vae_class_name"]
-    document["weights"][name] = torch.ones(1)
-    read_dalle(saved(tmp_path, document))
-    assert f"was trained on codes of a '{kind}'" in caplog.text
-
-
 def change(**values):
     """An edit of a checkpoint's hparams."""
     return lambda document: document["hparams"].update(values)
@@ -326,6 +278,36 @@ def rename(old, new):
 def replace(name, tensor):
     """An edit that replaces a weight."""
     return lambda document: document["weights"].update({name: tensor})
+
+
+OLD = {
+    "mask before 0.10.8": ({}, "fn.fn.", replace("logits_mask", torch.ones(1, 7, 20, dtype=torch.bool))),
+    "no scale before 0.7": ({"layer_scale": False}, "fn.", change()),
+    "shift that no option tells": ({"shift_tokens": True}, "fn.fn.fn.", change()),
+    "rotary before 1.1.2": (OPTIONS["rotary"], "fn.fn.fn.", replace("transformer.pos_emb", torch.zeros(1, 1, 7, 6))),
+    "rotary since": (OPTIONS["rotary"], "fn.fn.fn.", replace("transformer.pos_emb", torch.zeros(1, 8, 6))),
+}
+
+
+@pytest.mark.parametrize("options, wrappers, edit", OLD.values(), ids=OLD)
+def test_reads_what_older_versions_of_dalle_pytorch_wrote(tmp_path, options, wrappers, edit):
+    model = random_model(**options)
+    document = mini_dalle(model)  # hparams without newer options
+    document["weights"] = published_names(model, wrappers, "transformer.layers.layers.")
+    if "rotary" in options:
+        document["hparams"].update(rotary_emb=True, shift_tokens=True)
+    edit(document)
+    checkpoint = read_dalle(saved(tmp_path, document))
+    assert torch.equal(logits(rebuilt(checkpoint)), logits(model))
+
+
+@pytest.mark.parametrize("name, kind", [("vae.enc.w", "OpenAIDiscreteVAE"), ("vae.codebook.weight", "DiscreteVAE")])
+def test_codes_of_another_vae_are_worth_a_warning(tmp_path, name, kind, caplog):
+    document = dalle_pytorch()
+    del document["vae_class_name"]
+    document["weights"][name] = torch.ones(1)
+    read_dalle(saved(tmp_path, document))
+    assert f"was trained on codes of a '{kind}'" in caplog.text
 
 
 PIECE = "model.text_emb.split_embeddings.{}.weight"

@@ -1,14 +1,15 @@
 """This application's checkpoints: exact round trips, damage, refused options, export, and the files of a run."""
 from __future__ import annotations
 
-import functools
+import dataclasses
 import json
 import sys
 import zipfile
 
 import pytest
 import torch
-from helpers import assert_same, full_disk, random_dalle, refused
+from helpers import assert_same, full_disk, refused
+from models_for_tests import randomised
 
 from checkpoints import (
     checkpoint_name,
@@ -46,8 +47,9 @@ OPTIONS = {
 }
 
 
-#: A tiny DALL-E in which no two weights are equal.
-random_model = functools.partial(random_dalle, TINY)
+def random_model(seed=3, **options):
+    """A tiny DALL-E in which no two weights are equal, not even biases and norms, so that every term matters."""
+    return randomised(DalleModel(dataclasses.replace(TINY, **options)), seed)
 
 
 def logits(model):

@@ -46,38 +46,30 @@ def alone(model, image, parallel="off"):
     return sampled.codes[0], sampled.log_likelihood[0]
 
 
-@needs_kernels
-@pytest.mark.parametrize("parallel", ["auto", 5])
-@pytest.mark.parametrize("name", OPTIONS)
-def test_images_that_join_and_leave_have_the_bits_of_images_alone(name, parallel):
-    model, images = random_model(**OPTIONS[name]).float(), images_of(16)
-    continuous = Continuous(model, 5, parallel)
-    assert continuous.refused is None
+@pytest.mark.parametrize("name, native, parallel", [
+    *(pytest.param(name, True, parallel, marks=needs_kernels) for name in OPTIONS for parallel in ("auto", 5)),
+    *((name, False, "auto") for name in ("all patterns", "rotary and shift", "stable sandwich tied")),
+])
+def test_images_that_join_and_leave_have_the_bits_of_images_alone(name, native, parallel):
+    """By PyTorch in double precision, where rounding, which depends on the batch, changes no code."""
+    model, images = random_model(**OPTIONS[name]), images_of(16 if native else 12)
+    continuous = Continuous(model.float() if native else model, 5, parallel)
+    assert (continuous.refused is None) == native
     found, most = run(continuous, images, random.Random(1))
-    for image, sampled in zip(images, found):
-        codes, log_likelihood = alone(model, image)
-        assert torch.equal(sampled.codes, codes) and torch.equal(sampled.log_likelihood, log_likelihood)
-    assert most > 1 and continuous.rows_of_passes > continuous.passes
-    assert continuous.fits(images[2]) and not continuous.running and len(continuous._free) == 5
-
-
-@pytest.mark.parametrize("name", ["all patterns", "rotary and shift", "stable sandwich tied"])
-def test_pytorch_joins_and_leaves_too(name):
-    """In double precision, where rounding, which depends on the batch, changes no code."""
-    model, images = random_model(**OPTIONS[name]), images_of(12)
-    continuous = Continuous(model, 5)
-    assert continuous.refused is not None
-    found, most = run(continuous, images, random.Random(2))
+    tolerance = {"rtol": 0, "atol": 0} if native else {"rtol": 1e-6, "atol": 1e-5}
     for image, sampled in zip(images, found):
         codes, log_likelihood = alone(model, image)
         assert torch.equal(sampled.codes, codes)
-        torch.testing.assert_close(sampled.log_likelihood, log_likelihood, rtol=1e-6, atol=1e-5)
-    assert most > 1
+        torch.testing.assert_close(sampled.log_likelihood, log_likelihood, **tolerance)
+    assert most > 1 and continuous.rows_of_passes > continuous.passes
+    assert continuous.fits(images[2]) and not continuous.running
 
 
-def check_the_one_that_stays(model):
+@pytest.mark.parametrize("kind", [pytest.param("native", marks=needs_kernels), "pytorch"])
+def test_an_image_that_is_ended_frees_its_slots(kind):
     """An image in the middle is ended; the next takes its slots, and its neighbours do not notice."""
-    images = images_of(4)
+    model, images = random_model(**ALL), images_of(4)
+    model = model.float() if kind == "native" else model
     continuous = Continuous(model, 4)
     first, ended = continuous.start(images[0]), continuous.start(images[2])
     assert continuous.fits(images[0]) and not continuous.fits(images[2])
@@ -91,12 +83,6 @@ def check_the_one_that_stays(model):
         done |= set(continuous.advance())
     for number, image in ((first, images[0]), (later, images[2])):
         assert torch.equal(continuous.finish(number).codes, alone(model, image)[0])
-
-
-@pytest.mark.parametrize("kind", [pytest.param("native", marks=needs_kernels), "pytorch"])
-def test_an_image_that_is_ended_frees_its_slots(kind):
-    model = random_model(**ALL)
-    check_the_one_that_stays(model.float() if kind == "native" else model)
 
 
 def test_kept_codes_are_certain_from_the_start():

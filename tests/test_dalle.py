@@ -92,6 +92,17 @@ def test_loss_of_half_precision_logits_is_taken_in_single():
     assert losses.total.dtype == torch.float32 and torch.equal(losses.total, exact.total)
 
 
+@pytest.mark.parametrize("text_seq_len, bos", [(4, True), (1, False)])
+def test_z_loss_is_added_to_the_total_in_training_alone(text_seq_len, bos):
+    model, text = random_model(text_seq_len=text_seq_len, bos=bos, z_loss=0.1).train(), TEXT[:, :text_seq_len]
+    logits = model(text, CODES)
+    losses, plain = model.loss(*logits, text, CODES), model.eval().loss(*logits, text, CODES)
+    squares = [part.exp().sum(-1).log().square() for part in logits]
+    expected = squares[1].mean() if text_seq_len == 1 else (squares[0].mean() + 7 * squares[1].mean()) / 8
+    assert losses.total.item() == pytest.approx((plain.total + 0.1 * expected).item(), rel=1e-6)
+    assert losses[1:] == plain[1:]
+
+
 def test_layer_scale_starts_where_its_paper_says_and_the_rest_normally():
     assert [layer_scale_init(layer) for layer in (0, 17, 18, 23, 24, 60)] == [0.1, 0.1, 1e-5, 1e-5, 1e-6, 1e-6]
     model = DalleModel(dataclasses.replace(TINY, depth=19))
@@ -104,6 +115,20 @@ def test_layer_scale_starts_where_its_paper_says_and_the_rest_normally():
             assert not parameter.any(), name
         elif "norm" not in name and "scale" not in name:
             assert 0.015 < parameter.std().item() < 0.025, name
+
+
+def test_codes_start_from_the_codebook():
+    """As large as they were, and alike where the codebook's are."""
+    torch.manual_seed(0)
+    model = DalleModel(dataclasses.replace(TINY, dim=64, num_image_tokens=13, init_std=0.1))
+    codebook = torch.randn(13, 6)
+    codebook[3] = codebook[7]
+    before = [table.std().item() for table in (model.image_emb.weight, model.image_head.weight)]
+    model.start_from(codebook)
+    for table, std in zip((model.image_emb.weight, model.image_head.weight), before):
+        assert torch.equal(table[3], table[7]) and table.std().item() == pytest.approx(std, rel=1e-3)
+        likeness = torch.corrcoef(table)[0, 1:], torch.corrcoef((codebook - codebook.mean(0)) / codebook.std(0))[0, 1:]
+        assert torch.corrcoef(torch.stack(likeness))[0, 1] > 0.8
 
 
 def test_image_positions_and_tied_tables():
@@ -140,17 +165,13 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(model(TEXT, CODES)[1], model(TEXT, CODES)[1])
 
 
-def test_config_survives_a_round_trip():
-    for options in ({}, {"attn_types": ("conv_causal", "axial_col"), "shared_attn_ids": (0, 1), "rotary": True}):
-        config = dataclasses.replace(TINY, **options)
-        assert DalleConfig.from_dict(config.to_dict()) == config
-
-
 @pytest.mark.parametrize("values, message", [
     ({"depth": 0}, "depth must be at least 1, not 0"),
     ({"attn_types": ()}, "attn_types names no attention pattern"),
     ({"attn_types": ("axial_rows",)}, "'axial_rows' in attn_types. Did you mean 'axial_row'"),
     ({"activation": "relu"}, "activation 'relu'"),
+    ({"activation": "tanh"}, "known: geglu, swiglu"), ({"norm": "batch"}, "known: layer, rms"),
+    ({"rotary_2d": True, "rotary": True}, "excludes rotary"), ({"rotary_2d": True, "dim_head": 6}, "divisible by 4"),
     ({"image_positions": "polar"}, "image_positions 'polar'"),
     ({"shift_tokens": True, "dim": 18}, "divisible by 4, not 18"),
     ({"dept": 3}, "unknown model option 'dept'. Did you mean 'depth'"),
@@ -208,3 +229,12 @@ def test_the_vqgan_is_frozen_and_stays_in_eval_mode():
     assert torch.isfinite(model(TEXT, CODES).total)
     with pytest.raises(ValueError, match="no VQGAN"):
         model(TEXT, images())
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_each_image_may_have_its_own_share_of_wrong_codes(per_image):
+    torch.manual_seed(0)
+    model = TextToImage(DalleModel(TINY), None, 0.3, per_image)
+    wrong = (model._add_code_noise(torch.full((4000, 100), 7)) != 7).float().mean(dim=1)
+    assert wrong.mean().item() == pytest.approx(0.3, abs=0.02)
+    assert wrong.std().item() == pytest.approx(0.6 / 12**0.5 if per_image else 0.3 / 6, abs=0.02)

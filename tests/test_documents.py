@@ -1,4 +1,4 @@
-"""README.md, CONTRIBUTING.md and docs/: links lead somewhere, and every command works, or needs what is not here."""
+"""README.md, CONTRIBUTING.md, docs/: links and promises lead somewhere; a command works, or needs what is not here."""
 from __future__ import annotations
 
 import importlib
@@ -76,12 +76,28 @@ def test_the_gallery_is_what_its_command_writes(tmp_path, monkeypatch):
     sheets = sorted((ROOT / "docs/images").glob("gallery_*.png"))
     assert len(sheets) == 4 and all(file.stat().st_size < 300_000 for file in sheets)
     small = {"FILE": tmp_path / "gallery.md", "KNOWN": ["pizza"], "UNKNOWN": ["42"], "SIZE": 2, "CANDIDATES": 2}
+    small["BOXES"] = {"wolf": (0, 0.5, 1, 1)}
     for name, value in small.items():
         monkeypatch.setattr(make_gallery, name, value)
     (tmp_path / "images").mkdir()
     make_gallery.main()
     assert (tmp_path / "gallery.md").read_text() == (ROOT / "docs/gallery.md").read_text(), "run its command"
     assert sorted(file.name for file in (tmp_path / "images").iterdir()) == [file.name for file in sheets]
+
+
+def test_every_promise_names_a_test_that_exists():
+    """Each row of docs/reliability.md, which says so where only the slow suite runs its proof."""
+    lines = (ROOT / "docs/reliability.md").read_text(encoding="utf-8").splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert table[0] == ["promise", "how", "proof"]
+    for promise, how, proof in (row for row in table[2:] if not row[0].startswith("**")):
+        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`( \(slow\))?", proof)
+        assert promise and how and named, promise
+        for file, name, slow in named:
+            text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+            found = re.search(rf"^((?:[@ #)\]].*\n)*)def {name}\(", text, flags=re.M)  # and what decorates it
+            assert found, f"{promise}: no {name} in {file}"
+            assert ("@pytest.mark.slow\n" in found[1]) == bool(slow), f"{promise}: is {name} slow?"
 
 
 # ---- commands that need what is not here, each with the reason

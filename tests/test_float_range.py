@@ -534,11 +534,9 @@ def test_sampling_from_logits(chance):
     assert torch.equal(greedy, logits.argmax(1))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [*({"activation": name} for name in ACTIVATIONS), {"norm": "rms", "qk_norm": True, "rotary_2d": True}],
-    ids=str,
-)
+@pytest.mark.parametrize("options", [
+    *({"activation": name} for name in ACTIVATIONS), {"norm": "rms", "qk_norm": True, "rotary_2d": True},
+], ids=str)
 @pytest.mark.parametrize("exponent", [-146, -100, -30, 0, 30, 55])
 @torch.no_grad()
 def test_steps_of_the_row_decoder(exponent, options):

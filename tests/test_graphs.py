@@ -88,8 +88,11 @@ def assert_as_without(found, model, *given, **options):
     torch.testing.assert_close(found.log_likelihood, expected.log_likelihood, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_recordings_sample_the_same_images(options, graph, parallel="auto"):
+@pytest.mark.parametrize("options, parallel", [
+    *((options, "auto") for options in OPTIONS.values()),
+    (OPTIONS["rotary and shift"], "off"), (OPTIONS["rotary and shift"], 13),
+], ids=[*OPTIONS, "one by one", "thirteen at once"])
+def test_recordings_sample_the_same_images(options, parallel, graph):
     model, shared = random_model(**options), Shared(parallel)
     graphs, given = recorded(model), (TEXT, [4, 5, 6, 7], GUIDED)
     assert_as_without(sample_codes(model, *given, graphs=graphs, shared=shared), model, *given)
@@ -97,11 +100,6 @@ def test_recordings_sample_the_same_images(options, graph, parallel="auto"):
     windows = shared.windows
     assert windows.codes == 4 * 35 and windows.passes / 4 <= graph.replayed <= 35
     assert (graph.replayed, windows.passes) == (35, 4 * 35) if parallel == "off" else windows.codes_per_pass > 1.2
-
-
-@pytest.mark.parametrize("parallel", ["off", 13])
-def test_recordings_of_any_width_sample_the_same_images(parallel, graph):
-    test_recordings_sample_the_same_images(OPTIONS["rotary and shift"], graph, parallel)
 
 
 @pytest.mark.parametrize("options", EDGES, ids=str)

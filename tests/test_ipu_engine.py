@@ -1,30 +1,45 @@
-"""The IPU engine over a stand-in for PopTorch (see poptorch_stand_in.py): equal to the native engine, step by step."""
+"""The IPU engine over a stand-in for PopTorch (see poptorch_stand_in.py): equal to the native engine, step by step; and
+the graph that an IPU would get: L16 at full size, captured on the meta device, in operators that PopTorch names."""
 from __future__ import annotations
 
 import importlib
 import itertools
 import logging
+import operator
 import sys
 import types
 
-import poptorch_stand_in
+import poptorch_stand_in_device as device
 import pytest
 import torch
-from ipu_helpers import Pairs, install_poprun, largest_difference, make_config, make_model, train_plainly, train_with
+from helpers import refused
+from ipu_helpers import (
+    Pairs,
+    install_poprun,
+    largest_difference,
+    make_config,
+    make_model,
+    published_model,
+    small_model,
+    train_plainly,
+    train_with,
+)
+from poptorch_stand_in_device import NAMED_OPS, Capture, op_name
+from torch.fx.experimental.proxy_tensor import make_fx
 
+import args
 import engines
 from data import CodesDataset, epoch_order
 from engines.ipu import IpuEngine
 from engines.ipu.data import Padded, Stream
-from engines.ipu.model import SerializedEmbedding
-from engines.ipu.plan import Placement
+from engines.ipu.model import IpuStep, SerializedEmbedding, adapt, place
+from engines.ipu.plan import Placement, pipeline_plan
 from models.config import ARCHITECTURES
-from utils.errors import UsageError, UserError
+from models.dalle import DalleModel, TextToImage
+from models.vqgan import VQGAN, VqganConfig
+from utils.errors import UsageError
 
-
-@pytest.fixture(autouse=True)
-def poptorch(monkeypatch):
-    return poptorch_stand_in.install(monkeypatch)
+pytestmark = pytest.mark.usefixtures("poptorch")
 
 
 def samples_for(config, calls=2):
@@ -221,6 +236,55 @@ def test_half_precision_is_captured_with_losses_in_full():
         engine.step(engine._example(True))
 
 
+def test_the_published_model_is_captured_whole():
+    """Reading a value on the host (a branch on data, `.item()`) cannot be traced on meta tensors: it would raise."""
+    config = args.parse(["--config", "L16"])
+    with torch.device("meta"):
+        model = TextToImage(DalleModel(published_model(config)), VQGAN(VqganConfig()))
+        text = torch.empty(config.execution.batch_size, 80, dtype=torch.long)
+        images = torch.empty(config.execution.batch_size, 3, 256, 256, dtype=torch.uint8)
+    model = adapt(model, True, config.ipu.embedding_serialization_factor, True)
+    begun = place(model, pipeline_plan(config))
+    graph = make_fx(IpuStep(model).train())(text, images).graph  # a step on one micro-batch, by PyTorch's own tracer
+    called = [node.target for node in graph.nodes if node.op == "call_function"]
+    names = [op_name(target) for target in called if target is not operator.getitem]
+    assert set(names) <= NAMED_OPS, sorted(set(names) - NAMED_OPS)
+    assert {
+        "convolution", "argmax", "native_group_norm", "native_layer_norm", "gelu", "embedding", "nll_loss_forward",
+        "masked_fill",
+    } <= set(names)
+    assert not any("scaled_dot_product" in name for name in names)
+    assert names.count("_softmax") == 16 + 3  # one in each layer, and in the VQGAN's three attentions at 16x16
+    assert len(begun) == 3
+    results = next(node for node in graph.nodes if node.op == "output").args[0]
+    outputs = [node.meta["val"] if "val" in node.meta else node.meta["tensor_meta"] for node in results]
+    assert [(tuple(output.shape), output.dtype) for output in outputs] == [((), torch.float32)] * 3
+
+
+@pytest.mark.parametrize("changes", [
+    {"rotary": True, "dim_head": 12}, {"shift_tokens": True}, {"stable": True}, {"sandwich_norm": True},
+    {"activation": "gelu"}, {"activation": "quick_gelu"}, {"bos": False, "unique_pads": False},
+    {"image_positions": "learned"}, {"ff_dropout": 0.1, "attn_dropout": 0.1}, {"attn_types": ("conv_like",)},
+    {"attn_types": ("conv_causal",)},
+], ids=str)
+def test_options_of_other_checkpoints_are_captured_too(changes, monkeypatch):
+    config, model = make_config(1, num_hidden_layers=1, layers_per_ipu=[1]), small_model(**{"depth": 1, **changes})
+    model = adapt(TextToImage(DalleModel(model)), True, 1, False).to("meta")
+    place(model, pipeline_plan(config, encodes_images=False))
+    step = IpuStep(model).train()
+    capture = Capture(list(step.named_parameters()), auto_increment=True)
+    monkeypatch.setattr(device, "CAPTURES", [capture])
+    with capture:  # raises for an operator without a name, and for what is read or made on the host
+        step(*(torch.empty(2, size, dtype=torch.long, device="meta") for size in (6, 16)))
+    assert capture.losses == 1 and {"_softmax", "nll_loss_forward"} <= capture.ops
+
+
+def test_attention_of_the_native_engine_would_not_pass():
+    """The checks above can fail: the fused attention is not among PopTorch's operators."""
+    assert not {"scaled_dot_product_attention", "multinomial", "rms_norm"} & NAMED_OPS
+    assert "softmax" in NAMED_OPS and len(NAMED_OPS) > 250
+
+
 # Options -------------------------------------------------------------------------------------------------------------
 
 
@@ -286,11 +350,8 @@ def test_a_poptorch_that_cannot_be_used_is_one_line(broken, reason, monkeypatch)
         monkeypatch.setattr(importlib, "import_module", lambda name: (fail if name == "poptorch" else importing)(name))
     engine = engines.create(make_config(1, device="auto"))
     assert engine.name != "ipu" and bool(engine.device_choice) == bool(reason)
-    with pytest.raises(UsageError) as error:
-        engines.create(make_config(1))
-    for line in (engine.device_choice, str(error.value)):
-        assert reason in line and "\n" not in line
-    assert str(error.value).startswith("--device ipu: PopTorch cannot be imported (")
+    told = refused(r"^--device ipu: PopTorch cannot be imported \(", engines.create, make_config(1), kind=UsageError)
+    assert all(reason in line and "\n" not in line for line in (engine.device_choice, told))
 
 
 @pytest.mark.parametrize("found, options, name, choice", [
@@ -330,8 +391,8 @@ def test_what_cannot_work_is_told_before_poptorch_is_asked(stages, options, with
 
 def test_processes_of_torchrun_are_not_for_ipus(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="--device ipu: torchrun has started 2 processes.* poprun"):
-        engines.create(make_config(1))
+    complaint = "--device ipu: torchrun has started 2 processes.* poprun"
+    refused(complaint, engines.create, make_config(1), kind=UsageError)
     reason = "--device auto: no IPUs, because torchrun has started this process"
     assert engines._choose(make_config(1, device="auto")) == (False, reason)
 
@@ -386,8 +447,7 @@ def test_a_start_at_any_sample_takes_what_comes_after_it(iterations):
     native = engines.create(config.replace(device="cpu"))
     own = [text for step in native.loader(dataset, 0, start=3) for text, _ in step]
     assert torch.equal(torch.cat(own)[: len(found[0][0])], found[0][0])
-    with pytest.raises(UserError, match=f"3 training samples do not fill one call .*, which takes {4 * iterations}"):
-        engine.steps_per_epoch(3)
+    refused(f"3 training samples do not fill one call .*, which takes {4 * iterations}", engine.steps_per_epoch, 3)
 
 
 def numbered(count):
@@ -455,10 +515,10 @@ class Horovod(types.ModuleType):
 
 
 @pytest.fixture
-def poprun(monkeypatch):
+def poprun(monkeypatch, poptorch):
     """`poprun --num-replicas 4 --num-instances 2`, seen from the second instance."""
 
-    class Options(poptorch_stand_in.Options):
+    class Options(poptorch.Options):
         def __init__(self, ipus_per_replica):
             super().__init__()
             self._values["replication_factor"] = 2
@@ -505,13 +565,12 @@ def test_each_process_of_poprun_goes_on_with_its_own_random_state(poprun, monkey
 
 
 def test_poprun_and_the_configuration_must_agree(poprun, monkeypatch):
-    with pytest.raises(UsageError, match="--replication-factor 8: poprun has started 4 replicas"):
-        IpuEngine(make_config(2, replication_factor=8))
+    four, eight = (make_config(2, replication_factor=count) for count in (4, 8))
+    refused("--replication-factor 8: poprun has started 4 replicas", IpuEngine, eight, kind=UsageError)
     monkeypatch.setitem(sys.modules, "horovod.torch", None)
-    with pytest.raises(UsageError, match="horovod"):
-        IpuEngine(make_config(2, replication_factor=4))
+    refused("horovod", IpuEngine, four, kind=UsageError)
     monkeypatch.setattr(sys.modules["popdist"], "isPopdistEnvSet", lambda: False)  # a single process
-    engine = IpuEngine(make_config(2, replication_factor=4))
+    engine = IpuEngine(four)
     assert engine.is_main and engine.hosts.local_replicas == 4 and engine.mean(torch.tensor(1.5)) == 1.5
 
 
@@ -521,14 +580,14 @@ def test_poprun_never_means_one_run_for_each_process(poprun, poptorch, monkeypat
     engine = engines.create(config)
     assert (engine.name, engine.rank, engine.world_size) == ("ipu", 1, 2)
     assert engine.device_choice == "--device auto: IPUs, because poprun has started this process"
-    for device in ("cpu", "cuda"):
-        with pytest.raises(UsageError, match=f"--device {device}: poprun has started this process"):
-            engines.create(config.replace(device=device))
+    for name in ("cpu", "cuda"):
+        complaint = f"--device {name}: poprun has started this process"
+        refused(complaint, engines.create, config.replace(device=name), kind=UsageError)
     monkeypatch.setitem(sys.modules, "poptorch", None)
-    with pytest.raises(UsageError, match="PopTorch cannot be imported .*because poprun has started this process"):
-        engines.create(config)
+    complaint = "PopTorch cannot be imported .*because poprun has started this process"
+    refused(complaint, engines.create, config, kind=UsageError)
     monkeypatch.setitem(sys.modules, "popdist", None)
     assert engines.create(config.replace(device="cpu")).name == "cpu"
     monkeypatch.setenv("POPDIST_NUM_TOTAL_REPLICAS", "4")
-    with pytest.raises(UsageError, match="poprun: popdist cannot be imported .*install the popdist wheel"):
-        engines.create(config)
+    complaint = "poprun: popdist cannot be imported .*install the popdist wheel"
+    refused(complaint, engines.create, config, kind=UsageError)

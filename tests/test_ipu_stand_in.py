@@ -1,16 +1,15 @@
 """The stand-in for PopTorch refuses what PopTorch 3.4 refuses; otherwise the tests over it would prove little."""
 from __future__ import annotations
 
-import poptorch_stand_in
+import poptorch_stand_in as poptorch
 import poptorch_stand_in_device as device
 import pytest
 import torch
+from helpers import refused
+from poptorch_stand_in import Options
 from torch import nn
 
-
-@pytest.fixture(autouse=True)
-def poptorch(monkeypatch):
-    return poptorch_stand_in.install(monkeypatch)
+pytestmark = pytest.mark.usefixtures("poptorch")
 
 
 class Model(nn.Module):
@@ -22,8 +21,6 @@ class Model(nn.Module):
         self.marks, self.before, self.after = marks, before, after
 
     def forward(self, x, target):
-        import poptorch
-
         x = self.second(self.first(self.before(x)))
         loss = None if self.marks < 0 else nn.functional.cross_entropy(x, target)
         for _ in range(self.marks):
@@ -31,18 +28,17 @@ class Model(nn.Module):
         return self.after(self, loss, x, target)
 
 
-def options_of(poptorch, accumulation=3, iterations=1, replicas=1, mode="Sum", stages="AutoIncrement"):
-    options = poptorch.Options().deviceIterations(iterations).replicationFactor(replicas)
-    options.outputMode(poptorch.OutputMode[mode])
+def options_of(accumulation=3, iterations=1, replicas=1, stages="AutoIncrement"):
+    options = Options().deviceIterations(iterations).replicationFactor(replicas).outputMode(poptorch.OutputMode.Sum)
     options.setExecutionStrategy(poptorch.PipelinedExecution(poptorch.AutoStage[stages]))
     options.Training.gradientAccumulation(accumulation)
     return options
 
 
-def training(poptorch, model=None, options=None, **settings):
+def training(model=None, options=None, **settings):
     model = model or Model()
-    optimizer = poptorch.optim.Adam(model.parameters(), lr=0.1, **settings)
-    return poptorch.trainingModel(model, options=options or options_of(poptorch), optimizer=optimizer)
+    optimizer = device.Adam(model.parameters(), lr=0.1, **settings)
+    return poptorch.trainingModel(model, options=options or options_of(), optimizer=optimizer)
 
 
 def batch(size=6):
@@ -50,118 +46,123 @@ def batch(size=6):
     return torch.randn(size, 2, generator=generator), torch.randint(0, 4, (size,), generator=generator)
 
 
-def placed(poptorch, model=None, **ipus):
-    model = model or Model()
+def compiled(stages=None, accumulation=3, how="AutoIncrement", **model):
+    """The capture of a model whose parts begin on some IPUs."""
+    program = training(placed(Model(**model), **(stages or {})), options_of(accumulation, stages=how))
+    program.compile(*batch())
+    return program.capture
+
+
+def placed(model, **ipus):
     for name, ipu in ipus.items():
         poptorch.BeginBlock(getattr(model, name), user_id=name, ipu_id=ipu)
     return model
 
 
-def test_unknown_names_raise(poptorch):
-    options = poptorch.Options()
-    for owner in (poptorch, options, options.Training, options.Precision, poptorch.optim):
-        with pytest.raises(AttributeError):
-            owner.noSuchThing  # noqa: B018
-    with pytest.raises(AttributeError):
-        options.device_iterations = 3
-    with pytest.raises(TypeError):
-        poptorch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=0.1, momentum=0.9)
-
-
-def test_options_check_types_and_freeze(poptorch):
-    options = options_of(poptorch)
-    for setting, value in (
-        (options.deviceIterations, 2.0), (options.deviceIterations, True), (options.autoRoundNumIPUs, 1),
-        (options.outputMode, "Sum"), (options.Precision.setPartialsType, torch.bfloat16),
-    ):
-        with pytest.raises(AssertionError):
-            setting(value)
+def frozen():
+    options = options_of()
     poptorch.DataLoader(options, torch.utils.data.TensorDataset(torch.zeros(8)), auto_distributed_partitioning=False)
-    for setting, value in ((options.deviceIterations, 2), (options.Training.gradientAccumulation, 4)):
-        with pytest.raises(AttributeError, match="frozen"):
-            setting(value)
     assert options.clone().deviceIterations(2).device_iterations == 2 and options.device_iterations == 1
+    return options
 
 
-def test_the_batch_must_hold_whole_micro_batches(poptorch):
-    with pytest.raises(AssertionError, match="Invalid batch dimension"):
-        training(poptorch)(*batch(7))
-    program = training(poptorch)
-    program(*batch(6))
-    with pytest.raises(device.Error, match="expected inputs"):
-        program(*batch(12))
+def inference(accumulation, iterations, model=None):
+    model = placed((model or Model()).eval(), second=1)
+    return poptorch.inferenceModel(model, options=options_of(accumulation, iterations))(*batch())
+
+
+def loader(mode="AsyncRebatched", **settings):
+    settings = {"rebatched_worker_size": 4, "async_options": {"early_preload": True}, **settings}
+    data = torch.utils.data.TensorDataset(torch.arange(20))
+    settings.update(mode=poptorch.DataLoaderMode[mode], auto_distributed_partitioning=False)
+    return poptorch.DataLoader(options_of(), data, batch_size=2, **settings)
+
+
+def ran(size=6, **options):
+    program = training(**options)
+    program(*batch(size))
+    return program
 
 
 def second_loss(model, loss, x, target):
     return loss + nn.functional.cross_entropy(2 * x, target), x
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"marks": 2}, "Multiple independent losses"),
-    ({"marks": 0, "after": second_loss}, "Multiple independent losses"),
-    ({"marks": 0}, "fine"),  # a single cross-entropy is found
-    ({"marks": -1, "after": lambda model, loss, x, target: (x,)}, "find a loss"),
-    ({"before": lambda x: x * x.sum().item()}, None),
-    ({"before": lambda x: x if x.sum() > 0 else -x}, None),
-    ({"before": lambda x: x + torch.ones(2)}, "CPU|cpu"),
-    ({"before": lambda x: x[x > 0].view(-1, 2)}, None),
-    ({"before": torch.linalg.inv}, "linalg_inv"),
-])
-def test_losses_are_marked_once_and_what_cannot_be_captured_fails(poptorch, options, message):
-    program = training(poptorch, Model(**options))
-    if message == "fine":
-        return program.compile(*batch())
-    with pytest.raises((RuntimeError, NotImplementedError), match=message):
-        program.compile(*batch())
-
-
 def tied(model, loss, x, target):
     return loss, x + model.first.weight.sum()
 
 
-@pytest.mark.parametrize("ipus, after, options, message", [
-    ({"second": 1}, {}, {"accumulation": 2}, r"stages \(3\)"),
-    ({"second": 1}, {"after": tied}, {}, "more than one IPU"),
-    ({}, {"after": tied}, {}, None),
-    ({"first": 1, "second": 0}, {}, {"accumulation": 6}, None),  # stages count up
-    ({"first": 1, "second": 0}, {}, {"accumulation": 6, "stages": "SameAsIpu"}, "in stage 0, after stage 1"),
-    ({"second": 2}, {}, {}, "powers of 2"),
+BACK = {"first": 1, "second": 0}
+REFUSED = {
+    "unknown option": (lambda: Options().noSuchThing, "Invalid attribute noSuchThing"),
+    "unknown option of training": (lambda: Options().Training.noSuchThing, "Invalid attribute noSuchThing"),
+    "unknown option of precision": (lambda: Options().Precision.noSuchThing, "Invalid attribute noSuchThing"),
+    "option without its method": (lambda: setattr(Options(), "device_iterations", 3), "through their methods"),
+    "float for a number": (lambda: Options().deviceIterations(2.0), "Unexpected type"),
+    "bool for a number": (lambda: Options().deviceIterations(True), "Unexpected type"),
+    "number for a bool": (lambda: Options().autoRoundNumIPUs(1), "Unexpected type"),
+    "text for a mode": (lambda: Options().outputMode("Sum"), "Unexpected type"),
+    "options of a loader": (lambda: frozen().deviceIterations(2), "frozen"),
+    "options of a loader's training": (lambda: frozen().Training.gradientAccumulation(4), "frozen"),
+    "part of a micro-batch": (lambda: ran(7), "Invalid batch dimension"),
+    "another batch": (lambda: ran()(*batch(12)), "expected inputs"),
+    "two marks": (lambda: compiled(marks=2), "Multiple independent losses"),
+    "two losses": (lambda: compiled(marks=0, after=second_loss), "Multiple independent losses"),
+    "no loss": (lambda: compiled(marks=-1, after=lambda model, loss, x, target: (x,)), "find a loss"),
+    "a value that is read": (lambda: compiled(before=lambda x: x * x.sum().item()), None),
+    "a branch on data": (lambda: compiled(before=lambda x: x if x.sum() > 0 else -x), None),
+    "a tensor of the host": (lambda: compiled(before=lambda x: x + torch.ones(2)), "CPU|cpu"),
+    "a shape that depends on data": (lambda: compiled(before=lambda x: x[x > 0].view(-1, 2)), None),
+    "an operator without a name": (lambda: compiled(before=torch.linalg.inv), "linalg_inv"),
+    "too few micro-batches": (lambda: compiled({"second": 1}, 2), r"stages \(3\)"),
+    "weight on two IPUs": (lambda: compiled({"second": 1}, after=tied), "more than one IPU"),
+    "stages that go back": (lambda: compiled(BACK, 6, "SameAsIpu"), "in stage 0, after stage 1"),
+    "three IPUs": (lambda: compiled({"second": 2}), "powers of 2"),
+    "two blocks of a module": (lambda: placed(placed(Model(), second=1), second=1), "already been assigned"),
+    "two programs": (lambda: (ran(), ran()), "another program"),
+    "unknown setting of an optimizer": (lambda: training(momentum=0.9), "momentum"),
+    "amsgrad": (lambda: training(amsgrad=True), "amsgrad"),
+    "unknown attribute": (lambda: training()._optimizer.variable_attrs.markAsConstant("no"), "Unknown attribute"),
+    "inference with accumulation": (lambda: inference(3, 1), "gradientAccumulation to 1"),
+    "inference that fills no pipeline": (lambda: inference(1, 1), "deviceIterations"),
+    "workers that stay, without any": (lambda: loader("Sync", persistent_workers=True), "num_workers > 0"),
+    "too large batches of workers": (lambda: loader(rebatched_worker_size=9), "combined batch size"),
+    "unknown options of a loader": (lambda: loader(async_options={"no": 1}), "async_options"),
+}
+
+
+@pytest.mark.parametrize("use, message", REFUSED.values(), ids=REFUSED)
+def test_what_poptorch_refuses_is_refused(use, message):
+    kinds = (AssertionError, AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError)
+    refused(message, use, kind=kinds)
+
+
+@pytest.mark.parametrize("stages, accumulation, model", [
+    ({}, 3, {"marks": 0}),  # a single cross-entropy is found
+    ({}, 3, {"after": tied}),
+    (BACK, 6, {}),  # stages count up
 ])
-def test_stages_and_shared_weights(poptorch, ipus, after, options, message):
-    model = placed(poptorch, Model(**after), **ipus)
-    program = training(poptorch, model, options_of(poptorch, **options))
-    if message:
-        with pytest.raises(device.Error, match=message):
-            program.compile(*batch())
-    else:
-        program.compile(*batch())
-        assert program.capture.weights["first.weight"] == {ipus.get("first", 0)}
-    if "second" in ipus:
-        with pytest.raises(device.Error, match="already been assigned"):
-            placed(poptorch, model, second=1)
+def test_what_poptorch_takes_is_taken(stages, accumulation, model):
+    assert compiled(stages, accumulation, **model).weights["first.weight"] == {stages.get("first", 0)}
 
 
-def test_one_program_at_a_time_holds_the_ipus_and_a_second_wrap_needs_destroy(poptorch):
+def test_a_program_holds_the_ipus_and_its_model_until_it_lets_go(poptorch):
+    with pytest.raises(AttributeError):
+        poptorch.noSuchThing  # noqa: B018
     model = Model()
-    program, second = training(poptorch, model), training(poptorch)
-    program(*batch())
-    with pytest.raises(device.Error, match="another program"):
-        second(*batch())
+    program = ran(model=model)
     program.detachFromDevice()
-    with pytest.raises(device.Error, match="not attached"):
-        program.detachFromDevice()
-    with pytest.raises(RuntimeError, match="already been wrapped"):
-        training(poptorch, model)
+    refused("not attached", program.detachFromDevice, kind=device.Error)
+    refused("already been wrapped", training, model, kind=RuntimeError)
     program.destroy()
     assert type(model) is Model and type(model.first.weight) is nn.Parameter
-    training(poptorch, model)(*batch())
+    ran(model=model)
 
 
-def test_weights_come_back_only_when_asked_for(poptorch):
+def test_weights_come_back_only_when_asked_for():
     model = Model()
     start = model.first.weight.detach().clone()
-    program = training(poptorch, model)
-    program(*batch())
+    program = ran(model=model)
     assert torch.equal(model.first.weight, start)
     assert program.copyWeightsToHostIfNeeded() and not program.copyWeightsToHostIfNeeded()
     assert not torch.equal(model.first.weight, start)
@@ -170,14 +171,18 @@ def test_weights_come_back_only_when_asked_for(poptorch):
     assert not torch.equal(model.state_dict()["first.weight"], before)  # asks by itself
 
 
-@pytest.mark.parametrize("mode, shape", [("Final", (2,)), ("Sum", (2,)), ("All", (12,))])
-def test_outputs_of_several_replicas(poptorch, mode, shape):
-    loss, x = training(poptorch, options=options_of(poptorch, 3, 2, 2, mode))(*batch(24))
-    assert loss.shape == shape and x.shape == ((24, 4) if mode == "All" else (4, 4))
+def test_outputs_are_summed_and_several_replicas_have_one_each():
+    loss, x = training(options=options_of(3, 2, 2))(*batch(24))
+    assert loss.shape == (2,) and x.shape == (2, 2, 4)
 
 
-def test_the_device_learns_of_variable_attributes_when_told(poptorch):
-    program = training(poptorch, weight_decay=0.1)
+def test_inference_fills_its_pipeline():
+    loss, _ = inference(1, 2)
+    assert loss.shape == ()
+
+
+def test_the_device_learns_of_variable_attributes_when_told():
+    program = training(weight_decay=0.1)
     program.compile(*batch())
     optimizer = program._optimizer
     optimizer.variable_attrs.markAsConstant("weight_decay")
@@ -186,46 +191,18 @@ def test_the_device_learns_of_variable_attributes_when_told(poptorch):
     assert (own["lr"], own["weight_decay"]) == (0.1, 0.1)
     program.setOptimizer(optimizer)
     assert (own["lr"], own["weight_decay"]) == (0.5, 0.1)
-    with pytest.raises(AssertionError, match="Unknown attribute"):
-        optimizer.variable_attrs.markAsConstant("no_such")
-    with pytest.raises(ValueError, match="amsgrad"):
-        training(poptorch, amsgrad=True)
 
 
-def test_only_states_of_ipus_load(poptorch):
+def test_only_states_of_ipus_load():
     model = Model()
-    optimizer = poptorch.optim.Adam(model.parameters(), lr=0.1)
+    optimizer = device.Adam(model.parameters(), lr=0.1)
     with pytest.raises(RuntimeError, match="Only IPU optimizer states"):
         optimizer.load_state_dict(torch.optim.Adam(model.parameters(), lr=0.1).state_dict())
     assert sorted(optimizer.state_dict()) == ["ipu_param", "ipu_state", "param_groups", "state"]
 
 
-def test_inference_takes_no_accumulation_and_fills_its_pipeline(poptorch):
-    model = placed(poptorch, Model().eval(), second=1)
-    with pytest.raises(device.Error, match="gradientAccumulation to 1"):
-        poptorch.inferenceModel(model, options=options_of(poptorch))
-    with pytest.raises(device.Error, match="deviceIterations"):
-        poptorch.inferenceModel(model, options=options_of(poptorch, 1, 1))(*batch())
-    loss, _ = poptorch.inferenceModel(model, options=options_of(poptorch, 1, 2))(*batch())
-    assert loss.shape == ()
-
-
-def loader(poptorch, mode="Sync", **settings):
-    data = torch.utils.data.TensorDataset(torch.arange(20))
-    settings.update(mode=poptorch.DataLoaderMode[mode], auto_distributed_partitioning=False)
-    return poptorch.DataLoader(options_of(poptorch), data, batch_size=2, **settings)
-
-
-def test_loaders_rebatch_drop_the_rest_and_refuse_what_poptorch_refuses(poptorch):
-    options = {"mode": "AsyncRebatched", "rebatched_worker_size": 4, "async_options": {"early_preload": True}}
-    for settings, message in (
-        ({"persistent_workers": True}, "num_workers > 0"),
-        (dict(options, rebatched_worker_size=9), "combined batch size"),
-        (dict(options, async_options={"no": 1}), "async_options"),
-    ):
-        with pytest.raises(AssertionError, match=message):
-            loader(poptorch, **settings)
-    batches = loader(poptorch, **options)
+def test_loaders_rebatch_and_drop_the_rest():
+    batches = loader()
     assert [batch[0].tolist() for batch in batches] == [list(range(first, first + 6)) for first in (0, 6, 12)]
     batches.terminate()
     with pytest.raises(AssertionError, match="terminated"):

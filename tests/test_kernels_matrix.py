@@ -6,7 +6,8 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import in_threads
+from helpers import in_threads, refused
+from test_ops import learn
 
 from models.config import DalleConfig
 from models.dalle import DalleModel
@@ -130,8 +131,7 @@ def test_others_find_the_matrix_unit_as_it_was_and_wrong_shapes_are_refused():
         matrix.matmul(torch.randn(200, 300), torch.randn(300, 250))
         assert torch.equal(a @ b, before)
     for wrong in ((torch.ones(64, 65), torch.ones(66, 64)), (SQUARE, SQUARE, torch.ones(64, 65))):
-        with pytest.raises(ValueError, match="matmul shapes do not fit"):
-            matrix.matmul(*wrong)
+        refused("matmul shapes do not fit", matrix.matmul, *wrong, kind=ValueError)
 
 
 @pytest.mark.parametrize("a, b", [
@@ -161,8 +161,6 @@ def test_as_exact_as_pytorch_is_told_to_be(precision, tolerance, least, rows, co
         whole = torch.randint(-16, 16, a.shape).float()  # few bits: nothing is lost
         few = whole[:90].t()
         assert torch.equal(matrix.matmul(whole, few).double(), whole.double() @ few.double())
-
-
         a[3, 5], a[60, 0] = NAN, INF  # passed on, and no further
         assert odd_rows(matrix.matmul(a, b)) == [3, 60]
 
@@ -176,19 +174,23 @@ def test_pytorch_multiplies_without_a_matrix_unit(library, monkeypatch):
     assert torch.equal(matrix.matmul(a, b), a @ b)
 
 
+@pytest.mark.skipif(not matrix._multiplies_vectors(), reason="needs AVX-512 with bfloat16")
+def test_medium_precision_multiplies_in_bfloat16_without_a_matrix_unit(monkeypatch, products):
+    monkeypatch.setattr(matrix, "_functions", lambda: None)
+    a, b, bias, out = torch.randn(100, 70), torch.randn(80, 70).t(), torch.randn(80), torch.empty(100, 80)
+    exact = a.double() @ b.double() + bias
+    assert not matrix.suits(a, b)
+    products("medium")
+    assert matrix.suits(a, b, out) and matrix.matmul(a, b, out, bias) is out
+    assert matrix.matmul(a, b).dtype == torch.float32
+    lost = (out - exact).norm() / exact.norm()
+    assert 1e-4 < lost < 1e-2
+
+
 def tiny(**options):
     torch.manual_seed(0)
     sizes = {"num_text_tokens": 70, "num_image_tokens": 70, "grid": 8, "dim": 64, "attn_types": ("full",)}
-    model = DalleModel(DalleConfig(**dict(sizes, **options)))
-    text, codes = torch.randint(1, 70, (3, model.config.text_seq_len)), torch.randint(70, (3, 64))
-    return model, text, codes
-
-
-def learn(model, text, codes):
-    model.zero_grad()
-    torch.manual_seed(1)
-    model.loss(*model(text, codes), text, codes).total.backward()
-    return [parameter.grad.clone() for parameter in model.parameters()]
+    return DalleModel(DalleConfig(**dict(sizes, **options)))
 
 
 @needs_unit
@@ -197,20 +199,20 @@ def learn(model, text, codes):
 ], ids=["fused", "not fused", "dropout"])
 def test_a_training_step_uses_it_and_learns_the_same(options, monkeypatch, products):
     options = dict(options, attn_types=("axial_row", "full"), qkv_bias=True, head_bias=True)
-    batch = tiny(text_seq_len=30, depth=2, heads=2, dim_head=32, **options)
+    model = tiny(text_seq_len=30, depth=2, heads=2, dim_head=32, **options)
     used, plain = [], matrix.suits
     monkeypatch.setattr(matrix, "suits", lambda *tensors: used.append(plain(*tensors)) or used[-1])
-    own = learn(*batch)
+    own = learn(model, count=3)
     # Three or more matmuls for each of four matrices in a layer and of two heads; nothing in this step is too small.
     assert len(used) >= 30 and all(used)
     monkeypatch.setattr(matrix, "suits", lambda *tensors: False)
-    expected = learn(*batch)
+    expected = learn(model, count=3)
     for ours, theirs in zip(own, expected):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     monkeypatch.setattr(matrix, "suits", plain)
     for precision, tolerance in (("high", 1e-4), ("medium", 0.05)):
         products(precision)
-        for ours, theirs in zip(learn(*batch), expected):
+        for ours, theirs in zip(learn(model, count=3), expected):
             assert float((ours - theirs).norm()) < tolerance * float(theirs.norm()) + 1e-6
 
 
@@ -218,11 +220,11 @@ def test_a_training_step_uses_it_and_learns_the_same(options, monkeypatch, produ
 @pytest.mark.parametrize("gate", [-9.8, -12.0])
 def test_gates_that_are_all_but_closed_spoil_no_gradient(gate, monkeypatch):
     """Their gradients are tiny numbers, which the unit takes for zero unless they are scaled."""
-    model, *batch = tiny(text_seq_len=12, depth=1, heads=1, dim_head=64)
+    model = tiny(text_seq_len=12, depth=1, heads=1, dim_head=64)
     up = model.transformer.layers[0].feed_forward.fn.up
     torch.nn.init.constant_(up.bias[len(up.bias) // 2 :][:4], gate)
     norms = []
     for suits in (matrix.suits, lambda *tensors: False):
         monkeypatch.setattr(matrix, "suits", suits)
-        norms.append(torch.stack([gradient.norm() for gradient in learn(model, *batch)]).norm())
+        norms.append(torch.stack([gradient.norm() for gradient in learn(model, count=3)]).norm())
     torch.testing.assert_close(norms[0], norms[1])

@@ -27,6 +27,8 @@ from sampling import SamplingOptions, decoders, sample_codes
 from sampling.decoders import Decoder
 from sampling.native import NativeDecoder, best_decoder
 
+pytestmark = needs_kernels
+
 #: What OPTIONS leave out: widths of vectors and more, whole and odd ones.
 WIDE = {
     "wide heads": {"dim_head": 64, "heads": 3, "dim": 40, "attn_types": ("full", "axial_col"), "sandwich_norm": True},
@@ -61,7 +63,6 @@ def packed(layer):
 # ---- matmuls
 
 
-@needs_kernels
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("depth, outputs", [(1, 1), (7, 5), (24, 40), (65, 32), (130, 33), (600, 97)])
@@ -83,7 +84,6 @@ def test_matmuls_of_all_sizes(kind, depth, outputs, threads):
             assert torch.equal(found[:1], matmul(x[:1]))  # to the bit, however many rows there are
 
 
-@needs_kernels
 @torch.no_grad()
 def test_what_is_not_a_number_stays_in_its_row_and_its_column():
     layer = torch.nn.Linear(50, 40)
@@ -99,7 +99,6 @@ def test_what_is_not_a_number_stays_in_its_row_and_its_column():
 # ---- the step
 
 
-@needs_kernels
 @torch.no_grad()
 @pytest.mark.parametrize("images, first, count", [(1, 13, 1), (3, 0, 1), (7, 25, 2)])
 @pytest.mark.parametrize("options", [*OPTIONS.values(), *WIDE.values()], ids=[*OPTIONS, *WIDE])
@@ -115,7 +114,6 @@ def test_steps_give_the_logits_of_the_whole_pass(options, images, first, count, 
     assert usual < 1e-3 and (found - expected).abs().max() < 3 * usual + 1e-6
 
 
-@needs_kernels
 @torch.no_grad()
 @pytest.mark.parametrize("activation", ["geglu", "gelu", "swiglu"])
 def test_int8_steps_give_what_pytorch_gives(activation, threads):
@@ -133,7 +131,6 @@ def test_int8_steps_give_what_pytorch_gives(activation, threads):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@needs_kernels
 @torch.no_grad()
 @pytest.mark.parametrize("options", [*OPTIONS.values(), *WIDE.values()], ids=[*OPTIONS, *WIDE])
 def test_bfloat16_weights_give_the_bits_of_their_floats(options, threads):
@@ -143,7 +140,6 @@ def test_bfloat16_weights_give_the_bits_of_their_floats(options, threads):
     assert torch.equal(found, steps(model.float(), random_codes(2), 2, first=13))
 
 
-@needs_kernels
 @torch.no_grad()
 def test_neither_other_images_nor_threads_change_a_bit(threads):
     model, codes = random_floats(**ALL), random_codes(17)
@@ -155,7 +151,6 @@ def test_neither_other_images_nor_threads_change_a_bit(threads):
     assert torch.equal(steps(model, codes, 17), together)
 
 
-@needs_kernels
 @torch.no_grad()
 def test_a_small_model_is_left_to_one_thread(threads, monkeypatch):
     """Threads that wait for each other cost more than they give, the more so where other programs run."""
@@ -165,7 +160,6 @@ def test_a_small_model_is_left_to_one_thread(threads, monkeypatch):
     assert small.struct.threads == 1 and large.struct.threads == 2
 
 
-@needs_kernels
 @pytest.mark.parametrize("name", ["all patterns", "mindalle"])
 @pytest.mark.parametrize("count", [1, 5])
 def test_the_same_images_are_sampled(name, count):
@@ -178,7 +172,6 @@ def test_the_same_images_are_sampled(name, count):
     torch.testing.assert_close(found.log_likelihood, expected.log_likelihood, rtol=1e-4, atol=1e-3)
 
 
-@needs_kernels
 @torch.no_grad()
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("options", [{}, {"activation": "relu2"}, {"activation": "swiglu", "norm": "rms"}], ids=str)
@@ -191,7 +184,6 @@ def test_a_broken_weight_is_not_hidden(options, value):
     assert found[30:, 2].all() and found.sum() == 5
 
 
-@needs_kernels
 @torch.no_grad()
 def test_what_does_not_fit_is_refused():
     decoder = NativeDecoder(random_floats(), 2, 1)
@@ -211,14 +203,11 @@ def test_what_does_not_fit_is_refused():
 # ---- sampling from logits
 
 
-@needs_kernels
 @pytest.mark.parametrize("size", [1, 8, 21, 1000])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"temperature": 0}, {"top_k": 1}, {"top_k": 7, "temperature": 0.7}, {"top_p": 0.8},
-     {"top_k": 50, "top_p": 0.95, "temperature": 1.5}],
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize("options", [
+    {}, {"temperature": 0}, {"top_k": 1}, {"top_k": 7, "temperature": 0.7}, {"top_p": 0.8},
+    {"top_k": 50, "top_p": 0.95, "temperature": 1.5},
+], ids=str)
 def test_the_tokens_are_those_of_pytorch(options, size, threads):
     torch.manual_seed(2)
     threads(1 + size % 2)
@@ -236,7 +225,6 @@ def test_the_tokens_are_those_of_pytorch(options, size, threads):
     assert len(token.unique()) > min(size - 1, 5)
 
 
-@needs_kernels
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"temperature": 0}], ids=str)
 def test_broken_logits_give_the_tokens_of_pytorch(value, options):
@@ -257,7 +245,6 @@ class Doubling(torch.nn.Linear):
         return 2 * super().forward(x)
 
 
-@needs_kernels
 def test_only_floats_on_a_cpu_are_decoded_natively(monkeypatch):
     def fed_by(model, count=2):
         decoder, refused = best_decoder(model, 1, count)
@@ -296,7 +283,6 @@ def test_without_kernels_pytorch_computes_the_same(name, value, request, monkeyp
     torch.testing.assert_close(found, before, rtol=1e-5, atol=1e-5)
 
 
-@needs_kernels
 @pytest.mark.parametrize("count", [1, 100, 12345, 300_000])
 def test_all_is_read(count):
     x = torch.randint(-9, 9, (count,)).float()

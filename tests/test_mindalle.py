@@ -30,7 +30,7 @@ from models.dalle import DalleModel
 from models.vqgan_config import VqganConfig, stage1_config, stage1_options
 from ops.sampling_ops import keep_top_k, keep_top_p
 from sampling import driver
-from utils.errors import UsageError, UserError
+from utils.errors import UsageError
 
 GOLDEN = json.loads((ROOT / "tests" / "assets" / "mindalle_golden.json").read_text())
 
@@ -217,8 +217,7 @@ def test_masks_of_every_kind_mark_the_same_codes():
 
 
 def test_what_a_folder_lacks_is_named(mindalle_folder, tmp_path):
-    with pytest.raises(UserError, match="minDALL-E/1.4B: no such file.* Did you mean 'minDALL-E/1.3B'"):
-        Dalle.from_pretrained("minDALL-E/1.4B")
+    refused("minDALL-E/1.4B: no such file.* Did you mean 'minDALL-E/1.3B'", Dalle.from_pretrained, "minDALL-E/1.4B")
     refused("not a folder in minDALL-E's layout", Dalle.from_pretrained, tmp_path)
     for name, argument in (("stage1_last.ckpt", "vqgan_model_path"), ("tokenizer", "bpe_path")):
         part = tmp_path / name
@@ -367,6 +366,8 @@ def test_an_export_that_cannot_work_is_refused_before_training(mindalle_folder, 
     for words, message in (
         ("--config demo --export-mindalle x", "--architecture mindalle"),
         ("--config minDALLE_tiny --generated-data --export-mindalle x", "generated data"),
+        *((f"--config minDALLE_tiny {flag}", f"{flag.split()[0]}: --architecture mindalle has its own")
+          for flag in ("--norm rms", "--activation swiglu", "--ff-mult 6", "--qk-norm", "--rotary-2d")),
     ):
         refused(message, args.parse, words.split(), kind=UsageError)
     stage1 = ["--vqgan-model-path", mindalle_folder / "stage1_last.ckpt"]

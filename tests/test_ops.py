@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from helpers import refused
 from models_for_tests import needs_kernels, randomised
 
 import ops
@@ -30,6 +31,8 @@ BLOCKS = {
     "gelu, stable sandwich": {"activation": "gelu", "stable": True, "sandwich_norm": True},
     "quick_gelu without biases": {"activation": "quick_gelu", "out_bias": False, "ff_bias": False},
     "quick_gelu, shift": {"activation": "quick_gelu", "shift_tokens": True},
+    "rms, swiglu": {"norm": "rms", "qk_norm": True, "rotary_2d": True, "activation": "swiglu", "shift_tokens": True},
+    "rms sandwich, relu2": {"norm": "rms", "sandwich_norm": True, "layer_scale": False, "activation": "relu2"},
 }
 
 
@@ -61,14 +64,15 @@ def test_blocks_have_the_gradients_of_the_reference(grid, pattern, options):
         torch.testing.assert_close(transformer(x).double(), exact[0], rtol=1e-4, atol=1e-5)
 
 
-def batch(config):
+def batch(config, count=2):
     chance = torch.Generator().manual_seed(3)
-    text = torch.randint(1, config.num_text_tokens, (2, config.text_seq_len), generator=chance)
-    return text, torch.randint(config.num_image_tokens, (2, config.grid**2), generator=chance)
+    text = torch.randint(1, config.num_text_tokens, (count, config.text_seq_len), generator=chance)
+    return text, torch.randint(config.num_image_tokens, (count, config.grid**2), generator=chance)
 
 
-def learn(model, kind="native"):
-    text, codes = batch(model.config)
+def learn(model, kind="native", count=2):
+    """The loss of a batch and the gradients of all parameters."""
+    text, codes = batch(model.config, count)
     model.zero_grad()
     torch.manual_seed(1)
     with ops.use(kind):
@@ -129,6 +133,18 @@ def test_a_linear_layer_of_another_kind_computes_as_it_says():
         torch.testing.assert_close(native, transformer(x))
 
 
+def test_definitions_of_norms_and_activations():
+    x, scale = torch.randn(3, 8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    expected = x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * scale
+    assert torch.allclose(ops.normalise(x, ops.Norm(scale, None, 1e-6)), expected)
+    assert torch.allclose(ops.activation("relu2")(x), x.clamp(min=0) ** 2)
+    assert torch.allclose(ops.activation("swiglu")(x), x[:, :4] * x[:, 4:] / (1 + (-x[:, 4:]).exp()))
+    qkv = torch.randn(2, 3, 3 * 2 * 4, dtype=torch.float64)
+    own = ops.prepare_heads(qkv, 2, torch.full((2, 4), 3.0, dtype=torch.float64), None).view(2, 3, 3, 2, 4)
+    assert torch.allclose(own[:, :, :2].pow(2).mean(-1), torch.full((2, 3, 2, 2), 9.0, dtype=torch.float64), atol=1e-4)
+    assert torch.equal(own[:, :, 2], qkv.view(2, 3, 3, 2, 4)[:, :, 2])
+
+
 def test_the_choice_holds_within_its_context_or_for_good():
     assert not ops.uses_reference()
     with ops.use("reference"):
@@ -140,12 +156,10 @@ def test_the_choice_holds_within_its_context_or_for_good():
     before = ops.use("reference")
     assert ops.uses_reference()
     before.__exit__()
-    with pytest.raises(ValueError, match="unknown implementation 'fast'"):
-        ops.use("fast")
+    refused("unknown implementation 'fast'", ops.use, "fast", kind=ValueError)
     assert not ops.uses_reference()
     for name in ("relu", ""):
-        with pytest.raises(ValueError, match="unknown activation"):
-            ops.activation(name)
+        refused("unknown activation", ops.activation, name, kind=ValueError)
 
 
 def test_explain_says_what_runs_and_why(server, tmp_path):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from mindalle_folder import make_folder, merges_and_vocabulary
+from helpers import refused
+from mindalle_folder import TOKENS
 from torch import nn
 
 from checkpoints import dalle_checkpoint, save_checkpoint
@@ -17,7 +18,6 @@ from models.dalle import DalleModel
 from models.quantization import DTYPES, Int8Linear, quantize_rows
 from models.vqgan_config import VqganConfig
 from ops import build
-from utils.errors import UserError
 
 SMALL = DalleConfig(
     num_text_tokens=30, num_image_tokens=20, text_seq_len=6, grid=4, dim=64, depth=4, heads=4, dim_head=16,
@@ -29,7 +29,6 @@ OPTIONS = {
     "shared": {"shared_attn_ids": (0, 1), "shared_ff_ids": (0,), "tie_embeddings": True},
     "sparse, rotary": {"attn_types": ("axial_row", "conv_like"), "rotary": True},
 }
-CHARACTERS = len(merges_and_vocabulary()[1])
 TEXT = torch.tensor([[3, 8, 2, 9, 0, 0], [1, 5, 7, 2, 29, 4]])
 CODES = torch.arange(32).view(2, 16) * 7 % 20
 
@@ -42,11 +41,6 @@ def random_model(name, seed):
 def logits(model):
     with torch.no_grad():
         return torch.cat([part.float().flatten() for part in model.eval()(TEXT, CODES)])
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("quantization") / "tiny")
 
 
 # Rows and layers
@@ -105,8 +99,7 @@ def test_weights_of_another_model_are_refused():
         (dict(state, more=torch.zeros(1)), "not in the model: more"),
         (dict(state, **{"norm.bias": torch.zeros(1)}), r"norm.bias has shape \(1,\)"),
     ):
-        with pytest.raises(ValueError, match=message):
-            build_dalle(SMALL, weights)
+        refused(message, build_dalle, SMALL, weights, kind=ValueError)
 
 
 def test_modules_made_without_weights_have_real_buffers_and_later_ones_are_normal():
@@ -140,8 +133,8 @@ def test_fewer_bits_take_less_memory(dtype, share):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_api_samples_with_every_dtype(folder, dtype):
-    model = Dalle.from_pretrained(folder, dtype=dtype).to("cpu")
+def test_the_api_samples_with_every_dtype(mindalle_folder, dtype):
+    model = Dalle.from_pretrained(mindalle_folder, dtype=dtype).to("cpu")
     options = {"num_candidates": 3, "seed": 1, "progress": False, "use_fp16": True, "cond_scale": 1.5}
     images = model.sampling("a painting of the sea", device="cpu", **options)
     assert images.shape == (3, 3, 16, 16) and images.dtype == torch.float32 and torch.isfinite(images).all()
@@ -154,9 +147,8 @@ def test_the_api_samples_with_every_dtype(folder, dtype):
     assert (Int8Linear in kinds) == (dtype == "int8") and not any(p.requires_grad for p in model.parameters())
 
 
-def test_an_unknown_dtype_is_named(folder):
-    with pytest.raises(UserError, match="--dtype float8: expected one of float32, bfloat16, int8"):
-        load(folder, dtype="float8")
+def test_an_unknown_dtype_is_named(mindalle_folder):
+    refused("--dtype float8: expected one of float32, bfloat16, int8", load, mindalle_folder, dtype="float8")
 
 
 # Memory
@@ -180,8 +172,8 @@ def peak_of(call):
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["weights", "with training state"])
-def test_loading_holds_the_weights_once(folder, tmp_path, trained):
-    sizes = {"dim": 512, "dim_head": 64, "depth": 6, "heads": 8, "num_text_tokens": CHARACTERS, "num_image_tokens": 24}
+def test_loading_holds_the_weights_once(mindalle_folder, tmp_path, trained):
+    sizes = {"dim": 512, "dim_head": 64, "depth": 6, "heads": 8, "num_text_tokens": TOKENS, "num_image_tokens": 24}
     config = DalleConfig.from_dict(dict(SMALL.to_dict(), **sizes))
     with without_weights():
         model = DalleModel(config)
@@ -189,9 +181,10 @@ def test_loading_holds_the_weights_once(folder, tmp_path, trained):
     size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     moments = {name: torch.ones(2, *tensor.shape) for name, tensor in state.items()} if trained else None
     save_checkpoint(tmp_path / "dalle_0.pt", dalle_checkpoint(config.to_dict(), state, 1, moments))
-    VqganConfig.from_yaml(folder / "config.yaml").to_yaml(tmp_path / "vqgan.yaml")
+    VqganConfig.from_yaml(mindalle_folder / "config.yaml").to_yaml(tmp_path / "vqgan.yaml")
     del state, moments
-    files = (tmp_path / "dalle_0.pt", folder / "tokenizer", folder / "stage1_last.ckpt", tmp_path / "vqgan.yaml")
+    tokenizer, vqgan = mindalle_folder / "tokenizer", mindalle_folder / "stage1_last.ckpt"
+    files = (tmp_path / "dalle_0.pt", tokenizer, vqgan, tmp_path / "vqgan.yaml")
     load(*files)  # whatever is imported on the way
     for dtype in DTYPES:
         loaded, peak = peak_of(lambda dtype=dtype: load(*files, dtype=dtype))

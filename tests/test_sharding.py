@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, assert_same, free_port, read_metrics, train_here, training_flags
+from helpers import ROOT, assert_same, free_port, read_metrics, refused, train_here, training_flags
 from test_numerics import poison
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
@@ -94,7 +94,7 @@ def norms(out):
 
 
 @pytest.fixture(scope="module")
-def trained(server, training_folder, tmp_path_factory):
+def trained(server, folder, tmp_path_factory):
     """Folder of the runs of two processes that the fast tests look at: all by one pair of processes."""
     work = tmp_path_factory.mktemp("sharded")
     start = {name: {"start": str(work / name / "ckpt/dalle_0_2.pt")} for name in ("whole", "shard")}
@@ -104,7 +104,7 @@ def trained(server, training_folder, tmp_path_factory):
     }
     extra = {"stay": start["shard"], "leave": start["shard"], "join": start["whole"], "bad": {"poison": ["1", [2]]}}
     two_processes(server, work, [
-        dict(extra.get(name, {}), flags=flags(training_folder, work / name, more)) for name, more in runs.items()
+        dict(extra.get(name, {}), flags=flags(folder, work / name, more)) for name, more in runs.items()
     ])  # fmt: skip
     return work
 
@@ -123,11 +123,11 @@ def test_a_run_goes_on_with_the_same_bits_with_and_without_shard(trained, how):
     assert_same(contents(trained / how / "ckpt/dalle_0.pt"), contents(trained / "whole/ckpt/dalle_0.pt"))
 
 
-def test_one_process_goes_on_where_two_stopped(trained, training_folder, tmp_path):
+def test_one_process_goes_on_where_two_stopped(trained, folder, tmp_path):
     for out, more in ((tmp_path, ""), (tmp_path / "other", "--batch-size 1 --gradient-accumulation 3")):
         (out / "ckpt").mkdir(parents=True)
         shutil.copy(trained / "shard/ckpt/dalle_0_2.pt", out / "ckpt")
-        train_here(flags(training_folder, out, "--resume", more))
+        train_here(flags(folder, out, "--resume", more))
     position = checkpoints.read_dalle(out / "ckpt/dalle_0.pt").training["position"]
     assert (position["step"], position["samples"]) == (2 + 4, 2 * 4 + 4 * 3)  # all 20
     for event, expected in zip(losses(tmp_path), losses(trained / "whole", after=2)):
@@ -157,14 +157,12 @@ def test_all_processes_leave_out_a_step_that_is_bad_in_one(trained):
     assert found["['optimizer']['state'][0]['step']"] == len(events) - 1
 
 
-def test_where_it_cannot_be_the_reason_is_told(training_folder, tmp_path, monkeypatch):
-    config = args.parse(flags(training_folder, tmp_path, "--shard"))
-    with pytest.raises(UsageError, match="torchrun.*omit --shard"):
-        engines.create(config)
+def test_where_it_cannot_be_the_reason_is_told(folder, tmp_path, monkeypatch):
+    config = args.parse(flags(folder, tmp_path, "--shard"))
+    refused("torchrun.*omit --shard", engines.create, config, kind=UsageError)
     assert any("--shard" in problem for problem in plan.problems(config))
     monkeypatch.delattr(torch.distributed.fsdp, "fully_shard")
-    with pytest.raises(UsageError, match="--shard needs PyTorch 2.7"):
-        sharding.check(2)
+    refused("--shard needs PyTorch 2.7", sharding.check, 2, kind=UsageError)
 
 
 def test_the_estimate_of_memory_shares_out_what_is_shared_out():
@@ -193,13 +191,13 @@ SHARED_LAYERS = {"shared_attn_ids": [0, 1], "shared_ff_ids": [0, 0, 1, 1], "tie_
 
 
 @pytest.mark.slow
-def test_every_option_gives_the_same_bits_shared_out(server, training_folder, tmp_path):
+def test_every_option_gives_the_same_bits_shared_out(server, folder, tmp_path):
     runs = []
     for name, options in OPTIONS.items():
         model = {"model": SHARED_LAYERS} if name == "layers that share weights" else {}
         saved = {"start": str(tmp_path / name / "shard/ckpt/dalle_0_2.pt")}
         for how, more, start in (("whole", "", {}), ("shard", "--shard", {}), ("again", "--shard --resume", saved)):
-            runs.append(dict(model, **start, flags=flags(training_folder, tmp_path / name / how, options, more)))
+            runs.append(dict(model, **start, flags=flags(folder, tmp_path / name / how, options, more)))
     two_processes(server, tmp_path, runs)
     for name in OPTIONS:
         out = tmp_path / name
@@ -210,7 +208,7 @@ def test_every_option_gives_the_same_bits_shared_out(server, training_folder, tm
 
 
 @pytest.mark.slow
-def test_options_that_add_up_in_another_order_are_close(server, training_folder, tmp_path):
+def test_options_that_add_up_in_another_order_are_close(server, folder, tmp_path):
     """Micro-batches are averaged one by one, compiled kernels may differ in the last bit, LayerScale's gradient is
     computed from rounded weights in bf16; and the scale of fp16 falls in all processes."""
     cases = {
@@ -222,7 +220,7 @@ def test_options_that_add_up_in_another_order_are_close(server, training_folder,
     for name, options in cases.items():
         extra = {"scale": 1024.0, "poison": ["1", [2]]} if name == "scale" else {}
         for how, more in (("whole", ""), ("shard", "--shard")):
-            runs.append(dict(extra, flags=flags(training_folder, tmp_path / name / how, options, more)))
+            runs.append(dict(extra, flags=flags(folder, tmp_path / name / how, options, more)))
     two_processes(server, tmp_path, runs)
     for name in cases:
         first, second = losses(tmp_path / name / "whole"), losses(tmp_path / name / "shard")
@@ -234,10 +232,10 @@ def test_options_that_add_up_in_another_order_are_close(server, training_folder,
 
 
 @pytest.mark.slow
-def test_the_programs_train_with_it_and_draw_with_what_it_saved(training_folder, tmp_path):
+def test_the_programs_train_with_it_and_draw_with_what_it_saved(folder, tmp_path):
     """torchrun train.py --shard, an odd number of validation pairs, an unfinished run, then generate.py."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "train.py"]
-    command += flags(training_folder, tmp_path, "--shard --gradient-accumulation 3 --attn-types axial_row --epochs 2")
+    command += flags(folder, tmp_path, "--shard --gradient-accumulation 3 --attn-types axial_row --epochs 2")
 
     def call(*words):
         subprocess.run(words, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1"), check=True, timeout=600)

@@ -1,15 +1,23 @@
 """Training end to end on hand-made data: batch arithmetic, loop, resume, two processes, precision, checkpoints."""
 from __future__ import annotations
 
+import dataclasses
+from unittest import mock
+
 import pytest
 import torch
-from helpers import assert_same, flags, losses_of, refused, run, weights, weights_of
+import torch.nn.functional as F
+from helpers import Letters, assert_same, flags, losses_of, refused, run, weights, weights_of, words
 
 import args
 import checkpoints
 import engines
+from data import DemoDataset, TextSettings
+from data.demo import demo_records
 from engines.base import parameter_groups
-from engines.native import split_batch
+from engines.ipu import plan
+from engines.native import NativeEngine, split_batch
+from engines.optimizers import make_optimizers
 from models.config import DalleConfig
 from models.dalle import DalleModel, TextToImage
 from utils.errors import UsageError
@@ -70,6 +78,15 @@ def test_training_lowers_the_loss_and_saves_what_generate_reads(folder, tmp_path
     assert "model.transformer.layers.0.0.fn.fn.to_qkv.weight" in raw["weights"]
 
 
+def test_a_model_of_newer_blocks_is_saved_and_resumed(folder, tmp_path):
+    words = "--norm rms --qk-norm --rotary-2d --activation swiglu --sandwich-norm".split()
+    run(folder, tmp_path, *words, "--max-steps", "2")
+    config = checkpoints.read_dalle(checkpoints.newest_checkpoint(tmp_path / "ckpt")).config
+    assert [config[name] for name in ("norm", "qk_norm", "rotary_2d", "activation")] == ["rms", True, True, "swiglu"]
+    events = run(folder, tmp_path, *words, "--max-steps", "4", "--resume")
+    assert max(event["step"] for event in events) == 4
+
+
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
     """A run without any options, and its losses."""
@@ -97,38 +114,35 @@ def test_two_processes_equal_one(server, folder, whole, tmp_path):
 @pytest.mark.parametrize("more", [
     (), ("--ema-decay", "0.9", "--ff-dropout", "0.1", "--lr-scheduler", "ReduceLROnPlateau", "--weight-decay", "0.1"),
 ], ids=["plain", "all states"])
-def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(folder, tmp_path, more):
-    run(folder, tmp_path / "whole", *more)
+def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(folder, whole, tmp_path, more):
+    expected = tmp_path / "whole" if more else whole[0]
+    if more:
+        run(folder, expected, *more)
     for stop in ("3", "5"):
         parts = tmp_path / stop
         run(folder, parts, "--max-steps", stop, *more)
         run(folder, parts, "--resume", *more)
-        assert_same(weights_of(tmp_path / "whole"), weights_of(parts))
+        assert_same(weights_of(expected), weights_of(parts))
         kept = [event for event in losses_of(parts) if event[0] == "train" or event[1] != 3]
-        assert kept == losses_of(tmp_path / "whole")
+        assert kept == losses_of(expected)
 
 
-def test_a_second_run_moves_the_first_ones_checkpoints_aside(folder, tmp_path):
-    run(folder, tmp_path, "--epochs", "1")
-    first = weights(tmp_path / "ckpt/dalle_0.pt")
-    run(folder, tmp_path, "--epochs", "1", "--random-seed", "7")
-    assert_same(first, weights(tmp_path / "ckpt/earlier.1/dalle_0.pt"))
-    assert not torch.equal(first["image_emb.weight"], weights(tmp_path / "ckpt/dalle_0.pt")["image_emb.weight"])
-
-
-def test_a_finished_run_is_left_as_it_is(folder, tmp_path, caplog):
+def test_a_second_run_moves_the_first_ones_checkpoints_aside(folder, tmp_path, caplog):
+    """Resumed, a finished run is left as it is."""
     caplog.set_level("INFO")
-    run(folder, tmp_path, "--max-steps", "3")
+    path, short = tmp_path / "ckpt/dalle_0_3.pt", ("--max-steps", "3")
+    run(folder, tmp_path, *short)
     (told,) = (record for record in caplog.records if record.message.startswith("saved "))
-    assert str(tmp_path / "ckpt/dalle_0_3.pt") in told.message and not hasattr(told, "detail")  # on a terminal too
-    saved = sorted((path.name, path.read_bytes()) for path in (tmp_path / "ckpt").glob("*.pt"))
-    run(folder, tmp_path, "--max-steps", "3", "--resume")
-    assert sorted((path.name, path.read_bytes()) for path in (tmp_path / "ckpt").glob("*.pt")) == saved
+    assert str(path) in told.message and not hasattr(told, "detail")  # on a terminal too
+    saved = path.read_bytes()
+    run(folder, tmp_path, *short, "--resume")
+    assert path.read_bytes() == saved and list(path.parent.glob("*.pt")) == [path]
+    run(folder, tmp_path, *short, "--random-seed", "7")
+    assert (tmp_path / "ckpt/earlier.1/dalle_0_3.pt").read_bytes() == saved != path.read_bytes()
 
 
-def test_pretrained_checkpoint_starts_from_its_weights(folder, tmp_path):
-    run(folder, tmp_path / "a", "--epochs", "1")
-    start = tmp_path / "a/ckpt/dalle_0.pt"
+def test_pretrained_checkpoint_starts_from_its_weights(folder, whole, tmp_path):
+    start = whole[0] / "ckpt/dalle_0.pt"
     run(folder, tmp_path / "b", "--epochs", "1", "--learning-rate", "1e-12", "--pretrained-checkpoint", str(start))
     for key, value in weights(start).items():
         assert torch.allclose(value, weights(tmp_path / "b/ckpt/dalle_0.pt")[key], atol=1e-6), key
@@ -179,3 +193,86 @@ def test_muon_computes_in_float32_where_bfloat16_is_emulated(shape, monkeypatch)
     spread = torch.linalg.svdvals(ours(*arguments))  # of an orthogonal matrix all are 1
     assert float(spread.min()) > 0.5 and float(spread.max()) < 1.3
     torch.testing.assert_close(ours(*arguments), theirs(*arguments).float(), rtol=0, atol=0.05)
+
+
+def engine_of(optimizer, dim, base_width):
+    """A native engine's model and optimizers, at its learning rate."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(SMALL, depth=2, dim=dim, heads=dim // 8, dim_head=8, base_width=base_width)
+    model = TextToImage(DalleModel(dataclasses.replace(config, layer_scale=False, init_std=0.1)))
+    options = args.OptimizerConfig(optimizer=optimizer, learning_rate=3e-3)
+    engine = mock.Mock(optimizers=make_optimizers(model, options))
+    NativeEngine.set_learning_rate(engine, options.learning_rate)
+    return model, engine.optimizers
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "Muon"])
+def test_base_width_scales_weights_and_rates(optimizer):
+    model, optimizers = engine_of(optimizer, 64, 16.0)
+    dalle, rates = model.dalle, {}
+    for group in (group for one in optimizers for group in one.param_groups):
+        rates.update((id(p), group["lr"]) for p in group["params"])
+    block = dalle.transformer.layers[0].feed_forward.fn.up.weight
+    for weight, std, rate in (
+        (block, 0.1 / 2, 3e-3 / (2 if optimizer == "Muon" else 4)),
+        (dalle.image_head.weight, 0.1 / 4, 3e-3 / 4),
+        (dalle.image_emb.weight, 0.1, 3e-3),
+        (dalle.norm.weight, None, 3e-3),
+    ):
+        assert rates[id(weight)] == pytest.approx(rate)
+        assert std is None or weight.std().item() == pytest.approx(std, rel=0.1)
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "Muon"])
+def test_steps_change_logits_as_much_at_any_width(optimizer):
+    """With --base-width, as is its purpose; without it a model of eight times the width changes several times as much.
+    """
+    growth = {}
+    for base_width in (0.0, 32.0):
+        changes = []
+        for dim in (32, 256):
+            model, optimizers = engine_of(optimizer, dim, base_width)
+            batch = torch.randint(1, 8, (3, 4)), torch.randint(8, (3, 4))
+            before = model.dalle(*batch)[1].detach()
+            for _ in range(3):
+                model(*batch).total.backward()
+                for one in optimizers:
+                    one.step()
+                    one.zero_grad()
+            changes.append((model.dalle(*batch)[1].detach() - before).square().mean().sqrt().item())
+        growth[base_width] = changes[1] / changes[0]
+    assert growth[32.0] < 1.6 and growth[0.0] > 1.5 * growth[32.0], growth
+
+
+def test_base_width_is_refused_where_nothing_scales_rates():
+    words = "--config unit_test --optimizer Adafactor --base-width 64".split()
+    refused("--base-width: steps of --optimizer Adafactor", args.parse, words, kind=UsageError)
+    config = args.parse("--config unit_test --base-width 64".split())
+    assert any(line.startswith("--base-width 64") for line in plan.problems(config))
+
+
+def test_captions_say_in_which_view_an_image_is():
+    records = demo_records("train")[:60]
+    plain = DemoDataset(records, TextSettings(Letters(), 40), 64)
+    views = DemoDataset(records, TextSettings(Letters(), 40), 64)
+    views.augment, seen = "views", {}
+    for epoch in range(3):
+        views.set_epoch(epoch)
+        for index, record in enumerate(records):
+            text, image = views[index]
+            caption, original = words(text), plain[index][1]
+            assert caption.startswith(record.caption)
+            added = caption[len(record.caption) :]
+            assert added or torch.equal(image, original)
+            if added:
+                assert len(caption) <= 40
+                seen[added] = (original, image)
+    assert set(seen) == {f", {name}" for name in "mirrored,moved left,moved right,moved up,moved down,smaller,larger"
+                         .split(",")}  # fmt: skip
+    for name, move in (
+        ("mirrored", lambda x: x.flip(-1)),
+        ("moved left", lambda x: F.pad(x[:, :, 3:], (0, 3), value=255)),
+        ("moved down", lambda x: F.pad(x[:, :-3], (0, 0, 3, 0), value=255)),
+    ):
+        original, image = seen[f", {name}"]
+        assert (move(original) != image).float().mean() < 0.05, name  # but for what the border repeats

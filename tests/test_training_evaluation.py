@@ -1,7 +1,6 @@
 """--evaluate-every: images and metrics while training, which leave the training as it is."""
 from __future__ import annotations
 
-import poptorch_stand_in
 import pytest
 import torch
 from helpers import assert_same, flags, full_disk, losses_of, read_metrics, refused, run, weights_of
@@ -44,23 +43,22 @@ def test_training_is_the_same_with_evaluations_and_resumed(folder, plain, tmp_pa
     assert [event for event in losses_of(tmp_path) if event[0] == "train"] == trained
     (tmp_path / "samples" / "mine.txt").touch()
     run(folder, tmp_path, *EVERY_2, "--max-steps", "1")  # a new run
-    assert sheets(tmp_path) == ["step_000001.png"] and sheets_of_the_first(tmp_path) == steps
-
-
-def sheets_of_the_first(out):
-    return sorted(path.name for path in (out / "samples" / "earlier.1").iterdir())
+    assert sheets(tmp_path) == ["step_000001.png"]
+    assert sorted(path.name for path in (tmp_path / "samples/earlier.1").iterdir()) == steps
 
 
 def test_processes_and_shards_end_as_without(server, folder, tmp_path):
     """Two processes, replicated or sharded: the first one samples."""
-    for more in ((), ("--shard", "--ema-decay", "0.9")):
-        found = []
-        for own in ((), EVERY_2):
-            out = tmp_path / f"{len(more)}{len(own)}"
-            server.together(flags(folder, out, "--max-steps", "3", "--ff-dropout", "0.1", *more, *own), tmp_path)
-            found.append(weights_of(out))
-        assert_same(*found)
-        assert sheets(out) == ["step_000002.png", "step_000003.png"]
+    from test_sharding import two_processes  # skipped where there is no --shard
+
+    outs = [[tmp_path / kind / how for how in ("without", "with")] for kind in ("replicated", "sharded")]
+    common, runs = ("--max-steps", "3", "--ff-dropout", "0.1"), []
+    for (without, evaluated), more in zip(outs, ((), ("--shard", "--ema-decay", "0.9"))):
+        runs += [flags(folder, without, *common, *more), flags(folder, evaluated, *common, *more, *EVERY_2)]
+    two_processes(server, tmp_path, [{"flags": flags} for flags in runs])
+    for without, evaluated in outs:
+        assert_same(weights_of(without), weights_of(evaluated))
+        assert sheets(evaluated) == ["step_000002.png", "step_000003.png"]
 
 
 def test_averaged_weights_are_sampled_in_eval_mode_and_trained_ones_come_back(folder, tmp_path):
@@ -78,8 +76,7 @@ def test_averaged_weights_are_sampled_in_eval_mode_and_trained_ones_come_back(fo
     assert_same(engine.averaged, engine.model_state(averaged=True))
 
 
-def test_an_ipu_is_sampled_by_a_copy(monkeypatch):
-    poptorch_stand_in.install(monkeypatch)
+def test_an_ipu_is_sampled_by_a_copy(poptorch):
     engine = engines.create(make_config(1))
     engine.prepare(make_model(), Pairs(16))
     state = torch.get_rng_state()

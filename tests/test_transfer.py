@@ -2,13 +2,11 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import math
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +28,7 @@ from dalle.transfer import check_shape, image_only, read_downstream
 from data.classes import class_names, imagenet_folders, list_class_images
 from data.images import image_to_tensor, prepare_image
 from engines.native import NativeEngine
+from examples import transfer_learning_ex
 from models.config import DalleConfig
 from models.dalle import DalleModel
 from sampling import SamplingOptions, sample_codes
@@ -52,16 +51,6 @@ def imagenet(tmp_path_factory):
                 pixels[0, 0, 0] = index  # never the same file twice
                 Image.fromarray(pixels).save(folder / f"{index}.JPEG", format="PNG")
     return root
-
-
-@pytest.fixture(scope="module")
-def example():
-    path = ROOT / "examples" / "transfer_learning_ex.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # where dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def write(path, **changes):
@@ -219,22 +208,17 @@ def test_only_head_and_start_vectors_are_new(mindalle_folder, tmp_path):
 
 
 @pytest.fixture
-def words(mindalle_folder, imagenet):
-    """The command line of the script for a configuration and a folder of results."""
+def run(mindalle_folder, imagenet):
+    """Runs the script; returns the folder of the run, and keeps the exit status."""
     def words(config, result, *flags, upstream=mindalle_folder, images=imagenet):
         base = ["-d", str(config), "-u", str(upstream), "-r", str(result), "--imagenet-path", str(images)]
         return [*base, "--device", "cpu", "--dataloader-workers", "0", *flags]
 
-    return words
-
-
-@pytest.fixture
-def run(example, words):
-    """Runs the script; returns the folder of the run, and keeps the exit status."""
     def run(config, result, *flags, **places):
-        run.status = example.main(words(config, result, *flags, **places))
+        run.status = transfer_learning_ex.main(words(config, result, *flags, **places))
         return result / Path(config).stem
 
+    run.words = words
     return run
 
 
@@ -343,11 +327,11 @@ def test_what_does_not_fit_is_named(run, tmp_path, changes, message, monkeypatch
 
 
 @pytest.mark.slow
-def test_several_processes_train_the_same_model(run, words, tmp_path):
+def test_several_processes_train_the_same_model(run, tmp_path):
     """--n-gpus starts torchrun; the losses are those of one process."""
     config = write(tmp_path / "cls.yaml", **{"experiment.epochs": 2, "experiment.local_batch_size": 1})
     run(config, tmp_path / "a")
-    flags = words(config, tmp_path / "b", "--n-gpus", "2")
+    flags = run.words(config, tmp_path / "b", "--n-gpus", "2")
     assert run_script(ROOT / "examples" / "transfer_learning_ex.py", *flags).returncode == 0
     # Not the weights: the keys' biases have no true gradient, and Adam makes whole steps of its rounding.
     for event in ("train", "validation"):
