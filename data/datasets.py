@@ -3,7 +3,8 @@
 Items:
 
     text   LongTensor (T,)          token ids, right-padded with 0; all 0 for a dropped caption
-    image  uint8 (3, S, S)          or, from CodesDataset, the image's codes as LongTensor (N,)
+    image  uint8 (3, S, S)          or, from CodesDataset, the image's codes as LongTensor (N,); after `find_similar`
+                                    (2, N), with those of a similar image
 
 Which of an image's captions is used, whether it is dropped, and in which view the image is taken, depends only on
 (seed, epoch, index). `set_epoch` also works while loader processes run: the epoch is in shared memory.
@@ -21,6 +22,7 @@ from data.demo import DemoRecord, demo_images
 from data.folder import FolderPairs
 from data.images import BROKEN_IMAGE_ERRORS, load_image, why_unreadable
 from data.order import epoch_order, random_below, random_unit, split_holdout
+from data.similar import similar_rows
 from data.views import AUGMENTATIONS
 from utils.errors import UserError
 from utils.skipped import SkipReport
@@ -379,7 +381,7 @@ class DemoDataset(PairDataset):
 
 
 class CodesDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """The pairs of another data set with encoded images: items are (text, codes LongTensor (N,)).
+    """The pairs of another data set with encoded images: items are (text, codes LongTensor (N,), or (2, N)).
 
     codes: integers (n, N), a tensor, a NumPy array (also memory-mapped) or another sequence of rows: for each pair of
     the full set, in order, one row per variant of its image (see `PairDataset.variant`). Rows of images that were never
@@ -392,19 +394,43 @@ class CodesDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
             raise UserError(message.format(len(codes), pairs.num_pairs))
         self.pairs = pairs
         self.codes = codes
+        self._similar: torch.Tensor | None = None  # (pairs, K) pairs of similar images
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Item:
         pair = self.pairs.source(self.pairs.pair_at(index))
-        row = self.codes[pair * self.pairs.num_variants + self.pairs.variant(pair)]
-        if not isinstance(row, torch.Tensor):
-            row = torch.from_numpy(row.astype("int64"))  # PyTorch cannot convert uint16 arrays
-        if int(row.min()) < 0:
+        variant = self.pairs.variant(pair)
+        codes = self._row(pair, variant)
+        if int(codes.min()) < 0:
             # Some devices would silently train on whatever such a code indexes.
             raise RuntimeError(f"the image of pair {pair} was not encoded")
-        return self.pairs.text_at(index), row.to(torch.int64)
+        if self._similar is not None:
+            codes = torch.stack([codes, codes if variant else self._row(self._similar_to(pair), 0)])
+        return self.pairs.text_at(index), codes
+
+    def _row(self, pair: int, variant: int) -> torch.Tensor:
+        row = self.codes[pair * self.pairs.num_variants + variant]
+        if not isinstance(row, torch.Tensor):
+            row = torch.from_numpy(row.astype("int64"))  # PyTorch cannot convert uint16 arrays
+        return row.to(torch.int64)
+
+    def _similar_to(self, pair: int) -> int:
+        """A pair with a similar image, another one in each epoch; itself if there is none."""
+        assert self._similar is not None
+        known = self._similar[pair][self._similar[pair] >= 0]
+        chosen = random_below(max(1, len(known)), "similar", self.pairs.settings.seed, self.pairs.epoch, pair)
+        return int(known[chosen]) if len(known) else pair
+
+    def find_similar(self) -> None:
+        """From now on give each image's codes together with those of a similar image."""
+        pairs = [self.pairs.source(self.pairs.pair_at(index)) for index in range(len(self))]
+        codes = torch.stack([self._row(pair, 0) for pair in pairs])
+        own = torch.tensor(pairs)
+        nearest = similar_rows(codes, self.pairs.settings.seed)
+        self._similar = torch.full((self.pairs.num_pairs, nearest.shape[1]), -1)
+        self._similar[own] = torch.where(nearest < 0, -1, own[nearest])
 
     def set_epoch(self, epoch: int) -> None:
         """Choose captions for this epoch from now on."""

@@ -179,8 +179,8 @@ class NativeEngine(Engine):
         return image_codes(vqgan.to(self.device), images.to(self.device)).cpu()
 
     def _codes(self, images: Tensor) -> Tensor:
-        """Return codes unchanged, and for images (B, 3, S, S) the same codes as `encode`."""
-        return images if images.dim() == 2 else image_codes(self.model.vqgan, images)
+        """Return codes, (B, N) or (B, 2, N), unchanged, and for images (B, 3, S, S) the same codes as `encode`."""
+        return images if images.dim() <= 3 else image_codes(self.model.vqgan, images)
 
     def _losses(self, text: Tensor, images: Tensor) -> Any:
         # Outside autocast: codes must not depend on the precision of the transformer.

@@ -212,6 +212,8 @@ class TextToImage(nn.Module):
     model learns to trust the caption more than codes that may be wrong, as its own are when it samples.
     noise_per_image: each image has its own share, from 0 to twice `code_noise`, so that the model also learns to trust
     codes that fit together.
+    noise_similar: share of the images in which a random share of the input codes are those of a similar image, if such
+    are given: codes that fit together, but not the caption.
     """
 
     def __init__(
@@ -220,11 +222,12 @@ class TextToImage(nn.Module):
         vqgan: nn.Module | None = None,
         code_noise: float = 0.0,
         noise_per_image: bool = False,
+        noise_similar: float = 0.0,
     ) -> None:
         super().__init__()
         self.dalle = dalle
         self.vqgan: Any = vqgan
-        self.code_noise, self.noise_per_image = code_noise, noise_per_image
+        self.code_noise, self.noise_per_image, self.noise_similar = code_noise, noise_per_image, noise_similar
         if vqgan is not None:
             vqgan.requires_grad_(False).eval()
 
@@ -245,8 +248,14 @@ class TextToImage(nn.Module):
         with torch.no_grad():
             return self.vqgan.encode(images)
 
-    def _add_code_noise(self, codes: Tensor) -> Tensor:
-        if not (self.training and self.code_noise):
+    def _add_code_noise(self, codes: Tensor, similar: Tensor | None = None) -> Tensor:
+        if not self.training:
+            return codes
+        if similar is not None:
+            chosen, share = torch.rand(2, len(codes), 1, device=codes.device)
+            wrong = torch.rand(codes.shape, device=codes.device) < share * (chosen < self.noise_similar)
+            codes = torch.where(wrong, similar, codes)
+        if not self.code_noise:
             return codes
         share: Any = self.code_noise
         if self.noise_per_image:
@@ -255,7 +264,13 @@ class TextToImage(nn.Module):
         return torch.where(wrong, torch.randint_like(codes, self.dalle.config.num_image_tokens), codes)
 
     def forward(self, text: Tensor, images: Tensor) -> Losses:
-        """Return the losses of captions (B, T) and images or codes (see `codes`)."""
+        """Return the losses of captions (B, T) and images or codes (see `codes`).
+
+        images may also be (B, 2, N): codes, and those of a similar image, for `noise_similar`.
+        """
+        similar = None
+        if images.dim() == 3:
+            images, similar = images.unbind(dim=1)
         codes = self.codes(images)
-        text_logits, image_logits = self.dalle(text, self._add_code_noise(codes))
+        text_logits, image_logits = self.dalle(text, self._add_code_noise(codes, similar))
         return self.dalle.loss(text_logits, image_logits, text, codes)

@@ -39,6 +39,8 @@ class LossOptions(BlockOptions, title="loss"):
                                resume=APPLIES)
     code_noise_per_image: bool = option(False, "each image has its own share of wrong codes, from 0 to twice "
                                                "--code-noise", resume=APPLIES)
+    code_noise_similar: float = option(0.0, "share of the images some of whose input codes are those of a similar "
+                                            "image in training", ge=0, le=1, resume=APPLIES)
     init_codes: str = option("random", "initial vectors of codes in embedding and head; codebook: a random projection "
                                        "of the VQGAN's codebook, so that similar codes start alike",
                              choices=("random", "codebook"), resume=FIXED)

@@ -166,7 +166,13 @@ def encode_images(config: Config, engine: Engine, parts: Parts, position: Positi
         order = parts.train_set.order(config.execution.random_seed, 0)[:samples]
     train_set, validation_set = cache.encoded(parts.train_set, parts.validation_set, order)
     if train_set is parts.train_set:
+        if config.model.code_noise_similar:
+            raise UserError("--code-noise-similar needs the codes of all images: name a folder that can be written to "
+                            "with --cache-codes DIR")
         return parts
+    if config.model.code_noise_similar:
+        logger.info("looking for similar images")
+        train_set.find_similar()
     return parts._replace(train_set=train_set, validation_set=validation_set, vqgan=vqgan.to("meta"))
 
 
@@ -265,4 +271,5 @@ def build_model(
     logger.info(f"DALL-E: {size:.2f} M parameters, {tokens}")
     encoded = isinstance(parts.train_set, data.CodesDataset)
     options = config.model
-    return TextToImage(dalle, None if encoded else parts.vqgan, options.code_noise, options.code_noise_per_image)
+    return TextToImage(dalle, None if encoded else parts.vqgan, options.code_noise, options.code_noise_per_image,
+                       options.code_noise_similar)
