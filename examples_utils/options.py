@@ -8,10 +8,6 @@ from utils.errors import UsageError
 from utils.options import Command, Options, choose, option
 
 PROGRAM = "python3 -m examples_utils"
-INSTEAD_OF_UPLOADS = {
-    "s3": "copy the file that latest_checkpoint_path in the results names to a bucket of your own",
-    "wandb": "give train.py --wandb and run with --allow-wandb to follow a run on a server of your own",
-}
 
 
 @dataclass(frozen=True)
@@ -45,8 +41,8 @@ class BenchmarkOptions(Options):
     def check(self) -> None:
         """Raise UsageError for what cannot work here."""
         if self.upload_checkpoints:
-            target = self.upload_checkpoints[0]
-            raise UsageError(f"--upload-checkpoints {target} is not possible here: {INSTEAD_OF_UPLOADS[target]}")
+            raise UsageError("--upload-checkpoints is not possible here: copy what latest_checkpoint_path in the "
+                             "results names, or follow a run by train.py --wandb and --allow-wandb")
 
 
 COMMAND = Command(f"{PROGRAM} benchmark", "Run the benchmarks of spec files, collect their metrics and write logs, "
