@@ -133,6 +133,7 @@ def _execute(result: VariantResult, logs: Path, combined: IO[bytes], flags: Benc
             (logs / name).replace(logs / f"requirements_{name}")
     words, env = _with_this_python(variant.words, result.env)
     limit = min(flags.timeout or math.inf, settings.timeout or math.inf)
+    (logs / "ipu-monitor.jsonl").unlink(missing_ok=True)  # of an earlier run into this folder
     with log.progress(None, variant.name, unit="second", interval=flags.progress_trace_period or 60) as progress:
         def tick(seconds: float) -> None:
             progress.update(int(seconds) - progress.count)
