@@ -554,6 +554,8 @@ def test_ipu_flags_reach_ipu_entries(app, monkeypatch):
     assert recorded and recorded[0]["cards"] == 1 and "timestamp" in recorded[0]
     sdk = [results["a_gen_pod4"][key] for key in ("sdk_path", "sdk_version")]
     assert sdk == ["/opt/poplar_sdk-3.4", "poplar_sdk-3.4"]
+    monkeypatch.setenv("POPLAR_ENGINE_OPTIONS", "{")
+    refused("POPLAR_ENGINE_OPTIONS is not JSON", bench, spec, "--profile")
 
 
 @pytest.mark.parametrize("status", [0, 5])
