@@ -11,27 +11,18 @@ import sys
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Sequence
 
 import log
 from examples_utils import report
 from examples_utils.metrics import load_custom_metrics
 from examples_utils.options import parse
-from examples_utils.process import GC_MONITOR
-from examples_utils.runner import run_benchmarks
+from examples_utils.runner import GC_MONITOR, run_benchmarks
 from examples_utils.spec import load_entries, make_benchmark, select
 from utils.errors import UserError
 from utils.files import make_folder
 
 logger = logging.getLogger(__name__)
-
-
-def listing(entries: Mapping[str, tuple[Path, Any]]) -> str:
-    """A line for each benchmark: its name, and its command."""
-    commands = {name: " ".join(make_benchmark(name, *entries[name]).cmd.split())
-                for name in entries if "options" not in name}
-    width = max(map(len, commands), default=0)
-    return "".join(f"{name:<{width}}  {command}\n" for name, command in commands.items())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                        "shared file system", flag)
     entries = load_entries(flags.spec)
     if flags.list:
-        sys.stdout.write(listing(entries))
+        listed = [make_benchmark(name, *entry) for name, entry in entries.items() if "options" not in name]
+        width = max((len(item.name) for item in listed), default=0)
+        sys.stdout.writelines(f"{item.name:<{width}}  {' '.join(item.settings.cmd.split())}\n" for item in listed)
         return 0
     benchmarks = select(entries, flags.benchmark, flags.include_convergence)
     load_custom_metrics(flags.custom_metrics_files)
@@ -54,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.setup(folder, level=flags.logging, file_name="console.log")
     logger.info("logs and results: %s", folder)
     if flags.requirements_file:
-        _install(Path(flags.requirements_file))
+        install = [sys.executable, "-m", "pip", "install", "-q", "-r", flags.requirements_file]
+        if subprocess.run(install, check=False).returncode:
+            raise UserError(f"--requirements-file: pip could not install {flags.requirements_file}")
     results: list[report.VariantResult] = []
     begin = time.monotonic()
     with contextlib.ExitStack() as stack:
@@ -74,11 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _show(results: Sequence[report.VariantResult], folder: Path, seconds: float) -> None:
     """The chart, and the table on stdout and in console.log."""
     picture = folder / "benchmark_results.png"
-    with contextlib.suppress(FileNotFoundError):  # of an earlier run into this folder
-        picture.unlink()
+    picture.unlink(missing_ok=True)  # of an earlier run into this folder
     kinds = "json,csv,xml,png" if report.draw_chart(picture, results) else "json,csv,xml"
     text = (f"\n{report.table(results, shutil.get_terminal_size((120, 24)).columns)}\n\n{report.summary(results)} in "
-            f"{report.duration(seconds)}; results: {folder}/benchmark_results.{{{kinds}}}\n")
+            f"{log.duration(seconds)}; results: {folder}/benchmark_results.{{{kinds}}}\n")
     if all(result.status == report.SKIPPED for result in results):
         text += "nothing was run\n"
     sys.stdout.write(text)
@@ -86,11 +80,3 @@ def _show(results: Sequence[report.VariantResult], folder: Path, seconds: float)
     # log.setup has warned if there is no console.log.
     with contextlib.suppress(OSError), open(folder / "console.log", "a", encoding="utf-8") as file:
         file.write(text)
-
-
-def _install(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"--requirements-file: {path} does not exist")
-    logger.info("installing %s", path)
-    if subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-r", str(path)], check=False).returncode:
-        raise UserError(f"--requirements-file: pip could not install {path}")

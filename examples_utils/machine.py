@@ -5,16 +5,13 @@ and through its name (`..._pod16` runs on 16 IPUs, by the convention of the refe
 """
 from __future__ import annotations
 
-import functools
 import importlib.util
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Iterator, Mapping
 
-from examples_utils.spec import Benchmark, Command, option_value
+from examples_utils.spec import Variant, option_value
 
 POD = re.compile(r"_pod(\d+)(?:_|$)")
 DATASET = re.compile(r"\$(?:DATASETS_DIR\b|\{DATASETS_DIR\})([^\s'\":,]*)")
@@ -22,11 +19,10 @@ POPLAR = "POPLAR_SDK_ENABLED"  # set by the SDK's enable.sh
 
 
 class Machine:
-    """Answers questions about this machine."""
+    """Answers questions about this machine. PyTorch is imported only where an entry needs a GPU or an IPU."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
         self.env = env
-        self._probe = functools.lru_cache(maxsize=None)(self._ask)
 
     def has_package(self, name: str) -> bool:
         """Whether the Python that runs the benchmarks (this one) can import the package."""
@@ -41,73 +37,57 @@ class Machine:
 
     def num_gpus(self) -> int:
         """CUDA devices that PyTorch sees."""
-        said = self._probe("import torch; print(torch.cuda.device_count())")
-        return int(said) if said.isdigit() else 0
+        return int(importlib.import_module("torch").cuda.device_count())
 
     def has_ipus(self, number: int) -> bool:
         """Whether so many IPUs are attached."""
-        return self._probe(f"import poptorch; print(poptorch.ipuHardwareIsAvailable({number}))") == "True"
-
-    def _ask(self, code: str) -> str:
-        """Last line that a Python process prints: importing torch here would keep its memory for all benchmarks."""
-        try:
-            said = subprocess.check_output([sys.executable, "-c", code], env=dict(self.env), timeout=120, text=True,
-                                           stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        except (OSError, subprocess.SubprocessError):
-            return ""
-        return said.strip().rpartition("\n")[2]
+        return bool(importlib.import_module("poptorch").ipuHardwareIsAvailable(number))
 
 
-def hardware(benchmark: Benchmark, command: Command) -> tuple[int, int]:
-    """How many IPUs and how many GPUs the entry needs; 0: none."""
-    needed = {"ipu": 0, "cuda": 0}
-    for kind, _, number in (need.partition(":") for need in benchmark.requires):
+def hardware(variant: Variant) -> tuple[int, int]:
+    """How many IPUs and how many GPUs the command needs; 0: none."""
+    needed = dict.fromkeys(("ipu", "cuda"), 0)
+    for kind, _, number in (need.partition(":") for need in variant.benchmark.settings.requires):
         if kind in needed:
             needed[kind] = int(number or 1)
-    device, pod = option_value(command.words, "--device") or "", POD.search(benchmark.name)
-    if pod or device.startswith("ipu") or "poprun" in command.words:
+    device, pod = option_value(variant.words, "--device"), POD.search(variant.benchmark.name)
+    if pod or device.startswith("ipu") or "poprun" in variant.words:
         needed["ipu"] = max(needed["ipu"], int(pod[1]) if pod else 1)
     if device.startswith("cuda"):
-        local = option_value(command.words, "--nproc_per_node", "--nproc-per-node") or "1"
+        local = option_value(variant.words, "--nproc_per_node", "--nproc-per-node")
         needed["cuda"] = max(needed["cuda"], int(local) if local.isdigit() else 1)
     return needed["ipu"], needed["cuda"]
 
 
-def missing(benchmark: Benchmark, command: Command, env: Mapping[str, str], machine: Machine,
-            compile_only: bool = False) -> Iterator[str]:
+def missing(variant: Variant, env: Mapping[str, str], machine: Machine, compile_only: bool = False) -> Iterator[str]:
     """The reasons why the command cannot run here, if any."""
-    if compile_only and not benchmark.compile_only:
+    benchmark, (ipus, gpus) = variant.benchmark, hardware(variant)
+    if compile_only and not benchmark.settings.compile_only:
         yield "has no --compile-only mode"
-    ipus, gpus = hardware(benchmark, command)
-    launched = "poprun" in command.words
     if ipus and not env.get(POPLAR):
         yield f"no Poplar SDK ({POPLAR} is not set)"
+    launched = "poprun" in variant.words
     implied = ["package:poptorch"] * bool(ipus) + ["program:poprun"] * launched + ["package:torch"] * bool(gpus)
-    for kind, _, name in (need.partition(":") for need in implied + [*benchmark.requires]):
+    for kind, _, name in (need.partition(":") for need in (*implied, *benchmark.settings.requires)):
         if kind == "package" and not machine.has_package(name):
-            what = "the wheel of the Poplar SDK" if name == "poptorch" else "-r requirements.txt"
-            yield f"the Python package {name} is not installed: pip install {what}"
+            yield f"the Python package {name} is not installed"
         if kind == "program" and not machine.has_program(name):
-            yield f"the program {name}{' of the Poplar SDK' * (name == 'poprun')} is not on the PATH"
+            yield f"the program {name} is not on the PATH"
         if kind == "file" and not (benchmark.folder / name).exists():
             yield f"{benchmark.folder / name} does not exist"
     # poprun makes the partition of IPUs itself, so before it runs they need not be visible.
     if ipus and not launched and not compile_only and not machine.has_ipus(ipus):
-        yield "no IPU is available" if ipus == 1 else f"fewer than {ipus} IPUs are available"
-    found = machine.num_gpus() if gpus else 0
-    if found < gpus:
-        seen = f"only {found} CUDA GPU{'s' * (found > 1)}" if found else "no CUDA GPU"
-        yield f"PyTorch sees {seen} here; {'one is' if gpus == 1 else f'{gpus} are'} needed"
+        yield f"fewer IPUs than the {ipus} needed are available"
+    if gpus and machine.num_gpus() < gpus:
+        yield f"CUDA GPUs needed: {gpus}; PyTorch sees {machine.num_gpus()} here"
     if benchmark.needs_dataset:
-        folder = env.get("DATASETS_DIR")
-        if not folder:
-            yield "needs real data: set DATASETS_DIR to the folder of the data sets"
-        elif not Path(folder).is_dir():
-            yield f"DATASETS_DIR: {folder} is not a folder"
-        for name in DATASET.findall(command.text):
-            path = Path(f"{folder}{name}")
+        folder = env.get("DATASETS_DIR", "")
+        if not folder or not Path(folder).is_dir():
+            yield f"needs real data, but DATASETS_DIR ('{folder}') is not a folder: set it to that of the data sets"
+        for name in DATASET.findall(variant.text):
+            path = Path(folder + name)
             path = path.parent if re.search(r"[*?\[{]", path.name) else path  # shards such as {00000..00099}.tar
             if not path.exists():
                 yield f"{path} does not exist (DATASETS_DIR is {folder})"
-    if command.unset:
-        yield f"the environment variable {' and '.join(dict.fromkeys(command.unset))} is not set"
+    if variant.unset:
+        yield f"the environment variable {' and '.join(variant.unset)} is not set"

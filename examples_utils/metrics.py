@@ -36,60 +36,47 @@ def lines(*paths: Path) -> Iterator[str]:
             yield from (line.rstrip("\n") for line in file)
 
 
-def extract(metrics: Sequence[Metric], stdout: Path, stderr: Path, num_processes: int = 1) -> tuple[Results, list[str]]:
-    """Match each metric line by line, stdout first, then stderr, and reduce what it captured.
+def extract(metrics: Sequence[Metric], logs: Path, params: Mapping[str, str],
+            num_processes: int = 1) -> tuple[Results, list[str]]:
+    """Match each metric in the lines of `logs`, a folder, and reduce what it captured, or compute its expression, in
+    which earlier metrics and `params` have values.
 
     num_processes: factor on `throughput`, for commands (mpirun) whose processes log their own share only.
     Returns the results and, one sentence each, why a metric has no value.
     """
     found: dict[str, list[str]] = {metric.name: [] for metric in metrics}
-    for line in lines(stdout, stderr):
+    for line in lines(logs / "stdout", logs / "stderr"):
         for metric in metrics:
-            found[metric.name] += metric.regexp.findall(line)
+            found[metric.name] += [] if metric.expr else re.findall(metric.regexp, line)
     results: Results = {}
-    factors = {"throughput": num_processes}
-    return results, _fill(results, metrics, lambda item: _reduce(item, found[item.name]) * factors.get(item.name, 1))
-
-
-def derive(derived: Sequence[Metric], results: Results, params: Mapping[str, str]) -> list[str]:
-    """Compute derived metrics into `results`, in their order, so that later ones may use earlier ones.
-
-    Returns why those without a value have none.
-    """
-    return _fill(results, derived, lambda item: evaluate(item.expression, {
-        **{name: value for name, values in results.items() for value in values.values()}, **params}))
-
-
-def _fill(results: Results, metrics: Sequence[Metric], value_of: Callable[[Metric], float]) -> list[str]:
     problems = []
     for metric in metrics:
-        results[metric.name] = {metric.reduction: None}
+        names = {name: value for name, values in results.items() for value in values.values()}
+        results[metric.name] = {metric.reduction_type: None}
         try:
-            results[metric.name] = {metric.reduction: value_of(metric)}
+            value = evaluate(metric.expr, {**names, **params}) if metric.expr else _reduce(metric, found[metric.name])
+            factor = num_processes if metric.name == "throughput" and not metric.expr else 1
+            results[metric.name] = {metric.reduction_type: value * factor}
         except UserError as error:
             problems.append(f"{metric.name}: {error}")
-    return problems
-
-
-def _number(value: Any, shown: str) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise UserError(shown) from None
+    return results, problems
 
 
 def _reduce(metric: Metric, texts: Sequence[str]) -> float:
     """One value. Raises UserError that says why there is none."""
-    values = [_number(text, f"'{text[:40]}' is not a number") for text in texts]
+    try:
+        values = [float(text) for text in texts]
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if not values:
-        raise UserError(f"no line matches '{metric.regexp.pattern}'")
+        raise UserError(f"no line matches '{metric.regexp}'")
     if not all(map(math.isfinite, values)):
         raise UserError("not finite in the log")
     if len(values) <= metric.skip:
         raise UserError(f"{len(values)} matches, all skipped by skip: {metric.skip}")
     # The mean ignores the worst values, which in a log of steps are those of the warm-up, as the reference does.
     kept = sorted(values, reverse=metric.name == "latency")[metric.skip:]
-    return {"mean": fmean(kept), "final": values[-1], "min": min(values), "value": values[0]}[metric.reduction]
+    return {"mean": fmean(kept), "final": values[-1], "min": min(values), "value": values[0]}[metric.reduction_type]
 
 
 _OPERATORS: dict[type, Callable[..., Any]] = {
@@ -108,37 +95,35 @@ def evaluate(expression: str, names: Mapping[str, Any]) -> float:
         if isinstance(node, ast.Constant) and type(node.value) in (int, float):
             return float(node.value)  # type: ignore[arg-type]
         if isinstance(node, ast.Name):
-            if node.id not in names:
-                raise UserError(f"no metric or parameter is called '{node.id}'")
-            return _number(names[node.id], f"'{node.id}' is not a number: {names[node.id]}")
+            return float(names[node.id])
         if type(getattr(node, "op", None)) not in _OPERATORS:
-            raise UserError("only numbers, metrics, parameters, + - * / // % ** and parentheses are allowed")
+            raise ValueError("only numbers, metrics, parameters, + - * / // % ** and parentheses are allowed")
         operands = [value(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
         return float(_OPERATORS[type(node.op)](*operands))
 
     try:
-        tree = ast.parse(re.sub(r"\{(\w+)\}", r" \1 ", expression).strip(), mode="eval")
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise UserError(f"'{expression}' is not an arithmetic expression") from None
-    try:
-        result = value(tree.body)
-    except (ArithmeticError, TypeError, RecursionError) as error:  # TypeError: roots of negative numbers are complex
-        raise UserError(f"'{expression}': {error}") from None
-    if not math.isfinite(result):
-        raise UserError(f"'{expression}' is not finite")
-    return result
+        result = value(ast.parse(re.sub(r"\{(\w+)\}", r" \1 ", expression).strip(), mode="eval").body)
+        if math.isfinite(result):
+            return result
+        problem = "not finite"
+    except KeyError as error:
+        problem = f"no metric or parameter is called {error}"
+    except (ArithmeticError, SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
+        problem = str(error)  # TypeError: metrics without a value, and roots of negative numbers, which are complex
+    raise UserError(f"'{expression}': {problem}")
 
 
-def compile_seconds(stdout: Path, stderr: Path) -> float | None:
+def compile_seconds(logs: Path) -> float | None:
     """From the first stage that Poplar or PopART began to the last it ended; else what `Compiled model in` says.
 
     None when the log tells neither. Poplar logs to stderr.
     """
-    begins, ends = ([datetime.fromisoformat(match[1]) for match in map(stage.search, lines(stderr)) if match]
+    begins, ends = ([datetime.fromisoformat(match[1]) for match in map(stage.search, lines(logs / "stderr")) if match]
                     for stage in (_STAGE_BEGINS, _STAGE_ENDS))
     if begins and ends and max(ends) > min(begins):
         return (max(ends) - min(begins)).total_seconds()
-    return max((float(match[1]) for match in map(_COMPILED.search, lines(stdout, stderr)) if match), default=None)
+    told = map(_COMPILED.search, lines(logs / "stdout", logs / "stderr"))
+    return max((float(match[1]) for match in told if match), default=None)
 
 
 _registered: dict[str, CustomMetric] = {}
@@ -149,27 +134,23 @@ def register_custom_metric(name: str, function: CustomMetric) -> None:
 
     For the files that --custom-metrics-files names; they import it from `examples_utils`.
     """
-    if name in _registered:
-        logger.warning("the custom metric '%s' is registered again; the last function counts", name)
     _registered[name] = function
 
 
 def load_custom_metrics(files: Sequence[str]) -> None:
     """Run users' Python files, which register functions. Raises UserError naming the file."""
     _registered.clear()
-    for path in (Path(text).resolve() for text in files):
-        if not path.is_file():
-            raise UserError(f"--custom-metrics-files: {path} is not a Python file")
+    for path in map(Path, files):
         try:
             runpy.run_path(str(path))
         except Exception as error:  # the file is the user's: it may raise anything
             raise UserError(f"--custom-metrics-files: {path}: {type(error).__name__}: {error}") from error
 
 
-def apply_custom_metrics(results: Results, stdout: Path, stderr: Path, exitcode: int) -> None:
+def apply_custom_metrics(results: Results, logs: Path, exitcode: int) -> None:
     """Call users' functions on the whole output. One that fails is logged, as it says nothing about the benchmark."""
     for name, function in _registered.items():
-        out, err = (path.read_text(encoding="utf-8", errors="backslashreplace") for path in (stdout, stderr))
+        out, err = ((logs / stream).read_text("utf-8", "backslashreplace") for stream in ("stdout", "stderr"))
         try:
             results[name] = function(out, err, exitcode)
         except Exception as error:  # the function is the user's

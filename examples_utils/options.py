@@ -4,14 +4,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Sequence
 
-from utils.errors import UsageError
 from utils.options import Command, Options, choose, option
 
 PROGRAM = "python3 -m examples_utils"
-INSTEAD_OF_UPLOADS = {
-    "s3": "copy the file that latest_checkpoint_path in the results names to a bucket of your own",
-    "wandb": "give train.py --wandb and run with --allow-wandb to follow a run on a server of your own",
-}
 
 
 @dataclass(frozen=True)
@@ -38,15 +33,10 @@ class BenchmarkOptions(Options):
     requirements_file: str | None = option(None, "pip install this before the benchmarks", path=True)
     profile: bool = option(False, "PopVision profiles of the benchmarks on IPUs")
     gc_monitor: bool = option(False, "record the output of gc-monitor (Poplar SDK) every 5 seconds")
-    upload_checkpoints: tuple[str, ...] = option((), "not possible here", choices=("wandb", "s3"))
+    upload_checkpoints: tuple[str, ...] = option((), "not possible here", choices=("wandb", "s3"), check=lambda _: (
+        "left out: copy what latest_checkpoint_path in the results names, or run train.py --wandb with --allow-wandb"))
     no_code_sync: bool = option(False, "no effect: code is never copied to other hosts here")
     remove_dirs_after: bool = option(False, "no effect: nothing is copied to other hosts here")
-
-    def check(self) -> None:
-        """Raise UsageError for what cannot work here."""
-        if self.upload_checkpoints:
-            target = self.upload_checkpoints[0]
-            raise UsageError(f"--upload-checkpoints {target} is not possible here: {INSTEAD_OF_UPLOADS[target]}")
 
 
 COMMAND = Command(f"{PROGRAM} benchmark", "Run the benchmarks of spec files, collect their metrics and write logs, "

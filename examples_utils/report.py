@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
+import re
 import textwrap
 from collections import Counter
 from dataclasses import dataclass, field
@@ -13,18 +13,15 @@ from typing import Any, Mapping, Sequence
 from xml.etree import ElementTree
 
 from examples_utils.metrics import Results
-from examples_utils.process import printable
-from examples_utils.spec import Command, Variant
+from examples_utils.spec import Variant
+from log import duration
 from utils.files import atomic_write
-
-logger = logging.getLogger(__name__)
 
 STATUSES = PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 CSV_METRICS = ("throughput", "latency", "total_compiling_time")
 ADDITIONAL_METRICS = ("test_duration", "loss", "result", "cmd", "env", "git_commit_hash")
 # Metrics that the table does not show: its own columns tell the same, or they are not numbers.
 NOT_IN_TABLE = {"throughput", "total_compiling_time", *ADDITIONAL_METRICS} - {"loss"}
-LOG_SCALE_FROM = 50  # ratio of the chart's largest to its smallest bar above which a linear scale hides the small ones
 
 
 @dataclass
@@ -36,7 +33,6 @@ class VariantResult:
 
     variant: Variant
     status: str
-    command: Command = Command("", ())  # noqa: RUF009 - a NamedTuple
     reason: str = ""
     env: Mapping[str, str] = field(default_factory=dict)
     added: Mapping[str, str] = field(default_factory=dict)
@@ -48,22 +44,22 @@ class VariantResult:
     checkpoint: Path | None = None
     sdk: Path | None = None
 
-    @property
-    def folder(self) -> Path:
-        """Where the command runs."""
-        return self.variant.benchmark.folder
-
     def value(self, metric: str) -> Any:
         """The value of a metric whatever its reduction; None: there is none."""
         found = self.results.get(metric)
         return next(iter(found.values()), None) if isinstance(found, dict) else found
+
+    @property
+    def throughput(self) -> tuple[Any, str]:
+        """The value and its unit, or an empty text."""
+        return self.value("throughput"), self.variant.benchmark.units.get("throughput", "")
 
     def to_dict(self) -> dict[str, Any]:
         """The record of the JSON files: the reference's keys, and `status` and `reason`."""
         logs = {name[3:]: str(self.log_folder / name) for name in ("stdout", "stderr") if self.log_folder}
         return {
             "benchmark_path": str(self.variant.benchmark.spec_path), "benchmark_name": self.variant.benchmark.name,
-            "variant_name": self.variant.name, "params": dict(self.variant.params), "command": self.command.text,
+            "variant_name": self.variant.name, "params": dict(self.variant.params), "command": self.variant.text,
             "results": self.results, "exitcode": self.exitcode, "status": self.status, "reason": self.reason,
             "start_time": str(self.start), "end_time": str(self.start + timedelta(seconds=self.seconds)),
             "compilation_end_time": str(self.value("total_compiling_time")), "test_duration": str(self.seconds),
@@ -93,7 +89,7 @@ def save_results(folder: Path, results: Sequence[VariantResult], columns: Sequen
         case = ElementTree.SubElement(suite, "testcase", name=benchmark, classname=name, time=f"{result.seconds:.3f}")
         if result.status != PASSED:  # XML cannot hold control characters
             tag = "failure" if result.status == FAILED else "skipped"
-            ElementTree.SubElement(case, tag, message=printable(result.reason))
+            ElementTree.SubElement(case, tag, message=re.sub(r"[\x00-\x1f\x7f]", " ", result.reason))
     write_json(folder / "benchmark_results.json", records)
     with atomic_write(folder / "benchmark_results.csv") as file:
         csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(rows)
@@ -102,38 +98,27 @@ def save_results(folder: Path, results: Sequence[VariantResult], columns: Sequen
 
 
 def table(results: Sequence[VariantResult], width: int = 120) -> str:
-    """One line a variant: name, status, time, throughput, other metrics, or the reason why there are none.
+    """One line a variant: name, status, time, throughput, other metrics; below it the reason why there are none.
 
     Columns of metrics that do not fit into `width` characters are skipped: the files have them all.
     """
     metrics = list(dict.fromkeys(name for result in results for name in result.results if name not in NOT_IN_TABLE))
     rows = [["benchmark", "result", "time", "throughput", *metrics]]
     for result in results:
-        value, unit = number(result.value("throughput")), result.variant.benchmark.units.get("throughput", "")
         rows.append([result.variant.name, result.status, duration(result.seconds) if result.log_folder else "-"])
         if result.status == PASSED:
-            rows[-1] += [f"{value} {unit}" if unit and value != "-" else value]
-            rows[-1] += [number(result.value(metric)) for metric in metrics]
+            value, unit = result.throughput
+            rows[-1] += [f"{number(value)} {unit}".strip(), *(number(result.value(metric)) for metric in metrics)]
     sizes = [max(len(row[index]) for row in rows if index < len(row)) for index in range(len(rows[0]))]
     while len(sizes) > 4 and sum(sizes) + 2 * (len(sizes) - 1) > width:
         sizes.pop()
-
-    def line(cells: Sequence[str]) -> str:
-        """Names to the left, figures to the right."""
-        return "  ".join(f"{cell:{'<' if index < 2 else '>'}{size}}"
-                         for index, (cell, size) in enumerate(zip(cells, sizes)))
-
-    lines = [line(rows[0]), line(["-" * size for size in sizes])]
-    for row, result in zip(rows[1:], results):
-        if result.status == PASSED:
-            lines.append(line(row))
-            continue
-        begin = line(row if result.log_folder else row[:2]) + "  "
-        if width - len(begin) < 30:  # the reason goes below
-            lines.append(begin.rstrip())
-            begin = "    "
-        lines += textwrap.wrap(result.reason, width, initial_indent=begin, subsequent_indent=" " * len(begin),
-                               break_long_words=False, break_on_hyphens=False) or [begin.rstrip()]
+    rows.insert(1, ["-" * size for size in sizes])
+    lines = []
+    for row, reason in zip(rows, ["", "", *(result.reason for result in results)]):
+        # Names to the left, figures to the right.
+        lines.append("  ".join(f"{cell:{'<' if index < 2 else '>'}{size}}"
+                               for index, (cell, size) in enumerate(zip(row, sizes))))
+        lines += textwrap.wrap(reason, width, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)
 
 
@@ -144,51 +129,32 @@ def number(value: Any) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def duration(seconds: float) -> str:
-    """1:02:03, 2:03 or 4.5 s."""
-    return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds))).lstrip("0:")
-
-
 def summary(results: Sequence[VariantResult]) -> str:
     """For instance `2 passed, 1 failed, 7 skipped`."""
     counts = Counter(result.status for result in results)
     return ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status] or status == PASSED)
 
 
-def draw_chart(path: Path, results: Sequence[VariantResult]) -> Path | None:
-    """Draw the throughput of every variant that has one to `path`, a panel for each unit, and return it.
-
-    None, with a line in the log, without matplotlib or without any throughput.
-    """
+def draw_chart(path: Path, results: Sequence[VariantResult]) -> bool:
+    """Draw the throughput of every variant that has one to `path`, a panel for each unit. False: none has one."""
     panels: dict[str, dict[str, float]] = {}
     for result in results:
-        value, unit = result.value("throughput"), result.variant.benchmark.units.get("throughput", "throughput")
+        value, unit = result.throughput
         if isinstance(value, (int, float)) and value > 0:
-            panels.setdefault(unit, {})[textwrap.fill(result.variant.name, 56)] = value
+            panels.setdefault(unit or "throughput", {})[textwrap.fill(result.variant.name, 56)] = value
     if not panels:
-        logger.info("no chart: no benchmark gave a throughput")
-        return None
-    try:
-        # The object interface: pyplot would look for a display and keep the figure.
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        logger.warning("no chart: matplotlib is not installed (%s): pip install -r requirements.txt", error)
-        return None
+        return False
+    from matplotlib.figure import Figure  # pyplot would look for a display and keep the figure
+
     sizes = [len(bars) + 1 for bars in panels.values()]
     figure = Figure(figsize=(10, 1.0 + 0.42 * sum(sizes) + 0.48 * len(sizes)), constrained_layout=True)
-    figure.suptitle(f"Throughput, {results[0].start:%Y-%m-%d %H:%M}", fontsize=12)
+    figure.suptitle(f"Throughput, {results[0].start:%Y-%m-%d %H:%M}")
     grid = figure.subplots(len(sizes), squeeze=False, gridspec_kw={"height_ratios": sizes})
     for axes, (unit, bars) in zip(grid[:, 0], panels.items()):
-        drawn = axes.barh(list(bars), list(bars.values()), color="#3a6ea5", height=0.6)
-        axes.bar_label(drawn, labels=map(number, bars.values()), padding=4, fontsize=9)
+        drawn = axes.barh(list(bars), list(bars.values()))
+        axes.bar_label(drawn, labels=map(number, bars.values()), padding=4)  # bars may be too small to see
         axes.invert_yaxis()  # the first benchmark on top
-        low, high = min(bars.values()), max(bars.values())
-        logarithmic = high > LOG_SCALE_FROM * low
-        axes.set_xscale("log" if logarithmic else "linear")
-        axes.set_xlim(low / 2 if logarithmic else 0, high * (2.5 if logarithmic else 1.15))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_xlabel(unit + " (logarithmic)" * logarithmic, fontsize=9)
-        axes.tick_params(labelsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(str(path), dpi=120, bbox_inches="tight", pad_inches=0.15)
-    return path
+        axes.margins(x=0.15)
+        axes.set_xlabel(unit)
+    figure.savefig(str(path), dpi=120)
+    return True

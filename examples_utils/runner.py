@@ -5,38 +5,45 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import subprocess
 import sys
+import textwrap
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Mapping, Sequence
 
+import log
 from examples_utils import metrics
 from examples_utils.machine import POPLAR, Machine, hardware, missing
 from examples_utils.options import BenchmarkOptions
-from examples_utils.process import Outcome, ipu_monitor, progress, run
+from examples_utils.process import STREAMS, Outcome, run
 from examples_utils.report import FAILED, PASSED, SKIPPED, VariantResult, write_json
-from examples_utils.spec import Benchmark, Variant, build_command, option_value, python_index, variants
+from examples_utils.spec import Benchmark, Variant, option_value, python_index, variants
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 ERROR_LINE = re.compile(r"\s*(?:\[[^\]]*\]:?)*\s*(?:error|[\w.]*(?:Error|Exception|Interrupt)):? ", re.ASCII)
 TAIL_LINES = 20
+GC_MONITOR = "gc-monitor"  # a program of the Poplar SDK
 
 
-def run_benchmarks(benchmarks: Sequence[Benchmark], flags: BenchmarkOptions, logs: Path, env: Mapping[str, str],
+def run_benchmarks(benchmarks: Sequence[Benchmark], flags: BenchmarkOptions, folder: Path, env: Mapping[str, str],
                    results: list[VariantResult]) -> None:
     """Run everything. `results` receives one entry per variant, and has all of them after Ctrl-C too.
 
-    logs: a folder that exists. Raises UserError before anything runs when an entry is wrong.
+    folder: of all logs; it exists. Raises UserError before anything runs when an entry is wrong.
     """
     machine = Machine(env)
-    results += [_prepare(variant, flags, env, machine) for benchmark in benchmarks for variant in variants(benchmark)]
+    for benchmark in benchmarks:
+        own = {**env, **benchmark.env}
+        results += [_prepare(variant, flags, own, machine)
+                    for variant in variants(benchmark, own, flags.allow_wandb, flags.compile_only)]
     stopped = ""
-    with open(logs / "output.log", "wb", buffering=0) as combined:
+    with open(folder / "output.log", "wb", buffering=0) as combined:
         for number, result in enumerate(results, start=1):
             name, result.reason = result.variant.name, stopped or result.reason
             if result.reason:
@@ -44,7 +51,7 @@ def run_benchmarks(benchmarks: Sequence[Benchmark], flags: BenchmarkOptions, log
                 continue
             logger.info("%s: running (%d of %d)", name, number, len(results))
             try:
-                _run(result, flags, logs / folder_name(name), combined)
+                _run(result, flags, folder / folder_name(name), combined)
             except KeyboardInterrupt:
                 result.reason, result.exitcode = "interrupted", 130
                 for rest in results[number:]:
@@ -56,20 +63,17 @@ def run_benchmarks(benchmarks: Sequence[Benchmark], flags: BenchmarkOptions, log
 
 def _prepare(variant: Variant, flags: BenchmarkOptions, env: Mapping[str, str], machine: Machine) -> VariantResult:
     """The result of a variant before it runs; with a reason if it cannot."""
-    benchmark = variant.benchmark
-    own = {key: str(value) for key, value in benchmark.env.items()}
-    command = build_command(variant, {**env, **own}, flags.allow_wandb, flags.compile_only)
     added: dict[str, str] = {}
-    if hardware(benchmark, command)[0]:
+    if hardware(variant)[0]:
         added.update(POPLAR_LOG_LEVEL=flags.logging, POPART_LOG_LEVEL=flags.logging)
         if flags.profile:
             added["POPLAR_ENGINE_OPTIONS"] = _profile_options(variant, env)
     elif flags.profile:
         logger.warning("--profile: %s uses no IPU, there is nothing to profile", variant.name)
-    added.update(own)
+    added.update(variant.benchmark.env)
     env = {**env, **added}
-    reason = next(missing(benchmark, command, env, machine, flags.compile_only), "")
-    return VariantResult(variant, SKIPPED, command, reason, env=env, added=added)
+    reason = next(missing(variant, env, machine, flags.compile_only), "")
+    return VariantResult(variant, SKIPPED, reason, env=env, added=added)
 
 
 def _profile_options(variant: Variant, env: Mapping[str, str]) -> str:
@@ -83,56 +87,70 @@ def _profile_options(variant: Variant, env: Mapping[str, str]) -> str:
                        "autoReport.outputSerializedGraph": "false"})
 
 
-def _run(result: VariantResult, flags: BenchmarkOptions, logs: Path, combined: IO[bytes]) -> None:
+def _run(result: VariantResult, flags: BenchmarkOptions, folder: Path, combined: IO[bytes]) -> None:
     """Run one variant, and fill in its result."""
-    result.status, result.log_folder, result.start = FAILED, logs, datetime.now()
+    variant = result.variant
+    result.status, result.log_folder, result.start = FAILED, folder, datetime.now()
     result.sdk = Path(result.env[POPLAR]).resolve().parent if result.env.get(POPLAR) else None
-    logs.mkdir(parents=True, exist_ok=True)
-    logger.info("    command: %s", result.command.text)
-    logger.info("    in: %s", result.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    logger.info("    command: %s\n    in: %s", variant.text, variant.benchmark.folder)
     for key, value in result.added.items():
         logger.info("    with %s=%s", key, value)
-    outcome = _install_requirements(result, logs, combined) or _execute(result, logs, flags, combined)
-    result.seconds, result.exitcode, result.reason = outcome.seconds, outcome.exitcode, outcome.problem or ""
+    outcome = _execute(result, folder, combined, flags)
+    result.seconds, result.exitcode, result.reason = outcome.seconds, outcome.exitcode, outcome.problem
     if outcome.exitcode and not outcome.problem:
-        result.reason = f"exit status {outcome.exitcode}{_last_words(logs / 'stderr')}"
-    _collect(result, logs, flags.compile_only)
+        result.reason = f"exit status {outcome.exitcode}{_last_words(folder / 'stderr')}"
+    _collect(result, folder, flags.compile_only)
     result.exitcode = result.exitcode or int(bool(result.reason))
     result.status = FAILED if result.reason else PASSED
     if flags.additional_metrics:
         result.results.update({name: {name: value} for name, value in (
-            ("test_duration", result.seconds), ("cmd", " ".join(result.command.words)),
-            ("result", str(result.status == PASSED)), ("git_commit_hash", _commit(result.folder)),
+            ("test_duration", result.seconds), ("cmd", " ".join(variant.words)),
+            ("result", str(result.status == PASSED)), ("git_commit_hash", _commit(variant.benchmark.folder)),
             ("env", "".join(f"{key}={value} " for key, value in result.added.items())))})
     result.checkpoint = _newest_checkpoint(result)
-    write_json(logs / "variant_result.json", result.to_dict())
-    _log_result(result, logs)
+    write_json(folder / "variant_result.json", result.to_dict())
+    for name in result.results:
+        if not isinstance(result.value(name), str):
+            logger.info("    %s = %s", name, result.value(name))
+    if result.status == PASSED:
+        logger.info("%s: passed in %.1f s", variant.name, result.seconds)
+        return
+    tail = [line for line in metrics.lines(folder / "stderr") if line.strip()][-TAIL_LINES:]
+    logger.error("%s: failed: %s; last lines of %s:\n    %s", variant.name, result.reason, folder / "stderr",
+                 "\n    ".join(tail))
 
 
-def _install_requirements(result: VariantResult, logs: Path, combined: IO[bytes]) -> Outcome | None:
-    """pip install what the entry's requirements_file lists; an Outcome only when that failed."""
-    name = result.variant.benchmark.requirements_file
-    if not name:
-        return None
-    logger.info("    installing %s", name)
-    files = logs / "requirements_stdout", logs / "requirements_stderr"
-    outcome = run((sys.executable, "-m", "pip", "install", "-r", name), result.folder, result.env, *files, combined)
-    if outcome.exitcode == 0:
-        return None
-    for file in files:
-        file.replace(logs / file.name.replace("requirements_", ""))
-    return outcome._replace(problem=f"requirements_file: pip could not install {name}")
+def _execute(result: VariantResult, logs: Path, combined: IO[bytes], flags: BenchmarkOptions) -> Outcome:
+    """pip install what the entry's requirements_file lists, and run the command."""
+    variant, settings = result.variant, result.variant.benchmark.settings
+    if settings.requirements_file:
+        words: Sequence[str] = (sys.executable, "-m", "pip", "install", "-r", settings.requirements_file)
+        outcome = run(words, variant.benchmark.folder, result.env, logs, combined)
+        if outcome.exitcode:
+            return outcome._replace(problem=f"requirements_file: pip could not install {settings.requirements_file}")
+        for name in STREAMS:
+            (logs / name).replace(logs / f"requirements_{name}")
+    words, env = _with_this_python(variant.words, result.env)
+    limit = min(flags.timeout or math.inf, settings.timeout or math.inf)
+    (logs / "ipu-monitor.jsonl").unlink(missing_ok=True)  # of an earlier run into this folder
+    with log.progress(None, variant.name, unit="second", interval=flags.progress_trace_period or 60) as progress:
+        def tick(seconds: float) -> None:
+            progress.update(int(seconds) - progress.count)
+            if flags.gc_monitor and int(seconds) % 5 == 0:
+                _record_ipus(logs / "ipu-monitor.jsonl")
+
+        return run(words, variant.benchmark.folder, env, logs, combined, limit, tick)
 
 
-def _execute(result: VariantResult, logs: Path, flags: BenchmarkOptions, combined: IO[bytes]) -> Outcome:
-    words, env = _with_this_python(result.command.words, result.env)
-    limit = result.variant.benchmark.timeout
-    with contextlib.ExitStack() as stack:
-        if flags.gc_monitor:
-            stack.enter_context(ipu_monitor(logs / "ipu-monitor.jsonl"))
-        shown = stack.enter_context(progress(result.variant.name, flags.progress_trace_period))
-        return run(words, result.folder, env, logs / "stdout", logs / "stderr", combined,
-                   min(flags.timeout or limit, limit), **shown)
+def _record_ipus(path: Path) -> None:
+    """Append what gc-monitor says now, as a line of JSON."""
+    try:
+        said = json.loads(subprocess.check_output([GC_MONITOR, "--json"], stderr=subprocess.DEVNULL, timeout=60))
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"timestamp": f"{datetime.now():%Y-%m-%d-%H.%M.%S.%f}", **said}) + "\n")
+    except (OSError, subprocess.SubprocessError, ValueError, TypeError) as error:
+        logger.warning("--gc-monitor: %s", error)
 
 
 def _with_this_python(words: Sequence[str], env: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
@@ -145,16 +163,15 @@ def _with_this_python(words: Sequence[str], env: Mapping[str, str]) -> tuple[lis
 
 def _collect(result: VariantResult, logs: Path, compile_only: bool) -> None:
     """Read the metrics into the result. A command that failed has none, whatever it printed before."""
-    benchmark, files = result.variant.benchmark, (logs / "stdout", logs / "stderr")
-    wanted, derived = ((), ()) if compile_only else (benchmark.metrics, benchmark.derived)
+    wanted = () if compile_only else result.variant.benchmark.metrics
     if result.exitcode:
-        result.results = {item.name: {item.reduction: None} for item in (*wanted, *derived)}
+        result.results = {item.name: {item.reduction_type: None} for item in wanted}
     else:
-        result.results, problems = metrics.extract(wanted, *files, result.command.num_processes)
-        problems += metrics.derive(derived, result.results, result.variant.params)
+        variant = result.variant
+        result.results, problems = metrics.extract(wanted, logs, variant.params, variant.num_processes)
         result.reason = "; ".join(problems)
-    result.results["total_compiling_time"] = {"mean": None if result.exitcode else metrics.compile_seconds(*files)}
-    metrics.apply_custom_metrics(result.results, *files, result.exitcode or 0)
+    result.results["total_compiling_time"] = {"mean": None if result.exitcode else metrics.compile_seconds(logs)}
+    metrics.apply_custom_metrics(result.results, logs, result.exitcode or 0)
 
 
 def _commit(folder: Path) -> str:
@@ -166,8 +183,8 @@ def _commit(folder: Path) -> str:
 
 def _newest_checkpoint(result: VariantResult) -> Path | None:
     """The newest checkpoint file of this run in --checkpoint-output-dir, or its folder when there is one for each."""
-    name = option_value(result.command.words, "--checkpoint-output-dir", "--checkpoint_output_dir")
-    folder, begin = result.folder / (name or ""), result.start.timestamp() - 1
+    name = option_value(result.variant.words, "--checkpoint-output-dir", "--checkpoint_output_dir")
+    folder, begin = result.variant.benchmark.folder / name, result.start.timestamp() - 1
     found = [path for depth in ("*", "*/*") if name for path in folder.glob(depth)
              if path.suffix in (".pt", ".pth", ".h5") and path.is_file() and path.stat().st_mtime >= begin]
     newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
@@ -178,20 +195,7 @@ def _last_words(stderr: Path) -> str:
     """`: ` and the last line that names an error, else the last line with a word in it; nothing if there is none."""
     lines = [line for line in metrics.lines(stderr) if re.search(r"[^\W\d_]", line)]
     words = " ".join(next(filter(ERROR_LINE.match, reversed(lines)), lines[-1] if lines else "").split())
-    return ": " + (words if len(words) <= 200 else words[:197] + "...") if words else ""
-
-
-def _log_result(result: VariantResult, logs: Path) -> None:
-    for name, value in ((name, result.value(name)) for name in result.results):
-        if not isinstance(value, str):
-            logger.info("    %s = %s", name, value)
-    if result.status == PASSED:
-        logger.info("%s: passed in %.1f s", result.variant.name, result.seconds)
-        return
-    logger.error("%s: failed: %s", result.variant.name, result.reason)
-    tail = [line for line in metrics.lines(logs / "stderr") if line.strip()][-TAIL_LINES:]
-    if tail:
-        logger.error("last lines of %s:\n    %s", logs / "stderr", "\n    ".join(tail))
+    return f": {textwrap.shorten(words, 200)}" if words else ""
 
 
 def folder_name(variant_name: str) -> str:

@@ -7,10 +7,12 @@ import io
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 import tarfile
 import threading
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -126,6 +128,23 @@ def random_picture(seed, size=16):
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (size, size + 4, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
+
+
+def as_bytes(image, form="PNG", **options):
+    """A PIL picture as the bytes of a file."""
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def bomb(width, height=None):
+    """The bytes of a small PNG that claims so many pixels: a square, without a height."""
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height or width, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(1000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 def random_images(count: int, size: int, seed: int) -> torch.Tensor:

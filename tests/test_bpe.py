@@ -341,7 +341,6 @@ def test_bad_input_ends_with_one_line_and_leaves_the_old_file(source, content, c
     ({"--coverage": "0"}, 2, "--coverage: must be above 0"),
     ({"--coverage": "nan"}, 2, "--coverage: expected a number"), ({"--output": "."}, 2, "--output"),
     ({"--vocab-size": "9"}, 1, "at least 18"),
-    ({"--output": "lines.txt/vocab"}, 1, "lines.txt is a file, not a folder"),
     ({"--captions": "empty"}, 1, "no .txt file in this folder"),
     ({"--captions": "captions", "--caption-column": "x"}, 2, "--caption-column is for lists"),
     ({"--captions": "captions.json", "--caption-column": "x"}, 1, "keys found: caption"),

@@ -27,6 +27,7 @@ from helpers import (
     give_away,
     in_threads,
     losses_of,
+    refused,
     teams,
     train_here,
     training_flags,
@@ -176,8 +177,7 @@ def test_only_what_a_short_run_uses_is_encoded(photos, tmp_path):
         assert torch.equal(dataset[index][0], text) and torch.equal(dataset[index][1], Encoder()(image[None])[0])
     left_out = [index for index in range(20) if dataset.codes.where[index] < 0]
     assert len(left_out) >= 16
-    with pytest.raises(RuntimeError, match="was not encoded"):
-        dataset[left_out[0]]
+    refused("was not encoded", dataset.__getitem__, left_out[0], kind=RuntimeError)
     assert encoded(photos, tmp_path)[1] == 16
 
 
@@ -254,8 +254,7 @@ def test_mending_a_file_does_not_disturb_who_reads_it(all_photos, tmp_path):
 def test_an_interrupted_run_goes_on_where_it_stopped(photos, tmp_path, stop_after, monkeypatch):
     monkeypatch.setattr(code_cache, "_BATCH", 3)  # images at a time
     break_image(photos / "000.png")
-    with pytest.raises(KeyboardInterrupt):
-        encoded(photos, tmp_path, Encoder(stop_after))
+    refused("", encoded, photos, tmp_path, Encoder(stop_after), kind=KeyboardInterrupt)
     written = sum(path.stat().st_size for path in tmp_path.glob("*/*.codes")) // RECORD
     done = max(written - 1, 0)  # without the unreadable image, which comes first
     assert stop_after - 3 < done <= stop_after and encoded_rightly(photos, tmp_path) == 19 - done

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, refused
 
 from dalle.loading import load
 from data.demo import demo_images, demo_records
@@ -29,9 +29,7 @@ def test_the_vocabulary_is_what_its_command_makes(tmp_path, monkeypatch):
     command = f"bpe.train --captions {captions} --vocab-size 2048 --output {vocabulary}"
     monkeypatch.setattr(sys, "argv", command.split())
     monkeypatch.delitem(sys.modules, "bpe.train", raising=False)
-    with pytest.raises(SystemExit) as end:
-        runpy.run_module("bpe.train", run_name="__main__")
-    assert not end.value.code
+    assert refused("", runpy.run_module, "bpe.train", run_name="__main__", kind=SystemExit) in ("0", "None")
     assert vocabulary.read_bytes() == (ROOT / "bpe/demo_vocab.txt").read_bytes()
 
 

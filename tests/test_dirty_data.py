@@ -1,19 +1,16 @@
 """Dirty data: whatever lies in a folder, training uses what is good, lists the rest once, and stops above a limit."""
 from __future__ import annotations
 
-import io
 import json
 import os
 import random
-import struct
 import sys
 import warnings
-import zlib
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, flags, refused, run_script, train_here, write_pairs
+from helpers import ROOT, as_bytes, bomb, flags, refused, run_script, train_here, write_pairs
 from PIL import Image
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
@@ -35,38 +32,17 @@ def picture(mode="RGB", size=(20, 16), color=None):
     return Image.new(mode, size, usual if color is None else color)
 
 
-def as_bytes(image, kind, **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
 def jpeg(**options):
     return as_bytes(picture(), "JPEG", **options)
 
 
-def bomb(width, height):
-    """A PNG of a few hundred bytes that claims so many pixels."""
-
-    def chunk(name, content):
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    pixels = zlib.compress(bytes(1000))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-
-
-def rotated():
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return jpeg(exif=exif)
-
-
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
 NOISE = Image.frombytes("RGB", (64, 64), random.Random(0).getrandbits(8 * 64 * 64 * 3).to_bytes(64 * 64 * 3, "big"))
 FRAMES = [picture("P", color=number) for number in range(3)]
 
 GOOD_IMAGES = {
-    "plain.jpg": jpeg(), "cmyk.jpg": as_bytes(picture().convert("CMYK"), "JPEG"), "turned.jpg": rotated(),
+    "plain.jpg": jpeg(), "cmyk.jpg": as_bytes(picture().convert("CMYK"), "JPEG"), "turned.jpg": jpeg(exif=TURNED),
     "grey.jpg": as_bytes(picture("L"), "JPEG"), "palette.png": as_bytes(picture().convert("P"), "PNG"),
     "palette transparent.png": as_bytes(picture("P", color=0), "PNG", transparency=0),
     "bits.png": as_bytes(Image.new("1", (9, 9)), "PNG"), "1x1.png": as_bytes(picture(size=(1, 1)), "PNG"),

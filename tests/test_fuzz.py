@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import refused, tiny_vqgan
+from helpers import as_bytes, refused, tiny_vqgan
 from hypothesis import given, settings, strategies
 from mutate import fuzz
 from PIL import Image
@@ -154,12 +154,8 @@ def hf_seeds():
 def image_seeds():
     kinds = {kind: {} for kind in ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")}
     kinds["JPEG"] = {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0"}
-    seeds = []
-    for kind, options in [*kinds.items(), ("TIFF", {"compression": "tiff_lzw"})]:
-        file = io.BytesIO()
-        Image.new("P" if kind == "GIF" else "RGB", (9, 7), 5).save(file, kind, **options)
-        seeds.append(file.getvalue())
-    return seeds
+    return [as_bytes(Image.new("P" if kind == "GIF" else "RGB", (9, 7), 5), kind, **options)
+            for kind, options in [*kinds.items(), ("TIFF", {"compression": "tiff_lzw"})]]
 
 
 def use_image(path):

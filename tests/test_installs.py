@@ -13,6 +13,7 @@ from pkgutil import resolve_name
 
 import pins
 import pytest
+from helpers import refused
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -179,9 +180,8 @@ def test_every_package_module_and_data_file_is_listed_for_pip(project):
 def test_every_console_command_has_its_help(project, monkeypatch, capsys):
     for name, target in project["project"]["scripts"].items():
         monkeypatch.setattr(sys, "argv", [name, "--help"])
-        with pytest.raises(SystemExit) as end:
-            resolve_name(target)()
-        assert not end.value.code and "--" in capsys.readouterr().out
+        assert refused("", resolve_name(target), kind=SystemExit) in ("", "0", "None")
+        assert "--" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -7,12 +7,12 @@ import signal
 import types
 
 import pytest
+from helpers import refused
 from test_crash import arguments, assert_as_undisturbed, finish, start, wait_for
 
 import train_vqgan
 from dalle.prompt_folders import lock_folder, prompt_folders
 from utils import locks
-from utils.errors import UserError
 from utils.locks import only_writer, try_lock
 
 
@@ -75,10 +75,10 @@ def test_a_lock_lasts_until_it_is_closed_and_survives_no_fork(tmp_path):
 
 @pytest.mark.parametrize("missing", ["on this file system", "on this system"])
 def test_without_locks_everything_goes_on_and_says_so_once(missing, monkeypatch, tmp_path, caplog):
-    def refused(*_):
+    def none(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    without = types.SimpleNamespace(flock=refused, LOCK_EX=2, LOCK_NB=4, LOCK_UN=8)
+    without = types.SimpleNamespace(flock=none, LOCK_EX=2, LOCK_NB=4, LOCK_UN=8)
     fcntl = None if missing == "on this system" else without
     monkeypatch.setattr(locks, "fcntl", fcntl)
     with only_writer(("--a", tmp_path)), only_writer(("--b", tmp_path)), open(str(tmp_path / "file"), "w") as file:
@@ -91,17 +91,15 @@ def test_without_locks_everything_goes_on_and_says_so_once(missing, monkeypatch,
 def test_what_a_link_in_place_of_a_lock_points_to_is_not_written(tmp_path):
     (tmp_path / "mine").write_text("precious")
     (tmp_path / ".lock").symlink_to("mine")
-    with pytest.raises(OSError):
-        try_lock(tmp_path / ".lock")
+    refused("", try_lock, tmp_path / ".lock", kind=OSError)
     with only_writer(("--a", tmp_path)):
         assert (tmp_path / "mine").read_text() == "precious"
 
 
 def test_a_folder_given_twice_is_locked_once(tmp_path):
     with only_writer(("--a", tmp_path), ("--b", tmp_path)):
-        refused = pytest.raises(UserError, match=f"--c .*: process {os.getpid()} on .* already writing there")
-        with refused, only_writer(("--c", tmp_path)):
-            pass
+        message = f"--c .*: process {os.getpid()} on .* already writing there"
+        refused(message, only_writer(("--c", tmp_path)).__enter__)
     with only_writer(("--a", tmp_path)):
         pass
 
@@ -109,12 +107,11 @@ def test_a_folder_given_twice_is_locked_once(tmp_path):
 def test_stage_1_and_generation_are_refused_too(tmp_path, monkeypatch):
     argv = ["train_vqgan.py", "--input-folder", "demo", "--output", str(tmp_path), "--steps", "1"]
     monkeypatch.setattr("sys.argv", argv)
-    with only_writer(("--output", tmp_path)), pytest.raises(UserError, match="--output .* already writing there"):
-        train_vqgan.main()
+    with only_writer(("--output", tmp_path)):
+        refused("--output .* already writing there", train_vqgan.main)
     cat, dog = prompt_folders(tmp_path, ["a cat", "a dog"])
     first = lock_folder(cat)
-    with pytest.raises(UserError, match="--outputs-dir: another process is writing images into .*a_cat"):
-        lock_folder(cat)
+    refused("--outputs-dir: another process is writing images into .*a_cat", lock_folder, cat)
     lock_folder(dog)
     first.close()
     lock_folder(cat)

@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from helpers import ROOT, random_images
+from helpers import ROOT, random_images, refused
 from PIL import Image
 
 import evaluate
@@ -21,7 +21,6 @@ from metrics.features import Collector, Features, features_of
 from metrics.images import ImageSet, folder_images
 from metrics.inception import load_inception
 from metrics.reconstruction import ssim
-from utils.errors import UserError
 
 STUBS = ("", ".transforms", ".transforms.functional", ".transforms.v2", ".transforms.v2.functional", ".datasets",
          ".models", ".io")  # fmt: skip
@@ -43,16 +42,11 @@ def fidelity():
     sys.modules.update(before)
 
 
-@pytest.fixture(scope="session")
-def weights(inception_weights):
-    return inception_weights
-
-
-def test_features_of_images(fidelity, weights):
+def test_features_of_images(fidelity, inception_weights):
     """Sizes below and above the network's, and odd ones."""
     module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
-    peer = module.FeatureExtractorInceptionV3("", ["2048", "logits_unbiased"], str(weights))
-    network = load_inception(weights)
+    peer = module.FeatureExtractorInceptionV3("", ["2048", "logits_unbiased"], str(inception_weights))
+    network = load_inception(inception_weights)
     for shape in ((2, 3, 40, 40), (1, 3, 330, 301), (1, 3, 1, 7)):
         images = random_images(shape[0], shape[2:], 1)
         for ours, theirs in zip(network(images), peer(images)):
@@ -61,52 +55,37 @@ def test_features_of_images(fidelity, weights):
 
 @pytest.mark.slow  # the peer's FID alone takes half a minute
 @pytest.mark.filterwarnings("ignore:This DataLoader")
-def test_all_figures_of_images(fidelity, weights):
+def test_all_figures_of_images(fidelity, inception_weights):
     sets = [random_images(24, 40, 1), torch.flip(random_images(20, 56, 2), dims=[1]) // 2]
-    network = load_inception(weights)
-    generated, real = (
-        features_of(ImageSet("", len(images), None, images.__getitem__), network, 8)
-        for images in sets
-    )
-    options = dict(feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(weights), cuda=False)
-    options.update(cache=False, verbose=False, batch_size=8, kid_subset_size=20)
-    options.update(isc=True, fid=True, kid=True, prc=True)
-    wanted = fidelity.calculate_metrics(input1=list_dataset(sets[0]), input2=list_dataset(sets[1]), **options)
+    network = load_inception(inception_weights)
+    generated, real = (features_of(ImageSet("", len(images), None, images.__getitem__), network, 8) for images in sets)
+    listed = [torch.utils.data.Subset(images, range(len(images))) for images in sets]
+    options = {"feature_extractor": "inception-v3-compat", "feature_extractor_weights_path": str(inception_weights)}
+    options.update(dict.fromkeys(("isc", "fid", "kid", "prc"), True), batch_size=8, kid_subset_size=20)
+    options.update(dict.fromkeys(("cuda", "cache", "verbose"), False))
+    wanted = fidelity.calculate_metrics(input1=listed[0], input2=listed[1], **options)
     found = distances.distances(distances.METRICS, generated, real)
     assert found["is"] > 2 and found["fid"] > 1
-    for ours, theirs in (
-        ("fid", "frechet_inception_distance"),
-        ("kid", "kernel_inception_distance_mean"),
-        ("is", "inception_score_mean"),
-        ("is_deviation", "inception_score_std"),
-        ("precision", "precision"),
-        ("recall", "recall"),
-    ):
+    names = {"fid": "frechet_inception_distance", "kid": "kernel_inception_distance_mean", "is": "inception_score_mean"}
+    names.update(is_deviation="inception_score_std", precision="precision", recall="recall")
+    for ours, theirs in names.items():
         assert found[ours] == pytest.approx(wanted[theirs], rel=1e-3, abs=1e-6), ours
 
 
-def list_dataset(images):
-    class Images(torch.utils.data.Dataset):
-        def __len__(self):
-            return len(images)
-
-        def __getitem__(self, index):
-            return images[index]
-
-    return Images()
+def check_fid(x, y, tolerance):
+    metric_fid = importlib.import_module("torch_fidelity.metric_fid")
+    statistics = [metric_fid.fid_features_to_statistics(features) for features in (x, y)]
+    wanted = metric_fid.fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
+    assert distances.fid(x, distances.Moments(y)) == pytest.approx(wanted, rel=tolerance)
 
 
 @pytest.mark.parametrize("n, m, width", [(90, 70, 32), (20, 70, 32), (20, 25, 32)])
 def test_distances_of_features(fidelity, n, m, width):
     """More and fewer images than features, on either side."""
-    metric_fid, metric_kid, metric_prc = (
-        importlib.import_module(f"torch_fidelity.metric_{name}") for name in ("fid", "kid", "prc")
-    )
+    metric_kid, metric_prc = (importlib.import_module(f"torch_fidelity.metric_{name}") for name in ("kid", "prc"))
     torch.manual_seed(n)
     x, y = torch.randn(n, width) @ torch.randn(width, width) / 4 + 0.5, torch.randn(m, width).abs()
-    statistics = [metric_fid.fid_features_to_statistics(features) for features in (x, y)]
-    wanted = metric_fid.fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
-    assert distances.fid(x, distances.Moments(y)) == pytest.approx(wanted, rel=1e-5)
+    check_fid(x, y, 1e-5)
     size = min(n, m)
     wanted = metric_kid.kid_features_to_metric(x, y, kid_subset_size=size, verbose=False)
     found = distances.kid(x, y)
@@ -117,13 +96,10 @@ def test_distances_of_features(fidelity, n, m, width):
 
 @pytest.mark.slow
 def test_more_images_than_inception_features(fidelity):
-    metric_fid = importlib.import_module("torch_fidelity.metric_fid")
     torch.manual_seed(0)
     mix = torch.randn(2048, 2048) / 45
     x, y = (torch.randn(2200, 2048) @ mix + shift for shift in (0.0, 0.1))
-    statistics = [metric_fid.fid_features_to_statistics(features) for features in (x, y)]
-    wanted = metric_fid.fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
-    assert distances.fid(x, distances.Moments(y)) == pytest.approx(wanted, rel=1e-3)
+    check_fid(x, y, 1e-3)
 
 
 def test_fid_of_infinitely_many_images():
@@ -136,8 +112,7 @@ def test_fid_of_infinitely_many_images():
 @pytest.mark.parametrize("metric, message", [("fid", "2 images"), ("kid", "2 images"), ("prc", "more than 3")])
 def test_too_few_images(metric, message):
     one = Features(torch.zeros(1, 4), torch.zeros(1, 4))
-    with pytest.raises(UserError, match=f"--metrics: .*{message}"):
-        distances.distances([metric], one, one)
+    refused(f"--metrics: .*{message}", distances.distances, [metric], one, one)
 
 
 # Sets of images -------------------------------------------------------------------------------------------------------
@@ -161,29 +136,26 @@ def test_images_of_a_folder(folder):
     assert [tuple(batch.shape) for batch in square.batches(3)] == [(3, 3, 16, 16), (1, 3, 16, 16)]
     assert square.identity != found.identity
     (folder / "red" / "2.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="--images .*2.png cannot be read"):
-        list(found.batches(8))
+    refused("--images .*2.png cannot be read", list, found.batches(8))
     for path, message in ((folder / "none", "no such folder"), (folder / "red" / "0.png", "neither a folder nor")):
-        with pytest.raises(UserError, match=f"--images .*: {message}"):
-            folder_images("--images", str(path))
+        refused(f"--images .*: {message}", folder_images, "--images", str(path))
 
 
-def test_features_are_cached(folder, weights, monkeypatch, tmp_path):
+def test_features_are_cached(folder, inception_weights, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    network, images = load_inception(weights), folder_images("--images", str(folder))
+    network, images = load_inception(inception_weights), folder_images("--images", str(folder))
     first = features_of(images, network, 4)
     monkeypatch.setattr(type(network), "forward", None)
     again = features_of(images, network, 4)
     assert torch.equal(again.pooled, first.pooled) and torch.equal(again.logits, first.logits)
     (file,) = (tmp_path / "cache").rglob("*.safetensors")
     file.write_bytes(b"damaged")
-    with pytest.raises(TypeError):  # measured again
-        features_of(images, network, 4)
+    refused("", features_of, images, network, 4, kind=TypeError)  # measured again
 
 
 def test_another_file_is_no_inception_network():
-    with pytest.raises(UserError, match="--inception-weights .*: not torch-fidelity's Inception network"):
-        load_inception(ROOT / "models" / "demo" / "dalle.safetensors")
+    file = ROOT / "models" / "demo" / "dalle.safetensors"
+    refused("--inception-weights .*: not torch-fidelity's Inception network", load_inception, file)
 
 
 # Others ---------------------------------------------------------------------------------------------------------------
@@ -211,8 +183,8 @@ def test_ssim():
 
 
 def test_features_that_are_not_finite_are_refused():
-    with pytest.raises(UserError, match="--inception-weights: this network's features are not finite"):
-        Collector(lambda images: (images.float(), images / 0.0)).add(random_images(1, 8, 0))
+    collector = Collector(lambda images: (images.float(), images / 0.0))
+    refused("--inception-weights: this network's features are not finite", collector.add, random_images(1, 8, 0))
 
 
 def test_nearest_training_images():
@@ -232,8 +204,8 @@ def evaluated(tmp_path, *words):
     return json.loads((tmp_path / "result.json").read_text())
 
 
-def test_a_folder_is_measured(folder, weights, tmp_path, capsys):
-    given = ("--inception-weights", str(weights), "--metrics", "fid,kid,prc")
+def test_a_folder_is_measured(folder, inception_weights, tmp_path, capsys):
+    given = ("--inception-weights", str(inception_weights), "--metrics", "fid,kid,prc")
     result = evaluated(tmp_path, "--images", str(folder), "--reference", str(folder), *given)
     (found,) = result["metrics"]
     assert abs(found["fid"]) < 1e-3 and found["precision"] == found["recall"] == 1
@@ -241,31 +213,30 @@ def test_a_folder_is_measured(folder, weights, tmp_path, capsys):
     assert "note: 4 images" in capsys.readouterr().out
 
 
-def test_a_model_is_measured_at_each_guidance_scale(weights, tmp_path, capsys, caplog, monkeypatch):
+def test_a_model_is_measured_at_each_guidance_scale(inception_weights, tmp_path, capsys, caplog, monkeypatch):
     """Other captions get other random numbers; a second run gives the same figures. What is real is measured once."""
     made, moments = [], distances.Moments.__init__
     monkeypatch.setattr(distances.Moments, "__init__", lambda *given: (made.append(given), moments(*given))[1])
-    words = ("--dalle-path", "demo", "--metrics", "loss,fid,copies", "--num-images", "6", "--max-pairs", "4")
-    words += ("--cond-scale", "1", "2", "--inception-weights", str(weights))
+    words = ("--dalle-path", "demo", "--metrics", "loss,fid,copies", "--num-images", "3", "--max-pairs", "2")
+    words += ("--cond-scale", "1", "2", "--inception-weights", str(inception_weights))
     first, second = evaluated(tmp_path, *words), evaluated(tmp_path, *words)
-    assert [len(features) for _, features in made] == [4, 6, 6] * 2
+    assert [len(features) for _, features in made] == [2, 3, 3] * 2
     assert caplog.text.count("features of demo: those of an earlier run") == 1
     assert first["metrics"] == second["metrics"] and [row["cond_scale"] for row in first["metrics"]] == [1, 2]
     assert first["metrics"][0]["fid"] != first["metrics"][1]["fid"] and first["validation"]["loss"] > 0
-    assert first["protocol"]["temperature"] == 1 and first["protocol"]["num_real"] == 4
+    assert first["protocol"]["temperature"] == 1 and first["protocol"]["num_real"] == 2
     assert all((tmp_path / f"result.copies-{scale}.png").is_file() for scale in (1, 2))
     assert capsys.readouterr().out.count("guidance") == 2
 
 
 def test_too_few_images_of_a_folder_are_refused_before_anything_is_loaded(folder):
     words = f"--images {folder} --metrics is --inception-weights none.pth"
-    with pytest.raises(UserError, match="--metrics is needs at least 10 images: .* has 4"):
-        evaluate.main(words.split())
+    refused("--metrics is needs at least 10 images: .* has 4", evaluate.main, words.split())
 
 
-def test_a_tokenizer_is_measured(folder, weights, tmp_path):
+def test_a_tokenizer_is_measured(folder, inception_weights, tmp_path):
     words = ("--reconstruction", "--dalle-path", "demo", "--input-folder", str(folder), "--metrics", "fid")
-    result = evaluated(tmp_path, *words, "--inception-weights", str(weights))
+    result = evaluated(tmp_path, *words, "--inception-weights", str(inception_weights))
     (found,) = result["metrics"]
     assert len(result["protocol"]["inception"]) == 64
     assert found["psnr"] > 10 and 0 < found["ssim"] < 1 and found["rfid"] > 0 and 1 < found["perplexity"] <= 512
@@ -334,5 +305,4 @@ WRONG = [
 
 @pytest.mark.parametrize("words, message", WRONG)
 def test_options_that_contradict_each_other(words, message):
-    with pytest.raises(UserError, match=message):
-        evaluate.main(words.split())
+    refused(message, evaluate.main, words.split())

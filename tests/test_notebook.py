@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, refused
 from PIL import Image
 
 from dalle import notebook
@@ -115,8 +115,7 @@ def test_clip_orders_where_it_is_given(gallery, model, monkeypatch):
     ranked.generate()
     assert ranked.ranker.path == "some/folder" and "CLIP" in ranked.status.value
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    with pytest.raises(UserError, match="python -m pip install ipywidgets"):
-        Gallery(model)
+    refused("python -m pip install ipywidgets", Gallery, model)
 
 
 def test_the_notebook_is_small_and_shows_a_gallery():

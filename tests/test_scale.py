@@ -17,7 +17,6 @@ import generate
 from dalle import generation
 from dalle.journal import Journal
 from metrics.images import folder_images
-from utils.errors import UserError
 from utils.parts import Parts
 
 VOLATILE = ("images_per_second", "codes_per_pass", "window")  # of the process that completed a folder
@@ -148,8 +147,7 @@ def test_a_run_that_another_one_has_overtaken_gives_up(layout, flags, tmp_path, 
         return read_caption(*given)
 
     monkeypatch.setattr(Journal, "append", first_only)
-    with pytest.raises(KeyboardInterrupt):
-        generate.main(run)
+    refused("", generate.main, run, kind=KeyboardInterrupt)
     monkeypatch.setattr(Journal, "append", append)
     monkeypatch.setattr(generation, "read_caption", overtaken)
     refused("another run has changed it meanwhile", generate.main, run)
@@ -186,9 +184,7 @@ def earlier(flags, tmp_path_factory):
 
 
 @pytest.mark.parametrize("first, then, message", WRONG, ids=[f"{first} {then}" for first, then, _ in WRONG])
-def test_what_does_not_fit_an_earlier_run_is_refused_by_name(
-    first, then, message, flags, earlier, model, tmp_path
-):
+def test_what_does_not_fit_an_earlier_run_is_refused_by_name(first, then, message, flags, earlier, model, tmp_path):
     weights = {name: tensor + 1 for name, tensor in model.model.state_dict().items()}
     other = model.save("other.pt", model.identity, weights)
     shutil.copytree(earlier(f"--num-images 2 {first}"), tmp_path, dirs_exist_ok=True)
@@ -220,9 +216,7 @@ def test_lines_that_were_cut_off_are_not_read(tmp_path):
 # evaluate.py ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_evaluation_is_killed_on_two_processes_and_resumed_on_three(
-    model, processes, inception_weights, tmp_path
-):
+def test_an_evaluation_is_killed_on_two_processes_and_resumed_on_three(model, processes, inception_weights, tmp_path):
     pairs = write_pairs(tmp_path / "pairs", ["a cat", "dog", "x", "y z"])
 
     def flags(name, *more):
@@ -262,8 +256,7 @@ def test_parts_that_are_there_are_not_computed_again(tmp_path):
 
     parts = Parts(folder=tmp_path)
     parts.begin({"--seed": 1})
-    with pytest.raises(KeyboardInterrupt):
-        parts.compute("a", 1000, 100, lambda batches: work(batches, 3))
+    refused("", parts.compute, "a", 1000, 100, lambda batches: work(batches, 3), kind=KeyboardInterrupt)
     refused("--json: another process keeps its results in", Parts(folder=tmp_path, resume=True).begin, {"--seed": 1})
     parts.close()
     told, again = [], Parts(folder=tmp_path, resume=True)
@@ -271,6 +264,5 @@ def test_parts_that_are_there_are_not_computed_again(tmp_path):
     assert again.compute("a", 1000, 100, work, told.append)["squares"].tolist() == [n**2 for n in range(1000)]
     assert sorted(number for numbers in computed for number in numbers)[-1] == 999 and told[-1] == 1000
     assert sum(map(len, computed)) == 1100  # the batch of an unfinished part once more
-    with pytest.raises(UserError, match="--json: results in progress go to .*, but that is another folder"):
-        (tmp_path / "settings.json").unlink()
-        Parts(folder=tmp_path).check({})
+    (tmp_path / "settings.json").unlink()
+    refused("--json: results in progress go to .*, but that is another folder", Parts(folder=tmp_path).check, {})

@@ -8,17 +8,16 @@ import http.client
 import io
 import json
 import logging
+import os
 import re
 import shlex
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
-import zlib
 from types import SimpleNamespace
 from typing import get_args
 
@@ -26,11 +25,12 @@ import openai
 import pytest
 import torch
 from fastapi import Response
-from helpers import ROOT
+from helpers import ROOT, as_bytes, bomb, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types import ImageEditStreamEvent, ImageGenStreamEvent, ImagesResponse
 from PIL import Image
+from test_crash import wait_for
 
 import generate as generate_script
 import serve
@@ -39,15 +39,16 @@ from dalle.generation import token_ids
 from dalle.loading import DEMO_PROMPTS, load
 from data.images import image_to_tensor
 from sampling import SamplingOptions
+from server import scheduler
 from server.app import make_app
 from server.options import API_KEY_VARIABLE, COMMAND
 from server.running import Server, listen
 from server.scheduler import Done, Job
 from server.schemas import NEUTRAL, SPECS, ApiError, read_request
 from server.store import Store
-from utils.errors import UserError
 
 PLAIN = {"model": "demo", "prompt": "red apple"}
+HEAD = ("POST /v1/images/generations HTTP/1.1", "host: localhost", "content-type: application/json")
 
 
 class Brightness:
@@ -99,6 +100,13 @@ class Served:
         status, headers, content = self.raw("POST", path, body, content_type="application/json", **headers)
         return status, headers, json.loads(content)
 
+    def connect(self, *head):
+        """A connection of its own, on which a request begins with these lines."""
+        connection = socket.create_connection(("127.0.0.1", self.port), 60)
+        if head:
+            connection.sendall("".join(f"{line}\r\n" for line in (*head, "")).encode())
+        return connection
+
     @contextlib.contextmanager
     def held(self):
         """Passes wait until the context ends. (The next pass, that is; images may have joined before.)"""
@@ -145,12 +153,6 @@ def opened(image):
     return Image.open(io.BytesIO(base64.b64decode(image.b64_json)))
 
 
-def png(picture):
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def generated(tmp_path, *flags):
     """What generate.py writes: the pixels of all images, and their likelihoods."""
     generate_script.main(["--dalle-path", "demo", "--format", "png", "--outputs-dir", str(tmp_path), *map(str, flags)])
@@ -191,10 +193,10 @@ def test_edits_are_completions_of_generate(served, tmp_path):
     for image in (hole, open_picture):
         image.putalpha(mask.point(lambda value: 255 - value))
     body = {"prompt": "octopus", "n": 2, "extra_body": {"seed": 4}}
-    apart = served.client.images.edit(image=("p.png", png(picture)), mask=("m.png", png(hole)), **body)
+    apart = served.client.images.edit(image=("p.png", as_bytes(picture)), mask=("m.png", as_bytes(hole)), **body)
     assert all(torch.equal(pixels(image), own) for image, own in zip(apart.data, expected))
     assert apart.usage.input_tokens_details.image_tokens == 64 - 6 * 5 and apart.usage.output_tokens == 2 * 30
-    own = served.client.images.edit(image=[("p.png", png(open_picture))], **body)
+    own = served.client.images.edit(image=[("p.png", as_bytes(open_picture))], **body)
     assert len(own.data) == 2 and own.usage == apart.usage  # transparent parts are white before they are encoded
 
 
@@ -298,7 +300,7 @@ def test_a_stream_of_edits(served):
     picture = Image.new("RGBA", (64, 64), "white")
     picture.paste((0, 0, 0, 0), (0, 32, 64, 64))
     stream = served.client.images.edit(
-        image=("p.png", png(picture)), prompt="pizza", stream=True, partial_images=1, extra_body={"seed": 5}
+        image=("p.png", as_bytes(picture)), prompt="pizza", stream=True, partial_images=1, extra_body={"seed": 5}
     )
     first, final = stream
     check_event(first, ImageEditStreamEvent)
@@ -382,26 +384,22 @@ def test_neutral_parameters_are_accepted(served):
     assert len(answer.data) == 1
 
 
-@pytest.mark.parametrize("body, kind, status", [
-    (b"{", "application/json", 400), (b"[1]", "application/json", 400), (b"[" * 100_000, "application/json", 400),
-    (b"{}", "text/plain", 415), (b"\xff", "application/json", 400),
-], ids=str)  # fmt: skip
-def test_bodies_that_are_no_requests(served, body, kind, status):
-    for path in ("/v1/images/generations", "/v1/images/edits"):
-        found, _, content = served.raw("POST", path, body, content_type=kind)
-        assert found == (status if path.endswith("generations") else 415) and json.loads(content)["error"]["message"]
+#: What is no request, and the status of it at both addresses.
+BODIES = [
+    (b"{", "application/json", 400, 415), (b"[1]", "application/json", 400, 415), (b"{}", "text/plain", 415, 415),
+    (b"[" * 100_000, "application/json", 400, 415), (b"\xff", "application/json", 400, 415),
+    (b"", "multipart/form-data", 415, 400), (b"--y\r\n", "multipart/form-data; boundary=x", 415, 400),
+]
 
 
-def bomb(side):
-    """A PNG of some bytes that claims so many pixels in a row and a column."""
-    def chunk(name, content):
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 6, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b""))  # fmt: skip
+@pytest.mark.parametrize("body, kind, generation, edit", BODIES, ids=lambda value: str(value)[:40])
+def test_bodies_that_are_no_requests(served, body, kind, generation, edit):
+    for path, status in (("generations", generation), ("edits", edit)):
+        found, _, content = served.raw("POST", f"/v1/images/{path}", body, content_type=kind)
+        assert found == status and json.loads(content)["error"]["type"] == "invalid_request_error"
 
 
-SQUARE = png(Image.new("RGBA", (64, 64), "white"))
+SQUARE = as_bytes(Image.new("RGBA", (64, 64), "white"))
 EDITS = [
     ({}, {}, "image", "image is missing"),
     ({"image": "https://example.org/x.png"}, {}, "image", "image must be a file"),
@@ -413,7 +411,7 @@ EDITS = [
     ({}, {"image": bomb(64)}, "image", "image cannot be read"),
     ({}, {"image": SQUARE}, "mask", "image is nowhere transparent: give a mask"),
     ({}, {"image": SQUARE, "mask": SQUARE}, "mask", "mask is nowhere transparent"),
-    ({}, {"image": SQUARE, "mask": png(Image.new("RGBA", (8, 8)))}, "mask", "mask must be as large as image"),
+    ({}, {"image": SQUARE, "mask": as_bytes(Image.new("RGBA", (8, 8)))}, "mask", "mask must be as large as image"),
     ({}, {"image": SQUARE, "prompt": b"x"}, "prompt", "'prompt' must not be a file"),
     ({"n": "two"}, {"image": SQUARE}, "n", "n: expected a whole number"),
     ({"input_fidelity": "high"}, {"image": SQUARE}, "input_fidelity", "input_fidelity is not supported"),
@@ -433,15 +431,13 @@ def test_a_mask_beside_the_square_is_named(served):
     wide = Image.new("RGBA", (128, 64), "white")
     wide.paste((0, 0, 0, 0), (0, 0, 20, 64))
     with pytest.raises(openai.BadRequestError, match="nothing in the image's centre square is transparent"):
-        served.client.images.edit(image=("p.png", png(wide)), prompt="a cat")
+        served.client.images.edit(image=("p.png", as_bytes(wide)), prompt="a cat")
 
 
 def test_requests_that_are_too_large_or_come_from_elsewhere(served):
     large = b'{"prompt": "' + b"x" * (17 << 20) + b'"}'
     assert served.post(large)[0] == served.post(b" " * (2 << 20))[0] == 413
-    with socket.create_connection(("127.0.0.1", served.port), 60) as connection:  # without saying how large
-        connection.sendall(b"POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n"
-                           b"content-type: application/json\r\n\r\n")
+    with served.connect(*HEAD, "transfer-encoding: chunked") as connection:  # without saying how large
         with contextlib.suppress(OSError):  # closed by the server
             for _ in range(20):
                 connection.sendall(b"100000\r\n" + b" " * (1 << 20) + b"\r\n")
@@ -471,7 +467,7 @@ def test_requests_together_hold_no_more_than_a_few(served, monkeypatch):
 @pytest.mark.parametrize("part", [b"", b"POST /v1/images/generations HTTP/1.1\r\nhost: loc"])
 def test_connections_without_a_request_are_closed(monkeypatch, part):
     monkeypatch.setattr("server.running.HEADER_SECONDS", 0.2)
-    with Served() as served, socket.create_connection(("127.0.0.1", served.port), 60) as connection:
+    with Served() as served, served.connect() as connection:
         connection.sendall(part)
         with contextlib.suppress(ConnectionError):
             assert connection.recv(1) == b""
@@ -480,16 +476,9 @@ def test_connections_without_a_request_are_closed(monkeypatch, part):
 def test_a_client_that_does_not_read_is_given_up():
     with Served("--request-timeout", "0.5") as served:
         served.app.get("/large")(lambda: Response(b"x" * (32 << 20)))
-        with socket.create_connection(("127.0.0.1", served.port), 60) as connection:
-            connection.sendall(b"GET /large HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        with served.connect("GET /large HTTP/1.1", "host: localhost"):
             served.until(lambda _: served.server.server_state.connections)
             served.until(lambda _: not served.server.server_state.connections)
-
-
-@pytest.mark.parametrize("kind, body", [("multipart/form-data", b""), ("multipart/form-data; boundary=x", b"--y\r\n")])
-def test_forms_that_are_none(served, kind, body):
-    status, _, content = served.raw("POST", "/v1/images/edits", body, content_type=kind)
-    assert status == 400 and json.loads(content)["error"]["type"] == "invalid_request_error"
 
 
 def test_routes_that_do_not_exist(served):
@@ -584,9 +573,7 @@ def test_requests_end_in_time_and_the_server_in_order():
             time.sleep(1.1)
         waiting.join()
         assert found[0][0] == 503 and found[0][2]["error"]["code"] == "timeout"
-        with socket.create_connection(("127.0.0.1", served.port), 60) as slow:
-            slow.sendall(b"POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99\r\n"
-                         b"content-type: application/json\r\n\r\n{")
+        with served.connect(*HEAD, "content-length: 99") as slow:
             assert b" 408 " in slow.recv(100)
         assert json.loads(served.raw("GET", "/healthz")[2]) == {"status": "ok"}
         served.scheduler.refuse()
@@ -595,34 +582,21 @@ def test_requests_end_in_time_and_the_server_in_order():
         assert served.raw("GET", "/healthz")[0] == 503
 
 
-def test_a_pass_that_fails_ends_its_requests_and_no_others(served, caplog):
-    advance = served.scheduler.images.advance
-
-    def fail():
-        served.scheduler.images.advance = advance
-        raise RuntimeError("no such luck")
-
-    served.scheduler.images.advance = fail
-    status, _, body = served.post(PLAIN)
-    assert status == 500 and body["error"]["type"] == "server_error" and "no such luck" in caplog.text
-    assert served.post({**PLAIN, "n": 33})[0] == 200  # all slots are free
-
-
-def test_an_image_that_cannot_be_decoded_ends_its_request_and_no_other(served, monkeypatch, caplog):
+@pytest.mark.parametrize("part", ["a pass", "decoding"])
+def test_what_fails_ends_its_requests_and_no_others(served, monkeypatch, caplog, part):
     def fail(*_):
         monkeypatch.undo()
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr("server.scheduler.decode", fail)
+    owner, name = (served.scheduler.images, "advance") if part == "a pass" else (scheduler, "decode")
+    monkeypatch.setattr(owner, name, fail)
     status, _, body = served.post(PLAIN)
     assert status == 500 and body["error"]["type"] == "server_error" and "no such luck" in caplog.text
     assert served.post({**PLAIN, "n": 33})[0] == 200  # all slots are free
 
 
 def test_a_client_that_leaves_while_it_sends_is_no_error(served, caplog):
-    with socket.create_connection(("127.0.0.1", served.port), 60) as connection:
-        connection.sendall(b"POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n"
-                           b"content-type: application/json\r\n\r\n{")
+    served.connect(*HEAD, "content-length: 9").close()
     served.until(lambda _: b'generations",status="499"' in served.raw("GET", "/metrics")[2])
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
 
@@ -670,17 +644,18 @@ def test_curl_in_the_document_gets_images(served, tmp_path, command):
 
 
 
-def test_the_command_serves_until_a_signal_and_completes_what_runs():
-    command = [sys.executable, "serve.py", "--dalle-path", "demo", "--port", "0", "--threads", "1"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    port = next(int(line.rpartition(":")[2]) for line in process.stderr if "is served at" in line)
+def test_the_command_serves_until_a_signal_and_completes_what_runs(server, tmp_path):
+    log = tmp_path / "stderr.log"
+    pid = server.start("--dalle-path demo --port 0 --threads 1".split(), log, script="serve")
+    wait_for(tmp_path, "is served at")
+    port = int(re.findall(r"is served at .*:(\d+)", log.read_text())[0])
     connection = serve_load.Connection(port)
     connection.send(serve_load.Ask({"prompt": "pizza", "n": 30}))
     while serve_load.counted(port)["mini_dalle_running_images"] == 0:
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    os.kill(pid, signal.SIGTERM)
     assert len(connection.receive()) == 30
-    assert process.wait(60) == 0 and "stopping" in process.stderr.read()
+    assert server.wait(pid, 60) == 0 and "stopping" in log.read_text()
 
 
 @pytest.mark.parametrize("package", ["fastapi", "uvicorn", "prometheus_client"])
@@ -688,8 +663,8 @@ def test_missing_packages_are_named(package, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("server.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=f"{package}.*: python -m pip install -r requirements-serve.txt"):
-        serve.main(["--dalle-path", "missing"])
+    message = f"{package}.*: python -m pip install -r requirements-serve.txt"
+    refused(message, serve.main, ["--dalle-path", "missing"])
 
 
 def test_prompts_to_try_come_from_a_file(tmp_path):
@@ -697,14 +672,13 @@ def test_prompts_to_try_come_from_a_file(tmp_path):
     options = COMMAND.parse(["--dalle-path", "demo", "--examples", str(tmp_path / "prompts.txt")])
     assert options.prompts() == ["a cat", "a dog"]
     assert not COMMAND.parse(["--dalle-path", "other"]).prompts()
-    with pytest.raises(UserError, match="--examples missing.txt: no such file"):
-        serve.main(["--dalle-path", "missing", "--examples", "missing.txt", "--port", "0"])
+    words = ["--dalle-path", "missing", "--examples", "missing.txt", "--port", "0"]
+    refused("--examples missing.txt: no such file", serve.main, words)
 
 
 def test_a_port_that_is_taken_is_named_before_anything_is_loaded():
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"--host 127.0.0.1 --port {port}: cannot listen there"):
-            serve.main(["--dalle-path", "missing", "--port", str(port)])
-    with pytest.raises(UserError, match="--host nowhere.invalid --port 1234: cannot listen there"):
-        listen("nowhere.invalid", 1234)
+        message = f"--host 127.0.0.1 --port {port}: cannot listen there"
+        refused(message, serve.main, ["--dalle-path", "missing", "--port", str(port)])
+    refused("--host nowhere.invalid --port 1234: cannot listen there", listen, "nowhere.invalid", 1234)

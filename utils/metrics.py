@@ -13,12 +13,13 @@ import os
 import time
 import uuid
 from pathlib import Path
-from typing import IO, Any, Callable, Mapping, Sequence
-
-from torch import Tensor
+from typing import IO, TYPE_CHECKING, Any, Callable, Mapping, Sequence
 
 from utils.errors import UserError
 from utils.files import PathLike, atomic_write
+
+if TYPE_CHECKING:  # programs that log without PyTorch start faster
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
