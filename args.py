@@ -425,7 +425,8 @@ def _check_together(config: Config) -> None:
     if run.precision == "bf16" and run.device == "ipu":
         raise UsageError("--precision bf16 is not for IPUs; use fp16 or fp32")
     if model.code_noise_similar and not data.keeps_codes:
-        raise UsageError("--code-noise-similar needs the codes of all images: omit --cache-codes off and generated data")
+        raise UsageError("--code-noise-similar needs the codes of all images: omit --cache-codes off, and give real "
+                         "images")
     if model.code_noise_similar and run.device == "ipu":
         raise UsageError("--code-noise-similar: IPUs read one image for each caption; omit it, or use another --device")
     if model.code_noise_per_image and model.code_noise > 0.5:

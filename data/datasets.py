@@ -420,7 +420,7 @@ class CodesDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         """A pair with a similar image, another one in each epoch; itself if there is none."""
         assert self._similar is not None
         known = self._similar[pair][self._similar[pair] >= 0]
-        chosen = random_below(max(1, len(known)), "similar", self.pairs.settings.seed, self.pairs.epoch, pair)
+        chosen = random_below(max(1, len(known)), "similar", self.pairs.settings.seed, int(self.pairs._epoch), pair)
         return int(known[chosen]) if len(known) else pair
 
     def find_similar(self) -> None:

@@ -9,7 +9,7 @@ SIMILAR = 8
 """Similar images of each one."""
 _CANDIDATES = 4096
 """With more images, only so many are compared to each: a few minutes for the images of COCO."""
-_ROWS = 64
+_ROWS = 256
 
 
 def similar_rows(codes: torch.Tensor, seed: int) -> torch.Tensor:
@@ -17,13 +17,13 @@ def similar_rows(codes: torch.Tensor, seed: int) -> torch.Tensor:
 
     codes (n, N), -1 where an image was not encoded. Rows that are equal, or have no code in common, are not similar.
     """
-    compact = codes.to(torch.int32)
-    candidates = epoch_order(len(codes), seed, 0)[:_CANDIDATES] if len(codes) > _CANDIDATES else torch.arange(len(codes))
+    compact = codes.float()
+    candidates = epoch_order(len(codes), seed, 0)[:_CANDIDATES].sort().values
     candidates = candidates[compact[candidates, 0] >= 0]
     found = []
     for rows in compact.split(_ROWS):
-        common = (rows[:, None] == compact[candidates]).sum(dim=2)  # (rows, candidates)
-        common[common == codes.shape[1]] = 0
-        most = common.topk(min(SIMILAR, len(candidates)), dim=1)
-        found.append(torch.where(most.values > 0, candidates[most.indices], -1))
+        different = torch.cdist(rows, compact[candidates], p=0)  # (rows, candidates), how many codes
+        different[different == 0] = codes.shape[1]
+        least = different.topk(min(SIMILAR, len(candidates)), dim=1, largest=False)
+        found.append(torch.where(least.values < codes.shape[1], candidates[least.indices], -1))
     return torch.cat(found)

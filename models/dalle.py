@@ -252,8 +252,8 @@ class TextToImage(nn.Module):
         if not self.training:
             return codes
         if similar is not None:
-            chosen, share = torch.rand(2, len(codes), 1, device=codes.device)
-            wrong = torch.rand(codes.shape, device=codes.device) < share * (chosen < self.noise_similar)
+            chosen, of_image = torch.rand(2, len(codes), 1, device=codes.device)
+            wrong = torch.rand(codes.shape, device=codes.device) < of_image * (chosen < self.noise_similar)
             codes = torch.where(wrong, similar, codes)
         if not self.code_noise:
             return codes

@@ -238,3 +238,17 @@ def test_each_image_may_have_its_own_share_of_wrong_codes(per_image):
     wrong = (model._add_code_noise(torch.full((4000, 100), 7)) != 7).float().mean(dim=1)
     assert wrong.mean().item() == pytest.approx(0.3, abs=0.02)
     assert wrong.std().item() == pytest.approx(0.6 / 12**0.5 if per_image else 0.3 / 6, abs=0.02)
+
+
+def test_some_input_codes_are_those_of_a_similar_image():
+    """In 0.7 of the images a share from 0 to 1; targets stay, and validation sees none of them."""
+    torch.manual_seed(0)
+    model = TextToImage(DalleModel(TINY), noise_similar=0.7)
+    codes, similar = torch.full((4000, 100), 7), torch.full((4000, 100), 5)
+    wrong = (model._add_code_noise(codes, similar) == 5).float().mean(dim=1)
+    assert (wrong > 0).float().mean().item() == pytest.approx(0.7, abs=0.03)
+    assert wrong[wrong > 0].mean().item() == pytest.approx(0.5, abs=0.02)
+    both = torch.stack([CODES, CODES.flip(1)], dim=1)
+    assert torch.equal(model.eval()(TEXT, both).total, model(TEXT, CODES).total)
+    model.train()
+    assert len({model(TEXT, both).total.item() for _ in range(20)}) > 1

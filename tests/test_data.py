@@ -400,6 +400,22 @@ def test_codes_take_the_place_of_images(tmp_path, codes):
     refused("the image of pair 1 was not encoded", dataset.__getitem__, 1, kind=RuntimeError)
 
 
+def test_codes_come_with_those_of_a_similar_image(tmp_path):
+    codes = torch.zeros(7, 6, dtype=torch.int64) + 10 * torch.arange(7)[:, None]
+    codes[1, :5] = codes[0, :5]  # 0 and 1 are similar, 2 is like both; 3 and 4 are equal, 5 is like none
+    codes[2, :2], codes[4], codes[6] = 0, codes[3], -1
+    dataset = CodesDataset(folder_dataset(write_folder(tmp_path, 7)).subset(torch.arange(6)), codes)
+    dataset.find_similar()
+    seen = [set() for _ in range(6)]
+    for epoch in range(20):
+        dataset.set_epoch(epoch)
+        for index, found in enumerate(seen):
+            own, other = dataset[index][1]
+            assert torch.equal(own, codes[index]) and torch.equal(other, dataset[index][1][1])
+            found.add(int(other[5]) // 10)
+    assert seen == [{1, 2}, {0, 2}, {0, 1}, {3}, {3}, {5}]
+
+
 def test_create_datasets(tmp_path, caplog, monkeypatch):
     folder = str(write_folder(tmp_path / "train", 10))
     write_folder(tmp_path / "val", 10, "v{}")

@@ -44,7 +44,7 @@ _ALONE = dict(
     beta2=0.9, eps=0.01, clip_grad_norm=0.001, enable_half_first_order_momentum=True, ema_decay=0.9, hidden_size=32,
     num_hidden_layers=2, num_attention_heads=2, dim_head=4, text_seq_len=9, image_size=32, attn_types=["full"],
     attention_impl="explicit", ff_dropout=0.5, attn_dropout=0.5, sandwich_norm=True, norm="rms", qk_norm=True,
-    rotary_2d=True, activation="swiglu", ff_mult=3, layer_scale=False, init_std=0.02,
+    rotary_2d=True, shift_tokens=True, code_noise_similar=1.0, activation="swiglu", ff_mult=3, layer_scale=False, init_std=0.02,
     z_loss=0.1, base_width=32.0, init_codes="codebook", loss_img_weight=1.0, code_noise=0.5, null_cond_prob=1.0,
     vqgan_model_path=NEW_VQGAN + ".safetensors",
     vqgan_config_path=NEW_VQGAN + ".yaml", input_folder=NEW_FOLDER, validation_folder=NEW_FOLDER,
