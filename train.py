@@ -15,14 +15,13 @@ import utils.start  # noqa: F401 - first: it says what stops the imports below
 import logging
 import sys
 
-import torch
-
 import args
 import engines
 import log
 from args import Config
 from bpe import load_tokenizer
 from engines.ipu import plan_report
+from models.building import shapes_only
 from models.vqgan import VQGAN
 from training.files import folders_locked
 from training.run import train
@@ -54,7 +53,7 @@ def main() -> int:
 def show_plan(config: Config) -> None:
     """--plan: what each IPU would hold, as text and as plan.png. Reads the vocabulary and a VQGAN's YAML, no data."""
     vqgan = vqgan_config(config)
-    with torch.device("meta"):
+    with shapes_only():
         model = dalle_config(config, load_tokenizer(config.data.bpe_path), VQGAN(vqgan))
     found = plan_report.divisions(config, model, vqgan)
     sys.stdout.write(plan_report.describe(config, model, found) + "\n")

@@ -13,6 +13,7 @@ from typing import Any, Dict, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from models.building import shapes_only
 from models.config import DalleConfig
 from models.dalle import DalleModel
 from utils.errors import UserError, nearest
@@ -93,8 +94,8 @@ def check_size(config: Mapping[str, Any], flags: Mapping[str, str] | None = None
 
 def empty_weights(config: DalleConfig) -> Weights:
     """Return a model's weights under internal names, on the meta device: shapes without memory."""
-    with torch.device("meta"):  # rotary angles are not weights, and PyTorch 2.0 cannot compute them there
-        return DalleModel(dataclasses.replace(config, rotary=False)).state_dict(keep_vars=True)
+    with shapes_only():  # tables are not weights, and computing them there loads PyTorch's compiler
+        return DalleModel(config, tables=False).state_dict(keep_vars=True)
 
 
 def aliases(weights: Mapping[str, Tensor]) -> dict[str, str]:

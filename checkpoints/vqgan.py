@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from checkpoints.files import kind, read_safetensors, read_torch
 from checkpoints.names import averaged, part, unwrapped
 from checkpoints.trust import Weights, check_state, check_tensors, overlap
+from models.building import shapes_only
 from models.perceptual import PerceptualDistance
 from models.vqgan import VQGAN, VqganConfig
 from utils.caches import cache_folder
@@ -74,7 +75,7 @@ def load_vqgan_state(path: PathLike) -> Weights:
 
 def check_size(config: VqganConfig) -> Weights:
     """Return the weights of a model on the meta device. Raises UserError for one that is too large."""
-    with torch.device("meta"):
+    with shapes_only():
         expected = VQGAN(config).state_dict()
     count = sum(value.numel() for value in expected.values())
     if count > _MAX_PARAMETERS:

@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import io
 import itertools
 import math
+from pathlib import Path
 from typing import Any, Mapping, NamedTuple, Sequence
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
@@ -184,6 +186,8 @@ def _wrapped(text: str, width: int, size: int, most: int) -> list[str]:
 
 def _drawable(text: str) -> str:
     """The text with an ellipsis for each run of characters that the font lacks, without emoji joiners."""
+    if text.isascii() and text.isprintable():  # all are in the font; importing Matplotlib takes as long as an image
+        return text
     known = _characters()
     parts = []
     visible = text.translate({0x200D: None, 0xFE0F: None})
@@ -206,6 +210,7 @@ def _characters() -> frozenset[int]:
 
 def _font_file() -> str:
     """DejaVu Sans, which comes with Matplotlib: Pillow's own font has only Latin-1."""
-    import matplotlib
-
-    return f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    found = importlib.util.find_spec("matplotlib")
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+    return str(Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf")

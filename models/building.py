@@ -12,10 +12,28 @@ from typing import Any, Iterator, MutableMapping
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from models.config import DalleConfig
 from models.dalle import DalleModel
 from models.quantization import Int8Linear
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Skips initialisation: normal numbers on the meta device load PyTorch's compiler, half a second for nothing."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs.get("tensor", *args[:1])
+        return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Within the context new modules are on the meta device: shapes without memory."""
+    with torch.device("meta"), _Uninitialised():
+        yield
 
 
 @contextlib.contextmanager
@@ -33,7 +51,8 @@ def without_weights() -> Iterator[None]:
 
     handle = register_module_parameter_registration_hook(to_meta)
     try:
-        yield
+        with _Uninitialised():
+            yield
     finally:
         handle.remove()
 

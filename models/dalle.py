@@ -45,8 +45,8 @@ class AxialPositions(nn.Module):
 
     def __init__(self, grid: int, dim: int) -> None:
         super().__init__()
-        self.rows = nn.Parameter(torch.randn(grid, 1, dim))
-        self.columns = nn.Parameter(torch.randn(1, grid, dim))
+        self.rows = nn.Parameter(nn.init.normal_(torch.empty(grid, 1, dim)))
+        self.columns = nn.Parameter(nn.init.normal_(torch.empty(1, grid, dim)))
 
     def table(self) -> Tensor:
         """Return the (N, D) table of all positions, row by row."""
@@ -58,7 +58,7 @@ class LearnedPositions(nn.Module):
 
     def __init__(self, grid: int, dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(grid * grid, dim))
+        self.weight = nn.Parameter(nn.init.normal_(torch.empty(grid * grid, dim)))
 
     def table(self) -> Tensor:
         """Return the (N, D) table of all positions."""
@@ -72,7 +72,8 @@ class DalleModel(nn.Module):
     Mini DALL-E computes one head over V + T + C rows and masks two thirds of it; results are equal.
     """
 
-    def __init__(self, config: DalleConfig) -> None:
+    def __init__(self, config: DalleConfig, tables: bool = True) -> None:
+        """tables: see `Transformer`."""
         super().__init__()
         self.config = config
         self.text_emb = nn.Embedding(config.text_table_size, config.dim)
@@ -80,7 +81,7 @@ class DalleModel(nn.Module):
         self.text_pos_emb = nn.Embedding(config.text_len, config.dim) if config.text_positions else None
         positions = {"axial": AxialPositions, "learned": LearnedPositions}.get(config.image_positions)
         self.image_pos_emb: Any = positions(config.grid, config.dim) if positions else None
-        self.transformer = Transformer(config)
+        self.transformer = Transformer(config, tables)
         self.norm = transformer.make_norm(config)
         self.text_head = nn.Linear(config.dim, config.text_table_size, bias=config.head_bias)
         self.image_head = nn.Linear(config.dim, config.num_image_tokens, bias=config.head_bias)

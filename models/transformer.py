@@ -190,7 +190,8 @@ class Transformer(nn.Module):
 
     angles: Tensor | None
 
-    def __init__(self, config: DalleConfig) -> None:
+    def __init__(self, config: DalleConfig, tables: bool = True) -> None:
+        """tables: whether there are masks and angles, without which nothing can be computed."""
         super().__init__()
         self.config = config
         attentions: dict[int, Attention] = {}
@@ -206,12 +207,13 @@ class Transformer(nn.Module):
             if ff_id not in feed_forwards:
                 feed_forwards[ff_id] = FeedForward(config)
             self.layers.append(Block(config, layer, attentions[attention_id], feed_forwards[ff_id]))
-        self._visible = {name: visible(name, config.text_len, config.grid) for name in set(config.layer_patterns)}
+        names = set(config.layer_patterns) if tables else ()
+        self._visible = {name: visible(name, config.text_len, config.grid) for name in names}
         for name in sorted(self._visible):
             self.register_buffer("mask_" + name, self._visible[name].mask, persistent=False)
             self.register_buffer("window_" + name, self._visible[name].window, persistent=False)
         table = rotary_2d_angles if config.rotary_2d else rotary_angles
-        rotates = config.rotary or config.rotary_2d
+        rotates = tables and (config.rotary or config.rotary_2d)
         angles = table(config.text_len, config.grid, config.dim_head) if rotates else None
         self.register_buffer("angles", angles, persistent=False)
 

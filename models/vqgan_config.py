@@ -197,21 +197,9 @@ class VqganConfig:
             yaml.safe_dump(self.to_dict(), file, sort_keys=False, default_flow_style=None)
 
 
-#: Defaults of absent keys of stage1 in minDALL-E's config.yaml: its published VQGAN.
-_STAGE1_DEFAULTS: dict[str, Any] = {
-    "z_channels": 256,
-    "resolution": 256,
-    "in_channels": 3,
-    "out_ch": 3,
-    "ch": 128,
-    "ch_mult": [1, 1, 2, 2, 4],
-    "num_res_blocks": 2,
-    "attn_resolutions": [16],
-}
-
-
 def stage1_config(document: Mapping[str, Any], source: str) -> VqganConfig:
-    """Read the VQGAN's options from minDALL-E's config.yaml (as a dictionary), where every key may be absent.
+    """Read the VQGAN's options from minDALL-E's config.yaml (as a dictionary), where every key may be absent: those of
+    its published VQGAN are the defaults here, but for the number of codes.
 
     Raises UserError naming `source` and the key.
     """
@@ -221,7 +209,8 @@ def stage1_config(document: Mapping[str, Any], source: str) -> VqganConfig:
         raise UserError(f"{source}: stage1 and its hparams must be tables of options")
     if stage.get("type", "vqgan") != "vqgan":
         raise UserError("{}: stage1.type {} is not supported; known: vqgan".format(source, shown(stage["type"])))
-    network = dict(_STAGE1_DEFAULTS, **{str(key): value for key, value in hparams.items() if key != "pdrop"})
+    network = {key: getattr(VqganConfig, key) for key in NETWORK_KEYS}
+    network.update((str(key), value) for key, value in hparams.items() if key != "pdrop")
     params = {
         "embed_dim": stage.get("embed_dim", 256),
         "n_embed": stage.get("n_embed", 16384),

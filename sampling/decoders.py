@@ -92,6 +92,7 @@ class Decoder:
         self.cache = Cache(model.config, prompts, images, model.text_emb.weight.device, self.dtype)
         self._casts, self._lays_out = self.dtype != model.text_emb.weight.dtype, False
         self.operands = self._operands()
+        self._plain = model.operands() if self._lays_out else self.operands
 
     def _operands(self) -> Operands:
         self._lays_out = not self._casts and is_small(self.model) and ops.refusal(self.model.text_emb.weight) is None
@@ -153,9 +154,8 @@ class Decoder:
         return part
 
     def _read(self, ids: Tensor, positions: Positions) -> Tensor:
-        # Copies are laid out for one code of each row; in another type they serve all.
-        fits = positions.count == 1 or self._casts
-        return self.model.read(ids, positions, self.cache, self.operands if fits else None)
+        # Copies are laid out for one code of each row.
+        return self.model.read(ids, positions, self.cache, self.operands if positions.count == 1 else self._plain)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., C)."""

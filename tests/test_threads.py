@@ -89,8 +89,11 @@ class Team:
 
 def test_the_team_sleeps_only_while_others_want_the_cores():
     # Seconds that a thread ran and waited for a core, at each look, and whether the team is alive then.
-    looks = [(1.0, 0.0), (2.0, 0.01), (3.0, 0.51), (3.01, 0.6), (4.0, 0.71), (5.0, 0.78), (6.0, 0.79), (6.001, 9.0)]
-    alive = [True, True, False, True, True, True, True, False]
+    looks = [(1.0, 0.0), (2.0, 0.01), (3.0, 0.51), (3.01, 0.6), (4.0, 0.71), (5.0, 0.78), (6.0, 0.79), (6.001, 9.0),
+             (7.0, 9.5), (8.0, 9.9), (9.0, 10.3), (10.0, 10.7)]  # fmt: skip
+    alive = [True, True, False, True, True, True, True, False, False, True, False, False]
+    # Seconds that other processes ran by then; from the tenth look on they do not, and the waits are not for them.
+    others = [1.0, 2.0, 3.0, 3.01, 4.0, 5.0, 6.0, 6.001, 7.0, 7.1, 7.2, 7.3]
     seen = []
 
     class Over(Exception):
@@ -102,6 +105,10 @@ def test_the_team_sleeps_only_while_others_want_the_cores():
         seen.append(Team.begun[-1].is_alive())
         return {"1": looks[len(seen) - 1]}
 
+    def used():
+        ran = looks[len(seen) - 1][0]
+        return ran, ran + others[len(seen) - 1]
+
     with pytest.raises(Over):
-        threads._watch(Team, look, lambda seconds: None)
-    assert seen == alive and len(Team.begun) == 2
+        threads._watch(Team, look, used, lambda seconds: None)
+    assert seen == alive and len(Team.begun) == 3

@@ -21,7 +21,7 @@ from bpe import Tokenizer, load_tokenizer
 from checkpoints.trust import check_size
 from checkpoints.vqgan import PUBLISHED, default_vqgan, load_vqgan
 from engines import Engine
-from models.building import build_dalle
+from models.building import build_dalle, shapes_only
 from models.config import ARCHITECTURES, DalleConfig
 from models.dalle import DalleModel, TextToImage
 from models.vqgan import VQGAN, VqganConfig
@@ -87,7 +87,7 @@ def build_parts(config: Config, engine: Engine | None = None) -> Parts:
         engine.barrier()
     tokenizer = load_tokenizer(config.data.bpe_path)
     options, model = config.data, config.model
-    with torch.device("meta"):
+    with shapes_only():
         vqgan = VQGAN(vqgan_config(config))
     dalle_config(config, tokenizer, vqgan)
     settings = data.DataSettings(

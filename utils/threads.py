@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from typing import Any, Callable
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,10 @@ one busy process or one per core, whether they spin or sleep."""
 
 _WORK = 0.02
 """Seconds that the threads must have run before that ratio is meaningful."""
+
+_OTHERS = 0.3
+"""Cores that others use below which waiting is not their fault. An idle virtual core takes some 20 microseconds to
+wake up, which Linux counts, too: a small model's threads, if they sleep, wait for half of the time that they run."""
 
 
 @functools.lru_cache(maxsize=None)
@@ -46,7 +51,7 @@ def share_cores() -> bool:
             else:
                 runtime.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
                 runtime.GOMP_parallel.restype = None
-                watch = (functools.partial(_SleepingTeam, runtime), _schedule, threading.Event().wait)
+                watch = (functools.partial(_SleepingTeam, runtime), _schedule, _used, threading.Event().wait)
                 threading.Thread(target=_watch, args=watch, name="share cores", daemon=True).start()
             done = True
         except (OSError, AttributeError, RuntimeError) as error:
@@ -64,11 +69,12 @@ def _loaded_runtimes() -> list[str]:
 def _watch(
     new_team: Callable[[], Any],
     schedule: Callable[[], dict[str, tuple[float, float]]],
+    used: Callable[[], tuple[float, float]],
     wait: Callable[[float], Any],
 ) -> None:
-    """Keep a sleeping team at first, while this process waits for cores, and where Linux has no such statistics."""
+    """Keep a sleeping team at first, while this process waits for others, and where Linux has no such statistics."""
     try:
-        _keep_team(new_team, schedule, wait)
+        _keep_team(new_team, schedule, used, wait)
     except (OSError, RuntimeError) as error:  # no more threads can be started
         logger.debug("threads are left as they are: %s", error)
 
@@ -76,22 +82,25 @@ def _watch(
 def _keep_team(
     new_team: Callable[[], Any],
     schedule: Callable[[], dict[str, tuple[float, float]]],
+    used: Callable[[], tuple[float, float]],
     wait: Callable[[float], Any],
 ) -> None:
     team = new_team()
-    before = schedule()
+    before, used_before = schedule(), used()
     while before:
         wait(_INTERVAL)
-        now = schedule()
+        now, used_now = schedule(), used()
         both = now.keys() & before.keys()
         ran, waited = (sum(now[thread][i] - before[thread][i] for thread in both) for i in (0, 1))
         if ran < _WORK:
             continue
-        if waited > _BUSY * ran and not team.is_alive():
+        seconds, all_ran = (used_now[i] - used_before[i] for i in (0, 1))
+        alone = all_ran - ran < _OTHERS * seconds
+        if waited > _BUSY * ran and not alone and not team.is_alive():
             team = new_team()
-        elif waited < _QUIET * ran and team.is_alive():
+        elif (waited < _QUIET * ran or alone) and team.is_alive():
             team.end()
-        before = now
+        before, used_before = now, used_now
     team.join()
 
 
@@ -106,6 +115,15 @@ def _schedule() -> dict[str, tuple[float, float]]:
             continue  # the thread has ended, or the kernel has no statistics
         times[thread] = (int(ran) / 1e9, int(waited) / 1e9)
     return times if any(ran for ran, _ in times.values()) else {}
+
+
+def _used() -> tuple[float, float]:
+    """(seconds now, seconds that all processes ran on the cores of this one)."""
+    own = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    with open("/proc/stat") as file:
+        lines = [line.split() for line in file]
+    ticks = sum(int(line[kind]) for line in lines if line[0] in own for kind in (1, 2, 3))  # user, nice, system
+    return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK")
 
 
 class _SleepingTeam(threading.Thread):

@@ -8,12 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from args import Config
 from engines.ipu import plan, plan_costs
 from engines.ipu.plan import LAYER, Placement
 from engines.ipu.plan_costs import IPU_MEMORY, IpuCost, PartCost
+from models.building import shapes_only
 from models.config import DalleConfig
 from models.dalle import DalleModel, TextToImage
 from models.vqgan import VQGAN
@@ -65,7 +64,7 @@ def divisions(config: Config, model: DalleConfig, vqgan: VqganConfig) -> list[Di
 def measured(config: Config, model: DalleConfig, vqgan: VqganConfig) -> list[PartCost]:
     """Build the model on the meta device as the IPU engine would run it, and return the cost of its parts."""
     encodes_images = not config.data.keeps_codes
-    with torch.device("meta"):
+    with shapes_only():
         encoder = VQGAN(vqgan)
         built = TextToImage(DalleModel(model), encoder if encodes_images else None)
     del encoder.decoder, encoder.post_quant_conv  # training only encodes
