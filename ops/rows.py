@@ -15,6 +15,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ops import build, dispatch
@@ -24,6 +25,8 @@ _LANES = 16
 """Floats in the widest vectors there are."""
 _GRAIN = 1 << 18
 """Bytes of a layer's weights below which a further thread takes longer to wait for than it helps."""
+_QUADS = 0
+"""The size of a weight, as in rows.c, where four lie in a word."""
 address, whole = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -50,7 +53,9 @@ def functions() -> Any:
         found.gumbel.argtypes, found.gumbel.restype = [address, whole, address], None
         found.read_text.argtypes, found.read_text.restype = [address, whole, whole, *[address] * 3], None
         found.step.argtypes, found.step.restype = [address, whole, whole, *[address] * 4], whole
-        found.advance.argtypes, found.advance.restype = [address, address, whole, address], whole
+        found.advance.argtypes, found.advance.restype = [address, address, whole, whole, address], whole
+        found.guess.argtypes, found.guess.restype = [address, address, whole, address], whole
+        found.guesses.argtypes, found.guesses.restype = [], whole
         found.read_all.argtypes, found.read_all.restype = [address, whole, whole], ctypes.c_double
     return found
 
@@ -113,6 +118,16 @@ class Packed:
         self.scale = None if scale is None else packed(scale, 1)
         self.bytes = self.weight.numel() * self.weight.element_size()
         self.struct = Linear(at(self.weight), at(self.bias), at(self.scale), depth, panels, weight.element_size())
+
+    @classmethod
+    def rough(cls, weight: Tensor, bias: Tensor | None, scale: Tensor, gated: bool = False) -> Packed:
+        """For guesses: of int8 weights (N, D), by matmuls whose inputs are rounded to a byte too."""
+        depth = weight.shape[1]
+        words = F.pad(weight, (0, -depth % 4)).view(torch.int32)
+        words = torch.cat([-128 * weight.sum(dim=1, keepdim=True, dtype=torch.int32), words], dim=1)
+        packed = cls(words.view(torch.float32), bias, scale, gated)
+        packed.struct.depth, packed.struct.size = depth, _QUADS
+        return packed
 
     def __call__(self, x: Tensor) -> Tensor:
         """(R, D) -> (R, N), not for gated ones."""

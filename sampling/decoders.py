@@ -122,6 +122,13 @@ class Decoder:
         """Feed codes (R, n) at image positions; return what predicts those that follow each, (R, n, D)."""
         return self._read(codes, positions)
 
+    def guess(self, canvas: Canvas, width: int, num_rows: int) -> float:
+        """Guess the codes of the window that `advance` is given next, of so many rows of one code each, if that pays.
+
+        Returns the seconds it took, if they are as usual.
+        """
+        return 0.0
+
     def advance(
         self, canvas: Canvas, width: int, start: int | None = None, reach: int = 0, together: bool = False
     ) -> None:

@@ -112,13 +112,14 @@ class Progress:
 
 def one_pass(decoder: Decoder, canvas: Canvas, windows: Windows, fronts: list[int], rows: int) -> list[int]:
     """Move images on from these fronts, by a window of each that lacks codes: so many rows in all. Returns fronts."""
-    begin, most = time.perf_counter(), decoder.most_rows
+    most = decoder.most_rows
     width = windows.width(rows, most) if most else windows.fixed(rows, canvas.codes.is_cuda)
     width = min(width, canvas.num_codes - 1 - min(fronts))
+    guessing, begin = decoder.guess(canvas, width, rows), time.perf_counter()
     decoder.advance(canvas, width, fronts[0] if min(fronts) == max(fronts) else None)
     reached: list[int] = canvas.fronts.tolist()
     accepted = [front - before for front, before in zip(reached, fronts) if front > before]
-    windows.note(rows * width, width, accepted, time.perf_counter() - begin)
+    windows.note(rows * width, width, accepted, time.perf_counter() - begin, guessing)
     return reached
 
 

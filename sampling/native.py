@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import functools
+import time
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from models import transformer
 from models.dalle import DalleModel, Operands
 from models.patterns import allowed_codes
 from models.positions import Positions
-from models.quantization import Int8Linear
+from models.quantization import Int8Linear, quantize_rows
 from ops import Norm, activation, rows
 from ops.attention_ops import HEAD_EPS
 from ops.build import pointer
@@ -33,6 +34,8 @@ from sampling.decoders import Copies, Decoder, computed_in, is_small, unknown_op
 
 MOST_ROWS = 96
 """From there on arithmetic is all that counts, and a matmul that divides its work into blocks is as fast."""
+_GUESSED_ROWS = 4
+"""Rows of one code each up to which guesses are made one by one; with more the arithmetic of guesses counts too."""
 
 _KNOWN = frozenset(
     "num_text_tokens num_image_tokens text_seq_len grid dim depth heads dim_head attn_types loss_img_weight "
@@ -161,6 +164,7 @@ class NativeDecoder(Decoder):
         )
         self._all = torch.arange(self.rows)
         self._canvas: Canvas | None = None
+        self._guessed = False
         self._make_room(self.rows)
 
     def _operands(self) -> Operands:
@@ -177,18 +181,26 @@ class NativeDecoder(Decoder):
         scale, shift = (x if x is None else self._keep(x) for x in norm[:2])
         return _Norm(at(scale), at(shift), norm.eps)
 
-    def _pack(self, module: Any, gated: bool = False) -> Packed:
+    def _pack(self, module: Any, gated: bool = False, rough: bool = False) -> Packed:
         copies = self.copies.of("native")
-        if module not in copies:  # layers may share it
-            scale = getattr(module, "scale", None)
-            copies[module] = Packed(module.weight.detach(), module.bias, scale, gated)
-        return copies[module]
+        if (module, rough) not in copies:  # layers may share it
+            scale: Any = getattr(module, "scale", None)
+            weight = module.weight.detach()
+            if rough and scale is None:
+                weight, scale = quantize_rows(weight)
+            copies[module, rough] = (Packed.rough if rough else Packed)(weight, module.bias, scale, gated)
+        return copies[module, rough]
+
+    def _projections(self, own: transformer.Operands, rough: bool = False) -> list[Linear]:
+        """Queries, keys and values; out; up; down."""
+        gated = self.model.config.up_width > self.model.config.hidden
+        return [self._pack(one, gated and one is own.up, rough).struct for one in own.projections]
 
     def _layer(self, own: transformer.Operands, cache: LayerCache) -> _Layer:
-        up = self._pack(own.up, gated=self.model.config.up_width > self.model.config.hidden)
+        qkv, out, up, down = self._projections(own)
         branches = (
-            self._branch(own.attention_norm, own.after_attention, self._pack(own.qkv), self._pack(own.out)),
-            self._branch(own.feed_forward_norm, own.after_feed_forward, up, self._pack(own.down)),
+            self._branch(own.attention_norm, own.after_attention, qkv, out),
+            self._branch(own.feed_forward_norm, own.after_feed_forward, up, down),
         )
         for branch, scale in zip(branches, (own.attention_scale, own.feed_forward_scale)):
             if scale is not None:
@@ -203,8 +215,20 @@ class NativeDecoder(Decoder):
         heads = map(self._norm, scales)
         return _Layer(*branches, *heads, *map(at, (*cache.text, *cache.codes)), *lanes, *map(at, seen))
 
-    def _branch(self, before: Norm, after: Norm | None, first: Packed, second: Packed) -> _Branch:
-        return _Branch(self._norm(before), self._norm(after), first.struct, second.struct)
+    def _branch(self, before: Norm, after: Norm | None, first: Linear, second: Linear) -> _Branch:
+        return _Branch(self._norm(before), self._norm(after), first, second)
+
+    @functools.cached_property
+    def _guesser(self) -> _Model:
+        """The same model with rough matmuls, in the same memory."""
+        guesser = _Model.from_buffer_copy(self.struct)
+        layers = (_Layer * self.struct.layers).from_buffer_copy(self._layers)
+        for layer, own in zip(layers, self.operands.blocks):
+            attention, feed_forward = layer.attention, layer.feed_forward
+            attention.first, attention.second, feed_forward.first, feed_forward.second = self._projections(own, True)
+        self._kept.append(layers)
+        guesser.head, guesser.stack = self._pack(self.model.image_head, rough=True).struct, layers
+        return guesser
 
     def _make_room(self, num_rows: int) -> None:
         """Let steps have so many rows."""
@@ -257,9 +281,18 @@ class NativeDecoder(Decoder):
         part._all = self._all[first:end]
         return part
 
-    def advance(
-        self, canvas: Canvas, width: int, start: int | None = None, reach: int = 0, together: bool = False
-    ) -> None:
+    def guess(self, canvas: Canvas, width: int, num_rows: int) -> float:
+        self._guessed = width > 1 and num_rows <= _GUESSED_ROWS and bool(rows.functions().guesses())
+        if not self._guessed:
+            return 0.0
+        self._take(canvas, width)
+        first, guesser = "_guesser" not in vars(self), self._guesser
+        guesser.rows, guesser.scratch, begin = self.struct.rows, self.struct.scratch, time.perf_counter()
+        self._call(rows.functions().guess, guesser, width)
+        return 0.0 if first else time.perf_counter() - begin
+
+    def _take(self, canvas: Canvas, width: int) -> None:
+        """Let C know the canvas, and have room for such a window of each row."""
         self._make_room(min(self.rows * width, max(self.rows, MOST_ROWS)))
         if self._canvas is not canvas:
             choice = canvas.by
@@ -268,10 +301,16 @@ class NativeDecoder(Decoder):
                 *map(at, (canvas.codes, canvas.fronts, canvas.scores, canvas.kept, canvas.nulls, canvas.keys,
                           choice.temperature, choice.top_p, canvas.cond_scale, choice.top_k)),
             )  # fmt: skip
-        failed = rows.functions().advance(
-            ctypes.byref(self.struct), ctypes.byref(self._canvas_struct), width, pointer(self._integers)
-        )
-        if failed:
+
+    def advance(
+        self, canvas: Canvas, width: int, start: int | None = None, reach: int = 0, together: bool = False
+    ) -> None:
+        self._take(canvas, width)
+        self._call(rows.functions().advance, self.struct, width, self._guessed)
+        self._guessed = False
+
+    def _call(self, function: Any, model: _Model, *numbers: int) -> None:
+        if function(ctypes.byref(model), ctypes.byref(self._canvas_struct), *numbers, pointer(self._integers)):
             raise IndexError("a code or a position of a window is not in the table")
 
     def logits(self, hidden: Tensor) -> Tensor:

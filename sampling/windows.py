@@ -18,7 +18,7 @@ MOST = 64
 """The widest window."""
 _WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _UNKNOWN, _PRIOR = 0.7, 2.0
-"""Share of the windows right up to a place that are taken to be right there too, and how many windows say otherwise."""
+"""Least share of the windows right up to a place that are taken to be right there; how many windows say otherwise."""
 _FORGET = 0.98
 _RECONSIDER = 12
 """Passes for which a width stays: to find it takes as long as a tenth of a small model's pass."""
@@ -31,6 +31,12 @@ def problem(parallel: str | int) -> str:
     text = str(parallel)
     right = text in ("auto", "off") or (text.isascii() and text.isdigit() and 1 <= int(text) <= MOST)
     return "" if right and not isinstance(parallel, bool) else f"auto, off or a number of codes from 1 to {MOST}"
+
+
+def _follow(known: dict[int, float], rows: int, seconds: float) -> None:
+    """Take note of a time: it falls at once, and rises slowly, because other programs disturb it."""
+    before = known.get(rows, seconds)
+    known[rows] = min(seconds, before + 0.1 * (min(seconds, 2 * before) - before))
 
 
 class Windows:
@@ -48,6 +54,7 @@ class Windows:
         """Codes of an image that were sampled, and the passes that they took."""
         self._accepted, self._tried = [0.0] * MOST, [0.0] * MOST
         self._seconds: dict[int, float] = {}
+        self._guess: dict[int, float] = {}
         self._since, self._choice = 0, ((0, 0), 1)
 
     @property
@@ -77,7 +84,7 @@ class Windows:
         widths = [width for width in _WIDTHS if width <= limit]
         if not any(known <= rows for known in self._seconds):  # nothing to compare with
             return 1
-        rates = [self._gain(width) / self._cost(rows * width) for width in widths]
+        rates = [self._gain(width) / (self._cost(rows * width) + self._guessing(rows, width)) for width in widths]
         known = max(sum(rows * width <= max(self._seconds, default=0) for width in widths), 1)
         best = rates.index(max(rates[:known]))
         if best == known - 1 and best + 1 < len(widths) and rates[best + 1] > rates[best]:
@@ -91,10 +98,11 @@ class Windows:
     def _gain(self, width: int) -> float:
         """Codes that a pass is expected to give."""
         total = share = 1.0
+        ratio = _UNKNOWN
         for place in range(1, width):
-            expected = self._accepted[place] + _PRIOR * _UNKNOWN * share
-            share = min(share, expected / (self._tried[place] + _PRIOR))
-            total += share
+            expected = self._accepted[place] + _PRIOR * ratio * share
+            before, share = share, min(share, expected / (self._tried[place] + _PRIOR))
+            total, ratio = total + share, max(_UNKNOWN, share / before)
         return total
 
     def _cost(self, rows: int) -> float:
@@ -111,15 +119,22 @@ class Windows:
         part = (rows - low) / (high - low)
         return self._seconds[low] * (1 - part) + self._seconds[high] * part
 
-    def note(self, rows: int, width: int, accepted: Sequence[int], seconds: float = 0.0) -> None:
-        """Take note of a pass of so many rows, and of the codes that it gave to each image."""
+    def _guessing(self, rows: int, width: int) -> float:
+        """Seconds that the guesses of a window take, in so many rows of one code each."""
+        return (width - 1) * self._guess.get(rows, 0.0)
+
+    def note(
+        self, rows: int, width: int, accepted: Sequence[int], seconds: float = 0.0, guessing: float = 0.0
+    ) -> None:
+        """Take note of a pass of so many rows, of the codes that it gave to each image, and of what guesses took."""
         for count in accepted:
             self.codes += count
             self.passes += 1
         if not self.auto or not seconds:
             return
-        before = self._seconds.get(rows, seconds)  # falls at once, and rises slowly: other programs disturb it
-        self._seconds[rows] = min(seconds, before + 0.1 * (min(seconds, 2 * before) - before))
+        _follow(self._seconds, rows, seconds)
+        if guessing:
+            _follow(self._guess, rows // width, guessing / (width - 1))
         for place in range(1, width):
             self._tried[place] = self._tried[place] * _FORGET + len(accepted)
             self._accepted[place] = self._accepted[place] * _FORGET + sum(count > place for count in accepted)

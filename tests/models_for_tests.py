@@ -15,10 +15,13 @@ import ops
 from models.config import DalleConfig
 from models.dalle import DalleModel
 from models.positions import Positions, next_code
-from ops import build, matmul, noise
+from ops import build, matmul, noise, rows
 from sampling import SamplingOptions, sample_codes
 
 needs_kernels = pytest.mark.skipif(build.library("rows") is None, reason="no C compiler, or kernels are switched off")
+needs_guesses = pytest.mark.skipif(
+    build.library("rows") is None or not rows.functions().guesses(), reason="no matmuls for guesses"
+)
 TINY = DalleConfig(
     num_text_tokens=12, num_image_tokens=20, text_seq_len=5, grid=6, dim=16, depth=2, heads=2, dim_head=12,
     attn_types=("full",),

@@ -11,6 +11,7 @@ from models_for_tests import (
     TEXT,
     choice_for,
     decode,
+    needs_guesses,
     needs_kernels,
     primed,
     random_codes,
@@ -82,6 +83,22 @@ def test_matmuls_of_all_sizes(kind, depth, outputs, threads):
             torch.testing.assert_close(found, layer(x), rtol=1e-5, atol=1e-4 if kind == "int8" else 1e-5)
             assert kind == "int8" or torch.equal(found, floats(x))
             assert torch.equal(found[:1], matmul(x[:1]))  # to the bit, however many rows there are
+
+
+@needs_guesses
+@torch.no_grad()
+@pytest.mark.parametrize("depth, outputs", [(1, 1), (7, 5), (65, 32), (130, 33), (600, 97), (64, 320)])
+def test_rough_matmuls_round_inputs_to_bytes(depth, outputs, threads):
+    torch.manual_seed(1)
+    threads(1 + outputs % 5)
+    layer = Int8Linear(torch.randn(outputs, depth), torch.randn(outputs))
+    matmul = Packed.rough(layer.weight, layer.bias, layer.scale)
+    for count in range(1, 6):
+        x = torch.randn(count, depth)
+        x[0] *= 10
+        step = x.abs().amax(dim=1, keepdim=True) / 127
+        torch.testing.assert_close(matmul(x), layer((x / step).round() * step), rtol=1e-4, atol=1e-3)
+    assert (matmul(torch.zeros(1, depth)) == layer.bias).all()
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from models_for_tests import OPTIONS, TEXT, needs_kernels, primed, random_model
+from models_for_tests import OPTIONS, TEXT, needs_guesses, needs_kernels, primed, random_model
 
 from dalle.loading import load
 from sampling import SamplingOptions, Shared, Windows, image_seed, native, sample_codes
@@ -86,6 +86,15 @@ def test_the_demo_model_samples_the_same_images_in_fewer_passes(count, by_pytorc
     assert codes / passes > 1.5 and ties <= count // 100
 
 
+@needs_guesses
+@pytest.mark.parametrize("options", [SamplingOptions(), SamplingOptions(top_k=10, cond_scale=2.0)], ids=["", "guided"])
+def test_guesses_are_nearly_always_right(options):
+    loaded, shared = load("demo"), Shared(8)
+    text = loaded.tokenizer.tokenize(["red apple", "wolf"], loaded.config.text_seq_len)
+    sample_codes(loaded.dalle, text, [1, 2], options, shared=shared)
+    assert shared.windows.codes_per_pass > 5
+
+
 # ---- the width of a window
 
 
@@ -118,6 +127,15 @@ def test_the_width_follows_what_windows_bring_and_cost(rows, right, slope):
     found = simulate(Windows(), rows, cost, accept, passes=600)
     fixed = [simulate(Windows(width), rows, cost, accept) for width in (1, 2, 4, 8, 16, 32) if rows * width <= 96]
     assert found > 0.97 * fixed[0] and found > 0.6 * max(fixed)
+
+
+@pytest.mark.parametrize("guessing, widest", [(0.3, 64), (5.0, 1)])
+def test_the_width_follows_what_guesses_cost(guessing, widest):
+    windows, chosen = Windows(), []
+    for _ in range(400):
+        chosen.append(windows.width(1, 96))
+        windows.note(chosen[-1], chosen[-1], [chosen[-1]], 1 + 0.2 * chosen[-1], guessing * (chosen[-1] - 1))
+    assert sorted(chosen[200:])[100] == widest
 
 
 def test_without_timing_the_width_follows_from_the_configuration():

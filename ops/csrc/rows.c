@@ -27,11 +27,13 @@ enum { GEGLU, GELU, QUICK_GELU, SWIGLU, RELU2 };
 #define GATED(activation) ((activation) == GEGLU || (activation) == SWIGLU)
 
 typedef struct {
-    const void *weight; /* panels, of float32, bfloat16 or int8 */
+    const void *weight; /* panels, of float32, bfloat16, int8 or QUADS */
     const float *bias;  /* (panels * PANEL) in the order of the panels, and so is scale */
     const float *scale; /* what int8 weights are multiplied by; NULL for others */
-    int64_t depth, panels, size; /* bytes of a weight */
+    int64_t depth, panels, size; /* bytes of a weight, or QUADS */
 } linear;
+
+#define QUADS 0 /* four int8 weights a word, behind a first word: -128 times the sum of all; see `roughly` */
 
 typedef struct {
     const float *weight, *bias; /* NULL: there is none; without a bias: RMSNorm */
@@ -279,10 +281,94 @@ static void finish(const ending *end, const linear *matmul, int64_t panel, int64
     }
 }
 
+/* Matmuls whose inputs are rounded to a byte too, with four times the arithmetic in a cycle: for guesses. */
+#ifdef __AVX512VNNI__
+#define TOGETHER 4 /* panels, or each addition would wait for the one before it, and memory for one place */
+#define TURNS 2 /* rows for which a line is read once */
+
+/* Inputs x (depth) of a row, each `stride` floats on, as bytes plus 128; returns what they have to be multiplied by. */
+static float bytes_of(const float *x, int64_t stride, int64_t depth, int64_t padded, uint8_t *out) {
+    float own[padded];
+    for (int64_t k = 0; k < padded; k++) own[k] = k < depth ? x[k * stride] : 0;
+    vec tops = fill(1e-30f);
+    for (int64_t k = 0; k < padded; k += LANES) tops = larger(tops, magnitude(load(own + k)));
+    float top = _mm512_reduce_max_ps((__m512)tops);
+    for (int64_t k = 0; k < padded; k += LANES) {
+        __m128i whole = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32((__m512)(load(own + k) * (127.0f / top))));
+        _mm_storeu_si128((__m128i *)(out + k), _mm_xor_si128(whole, _mm_set1_epi8(-128)));
+    }
+    return top / 127.0f;
+}
+
+/* Sums of `rows` rows of bytes, `apart` bytes from each other, for some panels of so many lines, the first of sums. */
+INLINE void quads(const uint8_t *x, int64_t apart, const char *const *panels, int64_t lines, int rows,
+                  __m512i sums[][TURNS][2]) {
+    __m512i own[TOGETHER][TURNS][2];
+#pragma GCC unroll 16
+    for (int i = 0; i < TOGETHER * rows * 2; i++)
+        own[i / 2 / rows][i / 2 % rows][i % 2] = _mm512_loadu_si512(panels[i / 2 / rows] + i % 2 * 4 * LANES);
+    /* The next panels, unless so much would not stay in the cache. */
+    int64_t ahead = PANEL * 4 * (TOGETHER * lines < 2048 ? TOGETHER * lines : AHEAD);
+    for (int64_t k = 1; k < lines; k++, x += 4) {
+#pragma GCC unroll 4
+        for (int p = 0; p < TOGETHER; p++) {
+            const char *line = panels[p] + k * PANEL * 4;
+            __m512i left = _mm512_loadu_si512(line), right = _mm512_loadu_si512(line + 4 * LANES);
+            __builtin_prefetch(line + ahead, 0, 2);
+            __builtin_prefetch(line + ahead + 64, 0, 2);
+#pragma GCC unroll 2
+            for (int r = 0; r < rows; r++) {
+                int32_t four;
+                memcpy(&four, x + r * apart, sizeof four);
+                own[p][r][0] = _mm512_dpbusd_epi32(own[p][r][0], _mm512_set1_epi32(four), left);
+                own[p][r][1] = _mm512_dpbusd_epi32(own[p][r][1], _mm512_set1_epi32(four), right);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < TOGETHER * rows * 2; i++) sums[i / 2 / rows][i / 2 % rows][i % 2] = own[i / 2 / rows][i / 2 % rows][i % 2];
+}
+
+static void roughly(const linear *matmul, const float *x, int64_t rows, const ending *end, int64_t from, int64_t to) {
+    int64_t lines = 1 + (matmul->depth + 3) / 4, padded = up_to(matmul->depth, LANES);
+    uint8_t bytes[rows][padded];
+    float step[rows];
+    for (int64_t r = 0; r < rows; r++) step[r] = bytes_of(x + r, rows, matmul->depth, padded, bytes[r]);
+    for (int64_t panel = from; panel < to; panel += TOGETHER) {
+        const char *panels[TOGETHER];
+        for (int p = 0; p < TOGETHER; p++) /* the last ones may be the same */
+            panels[p] = (const char *)matmul->weight + (panel + p < to ? panel + p : panel) * lines * PANEL * 4;
+        for (int64_t row = 0; row < rows; row += TURNS) {
+            int count = rows - row < TURNS ? rows - row : TURNS;
+            __m512i whole[TOGETHER][TURNS][2];
+            if (count == 1)
+                quads(bytes[row], padded, panels, lines, 1, whole);
+            else
+                quads(bytes[row], padded, panels, lines, TURNS, whole);
+            for (int64_t p = 0; p < TOGETHER && panel + p < to; p++) {
+                vec sums[TURNS][2];
+                for (int half = 0; half < 2 * count; half++)
+                    sums[half / 2][half % 2] = (vec)_mm512_cvtepi32_ps(whole[p][half / 2][half % 2]) * step[row + half / 2];
+                finish(end, matmul, panel + p, rows, row, count, sums);
+            }
+        }
+    }
+}
+
+int64_t guesses(void) { return 1; }
+#else
+#define roughly(...)
+int64_t guesses(void) { return 0; } /* whether there are matmuls for them */
+#endif
+
 /* This thread's part of a matmul: x (depth, rows) with rows side by side. */
 static void multiply(const linear *matmul, const float *x, int64_t rows, const ending *end) {
     int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
     int64_t from = matmul->panels * thread / threads, to = matmul->panels * (thread + 1) / threads;
+    if (matmul->size == QUADS) {
+        roughly(matmul, x, rows, end, from, to);
+        return;
+    }
     int64_t tiles = (rows + MOST - 1) / MOST;
     int size = matmul->size;
     vec sums[MOST][2];
@@ -494,16 +580,26 @@ static uint32_t rank_of(float x) { /* whole numbers in the order of floats; not 
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-/* The float from which on, going down from the largest, `enough` is reached: as many floats, or with `shares` as much of
- * them. Digit by digit. */
-static uint32_t reached(const float *x, int64_t n, double enough, int shares) {
+/* The rank of the k-th largest of n floats, bit by bit. */
+static uint32_t rank_of_kth(const float *x, int64_t n, int64_t k) {
+    uint32_t prefix = 0;
+    for (uint32_t bit = 1u << 31; bit; bit >>= 1) {
+        int count = 0;
+        for (int64_t i = 0; i < n; i++) count += rank_of(x[i]) >= (prefix | bit);
+        if (count >= k) prefix |= bit;
+    }
+    return prefix;
+}
+
+/* The rank of the float from which on, going down from the largest, the sum reaches `enough`. Digit by digit. */
+static uint32_t reached(const float *x, int64_t n, double enough) {
     uint32_t prefix = 0, mask = 0;
     double above = 0;
     for (int shift = 24; shift >= 0; shift -= 8) {
         double weight[256] = {0};
         for (int64_t i = 0; i < n; i++) {
             uint32_t rank = rank_of(x[i]);
-            if ((rank & mask) == prefix) weight[rank >> shift & 255] += shares ? x[i] : 1.0;
+            if ((rank & mask) == prefix) weight[rank >> shift & 255] += x[i];
         }
         int digit = 255;
         while (digit > 0 && !(above + weight[digit] >= enough)) above += weight[digit--];
@@ -587,7 +683,7 @@ typedef struct {
 /* own (n) -> a token; room and chances (n), in whole vectors, are overwritten. */
 static int64_t chosen(const float *own, int64_t n, float top, const choice *by, float *room, float *chances) {
     int64_t padded = up_to(n, LANES), k = by->top_k;
-    uint32_t last = k && k < n ? reached(own, n, k, 0) : 0;
+    uint32_t last = k && k < n ? rank_of_kth(own, n, k) : 0;
     /* The largest is subtracted first, or a low temperature would let logits overflow. */
     for (int64_t i = 0; i < n; i++)
         room[i] = rank_of(own[i]) < last ? -INFINITY : (own[i] - top) / (float)by->temperature;
@@ -598,7 +694,7 @@ static int64_t chosen(const float *own, int64_t n, float top, const choice *by, 
         memcpy(chances, room, padded * sizeof(float));
         softmax(chances, n, padded, largest(chances, n));
         double more = 0;
-        last = reached(chances, n, by->top_p, 1);
+        last = reached(chances, n, by->top_p);
         for (int64_t i = 0; i < n; i++) more += rank_of(chances[i]) > last ? chances[i] : 0;
         for (int64_t i = 0; i < n; i++) {
             if (rank_of(chances[i]) < last || (rank_of(chances[i]) == last && more >= by->top_p))
@@ -610,19 +706,22 @@ static int64_t chosen(const float *own, int64_t n, float top, const choice *by, 
     return largest_with_noise(room, padded, by->state);
 }
 
-/* A token from logits (n), and its log-likelihood without any filter. space: twice n floats, in whole vectors. */
+/* A token from logits (n), and its log-likelihood without any filter, if wanted. space: twice n floats, in whole vectors. */
 static int64_t sampled(const float *own, int64_t n, const choice *by, float *space, float *score) {
     int64_t padded = up_to(n, LANES), token = 0;
     float top = largest(own, n);
-    memcpy(space, own, n * sizeof(float));
-    double whole = softmax(space, n, padded, top);
+    double whole = 0;
+    if (score) {
+        memcpy(space, own, n * sizeof(float));
+        whole = softmax(space, n, padded, top);
+    }
     if (by->temperature == 0) {
         for (int64_t i = 1; i < n; i++)
             if (own[i] > own[token] || (isnan(own[i]) && !isnan(own[token]))) token = i;
     } else {
         token = chosen(own, n, top, by, space, space + padded);
     }
-    *score = own[token] - whole;
+    if (score) *score = own[token] - whole;
     return token;
 }
 
@@ -800,7 +899,7 @@ typedef struct {
 static int64_t code_at(const model *m, const canvas *v, const plan *at, int64_t image, int64_t position, int64_t r,
                        float *score) {
     float *own = m->scratch + at->logits + r * at->wide_head, *space = m->scratch + at->space + 2 * r * at->wide_head;
-    *score = 0;
+    if (score) *score = 0;
     int64_t kept = v->kept[image * v->stride + position];
     if (kept >= 0) return kept;
     uint64_t state = v->keys[image] + (uint64_t)(position * m->codes) * GOLDEN;
@@ -814,35 +913,48 @@ static void guide(const model *m, const plan *at, float scale, int64_t r, int64_
     for (int64_t i = 0; i < m->codes; i++) own[i] = without[i] + (own[i] - without[i]) * scale;
 }
 
-/* Feed a window of each image that lacks codes, choose the code behind each of its places, and move the image's front on
- * over those that were guessed right, and one more. integers: room for 6 * R. Returns what `wrong` does. */
-int64_t advance(const model *m, const canvas *v, int64_t width, int64_t *integers) {
-    int64_t last = v->num_codes - 1, active = 0, guided = 0;
+/* The windows of a pass: rows / width of them belong to images, with guidance as many others to the same ones. */
+typedef struct {
+    int64_t active, rows;
+    int64_t *of, *codes, *positions, *tokens, *images, *nulls; /* nulls: the first row without the caption, or -1 */
+} windows;
+
+/* Windows of each image that lacks codes, which begin so many places behind its front. integers: room for 6 * R. */
+static windows windows_of(const model *m, const canvas *v, int64_t width, int64_t behind, int64_t *integers) {
+    int64_t last = v->num_codes - 1, guided = 0;
+    windows w = {0};
     for (int64_t i = 0; i < v->images; i++)
-        if (v->fronts[i] < last) active++, guided += v->nulls[i] >= 0;
-    int64_t half = active * width, rows = half + guided * width;
-    if (rows > m->rows) return 4;
-    int64_t *of = integers, *codes = of + rows, *positions = codes + rows, *tokens = positions + rows, *images = tokens + rows;
-    int64_t *nulls = images + rows; /* the first row of the window without the caption, or -1 */
-    float scores[half > 0 ? half : 1];
-    for (int64_t i = 0, window = 0, next = active; i < v->images; i++) {
+        if (v->fronts[i] < last) w.active++, guided += v->nulls[i] >= 0;
+    w.rows = (w.active + guided) * width;
+    if (w.rows > m->rows) return w;
+    w.of = integers, w.codes = w.of + w.rows, w.positions = w.codes + w.rows, w.tokens = w.positions + w.rows;
+    w.images = w.tokens + w.rows, w.nulls = w.images + w.rows;
+    for (int64_t i = 0, window = 0, next = w.active; i < v->images; i++) {
         if (v->fronts[i] >= last) continue;
-        images[window] = of[window] = i;
-        nulls[window] = v->nulls[i] < 0 ? -1 : next * width;
-        if (v->nulls[i] >= 0) of[next++] = v->nulls[i];
+        w.images[window] = w.of[window] = i;
+        w.nulls[window] = v->nulls[i] < 0 ? -1 : next * width;
+        if (v->nulls[i] >= 0) w.of[next++] = v->nulls[i];
         for (int64_t place = 0; place < width; place++) {
-            int64_t r = window * width + place, null = nulls[window] + place, position = v->fronts[i] + place;
-            codes[r] = v->codes[i * v->stride + position];
-            positions[r] = position < last ? position : last; /* what is fed there does not count */
-            if (nulls[window] >= 0) codes[null] = codes[r], positions[null] = positions[r];
+            int64_t r = window * width + place, null = w.nulls[window] + place, position = v->fronts[i] + behind + place;
+            w.codes[r] = v->codes[i * v->stride + position];
+            w.positions[r] = position < last ? position : last; /* what is fed there does not count */
+            if (w.nulls[window] >= 0) w.codes[null] = w.codes[r], w.positions[null] = w.positions[r];
         }
         window++;
     }
-    chunk c = {rows, width, of, positions};
-    int64_t failed = wrong(m, &c, codes);
+    return w;
+}
+
+/* Feed windows that begin so many places behind the fronts, and choose the code behind each place: tokens, and scores where
+ * they are wanted. Returns what `wrong` does. */
+static int64_t choose(const model *m, const canvas *v, int64_t width, int64_t behind, const windows *w, float *scores) {
+    int64_t rows = w->rows, last = v->num_codes - 1;
+    chunk c = {rows, width, w->of, w->positions};
+    if (rows > m->rows) return 4;
+    int64_t failed = wrong(m, &c, w->codes);
     if (failed) return failed;
     plan at = plan_of(m, rows);
-    embed(m, &c, &at, codes);
+    embed(m, &c, &at, w->codes);
 #pragma omp parallel num_threads(m->threads)
     {
         int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
@@ -855,18 +967,45 @@ int64_t advance(const model *m, const canvas *v, int64_t width, int64_t *integer
         ending end = {PLAIN, m->scratch + at.logits, at.wide_head, NULL, 0};
         multiply(&m->head, turned, rows, &end);
 #pragma omp barrier
-        for (int64_t r = thread; r < half; r += threads) {
-            int64_t image = images[r / width], position = v->fronts[image] + r % width + 1;
+        for (int64_t r = thread; r < w->active * width; r += threads) {
+            int64_t image = w->images[r / width], position = v->fronts[image] + behind + r % width + 1;
             if (position > last) continue;
-            int64_t null = nulls[r / width];
+            int64_t null = w->nulls[r / width];
             if (null >= 0) guide(m, &at, v->scale[image], r, null + r % width);
-            tokens[r] = code_at(m, v, &at, image, position, r, scores + r);
+            w->tokens[r] = code_at(m, v, &at, image, position, r, scores ? scores + r : NULL);
         }
     }
-    for (int64_t window = 0; window < active; window++) {
-        int64_t image = images[window], front = v->fronts[image], accepted = 0, right = 1;
+    return 0;
+}
+
+/* Guess the codes of a window of each image one by one, by a model whose matmuls are rough: it keeps keys and values where
+ * the pass that follows overwrites them. integers: as below. Returns what `wrong` does. */
+int64_t guess(const model *m, const canvas *v, int64_t width, int64_t *integers) {
+    for (int64_t behind = 0; behind < width - 1; behind++) {
+        windows w = windows_of(m, v, 1, behind, integers);
+        int64_t failed = choose(m, v, 1, behind, &w, NULL);
+        if (failed) return failed;
+        for (int64_t i = 0; i < w.active; i++) {
+            int64_t position = v->fronts[w.images[i]] + behind + 1;
+            if (position < v->num_codes) v->codes[w.images[i] * v->stride + position] = w.tokens[i];
+        }
+    }
+    return 0;
+}
+
+/* Feed a window of each image that lacks codes, choose the code behind each of its places, and move the image's front on
+ * over those that were guessed right, and one more. guessed: `guess` will guess for the next. integers: room for 6 * R.
+ * Returns what `wrong` does. */
+int64_t advance(const model *m, const canvas *v, int64_t width, int64_t guessed, int64_t *integers) {
+    windows w = windows_of(m, v, width, 0, integers);
+    float scores[w.rows > 0 && w.rows <= m->rows ? w.rows : 1];
+    int64_t last = v->num_codes - 1, failed = choose(m, v, width, 0, &w, scores);
+    if (failed) return failed;
+    plan at = plan_of(m, w.rows);
+    for (int64_t window = 0; window < w.active; window++) {
+        int64_t image = w.images[window], front = v->fronts[image], accepted = 0, right = 1;
         for (int64_t place = 0; place < width && front + place < last; place++) {
-            int64_t *code = v->codes + image * v->stride + front + place + 1, token = tokens[window * width + place];
+            int64_t *code = v->codes + image * v->stride + front + place + 1, token = w.tokens[window * width + place];
             accepted += right;
             right &= *code == token;
             *code = token;
@@ -874,11 +1013,9 @@ int64_t advance(const model *m, const canvas *v, int64_t width, int64_t *integer
         }
         v->fronts[image] = front + accepted;
         /* Guesses for what the next window sees first: what the last logits give with the noise there. */
-        for (int64_t place = width + 1; place < width + accepted && front + place <= last; place++) {
-            float unused;
+        for (int64_t place = width + 1; !guessed && place < width + accepted && front + place <= last; place++)
             v->codes[image * v->stride + front + place] =
-                code_at(m, v, &at, image, front + place, window * width + width - 1, &unused);
-        }
+                code_at(m, v, &at, image, front + place, window * width + width - 1, NULL);
     }
     return 0;
 }
