@@ -376,6 +376,9 @@ def _refuse_ignored(flags: Mapping[str, Any], values: Mapping[str, Any]) -> None
         (("validation_fraction",), values.get("validation_folder"), "with --validation-folder"),
         (("warmup_steps",), scheduler != "cosine", f"with --lr-scheduler {scheduler}; it is for cosine"),
         (("code_noise_per_image",), not values.get("code_noise"), "without --code-noise"),
+        (("code_noise_similar",), without_data, f"with {without_data}"),
+        (("code_noise_similar",), values.get("cache_codes") == "off", "with --cache-codes off: it compares codes"),
+        (("code_noise_similar",), values.get("device") == "ipu", "with --device ipu"),
         (("evaluate_images",), not measures, "without --inception-weights or --clip-path, but on the demo set"),
         (("augment_share",), values.get("augment", "none") == "none", "without --augment"),
         (("wandb_project_name", "wandb_run_name"), not values.get("wandb") and "wandb" not in flags, "without --wandb"),
@@ -424,11 +427,6 @@ def _check_together(config: Config) -> None:
         run.native_precision("cpu")
     if run.precision == "bf16" and run.device == "ipu":
         raise UsageError("--precision bf16 is not for IPUs; use fp16 or fp32")
-    if model.code_noise_similar and not data.keeps_codes:
-        raise UsageError("--code-noise-similar needs the codes of all images: omit --cache-codes off, and give real "
-                         "images")
-    if model.code_noise_similar and run.device == "ipu":
-        raise UsageError("--code-noise-similar: IPUs read one image for each caption; omit it, or use another --device")
     if model.code_noise_per_image and model.code_noise > 0.5:
         raise UsageError(f"--code-noise {model.code_noise}: with --code-noise-per-image at most 0.5")
     if model.base_width and config.optimizer.optimizer == "Adafactor":

@@ -167,10 +167,10 @@ def encode_images(config: Config, engine: Engine, parts: Parts, position: Positi
     train_set, validation_set = cache.encoded(parts.train_set, parts.validation_set, order)
     if train_set is parts.train_set:
         if config.model.code_noise_similar:
-            raise UserError("--code-noise-similar needs the codes of all images: name a folder that can be written to "
-                            "with --cache-codes DIR")
+            raise UserError("--code-noise-similar needs the codes of all images: with --cache-codes DIR name a folder "
+                            "that can be written to, or give --code-noise-similar 0")
         return parts
-    if config.model.code_noise_similar:
+    if config.model.code_noise_similar and config.execution.device != "ipu":  # its programs read one image a caption
         logger.info("looking for similar images")
         train_set.find_similar()
     return parts._replace(train_set=train_set, validation_set=validation_set, vqgan=vqgan.to("meta"))
