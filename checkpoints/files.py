@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import json
 import re
 from pathlib import Path
 from typing import Any, Iterator, Mapping
@@ -16,6 +17,10 @@ from checkpoints.trust import Weights
 from utils.errors import UserError
 from utils.files import PathLike
 from utils.untrusted import ZIP_MAGIC, verify_zip
+
+#: "format" in the metadata of our exports. Those of the first format have no digest, or one of their tensors alone.
+EXPORT_FORMAT = "mini-dalle/2"
+FIRST_EXPORT_FORMAT = "mini-dalle"
 
 _CAN_MAP = "mmap" in inspect.signature(torch.load).parameters  # from PyTorch 2.1 on
 
@@ -69,13 +74,22 @@ def verify(path: PathLike) -> None:
         )
     else:
         metadata, tensors = read_safetensors(path)
-        if "sha256" in metadata and metadata["sha256"] != tensors_digest(tensors):
-            raise UserError(f"checkpoint {path} is damaged (sha256 of its weights); use another one, or copy it again")
+        # One flipped bit cannot hide both the format and the digest.
+        is_claimed = "sha256" in metadata or metadata.get("format") == EXPORT_FORMAT
+        if is_claimed and metadata.get("sha256") != export_digest(metadata, tensors):
+            raise UserError(f"checkpoint {path} is damaged (sha256 of its content); use another one, or copy it again")
 
 
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names and contents, in the order of names."""
+def export_digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over all metadata but the digest itself, and over names, types, shapes and contents of the tensors.
+
+    In the first format over names and contents of the tensors alone.
+    """
     digest = hashlib.sha256()
+    if metadata.get("format") != FIRST_EXPORT_FORMAT:
+        options = {key: value for key, value in metadata.items() if key != "sha256"}
+        layout = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
+        digest.update(json.dumps([options, layout], sort_keys=True).encode("ascii"))
     for name in sorted(tensors):
         digest.update(name.encode("utf-8") + b"\0")
         digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Mapping, MutableMapping, NamedTuple
 
 from checkpoints.deepspeed import AUXILIARY, consolidated_weights, find_auxiliary, refuse_shards
-from checkpoints.files import kind, read_safetensors, read_torch, verify
+from checkpoints.files import EXPORT_FORMAT, FIRST_EXPORT_FORMAT, kind, read_safetensors, read_torch, verify
 from checkpoints.formats import from_dalle_pytorch, is_dalle_pytorch, other_vae
 from checkpoints.mindalle import STAGE2, from_mindalle, is_mindalle
 from checkpoints.names import averaged, part, unwrapped
@@ -29,8 +29,6 @@ from utils.untrusted import shown
 from utils.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
-
-SAFETENSORS_FORMAT = "mini-dalle"
 
 
 class DalleCheckpoint(NamedTuple):
@@ -221,9 +219,10 @@ def _from_weights(path: Path, document: Any) -> DalleCheckpoint:
 
 def _from_safetensors(path: Path) -> DalleCheckpoint:
     metadata, weights = read_safetensors(path)
-    if metadata.get("format") != SAFETENSORS_FORMAT and is_dalle_pytorch(unwrapped(weights)):
+    is_export = metadata.get("format") in (EXPORT_FORMAT, FIRST_EXPORT_FORMAT)
+    if not is_export and is_dalle_pytorch(unwrapped(weights)):
         return _from_weights(path, weights)
-    if metadata.get("format") != SAFETENSORS_FORMAT or "config" not in metadata:
+    if not is_export or "config" not in metadata:
         raise UserError(
             "it holds no options of a DALL-E; supported safetensors files are those of 'python -m checkpoints export' "
             "and consolidated weights of DALLE-pytorch"

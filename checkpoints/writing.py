@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from checkpoints.files import tensors_digest, verify
+from checkpoints.files import EXPORT_FORMAT, export_digest, verify
 from checkpoints.formats import hparams_from_config, to_mini_dalle
-from checkpoints.reading import SAFETENSORS_FORMAT, DalleCheckpoint
+from checkpoints.reading import DalleCheckpoint
 from checkpoints.trust import aliases, check_state, empty_weights, model_config
 from models.config import DalleConfig
 from utils.errors import UserError
@@ -128,13 +128,13 @@ def export_safetensors(
                 f"weight '{name}' does not fit {tensors[name].dtype} (or is not finite); export without --half"
             )
     metadata = {
-        "format": SAFETENSORS_FORMAT,
+        "format": EXPORT_FORMAT,
         "config": json.dumps(checkpoint.config),
         "hparams": json.dumps(checkpoint.hparams),
         "identity": json.dumps(checkpoint.identity),
         "epoch": json.dumps(checkpoint.epoch),
-        "sha256": tensors_digest(tensors),
     }
+    metadata["sha256"] = export_digest(metadata, tensors)
     try:
         with atomic_write(path, "wb") as file:
             file.write(save(tensors, metadata=metadata))

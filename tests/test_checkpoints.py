@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import sys
 import zipfile
@@ -24,7 +25,7 @@ from checkpoints import (
     verify,
 )
 from checkpoints.__main__ import main
-from checkpoints.files import read_safetensors
+from checkpoints.files import export_digest, read_safetensors
 from checkpoints.trust import aliases, check_state, empty_weights, model_config
 from models.config import DalleConfig
 from models.dalle import DalleModel
@@ -243,6 +244,41 @@ def test_a_flipped_bit_is_found_or_harmless(tmp_path, name):
     assert found > 50
 
 
+def test_every_flipped_bit_of_an_export_is_found(tmp_path):
+    """Also in options, names of keys, the digest and the format, and in names, types and shapes of weights."""
+    from safetensors.torch import save_file
+
+    metadata, _ = read_safetensors(exported(stored(tmp_path)))
+    weights = {"norm.weight": torch.tensor([[1.0, -2.0]])}  # one small weight, so that every bit takes seconds
+    metadata["sha256"] = export_digest(metadata, weights)
+    path = tmp_path / "small.safetensors"
+    save_file(weights, path, metadata)
+    verify(path)
+    content = path.read_bytes()
+    with open(path, "r+b", buffering=0) as file:
+        for position, byte in enumerate(content):
+            for bit in range(8):
+                file.seek(position)
+                file.write(bytes([byte ^ 1 << bit]))
+                refused("small.safetensors is damaged", verify, path)
+            file.seek(position)
+            file.write(bytes([byte]))
+    verify(path)
+
+
+def test_an_export_of_the_first_format_has_a_digest_of_its_weights(tmp_path):
+    from safetensors.torch import save_file
+
+    path, weight = tmp_path / "x.safetensors", torch.tensor([1.0, -2.0])
+    metadata = {"format": "mini-dalle", "sha256": hashlib.sha256(b"w\0" + weight.numpy().tobytes()).hexdigest()}
+    save_file({"w": weight}, path, metadata)
+    verify(path)
+    save_file({"w": weight + 1}, path, metadata)
+    refused("x.safetensors is damaged", verify, path)
+    save_file({"w": weight}, path, dict(metadata, format="mini-dalle/2"))
+    refused("x.safetensors is damaged", verify, path)
+
+
 def test_every_flip_in_a_weight_is_found(tmp_path):
     model = random_model(depth=1)
     path = stored(tmp_path, model, "dalle_1.pt")
@@ -306,6 +342,7 @@ def test_export_takes_averaged_weights_unless_told_not_to(tmp_path):
     ({"format": "mini-dalle", "config": json.dumps(dict(TINY.to_dict(), depth=10**9))}, "option 'depth'"),
     ({"format": "mini-dalle", "config": json.dumps(TINY.to_dict()), "epoch": "-1"}, "'epoch' must be"),
     ({"format": "mini-dalle", "config": json.dumps(TINY.to_dict()), "sha256": "00"}, r"damaged \(sha256"),
+    ({"format": "mini-dalle/2", "config": json.dumps(TINY.to_dict())}, r"damaged \(sha256"),
 ])
 def test_refused_safetensors(tmp_path, metadata, message):
     from safetensors.torch import save_file

@@ -28,6 +28,7 @@ from safetensors.torch import save as save_tensors
 import args
 from bpe import load_tokenizer
 from checkpoints import dalle_checkpoint, export_safetensors, read_dalle, save_checkpoint
+from checkpoints.files import FIRST_EXPORT_FORMAT, read_safetensors
 from checkpoints.trust import model_config
 from checkpoints.vqgan import check_size, load_vqgan_state
 from dalle.completion import mask_cells, parse_box
@@ -81,7 +82,11 @@ def dalle_seeds(folder, export):
         torch.save(published, str(folder / "b.pt"))
         return [(folder / "a.pt").read_bytes(), (folder / "b.pt").read_bytes()]
     export_safetensors(read_dalle(folder / "a.pt"), folder / "a.safetensors")
-    return [(folder / "a.safetensors").read_bytes(), save_tensors({"x": torch.ones(2)})]
+    # The first format, without a digest: mutated options are read, not refused as damaged.
+    metadata, tensors = read_safetensors(folder / "a.safetensors")
+    del metadata["sha256"]
+    unsigned = save_tensors(tensors, dict(metadata, format=FIRST_EXPORT_FORMAT))
+    return [(folder / "a.safetensors").read_bytes(), unsigned, save_tensors({"x": torch.ones(2)})]
 
 
 def coco_seeds():
