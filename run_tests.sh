@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the tests. Sets up its environment.
 #
-#   bash run_tests.sh                    the fast suite, and the style and type checks
+#   bash run_tests.sh                    the fast suite, in up to four processes, and the style and type checks
 #   bash run_tests.sh --slow             adds the slow tests
 #   bash run_tests.sh --latest           with the newest versions of all packages but PyTorch, in .venv/latest
 #   bash run_tests.sh tests/test_bpe.py  anything else goes to pytest
@@ -27,4 +27,8 @@ if [ $# -eq 0 ]; then
     "$python" -m ruff check .
     "$python" -m mypy
 fi
+case "$*" in
+    # One process for each processor, as most tests use one thread. A file's tests share fixtures.
+    ''|--slow) set -- "$@" --numprocesses logical --maxprocesses 4 --dist loadfile ;;
+esac
 exec "$python" -m pytest -q "$@"

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import log
+from ops import build
 from utils.caches import cache_folder
 
 #: Warnings are errors where everything is installed as pinned, in the tests and in the programs they start. With other
@@ -44,6 +45,9 @@ def pytest_configure(config):
     config.own_cache = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="test_cache_")
     if kernels.is_dir():
         shutil.copytree(kernels, Path(config.own_cache, "dalle", "kernels"))
+    if config.getoption("numprocesses", None):  # by pytest-xdist's parent: compiled once, for its workers to copy
+        for source in (Path(__file__).parents[1] / "ops" / "csrc").glob("*.c"):
+            build.library(source.stem)
     if not pins.other_versions():
         os.environ["PYTHONWARNINGS"] = ",".join(STRICT)
         for line in [*STRICT, "error::DeprecationWarning:" + OURS]:
@@ -65,6 +69,14 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport():
+    """Escape lone surrogates in what a test logged: pytest-xdist cannot send them."""
+    report = (yield).get_result()
+    sections = report.sections
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in sections]
 
 
 @pytest.fixture(autouse=True)
