@@ -5,6 +5,7 @@ and through its name (`..._pod16` runs on 16 IPUs, by the convention of the refe
 """
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
 import shutil
@@ -16,6 +17,7 @@ from examples_utils.spec import Variant, option_value
 POD = re.compile(r"_pod(\d+)(?:_|$)")
 DATASET = re.compile(r"\$(?:DATASETS_DIR\b|\{DATASETS_DIR\})([^\s'\":,]*)")
 POPLAR = "POPLAR_SDK_ENABLED"  # set by the SDK's enable.sh
+_CANNOT_IMPORT = (ImportError, OSError, RuntimeError)  # a package whose libraries are missing or of another version
 
 
 class Machine:
@@ -37,11 +39,15 @@ class Machine:
 
     def num_gpus(self) -> int:
         """CUDA devices that PyTorch sees."""
-        return int(importlib.import_module("torch").cuda.device_count())
+        with contextlib.suppress(*_CANNOT_IMPORT):
+            return int(importlib.import_module("torch").cuda.device_count())
+        return 0
 
     def has_ipus(self, number: int) -> bool:
         """Whether so many IPUs are attached."""
-        return bool(importlib.import_module("poptorch").ipuHardwareIsAvailable(number))
+        with contextlib.suppress(*_CANNOT_IMPORT):
+            return bool(importlib.import_module("poptorch").ipuHardwareIsAvailable(number))
+        return False
 
 
 def hardware(variant: Variant) -> tuple[int, int]:
@@ -70,7 +76,8 @@ def missing(variant: Variant, env: Mapping[str, str], machine: Machine, compile_
     implied = ["package:poptorch"] * bool(ipus) + ["program:poprun"] * launched + ["package:torch"] * bool(gpus)
     for kind, _, name in (need.partition(":") for need in (*implied, *benchmark.settings.requires)):
         if kind == "package" and not machine.has_package(name):
-            yield f"the Python package {name} is not installed"
+            what = "the wheel of the Poplar SDK" if name == "poptorch" else "-r requirements.txt"
+            yield f"the Python package {name} is not installed: pip install {what}"
         if kind == "program" and not machine.has_program(name):
             yield f"the program {name} is not on the PATH"
         if kind == "file" and not (benchmark.folder / name).exists():

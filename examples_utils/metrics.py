@@ -134,6 +134,8 @@ def register_custom_metric(name: str, function: CustomMetric) -> None:
 
     For the files that --custom-metrics-files names; they import it from `examples_utils`.
     """
+    if name in _registered:
+        logger.warning("the custom metric '%s' is registered again; the last function counts", name)
     _registered[name] = function
 
 

@@ -1,7 +1,7 @@
 """Run one command: its output goes to files while it runs, a time limit ends it with everything it started.
 
-The command gets its own session and a mark in its environment. Either tells later which processes are its descendants,
-also those (of torchrun, mpirun, poprun) that left the session or lost their parent.
+The command gets its own session and a mark in its environment. Both, and the chain of parents, tell later which
+processes are its descendants, also those (of torchrun, mpirun, poprun) that left the session or lost their parent.
 """
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def end_tree(root: subprocess.Popen[bytes], mark: str) -> int:
     for number in (signal.SIGTERM, signal.SIGKILL):
         until = time.monotonic() + GRACE
         signalled: set[psutil.Process] = set()
-        while time.monotonic() < until and (alive := _tree(root, mark)):
+        while time.monotonic() < until and (alive := _tree(root, mark, victims)):
             for victim in alive - signalled:  # those too that were started meanwhile
                 with contextlib.suppress(psutil.Error):
                     victim.send_signal(number)
@@ -118,13 +118,14 @@ def end_tree(root: subprocess.Popen[bytes], mark: str) -> int:
     return sum(victim.pid != root.pid for victim in victims)
 
 
-def _tree(root: subprocess.Popen[bytes], mark: str) -> set[psutil.Process]:
-    """Living processes of the session of `root`, and those that carry the mark."""
-    found = set()
+def _tree(root: subprocess.Popen[bytes], mark: str, known: set[psutil.Process]) -> set[psutil.Process]:
+    """Living processes of the session of `root`, those that carry the mark or are known, and their descendants."""
+    found, alive = set(known), set()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            ours = os.getsid(process.pid) == root.pid or process.environ().get(RUNNER_MARK) == mark
             # Where the root has ended, its number may already be another's.
-            if ours and process.status() != psutil.STATUS_ZOMBIE and (process.pid != root.pid or root.poll() is None):
-                found.add(process)
-    return found
+            if process.status() != psutil.STATUS_ZOMBIE and (process.pid != root.pid or root.poll() is None):
+                alive.add(process)
+                if process in found or os.getsid(process.pid) == root.pid or process.environ().get(RUNNER_MARK) == mark:
+                    found |= {process, *process.children(recursive=True)}
+    return found & alive

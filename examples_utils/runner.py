@@ -135,22 +135,27 @@ def _execute(result: VariantResult, logs: Path, combined: IO[bytes], flags: Benc
     limit = min(flags.timeout or math.inf, settings.timeout or math.inf)
     (logs / "ipu-monitor.jsonl").unlink(missing_ok=True)  # of an earlier run into this folder
     with log.progress(None, variant.name, unit="second", interval=flags.progress_trace_period or 60) as progress:
+        recording = flags.gc_monitor
+
         def tick(seconds: float) -> None:
+            nonlocal recording
             progress.update(int(seconds) - progress.count)
-            if flags.gc_monitor and int(seconds) % 5 == 0:
-                _record_ipus(logs / "ipu-monitor.jsonl")
+            if recording and int(seconds) % 5 == 0:
+                recording = _record_ipus(logs / "ipu-monitor.jsonl")
 
         return run(words, variant.benchmark.folder, env, logs, combined, limit, tick)
 
 
-def _record_ipus(path: Path) -> None:
-    """Append what gc-monitor says now, as a line of JSON."""
+def _record_ipus(path: Path) -> bool:
+    """Append what gc-monitor says now, as a line of JSON. Returns whether that worked."""
     try:
         said = json.loads(subprocess.check_output([GC_MONITOR, "--json"], stderr=subprocess.DEVNULL, timeout=60))
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"timestamp": f"{datetime.now():%Y-%m-%d-%H.%M.%S.%f}", **said}) + "\n")
     except (OSError, subprocess.SubprocessError, ValueError, TypeError) as error:
-        logger.warning("--gc-monitor: %s", error)
+        logger.warning("--gc-monitor stops: %s", error)
+        return False
+    return True
 
 
 def _with_this_python(words: Sequence[str], env: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:

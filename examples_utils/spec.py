@@ -109,8 +109,13 @@ def load_entries(paths: Sequence[str]) -> dict[str, tuple[Path, Any]]:
 
     Raises UserError for a file that is missing, is not YAML or is not a mapping.
     """
-    files = [Path(path).resolve() for path in paths]
-    return {str(name): (file, value) for file in files for name, value in read_yaml(file, "--spec").items()}
+    entries: dict[str, tuple[Path, Any]] = {}
+    for file in (Path(path).resolve() for path in paths):
+        for name, value in read_yaml(file, "--spec").items():
+            if str(name) in entries and "options" not in str(name):
+                logger.warning("'%s' of %s replaces the one of %s", name, file, entries[str(name)][0])
+            entries[str(name)] = file, value
+    return entries
 
 
 def select(entries: Mapping[str, tuple[Path, Any]], names: Sequence[str] | None,

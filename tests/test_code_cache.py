@@ -508,6 +508,8 @@ def test_a_short_run_encodes_only_its_own_images_or_none(material, short_without
     cache = ("--cache-codes", str(tmp_path / "codes"))
     assert trained(material, tmp_path / "first", *cache, *SHORT) == short_without
     assert "encoding 8 of 8 images" in caplog.text
+    trained(material, tmp_path / "similar", *cache, *SHORT, "--code-noise-similar", "0.5")
+    assert "encoding 12 of 20 images" in caplog.text  # a run that goes on finds the same ones
     shutil.rmtree(tmp_path / "codes")
     monkeypatch.setattr(code_files.Writer, "write", full_disk)
     assert trained(material, tmp_path / "second", *cache, *SHORT) == short_without

@@ -12,6 +12,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from unittest import mock
 from xml.etree import ElementTree
 
 import psutil
@@ -22,7 +23,7 @@ import args as train_args
 import log
 from benchmarks import busy, compare_peers
 from dalle import evaluation, generation
-from examples_utils import cli, metrics, process, report, runner
+from examples_utils import cli, machine, metrics, process, report, runner
 from examples_utils.machine import Machine, missing
 from examples_utils.spec import Metric, load_entries, make_benchmark, select, variants
 from utils.errors import UsageError
@@ -87,6 +88,19 @@ def test_options_are_no_benchmarks_and_convergence_runs_only_when_asked_for(app)
     assert [item.name for item in select(entries, ["b_gen_conv", "a_gen", "a_gen"])] == ["b_gen_conv", "a_gen"]
     refused("no benchmark 'a_gne'.*Did you mean 'a_gen'", select, entries, ["a_gne"])
     refused("no benchmark 'common_options'", select, entries, ["common_options"])
+
+
+def test_what_is_given_twice_is_said(app, caplog):
+    spec = app("a_gen: {cmd: python3 train.py}")
+    other = spec.with_name("other.yml")
+    other.write_text("common_options: {}\na_gen: {cmd: python3 other.py}")
+    assert load_entries([str(spec), str(other)])["a_gen"][0] == other
+    mine = spec.with_name("mine.py")
+    mine.write_text("from examples_utils import register_custom_metric\nregister_custom_metric('lines', len)\n")
+    metrics.load_custom_metrics([str(mine), str(mine)])
+    first, second = (record.message for record in caplog.records)
+    assert first == f"'a_gen' of {other} replaces the one of {spec}" and "'lines' is registered again" in second
+    metrics.load_custom_metrics([])
 
 
 def test_real_data_is_needed_unless_name_or_entry_says_otherwise():
@@ -300,11 +314,20 @@ while not os.path.exists('ready'): time.sleep(0.01)
 """
 
 
+FORGET = """
+import os, subprocess, sys, time
+source = "import signal, time; signal.signal(15, signal.SIG_IGN); open('ready', 'w').close(); time.sleep(60)"
+print(subprocess.Popen([sys.executable, '-c', source], env={{}}, start_new_session=True).pid)
+{}
+"""
+
+
 @by_proc
-def test_the_time_limit_ends_the_whole_tree_even_a_daemon_that_ignores_sigterm(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("source", [ESCAPE, FORGET], ids=["orphan", "without its environment"])
+def test_the_time_limit_ends_the_whole_tree_even_a_daemon_that_ignores_sigterm(run, tmp_path, monkeypatch, source):
     real = time.monotonic  # a clock that jumps once the daemon is there, so that on no machine the limit comes before
     monkeypatch.setattr(process.time, "monotonic", lambda: real() + (1000 if (tmp_path / "ready").exists() else 0))
-    outcome, out, err, both = run(ESCAPE.format("time.sleep(60)"), timeout=500)
+    outcome, out, err, both = run(source.format("time.sleep(60)"), timeout=500)
     assert outcome.exitcode == process.TIMED_OUT and "time limit of 500 seconds" in outcome.problem
     assert gone(int(out)) and err == "\nTimeout (500)\n" and "Timeout" in both
 
@@ -340,7 +363,7 @@ BARE = fake_machine()
 @pytest.mark.parametrize("machine, env, entry, name, reason", [
     (BARE, {}, {"cmd": "python3 t.py --device cpu"}, "x_gen", None),
     (BARE, {}, {"cmd": "python3 t.py --device ipu"}, "x_gen", "no Poplar SDK"),
-    (BARE, SDK, {"cmd": "python3 t.py --device=ipu"}, "x_gen", "package poptorch is not installed"),
+    (BARE, SDK, {"cmd": "python3 t.py --device=ipu"}, "x_gen", "package poptorch is not installed: pip install the wh"),
     (BARE, {}, {"cmd": "python3 t.py"}, "train_gen_pod16", "no Poplar SDK"),
     (BARE, {}, {"cmd": "python3 t.py", "requires": ["ipu:4"]}, "x_gen", "no Poplar SDK"),
     (IPU_BOX, SDK, {"cmd": "python3 t.py"}, "train_gen_pod16", None),
@@ -382,10 +405,12 @@ def test_the_machine_is_asked_through_pytorch_which_is_imported_only_then(monkey
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda))
     available = types.SimpleNamespace(ipuHardwareIsAvailable=lambda number: number <= 4)
     monkeypatch.setitem(sys.modules, "poptorch", available)
-    machine = Machine({"PATH": os.environ["PATH"]})
-    assert machine.num_gpus() == 3 and [machine.has_ipus(number) for number in (4, 16)] == [True, False]
-    assert machine.has_package("json") and not machine.has_package("no_such.package")
-    assert machine.has_program("sh") and not machine.has_program("no_such_program")
+    this = Machine({"PATH": os.environ["PATH"]})
+    assert this.num_gpus() == 3 and [this.has_ipus(number) for number in (4, 16)] == [True, False]
+    monkeypatch.setattr(machine.importlib, "import_module", mock.Mock(side_effect=OSError("libpopart.so")))
+    assert this.num_gpus() == 0 and not this.has_ipus(1)
+    assert this.has_package("json") and not this.has_package("no_such.package")
+    assert this.has_program("sh") and not this.has_program("no_such_program")
 
 
 # The whole runner ----------------------------------------------------------------------------------------------------
@@ -554,6 +579,10 @@ def test_ipu_flags_reach_ipu_entries(app, monkeypatch):
     assert recorded and recorded[0]["cards"] == 1 and "timestamp" in recorded[0]
     sdk = [results["a_gen_pod4"][key] for key in ("sdk_path", "sdk_version")]
     assert sdk == ["/opt/poplar_sdk-3.4", "poplar_sdk-3.4"]
+    tool.write_text("#!/bin/sh\nexit 1\n")
+    bench(spec, "--gc-monitor")
+    assert not (folder / "a_gen_pod4" / "ipu-monitor.jsonl").exists()
+    assert (folder / "console.log").read_text().count("--gc-monitor stops") == 1
     monkeypatch.setenv("POPLAR_ENGINE_OPTIONS", "{")
     refused("POPLAR_ENGINE_OPTIONS is not JSON", bench, spec, "--profile")
 

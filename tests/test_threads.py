@@ -1,6 +1,7 @@
 """Threads that wait for each other leave their cores to others."""
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -112,3 +113,26 @@ def test_the_team_sleeps_only_while_others_want_the_cores():
     with pytest.raises(Over):
         threads._watch(Team, look, used, lambda seconds: None)
     assert seen == alive and len(Team.begun) == 3
+
+
+@pytest.mark.parametrize("all_ran, alive", [(1.0, [True, False, False]), (0.0, [True, True, True])])
+def test_the_team_stays_where_proc_stat_lacks_what_this_process_ran(all_ran, alive):
+    """As in containers that number their cores anew."""
+    seen, team = [], Team()
+
+    def look():
+        seen.append(team.is_alive())
+        if len(seen) == 4:
+            raise OSError
+        return {"1": (float(len(seen)), 0.5 * len(seen))}
+
+    threads._watch(lambda: team, look, lambda: (float(len(seen)), all_ran * len(seen)), lambda seconds: None)
+    assert seen[1:] == alive
+
+
+def test_time_for_which_a_limit_stopped_a_container_counts_as_that_of_others(monkeypatch):
+    files = {"/proc/stat": f"cpu{min(os.sched_getaffinity(0))} 0 0 0 0", "/sys/fs/cgroup/cpu.stat": "usage_usec 9"}
+    monkeypatch.setattr(threads, "open", lambda path: io.StringIO(files.get(path, "throttled_time 1500000000")), False)
+    assert threads._used()[1] == 1.5
+    files["/sys/fs/cgroup/cpu.stat"] = "usage_usec 9\nthrottled_usec 500000\n"
+    assert threads._used()[1] == 0.5

@@ -156,8 +156,9 @@ def encode_images(config: Config, engine: Engine, parts: Parts, position: Positi
         workers=options.dataloader_workers,
         progress=functools.partial(log.progress, unit="image", is_main=engine.is_main),
     )
-    # A run that ends within its first epoch does not use all images: the others need not be encoded.
-    short = config.execution.max_steps > 0 and position.epoch == 0
+    # A run that ends within its first epoch does not use all images: the others need not be encoded, unless similar
+    # ones are looked for among all.
+    short = config.execution.max_steps > 0 and position.epoch == 0 and not config.model.code_noise_similar
     calls = -(-max(0, config.execution.max_steps - position.step) // engine.steps_per_call)
     samples, order = position.sample_in_epoch + calls * engine.steps_per_call * config.global_batch, None
     if config.ipu.compile_only:  # one image gives the shapes

@@ -95,7 +95,7 @@ def _keep_team(
         if ran < _WORK:
             continue
         seconds, all_ran = (used_now[i] - used_before[i] for i in (0, 1))
-        alone = all_ran - ran < _OTHERS * seconds
+        alone = ran / 2 <= all_ran < ran + _OTHERS * seconds  # less than its own: a container's /proc/stat lacks some
         if waited > _BUSY * ran and not alone and not team.is_alive():
             team = new_team()
         elif (waited < _QUIET * ran or alone) and team.is_alive():
@@ -118,12 +118,23 @@ def _schedule() -> dict[str, tuple[float, float]]:
 
 
 def _used() -> tuple[float, float]:
-    """(seconds now, seconds that all processes ran on the cores of this one)."""
+    """(seconds now, seconds that all processes ran on the cores of this one, or that it was stopped by a limit)."""
     own = {f"cpu{core}" for core in os.sched_getaffinity(0)}
     with open("/proc/stat") as file:
         lines = [line.split() for line in file]
     ticks = sum(int(line[kind]) for line in lines if line[0] in own for kind in (1, 2, 3))  # user, nice, system
-    return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK")
+    return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK") + _stopped()
+
+
+def _stopped() -> float:
+    """Seconds for which a limit of time on its cores stopped this container: spinning would use up more of it."""
+    for path, name, unit in (("", "throttled_usec", 1e-6), ("cpu/", "throttled_time", 1e-9)):  # cgroups v2, v1
+        try:
+            with open(f"/sys/fs/cgroup/{path}cpu.stat") as file:
+                return int(dict(line.split() for line in file)[name]) * unit
+        except (OSError, KeyError, ValueError):
+            continue
+    return 0.0
 
 
 class _SleepingTeam(threading.Thread):
