@@ -79,7 +79,8 @@ class Windows:
             self._fixed = self._fixed if self._given <= limit else None
             return min(self._given, limit)
         self._since += 1
-        if self._since % _RECONSIDER and self._choice[0] == (rows, limit) and self._since > _AGAIN:
+        again = self._since % _AGAIN < 2  # twice: the first time the weights for guesses are no longer in the cache
+        if self._since % _RECONSIDER and self._choice[0] == (rows, limit) and self._since > _AGAIN and not again:
             return self._choice[1]
         widths = [width for width in _WIDTHS if width <= limit]
         if not any(known <= rows for known in self._seconds):  # nothing to compare with
@@ -90,7 +91,7 @@ class Windows:
         if best == known - 1 and best + 1 < len(widths) and rates[best + 1] > rates[best]:
             best += 1  # wider than any so far
         self._choice = (rows, limit), widths[best]
-        if self._since % _AGAIN == 0:
+        if again and self._since > 1:
             step = 1 if self._since // _AGAIN % 2 else -1
             best = min(max(best + step, 0), len(widths) - 1)
         return widths[best]

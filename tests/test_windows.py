@@ -138,6 +138,20 @@ def test_the_width_follows_what_guesses_cost(guessing, widest):
     assert sorted(chosen[200:])[100] == widest
 
 
+def test_guesses_are_tried_again_after_the_machine_was_busy():
+    """The first guesses after passes without them are slow: their weights are not in the cache."""
+    windows, chosen = Windows(), [1]
+    for number in range(3000):
+        slow = 20 if 200 < number < 600 else 1
+        chosen.append(windows.width(1, 96))
+        guess = slow * (5.0 if chosen[-2] == 1 else 0.5)
+        seconds = slow * (1 + 0.1 * chosen[-1])
+        windows.note(chosen[-1], chosen[-1], [chosen[-1]], seconds, guess * (chosen[-1] - 1))
+        if number == 599:  # by chance none is wide while others run
+            windows._choice, windows._guess = ((1, 96), 1), {1: 100.0}
+    assert sorted(chosen[-500:])[250] > 2
+
+
 def test_without_timing_the_width_follows_from_the_configuration():
     assert [Windows().fixed(rows, on_gpu=True) for rows in (1, 4, 8, 16, 32, 100)] == [8, 8, 4, 2, 1, 1]
     assert [Windows().fixed(rows, on_gpu=False) for rows in (1, 2, 4, 100)] == [4, 2, 1, 1]
