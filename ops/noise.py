@@ -11,7 +11,7 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from utils.splitmix import GOLDEN, MASK, signed, splitmix64, splitmix64_tensor
+from utils.splitmix import GOLDEN, MASK, mix_, shift_right, signed, splitmix64
 
 _MOST, _LONGEST = 1 << 15, 64
 """Numbers, and positions of an image, in a block (see `Blocks`): more would leave the cache."""
@@ -26,22 +26,24 @@ def keys(seeds: Sequence[int]) -> Tensor:
     return torch.tensor([signed(splitmix64(seed & MASK)) for seed in seeds], dtype=torch.int64)
 
 
-def _log(x: Tensor, t: Tensor) -> Tensor:
-    """Log of positive x; `t` is x - 1, which is used where the exponent is 0, because x may have lost bits of it."""
+def _minus_log(x: Tensor, t: Tensor) -> Tensor:
+    """-log of positive x; `t` is x - 1, which is used where the exponent is 0, because x may have lost bits of it."""
     bits = x.view(torch.int32)
-    exponent = (bits - 0x3F3504F3) >> 23
-    t = torch.where(exponent == 0, t, (bits - (exponent << 23)).view(torch.float32) - 1.0)
-    p = t * _POLYNOMIAL[0] + _POLYNOMIAL[1]
+    exponent = (bits - 0x3F3504F3).bitwise_right_shift_(23)
+    own = torch.sub(bits, exponent, alpha=1 << 23).view(torch.float32).sub_(1.0)
+    t = torch.where(exponent.bool(), own, t)  # a comparison takes several times as long
+    p = (t * _POLYNOMIAL[0]).add_(_POLYNOMIAL[1])
     for coefficient in _POLYNOMIAL[2:]:
-        p = p * t + coefficient
-    return p * t + exponent.float() * _LOG_2
+        p.mul_(t).add_(coefficient)
+    return exponent.float().mul_(-_LOG_2).sub_(p.mul_(t))
 
 
 def gumbel_of(numbers: Tensor) -> Tensor:
     """-log(-log(1 - v)) for v = (number + 1/2) / 2**31, below 1. Integers in [0, 2**31) -> float32."""
-    v = ((numbers.float() + 0.5) * 2.0**-31).clamp(max=1 - 2.0**-24)
-    exponential = -_log(1.0 - v, -v)
-    return -_log(exponential, exponential - 1.0)
+    # Products with powers of two are exact, so that they may be fused with what follows.
+    v = numbers.float().add_(0.5).clamp_(max=2.0**31 - 2.0**7)  # times 2**31
+    exponential = _minus_log(torch.rsub(v, 1.0, alpha=2.0**-31), v.mul(-(2.0**-31)))
+    return _minus_log(exponential, exponential - 1.0)
 
 
 def stream(key: Tensor, position: Tensor, vocabulary: int) -> Tensor:
@@ -51,8 +53,8 @@ def stream(key: Tensor, position: Tensor, vocabulary: int) -> Tensor:
 
 def gumbel(state: Tensor, vocabulary: int) -> Tensor:
     """The noise of all tokens from where a `stream` stands: (R,) -> (R, C) float32."""
-    token = torch.arange(vocabulary, device=state.device)
-    return gumbel_of((splitmix64_tensor(state[:, None] + token * signed(GOLDEN)) >> 33) & 0x7FFFFFFF)
+    token = torch.arange(1, vocabulary + 1, device=state.device)
+    return gumbel_of(shift_right(mix_(state[:, None] + token * signed(GOLDEN)), 33))
 
 
 class Blocks:

@@ -56,6 +56,8 @@ class Copies:
         self.layout: Any = None
         self.weights: dict[Any, Any] = {}
         """By the module they are of."""
+        self.unfit: dict[str, str | None] = {}
+        """By the kind of decoder: why it cannot take these weights, whatever is sampled."""
 
     def of(self, layout: Any) -> dict[Any, Any]:
         """Those in this layout; those in another are let go."""

@@ -98,8 +98,24 @@ def _seen(pattern: str, grid: int) -> _Seen:
     return _Seen(starts.int(), torch.cat(seen).int())
 
 
-def refusal(model: DalleModel, num_rows: int) -> str | None:
-    """Why the native decoder cannot decode so many rows of this model, or None where it can."""
+def refusal(model: DalleModel, num_rows: int, copies: Copies | None = None) -> str | None:
+    """Why the native decoder cannot decode so many rows of this model, or None where it can.
+
+    copies: keeps what follows from the weights alone, as it keeps what is made of them.
+    """
+    passing = rows.refusal()
+    if passing is not None:
+        return _unfit(model) or passing
+    unfit = {} if copies is None else copies.unfit
+    if "native" not in unfit:
+        unfit["native"] = _unfit(model)
+    if unfit["native"] is None and computed_in(model) != model.text_emb.weight.dtype:
+        return "under autocast"
+    return unfit["native"] or (f"more than {MOST_ROWS} rows" if num_rows > MOST_ROWS else None)
+
+
+def _unfit(model: DalleModel) -> str | None:
+    """Why the native decoder cannot take this model, whatever is sampled, or None where it can."""
     unknown = unknown_option(model.config, _KNOWN)
     if unknown is not None:
         return f"the native decoder does not know the model option {unknown}"
@@ -110,16 +126,12 @@ def refusal(model: DalleModel, num_rows: int) -> str | None:
     refused = rows.refusal(*parameters, halves=True)
     if refused is not None:
         return refused
-    if computed_in(model) != model.text_emb.weight.dtype:
-        return "under autocast"
     for module in model.operands(lambda module: module).projections:
         if type(module) not in (nn.Linear, Int8Linear):
             return f"a layer of the kind {type(module).__name__}"
         if not module.weight.is_cpu:  # type: ignore[union-attr]
             return "weights on another device"
-    if not is_small(model):
-        return "a second copy of the weights would not pay"
-    return f"more than {MOST_ROWS} rows" if num_rows > MOST_ROWS else None
+    return None if is_small(model) else "a second copy of the weights would not pay"
 
 
 class NativeDecoder(Decoder):
@@ -321,5 +333,5 @@ def best_decoder(
     model: DalleModel, prompts: int, images: int, copies: Copies | None = None
 ) -> tuple[Decoder, str | None]:
     """The fastest decoder that knows this model, and why it is not the native one."""
-    refused = refusal(model, prompts * images)
+    refused = refusal(model, prompts * images, copies)
     return (NativeDecoder if refused is None else Decoder)(model, prompts, images, copies), refused

@@ -85,7 +85,8 @@ class Windows:
         widths = [width for width in _WIDTHS if width <= limit]
         if not any(known <= rows for known in self._seconds):  # nothing to compare with
             return 1
-        rates = [self._gain(width) / (self._cost(rows * width) + self._guessing(rows, width)) for width in widths]
+        gains = self._gains(widths[-1])
+        rates = [gains[width - 1] / (self._cost(rows * width) + self._guessing(rows, width)) for width in widths]
         known = max(sum(rows * width <= max(self._seconds, default=0) for width in widths), 1)
         best = rates.index(max(rates[:known]))
         if best == known - 1 and best + 1 < len(widths) and rates[best + 1] > rates[best]:
@@ -96,15 +97,15 @@ class Windows:
             best = min(max(best + step, 0), len(widths) - 1)
         return widths[best]
 
-    def _gain(self, width: int) -> float:
-        """Codes that a pass is expected to give."""
-        total = share = 1.0
-        ratio = _UNKNOWN
-        for place in range(1, width):
+    def _gains(self, most: int) -> list[float]:
+        """Codes that a pass is expected to give, with windows of 1 up to `most` codes."""
+        gains, share, ratio = [1.0], 1.0, _UNKNOWN
+        for place in range(1, most):
             expected = self._accepted[place] + _PRIOR * ratio * share
             before, share = share, min(share, expected / (self._tried[place] + _PRIOR))
-            total, ratio = total + share, max(_UNKNOWN, share / before)
-        return total
+            gains.append(gains[-1] + share)
+            ratio = max(_UNKNOWN, share / before)
+        return gains
 
     def _cost(self, rows: int) -> float:
         """Seconds of a pass, between those that were measured; beyond them a guess that is rather low."""

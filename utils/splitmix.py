@@ -18,15 +18,19 @@ def splitmix64(value: int) -> int:
 
 def splitmix64_tensor(values: torch.Tensor) -> torch.Tensor:
     """`splitmix64` of each element, with 64 bits in int64 (whose arithmetic wraps around)."""
-    values = values + signed(GOLDEN)
-    values = (values ^ shift_right(values, 30)) * signed(_MIX_1)
-    values = (values ^ shift_right(values, 27)) * signed(_MIX_2)
+    values = mix_(values + signed(GOLDEN))
     return values ^ shift_right(values, 31)
+
+
+def mix_(values: torch.Tensor) -> torch.Tensor:
+    """`splitmix64_tensor` of values - GOLDEN, in place, but for its last step, which keeps the upper 31 bits."""
+    values.bitwise_xor_(shift_right(values, 30)).mul_(signed(_MIX_1))
+    return values.bitwise_xor_(shift_right(values, 27)).mul_(signed(_MIX_2))
 
 
 def shift_right(values: torch.Tensor, bits: int) -> torch.Tensor:
     """Logical shift: >> of int64 is arithmetic, so the sign bits are masked off."""
-    return (values >> bits) & ((1 << (64 - bits)) - 1)
+    return (values >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def signed(value: int) -> int:
