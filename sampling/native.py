@@ -14,6 +14,7 @@ import copy
 import ctypes
 import functools
 import time
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -134,6 +135,21 @@ def _unfit(model: DalleModel) -> str | None:
     return None if is_small(model) else "a second copy of the weights would not pay"
 
 
+_ROUGH: weakref.WeakKeyDictionary[Any, tuple[Any, Packed]] = weakref.WeakKeyDictionary()
+
+
+def _rough(module: Any, gated: bool = False) -> Packed:
+    """An int8 copy of a layer for guesses, kept as long as the layer: one that is out of date only guesses worse."""
+    weight, scale = module.weight.detach(), getattr(module, "scale", None)
+    state = gated, weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype, weight.shape
+    found = _ROUGH.get(module)
+    if found is None or found[0] != state:
+        if scale is None:
+            weight, scale = quantize_rows(weight)
+        found = _ROUGH[module] = state, Packed.rough(weight, module.bias, scale, gated)
+    return found[1]
+
+
 class NativeDecoder(Decoder):
     """Feeds prompts and codes natively."""
 
@@ -193,20 +209,17 @@ class NativeDecoder(Decoder):
         scale, shift = (x if x is None else self._keep(x) for x in norm[:2])
         return _Norm(at(scale), at(shift), norm.eps)
 
-    def _pack(self, module: Any, gated: bool = False, rough: bool = False) -> Packed:
+    def _pack(self, module: Any, gated: bool = False) -> Packed:
         copies = self.copies.of("native")
-        if (module, rough) not in copies:  # layers may share it
-            scale: Any = getattr(module, "scale", None)
-            weight = module.weight.detach()
-            if rough and scale is None:
-                weight, scale = quantize_rows(weight)
-            copies[module, rough] = (Packed.rough if rough else Packed)(weight, module.bias, scale, gated)
-        return copies[module, rough]
+        if module not in copies:  # layers may share it
+            copies[module] = Packed(module.weight.detach(), module.bias, getattr(module, "scale", None), gated)
+        return copies[module]
 
     def _projections(self, own: transformer.Operands, rough: bool = False) -> list[Linear]:
         """Queries, keys and values; out; up; down."""
         gated = self.model.config.up_width > self.model.config.hidden
-        return [self._pack(one, gated and one is own.up, rough).struct for one in own.projections]
+        pack = _rough if rough else self._pack
+        return [pack(one, gated and one is own.up).struct for one in own.projections]
 
     def _layer(self, own: transformer.Operands, cache: LayerCache) -> _Layer:
         qkv, out, up, down = self._projections(own)
@@ -239,7 +252,7 @@ class NativeDecoder(Decoder):
             attention, feed_forward = layer.attention, layer.feed_forward
             attention.first, attention.second, feed_forward.first, feed_forward.second = self._projections(own, True)
         self._kept.append(layers)
-        guesser.head, guesser.stack = self._pack(self.model.image_head, rough=True).struct, layers
+        guesser.head, guesser.stack = _rough(self.model.image_head).struct, layers
         return guesser
 
     def _make_room(self, num_rows: int) -> None:
