@@ -83,9 +83,10 @@ def pytest_runtest_makereport():
 def logging_as_it_was():
     """Programs that run within a test set up logging: undone, or what a later test logs depends on the order."""
     root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
+    root.setLevel(logging.WARNING)  # Python's; a fixture of the module may have set up logging before this one
+    handlers = list(root.handlers)
     yield
-    root.setLevel(level)
+    root.setLevel(logging.WARNING)
     for handler in [handler for handler in root.handlers if handler not in handlers]:
         root.removeHandler(handler)
         handler.close()

@@ -233,7 +233,7 @@ def test_damaged_records_and_those_cut_off_are_encoded_again(all_photos, tmp_pat
     codes_file(damaged).write_bytes(content)
     assert encoded_rightly(all_photos, damaged) == len(hit) and "damaged" in caplog.text
     caplog.clear()
-    assert encoded(all_photos, damaged)[1] == 0 and not caplog.text
+    assert encoded(all_photos, damaged)[1] == 0 and "damaged records" not in caplog.text
     length = chance.randrange(20 * RECORD)
     os.truncate(codes_file(cut), length)
     assert encoded_rightly(all_photos, cut) == 20 - length // RECORD
