@@ -218,8 +218,9 @@ class NativeDecoder(Decoder):
     def _projections(self, own: transformer.Operands, rough: bool = False) -> list[Linear]:
         """Queries, keys and values; out; up; down."""
         gated = self.model.config.up_width > self.model.config.hidden
-        pack = _rough if rough else self._pack
-        return [pack(one, gated and one is own.up).struct for one in own.projections]
+        packs = [(_rough if rough else self._pack)(one, gated and one is own.up) for one in own.projections]
+        self._kept.append(packs)  # or a newer copy of changed weights would free what C still reads
+        return [packed.struct for packed in packs]
 
     def _layer(self, own: transformer.Operands, cache: LayerCache) -> _Layer:
         qkv, out, up, down = self._projections(own)
@@ -251,8 +252,9 @@ class NativeDecoder(Decoder):
         for layer, own in zip(layers, self.operands.blocks):
             attention, feed_forward = layer.attention, layer.feed_forward
             attention.first, attention.second, feed_forward.first, feed_forward.second = self._projections(own, True)
-        self._kept.append(layers)
-        guesser.head, guesser.stack = _rough(self.model.image_head).struct, layers
+        head = _rough(self.model.image_head)
+        self._kept += [layers, head]
+        guesser.head, guesser.stack = head.struct, layers
         return guesser
 
     def _make_room(self, num_rows: int) -> None:
