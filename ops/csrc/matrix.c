@@ -460,11 +460,12 @@ static int matmul_rows(struct matrix a, struct matrix b, long k, long parts, flo
 
 /* C (m, n) = A (m, k) B (k, n); C has row stride `stride`, strides of A and B are as in struct matrix. `parts`: 1 to 3
  * parts of each float are used. Returns 0, 1 if there is no memory, or 2 if a result is not finite, which may be due to
- * the scaling. For a tall C the transpose is computed, so that threads share the min matrix. */
+ * the scaling. For a tall C of a long k the transpose is computed, so that threads share the smaller matrix; for a short k
+ * most of the time goes into writing C, which is faster by rows. */
 int matmul(
     long m, long n, long k, const float *a, long a_line, long a_step, const float *b, long b_line, long b_step,
     long parts, float *c, long stride) {
-    int transposed = m > 2 * n, failed = 0;
+    int transposed = m > 2 * n && k >= n, failed = 0;
     struct matrix left = {a, a_line, a_step, m}, right = {b, b_line, b_step, n};
     struct matrix rows = transposed ? right : left, columns = transposed ? left : right;
     for (long from = 0, all = rows.lines; from < all && !failed; from += MOST_ROWS) {
