@@ -11,18 +11,23 @@ from torch import Tensor
 from ops import dispatch
 from ops.build import library, pointer
 
+_CHUNKS = 32
+"""Parts of a sum over rows: a fixed number, so that it does not depend on the number of threads."""
+
 
 @functools.lru_cache(maxsize=None)
 def _functions() -> Any:
     found = library("training")
     if found is not None:
         address, size = ctypes.c_void_p, ctypes.c_long
+        dropout = [ctypes.c_uint64, ctypes.c_double]
+        gelu = [size, size, ctypes.c_int, address, address, *dropout]
         signatures: list[tuple[Any, list[Any]]] = [
-            (found.gelu_forward, [size, size, ctypes.c_int, address, address, address]),
-            (found.gelu_backward, [size, size, ctypes.c_int, address, address, address, address]),
+            (found.gelu_forward, [*gelu, address]),
+            (found.gelu_backward, [*gelu, address, address, size, address]),
             (found.add_branch, [size, size, address, address, address, address]),
             (found.row_dots_and_scale, [size, size, address, address, address, address]),
-            (found.drop, [size, ctypes.c_uint64, ctypes.c_double, address]),
+            (found.drop, [size, *dropout, address]),
             (found.heads_forward, [size] * 4 + [ctypes.c_float] + [address] * 5),
             (found.heads_backward, [size] * 4 + [ctypes.c_float] + [address] * 6 + [size, address]),
         ]
@@ -58,8 +63,27 @@ def _expect_contiguous(*tensors: Tensor | None) -> None:
         raise ValueError("tensors must be contiguous")
 
 
-def gelu(x: Tensor, gated: bool, bias: Tensor | None = None) -> Tensor:
-    """gelu(x + bias); gated: the first half of x + bias (..., n) times gelu of the second."""
+class Dropout(NamedTuple):
+    """Zeroes elements with this probability, and divides the others by 1 - probability.
+
+    A seed (64 bits) always drops the same elements, so the backward pass needs no mask. PyTorch generates its masks
+    serially, which takes a fifth of a small model's step.
+    """
+
+    seed: int
+    probability: float
+
+    def checked(self) -> Dropout:
+        if not 0 <= self.probability < 1:
+            raise ValueError(f"probability {self.probability} is not in [0, 1)")
+        return self
+
+
+NO_DROPOUT = Dropout(0, 0.0)
+
+
+def gelu(x: Tensor, gated: bool, bias: Tensor | None = None, dropout: Dropout = NO_DROPOUT) -> Tensor:
+    """gelu(x + bias) with dropout; gated: the first half of x + bias (..., n) times gelu of the second."""
     rows, width = _size(x)
     if gated and width % 2:
         raise ValueError(f"gated gelu needs an even last dimension, not {width}")
@@ -67,20 +91,30 @@ def gelu(x: Tensor, gated: bool, bias: Tensor | None = None) -> Tensor:
     _expect(x.shape[-1:], bias)
     width //= 1 + gated
     result = x.new_empty(*x.shape[:-1], width)
-    _functions().gelu_forward(rows, width, gated, pointer(x), pointer(bias), pointer(result))
+    arguments = rows, width, gated, pointer(x), pointer(bias), *dropout.checked()
+    _functions().gelu_forward(*arguments, pointer(result))
     return result
 
 
 def gelu_backward(
-    x: Tensor, gated: bool, grad_output: Tensor, grad_input: Tensor, bias: Tensor | None = None
-) -> None:
-    """Write the gradient of x to `grad_input`, and overwrite `grad_output` with the result of `gelu`."""
+    x: Tensor,
+    gated: bool,
+    grad_output: Tensor,
+    grad_input: Tensor,
+    bias: Tensor | None = None,
+    dropout: Dropout = NO_DROPOUT,
+) -> Tensor | None:
+    """Write the gradient of x to `grad_input`, and overwrite `grad_output` with the result of `gelu`; return the
+    gradient of the bias."""
     rows, width = _size(grad_output)
     _expect(x.shape, grad_input)
     _expect(x.shape[-1:], bias)
     _expect(torch.Size([*x.shape[:-1], x.shape[-1] // (1 + gated)]), grad_output)
     _expect_contiguous(x)
-    _functions().gelu_backward(rows, width, gated, pointer(x), pointer(bias), pointer(grad_output), pointer(grad_input))
+    grad_bias = None if bias is None else bias.new_zeros(_CHUNKS, len(bias))
+    arguments = rows, width, gated, pointer(x), pointer(bias), *dropout.checked(), pointer(grad_output)
+    _functions().gelu_backward(*arguments, pointer(grad_input), _CHUNKS, pointer(grad_bias))
+    return None if grad_bias is None else grad_bias.sum(dim=0)
 
 
 def add_branch(residual: Tensor, scale: Tensor | None, bias: Tensor | None, branch: Tensor) -> Tensor:
@@ -102,15 +136,10 @@ def row_dots_and_scale(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
     return sums
 
 
-def drop(x: Tensor, seed: int, probability: float) -> Tensor:
-    """Dropout in place: zero elements of x with this probability, divide the others by 1 - probability; return x.
-
-    A seed (64 bits) always drops the same elements, so the backward pass needs no mask. PyTorch generates its masks
-    serially, which takes a fifth of a small model's step.
-    """
-    if not 0 <= probability < 1 or not x.is_contiguous():
-        raise ValueError(f"probability {probability} is not in [0, 1), or the tensor is not contiguous")
-    _functions().drop(x.numel(), seed, probability, pointer(x))
+def drop(x: Tensor, dropout: Dropout) -> Tensor:
+    """Apply dropout in place; return x."""
+    _expect_contiguous(x)
+    _functions().drop(x.numel(), *dropout.checked(), pointer(x))
     return x
 
 
@@ -145,10 +174,9 @@ class Heads(NamedTuple):
         """The gradients of qkv and of the scales."""
         _expect(qkv.shape, grad_output)
         grad_input = torch.empty_like(qkv)
-        chunks = 32  # a fixed number: sums do not depend on the number of threads
-        grad_scales = None if self.scales is None else self.scales.new_zeros(chunks, *self.scales.shape)
+        grad_scales = None if self.scales is None else self.scales.new_zeros(_CHUNKS, *self.scales.shape)
         _functions().heads_backward(
-            *self._arguments(qkv), pointer(grad_output), pointer(grad_input), chunks, pointer(grad_scales)
+            *self._arguments(qkv), pointer(grad_output), pointer(grad_input), _CHUNKS, pointer(grad_scales)
         )
         return grad_input, None if grad_scales is None else grad_scales.sum(dim=0)
 

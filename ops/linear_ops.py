@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ops import dispatch, elementwise
 from ops.dispatch import autocasts
+from ops.elementwise import NO_DROPOUT, Dropout
 from ops.matmul import available, matmul
 from ops.matmul import suits as matmul_suits
 
@@ -210,20 +211,18 @@ def _quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-class _NativeGelu:
-    """The exact gelu of x + bias, gated or not, by a kernel."""
+class _NativeGelu(NamedTuple):
+    """The exact gelu of x + bias with dropout, by a kernel."""
 
-    differentiable, number = False, -1
+    gated: bool
+    dropout: Dropout = NO_DROPOUT
 
-    def __init__(self, gated: bool) -> None:
-        self.gated = gated
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return elementwise.gelu(x, self.gated, bias, self.dropout)
 
-    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return elementwise.gelu(x, self.gated, bias)
-
-    def recompute(self, x: Tensor, grad_output: Tensor, grad_input: Tensor, bias: Tensor | None = None) -> Tensor:
-        elementwise.gelu_backward(x, self.gated, grad_output, grad_input, bias)
-        return grad_output
+    def recompute(self, x: Tensor, grad_output: Tensor, grad_input: Tensor, bias: Tensor | None) -> Tensor | None:
+        """As `Function.recompute`, but overwrite `grad_output` with the result, and return the gradient of `bias`."""
+        return elementwise.gelu_backward(x, self.gated, grad_output, grad_input, bias, self.dropout)
 
 
 IDENTITY: Function = Recompute(lambda x: x)
@@ -232,7 +231,7 @@ _ACTIVATIONS: dict[str, Function] = {
     "swiglu": Recompute(_swiglu, 3), "relu2": Recompute(lambda x: F.relu(x).square(), 4),
 }  # fmt: skip
 _NATIVE_ACTIVATIONS = {"geglu": _NativeGelu(gated=True), "gelu": _NativeGelu(gated=False)}
-"""These also add the bias of the linear layer before them."""
+"""These also add the bias of the linear layer before them, and apply dropout."""
 
 
 def activation(name: str) -> Function:
@@ -245,20 +244,9 @@ def activation(name: str) -> Function:
 # ---- the end of a branch
 
 
-class _Dropout(NamedTuple):
-    """One dropout, by kernels only. The backward pass recomputes the mask from the seed."""
-
-    seed: int
-    probability: float
-
-    @classmethod
-    def of(cls, probability: float) -> _Dropout | None:
-        """One with a new seed from PyTorch's generator, or None for probability 0."""
-        return cls(int(torch.randint(2**63 - 1, ())), probability) if probability else None
-
-    def drop(self, x: Tensor) -> Tensor:
-        """Apply to x, in place."""
-        return elementwise.drop(x, self.seed, self.probability)
+def _dropout(probability: float) -> Dropout | None:
+    """A dropout with a new seed from PyTorch's generator, or None for probability 0."""
+    return Dropout(int(torch.randint(2**63 - 1, ())), probability) if probability else None
 
 
 def add_linear(
@@ -277,7 +265,7 @@ def add_linear(
     """
     drops = inner_dropout or outer_dropout
     if isinstance(project, Matrix) and after is None and (not drops or _drops_natively(x)) and fuses():
-        inner, outer = _Dropout.of(inner_dropout), _Dropout.of(outer_dropout)
+        inner, outer = _dropout(inner_dropout), _dropout(outer_dropout)
         return _AddLinear.apply(residual, x, *project, scale, before, None, inner, outer)
     differentiable = before.differentiable or not torch.is_grad_enabled()
     active = before(x) if differentiable else _Recomputed.apply(x, before)
@@ -302,13 +290,14 @@ def add_feed_forward(  # noqa: PLR0913 - all parts of a branch
 ) -> Tensor:
     """x + scale * after(down(drop(activation(up(between(norm(x))))))), scale (1, 1, D) or None for 1.
 
-    (B, L, D) -> (B, L, D). Equals `norm_linear` and `add_linear`; native activations also add the bias of `up`.
+    (B, L, D) -> (B, L, D). Equals `norm_linear` and `add_linear`; native activations add the bias of `up` and drop.
     """
     before = _NATIVE_ACTIVATIONS.get(name)
     plain = before is not None and after is None and fuses() and not autocasts(x)
     if plain and isinstance(up, Matrix) and isinstance(down, Matrix) and elementwise.suits(x, *up, *down, scale):
         hidden = norm_linear(x, norm, Matrix(up.weight, None), between)
-        return _AddLinear.apply(x, hidden, *down, scale, before, up.bias, _Dropout.of(dropout), None)
+        before = before._replace(dropout=_dropout(dropout) or NO_DROPOUT)
+        return _AddLinear.apply(x, hidden, *down, scale, before, up.bias, None, None)
     hidden = norm_linear(x, norm, up, between)
     return add_linear(x, hidden, down, scale, activation(name), inner_dropout=dropout, after=after)
 
@@ -341,8 +330,8 @@ class _Recomputed(torch.autograd.Function):
 class _AddLinear(torch.autograd.Function):
     """residual + scale * linear(before(x)); only x is saved.
 
-    `before` adds the bias `shift` to x. `inner` is the dropout on before(x), which must then be a new tensor; `outer`
-    the one on the linear layer's output.
+    A native activation adds the bias `shift` to x. `inner` is the dropout on before(x), which must then be a new
+    tensor; `outer` the one on the linear layer's output.
 
     The gradient of `scale` does not need the branch: sum_r g[r, c] (W a[r] + b)[c] is the sum over k of W[c, k] times
     (g.T a)[c, k], a matmul that the gradient of W needs anyway, plus b[c] times the sum of g.
@@ -356,22 +345,23 @@ class _AddLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         scale: Tensor | None,
-        before: Function,
+        before: Function | _NativeGelu,
         shift: Tensor | None,
-        inner: _Dropout | None,
-        outer: _Dropout | None,
+        inner: Dropout | None,
+        outer: Dropout | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, scale, shift)
         ctx.before, ctx.inner, ctx.outer = before, inner, outer
-        if autocasts(x):
+        native = isinstance(before, _NativeGelu)
+        if not native and autocasts(x):
             branch = F.linear(before(x), weight, bias)
             return residual + branch if scale is None else torch.addcmul(residual, branch, scale)
         result = torch.empty_like(residual)
-        active = before(x) if shift is None else before(x, shift)  # type: ignore[call-arg]  # a native activation
+        active = before(x, shift) if native else before(x)
         if inner is not None:
-            inner.drop(active)
+            elementwise.drop(active, inner)
         if outer is not None:
-            outer.drop(_linear_into(result, active, weight, bias))
+            elementwise.drop(_linear_into(result, active, weight, bias), outer)
             return elementwise.add_branch(residual, scale, None, result)
         if elementwise.suits(residual, result, weight, bias, scale):
             return elementwise.add_branch(residual, scale, bias, _linear_into(result, active, weight, None))
@@ -383,19 +373,20 @@ class _AddLinear(torch.autograd.Function):
         x, weight, bias, scale, shift = ctx.saved_tensors
         residual, inner, outer = grad_output, ctx.inner, ctx.outer
         if outer is not None:
-            grad_output = outer.drop(grad_output.clone(memory_format=torch.contiguous_format))
+            grad_output = elementwise.drop(grad_output.clone(memory_format=torch.contiguous_format), outer)
         own = grad_output.to(x.dtype)
         grad_weight = _buffer_for(own, weight)
         scaled = own if scale is None else (grad_output * scale).to(x.dtype)
         grad_x = torch.empty_like(x)
-        shifts = () if shift is None else (shift,)
-        grad_active = _grad_input(scaled, weight.to(x.dtype))
+        grad_active, grad_shift = _grad_input(scaled, weight.to(x.dtype)), None
         if inner is not None:
-            inner.drop(grad_active)
-        active = ctx.before.recompute(x, grad_active, grad_x, *shifts)
+            elementwise.drop(grad_active, inner)
+        if isinstance(ctx.before, _NativeGelu):
+            active, grad_shift = grad_active, ctx.before.recompute(x, grad_active, grad_x, shift)
+        else:
+            active = ctx.before.recompute(x, grad_active, grad_x)
         if inner is not None:
-            inner.drop(active)
-        grad_shift = None if shift is None else _rows(grad_x).sum(dim=0)
+            elementwise.drop(active, inner)
         grad_weight = matmul(_rows(own).t(), _rows(active), out=grad_weight).to(weight.dtype)
         grad_bias = None if bias is None else _rows(grad_output).sum(dim=0).to(bias.dtype)
         grad_scale = None

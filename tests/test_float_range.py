@@ -20,6 +20,7 @@ from models.quantization import Int8Linear
 from models.vqgan_layers import Conv3x3, NormSwish
 from ops import convolution, elementwise, matmul, native_attention, noise
 from ops.attention_ops import HEAD_EPS, NativeAttention
+from ops.elementwise import Dropout
 from ops.rows import Packed
 from sampling.decoders import Decoder
 from sampling.native import NativeDecoder, best_decoder
@@ -140,13 +141,13 @@ def exact_gelu(x, bias, gated, grad_output):
     return left.detach(), gate.detach(), expected.detach(), exact.grad
 
 
-def native_gelu(x, bias, gated, grad_output):
-    """The result and the gradient for x, with which the result is computed once more to the bit."""
+def native_gelu(x, bias, gated, grad_output, dropout=elementwise.NO_DROPOUT):
+    """The result and the gradients for x and bias, with which the result is computed once more to the bit."""
     again, grad_input = grad_output.clone(), torch.full_like(x, NAN)
-    result = elementwise.gelu(x, gated, bias)
-    elementwise.gelu_backward(x, gated, again, grad_input, bias)
+    result = elementwise.gelu(x, gated, bias, dropout)
+    grad_bias = elementwise.gelu_backward(x, gated, again, grad_input, bias, dropout)
     assert torch.equal(again, result)
-    return result, grad_input
+    return result, grad_input, torch.zeros(0) if grad_bias is None else grad_bias
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["gelu", "geglu"])
@@ -159,6 +160,13 @@ def test_gelu_of_all_shapes(gated, rows, width, threads):
         found = on_threads(threads, lambda bias=bias: native_gelu(x, bias, gated, grad_output))
         assert_close(found[0], expected, 3e-7)
         assert_close(found[1], grad_input, 3e-7)
+        if bias is not None:
+            assert_close(found[2], grad_input.sum(dim=(0, 1)), 3e-6)
+        dropout = Dropout(9, 0.3)
+        result, grad_input, _ = native_gelu(x, bias, gated, grad_output, dropout)
+        assert torch.equal(result, elementwise.drop(found[0].clone(), dropout))
+        dropped = native_gelu(x, bias, gated, elementwise.drop(grad_output.clone(), dropout))
+        assert torch.equal(grad_input, dropped[1])
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["gelu", "geglu"])
@@ -170,7 +178,7 @@ def test_gelu_of_all_numbers(gated, chance):
     bias = torch.where(torch.rand(x.shape[1]) < 0.5, wild(x.shape[1], high=4), torch.zeros(x.shape[1]))
     grad_output = wild(count, width, high=40)
     left, gate, expected, exact_grad = exact_gelu(x, bias, gated, grad_output)
-    result, grad_input = native_gelu(x, bias, gated, grad_output)
+    result, grad_input, grad_bias = native_gelu(x, bias, gated, grad_output)
     left, gate, size = left.abs(), gate.abs(), left.abs() * gate.abs()
     lost = FLUSHED * (1 + left)
     assert_within(result, expected, size, 1, times=60, lost=lost.expand_as(size)[size < LARGEST / 4])
@@ -180,6 +188,8 @@ def test_gelu_of_all_numbers(gated, chance):
     lost = FLUSHED * (1 + grad_output.double().abs() * (1 + left))
     lost = torch.cat([lost.expand_as(size)] * (1 + gated), dim=1)
     assert_within(grad_input, exact_grad, bounds, 1, times=60, lost=lost[bounds < LARGEST / 4])
+    summed = grad_input.double()
+    assert_within(grad_bias, summed.sum(dim=0), summed.abs().sum(dim=0), count + 32)
 
 
 def test_gelu_relative_to_its_result_and_of_what_is_not_finite():
@@ -189,7 +199,7 @@ def test_gelu_relative_to_its_result_and_of_what_is_not_finite():
     exact = x.double().requires_grad_()
     expected = 0.5 * exact * torch.special.erfc(-exact / 2**0.5)
     expected.sum().backward()
-    result, grad_input = native_gelu(x, None, False, torch.ones_like(x))
+    result, grad_input, _ = native_gelu(x, None, False, torch.ones_like(x))
     error = (result.double() - expected).abs() / expected.abs().clamp(min=1e-37)
     assert error[x > -11].max() < 1e-5 and (result.double() - expected).abs()[x.abs() < 14].max() < 1e-6
     assert (grad_input.double() - exact.grad).abs().max() < 3e-7
@@ -307,7 +317,7 @@ def test_norm_of_many_tensors(chance, threads):
 def test_as_many_numbers_are_dropped_as_asked_for(probability):
     torch.manual_seed(0)
     x = torch.rand(1000, 999) + 1
-    dropped = [elementwise.drop(x.clone(), seed, probability) for seed in (1, 1, 2, 1 << 32)]
+    dropped = [elementwise.drop(x.clone(), Dropout(seed, probability)) for seed in (1, 1, 2, 1 << 32)]
     assert torch.equal(dropped[0], dropped[1])
     for result in dropped:
         gone = result == 0
@@ -318,16 +328,16 @@ def test_as_many_numbers_are_dropped_as_asked_for(probability):
     both = ((dropped[0] == 0) & (dropped[2] == 0)).float().mean()
     assert float(both) == pytest.approx(probability**2, abs=0.002), "seeds must not drop the same numbers"
     with pytest.raises(ValueError, match="probability"):
-        elementwise.drop(x, 1, 1.0)
+        elementwise.drop(x, Dropout(1, 1.0))
 
 
 def test_dropout_of_all_numbers(chance, threads):
     x, probability = wild(chance.choice((0, 1, 9000)), high=126), chance.choice((0.0, 0.1, 0.5))
-    kept = elementwise.drop(torch.ones(x.shape), 5, probability) != 0
-    [result] = on_threads(threads, lambda: [elementwise.drop(x.clone(), 5, probability)], counts=(1, 3))
+    kept = elementwise.drop(torch.ones(x.shape), Dropout(5, probability)) != 0
+    [result] = on_threads(threads, lambda: [elementwise.drop(x.clone(), Dropout(5, probability))], counts=(1, 3))
     exact = torch.where(kept, x.double() / (1 - probability), torch.zeros(()).double())
     assert_within(result, exact, exact.abs(), 1)
-    assert elementwise.drop(torch.full((100,), NAN), 7, 0.5).isnan().all()
+    assert elementwise.drop(torch.full((100,), NAN), Dropout(7, 0.5)).isnan().all()
 
 
 # ---- attention in training

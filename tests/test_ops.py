@@ -110,7 +110,8 @@ def test_a_layer_drops_the_same_forward_and_backward(activation, attn_dropout, f
     model = DalleModel(dataclasses.replace(MIXED, **options))
 
     def seeded_dropout(x, probability):
-        return x * elementwise.drop(torch.ones(x.shape), int(torch.randint(2**63 - 1, ())), probability)
+        dropout = elementwise.Dropout(int(torch.randint(2**63 - 1, ())), probability)
+        return x * elementwise.drop(torch.ones(x.shape), dropout)
 
     monkeypatch.setattr(torch.nn.functional, "dropout", seeded_dropout)
     for native, plain in zip(learn(model), learn(model, "reference")):

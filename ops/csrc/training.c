@@ -11,48 +11,104 @@ static inline void store_up_to(float *p, vec x, long n) {
         store_some(p, x, n);
 }
 
+/* A hash of x: C. Wellons' lowbias32. */
+#define HASH(x) \
+    x = (x ^ x >> 16) * 0x7feb352dU; \
+    x = (x ^ x >> 15) * 0x846ca68bU; \
+    x = x ^ x >> 16;
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+static inline uint32_t hashed(uint32_t x) { HASH(x) return x; }
+static inline uvec hashed_lanes(uvec x) { HASH(x) return x; }
+
+/* Dropout: each element is zeroed with a probability, else divided by 1 - probability. The choice depends only on the
+ * seed and the element's index, so the backward pass needs no mask. */
+struct dropout {
+    uint32_t low, high, least; /* halves of the seed; the least hash of an element that is kept */
+    float kept;
+};
+
+static inline struct dropout dropout_of(uint64_t seed, double probability) {
+    return (struct dropout){seed, seed >> 32, probability * 4294967296.0, 1.0 / (1.0 - probability)};
+}
+
+/* x with dropout; `at` is the index of its first element. */
+static inline vec dropped(struct dropout d, uint64_t at, vec x) {
+    const uint32_t block_size = 4096;
+    uvec i;
+    if (!d.least) return x * d.kept;
+    for (int lane = 0; lane < LANES; lane++) i[lane] = lane;
+    i = (i + (uint32_t)at) % block_size;
+    uvec block = (uvec){} + hashed(hashed(at / block_size) ^ d.high);
+    if (at % block_size > block_size - LANES)
+        block = (uvec)either(i < LANES, (vec)((uvec){} + hashed(hashed(at / block_size + 1) ^ d.high)), (vec)block);
+    return x * either(hashed_lanes(hashed_lanes(i ^ d.low) + block) >= d.least, fill(d.kept), (vec){});
+}
+
+/* Dropout of x (n), in place. */
+void drop(long n, uint64_t seed, double probability, float *x) {
+    const struct dropout d = dropout_of(seed, probability);
+#pragma omp parallel for
+    for (long i = 0; i < n; i += LANES) store_up_to(x + i, dropped(d, i, load_up_to(x + i, n - i)), n - i);
+}
+
 /* x + bias, or x if bias is NULL. */
 static inline vec shifted(const float *x, const float *bias, long at, long left) {
     vec own = load_up_to(x + at, left);
     return bias ? own + load_up_to(bias + at, left) : own;
 }
 
-/* With y = x + bias (NULL for 0): result (rows, n) = y[:, :n] * gelu(y[:, n:]) if gated, else gelu(y). x is (rows, 2 n)
- * or (rows, n), bias (2 n) or (n). */
-void gelu_forward(long rows, long n, int gated, const float *x, const float *bias, float *result) {
+/* With y = x + bias (NULL for 0): result (rows, n) = y[:, :n] * gelu(y[:, n:]) if gated, else gelu(y), with dropout. x is
+ * (rows, 2 n) or (rows, n), bias (2 n) or (n). */
+void gelu_forward(long rows, long n, int gated, const float *x, const float *bias, uint64_t seed, double probability,
+                  float *result) {
     const float *bias_gate = bias ? bias + gated * n : NULL;
+    const struct dropout d = dropout_of(seed, probability);
 #pragma omp parallel for
     for (long row = 0; row < rows; row++) {
         const float *left = x + row * n * (1 + gated), *gate = left + gated * n;
         for (long i = 0; i < n; i += LANES) {
             vec g = shifted(gate, bias_gate, i, n - i), density, active = g * normal_cdf(g, &density);
-            store_up_to(result + row * n + i, gated ? active * shifted(left, bias, i, n - i) : active, n - i);
+            if (gated) active *= shifted(left, bias, i, n - i);
+            store_up_to(result + row * n + i, dropped(d, row * n + i, active), n - i);
         }
     }
 }
 
-/* Write the gradient of x to grad_input, and overwrite grad_output (rows, n) with the result of gelu_forward. */
-void gelu_backward(
-    long rows, long n, int gated, const float *x, const float *bias, float *grad_output, float *grad_input) {
+/* Add x to n elements of sums, unless it is NULL. */
+static inline void add_to(float *sums, vec x, long n) {
+    if (sums) store_up_to(sums, load_up_to(sums, n) + x, n);
+}
+
+/* Write the gradient of x to grad_input, overwrite grad_output (rows, n) with the result of gelu_forward, and add the
+ * gradient of bias, in `chunks` parts, to grad_bias (chunks, 2 n or n), which is zero before, or NULL. */
+void gelu_backward(long rows, long n, int gated, const float *x, const float *bias, uint64_t seed, double probability,
+                   float *grad_output, float *grad_input, long chunks, float *grad_bias) {
     long width = n * (1 + gated);
     const float *bias_gate = bias ? bias + gated * n : NULL;
+    const struct dropout d = dropout_of(seed, probability);
 #pragma omp parallel for
-    for (long row = 0; row < rows; row++) {
-        const float *left = x + row * width, *gate = left + gated * n;
-        float *grad_left = grad_input + row * width, *grad_gate = grad_left + gated * n;
-        for (long i = 0; i < n; i += LANES) {
-            vec g = shifted(gate, bias_gate, i, n - i), density, probability = normal_cdf(g, &density);
-            vec gradient = load_up_to(grad_output + row * n + i, n - i), result = g * probability;
-            if (gated) {
-                vec other = shifted(left, bias, i, n - i);
-                store_up_to(grad_left + i, gradient * result, n - i);
-                gradient *= other;
-                result *= other;
+    for (long chunk = 0; chunk < chunks; chunk++)
+        for (long row = rows * chunk / chunks; row < rows * (chunk + 1) / chunks; row++) {
+            const float *left = x + row * width, *gate = left + gated * n;
+            float *grad_left = grad_input + row * width, *grad_gate = grad_left + gated * n;
+            float *sum_left = grad_bias ? grad_bias + chunk * width : NULL, *sum_gate = sum_left ? sum_left + gated * n : NULL;
+            for (long i = 0; i < n; i += LANES) {
+                long at = row * n + i, some = n - i;
+                vec g = shifted(gate, bias_gate, i, some), density, probability = normal_cdf(g, &density);
+                vec gradient = dropped(d, at, load_up_to(grad_output + at, some)), result = g * probability;
+                if (gated) {
+                    vec other = shifted(left, bias, i, some), own = gradient * result;
+                    store_up_to(grad_left + i, own, some);
+                    add_to(sum_left ? sum_left + i : NULL, own, some);
+                    gradient *= other;
+                    result *= other;
+                }
+                gradient *= probability + g * density;
+                store_up_to(grad_gate + i, gradient, some);
+                add_to(sum_gate ? sum_gate + i : NULL, gradient, some);
+                store_up_to(grad_output + at, dropped(d, at, result), some);
             }
-            store_up_to(grad_gate + i, gradient * (probability + g * density), n - i);
-            store_up_to(grad_output + row * n + i, result, n - i);
         }
-    }
 }
 
 /* Overwrite branch (rows, n) with residual + scale * (branch + bias); scale and bias (n) may be NULL for 1 and 0. */
@@ -168,27 +224,6 @@ void heads_backward(long rows, long positions, long heads, long width, float eps
             long values = (row * 3 + 2) * part_size;
             memcpy(grad_input + values, grad_output + values, part_size * sizeof(float));
         }
-}
-
-/* A hash of x: C. Wellons' lowbias32. */
-static inline uint32_t hashed(uint32_t x) {
-    x = (x ^ x >> 16) * 0x7feb352dU;
-    x = (x ^ x >> 15) * 0x846ca68bU;
-    return x ^ x >> 16;
-}
-
-/* Dropout: each of n elements is zeroed with this probability, else divided by 1 - probability. The choice depends only
- * on the seed and the element's index, so the backward pass needs no mask. */
-void drop(long n, uint64_t seed, double probability, float *x) {
-    const long block_size = 4096;
-    const uint32_t least = probability * 4294967296.0, low = seed, high = seed >> 32;
-    const float kept = 1.0 / (1.0 - probability);
-#pragma omp parallel for
-    for (long from = 0; from < n; from += block_size) {
-        long to = n - from < block_size ? n - from : block_size;
-        uint32_t block = hashed(hashed(from / block_size) ^ high);
-        for (uint32_t i = 0; i < to; i++) x[from + i] *= hashed(hashed(i ^ low) + block) >= least ? kept : 0.0f;
-    }
 }
 
 /* The Euclidean norm of several tensors together, `sizes` floats each. sums: scratch, one double per tensor. */
