@@ -292,9 +292,8 @@ def add_feed_forward(  # noqa: PLR0913 - all parts of a branch
 
     (B, L, D) -> (B, L, D). Equals `norm_linear` and `add_linear`; native activations add the bias of `up` and drop.
     """
-    before = _NATIVE_ACTIVATIONS.get(name)
-    plain = before is not None and after is None and fuses() and not autocasts(x)
-    if plain and isinstance(up, Matrix) and isinstance(down, Matrix) and elementwise.suits(x, *up, *down, scale):
+    before = _NATIVE_ACTIVATIONS.get(name) if after is None and fuses() and not autocasts(x) else None
+    if before and isinstance(up, Matrix) and isinstance(down, Matrix) and elementwise.suits(x, *up, *down, scale):
         hidden = norm_linear(x, norm, Matrix(up.weight, None), between)
         before = before._replace(dropout=_dropout(dropout) or NO_DROPOUT)
         return _AddLinear.apply(x, hidden, *down, scale, before, up.bias, None, None)
@@ -352,12 +351,11 @@ class _AddLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, scale, shift)
         ctx.before, ctx.inner, ctx.outer = before, inner, outer
-        native = isinstance(before, _NativeGelu)
-        if not native and autocasts(x):
+        if not isinstance(before, _NativeGelu) and autocasts(x):
             branch = F.linear(before(x), weight, bias)
             return residual + branch if scale is None else torch.addcmul(residual, branch, scale)
         result = torch.empty_like(residual)
-        active = before(x, shift) if native else before(x)
+        active = before(x, shift) if isinstance(before, _NativeGelu) else before(x)
         if inner is not None:
             elementwise.drop(active, inner)
         if outer is not None:

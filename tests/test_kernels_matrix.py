@@ -25,7 +25,8 @@ SHAPES = [
     (160, 270, 1500),  # several steps of depth
     (131, 1000, 96),  # many units of columns
     (130, 300, 2200),  # units and rows are packed ahead, in four steps of depth
-    (700, 300, 70),  # tall: the transpose is computed
+    (700, 300, 70),  # tall, of a short k
+    (700, 70, 300),  # tall: the transpose is computed
     (1400, 710, 64),  # more rows than are packed at a time
 ]
 LARGE = [(672, 512, 1500), (131, 3000, 96), (200, 700, 2200), (2000, 300, 70), (1500, 1500, 64)]
