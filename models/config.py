@@ -62,6 +62,8 @@ class DalleConfig:
     """w in loss = (text + w * image) / (w + 1)."""
     z_loss: float = 0.0
     """In training the loss of each position also has z_loss * log(sum(exp(logits)))^2 (PaLM, arXiv 2204.02311)."""
+    label_smoothing: float = 0.0
+    """In training the target of a code has this share of its probability spread evenly over all codes."""
     attn_dropout: float = 0.0
     """Dropout on an attention layer's output."""
     ff_dropout: float = 0.0

@@ -183,19 +183,22 @@ class DalleModel(nn.Module):
     def loss(self, text_logits: Tensor, image_logits: Tensor, text: Tensor, codes: Tensor) -> Losses:
         """Return (CE_text + w * CE_image) / (w + 1) and its parts, each a mean over its positions (scalars, nats).
 
-        In training the total has the z-loss, too.
+        In training the total has the z-loss, too, and the image's part of it label smoothing.
 
         A text part of one position predicts no text: its loss is 0, and the total is that of the image alone.
         """
         targets, weight = self.text_part(text)[:, 1:], self.config.loss_img_weight
-        image_loss = F.cross_entropy(image_logits.flatten(0, 1).float(), codes.flatten())
+        image_loss = learned = F.cross_entropy(image_logits.flatten(0, 1).float(), codes.flatten())
+        if self.training and self.config.label_smoothing:
+            logits = image_logits.float()
+            learned = torch.lerp(learned, (logits.logsumexp(-1) - logits.mean(-1)).mean(), self.config.label_smoothing)
         if targets.shape[1]:
             text_loss = F.cross_entropy(text_logits.flatten(0, 1).float(), targets.flatten())
-            total = (text_loss + weight * image_loss) / (weight + 1)
+            total = (text_loss + weight * learned) / (weight + 1)
         else:
             # Not a constant: with several processes every parameter needs a gradient, the unused text head too.
             text_loss = text_logits.float().sum()
-            total = image_loss + text_loss
+            total = learned + text_loss
         if self.training and self.config.z_loss:
             share = weight / (weight + 1) if targets.shape[1] else 1.0
             z_loss = share * image_logits.float().logsumexp(dim=-1).square().mean()

@@ -42,7 +42,7 @@ _KNOWN = frozenset(
     "num_text_tokens num_image_tokens text_seq_len grid dim depth heads dim_head attn_types loss_img_weight "
     "attn_dropout ff_dropout sandwich_norm layer_scale activation ff_mult qkv_bias out_bias ff_bias head_bias bos "
     "unique_pads text_positions image_positions rotary shift_tokens stable tie_embeddings shared_attn_ids "
-    "shared_ff_ids init_std z_loss base_width norm qk_norm rotary_2d".split()
+    "shared_ff_ids init_std z_loss label_smoothing base_width norm qk_norm rotary_2d".split()
 )
 """The options of DalleConfig that this decoder implements, or that are nothing to it. Others it refuses by name."""
 

@@ -93,13 +93,17 @@ def test_loss_of_half_precision_logits_is_taken_in_single():
 
 
 @pytest.mark.parametrize("text_seq_len, bos", [(4, True), (1, False)])
-def test_z_loss_is_added_to_the_total_in_training_alone(text_seq_len, bos):
-    model, text = random_model(text_seq_len=text_seq_len, bos=bos, z_loss=0.1).train(), TEXT[:, :text_seq_len]
+def test_z_loss_and_label_smoothing_are_in_the_total_in_training_alone(text_seq_len, bos):
+    model = random_model(text_seq_len=text_seq_len, bos=bos, z_loss=0.1, label_smoothing=0.2).train()
+    text = TEXT[:, :text_seq_len]
     logits = model(text, CODES)
     losses, plain = model.loss(*logits, text, CODES), model.eval().loss(*logits, text, CODES)
+    smoothed = torch.nn.functional.cross_entropy(logits[1].flatten(0, 1), CODES.flatten(), label_smoothing=0.2)
     squares = [part.exp().sum(-1).log().square() for part in logits]
-    expected = squares[1].mean() if text_seq_len == 1 else (squares[0].mean() + 7 * squares[1].mean()) / 8
-    assert losses.total.item() == pytest.approx((plain.total + 0.1 * expected).item(), rel=1e-6)
+    expected = smoothed + 0.1 * squares[1].mean()
+    if text_seq_len > 1:
+        expected = (plain.text + 0.1 * squares[0].mean() + 7 * expected) / 8
+    assert losses.total.item() == pytest.approx(expected.item(), rel=1e-6)
     assert losses[1:] == plain[1:]
 
 

@@ -45,7 +45,7 @@ _ALONE = dict(
     num_hidden_layers=2, num_attention_heads=2, dim_head=4, text_seq_len=9, image_size=32, attn_types=["full"],
     attention_impl="explicit", ff_dropout=0.5, attn_dropout=0.5, sandwich_norm=True, norm="rms", qk_norm=True,
     rotary_2d=True, shift_tokens=True, code_noise_similar=1.0, activation="swiglu", ff_mult=3, layer_scale=False,
-    init_std=0.02, z_loss=0.1, base_width=32.0, init_codes="codebook", loss_img_weight=1.0,
+    init_std=0.02, z_loss=0.1, label_smoothing=0.1, base_width=32.0, init_codes="codebook", loss_img_weight=1.0,
     code_noise=0.5, null_cond_prob=1.0, vqgan_model_path=NEW_VQGAN + ".safetensors",
     vqgan_config_path=NEW_VQGAN + ".yaml", input_folder=NEW_FOLDER, validation_folder=NEW_FOLDER,
     validation_fraction=0.2, bpe_path=NEW_WORDS, generated_data=True, synthetic_data=True, dataloader_workers=1,

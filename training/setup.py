@@ -34,7 +34,7 @@ from utils.skipped import start_report
 logger = logging.getLogger(__name__)
 
 #: Options of a model's training, not of its architecture.
-TRAINING_OPTIONS = ("loss_img_weight", "z_loss", "attn_dropout", "ff_dropout")
+TRAINING_OPTIONS = ("loss_img_weight", "z_loss", "label_smoothing", "attn_dropout", "ff_dropout")
 
 _SAME_NAME = ("text_seq_len", "dim_head", "attn_types", "sandwich_norm", "layer_scale", "init_std", "norm",
               "qk_norm", "rotary_2d", "shift_tokens", "activation", "ff_mult", "base_width", *TRAINING_OPTIONS)
