@@ -9,58 +9,20 @@ The loop is independent of the device: engines/ handles that.
 """
 from __future__ import annotations
 
-import utils.start  # noqa: F401 - first: it says what stops the imports below
+import utils.start
 
 # isort: split
-import logging
-import sys
-
 import args
-import engines
-import log
-from args import Config
-from bpe import load_tokenizer
-from engines.ipu import plan_report
-from models.building import shapes_only
-from models.vqgan import VQGAN
-from training.files import folders_locked
-from training.run import train
-from training.setup import dalle_config, vqgan_config
 from utils.errors import run_main
-from utils.interrupts import Interruption
-
-logger = logging.getLogger(__name__)
 
 
 def main() -> int:
     """Run training from the command line. Returns the exit status."""
     config = args.parse()
-    if config.ipu.plan:
-        show_plan(config)
-        return 0
-    engine = engines.create(config)
-    try:
-        with Interruption(tell=engine.is_main) as interruption, folders_locked(config, engine):
-            log.setup(config.log_dir, engine.is_main)
-            logger.info(config.describe())
-            engine.introduce()
-            train(engine.config, engine, interruption=interruption)
-            return interruption.status
-    finally:
-        engine.close()
+    with utils.start.imports():  # after the flags: --help and mistakes in flags need no PyTorch
+        from training.command import run
 
-
-def show_plan(config: Config) -> None:
-    """--plan: what each IPU would hold, as text and as plan.png. Reads the vocabulary and a VQGAN's YAML, no data."""
-    vqgan = vqgan_config(config)
-    with shapes_only():
-        model = dalle_config(config, load_tokenizer(config.data.bpe_path), VQGAN(vqgan))
-    found = plan_report.divisions(config, model, vqgan)
-    sys.stdout.write(plan_report.describe(config, model, found) + "\n")
-    if found:
-        chart = config.log_dir / "plan.png"
-        plan_report.draw(found, chart)
-        sys.stdout.write(f"chart: {chart}\n")
+    return run(config)
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def _serve():
     os.dup2(2, 1)
     sys.path.insert(0, str(ROOT))
     # torch._dynamo: what the first optimizer imports; torch.distributed.fsdp: what --shard does.
-    for name in ("train", "engines.native", "torch._dynamo", "torch.distributed.fsdp"):
+    for name in ("training.command", "engines.native", "torch._dynamo", "torch.distributed.fsdp"):
         importlib.import_module(name)
     with tempfile.TemporaryDirectory() as folder:  # the first curve reads fonts
         lines = Path(folder, "metrics.jsonl")

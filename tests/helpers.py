@@ -25,9 +25,9 @@ import args
 import checkpoints
 import data
 import engines
-import train
 from data import DataSettings, Team
 from models.vqgan import VQGAN, VqganConfig
+from training.run import train
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -207,7 +207,7 @@ def train_here(flags):
     """Train in this process and return the engine."""
     config = args.parse(flags)
     engine = engines.create(config)
-    train.train(config, engine)
+    train(config, engine)
     return engine
 
 

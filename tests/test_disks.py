@@ -15,8 +15,8 @@ from test_crash import assert_as_undisturbed, finish, slow_unless, start
 import args
 import engines
 import log
-import train
 from engines.native import NativeEngine
+from training.run import train
 
 SMALL = 20_000  # bytes: more than any log here takes, less than a checkpoint
 
@@ -24,7 +24,7 @@ SMALL = 20_000  # bytes: more than any log here takes, less than a checkpoint
 def trained(folder, out, *more):
     config = args.parse(flags(folder, out, *more))
     log.setup(config.log_dir)
-    train.train(config, engines.create(config))
+    train(config, engines.create(config))
 
 
 def everything(folder):

@@ -189,11 +189,19 @@ def test_a_process_that_imports_the_library_or_runs_a_program():
     """The hook for errors is left alone, PyTorch's compiler (a second, 70 MB) is not loaded, and more loader processes
     than cores are nothing to warn of."""
     code = "import runpy, sys; before = sys.excepthook; import dalle.models; assert sys.excepthook is before\n"
-    code += "import train, evaluate; assert 'torch._dynamo' not in sys.modules\n"
+    code += "import training.command, evaluate; assert 'torch._dynamo' not in sys.modules\n"
     code += f"from utils.loading import make_loader; make_loader(range(3), workers={2 + (os.cpu_count() or 1)})\n"
     code += "sys.argv = ['train.py', '--version']; runpy.run_path('train.py', run_name='__main__')"
     done = run_script("-c", code)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"mini-dalle {VERSION}\n", "")
+
+
+@pytest.mark.parametrize("flag, status", [("--help", 0), ("--no-such-flag", 2)])
+def test_the_flags_of_training_are_read_before_pytorch_is_imported(flag, status):
+    code = f"import sys, train; sys.argv = ['train.py', {flag!r}]\n"
+    code += "from utils.errors import run_main\ntry: run_main(train.main)\n"
+    code += "finally: assert not {'torch', 'numpy', 'PIL'} & set(sys.modules)"
+    assert run_script("-c", code).returncode == status
 
 
 def test_a_python_without_the_packages_says_how_to_get_them():
@@ -201,12 +209,16 @@ def test_a_python_without_the_packages_says_how_to_get_them():
         done = run_script("-S", f"{program}.py")
         assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
         assert done.stderr.startswith(f"error: {sys.executable} has no package '") and "run_train.sh" in done.stderr
+    late = run_script("-S", "-c", "import utils.start\nutils.start.done()\nwith utils.start.imports(): import no_such")
+    assert (late.returncode, len(late.stderr.splitlines())) == (1, 1) and "has no package 'no_such'" in late.stderr
 
 
 @pytest.mark.parametrize("body, last, status", [
     ("raise KeyboardInterrupt", "interrupted", -2),
     ("import utils.no_such", "ModuleNotFoundError: No module named 'utils.no_such'", 1),  # ours: a defect
     ("utils.start.done(); import no_such", "ModuleNotFoundError: No module named 'no_such'", 1),
+    ("utils.start.done()\nwith utils.start.imports(): pass\nimport no_such",
+     "ModuleNotFoundError: No module named 'no_such'", 1),
 ])
 def test_what_stops_imports(body, last, status):
     done = run_script("-S", "-c", f"import utils.start\n{body}")

@@ -20,8 +20,9 @@ import args
 import checkpoints
 import engines
 import log
-import train
+import train as program
 from models.dalle import DalleConfig, DalleModel
+from training.run import train
 from utils.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("poptorch")
@@ -101,7 +102,7 @@ def test_plan_needs_neither_data_nor_poptorch(tmp_path, monkeypatch, capsys):
     def printed(plan):
         words = f"train.py --config L16 {plan} --device ipu --input-folder /nowhere --log-dir {tmp_path}"
         monkeypatch.setattr("sys.argv", words.split())
-        train.main()
+        program.main()
         return capsys.readouterr().out
 
     text, alone = printed("--plan auto"), printed("--plan")
@@ -172,7 +173,7 @@ def main():
         monkeypatch.setattr(log, "plot_losses", lambda *_: False)
         engine = engines.create(args.parse(commands[index]))
         log.setup(engine.config.log_dir, engine.is_main)
-        train.train(engine.config, engine)
+        train(engine.config, engine)
         engine.close()
 
 

@@ -11,9 +11,10 @@ from helpers import assert_same, flat, read_metrics, refused, train_here, traini
 import args
 import checkpoints
 import engines
-import train
+import train as program
 from engines.native import NativeEngine
 from models.dalle import TextToImage
+from training.run import train
 from training.saver import Saver
 from utils.bad_steps import BadSteps
 from utils.errors import UserError
@@ -39,7 +40,7 @@ def poison(monkeypatch, steps, value=float("nan"), rank=None):
 
 def main():
     poison(pytest.MonkeyPatch(), {2}, rank="1")
-    train.main()
+    program.main()
 
 
 def flags(folder, out, *more):
@@ -143,7 +144,7 @@ def test_the_loss_scale_falls_after_a_bad_step(folder, tmp_path, monkeypatch):
     poison(monkeypatch, {2})
     scales, update = [], engine.scaler.update
     monkeypatch.setattr(engine.scaler, "update", lambda: (update(), scales.append(engine.scaler.get_scale())))
-    train.train(config, engine)
+    train(config, engine)
     assert scales == [1024.0, 512.0, 512.0] and engine.state_dict()["bad_steps"] == [1, 0]
 
 

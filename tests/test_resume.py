@@ -18,11 +18,11 @@ from PIL import Image
 import args
 import checkpoints
 import engines
-import train
 from checkpoints.vqgan import load_vqgan
 from data import epoch_order
 from engines.native import NativeEngine
 from training import vqgan_options
+from training.run import train
 from training.schedule import Position, Schedule
 from training.vqgan import save_weights
 from utils.bad_steps import BadSteps
@@ -120,7 +120,7 @@ class Saved:
 
     def train(self, config):
         with contextlib.closing(engines.create(config)) as engine:
-            train.train(config, engine)
+            train(config, engine)
         return engine
 
     def resume(self, **anew):

@@ -19,12 +19,12 @@ import args
 import checkpoints
 import engines
 import log
-import train
 from engines import sharding
 from engines.ipu import plan
 from engines.memory import training_memory
 from models.config import DalleConfig
 from training import setup
+from training.run import train
 from utils.errors import UsageError
 
 pytest.importorskip("torch.distributed.fsdp", reason="this PyTorch has no FSDP")
@@ -61,7 +61,7 @@ def main():
             if "scale" in run:
                 scaler = sharding.make_scaler if "--shard" in run["flags"] else torch.amp.GradScaler
                 engine.autocast_dtype, engine.scaler = torch.float16, scaler("cpu", init_scale=run["scale"])
-            train.train(engine.config, engine)
+            train(engine.config, engine)
             engine.close()
 
 

@@ -9,11 +9,11 @@ from PIL import Image
 
 import args
 import engines
-import train
 from data.demo import demo_records
 from metrics.inception import Inception
 from training import evaluation
 from training.evaluation import Evaluation
+from training.run import train
 
 EVERY_2 = ("--evaluate-every", "2", "--evaluate-captions", "3")
 STATES = ("--ff-dropout", "0.1", "--ema-decay", "0.9", "--augment", "flip", "--null-cond-prob", "0.5")
@@ -64,7 +64,7 @@ def test_processes_and_shards_end_as_without(server, folder, tmp_path):
 def test_averaged_weights_are_sampled_in_eval_mode_and_trained_ones_come_back(folder, tmp_path):
     config = args.parse(flags(folder, tmp_path, *STATES, "--max-steps", "2"))
     engine = engines.create(config)
-    train.train(config, engine)
+    train(config, engine)
     engine.model.train()
     before = engine.model_state()
     with engine.sampling_model() as model:
@@ -148,6 +148,6 @@ def test_retrieval_on_the_demo_set(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "demo_records", lambda split: few)
     words = "--config demo --device cpu --max-steps 1 --batch-size 8 --cache-codes off --checkpoint-output-dir".split()
     config = args.parse([*words, str(tmp_path / "ckpt"), *EVERY_2, "--evaluate-images", "4"])
-    train.train(config, engines.create(config))
+    train(config, engines.create(config))
     (event,) = read_metrics(tmp_path, "evaluation")
     assert event["retrieval"] in (0, 0.25, 0.5, 0.75, 1)

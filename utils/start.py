@@ -4,9 +4,11 @@ These are missing packages, and Ctrl-C during imports. `run_main` removes the ho
 """
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from types import TracebackType
+from typing import Iterator
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,3 +34,11 @@ def done() -> None:
     """Restore the previous error hook, after all imports."""
     if sys.excepthook is _tell:
         sys.excepthook = _before
+
+
+@contextlib.contextmanager
+def imports() -> Iterator[None]:
+    """The hook for imports that come later."""
+    sys.excepthook = _tell
+    yield  # an error leaves the hook in place
+    done()
