@@ -420,19 +420,6 @@ def test_any_options_of_a_stored_model(values):
         model_config(dict(TINY.to_dict(), **values), STATE)
 
 
-@given(strategies.lists(strategies.text(max_size=200), min_size=1, max_size=4))
-@settings(deadline=None, max_examples=100)
-def test_any_prompts_have_folders_of_their_own_inside(tmp_path_factory, prompts):
-    outputs = tmp_path_factory.mktemp("outputs")
-    names = prompt_folders(outputs, dict.fromkeys(prompts))
-    for path in names:
-        lock_folder(path)
-        assert path.is_dir() and path.resolve().parent == outputs.resolve()
-        assert path.name not in (".", "..") and not path.name.startswith("-") and "/" not in path.name
-    # Apart, also where the file system knows no case.
-    assert len({path.name.casefold() for path in names}) == len(names)
-
-
 @pytest.mark.parametrize("first, second", [("A Cat", "a cat"), ("STRASSE", "straße"), ("caf\u00e9", "cafe\u0301")])
 def test_prompts_that_differ_in_case_or_coding_have_two_folders(tmp_path, first, second):
     names = [path.name for path in prompt_folders(tmp_path, (first, second))]

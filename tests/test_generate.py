@@ -265,8 +265,9 @@ def test_prompts_never_share_a_folder(tmp_path_factory, prompts):
     outputs = tmp_path_factory.mktemp("outputs")
     folders = prompt_folders(outputs, prompts)
     locks = [lock_folder(folder) for folder in folders]
-    assert len(locks) == len(set(folders)) == len(folders)
-    assert sorted(folders) == sorted(outputs.iterdir())
+    # Apart, also where the file system knows no case.
+    assert len(locks) == len({folder.name.casefold() for folder in folders}) == len(folders)
+    assert sorted(folders) == sorted(outputs.iterdir()) and all(folder.is_dir() for folder in folders)
 
 
 def test_a_new_run_replaces_the_old_one_whole(run, tmp_path, caplog):
