@@ -11,6 +11,7 @@ import logging
 import pytest
 import torch
 from graph_stand_in import install
+from helpers import tiny_vqgan
 from models_for_tests import (
     ALL,
     EDGES,
@@ -28,7 +29,7 @@ from models_for_tests import (
 
 from dalle.loading import Loaded
 from models.quantization import Int8Linear
-from models.vqgan import VQGAN, VqganConfig
+from models.vqgan import VQGAN
 from sampling import Graphs, Sampler, SamplingOptions, driver, sample_codes
 from sampling.decoders import Decoder
 from sampling.graphs import CudaCapture
@@ -193,8 +194,7 @@ def test_under_autocast_steps_are_recorded_in_its_type(graph):
 
 def test_a_batch_is_decoded_while_the_next_is_sampled(graph, monkeypatch):
     """What a GPU does, without one: same batches in the same order, each handed on after the next was sampled."""
-    vqgan = VQGAN(VqganConfig(num_codes=20, embed_dim=4, resolution=12, z_channels=4, ch=4, ch_mult=(1, 2),
-                              num_res_blocks=1, attn_resolutions=(), num_groups=2)).eval()  # fmt: skip
+    vqgan = VQGAN(tiny_vqgan(num_codes=20, resolution=12, ch_mult=(1, 2))).eval()
     loaded = Loaded(random_model().float(), vqgan, None, None)
     expected = list(Sampler(loaded).images(TEXT, 4, batch_size=2, seed=1))
     sampled = []
