@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import IO, Mapping, Sequence
 
 import log
+from dalle.prompt_folders import with_digest
 from examples_utils import metrics
 from examples_utils.machine import POPLAR, Machine, hardware, missing
 from examples_utils.options import BenchmarkOptions
@@ -206,8 +206,5 @@ def _last_words(stderr: Path) -> str:
 def folder_name(variant_name: str) -> str:
     """A variant's name as a folder: parameters may hold slashes, and file systems take 255 bytes."""
     name = re.sub(r"^\.|[^\w.,=+@-]", "_", variant_name)
-    if name == variant_name and len(name.encode()) <= 150:
-        return name
-    # Variants that differ only in what was replaced must not share a folder.
-    digest = hashlib.sha256(variant_name.encode()).hexdigest()[:8]
-    return f"{name.encode()[:150].decode(errors='ignore')}-{digest}"
+    # Variants that differ only in what was replaced or cut off must not share a folder.
+    return name if name == variant_name and len(name.encode()) <= 150 else with_digest(name, variant_name)

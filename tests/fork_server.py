@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib
+import itertools
 import json
 import os
 import resource
@@ -54,13 +55,22 @@ class ForkServer:
         request = {"argv": argv, "log": str(log), "kill": kill, "script": script, "largest_file": largest_file}
         return self._ask(environment=environment, **request)
 
-    def together(self, argv, folder, count=2, **environment):
-        """Run so many processes as torchrun would, to their good end; return what each wrote."""
+    def start_all(self, argv, logs, kills=(), agent=None, **more):
+        """Start a process for each log, as torchrun would. agent: the store of its agent, which outlives them."""
         from helpers import free_port
 
-        common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **environment}
+        common = {"WORLD_SIZE": str(len(logs)), "MASTER_ADDR": "127.0.0.1"}
+        common["MASTER_PORT"] = str(agent.port if agent else free_port())
+        common.update({"TORCHELASTIC_USE_AGENT_STORE": "True"} if agent else {}, **more)
+        return [
+            self.start(argv, log, kill, RANK=str(rank), LOCAL_RANK=str(rank), **common)
+            for rank, (log, kill) in enumerate(itertools.zip_longest(logs, kills))
+        ]
+
+    def together(self, argv, folder, count=2, **more):
+        """Run so many processes to their good end; return what each wrote."""
         logs = [folder / f"process{rank}.log" for rank in range(count)]
-        pids = [self.start(argv, log, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank, log in enumerate(logs)]
+        pids = self.start_all(argv, logs, **more)
         statuses, written = [self.wait(pid) for pid in pids], [log.read_text() for log in logs]
         assert statuses == [0] * count, written
         return written

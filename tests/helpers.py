@@ -16,6 +16,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -25,10 +26,14 @@ import args
 import checkpoints
 import data
 import engines
+from bpe import load_tokenizer
 from data import DataSettings, Team
+from models.config import DalleConfig
+from models.dalle import DalleModel
 from models.vqgan import VQGAN, VqganConfig
 from training.run import train
 from utils.errors import UserError
+from utils.files import sha256_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -61,18 +66,14 @@ def words(text):
     return "".join(chr(number - 1) for number in text.tolist() if number)
 
 
-def letters_vocabulary(path, letters="abcdefghijklmnopqrstuvwxyz\u2581"):
-    """Write a vocabulary file with a token for each letter, and return its path."""
-    lines = [f"{ord(letter)} {4 + index}" for index, letter in enumerate(letters)]
-    path.write_text("\n".join([f"{len(lines)} 0", *lines, "1 0 2 3"]) + "\n", encoding="utf-8")
-    return path
-
-
 def tiny_vqgan(**changes):
     """The configuration of a VQGAN of 16 codes, from 16x16 pixels to 4x4 codes, in the least time."""
     sizes = {"num_codes": 16, "embed_dim": 8, "resolution": 16, "z_channels": 8, "ch": 8, "ch_mult": (1, 1, 1)}
     sizes.update(num_res_blocks=1, attn_resolutions=(), num_groups=4)
     return VqganConfig(**{**sizes, **changes})
+
+
+TINY_VQGAN = tiny_vqgan(num_codes=24, embed_dim=4, z_channels=4, ch_mult=(1, 2, 2))
 
 
 def write_vqgan(folder, **changes):
@@ -86,6 +87,54 @@ def write_vqgan(folder, **changes):
 
 def vqgan_flags(folder):
     return [f"--vqgan-model-path={folder / 'vqgan.safetensors'}", f"--vqgan-config-path={folder / 'vqgan.yaml'}"]
+
+
+class TinyModel:
+    """A tiny model on disk: checkpoint, vocabulary of letters, VQGAN of 24 codes on a 4x4 grid of a 16x16 image."""
+
+    def __init__(self, folder):
+        torch.manual_seed(0)
+        self.folder = folder
+        self.vocabulary, letters = folder / "letters.txt", "abcdefghijklmnopqrstuvwxyz\u2581"
+        lines = [f"{len(letters)} 0", *(f"{ord(letter)} {4 + index}" for index, letter in enumerate(letters))]
+        self.vocabulary.write_text("\n".join([*lines, "1 0 2 3"]) + "\n", encoding="utf-8")
+        self.tokenizer = load_tokenizer(str(self.vocabulary))
+        self.vqgan_model, self.vqgan_config = folder / "vqgan.ckpt", folder / "vqgan.yaml"
+        vqgan = VQGAN(TINY_VQGAN)
+        torch.nn.init.normal_(vqgan.quantize.embedding.weight)
+        TINY_VQGAN.to_yaml(self.vqgan_config)
+        torch.save({"state_dict": vqgan.state_dict()}, self.vqgan_model)
+        self.model = DalleModel(
+            DalleConfig(self.tokenizer.vocab_size, 24, 10, 4, 24, 2, 2, 12, attn_types=("full", "axial_row"))
+        )
+        for name, parameter in self.model.named_parameters():  # a new model is nearly indifferent: give it opinions
+            if name.endswith(".scale"):
+                parameter.data.fill_(2.0)
+            elif name.startswith("image_head."):
+                parameter.data *= 6
+            elif name == "text_head.bias":
+                pads = [0, *range(self.tokenizer.vocab_size, len(parameter))]
+                parameter.data[pads] = -50.0  # captions never end
+        self.identity = {
+            "tokenizer": dict(self.tokenizer.identity, path=str(self.vocabulary)),
+            "vqgan": {
+                "sha256": sha256_file(self.vqgan_model), "weights": str(self.vqgan_model),
+                "config": str(self.vqgan_config),
+            },
+        }
+        self.dalle = self.save("dalle_3.pt", self.identity)
+
+    def save(self, name, training, weights=None, config=None):
+        path = self.folder / name
+        options, weights = (config or self.model.config).to_dict(), weights or self.model.state_dict()
+        checkpoints.save_checkpoint(path, checkpoints.dalle_checkpoint(options, weights, 3, training=training))
+        return path
+
+    def other_vocabulary(self, folder):
+        """A vocabulary of the same size that reads "a" as another letter."""
+        path = folder / "letters.txt"
+        path.write_text(self.vocabulary.read_text(encoding="utf-8").replace("97 4", "65 4"), encoding="utf-8")
+        return path
 
 
 def assert_same(first, second):
@@ -118,6 +167,18 @@ class Payload:
 
     def __reduce__(self):
         return os.mkdir, (self.trap,)
+
+
+class Brightness:
+    """Stands in for CLIP: how bright a picture is, from 0 to 1; for the prompt "dark" the less so, the better."""
+
+    def __init__(self, path="", device="cpu"):
+        self.path = path
+
+    def similarity(self, prompt, pictures):
+        self.prompt = prompt
+        values = torch.tensor([float(np.asarray(picture).mean()) for picture in pictures]) / 255
+        return -values if prompt == "dark" else values
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import sys
 import types
 
 import torch
+from helpers import tiny_vqgan
 
 import args
 from data import PairDataset, TextSettings, epoch_order
@@ -18,10 +19,7 @@ MODEL = {
     "num_text_tokens": 9, "num_image_tokens": 7, "text_seq_len": 5, "grid": 4, "dim": 8, "depth": 3, "heads": 2,
     "dim_head": 4, "attn_types": ("full", "axial_row", "axial_col"),
 }
-VQGAN_CONFIG = VqganConfig(
-    resolution=16, ch=8, ch_mult=(1, 1, 2), num_res_blocks=1, attn_resolutions=(), num_codes=7, embed_dim=4,
-    z_channels=4, num_groups=4,
-)
+VQGAN_CONFIG = tiny_vqgan(ch_mult=(1, 1, 2), num_codes=7, embed_dim=4, z_channels=4)
 
 
 def small_model(**changes):

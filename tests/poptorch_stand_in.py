@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import functools
 import pickle
 import sys
 import types
@@ -31,12 +32,13 @@ MatMulSerializationMode = enum.Enum("MatMulSerializationMode", "OutputChannels")
 
 
 class _Settings:
-    """Values of one group of options: declared in the constructor, typed, and frozen with the whole."""
+    """Values of one group of options: set by its methods, each of one type, and frozen with the whole."""
 
-    def __init__(self, owner=None, **values):
-        vars(self).update(_owner=owner or self, _frozen=False, _values=values)
+    def __init__(self, methods, owner=None, **values):
+        """methods: {name: (key of its value, type)}."""
+        vars(self).update(_methods=methods, _owner=owner or self, _frozen=False, _values=values)
 
-    def _set(self, key, value, kind):
+    def _set(self, key, kind, value):
         if self._owner._frozen:
             raise AttributeError("Can't modify frozen Options")
         assert type(value) is kind, f"Unexpected type {type(value)} for option {key}. Expected {kind}"
@@ -47,10 +49,12 @@ class _Settings:
         raise AttributeError(f"{name}: set options through their methods")
 
     def __getattr__(self, name):
-        values = object.__getattribute__(self, "__dict__").get("_values", {})
-        if name not in values:
+        own = vars(self)
+        if name in own.get("_methods", ()):
+            return functools.partial(self._set, *self._methods[name])
+        if name not in own.get("_values", ()):
             raise AttributeError(f"Invalid attribute {name}.")
-        return values[name]
+        return self._values[name]
 
     def __deepcopy__(self, memo):
         memo[id(self)] = other = object.__new__(type(self))
@@ -58,36 +62,14 @@ class _Settings:
         return other
 
 
-def _option(key, kind):
-    def set_option(self, value):
-        return self._set(key, value, kind)
-
-    return set_option
-
-
-class _Training(_Settings):
-    gradientAccumulation = _option("gradient_accumulation", int)
-    accumulationAndReplicationReductionType = _option("reduction", ReductionType)
-    setAutomaticLossScaling = _option("automatic_loss_scaling", bool)
-
-
-class _Precision(_Settings):
-    enableStochasticRounding = _option("stochastic_rounding", bool)
-    setPartialsType = _option("partials_type", torch.dtype)
-
-
 class TensorLocationSettings(_Settings):
-    useOnChipStorage = _option("on_chip", bool)
-    useReplicatedTensorSharding = _option("sharded", bool)
-
-
-class _TensorLocations(_Settings):
-    setOptimizerLocation = _option("optimizer", TensorLocationSettings)
+    def __init__(self):
+        super().__init__({"useOnChipStorage": ("on_chip", bool), "useReplicatedTensorSharding": ("sharded", bool)})
 
 
 class _Popart(_Settings):
     def set(self, key, value):
-        return self._set(key, value, type(value))
+        return self._set(key, type(value), value)
 
 
 class PipelinedExecution:
@@ -96,38 +78,45 @@ class PipelinedExecution:
         self.auto_stage = auto_stage
 
 
+OPTIONS = {
+    "deviceIterations": ("device_iterations", int), "replicationFactor": ("replication_factor", int),
+    "autoRoundNumIPUs": ("auto_round_num_ipus", bool), "outputMode": ("output_mode", OutputMode),
+    "setExecutionStrategy": ("strategy", PipelinedExecution), "enableExecutableCaching": ("cache", str),
+    "enableSyntheticData": ("synthetic", bool), "setAvailableMemoryProportion": ("memory", dict),
+}
+TRAINING = {
+    "gradientAccumulation": ("gradient_accumulation", int),
+    "accumulationAndReplicationReductionType": ("reduction", ReductionType),
+    "setAutomaticLossScaling": ("automatic_loss_scaling", bool),
+}
+PRECISION = {
+    "enableStochasticRounding": ("stochastic_rounding", bool), "setPartialsType": ("partials_type", torch.dtype),
+}
+
+
 class Options(_Settings):
     def __init__(self):
         super().__init__(
-            device_iterations=1, replication_factor=1, output_mode=None, auto_round_num_ipus=False,
+            OPTIONS, device_iterations=1, replication_factor=1, output_mode=None, auto_round_num_ipus=False,
             offline=False, synthetic=False, strategy=PipelinedExecution(AutoStage.SameAsIpu), memory={}, cache=None,
             relaxed=False,
         )
         training = {"gradient_accumulation": 1, "reduction": None, "automatic_loss_scaling": False}
         vars(self).update(
-            Training=_Training(self, **training), Precision=_Precision(self, stochastic_rounding=False),
-            TensorLocations=_TensorLocations(self), _Popart=_Popart(self),
+            Training=_Settings(TRAINING, self, **training),
+            Precision=_Settings(PRECISION, self, stochastic_rounding=False), _Popart=_Popart({}, self),
+            TensorLocations=_Settings({"setOptimizerLocation": ("optimizer", TensorLocationSettings)}, self),
         )
 
-    deviceIterations = _option("device_iterations", int)
-    replicationFactor = _option("replication_factor", int)
-    autoRoundNumIPUs = _option("auto_round_num_ipus", bool)
-    outputMode = _option("output_mode", OutputMode)
-    setExecutionStrategy = _option("strategy", PipelinedExecution)
-    enableExecutableCaching = _option("cache", str)
-    enableSyntheticData = _option("synthetic", bool)
-    setAvailableMemoryProportion = _option("memory", dict)
-
     def randomSeed(self, value):
-        self._set("random_seed", value, int)
         torch.manual_seed(value)
-        return self
+        return self._set("random_seed", int, value)
 
     def useOfflineIpuTarget(self):
-        return self._set("offline", True, bool)
+        return self._set("offline", bool, True)
 
     def relaxOptimizerAttributesChecks(self):
-        return self._set("relaxed", True, bool)
+        return self._set("relaxed", bool, True)
 
     def clone(self):
         return copy.deepcopy(self)

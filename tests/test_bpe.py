@@ -1,7 +1,8 @@
 """Tokenizers and the command that learns a vocabulary.
 
-What youtokentome 1.0.6 and dalle-pytorch 1.6.6 say is in assets/bpe_golden.json (made by assets/bpe_make_golden.py),
-so that equality with them is tested without installing them.
+What youtokentome 1.0.6 and dalle-pytorch 1.6.6 say is in assets/bpe_golden.json, so that equality with them is tested
+without installing them. Its texts are every hundredth caption and awkward ones. The script that made it is in the
+history (`git log -- tests/assets/bpe_make_golden.py`).
 """
 from __future__ import annotations
 

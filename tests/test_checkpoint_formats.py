@@ -15,7 +15,7 @@ from mindalle_folder import reference_blocks, stage2_shapes, wave
 from safetensors.torch import save_file
 from test_checkpoints import OPTIONS, TINY, logits, random_model, rebuilt
 from test_vqgan import TINY as TINY_VQGAN
-from test_vqgan import tiny
+from test_vqgan import averages, prefixed, tiny
 
 from checkpoints import read_dalle
 from checkpoints.deepspeed import AUXILIARY as NOTE
@@ -151,15 +151,9 @@ def test_reads_mindalle(tmp_path, quick):
     assert_mindalle(checkpoint, quick)
 
 
-def prefixed(weights, prefix):
-    return {prefix + name: tensor for name, tensor in weights.items()}
-
-
 def with_averages(weights):
-    """Other weights, beside the averages that latent diffusion's LitEma keeps of them: these."""
-    copies = {"model_ema." + name.replace(".", ""): tensor for name, tensor in weights.items()}
-    counters = {"model_ema.decay": torch.tensor(0.99), "model_ema.num_updates": torch.tensor(7)}
-    return {**{name: tensor + 1 for name, tensor in weights.items()}, **copies, **counters}
+    """Other weights, beside the averages that are kept of them: these."""
+    return {**{name: tensor + 1 for name, tensor in weights.items()}, **averages(weights)}
 
 
 @pytest.fixture

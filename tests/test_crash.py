@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, flags, flat, free_port, read_metrics, run
+from helpers import ROOT, flags, flat, read_metrics, run
 
 import checkpoints
 
@@ -27,16 +27,11 @@ def arguments(folder, out, *more):
     return flags(folder, out, "--checkpoint-save-steps", "2", "--cache-codes", str(out / "codes"), *options, *more)
 
 
-def start(server, folder, out, *more, processes=1, kill=None, largest_file=None):
+def start(server, folder, out, *more, processes=1, kill=None, **options):
+    """The last one of the processes is killed."""
     out.mkdir(exist_ok=True)
-    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [
-        server.start(
-            arguments(folder, out, *more), out / "stderr.log", kill if rank == processes - 1 else None,
-            largest_file=largest_file, RANK=str(rank), LOCAL_RANK=str(rank), **common,
-        )
-        for rank in range(processes)
-    ]
+    kills = [*[None] * (processes - 1), kill]
+    return server.start_all(arguments(folder, out, *more), [out / "stderr.log"] * processes, kills, **options)
 
 
 def finish(server, pids, out):

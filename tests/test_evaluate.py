@@ -8,9 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import refused, write_pairs
+from helpers import TinyModel, refused, write_pairs
 from PIL import Image
-from tiny_model import TinyModel
 
 import args
 import engines

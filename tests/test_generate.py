@@ -15,11 +15,10 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import ROOT, refused
+from helpers import ROOT, TINY_VQGAN, TinyModel, refused
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_model import VQGAN_CONFIG, TinyModel
 
 import generate
 from bpe import load_tokenizer
@@ -265,8 +264,9 @@ def test_prompts_never_share_a_folder(tmp_path_factory, prompts):
     outputs = tmp_path_factory.mktemp("outputs")
     folders = prompt_folders(outputs, prompts)
     locks = [lock_folder(folder) for folder in folders]
-    assert len(locks) == len(set(folders)) == len(folders)
-    assert sorted(folders) == sorted(outputs.iterdir())
+    # Apart, also where the file system knows no case.
+    assert len(locks) == len({folder.name.casefold() for folder in folders}) == len(folders)
+    assert sorted(folders) == sorted(outputs.iterdir()) and all(folder.is_dir() for folder in folders)
 
 
 def test_a_new_run_replaces_the_old_one_whole(run, tmp_path, caplog):
@@ -352,7 +352,7 @@ def test_parts_are_found_where_training_left_them_or_beside_the_checkpoint(loade
 
 def test_other_parts_than_in_training_are_taken_with_a_warning(files, tmp_path, caplog):
     other = files.other_vocabulary(tmp_path)
-    torch.save(VQGAN(VQGAN_CONFIG).state_dict(), tmp_path / "other.ckpt")
+    torch.save(VQGAN(TINY_VQGAN).state_dict(), tmp_path / "other.ckpt")
     load(files.dalle, other, tmp_path / "other.ckpt", files.vqgan_config)
     assert f"--bpe-path {other} is not the vocabulary that" in caplog.text
     assert f"--vqgan-model-path {tmp_path / 'other.ckpt'} is not the VQGAN that" in caplog.text
@@ -361,7 +361,7 @@ def test_other_parts_than_in_training_are_taken_with_a_warning(files, tmp_path, 
 def test_parts_that_do_not_fit_are_refused(files, tmp_path):
     complaint = "--bpe-path .*8192 .* the model of --dalle-path .* was trained with 31"
     refused(complaint, load, files.dalle, ROOT / "bpe" / "bpe_yttm_vocab.txt")
-    config = VqganConfig(**dict(vars(VQGAN_CONFIG), num_codes=12))
+    config = VqganConfig(**dict(vars(TINY_VQGAN), num_codes=12))
     config.to_yaml(tmp_path / "small.yaml")
     torch.save(VQGAN(config).state_dict(), tmp_path / "small.ckpt")
     weights, options = tmp_path / "small.ckpt", tmp_path / "small.yaml"

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from helpers import tiny_vqgan
 from ipu_helpers import published_model, small_model
 from PIL import Image
 
@@ -15,10 +16,7 @@ from models.dalle import DalleModel, TextToImage
 from models.vqgan import VqganConfig
 from utils.errors import UsageError
 
-SMALL_VQGAN = VqganConfig(
-    resolution=32, ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), num_codes=11, embed_dim=4,
-    z_channels=4, num_groups=4,
-)
+SMALL_VQGAN = tiny_vqgan(resolution=32, ch_mult=(1, 2), num_codes=11, embed_dim=4, z_channels=4)
 
 
 def config_of(**options):

@@ -1,4 +1,8 @@
-"""minDALL-E on our models: layout and API, against numbers of the published code (see assets/), and training."""
+"""minDALL-E on our models: layout and API, against numbers of the published code, and training.
+
+assets/mindalle_golden.json is what that code (commit e548007) computes with the model of mindalle_folder.py. The script
+that made it is in the history (`git log -- tests/assets/mindalle_make_golden.py`).
+"""
 from __future__ import annotations
 
 import json

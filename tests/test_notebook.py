@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import ROOT, refused
+from helpers import ROOT, Brightness, refused
 from PIL import Image
 
 from dalle import notebook
@@ -31,18 +31,8 @@ def gallery(model):
     return Gallery(model, prompt="red apple", num_candidates=3)
 
 
-class Reddest:
-    """Stands in for CLIP: the redder a picture, the better it fits."""
-
-    def __init__(self, path, device):
-        self.path = path
-
-    def similarity(self, prompt, pictures):
-        return torch.tensor([float(sum(picture.resize((1, 1)).getpixel((0, 0))[:1])) for picture in pictures])
-
-
 def candidates():
-    """Four images of one colour each, the redder the less likely."""
+    """Four images of one colour each, the brighter the less likely."""
     images = torch.zeros(4, 3, 8, 8)
     images[:, 0] = torch.tensor([0.2, 0.9, 0.4, 0.6])[:, None, None]
     return Candidates(images, torch.zeros(4, 10, dtype=torch.long), torch.tensor([-10.0, -90.0, -20.0, -55.0]))
@@ -52,9 +42,9 @@ def test_likelihood_or_clip_orders_the_images():
     ranking = rank("red", candidates())
     assert ranking.order == [0, 2, 3, 1]
     assert ranking.labels == ["1. -1.00", "2. -2.00", "3. -5.50", "4. -9.00"] and "likelihood" in ranking.by
-    ranking = rank("red", candidates(), Reddest("x", "cpu"))
+    ranking = rank("red", candidates(), Brightness())
     assert ranking.order == [1, 3, 2, 0] and "CLIP" in ranking.by
-    assert ranking.labels[0] == "1. 230.000"
+    assert ranking.labels[0] == "1. 0.301"
 
 
 @pytest.mark.parametrize("columns, places", [(0, (2, 2)), (4, (4, 1)), (3, (3, 2))])
@@ -110,7 +100,7 @@ def test_an_error_is_shown_and_the_button_works_again(gallery, monkeypatch):
 
 
 def test_clip_orders_where_it_is_given(gallery, model, monkeypatch):
-    monkeypatch.setattr(notebook, "ClipRanker", Reddest)
+    monkeypatch.setattr(notebook, "ClipRanker", Brightness)
     ranked = Gallery(model, clip="some/folder", prompt="red apple", num_candidates=3)
     ranked.generate()
     assert ranked.ranker.path == "some/folder" and "CLIP" in ranked.status.value

@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, refused
+from helpers import ROOT, Brightness, refused
 from mindalle_folder import CAPTIONS, FormulaClip, clip_images, clip_preprocess, clip_tokenize
 from PIL import Image
 
@@ -36,18 +36,6 @@ def run(mindalle_folder, tmp_path):
         return json.loads((tmp_path / "out" / name / "generation.json").read_text(encoding="utf-8"))
 
     return run
-
-
-class Brightness:
-    """Stands in for CLIP: a bright picture fits "white", a dark one any other prompt."""
-
-    def __init__(self, path="", device="cpu"):
-        self.prompts = []
-
-    def similarity(self, prompt, pictures):
-        self.prompts.append(prompt)
-        values = torch.tensor([float(np.asarray(picture).mean()) for picture in pictures]) / 255
-        return values if prompt == "white" else -values
 
 
 class Encoders(torch.nn.Module):
@@ -97,7 +85,7 @@ def test_clip_score_orders_by_cosine(images, monkeypatch):
     assert clip_score("green", images, model, to_pixels, "cpu").tolist()[0] == 1
     # A ranker alone is enough.
     assert clip_score("white", images, Brightness()).tolist()[-1] == 3
-    assert clip_score("black", images, Brightness()).tolist()[0] == 3
+    assert clip_score("dark", images, Brightness()).tolist()[0] == 3
 
 
 def test_clip_score_gives_the_published_order(monkeypatch):
@@ -137,7 +125,7 @@ def test_clip_orders_the_images_and_keep_cuts(run, monkeypatch, tmp_path):
         assert np.allclose([image["clip_score"] for image in images], np.array(means)[order[:kept]] / 255, atol=1e-6)
         assert [image["file"] for image in images] == [f"{index}.png" for index in range(kept)]
     assert len(list((tmp_path / "out" / "white").glob("[0-9].png"))) == 2
-    images = run("other|white", "--num_images 3 --clip_path x --batch_size 64")["images"]
+    images = run("dark|white", "--num_images 3 --clip_path x --batch_size 64")["images"]
     dark = [image["clip_score"] for image in images]
     assert dark == sorted(dark, reverse=True) and dark[0] < 0
 
@@ -200,7 +188,7 @@ def test_the_sampling_example_saves_the_best(mindalle_folder, tmp_path, monkeypa
     monkeypatch.setattr(sampling_ex, "ClipRanker", Brightness)
     sampling_ex.main([*flags, "--result-path", str(tmp_path / "b"), "--clip-path", "x", "--softmax_temperature", "1.5"])
     means = [np.asarray(Image.open(path)).mean() for path in sorted((tmp_path / "b").iterdir())]
-    assert len(means) == 3 and means == sorted(means)
+    assert len(means) == 3 and means == sorted(means, reverse=True)
     flags += ["--softmax-temperature", "1e-38"]
     refused("--softmax-temperature: must be at least 1e-06", sampling_ex.main, flags)
 

@@ -8,8 +8,7 @@ import signal
 
 import pytest
 import torch
-from helpers import create_dataset, random_picture, refused, write_pairs
-from tiny_model import TinyModel
+from helpers import TinyModel, create_dataset, random_picture, refused, write_pairs
 from torch.distributed import TCPStore
 
 import evaluate
@@ -44,14 +43,8 @@ def processes(server):
 
     def run(argv, folder, count, script="generate", kill=()):
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(count)}
-        common.update(TORCHELASTIC_USE_AGENT_STORE="True", OMP_NUM_THREADS="1")
         logs = [folder / f"{script}-{count}-{rank}.log" for rank in range(count)]
-        kills = [*kill, *[None] * (count - len(kill))]
-        pids = [
-            server.start(argv, log, kills[rank], script, RANK=str(rank), LOCAL_RANK=str(rank), **common)
-            for rank, log in enumerate(logs)
-        ]
+        pids = server.start_all(argv, logs, kill, store, script=script)
         statuses = [server.wait(pid, 60) for pid in pids]
         return statuses, [log.read_text() for log in logs]
 

@@ -25,7 +25,7 @@ import openai
 import pytest
 import torch
 from fastapi import Response
-from helpers import ROOT, as_bytes, bomb, refused
+from helpers import ROOT, Brightness, as_bytes, bomb, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types import ImageEditStreamEvent, ImageGenStreamEvent, ImagesResponse
@@ -49,14 +49,6 @@ from server.store import Store
 
 PLAIN = {"model": "demo", "prompt": "red apple"}
 HEAD = ("POST /v1/images/generations HTTP/1.1", "host: localhost", "content-type: application/json")
-
-
-class Brightness:
-    """Stands in for a CLIP model: the brighter, the better."""
-
-    def similarity(self, prompt, pictures):
-        assert prompt == "red apple"
-        return torch.tensor([float(image_to_tensor(picture).float().mean()) for picture in pictures])
 
 
 class Served:
@@ -253,6 +245,7 @@ def test_the_best_of_several_candidates(served):
         assert [image.image_index for image in found.data] == order
         assert all(torch.equal(own, all_six[place]) for own, place in zip(best, order))
         assert hasattr(found.data[0], "clip_score") == (rank != "likelihood")
+    assert served.app.state.scheduler.ranker.prompt == "red apple"
     ranked = served.client.images.generate(**PLAIN, n=3, stream=True, extra_body={"seed": 2, "rank": "likelihood"})
     assert [event.image_index for event in ranked] == sorted(range(3), key=lambda place: -likelihoods[place])
 
