@@ -48,8 +48,8 @@ class LossOptions(BlockOptions, title="loss"):
                                    le=1, resume=APPLIES)
     z_loss: float = option(0.0, "weight of the squared logarithm of the sum of exponentiated logits in the loss, which "
                                 "keeps logits small", ge=0, resume=APPLIES)
-    label_smoothing: float = option(0.0, "share of each code's target that is spread evenly over all codes, which keeps "
-                                         "the model from being too sure", ge=0, lt=1, resume=APPLIES)
+    label_smoothing: float = option(0.0, "share of each code's target that is spread evenly over all codes, so that "
+                                         "the model is never too sure of one", ge=0, lt=1, resume=APPLIES)
 
 
 def check_mindalle(model: Any) -> None:
