@@ -269,7 +269,7 @@ def check(name, tmp_path, count):
     refused = []
 
     @given(mutated(seeds))
-    @settings(max_examples=count, deadline=5000, database=None, derandomize=True, suppress_health_check=EVERY)
+    @settings(max_examples=count, deadline=20_000, database=None, derandomize=True, suppress_health_check=EVERY)
     def try_all(content):
         try:
             read(content)
@@ -282,7 +282,7 @@ def check(name, tmp_path, count):
 
 @pytest.mark.parametrize("name", READERS)
 def test_mutated_files_are_read_or_refused(name, tmp_path, limited_memory):
-    check(name, tmp_path, 40 * READERS[name])
+    check(name, tmp_path, 25 * READERS[name])
 
 
 @pytest.mark.slow
