@@ -84,18 +84,23 @@ def prompt_attention(query: Tensor, text: Tensor, codes: Tensor, bias: Tensor | 
     (rows, heads, count, width), prompts = query.shape, text.shape[1]
 
     def by_prompt(x: Tensor) -> Tensor:  # (B, H, n, ...) -> (prompts, H, images * n, ...)
+        if prompts == count == 1:  # one view instead of several, which take as long as the matmuls
+            return x.transpose(0, 2)
         return x.unflatten(0, (prompts, -1)).transpose(1, 2).flatten(2, 3)
 
     def by_row(x: Tensor) -> Tensor:
+        if prompts == count == 1:
+            return x.transpose(0, 2)
         return x.unflatten(2, (-1, count)).transpose(1, 2).reshape(rows, heads, count, -1)
 
     query = query * width**-0.5
+    (text_keys, text_values), (keys, values) = text.unbind(0), codes.unbind(0)
     # All images of a prompt read the same text keys: one matmul for them.
-    on_text = by_row(torch.matmul(by_prompt(query), text[0].transpose(-1, -2)))
-    scores = torch.cat([on_text, torch.matmul(query, codes[0].transpose(-1, -2))], dim=-1)  # (B, H, n, P + m)
+    on_text = by_row(torch.matmul(by_prompt(query), text_keys.transpose(-1, -2)))
+    scores = torch.cat([on_text, torch.matmul(query, keys.transpose(-1, -2))], dim=-1)  # (B, H, n, P + m)
     weights = torch.softmax(scores if bias is None else scores + bias, dim=-1)
-    on_text, on_codes = weights.split([text.shape[3], codes.shape[3]], dim=-1)
-    return torch.matmul(on_codes, codes[1]) + by_row(torch.matmul(by_prompt(on_text), text[1]))
+    on_text, on_codes = weights.split_with_sizes([text.shape[3], codes.shape[3]], dim=-1)
+    return torch.matmul(on_codes, values) + by_row(torch.matmul(by_prompt(on_text), text_values))
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:

@@ -137,15 +137,17 @@ class Canvas:
             at = torch.cat([at, at + width], dim=1)
             logits = torch.cat([logits, logits[:, -1:].expand(-1, width, -1)], dim=1)
         count = at.shape[1]
-        keys = self.keys.repeat_interleave(count)
+        keys = self.keys[:, None].expand(-1, count).flatten()
         tokens, scores = ops.sample(logits.float().flatten(0, 1), keys, at.flatten(), self._choice(count), self.blocks)
         tokens, scores = tokens.view(batch, count), scores.view(batch, count)
         kept = self.kept.gather(1, at)
         tokens, scores = torch.where(kept < 0, tokens, kept), scores.masked_fill(kept >= 0, 0.0)
-        right = (self.codes.gather(1, at) == tokens)[:, : width - 1].cumprod(dim=1)
+        certain = torch.ones_like(self.fronts)
+        if width > 1:
+            certain += (self.codes.gather(1, at) == tokens)[:, : width - 1].cumprod(dim=1).sum(dim=1)
         self.codes.scatter_(1, at, tokens)
         self.scores.scatter_(1, at, scores)
-        return right.sum(dim=1) + 1
+        return certain
 
     def choose_first(self, logits: Tensor, position: int) -> None:
         """Choose the code at a position of every image from logits (R, C): the front is there."""
