@@ -37,11 +37,11 @@ class StoredModel(NamedTuple):
 #: Last part of a stored name -> internal name inside a layer, for the attention (0) and the feed-forward branch (1).
 _BRANCH_NAMES = (
     {"scale": "scale", "norm": "norm", "norm_out": "norm_out", "to_qkv": "fn.qkv", "to_out.0": "fn.out",
-     "head_scales": "fn.head_scales"},
+     "head_scales": "fn.head_scales", "value_mix": "fn.value_mix"},
     {"scale": "scale", "norm": "norm", "norm_out": "norm_out", "net.0": "fn.up", "net.3": "fn.down"},
 )
 _BRANCHES = ("attention", "feed_forward")
-_BARE = ("scale", "fn.head_scales")
+_BARE = ("scale", "fn.head_scales", "fn.value_mix")
 """Parameters that are no weight or bias of a layer."""
 _OUTSIDE_NAMES = {
     "text_emb.weight": "text_emb.weight",

@@ -79,6 +79,9 @@ class DalleConfig:
     """Norms of the blocks and before the heads: layer, or rms (no mean, no shift; arXiv 1910.07467)."""
     qk_norm: bool = False
     """Queries and keys of each head are RMS-normalised, with learned scales (arXiv 2302.05442)."""
+    value_residual: bool = False
+    """Values of each layer but the first are mixed with the first's, by a learned share (arXiv 2410.17897). Layers that
+    share the first's attention have its values unmixed."""
     ff_mult: int = 4
     """Hidden width of the feed-forward layer, as a multiple of `dim`."""
     qkv_bias: bool = False

@@ -20,6 +20,8 @@ class BlockOptions(Options, title="blocks"):
     rotary_2d: bool = option(False, "rotary positions of queries and keys, by row and column", resume=FIXED)
     shift_tokens: bool = option(False, "half of a text token's channels come from the token before, a quarter of a "
                                        "code's each from those above and to the left", resume=FIXED)
+    value_residual: bool = option(False, "mix each layer's values with the first layer's, by a learned share",
+                                  resume=FIXED)
     activation: str | None = option(None, "of the feed-forward layers; geglu and swiglu are gated", none="geglu",
                                     choices=ACTIVATIONS, resume=FIXED)
     ff_mult: int = option(4, "hidden width of the feed-forward layers as a multiple of --hidden-size; with 6, one that "
@@ -54,7 +56,7 @@ class LossOptions(BlockOptions, title="loss"):
 
 def check_mindalle(model: Any) -> None:
     """Refuse options that minDALL-E's layout cannot store."""
-    for name in ("norm", "qk_norm", "rotary_2d", "shift_tokens", "activation", "ff_mult"):
+    for name in ("norm", "qk_norm", "rotary_2d", "shift_tokens", "value_residual", "activation", "ff_mult"):
         if getattr(model, name) != getattr(BlockOptions, name):
             raise UsageError(f"{flag_name(name)}: --architecture {model.architecture} has its own; omit it")
     if model.sandwich_norm:

@@ -132,6 +132,7 @@ class Operands(NamedTuple):
     after_feed_forward: ops.Norm | None
     heads: int
     head_scales: Tensor | None
+    value_mix: Tensor | None
     activation: str
     attention_dropout: float
     feed_forward_dropout: float
@@ -147,7 +148,7 @@ class Block(nn.Module):
 
     def __init__(self, config: DalleConfig, layer: int, attention: Attention, feed_forward: FeedForward) -> None:
         super().__init__()
-        self.shifts, self.rotary_2d = config.shift_tokens, config.rotary_2d
+        self.shifts, self.rotary_2d, self.value_residual = config.shift_tokens, config.rotary_2d, config.value_residual
         self.attention = Residual(config, layer, attention)
         self.feed_forward = Residual(config, layer, feed_forward)
 
@@ -159,18 +160,34 @@ class Block(nn.Module):
         return Operands(
             first.before(), project(attention.qkv), project(attention.out), first.scale, first.after(),
             second.before(), project(feed_forward.up), project(feed_forward.down), second.scale, second.after(),
-            attention.heads, attention.head_scales,
+            attention.heads, attention.head_scales, attention.value_mix,
             feed_forward.activation, attention.dropout.p * drops, feed_forward.dropout.p * drops,
         )  # fmt: skip
 
     def forward(
-        self, x: Tensor, context: Context, angles: Tensor | None = None, operands: Operands | None = None
-    ) -> Tensor:
-        """x (B, n, D), angles (n, R), (B, 1, n, R) or None -> (B, n, D). operands: None looks them up."""
+        self,
+        x: Tensor,
+        context: Context,
+        angles: Tensor | None = None,
+        operands: Operands | None = None,
+        values: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x (B, n, D), angles (n, R), (B, 1, n, R) or None -> (B, n, D), and the first layer's values.
+
+        operands: None looks them up. values: those of the first layer, (B, n, H * K), None in itself and where no layer
+        mixes them.
+        """
         own = operands or self.operands(drops=self.training)
         shift_first = (lambda x: context.shift(x, 0)) if self.shifts else None
         shift_second = (lambda x: context.shift(x, 1)) if self.shifts else None
         qkv = ops.norm_linear(x, own.attention_norm, own.qkv, shift_first)  # (B, n, 3 * H * K)
+        if self.value_residual:
+            query, key, value = qkv.chunk(3, dim=-1)
+            if values is None:
+                values = value
+            elif own.value_mix is not None:
+                mixed = value + own.value_mix.to(value.dtype) * (values - value)
+                qkv = torch.cat([query, key, mixed], dim=-1)
         if self.rotary_2d or own.head_scales is not None:
             qkv = ops.prepare_heads(qkv, own.heads, own.head_scales, angles if self.rotary_2d else None)
             angles = None if self.rotary_2d else angles
@@ -179,10 +196,11 @@ class Block(nn.Module):
             x, heads, own.out, own.attention_scale, before,
             outer_dropout=own.attention_dropout, after=own.after_attention,
         )  # fmt: skip
-        return ops.add_feed_forward(
+        x = ops.add_feed_forward(
             x, own.feed_forward_norm, own.up, own.activation, own.down, own.feed_forward_scale,
             own.feed_forward_dropout, own.after_feed_forward, shift_second,
         )  # fmt: skip
+        return x, values
 
 
 class Transformer(nn.Module):
@@ -203,7 +221,7 @@ class Transformer(nn.Module):
             )
             ff_id = config.shared_ff_ids[layer % len(config.shared_ff_ids)] if config.shared_ff_ids else layer
             if attention_id not in attentions:
-                attentions[attention_id] = Attention(config)
+                attentions[attention_id] = Attention(config, layer)
             if ff_id not in feed_forwards:
                 feed_forwards[ff_id] = FeedForward(config)
             self.layers.append(Block(config, layer, attentions[attention_id], feed_forwards[ff_id]))
@@ -243,7 +261,8 @@ class Transformer(nn.Module):
         """
         angles = self._angles(positions, x.shape[1])
         contexts: Sequence[Any] = () if cache is None or positions is None else cache.at(positions)
+        values: Tensor | None = None
         for index, layer in enumerate(self.layers):
             context = contexts[index] if contexts else self.context(index)
-            x = layer(x, context, angles) if operands is None else layer(x, context, angles, operands[index])
+            x, values = layer(x, context, angles, None if operands is None else operands[index], values)
         return x

@@ -42,7 +42,7 @@ _KNOWN = frozenset(
     "num_text_tokens num_image_tokens text_seq_len grid dim depth heads dim_head attn_types loss_img_weight "
     "attn_dropout ff_dropout sandwich_norm layer_scale activation ff_mult qkv_bias out_bias ff_bias head_bias bos "
     "unique_pads text_positions image_positions rotary shift_tokens stable tie_embeddings shared_attn_ids "
-    "shared_ff_ids init_std z_loss label_smoothing base_width norm qk_norm rotary_2d".split()
+    "shared_ff_ids init_std z_loss label_smoothing base_width norm qk_norm rotary_2d value_residual".split()
 )
 """The options of DalleConfig that this decoder implements, or that are nothing to it. Others it refuses by name."""
 
@@ -64,6 +64,7 @@ class _Branch(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = [("attention", _Branch), ("feed_forward", _Branch), ("query", _Norm), ("key", _Norm)]
+    _fields_ += [("value_mix", address)]
     _fields_ += [(name, address) for name in ("text_key", "text_value", "image_key", "image_value")]
     _fields_ += [("text_lane", whole), ("lane", whole), ("starts", address), ("seen", address)]
 
@@ -239,7 +240,8 @@ class NativeDecoder(Decoder):
         self._kept.append(seen)
         scales = [None, None] if own.head_scales is None else [Norm(one, None, HEAD_EPS) for one in own.head_scales]
         heads = map(self._norm, scales)
-        return _Layer(*branches, *heads, *map(at, (*cache.text, *cache.codes)), *lanes, *map(at, seen))
+        mix = None if own.value_mix is None else self._keep(own.value_mix)
+        return _Layer(*branches, *heads, at(mix), *map(at, (*cache.text, *cache.codes)), *lanes, *map(at, seen))
 
     def _branch(self, before: Norm, after: Norm | None, first: Linear, second: Linear) -> _Branch:
         return _Branch(self._norm(before), self._norm(after), first, second)

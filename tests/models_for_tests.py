@@ -36,11 +36,12 @@ OPTIONS = {
     "shift": {"shift_tokens": True, "attn_types": ("full", "conv_causal")},
     "rotary and shift": {"rotary": True, "shift_tokens": True, "attn_types": ("axial_row", "axial_col")},
     "stable sandwich tied": {"stable": True, "sandwich_norm": True, "tie_embeddings": True},
-    "shared": {"depth": 4, "shared_attn_ids": (0, 1), "shared_ff_ids": (0,)},
-    "modern": dict(ALL, norm="rms", qk_norm=True, rotary_2d=True, image_positions="none", activation="swiglu"),
+    "shared": {"depth": 4, "shared_attn_ids": (0, 1), "shared_ff_ids": (0,), "value_residual": True, "rotary": True},
+    "modern": dict(ALL, norm="rms", qk_norm=True, rotary_2d=True, image_positions="none", activation="swiglu",
+                   value_residual=True),
     "modern and shift": {
         "norm": "rms", "sandwich_norm": True, "activation": "relu2", "ff_mult": 6, "shift_tokens": True,
-        "rotary_2d": True, "attn_types": ("conv_like", "axial_col"),
+        "rotary_2d": True, "attn_types": ("conv_like", "axial_col"), "value_residual": True,
     },
     "mindalle": {
         "bos": False, "unique_pads": False, "layer_scale": False, "activation": "gelu", "image_positions": "learned",

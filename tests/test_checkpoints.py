@@ -44,7 +44,8 @@ OPTIONS = {
         "bos": False, "unique_pads": False, "layer_scale": False, "activation": "gelu", "image_positions": "learned",
         "qkv_bias": True, "head_bias": False, "init_std": 0.02,
     },
-    "unusual": {"ff_mult": 2, "out_bias": False, "ff_bias": False, "activation": "quick_gelu", "attn_dropout": 0.25},
+    "unusual": {"ff_mult": 2, "out_bias": False, "ff_bias": False, "activation": "quick_gelu", "attn_dropout": 0.25,
+                "value_residual": True},
 }
 
 

@@ -169,6 +169,33 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(model(TEXT, CODES)[1], model(TEXT, CODES)[1])
 
 
+def test_values_are_mixed_with_the_first_layers():
+    model, plain = random_model(depth=3, value_residual=True), random_model(depth=3)
+    layers = model.transformer.layers
+    mixes = [layer.attention.fn.value_mix for layer in layers]
+    assert mixes[0] is None and [mix.shape for mix in mixes[1:]] == [(1,), (1,)]
+    plain.load_state_dict(model.state_dict(), strict=False)
+    inner = TINY.heads * TINY.dim_head
+    with torch.no_grad():
+        expected = plain(TEXT, CODES)[1]
+        for mix in mixes[1:]:
+            mix.zero_()
+        torch.testing.assert_close(model(TEXT, CODES)[1], expected)
+        mixes[2].fill_(1)  # all values are the first layer's: the last layer's own do not count
+        of_first = model(TEXT, CODES)[1]
+        layers[2].attention.fn.qkv.weight[2 * inner :].normal_()
+        torch.testing.assert_close(model(TEXT, CODES)[1], of_first)
+        assert not torch.allclose(of_first, expected)
+        x, last = torch.randn(2, TINY.seq_len, TINY.dim), layers[2]
+        values = layers[0](x, model.transformer.context(0))[1]
+        torch.testing.assert_close(values, layers[0].attention.fn.qkv(layers[0].attention.norm(x))[..., 2 * inner :])
+        mixes[2].fill_(0.25)
+        mixed = last(x, model.transformer.context(2), values=values)[0]
+        own = last.attention.fn.qkv(last.attention.norm(x))[..., 2 * inner :]
+        mixes[2].fill_(1)
+        torch.testing.assert_close(last(x, model.transformer.context(2), values=0.75 * own + 0.25 * values)[0], mixed)
+
+
 @pytest.mark.parametrize("values, message", [
     ({"depth": 0}, "depth must be at least 1, not 0"),
     ({"attn_types": ()}, "attn_types names no attention pattern"),

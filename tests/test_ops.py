@@ -32,6 +32,7 @@ BLOCKS = {
     "quick_gelu without biases": {"activation": "quick_gelu", "out_bias": False, "ff_bias": False},
     "quick_gelu, shift": {"activation": "quick_gelu", "shift_tokens": True},
     "rms, swiglu": {"norm": "rms", "qk_norm": True, "rotary_2d": True, "activation": "swiglu", "shift_tokens": True},
+    "value residual": {"depth": 2, "value_residual": True},
     "rms sandwich, relu2": {"norm": "rms", "sandwich_norm": True, "layer_scale": False, "activation": "relu2"},
 }
 
@@ -48,7 +49,7 @@ def trained(transformer, x, weight, kind):
 @pytest.mark.parametrize("grid", [1, 5, 6])
 def test_blocks_have_the_gradients_of_the_reference(grid, pattern, options):
     """In double precision, where fused ops are PyTorch's, and in float32, for which there are native kernels."""
-    config = dataclasses.replace(TINY, grid=grid, attn_types=(pattern,), depth=1, **options)
+    config = dataclasses.replace(TINY, grid=grid, attn_types=(pattern,), **{"depth": 1, **options})
     transformer = randomised(Transformer(config)).double().train()
     x = torch.randn(2, config.seq_len, config.dim, dtype=torch.float64, requires_grad=True)
     weight = torch.randn_like(x)

@@ -79,10 +79,11 @@ def test_training_lowers_the_loss_and_saves_what_generate_reads(folder, tmp_path
 
 
 def test_a_model_of_newer_blocks_is_saved_and_resumed(folder, tmp_path):
-    words = "--norm rms --qk-norm --rotary-2d --activation swiglu --sandwich-norm".split()
+    words = "--norm rms --qk-norm --rotary-2d --activation swiglu --sandwich-norm --value-residual".split()
     run(folder, tmp_path, *words, "--max-steps", "2")
     config = checkpoints.read_dalle(checkpoints.newest_checkpoint(tmp_path / "ckpt")).config
     assert [config[name] for name in ("norm", "qk_norm", "rotary_2d", "activation")] == ["rms", True, True, "swiglu"]
+    assert config["value_residual"] is True
     events = run(folder, tmp_path, *words, "--max-steps", "4", "--resume")
     assert max(event["step"] for event in events) == 4
 

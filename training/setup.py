@@ -37,7 +37,8 @@ logger = logging.getLogger(__name__)
 TRAINING_OPTIONS = ("loss_img_weight", "z_loss", "label_smoothing", "attn_dropout", "ff_dropout")
 
 _SAME_NAME = ("text_seq_len", "dim_head", "attn_types", "sandwich_norm", "layer_scale", "init_std", "norm",
-              "qk_norm", "rotary_2d", "shift_tokens", "activation", "ff_mult", "base_width", *TRAINING_OPTIONS)
+              "qk_norm", "rotary_2d", "shift_tokens", "value_residual", "activation", "ff_mult", "base_width",
+              *TRAINING_OPTIONS)
 #: Fields of DalleConfig and the options that set them.
 MODEL_OPTIONS = {
     **{name: name for name in _SAME_NAME},

@@ -50,6 +50,7 @@ typedef struct {
 typedef struct {
     branch attention, feed_forward;
     norm query, key; /* of a head, where these are normalised */
+    const float *value_mix; /* the share of the first layer's values, or NULL */
     float *text_key, *text_value;       /* (S / images, H, P, K), of each prompt and head `text_lane` floats */
     float *image_key, *image_value;     /* (S, H, N, K), of each sequence and head `lane` floats */
     int64_t text_lane, lane;
@@ -526,6 +527,10 @@ static void keep(const model *m, const chunk *c, const layer *l, int64_t r, int6
         turn(query, cosines, sines, m->turned);
         turn(key, cosines, sines, m->turned);
         if (m->turns_values) turn(value, cosines, sines, m->turned);
+    }
+    if (l->value_mix) {
+        const float *first = (text ? m->stack->text_value : m->stack->image_value) + place;
+        for (int64_t i = 0; i < width; i++) value[i] += *l->value_mix * (first[i] - value[i]);
     }
     memcpy((text ? l->text_key : l->image_key) + place, key, width * sizeof(float));
     memcpy((text ? l->text_value : l->image_value) + place, value, width * sizeof(float));
