@@ -585,28 +585,68 @@ static void prepare(const model *m, const chunk *c, const branch *b, const float
 
 /* ---- attention */
 
-INLINE float dot(const float *a, const float *b, int64_t n) {
+INLINE vec products(const float *a, const float *b, int64_t n) {
     int64_t i = 0;
     vec sum = fill(0);
 #pragma GCC unroll 16
     for (; i + LANES <= n; i += LANES) sum += load(a + i) * load(b + i);
     if (i < n) sum += load_some(a + i, n - i) * load_some(b + i, n - i);
-    return sum_of(sum);
+    return sum;
+}
+
+/* The products of a query with the vector whose dot product is in the end in the lane of this leaf. */
+INLINE vec leaf_of(const float *query, const float *keys, const int32_t *seen, int64_t first, int64_t count,
+                   int64_t width, int leaf) {
+    int64_t i = first;
+    for (int far = LANES / 2; far; far /= 2, leaf /= 2) i += leaf % 2 * far;
+    if (i >= count) i = count - 1;
+    return products(query, keys + (seen ? seen[i] : i) * width, width);
+}
+
+/* Dot products of a query with `count` of some vectors, those that `seen` says or the first ones, to out (in whole
+ * vectors). LANES at once are added up in a tree, in the order of `sum_of`. */
+INLINE void dots(const float *query, const float *keys, const int32_t *seen, int64_t count, int64_t width, float *out) {
+    for (int64_t first = 0; first < count; first += LANES) {
+#define LEAF(i) leaf_of(query, keys, seen, first, count, width, i)
+#define TWO(i) folded(LEAF(i), LEAF(i + 1), LANES / 2)
+#define FOUR(i) folded(TWO(i), TWO(i + 2), LANES / 4)
+#define EIGHT(i) folded(FOUR(i), FOUR(i + 4), LANES / 8)
+#if LANES == 16
+        store(out + first, folded(EIGHT(0), EIGHT(8), 1));
+#elif LANES == 8
+        store(out + first, EIGHT(0));
+#else
+        store(out + first, FOUR(0));
+#endif
+    }
 }
 
 INLINE vec part_of(const float *p, int some) { return some < LANES ? load_some(p, some) : load(p); }
 
-/* out = sum of weights[i] * values[i], vectors of `count` registers, the last of which has only `some` floats */
-INLINE void mix(const float *weights, const float *text, int64_t texts, const float *image, const int32_t *seen,
-                int64_t shown, int64_t width, int count, int some, float factor, float *out) {
-    vec sums[4];
-    for (int c = 0; c < count; c++) sums[c] = fill(0);
-#define ADD(weight, values)                                                                                         \
-    _Pragma("GCC unroll 4") for (int c = 0; c < count; c++)                                                         \
-        sums[c] += weight * (c < count - 1 ? load(values + c * LANES) : part_of(values + c * LANES, some));
-    for (int64_t i = 0; i < texts; i++) ADD(weights[i], text + i * width)
-    for (int64_t i = 0; i < shown; i++) ADD(weights[texts + i], image + seen[i] * width)
-    for (int c = 0; c < count; c++) store(out + c * LANES, sums[c] * factor);
+/* sums += weights[i] * some of the values, columns in `count` registers, the last of which has only `some` floats */
+INLINE void mix_columns(const float *weights, const float *values, const int32_t *seen, int64_t n, int64_t width,
+                        int count, int some, float *sums) {
+    vec own[4];
+    for (int c = 0; c < count; c++) own[c] = load(sums + c * LANES);
+    for (int64_t i = 0; i < n; i++) {
+        const float *value = values + (seen ? seen[i] : i) * width;
+#pragma GCC unroll 4
+        for (int c = 0; c < count; c++)
+            own[c] += weights[i] * (c < count - 1 ? load(value + c * LANES) : part_of(value + c * LANES, some));
+    }
+    for (int c = 0; c < count; c++) store(sums + c * LANES, own[c]);
+}
+
+INLINE void mix(const float *weights, const float *values, const int32_t *seen, int64_t n, int64_t width, float *sums) {
+    int64_t c = 0;
+    for (; c + 4 * LANES <= width; c += 4 * LANES)
+        mix_columns(weights, values + c, seen, n, width, 4, LANES, sums + c);
+    if (c + 3 * LANES < width) {
+        mix_columns(weights, values + c, seen, n, width, 4, width - c - 3 * LANES, sums + c);
+        c = width;
+    }
+    for (; c < width; c += LANES)
+        mix_columns(weights, values + c, seen, n, width, 1, width - c < LANES ? width - c : LANES, sums + c);
 }
 
 static void turn(float *x, const float *cosines, const float *sines, int64_t turned) {
@@ -640,43 +680,69 @@ static void keep(const model *m, const chunk *c, const layer *l, int64_t r, int6
     for (int64_t i = 0; i < width; i++) query[i] *= scale;
 }
 
-/* Head h of row r: attend from its query. out: of H * K inputs; room: width + P + N floats and some. `width` is m->width, known
- * when this is compiled where it is the usual one. */
-INLINE void attend(const model *m, const chunk *ch, const layer *l, int64_t r, int64_t h, const float *query,
-                   int64_t width, float *room, inputs out) {
-    int64_t sequence = ch->of[r / ch->places], position = ch->positions[r], codes = position >= 0;
-    int64_t texts = m->text_len + (codes ? 0 : position + 1);
-    int64_t text = (sequence / m->images * m->heads + h) * l->text_lane, image = (sequence * m->heads + h) * l->lane;
-    const float *text_key = l->text_key + text, *text_value = l->text_value + text;
-    const float *image_key = l->image_key + image, *image_value = l->image_value + image;
-    const int32_t *seen = l->seen + (codes ? l->starts[position] : 0);
-    int64_t shown = codes ? l->starts[position + 1] - l->starts[position] : 0, count = texts + shown;
-    float *weights = room + up_to(width, LANES);
-    for (int64_t i = 0; i < texts; i++) weights[i] = dot(query, text_key + i * width, width);
-    for (int64_t i = 0; i < shown; i++) weights[texts + i] = dot(query, image_key + seen[i] * width, width);
+/* x (count), and as many -inf as whole vectors have room for, becomes e^(x - largest). Returns 1 / their sum. */
+static float exponentials(float *x, int64_t count) {
     int64_t padded = up_to(count, LANES);
-    for (int64_t i = count; i < padded; i++) weights[i] = -INFINITY;
-    vec top = load(weights), sum = fill(0);
-    for (int64_t i = LANES; i < padded; i += LANES) top = larger(top, load(weights + i));
+    for (int64_t i = count; i < padded; i++) x[i] = -INFINITY;
+    vec top = load(x), sum = fill(0);
+    for (int64_t i = LANES; i < padded; i += LANES) top = larger(top, load(x + i));
     float highest = top[0];
     for (int i = 1; i < LANES; i++) highest = top[i] > highest ? top[i] : highest;
     for (int64_t i = 0; i < padded; i += LANES) {
-        vec e = exp_of(load(weights + i) - highest);
-        store(weights + i, e);
+        vec e = exp_of(load(x + i) - highest);
+        store(x + i, e);
         sum += e;
     }
-    float factor = 1.0f / sum_of(sum);
-    int64_t c = 0;
-    for (; c + 4 * LANES <= width; c += 4 * LANES)
-        mix(weights, text_value + c, texts, image_value + c, seen, shown, width, 4, LANES, factor, room + c);
-    if (c + 3 * LANES < width) {
-        mix(weights, text_value + c, texts, image_value + c, seen, shown, width, 4, width - c - 3 * LANES, factor, room + c);
-        c = width;
+    return 1.0f / sum_of(sum);
+}
+
+#define BESIDE 16 /* rows that attend together */
+#define NEAR 32   /* keys or values that stay in the nearest cache while these rows take their turns */
+
+/* Floats that a row needs for its attention: weights, in vectors of texts and of codes, and the sums. */
+static int64_t room_of_attention(const model *m) {
+    return up_to(m->width, LANES) + up_to(m->text_len + m->grid * m->grid, LANES) + LANES;
+}
+
+/* Head h of `rows` rows from `first` on: attend from their queries. `width` is m->width, known when this is compiled where
+ * it is the usual one. */
+INLINE void attend(const model *m, const chunk *ch, const layer *l, int64_t first, int64_t rows, int64_t h,
+                   const float *qkv, int64_t stride, int64_t width, float *room, inputs out) {
+    struct {
+        const float *query, *text_key, *text_value, *image_key, *image_value;
+        const int32_t *seen;
+        int64_t texts, shown;
+        float *sums, *weights, factor;
+    } all[BESIDE], *own = all;
+    int64_t texts = 0, shown = 0;
+    for (int64_t r = first; r < first + rows; r++, own++) {
+        int64_t sequence = ch->of[r / ch->places], position = ch->positions[r], codes = position >= 0;
+        int64_t text = (sequence / m->images * m->heads + h) * l->text_lane, image = (sequence * m->heads + h) * l->lane;
+        own->query = qkv + r * stride + h * width;
+        own->text_key = l->text_key + text, own->text_value = l->text_value + text;
+        own->image_key = l->image_key + image, own->image_value = l->image_value + image;
+        own->texts = m->text_len + (codes ? 0 : position + 1);
+        own->shown = codes ? l->starts[position + 1] - l->starts[position] : 0;
+        own->seen = l->seen + (codes ? l->starts[position] : 0);
+        own->sums = room + (r - first) * room_of_attention(m), own->weights = own->sums + up_to(width, LANES);
+        texts = most(texts, own->texts), shown = most(shown, own->shown);
+        for (int64_t c = 0; c < width; c += LANES) store(own->sums + c, fill(0));
     }
-    for (; c < width; c += LANES)
-        mix(weights, text_value + c, texts, image_value + c, seen, shown, width, 1,
-            width - c < LANES ? width - c : LANES, factor, room + c);
-    for (c = 0; c < width; c++) out.at[r * out.row + (h * width + c) * out.step] = room[c];
+#define EACH(n, from) \
+    for (int64_t from = 0; from < n; from += NEAR) \
+        for (own = all; own < all + rows; own++)
+#define COUNT(n, from) (n - from < NEAR ? n - from : NEAR)
+    EACH(texts, i) dots(own->query, own->text_key + i * width, NULL, COUNT(own->texts, i), width, own->weights + i);
+    EACH(shown, i)
+        dots(own->query, own->image_key, own->seen + i, COUNT(own->shown, i), width, own->weights + own->texts + i);
+    for (own = all; own < all + rows; own++) own->factor = exponentials(own->weights, own->texts + own->shown);
+    EACH(texts, i) mix(own->weights + i, own->text_value + i * width, NULL, COUNT(own->texts, i), width, own->sums);
+    EACH(shown, i)
+        mix(own->weights + own->texts + i, own->image_value, own->seen + i, COUNT(own->shown, i), width, own->sums);
+    for (own = all; own < all + rows; own++) {
+        float *to = out.at + (first + own - all) * out.row + h * width * out.step;
+        for (int64_t c = 0; c < width; c++) to[c * out.step] = own->sums[c] * own->factor;
+    }
 }
 
 /* ---- sampling from logits */
@@ -866,7 +932,7 @@ static int64_t room_of_all_parts(const model *m, int64_t rows) {
 
 static plan plan_of(const model *m, int64_t rows) {
     plan at;
-    int64_t inner = m->heads * m->width, codes = m->grid * m->grid;
+    int64_t inner = m->heads * m->width;
     at.wide = up_to(m->dim, PANEL);
     at.wide_qkv = up_to(3 * inner, PANEL);
     at.stream = 0;
@@ -879,7 +945,7 @@ static plan plan_of(const model *m, int64_t rows) {
     at.space = at.logits + rows * at.wide_head;
     at.own = at.space + 2 * rows * at.wide_head;
     /* Each thread: its copy of the input of a matmul, then a row, or what a head needs; and the parts of rows. */
-    at.parts = at.wide * rows + most(at.wide, up_to(m->width, LANES) + up_to(m->text_len + codes, LANES));
+    at.parts = at.wide * rows + most(at.wide, (rows < BESIDE ? rows : BESIDE) * room_of_attention(m));
     at.of_thread = at.parts + room_of_all_parts(m, rows);
     at.of_thread = up_to(at.of_thread, 64);
     at.own = up_to(at.own, 64);
@@ -920,17 +986,19 @@ static void through(const model *m, const chunk *c, const layer *l, const plan *
     ending end = {PLAIN, qkv, at->wide_qkv};
     multiply(&l->attention.first, normed, c->rows, &end, parts);
 #pragma omp barrier
-    int64_t windows = c->rows / c->places, items = m->heads * windows;
-    for (int64_t i = items * thread / threads; i < items * (thread + 1) / threads; i++) {
-        /* Images of a prompt one after the other: its text keys stay near. In a window each code sees those before it. */
-        int64_t h = i / windows, first = i % windows * c->places, last = first + c->places;
+    int64_t windows = c->rows / c->places, items = m->heads * windows, end_item = items * (thread + 1) / threads;
+    for (int64_t i = items * thread / threads, next; i < end_item; i = next) {
+        int64_t h = i / windows;
+        next = (h + 1) * windows < end_item ? (h + 1) * windows : end_item;
+        int64_t first = i % windows * c->places, last = first + (next - i) * c->places;
+        /* In a window each code sees those before it. */
         for (int64_t r = first; r < last; r++) keep(m, c, l, r, h, qkv, at->wide_qkv);
-        for (int64_t r = first; r < last; r++) {
-            const float *query = qkv + r * at->wide_qkv + h * m->width;
+        for (int64_t r = first; r < last; r += BESIDE) {
+            int64_t rows = last - r < BESIDE ? last - r : BESIDE;
             if (m->width == 64)
-                attend(m, c, l, r, h, query, 64, room, heads);
+                attend(m, c, l, r, rows, h, qkv, at->wide_qkv, 64, room, heads);
             else
-                attend(m, c, l, r, h, query, m->width, room, heads);
+                attend(m, c, l, r, rows, h, qkv, at->wide_qkv, m->width, room, heads);
         }
     }
 #pragma omp barrier
