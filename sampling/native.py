@@ -193,6 +193,8 @@ class NativeDecoder(Decoder):
         self._all = torch.arange(self.rows)
         self._canvas: Canvas | None = None
         self._guessed = False
+        # Where a pass of many codes costs little more than one, guesses one by one do not pay.
+        self._guesses = bool(rows.functions().guesses()) and not self.struct.head.tiled
         self._make_room(self.rows)
 
     def _operands(self) -> Operands:
@@ -309,7 +311,7 @@ class NativeDecoder(Decoder):
         return part
 
     def guess(self, canvas: Canvas, width: int, num_rows: int) -> float:
-        self._guessed = width > 1 and num_rows <= _GUESSED_ROWS and bool(rows.functions().guesses())
+        self._guessed = width > 1 and num_rows <= _GUESSED_ROWS and self._guesses
         if not self._guessed:
             return 0.0
         self._take(canvas, width)

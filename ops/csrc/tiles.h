@@ -120,7 +120,7 @@ INLINE void sums_of_tiles(const char *rows, int64_t lines, const char *weight, i
     for (int64_t b = 0; b < blocks; b++, rows += step, others += step, weight += 2 * TILE) {
         for (const char *end = next + each; next < end; next += 64) __builtin_prefetch(next, 0, 2);
         _tile_loadd(4, rows, 64); _tile_loadd(6, weight, 64); _tile_loadd(7, weight + TILE, 64);
-#define ADD(sums, a, b) if (size == 1) _tile_dpbssd(sums, a, b); else _tile_dpbf16ps(sums, a, b);
+#define ADD(sums, a, b) if (size == 1) { _tile_dpbssd(sums, a, b); } else { _tile_dpbf16ps(sums, a, b); }
         ADD(0, 4, 6) ADD(1, 4, 7)
         if (tiles == 2) {
             _tile_loadd(5, others, 64);
