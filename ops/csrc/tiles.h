@@ -91,10 +91,11 @@ static void split_whole(const float *x, int64_t depth, const float scale[2], cha
             /* Bytes from -128 to 127 whose sum it is, not digits from 0 to 255. */
             whole[i] = ((uvec)_mm512_cvtps_epi32((__m512)own) + 0x808080u) ^ 0x808080u;
         }
-        for (int part = 0; part < 4; part++) {
-            uvec line = {};
-            for (int i = 0; i < WORD; i++) line |= (whole[i] >> 8 * part & 255u) << 8 * i;
-            store((float *)(to[part] + at), (vec)line);
+        for (int upper = 0; upper < 2; upper++) { /* first halves of words change places, then bytes */
+            uvec even = upper ? whole[0] >> 16 | (whole[2] & 0xffff0000u) : (whole[0] & 0xffffu) | whole[2] << 16;
+            uvec odd = upper ? whole[1] >> 16 | (whole[3] & 0xffff0000u) : (whole[1] & 0xffffu) | whole[3] << 16;
+            store((float *)(to[2 * upper] + at), (vec)((even & 0xff00ffu) | (odd & 0xff00ffu) << 8));
+            store((float *)(to[2 * upper + 1] + at), (vec)((even >> 8 & 0xff00ffu) | (odd & 0xff00ff00u)));
         }
     }
 }
