@@ -4,8 +4,7 @@ Sampling a few images reads all weights for each code, and the arithmetic hides 
 once in the order in which they are read, by several places in turn (a core gets half as much again from memory that
 way). Sums go in the same order for any number of rows and threads. Float32 on a CPU; weights may be bfloat16 or int8:
 they become float32 when they are read, and all else stays float32. On a processor with a matrix unit (AMX) they stay
-what they are, and inputs are split into parts of 8 bits, which is as exact (csrc/tiles.h): 16 rows cost little more than
-reading the weights.
+what they are, and inputs are split into parts of 8 bits, which is as exact (csrc/tiles.h).
 
 Letters: R rows, D inputs and N outputs of a linear layer, C tokens of a vocabulary.
 """
@@ -149,16 +148,16 @@ class Packed:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(R, D) -> (R, N), not for gated ones."""
-        x = x.contiguous()
-        rows, depth = x.shape
+        x, rows = x.contiguous(), len(x)
         own = ctypes.byref(self.struct)
-        out, room = x.new_empty(rows, len(self.bias)), x.new_empty(self.library.room_of_rows(own, rows, self.threads))
+        out = x.new_empty(rows, len(self.bias))
+        room = x.new_empty(self.library.room_of_rows(own, rows, self.threads))
         self.library.multiply_rows(own, pointer(x), rows, pointer(out), pointer(room), self.threads)
         return out[:, : self.outputs]
 
 
 def _for_unit(weight: Tensor) -> tuple[Tensor, float, float]:
-    """Weights as tiles.h takes them, the largest input with which their sums are finite, and what undoes their scale."""
+    """Weights for tiles.h, the largest input with which their sums are finite, and what undoes their scale."""
     depth = weight.shape[1]
     if weight.dtype == torch.int8:
         return weight, 2.0**127 if depth < 2**16 else -1.0, 1.0

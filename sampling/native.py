@@ -1,7 +1,7 @@
 """The native decoder: a code or a window of each image through the whole transformer in one call of ops/csrc/rows.c.
 
-Float32 on a CPU; weights may be bfloat16, and those of linear layers int8, which become float32 where they are read. A
-whole pass is one call, because what happens between two matmuls, attention to a row of codes say, takes less than
+Float32 on a CPU; weights may be bfloat16, and those of linear layers int8, which become float32 where they are read, or
+are multiplied as exactly by a matrix unit. A whole pass is one call, because what happens between two matmuls, attention to a row of codes say, takes less than
 PyTorch needs to be asked for it. What is sampled for an image depends neither on windows nor on the number of images or
 threads: sums go in the same order for all, those of the prompt and of given codes too.
 

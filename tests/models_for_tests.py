@@ -188,6 +188,6 @@ def units_of_rows(kind):
     functions = rows.functions() if kind != "emulated" else _emulated(rows, rows.functions, "-DONLY_TILES")
     if functions is None or (kind != "none" and not functions.multiplies()):
         pytest.skip("no AMX, no AVX-512 to emulate it, no C compiler, or kernels are switched off")
-    with mock.patch.object(rows, "functions", lambda: functions):
-        with mock.patch.object(rows, "multiplies", lambda: kind != "none"):
-            yield
+    multiplies = mock.patch.object(rows, "multiplies", lambda: kind != "none")
+    with mock.patch.object(rows, "functions", lambda: functions), multiplies:
+        yield
