@@ -1,9 +1,10 @@
 """The native decoder: a code or a window of each image through the whole transformer in one call of ops/csrc/rows.c.
 
 Float32 on a CPU; weights may be bfloat16, and those of linear layers int8, which become float32 where they are read, or
-are multiplied as exactly by a matrix unit. A whole pass is one call, because what happens between two matmuls, attention to a row of codes say, takes less than
-PyTorch needs to be asked for it. What is sampled for an image depends neither on windows nor on the number of images or
-threads: sums go in the same order for all, those of the prompt and of given codes too.
+are multiplied as exactly by a matrix unit. A whole pass is one call, because what happens between two matmuls,
+attention to a row of codes say, takes less than PyTorch needs to be asked for it. What is sampled for an image depends
+neither on windows nor on the number of images or threads: sums go in the same order for all, those of the prompt and of
+given codes too.
 
 Letters: R rows (images, twice as many with guidance), D width, P text positions, N codes of an image.
 """
