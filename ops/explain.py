@@ -5,7 +5,7 @@ from typing import NamedTuple, Sequence
 
 import torch
 
-from ops import build, convolution, dispatch, elementwise, matmul, native_attention
+from ops import build, convolution, dispatch, elementwise, matmul, native_attention, rows
 from utils.options import Command, Options
 
 PYTORCH = "PyTorch"
@@ -19,11 +19,13 @@ class Choice(NamedTuple):
     reason: str
 
 
-def _choice(op: str, source: str, available: bool, tensors: list[torch.Tensor], missing: str = "") -> Choice:
+def _choice(
+    op: str, source: str, available: bool, tensors: list[torch.Tensor], missing: str = "", more: str = ""
+) -> Choice:
     refused = dispatch.refusal(*tensors)
     if refused is None and not available:
         refused = build.reasons.get(source) or missing or "no compiled kernels"
-    return Choice(op, PYTORCH if refused else f"csrc/{source}.c", refused or "compiled for this processor")
+    return Choice(op, PYTORCH if refused else f"csrc/{source}.c", refused or "compiled for this processor" + more)
 
 
 def explain(like: torch.Tensor | None = None) -> list[Choice]:
@@ -34,12 +36,13 @@ def explain(like: torch.Tensor | None = None) -> list[Choice]:
     """
     tensors = [torch.empty(1) if like is None else like]
     available = build.library("rows") is not None
+    more = "; bfloat16 and int8 weights by the matrix unit (AMX)" if rows.multiplies() else ""
     return [
         _choice("matmul", "matrix", matmul.available(), tensors, "the processor has no matrix unit (AMX)"),
         _choice("attention in training", "attention", native_attention.available(), tensors),
         _choice("gelu, dropout, heads, residual add, norms", "training", elementwise.suits(), tensors),
         _choice("3x3 convolution, group norm with swish", "convolution", convolution.available(), tensors),
-        _choice("decoding codes, sampling from logits", "rows", available, tensors),
+        _choice("decoding codes, sampling from logits", "rows", available, tensors, more=more),
     ]
 
 

@@ -3,7 +3,8 @@
 Sampling a few images reads all weights for each code, and the arithmetic hides behind that. So weights are laid out
 once in the order in which they are read, by several places in turn (a core gets half as much again from memory that
 way). Sums go in the same order for any number of rows and threads. Float32 on a CPU; weights may be bfloat16 or int8:
-they become float32 when they are read, and all else stays float32.
+they become float32 when they are read, and all else stays float32. On a processor with a matrix unit (AMX) they stay
+what they are, and inputs are split into parts of 8 bits, which is as exact (csrc/tiles.h).
 
 Letters: R rows, D inputs and N outputs of a linear layer, C tokens of a vocabulary.
 """
@@ -27,6 +28,8 @@ _GRAIN = 1 << 18
 """Bytes of a layer's weights below which a further thread takes longer to wait for than it helps."""
 _QUADS = 0
 """The size of a weight, as in rows.c, where four lie in a word."""
+_BLOCK = 64
+"""Bytes of which the depth of tiles for the matrix unit is a multiple."""
 address, whole = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -34,7 +37,8 @@ class Linear(ctypes.Structure):
     """As in rows.c."""
 
     _fields_ = [(name, address) for name in ("weight", "bias", "scale")]
-    _fields_ += [(name, whole) for name in ("depth", "panels", "size")]
+    _fields_ += [(name, whole) for name in ("depth", "panels", "size", "tiled")]
+    _fields_ += [(name, ctypes.c_float) for name in ("limit", "shrink")]
 
 
 @functools.lru_cache(maxsize=None)
@@ -44,8 +48,10 @@ def functions() -> Any:
     if found is not None:
         found.panel_width.restype = found.room_of.restype = whole
         found.panel_width.argtypes, found.room_of.argtypes = [], [address]
-        for pack in (found.pack, found.pack_halves, found.pack_bytes):
-            pack.argtypes, pack.restype = [address, whole, whole, whole, address, whole], None
+        for pack in (found.pack, found.pack_halves, found.pack_bytes, found.pack_tiles, found.pack_byte_tiles):
+            pack.argtypes, pack.restype = [address, whole, whole, whole, whole, address, whole], None
+        found.multiplies.argtypes, found.multiplies.restype = [], whole
+        found.room_of_rows.argtypes, found.room_of_rows.restype = [address, whole, whole], whole
         found.multiply_rows.argtypes = [address, address, whole, address, address, whole]
         found.multiply_rows.restype = None
         found.sample_rows.argtypes = [address, whole, whole, whole, *[address] * 7, whole]
@@ -58,6 +64,12 @@ def functions() -> Any:
         found.guesses.argtypes, found.guesses.restype = [], whole
         found.read_all.argtypes, found.read_all.restype = [address, whole, whole], ctypes.c_double
     return found
+
+
+@functools.lru_cache(maxsize=None)
+def multiplies() -> bool:
+    """Whether bfloat16 and int8 weights are multiplied by a matrix unit."""
+    return functions() is not None and bool(functions().multiplies())
 
 
 def refusal(*tensors: Tensor | None, halves: bool = False) -> str | None:
@@ -99,25 +111,30 @@ class Packed:
         self, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None, gated: bool = False
     ) -> None:
         """weight (N, D) float32, bfloat16, or int8 with scales (N,); bias (N,) float32 or bfloat16."""
-        size = weight.numel() * weight.element_size()
-        self.library, self.threads = functions(), threads_for(size * 4)  # one matmul of some four
+        size, weight = weight.element_size(), weight.detach()
+        self.library, self.threads = functions(), threads_for(weight.numel() * size * 4)  # one matmul of some four
         self.outputs, depth = weight.shape
+        tiled = size < 4 and multiplies()
+        weight, limit, shrink = _for_unit(weight) if tiled else (weight, 0.0, 1.0)
         panel = self.library.panel_width()
         width = panel // 2 if gated else panel  # outputs of each half, or of all, in a panel
         panels = -(-(self.outputs // 2 if gated else self.outputs) // width)
 
-        def packed(values: Tensor, depth: int) -> Tensor:
-            packs = {1: self.library.pack_bytes, 2: self.library.pack_halves, 4: self.library.pack}
-            pack = packs[values.element_size()]
-            values, result = values.detach().contiguous(), values.new_empty(panels * panel * depth)
-            pack(pointer(values), self.outputs, depth, gated, pointer(result), self.threads)
+        own = self.library
+        packs = {1: own.pack_byte_tiles, 2: own.pack_tiles} if tiled else {1: own.pack_bytes, 2: own.pack_halves}
+
+        def packed(values: Tensor, depth: int, padded: int, pack: Any = own.pack) -> Tensor:
+            values, result = values.detach().contiguous(), values.new_empty(panels * panel * padded)
+            pack(pointer(values), self.outputs, depth, padded, gated, pointer(result), self.threads)
             return result
 
         bias = weight.new_zeros(self.outputs) if bias is None else bias
-        self.weight, self.bias = packed(weight, depth), packed(bias.float(), 1)
-        self.scale = None if scale is None else packed(scale, 1)
-        self.bytes = self.weight.numel() * self.weight.element_size()
-        self.struct = Linear(at(self.weight), at(self.bias), at(self.scale), depth, panels, weight.element_size())
+        padded = depth + -depth % (_BLOCK // size) if tiled else depth
+        self.weight, self.bias = packed(weight, depth, padded, packs.get(size, own.pack)), packed(bias.float(), 1, 1)
+        self.scale = None if scale is None else packed(scale, 1, 1)
+        self.bytes = self.weight.numel() * size
+        addresses = map(at, (self.weight, self.bias, self.scale))
+        self.struct = Linear(*addresses, depth, panels, size, tiled, limit, shrink)
 
     @classmethod
     def rough(cls, weight: Tensor, bias: Tensor | None, scale: Tensor, gated: bool = False) -> Packed:
@@ -131,13 +148,23 @@ class Packed:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(R, D) -> (R, N), not for gated ones."""
-        x = x.contiguous()
-        rows, depth = x.shape
-        out, room = x.new_empty(rows, len(self.bias)), x.new_empty(depth * rows)
-        self.library.multiply_rows(
-            ctypes.byref(self.struct), pointer(x), rows, pointer(out), pointer(room), self.threads
-        )
+        x, rows = x.contiguous(), len(x)
+        own = ctypes.byref(self.struct)
+        out = x.new_empty(rows, len(self.bias))
+        room = x.new_empty(self.library.room_of_rows(own, rows, self.threads))
+        self.library.multiply_rows(own, pointer(x), rows, pointer(out), pointer(room), self.threads)
         return out[:, : self.outputs]
+
+
+def _for_unit(weight: Tensor) -> tuple[Tensor, float, float]:
+    """Weights for tiles.h, the largest input with which their sums are finite, and what undoes their scale."""
+    depth = weight.shape[1]
+    if weight.dtype == torch.int8:
+        return weight, 2.0**127 if depth < 2**16 else -1.0, 1.0
+    largest = float(weight.abs().max())
+    if not largest < 2.0**120:  # rare, so by vectors
+        return weight, -1.0, 1.0
+    return weight * 128, min(2.0**86, 2.0**95 / depth / max(largest, 2.0**-126)), 1 / 128
 
 
 def sample(logits: Tensor, state: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,10 @@
 """The native decoder: a code or a window of each image through the whole transformer in one call of ops/csrc/rows.c.
 
-Float32 on a CPU; weights may be bfloat16, and those of linear layers int8, which become float32 where they are read. A
-whole pass is one call, because what happens between two matmuls, attention to a row of codes say, takes less than
-PyTorch needs to be asked for it. What is sampled for an image depends neither on windows nor on the number of images or
-threads: sums go in the same order for all, those of the prompt and of given codes too.
+Float32 on a CPU; weights may be bfloat16, and those of linear layers int8, which become float32 where they are read, or
+are multiplied as exactly by a matrix unit. A whole pass is one call, because what happens between two matmuls,
+attention to a row of codes say, takes less than PyTorch needs to be asked for it. What is sampled for an image depends
+neither on windows nor on the number of images or threads: sums go in the same order for all, those of the prompt and of
+given codes too.
 
 Letters: R rows (images, twice as many with guidance), D width, P text positions, N codes of an image.
 """
@@ -194,6 +195,8 @@ class NativeDecoder(Decoder):
         self._all = torch.arange(self.rows)
         self._canvas: Canvas | None = None
         self._guessed = False
+        # Where a pass of many codes costs little more than one, guesses one by one do not pay.
+        self._guesses = bool(rows.functions().guesses()) and not self.struct.head.tiled
         self._make_room(self.rows)
 
     def _operands(self) -> Operands:
@@ -311,7 +314,7 @@ class NativeDecoder(Decoder):
         return part
 
     def guess(self, canvas: Canvas, width: int, num_rows: int) -> float:
-        self._guessed = width > 1 and num_rows <= _GUESSED_ROWS and bool(rows.functions().guesses())
+        self._guessed = width > 1 and num_rows <= _GUESSED_ROWS and self._guesses
         if not self._guessed:
             return 0.0
         self._take(canvas, width)

@@ -1,7 +1,8 @@
-/* What matrix.c asks of AMX and AVX-512, in portable C: so its arithmetic is tested on processors without them.
+/* What matrix.c asks of AMX and AVX-512, and rows.c of AMX (ONLY_TILES), in portable C: so their arithmetic is tested on
+ * processors without them.
  *
- * Tiles are whole ones. A product of tiles is as in Intel's manual (TDPBF16PS): subnormal inputs count as zero, each
- * multiplication and addition rounds once, to the nearest, and subnormal results become zero. */
+ * A product of tiles is as in Intel's manual (TDPBF16PS): subnormal inputs count as zero, each multiplication and addition
+ * rounds once, to the nearest, and subnormal results become zero. */
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
@@ -11,6 +12,7 @@
 
 #define syscall(...) 0 /* the system's leave to use the unit */
 
+#ifndef ONLY_TILES
 typedef float emulated_floats __attribute__((vector_size(64)));
 typedef long long emulated_bits __attribute__((vector_size(64)));
 typedef int32_t emulated_words __attribute__((vector_size(64)));
@@ -86,8 +88,11 @@ EMULATED emulated_bits emulated_shuffle(emulated_bits a, emulated_bits b, int ch
 #define _mm512_unpacklo_epi32(a, b) emulated_unpack32(a, b, 0)
 #define _mm512_unpacklo_epi64(a, b) emulated_unpack64(a, b, 0)
 
-/* Eight tiles of 16 rows of 64 bytes. */
+#endif
+
+/* Eight tiles of up to 16 rows of 64 bytes; their numbers of rows stand in the configuration. */
 static __thread uint32_t emulated_tiles[8][16][16];
+static __thread uint8_t emulated_configuration[64];
 
 static inline float emulated_flushed(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0, x) : x; }
 static inline float emulated_part(uint32_t pair, int second) {
@@ -112,20 +117,29 @@ static __attribute__((noinline)) void emulated_product(int to, int a, int b) {
         for (int n = 0; n < 16; n++) row[n] = emulated_flushed(row[n] + emulated_flushed(sums[0][n] + sums[1][n]));
     }
 }
+static __attribute__((noinline)) void emulated_whole_product(int to, int a, int b) {
+    for (int m = 0; m < 16; m++)
+        for (int n = 0; n < 16; n++)
+            for (int k = 0; k < 64; k++)
+                emulated_tiles[to][m][n] +=
+                    (int8_t)(emulated_tiles[a][m][k / 4] >> k % 4 * 8) * (int8_t)(emulated_tiles[b][k / 4][n] >> k % 4 * 8);
+}
 static inline void emulated_tile_load(int t, const void *from, long stride) {
-    for (int i = 0; i < 16; i++) memcpy(emulated_tiles[t][i], (const char *)from + i * stride, 64);
+    for (int i = 0; i < emulated_configuration[48 + t]; i++) memcpy(emulated_tiles[t][i], (const char *)from + i * stride, 64);
 }
 static inline void emulated_tile_store(int t, void *to, long stride) {
-    for (int i = 0; i < 16; i++) memcpy((char *)to + i * stride, emulated_tiles[t][i], 64);
+    for (int i = 0; i < emulated_configuration[48 + t]; i++) memcpy((char *)to + i * stride, emulated_tiles[t][i], 64);
 }
 
 #undef _tile_dpbf16ps
+#undef _tile_dpbssd
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_zero
 #define _tile_dpbf16ps(to, a, b) emulated_product(to, a, b);
-#define _tile_loadconfig(p) ((void)(p))
+#define _tile_dpbssd(to, a, b) emulated_whole_product(to, a, b);
+#define _tile_loadconfig(p) memcpy(emulated_configuration, p, 64)
 #define _tile_loadd(t, from, stride) emulated_tile_load(t, from, stride)
-#define _tile_storeconfig(p) ((void)(p))
+#define _tile_storeconfig(p) memcpy(p, emulated_configuration, 64)
 #define _tile_stored(t, to, stride) emulated_tile_store(t, to, stride)
 #define _tile_zero(t) memset(emulated_tiles[t], 0, sizeof emulated_tiles[t])

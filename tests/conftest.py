@@ -198,6 +198,15 @@ def unit(request):
         yield request.param
 
 
+@pytest.fixture(params=["none", "native", "emulated"])
+def unit_of_rows(request):
+    """The same for the native decoder's bfloat16 and int8 weights, and without one."""
+    from models_for_tests import units_of_rows
+
+    with units_of_rows(request.param):
+        yield request.param
+
+
 @pytest.fixture(scope="session")
 def undisturbed(server, folder, tmp_path_factory):
     """Results of runs of test_crash that nothing happened to, for so many processes, and the CPU time they took."""

@@ -163,21 +163,32 @@ def check_edge(model, options, graphs=None):
 
 
 @functools.lru_cache(maxsize=None)
-def _emulated():
+def _emulated(module, functions, *options):
     header = Path(__file__).with_name("amx_emulation.h")
     digest = hashlib.sha256(header.read_bytes()).hexdigest()[:16]  # part of the compiled file's name
     # -O2: a third of the compiler's time, and no slower to run.
-    flags = [*build._FLAGS, "-O2", "-w", "-include", str(header), "-D__AMX_BF16__", "-DEMULATION=0x" + digest]
-    with mock.patch.object(build, "_FLAGS", flags), mock.patch.object(matmul, "library", build.library.__wrapped__):
-        return matmul._functions.__wrapped__()
+    flags = [*build._FLAGS, "-O2", "-w", "-include", str(header), "-D__AMX_BF16__", "-DEMULATION=0x" + digest, *options]
+    with mock.patch.object(build, "_FLAGS", flags), mock.patch.object(module, "library", build.library.__wrapped__):
+        return functions.__wrapped__()
 
 
 @contextlib.contextmanager
 def matrix_units(kind):
     """Multiply by the "native" unit, or by an "emulated" one; skip where there is none."""
-    functions = matmul._functions() if kind == "native" else _emulated()
+    functions = matmul._functions() if kind == "native" else _emulated(matmul, matmul._functions)
     if functions is None:
         pytest.skip("no AMX, no C compiler, or kernels are switched off")
     with mock.patch.object(matmul, "_functions", lambda: functions):
         assert matmul.suits(torch.ones(64, 64), torch.ones(64, 64))
+        yield
+
+
+@contextlib.contextmanager
+def units_of_rows(kind):
+    """Let the native decoder multiply by vectors ("none"), or by a matrix unit as above; skip where there is none."""
+    functions = rows.functions() if kind != "emulated" else _emulated(rows, rows.functions, "-DONLY_TILES")
+    if functions is None or (kind != "none" and not functions.multiplies()):
+        pytest.skip("no AMX, no AVX-512 to emulate it, no C compiler, or kernels are switched off")
+    multiplies = mock.patch.object(rows, "multiplies", lambda: kind != "none")
+    with mock.patch.object(rows, "functions", lambda: functions), multiplies:
         yield

@@ -13,7 +13,7 @@ from models.config import ATTENTION_PATTERNS, DalleConfig
 from models.dalle import DalleModel
 from models.patterns import visible
 from models.transformer import Transformer
-from ops import dispatch, elementwise, native_attention, registered
+from ops import dispatch, elementwise, native_attention, registered, rows
 from ops.attention_ops import NativeAttention
 
 TINY = DalleConfig(
@@ -173,6 +173,7 @@ def test_explain_says_what_runs_and_why(server, tmp_path):
     assert server.wait(pid) == 0
     output = (tmp_path / "output").read_text()
     assert len(output.splitlines()) == len(ops.explain()) == output.count("DALLE_KERNELS=off")
+    assert ("int8 weights by the matrix unit" in ops.explain()[-1].reason) == rows.multiplies()
 
 
 @needs_kernels

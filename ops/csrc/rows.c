@@ -27,10 +27,12 @@ enum { GEGLU, GELU, QUICK_GELU, SWIGLU, RELU2 };
 #define GATED(activation) ((activation) == GEGLU || (activation) == SWIGLU)
 
 typedef struct {
-    const void *weight; /* panels, of float32, bfloat16, int8 or QUADS */
+    const void *weight; /* panels, of float32, bfloat16, int8 or QUADS, or of tiles */
     const float *bias;  /* (panels * PANEL) in the order of the panels, and so is scale */
     const float *scale; /* what int8 weights are multiplied by; NULL for others */
     int64_t depth, panels, size; /* bytes of a weight, or QUADS */
+    int64_t tiled;       /* for the matrix unit: see tiles.h */
+    float limit, shrink; /* the largest input that it may take; what its weights are multiplied by to get the right ones */
 } linear;
 
 #define QUADS 0 /* four int8 weights a word, behind a first word: -128 times the sum of all; see `roughly` */
@@ -79,35 +81,51 @@ typedef struct {
 static int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
+#include "tiles.h"
+
+/* What a matmul takes: input k of row r is at[r * row + k * step]. */
+typedef struct {
+    float *at;
+    int64_t row, step;
+} inputs;
+
+/* Rows side by side, or for the matrix unit one after the other. */
+static inputs inputs_of(const linear *matmul, float *at, int64_t rows) {
+    return matmul->tiled ? (inputs){at, up_to(matmul->depth, PANEL), 1} : (inputs){at, 1, rows};
+}
+
 /* ---- matmuls */
 
 int64_t panel_width(void) { return PANEL; }
 
-/* Weight (n, depth) -> panels. gated: each panel has LANES rows of the first half and the same of the second. Lane `PLACE`
- * says where in a panel's line. */
-#define PACK(name, type, PLACE)                                                                                 \
-    void name(const type *weight, int64_t n, int64_t depth, int64_t gated, type *out, int64_t threads) {        \
-        int64_t half = gated ? n / 2 : 0, step = gated ? LANES : PANEL, each = gated ? half : n;                \
-        int64_t panels = (each + step - 1) / step;                                                              \
-        _Pragma("omp parallel for num_threads(threads) schedule(static)")                                       \
-        for (int64_t panel = 0; panel < panels; panel++) {                                                      \
-            const type *row[PANEL];                                                                             \
-            for (int lane = 0; lane < PANEL; lane++) {                                                          \
-                int second = gated && lane >= LANES;                                                            \
-                int64_t index = panel * step + lane - (second ? LANES : 0);                                     \
-                row[lane] = index < each ? weight + (index + (second ? half : 0)) * depth : NULL;               \
-            }                                                                                                   \
-            type *to = out + panel * depth * PANEL;                                                             \
-            for (int64_t k = 0; k < depth; k++, to += PANEL)                                                    \
-                for (int lane = 0; lane < PANEL; lane++) to[PLACE(lane)] = row[lane] ? row[lane][k] : 0;        \
-        }                                                                                                       \
+/* Weight (n, depth) -> panels. gated: each panel has LANES rows of the first half and the same of the second. PLACE says
+ * where in a panel input k of a lane lies. `padded`: the depth of a panel. */
+#define PACK(name, type, PLACE)                                                                                   \
+    void name(const type *weight, int64_t n, int64_t depth, int64_t padded, int64_t gated, type *out, int64_t threads) { \
+        int64_t half = gated ? n / 2 : 0, step = gated ? LANES : PANEL, each = gated ? half : n;                  \
+        int64_t panels = (each + step - 1) / step;                                                                \
+        _Pragma("omp parallel for num_threads(threads) schedule(static)")                                         \
+        for (int64_t panel = 0; panel < panels; panel++) {                                                        \
+            type *to = out + panel * padded * PANEL;                                                              \
+            const type *row[PANEL];                                                                               \
+            for (int lane = 0; lane < PANEL; lane++) {                                                            \
+                int second = gated && lane >= LANES;                                                              \
+                int64_t index = panel * step + lane - (second ? LANES : 0);                                       \
+                row[lane] = index < each ? weight + (index + (second ? half : 0)) * depth : NULL;                 \
+            }                                                                                                     \
+            for (int64_t k = 0; k < padded; k++)                                                                  \
+                for (int lane = 0; lane < PANEL; lane++) to[PLACE(k, lane)] = row[lane] && k < depth ? row[lane][k] : 0; \
+        }                                                                                                         \
     }
 
-#define IN_TURN(lane) (lane)
-#define IN_PAIRS(lane) ((lane) % LANES * 2 + (lane) / LANES)
+#define IN_TURN(k, lane) ((k) * PANEL + (lane))
+#define IN_PAIRS(k, lane) ((k) * PANEL + (lane) % LANES * 2 + (lane) / LANES)
+#define IN_TILES(k, lane) in_tile(k, lane, sizeof *to)
 PACK(pack, float, IN_TURN)
 PACK(pack_bytes, int8_t, IN_TURN)
 PACK(pack_halves, uint16_t, IN_PAIRS)
+PACK(pack_tiles, uint16_t, IN_TILES)
+PACK(pack_byte_tiles, int8_t, IN_TILES)
 
 /* A panel's weights of input k. Two bfloat16 numbers share a word, each of which is the upper half of a float. `size` is
  * known when this is compiled. */
@@ -230,11 +248,12 @@ static void sums_of(const float *x, int64_t stride, const char *weight, int64_t 
 enum { PLAIN, RESIDUAL, ACTIVE };
 
 typedef struct {
-    int kind;            /* PLAIN: out = sums; RESIDUAL: out += scale * sums; ACTIVE: out = activation of sums, by columns */
-    float *out;          /* (rows, stride), or ACTIVE: (columns, rows) */
+    int kind;            /* PLAIN: out = sums; RESIDUAL: out += scale * sums; ACTIVE: next = activation of sums */
+    float *out;          /* (rows, stride) */
     int64_t stride;      /* at least panels * PANEL */
     const float *scale;  /* or NULL */
     int64_t activation;
+    inputs next;
 } ending;
 
 INLINE vec active(vec x, int64_t activation) {
@@ -243,8 +262,7 @@ INLINE vec active(vec x, int64_t activation) {
     return swish_of(x, activation == SWIGLU ? 1.0f : 1.702f);
 }
 
-static void finish(const ending *end, const linear *matmul, int64_t panel, int64_t rows, int64_t row, int count,
-                   vec sums[][2]) {
+static void finish(const ending *end, const linear *matmul, int64_t panel, int64_t row, int count, vec sums[][2]) {
     int64_t column = panel * PANEL;
     vec left = load(matmul->bias + column), right = load(matmul->bias + column + LANES);
     if (matmul->scale) {
@@ -276,9 +294,12 @@ static void finish(const ending *end, const linear *matmul, int64_t panel, int64
     if (end->kind == ACTIVE) {
         int wide = GATED(end->activation) ? LANES : PANEL;
         const float *from = (const float *)sums;
-        float *to = end->out + panel * wide * rows + row;
-        for (int lane = 0; lane < wide; lane++)
-            for (int r = 0; r < count; r++) to[lane * rows + r] = from[r * PANEL + lane];
+        inputs to = end->next;
+        to.at += row * to.row + panel * wide * to.step;
+        for (int r = 0; to.step == 1 && r < count; r++)
+            memcpy(to.at + r * to.row, from + r * PANEL, wide * sizeof(float));
+        for (int lane = 0; to.step > 1 && lane < wide; lane++)
+            for (int r = 0; r < count; r++) to.at[lane * to.step + r] = from[r * PANEL + lane];
     }
 }
 
@@ -350,7 +371,7 @@ static void roughly(const linear *matmul, const float *x, int64_t rows, const en
                 vec sums[TURNS][2];
                 for (int half = 0; half < 2 * count; half++)
                     sums[half / 2][half % 2] = (vec)_mm512_cvtepi32_ps(whole[p][half / 2][half % 2]) * step[row + half / 2];
-                finish(end, matmul, panel + p, rows, row, count, sums);
+                finish(end, matmul, panel + p, row, count, sums);
             }
         }
     }
@@ -362,40 +383,125 @@ int64_t guesses(void) { return 1; }
 int64_t guesses(void) { return 0; } /* whether there are matmuls for them */
 #endif
 
-/* This thread's part of a matmul: x (depth, rows) with rows side by side. */
-static void multiply(const linear *matmul, const float *x, int64_t rows, const ending *end) {
+#ifdef HAS_TILES
+/* Sums of a row with a panel of tiles, by vectors. */
+static void sums_by_vectors(const linear *matmul, const float *x, const char *weight, vec sums[2]) {
+    int64_t size = matmul->size;
+    for (int half = 0; half < 2; half++) {
+        sums[half] = fill(0);
+        for (int64_t k = 0; k < matmul->depth; k++) {
+            int64_t at = in_tile(k, half * LANES, size) * size;
+            uvec words = (uvec)load((const float *)(weight + at / WORD * WORD));
+            words <<= 8 * (WORD - size - at % WORD); /* its upper bytes are the weights */
+            vec own = size == 2 ? (vec)(words & 0xffff0000u) : (vec)_mm512_cvtepi32_ps((__m512i)((ivec)words >> 24));
+            sums[half] += x[k] * (own * matmul->shrink);
+        }
+    }
+}
+
+/* What the sums of a row's parts have to be multiplied by; 0 if it is to be computed by vectors. */
+static float split_row(const linear *matmul, const float *x, char *const parts[4], int64_t step) {
+    float top = largest_of(x, matmul->depth);
+    if (!(top <= matmul->limit)) return 0;
+    if (matmul->size == 2) {
+        split(x, matmul->depth, parts, step);
+        return 0x1p-24f * matmul->shrink;
+    }
+    int exponent = top < 0x1p-126f ? -126 : ilogbf(top), half = (29 - exponent) / 2;
+    float scale[2] = {ldexpf(1.0f, half), ldexpf(1.0f, 29 - exponent - half)};
+    split_whole(x, matmul->depth, scale, parts, step);
+    return ldexpf(1.0f, exponent - 29 + 24);
+}
+
+static void multiply_tiles(const linear *matmul, inputs x, int64_t rows, const ending *end, int64_t from, int64_t to,
+                           float *room) {
+    int64_t size = matmul->size, blocks = blocks_of(matmul->depth, size);
+    tiling t = tiling_of(rows, size);
+    char *all = (char *)up_to((int64_t)room, 64), saved[64];
+    int64_t step = t.lines * 64, of_group = t.tiles * blocks * step, each = 2 * TILE / t.groups;
+    float factors[rows], sums[4][LANES][LANES] __attribute__((aligned(64)));
+    if (rows == 0 || from == to) return;
+    for (int64_t r = 0; r < rows; r++) {
+        char *parts[4];
+        for (int64_t part = 0; part < t.parts; part++) {
+            int64_t line = part * t.count + r % t.count;
+            parts[part] = all + r / t.count * of_group + line / t.lines * blocks * step + line % t.lines * 64;
+        }
+        factors[r] = split_row(matmul, x.at + r * x.row, parts, step);
+    }
+    _tile_storeconfig(saved); /* other users of the matrix unit in this thread find it unchanged */
+    configure(t);
+    for (int64_t panel = from; panel < to; panel++) {
+        const char *weight = (const char *)matmul->weight + panel * blocks * 2 * TILE;
+        for (int64_t row = 0; row < rows; row += t.count) {
+            int64_t count = rows - row < t.count ? rows - row : t.count;
+            /* While the panel is gone through for each group, the next one is read. */
+            const char *next = weight + (t.groups > 1 ? (blocks * t.groups + row / t.count * blocks) * each : 8 * TILE);
+            sum_tiles(all + row / t.count * of_group, t, weight, blocks, next, panel + 1 < to ? each : 0, size, sums[0][0]);
+            vec found[2 * LANES][2];
+            for (int64_t r = 0; r < count; r++) {
+                for (int half = 0; half < 2; half++) {
+                    vec own[4];
+                    for (int64_t part = 0; part < t.parts; part++) {
+                        int64_t line = part * t.count + r;
+                        own[part] = load(sums[2 * (line / t.lines) + half][line % t.lines]);
+                        if (size == 1) own[part] = (vec)_mm512_cvtepi32_ps((__m512i)own[part]);
+                    }
+                    vec sum = size == 2 ? own[2] + own[1] + own[0]
+                                        : own[0] * 0x1p-24f + own[1] * 0x1p-16f + own[2] * 0x1p-8f + own[3];
+                    found[r][half] = sum * factors[row + r];
+                }
+                if (factors[row + r] == 0) sums_by_vectors(matmul, x.at + (row + r) * x.row, weight, found[r]);
+            }
+            finish(end, matmul, panel, row, count, found);
+        }
+    }
+    _tile_loadconfig(saved);
+}
+#endif
+
+/* This thread's part of a matmul. room: for the parts of rows (see tiles.h). */
+static void multiply(const linear *matmul, inputs x, int64_t rows, const ending *end, float *room) {
     int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
     int64_t from = matmul->panels * thread / threads, to = matmul->panels * (thread + 1) / threads;
-    if (matmul->size == QUADS) {
-        roughly(matmul, x, rows, end, from, to);
+    if (matmul->tiled) {
+        multiply_tiles(matmul, x, rows, end, from, to, room);
         return;
     }
-    int64_t tiles = (rows + MOST - 1) / MOST;
+    if (matmul->size == QUADS) {
+        roughly(matmul, x.at, rows, end, from, to);
+        return;
+    }
+    int64_t times = (rows + MOST - 1) / MOST;
     int size = matmul->size;
     vec sums[MOST][2];
     for (int64_t panel = from, panels; panel < to; panel += panels) {
         const char *weight = (const char *)matmul->weight + panel * matmul->depth * PANEL * size;
         panels = size < 4 && 2 * rows <= MOST && panel + 2 <= to ? 2 : 1;
-        for (int64_t i = 0; i < tiles; i++) {
-            int64_t row = rows * i / tiles;
-            int count = rows * (i + 1) / tiles - row;
-            sums_of(x + row, rows, weight, matmul->depth, tiles, i, count, panels, size, sums);
-            for (int64_t j = 0; j < panels; j++) finish(end, matmul, panel + j, rows, row, count, sums + j * count);
+        for (int64_t i = 0; i < times; i++) {
+            int64_t row = rows * i / times;
+            int count = rows * (i + 1) / times - row;
+            sums_of(x.at + row, rows, weight, matmul->depth, times, i, count, panels, size, sums);
+            for (int64_t j = 0; j < panels; j++) finish(end, matmul, panel + j, row, count, sums + j * count);
         }
     }
 }
 
-static void turn_round(const float *x, int64_t rows, int64_t stride, int64_t columns, float *out) {
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t k = 0; k < columns; k++) out[k * rows + r] = x[r * stride + k];
+/* Floats of room that `multiply_rows` needs. */
+int64_t room_of_rows(const linear *matmul, int64_t rows, int64_t threads) {
+    return matmul->depth * rows + (matmul->tiled ? threads * room_of_parts(rows, matmul->depth, matmul->size) : 0);
 }
 
-/* x (rows, depth) -> out (rows, panels * PANEL); room: depth * rows floats */
-void multiply_rows(const linear *matmul, const float *x, int64_t rows, float *out, float *room, int64_t threads) {
-    turn_round(x, rows, matmul->depth, matmul->depth, room);
-    ending end = {PLAIN, out, matmul->panels * PANEL, NULL, 0};
+/* x (rows, depth) -> out (rows, panels * PANEL) */
+void multiply_rows(const linear *matmul, float *x, int64_t rows, float *out, float *room, int64_t threads) {
+    int64_t depth = matmul->depth;
+    inputs own = {x, depth, 1}, turned = {room, 1, rows};
+    for (int64_t r = 0; !matmul->tiled && r < rows; r++)
+        for (int64_t k = 0; k < depth; k++) room[k * rows + r] = x[r * depth + k];
+    ending end = {PLAIN, out, matmul->panels * PANEL};
 #pragma omp parallel num_threads(threads)
-    multiply(matmul, room, rows, &end);
+    multiply(matmul, matmul->tiled ? own : turned, rows, &end,
+             room + depth * rows + omp_get_thread_num() * (matmul->tiled ? room_of_parts(rows, depth, matmul->size) : 0));
 }
 
 /* The sum of n floats, at all places where threads read matmuls' weights: how fast memory can be read at all. */
@@ -450,57 +556,98 @@ INLINE float *shifted(const model *m, const chunk *c, const branch *b, int64_t r
     return b->history + (c->of[r / c->places] * (grid + grid * grid) + grid + position) * dim;
 }
 
-/* All rows normalised, and shifted where tokens are: x (R, stride) -> out (D, R), a copy of each thread. row: room for D
+/* All rows normalised, and shifted where tokens are: x (R, stride) -> out, a copy of each thread. row: room for D
  * floats. */
 static void prepare(const model *m, const chunk *c, const branch *b, const float *x, int64_t stride, float *between,
-                    float *row, float *out) {
-    int64_t dim = m->dim, rows = c->rows, grid = m->grid, quarter = dim / 4;
+                    float *row, inputs out) {
+    int64_t dim = m->dim, rows = c->rows, grid = m->grid, quarter = dim / 4, step = out.step;
     int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
     for (int64_t r = 0; r < rows; r++) {
         if (b->history && r % threads != thread) continue;
-        float *own = b->history ? shifted(m, c, b, r, between) : row;
+        float *to = out.at + r * out.row, *own = b->history ? shifted(m, c, b, r, between) : step == 1 ? to : row;
         normalise(&b->before, x + r * stride, dim, own);
-        for (int64_t k = 0; !b->history && k < dim; k++) out[k * rows + r] = own[k];
+        for (int64_t k = 0; own == row && k < dim; k++) to[k * step] = own[k];
     }
     if (!b->history) return;
 #pragma omp barrier
     for (int64_t r = 0; r < rows; r++) {
         const float *own = shifted(m, c, b, r, between);
+        float *to = out.at + r * out.row;
         int64_t position = c->positions[r];
         for (int64_t k = 0; position < 0 && k < dim; k++)
-            out[k * rows + r] = k >= 2 * quarter ? own[k] : position == -m->text_len ? 0.0f : own[k - dim];
+            to[k * step] = k >= 2 * quarter ? own[k] : position == -m->text_len ? 0.0f : own[k - dim];
         if (position < 0) continue;
         int first = position % grid == 0;
-        for (int64_t k = 0; k < quarter; k++) out[k * rows + r] = own[k - grid * dim];
-        for (int64_t k = quarter; k < 2 * quarter; k++) out[k * rows + r] = first ? 0.0f : own[k - dim];
-        for (int64_t k = 2 * quarter; k < dim; k++) out[k * rows + r] = own[k];
+        for (int64_t k = 0; k < quarter; k++) to[k * step] = own[k - grid * dim];
+        for (int64_t k = quarter; k < 2 * quarter; k++) to[k * step] = first ? 0.0f : own[k - dim];
+        for (int64_t k = 2 * quarter; k < dim; k++) to[k * step] = own[k];
     }
 }
 
 /* ---- attention */
 
-INLINE float dot(const float *a, const float *b, int64_t n) {
+INLINE vec products(const float *a, const float *b, int64_t n) {
     int64_t i = 0;
     vec sum = fill(0);
 #pragma GCC unroll 16
     for (; i + LANES <= n; i += LANES) sum += load(a + i) * load(b + i);
     if (i < n) sum += load_some(a + i, n - i) * load_some(b + i, n - i);
-    return sum_of(sum);
+    return sum;
+}
+
+/* The products of a query with the vector whose dot product is in the end in the lane of this leaf. */
+INLINE vec leaf_of(const float *query, const float *keys, const int32_t *seen, int64_t first, int64_t count,
+                   int64_t width, int leaf) {
+    int64_t i = first;
+    for (int far = LANES / 2; far; far /= 2, leaf /= 2) i += leaf % 2 * far;
+    if (i >= count) i = count - 1;
+    return products(query, keys + (seen ? seen[i] : i) * width, width);
+}
+
+/* Dot products of a query with `count` of some vectors, those that `seen` says or the first ones, to out (in whole
+ * vectors). LANES at once are added up in a tree, in the order of `sum_of`. */
+INLINE void dots(const float *query, const float *keys, const int32_t *seen, int64_t count, int64_t width, float *out) {
+    for (int64_t first = 0; first < count; first += LANES) {
+#define LEAF(i) leaf_of(query, keys, seen, first, count, width, i)
+#define TWO(i) folded(LEAF(i), LEAF(i + 1), LANES / 2)
+#define FOUR(i) folded(TWO(i), TWO(i + 2), LANES / 4)
+#define EIGHT(i) folded(FOUR(i), FOUR(i + 4), LANES / 8)
+#if LANES == 16
+        store(out + first, folded(EIGHT(0), EIGHT(8), 1));
+#elif LANES == 8
+        store(out + first, EIGHT(0));
+#else
+        store(out + first, FOUR(0));
+#endif
+    }
 }
 
 INLINE vec part_of(const float *p, int some) { return some < LANES ? load_some(p, some) : load(p); }
 
-/* out = sum of weights[i] * values[i], vectors of `count` registers, the last of which has only `some` floats */
-INLINE void mix(const float *weights, const float *text, int64_t texts, const float *image, const int32_t *seen,
-                int64_t shown, int64_t width, int count, int some, float factor, float *out) {
-    vec sums[4];
-    for (int c = 0; c < count; c++) sums[c] = fill(0);
-#define ADD(weight, values)                                                                                         \
-    _Pragma("GCC unroll 4") for (int c = 0; c < count; c++)                                                         \
-        sums[c] += weight * (c < count - 1 ? load(values + c * LANES) : part_of(values + c * LANES, some));
-    for (int64_t i = 0; i < texts; i++) ADD(weights[i], text + i * width)
-    for (int64_t i = 0; i < shown; i++) ADD(weights[texts + i], image + seen[i] * width)
-    for (int c = 0; c < count; c++) store(out + c * LANES, sums[c] * factor);
+/* sums += weights[i] * some of the values, columns in `count` registers, the last of which has only `some` floats */
+INLINE void mix_columns(const float *weights, const float *values, const int32_t *seen, int64_t n, int64_t width,
+                        int count, int some, float *sums) {
+    vec own[4];
+    for (int c = 0; c < count; c++) own[c] = load(sums + c * LANES);
+    for (int64_t i = 0; i < n; i++) {
+        const float *value = values + (seen ? seen[i] : i) * width;
+#pragma GCC unroll 4
+        for (int c = 0; c < count; c++)
+            own[c] += weights[i] * (c < count - 1 ? load(value + c * LANES) : part_of(value + c * LANES, some));
+    }
+    for (int c = 0; c < count; c++) store(sums + c * LANES, own[c]);
+}
+
+INLINE void mix(const float *weights, const float *values, const int32_t *seen, int64_t n, int64_t width, float *sums) {
+    int64_t c = 0;
+    for (; c + 4 * LANES <= width; c += 4 * LANES)
+        mix_columns(weights, values + c, seen, n, width, 4, LANES, sums + c);
+    if (c + 3 * LANES < width) {
+        mix_columns(weights, values + c, seen, n, width, 4, width - c - 3 * LANES, sums + c);
+        c = width;
+    }
+    for (; c < width; c += LANES)
+        mix_columns(weights, values + c, seen, n, width, 1, width - c < LANES ? width - c : LANES, sums + c);
 }
 
 static void turn(float *x, const float *cosines, const float *sines, int64_t turned) {
@@ -538,43 +685,69 @@ static void keep(const model *m, const chunk *c, const layer *l, int64_t r, int6
     for (int64_t i = 0; i < width; i++) query[i] *= scale;
 }
 
-/* Head h of row r: attend from its query. out (H * K, R); room: width + P + N floats and some. `width` is m->width, known
- * when this is compiled where it is the usual one. */
-INLINE void attend(const model *m, const chunk *ch, const layer *l, int64_t r, int64_t h, const float *query,
-                   int64_t width, float *room, float *out) {
-    int64_t sequence = ch->of[r / ch->places], position = ch->positions[r], codes = position >= 0;
-    int64_t texts = m->text_len + (codes ? 0 : position + 1);
-    int64_t text = (sequence / m->images * m->heads + h) * l->text_lane, image = (sequence * m->heads + h) * l->lane;
-    const float *text_key = l->text_key + text, *text_value = l->text_value + text;
-    const float *image_key = l->image_key + image, *image_value = l->image_value + image;
-    const int32_t *seen = l->seen + (codes ? l->starts[position] : 0);
-    int64_t shown = codes ? l->starts[position + 1] - l->starts[position] : 0, count = texts + shown;
-    float *weights = room + up_to(width, LANES);
-    for (int64_t i = 0; i < texts; i++) weights[i] = dot(query, text_key + i * width, width);
-    for (int64_t i = 0; i < shown; i++) weights[texts + i] = dot(query, image_key + seen[i] * width, width);
+/* x (count), and as many -inf as whole vectors have room for, becomes e^(x - largest). Returns 1 / their sum. */
+static float exponentials(float *x, int64_t count) {
     int64_t padded = up_to(count, LANES);
-    for (int64_t i = count; i < padded; i++) weights[i] = -INFINITY;
-    vec top = load(weights), sum = fill(0);
-    for (int64_t i = LANES; i < padded; i += LANES) top = larger(top, load(weights + i));
+    for (int64_t i = count; i < padded; i++) x[i] = -INFINITY;
+    vec top = load(x), sum = fill(0);
+    for (int64_t i = LANES; i < padded; i += LANES) top = larger(top, load(x + i));
     float highest = top[0];
     for (int i = 1; i < LANES; i++) highest = top[i] > highest ? top[i] : highest;
     for (int64_t i = 0; i < padded; i += LANES) {
-        vec e = exp_of(load(weights + i) - highest);
-        store(weights + i, e);
+        vec e = exp_of(load(x + i) - highest);
+        store(x + i, e);
         sum += e;
     }
-    float factor = 1.0f / sum_of(sum);
-    int64_t c = 0;
-    for (; c + 4 * LANES <= width; c += 4 * LANES)
-        mix(weights, text_value + c, texts, image_value + c, seen, shown, width, 4, LANES, factor, room + c);
-    if (c + 3 * LANES < width) {
-        mix(weights, text_value + c, texts, image_value + c, seen, shown, width, 4, width - c - 3 * LANES, factor, room + c);
-        c = width;
+    return 1.0f / sum_of(sum);
+}
+
+#define BESIDE 16 /* rows that attend together */
+#define NEAR 32   /* keys or values that stay in the nearest cache while these rows take their turns */
+
+/* Floats that a row needs for its attention: weights, in vectors of texts and of codes, and the sums. */
+static int64_t room_of_attention(const model *m) {
+    return up_to(m->width, LANES) + up_to(m->text_len + m->grid * m->grid, LANES) + LANES;
+}
+
+/* Head h of `rows` rows from `first` on: attend from their queries. `width` is m->width, known when this is compiled where
+ * it is the usual one. */
+INLINE void attend(const model *m, const chunk *ch, const layer *l, int64_t first, int64_t rows, int64_t h,
+                   const float *qkv, int64_t stride, int64_t width, float *room, inputs out) {
+    struct {
+        const float *query, *text_key, *text_value, *image_key, *image_value;
+        const int32_t *seen;
+        int64_t texts, shown;
+        float *sums, *weights, factor;
+    } all[BESIDE], *own = all;
+    int64_t texts = 0, shown = 0;
+    for (int64_t r = first; r < first + rows; r++, own++) {
+        int64_t sequence = ch->of[r / ch->places], position = ch->positions[r], codes = position >= 0;
+        int64_t text = (sequence / m->images * m->heads + h) * l->text_lane, image = (sequence * m->heads + h) * l->lane;
+        own->query = qkv + r * stride + h * width;
+        own->text_key = l->text_key + text, own->text_value = l->text_value + text;
+        own->image_key = l->image_key + image, own->image_value = l->image_value + image;
+        own->texts = m->text_len + (codes ? 0 : position + 1);
+        own->shown = codes ? l->starts[position + 1] - l->starts[position] : 0;
+        own->seen = l->seen + (codes ? l->starts[position] : 0);
+        own->sums = room + (r - first) * room_of_attention(m), own->weights = own->sums + up_to(width, LANES);
+        texts = most(texts, own->texts), shown = most(shown, own->shown);
+        for (int64_t c = 0; c < width; c += LANES) store(own->sums + c, fill(0));
     }
-    for (; c < width; c += LANES)
-        mix(weights, text_value + c, texts, image_value + c, seen, shown, width, 1,
-            width - c < LANES ? width - c : LANES, factor, room + c);
-    for (c = 0; c < width; c++) out[(h * width + c) * ch->rows + r] = room[c];
+#define EACH(n, from) \
+    for (int64_t from = 0; from < n; from += NEAR) \
+        for (own = all; own < all + rows; own++)
+#define COUNT(n, from) (n - from < NEAR ? n - from : NEAR)
+    EACH(texts, i) dots(own->query, own->text_key + i * width, NULL, COUNT(own->texts, i), width, own->weights + i);
+    EACH(shown, i)
+        dots(own->query, own->image_key, own->seen + i, COUNT(own->shown, i), width, own->weights + own->texts + i);
+    for (own = all; own < all + rows; own++) own->factor = exponentials(own->weights, own->texts + own->shown);
+    EACH(texts, i) mix(own->weights + i, own->text_value + i * width, NULL, COUNT(own->texts, i), width, own->sums);
+    EACH(shown, i)
+        mix(own->weights + own->texts + i, own->image_value, own->seen + i, COUNT(own->shown, i), width, own->sums);
+    for (own = all; own < all + rows; own++) {
+        float *to = out.at + (first + own - all) * out.row + h * width * out.step;
+        for (int64_t c = 0; c < width; c++) to[c * out.step] = own->sums[c] * own->factor;
+    }
 }
 
 /* ---- sampling from logits */
@@ -747,12 +920,24 @@ void sample_rows(const float *logits, int64_t rows, int64_t stride, int64_t n, c
 
 typedef struct {
     int64_t stream, branch, qkv, heads, hidden, logits, space, own, total; /* where each begins in the scratch, in floats */
-    int64_t wide, wide_qkv, wide_head, of_thread;
+    int64_t wide, wide_qkv, wide_head, parts, of_thread; /* parts: where those of a matmul begin in a thread's own */
 } plan;
+
+/* Floats in which a thread keeps the parts of the inputs of any matmul. */
+static int64_t room_of_all_parts(const model *m, int64_t rows) {
+    int64_t room = 0;
+    for (const layer *l = m->stack; l <= m->stack + m->layers; l++) {
+        const linear *all[] = {&l->attention.first, &l->attention.second, &l->feed_forward.first, &l->feed_forward.second};
+        if (l == m->stack + m->layers) all[0] = all[1] = all[2] = all[3] = &m->head;
+        for (int i = 0; i < 4; i++)
+            if (all[i]->tiled) room = most(room, room_of_parts(rows, all[i]->depth, all[i]->size));
+    }
+    return room;
+}
 
 static plan plan_of(const model *m, int64_t rows) {
     plan at;
-    int64_t inner = m->heads * m->width, codes = m->grid * m->grid;
+    int64_t inner = m->heads * m->width;
     at.wide = up_to(m->dim, PANEL);
     at.wide_qkv = up_to(3 * inner, PANEL);
     at.stream = 0;
@@ -764,8 +949,9 @@ static plan plan_of(const model *m, int64_t rows) {
     at.logits = at.hidden + up_to(m->hidden, PANEL) * rows;
     at.space = at.logits + rows * at.wide_head;
     at.own = at.space + 2 * rows * at.wide_head;
-    /* Each thread: its copy of the input of a matmul (D, R), then a row, or what a head needs. */
-    at.of_thread = at.wide * rows + most(at.wide, up_to(m->width, LANES) + up_to(m->text_len + codes, LANES));
+    /* Each thread: its copy of the input of a matmul, then a row, or what a head needs; and the parts of rows. */
+    at.parts = at.wide * rows + most(at.wide, (rows < BESIDE ? rows : BESIDE) * room_of_attention(m));
+    at.of_thread = at.parts + room_of_all_parts(m, rows);
     at.of_thread = up_to(at.of_thread, 64);
     at.own = up_to(at.own, 64);
     at.total = at.own + m->threads * at.of_thread;
@@ -774,12 +960,15 @@ static plan plan_of(const model *m, int64_t rows) {
 
 int64_t room_of(const model *m) { return plan_of(m, m->rows).total; }
 
-/* stream += scale * second(x), or with a norm in between. x (depth, R). Ends with all threads done. */
-static void add(const model *m, const branch *b, const plan *at, int64_t rows, const float *x, float *row) {
+/* What thread `thread` has for itself. */
+static float *own_of(const model *m, const plan *at, int64_t thread) { return m->scratch + at->own + thread * at->of_thread; }
+
+/* stream += scale * second(x), or with a norm in between. Ends with all threads done. */
+static void add(const model *m, const branch *b, const plan *at, int64_t rows, inputs x, float *row) {
     float *stream = m->scratch + at->stream, *between = m->scratch + at->branch;
-    ending end = {RESIDUAL, stream, at->wide, b->scale, 0};
-    if (b->after.weight) end = (ending){PLAIN, between, at->wide, NULL, 0};
-    multiply(&b->second, x, rows, &end);
+    ending end = {RESIDUAL, stream, at->wide, b->scale};
+    if (b->after.weight) end = (ending){PLAIN, between, at->wide};
+    multiply(&b->second, x, rows, &end, own_of(m, at, omp_get_thread_num()) + at->parts);
 #pragma omp barrier
     if (b->after.weight) {
         for (int64_t r = omp_get_thread_num(); r < rows; r += omp_get_num_threads()) {
@@ -792,33 +981,38 @@ static void add(const model *m, const branch *b, const plan *at, int64_t rows, c
 
 static void through(const model *m, const chunk *c, const layer *l, const plan *at) {
     int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-    float *stream = m->scratch + at->stream, *qkv = m->scratch + at->qkv, *heads = m->scratch + at->heads;
-    float *hidden = m->scratch + at->hidden, *between = m->scratch + at->branch;
-    float *normed = m->scratch + at->own + thread * at->of_thread, *room = normed + at->wide * c->rows;
+    float *stream = m->scratch + at->stream, *qkv = m->scratch + at->qkv, *between = m->scratch + at->branch;
+    float *own = own_of(m, at, thread), *room = own + at->wide * c->rows, *parts = own + at->parts;
+    inputs heads = inputs_of(&l->attention.second, m->scratch + at->heads, c->rows);
+    inputs hidden = inputs_of(&l->feed_forward.second, m->scratch + at->hidden, c->rows);
 
+    inputs normed = inputs_of(&l->attention.first, own, c->rows);
     prepare(m, c, &l->attention, stream, at->wide, between, room, normed);
-    ending end = {PLAIN, qkv, at->wide_qkv, NULL, 0};
-    multiply(&l->attention.first, normed, c->rows, &end);
+    ending end = {PLAIN, qkv, at->wide_qkv};
+    multiply(&l->attention.first, normed, c->rows, &end, parts);
 #pragma omp barrier
-    int64_t windows = c->rows / c->places, items = m->heads * windows;
-    for (int64_t i = items * thread / threads; i < items * (thread + 1) / threads; i++) {
-        /* Images of a prompt one after the other: its text keys stay near. In a window each code sees those before it. */
-        int64_t h = i / windows, first = i % windows * c->places, last = first + c->places;
+    int64_t windows = c->rows / c->places, items = m->heads * windows, end_item = items * (thread + 1) / threads;
+    for (int64_t i = items * thread / threads, next; i < end_item; i = next) {
+        int64_t h = i / windows;
+        next = (h + 1) * windows < end_item ? (h + 1) * windows : end_item;
+        int64_t first = i % windows * c->places, last = first + (next - i) * c->places;
+        /* In a window each code sees those before it. */
         for (int64_t r = first; r < last; r++) keep(m, c, l, r, h, qkv, at->wide_qkv);
-        for (int64_t r = first; r < last; r++) {
-            const float *query = qkv + r * at->wide_qkv + h * m->width;
+        for (int64_t r = first; r < last; r += BESIDE) {
+            int64_t rows = last - r < BESIDE ? last - r : BESIDE;
             if (m->width == 64)
-                attend(m, c, l, r, h, query, 64, room, heads);
+                attend(m, c, l, r, rows, h, qkv, at->wide_qkv, 64, room, heads);
             else
-                attend(m, c, l, r, h, query, m->width, room, heads);
+                attend(m, c, l, r, rows, h, qkv, at->wide_qkv, m->width, room, heads);
         }
     }
 #pragma omp barrier
     add(m, &l->attention, at, c->rows, heads, room);
 
+    normed = inputs_of(&l->feed_forward.first, own, c->rows);
     prepare(m, c, &l->feed_forward, stream, at->wide, between, room, normed);
-    end = (ending){ACTIVE, hidden, 0, NULL, m->activation};
-    multiply(&l->feed_forward.first, normed, c->rows, &end);
+    end = (ending){ACTIVE, .activation = m->activation, .next = hidden};
+    multiply(&l->feed_forward.first, normed, c->rows, &end, parts);
 #pragma omp barrier
     add(m, &l->feed_forward, at, c->rows, hidden, room);
 }
@@ -963,14 +1157,15 @@ static int64_t choose(const model *m, const canvas *v, int64_t width, int64_t be
 #pragma omp parallel num_threads(m->threads)
     {
         int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-        float *turned = m->scratch + at.own + thread * at.of_thread, *row = turned + at.wide * rows;
+        float *own = own_of(m, &at, thread), *row = own + at.wide * rows;
+        inputs taken = inputs_of(&m->head, own, rows);
         for (int64_t i = 0; i < m->layers; i++) through(m, &c, m->stack + i, &at);
         for (int64_t r = 0; r < rows; r++) {
             finished(m, &at, r, row);
-            for (int64_t k = 0; k < m->dim; k++) turned[k * rows + r] = row[k];
+            for (int64_t k = 0; k < m->dim; k++) taken.at[r * taken.row + k * taken.step] = row[k];
         }
-        ending end = {PLAIN, m->scratch + at.logits, at.wide_head, NULL, 0};
-        multiply(&m->head, turned, rows, &end);
+        ending end = {PLAIN, m->scratch + at.logits, at.wide_head};
+        multiply(&m->head, taken, rows, &end, own + at.parts);
 #pragma omp barrier
         for (int64_t r = thread; r < w->active * width; r += threads) {
             int64_t image = w->images[r / width], position = v->fronts[image] + behind + r % width + 1;

@@ -51,6 +51,11 @@ static inline float sum_of(vec x) {
     for (int i = 0; i < LANES; i++) s += x[i];
     return s;
 }
+static inline vec folded(vec a, vec b, int far) {
+    vec sum;
+    for (int i = 0; i < LANES; i++) sum[i] = i & far ? b[i] + b[i ^ far] : a[i] + a[i ^ far];
+    return sum;
+}
 #else
 static inline float sum_of(vec x) { /* add halves until all lanes are equal */
     ivec lane;
@@ -58,6 +63,13 @@ static inline float sum_of(vec x) { /* add halves until all lanes are equal */
 #pragma GCC unroll 4
     for (int far = LANES / 2; far; far /= 2) x += __builtin_shuffle(x, lane ^ far);
     return x[0];
+}
+/* Each lane and the one `far` from it: of b where `far` is in the lane's number, else of a. */
+static inline __attribute__((always_inline)) vec folded(vec a, vec b, int far) {
+    ivec lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    ivec second = (ivec)((lane & far) != 0) & LANES;
+    return __builtin_shuffle(a, b, lane | second) + __builtin_shuffle(a, b, (lane ^ far) | second);
 }
 #endif
 
