@@ -82,8 +82,8 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None, bias: Tensor | None 
         pointer(a), a_line, a_step, pointer(b), b_line, b_step,
         _PARTS[torch.get_float32_matmul_precision()], pointer(result), result.stride(0),
     )  # fmt: skip
-    if failed == 2:  # values that are not finite, or too large for the unit: PyTorch computes them
-        torch.mm(a, b, out=result)
+    if failed == 2:  # not finite, or too large for the unit. In float32 PyTorch could round to bfloat16, and so to infinity
+        result.copy_(torch.mm(a.double(), b.double()))
     elif failed:
         raise MemoryError(f"not enough memory for the matmul of {tuple(a.shape)} and {tuple(b.shape)}")
     return result if bias is None else result.add_(bias)

@@ -167,7 +167,7 @@ def test_bfloat16_weights_are_as_exact_as_their_floats(options, threads, unit_of
     expected = steps(model.float(), random_codes(2), 2, first=13)
     if unit_of_rows == "none":
         assert torch.equal(found, expected)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-4)
 
 
 @torch.no_grad()

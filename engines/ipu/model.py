@@ -167,10 +167,12 @@ class _Note:
         return self  # a copy of the model reports to the same set
 
 
-def _checkpoint(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+def _checkpoint(_module: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """A block's hook."""
     import poptorch
 
-    return poptorch.recomputationCheckpoint(output)
+    x, values = output
+    return poptorch.recomputationCheckpoint(x), None if values is None else poptorch.recomputationCheckpoint(values)
 
 
 def canonical_state(dalle: nn.Module) -> dict[str, Tensor]:

@@ -119,8 +119,8 @@ def measure(model: TextToImage, plan: list[Placement], image_size: int) -> list[
         def begin(*_: Any, index: int = index) -> None:
             recorder.current = index
 
-        def end(_module: Any, _inputs: Any, output: Tensor, index: int = index) -> None:
-            stored[index] = _bytes(output)
+        def end(_module: Any, _inputs: Any, output: tuple[Tensor | None, ...], index: int = index) -> None:
+            stored[index] = sum(_bytes(part) for part in output if part is not None)
 
         hooks.append(module.register_forward_pre_hook(begin))
         if placement.path.startswith(LAYER):
