@@ -82,7 +82,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None, bias: Tensor | None 
         pointer(a), a_line, a_step, pointer(b), b_line, b_step,
         _PARTS[torch.get_float32_matmul_precision()], pointer(result), result.stride(0),
     )  # fmt: skip
-    if failed == 2:  # not finite, or too large for the unit; PyTorch's float32 may round to bfloat16, and so to infinity
+    if failed == 2:  # not finite, or too large for the unit; PyTorch's float32 may round to bfloat16 and to infinity
         result.copy_(torch.mm(a.double(), b.double()))
     elif failed:
         raise MemoryError(f"not enough memory for the matmul of {tuple(a.shape)} and {tuple(b.shape)}")
