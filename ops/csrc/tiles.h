@@ -29,7 +29,6 @@ static inline int64_t in_tile(int64_t k, int lane, int64_t size) {
 
 #if defined(__AMX_BF16__) && LANES == 16
 #define HAS_TILES
-typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 
 /* Whether there is a matrix unit and the system lets this process use it. */
 int64_t multiplies(void) { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0; }

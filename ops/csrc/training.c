@@ -16,7 +16,6 @@ static inline void store_up_to(float *p, vec x, long n) {
     x = (x ^ x >> 16) * 0x7feb352dU; \
     x = (x ^ x >> 15) * 0x846ca68bU; \
     x = x ^ x >> 16;
-typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 static inline uint32_t hashed(uint32_t x) { HASH(x) return x; }
 static inline uvec hashed_lanes(uvec x) { HASH(x) return x; }
 

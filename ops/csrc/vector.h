@@ -19,6 +19,7 @@
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); /* at any address */
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 
 static inline vec load(const float *p) { return *(const loose *)p; }
 static inline void store(float *p, vec x) { *(loose *)p = x; }
