@@ -106,8 +106,9 @@ def settings(options: SettingOptions) -> args.Config:
         flags += ["--activation-checkpointing", "false"]
     if options.compile:
         flags += ["--compile"]
-    # Blocks that peers lack, and arithmetic that they were not asked for, would not compare.
-    return args.parse(flags).replace(matmul_precision=options.matmul_precision, qk_norm=False, rotary_2d=False)
+    # Blocks that peers lack or do without, and arithmetic that they were not asked for, would not compare.
+    lacking = {"qk_norm": False, "rotary_2d": False, "shift_tokens": False, "value_residual": False}
+    return args.parse(flags).replace(matmul_precision=options.matmul_precision, **lacking)
 
 
 def shape(config: args.Config, grid: int = 0) -> tuple[DalleConfig, VQGAN]:
