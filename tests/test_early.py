@@ -170,14 +170,15 @@ def test_of_processes_under_torchrun_one_speaks_and_leaves_its_line(rank, tmp_pa
 
 ENDS = {
     "raise UserError('no')": (1, ["error: no"]), "raise UsageError('no')": (2, ["error: no"]),
-    "os.kill(os.getpid(), 9)": (1, ["error: process 0 was killed by SIGKILL"]), "return 0": (0, []),
+    "os.environ['RANK'] == '1' and os.kill(os.getpid(), 9); sleep(60)": (1, ["error: process 1 was killed by SIGKILL"]),
+    "return 0": (0, []),
 }
 
 
 def test_our_torchrun_adds_nothing(tmp_path):
     script = tmp_path / "script.py"
     bodies = "".join(f"    if sys.argv[1] == {body!r}: {body}\n" for body in ENDS)
-    imports = "import os, sys\nfrom utils.errors import UsageError, UserError, run_main\n"
+    imports = "import os, sys\nfrom time import sleep\nfrom utils.errors import UsageError, UserError, run_main\n"
     script.write_text(f"{imports}def main():\n{bodies}run_main(main)\n")
     launch = ("-m", "utils.launch", "--nproc-per-node", "2", script)
     runs = [functools.partial(run_script, *launch, body, PYTHONPATH=str(ROOT)) for body in ENDS]
