@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from models import transformer
 from models.config import DalleConfig
 from models.positions import Positions, text_positions
+from models.soft_codes import SoftCodes
 from models.transformer import Cache, Project, Transformer, projection
 from ops import Projection, linear
 
@@ -180,17 +181,21 @@ class DalleModel(nn.Module):
         last = self.config.text_len - 1  # the last text position predicts the first code
         return linear(x[:, :last], projection(self.text_head)), linear(x[:, last:], projection(self.image_head))
 
-    def loss(self, text_logits: Tensor, image_logits: Tensor, text: Tensor, codes: Tensor) -> Losses:
+    def loss(
+        self, text_logits: Tensor, image_logits: Tensor, text: Tensor, codes: Tensor, soft: SoftCodes | None = None
+    ) -> Losses:
         """Return (CE_text + w * CE_image) / (w + 1) and its parts, each a mean over its positions (scalars, nats).
 
-        In training the total has the z-loss, too, and the image's part of it label smoothing.
+        In training the total has the z-loss, too, and the image's part of it soft targets and label smoothing.
 
         A text part of one position predicts no text: its loss is 0, and the total is that of the image alone.
         """
         targets, weight = self.text_part(text)[:, 1:], self.config.loss_img_weight
-        image_loss = learned = F.cross_entropy(image_logits.flatten(0, 1).float(), codes.flatten())
+        logits = image_logits.float()
+        image_loss = learned = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+        if self.training and soft is not None:
+            learned = soft.cross_entropy(logits, codes)
         if self.training and self.config.label_smoothing:
-            logits = image_logits.float()
             learned = torch.lerp(learned, (logits.logsumexp(-1) - logits.mean(-1)).mean(), self.config.label_smoothing)
         if targets.shape[1]:
             text_loss = F.cross_entropy(text_logits.flatten(0, 1).float(), targets.flatten())
@@ -201,7 +206,7 @@ class DalleModel(nn.Module):
             total = learned + text_loss
         if self.training and self.config.z_loss:
             share = weight / (weight + 1) if targets.shape[1] else 1.0
-            z_loss = share * image_logits.float().logsumexp(dim=-1).square().mean()
+            z_loss = share * logits.logsumexp(dim=-1).square().mean()
             if share < 1:
                 z_loss = z_loss + (1 - share) * text_logits.float().logsumexp(dim=-1).square().mean()
             total = total + self.config.z_loss * z_loss
@@ -218,6 +223,7 @@ class TextToImage(nn.Module):
     codes that fit together.
     noise_similar: share of the images in which a random share of the input codes are those of a similar image, if such
     are given: codes that fit together, but not the caption.
+    soft: makes targets soft, and replaces input codes by similar ones before they get this noise.
     """
 
     def __init__(
@@ -227,10 +233,12 @@ class TextToImage(nn.Module):
         code_noise: float = 0.0,
         noise_per_image: bool = False,
         noise_similar: float = 0.0,
+        soft: SoftCodes | None = None,
     ) -> None:
         super().__init__()
         self.dalle = dalle
         self.vqgan: Any = vqgan
+        self.soft = soft
         self.code_noise, self.noise_per_image, self.noise_similar = code_noise, noise_per_image, noise_similar
         if vqgan is not None:
             vqgan.requires_grad_(False).eval()
@@ -255,6 +263,7 @@ class TextToImage(nn.Module):
     def _add_code_noise(self, codes: Tensor, similar: Tensor | None = None) -> Tensor:
         if not self.training:
             return codes
+        codes = codes if self.soft is None else self.soft.sample(codes)
         if similar is not None:
             chosen, of_image = torch.rand(2, len(codes), 1, device=codes.device)
             wrong = torch.rand(codes.shape, device=codes.device) < of_image * (chosen < self.noise_similar)
@@ -277,4 +286,4 @@ class TextToImage(nn.Module):
             images, similar = images.unbind(dim=1)
         codes = self.codes(images)
         text_logits, image_logits = self.dalle(text, self._add_code_noise(codes, similar))
-        return self.dalle.loss(text_logits, image_logits, text, codes)
+        return self.dalle.loss(text_logits, image_logits, text, codes, self.soft)

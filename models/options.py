@@ -43,6 +43,9 @@ class LossOptions(BlockOptions, title="loss"):
                                                "--code-noise", resume=APPLIES)
     code_noise_similar: float = option(0.0, "share of the images some of whose input codes are those of a similar "
                                             "image in training", ge=0, le=1, resume=APPLIES)
+    soft_codes: float = option(0.0, "input codes and targets in training are those that the VQGAN decodes alike, with "
+                                    "probabilities of this temperature; 1: the squared distance of a code to the next",
+                               ge=0, resume=APPLIES)
     init_codes: str = option("random", "initial vectors of codes in embedding and head; codebook: a random projection "
                                        "of the VQGAN's codebook, so that similar codes start alike",
                              choices=("random", "codebook"), resume=FIXED)

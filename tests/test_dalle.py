@@ -12,6 +12,7 @@ from torch import nn
 
 from models.config import DalleConfig
 from models.dalle import DalleModel, TextToImage
+from models.soft_codes import SoftCodes
 from models.transformer import layer_scale_init
 from utils.errors import UserError
 
@@ -105,6 +106,35 @@ def test_z_loss_and_label_smoothing_are_in_the_total_in_training_alone(text_seq_
         expected = (plain.text + 0.1 * squares[0].mean() + 7 * expected) / 8
     assert losses.total.item() == pytest.approx(expected.item(), rel=1e-6)
     assert losses[1:] == plain[1:]
+
+
+def test_soft_codes_are_drawn_from_the_nearest_and_spread_over_them():
+    """Held to a definition over all codes, whose tails beyond the 16 nearest are next to nothing here."""
+    torch.manual_seed(0)
+    codebook = torch.randn(40, 3) * torch.linspace(1, 3, 40)[:, None]
+    squares = (codebook[:, None] - codebook).square().sum(-1)
+    unit = squares.masked_fill(torch.eye(40, dtype=torch.bool), torch.inf).amin(1).mean()
+    expected = (-squares / (0.5 * unit)).softmax(-1)
+    soft, codes = SoftCodes(codebook, 0.5), torch.arange(40).view(2, 20)
+    logits = torch.randn(2, 20, 40)
+    cross_entropy = torch.nn.functional.cross_entropy(logits.flatten(0, 1), expected)
+    assert soft.cross_entropy(logits, codes).item() == pytest.approx(cross_entropy.item(), rel=1e-3)
+    drawn = torch.stack([soft.sample(codes) for _ in range(4000)]).view(4000, 40)
+    shares = torch.nn.functional.one_hot(drawn, 40).float().mean(0)  # of each code, the codes in its place
+    assert (shares - expected).abs().max() < 0.04 and 0.2 < expected.diagonal().mean() < 0.9
+    same = SoftCodes(torch.ones(5, 3), 1.0)  # a codebook that has collapsed
+    assert same.sample(codes % 5).amax() < 5 and torch.isfinite(same.cross_entropy(logits[..., :5], codes % 5))
+
+
+def test_soft_codes_are_for_training_alone():
+    soft = SoftCodes(torch.randn(TINY.num_image_tokens, 3), 2.0)
+    model = TextToImage(random_model(), soft=soft)
+    torch.manual_seed(1)
+    learned, measured = model.train()(TEXT, CODES), model.eval()(TEXT, CODES)
+    assert measured == TextToImage(model.dalle).eval()(TEXT, CODES)
+    torch.manual_seed(1)
+    image_loss = soft.cross_entropy(model.dalle(TEXT, soft.sample(CODES))[1], CODES)
+    assert learned.total.item() == pytest.approx((learned.text + 7 * image_loss).item() / 8, rel=1e-5)
 
 
 def test_layer_scale_starts_where_its_paper_says_and_the_rest_normally():

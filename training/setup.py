@@ -24,6 +24,7 @@ from engines import Engine
 from models.building import build_dalle, shapes_only
 from models.config import ARCHITECTURES, DalleConfig
 from models.dalle import DalleModel, TextToImage
+from models.soft_codes import SoftCodes
 from models.vqgan import VQGAN, VqganConfig
 from training.schedule import Position
 from utils import resume
@@ -258,7 +259,7 @@ def build_model(
 ) -> TextToImage:
     """A new model, or one with the weights of a checkpoint (which are moved, not copied).
 
-    codebook: the VQGAN's, (C, E), for --init-codes.
+    codebook: the VQGAN's, (C, E), for --init-codes and --soft-codes.
     """
     if start is None:
         dalle = DalleModel(wanted)
@@ -273,5 +274,6 @@ def build_model(
     logger.info(f"DALL-E: {size:.2f} M parameters, {tokens}")
     encoded = isinstance(parts.train_set, data.CodesDataset)
     options = config.model
+    soft = SoftCodes(codebook, options.soft_codes) if options.soft_codes else None
     return TextToImage(dalle, None if encoded else parts.vqgan, options.code_noise, options.code_noise_per_image,
-                       options.code_noise_similar)
+                       options.code_noise_similar, soft)
