@@ -149,8 +149,12 @@ _FIXED: dict[str, Any] = {
     "text_positions": True,
     "image_positions": "learned",
     "ff_mult": 4,
+    "norm": "layer",
+    "qk_norm": False,
     "rotary": False,
+    "rotary_2d": False,
     "shift_tokens": False,
+    "value_residual": False,
     "stable": False,
     "tie_embeddings": False,
     "shared_attn_ids": None,
@@ -173,8 +177,11 @@ def mindalle_options(config: DalleConfig) -> dict[str, Any]:
         raise UserError("minDALL-E's layout has no attention patterns: attn_types must be full")
     if config.heads * config.dim_head != config.dim:
         raise UserError("minDALL-E's layout requires heads x dim_head = dim")
-    if config.activation == "geglu" or config.qkv_bias != config.out_bias:
-        raise UserError("minDALL-E's layout has no geglu, and has biases on all attention projections or on none")
+    if config.activation not in ("gelu", "quick_gelu") or config.qkv_bias != config.out_bias:
+        raise UserError(
+            "minDALL-E's layout has only the activations gelu and quick_gelu, and biases on all attention projections "
+            "or on none"
+        )
     return {
         "type": "transformer1d",
         "vocab_size_txt": config.num_text_tokens,

@@ -196,7 +196,8 @@ class DalleModel(nn.Module):
         if self.training and soft is not None:
             learned = soft.cross_entropy(logits, codes)
         if self.training and self.config.label_smoothing:
-            learned = torch.lerp(learned, (logits.logsumexp(-1) - logits.mean(-1)).mean(), self.config.label_smoothing)
+            even = (logits.logsumexp(-1) - logits.mean(-1)).mean()  # the loss with evenly spread targets
+            learned = learned + self.config.label_smoothing * (even - learned)  # PopTorch has no lerp
         if targets.shape[1]:
             text_loss = F.cross_entropy(text_logits.flatten(0, 1).float(), targets.flatten())
             total = (text_loss + weight * learned) / (weight + 1)

@@ -109,6 +109,12 @@ def test_mindalles_architecture_trains_the_same():
     engine.step(batches[0])
 
 
+def test_losses_and_blocks_with_all_their_terms_train_the_same():
+    changes = {"label_smoothing": 0.2, "z_loss": 0.1, "value_residual": True, "qk_norm": True, "rotary_2d": True}
+    config = make_config(4, epochs=1)
+    equals_native(config, Pairs(samples_for(config)), difference=1e-5, norm="rms", shift_tokens=True, **changes)
+
+
 @pytest.mark.parametrize("byteio", [False, True])
 def test_images_are_encoded_on_the_ipu(byteio):
     config = make_config(4, byteio=byteio, embedding_serialization_factor=2, epochs=1)

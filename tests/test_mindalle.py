@@ -312,7 +312,9 @@ def test_reading_and_writing_the_layout_keeps_every_bit(mindalle_folder, tmp_pat
 @pytest.mark.parametrize("changes, message", [
     ({"bos": True}, "bos = True"), ({"layer_scale": True}, "layer_scale"),
     ({"attn_types": ("axial_row",)}, "attn_types must be full"), ({"dim_head": 4}, "heads x dim_head"),
-    ({"activation": "geglu"}, "no geglu"), ({"shared_ff_ids": (0, 0)}, "shared_ff_ids"),
+    ({"activation": "swiglu"}, "only the activations gelu"), ({"shared_ff_ids": (0, 0)}, "shared_ff_ids"),
+    ({"norm": "rms"}, "norm = 'rms'"), ({"qk_norm": True}, "qk_norm"), ({"rotary_2d": True}, "rotary_2d"),
+    ({"value_residual": True}, "value_residual"),
 ])
 def test_what_has_no_place_in_the_layout_is_named(mindalle_folder, changes, message):
     sizes = dict(num_text_tokens=9, num_image_tokens=8, text_seq_len=4, grid=2, dim=16, depth=2, heads=2, dim_head=8)
