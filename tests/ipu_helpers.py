@@ -54,12 +54,13 @@ class Pairs(PairDataset):
         return torch.randint(0, 7, (16,), generator=generator)
 
 
-def make_model(with_vqgan=False, **changes):
+def make_model(with_vqgan=False, soft=None, **changes):
     """The same weights every time, the VQGAN laid out as `load_vqgan` does it."""
     torch.manual_seed(0)
     dalle = DalleModel(DalleConfig(**dict(MODEL, **changes)))
     torch.manual_seed(1)
-    return TextToImage(dalle, VQGAN(VQGAN_CONFIG).to(memory_format=torch.channels_last) if with_vqgan else None)
+    vqgan = VQGAN(VQGAN_CONFIG).to(memory_format=torch.channels_last) if with_vqgan else None
+    return TextToImage(dalle, vqgan, soft=soft)
 
 
 def make_config(stages=1, **options):

@@ -36,6 +36,7 @@ from engines.ipu.model import IpuStep, SerializedEmbedding, adapt, place
 from engines.ipu.plan import Placement, pipeline_plan
 from models.config import ARCHITECTURES
 from models.dalle import DalleModel, TextToImage
+from models.soft_codes import SoftCodes
 from models.vqgan import VQGAN, VqganConfig
 from utils.errors import UsageError
 
@@ -112,7 +113,9 @@ def test_mindalles_architecture_trains_the_same():
 def test_losses_and_blocks_with_all_their_terms_train_the_same():
     changes = {"label_smoothing": 0.2, "z_loss": 0.1, "value_residual": True, "qk_norm": True, "rotary_2d": True}
     config = make_config(4, epochs=1)
-    equals_native(config, Pairs(samples_for(config)), difference=1e-5, norm="rms", shift_tokens=True, **changes)
+    soft = SoftCodes(torch.randn(7, 4), 1e-9)  # so cold that each code is itself
+    options = {"norm": "rms", "shift_tokens": True, "soft": soft, **changes}
+    equals_native(config, Pairs(samples_for(config)), difference=1e-5, **options)
 
 
 @pytest.mark.parametrize("byteio", [False, True])

@@ -176,7 +176,7 @@ def test_the_estimate_of_memory_shares_out_what_is_shared_out():
 
 MINDALLE = "--architecture mindalle --dim-head 16 --attn-types full"
 OPTIONS = {
-    "Adam, dropout and noise": "--optimizer Adam --ff-dropout 0.2 --code-noise 0.2",
+    "Adam, dropout and noise": "--optimizer Adam --ff-dropout 0.2 --code-noise 0.2 --soft-codes 0.5",
     "Muon": "--optimizer Muon",
     "Adafactor": "--optimizer Adafactor",
     "bf16": "--precision bf16 --layer-scale false",
