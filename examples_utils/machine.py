@@ -20,7 +20,7 @@ POPLAR = "POPLAR_SDK_ENABLED"  # set by the SDK's enable.sh
 
 
 def has_package(name: str) -> bool:
-    """Whether the Python that runs the benchmarks (this one) can import the package."""
+    """Whether the Python that runs the benchmarks (this one) has the package."""
     with contextlib.suppress(ImportError, ValueError):  # a missing parent package
         return importlib.util.find_spec(name) is not None
     return False

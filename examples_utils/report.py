@@ -104,12 +104,6 @@ def number(value: Any) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def summary(variants: Sequence[Variant]) -> str:
-    """For instance `2 passed, 1 failed, 7 skipped`."""
-    counts = Counter(variant.status for variant in variants)
-    return ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status] or status == PASSED)
-
-
 def draw_chart(path: Path, variants: Sequence[Variant]) -> bool:
     """Draw the throughput of every variant that has one to `path`, a panel for each unit. False: none has one."""
     panels: dict[str, dict[str, float]] = {}
@@ -139,11 +133,12 @@ def show(variants: Sequence[Variant], folder: Path, seconds: float) -> None:
     """The chart, and the table on stdout and in console.log."""
     picture = folder / "benchmark_results.png"
     picture.unlink(missing_ok=True)  # of an earlier run into this folder
+    counts = Counter(variant.status for variant in variants)
+    told = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status] or status == PASSED)
     kinds = "json,csv,xml,png" if draw_chart(picture, variants) else "json,csv,xml"
-    text = (f"\n{table(variants, shutil.get_terminal_size((120, 24)).columns)}\n\n{summary(variants)} in "
+    text = (f"\n{table(variants, shutil.get_terminal_size((120, 24)).columns)}\n\n{told} in "
             f"{duration(seconds)}; results: {folder}/benchmark_results.{{{kinds}}}\n")
-    if all(variant.status == SKIPPED for variant in variants):
-        text += "nothing was run\n"
+    text += "nothing was run\n" if counts[SKIPPED] == len(variants) else ""
     sys.stdout.write(text)
     sys.stdout.flush()
     # log.setup has warned if there is no console.log.

@@ -31,8 +31,8 @@ from utils.options import Command, Options, choose, option
 logger = logging.getLogger(__name__)
 
 ERROR_LINE = re.compile(r"\s*(?:\[[^\]]*\]:?)*\s*(?:error|[\w.]*(?:Error|Exception|Interrupt)):? ", re.ASCII)
-TAIL_LINES = 20
 GC_MONITOR = "gc-monitor"  # a program of the Poplar SDK
+TIME = "%Y-%m-%d-%H.%M.%S.%f"
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     benchmarks = select(entries, flags.benchmark, flags.include_convergence)
     metrics.load_custom_metrics(flags.custom_metrics_files)
-    folder = make_folder("--log-dir", Path(flags.log_dir or f"log_{datetime.now():%Y-%m-%d-%H.%M.%S.%f}").resolve())
+    folder = make_folder("--log-dir", Path(flags.log_dir or f"log_{datetime.now():{TIME}}").resolve())
     log.setup(folder, level=flags.logging, file_name="console.log")
     logger.info("logs and results: %s", folder)
     if flags.requirements_file:
@@ -175,22 +175,20 @@ def _run(variant: Variant, flags: BenchmarkOptions, logs: Path, combined: IO[byt
     variant.status = FAILED if variant.reason else PASSED
     if flags.additional_metrics:
         commit = f"git -C {shlex.quote(str(variant.benchmark.folder))} rev-parse --verify HEAD 2>/dev/null"
-        variant.results.update({name: {name: value} for name, value in (
-            ("test_duration", variant.seconds), ("cmd", " ".join(variant.words)),
-            ("result", str(variant.status == PASSED)),
-            ("git_commit_hash", subprocess.getoutput(commit) or "Not a git repo"),
-            ("env", "".join(f"{key}={value} " for key, value in variant.added.items())))})
+        more = {"test_duration": variant.seconds, "cmd": " ".join(variant.words), "result": str(not variant.reason),
+                "git_commit_hash": subprocess.getoutput(commit) or "Not a git repo",
+                "env": "".join(f"{key}={value} " for key, value in variant.added.items())}
+        variant.results.update({name: {name: value} for name, value in more.items()})
     variant.checkpoint = _newest_checkpoint(variant)
     report.write_json(logs / "variant_result.json", report.record(variant))
     for name in variant.results:
         if not isinstance(variant.value(name), str):
             logger.info("    %s = %s", name, variant.value(name))
-    if variant.status == PASSED:
+    if variant.reason:
+        tail = "\n    ".join([line for line in metrics.lines(logs, "stderr") if line.strip()][-20:])
+        logger.error("%s: failed: %s; last lines of %s/stderr:\n    %s", variant.name, variant.reason, logs, tail)
+    else:
         logger.info("%s: passed in %.1f s", variant.name, variant.seconds)
-        return
-    tail = [line for line in metrics.lines(logs, "stderr") if line.strip()][-TAIL_LINES:]
-    logger.error("%s: failed: %s; last lines of %s:\n    %s", variant.name, variant.reason, logs / "stderr",
-                 "\n    ".join(tail))
 
 
 def _execute(variant: Variant, flags: BenchmarkOptions, logs: Path, combined: IO[bytes]) -> tuple[int, float, str]:
@@ -207,28 +205,21 @@ def _execute(variant: Variant, flags: BenchmarkOptions, logs: Path, combined: IO
     words[python_index(words)] = sys.executable
     limit = min(flags.timeout or math.inf, settings.timeout or math.inf)
     monitor.unlink(missing_ok=True)  # of an earlier run into this folder
+    recording = flags.gc_monitor
     with log.progress(None, variant.name, unit="second", interval=flags.progress_trace_period or 60) as progress:
-        recording = flags.gc_monitor
-
         def tick(seconds: float) -> None:
             nonlocal recording
             progress.update(int(seconds) - progress.count)
             if recording and int(seconds) % 5 == 0:
-                recording = _record_ipus(monitor)
+                try:
+                    said = subprocess.check_output([GC_MONITOR, "--json"], stderr=subprocess.DEVNULL, timeout=60)
+                    with open(monitor, "a", encoding="utf-8") as file:
+                        file.write(json.dumps({"timestamp": f"{datetime.now():{TIME}}", **json.loads(said)}) + "\n")
+                except (OSError, subprocess.SubprocessError, ValueError, TypeError) as error:
+                    logger.warning("--gc-monitor stops: %s", error)
+                    recording = False
 
         return run(words, folder, variant.env, logs, combined, limit, tick)
-
-
-def _record_ipus(path: Path) -> bool:
-    """Append what gc-monitor says now, as a line of JSON. Returns whether that worked."""
-    try:
-        said = json.loads(subprocess.check_output([GC_MONITOR, "--json"], stderr=subprocess.DEVNULL, timeout=60))
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"timestamp": f"{datetime.now():%Y-%m-%d-%H.%M.%S.%f}", **said}) + "\n")
-    except (OSError, subprocess.SubprocessError, ValueError, TypeError) as error:
-        logger.warning("--gc-monitor stops: %s", error)
-        return False
-    return True
 
 
 def _newest_checkpoint(variant: Variant) -> Path | None:
