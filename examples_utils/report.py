@@ -4,7 +4,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import itertools
-import json
 import re
 import shutil
 import sys
@@ -19,8 +18,9 @@ from examples_utils.machine import POPLAR
 from examples_utils.metrics import STREAMS
 from examples_utils.spec import FAILED, PASSED, SKIPPED, STATUSES, Variant
 from log import duration
-from utils.files import atomic_write
+from utils.files import atomic_write, write_json
 
+JSON: dict[str, Any] = {"sort_keys": True, "indent": 2, "default": str}  # users' metric functions may return anything
 CSV_METRICS = ("throughput", "latency", "total_compiling_time")
 ADDITIONAL_METRICS = ("test_duration", "loss", "result", "cmd", "env", "git_commit_hash")
 # Metrics that the table does not show: its own columns tell the same, or they are not numbers.
@@ -42,13 +42,6 @@ def record(variant: Variant) -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON; what users' metric functions return and JSON cannot hold becomes text."""
-    with atomic_write(path) as file:
-        json.dump(content, file, sort_keys=True, indent=2, default=str)
-        file.write("\n")
-
-
 def save_results(folder: Path, variants: Sequence[Variant], columns: Sequence[str]) -> None:
     """Write benchmark_results.json, .csv (with these metrics) and .xml."""
     records: dict[str, list[dict[str, Any]]] = {}
@@ -65,7 +58,7 @@ def save_results(folder: Path, variants: Sequence[Variant], columns: Sequence[st
         if variant.status != PASSED:  # XML cannot hold control characters
             tag = "failure" if variant.status == FAILED else "skipped"
             ElementTree.SubElement(case, tag, message=re.sub(r"[\x00-\x1f\x7f]", " ", variant.reason))
-    write_json(folder / "benchmark_results.json", records)
+    write_json(folder / "benchmark_results.json", records, **JSON)
     with atomic_write(folder / "benchmark_results.csv") as file:
         csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(rows)
     with atomic_write(folder / "benchmark_results.xml", "wb") as file:

@@ -25,7 +25,7 @@ from examples_utils.machine import missing, needs
 from examples_utils.process import run
 from examples_utils.spec import FAILED, PASSED, Benchmark, Variant, load_entries, option_value, python_index, select
 from utils.errors import UserError
-from utils.files import make_folder
+from utils.files import make_folder, write_json
 from utils.options import Command, Options, choose, option
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     entries = load_entries(flags.spec)
     if flags.list:
         listed = select(entries, None, include_convergence=True)
-        width = max((len(item.name) for item in listed), default=0)
+        width = max(len(item.name) for item in listed)
         sys.stdout.writelines(f"{item.name:<{width}}  {' '.join(item.settings.cmd.split())}\n" for item in listed)
         return 0
     benchmarks = select(entries, flags.benchmark, flags.include_convergence)
@@ -99,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup lets SIGHUP be ignored
             signal.signal(number, signal.default_int_handler)
-    found, begin = [variant for item in benchmarks for variant in _prepare(item, flags, os.environ)], time.monotonic()
+    found = [variant for item in benchmarks for variant in _prepare(item, flags, os.environ)]
+    begin = time.monotonic()
     try:
         _run_all(found, flags, folder)
     finally:
@@ -180,7 +181,7 @@ def _run(variant: Variant, flags: BenchmarkOptions, logs: Path, combined: IO[byt
                 "env": "".join(f"{key}={value} " for key, value in variant.added.items())}
         variant.results.update({name: {name: value} for name, value in more.items()})
     variant.checkpoint = _newest_checkpoint(variant)
-    report.write_json(logs / "variant_result.json", report.record(variant))
+    write_json(logs / "variant_result.json", report.record(variant), **report.JSON)
     for name in variant.results:
         if not isinstance(variant.value(name), str):
             logger.info("    %s = %s", name, variant.value(name))
