@@ -267,7 +267,7 @@ def test_compile_time_from_poplar_or_from_the_application(logs, stdout, stderr, 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """run(Python source, ...) -> (Outcome, stdout, stderr, both)."""
+    """run(Python source, ...) -> ((exit status, seconds, problem), stdout, stderr, both)."""
     monkeypatch.setattr(process, "GRACE", 0.3)
 
     def call(source, *, cwd=tmp_path, program=sys.executable, **settings):
