@@ -20,4 +20,4 @@ train, generate, evaluate, serve, train_vqgan = (
 def benchmark() -> None:
     """`python -m examples_utils benchmark`"""
     sys.argv.insert(1, "benchmark")
-    _run("examples_utils.cli")
+    _run("examples_utils.runner")

@@ -14,7 +14,6 @@ import utils.start  # noqa: F401 - first: it reports errors of the imports below
 
 # isort: split
 import contextlib
-import json
 import os
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from dalle.scoring import Scorers
 from engines.native import pick_device
 from metrics.distances import check_counts
 from utils.errors import UsageError, UserError, run_main
-from utils.files import atomic_write, check_writable, writing
+from utils.files import check_writable, write_json, writing
 from utils.parts import Parts
 from utils.processes import Processes
 from utils.prompt_lists import Prompt, read_prompts
@@ -87,8 +86,8 @@ def write(options: EvaluateOptions, result: dict[str, Any], samples: list[Any]) 
     """Print the results, and write the files that the options name."""
     sys.stdout.write(report(result) + "\n")
     if options.json is not None:
-        with writing("--json", options.json), atomic_write(options.json) as file:
-            file.write(json.dumps(finite(result), indent=2, allow_nan=False) + "\n")
+        with writing("--json", options.json):
+            write_json(options.json, finite(result), indent=2, allow_nan=False)
     if options.sheet is not None:
         with writing("--sheet", options.sheet):
             save_picture(make_sheet(samples), options.sheet)

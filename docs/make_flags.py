@@ -14,7 +14,7 @@ import dalle.evaluation
 import dalle.export
 import dalle.generation
 import data.process_trainset
-import examples_utils.options
+import examples_utils.runner
 import server.options
 import training.vqgan_options
 import utils.archives
@@ -37,7 +37,7 @@ COMMANDS: tuple[Command[Any], ...] = (
     checkpoints.__main__.VERIFY,
     dalle.export.COMMAND,
     OPS,
-    examples_utils.options.COMMAND,
+    examples_utils.runner.COMMAND,
     compare_peers.COMMAND,
     busy.COMMAND,
     serve_load.COMMAND,

@@ -4,7 +4,7 @@ from __future__ import annotations
 import utils.start  # noqa: F401 - first: it says what stops the imports below
 
 # isort: split
-from examples_utils.cli import main
+from examples_utils.runner import main
 from utils.errors import run_main
 
 if __name__ == "__main__":

@@ -10,14 +10,14 @@ import runpy
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Callable, Dict, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
-from examples_utils.spec import Metric
+from examples_utils.spec import Metric, Variant
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-Results = Dict[str, Any]  # metric -> {reduction: value or None}
+STREAMS = ("stdout", "stderr")  # files of a command's output
 CustomMetric = Callable[[str, str, int], Any]
 
 # Stages of a compilation as Poplar and PopART log them at level INFO, each line with its time in front.
@@ -29,43 +29,46 @@ _STAGE_ENDS = re.compile(_STAMP + r"(?:End Poplar graph construction|Starting co
 _COMPILED = re.compile(r"Compiled model in *(\d+(?:\.\d+)?) secs")
 
 
-def lines(*paths: Path) -> Iterator[str]:
-    """Lines of logs without their ends; a carriage return ends one too, as progress bars use it."""
-    for path in paths:
-        with open(path, encoding="utf-8", errors="backslashreplace") as file:
+def lines(logs: Path, *streams: str) -> Iterator[str]:
+    """Lines of a command's output without their ends; a carriage return ends one too, as progress bars use it."""
+    for stream in streams:
+        with open(logs / stream, encoding="utf-8", errors="backslashreplace") as file:
             yield from (line.rstrip("\n") for line in file)
 
 
-def extract(metrics: Sequence[Metric], logs: Path, params: Mapping[str, str],
-            num_processes: int = 1) -> tuple[Results, list[str]]:
-    """Match each metric in the lines of `logs`, a folder, and reduce what it captured, or compute its expression, in
-    which earlier metrics and `params` have values.
+def collect(variant: Variant, logs: Path, compile_only: bool = False) -> None:
+    """Read a variant's metrics from the files in `logs`; it fails if one has no value.
 
-    num_processes: factor on `throughput`, for commands (mpirun) whose processes log their own share only.
-    Returns the results and, one sentence each, why a metric has no value.
+    A command that failed has none, whatever it printed before. Expressions know earlier metrics and the parameters.
     """
-    found: dict[str, list[str]] = {metric.name: [] for metric in metrics}
-    for line in lines(logs / "stdout", logs / "stderr"):
-        for metric in metrics:
-            found[metric.name] += [] if metric.expr else re.findall(metric.regexp, line)
-    results: Results = {}
     problems = []
-    for metric in metrics:
-        names = {name: value for name, values in results.items() for value in values.values()}
-        results[metric.name] = {metric.reduction_type: None}
+    for metric in () if compile_only else variant.benchmark.metrics:
+        value = None
         try:
-            value = evaluate(metric.expr, {**names, **params}) if metric.expr else _reduce(metric, found[metric.name])
-            factor = num_processes if metric.name == "throughput" and not metric.expr else 1
-            results[metric.name] = {metric.reduction_type: value * factor}
+            if metric.expr and not variant.exitcode:
+                names = {name: variant.value(name) for name in variant.results}
+                value = evaluate(metric.expr, {**names, **variant.params})
+            elif not variant.exitcode:
+                value = _reduce(metric, logs) * (variant.num_processes if metric.name == "throughput" else 1)
         except UserError as error:
             problems.append(f"{metric.name}: {error}")
-    return results, problems
+        variant.results[metric.name] = {metric.reduction_type: value}
+    seconds = None if variant.exitcode else compile_seconds(logs)
+    variant.results["total_compiling_time"] = {"mean": seconds}
+    for name, function in _registered.items():
+        out, err = ((logs / stream).read_text("utf-8", "backslashreplace") for stream in STREAMS)
+        try:
+            variant.results[name] = function(out, err, variant.exitcode or 0)
+        except Exception as error:  # the function is the user's, and says nothing about the benchmark
+            logger.error("custom metric '%s' failed: %s: %s", name, type(error).__name__, error)
+    variant.reason = variant.reason or "; ".join(problems)
+    variant.exitcode = variant.exitcode or int(bool(problems))
 
 
-def _reduce(metric: Metric, texts: Sequence[str]) -> float:
+def _reduce(metric: Metric, logs: Path) -> float:
     """One value. Raises UserError that says why there is none."""
     try:
-        values = [float(text) for text in texts]
+        values = [float(text) for line in lines(logs, *STREAMS) for text in re.findall(metric.regexp, line)]
     except ValueError as error:
         raise UserError(str(error)) from None
     if not values:
@@ -87,10 +90,7 @@ _OPERATORS: dict[type, Callable[..., Any]] = {
 
 
 def evaluate(expression: str, names: Mapping[str, Any]) -> float:
-    """The value of an arithmetic expression: numbers, names written {name} or name, + - * / // % ** and parentheses.
-
-    Nothing else is evaluated. All arithmetic is in floating point. Raises UserError.
-    """
+    """The value of arithmetic on floats and names, written {name} or name. Raises UserError for anything else."""
     def value(node: Any) -> float:
         if isinstance(node, ast.Constant) and type(node.value) in (int, float):
             return float(node.value)  # type: ignore[arg-type]
@@ -114,15 +114,12 @@ def evaluate(expression: str, names: Mapping[str, Any]) -> float:
 
 
 def compile_seconds(logs: Path) -> float | None:
-    """From the first stage that Poplar or PopART began to the last it ended; else what `Compiled model in` says.
-
-    None when the log tells neither. Poplar logs to stderr.
-    """
-    begins, ends = ([datetime.fromisoformat(match[1]) for match in map(stage.search, lines(logs / "stderr")) if match]
+    """From the first stage that Poplar or PopART began to the last it ended; else what `Compiled model in` says."""
+    begins, ends = ([datetime.fromisoformat(match[1]) for match in map(stage.search, lines(logs, "stderr")) if match]
                     for stage in (_STAGE_BEGINS, _STAGE_ENDS))
     if begins and ends and max(ends) > min(begins):
         return (max(ends) - min(begins)).total_seconds()
-    told = map(_COMPILED.search, lines(logs / "stdout", logs / "stderr"))
+    told = map(_COMPILED.search, lines(logs, *STREAMS))
     return max((float(match[1]) for match in told if match), default=None)
 
 
@@ -130,10 +127,7 @@ _registered: dict[str, CustomMetric] = {}
 
 
 def register_custom_metric(name: str, function: CustomMetric) -> None:
-    """Add a metric: `function(stdout, stderr, exitcode)` gives its value, for instance {"mean": 1.5}.
-
-    For the files that --custom-metrics-files names; they import it from `examples_utils`.
-    """
+    """For --custom-metrics-files: add a metric, `function(stdout, stderr, exitcode)` such as {"mean": 1.5}."""
     if name in _registered:
         logger.warning("the custom metric '%s' is registered again; the last function counts", name)
     _registered[name] = function
@@ -147,13 +141,3 @@ def load_custom_metrics(files: Sequence[str]) -> None:
             runpy.run_path(str(path))
         except Exception as error:  # the file is the user's: it may raise anything
             raise UserError(f"--custom-metrics-files: {path}: {type(error).__name__}: {error}") from error
-
-
-def apply_custom_metrics(results: Results, logs: Path, exitcode: int) -> None:
-    """Call users' functions on the whole output. One that fails is logged, as it says nothing about the benchmark."""
-    for name, function in _registered.items():
-        out, err = ((logs / stream).read_text("utf-8", "backslashreplace") for stream in ("stdout", "stderr"))
-        try:
-            results[name] = function(out, err, exitcode)
-        except Exception as error:  # the function is the user's
-            logger.error("custom metric '%s' failed: %s: %s", name, type(error).__name__, error)

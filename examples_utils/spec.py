@@ -10,9 +10,10 @@ import itertools
 import logging
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Iterator, Mapping, NamedTuple, Sequence, TypeVar
+from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
 from utils.errors import UsageError, UserError, nearest
 from utils.options import Options, as_arguments, option, options_of
@@ -20,13 +21,12 @@ from utils.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
 
+STATUSES = PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 REQUIREMENT = re.compile(r"(ipu|cuda)(:[1-9]\d*)?|(package|program|file):.+")
 VARIABLE = re.compile(r"\$(\{)?([A-Za-z_]\w*)(?(1)\})")
 VALUE = r"""(?:(?:=|\s+(?!-))(?:"(?:\\.|[^"\\])*"|'[^']*'|\\.|[^\s"'\\])+)?"""
 WANDB_FLAG = re.compile(r"\s-[\w-]*wandb[\w-]*" + VALUE)
 VIPU_FLAG = re.compile(r"\s--vipu-(?:partition|server-host|server-port)" + VALUE)
-
-T = TypeVar("T", bound=Options)
 
 
 def _regexp_problem(text: str) -> str:
@@ -86,16 +86,35 @@ class Benchmark(NamedTuple):
         return not (self.settings.generated or self.settings.synthetic or "gen" in self.name or "synth" in self.name)
 
 
-class Variant(NamedTuple):
-    """A benchmark with one value for each of its parameters: `text` is what the results call its command, `words` are
-    the process's arguments."""
+@dataclass
+class Variant:
+    """A benchmark with one value for each of its parameters, and the outcome of its run."""
 
     benchmark: Benchmark
     name: str
     params: Mapping[str, str]
-    text: str
-    words: tuple[str, ...]
-    unset: tuple[str, ...] = ()  # environment variables in the command that are not set
+    text: str  # what the results call its command
+    words: Sequence[str]  # arguments of the process
+    env: Mapping[str, str]  # the whole environment of the command
+    added: Mapping[str, str] = field(default_factory=dict)  # what of it the runner and the entry set
+    status: str = SKIPPED
+    reason: str = ""  # why it failed or was skipped
+    results: dict[str, Any] = field(default_factory=dict)  # metric -> {reduction: value or None}
+    exitcode: int | None = None  # None: skipped
+    start: datetime = field(default_factory=datetime.now)
+    seconds: float = 0.0
+    log_folder: Path | None = None
+    checkpoint: Path | None = None
+
+    def value(self, metric: str) -> Any:
+        """The value of a metric whatever its reduction; None: there is none."""
+        found = self.results.get(metric)
+        return next(iter(found.values()), None) if isinstance(found, dict) else found
+
+    @property
+    def throughput(self) -> tuple[Any, str]:
+        """The value and its unit, or an empty text."""
+        return self.value("throughput"), self.benchmark.units.get("throughput", "")
 
     @property
     def num_processes(self) -> int:
@@ -105,10 +124,7 @@ class Variant(NamedTuple):
 
 
 def load_entries(paths: Sequence[str]) -> dict[str, tuple[Path, Any]]:
-    """Read spec files: {entry name: (spec file, its YAML value)} in file order; of equal names the last file's counts.
-
-    Raises UserError for a file that is missing, is not YAML or is not a mapping.
-    """
+    """Read spec files: {entry name: (spec file, its YAML value)}; of equal names the last file's counts."""
     entries: dict[str, tuple[Path, Any]] = {}
     for file in (Path(path).resolve() for path in paths):
         for name, value in read_yaml(file, "--spec").items():
@@ -142,12 +158,12 @@ def make_benchmark(name: str, spec_path: Path, entry: Any) -> Benchmark:
     for key in map(str, entry):
         if key not in known and nearest(key, known):
             logger.warning("%s: unknown key '%s' is ignored.%s", where, key, nearest(key, known))
-    env = _mapping(entry.get("env"), f"{where}: env")
+    env = _mapping(entry, "env", where)
     for key, value in env.items():
         if not isinstance(value, (str, int, float)) or isinstance(value, bool):
             raise UserError(f"{where}: env.{key} must be text or a number, not {value!r} (put it in quotes)")
     metrics = [metric for key, source in (("data", "regexp"), ("derived", "expr"))
-               for metric in _metrics(_mapping(entry.get(key), f"{where}: {key}"), f"{where}: {key}", source)]
+               for metric in _metrics(_mapping(entry, key, where), f"{where}: {key}", source)]
     # `output: [[unit, metric], ...]`; anything else is ignored, as the reference ignores the whole key.
     output = entry["output"] if isinstance(entry.get("output"), list) else []
     units = {str(pair[1]): str(pair[0]) for pair in output if isinstance(pair, list) and len(pair) == 2}
@@ -155,8 +171,7 @@ def make_benchmark(name: str, spec_path: Path, entry: Any) -> Benchmark:
                      _parameters(entry.get("parameters"), f"{where}: parameters"), units)
 
 
-def _read(table: type[T], given: Mapping[str, Any], where: str) -> T:
-    """The options of a table in a mapping. Raises UserError that begins with `where`."""
+def _read(table: type[Options], given: Mapping[str, Any], where: str) -> Any:
     try:
         with as_arguments():
             names = [spec.name for spec in options_of(table) if given.get(spec.name) is not None]
@@ -165,16 +180,17 @@ def _read(table: type[T], given: Mapping[str, Any], where: str) -> T:
         raise UserError(f"{where}: {error}") from None
 
 
-def _mapping(value: Any, where: str) -> Mapping[Any, Any]:
-    if not isinstance(value or {}, dict):
-        raise UserError(f"{where} must be a mapping")
-    return value or {}
+def _mapping(entry: Mapping[str, Any], key: str, where: str) -> Mapping[Any, Any]:
+    value = entry.get(key) or {}
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {key} must be a mapping")
+    return value
 
 
 def _metrics(part: Mapping[Any, Any], where: str, source: str) -> Iterator[Metric]:
     """source: the key that says where a number comes from, regexp or expr."""
     for name, settings in part.items():
-        if source not in _mapping(settings, f"{where}.{name}"):
+        if not isinstance(settings, dict) or source not in settings:
             raise UserError(f"{where}.{name} must be a mapping with the key {source}")
         own = {key: settings.get(key) for key in (source, "reduction_type", "skip")}
         yield _read(Metric, {**own, "name": str(name)}, f"{where}.{name}")
@@ -185,17 +201,16 @@ def _parameters(value: Any, where: str) -> list[dict[str, str]]:
     changing fastest."""
     if value is None:
         return [{}]
-    if isinstance(value, list) and len(value) > 1 and all(isinstance(row, list) for row in value):
-        header, *rows = ([str(item) for item in row] for row in value)
-        for row in rows:
-            if len(row) != len(header):
-                raise UserError(f"{where}: the row {row} does not fit the header {header}")
-        return [dict(zip(header, row)) for row in rows]
     if isinstance(value, dict) and value:
-        columns = [[part.strip() for part in (map(str, column) if isinstance(column, list) else str(column).split(","))]
-                   for column in value.values()]
-        return [dict(zip(map(str, value), reversed(row))) for row in itertools.product(*reversed(columns))]
-    raise UserError(f"{where} must be a list of a header row and rows, or a mapping of comma-separated values")
+        columns = [column if isinstance(column, list) else str(column).split(",") for column in value.values()]
+        value = [list(value), *([*reversed(row)] for row in itertools.product(*reversed(columns)))]
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(row, list) for row in value):
+        raise UserError(f"{where} must be a list of a header row and rows, or a mapping of comma-separated values")
+    header, *rows = ([str(item).strip() for item in row] for row in value)
+    for row in rows:
+        if len(row) != len(header):
+            raise UserError(f"{where}: the row {row} does not fit the header {header}")
+    return [dict(zip(header, row)) for row in rows]
 
 
 def option_value(words: Sequence[str], *flags: str) -> str:
@@ -216,9 +231,9 @@ def variants(benchmark: Benchmark, env: Mapping[str, str], allow_wandb: bool = F
     Raises UserError when the entry's cmd cannot be filled in, split, or calls no Python.
     """
     result: dict[str, Variant] = {}
+    where = f"{benchmark.spec_path.name}: '{benchmark.name}'"
     for params in benchmark.parameters:
         name = benchmark.name + "".join(f"_{key}_{params[key]}" for key in sorted(params))
-        where = f"{benchmark.spec_path.name}: '{benchmark.name}'"
         if name in result:
             raise UserError(f"{where}: parameters give the variant {name} twice")
         text = _command(benchmark, params, f"{where}: cmd")
@@ -231,8 +246,7 @@ def variants(benchmark: Benchmark, env: Mapping[str, str], allow_wandb: bool = F
             words = shlex.split(VARIABLE.sub(lambda match: env.get(match[2], match[0]), text))
         except ValueError as error:
             raise UserError(f"{where}: cmd: {str(error).lower()}: {text}") from None
-        unset = dict.fromkeys(match[2] for match in VARIABLE.finditer(text) if match[2] not in env)
-        result[name] = Variant(benchmark, name, params, text, tuple(words), tuple(unset))
+        result[name] = Variant(benchmark, name, params, text, words, env)
     return list(result.values())
 
 

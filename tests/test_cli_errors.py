@@ -21,8 +21,7 @@ import checkpoints.__main__
 import dalle.export
 import data.process_trainset
 import evaluate
-import examples_utils.cli
-import examples_utils.options
+import examples_utils.runner
 import generate
 import serve
 import server.options
@@ -40,7 +39,7 @@ DEMO = ROOT / "models" / "demo"
 MAINS = {
     "train": train.main, "generate": generate.main, "evaluate": evaluate.main, "train_vqgan": train_vqgan.main,
     "process_trainset": data.process_trainset.main, "bpe.train": bpe.train.main,
-    "examples_utils": examples_utils.cli.main, "checkpoints": checkpoints.__main__.main,
+    "examples_utils": examples_utils.runner.main, "checkpoints": checkpoints.__main__.main,
     "archives": utils.archives.main, "serve": serve.main, "dalle.export": dalle.export.main, "ops": ops_main,
 }
 # What each command needs beside the flag that is wrong.
@@ -115,7 +114,7 @@ def check(result, status, *names):
 COMMANDS = {
     "train": args.COMMAND, "generate": generation.COMMAND, "evaluate": evaluation.COMMAND,
     "train_vqgan": vqgan_options.COMMAND, "process_trainset": data.process_trainset.COMMAND,
-    "bpe.train": bpe.train.COMMAND, "examples_utils": examples_utils.options.COMMAND, "serve": server.options.COMMAND,
+    "bpe.train": bpe.train.COMMAND, "examples_utils": examples_utils.runner.COMMAND, "serve": server.options.COMMAND,
 }
 
 

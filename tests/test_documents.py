@@ -14,7 +14,7 @@ from helpers import ROOT, write_pairs
 from PIL import Image
 
 import args
-import examples_utils.options
+import examples_utils.runner
 import server.options
 import training.vqgan_options
 from benchmarks import busy, compare_peers, serve_load
@@ -121,7 +121,7 @@ PARSED = {
     r"python train\.py(?: (?!.*minDALLE_tiny)(.*))?": args.parse,
     r"python train_vqgan\.py (.*)": training.vqgan_options.COMMAND.parse,
     r"python examples/transfer_learning_ex\.py (.*)": transfer_learning_ex.COMMAND.parse,
-    r"python3 -m examples_utils (.*)": examples_utils.options.parse,
+    r"python3 -m examples_utils (.*)": lambda words: examples_utils.runner.COMMAND.parse(words[1:]),
     r"python benchmarks/compare_peers\.py (.*)": compare_peers.COMMAND.parse,
     r"(?:torchrun --nproc-per-node \d+|python) evaluate\.py (.*(?:--metrics|--images).*)": evaluation.COMMAND.parse,
     r"torchrun --nproc-per-node \d+ generate\.py (.*)": generation.COMMAND.parse,

@@ -18,23 +18,34 @@ from xml.etree import ElementTree
 import psutil
 import pytest
 from helpers import ROOT, refused, run_script
+from matplotlib.figure import Figure
 
 import args as train_args
 import log
 from benchmarks import busy, compare_peers
 from dalle import evaluation, generation
-from examples_utils import cli, machine, metrics, process, report, runner
-from examples_utils.machine import Machine, missing
-from examples_utils.spec import Metric, load_entries, make_benchmark, select, variants
-from utils.errors import UsageError
+from examples_utils import machine, metrics, process, report, runner
+from examples_utils.spec import FAILED, PASSED, load_entries, make_benchmark, select, variants
+from utils.errors import UsageError, UserError
 
-TRAIN = """
-import sys
+# Programs beside the spec. `python -m pip` finds the one here, as it looks in the working directory first.
+PROGRAMS = {
+    "train.py": """import sys
 for step in range(1, 4):
     print("step {} loss: {:.4f} throughput: {:.2f} samples/sec".format(step, 4.0 - step, 10.0 * step))
-print("seen", sys.argv[1:], file=sys.stderr)
-"""
-METRICS = r"""
+print("seen", sys.argv[1:], file=sys.stderr)""",
+    "wait.py": "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)",
+    "pip.py": "import sys; print('pip', *sys.argv[1:], file=sys.stderr); sys.exit(5 * ('bad' in sys.argv[-1]))",
+    "sub/save.py": """import os, sys
+print(os.getcwd(), os.environ["WHO"], sys.executable, os.environ["PATH"])
+for age, name in enumerate(("dalle_2.pt", "dalle_1.pt")):
+    open("ckpt/" + name, "w")
+    os.utime("ckpt/" + name, (os.stat("ckpt").st_mtime - 0.1 * age,) * 2)""",
+    "mine.py": """from examples_utils import register_custom_metric
+register_custom_metric("lines", lambda out, err, status: {"sum": len(out.splitlines())})
+register_custom_metric("bad", lambda out, err, status: 1 / 0)""",
+}
+OPTIONS = r"""
 common_options: &common_options
   data:
     throughput: {reduction_type: final, regexp: 'throughput: *(.*?) samples/sec'}
@@ -45,16 +56,18 @@ common_options: &common_options
 
 @pytest.fixture
 def app(tmp_path, monkeypatch):
-    """A folder with a train.py; app(spec text) writes benchmarks.yml and returns its path."""
+    """A folder of programs; app(spec text) writes benchmarks.yml and returns its path."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("POPLAR_SDK_ENABLED", raising=False)
     monkeypatch.delenv("DATASETS_DIR", raising=False)
-    (tmp_path / "train.py").write_text(TRAIN)
+    (tmp_path / "sub/ckpt").mkdir(parents=True)
+    for name, source in {**PROGRAMS, "gc-monitor": "#!/bin/sh\necho '{\"cards\": 1}'"}.items():
+        (tmp_path / name).write_text(source)
+        (tmp_path / name).chmod(0o755)
 
     def write(spec):
-        path = tmp_path / "benchmarks.yml"
-        path.write_text(METRICS + spec)
-        return path
+        (tmp_path / "benchmarks.yml").write_text(OPTIONS + spec)
+        return tmp_path / "benchmarks.yml"
 
     return write
 
@@ -95,10 +108,8 @@ def test_what_is_given_twice_is_said(app, caplog):
     other = spec.with_name("other.yml")
     other.write_text("common_options: {}\na_gen: {cmd: python3 other.py}")
     assert load_entries([str(spec), str(other)])["a_gen"][0] == other
-    mine = spec.with_name("mine.py")
-    mine.write_text("from examples_utils import register_custom_metric\nregister_custom_metric('lines', len)\n")
-    metrics.load_custom_metrics([str(mine), str(mine)])
-    first, second = (record.message for record in caplog.records)
+    metrics.load_custom_metrics(["mine.py", "mine.py"])
+    first, second, _ = (record.message for record in caplog.records)
     assert first == f"'a_gen' of {other} replaces the one of {spec}" and "'lines' is registered again" in second
     metrics.load_custom_metrics([])
 
@@ -106,7 +117,7 @@ def test_what_is_given_twice_is_said(app, caplog):
 def test_real_data_is_needed_unless_name_or_entry_says_otherwise():
     for name, entry, needed in (
         ("real", {}, True), ("train_gen", {}, False), ("synth", {}, False), ("real", {"generated": True}, False),
-        ("real", {"synthetic": True}, False), ("real", {"generated": False}, True),
+        ("real", {"synthetic": True}, False), ("real", {"generated": False, "data": []}, True),
     ):
         assert benchmark(dict(entry, cmd="python3 t.py"), name).needs_dataset is needed, (name, entry)
 
@@ -115,23 +126,21 @@ def test_real_data_is_needed_unless_name_or_entry_says_otherwise():
     ([], "must be a mapping with the key cmd"), ({"cmd": None}, "must be a mapping with the key cmd"),
     ({"cmd": None, "notebook": "a.ipynb"}, "notebooks are not run"), ({"cmd": ["python3"]}, "cmd: expected text"),
     ({"timeout": "soon"}, "timeout: expected a number"), ({"timeout": -1}, "timeout: must be above 0"),
-    ({"data": []}, None), ({"data": [1]}, "data must be a mapping"),
-    ({"data": {"t": {}}}, "data.t must be a mapping with the key regexp"),
+    ({"data": [1]}, "data must be a mapping"), ({"data": {"t": {}}}, "data.t must be a mapping with the key regexp"),
     ({"data": {"t": {"regexp": "("}}}, "data.t: regexp"), ({"data": {"t": {"regexp": "(a)(b)"}}}, "one group, not 2"),
     ({"data": {"t": {"regexp": "(a)", "reduction_type": "finl"}}}, "Did you mean 'final'"),
     ({"data": {"t": {"regexp": "(a)", "skip": -1}}}, "data.t: skip: must be at least 0"),
     ({"derived": {"t": "1"}}, "derived.t must be a mapping"), ({"derived": {"t": {}}}, "with the key expr"),
     ({"parameters": "a"}, "parameters must be"), ({"parameters": [["a", "b"], [1]]}, "does not fit the header"),
-    ({"env": {"A": True}}, "env.A must be text or a number"),
+    ({"env": {"A": True}}, "env.A must be text or a number"), ({"env": [1]}, "env must be a mapping"),
     ({"requires": ["tpu"]}, "requires: must be one of .*, got 'tpu'"),
-])
+    ({"parameters": {"a": "1,1"}}, "parameters give the variant x_gen_a_1 twice"),
+    ({"cmd": "bash run.sh"}, "cmd must call `python3 SCRIPT`"), ({"cmd": "python3"}, "cmd must call"),
+    ({"cmd": "python3 t.py {size}"}, "cmd: no parameter for {'size'}"), ({"cmd": "python3 t.py {"}, "literal brace"),
+    ({"cmd": "python3 t.py 'a"}, "cmd: no closing quotation")])
 def test_wrong_entries_are_refused_with_file_name_and_key(entry, message):
-    if isinstance(entry, dict):
-        entry = {"cmd": "python3 t.py", **entry}
-    if message is None:
-        assert not benchmark(entry).metrics
-    else:
-        refused("benchmarks.yml: 'x_gen'.*" + message, benchmark, entry)
+    entry = {"cmd": "python3 t.py", **entry} if isinstance(entry, dict) else entry
+    refused("benchmarks.yml: 'x_gen'.*" + message, lambda: variants(benchmark(entry), {}))
 
 
 @pytest.mark.parametrize("text, message", [
@@ -167,19 +176,10 @@ def test_the_script_becomes_absolute_unless_it_is_a_module_and_flags_of_wandb_go
 def test_parameters_and_environment_are_filled_in():
     made = variant('python3 t.py --n {n} --in "$DATA/coco" ${{MORE}} $NONE', entry={"parameters": [["n"], [8]]},
                    env={"DATA": "/my data", "MORE": "--a --b"})
-    assert made.words == ("python3", "/app/t.py", "--n", "8", "--in", "/my data/coco", "--a", "--b", "$NONE")
-    assert made.unset == ("NONE",)
+    assert made.words == ["python3", "/app/t.py", "--n", "8", "--in", "/my data/coco", "--a", "--b", "$NONE"]
     assert made.text == 'python3 /app/t.py --n 8 --in "$DATA/coco" ${MORE} $NONE'  # results show no one's folders
     made = variant("python3 t.py --wandb", entry={"location": "sub", "allow_wandb": True})
     assert made.text == "python3 /app/sub/t.py --wandb"
-
-
-@pytest.mark.parametrize("cmd, message", [
-    ("bash run.sh", "must call `python3 SCRIPT`"), ("python3", "must call"),
-    ("python3 t.py {size}", "no parameter for {'size'}"), ("python3 t.py {", "literal brace"),
-    ("python3 t.py 'a", "no closing quotation")])
-def test_commands_that_cannot_be_built_are_refused(cmd, message):
-    refused("'x_gen': cmd.*" + message, variant, cmd)
 
 
 # Metrics -------------------------------------------------------------------------------------------------------------
@@ -195,8 +195,16 @@ def logs(tmp_path):
     return write
 
 
-def metric(name="m", **settings):
-    return benchmark({"cmd": "python3 t.py", "data": {name: dict({"regexp": "m=(.*?);"}, **settings)}}).metrics[0]
+def collect(data, logs, cmd="python3 t.py", **entry):
+    """The results of metrics whose regexp is by default m=(.*?); and the reason why they fail."""
+    data = {name: {"regexp": "m=(.*?);", **settings} for name, settings in data.items()}
+    return collected(variant(cmd, entry={"data": data, **entry}), logs)
+
+
+def collected(made, logs):
+    metrics.collect(made, logs)
+    assert "mean" in made.results.pop("total_compiling_time") and bool(made.exitcode) == bool(made.reason)
+    return made.results, made.reason
 
 
 LOG = "m=4;\nm=2; m=1;\n"
@@ -209,33 +217,27 @@ LOG = "m=4;\nm=2; m=1;\n"
     ("nothing", "m", {}, "m: no line matches 'm=(.*?);'"), ("m=1\n;", "m", {}, "m: no line matches 'm=(.*?);'"),
     ("m=1;m=2;", "m", {"skip": 2}, "m: 2 matches, all skipped by skip: 2"),
     ("m=fast;", "m", {}, "m: could not convert string to float: 'fast'"),
-    ("m=1;m=nan;", "m", {}, "m: not finite in the log"),
-])
+    ("m=1;m=nan;", "m", {}, "m: not finite in the log")])
 def test_a_metric_is_reduced_over_stdout_then_stderr_or_says_why_it_has_no_value(logs, stdout, name, settings, value):
-    item = metric(name, **settings)
-    results, problems = metrics.extract([item], logs(stdout, "old\rm=3;\r\n" if stdout == LOG else ""), {})
-    expected, problem = (None, [value]) if isinstance(value, str) else (value, [])
-    assert (results, problems) == ({name: {item.reduction_type: expected}}, problem)
+    results, reason = collect({name: settings}, logs(stdout, "old\rm=3;\r\n" if stdout == LOG else ""))
+    expected, problem = (None, value) if isinstance(value, str) else (value, "")
+    assert (results, reason) == ({name: {settings.get("reduction_type", "mean"): expected}}, problem)
 
 
-def test_only_throughput_is_multiplied_by_the_processes(logs):
-    for cmd, factor in (
-        ("mpirun --np 4 python3 t.py --np 9", 4), ("mpirun --tag-output --np 4 python3 t.py", 4),
-        ("mpirun --np=2 python3 t.py", 2), ("python3 t.py --np 4", 1),
-    ):
-        assert variant(cmd).num_processes == factor
-    results, _ = metrics.extract([metric("throughput"), metric("m")], logs("m=3;"), {}, num_processes=4)
-    assert results == {"throughput": {"mean": 12.0}, "m": {"mean": 3.0}}
+@pytest.mark.parametrize("cmd, factor", [
+    ("mpirun --np 4 python3 t.py --np 9", 4), ("mpirun --tag-output --np 4 python3 t.py", 4),
+    ("mpirun --np=2 python3 t.py", 2), ("python3 t.py --np 4", 1)])
+def test_only_throughput_is_multiplied_by_the_processes(logs, cmd, factor):
+    results, _ = collect({"throughput": {}, "m": {}}, logs("m=3;"), cmd)
+    assert results == {"throughput": {"mean": 3.0 * factor}, "m": {"mean": 3.0}}
 
 
 def test_derived_metrics_use_metrics_parameters_and_earlier_ones(logs):
-    expressions = {"each": "{throughput} / {n}", "twice": "2 * each - -1", "bad": "{loss} + 1", "typo": "{lost}"}
-    items = [metric("throughput"), metric("loss", regexp="loss=(.*)")]
-    items += [Metric(name, expr=expression) for name, expression in expressions.items()]
-    results, problems = metrics.extract(items, logs("m=8;"), {"n": "4"})
+    derived = {"each": "{throughput} / {n}", "twice": "2 * each - -1", "bad": "{loss} + 1", "typo": "{lost}"}
+    results, reason = collect({"throughput": {}, "loss": {"regexp": "loss=(.*)"}}, logs("m=8;"), parameters={"n": "4"},
+                              derived={name: {"expr": expression} for name, expression in derived.items()})
     assert results["each"] == {"mean": 2.0} and results["twice"] == {"mean": 5.0} and results["bad"] == {"mean": None}
-    assert [problem.partition(":")[0] for problem in problems] == ["loss", "bad", "typo"]
-    assert "no metric or parameter is called 'lost'" in problems[2]
+    assert re.fullmatch("loss: .*; bad: .*; typo: .*: no metric or parameter is called 'lost'", reason)
 
 
 def test_nothing_but_finite_arithmetic_is_evaluated():
@@ -251,13 +253,13 @@ def test_nothing_but_finite_arithmetic_is_evaluated():
         refused("", metrics.evaluate, expression, {"a": 1.0})
 
 
-def test_compile_time_from_poplar_or_from_the_application(logs):
-    poplar = ("2024-01-02T10:00:00.000000Z PL:POPLIN 1 I: Poplar version: 3.4\n"
-              "2024-01-02T10:00:10.500000Z PO:ENGINE 1 I: Starting compilation\n"
-              "2024-01-02T10:01:30.250000Z PO:ENGINE 1 I: Graph compiled\n")
-    assert metrics.compile_seconds(logs("Compiled model in 3.5 secs", poplar)) == 90.25
-    assert metrics.compile_seconds(logs("Compiled model in 3.5 secs")) == 3.5
-    assert metrics.compile_seconds(logs("step 1")) is None
+@pytest.mark.parametrize("stdout, stderr, seconds", [
+    ("Compiled model in 3.5 secs", "2024-01-02T10:00:00.000000Z PL:POPLIN 1 I: Poplar version: 3.4\n"
+     "2024-01-02T10:00:10.500000Z PO:ENGINE 1 I: Starting compilation\n"
+     "2024-01-02T10:01:30.250000Z PO:ENGINE 1 I: Graph compiled\n", 90.25),
+    ("Compiled model in 3.5 secs", "", 3.5), ("step 1", "", None)])
+def test_compile_time_from_poplar_or_from_the_application(logs, stdout, stderr, seconds):
+    assert metrics.compile_seconds(logs(stdout, stderr)) == seconds
 
 
 # Processes -----------------------------------------------------------------------------------------------------------
@@ -265,7 +267,7 @@ def test_compile_time_from_poplar_or_from_the_application(logs):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """run(Python source, ...) -> (Outcome, stdout, stderr, both)."""
+    """run(Python source, ...) -> ((exit status, seconds, problem), stdout, stderr, both)."""
     monkeypatch.setattr(process, "GRACE", 0.3)
 
     def call(source, *, cwd=tmp_path, program=sys.executable, **settings):
@@ -288,17 +290,17 @@ def gone(pid):
 
 def test_both_streams_go_to_their_files_and_to_the_shared_one_while_the_command_runs(run, tmp_path):
     outcome, out, err, both = run("import sys; print('a'); sys.stderr.write('b'); sys.exit(3)")
-    assert (outcome.exitcode, out, err) == (3, "a\n", "b") and sorted(both) == ["\n", "a", "b"]
+    assert (outcome[0], out, err) == (3, "a\n", "b") and sorted(both) == ["\n", "a", "b"]
 
     def tick(seconds):
         if (tmp_path / "stdout").read_bytes() == b"60%":
             (tmp_path / "go").touch()
 
     source = "import os, time\nprint('60%', end='')\nwhile not os.path.exists('go'): time.sleep(0.01)"
-    assert run(source, timeout=60, tick=tick)[0].exitcode == 0
+    assert run(source, timeout=60, tick=tick)[0][0] == 0
 
 
-by_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds runaway processes by /proc")
+READY = "while not os.path.exists('ready'): time.sleep(0.01)\n"
 ESCAPE = """
 import os, signal, sys, time
 if os.fork() == 0:
@@ -309,58 +311,63 @@ if os.fork() == 0:
         open('ready', 'w').close()
         time.sleep(60)
     os._exit(0)
-while not os.path.exists('ready'): time.sleep(0.01)
-{}
-"""
-
-
+""" + READY
 FORGET = """
 import os, subprocess, sys, time
 source = "import signal, time; signal.signal(15, signal.SIG_IGN); open('ready', 'w').close(); time.sleep(60)"
-print(subprocess.Popen([sys.executable, '-c', source], env={{}}, start_new_session=True).pid)
-{}
-"""
+print(subprocess.Popen([sys.executable, '-c', source], env={}, start_new_session=True).pid)
+""" + READY
+linux = pytest.mark.skipif(not process.LINUX, reason="orphans without an environment are known on Linux only")
 
 
-@by_proc
-@pytest.mark.parametrize("source", [ESCAPE, FORGET], ids=["orphan", "without its environment"])
+@pytest.mark.parametrize("source", [ESCAPE, pytest.param(FORGET, marks=linux)])
 def test_the_time_limit_ends_the_whole_tree_even_a_daemon_that_ignores_sigterm(run, tmp_path, monkeypatch, source):
     real = time.monotonic  # a clock that jumps once the daemon is there, so that on no machine the limit comes before
     monkeypatch.setattr(process.time, "monotonic", lambda: real() + (1000 if (tmp_path / "ready").exists() else 0))
-    outcome, out, err, both = run(source.format("time.sleep(60)"), timeout=500)
-    assert outcome.exitcode == process.TIMED_OUT and "time limit of 500 seconds" in outcome.problem
+    (exitcode, _, problem), out, err, both = run(source + "time.sleep(60)", timeout=500)
+    assert exitcode == process.TIMED_OUT and "time limit of 500 seconds" in problem
     assert gone(int(out)) and err == "\nTimeout (500)\n" and "Timeout" in both
 
 
-@by_proc
-def test_a_daemon_left_behind_is_ended_and_does_not_hold_up_the_runner(run):
-    outcome, out, _, _ = run(ESCAPE.format(""))
-    assert outcome.exitcode == 0 and outcome.seconds < 50 and gone(int(out))
+@pytest.mark.parametrize("linux", [process.LINUX, False])
+def test_a_daemon_left_behind_is_ended_and_does_not_hold_up_the_runner(run, monkeypatch, linux):
+    if process.LINUX and not linux:  # as on macOS: what loses its parent becomes a child of another process
+        monkeypatch.setattr(process, "LINUX", False)
+        process.ctypes.CDLL(None).prctl(36, 0)
+    (exitcode, seconds, _), out, _, _ = run(ESCAPE)
+    assert exitcode == 0 and seconds < 50 and gone(int(out))
 
 
 @pytest.mark.parametrize("place", [{"program": "no-such-program"}, {"cwd": "no"}])
 def test_a_command_that_cannot_start_is_an_outcome(run, place):
-    outcome, _, err, both = run("", **place)
-    assert outcome.exitcode == 127 and outcome.problem.startswith("cannot start")
-    assert err == both == outcome.problem + "\n"
+    (exitcode, _, problem), _, err, both = run("", **place)
+    assert exitcode == 127 and problem.startswith("cannot start") and err == both == problem + "\n"
 
 
 # What is skipped -----------------------------------------------------------------------------------------------------
 
 
-def fake_machine(packages=(), programs=(), gpus=0, ipus=0):
-    """A machine with what the test says, asked through the public questions only."""
-    return types.SimpleNamespace(has_package=packages.__contains__, has_program=programs.__contains__,
-                                 num_gpus=lambda: gpus, has_ipus=lambda number: number <= ipus)
+@pytest.fixture
+def pretend(monkeypatch):
+    """pretend(packages, programs, GPUs, IPUs): a machine that has these."""
+
+    def call(packages=(), programs=(), cuda=0, ipu=0):
+        monkeypatch.setattr(machine, "has_package", packages.__contains__)
+        monkeypatch.setattr(machine.shutil, "which", lambda name, path: name in programs)
+        monkeypatch.setattr(machine, "available", lambda kind, _: {"cuda": cuda, "ipu": ipu}[kind])
+
+    return call
 
 
 SDK = {"POPLAR_SDK_ENABLED": "/opt/sdk/poplar"}
-IPU_BOX = fake_machine(["torch", "poptorch"], ["poprun"], ipus=16)
-GPU_BOX = fake_machine(["torch"], gpus=1)
-BARE = fake_machine()
+BARE, IPU_BOX, GPU_BOX = (), (["torch", "poptorch"], ["poprun"], 0, 16), (["torch"], (), 1)
 
 
-@pytest.mark.parametrize("machine, env, entry, name, reason", [
+@pytest.mark.parametrize("box, env, entry, name, reason", [
+    # with --compile-only, which needs no IPU
+    ((["torch", "poptorch"],), SDK, {"cmd": "python3 t.py"}, "train_gen_pod64 compile", None),
+    (BARE, {}, {"cmd": "python3 t.py", "compile_only": False}, "x_gen compile", "has no --compile-only mode"),
+    # without
     (BARE, {}, {"cmd": "python3 t.py --device cpu"}, "x_gen", None),
     (BARE, {}, {"cmd": "python3 t.py --device ipu"}, "x_gen", "no Poplar SDK"),
     (BARE, SDK, {"cmd": "python3 t.py --device=ipu"}, "x_gen", "package poptorch is not installed: pip install the wh"),
@@ -369,7 +376,7 @@ BARE = fake_machine()
     (IPU_BOX, SDK, {"cmd": "python3 t.py"}, "train_gen_pod16", None),
     (IPU_BOX, SDK, {"cmd": "python3 t.py"}, "train_gen_pod64", "fewer IPUs than the 64 needed"),
     (IPU_BOX, SDK, {"cmd": "poprun python3 t.py"}, "train_gen_pod64", None),  # poprun makes the partition itself
-    (fake_machine(["poptorch"]), SDK, {"cmd": "poprun python3 t.py"}, "x_gen", "program poprun is not on"),
+    ((["poptorch"],), SDK, {"cmd": "poprun python3 t.py"}, "x_gen", "program poprun is not on"),
     (BARE, {}, {"cmd": "python3 t.py --device cuda"}, "x_gen", "package torch is not installed"),
     (IPU_BOX, {}, {"cmd": "python3 t.py --device cuda:0"}, "x_gen", "CUDA GPUs needed: 1; PyTorch sees 0"),
     (GPU_BOX, {}, {"cmd": "python3 t.py --device cuda"}, "x_gen", None),
@@ -387,40 +394,54 @@ BARE = fake_machine()
     (BARE, {"DATASETS_DIR": "/"}, {"cmd": "python3 t.py --in $DATASETS_DIR"}, "real", None),
     (BARE, {}, {"cmd": "python3 t.py --host $HOSTS"}, "x_gen", "environment variable HOSTS is not set"),
 ])
-def test_what_is_missing_is_the_reason_to_skip(machine, env, entry, name, reason):
-    found = list(missing(variant(entry["cmd"], name, env, entry), env, machine))
+def test_what_is_missing_is_the_reason_to_skip(pretend, box, env, entry, name, reason):
+    pretend(*box)
+    name, _, only = name.partition(" ")
+    made = variant(entry["cmd"], name, env, entry, compile_only=bool(only))
+    found = list(machine.missing(made, compile_only=bool(only)))
     assert not found if reason is None else reason in found[0]
 
 
-def test_compile_only_needs_no_ipu_and_skips_what_cannot_compile():
-    item = variant("python3 t.py", "train_gen_pod64", SDK, compile_only=True)
-    assert not list(missing(item, SDK, IPU_BOX, compile_only=True))
-    item = variant("python3 generate.py", entry={"compile_only": False})
-    assert "has no --compile-only mode" in next(missing(item, {}, BARE, compile_only=True))
-
-
 def test_the_machine_is_asked_through_pytorch_which_is_imported_only_then(monkeypatch):
-    assert run_script("-c", "import sys, examples_utils.cli; sys.exit('torch' in sys.modules)").returncode == 0
+    assert run_script("-c", "import sys, examples_utils.runner; sys.exit('torch' in sys.modules)").returncode == 0
     cuda = types.SimpleNamespace(device_count=lambda: 3)
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda))
     available = types.SimpleNamespace(ipuHardwareIsAvailable=lambda number: number <= 4)
     monkeypatch.setitem(sys.modules, "poptorch", available)
-    this = Machine({"PATH": os.environ["PATH"]})
-    assert this.num_gpus() == 3 and [this.has_ipus(number) for number in (4, 16)] == [True, False]
+    assert machine.available("cuda", 1) == 3 and [machine.available("ipu", number) for number in (4, 16)] == [4, 0]
     monkeypatch.setattr(machine.importlib, "import_module", mock.Mock(side_effect=OSError("libpopart.so")))
-    assert this.num_gpus() == 0 and not this.has_ipus(1)
-    assert this.has_package("json") and not this.has_package("no_such.package")
-    assert this.has_program("sh") and not this.has_program("no_such_program")
+    assert machine.available("cuda", 1) == machine.available("ipu", 1) == 0
+    assert machine.has_package("json") and not machine.has_package("no_such.package")
 
 
 # The whole runner ----------------------------------------------------------------------------------------------------
 
 
-def bench(spec, *flags):
-    """Run the command line; returns the exit status, the log folder and the results by variant."""
-    folder = spec.parent / "logs"
-    status = cli.main(["benchmark", "--spec", str(spec), "--log-dir", str(folder), *flags])
-    return status, folder, read_json(folder)
+class Bench:
+    """The command line in the folder of `app`, and what it left."""
+
+    def __init__(self, app, capsys):
+        self.app, self.capsys, self.logs = app, capsys, app("").parent / "logs"
+
+    def __call__(self, spec, *flags):
+        """The exit status and the results by variant."""
+        words = ["benchmark", "--spec", str(self.app(spec)), "--log-dir", str(self.logs), *flags]
+        status = runner.main(words)
+        self.out, self.err = self.capsys.readouterr()
+        self.results = read_json(self.logs)
+        return status, self.results
+
+    def text(self, place):
+        """What was printed (out, err), a file's content, or a key of a result (a_gen.reason)."""
+        if place in ("out", "err"):
+            return getattr(self, place)
+        name, _, key = place.partition(".")
+        return str(self.results[name][key]) if name in self.results else (self.logs / place).read_text()
+
+
+@pytest.fixture
+def bench(app, capsys):
+    return Bench(app, capsys)
 
 
 def read_json(folder):
@@ -429,34 +450,21 @@ def read_json(folder):
     return {item["variant_name"]: item for items in found.values() for item in items}
 
 
-def read_csv(folder):
-    return list(csv.reader((folder / "benchmark_results.csv").read_text().splitlines()))
-
-
+TRAIN = "a_gen: {<<: *common_options, cmd: python3 train.py --wandb, env: {LEVEL: 3}}"
 MIXED = """
-good_gen:
-  <<: *common_options
-  parameters: {n: "1,2"}
-  cmd: python3 train.py --n {n}
-broken_gen:
-  <<: *common_options
-  cmd: python3 -c "import sys; print('loss. 1.5'); sys.exit('no memory')"
-silent_gen:
-  <<: *common_options
-  cmd: python3 -c "print('throughput 5')"
-train_gen_pod4:
-  <<: *common_options
-  cmd: python3 train.py
+good_gen: {<<: *common_options, parameters: {n: "1,2"}, cmd: "python3 train.py --n {n}"}
+broken_gen: {<<: *common_options, cmd: "python3 -c \\"import sys; print('loss. 1.5'); sys.exit('no memory')\\""}
+silent_gen: {<<: *common_options, cmd: "python3 -c \\"print('throughput 5')\\""}
+train_gen_pod4: {<<: *common_options, cmd: python3 train.py}
 """
 
 
-def test_a_run_writes_the_files_of_the_reference_and_fails_when_one_failed(app, capsys):
-    status, folder, results = bench(app(MIXED))
-    assert status == 1
-    good = results["good_gen_n_2"]
+def test_a_run_writes_the_files_of_the_reference_and_fails_when_one_failed(bench):
+    status, results = bench(MIXED)
+    folder, good = bench.logs, results["good_gen_n_2"]
     fields = "benchmark_path benchmark_name variant_name params command results start_time end_time sdk_path status"
     fields += " compilation_end_time test_duration exitcode log_paths latest_checkpoint_path reason sdk_version"
-    assert set(good) == set(fields.split())
+    assert status == 1 and set(good) == set(fields.split())
     assert good["variant_name"] == "good_gen_n_2" and good["params"] == {"n": "2"} and good["exitcode"] == 0
     assert good["results"] == {"throughput": {"final": 30.0}, "loss": {"final": 1.0},
                                "total_compiling_time": {"mean": None}}
@@ -471,7 +479,7 @@ def test_a_run_writes_the_files_of_the_reference_and_fails_when_one_failed(app, 
     assert silent["exitcode"] == 1 and "throughput: no line matches" in silent["reason"]
     assert ipu["exitcode"] is None and ipu["status"] == "skipped" and "Poplar SDK" in ipu["reason"]
 
-    assert read_csv(folder) == [
+    assert list(csv.reader(bench.text("benchmark_results.csv").splitlines())) == [
         ["benchmark name", "Variant name", "throughput", "latency", "total_compiling_time"],
         ["good_gen", "good_gen_n_1", "30.0", "", ""], ["good_gen", "good_gen_n_2", "30.0", "", ""],
         ["broken_gen", "broken_gen", "", "", ""], ["silent_gen", "silent_gen", "", "", ""],
@@ -480,37 +488,54 @@ def test_a_run_writes_the_files_of_the_reference_and_fails_when_one_failed(app, 
     assert [[child.tag for child in case] for case in suite] == [[], [], ["failure"], ["failure"], ["skipped"]]
     assert suite.attrib["failures"] == "2" and suite[3][0].attrib["message"] == silent["reason"]
 
-    assert "no memory" in (folder / "output.log").read_text() and "seen" in (folder / "output.log").read_text()
-    printed = capsys.readouterr()
-    assert "2 passed, 2 failed, 1 skipped" in printed.out and "30 samples/sec" in printed.out
-    assert "no memory" in printed.err  # the end of the log of what failed
-    console = (folder / "console.log").read_text()
-    assert "2 passed, 2 failed, 1 skipped" in console and "last lines of" in console
+    for place, texts in {
+        "output.log": ["no memory", "seen"], "out": ["2 passed, 2 failed, 1 skipped", "30 samples/sec"],
+        "console.log": ["2 passed, 2 failed, 1 skipped", "last lines of"], "err": ["no memory"],
+    }.items():
+        assert all(text in bench.text(place) for text in texts), place
     assert (folder / "benchmark_results.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_skipping_alone_is_no_failure_but_is_said(app, capsys):
-    spec = app(MIXED)
-    (spec.parent / "logs").mkdir()
-    (spec.parent / "logs" / "benchmark_results.png").touch()
-    status, folder, _ = bench(spec, "--benchmark", "train_gen_pod4")
-    assert status == 0 and "nothing was run" in capsys.readouterr().out
-    assert not (folder / "benchmark_results.png").exists()  # also the one of an earlier run into this folder has gone
+LINE = "throughput.latency.total_compiling_time.test_duration.loss.result.cmd.env.git_commit_hash.lines"
+RUNS = {
+    "the rest is skipped": ("a_gen: {cmd: python3 nothing.py}\nb_gen: {cmd: python3 train.py}", "--stop-on-error", 1, {
+        "b_gen.status": "skipped", "b_gen.reason": "a_gen failed and --stop-on-error"}),
+    "no metrics": (TRAIN, "--compile-only", 0, {
+        "a_gen/stderr": r"\['--compile-only'\]", "a_gen.results": "^{'total_compiling_time': {'mean': None}}$"}),
+    "the smaller time limit": ("a_gen: {cmd: python3 wait.py, timeout: 50}", "--timeout 1", 1, {
+        "a_gen.exitcode": "^124$", "a_gen.reason": "time limit of 1 seconds", "a_gen.test_duration": r"^[1-4]?\d\."}),
+    "of the entry": ("a_gen: {cmd: python3 wait.py, timeout: 1}", "--timeout 50", 1, {
+        "a_gen.reason": "time limit of 1 seconds"}),
+    "its folder, this Python": ("a_gen: {location: sub, env: {WHO: me}, "
+                                "cmd: env python3 save.py --checkpoint-output-dir ckpt}", "", 0, {
+        "a_gen.latest_checkpoint_path": "/sub/ckpt/dalle_2.pt$",
+        "a_gen/stdout": f"/sub me {sys.executable} {os.path.dirname(sys.executable)}:/usr/bin:/bin\n$"}),
+    "requirements": ("a_gen: {cmd: python3 train.py, requirements_file: more.txt}", "", 0, {
+        "a_gen/requirements_stderr": "^pip install -r more.txt\n$", "a_gen/stderr": "seen"}),
+    "bad requirements": ("a_gen: {cmd: python3 train.py, requirements_file: bad.txt}", "", 1, {
+        "a_gen/stderr": "^pip install -r bad.txt\n$", "a_gen.exitcode": "5", "a_gen.reason": "not install bad.txt"}),
+    "only skipped": ("a_gen_pod4: {cmd: python3 train.py}", "", 0, {"out": "1 skipped in .*csv,xml}\nnothing was run"}),
+    "flags without effect": (TRAIN, "--no-code-sync --remove-dirs-after --profile --allow-wandb", 0, {
+        "err": "(?s)(?=.*--no-code-sync has no)(?=.*--remove-dirs-after has no effect).*--profile: a_gen uses no IPU",
+        "a_gen/stderr": "--wandb"}),
+    "more columns": (TRAIN, "--additional-metrics --csv-metrics lines --custom-metrics-files mine.py", 0, {
+        "benchmark_results.csv": LINE.replace(".", '","') + r'"\n"a_gen","a_gen","30.0","","","\d+\.\d+","1.0","True",'
+        r'"python3 .*/train.py","LEVEL=3 ","Not a git repo","3"\n$', "err": "'bad' failed: ZeroDivisionError"}),
+}
 
 
-def test_csv_columns_and_metrics_of_the_user(app):
-    (app("").parent / "mine.py").write_text(
-        "from examples_utils import register_custom_metric\n"
-        "register_custom_metric('lines', lambda out, err, status: {'sum': len(out.splitlines())})\n"
-        "register_custom_metric('bad', lambda out, err, status: 1 / 0)\n")
-    status, folder, _ = bench(app("a_gen: {<<: *common_options, cmd: python3 train.py, env: {LEVEL: 3}}"),
-                              "--additional-metrics", "--csv-metrics", "lines", "--custom-metrics-files", "mine.py")
-    header, row = read_csv(folder)
-    assert header[2:] == ["throughput", "latency", "total_compiling_time", "test_duration", "loss", "result", "cmd",
-                          "env", "git_commit_hash", "lines"]
-    found = dict(zip(header, row))
-    assert status == 0 and found["lines"] == "3" and found["result"] == "True" and found["env"] == "LEVEL=3 "
-    assert found["cmd"].endswith("train.py") and 0 < float(found["test_duration"]) < 60
+@pytest.mark.parametrize("name", RUNS)
+def test_runs_with_flags(bench, monkeypatch, name):
+    spec, flags, status, expected = RUNS[name]
+    monkeypatch.setattr(process, "GRACE", 0.3)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    bench.logs.mkdir()
+    (bench.logs / "benchmark_results.png").touch()  # of an earlier run into this folder
+    assert bench(spec, *flags.split())[0] == status
+    for place, pattern in expected.items():
+        assert re.search(pattern, bench.text(place)), (place, bench.text(place))
+    drawn = (bench.logs / "benchmark_results.png")
+    assert drawn.stat().st_size if spec == TRAIN and name != "no metrics" else not drawn.exists()
 
 
 def test_the_reason_of_a_failure_quotes_the_error(tmp_path):
@@ -520,89 +545,36 @@ def test_the_reason_of_a_failure_quotes_the_error(tmp_path):
         ("Killed by hand\n=====\n", ": Killed by hand"), (f"{memory}\nexitcode : 1\n=====\n", f": {memory}"),
     ):
         (tmp_path / "stderr").write_text(stderr)
-        assert runner._last_words(tmp_path / "stderr") == words
+        assert runner._last_words(tmp_path) == words
 
 
-def test_stop_on_error_leaves_the_rest(app):
-    spec = app("a_gen: {cmd: python3 nothing.py}\nb_gen: {cmd: python3 train.py}")
-    status, _, results = bench(spec, "--stop-on-error")
-    assert status == 1 and results["b_gen"]["status"] == "skipped" and "a_gen failed" in results["b_gen"]["reason"]
-
-
-def test_compile_only_passes_the_flag_and_reads_no_metrics(app):
-    spec = app("a_gen: {<<: *common_options, cmd: python3 train.py --wandb}")
-    status, folder, results = bench(spec, "--compile-only")
-    assert status == 0 and "['--compile-only']" in (folder / "a_gen" / "stderr").read_text()
-    assert results["a_gen"]["results"] == {"total_compiling_time": {"mean": None}}
-
-
-def test_the_smaller_time_limit_counts(app, monkeypatch):
-    monkeypatch.setattr(process, "GRACE", 0.3)
-    spec = app("a_gen: {cmd: python3 -c 'import time; time.sleep(60)', timeout: 50}")
-    status, _, results = bench(spec, "--timeout", "1")
-    result = results["a_gen"]
-    assert status == 1 and result["exitcode"] == 124 and "time limit of 1 seconds" in result["reason"]
-    assert float(result["test_duration"]) < 50
-
-
-def test_entries_run_in_their_location_with_this_python_and_checkpoints_are_found(app, monkeypatch):
-    source = "import os, sys; print(os.getcwd(), os.environ['WHO'], sys.executable, os.environ['PATH'])"
-    source += "; open('ckpt/dalle_1.pt', 'w')"
-    spec = app(f"a_gen:\n  location: sub\n  env: {{WHO: me}}\n"
-               f"  cmd: env python3 -c \"{source}\" --checkpoint-output-dir ckpt\n")
-    folder = spec.parent / "sub"
-    (folder / "ckpt").mkdir(parents=True)
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    status, logs, results = bench(spec)
-    assert status == 0 and results["a_gen"]["latest_checkpoint_path"] == str(folder / "ckpt" / "dalle_1.pt")
-    path = f"{os.path.dirname(sys.executable)}:/usr/bin:/bin"
-    assert (logs / "a_gen" / "stdout").read_text().split() == [str(folder), "me", sys.executable, path]
-
-
-def test_ipu_flags_reach_ipu_entries(app, monkeypatch):
+def test_ipu_flags_reach_ipu_entries(bench, monkeypatch):
     """--profile and --logging become Poplar's variables, gc-monitor is recorded; hardware and program are pretended."""
     monkeypatch.setenv("POPLAR_SDK_ENABLED", "/opt/poplar_sdk-3.4/poplar")
-    monkeypatch.setattr(Machine, "has_package", lambda self, name: True)
-    monkeypatch.setattr(Machine, "has_ipus", lambda self, number: True)
-    source = "import os; print(os.environ['POPLAR_ENGINE_OPTIONS'], os.environ['POPLAR_LOG_LEVEL'])"
-    spec = app(f"a_gen_pod4:\n  cmd: python3 -c \"{source}\"\n")
-    tool = spec.parent / "gc-monitor"
-    tool.write_text("#!/bin/sh\necho '{\"cards\": 1}'\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(spec.parent) + os.pathsep + os.environ["PATH"])
-    status, folder, results = bench(spec, "--profile", "--gc-monitor", "--logging", "DEBUG")
-    assert status == 0
-    printed = (folder / "a_gen_pod4" / "stdout").read_text()
-    assert json.loads(printed.rpartition(" ")[0])["autoReport.directory"] == str(spec.parent / "a_gen_pod4_profile")
-    assert printed.split()[-1] == "DEBUG"
-    recorded = [json.loads(line) for line in (folder / "a_gen_pod4" / "ipu-monitor.jsonl").read_text().splitlines()]
-    assert recorded and recorded[0]["cards"] == 1 and "timestamp" in recorded[0]
+    monkeypatch.setattr(machine, "has_package", lambda name: True)
+    monkeypatch.setattr(machine, "available", lambda kind, number: number)
+    source = "from os import environ as e; print(e.get(`POPLAR_ENGINE_OPTIONS`), e.get(`POPLAR_LOG_LEVEL`))"
+    source = source.replace("`", '\\"')
+    spec, folder = f"a_gen_pod4: {{cmd: \"python3 -c '{source}'\"}}", bench.logs.parent
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    status, results = bench(spec, "--profile", "--gc-monitor", "--logging", "DEBUG")
+    engine, level = bench.text("a_gen_pod4/stdout").strip().rsplit(" ", 1)
+    assert json.loads(engine)["autoReport.directory"] == str(folder / "a_gen_pod4_profile")
+    assert (status, level) == (0, "DEBUG")
+    recorded = json.loads(bench.text("a_gen_pod4/ipu-monitor.jsonl").splitlines()[0])
+    assert recorded["cards"] == 1 and "timestamp" in recorded
     sdk = [results["a_gen_pod4"][key] for key in ("sdk_path", "sdk_version")]
     assert sdk == ["/opt/poplar_sdk-3.4", "poplar_sdk-3.4"]
-    tool.write_text("#!/bin/sh\nexit 1\n")
+    (folder / "gc-monitor").write_text("#!/bin/sh\nexit 1\n")
     bench(spec, "--gc-monitor")
-    assert not (folder / "a_gen_pod4" / "ipu-monitor.jsonl").exists()
-    assert (folder / "console.log").read_text().count("--gc-monitor stops") == 1
+    assert not (bench.logs / "a_gen_pod4/ipu-monitor.jsonl").exists()
+    assert bench.text("console.log").count("--gc-monitor stops") == 1
     monkeypatch.setenv("POPLAR_ENGINE_OPTIONS", "{")
     refused("POPLAR_ENGINE_OPTIONS is not JSON", bench, spec, "--profile")
 
 
-@pytest.mark.parametrize("status", [0, 5])
-def test_requirements_are_installed_first_and_failing_that_the_entry_fails(app, status):
-    spec = app("a_gen: {cmd: python3 train.py, requirements_file: more.txt}")
-    # A pip of our own: `python -m` looks in the working directory first.
-    source = f"import sys\nprint('pip', *sys.argv[1:], file=sys.stderr)\nsys.exit({status})"
-    (spec.parent / "pip.py").write_text(source)
-    ended, folder, results = bench(spec)
-    assert ended == bool(status) and results["a_gen"]["exitcode"] == status
-    assert ("pip could not install more.txt" in results["a_gen"]["reason"]) == bool(status)
-    log_file = "stderr" if status else "requirements_stderr"
-    assert (folder / "a_gen" / log_file).read_text() == "pip install -r more.txt\n"
-
-
 def test_ctrl_c_ends_the_command_and_keeps_the_results(app):
     spec = app("".join(f"{name}_gen: {{cmd: python3 {file}.py}}\n" for name, file in zip("abc", ("train", "wait") * 2)))
-    (spec.parent / "wait.py").write_text("import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)")
     words = [sys.executable, "-m", "examples_utils", "benchmark", "--spec", str(spec), "--log-dir", "logs"]
     running = subprocess.Popen(words, cwd=str(spec.parent), env=dict(os.environ, PYTHONPATH=str(ROOT)),
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -621,28 +593,23 @@ def test_ctrl_c_ends_the_command_and_keeps_the_results(app):
     assert results["b_gen"]["reason"] == "interrupted"
 
 
-@pytest.mark.parametrize("words, message", [
-    ([], "name a command"), (["bench"], "command 'bench': expected benchmark"),
-    (["benchmark", "--timout", "3"], "Did you mean '--timeout'"),
-    (["benchmark", "--timeout", "x"], "--timeout: expected a whole number, got 'x'"),
-    (["benchmark", "--timeout", "0"], "--timeout: must be at least 1, got 0"),
-    (["benchmark", "--logging", "LOUD"], "--logging: expected one of DEBUG"),
-    (["benchmark", "--spec"], "expected at least one argument"),
-    (["benchmark", "--upload-checkpoints", "s3"], "copy what latest_checkpoint_path"),
-    (["benchmark", "--upload-checkpoints", "wandb"], "--allow-wandb")])
-def test_wrong_flags_are_usage_errors_of_one_line(words, message):
-    refused(message, cli.parse, words, kind=UsageError)
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--custom-metrics-files", "no.py"], "no.py: FileNotFoundError"),
-    (["--gc-monitor"], "gc-monitor is not on the PATH"),
-    (["--requirements-file", "no.txt"], "pip could not install no.txt")])
-def test_what_cannot_work_is_said_before_anything_runs(app, monkeypatch, flags, message):
-    spec = app("a_gen: {cmd: python3 train.py}")
+@pytest.mark.parametrize("words, kind, message", [
+    ("", UsageError, "name a command"), ("bench", UsageError, "command 'bench': expected benchmark"),
+    ("benchmark --timout 3", UsageError, "Did you mean '--timeout'"),
+    ("benchmark --timeout x", UsageError, "--timeout: expected a whole number, got 'x'"),
+    ("benchmark --timeout 0", UsageError, "--timeout: must be at least 1, got 0"),
+    ("benchmark --logging LOUD", UsageError, "--logging: expected one of DEBUG"),
+    ("benchmark --spec", UsageError, "expected at least one argument"),
+    ("benchmark --upload-checkpoints s3", UsageError, "copy what latest_checkpoint_path"),
+    ("benchmark --upload-checkpoints wandb", UsageError, "--allow-wandb"),
+    ("benchmark --custom-metrics-files no.py", UserError, "no.py: FileNotFoundError"),
+    ("benchmark --gc-monitor", UserError, "gc-monitor is not on the PATH"),
+    ("benchmark --requirements-file bad.txt", UserError, "pip could not install bad.txt")])
+def test_what_cannot_work_is_said_before_anything_runs(app, monkeypatch, words, kind, message):
+    folder = app("a_gen: {cmd: python3 train.py}").parent
     monkeypatch.setenv("PATH", "/nowhere")
-    refused(message, cli.main, ["benchmark", "--spec", str(spec), *flags])
-    assert not list(spec.parent.glob("**/stdout"))
+    refused(message, runner.main, words.split(), kind=kind)
+    assert not list(folder.glob("**/stdout"))
 
 
 @pytest.mark.parametrize("words, status, error", [
@@ -657,41 +624,33 @@ def test_the_module_ends_with_one_line(words, status, error):
 
 def test_list_names_the_benchmarks_and_runs_none(app, capsys):
     spec = app("my_options: {cmd: x}\na_gen: {cmd: python3  train.py}\nlonger_gen: {cmd: python3 generate.py}")
-    assert cli.main(["benchmark", "--list", "--spec", str(spec)]) == 0
+    assert runner.main(["benchmark", "--list", "--spec", str(spec)]) == 0
     assert capsys.readouterr().out == "a_gen       python3 train.py\nlonger_gen  python3 generate.py\n"
     assert not list(spec.parent.glob("log*"))
-
-
-def test_flags_without_effect_say_so(app, capsys):
-    status, *_ = bench(app("a_gen: {cmd: python3 train.py}"), "--no-code-sync", "--remove-dirs-after", "--profile")
-    err = capsys.readouterr().err
-    assert status == 0 and "--no-code-sync has no effect" in err and "--remove-dirs-after has no effect" in err
-    assert "--profile: a_gen uses no IPU" in err
 
 
 # Table, chart, folders -----------------------------------------------------------------------------------------------
 
 
-def result(name="a_gen", status=report.PASSED, reason="", output=None, **values):
-    item = variant("python3 t.py", name, entry={"output": output or [["samples/sec", "throughput"]]})
-    return report.VariantResult(item, status, reason=reason, seconds=75.0, log_folder=Path("/logs"),
-                                results={key: {"final": value} for key, value in values.items()})
+def result(name="a_gen", status=PASSED, reason="", unit="samples/sec", **values):
+    """A variant that has run, with these metrics."""
+    made = variant("python3 t.py", name, entry={"output": [[unit, "throughput"]]})
+    made.status, made.reason, made.seconds, made.log_folder = status, reason, 75.0, Path("/logs")
+    made.results = {key: {"final": value} for key, value in values.items()}
+    return made
 
 
-def test_the_table_lines_up_and_puts_reasons_below():
+def test_the_table_lines_up_puts_reasons_below_and_fits_into_the_terminal():
     results = [result(throughput=0.94321, loss=3.5), result("long_name_gen", throughput=12345.6, loss=12.0),
-               result("c_gen", report.FAILED, "exit status 1: no memory", throughput=None, loss=None)]
+               result("c_gen", FAILED, "exit status 1: no memory", throughput=None, loss=None)]
     assert report.table(results, 100).splitlines() == [
         "benchmark      result   time          throughput  loss",
         "-------------  ------  -----  ------------------  ----",
         "a_gen          passed  1m15s  0.9432 samples/sec   3.5",
         "long_name_gen  passed  1m15s   12346 samples/sec    12",
         "c_gen          failed  1m15s", "    exit status 1: no memory"]
-
-
-def test_a_narrow_terminal_loses_metrics_and_breaks_reasons_but_no_line_is_too_long():
     results = [result("a_gen", throughput=1.0, loss=3.5, other=1.0, more=2.0),
-               result("b_gen", report.FAILED, "no reason is so long that it may leave the terminal " * 3)]
+               result("b_gen", FAILED, "no reason is so long that it may leave the terminal " * 3)]
     text = report.table(results, 51)
     assert "loss" in text and "other" not in text and max(map(len, text.splitlines())) <= 51
     assert " ".join(text.split()).endswith(results[1].reason.strip())
@@ -699,9 +658,8 @@ def test_a_narrow_terminal_loses_metrics_and_breaks_reasons_but_no_line_is_too_l
 
 def test_the_chart_has_a_panel_for_each_unit(tmp_path, monkeypatch):
     results = [result(throughput=1.0), result("b_gen", throughput=200.0),
-               result("c_gen", output=[["images/sec", "throughput"]], throughput=3.0), result("d_gen", throughput=None)]
+               result("c_gen", unit="images/sec", throughput=3.0), result("d_gen", throughput=None)]
     drawn = []
-    from matplotlib.figure import Figure
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **settings: drawn.append(self))
     assert report.draw_chart(tmp_path / "c.png", results)
     first, second = drawn[0].axes
@@ -735,9 +693,9 @@ def test_the_shipped_spec_has_the_published_entries_and_reads_our_log_lines(logs
     lines = [log.step_line(3, 9, 1, 2.5, 2.0, 2.6, 1e-3, 10.0), log.validation_line(3, 1, 9.0, 9.0, 9.0),
              log.throughput_line(85.3), log.compiled_line(12.34)]
     for name in [*published, "dalle_train_cpu_gen"]:
-        found, problems = metrics.extract(entries[name].metrics, logs("\n".join(lines)), {})
-        assert problems == [] and found["throughput"] == {"final": 85.3} and found["loss"] == {"final": 2.5}
-        assert found["compile_time"] == {"mean": 12.3}
+        results, reason = collected(variants(entries[name], {})[0], logs("\n".join(lines)))
+        assert not reason and results["throughput"] == {"final": 85.3} and results["loss"] == {"final": 2.5}
+        assert results["compile_time"] == {"mean": 12.3}
 
 
 def parse_configs(names):
@@ -775,5 +733,5 @@ def test_the_shipped_spec_reads_the_tables_of_evaluate(logs):
     entries = [item for item in shipped() if "evaluate.py" in item.settings.cmd]
     assert len(entries) == 4
     for item in entries:
-        found, problems = metrics.extract(item.metrics, folder, {})
-        assert not problems and all(value is not None for result in found.values() for value in result.values())
+        results, reason = collected(variants(item, {})[0], folder)
+        assert not reason and all(None not in found.values() for found in results.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import stat
 import uuid
@@ -48,6 +49,12 @@ def atomic_write(path: PathLike, mode: str = "w", permissions: int = 0o666) -> I
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def write_json(path: PathLike, content: Any, **settings: Any) -> None:
+    """Write a JSON file, as `atomic_write` does, with these settings of `json.dumps`."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, **settings) + "\n")
 
 
 def _sync_folder(folder: Path) -> None:

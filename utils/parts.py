@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.files import atomic_write, make_folder, writing
+from utils.files import make_folder, write_json, writing
 from utils.locks import Lock, try_lock
 from utils.processes import Processes
 from utils.resume import changes, refuse
@@ -88,8 +88,7 @@ class Parts:
                 logger.warning("%s of an interrupted run is deleted: --resume would have continued it", self.folder)
                 for file in self.folder.iterdir():
                     file.unlink()
-            with atomic_write(self.folder / _SETTINGS) as file:
-                file.write(json.dumps(settings, indent=2) + "\n")
+            write_json(self.folder / _SETTINGS, settings, indent=2)
         self.processes.barrier("settings are written")
 
     def remove(self) -> None:
