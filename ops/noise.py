@@ -26,25 +26,25 @@ def keys(seeds: Sequence[int]) -> Tensor:
     return torch.tensor([signed(splitmix64(seed & MASK)) for seed in seeds], dtype=torch.int64)
 
 
-def _minus_log(x: Tensor, t: Tensor) -> Tensor:
-    """-log of positive x; `t` is x - 1, which is used where the exponent is 0, because x may have lost bits of it."""
+def _minus_log(x: Tensor, t: Tensor | None = None) -> Tensor:
+    """-log of positive x; `t` is x - 1 where x may have lost bits of it, which is used where the exponent is 0."""
     bits = x.view(torch.int32)
     exponent = (bits - constant(0x3F3504F3)).bitwise_right_shift_(constant(23))
     own = torch.sub(bits, exponent, alpha=1 << 23).view(torch.float32).sub_(constant(1.0))
     exponents = exponent.float()
-    t = torch.lerp(t, own, exponents.abs().clamp_(max=1.0))  # exactly one or the other; `where` takes ten times as long
-    p = (t * constant(_POLYNOMIAL[0])).add_(constant(_POLYNOMIAL[1]))
+    if t is not None:  # exactly one or the other; `where` takes ten times as long
+        own = torch.lerp(t, own, exponents.abs().clamp_(max=1.0))
+    p = (own * constant(_POLYNOMIAL[0])).add_(constant(_POLYNOMIAL[1]))
     for coefficient in _POLYNOMIAL[2:]:
-        p.mul_(t).add_(constant(coefficient))
-    return exponents.mul_(constant(-_LOG_2)).sub_(p.mul_(t))
+        p.mul_(own).add_(constant(coefficient))
+    return exponents.mul_(constant(-_LOG_2)).sub_(p.mul_(own))
 
 
 def gumbel_of(numbers: Tensor) -> Tensor:
     """-log(-log(1 - v)) for v = (number + 1/2) / 2**31, below 1. Integers in [0, 2**31) -> float32."""
     # Products with powers of two are exact, so that they may be fused with what follows.
     v = numbers.float().add_(constant(0.5)).clamp_(max=2.0**31 - 2.0**7)  # times 2**31
-    exponential = _minus_log(torch.sub(constant(1.0), v, alpha=2.0**-31), v * constant(-(2.0**-31)))
-    return _minus_log(exponential, exponential - constant(1.0))
+    return _minus_log(_minus_log(torch.sub(constant(1.0), v, alpha=2.0**-31), v * constant(-(2.0**-31))))
 
 
 def stream(key: Tensor, position: Tensor, vocabulary: int) -> Tensor:
@@ -52,13 +52,8 @@ def stream(key: Tensor, position: Tensor, vocabulary: int) -> Tensor:
     return key + position * constant(signed(GOLDEN * vocabulary & MASK))
 
 
-def gumbel(state: Tensor, vocabulary: int) -> Tensor:
-    """The noise of all tokens from where a `stream` stands: (R,) -> (R, C) float32."""
-    return gumbel_at(state, torch.arange(vocabulary, device=state.device))
-
-
-def gumbel_at(state: Tensor, tokens: Tensor) -> Tensor:
-    """The noise of some tokens, (K,) or (R, K), from where a `stream` stands: (R,) -> (R, K) float32."""
+def gumbel(state: Tensor, tokens: Tensor) -> Tensor:
+    """The noise of tokens, (K,) or (R, K), from where a `stream` stands: (R,) -> (R, K) float32."""
     steps = (tokens + constant(1)) * constant(signed(GOLDEN))
     return gumbel_of(shift_right(mix_(state[:, None] + steps), 33))
 
@@ -94,5 +89,5 @@ class Blocks:
         self._length = max(length, int(places.max()) + 1)
         self._starts = torch.arange(self._images)[:, None] * self._length
         ahead = self._first + torch.arange(self._length)
-        self._block = gumbel(stream(own, ahead, vocabulary).flatten(), vocabulary)
+        self._block = gumbel(stream(own, ahead, vocabulary).flatten(), torch.arange(vocabulary))
         return self._block.index_select(0, places.add_(self._starts).flatten())

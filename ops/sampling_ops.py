@@ -60,36 +60,37 @@ def keep_top_p(probabilities: Tensor, p: Tensor) -> Tensor:
 
 
 class _Kept(NamedTuple):
-    """The tokens of each row that may be sampled, in their order: K of C, or all."""
+    """What may be sampled: K tokens of each row, or all C."""
 
     logits: Tensor
     """(R, K)"""
-    tokens: Tensor | None
-    """(R, K); None: all C."""
     dropped: Tensor | None
-    """(R, K), True for those that may not."""
+    """(R, K), True for those that may not be sampled after all."""
+    tokens: Tensor | None = None
+    """(R, K), in the order of their numbers; None: all."""
+
+
+def _all(logits: Tensor, choice: Choice) -> _Kept:
+    if not choice.most_k:
+        return _Kept(logits, None)
+    most = min(choice.most_k, logits.shape[-1])
+    kept = keep_top_k(logits, choice.kth.clamp(max=most - 1), most)
+    return _Kept(logits, (kept == float("-inf")) & choice.limited)
 
 
 def _likeliest(logits: Tensor, choice: Choice) -> _Kept | None:
     """The likeliest tokens, or None where top_k leaves others too: ties with the k-th, or all tokens of some row."""
     most = choice.most_k
-    if most >= logits.shape[-1]:
+    if not 0 < most < logits.shape[-1]:
         return None
-    values, tokens = logits.topk(most, dim=-1)
-    threshold = values.gather(-1, choice.kth.clamp(max=most - 1)).masked_fill(~choice.limited, float("-inf"))
+    values, tokens = logits.topk(most + 1, dim=-1)
+    threshold = values.gather(-1, choice.kth.clamp(max=most - 1)).masked_fill_(~choice.limited, float("-inf"))
     dropped = values < threshold
-    if int((logits < threshold).sum()) - int(dropped.sum()) != logits.numel() - values.numel():
+    if not bool(dropped[:, most].all()):
         return None
-    tokens, order = tokens.sort(dim=-1)
-    return _Kept(values.gather(-1, order), tokens, dropped.gather(-1, order))
-
-
-def _all(logits: Tensor, choice: Choice) -> _Kept:
-    if not choice.most_k:
-        return _Kept(logits, None, None)
-    most = min(choice.most_k, logits.shape[-1])
-    kept = keep_top_k(logits, choice.kth.clamp(max=most - 1), most)
-    return _Kept(logits, None, (kept == float("-inf")) & choice.limited)
+    tokens, order = tokens[:, :most].sort(dim=-1)
+    all_alike = int(dropped.sum()) == len(logits)
+    return _Kept(values.gather(-1, order), None if all_alike else dropped.gather(-1, order), tokens)
 
 
 def _take(kept: _Kept, gumbel: Tensor, choice: Choice) -> Tensor:
@@ -98,15 +99,15 @@ def _take(kept: _Kept, gumbel: Tensor, choice: Choice) -> Tensor:
     That is a sample of their softmax (the Gumbel-max trick), and where logits move a little, mostly the same token.
     """
     logits = kept.logits.float()
+    temperature = choice.temperature.float().clamp_(min=2.0**-126)[:, None]  # 0 must not divide
     # The largest is subtracted first, or a low temperature would let logits overflow.
-    temperature = choice.temperature.float()[:, None]
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature.masked_fill(temperature == 0, 1.0)
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperature)
     if kept.dropped is not None:
-        scaled = scaled.masked_fill(kept.dropped, float("-inf"))
+        scaled = scaled.masked_fill_(kept.dropped, float("-inf"))
     if choice.any_top_p:
         chances = keep_top_p(torch.softmax(scaled, dim=-1), choice.top_p.float())
         scaled = scaled.masked_fill((chances == 0) & (choice.top_p < 1)[:, None], float("-inf"))
-    place = (scaled + gumbel).argmax(dim=-1)
+    place = scaled.add_(gumbel).argmax(dim=-1)
     if choice.any_greedy:
         place = torch.where(choice.temperature == 0, kept.logits.argmax(dim=-1), place)
     return place if kept.tokens is None else kept.tokens.gather(-1, place[:, None])[:, 0]
@@ -117,15 +118,15 @@ def reference(
 ) -> Tensor:
     """The token of each row, as `sample` says: (R,)."""
     vocabulary = logits.shape[-1]
+    # A GPU would wait for the answer whether others matter too, and sums of fewer chances would round differently.
+    few = logits.is_cpu and not choice.any_top_p
+    kept = (_likeliest(logits, choice) if few else None) or _all(logits, choice)
     known = None if blocks is None else blocks.at(key, position, vocabulary)
     if known is not None:
-        return _take(_all(logits, choice), known, choice)
+        return _take(kept, known if kept.tokens is None else known.gather(-1, kept.tokens), choice)
     state = noise.stream(key, position, vocabulary)
-    # Sums of fewer chances would round differently, and only a CPU can ask at no cost whether others may be left out.
-    kept = _likeliest(logits, choice) if choice.most_k and not choice.any_top_p and logits.is_cpu else None
-    if kept is not None:
-        return _take(kept, noise.gumbel_at(state, kept.tokens), choice)
-    return _take(_all(logits, choice), noise.gumbel(state, vocabulary), choice)
+    tokens = torch.arange(vocabulary, device=state.device) if kept.tokens is None else kept.tokens
+    return _take(kept, noise.gumbel(state, tokens), choice)
 
 
 def sample(
