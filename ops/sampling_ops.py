@@ -118,15 +118,14 @@ def reference(
 ) -> Tensor:
     """The token of each row, as `sample` says: (R,)."""
     vocabulary = logits.shape[-1]
+    known = None if blocks is None else blocks.at(key, position, vocabulary)
+    if known is not None:
+        return _take(_all(logits, choice), known, choice)
     # A GPU would wait for the answer whether others matter too, and sums of fewer chances would round differently.
     few = logits.is_cpu and not choice.any_top_p
     kept = (_likeliest(logits, choice) if few else None) or _all(logits, choice)
-    known = None if blocks is None else blocks.at(key, position, vocabulary)
-    if known is not None:
-        return _take(kept, known if kept.tokens is None else known.gather(-1, kept.tokens), choice)
-    state = noise.stream(key, position, vocabulary)
-    tokens = torch.arange(vocabulary, device=state.device) if kept.tokens is None else kept.tokens
-    return _take(kept, noise.gumbel(state, tokens), choice)
+    tokens = torch.arange(vocabulary, device=logits.device) if kept.tokens is None else kept.tokens
+    return _take(kept, noise.gumbel(noise.stream(key, position, vocabulary), tokens), choice)
 
 
 def sample(
