@@ -11,7 +11,7 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from utils.splitmix import GOLDEN, MASK, mix_, shift_right, signed, splitmix64
+from utils.splitmix import GOLDEN, MASK, constant, mix_, shift_right, signed, splitmix64
 
 _MOST, _LONGEST = 1 << 15, 64
 """Numbers, and positions of an image, in a block (see `Blocks`): more would leave the cache."""
@@ -26,36 +26,36 @@ def keys(seeds: Sequence[int]) -> Tensor:
     return torch.tensor([signed(splitmix64(seed & MASK)) for seed in seeds], dtype=torch.int64)
 
 
-def _minus_log(x: Tensor, t: Tensor) -> Tensor:
-    """-log of positive x; `t` is x - 1, which is used where the exponent is 0, because x may have lost bits of it."""
+def _minus_log(x: Tensor, t: Tensor | None = None) -> Tensor:
+    """-log of positive x; `t` is x - 1 where x may have lost bits of it, which is used where the exponent is 0."""
     bits = x.view(torch.int32)
-    exponent = (bits - 0x3F3504F3).bitwise_right_shift_(23)
-    own = torch.sub(bits, exponent, alpha=1 << 23).view(torch.float32).sub_(1.0)
+    exponent = (bits - constant(0x3F3504F3)).bitwise_right_shift_(constant(23))
+    own = torch.sub(bits, exponent, alpha=1 << 23).view(torch.float32).sub_(constant(1.0))
     exponents = exponent.float()
-    t = torch.lerp(t, own, exponents.abs().clamp_(max=1.0))  # exactly one or the other; `where` takes ten times as long
-    p = (t * _POLYNOMIAL[0]).add_(_POLYNOMIAL[1])
+    if t is not None:  # exactly one or the other; `where` takes ten times as long
+        own = torch.lerp(t, own, exponents.abs().clamp_(max=1.0))
+    p = (own * constant(_POLYNOMIAL[0])).add_(constant(_POLYNOMIAL[1]))
     for coefficient in _POLYNOMIAL[2:]:
-        p.mul_(t).add_(coefficient)
-    return exponents.mul_(-_LOG_2).sub_(p.mul_(t))
+        p.mul_(own).add_(constant(coefficient))
+    return exponents.mul_(constant(-_LOG_2)).sub_(p.mul_(own))
 
 
 def gumbel_of(numbers: Tensor) -> Tensor:
     """-log(-log(1 - v)) for v = (number + 1/2) / 2**31, below 1. Integers in [0, 2**31) -> float32."""
     # Products with powers of two are exact, so that they may be fused with what follows.
-    v = numbers.float().add_(0.5).clamp_(max=2.0**31 - 2.0**7)  # times 2**31
-    exponential = _minus_log(torch.rsub(v, 1.0, alpha=2.0**-31), v.mul(-(2.0**-31)))
-    return _minus_log(exponential, exponential - 1.0)
+    v = numbers.float().add_(constant(0.5)).clamp_(max=2.0**31 - 2.0**7)  # times 2**31
+    return _minus_log(_minus_log(torch.sub(constant(1.0), v, alpha=2.0**-31), v * constant(-(2.0**-31))))
 
 
 def stream(key: Tensor, position: Tensor, vocabulary: int) -> Tensor:
     """Where the streams of `key` (R,) stand at the first token of a position (R,): int64 (R,)."""
-    return key + position * signed(GOLDEN * vocabulary & MASK)
+    return key + position * constant(signed(GOLDEN * vocabulary & MASK))
 
 
-def gumbel(state: Tensor, vocabulary: int) -> Tensor:
-    """The noise of all tokens from where a `stream` stands: (R,) -> (R, C) float32."""
-    token = torch.arange(1, vocabulary + 1, device=state.device)
-    return gumbel_of(shift_right(mix_(state[:, None] + token * signed(GOLDEN)), 33))
+def gumbel(state: Tensor, tokens: Tensor) -> Tensor:
+    """The noise of tokens, (K,) or (R, K), from where a `stream` stands: (R,) -> (R, K) float32."""
+    steps = (tokens + constant(1)) * constant(signed(GOLDEN))
+    return gumbel_of(shift_right(mix_(state[:, None] + steps), 33))
 
 
 class Blocks:
@@ -66,19 +66,28 @@ class Blocks:
 
     def __init__(self, images: int) -> None:
         self._images = images
-        self._keys, self._first, self._block = torch.zeros(0), torch.zeros(0), torch.zeros(0, 0, 0)
+        self._keys, self._first, self._starts, self._length = torch.zeros(0), torch.zeros(0), torch.zeros(0), 0
+        self._block = torch.zeros(0, 0)
+        """(B * length, C)"""
 
-    def at(self, key: Tensor, position: Tensor, vocabulary: int) -> Tensor:
-        """`gumbel` of the streams of (R,) keys at (R,) positions, those of an image next to each other: (R, C)."""
+    def at(self, key: Tensor, position: Tensor, vocabulary: int) -> Tensor | None:
+        """`gumbel` of the streams of (R,) keys at (R,) positions, those of an image next to each other: (R, C).
+
+        None where a block would hold too few positions to pay.
+        """
         own, positions = key.view(self._images, -1)[:, :1], position.view(self._images, -1)  # (B, 1), (B, n)
         length = min(_LONGEST, _MOST // (self._images * vocabulary))
         if length < 4 * positions.shape[1]:
-            return gumbel(stream(key, position, vocabulary), vocabulary)
-        known = torch.equal(own, self._keys) and self._block.shape[-1] == vocabulary
-        places = positions - self._first if known else None
-        if places is None or int(places.min()) < 0 or int(places.max()) >= self._block.shape[1]:
-            self._keys, self._first = own.clone(), positions.amin(dim=1, keepdim=True)
+            return None
+        if torch.equal(own, self._keys) and self._block.shape[1] == vocabulary:
             places = positions - self._first
-            ahead = self._first + torch.arange(max(length, int(places.max()) + 1))
-            self._block = gumbel(stream(own, ahead, vocabulary).flatten(), vocabulary).unflatten(0, ahead.shape)
-        return self._block[torch.arange(self._images)[:, None], places].flatten(0, 1)
+            low, high = map(int, places.aminmax())
+            if low >= 0 and high < self._length:
+                return self._block.index_select(0, places.add_(self._starts).flatten())
+        self._keys, self._first = own.clone(), positions.amin(dim=1, keepdim=True)
+        places = positions - self._first
+        self._length = max(length, int(places.max()) + 1)
+        self._starts = torch.arange(self._images)[:, None] * self._length
+        ahead = self._first + torch.arange(self._length)
+        self._block = gumbel(stream(own, ahead, vocabulary).flatten(), torch.arange(vocabulary))
+        return self._block.index_select(0, places.add_(self._starts).flatten())

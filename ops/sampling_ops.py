@@ -59,25 +59,73 @@ def keep_top_p(probabilities: Tensor, p: Tensor) -> Tensor:
     return torch.where(p < 1, kept / kept.sum(dim=-1, keepdim=True), probabilities)
 
 
-def reference(logits: Tensor, gumbel: Tensor, choice: Choice) -> Tensor:
-    """Take the token whose logit plus Gumbel noise is the largest. logits and noise (R, C) -> tokens (R,).
+class _Kept(NamedTuple):
+    """What may be sampled: K tokens of each row, or all C."""
+
+    logits: Tensor
+    """(R, K)"""
+    dropped: Tensor | None
+    """(R, K), True for those that may not be sampled after all."""
+    tokens: Tensor | None = None
+    """(R, K), in the order of their numbers; None: all."""
+
+
+def _all(logits: Tensor, choice: Choice) -> _Kept:
+    if not choice.most_k:
+        return _Kept(logits, None)
+    most = min(choice.most_k, logits.shape[-1])
+    kept = keep_top_k(logits, choice.kth.clamp(max=most - 1), most)
+    return _Kept(logits, (kept == float("-inf")) & choice.limited)
+
+
+def _likeliest(logits: Tensor, choice: Choice) -> _Kept | None:
+    """The likeliest tokens, or None where top_k leaves others too: ties with the k-th, or all tokens of some row."""
+    most = choice.most_k
+    if not 0 < most < logits.shape[-1]:
+        return None
+    values, tokens = logits.topk(most + 1, dim=-1)
+    threshold = values.gather(-1, choice.kth.clamp(max=most - 1)).masked_fill_(~choice.limited, float("-inf"))
+    dropped = values < threshold
+    if not bool(dropped[:, most].all()):
+        return None
+    tokens, order = tokens[:, :most].sort(dim=-1)
+    all_alike = int(dropped.sum()) == len(logits)
+    return _Kept(values.gather(-1, order), None if all_alike else dropped.gather(-1, order), tokens)
+
+
+def _take(kept: _Kept, gumbel: Tensor, choice: Choice) -> Tensor:
+    """Take the token whose logit plus Gumbel noise is the largest. noise (R, K) -> tokens (R,).
 
     That is a sample of their softmax (the Gumbel-max trick), and where logits move a little, mostly the same token.
     """
-    greedy = logits.argmax(dim=-1) if choice.any_greedy else None
-    logits = logits.float()
+    logits = kept.logits.float()
+    temperature = choice.temperature.float().clamp_(min=2.0**-126)[:, None]  # 0 must not divide
     # The largest is subtracted first, or a low temperature would let logits overflow.
-    temperature = choice.temperature.float()[:, None]
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature.masked_fill(temperature == 0, 1.0)
-    if choice.most_k:
-        most = min(choice.most_k, logits.shape[-1])
-        kept = keep_top_k(logits, choice.kth.clamp(max=most - 1), most)
-        scaled = scaled.masked_fill((kept == float("-inf")) & choice.limited, float("-inf"))
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperature)
+    if kept.dropped is not None:
+        scaled = scaled.masked_fill_(kept.dropped, float("-inf"))
     if choice.any_top_p:
         chances = keep_top_p(torch.softmax(scaled, dim=-1), choice.top_p.float())
         scaled = scaled.masked_fill((chances == 0) & (choice.top_p < 1)[:, None], float("-inf"))
-    token = (scaled + gumbel).argmax(dim=-1)
-    return token if greedy is None else torch.where(choice.temperature == 0, greedy, token)
+    place = scaled.add_(gumbel).argmax(dim=-1)
+    if choice.any_greedy:
+        place = torch.where(choice.temperature == 0, kept.logits.argmax(dim=-1), place)
+    return place if kept.tokens is None else kept.tokens.gather(-1, place[:, None])[:, 0]
+
+
+def reference(
+    logits: Tensor, key: Tensor, position: Tensor, choice: Choice, blocks: noise.Blocks | None = None
+) -> Tensor:
+    """The token of each row, as `sample` says: (R,)."""
+    vocabulary = logits.shape[-1]
+    known = None if blocks is None else blocks.at(key, position, vocabulary)
+    if known is not None:
+        return _take(_all(logits, choice), known, choice)
+    # A GPU would wait for the answer whether others matter too, and sums of fewer chances would round differently.
+    few = logits.is_cpu and not choice.any_top_p
+    kept = (_likeliest(logits, choice) if few else None) or _all(logits, choice)
+    tokens = torch.arange(vocabulary, device=logits.device) if kept.tokens is None else kept.tokens
+    return _take(kept, noise.gumbel(noise.stream(key, position, vocabulary), tokens), choice)
 
 
 def sample(
@@ -89,12 +137,10 @@ def sample(
     (`ops.noise`). Where the last of several equally likely tokens do not fit into top_p, the lowest numbers stay.
     blocks: what makes the noise of several passes at once, if anything does.
     """
-    state = noise.stream(key, position, logits.shape[-1])
     if rows.refusal(logits) is None:
+        state = noise.stream(key, position, logits.shape[-1])
         return rows.sample(logits, state, choice.temperature, choice.top_k, choice.top_p)
-    vocabulary = logits.shape[-1]
-    own = noise.gumbel(state, vocabulary) if blocks is None else blocks.at(key, position, vocabulary)
-    token = reference(logits, own, choice)
+    token = reference(logits, key, position, choice, blocks)
     return token, torch.log_softmax(logits.float(), dim=-1).gather(-1, token[:, None])[:, 0]
 
 

@@ -87,6 +87,8 @@ class Canvas:
         """Whether some images are guided and others are not."""
         self.blocks: noise.Blocks | None = None
         """Where noise comes from, if not made for each pass."""
+        self.keeps = True
+        """Whether codes may be kept that are still to come."""
         self._choices: dict[int, ops.Choice] = {}
 
     def begin(self, request: Request) -> None:
@@ -140,8 +142,9 @@ class Canvas:
         keys = self.keys[:, None].expand(-1, count).flatten()
         tokens, scores = ops.sample(logits.float().flatten(0, 1), keys, at.flatten(), self._choice(count), self.blocks)
         tokens, scores = tokens.view(batch, count), scores.view(batch, count)
-        kept = self.kept.gather(1, at)
-        tokens, scores = torch.where(kept < 0, tokens, kept), scores.masked_fill(kept >= 0, 0.0)
+        if self.keeps:
+            kept = self.kept.gather(1, at)
+            tokens, scores = torch.where(kept < 0, tokens, kept), scores.masked_fill(kept >= 0, 0.0)
         certain = torch.ones_like(self.fronts)
         if width > 1:
             certain += (self.codes.gather(1, at) == tokens)[:, : width - 1].cumprod(dim=1).sum(dim=1)

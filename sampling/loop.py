@@ -132,6 +132,7 @@ def _sample(model: DalleModel, request: Request, copies: Copies) -> Sampled:
     canvas = Canvas(batch, num_codes, request.options, request.keys.device)
     canvas.begin(request)
     canvas.blocks = noise.Blocks(batch) if canvas.codes.is_cpu else None
+    canvas.keeps = any(code >= 0 for code in request.kept[prefix:])
     hidden = read_request(decoder, canvas, request)
     if prefix == num_codes:
         return canvas.result()

@@ -146,7 +146,7 @@ def noise_of(seeds, positions, vocabulary):
     """The noise of all codes of some images: (B, N, C)."""
     keys = noise.keys(seeds).repeat_interleave(positions)
     states = noise.stream(keys, torch.arange(positions).repeat(len(seeds)), vocabulary)
-    return noise.gumbel(states, vocabulary).view(len(seeds), positions, vocabulary)
+    return noise.gumbel(states, torch.arange(vocabulary)).view(len(seeds), positions, vocabulary)
 
 
 def check_edge(model, options, graphs=None):

@@ -535,7 +535,7 @@ def test_sampling_from_logits(chance):
     token, score = ops.sample(logits, keys, positions, ops.choice_of(count, temperature, None, None))
     exact = logits.double()
     sums = (exact - exact.amax(1, keepdim=True)) / temperature
-    sums += noise.gumbel(noise.stream(keys, positions, size), size)
+    sums += noise.gumbel(noise.stream(keys, positions, size), torch.arange(size))
     assert bool((sums.gather(1, token[:, None])[:, 0] >= sums.amax(1) - 1e-5).all())
     likelihood = exact.log_softmax(1).gather(1, token[:, None])[:, 0]
     known = likelihood > -LARGEST

@@ -498,5 +498,6 @@ def test_blocks_of_noise_hold_what_is_made_for_each_pass():
     ):  # fmt: skip
         keys = noise.keys(seeds).repeat_interleave(count)
         positions = (torch.tensor([[first], [first + 9]]) + torch.arange(count)).flatten()
-        expected = noise.gumbel(noise.stream(keys, positions, vocabulary), vocabulary)
-        assert torch.equal(blocks.at(keys, positions, vocabulary), expected)
+        expected = noise.gumbel(noise.stream(keys, positions, vocabulary), torch.arange(vocabulary))
+        found = blocks.at(keys, positions, vocabulary)
+        assert found is None if vocabulary > 9 or count > 9 else torch.equal(found, expected)
