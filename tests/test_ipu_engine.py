@@ -112,7 +112,9 @@ def test_mindalles_architecture_trains_the_same():
 def test_losses_and_blocks_with_all_their_terms_train_the_same():
     changes = {"label_smoothing": 0.2, "z_loss": 0.1, "value_residual": True, "qk_norm": True, "rotary_2d": True}
     config = make_config(4, epochs=1)
-    equals_native(config, Pairs(samples_for(config)), difference=1e-5, norm="rms", shift_tokens=True, **changes)
+    changes.update(norm="rms", shift_tokens=True)
+    engine, _ = equals_native(config, Pairs(samples_for(config)), difference=1e-5, **changes)
+    assert engine.executor.capture.checkpoints == 3 + 1  # each layer's output, and the first one's values
 
 
 @pytest.mark.parametrize("byteio", [False, True])
