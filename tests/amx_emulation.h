@@ -3,6 +3,7 @@
  *
  * A product of tiles is as in Intel's manual (TDPBF16PS): subnormal inputs count as zero, each multiplication and addition
  * rounds once, to the nearest, and subnormal results become zero. */
+#define __AMX_INT8__ 1
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>

@@ -114,8 +114,9 @@ def test_losses_and_blocks_with_all_their_terms_train_the_same():
     changes = {"label_smoothing": 0.2, "z_loss": 0.1, "value_residual": True, "qk_norm": True, "rotary_2d": True}
     config = make_config(4, epochs=1)
     soft = SoftCodes(torch.randn(7, 4), 1e-9)  # so cold that each code is itself
-    options = {"norm": "rms", "shift_tokens": True, "soft": soft, **changes}
-    equals_native(config, Pairs(samples_for(config)), difference=1e-5, **options)
+    changes.update(norm="rms", shift_tokens=True, soft=soft)
+    engine, _ = equals_native(config, Pairs(samples_for(config)), difference=1e-5, **changes)
+    assert engine.executor.capture.checkpoints == 3 + 1  # each layer's output, and the first one's values
 
 
 @pytest.mark.parametrize("byteio", [False, True])

@@ -167,12 +167,12 @@ class _Note:
         return self  # a copy of the model reports to the same set
 
 
-def _checkpoint(_module: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """A block's hook."""
+def _checkpoint(_module: nn.Module, inputs: Any, output: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """A block's hook: stores what it makes, but no second copy of the first layer's values, which it passes on."""
     import poptorch
 
-    x, values = output
-    return poptorch.recomputationCheckpoint(x), None if values is None else poptorch.recomputationCheckpoint(values)
+    made = [part is not None and part is not inputs[-1] for part in output]
+    return tuple(poptorch.recomputationCheckpoint(part) if own else part for part, own in zip(output, made))
 
 
 def canonical_state(dalle: nn.Module) -> dict[str, Tensor]:

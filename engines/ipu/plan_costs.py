@@ -119,8 +119,9 @@ def measure(model: TextToImage, plan: list[Placement], image_size: int) -> list[
         def begin(*_: Any, index: int = index) -> None:
             recorder.current = index
 
-        def end(_module: Any, _inputs: Any, output: tuple[Tensor | None, ...], index: int = index) -> None:
-            stored[index] = sum(_bytes(part) for part in output if part is not None)
+        def end(_module: Any, inputs: Any, output: tuple[Tensor | None, ...], index: int = index) -> None:
+            made = (part for part in output if part is not None and part is not inputs[-1])
+            stored[index] = sum(map(_bytes, made))  # the first layer's values, which others pass on, are stored once
 
         hooks.append(module.register_forward_pre_hook(begin))
         if placement.path.startswith(LAYER):

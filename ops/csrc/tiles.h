@@ -27,7 +27,7 @@ static inline int64_t in_tile(int64_t k, int lane, int64_t size) {
     return (line * LANES + lane % LANES) * (WORD / size) + k % depth_of_block(size) / LANES;
 }
 
-#if defined(__AMX_BF16__) && LANES == 16
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && LANES == 16
 #define HAS_TILES
 
 /* Whether there is a matrix unit and the system lets this process use it. */
