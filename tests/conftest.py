@@ -25,7 +25,6 @@ STRICT += ["ignore:Corrupt EXIF data:UserWarning", "ignore:Detected pickle proto
 OURS = r"(test_\w+|args|benchmarks|bpe|dalle|data|engines|evaluate|examples_utils|generate|log"
 OURS += r"|models|ops|train\w*|utils)\b"
 
-
 #: The tests that look at loss.png. All others that train in this process would spend half of their time on drawing it.
 CURVES = ("test_log.py", "test_disks.py::test_folders_that_vanish", "test_train.py::test_training_lowers_the_loss")
 plot_losses = log.plot_losses

@@ -20,7 +20,6 @@ import torch
 
 Error = device.Error
 
-
 OutputMode = enum.Enum("OutputMode", "Sum")
 ReductionType = enum.Enum("ReductionType", "Mean")
 DataLoaderMode = enum.Enum("DataLoaderMode", "Sync AsyncRebatched")

@@ -154,7 +154,6 @@ def test_the_plain_clip_file_is_the_same_vocabulary(tmp_path, tokenizers):
 
 GOOD = "3 1\n9601 4\n97 5\n98 6\n5 6 7\n1 0 2 3\n"
 
-
 CHANGES = {
     ("3 1", "3 2"): "20 numbers|requires 18", ("3 1", "4 1"): "requires 17", ("3 1", "9" * 20 + " 1"): "requires",
     ("98 6", "98 8"): "id 8 is not in", ("98 6", "98 -2"): "id -2 is not in", ("98 6", "98 5"): "id 5 is used twice",
@@ -341,8 +340,7 @@ def test_bad_input_ends_with_one_line_and_leaves_the_old_file(source, content, c
     ({"--vocab-size": "0"}, 2, "--vocab-size: must be at least 1, got 0"), ({"--vocab-size": "x"}, 2, "--vocab-size"),
     ({"--coverage": "0"}, 2, "--coverage: must be above 0"),
     ({"--coverage": "nan"}, 2, "--coverage: expected a number"), ({"--output": "."}, 2, "--output"),
-    ({"--vocab-size": "9"}, 1, "at least 18"),
-    ({"--captions": "empty"}, 1, "no .txt file in this folder"),
+    ({"--vocab-size": "9"}, 1, "at least 18"), ({"--captions": "empty"}, 1, "no .txt file in this folder"),
     ({"--captions": "captions", "--caption-column": "x"}, 2, "--caption-column is for lists"),
     ({"--captions": "captions.json", "--caption-column": "x"}, 1, "keys found: caption"),
     ({"--caption-column": "x"}, 1, "in its first line, 'A cat sits on a mat.'"),

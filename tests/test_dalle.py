@@ -197,13 +197,11 @@ def test_values_are_mixed_with_the_first_layers():
 
 
 @pytest.mark.parametrize("values, message", [
-    ({"depth": 0}, "depth must be at least 1, not 0"),
-    ({"attn_types": ()}, "attn_types names no attention pattern"),
+    ({"depth": 0}, "depth must be at least 1, not 0"), ({"attn_types": ()}, "attn_types names no attention pattern"),
     ({"attn_types": ("axial_rows",)}, "'axial_rows' in attn_types. Did you mean 'axial_row'"),
-    ({"activation": "relu"}, "activation 'relu'"),
-    ({"activation": "tanh"}, "known: geglu, swiglu"), ({"norm": "batch"}, "known: layer, rms"),
-    ({"rotary_2d": True, "rotary": True}, "excludes rotary"), ({"rotary_2d": True, "dim_head": 6}, "divisible by 4"),
-    ({"image_positions": "polar"}, "image_positions 'polar'"),
+    ({"activation": "relu"}, "activation 'relu'"), ({"activation": "tanh"}, "known: geglu, swiglu"),
+    ({"norm": "batch"}, "known: layer, rms"), ({"rotary_2d": True, "rotary": True}, "excludes rotary"),
+    ({"rotary_2d": True, "dim_head": 6}, "divisible by 4"), ({"image_positions": "polar"}, "image_positions 'polar'"),
     ({"shift_tokens": True, "dim": 18}, "divisible by 4, not 18"),
     ({"dept": 3}, "unknown model option 'dept'. Did you mean 'depth'"),
     ({"heads": None}, "heads"),  # missing

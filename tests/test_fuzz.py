@@ -53,9 +53,7 @@ READERS = {
 
 TINY = DalleConfig(num_text_tokens=7, num_image_tokens=4, text_seq_len=2, grid=2, dim=4, depth=1, heads=1, dim_head=4)
 STATE = DalleModel(TINY).state_dict()
-TINY_VQGAN = tiny_vqgan(
-    num_codes=4, embed_dim=2, resolution=4, z_channels=2, ch=2, ch_mult=(1, 2), num_groups=2,
-)
+TINY_VQGAN = tiny_vqgan(num_codes=4, embed_dim=2, resolution=4, z_channels=2, ch=2, ch_mult=(1, 2), num_groups=2)
 VQGAN_YAML = yaml.safe_dump(TINY_VQGAN.to_dict()).encode()
 MEMORY = 2 << 30
 """What reading may take beyond what the process had: far less than the gigantic sizes that mutated files ask for."""
@@ -103,7 +101,6 @@ LISTS = [
     b'image,caption\n1.jpg,"a, ""b"""\n2.jpg,c\n', b"image_name| n| comment\n1.jpg| 0| a\n2.jpg| 1| b\n",
     b"1.jpg#0\ta\n1.jpg#1\tb\n",
 ]
-
 
 CHAR = b'{"[PAD]": 0, "[UNK]": 1, "a": 2, "b</w>": 3, "ab</w>": 4, "c": 5, "ca": 6}\n---\n#version: 0.2\na b</w>\nc a\n'
 YTTM = b"4 3\n9601 4\n97 5\n98 6\n99 7\n4 5 8\n8 6 9\n6 7 10\n1 0 2 3\n"
@@ -454,7 +451,6 @@ def test_any_caption_is_tokenized_and_cleaned(text):
 
 DEMO_TOKENIZER = load_tokenizer(str(Path(args.__file__).parent / "bpe" / "demo_vocab.txt"))
 CLIP_TOKENIZER = load_tokenizer(None)
-
 
 SIDES = strategies.lists(strategies.floats(width=16), min_size=4, max_size=4)
 

@@ -457,8 +457,7 @@ def test_user_errors(run, tmp_path):
     (tmp_path / "out" / "a").write_bytes(b"")
     unknown = "--dalle-path /nowhere.pt: no such file, folder or published model. Known names: demo"
     for message, flags in (
-        (unknown, "--dalle_path /nowhere.pt"),
-        ("is no checkpoint", f"--dalle_path {bad}"),
+        (unknown, "--dalle_path /nowhere.pt"), ("is no checkpoint", f"--dalle_path {bad}"),
         ("--prompts-file /nowhere.txt: no such file", "--prompts_file /nowhere.txt"),
         ("latin.txt: not a text file (it is not UTF-8", f"--prompts_file {latin}"),
         (f"--outputs-dir {bad}: {bad} is a file, not a folder", f"--outputs_dir {bad} --dalle_path {bad}"),

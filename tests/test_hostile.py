@@ -37,7 +37,6 @@ from utils.tarballs import unpack_tar
 DEMO = ROOT / "models" / "demo"
 DEMO_YAML = ["--vqgan-config-path", str(DEMO / "vqgan.yaml")]
 
-
 FORMS = ["zip", "legacy", "pickle"]
 
 

@@ -85,8 +85,7 @@ def install(tmp_path):
     files = {
         "bin/python3": PYTHON, "requirements.txt": "torch==2.13.0\nnumpy>=1.22\n",
         "requirements-ipu.txt": "numpy<1.25\n", "requirements-dev.txt": "-r requirements.txt\npytest\n",
-        "constraints/py3.8.txt": "numpy==1.24.4\n",
-        "constraints/py3.11.txt": "numpy==2.4.6\npytest==9.2.0\n",
+        "constraints/py3.8.txt": "numpy==1.24.4\n", "constraints/py3.11.txt": "numpy==2.4.6\npytest==9.2.0\n",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -338,8 +338,7 @@ def failing(error):
     (None, ""),
     (ImportError("libpoplar.so: cannot open shared object file"), "libpoplar.so: cannot open shared object file"),
     (ModuleNotFoundError("No module named 'torchvision'", name="torchvision"), "No module named 'torchvision'"),
-    (AssertionError("works with torch==2.0.1\nonly"), "works with torch==2.0.1"),
-    (RuntimeError(), "RuntimeError"),
+    (AssertionError("works with torch==2.0.1\nonly"), "works with torch==2.0.1"), (RuntimeError(), "RuntimeError"),
     (types.ModuleType("poptorch"), "is not PopTorch"),
 ], ids=repr)
 def test_a_poptorch_that_cannot_be_used_is_one_line(broken, reason, monkeypatch):
@@ -359,8 +358,7 @@ def test_a_poptorch_that_cannot_be_used_is_one_line(broken, reason, monkeypatch)
     (lambda: False, {}, "cpu", "--device auto: no IPUs, PopTorch finds none here"),
     (failing(RuntimeError("no driver\n...")), {}, "cpu", "PopTorch cannot look for them (no driver)"),
     (lambda: False, {"compile_only": True}, "ipu", "--device auto: IPUs, for --compile-only"),
-    (lambda: True, {"device": "cpu"}, "cpu", ""),
-    (lambda: False, {"device": "ipu"}, "ipu", ""),
+    (lambda: True, {"device": "cpu"}, "cpu", ""), (lambda: False, {"device": "ipu"}, "ipu", ""),
 ])
 def test_auto_means_the_ipus_that_are_there(found, options, name, choice, poptorch, monkeypatch, caplog):
     caplog.set_level(logging.INFO)

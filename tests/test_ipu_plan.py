@@ -42,8 +42,7 @@ def test_parts_lie_where_the_flags_say():
 
 
 @pytest.mark.parametrize("ipus, starts, stages", [
-    ([0, 0, 0], [], 1),
-    ([0, 1, 1, 2], [1, 3], 3),
+    ([0, 0, 0], [], 1), ([0, 1, 1, 2], [1, 3], 3),
     ([1, 1, 2], [0, 2], 3),  # what runs before the first block is on IPU 0: a stage of its own
     ([0, 1, 0], [1, 2], 3),  # a return is a stage
 ])
@@ -150,25 +149,18 @@ FOUR = {"ipus_per_replica": 4, "layers_per_ipu": [0, 1, 1, 1]}
     ({"layers_per_ipu": [1, 2]}, "--layers-per-ipu .* one for each IPU"),
     ({"layers_per_ipu": [2]}, "--layers-per-ipu .*--plan auto"),
     ({"ipus_per_replica": 3, "layers_per_ipu": [1, 1, 1]}, "--ipus-per-replica .*powers of two"),
-    ({"cls_ipu_id": 1}, "--cls-ipu-id .*IPUs 0 to 0"),
-    ({"embedding_ipu_id": 2}, "--embedding-ipu-id .*IPUs 0 to 0"),
+    ({"cls_ipu_id": 1}, "--cls-ipu-id .*IPUs 0 to 0"), ({"embedding_ipu_id": 2}, "--embedding-ipu-id .*IPUs 0 to 0"),
     ({"matmul_proportion": [0.1, 0.2]}, "--matmul-proportion.*one for all"),
     ({**FOUR, "gradient_accumulation": 6}, "--gradient-accumulation .*at least 7"),
     ({"embedding_serialization_factor": 5}, "--embedding-serialization-factor .*4 does"),
     ({"replication_factor": 3}, "--replication-factor .*powers of two"),
     ({"enable_rts": True}, "--enable-rts .*omit it"),
     ({"gradient_accumulation": 1}, "--async-dataloader .*--async-dataloader false"),
-    ({"enable_als": True}, "--enable-als .*--fp16"),
-    ({"ema_decay": 0.9}, "--ema-decay .*--ema-decay 0"),
-    ({"attention_impl": "sdpa"}, "--attention-impl .*auto"),
-    ({"compile": True}, "--compile .*omit it"),
-    ({"matmul_precision": "high"}, "--matmul-precision .*omit it"),
-    ({"optimizer": "Muon"}, "--optimizer .*AdamW"),
-    ({}, None),
-    ({**FOUR, "gradient_accumulation": 7}, None),
-    ({"replication_factor": 4, "enable_rts": True}, None),
-    ({"enable_als": True, "fp16": True}, None),
-    ({"embedding_serialization_factor": 6}, None),
+    ({"enable_als": True}, "--enable-als .*--fp16"), ({"ema_decay": 0.9}, "--ema-decay .*--ema-decay 0"),
+    ({"attention_impl": "sdpa"}, "--attention-impl .*auto"), ({"compile": True}, "--compile .*omit it"),
+    ({"matmul_precision": "high"}, "--matmul-precision .*omit it"), ({"optimizer": "Muon"}, "--optimizer .*AdamW"),
+    ({}, None), ({**FOUR, "gradient_accumulation": 7}, None), ({"replication_factor": 4, "enable_rts": True}, None),
+    ({"enable_als": True, "fp16": True}, None), ({"embedding_serialization_factor": 6}, None),
     ({"gradient_accumulation": 1, "async_dataloader": False}, None),
 ])
 def test_what_cannot_work_is_told_with_its_flag_and_a_way_out(options, message):

@@ -79,8 +79,7 @@ def test_kernels_can_be_switched_off(answer, monkeypatch, value):
 
 
 @pytest.mark.parametrize("script, message", [
-    (None, "no C compiler"),
-    ("echo 'cannot compile' >&2; exit 1", "PyTorch computes the same"),
+    (None, "no C compiler"), ("echo 'cannot compile' >&2; exit 1", "PyTorch computes the same"),
     ("for last; do :; done; echo nonsense > $last", "PyTorch computes the same"),
 ], ids=["absent", "fails", "writes nonsense"])
 def test_without_a_compiler_pytorch_computes(answer, monkeypatch, script, message):

@@ -18,10 +18,7 @@ SQUARE = torch.ones(64, 64)
 needs_unit = pytest.mark.usefixtures("unit")
 
 SHAPES = [
-    (64, 64, 64),
-    (65, 67, 71),
-    (77, 131, 705),
-    (96, 241, 128),
+    (64, 64, 64), (65, 67, 71), (77, 131, 705), (96, 241, 128),
     (160, 270, 1500),  # several steps of depth
     (131, 1000, 96),  # many units of columns
     (130, 300, 2200),  # units and rows are packed ahead, in four steps of depth
@@ -74,8 +71,7 @@ def test_the_same_on_any_number_of_threads(unit, threads):
     """Where the last row is packed on its own, by one of some threads, others may be steps of depth behind."""
     torch.manual_seed(4)
     for (rows, columns, depth), counts, times in (
-        ((133, 477, 1500), (2, 3, 5), 1),
-        ((65, 64, 2200), (3, 5, 7), 150 if unit == "native" else 4),
+        ((133, 477, 1500), (2, 3, 5), 1), ((65, 64, 2200), (3, 5, 7), 150 if unit == "native" else 4),
     ):
         a, b = torch.randn(rows, depth), torch.randn(depth, columns)
         threads(1)

@@ -270,8 +270,7 @@ def test_guidance_is_plotted(tmp_path):
 
 
 WRONG = [
-    ("", "missing --dalle-path"),
-    ("--images x --metrics fid", "--metrics fid needs --reference"),
+    ("", "missing --dalle-path"), ("--images x --metrics fid", "--metrics fid needs --reference"),
     ("--images x", "--images: give --metrics of fid, kid, is, prc"),
     ("--images x --metrics is,clip --clip-path y", "not clip"),
     ("--images x --reconstruction --metrics is", "--images and --reconstruction exclude each other"),

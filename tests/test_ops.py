@@ -22,8 +22,7 @@ TINY = DalleConfig(
 )  # fmt: skip
 #: Blocks with and without what the fused ops know: each activation, biases and scales, shifts, rotations, more norms.
 BLOCKS = {
-    "plain": {},
-    "rotary": {"rotary": True},
+    "plain": {}, "rotary": {"rotary": True},
     "rotary and shift": {"rotary": True, "shift_tokens": True, "text_positions": False, "image_positions": "none"},
     "stable sandwich": {"stable": True, "sandwich_norm": True},
     "without bos": {"bos": False, "unique_pads": False, "layer_scale": False, "image_positions": "learned"},

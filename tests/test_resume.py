@@ -46,8 +46,7 @@ _ALONE = dict(
     attention_impl="explicit", ff_dropout=0.5, attn_dropout=0.5, sandwich_norm=True, norm="rms", qk_norm=True,
     rotary_2d=True, shift_tokens=True, value_residual=True, code_noise_similar=1.0, activation="swiglu", ff_mult=3,
     layer_scale=False, init_std=0.02, z_loss=0.1, label_smoothing=0.1, base_width=32.0, init_codes="codebook",
-    loss_img_weight=1.0,
-    code_noise=0.5, null_cond_prob=1.0, vqgan_model_path=NEW_VQGAN + ".safetensors",
+    loss_img_weight=1.0, code_noise=0.5, null_cond_prob=1.0, vqgan_model_path=NEW_VQGAN + ".safetensors",
     vqgan_config_path=NEW_VQGAN + ".yaml", input_folder=NEW_FOLDER, validation_folder=NEW_FOLDER,
     validation_fraction=0.2, bpe_path=NEW_WORDS, generated_data=True, synthetic_data=True, dataloader_workers=1,
     cache_codes="off", augment="flip", checkpoint_save_steps=1, keep_checkpoints=1, log_dir=NEW_LOGS, tensorboard=True,
@@ -271,8 +270,7 @@ def batch(size, accumulation):
 
 @pytest.mark.parametrize("first, stop, then, skipped", [
     ((1, 1), 10, (4, 1), 2),  # samples 10, 14 and 18 of 24 begin a step; the last two fill none
-    ((4, 1), 3, (1, 2), 0),
-    ((2, 2), 3, (2, 3), 0),
+    ((4, 1), 3, (1, 2), 0), ((2, 2), 3, (2, 3), 0),
     ((1, 1), 22, (2, 2), 2),  # nothing is left of the epoch but its end
     ((4, 2), 3, (3, 1), 0),  # between two epochs
 ])

@@ -18,8 +18,7 @@ LISTS = {
     "drawbench.csv": ["Prompts,Category", '"a red car, parked",Colors', "two dogs,Counting"],
     "parti.tsv": ["Prompt\tCategory\tChallenge\tNote", 'a "red" car\tVehicles\tBasic\t', "two dogs\tAnimals\tStyle\tx"],
     "list.json": ['[{"caption": "a red car"}, {"caption": "two dogs"}]'],
-    "plain.txt": ["a red car, parked | text", "", "  two dogs"],
-    "word.txt": ["prompt", "two dogs"],
+    "plain.txt": ["a red car, parked | text", "", "  two dogs"], "word.txt": ["prompt", "two dogs"],
     "word.csv": ["prompt", "a red car", "two dogs"],
 }
 FIRST = {"drawbench.csv": "a red car, parked", "parti.tsv": 'a "red" car', "plain.txt": "a red car, parked | text",

@@ -215,10 +215,8 @@ def test_base_width_scales_weights_and_rates(optimizer):
         rates.update((id(p), group["lr"]) for p in group["params"])
     block = dalle.transformer.layers[0].feed_forward.fn.up.weight
     for weight, std, rate in (
-        (block, 0.1 / 2, 3e-3 / (2 if optimizer == "Muon" else 4)),
-        (dalle.image_head.weight, 0.1 / 4, 3e-3 / 4),
-        (dalle.image_emb.weight, 0.1, 3e-3),
-        (dalle.norm.weight, None, 3e-3),
+        (block, 0.1 / 2, 3e-3 / (2 if optimizer == "Muon" else 4)), (dalle.image_head.weight, 0.1 / 4, 3e-3 / 4),
+        (dalle.image_emb.weight, 0.1, 3e-3), (dalle.norm.weight, None, 3e-3),
     ):
         assert rates[id(weight)] == pytest.approx(rate)
         assert std is None or weight.std().item() == pytest.approx(std, rel=0.1)
@@ -271,8 +269,7 @@ def test_captions_say_in_which_view_an_image_is():
     assert set(seen) == {f", {name}" for name in "mirrored,moved left,moved right,moved up,moved down,smaller,larger"
                          .split(",")}  # fmt: skip
     for name, move in (
-        ("mirrored", lambda x: x.flip(-1)),
-        ("moved left", lambda x: F.pad(x[:, :, 3:], (0, 3), value=255)),
+        ("mirrored", lambda x: x.flip(-1)), ("moved left", lambda x: F.pad(x[:, :, 3:], (0, 3), value=255)),
         ("moved down", lambda x: F.pad(x[:, :-3], (0, 0, 3, 0), value=255)),
     ):
         original, image = seen[f", {name}"]
