@@ -58,8 +58,7 @@ def digest(values):
 def test_awkward_texts_and_some_captions_equal_the_reference(name, golden, tokenizers):
     tokenizer, texts, expected = tokenizers[name], golden["texts"], golden[name]
     assert len(texts) == len(expected["ids"]) > 400
-    found = zip(texts, tokenizer.encode_batch(texts), expected["ids"])
-    assert [row for row in found if row[1] != row[2]] == []
+    assert [row for row in zip(texts, tokenizer.encode_batch(texts), expected["ids"]) if row[1] != row[2]] == []
     assert digest([tokenizer.decode(ids) for ids in expected["ids"]]) == expected["decoded_sha256"]
     assert tokenizer.vocab_size == expected["vocab_size"]
     if name != "clip":  # the references read these very files
@@ -364,7 +363,6 @@ TEXTS = [
 def hf_tokenizer(kind):
     """A tokenizer of the package itself, as downloaded ones are: [PAD] is 0, [CLS] and [SEP] around a text."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-
     common = {"vocab_size": 60, "special_tokens": ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]}
     if kind == "byte-level":
         tokenizer, trainer = Tokenizer(models.BPE()), trainers.BpeTrainer(**dict(common, vocab_size=300))
@@ -401,8 +399,7 @@ def test_ids_of_a_tokenizer_json_are_those_of_the_package(kind, tmp_path):
         assert tokenizer.decode([*expected, 0, 10 ** 6]) == reference.decode([id_ for id_ in expected if id_])
     assert tokenizer.vocab_size == reference.get_vocab_size()
     assert tokenizer.tokenize(CORPUS[:2], 40).shape == (2, 40)
-    unknown = {"byte-level": [], "bert": ["\u9ed1"]}.get(kind, ["\u9ed1"])
-    assert tokenizer.unknown("a \u9ed1 circle") == unknown
+    assert tokenizer.unknown("a \u9ed1 circle") == {"byte-level": [], "bert": ["\u9ed1"]}.get(kind, ["\u9ed1"])
 
 
 def test_what_a_tokenizer_json_asks_for_beside_its_ids_is_ignored(tmp_path):
@@ -432,7 +429,6 @@ def test_a_tokenizer_json_is_found_again_by_what_a_checkpoint_notes(beside, tmp_
 @pytest.mark.parametrize("special", [["[UNK]", "[PAD]"], []])
 def test_a_tokenizer_json_without_a_pad_at_zero_is_worth_a_warning(special, tmp_path, caplog):
     from tokenizers import Tokenizer, models, trainers
-
     tokenizer = Tokenizer(models.BPE(unk_token="[UNK]" if special else None))
     tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=50, special_tokens=special))
     tokenizer.save(str(tmp_path / "t.json"))

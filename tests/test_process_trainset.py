@@ -206,6 +206,7 @@ def test_lists_are_told_by_what_is_in_them(tmp_path, name, suffix):
     ("image,caption\n1.jpg,A cat, red\n", {"1": "A cat, red"}),  # a comma without quotes
     ('image,caption\n1.jpg,"A cat,\nred ""x"""\n', {"1": 'A cat, red "x"'}),
     ('1.jpg#0\t"A" cat says "B"\n', {"1": '"A" cat says "B"'}),
+    ('image,caption\n1.jpg,"[""half a list"\n', {"1": '["half a list'}),
     ('image\tcaption\n1.jpg\t"a ""cat"""\n2.jpg\t"half\n', {"1": 'a "cat"', "2": '"half'}),
     ('{"images": [{"filepath": "a", "filename": "1.jpg", "sentences": [{"raw": "one"}]}, '
      '{"filepath": "b", "filename": "1.jpg", "sentences": [{"raw": "two"}]}]}', {"a/1": "one", "b/1": "two"}),
