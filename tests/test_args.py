@@ -115,8 +115,7 @@ def test_tuples_and_floats_in_yaml_and_boolean_flags(tmp_path):
     assert (optimizer.learning_rate, optimizer.loss_scaling) == (3e-4, 8.0)
     assert isinstance(optimizer.loss_scaling, float)
     for words in ("--fp16", "--fp16 true", "--fp16 False", "--fp16=0", ""):
-        value = "False" not in words and "0" not in words
-        assert parse(["--config", "L16", *words.split()]).execution.fp16 is value
+        assert parse(["--config", "L16", *words.split()]).execution.fp16 is ("False" not in words and "0" not in words)
 
 
 #: (flags, what is said of them).
@@ -244,8 +243,7 @@ def test_configurations_are_frozen_checked_and_survive_a_dict():
     refused("Did you mean 'hidden_size'", config.replace, hiden_size=8, kind=UsageError)
     text = parse(["--config", "L16_POD16"]).describe()
     assert "global batch 16384 = 2 (batch_size) x 2048 (gradient_accumulation) x 4 (replication_factor)" in text
-    assert "enable_rts=true" in text and "dim_head" not in text
-    assert max(len(line) for line in text.splitlines()) <= 120
+    assert "enable_rts=true" in text and "dim_head" not in text and max(len(line) for line in text.splitlines()) <= 120
     half = ExecutionConfig(fp16=True)
     assert (half.native_precision("cpu"), half.native_precision("cuda")) == ("fp32", "fp16")
     assert ExecutionConfig().native_precision("cuda") == "fp32"

@@ -135,8 +135,7 @@ def test_remembered_words_are_bounded(monkeypatch, tokenizers):
     tokenizer = load_tokenizer(str(SHIPPED))
     texts = ["word{} {}".format(number, "x" * number) for number in range(100)]
     assert tokenizer.encode_batch(texts) == tokenizers["shipped"].encode_batch(texts)
-    assert len(tokenizer._known_words) == 10
-    assert all(len(word) <= 64 for word in tokenizers["shipped"]._known_words)
+    assert len(tokenizer._known_words) == 10 and all(len(word) <= 64 for word in tokenizers["shipped"]._known_words)
 
 
 def test_the_plain_clip_file_is_the_same_vocabulary(tmp_path, tokenizers):
@@ -220,8 +219,7 @@ def test_paths_of_the_published_application_find_the_shipped_vocabularies(folder
 
 def learn_by_definition(words, num_merges, ids):
     """Recount everything before each merge; of equal counts the pair of older tokens wins."""
-    tokens = {word: [ids[char] for char in "\u2581" + word] for word in words}
-    merges = []
+    tokens, merges = {word: [ids[char] for char in "\u2581" + word] for word in words}, []
     for result in range(4 + len(ids), 4 + len(ids) + num_merges):
         totals = collections.Counter()
         for word, count in words.items():
@@ -256,8 +254,7 @@ def test_ids_counts_and_coverage_of_a_learned_file():
     vocabulary = bpe.train.learn_vocabulary(["bb ba .", "ba"], 9)
     assert vocabulary.specials == {"unk": 1, "pad": 0, "bos": 2, "eos": 3}
     # U+2581, then by frequency: b 4, a 2, the full stop 1 (attached to its word, as when captions are prepared)
-    assert vocabulary.chars == [("\u2581", 4), ("b", 5), ("a", 6), (".", 7)]
-    assert vocabulary.merges == [(4, 5, 8)]
+    assert vocabulary.chars == [("\u2581", 4), ("b", 5), ("a", 6), (".", 7)] and vocabulary.merges == [(4, 5, 8)]
     assert parse_vocabulary(bpe.yttm.format_vocabulary(vocabulary).encode(), "test") == vocabulary
     lines = ["aaaa bbb a\u2603b \U0001f389"]
     for coverage, chars in (({}, "\u2581ab\u2603\U0001f389"), ({"coverage": 0.8}, "\u2581ab")):  # the rarest go
@@ -268,8 +265,7 @@ def test_ids_counts_and_coverage_of_a_learned_file():
 
 
 def test_the_shipped_vocabulary_is_what_the_command_makes(coco_captions):
-    vocabulary = bpe.train.learn_vocabulary(coco_captions, 8192)
-    assert bpe.yttm.format_vocabulary(vocabulary).encode() == SHIPPED.read_bytes()
+    assert bpe.yttm.format_vocabulary(bpe.train.learn_vocabulary(coco_captions, 8192)).encode() == SHIPPED.read_bytes()
 
 
 @pytest.fixture
@@ -397,8 +393,7 @@ def test_ids_of_a_tokenizer_json_are_those_of_the_package(kind, tmp_path):
         expected = reference.encode(whole, add_special_tokens=False).ids
         assert tokenizer.encode(text) == expected == pickle.loads(pickle.dumps(tokenizer)).encode(text)
         assert tokenizer.decode([*expected, 0, 10 ** 6]) == reference.decode([id_ for id_ in expected if id_])
-    assert tokenizer.vocab_size == reference.get_vocab_size()
-    assert tokenizer.tokenize(CORPUS[:2], 40).shape == (2, 40)
+    assert tokenizer.vocab_size == reference.get_vocab_size() and tokenizer.tokenize(CORPUS[:2], 40).shape == (2, 40)
     assert tokenizer.unknown("a \u9ed1 circle") == {"byte-level": [], "bert": ["\u9ed1"]}.get(kind, ["\u9ed1"])
 
 
@@ -462,8 +457,7 @@ def test_unknown_characters_are_worth_a_warning(tokenizers, tmp_path, caplog):
     (tmp_path / "yttm").write_bytes(b"22 0\n9601 4\n" + letters + b"1 0 2 3")
     small = load_tokenizer(str(tmp_path / "yttm"))
     assert small.unknown("azu") == ["z"] and small.unknown(" \t") == []
-    cases = ((["a cat"], 0), ([], 0), (["a" * 150 + "\u4e00"], 1 / 151), (["\u4e00\u53ea", "a b"], 0.5))
-    for texts, share in cases:
+    for texts, share in ((["a cat"], 0), ([], 0), (["a" * 150 + "\u4e00"], 1 / 151), (["\u4e00\u53ea", "a b"], 0.5)):
         assert warn_of_unknown(tokenizers["shipped"], texts, "--text") == pytest.approx(share)
     (message,) = caplog.messages  # of more than a hundredth
     assert message.startswith("--text: the vocabulary lacks 50 % of the characters (such as \u4e00 \u53ea)")

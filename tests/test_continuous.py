@@ -75,8 +75,7 @@ def test_an_image_that_is_ended_frees_its_slots(kind):
     so_far = continuous.codes(ended)
     assert so_far.shape == (36,) and so_far[0] >= 0 and so_far[35] < 0
     continuous.finish(ended)
-    later = continuous.start(images[2])
-    done = set()
+    later, done = continuous.start(images[2]), set()
     while len(done) < 2:
         done |= set(continuous.advance())
     for number, image in ((first, images[0]), (later, images[2])):
