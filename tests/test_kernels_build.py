@@ -45,8 +45,7 @@ class Answer:
         with self.caplog.at_level(logging.INFO):
             library = build.library("answer")
             assert library is None if fails else library.answer() == 42
-        assert (self.compiled > before) == compiles
-        assert not self.trap.exists()
+        assert (self.compiled > before) == compiles and not self.trap.exists()
         return [record.message for record in self.caplog.records]
 
     def file(self, folder=None):
