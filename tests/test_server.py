@@ -213,8 +213,7 @@ def test_pictures_by_url(served):
     assert answer.data[0].b64_json is None and answer.data[0].url != answer.data[1].url
     status, headers, content = served.raw("GET", answer.data[0].url.partition(f":{served.port}")[2])
     assert status == 200 and headers["content-type"] == "image/png"
-    expected = served.pictures(extra_body={"seed": 3})[0][0]
-    assert torch.equal(image_to_tensor(Image.open(io.BytesIO(content))), expected)
+    assert torch.equal(image_to_tensor(Image.open(io.BytesIO(content))), served.pictures(extra_body={"seed": 3})[0][0])
     assert served.raw("GET", "/images/unknown.png")[0] == 404
 
 
@@ -226,8 +225,7 @@ def test_the_store_forgets():
     now[0] = 11.0
     assert store.get(second) is None
     store.put(b"z", "png")
-    assert store.size == 1
-    assert store.get(store.put(b"z" * 101, "png")) is None and store.size == 0
+    assert store.size == 1 and store.get(store.put(b"z" * 101, "png")) is None and store.size == 0
 
 
 def test_the_best_of_several_candidates(served):
@@ -618,8 +616,7 @@ def test_the_command_serves_until_a_signal_and_completes_what_runs(server, tmp_p
     while serve_load.counted(port)["mini_dalle_running_images"] == 0:
         time.sleep(0.01)
     os.kill(pid, signal.SIGTERM)
-    assert len(connection.receive()) == 30
-    assert server.wait(pid, 60) == 0 and "stopping" in log.read_text()
+    assert len(connection.receive()) == 30 and server.wait(pid, 60) == 0 and "stopping" in log.read_text()
 
 
 @pytest.mark.parametrize("package", ["fastapi", "uvicorn", "prometheus_client"])
@@ -627,15 +624,13 @@ def test_missing_packages_are_named(package, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("server.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    message = f"{package}.*: python -m pip install -r requirements-serve.txt"
-    refused(message, serve.main, ["--dalle-path", "missing"])
+    refused(f"{package}.*: python -m pip install -r requirements-serve.txt", serve.main, ["--dalle-path", "missing"])
 
 
 def test_prompts_to_try_come_from_a_file(tmp_path):
     (tmp_path / "prompts.txt").write_text(" a cat\n\na dog \n", encoding="utf-8")
     options = COMMAND.parse(["--dalle-path", "demo", "--examples", str(tmp_path / "prompts.txt")])
-    assert options.prompts() == ["a cat", "a dog"]
-    assert not COMMAND.parse(["--dalle-path", "other"]).prompts()
+    assert options.prompts() == ["a cat", "a dog"] and not COMMAND.parse(["--dalle-path", "other"]).prompts()
     words = ["--dalle-path", "missing", "--examples", "missing.txt", "--port", "0"]
     refused("--examples missing.txt: no such file", serve.main, words)
 
