@@ -25,7 +25,6 @@ STRICT += ["ignore:Corrupt EXIF data:UserWarning", "ignore:Detected pickle proto
 OURS = r"(test_\w+|args|benchmarks|bpe|dalle|data|engines|evaluate|examples_utils|generate|log"
 OURS += r"|models|ops|train\w*|utils)\b"
 
-
 #: The tests that look at loss.png. All others that train in this process would spend half of their time on drawing it.
 CURVES = ("test_log.py", "test_disks.py::test_folders_that_vanish", "test_train.py::test_training_lowers_the_loss")
 plot_losses = log.plot_losses
@@ -75,8 +74,7 @@ def pytest_collection_modifyitems(config, items):
 def pytest_runtest_makereport():
     """Escape lone surrogates in what a test logged: pytest-xdist cannot send them."""
     report = (yield).get_result()
-    sections = report.sections
-    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in sections]
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +110,6 @@ def shared_data():
 def mindalle_folder(tmp_path_factory):
     """A tiny model in minDALL-E's published layout, to read and not to change."""
     from mindalle_folder import make_folder
-
     return make_folder(tmp_path_factory.mktemp("mindalle") / "tiny")
 
 
@@ -120,7 +117,6 @@ def mindalle_folder(tmp_path_factory):
 def folder(tmp_path_factory):
     """24 pairs with two captions each and a tiny VQGAN, for `helpers.flags` and `helpers.run`; not to be changed."""
     from helpers import fill
-
     return fill(tmp_path_factory.mktemp("training"), 24)
 
 
@@ -130,7 +126,6 @@ def inception_weights(tmp_path_factory):
     from helpers import random_images
 
     from metrics.inception import Inception
-
     torch.manual_seed(0)
     network = Inception()
     for module in network.modules():
@@ -148,7 +143,6 @@ def inception_weights(tmp_path_factory):
 def server():
     """Runs the programs as processes of their own, each in milliseconds (see fork_server.py)."""
     from fork_server import ForkServer
-
     with ForkServer() as server:
         yield server
 
@@ -159,7 +153,6 @@ def clean_modules():
     before = set(sys.modules)
     yield
     from benchmarks.contestants import STUBS
-
     for name in set(sys.modules) - before:
         if name.split(".")[0] in {"dalle_pytorch", *(stub.split(".")[0] for stub in STUBS)}:
             del sys.modules[name]
@@ -185,7 +178,6 @@ def threads():
 def poptorch(monkeypatch):
     """The stand-in for PopTorch, as `import poptorch` finds it."""
     from poptorch_stand_in import install
-
     return install(monkeypatch)
 
 
@@ -193,7 +185,6 @@ def poptorch(monkeypatch):
 def unit(request):
     """The matrix unit of the processor, where it has one, or one in portable C."""
     from models_for_tests import matrix_units
-
     with matrix_units(request.param):
         yield request.param
 
@@ -202,7 +193,6 @@ def unit(request):
 def unit_of_rows(request):
     """The same for the native decoder's bfloat16 and int8 weights, and without one."""
     from models_for_tests import units_of_rows
-
     with units_of_rows(request.param):
         yield request.param
 
@@ -211,6 +201,5 @@ def unit_of_rows(request):
 def undisturbed(server, folder, tmp_path_factory):
     """Results of runs of test_crash that nothing happened to, for so many processes, and the CPU time they took."""
     from test_crash import run_undisturbed
-
     make = functools.partial(tmp_path_factory.mktemp, "whole")
     return functools.lru_cache(None)(lambda processes: run_undisturbed(server, folder, make(), processes))

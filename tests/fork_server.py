@@ -14,6 +14,8 @@ import importlib
 import itertools
 import json
 import os
+import pkgutil
+import re
 import resource
 import signal
 import subprocess
@@ -58,7 +60,6 @@ class ForkServer:
     def start_all(self, argv, logs, kills=(), agent=None, **more):
         """Start a process for each log, as torchrun would. agent: the store of its agent, which outlives them."""
         from helpers import free_port
-
         common = {"WORLD_SIZE": str(len(logs)), "MASTER_ADDR": "127.0.0.1"}
         common["MASTER_PORT"] = str(agent.port if agent else free_port())
         common.update({"TORCHELASTIC_USE_AGENT_STORE": "True"} if agent else {}, **more)
@@ -106,26 +107,21 @@ def _end(how):
     if isinstance(how, int):
         return os.kill(os.getpid(), how)
     from utils.errors import UserError
-
-    kinds = (UserError, RuntimeError, SystemExit, KeyboardInterrupt)
-    raise {kind.__name__: kind for kind in kinds}[how]("as the test wants it")
+    kinds = {kind.__name__: kind for kind in (UserError, RuntimeError, SystemExit, KeyboardInterrupt)}
+    raise kinds[how]("as the test wants it")
 
 
 def _kill_at(target, count, when, how=signal.SIGKILL):
-    module, _, path = target.partition(":")
-    *owners, name = path.split(".")
-    owner = importlib.import_module(module)
-    for part in owners:
-        owner = getattr(owner, part)
-    function, calls = getattr(owner, name), [0]
+    place, name = re.fullmatch(r"(.+)[:.](\w+)", target).groups()
+    owner = pkgutil.resolve_name(place)
+    function, calls = getattr(owner, name), itertools.count(1)
 
     def counting(*args, **kwargs):
-        calls[0] += 1
-        call = calls[0]
-        if call == count and when == "before":
+        now = next(calls) == count
+        if now and when == "before":
             _end(how)
         result = function(*args, **kwargs)
-        if call == count and when == "after":
+        if now and when == "after":
             _end(how)
         return result
 
@@ -153,7 +149,6 @@ def _run(request):
     if request["kill"]:
         _kill_at(*request["kill"])
     from utils.errors import run_main
-
     run_main(script.main)
 
 

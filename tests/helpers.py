@@ -352,11 +352,7 @@ def create_dataset(input_folder, tokenizer, text_seq_len, image_size, demo_split
     return data.create_dataset(input_folder, tokenizer, settings, demo_split=demo_split)
 
 
-def create_datasets(
-    input_folder, tokenizer, text_seq_len, image_size, validation_folder=None, validation_holdout=0.01, **settings
-):
-    """`data.create_datasets`, by the names of its settings."""
-    settings = DataSettings(text_seq_len, image_size, **settings)
-    return data.create_datasets(
-        input_folder, tokenizer, settings, validation_folder=validation_folder, validation_holdout=validation_holdout
-    )
+def create_datasets(input_folder, tokenizer, text_seq_len, image_size, **options):
+    """`data.create_datasets`, likewise."""
+    apart = {name: options.pop(name) for name in ("validation_folder", "validation_holdout") if name in options}
+    return data.create_datasets(input_folder, tokenizer, DataSettings(text_seq_len, image_size, **options), **apart)

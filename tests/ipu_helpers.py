@@ -42,8 +42,7 @@ class Pairs(PairDataset):
         self.images = images
 
     def _text(self, pair):
-        generator = torch.Generator().manual_seed(1000 * int(self._epoch) + pair)
-        text = torch.randint(1, 9, (5,), generator=generator)
+        text = torch.randint(1, 9, (5,), generator=torch.Generator().manual_seed(1000 * int(self._epoch) + pair))
         text[3:] = 0
         return text
 

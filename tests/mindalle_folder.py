@@ -117,7 +117,6 @@ def clip_images():
 def stage1_shapes():
     """Names and shapes of the VQGAN's weights (taming-transformers' names)."""
     from models.vqgan import VQGAN, VqganConfig
-
     network = {
         key: tuple(v) if isinstance(v, list) else v for key, v in STAGE1.items() if key not in ("double_z", "pdrop")
     }

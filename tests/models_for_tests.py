@@ -31,8 +31,7 @@ ALL = {"attn_types": ALL_PATTERNS, "depth": 5}
 #: Options of models to sample from, by name.
 OPTIONS = {
     **{pattern: {"attn_types": (pattern,)} for pattern in ALL_PATTERNS},
-    "all patterns": ALL,
-    "rotary": dict(ALL, rotary=True, text_positions=False, image_positions="none"),
+    "all patterns": ALL, "rotary": dict(ALL, rotary=True, text_positions=False, image_positions="none"),
     "shift": {"shift_tokens": True, "attn_types": ("full", "conv_causal")},
     "rotary and shift": {"rotary": True, "shift_tokens": True, "attn_types": ("axial_row", "axial_col")},
     "stable sandwich tied": {"stable": True, "sandwich_norm": True, "tie_embeddings": True},

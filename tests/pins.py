@@ -22,8 +22,7 @@ def other_versions():
     if not read_pins():
         return [f"Python {PYTHON} (constraints: 3.10 to 3.13)"]
     torch = re.search(r"^torch==([\d.]+)", (ROOT / "requirements.txt").read_text(), re.M)
-    pins = dict(read_pins(), torch=torch.group(1))
-    found = []
+    pins, found = dict(read_pins(), torch=torch.group(1)), []
     for name, version in pins.items():
         try:
             installed = metadata.version(name).partition("+")[0]  # 2.13.0+cpu is PyTorch 2.13.0

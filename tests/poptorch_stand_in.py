@@ -14,12 +14,12 @@ import functools
 import pickle
 import sys
 import types
+from dataclasses import dataclass
 
 import poptorch_stand_in_device as device
 import torch
 
 Error = device.Error
-
 
 OutputMode = enum.Enum("OutputMode", "Sum")
 ReductionType = enum.Enum("ReductionType", "Mean")
@@ -72,10 +72,9 @@ class _Popart(_Settings):
         return self._set(key, type(value), value)
 
 
+@dataclass
 class PipelinedExecution:
-    def __init__(self, auto_stage):
-        assert isinstance(auto_stage, AutoStage)
-        self.auto_stage = auto_stage
+    auto_stage: AutoStage
 
 
 OPTIONS = {
@@ -130,20 +129,15 @@ def freeze(options):
 # Model functions -----------------------------------------------------------------------------------------------------
 
 
-class _BlockHook:
-    def __init__(self, user_id, ipu_id):
-        self.user_id, self.ipu_id = user_id, ipu_id
-
-    def __call__(self, module, inputs):
-        if device.CAPTURES:
-            device.CAPTURES[-1].begin_block(self.user_id, self.ipu_id)
-
-
 def BeginBlock(layer_to_call, user_id=None, ipu_id=None):
+    def begin_block(module, inputs):
+        if device.CAPTURES:
+            device.CAPTURES[-1].begin_block(user_id, ipu_id)
+
     assert isinstance(layer_to_call, torch.nn.Module)
-    if any(isinstance(hook, _BlockHook) for hook in layer_to_call._forward_pre_hooks.values()):
+    if any(getattr(hook, "__name__", "") == "begin_block" for hook in layer_to_call._forward_pre_hooks.values()):
         raise Error("module has already been assigned to a block.")
-    layer_to_call.register_forward_pre_hook(_BlockHook(user_id, ipu_id))
+    layer_to_call.register_forward_pre_hook(begin_block)
     return layer_to_call
 
 

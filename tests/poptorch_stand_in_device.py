@@ -95,24 +95,17 @@ class VariableAttributes:
 class _Optimizer:
     """Hyper-parameters and a place for the state; the arithmetic is the device's."""
 
-    def __init__(
-        self, params, lr=None, betas=None, eps=None, weight_decay=None, amsgrad=None, loss_scaling=1.0,
-        accum_type=torch.float32, first_order_momentum_accum_type=torch.float32,
-        second_order_momentum_accum_type=torch.float32, max_grad_norm=float("inf"),
-    ):
-        given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
-        given = {key: value for key, value in given.items() if value is not None}
-        super().__init__(params, **given)
-        for kind in (accum_type, first_order_momentum_accum_type, second_order_momentum_accum_type):
-            assert kind in (torch.float16, torch.float32), "Accumulation types must be torch.float32 or torch.float16"
-        self.loss_scaling, self.max_grad_norm, self.accum_type = loss_scaling, max_grad_norm, accum_type
-        self.first_order_momentum_accum_type = first_order_momentum_accum_type
-        self.second_order_momentum_accum_type = second_order_momentum_accum_type
-        self.variable_attrs = VariableAttributes(given, [*self.defaults, "loss_scaling"])
+    ACCUMULATED = ("accum_type", "first_order_momentum_accum_type", "second_order_momentum_accum_type")
+
+    def __init__(self, params, loss_scaling=1.0, max_grad_norm=float("inf"), **options):
+        kinds = {name: options.pop(name, torch.float32) for name in self.ACCUMULATED}
+        assert set(kinds.values()) <= {torch.float16, torch.float32}, "Accumulation types must be float32 or float16"
+        assert options.keys() <= {"lr", "betas", "eps", "weight_decay"}, "what PopTorch has no use for, or amsgrad"
+        super().__init__(params, **options)
+        vars(self).update(kinds, loss_scaling=loss_scaling, max_grad_norm=max_grad_norm)
+        self.variable_attrs = VariableAttributes(options, [*self.defaults, "loss_scaling"])
         self.ipu_state = {"ipu_state": None, "ipu_param": None}
         self.executor, self.to_device = None, False
-        if any(group["amsgrad"] for group in self.param_groups):
-            raise ValueError("Only non-amsgrad Adam/AdamW optimizers are supported.")
 
     def state_dict(self):
         if self.executor is not None and not self.to_device:

@@ -27,9 +27,7 @@ def sees(pattern, text_len, grid, query, key):
     query_row, query_column = divmod(query - text_len, grid)
     row, column = divmod(key - text_len, grid)
     return {
-        "full": True,
-        "axial_row": row == query_row,
-        "axial_col": column == query_column,
+        "full": True, "axial_row": row == query_row, "axial_col": column == query_column,
         "conv_like": row >= query_row - 2 and query_column - 2 <= column <= query_column + 2,
         "conv_causal": row >= query_row - 4 and query_column - 4 <= column <= query_column,
     }[pattern]

@@ -58,8 +58,7 @@ def digest(values):
 def test_awkward_texts_and_some_captions_equal_the_reference(name, golden, tokenizers):
     tokenizer, texts, expected = tokenizers[name], golden["texts"], golden[name]
     assert len(texts) == len(expected["ids"]) > 400
-    found = zip(texts, tokenizer.encode_batch(texts), expected["ids"])
-    assert [row for row in found if row[1] != row[2]] == []
+    assert [row for row in zip(texts, tokenizer.encode_batch(texts), expected["ids"]) if row[1] != row[2]] == []
     assert digest([tokenizer.decode(ids) for ids in expected["ids"]]) == expected["decoded_sha256"]
     assert tokenizer.vocab_size == expected["vocab_size"]
     if name != "clip":  # the references read these very files
@@ -136,8 +135,7 @@ def test_remembered_words_are_bounded(monkeypatch, tokenizers):
     tokenizer = load_tokenizer(str(SHIPPED))
     texts = ["word{} {}".format(number, "x" * number) for number in range(100)]
     assert tokenizer.encode_batch(texts) == tokenizers["shipped"].encode_batch(texts)
-    assert len(tokenizer._known_words) == 10
-    assert all(len(word) <= 64 for word in tokenizers["shipped"]._known_words)
+    assert len(tokenizer._known_words) == 10 and all(len(word) <= 64 for word in tokenizers["shipped"]._known_words)
 
 
 def test_the_plain_clip_file_is_the_same_vocabulary(tmp_path, tokenizers):
@@ -153,7 +151,6 @@ def test_the_plain_clip_file_is_the_same_vocabulary(tmp_path, tokenizers):
 
 
 GOOD = "3 1\n9601 4\n97 5\n98 6\n5 6 7\n1 0 2 3\n"
-
 
 CHANGES = {
     ("3 1", "3 2"): "20 numbers|requires 18", ("3 1", "4 1"): "requires 17", ("3 1", "9" * 20 + " 1"): "requires",
@@ -222,8 +219,7 @@ def test_paths_of_the_published_application_find_the_shipped_vocabularies(folder
 
 def learn_by_definition(words, num_merges, ids):
     """Recount everything before each merge; of equal counts the pair of older tokens wins."""
-    tokens = {word: [ids[char] for char in "\u2581" + word] for word in words}
-    merges = []
+    tokens, merges = {word: [ids[char] for char in "\u2581" + word] for word in words}, []
     for result in range(4 + len(ids), 4 + len(ids) + num_merges):
         totals = collections.Counter()
         for word, count in words.items():
@@ -258,8 +254,7 @@ def test_ids_counts_and_coverage_of_a_learned_file():
     vocabulary = bpe.train.learn_vocabulary(["bb ba .", "ba"], 9)
     assert vocabulary.specials == {"unk": 1, "pad": 0, "bos": 2, "eos": 3}
     # U+2581, then by frequency: b 4, a 2, the full stop 1 (attached to its word, as when captions are prepared)
-    assert vocabulary.chars == [("\u2581", 4), ("b", 5), ("a", 6), (".", 7)]
-    assert vocabulary.merges == [(4, 5, 8)]
+    assert vocabulary.chars == [("\u2581", 4), ("b", 5), ("a", 6), (".", 7)] and vocabulary.merges == [(4, 5, 8)]
     assert parse_vocabulary(bpe.yttm.format_vocabulary(vocabulary).encode(), "test") == vocabulary
     lines = ["aaaa bbb a\u2603b \U0001f389"]
     for coverage, chars in (({}, "\u2581ab\u2603\U0001f389"), ({"coverage": 0.8}, "\u2581ab")):  # the rarest go
@@ -270,8 +265,7 @@ def test_ids_counts_and_coverage_of_a_learned_file():
 
 
 def test_the_shipped_vocabulary_is_what_the_command_makes(coco_captions):
-    vocabulary = bpe.train.learn_vocabulary(coco_captions, 8192)
-    assert bpe.yttm.format_vocabulary(vocabulary).encode() == SHIPPED.read_bytes()
+    assert bpe.yttm.format_vocabulary(bpe.train.learn_vocabulary(coco_captions, 8192)).encode() == SHIPPED.read_bytes()
 
 
 @pytest.fixture
@@ -341,8 +335,7 @@ def test_bad_input_ends_with_one_line_and_leaves_the_old_file(source, content, c
     ({"--vocab-size": "0"}, 2, "--vocab-size: must be at least 1, got 0"), ({"--vocab-size": "x"}, 2, "--vocab-size"),
     ({"--coverage": "0"}, 2, "--coverage: must be above 0"),
     ({"--coverage": "nan"}, 2, "--coverage: expected a number"), ({"--output": "."}, 2, "--output"),
-    ({"--vocab-size": "9"}, 1, "at least 18"),
-    ({"--captions": "empty"}, 1, "no .txt file in this folder"),
+    ({"--vocab-size": "9"}, 1, "at least 18"), ({"--captions": "empty"}, 1, "no .txt file in this folder"),
     ({"--captions": "captions", "--caption-column": "x"}, 2, "--caption-column is for lists"),
     ({"--captions": "captions.json", "--caption-column": "x"}, 1, "keys found: caption"),
     ({"--caption-column": "x"}, 1, "in its first line, 'A cat sits on a mat.'"),
@@ -366,7 +359,6 @@ TEXTS = [
 def hf_tokenizer(kind):
     """A tokenizer of the package itself, as downloaded ones are: [PAD] is 0, [CLS] and [SEP] around a text."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-
     common = {"vocab_size": 60, "special_tokens": ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]}
     if kind == "byte-level":
         tokenizer, trainer = Tokenizer(models.BPE()), trainers.BpeTrainer(**dict(common, vocab_size=300))
@@ -401,10 +393,8 @@ def test_ids_of_a_tokenizer_json_are_those_of_the_package(kind, tmp_path):
         expected = reference.encode(whole, add_special_tokens=False).ids
         assert tokenizer.encode(text) == expected == pickle.loads(pickle.dumps(tokenizer)).encode(text)
         assert tokenizer.decode([*expected, 0, 10 ** 6]) == reference.decode([id_ for id_ in expected if id_])
-    assert tokenizer.vocab_size == reference.get_vocab_size()
-    assert tokenizer.tokenize(CORPUS[:2], 40).shape == (2, 40)
-    unknown = {"byte-level": [], "bert": ["\u9ed1"]}.get(kind, ["\u9ed1"])
-    assert tokenizer.unknown("a \u9ed1 circle") == unknown
+    assert tokenizer.vocab_size == reference.get_vocab_size() and tokenizer.tokenize(CORPUS[:2], 40).shape == (2, 40)
+    assert tokenizer.unknown("a \u9ed1 circle") == {"byte-level": [], "bert": ["\u9ed1"]}.get(kind, ["\u9ed1"])
 
 
 def test_what_a_tokenizer_json_asks_for_beside_its_ids_is_ignored(tmp_path):
@@ -434,7 +424,6 @@ def test_a_tokenizer_json_is_found_again_by_what_a_checkpoint_notes(beside, tmp_
 @pytest.mark.parametrize("special", [["[UNK]", "[PAD]"], []])
 def test_a_tokenizer_json_without_a_pad_at_zero_is_worth_a_warning(special, tmp_path, caplog):
     from tokenizers import Tokenizer, models, trainers
-
     tokenizer = Tokenizer(models.BPE(unk_token="[UNK]" if special else None))
     tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=50, special_tokens=special))
     tokenizer.save(str(tmp_path / "t.json"))
@@ -468,8 +457,7 @@ def test_unknown_characters_are_worth_a_warning(tokenizers, tmp_path, caplog):
     (tmp_path / "yttm").write_bytes(b"22 0\n9601 4\n" + letters + b"1 0 2 3")
     small = load_tokenizer(str(tmp_path / "yttm"))
     assert small.unknown("azu") == ["z"] and small.unknown(" \t") == []
-    cases = ((["a cat"], 0), ([], 0), (["a" * 150 + "\u4e00"], 1 / 151), (["\u4e00\u53ea", "a b"], 0.5))
-    for texts, share in cases:
+    for texts, share in ((["a cat"], 0), ([], 0), (["a" * 150 + "\u4e00"], 1 / 151), (["\u4e00\u53ea", "a b"], 0.5)):
         assert warn_of_unknown(tokenizers["shipped"], texts, "--text") == pytest.approx(share)
     (message,) = caplog.messages  # of more than a hundredth
     assert message.startswith("--text: the vocabulary lacks 50 % of the characters (such as \u4e00 \u53ea)")

@@ -95,8 +95,7 @@ def test_reads_mini_dalle(tmp_path):
     document = mini_dalle(model)
     weights = document["weights"]
     # Twelve pieces: sorted as text, piece 10 would come before piece 2.
-    pieces = torch.tensor_split(weights.pop("model.text_emb.weight"), 12)
-    for index, piece in reversed(list(enumerate(pieces))):
+    for index, piece in reversed(list(enumerate(torch.tensor_split(weights.pop("model.text_emb.weight"), 12)))):
         weights[f"model.text_emb.split_embeddings.{index}.weight"] = piece.clone()
     for axis in "01":
         weights["model.image_pos_emb.weights." + axis] = weights.pop("model.image_pos_emb.weights_" + axis)
@@ -260,15 +259,6 @@ def drop(name, table=None):
     return lambda document: (document[table] if table else document).pop(name)
 
 
-def rename(old, new):
-    """An edit that renames a weight."""
-
-    def edit(document):
-        document["weights"][new] = document["weights"].pop(old)
-
-    return edit
-
-
 def replace(name, tensor):
     """An edit that replaces a weight."""
     return lambda document: document["weights"].update({name: tensor})
@@ -291,8 +281,7 @@ def test_reads_what_older_versions_of_dalle_pytorch_wrote(tmp_path, options, wra
     if "rotary" in options:
         document["hparams"].update(rotary_emb=True, shift_tokens=True)
     edit(document)
-    checkpoint = read_dalle(saved(tmp_path, document))
-    assert torch.equal(logits(rebuilt(checkpoint)), logits(model))
+    assert torch.equal(logits(rebuilt(read_dalle(saved(tmp_path, document)))), logits(model))
 
 
 @pytest.mark.parametrize("name, kind", [("vae.enc.w", "OpenAIDiscreteVAE"), ("vae.codebook.weight", "DiscreteVAE")])
@@ -306,61 +295,48 @@ def test_codes_of_another_vae_are_worth_a_warning(tmp_path, name, kind, caplog):
 
 PIECE = "model.text_emb.split_embeddings.{}.weight"
 QKV = "model.transformer.layers.0.0.fn.fn.to_qkv.weight"
-REFUSED = {
-    "reversible": (change(reversible=True), "option 'reversible' is not supported"),
-    "reversible names": (
-        rename(QKV, "model.transformer.layers.blocks.0.f.net.fn.fn.to_qkv.weight"), "option 'reversible'",
-    ),
-    "gMLP": (change(attn_types=("full", "mlp")), "names 'mlp', which is not supported: a gMLP"),
-    "no pads": (replace("model.text_emb.weight", torch.zeros(11, 8)), "no rows for pads: DALLE-pytorch before 0.9"),
-    "images alone": (
-        lambda document: document.update(state_dict={"stage2.sos": document.pop("weights")[QKV]}), "ImageGPT",
-    ),
-    "sparse pattern": (change(attn_types=("full", "sparse")), "option 'attn_types' names 'sparse'"),
-    "unknown pattern": (change(attn_types=("axial_diagonal",)), "option 'attn_types' names 'axial_diagonal'"),
-    "pattern of wrong type": (change(attn_types=7), "'attn_types' has the impossible value 7"),
-    "sparse_attn": (change(sparse_attn=True), "option 'sparse_attn'"), "no options": (drop("hparams"), "neither 'hpar"),
-    "unknown option": (change(mixture_of_experts=8), "unknown option 'mixture_of_experts'"),
-    "missing option": (lambda document: document["hparams"].pop("heads") and document["hparams"].pop("dim"), "'dim'"),
-    "wrong type": (change(dim="wide"), "as 'dim', not 'wide'"),
-    "true is no number": (change(depth=True), "as 'depth', not True"),
-    "negative": (change(text_seq_len=-1), "as 'text_seq_len', not -1"),
-    "nan": (change(loss_img_weight=float("nan")), "as 'loss_img_weight', not nan"),
-    "dropout": (change(ff_dropout=1.5), "'ff_dropout' is a probability"),
-    "too wide": (change(dim=10**12), "dim 1000000000000 .* channels; at most"),
-    "too deep": (change(depth=10**9), "option 'depth' is 1000000000, but there are weights for 3 layers"),
-    "too many heads": (change(heads=5), "to_qkv|attention.fn.qkv.weight"),
-    "too long": (change(text_seq_len=10**9), "'to_logits.1.weight' has 20 rows"),
-    "shared ids": (change(shared_attn_ids=[]), "'shared_attn_ids' has the impossible value"),
-    "options of wrong kind": (put(hparams=[1]), "'hparams' is not a table"),
-    "no weights": (drop("weights"), "neither 'weights'"),
-    "epoch": (put(epoch="last"), "'epoch' must be a whole number"),
-    "empty weights": (put(weights={}), "not a table of tensors"),
-    "no tensor": (replace(QKV, 3), "is not a plain tensor"),
-    "integer name": (replace(3, torch.ones(1)), "weight 3 is not a plain tensor"),
-    "sparse tensor": (replace(QKV, torch.eye(36, 8).to_sparse()), "is not a plain tensor"),
-    "integers": (replace(QKV, torch.zeros(36, 8, dtype=torch.long)), "instead of floating-point numbers"),
-    "misshapen": (replace(QKV, torch.zeros(36, 9)), r"fn.qkv.weight' has shape \(36, 9\) instead of \(36, 8\)"),
-    "missing weight": (drop(QKV, "weights"), "attention.fn.qkv.weight' is missing"),
-    "unknown weight": (replace("model.extra.weight", torch.zeros(1)), "'extra.weight' belongs to no known layout"),
-    "unknown layer part": (
-        replace("model.transformer.layers.0.0.fn.fn.to_qkv.scale", torch.zeros(1)),
-        "to_qkv.scale' belongs to no known layout",
-    ),
-    "flat positions": (
-        replace("model.image_pos_emb.weights_0", torch.zeros(2, 8)), r"pos_emb.weights_0' has shape \(2, 8\)",
-    ),
-    "no positions": (drop("model.image_pos_emb.weights_0", "weights"), "the size of the code grid is unknown"),
-    "no head": (drop("model.to_logits.1.weight", "weights"), "'to_logits.1.weight' is missing"),
-    "expanded": (replace("model.text_emb.weight", torch.zeros(1, 1).expand(14, 8)), "claims more than the file holds"),
-    "unfitting pieces": (
-        lambda document: document["weights"].update({PIECE.format(n): torch.zeros(7, 8 + n) for n in (0, 1)}),
-        "'text_emb.split_embeddings.",
-    ),
-}
+REVERSIBLE = "model.transformer.layers.blocks.0.f.net.fn.fn.to_qkv.weight"
+REFUSED = [
+    (change(reversible=True), "option 'reversible' is not supported"),
+    (lambda document: document["weights"].update({REVERSIBLE: document["weights"].pop(QKV)}), "option 'reversible'"),
+    (change(attn_types=("full", "mlp")), "names 'mlp', which is not supported: a gMLP"),
+    (replace("model.text_emb.weight", torch.zeros(11, 8)), "no rows for pads: DALLE-pytorch before 0.9"),
+    (lambda document: document.update(state_dict={"stage2.sos": document.pop("weights")[QKV]}), "ImageGPT"),
+    (change(attn_types=("full", "sparse")), "option 'attn_types' names 'sparse'"),
+    (change(attn_types=("axial_diagonal",)), "option 'attn_types' names 'axial_diagonal'"),
+    (change(attn_types=7), "'attn_types' has the impossible value 7"),
+    (change(sparse_attn=True), "option 'sparse_attn'"), (drop("hparams"), "neither 'hpar"),
+    (change(mixture_of_experts=8), "unknown option 'mixture_of_experts'"),
+    (lambda document: document["hparams"].pop("heads") and document["hparams"].pop("dim"), "'dim'"),
+    (change(dim="wide"), "as 'dim', not 'wide'"), (change(depth=True), "as 'depth', not True"),
+    (change(text_seq_len=-1), "as 'text_seq_len', not -1"),
+    (change(loss_img_weight=float("nan")), "as 'loss_img_weight', not nan"),
+    (change(ff_dropout=1.5), "'ff_dropout' is a probability"),
+    (change(dim=10**12), "dim 1000000000000 .* channels; at most"),
+    (change(depth=10**9), "option 'depth' is 1000000000, but there are weights for 3 layers"),
+    (change(heads=5), "to_qkv|attention.fn.qkv.weight"),
+    (change(text_seq_len=10**9), "'to_logits.1.weight' has 20 rows"),
+    (change(shared_attn_ids=[]), "'shared_attn_ids' has the impossible value"),
+    (put(hparams=[1]), "'hparams' is not a table"), (drop("weights"), "neither 'weights'"),
+    (put(epoch="last"), "'epoch' must be a whole number"), (put(weights={}), "not a table of tensors"),
+    (replace(QKV, 3), "is not a plain tensor"), (replace(3, torch.ones(1)), "weight 3 is not a plain tensor"),
+    (replace(QKV, torch.eye(36, 8).to_sparse()), "is not a plain tensor"),
+    (replace(QKV, torch.zeros(36, 8, dtype=torch.long)), "instead of floating-point numbers"),
+    (replace(QKV, torch.zeros(36, 9)), r"fn.qkv.weight' has shape \(36, 9\) instead of \(36, 8\)"),
+    (drop(QKV, "weights"), "attention.fn.qkv.weight' is missing"),
+    (replace("model.extra.weight", torch.zeros(1)), "'extra.weight' belongs to no known layout"),
+    (replace("model.transformer.layers.0.0.fn.fn.to_qkv.scale", torch.zeros(1)),
+     "to_qkv.scale' belongs to no known layout"),
+    (replace("model.image_pos_emb.weights_0", torch.zeros(2, 8)), r"pos_emb.weights_0' has shape \(2, 8\)"),
+    (drop("model.image_pos_emb.weights_0", "weights"), "the size of the code grid is unknown"),
+    (drop("model.to_logits.1.weight", "weights"), "'to_logits.1.weight' is missing"),
+    (replace("model.text_emb.weight", torch.zeros(1, 1).expand(14, 8)), "claims more than the file holds"),
+    (lambda document: document["weights"].update({PIECE.format(n): torch.zeros(7, 8 + n) for n in (0, 1)}),
+     "'text_emb.split_embeddings."),
+]
 
 
-@pytest.mark.parametrize("edit, message", REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("edit, message", REFUSED, ids=lambda value: value if isinstance(value, str) else "")
 def test_refused_with_file_and_key(tmp_path, edit, message):
     document = mini_dalle()
     edit(document)
@@ -377,8 +353,7 @@ def test_endlessly_nested_values_are_not_printed(tmp_path):
     for edit in (change(dim=bomb), change(attn_types=bomb), change(odd=bomb), put(epoch=bomb)):
         document = mini_dalle()
         edit(document)
-        caught = refused("", read_dalle, saved(tmp_path, document))
-        assert len(caught) < 500
+        assert len(refused("", read_dalle, saved(tmp_path, document))) < 500
 
 
 def test_whatever_a_file_holds_it_is_read_or_refused(tmp_path):
@@ -402,8 +377,7 @@ def test_whatever_a_file_holds_it_is_read_or_refused(tmp_path):
             else:
                 table[name] = generator.choice(odd)
         try:
-            checkpoint = read_dalle(saved(tmp_path, document))
-            logits(rebuilt(checkpoint))
+            logits(rebuilt(read_dalle(saved(tmp_path, document))))
             outcomes["read"] += 1
         except UserError as error:
             assert "dalle.pt" in str(error) and len(str(error)) < 1000

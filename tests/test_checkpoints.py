@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import assert_same, full_disk, refused
 from models_for_tests import randomised
+from safetensors.torch import save_file
 
 from checkpoints import (
     checkpoint_name,
@@ -247,8 +248,6 @@ def test_a_flipped_bit_is_found_or_harmless(tmp_path, name):
 
 def test_every_flipped_bit_of_an_export_is_found(tmp_path):
     """Also in options, names of keys, the digest and the format, and in names, types and shapes of weights."""
-    from safetensors.torch import save_file
-
     metadata, _ = read_safetensors(exported(stored(tmp_path)))
     weights = {"norm.weight": torch.tensor([[1.0, -2.0]])}  # one small weight, so that every bit takes seconds
     metadata["sha256"] = export_digest(metadata, weights)
@@ -268,8 +267,6 @@ def test_every_flipped_bit_of_an_export_is_found(tmp_path):
 
 
 def test_an_export_of_the_first_format_has_a_digest_of_its_weights(tmp_path):
-    from safetensors.torch import save_file
-
     path, weight = tmp_path / "x.safetensors", torch.tensor([1.0, -2.0])
     metadata = {"format": "mini-dalle", "sha256": hashlib.sha256(b"w\0" + weight.numpy().tobytes()).hexdigest()}
     save_file({"w": weight}, path, metadata)
@@ -307,8 +304,7 @@ def test_paths_that_are_no_checkpoint(tmp_path, monkeypatch, capsys):
 
 def test_export_in_half_precision_and_of_shared_weights(tmp_path):
     model = random_model()
-    path = stored(tmp_path, model, training={"tokenizer": {"sha256": "ab"}})
-    checkpoint = read_dalle(exported(path, torch.float16))
+    checkpoint = read_dalle(exported(stored(tmp_path, model, training={"tokenizer": {"sha256": "ab"}}), torch.float16))
     assert_same(checkpoint.weights, {name: tensor.half() for name, tensor in model.state_dict().items()})
     assert (checkpoint.identity, checkpoint.epoch) == ({"tokenizer": {"sha256": "ab"}}, 2)
     assert checkpoint.training is None and checkpoint.hparams["num_text_tokens"] == 11
@@ -346,11 +342,8 @@ def test_export_takes_averaged_weights_unless_told_not_to(tmp_path):
     ({"format": "mini-dalle/2", "config": json.dumps(TINY.to_dict())}, r"damaged \(sha256"),
 ])
 def test_refused_safetensors(tmp_path, metadata, message):
-    from safetensors.torch import save_file
-
     save_file(random_model().state_dict(), tmp_path / "x.safetensors", metadata)
-    caught = refused(message, read_dalle, tmp_path / "x.safetensors")
-    assert "x.safetensors" in caught
+    assert "x.safetensors" in refused(message, read_dalle, tmp_path / "x.safetensors")
 
 
 def test_order_of_a_runs_checkpoints(tmp_path):
@@ -390,8 +383,7 @@ def test_one_process_verifies_once_for_all(rank, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
     newest = newest_checkpoint(tmp_path, together=True)
     assert newest == (sent[0] if rank else tmp_path / "dalle_2.pt")
-    assert read_dalle(newest, verified=True).epoch == ours()["epoch"]
-    assert verified == ([] if rank else [str(newest)])
+    assert read_dalle(newest, verified=True).epoch == ours()["epoch"] and verified == ([] if rank else [str(newest)])
     sent[0] = tmp_path / "elsewhere" / "dalle_2.pt"
     assert newest_checkpoint(tmp_path, together=True) == (None if rank else newest)
 

@@ -57,8 +57,7 @@ class Encoder:
         if self.stop_after is not None and self.count + len(images) > self.stop_after:
             raise KeyboardInterrupt
         self.count += len(images)
-        weights = torch.arange(1, 3 * SIZE * SIZE + 1)
-        sums = (images.flatten(1).long() * weights).sum(dim=1, keepdim=True)
+        sums = (images.flatten(1).long() * torch.arange(1, 3 * SIZE * SIZE + 1)).sum(dim=1, keepdim=True)
         return (sums // torch.tensor([1, 7, 31, 101])) % 1024
 
 
@@ -215,8 +214,7 @@ def test_records_without_their_manifest_are_not_trusted(all_photos, tmp_path, co
     (manifest,) = tmp_path.glob("*/manifest.json")
     right = manifest.read_bytes()
     manifest.unlink() if content is None else manifest.write_bytes(content)
-    assert encoded(all_photos, tmp_path)[1] == 20
-    assert "rebuilding it" in caplog.text and manifest.read_bytes() == right
+    assert encoded(all_photos, tmp_path)[1] == 20 and "rebuilding it" in caplog.text and manifest.read_bytes() == right
     assert codes_file(tmp_path).parent == manifest.parent
 
 
@@ -246,8 +244,7 @@ def test_mending_a_file_does_not_disturb_who_reads_it(all_photos, tmp_path):
     with open(path, "r+b") as file:
         file.write(b"\1" * 30)  # the first two records
     encoded(all_photos, tmp_path)
-    assert not path.exists()
-    assert all(torch.equal(reader[index][1], expected[index]) for index in range(3, 20))
+    assert not path.exists() and all(torch.equal(reader[index][1], expected[index]) for index in range(3, 20))
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 5, 8, 13, 18])
@@ -284,13 +281,11 @@ def test_two_processes_share_the_work(photos, tmp_path, monkeypatch, caplog):
     encoders = Encoder(), Encoder()
     for dataset in encoded_by_two(photos, [tmp_path] * 2, encoders):
         assert_same_items(dataset, photo_set(photos))
-    assert (encoders[0].count, encoders[1].count) == (10, 9)
-    assert len(list(tmp_path.glob("*/*.codes"))) == 2
+    assert (encoders[0].count, encoders[1].count) == (10, 9) and len(list(tmp_path.glob("*/*.codes"))) == 2
     # Processes that do not see each other's files train without.
     monkeypatch.setattr(code_cache, "_VISIBILITY_TIMEOUT", 0.1)
     results = encoded_by_two(photos, [tmp_path / "0", tmp_path / "1"])
-    assert all(isinstance(result, ImageTextFolder) for result in results)
-    assert "share this folder" in caplog.text
+    assert all(isinstance(result, ImageTextFolder) for result in results) and "share this folder" in caplog.text
 
 
 def test_a_failure_in_one_process_ends_the_cache_in_all(all_photos, tmp_path, monkeypatch, caplog):
@@ -301,8 +296,7 @@ def test_a_failure_in_one_process_ends_the_cache_in_all(all_photos, tmp_path, mo
         full_disk() if writing[0] is threading.current_thread() else write(writer, records)
 
     monkeypatch.setattr(code_files.Writer, "write", fail)
-    results = encoded_by_two(all_photos, [tmp_path] * 2)
-    assert all(isinstance(result, ImageTextFolder) for result in results)
+    assert all(isinstance(result, ImageTextFolder) for result in encoded_by_two(all_photos, [tmp_path] * 2))
     assert caplog.text.count("No space left on device") == 2
 
 
@@ -336,8 +330,7 @@ def test_the_lock_of_a_killed_process_is_free(all_photos, tmp_path):
         os.write(child_says, b"y" if lock else b"n")
         time.sleep(60)
         os._exit(0)
-    assert os.read(ready, 1) == b"y"
-    assert place.lock() is None and place.lock_holder().startswith(f"process {child} on")
+    assert os.read(ready, 1) == b"y" and place.lock() is None and place.lock_holder().startswith(f"process {child} on")
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     lock = place.lock()
@@ -497,8 +490,7 @@ def test_training_is_the_same_with_and_without(material, tmp_path, more, monkeyp
     without = trained(material, tmp_path / "without", "--cache-codes", "off", *more)
     first = trained(material, tmp_path / "first", *cache, *more)
     monkeypatch.setattr(VQGAN, "encode", None)  # from now on whoever encodes fails
-    second = trained(material, tmp_path / "second", *cache, *more)
-    assert without == first == second and len(without) == 2 * 4 + 2
+    assert without == first == trained(material, tmp_path / "second", *cache, *more) and len(without) == 2 * 4 + 2
     for name in ("first", "second"):
         assert_same(weights_of(tmp_path / "without"), weights_of(tmp_path / name))
 
@@ -533,8 +525,7 @@ def test_codes_depend_neither_on_the_batch_nor_on_the_precision_of_products(mate
     vqgan.quantize.codes = lambda z: features.append(copy.deepcopy(z)) or torch.zeros(len(z), 4, dtype=torch.int64)
     for part in (slice(7), slice(2, 5), slice(4, 5)):
         image_codes(vqgan, images[part])
-    assert [len(z) for z in features] == [1] * 11
-    assert torch.equal(torch.cat(features[2:5]), torch.cat(features[7:10]))
+    assert [len(z) for z in features] == [1] * 11 and torch.equal(torch.cat(features[2:5]), torch.cat(features[7:10]))
     assert torch.equal(features[4], features[10])
     # They are kept for later runs, which may ask for another one.
     torch.manual_seed(0)

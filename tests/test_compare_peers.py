@@ -39,15 +39,13 @@ def test_contestants_train_the_same_model(name, task, clean_modules):
     model = getattr(made, "dalle", None) or made.engine.model.dalle
     before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
     made.train()
-    after = [p for p in model.parameters() if p.requires_grad]
-    assert any(not torch.equal(a, b) for a, b in zip(before, after))
+    assert any(not torch.equal(a, b) for a, b in zip(before, [p for p in model.parameters() if p.requires_grad]))
     assert contestants.count(made) == sum(p.numel() for p in DalleModel(made.shape).parameters())
 
 
 @pytest.mark.parametrize("name, task", entrants(GENERATE))
 def test_contestants_sample(name, task, clean_modules, monkeypatch):
-    made = contestant(name, task)
-    decoded = []
+    made, decoded = contestant(name, task), []
     inner = made.vqgan.decode
     monkeypatch.setattr(made.vqgan, "decode", lambda codes: decoded.extend(codes) or inner(codes))
     slow = name in compare_peers.WHOLE_SEQUENCE
@@ -87,8 +85,7 @@ def test_a_pass_costs_what_it_takes_beside_a_pass_of_one_code(monkeypatch):
     assert one == {"name": SHIPPED, "width": 1, "codes_per_pass": 1.0, "seconds": pytest.approx(0.2), "cost": 1.0}
     assert eight == {"name": SHIPPED, "width": 8, "codes_per_pass": 4.0, "seconds": pytest.approx(2.2),
                      "cost": pytest.approx((0.8 / 0.1 + 3.6 / 0.3) / 2)}
-    report = report_of([], options)
-    text = compare_peers.table([], dict(report, windows=[dict(eight, name=OURS), eight]))
+    text = compare_peers.table([], dict(report_of([], options), windows=[dict(eight, name=OURS), eight]))
     assert re.findall(r"8 +(\S+) +2200.00 +10.00", text) == ["-", "4.00"]  # random weights say nothing of guesses
 
 
@@ -131,8 +128,7 @@ def test_the_work_of_a_step_is_what_pytorch_counts():
     hidden = length * length - length * (length + 1) // 2  # what the dense matmul computes and the mask takes away
     # The first layer's input gradient is not needed for the weights, but the embeddings want it: all is counted.
     assert work.training_flop + 3 * 2 * 2 * 2 * 16 * hidden == counter.get_total_flops()
-    tables = (30 + 6 + 20) * 16
-    assert work.parameters == config.depth * (16 * 48 + 16 * 16 + 16 * 128 + 64 * 16) + 2 * tables
+    assert work.parameters == config.depth * (16 * 48 + 16 * 16 + 16 * 128 + 64 * 16) + 2 * ((30 + 6 + 20) * 16)
 
 
 def measured(name, task, seconds, images=2, peak=10):
@@ -161,8 +157,7 @@ def test_ratios_are_medians_of_turns_and_limits_come_from_the_machine(tmp_path):
         "training on codes, speed over DALLE-pytorch (images)": 3.0,
         "sampling 1, speed over Mini DALL-E (one code per pass)": 1.5,
         "sampling 1, speed over DALLE-pytorch (cache repaired)": 3.0,
-        "training on codes, peak memory of DALLE-pytorch": 0.6,
-        "training on codes, share of the matmul's speed": 0.5,
+        "training on codes, peak memory of DALLE-pytorch": 0.6, "training on codes, share of the matmul's speed": 0.5,
         "training on codes, share of the fastest matmul": 0.4,
         "Mini DALL-E, sampling 1, times the limit of one code per pass": 2.0,
         "Mini DALL-E (one code per pass), sampling 1, times the limit of one code per pass": 3.0,
@@ -219,5 +214,4 @@ def test_the_whole_comparison(tmp_path):
     report = json.loads((tmp_path / "compare_peers.json").read_text())
     assert report["precision"] == "fp32 (matmul high)"
     assert len(report["results"]) == 2 + 3 + 2 * 5 and len(report["growth"]["batch"]) == 2
-    assert len(report["windows"]) == 2 * 5
-    assert (tmp_path / "compare_peers.png").is_file() and "peak GB" in done.stdout
+    assert len(report["windows"]) == 2 * 5 and (tmp_path / "compare_peers.png").is_file() and "peak GB" in done.stdout

@@ -13,13 +13,11 @@ from utils.errors import UserError
 
 #: Requests of every kind: options, codes that are kept.
 KINDS = [
-    (SamplingOptions(), None),
-    (SamplingOptions(temperature=0), None),
+    (SamplingOptions(), None), (SamplingOptions(temperature=0), None),
     (SamplingOptions(top_k=9, temperature=0.7, cond_scale=2.5), None),
     (SamplingOptions(top_p=0.9), primed(slice(13, None))),
     (SamplingOptions(cond_scale=1.5, top_k=3), primed(slice(0, 3), slice(7, 20), [22, 35])),
-    (SamplingOptions(cond_scale=0.0), primed(35)),
-    (SamplingOptions(temperature=1.3), primed()),
+    (SamplingOptions(cond_scale=0.0), primed(35)), (SamplingOptions(temperature=1.3), primed()),
     (SamplingOptions(cond_scale=3.0, top_p=0.5), primed(slice(5, 36))),
 ]
 
@@ -77,8 +75,7 @@ def test_an_image_that_is_ended_frees_its_slots(kind):
     so_far = continuous.codes(ended)
     assert so_far.shape == (36,) and so_far[0] >= 0 and so_far[35] < 0
     continuous.finish(ended)
-    later = continuous.start(images[2])
-    done = set()
+    later, done = continuous.start(images[2]), set()
     while len(done) < 2:
         done |= set(continuous.advance())
     for number, image in ((first, images[0]), (later, images[2])):

@@ -104,8 +104,7 @@ def test_z_loss_and_label_smoothing_are_in_the_total_in_training_alone(text_seq_
     expected = smoothed + 0.1 * squares[1].mean()
     if text_seq_len > 1:
         expected = (plain.text + 0.1 * squares[0].mean() + 7 * expected) / 8
-    assert losses.total.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert losses[1:] == plain[1:]
+    assert losses.total.item() == pytest.approx(expected.item(), rel=1e-6) and losses[1:] == plain[1:]
 
 
 def test_soft_codes_are_drawn_from_the_nearest_and_spread_over_them():
@@ -170,8 +169,7 @@ def test_image_positions_and_tied_tables():
     for position in range(4):
         row, column = divmod(position, 2)
         assert torch.equal(axial.table()[position], axial.rows[row, 0] + axial.columns[0, column])
-    learned = random_model(image_positions="learned").image_pos_emb
-    assert learned.table().shape == (4, 16)
+    assert random_model(image_positions="learned").image_pos_emb.table().shape == (4, 16)
     bare = random_model(image_positions="none", text_positions=False)
     assert bare.image_pos_emb is None and bare.text_pos_emb is None
     assert torch.equal(bare.embed_codes(CODES), bare.image_emb(CODES))
@@ -181,8 +179,7 @@ def test_image_positions_and_tied_tables():
 
 
 def test_layers_with_one_id_are_one_layer():
-    model = random_model(depth=4, attn_types=("full",), shared_attn_ids=(5, 6), shared_ff_ids=(0,))
-    layers = model.transformer.layers
+    layers = random_model(depth=4, attn_types=("full",), shared_attn_ids=(5, 6), shared_ff_ids=(0,)).transformer.layers
     assert layers[0].attention.fn is layers[2].attention.fn and layers[1].attention.fn is layers[3].attention.fn
     assert layers[0].attention.fn is not layers[1].attention.fn
     assert len({id(layer.feed_forward.fn) for layer in layers}) == 1
@@ -193,8 +190,7 @@ def test_layers_with_one_id_are_one_layer():
 
 def test_dropout_acts_in_training_only():
     model = random_model(attn_dropout=0.5, ff_dropout=0.5)
-    plain = random_model()
-    assert torch.equal(model(TEXT, CODES)[1], plain(TEXT, CODES)[1])
+    assert torch.equal(model(TEXT, CODES)[1], random_model()(TEXT, CODES)[1])
     model.train()
     assert not torch.equal(model(TEXT, CODES)[1], model(TEXT, CODES)[1])
 
@@ -227,13 +223,11 @@ def test_values_are_mixed_with_the_first_layers():
 
 
 @pytest.mark.parametrize("values, message", [
-    ({"depth": 0}, "depth must be at least 1, not 0"),
-    ({"attn_types": ()}, "attn_types names no attention pattern"),
+    ({"depth": 0}, "depth must be at least 1, not 0"), ({"attn_types": ()}, "attn_types names no attention pattern"),
     ({"attn_types": ("axial_rows",)}, "'axial_rows' in attn_types. Did you mean 'axial_row'"),
-    ({"activation": "relu"}, "activation 'relu'"),
-    ({"activation": "tanh"}, "known: geglu, swiglu"), ({"norm": "batch"}, "known: layer, rms"),
-    ({"rotary_2d": True, "rotary": True}, "excludes rotary"), ({"rotary_2d": True, "dim_head": 6}, "divisible by 4"),
-    ({"image_positions": "polar"}, "image_positions 'polar'"),
+    ({"activation": "relu"}, "activation 'relu'"), ({"activation": "tanh"}, "known: geglu, swiglu"),
+    ({"norm": "batch"}, "known: layer, rms"), ({"rotary_2d": True, "rotary": True}, "excludes rotary"),
+    ({"rotary_2d": True, "dim_head": 6}, "divisible by 4"), ({"image_positions": "polar"}, "image_positions 'polar'"),
     ({"shift_tokens": True, "dim": 18}, "divisible by 4, not 18"),
     ({"dept": 3}, "unknown model option 'dept'. Did you mean 'depth'"),
     ({"heads": None}, "heads"),  # missing
@@ -270,8 +264,7 @@ def test_images_and_their_codes_train_alike():
     pixels = images()
     codes = model.codes(pixels)
     assert codes.shape == (3, 4) and len(codes.unique()) > 3
-    expected = (pixels[:, 0, ::4, ::4].flatten(1).float() / 255 * 6).round().long()
-    assert torch.equal(codes, expected)
+    assert torch.equal(codes, (pixels[:, 0, ::4, ::4].flatten(1).float() / 255 * 6).round().long())
     losses = [model(TEXT, given) for given in (pixels, pixels.float() / 255, codes)]
     losses.append(model.dalle.loss(*model.dalle(TEXT, codes), TEXT, codes))
     assert all(torch.equal(losses[0].total, other.total) for other in losses[1:])
@@ -284,8 +277,7 @@ def test_the_vqgan_is_frozen_and_stays_in_eval_mode():
         assert module is model and not vqgan.training and not vqgan.dropout.training
     assert model.dalle.training and not vqgan.gain.requires_grad
     model(TEXT, images()).total.backward()
-    assert vqgan.gain.grad is None
-    assert all(parameter.grad is not None for parameter in model.dalle.parameters())
+    assert vqgan.gain.grad is None and all(parameter.grad is not None for parameter in model.dalle.parameters())
     model = TextToImage(random_model())  # codes need no VQGAN, and images do
     assert torch.isfinite(model(TEXT, CODES).total)
     with pytest.raises(ValueError, match="no VQGAN"):

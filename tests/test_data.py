@@ -140,8 +140,7 @@ def test_images_find_their_captions(tmp_path, layout):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     found = list_pairs(str(tmp_path))
-    numbers = range(len(found.images))
-    assert {found.images[number]: found.captions[number].encode() for number in numbers} == {
+    assert {found.images[number]: found.captions[number].encode() for number in range(len(found.images))} == {
         str(tmp_path / name): captions for name, captions in pairs.items()
     }
     assert {reason.reason: reason.num_files for reason in found.skipped} == skipped
@@ -157,7 +156,9 @@ def test_less_common_suffixes_are_read(tmp_path, name, text):
     Image.new("RGB", (20, 16), (200, 30, 60)).save(str(tmp_path / name), kind)
     (tmp_path / text).write_text("a red picture")
     dataset = folder_dataset(tmp_path)
-    _, image = dataset[0]
+    ids, image = dataset[0]
+    assert (ids.dtype, tuple(ids.shape), words(ids)) == (torch.int64, (T,), "a red picture"[:T])
+    assert image.dtype == torch.uint8 and tuple(image.shape) == (3, 8, 8)
     assert dataset.captions(0) == ["a red picture"] and (image[:, 4, 4] - torch.tensor([200, 30, 60])).abs().max() < 4
 
 
@@ -250,14 +251,6 @@ def test_photos_are_turned_upright(tmp_path, orientation):
     assert torch.equal(image, image_to_tensor(source)) == (orientation == 1)
 
 
-def test_items_are_text_and_image(tmp_path):
-    write_pair(tmp_path, "a", "red")
-    text, image = folder_dataset(tmp_path)[0]
-    assert text.dtype == torch.int64 and tuple(text.shape) == (T,) and words(text) == "red"
-    assert image.dtype == torch.uint8 and tuple(image.shape) == (3, 8, 8)
-    assert image[:, 0, 0].tolist() == [200, 30, 60]
-
-
 def test_captions_depend_on_seed_epoch_and_index_only(tmp_path):
     write_folder(tmp_path, 30, "one\ntwo\nthree")
     dataset = folder_dataset(tmp_path, seed=5)
@@ -307,8 +300,7 @@ def test_unreadable_images_are_replaced_the_same_way_every_time_and_counted(tmp_
 def test_nothing_but_unreadable_images_is_an_error(tmp_path):
     folder = str(write_folder(tmp_path / "a", 3, broken=range(3)))
     dataset = create_dataset(input_folder=folder, max_bad_fraction=1, **COMMON)
-    complaint = "^--input-folder .*: 3 of the 3 images cannot be read, such as .*; fix"
-    refused(complaint, dataset.__getitem__, 1)
+    refused("^--input-folder .*: 3 of the 3 images cannot be read, such as .*; fix", dataset.__getitem__, 1)
     dataset = create_dataset(input_folder=str(write_folder(tmp_path / "b", 40)), max_bad_fraction=0.1, **COMMON)
     train, held_out = dataset.split(2)
     names = [held_out.image_name(held_out.pair_at(index)) for index in range(2)]
@@ -346,8 +338,7 @@ def test_captions_that_the_vocabulary_lacks_are_worth_a_warning(tmp_path, caplog
 def test_loader_processes_see_the_epoch_and_report_what_they_could_not_read(tmp_path):
     dataset = folder_dataset(write_folder(tmp_path, 8, "\n".join(f"c{{0}}{line}" for line in range(5)), broken=(5,)))
     workers = {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "fork"}
-    loader = torch.utils.data.DataLoader(dataset, batch_size=4, **workers)
-    found = []
+    loader, found = torch.utils.data.DataLoader(dataset, batch_size=4, **workers), []
     for epoch in (0, 1):
         dataset.set_epoch(epoch)
         found.append(torch.cat([text for text, _ in loader]))
@@ -360,8 +351,7 @@ def test_a_pickled_copy_for_a_spawned_process_shares_epoch_and_flags(tmp_path):
     """What a spawned loader process does to get its data set, without the seconds that starting one takes."""
     dataset = folder_dataset(write_folder(tmp_path, 2, "one\ntwo\nthree", broken=(0,)))
     # Reading the copy back must happen while the handle of the shared memory is alive, as in Process.start().
-    copy = pickle.loads(bytes(ForkingPickler.dumps(dataset)))
-    seen = {}
+    copy, seen = pickle.loads(bytes(ForkingPickler.dumps(dataset))), {}
     for epoch in range(9):
         seen[epoch] = texts_of(dataset, epoch)
         assert [words(copy.text_at(index)) for index in range(2)] == seen[epoch]
@@ -422,8 +412,7 @@ def test_create_datasets(tmp_path, caplog, monkeypatch):
     common = dict(COMMON, null_cond_prob=1.0)
     with caplog.at_level(logging.INFO):
         train, validation = create_datasets(input_folder=folder, validation_holdout=0.2, **common)
-    assert caplog.text.count("10 pairs of image and captions") == 1
-    assert (len(train), len(validation)) == (8, 2)
+    assert caplog.text.count("10 pairs of image and captions") == 1 and (len(train), len(validation)) == (8, 2)
     assert words(train[0][0]) == "" and words(validation[0][0]).startswith("n")
     train, validation = create_datasets(input_folder=folder, validation_folder=str(tmp_path / "val"), **common)
     assert len(train) == 10 and words(validation[0][0]) == "v0"

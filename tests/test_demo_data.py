@@ -86,8 +86,7 @@ def test_two_variants_always_stay_in_training():
 
 
 def test_images_lie_on_white_and_keep_their_colours(records):
-    by_caption = {record.caption: record for record in records}
-    image = demo.load_demo_image(by_caption["green circle"])
+    image = demo.load_demo_image({record.caption: record for record in records}["green circle"])
     assert image.dtype == torch.uint8 and tuple(image.shape) == (3, 64, 64)
     assert image[:, 0, 0].tolist() == [255, 255, 255]
     red, green, blue = image[:, 32, 32].tolist()

@@ -28,8 +28,7 @@ T = 16
 
 
 def picture(mode="RGB", size=(20, 16), color=None):
-    usual = 120 if len(mode) == 1 else (200, 30, 60)
-    return Image.new(mode, size, usual if color is None else color)
+    return Image.new(mode, size, (120 if len(mode) == 1 else (200, 30, 60)) if color is None else color)
 
 
 def jpeg(**options):
@@ -232,8 +231,7 @@ def test_sources_share_a_file_and_count_apart(tmp_path):
     assert again.num_bad == 1 and not again.add("x", "damaged")
     again.check(2)
     refused("--input-folder a: 1 of 1 samples.* 1 damaged .such as x.", again.check, 1)
-    report = SkipReport(tmp_path / "names.jsonl")
-    report.add("caf\udce9\n.jpg", "damaged", "line\nbreak " * 100)
+    SkipReport(tmp_path / "names.jsonl").add("caf\udce9\n.jpg", "damaged", "line\nbreak " * 100)
     line = lines(tmp_path / "names.jsonl")[0]
     assert line["path"] == "caf\udce9\n.jpg" and len(line["detail"]) == 300
 

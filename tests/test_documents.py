@@ -103,10 +103,8 @@ def test_every_promise_names_a_test_that_exists():
 # ---- commands that need what is not here, each with the reason
 
 NOT_HERE = {
-    r"bash run_tests\.sh( .*)?": "runs this suite",
-    r"bash run_train\.sh": "trains for a quarter of an hour",
-    r"\. .*": "enters an environment",
-    r"(python3\.8 -m venv|pip install) .*": "installs packages",
+    r"bash run_tests\.sh( .*)?": "runs this suite", r"bash run_train\.sh": "trains for a quarter of an hour",
+    r"\. .*": "enters an environment", r"(python3\.8 -m venv|pip install) .*": "installs packages",
     r"bash utils/make_constraints\.sh": "asks a registry for all versions",
     r"bash utils/download_coco_dataset\.sh": "downloads 26 GB; test_downloads.py runs it on small archives",
     r"python -m pytest tests/cpu_ipu_test\.py -rs": "needs an IPU",
@@ -139,12 +137,9 @@ RUN = {
     r"python evaluate\.py ((?!.*(?:--metrics|--images|--scorer)).*)": ["--max_pairs", "4", "--skip_retrieval"],
     r"python evaluate\.py (.*--scorer.*)": ["--num-images", "2"],
     r"python data/process_trainset\.py()": ["--captions", "captions.json", "--out-dir", "captions"],
-    r"python data/process_trainset\.py (.+)": [],
-    r"python -m bpe\.train (.*)": ["--vocab-size", "60"],
-    r"python -m (?:checkpoints|dalle\.export) (.*)": [],
-    r"python -m ops()": [],
-    r"python examples/sampling_ex\.py (.*)": ["-n", "2"],
-    r"python benchmarks/chart\.py (.*)": [],
+    r"python data/process_trainset\.py (.+)": [], r"python -m bpe\.train (.*)": ["--vocab-size", "60"],
+    r"python -m (?:checkpoints|dalle\.export) (.*)": [], r"python -m ops()": [],
+    r"python examples/sampling_ex\.py (.*)": ["-n", "2"], r"python benchmarks/chart\.py (.*)": [],
 }
 
 

@@ -119,8 +119,7 @@ def test_a_resumed_run(folder, place, monkeypatch, request):
     """Other options and another VQGAN; and what was read is let go of once it is in the engine."""
     train_pairs(folder, place, "--max-steps", "1", "--cache-codes", "codes")
     changed = folder / "vqgan2.safetensors"
-    weights = load_file(str(folder / "vqgan.safetensors"))
-    save_file({name: value + 1 for name, value in weights.items()}, str(changed))
+    save_file({name: value + 1 for name, value in load_file(str(folder / "vqgan.safetensors")).items()}, str(changed))
     untouched = request.getfixturevalue("untouched")  # from here on
     for words, message in (
         ("--random-seed 7", "written with --random-seed 42, not 7"),

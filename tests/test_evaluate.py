@@ -80,8 +80,7 @@ def test_loss_is_the_mean_over_all_pairs_whatever_the_batch(run, loaded, pairs, 
     expected.update(bits_per_code=image_loss / math.log(2), image_perplexity=math.exp(image_loss))
     for batch_size in (2, 5):  # 2 leaves a last batch of one
         result = run(f"--input-folder {pairs} --batch-size {batch_size}")
-        found = {name: result["validation"][name] for name in expected}
-        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        assert {name: result["validation"][name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-5)
         assert result["data"] == {"input_folder": str(pairs), "num_pairs": 5} and "retrieval" not in result
         assert result["checkpoint"]["epoch"] == 3 and len(result["checkpoint"]["sha256"]) == 64
     printed = capsys.readouterr().out
@@ -135,8 +134,7 @@ def test_training_captions_are_a_fixed_choice():
 
 
 def test_the_likeliest_of_several_images_is_taken(loaded):
-    text = loaded.tokenizer.tokenize(["a", "b c", "dog"], loaded.config.text_seq_len)
-    expected = []
+    text, expected = loaded.tokenizer.tokenize(["a", "b c", "dog"], loaded.config.text_seq_len), []
     for row in text:
         drawn = sample_codes(loaded.dalle, row, [image_seed(5, index) for index in range(6)], SamplingOptions())
         assert len(set(drawn.log_likelihood.tolist())) > 1
@@ -149,8 +147,7 @@ def test_the_likeliest_of_several_images_is_taken(loaded):
 def test_retrieval_counts_what_was_found(loaded, monkeypatch):
     records = [SimpleNamespace(stem=str(index), caption="a") for index in range(8)]
     torch.manual_seed(0)
-    codes = torch.randint(0, 24, (8, 16))
-    gallery = evaluation.Gallery(records, decode(loaded, codes))
+    gallery = evaluation.Gallery(records, decode(loaded, torch.randint(0, 24, (8, 16))))
     drawn = gallery.images[[1, 3, 0, 7]]  # of records 1, 3, 5, 7: the third is the picture of another one
     monkeypatch.setattr(evaluation, "sample_best", lambda *_: drawn)
     numbers, samples = evaluation.retrieve(loaded, gallery, records[1::2], options_for())

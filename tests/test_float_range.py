@@ -167,8 +167,7 @@ def test_gelu_of_all_shapes(gated, rows, width, threads):
         dropout = Dropout(9, 0.3)
         result, grad_input, _ = native_gelu(x, bias, gated, grad_output, dropout)
         assert torch.equal(result, elementwise.drop(found[0].clone(), dropout))
-        dropped = native_gelu(x, bias, gated, elementwise.drop(grad_output.clone(), dropout))
-        assert torch.equal(grad_input, dropped[1])
+        assert torch.equal(grad_input, native_gelu(x, bias, gated, elementwise.drop(grad_output.clone(), dropout))[1])
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["gelu", "geglu"])
@@ -212,8 +211,7 @@ def test_gelu_relative_to_its_result_and_of_what_is_not_finite():
     torch.testing.assert_close(elementwise.gelu(odd, False), expected, equal_nan=True)
     again, grad_input = torch.ones_like(odd), torch.empty_like(odd)
     elementwise.gelu_backward(odd, False, again, grad_input)
-    finite = [False] * 3 + [True] * 5 + [False] * 3
-    assert again.isfinite().tolist() == grad_input.isfinite().tolist() == [finite]
+    assert again.isfinite().tolist() == grad_input.isfinite().tolist() == [[False] * 3 + [True] * 5 + [False] * 3]
 
 
 def heads_of(qkv, heads, scales, angles, grad_output):
@@ -260,8 +258,7 @@ def test_prepared_heads_of_all_numbers(chance):
     for own, exact, size in zip(found, expected, (sizes, slopes)):
         assert bool((own.isfinite() | ~exact.isfinite()).all())  # autograd multiplies overflown squares by 0
         keep = exact.isfinite() & size.flatten(2).isfinite()
-        error = (own - exact)[keep].abs().double()
-        assert bool((error <= 1e-5 * size.flatten(2)[keep] + FLUSHED * 1e3).all())
+        assert bool(((own - exact)[keep].abs().double() <= 1e-5 * size.flatten(2)[keep] + FLUSHED * 1e3).all())
     assert bool((found[2].isfinite() | ~expected[2].isfinite()).all())
     bad, hurt = (set(odd_rows(x[0])) for x in (qkv, found[0]))
     assert hurt <= bad
@@ -365,8 +362,7 @@ def native_attention_of(qkv, grad, pattern, heads, grid):
     assert NativeAttention.suits(qkv, seen)
     own, grad_qkv = NativeAttention(seen, heads), torch.full_like(qkv, NAN)
     result = own(qkv)
-    again = own.recompute(qkv, grad.clone(), grad_qkv)
-    torch.testing.assert_close(again, result, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(own.recompute(qkv, grad.clone(), grad_qkv), result, rtol=0, atol=0, equal_nan=True)
     return result, grad_qkv
 
 
@@ -442,8 +438,7 @@ def test_attention_keeps_what_is_not_finite_in_its_head(bad, position):
         odd = (~x.isfinite()).unflatten(2, (-1, 2, 8)).any(dim=2).any(dim=1).any(dim=-1)  # (B, H)
         assert odd.tolist() == [[False, False], [True, False]]
     qkv = 30 * torch.randn(1, 20, 24)  # large scores do not overflow
-    found = NativeAttention(visible("axial_col", 5, 4), 1)(qkv)
-    assert_close(found, attend(qkv.double(), "axial_col", 1, 4), 1e-5)
+    assert_close(NativeAttention(visible("axial_col", 5, 4), 1)(qkv), attend(qkv.double(), "axial_col", 1, 4), 1e-5)
 
 
 # ---- the VQGAN
@@ -458,8 +453,7 @@ OUT = torch.tensor([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0]
 def sums_of_tiles(x, weight):
     """What Winograd's algorithm adds up for each result: sum(|a| |b|) with its own a and b. (B, out, H, W)"""
     height, width = x.shape[2:]
-    padded = F.pad(x, (1, 4 + 1, 1, 4 + 1)).abs()
-    patches = padded.unfold(2, 6, 4).unfold(3, 6, 4)  # (B, in, tiles, tiles, 6, 6)
+    patches = F.pad(x, (1, 4 + 1, 1, 4 + 1)).abs().unfold(2, 6, 4).unfold(3, 6, 4)  # (B, in, tiles, tiles, 6, 6)
     inside = torch.einsum("pj,bcyxji,qi->bcyxpq", BACK.abs(), patches, BACK.abs())
     transform = torch.tensor(convolution._G).double().abs()
     weights = torch.einsum("pk,ockl,ql->ocpq", transform, weight.abs(), transform)
@@ -514,8 +508,7 @@ def test_group_norms_with_swish(chance):
     bound = 4 * bound.flatten(1, 2) + 60 * EPS * (normed.abs() + norm.bias.double().abs()[:, None, None]) + FLUSHED * 4
     assert bool(((result.double() - F.silu(normed)).abs() <= bound)[bound < LARGEST].all())
     x[0, 0, 0, 0] = NAN
-    odd = odd_rows(norm(x).unflatten(1, (groups, -1)).flatten(0, 1))
-    assert odd == [0]
+    assert odd_rows(norm(x).unflatten(1, (groups, -1)).flatten(0, 1)) == [0]
 
 
 # ---- sampling
@@ -542,8 +535,7 @@ def test_sampling_from_logits(chance):
     assert_within(
         score[known], likelihood[known], likelihood.abs()[known] + 20 + exact.amax(1).abs()[known], 1, lost=1e-6
     )
-    greedy = ops.sample(logits, keys, positions, ops.choice_of(count, 0, None, None))[0]
-    assert torch.equal(greedy, logits.argmax(1))
+    assert torch.equal(ops.sample(logits, keys, positions, ops.choice_of(count, 0, None, None))[0], logits.argmax(1))
 
 
 @pytest.mark.parametrize("options", [

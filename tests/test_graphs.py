@@ -49,9 +49,6 @@ def recorded(model):
     return Graphs(model, CudaCapture(CPU))
 
 
-# ---- the step
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_caches_are_as_wide_as_the_weights(dtype):
@@ -61,8 +58,7 @@ def test_caches_are_as_wide_as_the_weights(dtype):
     whole = model(TEXT[:1].expand(3, -1), codes)[1].float()
     logits = decode(decoder, TEXT[:1], codes, step=on_device).float()
     # bfloat16 has 8 bits: logits of this model, which reach 40, are right to a unit in most places.
-    difference = (logits - whole.transpose(0, 1)).abs().mean((1, 2))
-    assert difference.max() < (1e-4 if dtype == torch.float32 else 0.5)
+    assert (logits - whole.transpose(0, 1)).abs().mean((1, 2)).max() < (1e-4 if dtype == torch.float32 else 0.5)
 
 
 @pytest.mark.skipif(torch.__version__ < "2.1", reason="on a CPU autocast leaves attention alone before 2.1")
@@ -77,9 +73,6 @@ def test_linear_layers_compute_in_the_type_of_autocast():
     assert expected.dtype == torch.bfloat16
     found = decode(decoder, TEXT[:1], codes, step=on_device)  # casts were done once: autocast is off
     assert (found.float() - expected.float()).abs().mean((1, 2)).max() < 0.5
-
-
-# ---- recordings
 
 
 def assert_as_without(found, model, *given, **options):
@@ -189,15 +182,11 @@ def test_under_autocast_steps_are_recorded_in_its_type(graph):
     torch.testing.assert_close(sampled.log_likelihood, expected, rtol=0.1, atol=2.0)
 
 
-# ---- decoding beside sampling
-
-
 def test_a_batch_is_decoded_while_the_next_is_sampled(graph, monkeypatch):
     """What a GPU does, without one: same batches in the same order, each handed on after the next was sampled."""
     vqgan = VQGAN(tiny_vqgan(num_codes=20, resolution=12, ch_mult=(1, 2))).eval()
     loaded = Loaded(random_model().float(), vqgan, None, None)
-    expected = list(Sampler(loaded).images(TEXT, 4, batch_size=2, seed=1))
-    sampled = []
+    expected, sampled = list(Sampler(loaded).images(TEXT, 4, batch_size=2, seed=1)), []
 
     class Beside(driver._Pictures):
         def __init__(self, model, floats):
@@ -217,9 +206,6 @@ def test_a_batch_is_decoded_while_the_next_is_sampled(graph, monkeypatch):
         assert torch.equal(batch.pixels, expected[index].pixels) and torch.equal(batch.codes, expected[index].codes)
         assert torch.equal(batch.log_likelihood, expected[index].log_likelihood)
     assert index == 3
-
-
-# ---- where nothing can be recorded
 
 
 def test_without_a_gpu_nothing_is_recorded(graph):
@@ -251,8 +237,7 @@ def test_what_cannot_be_recorded_is_sampled_without(graph, monkeypatch, caplog):
 
 
 def test_memory_that_others_hold_is_freed_before_giving_up(graph, monkeypatch):
-    model = random_model()
-    full = []
+    model, full = random_model(), []
 
     class Capture(CudaCapture):
         def __call__(self, function):
@@ -295,5 +280,4 @@ def test_a_step_is_one_graph_for_the_compiler_at_all_positions():
         stack.callback(dynamo.reset)
         stack.enter_context(dynamo.config.patch(error_on_recompile=True))
         sampled = sample_codes(model, TEXT[0], [1, 2], GUIDED, graphs=Graphs(model, capture))
-    assert torch.equal(sampled.codes, sample_codes(model, TEXT[0], [1, 2], GUIDED).codes)
-    assert 1 <= len(compiled) <= 4
+    assert torch.equal(sampled.codes, sample_codes(model, TEXT[0], [1, 2], GUIDED).codes) and 1 <= len(compiled) <= 4

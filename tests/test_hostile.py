@@ -37,7 +37,6 @@ from utils.tarballs import unpack_tar
 DEMO = ROOT / "models" / "demo"
 DEMO_YAML = ["--vqgan-config-path", str(DEMO / "vqgan.yaml")]
 
-
 FORMS = ["zip", "legacy", "pickle"]
 
 
@@ -138,22 +137,18 @@ def test_code_in_a_clip_folder_never_runs(name, tmp_path):
     assert not trap.exists()
 
 
-HUGE = [("num_hidden_layers", 10**9), ("hidden_size", 10**9), ("vocab_size", 10**12), ("image_size", 10**6)]
+HUGE = {"num_hidden_layers": 10**9, "hidden_size": 10**9, "vocab_size": 10**12, "image_size": 10**6}
+#: (content of config.json, what is named in it), also of what is no model at all.
+CLIPS = [(json.dumps({"model_type": "clip", part: {name: value}}), name)
+         for part in ("text_config", "vision_config") for name, value in HUGE.items()]  # fmt: skip
+CLIPS += [(content, "") for content in ("[1]", "{", "[" * 100000, '{"text_config": 3, "vision_config": [1]}')]
 
 
-@pytest.mark.parametrize("name, value", HUGE)
-@pytest.mark.parametrize("part", ["text_config", "vision_config"])
-def test_a_clip_model_of_absurd_size_is_refused_before_it_is_built(part, name, value, tmp_path):
+@pytest.mark.parametrize("content, name", CLIPS, ids=range(len(CLIPS)))
+def test_a_clip_model_of_absurd_size_is_refused_before_it_is_built(content, name, tmp_path):
     pytest.importorskip("transformers")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", part: {name: value}}))
+    (tmp_path / "config.json").write_text(content)
     refused(f"--clip-path .*{name}", ClipRanker, tmp_path)
-
-
-def test_a_clip_folder_that_is_none_is_refused(tmp_path):
-    pytest.importorskip("transformers")
-    for content in ("[1]", "{", "[" * 100000, '{"text_config": 3, "vision_config": [1]}'):
-        (tmp_path / "config.json").write_text(content)
-        refused("--clip-path", ClipRanker, tmp_path)
 
 
 def test_tensors_that_claim_more_than_the_file_holds_are_refused(tmp_path):
@@ -183,13 +178,11 @@ def nested(value, levels):
 
 
 @pytest.mark.parametrize(
-    "state, message",
-    [
+    "state, message", [
         (torch.ones(1).expand(10**6, 10**6), "claims more than the file holds"),
         (nested([0], 15), None),  # parts that refer to each other take no time
         (nested([0], 25), "nested too deeply"),
-    ],
-    ids=["claims more", "deep", "too deep"],
+    ], ids=["claims more", "deep", "too deep"],
 )
 def test_an_optimizer_state_is_looked_at(tmp_path, state, message):
     torch.save(demo_document(opt_state={"state": {0: {"exp_avg": state}}}), str(tmp_path / "d.pt"))
@@ -204,8 +197,7 @@ def test_a_configuration_larger_than_the_weights_is_refused_before_it_takes_memo
     document["model"]["params"]["n_embed"] = 1 << 20
     document["model"]["params"]["ddconfig"]["ch"] = 256
     (tmp_path / "v.yaml").write_text(yaml.safe_dump(document))
-    built = []
-    original = torch.nn.Conv2d.__init__
+    built, original = [], torch.nn.Conv2d.__init__
 
     def noted(self, *positional, **named):
         original(self, *positional, **named)

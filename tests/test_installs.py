@@ -62,8 +62,6 @@ def test_what_requirements_require_is_pinned_too():
                 names.append(canonicalize_name(requirement.name))
 
 
-# ---- set-up
-
 PYTHON = """#!/usr/bin/env bash
 # Stands for python3 of the version $FAKE_PYTHON, with PyTorch of the version $FAKE_TORCH: notes what pip is asked for.
 case "$1 $2" in
@@ -85,8 +83,7 @@ def install(tmp_path):
     files = {
         "bin/python3": PYTHON, "requirements.txt": "torch==2.13.0\nnumpy>=1.22\n",
         "requirements-ipu.txt": "numpy<1.25\n", "requirements-dev.txt": "-r requirements.txt\npytest\n",
-        "constraints/py3.8.txt": "numpy==1.24.4\n",
-        "constraints/py3.11.txt": "numpy==2.4.6\npytest==9.2.0\n",
+        "constraints/py3.8.txt": "numpy==1.24.4\n", "constraints/py3.11.txt": "numpy==2.4.6\npytest==9.2.0\n",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -112,8 +109,7 @@ def test_the_pinned_versions_are_installed_once(install, tmp_path):
     pip, pinned = "/.venv/bin/python pip install --quiet", ["pinned numpy==2.4.6", "pinned pytest==9.2.0"]
     asked = [pip, *pinned, "torch==2.13.0", "numpy>=1.22", "pytest"]
     printed, found = install()
-    assert found == asked and "constraints/py3.11.txt" in printed
-    assert install() == ("", None)
+    assert found == asked and "constraints/py3.11.txt" in printed and install() == ("", None)
     for changed in ("constraints/py3.11.txt", "requirements-dev.txt"):
         with (tmp_path / changed).open("a") as file:
             file.write("\n# other versions\n")
@@ -144,11 +140,7 @@ def test_the_newest_versions_have_a_folder_of_their_own(install):
         printed, found = install("--latest", VIRTUAL_ENV="/nowhere")
         assert found[0] == "/.venv/latest/bin/python pip install --quiet --upgrade --upgrade-strategy eager"
         assert found[1:] == ["torch==2.13.0", "numpy>=1.22", "pytest"] and "newest" in printed
-    assert install() == ("", None)
-    assert "--latest" in install("--latest", status=1, **SDK)[0]
-
-
-# ---- pip install
+    assert install() == ("", None) and "--latest" in install("--latest", status=1, **SDK)[0]
 
 
 @pytest.fixture(scope="module")
@@ -209,9 +201,6 @@ def test_pip_installs_commands_that_run_in_any_folder(tmp_path, flag):
     run(commands / "mini-dalle-train", "--config", "unit_test", "--generated-data", "--max-steps", "1")
     run(commands / "mini-dalle-generate", "--dalle_path", "demo", "--text", "apple", "--num_images", "1")
     assert list((tmp_path / "elsewhere").glob("outputs/apple/*.jpg"))
-
-
-# ---- warnings
 
 
 @pytest.mark.skipif(bool(pins.other_versions()), reason="warnings are errors with the pinned versions only")

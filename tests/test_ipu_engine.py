@@ -91,8 +91,7 @@ def test_equals_the_native_engine(stages, factor, iterations, replicas):
     config = make_config(stages, replication_factor=replicas, **options)
     calls = 3 if iterations == 1 else 2
     engine, losses = equals_native(config, Pairs(samples_for(config, calls)))
-    assert len(losses) == calls
-    assert engine.executor.capture.switches == stages - 1
+    assert len(losses) == calls and engine.executor.capture.switches == stages - 1
     assert engine.executor.capture.serialized == ([factor] if factor > 1 else [])  # the head
     assert isinstance(engine.model.dalle.text_emb, SerializedEmbedding) == (factor > 1)
 
@@ -213,8 +212,7 @@ def test_blocks_begin_where_the_plan_says_and_weights_lie_there():
     planned = {placement.path: placement.ipu for placement in engine.plan}
     for name, used in ipus.items():
         assert used == {next(ipu for path, ipu in planned.items() if name.startswith(path + "."))}, name
-    trained = {name for name, parameter in engine.model.named_parameters() if parameter.requires_grad}
-    assert trained <= set(ipus)
+    assert {name for name, parameter in engine.model.named_parameters() if parameter.requires_grad} <= set(ipus)
     assert capture.checkpoints == 3 + 1  # every layer, and the codes
     assert not [name for name, _ in engine.model.named_parameters() if "decoder" in name]
 
@@ -348,8 +346,7 @@ def failing(error):
     (None, ""),
     (ImportError("libpoplar.so: cannot open shared object file"), "libpoplar.so: cannot open shared object file"),
     (ModuleNotFoundError("No module named 'torchvision'", name="torchvision"), "No module named 'torchvision'"),
-    (AssertionError("works with torch==2.0.1\nonly"), "works with torch==2.0.1"),
-    (RuntimeError(), "RuntimeError"),
+    (AssertionError("works with torch==2.0.1\nonly"), "works with torch==2.0.1"), (RuntimeError(), "RuntimeError"),
     (types.ModuleType("poptorch"), "is not PopTorch"),
 ], ids=repr)
 def test_a_poptorch_that_cannot_be_used_is_one_line(broken, reason, monkeypatch):
@@ -369,8 +366,7 @@ def test_a_poptorch_that_cannot_be_used_is_one_line(broken, reason, monkeypatch)
     (lambda: False, {}, "cpu", "--device auto: no IPUs, PopTorch finds none here"),
     (failing(RuntimeError("no driver\n...")), {}, "cpu", "PopTorch cannot look for them (no driver)"),
     (lambda: False, {"compile_only": True}, "ipu", "--device auto: IPUs, for --compile-only"),
-    (lambda: True, {"device": "cpu"}, "cpu", ""),
-    (lambda: False, {"device": "ipu"}, "ipu", ""),
+    (lambda: True, {"device": "cpu"}, "cpu", ""), (lambda: False, {"device": "ipu"}, "ipu", ""),
 ])
 def test_auto_means_the_ipus_that_are_there(found, options, name, choice, poptorch, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
@@ -401,8 +397,7 @@ def test_what_cannot_work_is_told_before_poptorch_is_asked(stages, options, with
 
 def test_processes_of_torchrun_are_not_for_ipus(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    complaint = "--device ipu: torchrun has started 2 processes.* poprun"
-    refused(complaint, engines.create, make_config(1), kind=UsageError)
+    refused("--device ipu: torchrun has started 2 processes.* poprun", engines.create, make_config(1), kind=UsageError)
     reason = "--device auto: no IPUs, because torchrun has started this process"
     assert engines._choose(make_config(1, device="auto")) == (False, reason)
 
@@ -412,8 +407,7 @@ def test_processes_of_torchrun_are_not_for_ipus(monkeypatch):
 
 def test_the_asynchronous_loader_gives_the_same_batches_by_workers_that_stay():
     config = make_config(1)
-    dataset = Pairs(samples_for(config, 3))
-    batches = []
+    dataset, batches = Pairs(samples_for(config, 3)), []
     for ahead, workers in ((False, 0), (False, 2), (True, 2)):
         engine = IpuEngine(config.replace(async_dataloader=ahead, dataloader_workers=workers))
         batches.append([batch for epoch in range(2) for batch in engine.loader(dataset, epoch)])
@@ -434,8 +428,7 @@ def test_the_loader_goes_on_over_epochs_and_starts_anywhere():
     second = list(engine.loader(dataset, 1))
     assert engine._loader is loader and equal_batches(first + second, everything[0][1:] + everything[1])
     next(iter(engine.loader(Pairs(samples_for(config, 3)), 1)))
-    assert engine._loader is not loader and loader.closed
-    assert not torch.equal(everything[0][0][0], everything[1][0][0])
+    assert engine._loader is not loader and loader.closed and not torch.equal(everything[0][0][0], everything[1][0][0])
 
 
 @pytest.mark.parametrize("iterations", [1, 2])
@@ -445,8 +438,7 @@ def test_a_start_at_any_sample_takes_what_comes_after_it(iterations):
     size = config.global_batch
     engine, dataset = IpuEngine(config), Pairs(5 * size)
     assert engine.steps_per_epoch(len(dataset)) == 5 // iterations * iterations and engine.steps_per_call == iterations
-    found = list(engine.loader(dataset, 0, start=3)) + list(engine.loader(dataset, 1))
-    texts = []
+    found, texts = list(engine.loader(dataset, 0, start=3)) + list(engine.loader(dataset, 1)), []
     for epoch, first in ((0, 3), (1, 0)):
         dataset.set_epoch(epoch)
         calls = engine.steps_per_epoch(len(dataset), first) // iterations
@@ -492,8 +484,7 @@ def test_processes_share_every_sample_out_once():
         stream._own, stream._epoch = None, -1
         seen.append([int(stream[index][0]) for index in range(len(stream))])
     assert sorted(sum(seen, [])) == list(range(24))
-    order = epoch_order(24, 5, 0).tolist()
-    assert sorted(seen[0][:4] + seen[1][:4] + seen[2][:4]) == sorted(order[:12])
+    assert sorted(seen[0][:4] + seen[1][:4] + seen[2][:4]) == sorted(epoch_order(24, 5, 0).tolist()[:12])
     padded = [Padded(dataset, process, 3, 4, None) for process in range(3)]
     counted = [int(item[0]) for part in padded for item in (part[index] for index in range(len(part))) if item[2]]
     assert sorted(counted) == list(range(24)) and {len(part) for part in padded} == {8}
@@ -553,8 +544,7 @@ def test_poprun_shares_seed_weights_and_metrics(poprun):
     dataset.set_epoch(0)
     mine = epoch_order(len(dataset), 1234, 0)[12:24].tolist()  # of the order that the broadcast seed gives
     assert torch.equal(batch[0], torch.stack([dataset[index][0] for index in mine]))
-    loss = engine.step(batch).loss
-    assert loss.shape == () and engine.mean(torch.tensor(1.0)) == 2.0
+    assert engine.step(batch).loss.shape == () and engine.mean(torch.tensor(1.0)) == 2.0
     engine.barrier()
 
 

@@ -42,16 +42,14 @@ def test_parts_lie_where_the_flags_say():
 
 
 @pytest.mark.parametrize("ipus, starts, stages", [
-    ([0, 0, 0], [], 1),
-    ([0, 1, 1, 2], [1, 3], 3),
+    ([0, 0, 0], [], 1), ([0, 1, 1, 2], [1, 3], 3),
     ([1, 1, 2], [0, 2], 3),  # what runs before the first block is on IPU 0: a stage of its own
     ([0, 1, 0], [1, 2], 3),  # a return is a stage
 ])
 def test_a_block_begins_where_the_ipu_changes(ipus, starts, stages):
     placements = [Placement(f"part{index}", ipu) for index, ipu in enumerate(ipus)]
     assert plan.block_starts(placements) == [placements[index] for index in starts]
-    assert plan.num_stages(placements) == stages
-    assert plan.stage_of(placements)[-1] == stages - 1
+    assert plan.num_stages(placements) == stages and plan.stage_of(placements)[-1] == stages - 1
     assert plan.bubble(1, 1) == 0 and plan.min_accumulation(4) == 7
     assert plan.bubble(4, 7) == pytest.approx(6 / 13)  # 7 useful cycles, 3 to fill forward and 3 to drain backward
 
@@ -104,8 +102,7 @@ def test_memory_adds_up():
     ):
         _, others = costs_of(config.replace(**options), model)
         assert sum(ipu.optimizer for ipu in others) == bytes_of_state * trained
-        size = 1 + ("fp16" in options)
-        assert size * sum(ipu.weights for ipu in others) == sum(ipu.weights for ipu in ipus)
+        assert (1 + ("fp16" in options)) * sum(ipu.weights for ipu in others) == sum(ipu.weights for ipu in ipus)
     shared = small_model(shared_attn_ids=(0,), tie_embeddings=True)  # what is shared counts once
     parts, _ = costs_of(config_of(), shared)
     assert sum(part.trainable for part in parts.values()) == sum(p.numel() for p in DalleModel(shared).parameters())
@@ -121,15 +118,13 @@ def test_the_best_division_is_the_best_of_all():
 
     counts = [each for each in itertools.product(range(6), repeat=4) if sum(each) == 5 and max(each) < 5]
     every = [config.replace(layers_per_ipu=list(each)) for each in counts]
-    assert len(every) == 52
-    assert busiest(best) == min(map(busiest, every))
+    assert len(every) == 52 and busiest(best) == min(map(busiest, every))
 
 
 def test_divisions_that_do_not_fit_are_not_proposed(monkeypatch):
     config = config_of(num_hidden_layers=4, ipus_per_replica=2, layers_per_ipu=[0, 4])
     parts = plan_report.measured(config, small_model(depth=4), SMALL_VQGAN)
-    one_side = plan_costs.ipu_costs(config, parts)[1].memory
-    monkeypatch.setattr(plan_costs, "IPU_MEMORY", one_side * 0.7)
+    monkeypatch.setattr(plan_costs, "IPU_MEMORY", plan_costs.ipu_costs(config, parts)[1].memory * 0.7)
     assert max(plan_costs.divide(config, parts)) < 4
     monkeypatch.setattr(plan_costs, "IPU_MEMORY", 1)
     assert sum(plan_costs.divide(config, parts)) == 4  # nothing fits: the least bad one
@@ -150,25 +145,18 @@ FOUR = {"ipus_per_replica": 4, "layers_per_ipu": [0, 1, 1, 1]}
     ({"layers_per_ipu": [1, 2]}, "--layers-per-ipu .* one for each IPU"),
     ({"layers_per_ipu": [2]}, "--layers-per-ipu .*--plan auto"),
     ({"ipus_per_replica": 3, "layers_per_ipu": [1, 1, 1]}, "--ipus-per-replica .*powers of two"),
-    ({"cls_ipu_id": 1}, "--cls-ipu-id .*IPUs 0 to 0"),
-    ({"embedding_ipu_id": 2}, "--embedding-ipu-id .*IPUs 0 to 0"),
+    ({"cls_ipu_id": 1}, "--cls-ipu-id .*IPUs 0 to 0"), ({"embedding_ipu_id": 2}, "--embedding-ipu-id .*IPUs 0 to 0"),
     ({"matmul_proportion": [0.1, 0.2]}, "--matmul-proportion.*one for all"),
     ({**FOUR, "gradient_accumulation": 6}, "--gradient-accumulation .*at least 7"),
     ({"embedding_serialization_factor": 5}, "--embedding-serialization-factor .*4 does"),
     ({"replication_factor": 3}, "--replication-factor .*powers of two"),
     ({"enable_rts": True}, "--enable-rts .*omit it"),
     ({"gradient_accumulation": 1}, "--async-dataloader .*--async-dataloader false"),
-    ({"enable_als": True}, "--enable-als .*--fp16"),
-    ({"ema_decay": 0.9}, "--ema-decay .*--ema-decay 0"),
-    ({"attention_impl": "sdpa"}, "--attention-impl .*auto"),
-    ({"compile": True}, "--compile .*omit it"),
-    ({"matmul_precision": "high"}, "--matmul-precision .*omit it"),
-    ({"optimizer": "Muon"}, "--optimizer .*AdamW"),
-    ({}, None),
-    ({**FOUR, "gradient_accumulation": 7}, None),
-    ({"replication_factor": 4, "enable_rts": True}, None),
-    ({"enable_als": True, "fp16": True}, None),
-    ({"embedding_serialization_factor": 6}, None),
+    ({"enable_als": True}, "--enable-als .*--fp16"), ({"ema_decay": 0.9}, "--ema-decay .*--ema-decay 0"),
+    ({"attention_impl": "sdpa"}, "--attention-impl .*auto"), ({"compile": True}, "--compile .*omit it"),
+    ({"matmul_precision": "high"}, "--matmul-precision .*omit it"), ({"optimizer": "Muon"}, "--optimizer .*AdamW"),
+    ({}, None), ({**FOUR, "gradient_accumulation": 7}, None), ({"replication_factor": 4, "enable_rts": True}, None),
+    ({"enable_als": True, "fp16": True}, None), ({"embedding_serialization_factor": 6}, None),
     ({"gradient_accumulation": 1, "async_dataloader": False}, None),
 ])
 def test_what_cannot_work_is_told_with_its_flag_and_a_way_out(options, message):
@@ -195,7 +183,7 @@ def report(**options):
     return plan_report.describe(config, small_model(), found), found
 
 
-def test_the_table_says_what_lies_where():
+def test_the_table_says_what_lies_where_and_what_does_not_work(monkeypatch):
     text, found = report(layers_per_ipu=[1, 2], plan="show")
     assert len(found) == 1
     rows = [line.split() for line in text.splitlines() if line.strip()[:1] in ("0", "1")]
@@ -203,14 +191,21 @@ def test_the_table_says_what_lies_where():
     assert " ".join(rows[1]).startswith("1 1 layers 1-2 norm text_head image_head")
     assert rows[0][-1].endswith("%") and int(rows[0][-1][:-1]) + int(rows[1][-1][:-1]) in (99, 100, 101)
     assert "2 stages, 16 micro-batches" in text and "problem" not in text
+    text, _ = report(layers_per_ipu=[1, 2], plan="show", gradient_accumulation=2)
+    assert "problem: --gradient-accumulation 2" in text
+    for module in (plan_costs, plan_report):
+        monkeypatch.setattr(module, "IPU_MEMORY", 1000)
+    assert "DOES NOT FIT" in report(layers_per_ipu=[1, 2], plan="show")[0]
 
 
-def test_the_proposal_comes_beside_the_given_division_or_alone():
+def test_the_proposal_comes_beside_the_given_division_or_alone_and_is_drawn(tmp_path):
     text, found = report(layers_per_ipu=[3, 0], plan="auto")
     assert next(division.config.ipu.layers_per_ipu[0] for division in found) == 3 and len(found) == 2
     assert plan_costs.balance(found[1].ipus) >= plan_costs.balance(found[0].ipus)
-    best = list(found[1].config.ipu.layers_per_ipu)
-    text, found = report(layers_per_ipu=best, plan="auto")
+    plan_report.draw(found, tmp_path / "made" / "plan.png")
+    with Image.open(tmp_path / "made" / "plan.png") as image:
+        assert image.width > 600 and image.height > 600 and len(image.convert("RGB").getcolors(1 << 24)) > 50
+    text, found = report(layers_per_ipu=list(found[1].config.ipu.layers_per_ipu), plan="auto")
     assert len(found) == 1 and "as configured, the best division" in text
     text, found = report(layers_per_ipu=[3], plan="auto")
     assert len(found) == 1 and sum(found[0].config.ipu.layers_per_ipu) == 3 and "problem" not in text
@@ -228,19 +223,3 @@ def test_images_that_are_encoded_ahead_need_no_vqgan_on_the_ipus():
     assert others[1].ipus[0].layers >= 1  # the room it leaves is for layers
     text, _ = report(cache_codes="auto", generated_data=True, **layout)
     assert "vqgan text_emb" in text  # random images are encoded in each step
-
-
-def test_problems_and_overflow_are_shown(monkeypatch):
-    text, _ = report(layers_per_ipu=[1, 2], plan="show", gradient_accumulation=2)
-    assert "problem: --gradient-accumulation 2" in text
-    monkeypatch.setattr(plan_costs, "IPU_MEMORY", 1000)
-    monkeypatch.setattr(plan_report, "IPU_MEMORY", 1000)
-    text, _ = report(layers_per_ipu=[1, 2], plan="show")
-    assert "DOES NOT FIT" in text
-
-
-def test_the_picture(tmp_path):
-    plan_report.draw(report(layers_per_ipu=[3, 0], plan="auto")[1], tmp_path / "made" / "plan.png")
-    with Image.open(tmp_path / "made" / "plan.png") as image:
-        assert image.width > 600 and image.height > 600
-        assert len(image.convert("RGB").getcolors(1 << 24)) > 50

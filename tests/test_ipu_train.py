@@ -193,8 +193,7 @@ def test_two_processes_train_what_one_trains(server, tmp_path, folder):
     assert not [path for pattern in ("*.pt", "*.jsonl", "*.log") for path in nothing.rglob(pattern)]
 
     def random_states():
-        newest = checkpoints.newest_checkpoint(both / "ckpt")
-        return checkpoints.read_dalle(newest).training["engine"]["random_states"]
+        return checkpoints.read_dalle(checkpoints.newest_checkpoint(both / "ckpt")).training["engine"]["random_states"]
 
     states = random_states()
     assert states.shape[0] == 2 and states[0, 0] == states[1, 0] == 42 and states[0, 1] != states[1, 1]

@@ -45,8 +45,7 @@ class Answer:
         with self.caplog.at_level(logging.INFO):
             library = build.library("answer")
             assert library is None if fails else library.answer() == 42
-        assert (self.compiled > before) == compiles
-        assert not self.trap.exists()
+        assert (self.compiled > before) == compiles and not self.trap.exists()
         return [record.message for record in self.caplog.records]
 
     def file(self, folder=None):
@@ -79,8 +78,7 @@ def test_kernels_can_be_switched_off(answer, monkeypatch, value):
 
 
 @pytest.mark.parametrize("script, message", [
-    (None, "no C compiler"),
-    ("echo 'cannot compile' >&2; exit 1", "PyTorch computes the same"),
+    (None, "no C compiler"), ("echo 'cannot compile' >&2; exit 1", "PyTorch computes the same"),
     ("for last; do :; done; echo nonsense > $last", "PyTorch computes the same"),
 ], ids=["absent", "fails", "writes nonsense"])
 def test_without_a_compiler_pytorch_computes(answer, monkeypatch, script, message):

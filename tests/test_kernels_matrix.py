@@ -18,10 +18,7 @@ SQUARE = torch.ones(64, 64)
 needs_unit = pytest.mark.usefixtures("unit")
 
 SHAPES = [
-    (64, 64, 64),
-    (65, 67, 71),
-    (77, 131, 705),
-    (96, 241, 128),
+    (64, 64, 64), (65, 67, 71), (77, 131, 705), (96, 241, 128),
     (160, 270, 1500),  # several steps of depth
     (131, 1000, 96),  # many units of columns
     (130, 300, 2200),  # units and rows are packed ahead, in four steps of depth
@@ -35,18 +32,13 @@ LARGE = [(672, 512, 1500), (131, 3000, 96), (200, 700, 2200), (2000, 300, 70), (
 def operand(rows, columns, turned, scale=1.0):
     """Random numbers amid others that must not be read as theirs: not a number."""
     rows, columns = (columns, rows) if turned else (rows, columns)
-    around = torch.full((rows + 2, columns + 3), NAN)
-    inside = around[1:-1, 1:-2]
+    inside = torch.full((rows + 2, columns + 3), NAN)[1:-1, 1:-2]
     inside.copy_(torch.randn(rows, columns) * scale)
     return inside.t() if turned else inside
 
 
 def error(result, exact):
     return float((result.double() - exact).square().mean().sqrt())
-
-
-def odd_rows(x):
-    return (~x.isfinite()).any(dim=1).nonzero().flatten().tolist()
 
 
 @pytest.mark.parametrize("turned", [(0, 0), (0, 1), (1, 0), (1, 1)], ids=str)
@@ -63,8 +55,7 @@ def test_no_less_exact_than_the_matmul_of_pytorch(rows, columns, depth, turned, 
     # One number of threads for each shape is enough of what is slow.
     for count in (1 + (depth + sum(turned)) % 3,) if unit == "emulated" else (1, 2, 3):
         threads(count)
-        assert matrix.matmul(a, b, out) is out
-        assert error(out, exact) <= 1.1 * error(usual, exact)
+        assert matrix.matmul(a, b, out) is out and error(out, exact) <= 1.1 * error(usual, exact)
         torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-6 * depth)
         out.fill_(7.0)
         assert bool((around == 7.0).all()), "written beside its place"
@@ -74,8 +65,7 @@ def test_the_same_on_any_number_of_threads(unit, threads):
     """Where the last row is packed on its own, by one of some threads, others may be steps of depth behind."""
     torch.manual_seed(4)
     for (rows, columns, depth), counts, times in (
-        ((133, 477, 1500), (2, 3, 5), 1),
-        ((65, 64, 2200), (3, 5, 7), 150 if unit == "native" else 4),
+        ((133, 477, 1500), (2, 3, 5), 1), ((65, 64, 2200), (3, 5, 7), 150 if unit == "native" else 4),
     ):
         a, b = torch.randn(rows, depth), torch.randn(depth, columns)
         threads(1)
@@ -140,10 +130,8 @@ def test_others_find_the_matrix_unit_as_it_was_and_wrong_shapes_are_refused():
     (torch.randn(100, 200)[:, ::2], torch.randn(100, 100)),
 ], ids=["few rows", "double", "every second column"])
 def test_pytorch_multiplies_what_does_not_suit(a, b):
-    assert not matrix.suits(a, b)
-    assert torch.equal(matrix.matmul(a, b), a @ b)
-    out = a.new_empty(len(a), b.shape[1])
-    assert torch.equal(matrix.matmul(a, b, out), a @ b)
+    assert not matrix.suits(a, b) and torch.equal(matrix.matmul(a, b), a @ b)
+    assert torch.equal(matrix.matmul(a, b, a.new_empty(len(a), b.shape[1])), a @ b)
 
 
 @needs_unit
@@ -157,13 +145,12 @@ def test_as_exact_as_pytorch_is_told_to_be(precision, tolerance, least, rows, co
         a = torch.randn(depth, rows).t() if turned else torch.randn(rows, depth)
         b = torch.randn(depth, columns) if turned else torch.randn(columns, depth).t()
         exact = a.double() @ b.double()
-        lost = (matrix.matmul(a, b) - exact).norm() / exact.norm()
-        assert (0 if depth < 100 else least) < lost < tolerance
+        assert (0 if depth < 100 else least) < (matrix.matmul(a, b) - exact).norm() / exact.norm() < tolerance
         whole = torch.randint(-16, 16, a.shape).float()  # few bits: nothing is lost
         few = whole[:90].t()
         assert torch.equal(matrix.matmul(whole, few).double(), whole.double() @ few.double())
         a[3, 5], a[60, 0] = NAN, INF  # passed on, and no further
-        assert odd_rows(matrix.matmul(a, b)) == [3, 60]
+        assert (~matrix.matmul(a, b).isfinite()).any(dim=1).nonzero().flatten().tolist() == [3, 60]
 
 
 @pytest.mark.parametrize("library", [None, mock.Mock(multiplies=lambda: 0)], ids=["no library", "no unit"])
@@ -171,8 +158,7 @@ def test_pytorch_multiplies_without_a_matrix_unit(library, monkeypatch):
     monkeypatch.setattr(matrix, "library", lambda name: library)
     monkeypatch.setattr(matrix, "_functions", matrix._functions.__wrapped__)
     a, b = torch.randn(100, 100), torch.randn(100, 100)
-    assert not matrix.suits(a, b)
-    assert torch.equal(matrix.matmul(a, b), a @ b)
+    assert not matrix.suits(a, b) and torch.equal(matrix.matmul(a, b), a @ b)
 
 
 @pytest.mark.skipif(not matrix._multiplies_vectors(), reason="needs AVX-512 with bfloat16")
@@ -183,9 +169,7 @@ def test_medium_precision_multiplies_in_bfloat16_without_a_matrix_unit(monkeypat
     assert not matrix.suits(a, b)
     products("medium")
     assert matrix.suits(a, b, out) and matrix.matmul(a, b, out, bias) is out
-    assert matrix.matmul(a, b).dtype == torch.float32
-    lost = (out - exact).norm() / exact.norm()
-    assert 1e-4 < lost < 1e-2
+    assert matrix.matmul(a, b).dtype == torch.float32 and 1e-4 < (out - exact).norm() / exact.norm() < 1e-2
 
 
 def tiny(**options):

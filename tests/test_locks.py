@@ -25,8 +25,7 @@ def test_a_second_training_into_the_same_folder_is_refused(server, folder, tmp_p
         ((), "--checkpoint-output-dir", tmp_path / "ckpt"),
         (("--checkpoint-output-dir", str(tmp_path / "other/ckpt"), "--log-dir", str(tmp_path)), "--log-dir", tmp_path),
     ]:
-        second = server.start(arguments(folder, tmp_path, *more), tmp_path.parent / "second.log")
-        assert server.wait(second) == 1
+        assert server.wait(server.start(arguments(folder, tmp_path, *more), tmp_path.parent / "second.log")) == 1
         error = (tmp_path.parent / "second.log").read_text().splitlines()[-1]
         assert error.startswith(f"error: {flag} {where}: process {first} on "), error
     after = sorted((path.name, path.stat().st_size) for path in tmp_path.rglob("*") if "other" not in path.parts)
@@ -78,8 +77,7 @@ def test_without_locks_everything_goes_on_and_says_so_once(missing, monkeypatch,
     def none(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    without = types.SimpleNamespace(flock=none, LOCK_EX=2, LOCK_NB=4, LOCK_UN=8)
-    fcntl = None if missing == "on this system" else without
+    fcntl = None if missing == "on this system" else types.SimpleNamespace(flock=none, LOCK_EX=2, LOCK_NB=4, LOCK_UN=8)
     monkeypatch.setattr(locks, "fcntl", fcntl)
     with only_writer(("--a", tmp_path)), only_writer(("--b", tmp_path)), open(str(tmp_path / "file"), "w") as file:
         for _ in range(2):
@@ -98,8 +96,7 @@ def test_what_a_link_in_place_of_a_lock_points_to_is_not_written(tmp_path):
 
 def test_a_folder_given_twice_is_locked_once(tmp_path):
     with only_writer(("--a", tmp_path), ("--b", tmp_path)):
-        message = f"--c .*: process {os.getpid()} on .* already writing there"
-        refused(message, only_writer(("--c", tmp_path)).__enter__)
+        refused(f"--c .*: process {os.getpid()} on .* already writing there", only_writer(("--c", tmp_path)).__enter__)
     with only_writer(("--a", tmp_path)):
         pass
 

@@ -65,8 +65,7 @@ def test_the_main_process_writes_console_and_file_the_others_only_errors(tmp_pat
     logging.getLogger("a").info("hello %d", 1)
     logging.getLogger("a").warning("careful \udcff")
     assert path.read_text(encoding="utf-8").splitlines()[0].endswith("  hello 1")
-    assert "WARNING: careful \\udcff" in path.read_text(encoding="utf-8")
-    assert "hello 1" in capsys.readouterr().err
+    assert "WARNING: careful \\udcff" in path.read_text(encoding="utf-8") and "hello 1" in capsys.readouterr().err
 
     assert log.setup(tmp_path / "other", is_main=False) is None
     logging.getLogger("a").warning("quiet")
@@ -78,8 +77,7 @@ def test_the_main_process_writes_console_and_file_the_others_only_errors(tmp_pat
 
 def test_a_log_file_that_cannot_be_made_or_written_is_only_a_warning(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
-    assert log.setup(tmp_path / "file" / "below") is None
-    assert "continuing without it" in capsys.readouterr().err
+    assert log.setup(tmp_path / "file" / "below") is None and "continuing without it" in capsys.readouterr().err
 
     log.setup(tmp_path)
     file = next(handler for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)
@@ -147,8 +145,7 @@ def test_rates_leave_out_the_first_step_and_pauses(monkeypatch):
     with bar.paused():
         now[0] += 7
     step(2)
-    assert bar.overall_samples_per_second == pytest.approx(3.0)
-    assert bar.samples_per_second == pytest.approx(24 / 26)
+    assert bar.overall_samples_per_second == pytest.approx(3.0) and bar.samples_per_second == pytest.approx(24 / 26)
     assert bar.seconds_left == pytest.approx(60 - 33)  # 6 steps at 6.5 s would take longer than the limit
     for _ in range(5):
         step(0.5)
@@ -235,8 +232,7 @@ def test_wandb_gets_numbers_and_a_resumed_run_its_id(tmp_path, wandb):
             metrics.images("samples", step, ["a", "b"], torch.zeros(2, 3, 4, 5, dtype=torch.uint8))
     first, resumed, new = (call.kwargs for call in wandb.init.call_args_list)
     assert (first["project"], first["name"], first["config"], first["dir"]) == ("p", "r", {"a": 1}, str(tmp_path))
-    assert resumed["id"] == first["id"] != new["id"]
-    assert (first["resume"], resumed["resume"]) == (None, "allow")
+    assert resumed["id"] == first["id"] != new["id"] and (first["resume"], resumed["resume"]) == (None, "allow")
     logged, image = run.log.call_args_list, wandb.Image.return_value
     assert logged[:4:2] == [mock.call({"train/loss": 2.5}, step=step) for step in (1, 2)]
     assert logged[1] == mock.call({"samples": [image, image]}, step=1)
@@ -260,8 +256,7 @@ def test_nothing_is_drawn_without_a_training_loss_and_smoothing_is_centred(tmp_p
     path.write_text('{"event": "train", "step": 1, "loss": null}\nnonsense\n[1]\n{"event": "train", "loss": 1}\n')
     assert log.plot_losses(path, tmp_path / "loss.png") is False and not (tmp_path / "loss.png").exists()
     refused("absent.jsonl: No such file", log.plot_losses, tmp_path / "absent.jsonl", tmp_path / "loss.png")
-    assert log.smoothed([1.0, 2.0, 6.0, 4.0], 1) == [1.5, 3.0, 4.0, 5.0]
-    assert log.smoothed([1.0, 2.0], 0) == [1.0, 2.0]
+    assert log.smoothed([1.0, 2.0, 6.0, 4.0], 1) == [1.5, 3.0, 4.0, 5.0] and log.smoothed([1.0, 2.0], 0) == [1.0, 2.0]
     line = [float(value) for value in range(20)]
     assert log.smoothed(line, 3)[3:-3] == line[3:-3]  # no lag
 

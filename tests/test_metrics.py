@@ -86,10 +86,8 @@ def test_distances_of_features(fidelity, n, m, width):
     torch.manual_seed(n)
     x, y = torch.randn(n, width) @ torch.randn(width, width) / 4 + 0.5, torch.randn(m, width).abs()
     check_fid(x, y, 1e-5)
-    size = min(n, m)
-    wanted = metric_kid.kid_features_to_metric(x, y, kid_subset_size=size, verbose=False)
-    found = distances.kid(x, y)
-    assert found == pytest.approx(tuple(wanted.values()), rel=1e-4)
+    wanted = metric_kid.kid_features_to_metric(x, y, kid_subset_size=min(n, m), verbose=False)
+    assert distances.kid(x, y) == pytest.approx(tuple(wanted.values()), rel=1e-4)
     wanted = metric_prc.prc_features_to_metric(x, y, verbose=False)
     assert distances.precision_recall(x, y) == pytest.approx(tuple(wanted.values())[:2], abs=1e-6)
 
@@ -115,9 +113,6 @@ def test_too_few_images(metric, message):
     refused(f"--metrics: .*{message}", distances.distances, [metric], one, one)
 
 
-# Sets of images -------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def folder(tmp_path):
     """Images of two sizes as generate.py leaves them, with a grid that does not count."""
@@ -128,7 +123,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_images_of_a_folder(folder):
+def test_images_of_a_folder_and_too_few_of_them(folder):
     found = folder_images("--images", str(folder), ignored="grid.png")
     assert found.num_images == 4
     assert [tuple(batch.shape) for batch in found.batches(8)] == [(2, 3, 20, 20), (1, 3, 24, 30), (1, 3, 20, 20)]
@@ -139,6 +134,8 @@ def test_images_of_a_folder(folder):
     refused("--images .*2.png cannot be read", list, found.batches(8))
     for path, message in ((folder / "none", "no such folder"), (folder / "red" / "0.png", "neither a folder nor")):
         refused(f"--images .*: {message}", folder_images, "--images", str(path))
+    words = f"--images {folder} --metrics is --inception-weights none.pth"
+    refused("--metrics is needs at least 10 images: .* has 4", evaluate.main, words.split())
 
 
 def test_features_are_cached(folder, inception_weights, monkeypatch, tmp_path):
@@ -153,12 +150,11 @@ def test_features_are_cached(folder, inception_weights, monkeypatch, tmp_path):
     refused("", features_of, images, network, 4, kind=TypeError)  # measured again
 
 
-def test_another_file_is_no_inception_network():
+def test_other_networks_and_features_that_are_not_finite_are_refused():
     file = ROOT / "models" / "demo" / "dalle.safetensors"
     refused("--inception-weights .*: not torch-fidelity's Inception network", load_inception, file)
-
-
-# Others ---------------------------------------------------------------------------------------------------------------
+    collector = Collector(lambda images: (images.float(), images / 0.0))
+    refused("--inception-weights: this network's features are not finite", collector.add, random_images(1, 8, 0))
 
 
 def test_ssim():
@@ -167,8 +163,7 @@ def test_ssim():
     noisy = (images.float() + torch.randn(images.shape, generator=torch.Generator().manual_seed(0)) * 20).clamp(0, 255)
     noisy = noisy.to(torch.uint8)
     weights = torch.exp(-(torch.arange(-5.0, 6.0).double() ** 2) / 4.5)
-    weights = (weights[:, None] * weights) / weights.sum() ** 2
-    expected = []
+    weights, expected = (weights[:, None] * weights) / weights.sum() ** 2, []
     for x, y in zip(images.double(), noisy.double()):
         channels = []
         for a, b in zip(x, y):
@@ -182,11 +177,6 @@ def test_ssim():
     assert torch.allclose(ssim(images, images), torch.ones(2, dtype=torch.float64))
 
 
-def test_features_that_are_not_finite_are_refused():
-    collector = Collector(lambda images: (images.float(), images / 0.0))
-    refused("--inception-weights: this network's features are not finite", collector.add, random_images(1, 8, 0))
-
-
 def test_nearest_training_images():
     training = random_images(30, 32, 1)
     generated = training[[7, 29]].clone()
@@ -196,21 +186,23 @@ def test_nearest_training_images():
     assert found.distance[0] < 1e-3 < found.distance[1]
 
 
-# The command ----------------------------------------------------------------------------------------------------------
-
-
 def evaluated(tmp_path, *words):
     evaluate.main([*words, "--device", "cpu", "--json", str(tmp_path / "result.json")])
     return json.loads((tmp_path / "result.json").read_text())
 
 
-def test_a_folder_is_measured(folder, inception_weights, tmp_path, capsys):
+def test_a_folder_and_a_tokenizer_are_measured(folder, inception_weights, tmp_path, capsys):
     given = ("--inception-weights", str(inception_weights), "--metrics", "fid,kid,prc")
     result = evaluated(tmp_path, "--images", str(folder), "--reference", str(folder), *given)
     (found,) = result["metrics"]
     assert abs(found["fid"]) < 1e-3 and found["precision"] == found["recall"] == 1
     assert result["protocol"]["num_images"] == 4 and len(result["protocol"]["inception"]) == 64
     assert "note: 4 images" in capsys.readouterr().out
+    words = ("--reconstruction", "--dalle-path", "demo", "--input-folder", str(folder), "--metrics", "fid")
+    result = evaluated(tmp_path, *words, "--inception-weights", str(inception_weights))
+    (found,) = result["metrics"]
+    assert len(result["protocol"]["inception"]) == 64
+    assert found["psnr"] > 10 and 0 < found["ssim"] < 1 and found["rfid"] > 0 and 1 < found["perplexity"] <= 512
 
 
 def test_a_model_is_measured_at_each_guidance_scale(inception_weights, tmp_path, capsys, caplog, monkeypatch):
@@ -227,19 +219,6 @@ def test_a_model_is_measured_at_each_guidance_scale(inception_weights, tmp_path,
     assert first["protocol"]["temperature"] == 1 and first["protocol"]["num_real"] == 2
     assert all((tmp_path / f"result.copies-{scale}.png").is_file() for scale in (1, 2))
     assert capsys.readouterr().out.count("guidance") == 2
-
-
-def test_too_few_images_of_a_folder_are_refused_before_anything_is_loaded(folder):
-    words = f"--images {folder} --metrics is --inception-weights none.pth"
-    refused("--metrics is needs at least 10 images: .* has 4", evaluate.main, words.split())
-
-
-def test_a_tokenizer_is_measured(folder, inception_weights, tmp_path):
-    words = ("--reconstruction", "--dalle-path", "demo", "--input-folder", str(folder), "--metrics", "fid")
-    result = evaluated(tmp_path, *words, "--inception-weights", str(inception_weights))
-    (found,) = result["metrics"]
-    assert len(result["protocol"]["inception"]) == 64
-    assert found["psnr"] > 10 and 0 < found["ssim"] < 1 and found["rfid"] > 0 and 1 < found["perplexity"] <= 512
 
 
 class Clip:
@@ -270,8 +249,7 @@ def test_guidance_is_plotted(tmp_path):
 
 
 WRONG = [
-    ("", "missing --dalle-path"),
-    ("--images x --metrics fid", "--metrics fid needs --reference"),
+    ("", "missing --dalle-path"), ("--images x --metrics fid", "--metrics fid needs --reference"),
     ("--images x", "--images: give --metrics of fid, kid, is, prc"),
     ("--images x --metrics is,clip --clip-path y", "not clip"),
     ("--images x --reconstruction --metrics is", "--images and --reconstruction exclude each other"),

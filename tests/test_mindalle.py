@@ -80,7 +80,6 @@ def test_greedy_codes_and_pixels_are_the_published_ones(model):
 def tokenizers_pair(mindalle_folder):
     """Ours, and HF's CharBPETokenizer set up as the published code does."""
     from tokenizers import CharBPETokenizer
-
     files = [str(mindalle_folder / "tokenizer" / name) for name in ("bpe-16k-vocab.json", "bpe-16k-merges.txt")]
     theirs = CharBPETokenizer.from_file(*files, unk_token="[UNK]", lowercase=True)
     theirs.add_special_tokens(["[PAD]"])
@@ -133,8 +132,7 @@ def test_seed_guidance_and_temperature_reach_the_sampler(model):
     set_seed(3)
     first = codes_of(model, seed=None)
     set_seed(3)
-    assert torch.equal(codes_of(model, seed=None), first)
-    assert not torch.equal(codes_of(model, seed=None), first)
+    assert torch.equal(codes_of(model, seed=None), first) and not torch.equal(codes_of(model, seed=None), first)
     draws = []
     for _ in range(2):
         set_seed(7)
@@ -252,8 +250,7 @@ def test_other_checkpoints_are_read_too(model, mindalle_folder, tmp_path):
 
 def test_a_published_name_is_fetched_once(tmp_path, monkeypatch):
     source = tar_of(tmp_path / "source.tar.gz", [("1.3B/config.yaml", b"{}"), ("1.3B/tokenizer/a.json", b"1")])
-    content = source.read_bytes()
-    calls = []
+    content, calls = source.read_bytes(), []
 
     def download(url, path, md5, size_limit):
         calls.append(url)
@@ -275,16 +272,12 @@ def pairs(tmp_path_factory):
     return write_pairs(tmp_path_factory.mktemp("pairs"), [f"a painting of cat {index}" for index in range(12)])
 
 
-def flags(pairs, out, *more):
+def run(pairs, out, *more):
     words = "--config minDALLE_tiny --bpe-path none --vqgan-model-path none --vqgan-config-path none --image-size 16"
     words += f" --text-seq-len {TEXT_LEN} --batch-size 4 --max-steps 0 --epochs 1 --device cpu"
     words += " --validation-fraction 0 --log-every 1"
     folders = ["--input-folder", str(pairs), "--checkpoint-output-dir", str(out / "ckpt")]
-    return words.split() + folders + list(map(str, more))
-
-
-def run(pairs, out, *more):
-    train_here(flags(pairs, out, *more))
+    train_here([*words.split(), *folders, *map(str, more)])
     return read_metrics(out)
 
 
@@ -335,22 +328,19 @@ def test_fine_tuning_starts_from_the_folders_weights_vocabulary_and_vqgan(mindal
     assert "memory for training: about 0.00 GB" in told and "peak memory: " in told
     assert_same(state_of(mindalle_folder, "stage1_last.ckpt"), state_of(exported, "stage1_last.ckpt"))
     before, after = state_of(mindalle_folder, "stage2_last.ckpt"), state_of(exported, "stage2_last.ckpt")
-    assert before.keys() == after.keys()
-    assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
+    assert before.keys() == after.keys() and all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
     checkpoint = checkpoints.read_dalle(out / "ckpt/dalle_0.pt")
     assert checkpoint.identity["tokenizer"]["path"] == str(mindalle_folder / "tokenizer")
     # Drawn from the run's own checkpoint, and from what was exported: the same.
     models = [Dalle.from_pretrained(path) for path in (out / "ckpt/dalle_0.pt", exported)]
-    generated = [model.generate("a cat", num_candidates=2, seed=3, progress=False).images for model in models]
-    assert torch.equal(*generated)
+    assert torch.equal(*[model.generate("a cat", num_candidates=2, seed=3, progress=False).images for model in models])
 
 
 @pytest.mark.parametrize("optimizer, rate", [("AdamW", "0.01"), ("Adafactor", "0.1")])
 def test_fine_tuning_learns_saves_memory_and_resumes(mindalle_folder, pairs, tmp_path, optimizer, rate):
     more = ("--optimizer", optimizer, "--learning-rate", rate, "--epochs", "4", "--lr-scheduler", "constant")
     start = ("--pretrained-checkpoint", mindalle_folder)
-    events = run(pairs, tmp_path / "whole", *more, *start)
-    losses = [event["loss"] for event in events if event["event"] == "train"]
+    losses = [event["loss"] for event in run(pairs, tmp_path / "whole", *more, *start) if event["event"] == "train"]
     assert losses[-1] < 0.9 * losses[0]
     run(pairs, tmp_path / "parts", *more, *start, "--max-steps", "5")
     run(pairs, tmp_path / "parts", *more, "--resume")  # vocabulary and VQGAN as noted in the checkpoint
@@ -427,8 +417,7 @@ def test_the_estimate_of_activations_is_what_autograd_keeps(architecture, half):
     with saved, torch.autocast("cpu", torch.bfloat16, enabled=half):
         network.loss(*network(text, codes), text, codes)
     held = sum(size for address, (size, _) in kept.items() if address not in weights)
-    estimate = training_memory(model, config, "bf16" if half else "fp32").activations
-    assert 0.75 < estimate / held < 1.35
+    assert 0.75 < training_memory(model, config, "bf16" if half else "fp32").activations / held < 1.35
 
 
 def test_a_learned_character_vocabulary_is_read_and_does_not_depend_on_order(tmp_path):

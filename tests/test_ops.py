@@ -22,8 +22,7 @@ TINY = DalleConfig(
 )  # fmt: skip
 #: Blocks with and without what the fused ops know: each activation, biases and scales, shifts, rotations, more norms.
 BLOCKS = {
-    "plain": {},
-    "rotary": {"rotary": True},
+    "plain": {}, "rotary": {"rotary": True},
     "rotary and shift": {"rotary": True, "shift_tokens": True, "text_positions": False, "image_positions": "none"},
     "stable sandwich": {"stable": True, "sandwich_norm": True},
     "without bos": {"bos": False, "unique_pads": False, "layer_scale": False, "image_positions": "learned"},
@@ -169,8 +168,7 @@ def test_explain_says_what_runs_and_why(server, tmp_path):
         assert all(line[1:] == ("PyTorch", "reference implementations are selected") for line in ops.explain())
     for like, reason in ((torch.ones(1).double(), "a tensor of float64"), (torch.ones(1, device="meta"), "on meta")):
         assert all(line.implementation == "PyTorch" and reason in line.reason for line in ops.explain(like))
-    pid = server.start([], tmp_path / "output", script="ops.__main__", DALLE_KERNELS="off")
-    assert server.wait(pid) == 0
+    assert server.wait(server.start([], tmp_path / "output", script="ops.__main__", DALLE_KERNELS="off")) == 0
     output = (tmp_path / "output").read_text()
     assert len(output.splitlines()) == len(ops.explain()) == output.count("DALLE_KERNELS=off")
     assert ("int8 weights by the matrix unit" in ops.explain()[-1].reason) == rows.multiplies()
@@ -183,8 +181,7 @@ def test_other_types_and_devices_take_pytorch():
         assert not NativeAttention.suits(torch.zeros(1, 20, 24, **options), full)
     assert not NativeAttention.suits(torch.zeros(1, 20, 24), visible("conv_like", 5, 4))
     x = torch.zeros(2, 3)
-    assert elementwise.suits(x, None)
-    assert not elementwise.suits(x, x.t()) and not elementwise.suits(x.double())
+    assert elementwise.suits(x, None) and not elementwise.suits(x, x.t()) and not elementwise.suits(x.double())
 
 
 @needs_kernels

@@ -33,12 +33,9 @@ ALL_PATTERNS = ("full", "axial_row", "axial_col", "conv_like")
 FOUR = {"attn_types": ALL_PATTERNS, "depth": 4}
 OPTIONS = {
     **{pattern: {"attn_types": (pattern,)} for pattern in ALL_PATTERNS},
-    "all patterns": dict(FOUR, depth=5),
-    "image weight": {"loss_img_weight": 2},
-    "sandwich norm": dict(FOUR, sandwich_norm=True),
-    "rotary": dict(FOUR, rotary_emb=True),
-    "shift": {"shift_tokens": True},
-    "rotary and shift": dict(FOUR, rotary_emb=True, shift_tokens=True),
+    "all patterns": dict(FOUR, depth=5), "image weight": {"loss_img_weight": 2},
+    "sandwich norm": dict(FOUR, sandwich_norm=True), "rotary": dict(FOUR, rotary_emb=True),
+    "shift": {"shift_tokens": True}, "rotary and shift": dict(FOUR, rotary_emb=True, shift_tokens=True),
     "stable": dict(FOUR, stable=True),
     "shared layers": {"depth": 4, "shared_attn_ids": ("0", "1"), "shared_ff_ids": ("0", "0", "1", "0")},
     "shared embeddings": {"share_input_output_emb": True},

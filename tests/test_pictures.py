@@ -31,16 +31,14 @@ def test_a_contact_sheet_shows_pictures_captions_and_frames(size, side):
     sheet = make_sheet([("first", [sample] * 3), ("second", [sample._replace(found=False, caption="")])])
     found = colours(sheet)
     assert found[RED] == found[GREEN] == found[BLUE] == 4 * side * side
-    assert found[FRAMES[0]] == 3 * found[FRAMES[1]] > 0
-    assert found[(255, 255, 255)] > sheet.width * sheet.height / 10
+    assert found[FRAMES[0]] == 3 * found[FRAMES[1]] > 0 and found[(255, 255, 255)] > sheet.width * sheet.height / 10
 
 
 @pytest.mark.parametrize("count, columns, side", [(1, 1, 384), (2, 2, 192), (12, 4, 128), (GRID_LIMIT + 6, 8, 128)])
 def test_a_grid_is_nearly_square_and_limited(count, columns, side):
     grid = make_grid([plain(RED, 64)] * count)
     shown = min(count, GRID_LIMIT)
-    assert colours(grid)[RED] == shown * side * side
-    assert columns * side < grid.width <= columns * (side + 12) + 12
+    assert colours(grid)[RED] == shown * side * side and columns * side < grid.width <= columns * (side + 12) + 12
     assert grid.height < -(-shown // columns) * (side + 35) + 12
     assert colours(make_grid([plain(RED, 200)]))[RED] == 200 * 200  # large pictures keep their size
 

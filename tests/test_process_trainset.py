@@ -144,8 +144,7 @@ def test_bad_entries_are_left_out_listed_and_limited(tmp_path, entry):
     assert BAD_ENTRIES[entry] in line["reason"] + line["detail"]
     (out / "000000000001.txt").unlink()
     message = refused("--max-bad-fraction 0.04", process_captions, source, out, max_bad_fraction=0.04)
-    assert str(out / "skipped.jsonl") in message and "\n" not in message
-    assert names_in(out) == ["skipped.jsonl"]
+    assert str(out / "skipped.jsonl") in message and "\n" not in message and names_in(out) == ["skipped.jsonl"]
 
 
 @pytest.mark.parametrize("image, detail", [
@@ -206,6 +205,7 @@ def test_lists_are_told_by_what_is_in_them(tmp_path, name, suffix):
     ("image,caption\n1.jpg,A cat, red\n", {"1": "A cat, red"}),  # a comma without quotes
     ('image,caption\n1.jpg,"A cat,\nred ""x"""\n', {"1": 'A cat, red "x"'}),
     ('1.jpg#0\t"A" cat says "B"\n', {"1": '"A" cat says "B"'}),
+    ('image,caption\n1.jpg,"[""half a list"\n', {"1": '["half a list'}),
     ('image\tcaption\n1.jpg\t"a ""cat"""\n2.jpg\t"half\n', {"1": 'a "cat"', "2": '"half'}),
     ('{"images": [{"filepath": "a", "filename": "1.jpg", "sentences": [{"raw": "one"}]}, '
      '{"filepath": "b", "filename": "1.jpg", "sentences": [{"raw": "two"}]}]}', {"a/1": "one", "b/1": "two"}),

@@ -43,9 +43,6 @@ def logits(model):
         return torch.cat([part.float().flatten() for part in model.eval()(TEXT, CODES)])
 
 
-# Rows and layers
-
-
 def test_rows_are_off_by_half_a_step_at_most():
     weight = torch.randn(40, 33) * torch.logspace(-6, 3, 40)[:, None]
     weight[5] = 0
@@ -61,12 +58,8 @@ def test_a_layer_multiplies_by_the_rounded_weights(bias, monkeypatch):
     layer = Int8Linear(linear.weight, linear.bias)
     rounded = layer.weight * layer.scale[:, None]
     for x in (torch.randn(8), torch.randn(2, 3, 8)):
-        expected = x @ rounded.t() + (linear.bias if bias else 0)
-        assert torch.allclose(layer(x), expected, atol=1e-5)
+        assert torch.allclose(layer(x), x @ rounded.t() + (linear.bias if bias else 0), atol=1e-5)
         assert layer(x.bfloat16()).dtype == torch.bfloat16
-
-
-# Building
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -88,8 +81,7 @@ def test_weights_are_taken_not_copied():
     state = dict(DalleModel(SMALL).state_dict())
     addresses = {key: tensor.data_ptr() for key, tensor in state.items()}
     built = build_dalle(SMALL, state)
-    assert not state
-    assert {key: tensor.data_ptr() for key, tensor in built.state_dict().items()} == addresses
+    assert not state and {key: tensor.data_ptr() for key, tensor in built.state_dict().items()} == addresses
 
 
 def test_weights_of_another_model_are_refused():
@@ -106,11 +98,7 @@ def test_modules_made_without_weights_have_real_buffers_and_later_ones_are_norma
     with without_weights():
         model = DalleModel(SMALL)
     assert all(parameter.is_meta for parameter in model.parameters())
-    assert not any(buffer.is_meta for buffer in model.buffers())
-    assert not nn.Linear(2, 2).weight.is_meta
-
-
-# Whole models
+    assert not any(buffer.is_meta for buffer in model.buffers()) and not nn.Linear(2, 2).weight.is_meta
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -119,8 +107,7 @@ def test_logits_are_close_to_those_of_float32(name, dtype, limit):
     model = random_model(name, seed=1)
     expected = logits(model)
     found = logits(build_dalle(model.config, dict(model.state_dict()), dtype=dtype))
-    error = float((found - expected).norm() / expected.norm())
-    assert 0 < error < limit
+    assert 0 < float((found - expected).norm() / expected.norm()) < limit
 
 
 @pytest.mark.parametrize("dtype, share", [("bfloat16", 0.5), ("int8", 0.45)])
@@ -151,13 +138,9 @@ def test_an_unknown_dtype_is_named(mindalle_folder):
     refused("--dtype float8: expected one of float32, bfloat16, int8", load, mindalle_folder, dtype="float8")
 
 
-# Memory
-
-
 def resident(key):
     """VmRSS (now) or VmHWM (the peak) of this process in bytes, as Linux counts them."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(key + ":")[1].split()[0]) * 1024
+    return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) * 1024
 
 
 def peak_of(call):
@@ -167,8 +150,7 @@ def peak_of(call):
     except OSError:
         pytest.skip("peaks of memory cannot be measured here")
     before = resident("VmRSS")
-    result = call()
-    return result, resident("VmHWM") - before
+    return call(), resident("VmHWM") - before
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["weights", "with training state"])

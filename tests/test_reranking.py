@@ -70,9 +70,6 @@ def images():
     return np.broadcast_to(rows[:, None, None], (4, 8, 8, 3))
 
 
-# clip_score ----------------------------------------------------------------------------------------------------------
-
-
 def test_clip_score_orders_by_cosine(images, monkeypatch):
     model = Encoders()
     assert clip_score("red", images, model, to_pixels, "cpu", tokenizer=tokenize).tolist() == [0, 3, 1, 2]
@@ -107,9 +104,6 @@ def test_clip_score_names_what_it_cannot_use(images, which, model, preprocess, m
     monkeypatch.setitem(sys.modules, "clip", None)
     with pytest.raises(UserError, match=message):
         clip_score("red", images[which], model(), preprocess)
-
-
-# generate.py ---------------------------------------------------------------------------------------------------------
 
 
 def test_clip_orders_the_images_and_keep_cuts(run, monkeypatch, tmp_path):
@@ -157,8 +151,7 @@ def test_completion_keeps_what_the_mask_leaves(run, mindalle_folder, tmp_path):
     for given in (tmp_path / "mask.png", "0.5,0,1,0.5"):
         report = run("a cat", "--num_images 4 --image", tmp_path / "given.png", "--mask", given)
         codes = torch.tensor([image["codes"] for image in report["images"]])
-        assert torch.equal(codes[:, kept], expected[kept].expand(4, -1))
-        assert report["settings"]["mask"] == str(given)
+        assert torch.equal(codes[:, kept], expected[kept].expand(4, -1)) and report["settings"]["mask"] == str(given)
         drawn.append(codes)
     assert torch.equal(*drawn) and len(drawn[0].unique(dim=0)) > 1
     holed = picture.convert("RGBA")

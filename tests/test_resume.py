@@ -100,8 +100,7 @@ class Saved:
         shutil.copy(pairs / "000.png", pairs / "long.png")
         (pairs / "bad.txt").write_text("")
         shutil.copy(pairs / "000.png", pairs / "bad.png")
-        other = Path(shutil.copytree(folder / "pairs", out / NEW_FOLDER))
-        for path in other.glob("*.png"):
+        for path in Path(shutil.copytree(folder / "pairs", out / NEW_FOLDER)).glob("*.png"):
             Image.open(path).transpose(Image.Transpose.ROTATE_90).save(path)
         torch.manual_seed(5)
         vqgan = load_vqgan(folder / "vqgan.safetensors", folder / "vqgan.yaml")
@@ -244,8 +243,7 @@ def plain(value):
     """Options of the stand-in as text and tables, which compare by what they hold."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items() if key != "_owner"}
-    ours = type(value).__module__ == poptorch_stand_in.__name__
-    return plain(vars(value)) if ours else repr(value)
+    return plain(vars(value)) if type(value).__module__ == poptorch_stand_in.__name__ else repr(value)
 
 
 def taken(monkeypatch):
@@ -271,8 +269,7 @@ def batch(size, accumulation):
 
 @pytest.mark.parametrize("first, stop, then, skipped", [
     ((1, 1), 10, (4, 1), 2),  # samples 10, 14 and 18 of 24 begin a step; the last two fill none
-    ((4, 1), 3, (1, 2), 0),
-    ((2, 2), 3, (2, 3), 0),
+    ((4, 1), 3, (1, 2), 0), ((2, 2), 3, (2, 3), 0),
     ((1, 1), 22, (2, 2), 2),  # nothing is left of the epoch but its end
     ((4, 2), 3, (3, 1), 0),  # between two epochs
 ])
@@ -296,8 +293,7 @@ def test_another_batch_goes_on_at_the_right_sample(folder, tmp_path, monkeypatch
     assert (position["step"], position["samples"]) == (steps, 3 * 24 - skipped)
     found = rates(tmp_path)
     assert sorted(found) == list(range(1, steps + 1))
-    config = args.parse(flags(folder, tmp_path, *batch(*then), *schedule))
-    whole = Schedule(config, 24)
+    whole = Schedule(args.parse(flags(folder, tmp_path, *batch(*then), *schedule)), 24)
     for step in range(stop, steps):
         done = stop * size + (step - stop) * later
         # The end of the cosine is where the samples end, of which some may have been skipped.
@@ -365,8 +361,7 @@ def test_the_advice_after_bad_steps_works(folder, tmp_path):
         train_here([*words, "--max-steps", steps, *more])
         return list(rates(tmp_path).values())
 
-    assert go(3.0e-4, "1") == [3e-4]
-    assert go(3.0e-4, "2", "--resume", "--learning-rate", "1e-5") == [3e-4, 1e-5]
+    assert go(3.0e-4, "1") == [3e-4] and go(3.0e-4, "2", "--resume", "--learning-rate", "1e-5") == [3e-4, 1e-5]
     assert go(1.0e-5, "3", "--resume") == [3e-4, 1e-5, 1e-5]  # the same, in the file
     assert go(2.0e-6, "4", "--resume") == [3e-4, 1e-5, 1e-5, 2e-6]
     complaint = "dalle_0_4.pt was written with --hidden-size 16, not 32; .* --checkpoint-out"

@@ -44,8 +44,7 @@ def processes(server):
     def run(argv, folder, count, script="generate", kill=()):
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         logs = [folder / f"{script}-{count}-{rank}.log" for rank in range(count)]
-        pids = server.start_all(argv, logs, kill, store, script=script)
-        statuses = [server.wait(pid, 60) for pid in pids]
+        statuses = [server.wait(pid, 60) for pid in server.start_all(argv, logs, kill, store, script=script)]
         return statuses, [log.read_text() for log in logs]
 
     return run
@@ -55,8 +54,7 @@ def tree(folder):
     """{name: bytes} of all files; reports without what depends on the process that completed them."""
     found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for name in [name for name in found if name.endswith("generation.json")]:
-        report = json.loads(found[name])
-        found[name] = {key: value for key, value in report.items() if key not in VOLATILE}
+        found[name] = {key: value for key, value in json.loads(found[name]).items() if key not in VOLATILE}
     return found
 
 
@@ -206,9 +204,6 @@ def test_lines_that_were_cut_off_are_not_read(tmp_path):
     assert list(Journal(tmp_path, range(0, 20)).read().values())[1] == dict(record, number=1)
 
 
-# evaluate.py ----------------------------------------------------------------------------------------------------------
-
-
 def test_an_evaluation_is_killed_on_two_processes_and_resumed_on_three(model, processes, inception_weights, tmp_path):
     pairs = write_pairs(tmp_path / "pairs", ["a cat", "dog", "x", "y z"])
 
@@ -225,8 +220,7 @@ def test_an_evaluation_is_killed_on_two_processes_and_resumed_on_three(model, pr
         return found, (tmp_path / f"{name}.png").read_bytes()
 
     evaluate.main(flags("whole"))
-    kill = [("utils.parts:Parts._keep", 3, "after")] * 2
-    statuses, logs = processes(flags("out"), tmp_path, 2, "evaluate", kill)
+    statuses, logs = processes(flags("out"), tmp_path, 2, "evaluate", [("utils.parts:Parts._keep", 3, "after")] * 2)
     assert statuses == [-signal.SIGKILL] * 2, logs
     parts = tmp_path / "out.parts"
     assert len(list(parts.glob("*.safetensors"))) == 6 and list(parts.glob("guidance-1-*"))

@@ -18,8 +18,7 @@ LISTS = {
     "drawbench.csv": ["Prompts,Category", '"a red car, parked",Colors', "two dogs,Counting"],
     "parti.tsv": ["Prompt\tCategory\tChallenge\tNote", 'a "red" car\tVehicles\tBasic\t', "two dogs\tAnimals\tStyle\tx"],
     "list.json": ['[{"caption": "a red car"}, {"caption": "two dogs"}]'],
-    "plain.txt": ["a red car, parked | text", "", "  two dogs"],
-    "word.txt": ["prompt", "two dogs"],
+    "plain.txt": ["a red car, parked | text", "", "  two dogs"], "word.txt": ["prompt", "two dogs"],
     "word.csv": ["prompt", "a red car", "two dogs"],
 }
 FIRST = {"drawbench.csv": "a red car, parked", "parti.tsv": 'a "red" car', "plain.txt": "a red car, parked | text",
@@ -52,9 +51,6 @@ def test_prompts_of_another_column_and_files_that_are_none(tmp_path):
     refused("--prompts-file .*: not a text file", read_prompts, str(file))
 
 
-# Scores ---------------------------------------------------------------------------------------------------------------
-
-
 def swatch(*colours):
     """Stripes of these colours, uint8 (3, 8, 8 * n)."""
     return torch.cat([torch.tensor(c, dtype=torch.uint8).view(3, 1, 1).expand(3, 8, 8) for c in colours], dim=2)
@@ -65,8 +61,7 @@ def test_colours_of_captions():
         swatch((220, 20, 30), (20, 60, 220)), swatch((220, 20, 30), (200, 30, 30)), swatch((9, 9, 9), (255, 255, 255)),
         swatch((250, 240, 10), (0, 0, 0)),
     ])  # fmt: skip
-    captions = ["a Red car and a blue one", "red and blue", "a red hat", "sky"]
-    found = colour_names(images, captions, [{}] * 4)
+    found = colour_names(images, ["a Red car and a blue one", "red and blue", "a red hat", "sky"], [{}] * 4)
     assert found == [{"colours_present": 1}, {"colours_present": 0.5}, {"colours_present": 0}, {}]
     assert colour_names(images[3:], ["yellow"], [{}]) == [{"colours_present": 1}] and len(HUES) == 6
 

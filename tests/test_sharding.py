@@ -177,13 +177,10 @@ def test_the_estimate_of_memory_shares_out_what_is_shared_out():
 MINDALLE = "--architecture mindalle --dim-head 16 --attn-types full"
 OPTIONS = {
     "Adam, dropout and noise": "--optimizer Adam --ff-dropout 0.2 --code-noise 0.2 --soft-codes 0.5",
-    "Muon": "--optimizer Muon",
-    "Adafactor": "--optimizer Adafactor",
-    "bf16": "--precision bf16 --layer-scale false",
+    "Muon": "--optimizer Muon", "Adafactor": "--optimizer Adafactor", "bf16": "--precision bf16 --layer-scale false",
     "activation checkpointing": "--activation-checkpointing --precision bf16 --layer-scale false",
     "explicit attention": "--activation-checkpointing --attention-impl explicit --sandwich-norm",
-    "flip, no cached codes": "--augment flip --cache-codes off",
-    "minDALL-E": f"{MINDALLE} --init-std 0.02",
+    "flip, no cached codes": "--augment flip --cache-codes off", "minDALL-E": f"{MINDALLE} --init-std 0.02",
     "layers that share weights": "--num-hidden-layers 4 --attn-types full",
     "no row for the second process": f"{MINDALLE} --optimizer Adafactor --text-seq-len 1 --truncate-captions",
 }
@@ -213,8 +210,7 @@ def test_options_that_add_up_in_another_order_are_close(server, folder, tmp_path
     computed from rounded weights in bf16; and the scale of fp16 falls in all processes."""
     cases = {
         "bf16": "--precision bf16", "micro-batches": "--gradient-accumulation 4 --batch-size 1", "scale": "",
-        "compile": "--compile",
-        "compile, checkpointing": "--compile --activation-checkpointing --precision bf16",
+        "compile": "--compile", "compile, checkpointing": "--compile --activation-checkpointing --precision bf16",
     }
     runs = []
     for name, options in cases.items():

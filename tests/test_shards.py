@@ -354,23 +354,20 @@ def test_what_names_no_shards_is_one_clear_line(pattern, message):
 
 def test_the_index_is_made_once_and_again_for_shards_that_changed(tmp_path, monkeypatch):
     write_shards(tmp_path)
-    scanned = []
-    scan = shard_index.scan
+    scanned, scan = [], shard_index.scan
     monkeypatch.setattr(shard_index, "scan", lambda *given: scanned.append(given[2]) or scan(*given))
     first = all_captions(opened(tmp_path, tmp_path))
     assert len(scanned) == 4 and len(first) == 20
     assert all_captions(opened(tmp_path / "*.tar", tmp_path)) == first and len(scanned) == 4
     write_tar(tmp_path / "00001.tar", {"n.png": picture(99), "n.txt": b"new"})
-    assert all_captions(opened(tmp_path, tmp_path)) == [*first[:7], "new", *first[8:]]
-    assert scanned[4:] == ["00001.tar"]
+    assert all_captions(opened(tmp_path, tmp_path)) == [*first[:7], "new", *first[8:]] and scanned[4:] == ["00001.tar"]
     files = sorted((tmp_path / "index").glob("*/*"))
     assert [file.name for file in files] == [f"{number:05}.tar.index" for number in range(4)]
     files[0].write_bytes(files[0].read_bytes()[:-1])
     files[1].write_bytes(b"")
     files[2].write_bytes(b"null\n" + files[2].read_bytes())
     files[3].write_bytes(files[3].read_bytes().replace(b'"pairs": 6', b'"pairs": 6.5'))
-    assert all_captions(opened(tmp_path, tmp_path)) == [*first[:7], "new", *first[8:]]
-    assert len(scanned) in (8, 9)
+    assert all_captions(opened(tmp_path, tmp_path)) == [*first[:7], "new", *first[8:]] and len(scanned) in (8, 9)
 
 
 def test_an_index_that_cannot_be_written_stays_in_memory(tmp_path, caplog):
@@ -526,8 +523,7 @@ def test_a_run_goes_on_at_the_very_next_step(material, whole, tmp_path, workers,
     trained(material, tmp_path, *more, "--max-steps", steps, "--checkpoint-save-steps", "1")
     losses, weights = trained(material, tmp_path, *more, "--resume")
     # Stopping at a step also validates there, which is no step.
-    kept = [event for event in losses if event[0] == "train" or event[1] in (4, 8)]
-    assert_same_training(whole, (kept, weights))
+    assert_same_training(whole, ([event for event in losses if event[0] == "train" or event[1] in (4, 8)], weights))
 
 
 def test_processes_encode_runs_of_neighbours_each_image_once(tmp_path, monkeypatch):
@@ -586,8 +582,7 @@ def test_a_vqgan_trains_on_all_images_of_shards(tmp_path, own_cache):
     with contextlib.closing(Batches(train_images, 6, seed=1, workers=2)) as batches:
         seen = torch.cat([next(batches) for _ in range(3)])
         assert len({bytes(image.numpy().tobytes()) for image in seen}) == len(seen) >= 17
-        resumed = Batches(train_images, 6, seed=1, taken=3)
-        assert torch.equal(next(resumed), next(batches))
+        assert torch.equal(next(Batches(train_images, 6, seed=1, taken=3)), next(batches))
 
 
 def test_shards_of_webdatasets_own_writer(tmp_path):
@@ -598,7 +593,6 @@ def test_shards_of_webdatasets_own_writer(tmp_path):
             writer.write(dict(sample, txt=f"c{number}"))
     dataset = dataset_of(tmp_path / "{00000..00002}.tar", tmp_path)
     assert [dataset.captions(pair) for pair in range(10)] == [[f"c{number}"] for number in range(10)]
-    reader = webdataset.WebDataset(str(tmp_path / "{00000..00002}.tar"), shardshuffle=False)
-    for number, sample in enumerate(reader):
+    for number, sample in enumerate(webdataset.WebDataset(str(tmp_path / "{00000..00002}.tar"), shardshuffle=False)):
         index, image = dataset.pairs.pair(number)
         assert index.content(image, dataset.pairs.files) == sample["png"] == picture(number)

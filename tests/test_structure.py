@@ -28,16 +28,9 @@ OURS |= {"metrics", "models", "ops", "sampling", "server", "training", "utils"}
 
 #: What each part may import of ours. Commands (scripts, examples, benchmarks) may import everything but each other.
 ARROWS = {
-    "utils": set(),
-    "log": {"utils"},
-    "bpe": {"utils"},
-    "ops": {"utils"},
-    "models": {"ops", "utils"},
-    "checkpoints": {"models", "utils"},
-    "data": {"bpe", "utils"},
-    "args": {"models", "data", "utils"},
-    "sampling": {"models", "ops", "utils"},
-    "metrics": {"checkpoints", "data", "log", "models", "utils"},
+    "utils": set(), "log": {"utils"}, "bpe": {"utils"}, "ops": {"utils"}, "models": {"ops", "utils"},
+    "checkpoints": {"models", "utils"}, "data": {"bpe", "utils"}, "args": {"models", "data", "utils"},
+    "sampling": {"models", "ops", "utils"}, "metrics": {"checkpoints", "data", "log", "models", "utils"},
     "dalle": {"checkpoints", "data", "metrics", "models", "sampling", "bpe", "log", "utils"},
     "server": {"dalle", "data", "sampling", "utils"},
     "engines": {"args", "checkpoints", "data", "models", "ops", "utils", "log"},

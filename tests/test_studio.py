@@ -194,8 +194,7 @@ def test_type_generate_watch_paint_complete_download(page):
     ActionChains(page.driver).click_and_hold(cells[6 * 8 + 2]).move_to_element(cells[6 * 8 + 3]).release().perform()
     page.keys(Keys.DOWN, Keys.SPACE)
     marked = [divmod(place, 8) for place, cell in enumerate(cells) if cell.get_attribute("aria-selected") == "true"]
-    assert marked == [(6, 2), (6, 3), (7, 2)]
-    assert page.problems() == []
+    assert marked == [(6, 2), (6, 3), (7, 2)] and page.problems() == []
     page.find("#complete").click()
     page.until(lambda: len(page.all("#history li")) == 4)
     completed = [opened(source) for source in page.pictures()]
@@ -325,7 +324,6 @@ def test_the_page_asks_for_the_key(page, app, monkeypatch):
 
 
 def needs_key(guard, scope):
-    headers = dict(scope["headers"])
-    if scope["path"].startswith("/v1") and headers.get(b"authorization") != b"Bearer secret":
+    if scope["path"].startswith("/v1") and dict(scope["headers"]).get(b"authorization") != b"Bearer secret":
         return ApiError("Incorrect API key provided", status=401)
     return None

