@@ -11,7 +11,7 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from utils.splitmix import GOLDEN, MASK, constant, mix_, shift_right, signed, splitmix64
+from utils.splitmix import GOLDEN, MASK, mix_, shift_right, signed, splitmix64
 
 _MOST, _LONGEST = 1 << 15, 64
 """Numbers, and positions of an image, in a block (see `Blocks`): more would leave the cache."""
@@ -29,32 +29,32 @@ def keys(seeds: Sequence[int]) -> Tensor:
 def _minus_log(x: Tensor, t: Tensor | None = None) -> Tensor:
     """-log of positive x; `t` is x - 1 where x may have lost bits of it, which is used where the exponent is 0."""
     bits = x.view(torch.int32)
-    exponent = (bits - constant(0x3F3504F3)).bitwise_right_shift_(constant(23))
-    own = torch.sub(bits, exponent, alpha=1 << 23).view(torch.float32).sub_(constant(1.0))
+    exponent = (bits - 0x3F3504F3).bitwise_right_shift_(23)
+    own = torch.sub(bits, exponent, alpha=1 << 23).view(torch.float32).sub_(1.0)
     exponents = exponent.float()
     if t is not None:  # exactly one or the other; `where` takes ten times as long
         own = torch.lerp(t, own, exponents.abs().clamp_(max=1.0))
-    p = (own * constant(_POLYNOMIAL[0])).add_(constant(_POLYNOMIAL[1]))
+    p = (own * _POLYNOMIAL[0]).add_(_POLYNOMIAL[1])
     for coefficient in _POLYNOMIAL[2:]:
-        p.mul_(own).add_(constant(coefficient))
-    return exponents.mul_(constant(-_LOG_2)).sub_(p.mul_(own))
+        p.mul_(own).add_(coefficient)
+    return exponents.mul_(-_LOG_2).sub_(p.mul_(own))
 
 
 def gumbel_of(numbers: Tensor) -> Tensor:
     """-log(-log(1 - v)) for v = (number + 1/2) / 2**31, below 1. Integers in [0, 2**31) -> float32."""
     # Products with powers of two are exact, so that they may be fused with what follows.
-    v = numbers.float().add_(constant(0.5)).clamp_(max=2.0**31 - 2.0**7)  # times 2**31
-    return _minus_log(_minus_log(torch.sub(constant(1.0), v, alpha=2.0**-31), v * constant(-(2.0**-31))))
+    v = numbers.float().add_(0.5).clamp_(max=2.0**31 - 2.0**7)  # times 2**31
+    return _minus_log(_minus_log(torch.rsub(v, 1.0, alpha=2.0**-31), v * -(2.0**-31)))
 
 
 def stream(key: Tensor, position: Tensor, vocabulary: int) -> Tensor:
     """Where the streams of `key` (R,) stand at the first token of a position (R,): int64 (R,)."""
-    return key + position * constant(signed(GOLDEN * vocabulary & MASK))
+    return key + position * signed(GOLDEN * vocabulary & MASK)
 
 
 def gumbel(state: Tensor, tokens: Tensor) -> Tensor:
     """The noise of tokens, (K,) or (R, K), from where a `stream` stands: (R,) -> (R, K) float32."""
-    steps = (tokens + constant(1)) * constant(signed(GOLDEN))
+    steps = (tokens + 1) * signed(GOLDEN)
     return gumbel_of(shift_right(mix_(state[:, None] + steps), 33))
 
 

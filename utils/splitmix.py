@@ -1,8 +1,6 @@
 """SplitMix64 (Steele, Lea, Flood 2014): random bits that are a function of an integer, and nothing else."""
 from __future__ import annotations
 
-import functools
-
 import torch
 
 MASK = (1 << 64) - 1
@@ -20,25 +18,19 @@ def splitmix64(value: int) -> int:
 
 def splitmix64_tensor(values: torch.Tensor) -> torch.Tensor:
     """`splitmix64` of each element, with 64 bits in int64 (whose arithmetic wraps around)."""
-    values = mix_(values + constant(signed(GOLDEN)))
+    values = mix_(values + signed(GOLDEN))
     return values ^ shift_right(values, 31)
 
 
 def mix_(values: torch.Tensor) -> torch.Tensor:
     """`splitmix64_tensor` of values - GOLDEN, in place, but for its last step, which keeps the upper 31 bits."""
-    values.bitwise_xor_(shift_right(values, 30)).mul_(constant(signed(_MIX_1)))
-    return values.bitwise_xor_(shift_right(values, 27)).mul_(constant(signed(_MIX_2)))
+    values.bitwise_xor_(shift_right(values, 30)).mul_(signed(_MIX_1))
+    return values.bitwise_xor_(shift_right(values, 27)).mul_(signed(_MIX_2))
 
 
 def shift_right(values: torch.Tensor, bits: int) -> torch.Tensor:
     """Logical shift: >> of int64 is arithmetic, so the sign bits are masked off."""
-    return (values >> constant(bits)).bitwise_and_(constant((1 << (64 - bits)) - 1))
-
-
-@functools.lru_cache(maxsize=None, typed=True)  # 1 and 1.0 are equal
-def constant(value: int | float) -> torch.Tensor:
-    """A number for operations on tensors on any device: one that is a tensor takes half the time to start them."""
-    return torch.tensor(value, device="cpu")
+    return (values >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def signed(value: int) -> int:
