@@ -28,9 +28,10 @@ class SoftCodes(nn.Module):
         found = [torch.cdist(part, codebook).topk(count, largest=False) for part in parts]
         distances, nearest = (torch.cat(tensors) for tensors in zip(*found))
         squares = distances.square()
-        unit = squares[:, 1:2].mean().clamp_min(torch.finfo(torch.float32).tiny)  # (all codes may be equal)
+        unit = temperature * squares[:, 1:2].mean()
+        exponents = (squares[:, :1] - squares) / unit.clamp_min(torch.finfo(torch.float32).tiny)  # codes may be equal
         self.register_buffer("nearest", nearest, persistent=False)
-        self.register_buffer("shares", (-squares / (temperature * unit)).softmax(dim=-1), persistent=False)
+        self.register_buffer("shares", exponents.softmax(dim=-1), persistent=False)
 
     def sample(self, codes: Tensor) -> Tensor:
         """Codes of any shape -> as many, each drawn from the nearest ones."""

@@ -121,6 +121,7 @@ def test_soft_codes_are_drawn_from_the_nearest_and_spread_over_them():
     drawn = torch.stack([soft.sample(codes) for _ in range(4000)]).view(4000, 40)
     shares = torch.nn.functional.one_hot(drawn, 40).float().mean(0)  # of each code, the codes in its place
     assert (shares - expected).abs().max() < 0.04 and 0.2 < expected.diagonal().mean() < 0.9
+    assert torch.equal(SoftCodes(codebook, 1e-60).sample(codes), codes)
     same = SoftCodes(torch.ones(5, 3), 1.0)  # a codebook that has collapsed
     assert same.sample(codes % 5).amax() < 5 and torch.isfinite(same.cross_entropy(logits[..., :5], codes % 5))
 
