@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from typing import Any, Iterator, Sequence
 
 import torch
@@ -60,6 +61,8 @@ class Sharding:
         """
         from torch.distributed.device_mesh import init_device_mesh
 
+        # torch.compile asks for the gradients of gathered weights, which are no leaves.
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
         self.model = model
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.mesh = init_device_mesh(device.type, (self.world_size,))
