@@ -167,12 +167,17 @@ class _Note:
         return self  # a copy of the model reports to the same set
 
 
+def made(inputs: Any, output: tuple[Tensor | None, ...]) -> list[bool]:
+    """Which of a block's results are stored with it: not the first layer's values that it only passes on."""
+    return [part is not None and part is not inputs[-1] for part in output]
+
+
 def _checkpoint(_module: nn.Module, inputs: Any, output: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """A block's hook: stores what it makes, but no second copy of the first layer's values, which it passes on."""
+    """A block's hook."""
     import poptorch
 
-    made = [part is not None and part is not inputs[-1] for part in output]
-    return tuple(poptorch.recomputationCheckpoint(part) if own else part for part, own in zip(output, made))
+    own = made(inputs, output)
+    return tuple(poptorch.recomputationCheckpoint(part) if is_own else part for part, is_own in zip(output, own))
 
 
 def canonical_state(dalle: nn.Module) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ Not counted is what only the compiler knows: program code, exchange buffers, scr
 """
 from __future__ import annotations
 
+from itertools import compress
 from typing import Any, Callable, NamedTuple, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ops
 from args import Config
+from engines.ipu.model import made
 from engines.ipu.plan import HEAD, LAYER, Placement, layer_ipus, num_stages, stage_of, uses_half
 from models.dalle import TextToImage
 
@@ -119,9 +121,8 @@ def measure(model: TextToImage, plan: list[Placement], image_size: int) -> list[
         def begin(*_: Any, index: int = index) -> None:
             recorder.current = index
 
-        def end(_module: Any, inputs: Any, output: tuple[Tensor | None, ...], index: int = index) -> None:
-            made = (part for part in output if part is not None and part is not inputs[-1])
-            stored[index] = sum(map(_bytes, made))  # the first layer's values, which others pass on, are stored once
+        def end(_module: Any, inputs: Any, output: tuple[Any, ...], index: int = index) -> None:
+            stored[index] = sum(map(_bytes, compress(output, made(inputs, output))))
 
         hooks.append(module.register_forward_pre_hook(begin))
         if placement.path.startswith(LAYER):
