@@ -37,8 +37,9 @@ def explain(like: torch.Tensor | None = None) -> list[Choice]:
     tensors = [torch.empty(1) if like is None else like]
     available = build.library("rows") is not None
     more = "; bfloat16 and int8 weights by the matrix unit (AMX)" if rows.multiplies() else ""
+    units = "bfloat16" if matmul.multiplies_in_bfloat16() else "matrix"
     return [
-        _choice("matmul", "matrix", matmul.available(), tensors, "the processor has no matrix unit (AMX)"),
+        _choice("matmul", units, matmul.available(), tensors, "the processor has no matrix unit (AMX)"),
         _choice("attention in training", "attention", native_attention.available(), tensors),
         _choice("gelu, dropout, heads, residual add, norms", "training", elementwise.suits(), tensors),
         _choice("3x3 convolution, group norm with swish", "convolution", convolution.available(), tensors),

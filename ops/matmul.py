@@ -4,8 +4,8 @@ Their error is no larger than that of PyTorch's matmuls, which use only the vect
 `torch.set_float32_matmul_precision` allows rounding of the operands, a matmul takes half of the multiplications
 ("high": 16 bits, where TF32 on a GPU has 11) or a sixth ("medium": bfloat16, 8 bits). Sums are always float32.
 
-Processors with only vector instructions for bfloat16 (AVX-512) use them for "medium", in half of the time: PyTorch
-multiplies operands and rounds results to bfloat16, as in autocast.
+Processors with only vector instructions for bfloat16 (AVX-512) use them for "medium", in half of the time, by
+csrc/bfloat16.c. Without a compiler PyTorch's matmul takes its place, which also rounds results to bfloat16.
 """
 from __future__ import annotations
 
@@ -35,6 +35,18 @@ def _functions() -> Any:
     size: Any = ctypes.c_long
     address: Any = ctypes.c_void_p
     found.matmul.argtypes = [size] * 3 + [address, size, size] * 2 + [size, address, size]
+    return found
+
+
+@functools.lru_cache(maxsize=None)
+def _bfloat16() -> Any:
+    found = library("bfloat16")
+    if found is None or not found.multiplies():
+        return None
+    size: Any = ctypes.c_long
+    address: Any = ctypes.c_void_p
+    options = [ctypes.c_float, ctypes.c_int, ctypes.c_int]
+    found.matmul.argtypes = [size] * 3 + [address, size, size] * 2 + [*options, address, size]
     return found
 
 
@@ -74,7 +86,10 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None, bias: Tensor | None 
     if len(b) != depth or result.shape != (rows, columns):
         raise ValueError(f"matmul shapes do not fit: {tuple(a.shape)} @ {tuple(b.shape)} to {tuple(result.shape)}")
     if _functions() is None:
-        result.copy_(torch.mm(a.bfloat16(), b.bfloat16()))
+        if _bfloat16() is None:
+            result.copy_(torch.mm(a.bfloat16(), b.bfloat16()))
+        else:
+            _multiply_in_bfloat16(a, b, result)
         return result if bias is None else result.add_(bias)
     (a_line, a_step), (b_step, b_line) = a.stride(), b.stride()
     failed = _functions().matmul(
@@ -87,3 +102,36 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None, bias: Tensor | None 
     elif failed:
         raise MemoryError(f"not enough memory for the matmul of {tuple(a.shape)} and {tuple(b.shape)}")
     return result if bias is None else result.add_(bias)
+
+
+def _multiply_in_bfloat16(
+    a: Tensor, b: Tensor, out: Tensor, alpha: float = 1.0, add: bool = False, symmetric: bool = False
+) -> None:
+    (rows, depth), columns = a.shape, b.shape[1]
+    (a_line, a_step), (b_step, b_line) = a.stride(), b.stride()
+    if _bfloat16().matmul(
+        rows, columns, depth,
+        pointer(a), a_line, a_step, pointer(b), b_line, b_step, alpha, add, symmetric, pointer(out), out.stride(0),
+    ):  # fmt: skip
+        raise MemoryError(f"not enough memory for the matmul of {tuple(a.shape)} and {tuple(b.shape)}")
+
+
+def multiplies_in_bfloat16(*tensors: Tensor) -> bool:
+    """Whether `add_matmul` has a kernel for these."""
+    return dispatch.suits(*tensors) and _functions() is None and _bfloat16() is not None
+
+
+def add_matmul(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, symmetric: bool = False) -> Tensor:
+    """Add alpha * a @ b to `out` (M, N), of (M, K) and (K, N); return it.
+
+    Rounds operands to bfloat16 where `multiplies_in_bfloat16`, at any precision of matmuls; a, b and `out` must have a
+    stride of 1, `out` by rows. symmetric: the matmul and `out` are, and half of them is computed.
+    """
+    if not multiplies_in_bfloat16(out, a, b):
+        return out.addmm_(a, b, alpha=alpha)
+    if a.shape[1] != len(b) or out.shape != (len(a), b.shape[1]) or (symmetric and len(a) != b.shape[1]):
+        raise ValueError(f"matmul shapes do not fit: {tuple(a.shape)} @ {tuple(b.shape)} to {tuple(out.shape)}")
+    if out.stride(1) != 1 or 1 not in a.stride() or 1 not in b.stride():
+        raise ValueError("a, b and out must have a stride of 1")
+    _multiply_in_bfloat16(a, b, out, alpha, add=True, symmetric=symmetric)
+    return out

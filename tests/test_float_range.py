@@ -105,6 +105,34 @@ def test_matmuls_by_the_matrix_unit(unit, precision, eps, ranges, chance, produc
     assert_within(result, a.double() @ b.double(), sums, k, eps=eps)
 
 
+@pytest.mark.skipif(matmul._bfloat16() is None, reason="needs AVX-512 with bfloat16")
+@pytest.mark.parametrize("ranges", [((-149, 39), (-149, 28)), ((-3, 3), (-3, 3)), ((-149, 127), (-149, -5))])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_matmuls_in_bfloat16(symmetric, ranges, chance, threads, monkeypatch):
+    monkeypatch.setattr(matmul, "_functions", lambda: None)  # no matrix unit
+    ranges = ranges[::-1] if symmetric else ranges
+    m, n, k = (chance.randint(1, 140) for _ in range(3))
+    k *= chance.choice((1, 1, 8))
+    a, b = (wild(rows, k + 3, low=low, high=high)[:, 1:-2] for rows, (low, high) in zip((m, n), ranges))
+    a = torch.empty(k, m + 1)[:, 1:].t().copy_(a) if chance.random() < 0.5 else a
+    b = a.t() if symmetric else b.contiguous().t() if chance.random() < 0.5 else b.t().contiguous()
+    before = torch.ones(m, b.shape[1]) if symmetric else wild(m, n, low=-149, high=3)
+    around = torch.full((m + 2, b.shape[1] + 5), 7.0)
+    out, alpha = around[1:-1, 2:-3], chance.choice((1.0, -0.3))
+
+    def compute():
+        out.copy_(before)
+        return [matmul.add_matmul(out, a, b, alpha, symmetric).nan_to_num(0.0)]  # infinity times 0
+
+    (result,) = on_threads(threads, compute, range(1, 6))
+    assert int((around == 7.0).sum()) >= around.numel() - out.numel(), "written beside its place"
+    assert not symmetric or torch.equal(result, result.t())
+    # The instructions take subnormal numbers for zero, and flush subnormal sums.
+    a, b = (torch.where(x.abs() < FLUSHED, torch.zeros(()), x).bfloat16().double() for x in (a, b))
+    sums = abs(alpha) * (a.abs() @ b.abs()) + before.abs()
+    assert_within(result, alpha * (a @ b) + before, sums, k + 2, lost=FLUSHED)
+
+
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 @torch.no_grad()
 def test_matmuls_of_the_row_decoder(kind, chance, unit_of_rows):

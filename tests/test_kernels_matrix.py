@@ -162,14 +162,21 @@ def test_pytorch_multiplies_without_a_matrix_unit(library, monkeypatch):
 
 
 @pytest.mark.skipif(not matrix._multiplies_vectors(), reason="needs AVX-512 with bfloat16")
-def test_medium_precision_multiplies_in_bfloat16_without_a_matrix_unit(monkeypatch, products):
+@pytest.mark.parametrize("compiled", [True, False])
+def test_medium_precision_multiplies_in_bfloat16_without_a_matrix_unit(compiled, monkeypatch, products):
     monkeypatch.setattr(matrix, "_functions", lambda: None)
+    kernel = matrix._bfloat16() if compiled else None
+    monkeypatch.setattr(matrix, "_bfloat16", lambda: kernel)
     a, b, bias, out = torch.randn(100, 70), torch.randn(80, 70).t(), torch.randn(80), torch.empty(100, 80)
     exact = a.double() @ b.double() + bias
     assert not matrix.suits(a, b)
     products("medium")
     assert matrix.suits(a, b, out) and matrix.matmul(a, b, out, bias) is out
     assert matrix.matmul(a, b).dtype == torch.float32 and 1e-4 < (out - exact).norm() / exact.norm() < 1e-2
+    before = out.clone()
+    torch.testing.assert_close(matrix.add_matmul(out, a, b, 2.0), before + 2 * (a @ b), rtol=0.02, atol=0.5)
+    for wrong in ((out, b, a), (out[:70, :70], a, a.t()), (out.t(), a, b), (out, a.repeat(1, 2)[:, ::2], b)):
+        assert not compiled or refused("matmul shapes|stride of 1", matrix.add_matmul, *wrong, kind=ValueError)
 
 
 def tiny(**options):

@@ -16,10 +16,8 @@
 #if !defined(__AMX_BF16__)
 int multiplies(void) { return 0; }
 #else
-#include <immintrin.h>
+#include "packing.h"
 #include <omp.h>
-#include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -32,12 +30,6 @@ int multiplies(void) { return 0; }
 #define DEPTH 704 /* steps of k at a time: two panels then take 1.1 MB; cores with AMX have 2 MB of cache */
 #define MOST_ROWS 1344 /* packed for all threads, and twice (see struct work) if k is larger than DEPTH */
 
-/* Element k of line i of a matrix (a row of A, a column of B) is at[i * line + k * step]; line or step is 1. */
-struct matrix {
-    const float *at;
-    long line, step, lines;
-};
-
 static const struct {
     uint8_t palette, start, reserved[14];
     uint16_t bytes[16];
@@ -46,10 +38,6 @@ static const struct {
 
 /* Whether there is a matrix unit and the system lets this process use it. */
 int multiplies(void) { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0; }
-
-static long min(long a, long b) { return a < b ? a : b; }
-
-static inline __mmask16 first(long n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
 
 /* A float rounded to the nearest of 8 bits: rounding 65537 x drops the lower bits, and 65536 x is exact. */
 static inline __m512 rounded(__m512 x) {
@@ -66,29 +54,6 @@ static inline void put_parts(__m512i one, __m512i other, long parts, uint8_t *to
         _mm512_store_si512((void *)(to + 64 * p), pairs);
         x -= a;
         y -= b;
-    }
-}
-
-/* Transpose 16 x 16 elements of 32 bits. */
-static inline void transpose(__m512i *r) {
-    __m512i t[16];
-    for (int i = 0; i < 8; i++) {
-        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    for (int i = 0; i < 4; i++)
-        for (int j = 0; j < 2; j++) {
-            r[4 * i + 2 * j] = _mm512_unpacklo_epi64(t[4 * i + j], t[4 * i + 2 + j]);
-            r[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(t[4 * i + j], t[4 * i + 2 + j]);
-        }
-    for (int i = 0; i < 2; i++)
-        for (int j = 0; j < 4; j++) {
-            t[8 * i + j] = _mm512_shuffle_i32x4(r[8 * i + j], r[8 * i + 4 + j], 0x88);
-            t[8 * i + 4 + j] = _mm512_shuffle_i32x4(r[8 * i + j], r[8 * i + 4 + j], 0xdd);
-        }
-    for (int j = 0; j < 8; j++) {
-        r[j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x88);
-        r[8 + j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xdd);
     }
 }
 
@@ -329,16 +294,7 @@ static void multiply(
     if (parts == 3) multiply_by(3, rows, next, panel, tiles, c, jobs);
 }
 
-/* A thread's buffer for packed operands, kept between calls: new memory costs as much as filling it three times. */
-static uint8_t *memory(uint8_t **kept, size_t *size, size_t wanted) {
-    if (*size < wanted) {
-        free(*kept);
-        *kept = aligned_alloc(64, wanted);
-        *size = *kept ? wanted : 0;
-    }
-    return *kept;
-}
-static __thread uint8_t *shared_buffer, *own_buffer;
+static __thread void *shared_buffer, *own_buffer;
 static __thread size_t shared_buffer_size, own_buffer_size;
 
 /* Cells that remain for a thread. */
