@@ -176,20 +176,36 @@ def test_products_are_as_exact_as_asked_for_until_the_engine_closes(products):
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this PyTorch has no Muon")
-@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (9, 9)])
-def test_muon_computes_in_float32_where_bfloat16_is_emulated(shape, monkeypatch):
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (9, 9), (130, 60), (60, 70)])
+def test_muon_orthogonalises_as_exactly_as_pytorch_on_cpus(shape, native, monkeypatch):
+    """In float32 where a CPU emulates bfloat16, or natively in bfloat16."""
     from engines import muon
+    from ops import matmul
+    if native and matmul._bfloat16() is None:
+        pytest.skip("needs AVX-512 with bfloat16")
+    kernel = matmul._bfloat16() if native else None
     module = torch.optim._muon
     theirs = module._zeropower_via_newtonschulz
     monkeypatch.setattr(module, "_zeropower_via_newtonschulz", theirs)  # what it was comes back
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    monkeypatch.setattr(matmul, "_functions", lambda: None)
+    monkeypatch.setattr(matmul, "_bfloat16", lambda: kernel)
     muon.choose_precision(torch.device("cpu"))
     ours = module._zeropower_via_newtonschulz
-    arguments = (torch.randn(shape, generator=torch.Generator().manual_seed(0)), (3.4445, -4.775, 2.0315), 5, 1e-7)
-    assert ours is muon.orthogonalized and ours(*arguments).dtype == torch.float32
-    spread = torch.linalg.svdvals(ours(*arguments))  # of an orthogonal matrix all are 1
-    assert float(spread.min()) > 0.5 and float(spread.max()) < 1.3
-    torch.testing.assert_close(ours(*arguments), theirs(*arguments).float(), rtol=0, atol=0.05)
+    assert ours is muon.orthogonalized
+    a, b, c = coefficients = 3.4445, -4.775, 2.0315
+    torch.manual_seed(0)
+    u, s, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    for singular in (s, s[0] * torch.arange(1, len(s) + 1) ** -1.5):  # all alike, or few of them large
+        matrix, exact = u * singular @ v, singular / singular.norm()
+        for _ in range(5):
+            exact = a * exact + b * exact**3 + c * exact**5
+        expected, found = u * exact @ v, ours(matrix.float(), coefficients, 5, 1e-7)
+        assert found.dtype == torch.float32
+        error, usual = ((x - expected).norm() for x in (found, theirs(matrix.float(), coefficients, 5, 1e-7)))
+        assert error < (max(usual, 0.05 * expected.norm()) if native else 1e-4 * expected.norm())
+    assert not bool(ours(torch.zeros(shape), coefficients, 5, 1e-7).any())
 
 
 def engine_of(optimizer, dim, base_width):
