@@ -192,9 +192,10 @@ class DalleModel(nn.Module):
         """
         targets, weight = self.text_part(text)[:, 1:], self.config.loss_img_weight
         logits = image_logits.float()
-        image_loss = learned = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+        log_probabilities = logits.log_softmax(dim=-1)
+        image_loss = learned = F.nll_loss(log_probabilities.flatten(0, 1), codes.flatten())
         if self.training and soft is not None:
-            learned = soft.cross_entropy(logits, codes)
+            learned = soft.cross_entropy(log_probabilities, codes)
         if self.training and self.config.label_smoothing:
             even = (logits.logsumexp(-1) - logits.mean(-1)).mean()  # the loss with evenly spread targets
             learned = learned + self.config.label_smoothing * (even - learned)  # PopTorch has no lerp

@@ -19,6 +19,8 @@ class SoftCodes(nn.Module):
     """(C, K) codes."""
     shares: Tensor
     """(C, K) their probabilities."""
+    sums: Tensor
+    """(C, K - 1) sums of the probabilities of a code and those before it."""
 
     def __init__(self, codebook: Tensor, temperature: float) -> None:
         """codebook: the VQGAN's, (C, E). temperature: 1 is the mean squared distance of a code to the nearest other."""
@@ -31,15 +33,15 @@ class SoftCodes(nn.Module):
         unit = temperature * squares[:, 1:2].mean()
         exponents = (squares[:, :1] - squares) / unit.clamp_min(torch.finfo(torch.float32).tiny)  # codes may be equal
         self.register_buffer("nearest", nearest, persistent=False)
-        self.register_buffer("shares", exponents.softmax(dim=-1), persistent=False)
+        shares = exponents.softmax(dim=-1)
+        self.register_buffer("shares", shares, persistent=False)
+        self.register_buffer("sums", shares.cumsum(dim=-1)[:, :-1].contiguous(), persistent=False)
 
     def sample(self, codes: Tensor) -> Tensor:
         """Codes of any shape -> as many, each drawn from the nearest ones."""
-        below = self.shares[codes].cumsum(dim=-1) < torch.rand(*codes.shape, 1, device=codes.device)
-        chosen = below[..., :-1].sum(dim=-1)  # (rounded, the last sum may be less than 1)
+        chosen = (self.sums[codes] < torch.rand(*codes.shape, 1, device=codes.device)).sum(dim=-1)
         return self.nearest.flatten()[codes * self.nearest.shape[1] + chosen]
 
-    def cross_entropy(self, logits: Tensor, codes: Tensor) -> Tensor:
-        """Mean cross-entropy in nats with the probabilities of the codes as targets. logits (B, N, C), codes (B, N)."""
-        log_probabilities = logits.log_softmax(dim=-1).gather(-1, self.nearest[codes])  # (B, N, K)
-        return -(self.shares[codes] * log_probabilities).sum(dim=-1).mean()
+    def cross_entropy(self, log_probabilities: Tensor, codes: Tensor) -> Tensor:
+        """Mean cross-entropy in nats with the probabilities of the codes as targets. (B, N, C), codes (B, N)."""
+        return -(self.shares[codes] * log_probabilities.gather(-1, self.nearest[codes])).sum(dim=-1).mean()

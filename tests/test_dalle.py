@@ -117,13 +117,13 @@ def test_soft_codes_are_drawn_from_the_nearest_and_spread_over_them():
     soft, codes = SoftCodes(codebook, 0.5), torch.arange(40).view(2, 20)
     logits = torch.randn(2, 20, 40)
     cross_entropy = torch.nn.functional.cross_entropy(logits.flatten(0, 1), expected)
-    assert soft.cross_entropy(logits, codes).item() == pytest.approx(cross_entropy.item(), rel=1e-3)
+    assert soft.cross_entropy(logits.log_softmax(-1), codes).item() == pytest.approx(cross_entropy.item(), rel=1e-3)
     drawn = torch.stack([soft.sample(codes) for _ in range(4000)]).view(4000, 40)
     shares = torch.nn.functional.one_hot(drawn, 40).float().mean(0)  # of each code, the codes in its place
     assert (shares - expected).abs().max() < 0.04 and 0.2 < expected.diagonal().mean() < 0.9
     assert torch.equal(SoftCodes(codebook, 1e-60).sample(codes), codes)
     same = SoftCodes(torch.ones(5, 3), 1.0)  # a codebook that has collapsed
-    assert same.sample(codes % 5).amax() < 5 and torch.isfinite(same.cross_entropy(logits[..., :5], codes % 5))
+    assert same.sample(codes % 5).amax() < 5 and torch.isfinite(same.cross_entropy(logits[..., :5].log_softmax(-1), codes % 5))
 
 
 def test_soft_codes_are_for_training_alone():
@@ -133,7 +133,7 @@ def test_soft_codes_are_for_training_alone():
     learned, measured = model.train()(TEXT, CODES), model.eval()(TEXT, CODES)
     assert measured == TextToImage(model.dalle).eval()(TEXT, CODES)
     torch.manual_seed(1)
-    image_loss = soft.cross_entropy(model.dalle(TEXT, soft.sample(CODES))[1], CODES)
+    image_loss = soft.cross_entropy(model.dalle(TEXT, soft.sample(CODES))[1].log_softmax(-1), CODES)
     assert learned.total.item() == pytest.approx((learned.text + 7 * image_loss).item() / 8, rel=1e-5)
 
 
