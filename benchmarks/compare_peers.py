@@ -56,7 +56,7 @@ from benchmarks.contestants import (  # noqa: E402
     shape,
 )
 from utils.errors import UserError, run_main  # noqa: E402
-from utils.files import atomic_write, make_folder  # noqa: E402
+from utils.files import make_folder, write_json  # noqa: E402
 from utils.options import Command, option  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -412,8 +412,7 @@ def main() -> None:
     if options.growth:
         report["growth"] = measure_growth(options)
     report["minutes"] = (time.perf_counter() - begin) / 60
-    with atomic_write(Path(options.output, "compare_peers.json"), "w") as file:
-        json.dump(report, file, indent=1)
+    write_json(Path(options.output, "compare_peers.json"), report, indent=1)
     chart.draw(report, Path(options.output, "compare_peers.png"))
     sys.stdout.write(table(found, report) + "\n")
 

@@ -22,7 +22,7 @@ from typing import Any, Iterator, Sequence
 
 import numpy
 
-from utils.files import atomic_write
+from utils.files import atomic_write, write_json
 from utils.locks import Lock, holder, try_lock
 
 logger = logging.getLogger(__name__)
@@ -144,8 +144,7 @@ class Place:
             for path in self._paths():
                 logger.warning("%s was made from or with something else: rebuilding it", path)
                 path.unlink()
-            with atomic_write(self.folder / "manifest.json") as file:
-                json.dump(self.manifest, file, indent=1, sort_keys=True)
+            write_json(self.folder / "manifest.json", self.manifest, indent=1, sort_keys=True)
         records = self.read()
         for number, name in enumerate(records.paths):
             if not records.whole[slice(*records.starts[number : number + 2])].all():

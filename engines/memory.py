@@ -68,9 +68,7 @@ def activations(model: DalleConfig, config: Config, precision: str, num_weights:
     size = 2 if half else 4
     tokens, dim = run.batch_size * model.seq_len, model.dim
     inner, hidden, wide = model.heads * model.dim_head, model.hidden, model.up_width
-    fused = model.norm == "layer" and not (
-        model.shift_tokens or model.sandwich_norm or model.attn_dropout or model.ff_dropout
-    )
+    fused = model.norm == "layer" and not (model.sandwich_norm or (half and (model.attn_dropout or model.ff_dropout)))
     if fused:  # see ops/linear_ops.py: the input of each branch, queries, keys and values, the wide layer
         layer = tokens * (2 * 4 * dim + size * (3 * inner + wide))
         dense = sum(pattern == "full" or bool(model.rotary) for pattern in model.layer_patterns) / model.depth
@@ -80,6 +78,9 @@ def activations(model: DalleConfig, config: Config, precision: str, num_weights:
         layer = tokens * (4 * 4 * dim + size * (5 * inner + 2 * hidden + wide))
         layer += tokens * (2 * size * dim if half else 0)
         layer += tokens * size * dim * (2 * int(model.layer_scale) + 4 * int(model.sandwich_norm))
+    if model.qk_norm or model.rotary_2d:
+        layer += tokens * size * 3 * inner
+    layer += tokens * (size * inner * int(model.value_residual) + (size + 4) * dim * int(model.shift_tokens))
     layers = model.depth * layer
     copies = size * num_weights if half else 0  # autocast copies each weight
     if run.activation_checkpointing:

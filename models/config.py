@@ -152,6 +152,8 @@ class DalleConfig:
             raise UserError(f"rotary_2d excludes rotary and needs a head width divisible by 4, not {self.dim_head}")
         if self.image_positions not in ("axial", "learned", "none"):
             raise UserError(f"unknown image_positions {self.image_positions!r}; known: axial, learned, none")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"model option label_smoothing must be from 0 to below 1, not {self.label_smoothing!r}")
         if self.shift_tokens and self.dim % 4:
             raise UserError(f"shift_tokens needs a width (dim) divisible by 4, not {self.dim}")
         self._check_shared_attention()

@@ -53,7 +53,7 @@ class Guard:
         told: called with route, status and seconds of each. host: the address where the server listens.
         """
         self.held = 0  # bytes that the requests at present have sent
-        self.hosts = LOOPBACK if host in LOOPBACK else None
+        self.hosts = (*LOOPBACK, host) if host in LOOPBACK or host.startswith("127.") else None
         self.app, self.key, self.max_bytes, self.seconds, self.told = app, key, max_bytes, seconds, told
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -88,7 +88,7 @@ class Guard:
         """Why a request is refused by its headers, if it is."""
         headers = Headers(scope=scope)
         if self.hosts and re.sub(r":\d*$", "", headers.get("host", "")).strip("[]").lower() not in self.hosts:
-            return ApiError(f"This server answers only to the names {', '.join(LOOPBACK)}", code="unknown_host")
+            return ApiError(f"This server answers only to the names {', '.join(self.hosts)}", code="unknown_host")
         origin, host = headers.get("origin"), headers.get("host", "")
         own = origin is None or origin.partition("://")[2] == host  # over plain HTTP browsers say no more than this
         site = headers.get("sec-fetch-site", "none" if own else "cross-site")

@@ -186,6 +186,7 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     ({"heads": 10**9, "dim_head": 10**30}, "channels; at most"),
     ({"num_text_tokens": trust.MAX_TOKENS + 1}, "num_text_tokens 1000000001 the model has 1000000001 tokens"),
     ({"activation": "relu"}, "dalle_2.pt: unknown activation 'relu'"),
+    ({"label_smoothing": 1.5}, "dalle_2.pt: model option label_smoothing must be from 0 to below 1, not 1.5"),
     ({"attn_types": []}, "'attn_types' has the impossible value"),
     ({"layer_scale": "yes"}, "'layer_scale' has the impossible value 'yes'"),
     ({"depht": 3}, "unknown model option 'depht'. Did you mean 'depth'"),

@@ -396,12 +396,15 @@ def test_the_estimate_counts_what_is_held():
     assert "= 5.16 weights + 5.16 gradients + 10.33 optimizer + " in memory.describe()
 
 
+MODERN = dict(qk_norm=True, rotary_2d=True, value_residual=True, shift_tokens=True, attn_dropout=0.1, ff_dropout=0.1)
+
+
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("architecture", ["mini-dalle", "mindalle"])
-def test_the_estimate_of_activations_is_what_autograd_keeps(architecture, half):
+@pytest.mark.parametrize("options", [*ARCHITECTURES.values(), MODERN], ids=[*ARCHITECTURES, "modern"])
+def test_the_estimate_of_activations_is_what_autograd_keeps(options, half):
     model = DalleConfig(
         num_text_tokens=50, num_image_tokens=60, text_seq_len=12, grid=6, dim=64, depth=3, heads=4, dim_head=16,
-        **ARCHITECTURES[architecture],
+        **options,
     )
     config = args.parse(["--config", "unit_test", "--batch-size", "4", "--gradient-accumulation", "1"])
     network, kept = DalleModel(model), {}
