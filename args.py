@@ -376,6 +376,8 @@ def _refuse_ignored(flags: Mapping[str, Any], values: Mapping[str, Any]) -> None
         (("validation_fraction",), values.get("validation_folder"), "with --validation-folder"),
         (("warmup_steps",), scheduler != "cosine", f"with --lr-scheduler {scheduler}; it is for cosine"),
         (("code_noise_per_image",), not values.get("code_noise"), "without --code-noise"),
+        (("soft_codes_fade",), not values.get("soft_codes"), "without --soft-codes"),
+        (("soft_codes_fade",), values.get("device") == "ipu", "with --device ipu"),
         (("code_noise_similar",), without_data, f"with {without_data}"),
         (("code_noise_similar",), values.get("cache_codes") == "off", "with --cache-codes off: it compares codes"),
         (("code_noise_similar",), values.get("device") == "ipu", "with --device ipu"),

@@ -196,6 +196,7 @@ class DalleModel(nn.Module):
         image_loss = learned = F.nll_loss(log_probabilities.flatten(0, 1), codes.flatten())
         if self.training and soft is not None:
             learned = soft.cross_entropy(log_probabilities, codes)
+            learned = learned + soft.exact * (image_loss - learned)
         if self.training and self.config.label_smoothing:
             even = (logits.logsumexp(-1) - logits.mean(-1)).mean()  # the loss with evenly spread targets
             learned = learned + self.config.label_smoothing * (even - learned)  # PopTorch has no lerp

@@ -46,6 +46,8 @@ class LossOptions(BlockOptions, title="loss"):
     soft_codes: float = option(0.0, "input codes and targets in training are those that the VQGAN decodes alike, with "
                                     "probabilities of this temperature; 1: the squared distance of a code to the next",
                                ge=0, resume=APPLIES)
+    soft_codes_fade: float = option(0.0, "share of the training, at its end, in which soft targets turn into the exact "
+                                         "codes; input codes stay soft", ge=0, le=1, resume=APPLIES)
     init_codes: str = option("random", "initial vectors of codes in embedding and head; codebook: a random projection "
                                        "of the VQGAN's codebook, so that similar codes start alike",
                              choices=("random", "codebook"), resume=FIXED)

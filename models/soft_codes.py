@@ -19,6 +19,8 @@ class SoftCodes(nn.Module):
     """(C, K) codes."""
     shares: Tensor
     """(C, K) their probabilities."""
+    exact: Tensor
+    """Scalar: weight of the exact codes in the loss, see `fade`."""
     sums: Tensor
     """(C, K - 1) sums of the probabilities of a code and those before it."""
 
@@ -32,6 +34,7 @@ class SoftCodes(nn.Module):
         squares = distances.square()
         unit = temperature * squares[:, 1:2].mean()
         exponents = (squares[:, :1] - squares) / unit.clamp_min(torch.finfo(torch.float32).tiny)  # codes may be equal
+        self.register_buffer("exact", torch.zeros(()), persistent=False)  # a number would be compiled in
         self.register_buffer("nearest", nearest, persistent=False)
         shares = exponents.softmax(dim=-1)
         self.register_buffer("shares", shares, persistent=False)
@@ -41,6 +44,10 @@ class SoftCodes(nn.Module):
         """Codes of any shape -> as many, each drawn from the nearest ones."""
         chosen = (self.sums[codes] < torch.rand(*codes.shape, 1, device=codes.device)).sum(dim=-1)
         return self.nearest.flatten()[codes * self.nearest.shape[1] + chosen]
+
+    def fade(self, progress: float, share: float) -> None:
+        """Set the weight of the exact codes: it rises from 0 to 1 over this share, the last, of the training."""
+        self.exact.fill_(max(0.0, 1 - (1 - progress) / share) if share else 0.0)
 
     def cross_entropy(self, log_probabilities: Tensor, codes: Tensor) -> Tensor:
         """Mean cross-entropy in nats with the probabilities of the codes as targets. (B, N, C), codes (B, N)."""

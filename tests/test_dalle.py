@@ -123,7 +123,8 @@ def test_soft_codes_are_drawn_from_the_nearest_and_spread_over_them():
     assert (shares - expected).abs().max() < 0.04 and 0.2 < expected.diagonal().mean() < 0.9
     assert torch.equal(SoftCodes(codebook, 1e-60).sample(codes), codes)
     same = SoftCodes(torch.ones(5, 3), 1.0)  # a codebook that has collapsed
-    assert same.sample(codes % 5).amax() < 5 and torch.isfinite(same.cross_entropy(logits[..., :5].log_softmax(-1), codes % 5))
+    assert same.sample(codes % 5).amax() < 5
+    assert torch.isfinite(same.cross_entropy(logits[..., :5].log_softmax(-1), codes % 5))
 
 
 def test_soft_codes_are_for_training_alone():
@@ -135,6 +136,12 @@ def test_soft_codes_are_for_training_alone():
     torch.manual_seed(1)
     image_loss = soft.cross_entropy(model.dalle(TEXT, soft.sample(CODES))[1].log_softmax(-1), CODES)
     assert learned.total.item() == pytest.approx((learned.text + 7 * image_loss).item() / 8, rel=1e-5)
+    for progress, share, weight in ((0.7, 0.2, 0), (0.85, 0.2, 0.25), (1, 0.2, 1), (0.5, 1, 0.5), (1, 0, 0)):
+        soft.fade(progress, share)
+        torch.manual_seed(1)
+        faded = model.train()(TEXT, CODES)
+        expected = (faded.text + 7 * ((1 - weight) * image_loss + weight * faded.image)).item() / 8
+        assert faded.total.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_layer_scale_starts_where_its_paper_says_and_the_rest_normally():

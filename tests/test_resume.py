@@ -85,6 +85,7 @@ ANEW = {
     "loss_scaling": ({"loss_scaling": 128.0}, "scale"), "enable_als": ({"enable_als": True}, "ipu", {"fp16": True}),
     "architecture": {"architecture": "mindalle", "attn_types": ["full"], "dim_head": 16},
     "code_noise_per_image": {"code_noise": 0.3, "code_noise_per_image": True},
+    "soft_codes_fade": {"soft_codes": 0.5, "soft_codes_fade": 1.0},
     "augment_share": {"augment": "flip", "augment_share": 0.9},
     "pretrained_checkpoint": ({"pretrained_checkpoint": "dalle.pt"}, "--resume and --pretrained-checkpoint"),
 }

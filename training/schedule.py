@@ -75,19 +75,21 @@ class Schedule:
         """Whether the step or time limit is reached."""
         return not self.steps_left(position) or bool(self.max_seconds and position.seconds >= self.max_seconds)
 
+    def progress(self, position: Position) -> float:
+        """Share of the training that is done; 1 at whichever limit comes first."""
+        total = position.samples + self.steps_left(position) * self.global_batch
+        progress = position.samples / max(1, total)
+        return max(progress, position.seconds / self.max_seconds) if self.max_seconds else progress
+
     def learning_rate(self, position: Position) -> float:
         """The rate of the next step."""
         name, base = self.options.lr_scheduler, self.options.learning_rate
         if name == "ReduceLROnPlateau":
             return self.plateau.learning_rate
         if name == "cosine":
-            total = position.samples + self.steps_left(position) * self.global_batch
-            progress = position.samples / max(1, total)
-            if self.max_seconds:  # whichever limit comes first ends the cosine
-                progress = max(progress, position.seconds / self.max_seconds)
             warmup = (self.options.warmup_steps + 1) * self.global_batch
             ramp = min(1.0, (position.samples + self.global_batch) / warmup)
-            return base * ramp * schedules.cosine_factor(progress, self.options.lr_floor)
+            return base * ramp * schedules.cosine_factor(self.progress(position), self.options.lr_floor)
         return base * schedules.epoch_factor(name, position.epoch, self.epochs)
 
     def note_loss(self, loss: float) -> None:
