@@ -123,7 +123,8 @@ def test_soft_codes_are_drawn_from_the_nearest_and_spread_over_them():
     assert (shares - expected).abs().max() < 0.04 and 0.2 < expected.diagonal().mean() < 0.9
     assert torch.equal(SoftCodes(codebook, 1e-60).sample(codes), codes)
     same = SoftCodes(torch.ones(5, 3), 1.0)  # a codebook that has collapsed
-    assert same.sample(codes % 5).amax() < 5 and torch.isfinite(same.cross_entropy(logits[..., :5].log_softmax(-1), codes % 5))
+    loss = same.cross_entropy(logits[..., :5].log_softmax(-1), codes % 5)
+    assert same.sample(codes % 5).amax() < 5 and torch.isfinite(loss)
 
 
 def test_soft_codes_are_for_training_alone():
