@@ -7,7 +7,7 @@ from torch import Tensor
 from ops.matmul import add_matmul, multiplies_in_bfloat16
 
 _MOST = 3
-"""Steps of the iteration on a Gram matrix: from the fourth on, rounding to bfloat16 is amplified beyond the result."""
+"""Steps of the iteration on one Gram matrix; in more of them its rounding to bfloat16 grows beyond the result."""
 
 
 def orthogonalized(grad: Tensor, ns_coefficients: tuple[float, float, float], ns_steps: int, eps: float) -> Tensor:
@@ -16,7 +16,7 @@ def orthogonalized(grad: Tensor, ns_coefficients: tuple[float, float, float], ns
     x <- (a + b G + c G^2) x with G = x x^T. These polynomials of one G commute, so several steps need only their matmul
     and the next G, which are symmetric and as small as x is narrow: less work if it is twice as long.
     """
-    x = grad.float()
+    x = grad.float().contiguous()
     x = x / x.norm().clamp(min=eps)
     tall, side = len(x) > x.shape[1], min(x.shape)
     while ns_steps:
@@ -60,6 +60,5 @@ def choose_precision(device: torch.device) -> None:
     """
     module, function = getattr(torch.optim, "_muon", None), "_zeropower_via_newtonschulz"
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)
-    native = multiplies_in_bfloat16(torch.empty(1))
-    if device.type == "cpu" and hasattr(module, function) and (native or not supported()):
+    if device.type == "cpu" and hasattr(module, function) and (multiplies_in_bfloat16() or not supported()):
         setattr(module, function, orthogonalized)
