@@ -113,8 +113,12 @@ int64_t panel_width(void) { return PANEL; }
                 int64_t index = panel * step + lane - (second ? LANES : 0);                                       \
                 row[lane] = index < each ? weight + (index + (second ? half : 0)) * depth : NULL;                 \
             }                                                                                                     \
-            for (int64_t k = 0; k < padded; k++)                                                                  \
-                for (int lane = 0; lane < PANEL; lane++) to[PLACE(k, lane)] = row[lane] && k < depth ? row[lane][k] : 0; \
+            for (int64_t first = 0; first < padded; first += LANES) /* whole lines are read, those written stay near */ \
+                for (int lane = 0; lane < PANEL; lane++) {                                                        \
+                    int64_t end = first + LANES < padded ? first + LANES : padded, some = end < depth ? end : depth, k = first; \
+                    for (; row[lane] && k < some; k++) to[PLACE(k, lane)] = row[lane][k];                         \
+                    for (; k < end; k++) to[PLACE(k, lane)] = 0;                                                  \
+                }                                                                                                 \
         }                                                                                                         \
     }
 
