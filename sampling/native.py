@@ -314,7 +314,7 @@ class NativeDecoder(Decoder):
         return part
 
     def release(self) -> None:
-        if self.rows <= _GUESSED_ROWS:  # with more, building one takes little of a batch's time, and its cache much memory
+        if self.rows <= _GUESSED_ROWS:  # with more, building one takes little of a batch's time, its cache much memory
             copies, self.copies = self.copies, Copies()  # no cycle, or they would stay in memory
             copies.idle = self
 

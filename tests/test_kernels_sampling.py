@@ -167,7 +167,8 @@ def test_bfloat16_weights_are_as_exact_as_their_floats(options, threads, unit_of
     expected = steps(model.float(), random_codes(2), 2, first=13)
     if unit_of_rows == "none":
         assert torch.equal(found, expected)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-4)
+    # The unit adds in another order, and float32's rounding alone moves logits of "long" by 7e-5 from double's.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)
 
 
 @torch.no_grad()
