@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dalle.completion import Picture, completion_codes
 from dalle.loading import Loaded, load
-from sampling import Graphs, Sampler, SamplingOptions, Share, SoFar, first_sampled
+from sampling import Graphs, Sampler, SamplingOptions, Share, SoFar, Windows, first_sampled
 from utils.downloads import progress_bar
 from utils.errors import UserError
 from utils.files import PathLike
@@ -50,6 +50,7 @@ class Dalle(nn.Module):
         self.stage1, self.stage2, self.tokenizer = loaded.vqgan, loaded.dalle, loaded.tokenizer
         self._checkpoint = loaded.checkpoint
         self._graphs = Graphs(loaded.dalle)
+        self._windows: dict[str, Windows] = {}
         self.eval()
 
     @classmethod
@@ -149,7 +150,10 @@ class Dalle(nn.Module):
             sampling = sampling._replace(top_k=min(int(top_k), config.num_image_tokens))
         if seed is None:
             seed = int(torch.randint(2**31 - 1, ()))
-        sampler = Sampler(self.loaded, self._graphs, floats=True, half=use_fp16, parallel=parallel)
+        if str(parallel) not in self._windows:
+            self._windows[str(parallel)] = Windows(parallel)
+        windows = self._windows[str(parallel)]
+        sampler = Sampler(self.loaded, self._graphs, floats=True, half=use_fp16, parallel=windows)
         steps = config.image_seq_len - (0 if given is None else first_sampled(given.tolist()))
         with _Counter(progress, num_candidates, steps, preview) as counter:
             batches = sampler.images(text[None], num_candidates, batch_size, seed, sampling, given, counter.step)

@@ -58,6 +58,8 @@ class Copies:
         """By the module they are of."""
         self.unfit: dict[str, str | None] = {}
         """By the kind of decoder: why it cannot take these weights, whatever is sampled."""
+        self.idle: Any = None
+        """The decoder of the last batch, if the next one may use its memory."""
 
     def of(self, layout: Any) -> dict[Any, Any]:
         """Those in this layout; those in another are let go."""
@@ -148,6 +150,9 @@ class Decoder:
             positions = Positions.of(index, reach or last + 1)
         hidden = self.feed(canvas.rows(canvas.codes.gather(1, at)), positions)
         canvas.fronts.add_(canvas.choose(self.logits(hidden), at + 1)).clamp_(max=last)
+
+    def release(self) -> None:
+        """Let the next batch have this decoder, if that pays."""
 
     def reader(self, prompts: int) -> Decoder:
         """A decoder with the same weights for so many prompts of one image each, in memory of its own."""

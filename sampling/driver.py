@@ -158,12 +158,12 @@ class Sampler:
         graphs: Graphs | None = None,
         floats: bool = False,
         half: bool = False,
-        parallel: str | int = "auto",
+        parallel: str | int | Windows = "auto",
     ) -> None:
         """graphs: CUDA graphs of this model to use, if any. floats: pixels as floats in [0, 1], on the model's device.
 
         half: compute the transformer in float16 on CUDA, unless its weights are in another type than float32.
-        parallel: see `Windows`.
+        parallel: see `Shared`.
         """
         keep_freed_memory()
         share_cores()

@@ -34,9 +34,10 @@ SAMPLER = 2
 class Shared:
     """What the batches of one model share, while its weights stay the same."""
 
-    def __init__(self, parallel: str | int = "auto") -> None:
-        """parallel: see `Windows`."""
-        self.copies, self.windows = Copies(), Windows(parallel)
+    def __init__(self, parallel: str | int | Windows = "auto") -> None:
+        """parallel: see `Windows`; or those of earlier batches, which know what pays."""
+        self.copies = Copies()
+        self.windows = parallel if isinstance(parallel, Windows) else Windows(parallel)
 
 
 def read_request(decoder: Decoder, canvas: Canvas, request: Request) -> Tensor:
@@ -143,6 +144,7 @@ def _sample(model: DalleModel, request: Request, copies: Copies) -> Sampled:
             unfinished = batch - fronts.count(num_codes - 1) if decoder.most_rows else batch
             fronts = one_pass(decoder, canvas, windows, fronts, unfinished * decoder.rows // batch)
             progress.tell(fronts)
+    decoder.release()
     return canvas.result()
 
 

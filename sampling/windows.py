@@ -85,12 +85,14 @@ class Windows:
         widths = [width for width in _WIDTHS if width <= limit]
         if not any(known <= rows for known in self._seconds):  # nothing to compare with
             return 1
+        widest = max(self._seconds)
+        known = max(sum(rows * width <= widest for width in widths), 1)
+        widths = widths[: known + 1]  # one wider than any so far
         gains = self._gains(widths[-1])
         rates = [gains[width - 1] / (self._cost(rows * width) + self._guessing(rows, width)) for width in widths]
-        known = max(sum(rows * width <= max(self._seconds, default=0) for width in widths), 1)
         best = rates.index(max(rates[:known]))
         if best == known - 1 and best + 1 < len(widths) and rates[best + 1] > rates[best]:
-            best += 1  # wider than any so far
+            best += 1
         self._choice = (rows, limit), widths[best]
         if again and self._since > 1:
             step = 1 if self._since // _AGAIN % 2 else -1

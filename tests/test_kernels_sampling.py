@@ -24,7 +24,7 @@ from models.positions import Positions
 from models.quantization import Int8Linear
 from ops import build, noise, rows
 from ops.rows import Packed, read_all
-from sampling import SamplingOptions, decoders, sample_codes
+from sampling import SamplingOptions, Shared, decoders, sample_codes
 from sampling.decoders import Decoder
 from sampling.native import NativeDecoder, best_decoder
 
@@ -167,7 +167,8 @@ def test_bfloat16_weights_are_as_exact_as_their_floats(options, threads, unit_of
     expected = steps(model.float(), random_codes(2), 2, first=13)
     if unit_of_rows == "none":
         assert torch.equal(found, expected)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-4)
+    # The unit adds in another order, and float32's rounding alone moves logits of "long" by 7e-5 from double's.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)
 
 
 @torch.no_grad()
@@ -318,3 +319,16 @@ def test_all_is_read(count):
     x = torch.randint(-9, 9, (count,)).float()
     assert read_all(x) == x.double().sum().item()
     assert read_all(x.double()) is None and read_all(x.expand(2, -1).t()) is None
+
+
+@pytest.mark.parametrize("name", ["all patterns", "rotary and shift"])
+def test_the_next_batch_takes_the_decoder_of_the_last(name):
+    model, shared, seen = random_floats(**OPTIONS[name]), Shared(4), set()
+    for caption in (0, 1, 0):
+        found = sample_codes(model, TEXT[caption], [caption], shared=shared)
+        seen.add(id(shared.copies.idle))
+        assert torch.equal(found.codes, sample_codes(model, TEXT[caption], [caption]).codes)
+        assert shared.copies.idle.copies is not shared.copies  # no cycle
+    assert len(seen) == 1
+    sample_codes(model, TEXT, [0, 1], shared=shared)
+    assert id(shared.copies.idle) not in seen
