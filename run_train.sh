@@ -21,7 +21,7 @@ else
     "$python" "$root/train.py" --config "$config" "$@"
 fi
 
-# The newest checkpoint's path, the log folder and the input folder, one per line; nothing if none was saved.
+# The newest checkpoint's path, log folder, input folder and guidance, one per line; nothing if none was saved.
 found=$(PYTHONPATH="$root" "$python" -c '
 import sys, args
 from engines.ipu.hosts import find_popdist
@@ -32,20 +32,22 @@ if ipu.plan or ipu.compile_only or data.generated_data or data.synthetic_data or
 popdist = find_popdist()
 if popdist and popdist.getInstanceIndex(): sys.exit()  # under poprun only the first instance samples
 newest = newest_checkpoint(folder)
-if newest: print(newest, config.log_dir, config.data.input_folder, sep="\n")' --config "$config" "$@")
+guidance = 1.5 if config.model.null_cond_prob else 1
+if newest: print(newest, config.log_dir, config.data.input_folder, guidance, sep="\n")' --config "$config" "$@")
 if [ -z "$found" ]; then
     exit 0
 fi
-{ read -r newest; read -r log_dir; read -r input_folder; } <<< "$found"
+{ read -r newest; read -r log_dir; read -r input_folder; read -r guidance; } <<< "$found"
 if [ "$input_folder" = demo ]; then
-    "$python" "$root/evaluate.py" --dalle-path "$newest" --json "$log_dir/evaluation.json" --sheet "$log_dir/samples.png"
+    "$python" "$root/evaluate.py" --dalle-path "$newest" --cond-scale "$guidance" \
+        --json "$log_dir/evaluation.json" --sheet "$log_dir/samples.png"
     echo
     echo "images generated from captions, next to the real ones:  $log_dir/samples.png"
     example="jack-o-lantern|pizza|octopus|rainbow|wolf"
 else
     example="A plate of food has potatoes and fruit."
     "$python" "$root/generate.py" --dalle-path "$newest" --outputs-dir "$log_dir/samples" --num-images 4 \
-        --text "$example|A man riding a wave on top of a surfboard.|Two dogs are playing in the snow."
+        --cond-scale "$guidance" --text "$example|A man riding a wave on top of a surfboard.|Two dogs are playing in the snow."
     echo
     echo "images generated from captions:  $log_dir/samples/*/grid.png"
 fi
