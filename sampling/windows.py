@@ -83,7 +83,7 @@ class Windows:
         if self._since % _RECONSIDER and self._choice[0] == (rows, limit) and self._since > _AGAIN and not again:
             return self._choice[1]
         widths = [width for width in _WIDTHS if width <= limit]
-        if not any(known <= rows for known in self._seconds):  # nothing to compare with
+        if min(self._seconds, default=rows + 1) > rows:  # nothing to compare with
             return 1
         widest = max(self._seconds)
         known = max(sum(rows * width <= widest for width in widths), 1)

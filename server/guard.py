@@ -53,7 +53,7 @@ class Guard:
         told: called with route, status and seconds of each. host: the address where the server listens.
         """
         self.held = 0  # bytes that the requests at present have sent
-        self.hosts = (*LOOPBACK, host) if host in LOOPBACK or host.startswith("127.") else None
+        self.hosts = tuple(dict.fromkeys((*LOOPBACK, host))) if host in LOOPBACK or host.startswith("127.") else None
         self.app, self.key, self.max_bytes, self.seconds, self.told = app, key, max_bytes, seconds, told
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:

@@ -175,6 +175,9 @@ def test_medium_precision_multiplies_in_bfloat16_without_a_matrix_unit(compiled,
     assert matrix.matmul(a, b).dtype == torch.float32 and 1e-4 < (out - exact).norm() / exact.norm() < 1e-2
     before = out.clone()
     torch.testing.assert_close(matrix.add_matmul(out, a, b, 2.0), before + 2 * (a @ b), rtol=0.02, atol=0.5)
+    # The first call of a thread has no memory yet.
+    (empty,) = in_threads(lambda: matrix.add_matmul(torch.ones(5, 7), torch.empty(5, 0), torch.empty(0, 7)))
+    assert empty.shape == (5, 7) and bool((empty == 1).all())
     for wrong in ((out, b, a), (out[:70, :70], a, a.t()), (out.t(), a, b), (out, a.repeat(1, 2)[:, ::2], b)):
         assert not compiled or refused("matmul shapes|stride of 1", matrix.add_matmul, *wrong, kind=ValueError)
 

@@ -20,6 +20,7 @@ from engines.native import NativeEngine, split_batch
 from engines.optimizers import make_optimizers
 from models.config import DalleConfig
 from models.dalle import DalleModel, TextToImage
+from training.run import train
 from utils.errors import UsageError
 from utils.schedules import Plateau, cosine_factor, epoch_factor
 
@@ -61,6 +62,11 @@ def test_schedules_follow_the_published_constants_and_resume():
     for one in (plateau, copy):
         one.step(1.0)
         assert one.learning_rate == 5e-4
+
+
+def test_a_configuration_may_fade_soft_codes_that_a_flag_disables(tmp_path):
+    config = args.parse([*GENERATED, "--max-steps", "1", "--checkpoint-output-dir", str(tmp_path)])
+    train(config.replace(soft_codes_fade=0.5), engines.create(config))
 
 
 def test_training_lowers_the_loss_and_saves_what_generate_reads(folder, tmp_path):

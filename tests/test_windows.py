@@ -1,10 +1,13 @@
 """Windows of guessed codes: the same images in fewer passes, whatever model, width, noise and codes are given."""
 from __future__ import annotations
 
+import functools
 import itertools
+import sys
 
 import pytest
 import torch
+from helpers import in_threads
 from models_for_tests import OPTIONS, TEXT, needs_guesses, needs_kernels, primed, random_model
 
 from dalle.loading import load
@@ -160,6 +163,22 @@ def test_without_timing_the_width_follows_from_the_configuration():
     assert windows.width(8, 96) == 12 == windows.about["window"]
     assert windows.width(9, 96) == 10 and windows.about["window"] is None
     assert Windows("off").width(1, 96) == 1 and Windows("12").width(1, 96) == 12 and Windows(12).width(32, 96) == 3
+
+
+def test_threads_may_share_windows():
+    """Requests to one `Dalle` from several threads do."""
+    def count(windows):
+        for rows in range(90, 10, -1):
+            windows.note(rows, 1, [1], 1e-3)
+            windows.width(1, 96)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(100):
+            in_threads(*[functools.partial(count, Windows())] * 4)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @pytest.mark.parametrize("value", ["on", "0", "65", 0, 65, -1, True, 2.5, None, ""])

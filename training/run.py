@@ -231,7 +231,7 @@ class Run(Loop):
     def take_step(self, batch: Any) -> bool:
         self.mark, self.learning_rate = time.perf_counter(), self.schedule.learning_rate(self.position)
         self.engine.set_learning_rate(self.learning_rate)
-        if self.config.model.soft_codes_fade:
+        if self.config.model.soft_codes_fade and self.engine.model.soft is not None:
             self.engine.model.soft.fade(self.schedule.progress(self.position), self.config.model.soft_codes_fade)
         self.result = self.engine.step(batch)
         self.position.advance(self.steps_per_call, self.config.global_batch)

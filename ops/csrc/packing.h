@@ -38,7 +38,7 @@ static inline void transpose(__m512i *r) {
 
 /* A thread's buffer for packed operands, kept between calls: new memory costs as much as filling it three times. */
 static void *memory(void **kept, size_t *size, size_t wanted) {
-    if (*size < wanted) {
+    if (!*kept || *size < wanted) {
         free(*kept);
         *kept = aligned_alloc(64, wanted);
         *size = *kept ? wanted : 0;
