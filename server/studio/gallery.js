@@ -29,7 +29,7 @@ function score(run, picture) {
   if (orderOf(run) === "clip") return [el("span", { class: "unit" }, "CLIP "), number(picture.clip_score, 3)];
   if (picture.log_likelihood == null) return [];
   // Per code, so that the number does not depend on the image size.
-  return [number(picture.log_likelihood / run.sampledCodes, 2), el("span", { class: "unit" }, " nats/code")];
+  return [number(picture.log_likelihood / run.sampledCodes, 2), " ", el("span", { class: "unit" }, "nats/code")];
 }
 
 export function slug(text) {
