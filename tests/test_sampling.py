@@ -157,7 +157,7 @@ def _other(field):
         "num_text_tokens": 13, "num_image_tokens": 21, "text_seq_len": 6, "grid": 5, "dim": 20, "depth": 3, "heads": 3,
         "dim_head": 10, "attn_types": ("conv_like", "axial_row"), "loss_img_weight": 2.0, "attn_dropout": 0.1,
         "ff_dropout": 0.1, "ff_mult": 3, "activation": "quick_gelu", "image_positions": "learned",
-        "shared_attn_ids": (0,), "shared_ff_ids": (0,), "init_std": 0.3, "norm": "rms",
+        "shared_attn_ids": (0,), "shared_ff_ids": (0,), "init_std": 0.3, "norm": "rms", "label_smoothing": 0.1,
     }  # fmt: skip
     return values.get(field.name, not field.default)
 
