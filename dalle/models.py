@@ -150,9 +150,7 @@ class Dalle(nn.Module):
             sampling = sampling._replace(top_k=min(int(top_k), config.num_image_tokens))
         if seed is None:
             seed = int(torch.randint(2**31 - 1, ()))
-        if str(parallel) not in self._windows:
-            self._windows[str(parallel)] = Windows(parallel)
-        windows = self._windows[str(parallel)]
+        windows = self._windows.setdefault(str(parallel), Windows(parallel))
         sampler = Sampler(self.loaded, self._graphs, floats=True, half=use_fp16, parallel=windows)
         steps = config.image_seq_len - (0 if given is None else first_sampled(given.tolist()))
         with _Counter(progress, num_candidates, steps, preview) as counter:

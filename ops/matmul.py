@@ -27,27 +27,25 @@ _PARTS = {"highest": 3, "high": 2, "medium": 1}
 """Parts of 8 bits that an operand is split into."""
 
 
-@functools.lru_cache(maxsize=None)
-def _functions() -> Any:
-    found = library("matrix")
+def _kernels(name: str, *options: Any) -> Any:
+    """The library of this name, if the processor has what its matmul needs. options: types of the matmul's own."""
+    found = library(name)
     if found is None or not found.multiplies():
         return None
     size: Any = ctypes.c_long
     address: Any = ctypes.c_void_p
-    found.matmul.argtypes = [size] * 3 + [address, size, size] * 2 + [size, address, size]
+    found.matmul.argtypes = [size] * 3 + [address, size, size] * 2 + [*options, address, size]
     return found
+
+
+@functools.lru_cache(maxsize=None)
+def _functions() -> Any:
+    return _kernels("matrix", ctypes.c_long)
 
 
 @functools.lru_cache(maxsize=None)
 def _bfloat16() -> Any:
-    found = library("bfloat16")
-    if found is None or not found.multiplies():
-        return None
-    size: Any = ctypes.c_long
-    address: Any = ctypes.c_void_p
-    options = [ctypes.c_float, ctypes.c_int, ctypes.c_int]
-    found.matmul.argtypes = [size] * 3 + [address, size, size] * 2 + [*options, address, size]
-    return found
+    return _kernels("bfloat16", ctypes.c_float, ctypes.c_int, ctypes.c_int)
 
 
 @functools.lru_cache(maxsize=None)
@@ -89,31 +87,24 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None, bias: Tensor | None 
         if _bfloat16() is None:
             result.copy_(torch.mm(a.bfloat16(), b.bfloat16()))
         else:
-            _multiply_in_bfloat16(a, b, result)
-        return result if bias is None else result.add_(bias)
-    (a_line, a_step), (b_step, b_line) = a.stride(), b.stride()
-    failed = _functions().matmul(
-        rows, columns, depth,
-        pointer(a), a_line, a_step, pointer(b), b_line, b_step,
-        _PARTS[torch.get_float32_matmul_precision()], pointer(result), result.stride(0),
-    )  # fmt: skip
-    if failed == 2:  # not finite, or too large for the unit; PyTorch's float32 may round to bfloat16 and to infinity
+            _multiply(_bfloat16(), a, b, result, 1.0, False, False)
+    elif not _multiply(_functions(), a, b, result, _PARTS[torch.get_float32_matmul_precision()]):
+        # PyTorch's float32 may round to bfloat16 and to infinity.
         result.copy_(torch.mm(a.double(), b.double()))
-    elif failed:
-        raise MemoryError(f"not enough memory for the matmul of {tuple(a.shape)} and {tuple(b.shape)}")
     return result if bias is None else result.add_(bias)
 
 
-def _multiply_in_bfloat16(
-    a: Tensor, b: Tensor, out: Tensor, alpha: float = 1.0, add: bool = False, symmetric: bool = False
-) -> None:
+def _multiply(kernels: Any, a: Tensor, b: Tensor, out: Tensor, *options: Any) -> bool:
+    """Write a @ b to `out`. False: an operand is not finite, or too large for the matrix unit."""
     (rows, depth), columns = a.shape, b.shape[1]
     (a_line, a_step), (b_step, b_line) = a.stride(), b.stride()
-    if _bfloat16().matmul(
+    failed = kernels.matmul(
         rows, columns, depth,
-        pointer(a), a_line, a_step, pointer(b), b_line, b_step, alpha, add, symmetric, pointer(out), out.stride(0),
-    ):  # fmt: skip
+        pointer(a), a_line, a_step, pointer(b), b_line, b_step, *options, pointer(out), out.stride(0),
+    )  # fmt: skip
+    if failed not in (0, 2):
         raise MemoryError(f"not enough memory for the matmul of {tuple(a.shape)} and {tuple(b.shape)}")
+    return not failed
 
 
 def multiplies_in_bfloat16(*tensors: Tensor) -> bool:
@@ -133,5 +124,5 @@ def add_matmul(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, symmetric:
         raise ValueError(f"matmul shapes do not fit: {tuple(a.shape)} @ {tuple(b.shape)} to {tuple(out.shape)}")
     if out.stride(1) != 1 or 1 not in a.stride() or 1 not in b.stride():
         raise ValueError("a, b and out must have a stride of 1")
-    _multiply_in_bfloat16(a, b, out, alpha, add=True, symmetric=symmetric)
+    _multiply(_bfloat16(), a, b, out, alpha, True, symmetric)
     return out
