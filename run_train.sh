@@ -47,7 +47,8 @@ if [ "$input_folder" = demo ]; then
 else
     example="A plate of food has potatoes and fruit."
     "$python" "$root/generate.py" --dalle-path "$newest" --outputs-dir "$log_dir/samples" --num-images 4 \
-        --cond-scale "$guidance" --text "$example|A man riding a wave on top of a surfboard.|Two dogs are playing in the snow."
+        --cond-scale "$guidance" \
+        --text "$example|A man riding a wave on top of a surfboard.|Two dogs are playing in the snow."
     echo
     echo "images generated from captions:  $log_dir/samples/*/grid.png"
 fi
