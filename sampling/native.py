@@ -142,13 +142,12 @@ _ROUGH: weakref.WeakKeyDictionary[Any, tuple[Any, Packed]] = weakref.WeakKeyDict
 
 def _rough(module: Any, gated: bool = False) -> Packed:
     """An int8 copy of a layer for guesses, kept as long as the layer: one that is out of date only guesses worse."""
-    weight, scale = module.weight.detach(), getattr(module, "scale", None)
-    state = gated, weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype, weight.shape
+    weight = module.weight.detach()
+    state = gated, weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.shape
     found = _ROUGH.get(module)
     if found is None or found[0] != state:
-        if scale is None:
-            weight, scale = quantize_rows(weight)
-        found = _ROUGH[module] = state, Packed.rough(weight, module.bias, scale, gated)
+        rounded, scale = quantize_rows(weight)
+        found = _ROUGH[module] = state, Packed.rough(rounded, module.bias, scale, gated)
     return found[1]
 
 
@@ -195,8 +194,8 @@ class NativeDecoder(Decoder):
         self._all = torch.arange(self.rows)
         self._canvas: Canvas | None = None
         self._guessed = False
-        # Where a pass of many codes costs little more than one, guesses one by one do not pay.
-        self._guesses = bool(rows.functions().guesses()) and not self.struct.head.tiled
+        # With weights smaller than float32 a guess reads half as many bytes as a pass, or all of them: it does not pay.
+        self._guesses = bool(rows.functions().guesses()) and self.struct.head.size == 4
         self._make_room(self.rows)
 
     def _operands(self) -> Operands:
