@@ -481,16 +481,20 @@ static void multiply(const linear *matmul, inputs x, int64_t rows, const ending 
         roughly(matmul, x.at, rows, end, from, to);
         return;
     }
-    int64_t times = (rows + MOST - 1) / MOST;
+    /* Threads share a panel out by rows, or with 7 panels one of two threads would compute 4 and the other 3. */
     int size = matmul->size;
+    int64_t all = matmul->panels * rows, last = all * (thread + 1) / threads;
     vec sums[MOST][2];
-    for (int64_t panel = from, panels; panel < to; panel += panels) {
+    for (int64_t i = all * thread / threads, panels, some; i < last; i += panels * some) {
+        int64_t panel = i / rows, first = i % rows, left = last - panel * rows;
+        some = (left < rows ? left : rows) - first;
         const char *weight = (const char *)matmul->weight + panel * matmul->depth * PANEL * size;
-        panels = size < 4 && 2 * rows <= MOST && panel + 2 <= to ? 2 : 1;
-        for (int64_t i = 0; i < times; i++) {
-            int64_t row = rows * i / times;
-            int count = rows * (i + 1) / times - row;
-            sums_of(x.at + row, rows, weight, matmul->depth, times, i, count, panels, size, sums);
+        panels = size < 4 && first == 0 && 2 * rows <= MOST && left >= 2 * rows ? 2 : 1;
+        int64_t times = (some + MOST - 1) / MOST;
+        for (int64_t time = 0; time < times; time++) {
+            int64_t row = first + some * time / times;
+            int count = first + some * (time + 1) / times - row;
+            sums_of(x.at + row, rows, weight, matmul->depth, times, time, count, panels, size, sums);
             for (int64_t j = 0; j < panels; j++) finish(end, matmul, panel + j, row, count, sums + j * count);
         }
     }
