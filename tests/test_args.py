@@ -166,7 +166,6 @@ ERRORS = [
     ("--architecture image-gpt", "--architecture image-gpt", "--text-seq-len 1"),
     ("--shift-tokens --hidden-size 66", "--shift-tokens", "--hidden-size divisible by 4", "66"),
     ("--code-noise-similar 0.5 --cache-codes off", "--code-noise-similar", "--cache-codes off"),
-    ("--code-noise-similar 0.5 --device ipu", "--code-noise-similar", "--device"),
     ("--code-noise-similar 0.5 --generated-data", "--code-noise-similar", "--generated-data"),
     ("--rotary-2d --dim-head 6", "--rotary-2d", "--dim-head divisible by 4", "6"),
     ("--architecture image-gpt --text-seq-len 1 --device ipu", "--architecture image-gpt", "IPU"),

@@ -155,6 +155,8 @@ FOUR = {"ipus_per_replica": 4, "layers_per_ipu": [0, 1, 1, 1]}
     ({"enable_als": True}, "--enable-als .*--fp16"), ({"ema_decay": 0.9}, "--ema-decay .*--ema-decay 0"),
     ({"attention_impl": "sdpa"}, "--attention-impl .*auto"), ({"compile": True}, "--compile .*omit it"),
     ({"matmul_precision": "high"}, "--matmul-precision .*omit it"), ({"optimizer": "Muon"}, "--optimizer .*AdamW"),
+    ({"soft_codes": 0.5, "soft_codes_fade": 0.2}, "--soft-codes-fade 0.2.*--soft-codes-fade 0$"),
+    ({"code_noise_similar": 0.5}, "--code-noise-similar 0.5.*--code-noise-similar 0$"),
     ({}, None), ({**FOUR, "gradient_accumulation": 7}, None), ({"replication_factor": 4, "enable_rts": True}, None),
     ({"enable_als": True, "fp16": True}, None), ({"embedding_serialization_factor": 6}, None),
     ({"gradient_accumulation": 1, "async_dataloader": False}, None),

@@ -173,7 +173,7 @@ def encode_images(config: Config, engine: Engine, parts: Parts, position: Positi
             raise UserError("--code-noise-similar needs the codes of all images: with --cache-codes DIR name a folder "
                             "that can be written to, or give --code-noise-similar 0")
         return parts
-    if config.model.code_noise_similar and config.execution.device != "ipu":  # its programs read one image a caption
+    if config.model.code_noise_similar:
         logger.info("looking for similar images")
         train_set.find_similar()
     return parts._replace(train_set=train_set, validation_set=validation_set, vqgan=vqgan.to("meta"))

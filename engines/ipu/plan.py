@@ -199,6 +199,16 @@ def _option_problems(config: Config) -> list[str]:
         )
     if config.model.base_width:
         found.append(f"--base-width {config.model.base_width}: IPUs have one learning rate for all weights; omit it")
+    if config.model.soft_codes_fade:
+        found.append(
+            f"--soft-codes-fade {config.model.soft_codes_fade:g}: the targets of a compiled program stay as they are; "
+            "give --soft-codes-fade 0"
+        )
+    if config.model.code_noise_similar:
+        found.append(
+            f"--code-noise-similar {config.model.code_noise_similar:g}: programs read one image for a caption; give "
+            "--code-noise-similar 0"
+        )
     if config.model.attention_impl in ("sdpa", "local"):
         found.append(
             f"--attention-impl {config.model.attention_impl}: IPUs support only explicit attention; give explicit or "
