@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-from models.options import LossOptions, check_mindalle
+from models.options import LossOptions, check_architecture
 from utils.errors import UsageError, nearest
 from utils.flags import DataOptions, DeviceOptions, EvaluationConfig, PartsOptions, ShardOptions
 from utils.options import Command, Options, again, display, flag_name, option, options_of
@@ -164,7 +164,7 @@ class ModelConfig(LossOptions, title="model"):
     ff_dropout: float = option(0.0, "dropout in the feed-forward layers", ge=0, lt=1, resume=APPLIES)
     attn_dropout: float = option(0.0, "dropout of the attention output", ge=0, lt=1, resume=APPLIES)
     init_std: float = option(0.0, "standard deviation of the initial weights; 0: PyTorch's default initialisation",
-                             ge=0, resume=FIXED)
+                             ge=0, le=1e6, resume=FIXED)
     vqgan_model_path: str | None = again(PartsOptions, "vqgan_model_path", path="find", resume=CONTENT,
                                          none="the published f16-1024 model (see --architecture), downloaded")
     vqgan_config_path: str | None = again(PartsOptions, "vqgan_config_path", path="find", resume=CONTENT)
@@ -370,11 +370,14 @@ def _refuse_ignored(flags: Mapping[str, Any], values: Mapping[str, Any]) -> None
     """Refuse flags that another option leaves without effect; a configuration may hold them, for other runs."""
     without_data = next((flag_name(name) for name in ("generated_data", "synthetic_data") if values.get(name)), "")
     scheduler = values.get("lr_scheduler", OptimizerConfig.lr_scheduler)
+    architecture = values.get("architecture", ModelConfig.architecture)
     measures = values.get("inception_weights") or values.get("clip_path") or values.get("input_folder") == BUILT_IN_SET
     for names, ignored, reason in (
         (("input_folder", "validation_fraction", "evaluate_every"), without_data, f"with {without_data}"),
         (("validation_fraction",), values.get("validation_folder"), "with --validation-folder"),
         (("warmup_steps",), scheduler != "cosine", f"with --lr-scheduler {scheduler}; it is for cosine"),
+        (("layer_scale",), architecture != "mini-dalle", f"with --architecture {architecture}"),
+        (("init_codes",), values.get("pretrained_checkpoint"), "with --pretrained-checkpoint, whose codes it keeps"),
         (("code_noise_per_image",), not values.get("code_noise"), "without --code-noise"),
         (("soft_codes_fade",), not values.get("soft_codes"), "without --soft-codes"),
         (("code_noise_similar",), without_data, f"with {without_data}"),
@@ -403,8 +406,7 @@ def _check_together(config: Config) -> None:
                          "model")
     if model.vae_path is not None:
         raise UsageError("--vae-path: discrete VAEs are not supported; give --vqgan-model-path and --vqgan-config-path")
-    if model.architecture == "mindalle":
-        check_mindalle(model)
+    check_architecture(model)
     if model.rotary_2d and model.dim_head % 4:
         raise UsageError(f"--rotary-2d: needs a --dim-head divisible by 4, not {model.dim_head}")
     if model.shift_tokens and model.hidden_size % 4:
@@ -429,5 +431,8 @@ def _check_together(config: Config) -> None:
         raise UsageError("--precision bf16 is not for IPUs; use fp16 or fp32")
     if model.code_noise_per_image and model.code_noise > 0.5:
         raise UsageError(f"--code-noise {model.code_noise}: with --code-noise-per-image at most 0.5")
+    if model.base_width and not model.init_std:
+        raise UsageError("--base-width: scales --init-std, which is 0, PyTorch's default initialisation; give one, "
+                         "such as --init-std 0.02")
     if model.base_width and config.optimizer.optimizer == "Adafactor":
         raise UsageError("--base-width: steps of --optimizer Adafactor are relative to the weights; omit it")

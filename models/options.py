@@ -27,7 +27,8 @@ class BlockOptions(Options, title="blocks"):
     ff_mult: int = option(4, "hidden width of the feed-forward layers as a multiple of --hidden-size; with 6, one that "
                              "is not gated has as many weights as a gated one with 4", ge=1, resume=FIXED)
     base_width: float = option(0.0, "the --hidden-size at which --learning-rate and --init-std were tuned: at another "
-                                    "one both are scaled to fit; 0: they are taken as they are", ge=0, resume=FIXED)
+                                    "one both are scaled to fit; 0: they are taken as they are", ge=0, le=1e6,
+                                    resume=FIXED)
     layer_scale: bool = option(True, "a learned factor for each channel of each residual branch (mini-dalle only)",
                                resume=FIXED)
 
@@ -36,7 +37,8 @@ class BlockOptions(Options, title="blocks"):
 class LossOptions(BlockOptions, title="loss"):
     """What a model learns, and from what."""
 
-    loss_img_weight: float = option(7.0, "weight of the image loss relative to the text loss", ge=0, resume=APPLIES)
+    loss_img_weight: float = option(7.0, "weight of the image loss relative to the text loss", ge=0, le=1e6,
+                                    resume=APPLIES)
     code_noise: float = option(0.0, "share of the input codes replaced by random ones in training", ge=0, lt=1,
                                resume=APPLIES)
     code_noise_per_image: bool = option(False, "each image has its own share of wrong codes, from 0 to twice "
@@ -54,16 +56,20 @@ class LossOptions(BlockOptions, title="loss"):
     null_cond_prob: float = option(0.0, "share of captions dropped in training, for classifier-free guidance", ge=0,
                                    le=1, resume=APPLIES)
     z_loss: float = option(0.0, "weight of the squared logarithm of the sum of exponentiated logits in the loss, which "
-                                "keeps logits small", ge=0, resume=APPLIES)
+                                "keeps logits small", ge=0, le=1e6, resume=APPLIES)
     label_smoothing: float = option(0.0, "share of each code's target that is spread evenly over all codes, so that "
                                          "the model is never too sure of one", ge=0, lt=1, resume=APPLIES)
 
 
-def check_mindalle(model: Any) -> None:
-    """Refuse options that minDALL-E's layout cannot store."""
-    for name in ("norm", "qk_norm", "rotary_2d", "shift_tokens", "value_residual", "activation", "ff_mult"):
+def check_architecture(model: Any) -> None:
+    """Refuse options that an architecture decides, and those that minDALL-E's layout cannot store."""
+    published = ("norm", "qk_norm", "rotary_2d", "shift_tokens", "value_residual", "activation", "ff_mult")
+    decided = {"mini-dalle": (), "image-gpt": ("activation",), "mindalle": published}
+    for name in decided[model.architecture]:
         if getattr(model, name) != getattr(BlockOptions, name):
             raise UsageError(f"{flag_name(name)}: --architecture {model.architecture} has its own; omit it")
+    if model.architecture != "mindalle":
+        return
     if model.sandwich_norm:
         raise UsageError("--sandwich-norm: --architecture mindalle has one LayerNorm for each branch; omit it")
     if set(model.attn_types) != {"full"}:

@@ -45,7 +45,7 @@ _ALONE = dict(
     num_hidden_layers=2, num_attention_heads=2, dim_head=4, text_seq_len=9, image_size=32, attn_types=["full"],
     attention_impl="explicit", ff_dropout=0.5, attn_dropout=0.5, sandwich_norm=True, norm="rms", qk_norm=True,
     rotary_2d=True, shift_tokens=True, value_residual=True, code_noise_similar=1.0, activation="swiglu", ff_mult=3,
-    layer_scale=False, init_std=0.02, z_loss=0.1, label_smoothing=0.1, base_width=32.0, init_codes="codebook",
+    layer_scale=False, init_std=0.02, z_loss=0.1, label_smoothing=0.1, init_codes="codebook",
     loss_img_weight=1.0, soft_codes=0.5, code_noise=0.5, null_cond_prob=1.0,
     vqgan_model_path=NEW_VQGAN + ".safetensors", vqgan_config_path=NEW_VQGAN + ".yaml", input_folder=NEW_FOLDER,
     validation_folder=NEW_FOLDER,
@@ -85,6 +85,7 @@ ANEW = {
     "loss_scaling": ({"loss_scaling": 128.0}, "scale"), "enable_als": ({"enable_als": True}, "ipu", {"fp16": True}),
     "architecture": {"architecture": "mindalle", "attn_types": ["full"], "dim_head": 16},
     "code_noise_per_image": {"code_noise": 0.3, "code_noise_per_image": True},
+    "base_width": {"init_std": 0.02, "base_width": 32.0},
     "soft_codes_fade": {"soft_codes": 0.5, "soft_codes_fade": 1.0},
     "augment_share": {"augment": "flip", "augment_share": 0.9},
     "pretrained_checkpoint": ({"pretrained_checkpoint": "dalle.pt"}, "--resume and --pretrained-checkpoint"),
@@ -379,14 +380,15 @@ def test_files_may_lie_elsewhere(saved, folder, tmp_path):
 
 
 def test_a_model_that_decided_on_its_shape_goes_on(folder, tmp_path, caplog):
-    """--pretrained-checkpoint had another shape than the configuration: neither is given anew when it is resumed."""
+    """--pretrained-checkpoint had another shape than the configuration: neither is given anew when it is resumed, and
+    nor is a default that is spelled out."""
     run(folder, tmp_path / "first", "--max-steps", "1")
     start = ("--pretrained-checkpoint", str(tmp_path / "first/ckpt/dalle_0_1.pt"))
     run(folder, tmp_path / "tuned", "--max-steps", "1", "--hidden-size", "32", *start)
     assert "not of the configuration: --hidden-size 16 instead of 32" in caplog.text
-    for step, width in (("2", "32"), ("3", "16")):
-        run(folder, tmp_path / "tuned", "--max-steps", step, "--hidden-size", width, "--resume")
-    refused("--hidden-size", run, folder, tmp_path / "tuned", "--max-steps", "4", "--hidden-size", "8", "--resume")
+    for step, width, more in (("2", "32", []), ("3", "16", ["--activation", "geglu"]), ("4", "16", [])):
+        run(folder, tmp_path / "tuned", "--max-steps", step, "--hidden-size", width, "--resume", *more)
+    refused("--hidden-size", run, folder, tmp_path / "tuned", "--max-steps", "5", "--hidden-size", "8", "--resume")
 
 
 def test_a_resumed_run_keeps_its_number_of_threads(folder, tmp_path, threads):

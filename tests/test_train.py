@@ -262,9 +262,11 @@ def test_steps_change_logits_as_much_at_any_width(optimizer):
 
 
 def test_base_width_is_refused_where_nothing_scales_rates():
-    words = "--config unit_test --optimizer Adafactor --base-width 64".split()
+    words = "--config unit_test --optimizer Adafactor --init-std 0.02 --base-width 64".split()
     refused("--base-width: steps of --optimizer Adafactor", args.parse, words, kind=UsageError)
-    config = args.parse("--config unit_test --base-width 64".split())
+    words = "--config unit_test --base-width 64".split()
+    refused("--base-width: scales --init-std", args.parse, words, kind=UsageError)
+    config = args.parse("--config unit_test --init-std 0.02 --base-width 64".split())
     assert any(line.startswith("--base-width 64") for line in plan.problems(config))
 
 

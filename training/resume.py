@@ -12,7 +12,7 @@ from args import Config
 from bpe import find_vocabulary
 from dalle import published
 from dalle.loading import recorded_files
-from models.config import DalleConfig
+from models.config import ARCHITECTURES, DalleConfig
 from training.files import reading
 from training.schedule import Position
 from training.setup import MODEL_OPTIONS, Parts, Start, identities
@@ -81,7 +81,8 @@ def changed_options(start: Start, config: Config) -> resume.Changes:
     now = {name: value for name, value in config.to_dict().items() if rules.get(name) in (args.APPLIES, args.FIXED)}
     for field, name in MODEL_OPTIONS.items():
         # A run that started from --pretrained-checkpoint took its shape from the model, not from its configuration.
-        if rules[name] == args.FIXED and model[field] == now[name]:
+        own = ARCHITECTURES[config.model.architecture].get(field, getattr(DalleConfig, field, None))
+        if rules[name] == args.FIXED and model[field] == (own if now[name] is None else now[name]):
             del now[name]
     with reading_state(start):
         found = resume.changes(start.training.get("config"), now)
