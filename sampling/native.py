@@ -194,8 +194,9 @@ class NativeDecoder(Decoder):
         self._all = torch.arange(self.rows)
         self._canvas: Canvas | None = None
         self._guessed = False
-        # With weights smaller than float32 a guess reads half as many bytes as a pass, or all of them: it does not pay.
-        self._guesses = bool(rows.functions().guesses()) and self.struct.head.size == 4
+        # With smaller weights a guess reads half as many bytes as a pass, or just as many, so guessing does not pay.
+        large = all(self._pack(layer).struct.size == 4 for layer in (*layers, model.image_head))
+        self._guesses = bool(rows.functions().guesses()) and large
         self._make_room(self.rows)
 
     def _operands(self) -> Operands:

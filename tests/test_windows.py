@@ -96,7 +96,7 @@ def test_the_demo_model_samples_the_same_images_in_fewer_passes(count, by_pytorc
     ids=["", "guided", "int8"],
 )
 def test_guesses_are_nearly_always_right(options, dtype):
-    """With small weights, a guess would read about as many bytes as a pass: there are none."""
+    """With int8 weights there are no guesses: one would read as many bytes as a pass."""
     loaded, shared = load("demo", dtype=dtype), Shared(8)
     text = loaded.tokenizer.tokenize(["red apple", "wolf"], loaded.config.text_seq_len)
     sample_codes(loaded.dalle, text, [1, 2], SamplingOptions(**options), shared=shared)

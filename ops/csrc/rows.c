@@ -1,8 +1,8 @@
 /* A code of each image, or a window of several, through the whole transformer, for the few rows that sampling has: memory
  * is read once, for the weights, and what happens between two matmuls stays in the caches.
  *
- * A weight (N, D) lies as panels (N / PANEL, D, PANEL): what is read next lies next, and threads share panels out. A
- * sum goes over D in order whatever the number of rows or threads is, so neither changes an image.
+ * A weight (N, D) lies as panels (N / PANEL, D, PANEL): what is read next lies next. Threads divide the rows of
+ * all panels. A sum goes over D in order whatever the number of rows or threads is, so neither changes an image.
  *
  * Letters: S sequences in the cache (images, twice as many with guidance), R rows (codes of a step), D width, H heads, K
  * width of a head, P text positions, N codes of an image.
@@ -481,7 +481,7 @@ static void multiply(const linear *matmul, inputs x, int64_t rows, const ending 
         roughly(matmul, x.at, rows, end, from, to);
         return;
     }
-    /* Threads share a panel out by rows, or with 7 panels one of two threads would compute 4 and the other 3. */
+    /* Threads divide the rows of all panels: of 7 panels, one of two threads would otherwise compute 4, the other 3. */
     int size = matmul->size;
     int64_t all = matmul->panels * rows, last = all * (thread + 1) / threads;
     vec sums[MOST][2];
