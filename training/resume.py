@@ -81,8 +81,10 @@ def changed_options(start: Start, config: Config) -> resume.Changes:
     now = {name: value for name, value in config.to_dict().items() if rules.get(name) in (args.APPLIES, args.FIXED)}
     for field, name in MODEL_OPTIONS.items():
         # A run that started from --pretrained-checkpoint took its shape from the model, not from its configuration.
-        own = ARCHITECTURES[config.model.architecture].get(field, getattr(DalleConfig, field, None))
-        if rules[name] == args.FIXED and model[field] == (own if now[name] is None else now[name]):
+        value = now[name]
+        if value is None:  # the architecture's own, which may also be spelled out
+            value = ARCHITECTURES[config.model.architecture].get(field, getattr(DalleConfig, field, None))
+        if rules[name] == args.FIXED and model[field] == value:
             del now[name]
     with reading_state(start):
         found = resume.changes(start.training.get("config"), now)
